@@ -1,0 +1,370 @@
+r"""Megatron's indexed datasets: one flat file of token ids (`.bin`) and an index of it (`.idx`).
+
+In: token arrays, or the prefix of a pair of files that this module or Megatron-LM wrote. Out: the
+pair of files, byte for byte what megatron-core's builder writes, or a memory-mapped reader of it.
+
+Layout of `.idx` (little endian): magic `MMIDIDX\0\0`, version uint64 = 1, dtype code uint8,
+num_sequences uint64, num_documents + 1 uint64, then int32 lengths (tokens), int64 pointers (bytes
+into `.bin`), int64 document indices (first sequence of each document, and num_sequences at the
+end). The header has 34 bytes, so the mapped arrays are not aligned to their items.
+"""
+
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.staged_file import StagedFile, publish_all
+from megatron_chatflow.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, np.dtype[Any]] = {
+    code: np.dtype(name)
+    for code, name in enumerate(
+        ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"], start=1
+    )
+}
+# Opening looks at every sequence of a dataset up to NUM_CHECKED, and at evenly spaced blocks of a
+# larger one, so that the time to open does not grow with the corpus; `validate` looks at all.
+NUM_CHECKED = 1 << 22
+CHECK_BLOCK = 1 << 16
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype that Megatron stores ids of this vocabulary in: uint16 below 65500, else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """`<prefix>.bin`."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """`<prefix>.idx`."""
+    return Path(f"{prefix}.idx")
+
+
+class IndexedDataset:
+    """Memory-mapped reader of one dataset.
+
+    Attributes:
+        prefix: The path without `.bin` or `.idx`.
+        dtype: Of the token ids.
+        num_tokens: In the whole dataset.
+        sequence_lengths: int32[num_sequences], tokens.
+        sequence_pointers: int64[num_sequences], byte offsets into `.bin`.
+        document_indices: int64[num_documents + 1], the first sequence of each document.
+        tokens: Flat 1-D mapped array of `.bin`; the sequences lie in it back to back.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Maps the two files and checks that they agree.
+
+        Args:
+            prefix: The path without `.bin` or `.idx`.
+
+        Raises:
+            UserError: A file is missing, truncated, not Megatron's, or disagrees with the other.
+        """
+        self.prefix = Path(prefix)
+        index_path = idx_path(prefix)
+        num_index_bytes = _size_of(index_path)
+        num_bin_bytes = _size_of(bin_path(prefix))
+        self.dtype, num_sequences, num_boundaries = _read_header(index_path, num_index_bytes)
+
+        # Plain arrays of the mappings: np.memmap's own indexing costs a microsecond more.
+        buffer = np.asarray(np.memmap(index_path, dtype=np.uint8, mode="r"))
+        end_of_lengths = HEADER.size + 4 * num_sequences
+        end_of_pointers = end_of_lengths + 8 * num_sequences
+        self.sequence_lengths: npt.NDArray[np.int32] = buffer[HEADER.size : end_of_lengths].view(
+            "<i4"
+        )
+        self.sequence_pointers: npt.NDArray[np.int64] = buffer[end_of_lengths:end_of_pointers].view(
+            "<i8"
+        )
+        self.document_indices: npt.NDArray[np.int64] = buffer[end_of_pointers:].view("<i8")
+
+        self.num_tokens = num_bin_bytes // self.dtype.itemsize
+        self._check_ends(num_bin_bytes)
+        spread = num_sequences > NUM_CHECKED
+        for begin in _block_begins(num_sequences, NUM_CHECKED if spread else num_sequences):
+            self._check_block(begin)
+        for begin in _block_begins(num_boundaries, NUM_CHECKED if spread else num_boundaries):
+            self._check_document_block(begin)
+        self.tokens: npt.NDArray[Any] = (
+            np.asarray(np.memmap(bin_path(prefix), dtype=self.dtype, mode="r"))
+            if num_bin_bytes
+            else np.empty(0, self.dtype)  # an empty file cannot be mapped
+        )
+
+    def __len__(self) -> int:
+        """The number of sequences."""
+        return len(self.sequence_lengths)
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        """The tokens of one sequence, as a view of the mapped file."""
+        return self.get(index)
+
+    def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
+        """Part of a sequence, as a view of the mapped file.
+
+        Args:
+            index: Of the sequence; negative ones count from the end.
+            offset: First token within the sequence.
+            length: Number of tokens; to the sequence's end if None.
+
+        Raises:
+            IndexError: The index, or the part asked for, lies outside.
+        """
+        num_sequences = len(self.sequence_lengths)
+        if not -num_sequences <= index < num_sequences:
+            raise IndexError(f"sequence {index} of {num_sequences} in {self.prefix}")
+        sequence_length = int(self.sequence_lengths[index])
+        if length is None:
+            length = sequence_length - offset
+        if offset < 0 or length < 0 or offset + length > sequence_length:
+            raise IndexError(
+                f"tokens {offset}..{offset + length} of sequence {index} in {self.prefix}, "
+                f"which has {sequence_length}"
+            )
+        begin = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
+        return self.tokens[begin : begin + length]
+
+    @property
+    def num_documents(self) -> int:
+        """The number of documents (Megatron-LM may write several sequences for one)."""
+        return len(self.document_indices) - 1
+
+    def validate(self) -> None:
+        """Checks every length, pointer and document boundary, also of a very large dataset.
+
+        Raises:
+            UserError: Naming the first sequence or document that is wrong.
+        """
+        for begin in _block_begins(len(self), len(self)):
+            self._check_block(begin)
+        for begin in _block_begins(len(self.document_indices), len(self.document_indices)):
+            self._check_document_block(begin)
+
+    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[Path]]:
+        """Pickles as the prefix: the reader maps the files again."""
+        return IndexedDataset, (self.prefix,)
+
+    def _check_ends(self, num_bin_bytes: int) -> None:
+        num_sequences = len(self.sequence_lengths)
+        end = 0
+        if num_sequences:
+            end = int(self.sequence_pointers[-1])
+            end += int(self.sequence_lengths[-1]) * self.dtype.itemsize
+        if end != num_bin_bytes:
+            relation = "shorter" if num_bin_bytes < end else "longer"
+            raise UserError(
+                f"damaged dataset: {bin_path(self.prefix)}: has {num_bin_bytes} bytes, {relation} "
+                f"than the {end} that its .idx describes: copy or preprocess it again"
+            )
+        boundaries = self.document_indices
+        if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences:
+            self._fail(f"its documents do not run from sequence 0 to {num_sequences}")
+
+    def _check_block(self, begin: int) -> None:
+        """Each sequence of the block begins where the one before it ends."""
+        end = min(begin + CHECK_BLOCK, len(self))
+        lengths = self.sequence_lengths[begin:end]
+        if lengths.min(initial=0) < 0:
+            bad = int(np.argmax(lengths < 0))
+            self._fail(f"sequence {begin + bad} has length {lengths[bad]}")
+        if begin == 0 and end > 0 and self.sequence_pointers[0] != 0:
+            self._fail(f"sequence 0 begins at byte {self.sequence_pointers[0]} instead of 0")
+        # One sequence of the block before is looked at again, for the joint between the blocks.
+        first = max(begin - 1, 0)
+        pointers = self.sequence_pointers[first:end]
+        ends = pointers + self.sequence_lengths[first:end].astype(np.int64) * self.dtype.itemsize
+        agree = pointers[1:] == ends[:-1]
+        if not agree.all():
+            bad = int(np.argmin(agree))
+            self._fail(
+                f"sequence {first + bad + 1} begins at byte {pointers[bad + 1]}, "
+                f"but the one before it ends at {ends[bad]}"
+            )
+
+    def _check_document_block(self, begin: int) -> None:
+        boundaries = self.document_indices[max(begin - 1, 0) : begin + CHECK_BLOCK]
+        ascending = boundaries[1:] >= boundaries[:-1]
+        if not ascending.all():
+            bad = max(begin - 1, 0) + int(np.argmin(ascending))
+            self._fail(f"document {bad} ends before it begins")
+
+    def _fail(self, what: str) -> None:
+        raise UserError(
+            f"damaged index: {idx_path(self.prefix)}: {what}: copy or preprocess it again"
+        )
+
+
+class IndexedDatasetWriter:
+    """Writes one dataset, a document at a time, in memory that does not grow with it.
+
+    Lengths wait in an unnamed temporary file until `finalize`.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        """Opens the files beside their final names.
+
+        Args:
+            prefix: The path without `.bin` or `.idx`.
+            dtype: Of the ids; one that the format has a code for.
+
+        Raises:
+            UserError: The files cannot be made there.
+        """
+        self.prefix = Path(prefix)
+        self.dtype = np.dtype(dtype)
+        codes = [code for code, known in DTYPE_CODES.items() if known == self.dtype]
+        if not codes:
+            raise UserError(f"no such dtype in an indexed dataset: {self.dtype}: use int32")
+        self._dtype_code = codes[0]
+        self.bin_file = StagedFile(bin_path(prefix))
+        self.idx_file = StagedFile(idx_path(prefix))
+        self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)
+        self._boundaries: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)
+        self._boundaries.write(np.zeros(1, "<i8").tobytes())
+        self.num_sequences = 0
+        self.num_documents = 0
+        self.num_tokens = 0
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Appends one document of one sequence.
+
+        Args:
+            tokens: 1-D, ids that the dtype can hold.
+        """
+        array = np.asarray(tokens, dtype=self.dtype)
+        self.add_documents(array, np.array([array.size], np.int32))
+
+    def add_documents(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
+        """Appends many documents of one sequence each.
+
+        Args:
+            tokens: 1-D, the documents' tokens one after the other, in the writer's dtype.
+            lengths: int32[num_documents], tokens in each; they add up to ``tokens.size``.
+        """
+        boundaries = np.arange(1, len(lengths) + 1, dtype="<i8")
+        self.add_sequences(tokens, lengths, boundaries)
+
+    def add_sequences(
+        self,
+        tokens: npt.NDArray[Any],
+        lengths: npt.NDArray[np.int32],
+        boundaries: npt.NDArray[np.int64],
+    ) -> None:
+        """Appends sequences that form whole documents.
+
+        Args:
+            tokens: 1-D, in the writer's dtype.
+            lengths: int32[num_sequences], tokens in each; they add up to ``tokens.size``.
+            boundaries: int64[num_documents], the sequence (of these) after each document's last.
+        """
+        if tokens.dtype != self.dtype:
+            raise TypeError(f"tokens are {tokens.dtype}, the dataset is {self.dtype}")
+        if int(lengths.sum(dtype=np.int64)) != tokens.size:
+            raise ValueError(f"lengths do not add up to the {tokens.size} tokens given")
+        self.bin_file.write(np.ascontiguousarray(tokens).view(np.uint8).data)
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self._boundaries.write((boundaries + self.num_sequences).astype("<i8").tobytes())
+        self.num_sequences += len(lengths)
+        self.num_documents += len(boundaries)
+        self.num_tokens += tokens.size
+
+    def seal(self) -> list[StagedFile]:
+        """Writes the index and brings both files to the disk, still beside their final names.
+
+        Returns:
+            The files in the order in which to publish them: a dataset is found by its `.idx`.
+        """
+        header = (MAGIC, VERSION, self._dtype_code, self.num_sequences, self.num_documents + 1)
+        self.idx_file.write(HEADER.pack(*header))
+        for block in _blocks_of(self._lengths):
+            self.idx_file.write(block)
+        pointer = 0
+        for block in _blocks_of(self._lengths):
+            ends = np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self.dtype.itemsize
+            pointers = np.concatenate([[0], ends[:-1]]) + pointer
+            self.idx_file.write(pointers.astype("<i8").tobytes())
+            pointer += int(ends[-1])
+        for block in _blocks_of(self._boundaries):
+            self.idx_file.write(block)
+        self._lengths.close()
+        self._boundaries.close()
+        files = [self.bin_file, self.idx_file]
+        for file in files:
+            file.seal()
+        return files
+
+    def finalize(self) -> None:
+        """Completes the dataset and gives both files their names."""
+        publish_all(self.seal())
+
+    def discard(self) -> None:
+        """Removes what has not been published."""
+        self._lengths.close()
+        self._boundaries.close()
+        self.bin_file.discard()
+        self.idx_file.discard()
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(
+            f"cannot open dataset: {path}: {error.strerror}: a path is given without .bin or .idx"
+        ) from error
+
+
+def _read_header(path: Path, num_bytes: int) -> tuple[np.dtype[Any], int, int]:
+    """The dtype, the number of sequences, and the number of document boundaries."""
+
+    def fail(what: str) -> UserError:
+        return UserError(f"not a Megatron index: {path}: {what}: copy or preprocess it again")
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(HEADER.size)
+    except OSError as error:
+        raise UserError(f"cannot open dataset: {path}: {error.strerror}") from error
+    if data[: len(MAGIC)] != MAGIC[: len(data)]:
+        raise fail(f"begins with {data[: len(MAGIC)]!r} instead of {MAGIC!r}")
+    if len(data) < HEADER.size:
+        raise fail(f"truncated: {len(data)} bytes, the header alone has {HEADER.size}")
+    _, version, code, num_sequences, num_boundaries = HEADER.unpack(data)
+    if version != VERSION:
+        raise fail(f"version {version} instead of {VERSION}")
+    if code not in DTYPE_CODES:
+        raise fail(f"unknown dtype code {code}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if num_bytes != expected:
+        relation = "truncated" if num_bytes < expected else "too long"
+        raise fail(
+            f"{relation}: {num_bytes} bytes, {expected} expected for {num_sequences} sequences"
+        )
+    return DTYPE_CODES[code], num_sequences, num_boundaries
+
+
+def _block_begins(num_items: int, num_checked: int) -> Iterator[int]:
+    """Begins of the blocks that cover ``num_checked`` of the items, the last ones included."""
+    num_blocks = -(-num_items // CHECK_BLOCK)
+    num_chosen = min(num_blocks, -(-num_checked // CHECK_BLOCK))
+    for k in range(num_chosen):
+        yield (k * (num_blocks - 1) // max(num_chosen - 1, 1)) * CHECK_BLOCK
+
+
+def _blocks_of(file: IO[bytes]) -> Iterator[bytes]:
+    file.seek(0)
+    while block := file.read(1 << 20):
+        yield block

@@ -1,0 +1,124 @@
+"""Files that appear under their final name only when they are complete and on disk.
+
+In: bytes, in order. Out: a file beside its target (`<name>.partial`), then, after an fsync, the
+file under its own name. A killed job leaves at most `.partial` files; the next one overwrites them.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from megatron_chatflow.errors import UserError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+class StagedFile:
+    """A file being written beside its final name.
+
+    Use `write`, then `seal` (fsync), then `publish`; leaving the ``with`` block before `publish`
+    removes what was written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens `<path>.partial`, and locks it against a second job that writes the same file.
+
+        Args:
+            path: The final name; missing folders are made.
+
+        Raises:
+            UserError: The file cannot be made there, or another process is writing it.
+        """
+        self.path = Path(path)
+        self.partial_path = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.num_bytes = 0
+        self._hash = hashlib.sha256()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.partial_path, "ab", buffering=1 << 20)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot write: {self.partial_path}: {error.strerror}") from error
+        self._lock()
+        self._file.truncate(0)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mine = False
+        except (
+            OSError
+        ):  # a file system without locks: two jobs on one prefix are the user's to avoid
+            mine = True
+        else:
+            # Between our open and our lock, the other job may have published this very file.
+            mine = self.partial_path.exists() and os.path.samestat(
+                os.fstat(self._file.fileno()), self.partial_path.stat()
+            )
+        if not mine:
+            self._file.close()
+            raise UserError(
+                f"another job is writing: {self.partial_path}: wait for it or choose another prefix"
+            )
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends bytes, and takes them into the hash."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.num_bytes += len(data)
+
+    @property
+    def sha256(self) -> str:
+        """The hash, in hex, of everything written so far."""
+        return self._hash.hexdigest()
+
+    def seal(self) -> None:
+        """Brings every byte written so far to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def publish(self) -> None:
+        """Gives the file its final name; nothing may be written after it."""
+        os.replace(self.partial_path, self.path)
+        self._file.close()
+
+    def discard(self) -> None:
+        """Removes the file, unless it has been published."""
+        if not self._file.closed:
+            self.partial_path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __enter__(self) -> "StagedFile":
+        """Returns the file itself."""
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Discards what has not been published."""
+        self.discard()
+
+
+def publish_all(files: Iterable[StagedFile]) -> None:
+    """Seals every file, renames them in the given order, and makes the names durable.
+
+    Args:
+        files: In the order in which the names may appear: what others are found by goes last.
+    """
+    files = list(files)
+    for file in files:
+        file.seal()
+    for file in files:
+        file.publish()
+    for folder in {file.path.parent for file in files}:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
