@@ -1,0 +1,94 @@
+"""What every tokenizer here can do, and what their implementations share.
+
+In: nothing. Out: the `Tokenizer` protocol, the names of its types, hashing of model files.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.errors import UserError
+
+TOKENIZER_TYPES = ("Llama2Tokenizer", "HuggingFaceTokenizer")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        tokenizer_type: One of `TOKENIZER_TYPES`.
+        model_path: The file that it was loaded from.
+        vocab_size: Number of ids.
+        bos_id: Begin of sequence, or -1 where the model has none.
+        eos_id: End of sequence, which is also the end-of-document token.
+        pad_id: Padding; the end-of-sequence id where the model has none.
+        unk_id: Unknown, or -1 where the model has none.
+        num_bytes_per_id: int64[vocab_size], UTF-8 bytes of text that each id stands for; 0 for
+            control ids and the unknown id.
+        fingerprint: SHA-256 of the model file, hex.
+    """
+
+    tokenizer_type: str
+    model_path: Path
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    unk_id: int
+    fingerprint: str
+
+    @property
+    def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of text that each id stands for, int64[vocab_size]."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text from its beginning, without BOS or EOS.
+
+        Lone surrogates, which UTF-8 cannot hold, count as U+FFFD.
+        """
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of a text that follows other text: like `encode`, but with no space put first."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids vanish."""
+
+    def save_pretrained(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Writes what `transformers.AutoTokenizer.from_pretrained(folder)` reads.
+
+        Args:
+            folder: Made if it is missing.
+            chat_template: Jinja source that turns messages into a prompt.
+        """
+
+
+def read_model_file(path: Path) -> bytes:
+    """The bytes of a tokenizer's file.
+
+    Raises:
+        UserError: It cannot be read, or is empty.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer model: {path}: {error.strerror}") from error
+    if not data:
+        raise UserError(f"cannot read tokenizer model: {path}: the file is empty")
+    return data
+
+
+def sha256_of(data: bytes) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def without_surrogates(text: str) -> str:
+    """The text with each lone surrogate as U+FFFD (a pair of them becomes its character)."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

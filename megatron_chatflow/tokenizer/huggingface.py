@@ -1,0 +1,184 @@
+"""Hugging Face `tokenizer.json` models (`HuggingFaceTokenizer`).
+
+In: a `tokenizer.json`, with `tokenizer_config.json` beside it if there is one. Out: ids as the
+`tokenizers` library gives them with its `encode_special_tokens` switch on, so that a literal
+`<s>` or `<|endoftext|>` in raw text is text.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.base import read_model_file, sha256_of, without_surrogates
+from megatron_chatflow.tokenizer.export import copy_huggingface
+
+# Names by which a model without a configuration is asked for its control tokens, best first.
+COMMON_NAMES = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<|im_start|>", "<|endoftext|>", "[CLS]"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "[SEP]"),
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
+    "unk_token": ("<unk>", "[UNK]"),
+}
+
+
+class HuggingFaceTokenizer:
+    """A `Tokenizer` over a `tokenizer.json`."""
+
+    tokenizer_type = "HuggingFaceTokenizer"
+
+    def __init__(self, path: Path) -> None:
+        """Loads the model.
+
+        Args:
+            path: The `tokenizer.json`.
+
+        Raises:
+            UserError: The file cannot be read, is no such model, or has no EOS token.
+        """
+        self.model_path = path
+        data = read_model_file(path)
+        self.fingerprint = sha256_of(data)
+        try:
+            self._content: dict[str, Any] = json.loads(data)
+            self._tokenizer = _open(self._content)
+        except Exception as error:  # the library raises bare Exception, json its own
+            raise UserError(f"not a tokenizer.json: {path}: {error}") from error
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
+        self._special_tokens = _special_tokens(path, self._tokenizer)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+        self.unk_id = self._id_of("unk_token")
+        if self.eos_id < 0:
+            raise UserError(
+                f"tokenizer has no EOS token: {path}: name one in tokenizer_config.json beside it"
+            )
+        pad_id = self._id_of("pad_token")
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+
+    def _id_of(self, name: str) -> int:
+        piece = self._special_tokens.get(name)
+        token_id = None if piece is None else self._tokenizer.token_to_id(piece)
+        return -1 if token_id is None else int(token_id)
+
+    @cached_property
+    def _continuing_tokenizer(self) -> tokenizers.Tokenizer:
+        return _open(_without_prefix_space(self._content))
+
+    @cached_property
+    def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of text that each id stands for, int64[vocab_size]."""
+        num_bytes = np.zeros(self.vocab_size, np.int64)
+        byte_level = _mentions(self._content.get("decoder"), "ByteLevel")
+        for piece, token_id in self._tokenizer.get_vocab().items():
+            if byte_level:
+                num_bytes[token_id] = len(piece)  # each byte is written as one character
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                num_bytes[token_id] = 1
+            else:
+                num_bytes[token_id] = len(piece.replace("\u2581", " ").encode())
+        for token_id, token in self._tokenizer.get_added_tokens_decoder().items():
+            num_bytes[token_id] = 0 if token.special else len(token.content.encode())
+        if self.unk_id >= 0:
+            num_bytes[self.unk_id] = 0
+        return num_bytes
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text from its beginning, without BOS or EOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of a text that follows other text: with no space put first."""
+        return _encode_batch(self._continuing_tokenizer, [text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text."""
+        return _encode_batch(self._tokenizer, texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids vanish."""
+        return self._tokenizer.decode([int(token_id) for token_id in ids])
+
+    def save_pretrained(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Copies `tokenizer.json` and its configuration.
+
+        Args:
+            folder: Made if it is missing.
+            chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
+        """
+        copy_huggingface(self.model_path, self._special_tokens, Path(folder), chat_template)
+
+
+def _open(content: dict[str, Any]) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _encode_batch(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    except (UnicodeEncodeError, TypeError):  # which of the two depends on the library's version
+        cleaned = [without_surrogates(text) for text in texts]
+        encodings = tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """Control tokens by name, from the configuration beside the model, else by common names."""
+    config_path = path.with_name("tokenizer_config.json")
+    config: dict[str, Any] = {}
+    if config_path.exists():
+        try:
+            config = json.loads(config_path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"not a tokenizer configuration: {config_path}: {error}") from error
+    found = {}
+    for name, candidates in COMMON_NAMES.items():
+        value = config.get(name)
+        piece = value.get("content") if isinstance(value, dict) else value
+        if name not in config:
+            known = [known for known in candidates if tokenizer.token_to_id(known) is not None]
+            piece = known[0] if known else None
+        if isinstance(piece, str):
+            found[name] = piece
+    return found
+
+
+def _mentions(part: Any, kind: str) -> bool:
+    """Whether a component of a `tokenizer.json`, or one nested in it, has this type."""
+    if isinstance(part, dict):
+        return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
+    return isinstance(part, list) and any(_mentions(value, kind) for value in part)
+
+
+def _without_prefix_space(part: Any) -> Any:
+    """The same model with nothing put before a text's first character."""
+    if isinstance(part, list):
+        kept = [item for item in part if not (isinstance(item, dict) and _is_prepend(item))]
+        return [_without_prefix_space(item) for item in kept]
+    if not isinstance(part, dict):
+        return part
+    changed: dict[str, Any] = {}
+    for key, value in part.items():
+        if key == "vocab" or (isinstance(value, dict) and _is_prepend(value)):
+            changed[key] = value if key == "vocab" else None
+        elif key == "add_prefix_space":
+            changed[key] = False
+        elif key == "prepend_scheme":
+            changed[key] = "never"
+        else:
+            changed[key] = _without_prefix_space(value)
+    return changed
+
+
+def _is_prepend(component: dict[str, Any]) -> bool:
+    return component.get("type") == "Prepend"

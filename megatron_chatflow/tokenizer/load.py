@@ -1,0 +1,37 @@
+"""Chooses and opens a tokenizer.
+
+In: a path, and a type or "auto". Out: a `Tokenizer`, or a `UserError` that says what is wrong.
+"""
+
+from pathlib import Path
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.base import TOKENIZER_TYPES, Tokenizer
+from megatron_chatflow.tokenizer.huggingface import HuggingFaceTokenizer
+from megatron_chatflow.tokenizer.sentencepiece_model import SentencePieceTokenizer
+
+
+def load_tokenizer(tokenizer_model: str | Path, tokenizer_type: str = "auto") -> Tokenizer:
+    """Opens a tokenizer.
+
+    Args:
+        tokenizer_model: A SentencePiece `.model`, a `tokenizer.json`, or a folder with one of them
+            (a SentencePiece model wins, being the original of a converted `tokenizer.json`).
+        tokenizer_type: `Llama2Tokenizer` (SentencePiece), `HuggingFaceTokenizer`, or "auto".
+
+    Raises:
+        UserError: Unknown type, or a file that is missing or is no such model.
+    """
+    path = Path(tokenizer_model)
+    if tokenizer_type not in (*TOKENIZER_TYPES, "auto"):
+        known = ", ".join(TOKENIZER_TYPES)
+        raise UserError(f"unknown tokenizer type: {tokenizer_type}: choose one of {known}, auto")
+    if not path.exists():
+        raise UserError(f"tokenizer model not found: {path}: check --tokenizer-model")
+    if tokenizer_type == "auto":
+        is_json = path.suffix == ".json" or (path / "tokenizer.json").exists()
+        has_sentencepiece = (path / "tokenizer.model").exists()
+        tokenizer_type = TOKENIZER_TYPES[1 if is_json and not has_sentencepiece else 0]
+    if tokenizer_type == "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    return SentencePieceTokenizer(path / "tokenizer.model" if path.is_dir() else path)

@@ -1,0 +1,113 @@
+"""SentencePiece models, LLaMA-2's among them (`Llama2Tokenizer`).
+
+In: a `.model` file. Out: ids exactly as the sentencepiece library gives them.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.base import read_model_file, sha256_of, without_surrogates
+from megatron_chatflow.tokenizer.export import save_sentencepiece
+
+SPACE = "\u2581"
+
+
+class SentencePieceTokenizer:
+    """A `Tokenizer` over a SentencePiece model; literal `<s>` in text stays text."""
+
+    tokenizer_type = "Llama2Tokenizer"
+
+    def __init__(self, path: Path) -> None:
+        """Loads the model.
+
+        Args:
+            path: The `.model` file.
+
+        Raises:
+            UserError: The file cannot be read, is no SentencePiece model, or lacks an EOS id.
+        """
+        self.model_path = path
+        self._model_bytes = read_model_file(path)
+        self._processor = _processor_of(self._model_bytes, path)
+        self.fingerprint = sha256_of(self._model_bytes)
+        self.vocab_size = int(self._processor.vocab_size())
+        self.bos_id = int(self._processor.bos_id())
+        self.eos_id = int(self._processor.eos_id())
+        self.unk_id = int(self._processor.unk_id())
+        if self.eos_id < 0:
+            raise UserError(f"tokenizer has no EOS token: {path}: train the model with one")
+        pad_id = int(self._processor.pad_id())
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+
+    @cached_property
+    def _continuing_processor(self) -> sentencepiece.SentencePieceProcessor:
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(self._model_bytes)
+        model.normalizer_spec.add_dummy_prefix = False
+        return _processor_of(model.SerializeToString(), self.model_path)
+
+    @cached_property
+    def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of text that each id stands for, int64[vocab_size]."""
+        processor = self._processor
+        num_bytes = np.zeros(self.vocab_size, np.int64)
+        for token_id in range(self.vocab_size):
+            if processor.is_byte(token_id):
+                num_bytes[token_id] = 1
+            elif not processor.is_control(token_id) and not processor.is_unknown(token_id):
+                piece = processor.id_to_piece(token_id).replace(SPACE, " ")
+                num_bytes[token_id] = len(piece.encode())
+        return num_bytes
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text from its beginning, without BOS or EOS."""
+        return _encode(self._processor, text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of a text that follows other text: no dummy prefix space."""
+        return _encode(self._continuing_processor, text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text."""
+        return [_encode(self._processor, text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids vanish."""
+        text: str = self._processor.decode([int(token_id) for token_id in ids])
+        return text
+
+    def save_pretrained(self, folder: str | Path, chat_template: str | None = None) -> None:
+        """Writes `tokenizer.model`, `tokenizer.json` and their configuration for transformers.
+
+        Args:
+            folder: Made if it is missing.
+            chat_template: Jinja source that turns messages into a prompt.
+        """
+        save_sentencepiece(self._model_bytes, self, Path(folder), chat_template)
+
+
+def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        loaded = processor.LoadFromSerializedProto(data)
+    except (RuntimeError, OSError, TypeError) as error:
+        raise UserError(f"not a SentencePiece model: {path}: {error}") from error
+    if not loaded or processor.vocab_size() == 0:
+        raise UserError(f"not a SentencePiece model: {path}: check --tokenizer-model")
+    return processor
+
+
+def _encode(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = without_surrogates(text).encode()
+    ids: list[int] = processor.encode(data)
+    return ids
