@@ -1,0 +1,1 @@
+"""Checkpoints: the distributed store, and conversion to and from Hugging Face."""

@@ -1,0 +1,103 @@
+"""Files that appear whole or not at all, and the folder names of a run's checkpoints.
+
+In: bytes and final names. Out: files and folders under those names only once they are on the disk.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.errors import UserError
+
+LATEST = "latest_checkpointed_iteration.txt"
+_ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """``root/iter_0000100`` for iteration 100, as Megatron names it."""
+    return root / f"iter_{iteration:07d}"
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes beside, flushes, renames: a reader sees the old text or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flushes every file below ``folder`` and every folder's entries."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            fsync_path(Path(parent) / name)
+        fsync_path(Path(parent))
+
+
+def latest_iteration(root: Path) -> int | None:
+    """The iteration that a run's folder calls its latest, or None where none was ever saved.
+
+    Raises:
+        UserError: The file is there and does not hold a number, or its folder is missing.
+    """
+    path = root / LATEST
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    if not text.isdecimal():
+        raise UserError(f"{path}: {text[:40]!r} is not an iteration; write the number of one there")
+    iteration = int(text)
+    if not iteration_folder(root, iteration).is_dir():
+        raise UserError(
+            f"{path}: names iteration {iteration}, and {iteration_folder(root, iteration)} is not "
+            "there; write the number of a checkpoint that is"
+        )
+    return iteration
+
+
+def resolve_checkpoint(path: Path) -> Path | None:
+    """The checkpoint folder that ``path`` means: itself, or the latest of the run's folder.
+
+    Returns:
+        The folder, or None if ``path`` holds no checkpoint.
+    """
+    if _ITERATION_FOLDER.fullmatch(path.resolve().name) and path.is_dir():
+        return path
+    iteration = latest_iteration(path) if path.is_dir() else None
+    return None if iteration is None else iteration_folder(path, iteration)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Reads ``state.json`` of a checkpoint folder.
+
+    Raises:
+        UserError: It is missing or no JSON object.
+    """
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint}: has no state.json and so is no checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); load another checkpoint") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: is damaged (no object); load another checkpoint")
+    return state

@@ -1,0 +1,201 @@
+"""A run's checkpoints: weights and optimizer state at any parallel layout, and the run's own state.
+
+In: the model's chunks, the optimizer, the configuration and a `RunState`. Out: a folder
+``iter_0000100/`` that appears whole or not at all, and ``latest_checkpointed_iteration.txt``, which
+moves only then. Nothing random is drawn after initialisation (dropout is 0 and the data's order is
+a function of the seed), so no generator's state is kept.
+"""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.checkpoint import megatron
+from megatron_chatflow.checkpoint.files import (
+    LATEST,
+    fsync_path,
+    fsync_tree,
+    iteration_folder,
+    read_state,
+    write_atomically,
+)
+from megatron_chatflow.config import RunConfig
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run must know to go on, besides weights and optimizer.
+
+    Attributes:
+        iteration: Steps taken.
+        consumed_samples: Samples of the blend consumed.
+        consumed_tokens: The same in tokens.
+        blend: The blend's state.
+        schedule: The schedule, with the number of samples an iteration that it began with.
+        sources: Each source's fingerprint by name.
+        tokenizer: ``type``, ``sha256`` and ``vocab_size``.
+        model: The model's shape.
+    """
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    blend: dict[str, Any]
+    schedule: dict[str, Any]
+    sources: dict[str, Any]
+    tokenizer: dict[str, Any]
+    model: dict[str, Any]
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "RunState":
+        """Reads a checkpoint's state.
+
+        Raises:
+            UserError: The folder holds none, or it lacks a part.
+        """
+        state = read_state(checkpoint)
+        try:
+            return cls(**state)
+        except TypeError as error:
+            raise UserError(
+                f"{checkpoint / 'state.json'}: is of another version ({error}); load another "
+                "checkpoint"
+            ) from None
+
+
+def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+    assert len(chunks) == 1, "virtual pipeline stages have one name each in a checkpoint"
+    state: dict[str, Any] = {"model": chunks[0].sharded_state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            state["model"], is_loading=is_loading, metadata=megatron.OPTIMIZER_LAYOUT
+        )
+    return state
+
+
+def _unwrapped(chunks: list[Any]) -> list[Any]:
+    return [getattr(chunk, "module", chunk) for chunk in chunks]
+
+
+def _all_agree(is_fine: bool, device: torch.device) -> bool:
+    flag = torch.tensor([int(is_fine)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def save_checkpoint(
+    root: Path,
+    state: RunState,
+    config: RunConfig,
+    chunks: list[Any],
+    optimizer: Any,
+    ranks: Ranks,
+) -> bool:
+    """Writes ``root/iter_...``; every rank calls it.
+
+    A save that fails (a full disk, a quota, a folder that cannot be written) is logged, leaves
+    nothing behind, and leaves the previous checkpoint as it was.
+
+    Args:
+        root: The run's folder.
+        state: The run's own state.
+        config: Resolved configuration, stored beside the weights.
+        chunks: Model chunks, with or without gradient buffers around them.
+        optimizer: megatron-core's optimizer.
+        ranks: This process's place.
+
+    Returns:
+        Whether the checkpoint is on the disk.
+    """
+    begin = time.perf_counter()
+    final = iteration_folder(root, state.iteration)
+    beside = root / f".{final.name}.saving"
+    error: Exception | None = None
+    try:
+        if ranks.is_reporter:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+    except OSError as caught:
+        error = caught
+    is_saved = _all_agree(error is None, ranks.device)
+    if is_saved:
+        try:
+            with device_mode(ranks.device):
+                megatron.save_sharded(
+                    _sharded_state(_unwrapped(chunks), optimizer, is_loading=False), beside
+                )
+        except Exception as caught:  # torch wraps what any rank met; which type depends on it
+            error = caught
+        is_saved = _all_agree(error is None, ranks.device)
+    if is_saved and ranks.is_reporter:
+        try:
+            _publish(root, beside, final, state, config)
+        except OSError as caught:
+            error = caught
+    is_saved = is_saved and _all_agree(error is None, ranks.device)
+    if is_saved:
+        if ranks.is_reporter:
+            logger.info("saved %s in %.2f s", final, time.perf_counter() - begin)
+        return True
+    if ranks.is_reporter:
+        shutil.rmtree(beside, ignore_errors=True)
+    if error is not None:
+        reason = _root_cause(error)
+        logger.error(
+            "saving %s failed: %s; the previous checkpoint is untouched, training goes on and the "
+            "next save tries again",
+            final,
+            reason,
+        )
+    return False
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of what lies under torch's wrapping."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def _publish(root: Path, beside: Path, final: Path, state: RunState, config: RunConfig) -> None:
+    (beside / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (beside / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    fsync_tree(beside)
+    if final.exists():
+        # The same iteration saved again, after a resume from an earlier one.
+        shutil.rmtree(final)
+    beside.rename(final)
+    fsync_path(root)
+    write_atomically(root / LATEST, f"{state.iteration}\n")
+
+
+def load_weights(checkpoint: Path, chunks: list[Any], ranks: Ranks) -> None:
+    """Reads the model's weights alone, at whatever layout they were saved; every rank calls it."""
+    bare = _unwrapped(chunks)
+    with device_mode(ranks.device):
+        loaded = megatron.load_sharded(_sharded_state(bare, None, is_loading=True), checkpoint)
+        bare[0].load_state_dict(loaded["model"])
+
+
+def load_checkpoint(checkpoint: Path, chunks: list[Any], optimizer: Any, ranks: Ranks) -> None:
+    """Reads weights and optimizer state; every rank calls it."""
+    bare = _unwrapped(chunks)
+    with device_mode(ranks.device):
+        sharded = _sharded_state(bare, optimizer, is_loading=True)
+        loaded = megatron.load_sharded(sharded, checkpoint)
+        bare[0].load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])

@@ -1,0 +1,137 @@
+"""Validation loss and bits per byte of each source.
+
+In: held-out samples of each source and the model's chunks. Out: per source, the mean loss of its
+loss tokens in nats, and bits per UTF-8 byte, which compare across vocabularies.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_chatflow.data.loader import MicroBatch, collate
+from megatron_chatflow.data.source import Source
+from megatron_chatflow.model.forward import ForwardStep
+from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class SourceLoss:
+    """A source's validation.
+
+    Attributes:
+        loss: Mean loss of a token, in nats.
+        bits_per_byte: Loss over the bytes of text that the tokens stand for.
+        num_tokens: Loss tokens looked at.
+    """
+
+    loss: float
+    bits_per_byte: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Runs the held-out samples of every source through the model.
+
+    Attributes:
+        sources: Held-out sources, in the training sources' order; one without samples is skipped.
+        max_samples: Samples looked at in each source: its first ones.
+        micro_batch_size: Samples at a time.
+        seq_length: Tokens of a sample.
+    """
+
+    sources: Sequence[Source]
+    max_samples: int
+    micro_batch_size: int
+    seq_length: int
+
+    def run(
+        self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
+    ) -> dict[str, SourceLoss]:
+        """Evaluates every source; every rank calls it and gets the same result."""
+        sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=ranks.device)
+        for chunk in chunks:
+            chunk.eval()
+        for number, source in enumerate(self.sources):
+            batches = self._micro_batches(number, source, ranks)
+            if batches:
+                sums += self._forward(batches, forward_step, chunks, ranks)
+        for chunk in chunks:
+            chunk.train()
+        sums = reduce_source_sums(sums, ranks)
+        return {
+            source.name: _source_loss(row)
+            for source, row in zip(self.sources, sums.tolist(), strict=True)
+            if row[1] > 0
+        }
+
+    def _micro_batches(self, number: int, source: Source, ranks: Ranks) -> list[MicroBatch]:
+        """This rank's share; short ones are filled with samples that carry no loss."""
+        num_samples = min(self.max_samples, source.num_samples)
+        mine = range(ranks.data_parallel_rank, num_samples, ranks.data_parallel_size)
+        batches = []
+        for begin in range(0, len(mine), self.micro_batch_size):
+            indices = list(mine[begin : begin + self.micro_batch_size])
+            num_filled = self.micro_batch_size - len(indices)
+            samples = [source.sample_in_order(i) for i in indices + indices[-1:] * num_filled]
+            batch = collate(
+                samples,
+                source=[number] * self.micro_batch_size,
+                sample_index=indices + indices[-1:] * num_filled,
+            )
+            if num_filled:
+                batch.loss_mask[-num_filled:] = 0
+            batches.append(batch)
+        return batches
+
+    def _forward(
+        self,
+        batches: list[MicroBatch],
+        forward_step: ForwardStep,
+        chunks: list[Any],
+        ranks: Ranks,
+    ) -> torch.Tensor:
+        stream: Iterator[MicroBatch] = iter(batches)
+        with torch.no_grad():
+            results = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=stream,
+                model=chunks,
+                num_microbatches=len(batches),
+                # A micro-batch is one row of packed tokens.
+                seq_length=self.micro_batch_size * self.seq_length,
+                micro_batch_size=1,
+                forward_only=True,
+            )
+        if not ranks.is_last_stage:
+            return torch.zeros(len(self.sources), 3, dtype=torch.float64, device=ranks.device)
+        return torch.stack(results).sum(dim=0)
+
+
+def reduce_source_sums(sums: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Adds up per-source sums over the data-parallel ranks and gives them to every stage.
+
+    Args:
+        sums: float64[num_sources, 3]; zeros except on the last pipeline stage.
+        ranks: This process's place.
+    """
+    torch.distributed.all_reduce(
+        sums, group=megatron.data_parallel_group(with_context_parallel=True)
+    )
+    if ranks.pipeline_parallel_size > 1:
+        torch.distributed.all_reduce(sums, group=megatron.pipeline_parallel_group())
+    return sums
+
+
+def _source_loss(row: list[float]) -> SourceLoss:
+    loss_sum, num_tokens, num_bytes = row
+    return SourceLoss(
+        loss=loss_sum / num_tokens,
+        bits_per_byte=loss_sum / math.log(2) / num_bytes if num_bytes else math.nan,
+        num_tokens=int(num_tokens),
+    )

@@ -1,0 +1,1 @@
+"""LLaMA as a megatron-core GPTModel: layer spec, attention, rotary embedding, norm and loss."""

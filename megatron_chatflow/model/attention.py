@@ -1,0 +1,122 @@
+"""Causal attention inside each document of a packed micro-batch.
+
+In: queries ``[tokens, query_heads, head_dim]``, keys and values ``[tokens, groups, head_dim]`` and
+`PackedTokens`. Out: ``[tokens, query_heads * head_dim]``. The attention kernels are the libraries'
+own: flash-attn's where it is installed and a GPU is there, torch's elsewhere; `choose_backend` says
+which and why.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_chatflow.model.packed import PackedTokens
+from megatron_chatflow.model.rotary import apply_rotary
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Which attention a run uses, and the reason, for the log.
+
+    Returns:
+        ``("flash_attn" | "sdpa", reason)``.
+    """
+    if device.type != "cuda":
+        return "sdpa", "torch's scaled_dot_product_attention: no GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "torch's scaled_dot_product_attention: flash-attn is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa", f"torch's scaled_dot_product_attention: flash-attn has no {dtype} kernel"
+    return "flash_attn", "flash-attn's variable-length kernel"
+
+
+class PackedCausalAttention(nn.Module):
+    """megatron-core's ``core_attention`` for packed documents, rotary embedding included."""
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        """Takes what megatron-core gives every core attention.
+
+        Args:
+            config: ``TransformerConfig``.
+            layer_number: 1-based number of the layer; not used.
+            attn_mask_type: Not used: the mask is causal in each document.
+            attention_type: Not used: there is self-attention only.
+            softmax_scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+        """
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
+        self.backend, _reason = choose_backend(device, config.params_dtype)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedTokens | None = None,
+    ) -> torch.Tensor:
+        """Attends; ``attention_mask`` and ``attention_bias`` have to be None."""
+        packed = packed_seq_params
+        assert packed is not None and packed.cosines is not None and packed.sines is not None
+        assert attention_mask is None and attention_bias is None
+        query = apply_rotary(query, packed.cosines, packed.sines)
+        key = apply_rotary(key, packed.cosines, packed.sines)
+        if self.backend == "flash_attn":
+            context = self._flash(query, key, value, packed)
+        else:
+            context = self._sdpa(query, key, value, packed)
+        return context.flatten(1)
+
+    def _sdpa(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
+    ) -> torch.Tensor:
+        """One call for each run of documents of equal length."""
+        parts = []
+        for start, num_documents, length in packed.runs:
+            rows = slice(start, start + num_documents * length)
+            # [documents * length, heads, head_dim] -> [documents, heads, length, head_dim]
+            q, k, v = (
+                tensor[rows].unflatten(0, (num_documents, length)).transpose(1, 2)
+                for tensor in (query, key, value)
+            )
+            context = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            parts.append(context.transpose(1, 2).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _flash(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
+    ) -> torch.Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        context: torch.Tensor = flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            softmax_scale=self.softmax_scale,
+            causal=True,
+        )
+        return context

@@ -1,0 +1,121 @@
+"""One micro-batch through the model: the function that megatron-core's schedules call.
+
+In: an iterator over micro-batches and a model chunk. Out: the chunk's output, and the function by
+which the last pipeline stage turns it into a summed loss, a number of loss tokens, and sums per
+source. Training and validation run the same code.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_chatflow.data.loader import MicroBatch
+from megatron_chatflow.model.llama import Llama
+from megatron_chatflow.model.loss import (
+    VocabularySlice,
+    linear_cross_entropy,
+    source_sums,
+    vocabulary_slice,
+)
+from megatron_chatflow.model.packed import pack_tokens
+from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime.ranks import Ranks
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ForwardStep:
+    """A micro-batch's way through this process's part of the model.
+
+    Attributes:
+        llama: The model.
+        device: Where it lies.
+        rows: This rank's slice of the vocabulary.
+        num_bytes_per_id: int64[vocab_size] on ``device``: bytes of text that each id stands for.
+        num_sources: Rows of the per-source sums.
+    """
+
+    llama: Llama
+    device: torch.device
+    rows: VocabularySlice
+    num_bytes_per_id: torch.Tensor
+    num_sources: int
+
+    @classmethod
+    def build(
+        cls,
+        llama: Llama,
+        ranks: Ranks,
+        *,
+        num_bytes_per_id: npt.NDArray[np.int64],
+        num_sources: int,
+    ) -> "ForwardStep":
+        """Fits the step to this process's place in the job."""
+        rows = vocabulary_slice(
+            rank=ranks.tensor_parallel_rank,
+            size=ranks.tensor_parallel_size,
+            padded_vocab_size=llama.padded_vocab_size,
+            vocab_size=llama.vocab_size,
+            group=megatron.tensor_parallel_group(),
+        )
+        return cls(
+            llama=llama,
+            device=ranks.device,
+            rows=rows,
+            num_bytes_per_id=torch.from_numpy(num_bytes_per_id).to(ranks.device),
+            num_sources=num_sources,
+        )
+
+    def __call__(
+        self, micro_batches: Iterator[MicroBatch], model: Any
+    ) -> tuple[torch.Tensor, LossFunction]:
+        """Runs the next micro-batch.
+
+        Returns:
+            The chunk's output (hidden states, ``[1, tokens, hidden]`` on the last stage), and the
+            loss function to call on it there.
+        """
+        batch = next(micro_batches)
+        packed = pack_tokens(
+            batch.cu_seqlens,
+            head_dim=self.llama.head_dim,
+            rotary_base=self.llama.rotary_base,
+            dtype=self.llama.dtype,
+            device=self.device,
+        )
+        tokens = self._flat(batch.tokens).unsqueeze(0)
+        output = model(tokens, None, None, packed_seq_params=packed)
+
+        def loss_function(
+            hidden: torch.Tensor,
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return self._loss(hidden, batch)
+
+        return output, loss_function
+
+    def _loss(
+        self, hidden: torch.Tensor, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        labels = self._flat(batch.labels)
+        loss_mask = self._flat(batch.loss_mask)
+        total, losses = linear_cross_entropy(
+            hidden[0],
+            self.llama.output_weight,
+            labels,
+            loss_mask,
+            self.rows,
+            sequence_parallel=self.llama.config.sequence_parallel,
+        )
+        source = batch.source.to(self.device).repeat_interleave(batch.tokens.shape[1])
+        sums = source_sums(
+            losses.detach(), loss_mask, self.num_bytes_per_id[labels], source, self.num_sources
+        )
+        return total, loss_mask.sum().int(), sums
+
+    def _flat(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.flatten().to(self.device, non_blocking=True)

@@ -1,0 +1,219 @@
+"""LLaMA as a megatron-core `GPTModel`: configuration, layer spec, construction.
+
+In: `ModelConfig`, `ParallelConfig` and this process's `Ranks`. Out: the model chunks that this
+process holds. Touvron et al., "Llama 2", 2023: RMSNorm before each block, SwiGLU, rotary positions,
+grouped-query attention, untied embeddings, no biases.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch.nn.functional import silu
+
+from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.norm import RMSNorm
+from megatron_chatflow.runtime.ranks import Ranks
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: the least common multiple of both divisors at or above the size.
+
+    It is the same for every tensor-parallel size that divides ``divisible_by``, so that a
+    checkpoint's tensors keep their shapes when a run changes its parallel layout.
+    """
+    multiple = math.lcm(divisible_by, tensor_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, ranks: Ranks
+) -> TransformerConfig:
+    """megatron-core's configuration of this run's transformer."""
+    dtype = torch.bfloat16 if train.bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_method_std,
+        activation_func=silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        bf16=train.bf16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,
+        recompute_granularity=train.recompute_granularity,
+        recompute_method=train.recompute_method,
+        recompute_num_layers=train.recompute_num_layers,
+        use_cpu_initialization=not ranks.is_cuda,
+        deterministic_mode=train.deterministic_mode,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def layer_spec() -> ModuleSpec:
+    """One LLaMA layer from megatron-core's own parallel linears and our norm and attention."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedCausalAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class HiddenStatesOut(ColumnParallelLinear):  # type: ignore[misc]
+    """An output layer that keeps its weight and passes hidden states on to the chunked loss."""
+
+    def forward(
+        self, input_: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Returns its input; `linear_cross_entropy` multiplies by the weight, chunk by chunk."""
+        return input_, None
+
+
+@dataclass(frozen=True)
+class Llama:
+    """The model as this process holds it.
+
+    Attributes:
+        chunks: The `GPTModel` of each virtual pipeline stage here.
+        config: megatron-core's configuration, shared by the chunks.
+        vocab_size: Pieces of the tokenizer.
+        padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
+        rotary_base: RoPE's base.
+    """
+
+    chunks: list[Any]
+    config: Any
+    vocab_size: int
+    padded_vocab_size: int
+    rotary_base: float
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return int(self.config.kv_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        dtype: torch.dtype = self.config.params_dtype
+        return dtype
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The output layer's rows here; on the last pipeline stage only."""
+        model = self.chunks[-1]
+        shared: torch.Tensor | None = (
+            model.shared_embedding_or_output_weight()
+            if model.share_embeddings_and_output_weights
+            else model.output_layer.weight
+        )
+        assert shared is not None
+        return shared
+
+    def num_local_parameters(self) -> int:
+        """Parameters that this process holds."""
+        return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+
+
+def build_llama(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    ranks: Ranks,
+    *,
+    vocab_size: int,
+) -> Llama:
+    """Builds this process's part of the model, with weights from ``train.seed``.
+
+    On CPUs the initial weights are slices of the whole matrices and so the same for any
+    tensor-parallel size.
+
+    Args:
+        model: Shape.
+        parallel: How it is cut.
+        train: Precision and recomputation.
+        ranks: This process's place.
+        vocab_size: Pieces of the tokenizer.
+    """
+    config = transformer_config(model, parallel, train, ranks)
+    rows = padded_vocab_size(
+        vocab_size, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
+    )
+    spec = TransformerBlockSubmodules(
+        layer_specs=[layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=rows,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        # Our attention rotates queries and keys itself, by angles computed once a micro-batch.
+        position_embedding_type="none",
+    )
+    if ranks.is_last_stage:
+        # The weight stays where megatron-core's checkpoints and gradients look for it.
+        chunk.output_layer.__class__ = HiddenStatesOut
+    if ranks.is_cuda:
+        chunk.cuda(ranks.device)
+    return Llama(
+        chunks=[chunk],
+        config=config,
+        vocab_size=vocab_size,
+        padded_vocab_size=rows,
+        rotary_base=model.rotary_base,
+    )

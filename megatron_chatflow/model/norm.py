@@ -1,0 +1,36 @@
+"""RMSNorm as megatron-core's layer spec expects a norm.
+
+In: hidden states ``[tokens, batch, hidden]``. Out: the same shape and dtype. Zhang and Sennrich,
+"Root Mean Square Layer Normalization", 2019. torch's own module does not carry the marks by which
+megatron-core finds the weights whose gradients sequence parallelism leaves in parts.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight``, the mean taken in fp32."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        """Makes the weight, ones of ``config.params_dtype``.
+
+        Args:
+            config: megatron-core's ``TransformerConfig``.
+            hidden_size: Size of the last axis.
+            eps: Added to the mean square.
+        """
+        super().__init__()
+        self.eps = eps
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # megatron-core adds up, over the tensor-parallel group, gradients of weights so marked.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalises the last axis."""
+        return nn.functional.rms_norm(
+            hidden_states, (hidden_states.shape[-1],), self.weight, self.eps
+        )

@@ -1,0 +1,88 @@
+"""What attention must know of a micro-batch: where its documents begin, and the rotary angles.
+
+In: the cumulative document lengths that the loader puts beside the tokens. Out: `PackedTokens`,
+which megatron-core hands unchanged to every layer. Every micro-batch is one row of
+``micro_batch_size * seq_length`` packed tokens (megatron-core's ``thd`` format), so that samples
+with and without document boundaries run through the same code, and nothing ever builds a dense
+mask.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_chatflow.model.rotary import rotary_table
+
+
+@dataclass
+class PackedTokens(PackedSeqParams):  # type: ignore[misc]
+    """megatron-core's packed-sequence parameters, with what is computed once a micro-batch.
+
+    Attributes:
+        runs: ``(start, num_documents, length)`` of each run of documents of equal length, as
+            Python integers, so that no layer waits for the device to read them.
+        cosines: ``[tokens, 1, head_dim / 2]``.
+        sines: The same shape.
+    """
+
+    runs: tuple[tuple[int, int, int], ...] = ()
+    cosines: torch.Tensor | None = None
+    sines: torch.Tensor | None = None
+
+
+def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]:
+    """Groups neighbours of equal length: ``(start, num_documents, length)`` of each group.
+
+    >>> equal_length_runs([0, 4, 8, 10])
+    ((0, 2, 4), (8, 1, 2))
+    """
+    documents = [(start, end - start) for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    runs = []
+    for length, group in groupby((d for d in documents if d[1] > 0), key=lambda d: d[1]):
+        starts = [start for start, _ in group]
+        runs.append((starts[0], len(starts), length))
+    return tuple(runs)
+
+
+def document_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Each token's position in its own document, int64[tokens], from int32[num_documents + 1]."""
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens.diff().long()
+    return torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
+
+
+def pack_tokens(
+    cu_seqlens: torch.Tensor,
+    *,
+    head_dim: int,
+    rotary_base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PackedTokens:
+    """Prepares a micro-batch for attention.
+
+    Args:
+        cu_seqlens: int32[num_documents + 1] on the CPU, over the flattened micro-batch.
+        head_dim: Size of an attention head.
+        rotary_base: RoPE's base.
+        dtype: The model's activations.
+        device: Where the model runs.
+    """
+    boundaries = cu_seqlens.tolist()
+    runs = equal_length_runs(boundaries)
+    positions = document_positions(cu_seqlens).to(device, non_blocking=True)
+    cosines, sines = rotary_table(positions, head_dim, rotary_base, dtype)
+    on_device = cu_seqlens.to(device, non_blocking=True)
+    longest = max(length for _, _, length in runs)
+    return PackedTokens(
+        qkv_format="thd",
+        cu_seqlens_q=on_device,
+        cu_seqlens_kv=on_device,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        runs=runs,
+        cosines=cosines,
+        sines=sines,
+    )

@@ -1,0 +1,77 @@
+"""The composition root: builds every part of a run and trains it.
+
+``torchrun --nproc-per-node N -m megatron_chatflow.pretrain --config run.yaml [flags]``
+
+In: the command line. Out: a run's folder with checkpoints, metrics and TensorBoard events.
+"""
+
+import logging
+import sys
+from contextlib import ExitStack
+from datetime import timedelta
+
+
+from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
+from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.runtime.launch import finalize, initialize
+from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+
+logger = logging.getLogger("megatron_chatflow")
+
+
+def main() -> int:
+    """Runs the command line; returns the exit status."""
+    config, options = load_config_from_argv(sys.argv[1:])
+    process = ProcessRank.from_environment()
+    logging.basicConfig(
+        level=logging.INFO if process.rank == 0 else logging.ERROR,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    # megatron-core logs every configuration that it is handed; ours is printed once, below.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    if options.dry_run:
+        from megatron_chatflow.train.dry_run import dry_run
+
+        dry_run(config)
+        return 0
+    validate_for_world(config, process.world_size)
+    parallel = config.parallel
+    try:
+        ranks = initialize(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            seed=config.train.seed,
+            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+        )
+        if ranks.is_reporter:
+            logger.info("resolved configuration:\n%s", config.to_yaml())
+        run_training(config, ranks)
+    except UserError as error:
+        # Every rank meets the same mistake; one of them says it.
+        if process.rank == 0:
+            raise
+        logger.debug("%s", error)
+        return 2
+    finally:
+        finalize()
+    return 0
+
+
+def run_training(config: RunConfig, ranks: Ranks) -> None:
+    """Builds the run on this rank, resumes it where there is something to resume, trains it."""
+    # These import megatron-core, which on CPUs has to come after `initialize`.
+    from megatron_chatflow.train.build import build_run
+    from megatron_chatflow.train.loop import train
+
+    with ExitStack() as stack:
+        run, progress = build_run(config, ranks, stack)
+        progress = train(run, progress)
+    if ranks.is_reporter:
+        logger.info(
+            "done at iteration %d, %d samples", progress.iteration, progress.consumed_samples
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,1 @@
+"""Where a run takes place: processes, devices, parallel groups, seeds and signals."""

@@ -1,0 +1,24 @@
+"""What watches a run without changing it: one hook a file, all on the reporting rank.
+
+In: `IterationReport`s and validations. Out: lines, files, plots. A hook that raises ends the run:
+a run whose record is lost is worth no more hours.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from megatron_chatflow.evaluation.validation import SourceLoss
+from megatron_chatflow.train.report import IterationReport
+
+
+class Hook(Protocol):
+    """A watcher of a run."""
+
+    def on_iteration(self, report: IterationReport) -> None:
+        """After each logged iteration."""
+
+    def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
+        """After each validation, with each source's loss."""
+
+    def close(self) -> None:
+        """At the end of the run, however it ends."""

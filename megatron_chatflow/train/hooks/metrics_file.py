@@ -1,0 +1,56 @@
+"""``metrics.jsonl``: one object a logged iteration or validation, in the run's folder.
+
+In: reports. Out: appended lines. A resume first drops what the run had logged after the checkpoint
+that it goes on from, so that every iteration stands in the file once.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.evaluation.validation import SourceLoss
+from megatron_chatflow.train.report import IterationReport, validation_dict
+
+
+def keep_until(path: Path, iteration: int) -> None:
+    """Drops the lines of iterations after ``iteration``, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+class MetricsFile:
+    """Appends to ``metrics.jsonl``; each line is handed to the system before training goes on."""
+
+    def __init__(self, folder: Path, *, iteration: int) -> None:
+        """Opens the file of a run that stands at ``iteration``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        keep_until(path, iteration)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def on_iteration(self, report: IterationReport) -> None:
+        """Appends the iteration."""
+        self._append(report.to_dict())
+
+    def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
+        """Appends the validation."""
+        self._append(validation_dict(iteration, losses))
+
+    def close(self) -> None:
+        """Flushes the file to the disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _append(self, entry: dict[str, object]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()

@@ -1,0 +1,226 @@
+"""The training loop: batch, step, report, validate, save, until the run's last iteration.
+
+In: everything that a run is made of, in a `Run`. Out: the last `Progress`. It reads straight down;
+what it calls lies in files of its own.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_chatflow.checkpoint.store import RunState, save_checkpoint
+from megatron_chatflow.config import RunConfig
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.digest import combine_digests
+from megatron_chatflow.data.loader import GlobalBatch, Loader
+from megatron_chatflow.data.source import Source
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.validation import Validator
+from megatron_chatflow.model.forward import ForwardStep
+from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.runtime.signals import StopRequest
+from megatron_chatflow.train.hooks import Hook
+from megatron_chatflow.train.optimizer import Optimization
+from megatron_chatflow.train.report import IterationReport, source_reports
+from megatron_chatflow.train.step import StepResult, train_step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        iteration: Steps taken.
+        consumed_samples: Samples consumed.
+        counts: int64[num_sources], samples drawn from each source.
+    """
+
+    iteration: int
+    consumed_samples: int
+    counts: npt.NDArray[np.int64]
+
+    def after(self, batch: GlobalBatch) -> "Progress":
+        """The progress once ``batch`` is consumed."""
+        return Progress(self.iteration + 1, batch.end, self.counts + batch.num_drawn)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run is made of.
+
+    Attributes:
+        config: Resolved configuration.
+        ranks: This process's place.
+        sources: Training sources in the schedule's order.
+        blend: Which sample comes when.
+        loader: This rank's micro-batches.
+        forward_step: How a micro-batch runs.
+        optimization: Model chunks, optimizer, learning rate.
+        validator: Held-out samples; None where there are none.
+        hooks: Watchers; none but on the reporting rank.
+        state: The parts of `RunState` that do not change.
+        flops_per_token: Model FLOPs of a token, forward and backward.
+        peak_flops: Of one process; None where it is not known.
+        stop_request: Signals.
+    """
+
+    config: RunConfig
+    ranks: Ranks
+    sources: Sequence[Source]
+    blend: Blend
+    loader: Loader
+    forward_step: ForwardStep
+    optimization: Optimization
+    validator: Validator | None
+    state: RunState
+    flops_per_token: float
+    peak_flops: float | None
+    stop_request: StopRequest
+    hooks: Sequence[Hook] = field(default=())
+
+
+def train(run: Run, progress: Progress) -> Progress:
+    """Trains until the last iteration, the exit interval, or a signal; saves at the end.
+
+    Args:
+        run: What to train.
+        progress: Where it stands.
+
+    Returns:
+        Where it stands at the end.
+
+    Raises:
+        UserError: The last checkpoint could not be written.
+    """
+    config = run.config
+    last_iteration = config.num_iterations
+    saved_iteration = progress.iteration if progress.iteration else None
+    batches = run.loader.batches(progress.consumed_samples, config.train.global_batch_size)
+    if progress.iteration == 0:
+        _validate(run, progress)
+    while progress.iteration < last_iteration:
+        begin = time.perf_counter()
+        batch = next(batches)
+        data_seconds = time.perf_counter() - begin
+        result = train_step(batch, run.optimization, run.forward_step, run.ranks)
+        progress = progress.after(batch)
+        seconds = time.perf_counter() - begin
+        if _is_due(progress.iteration, config.logging.log_interval, last_iteration):
+            _report(run, progress, batch, result, seconds, data_seconds)
+        if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
+            _validate(run, progress)
+        if _is_due(progress.iteration, config.checkpoint.save_interval) and _save(run, progress):
+            saved_iteration = progress.iteration
+        if _should_stop(run, progress):
+            break
+    if config.checkpoint.save and saved_iteration != progress.iteration:
+        if not _save(run, progress):
+            raise UserError(
+                f"checkpoint.save: {config.checkpoint.save}: the last checkpoint could not be "
+                "written; free space and resume from the one before"
+            )
+    return progress
+
+
+def _is_due(iteration: int, interval: int | None, last_iteration: int | None = None) -> bool:
+    return interval is not None and (iteration % interval == 0 or iteration == last_iteration)
+
+
+def _should_stop(run: Run, progress: Progress) -> bool:
+    if run.stop_request.is_made(run.ranks.device):
+        logger.info("asked to stop: saving after iteration %d", progress.iteration)
+        return True
+    return _is_due(progress.iteration, run.config.train.exit_interval)
+
+
+def _report(
+    run: Run,
+    progress: Progress,
+    batch: GlobalBatch,
+    result: StepResult,
+    seconds: float,
+    data_seconds: float,
+) -> None:
+    digest = _batch_digest(batch, run.ranks)
+    if not run.hooks:
+        return
+    seq_length = run.config.data.seq_length
+    num_samples = batch.end - batch.begin
+    tokens_per_second = num_samples * seq_length / seconds
+    flops_per_process = run.flops_per_token * tokens_per_second / run.ranks.process.world_size
+    report = IterationReport(
+        iteration=progress.iteration,
+        num_iterations=run.config.num_iterations,
+        consumed_samples=progress.consumed_samples,
+        consumed_tokens=progress.consumed_samples * seq_length,
+        global_batch_size=num_samples,
+        lm_loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        seconds=seconds,
+        data_seconds=data_seconds,
+        tokens_per_second=tokens_per_second,
+        tflops_per_gpu=flops_per_process / 1e12,
+        mfu=flops_per_process / run.peak_flops if run.peak_flops else None,
+        batch_digest=digest,
+        sources=source_reports(
+            [source.name for source in run.sources],
+            sums=result.source_sums.tolist(),
+            weights=run.blend.schedule.weights(batch.begin).tolist(),
+            num_drawn=batch.num_drawn.tolist(),
+            counts=progress.counts.tolist(),
+            samples_per_epoch=[source.num_samples for source in run.sources],
+            seq_length=seq_length,
+        ),
+    )
+    for hook in run.hooks:
+        hook.on_iteration(report)
+
+
+def _batch_digest(batch: GlobalBatch, ranks: Ranks) -> str:
+    """Hash of the whole global batch in sample order; every rank of a replica has its part."""
+    local = torch.cat(
+        (batch.sample_positions.unsqueeze(-1), batch.sample_digests), dim=-1
+    ).to(ranks.device)
+    parts = [torch.empty_like(local) for _ in range(ranks.data_parallel_size)]
+    torch.distributed.all_gather(parts, local, group=megatron.data_parallel_group())
+    rows = torch.cat(parts).cpu()
+    return combine_digests(rows[rows[:, 0].argsort()][:, 1:])
+
+
+def _validate(run: Run, progress: Progress) -> None:
+    if run.validator is None or run.config.train.eval_interval is None:
+        return
+    losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
+    for hook in run.hooks:
+        hook.on_validation(progress.iteration, losses)
+
+
+def _save(run: Run, progress: Progress) -> bool:
+    if run.config.checkpoint.save is None:
+        return False
+    state: dict[str, Any] = run.blend.state_at(progress.consumed_samples)
+    return save_checkpoint(
+        Path(run.config.checkpoint.save),
+        replace(
+            run.state,
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_samples,
+            consumed_tokens=progress.consumed_samples * run.config.data.seq_length,
+            blend=state,
+        ),
+        run.config,
+        run.optimization.chunks,
+        run.optimization.optimizer,
+        run.ranks,
+    )

@@ -1,0 +1,111 @@
+"""The optimizer, its learning-rate schedule and the gradient buffers, from megatron-core.
+
+In: the model and its configuration. Out: `Optimization`, what a step and a checkpoint need.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_chatflow.config import RunConfig
+from megatron_chatflow.model.llama import Llama
+from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.adam import install_where_absent
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The model under training.
+
+    Attributes:
+        chunks: Model chunks with their gradient buffers.
+        optimizer: megatron-core's optimizer over them.
+        scheduler: Its learning rate, counted in samples.
+        description: Which optimizer this is, and why.
+    """
+
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    description: str
+
+    def learning_rate(self) -> float:
+        """The rate that the next step uses."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def set_consumed_samples(self, consumed_samples: int) -> None:
+        """Puts the learning rate where it stands after so many samples."""
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=consumed_samples)
+
+
+def build_optimization(config: RunConfig, llama: Llama, ranks: Ranks) -> Optimization:
+    """Wraps the model's chunks and builds their optimizer."""
+    description = install_where_absent()
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    with device_mode(ranks.device):
+        chunks = [
+            DistributedDataParallel(llama.config, ddp_config, chunk) for chunk in llama.chunks
+        ]
+        optimizer = get_megatron_optimizer(
+            _optimizer_config(config, llama), chunks, use_gloo_process_groups=ranks.is_cuda
+        )
+    llama.config.finalize_model_grads_func = finalize_model_grads
+    llama.config.grad_scale_func = optimizer.scale_loss
+    return Optimization(chunks, optimizer, _scheduler(config, optimizer), description)
+
+
+def _optimizer_config(config: RunConfig, llama: Llama) -> MegatronOptimizerConfig:
+    settings = config.optimizer
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=llama.dtype == torch.bfloat16,
+        params_dtype=llama.dtype,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+
+
+def _scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    settings = config.optimizer
+    batch = config.train.global_batch_size
+    decay_iters = settings.lr_decay_iters or config.num_iterations
+    warmup = settings.lr_warmup_iters * batch
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        # A warmup as long as the run leaves nothing to decay; megatron-core wants one step of it.
+        lr_decay_steps=max(decay_iters * batch, warmup + 1),
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+    )

@@ -1,0 +1,141 @@
+"""What is reported of an iteration, as one value.
+
+In: a step's sums, the batch's draws, the clock. Out: `IterationReport`, from which every hook writes
+its own form, and the object that ``metrics.jsonl`` holds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_chatflow.evaluation.validation import SourceLoss
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """One source in one iteration.
+
+    Attributes:
+        loss: Mean loss of its loss tokens in nats; None if it had none.
+        weight: Its share as planned.
+        realised: Its share of the iteration's samples.
+        tokens: Tokens drawn from it since the run began.
+        loss_tokens: Loss tokens of this iteration.
+        epochs: Passes over it since the run began.
+    """
+
+    loss: float | None
+    weight: float
+    realised: float
+    tokens: int
+    loss_tokens: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class IterationReport:
+    """One logged iteration.
+
+    Attributes:
+        iteration: Steps taken, this one included.
+        num_iterations: Steps of the whole run.
+        consumed_samples: Samples consumed, this iteration's included.
+        consumed_tokens: The same in tokens.
+        global_batch_size: Samples of this iteration.
+        lm_loss: Mean loss of its loss tokens in nats.
+        learning_rate: Rate of its update.
+        grad_norm: Gradient norm before clipping.
+        seconds: Wall time of the iteration.
+        data_seconds: Part of it spent waiting for the batch.
+        tokens_per_second: Of the whole job.
+        tflops_per_gpu: Model FLOP/s of each process (PaLM count) in 1e12.
+        mfu: That over the device's peak; None where the peak is not known.
+        batch_digest: Hash of the global batch's tokens and masks in sample order.
+        sources: By name.
+    """
+
+    iteration: int
+    num_iterations: int
+    consumed_samples: int
+    consumed_tokens: int
+    global_batch_size: int
+    lm_loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+    data_seconds: float
+    tokens_per_second: float
+    tflops_per_gpu: float
+    mfu: float | None
+    batch_digest: str
+    sources: Mapping[str, SourceReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of ``metrics.jsonl``."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "consumed_tokens": self.consumed_tokens,
+            "lm_loss": finite(self.lm_loss),
+            "learning_rate": self.learning_rate,
+            "grad_norm": self.grad_norm,
+            "tokens_per_second": self.tokens_per_second,
+            "tflops_per_gpu": self.tflops_per_gpu,
+            "mfu": self.mfu,
+            "seconds": self.seconds,
+            "data_seconds": self.data_seconds,
+            "batch_digest": self.batch_digest,
+            "sources": {name: vars(source) for name, source in self.sources.items()},
+        }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None where JSON has no form for it."""
+    return value if math.isfinite(value) else None
+
+
+def source_reports(
+    names: Sequence[str],
+    *,
+    sums: Sequence[Sequence[float]],
+    weights: Sequence[int],
+    num_drawn: Sequence[int],
+    counts: Sequence[int],
+    samples_per_epoch: Sequence[int],
+    seq_length: int,
+) -> dict[str, SourceReport]:
+    """Puts together what is known of each source.
+
+    Args:
+        names: Sources in their order.
+        sums: Loss, loss tokens and bytes of each in this iteration.
+        weights: Planned weights, summing to 2^32.
+        num_drawn: Samples drawn from each in this iteration.
+        counts: Samples drawn from each since the run began.
+        samples_per_epoch: Samples of one pass over each.
+        seq_length: Tokens of a sample.
+    """
+    total = sum(num_drawn)
+    return {
+        name: SourceReport(
+            loss=sums[s][0] / sums[s][1] if sums[s][1] else None,
+            weight=weights[s] / 2**32,
+            realised=num_drawn[s] / total,
+            tokens=counts[s] * seq_length,
+            loss_tokens=int(sums[s][1]),
+            epochs=counts[s] / samples_per_epoch[s] if samples_per_epoch[s] else 0.0,
+        )
+        for s, name in enumerate(names)
+    }
+
+
+def validation_dict(iteration: int, losses: Mapping[str, SourceLoss]) -> dict[str, Any]:
+    """The object that ``metrics.jsonl`` holds for a validation."""
+    return {
+        "iteration": iteration,
+        "validation": {
+            name: {"loss": finite(loss.loss), "bits_per_byte": finite(loss.bits_per_byte)}
+            for name, loss in losses.items()
+        },
+    }

@@ -1,0 +1,88 @@
+"""One training step: gradients of a global batch, the update, and the sums that the log reports.
+
+In: this rank's micro-batches. Out: `StepResult`. The loss is summed over the global batch's loss
+tokens and divided by their number, so it does not depend on how the batch was cut.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_chatflow.data.loader import GlobalBatch
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.validation import reduce_source_sums
+from megatron_chatflow.model.forward import ForwardStep
+from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.optimizer import Optimization
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        source_sums: float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each
+            source over the global batch; the same on every rank.
+        grad_norm: Norm of the whole gradient before clipping.
+        learning_rate: The rate that the update used.
+    """
+
+    source_sums: torch.Tensor
+    grad_norm: float
+    learning_rate: float
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the global batch's loss tokens, in nats; NaN if it had none."""
+        loss_sum, num_tokens, _ = self.source_sums.sum(dim=0).tolist()
+        return loss_sum / num_tokens if num_tokens else math.nan
+
+
+def train_step(
+    batch: GlobalBatch,
+    optimization: Optimization,
+    forward_step: ForwardStep,
+    ranks: Ranks,
+) -> StepResult:
+    """Takes one step; every rank calls it.
+
+    Args:
+        batch: This rank's micro-batches of the global batch.
+        optimization: Chunks, optimizer and learning rate; all change.
+        forward_step: How a micro-batch runs.
+        ranks: This process's place.
+
+    Raises:
+        UserError: The gradient is not finite.
+    """
+    for chunk in optimization.chunks:
+        chunk.zero_grad_buffer()
+    optimization.optimizer.zero_grad()
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batch.micro_batches),
+        model=optimization.chunks,
+        num_microbatches=len(batch.micro_batches),
+        # A micro-batch is one row of packed tokens.
+        seq_length=batch.micro_batches[0].tokens.numel(),
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    learning_rate = optimization.learning_rate()
+    with device_mode(ranks.device):
+        _, grad_norm, _ = optimization.optimizer.step()
+    optimization.scheduler.step(increment=batch.end - batch.begin)
+    grad_norm = float(grad_norm)
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"samples {batch.begin} to {batch.end}: the gradient's norm is {grad_norm}; resume from "
+            "the last checkpoint with a lower --lr"
+        )
+    if ranks.is_last_stage:
+        sums = torch.stack(results).sum(dim=0)
+    else:
+        sums = torch.zeros(forward_step.num_sources, 3, dtype=torch.float64, device=ranks.device)
+    return StepResult(reduce_source_sums(sums, ranks).cpu(), grad_norm, learning_rate)
