@@ -1,0 +1,202 @@
+"""The report's numbers: headline tiles, validation before and after, what each source gave.
+
+In: `RunMetrics`. Out: HTML text.
+"""
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
+from megatron_chatflow.evaluation.report_reduce import samples_per_record
+from megatron_chatflow.evaluation.report_scale import format_percent, format_value
+
+
+def lead(run: RunMetrics) -> str:
+    """One line on model, batch and parallelism, as far as the configuration tells."""
+    parts = []
+    preset = run.setting("model", "preset")
+    layers, hidden = run.setting("model", "num_layers"), run.setting("model", "hidden_size")
+    if layers and hidden:
+        heads = run.setting("model", "num_attention_heads")
+        parts.append(
+            f"{f'{preset}: ' if preset else ''}{layers} layers, hidden {hidden}, {heads} heads"
+        )
+    if run.setting("data", "seq_length"):
+        parts.append(f"sequence {run.setting('data', 'seq_length'):,}")
+    if run.setting("train", "global_batch_size"):
+        parts.append(f"global batch {run.setting('train', 'global_batch_size'):,}")
+    sizes = [
+        f"{short} {run.setting('parallel', key)}"
+        for short, key in (
+            ("TP", "tensor_model_parallel_size"),
+            ("PP", "pipeline_model_parallel_size"),
+            ("CP", "context_parallel_size"),
+        )
+        if run.setting("parallel", key)
+    ]
+    if sizes:
+        parts.append(", ".join(sizes))
+    if run.setting("train", "bf16") is not None:
+        parts.append("bf16" if run.setting("train", "bf16") else "fp32")
+    return html.escape(" · ".join(parts))
+
+
+def progress(run: RunMetrics) -> float | None:
+    """Finished part of the run in [0, 1], None where the configuration does not tell."""
+    for key, done in (("train_iters", run.iteration), ("train_samples", _consumed(run))):
+        goal = run.setting("train", key)
+        if isinstance(goal, int) and goal > 0 and len(done):
+            return min(1.0, float(done[-1]) / goal)
+    return None
+
+
+def tiles(run: RunMetrics) -> str:
+    """The headline figures as a description list."""
+    if not len(run.iteration):
+        return ""
+    done = progress(run)
+    loss = run.columns["lm_loss"]
+    known = loss[np.isfinite(loss)]
+    recent = known[-max(1, min(20, len(known) // 10)) :]
+    entries = [
+        (
+            "Iterations",
+            f"{run.iteration[-1]:,.0f}",
+            "" if done is None else f"{format_percent(done)} of the run",
+        ),
+        ("Samples", format_value(_last(_consumed(run))), ""),
+        ("Tokens", format_value(_last(run.columns["consumed_tokens"])), ""),
+    ]
+    if len(known):
+        note = f"mean of the last {len(recent)}" if len(recent) > 1 else "last"
+        began = f"began at {format_value(float(known[0]))}"
+        entries.append(("Training loss", format_value(float(recent.mean())), f"{note}; {began}"))
+    speed = _median(run.columns["tokens_per_second"])
+    if np.isfinite(speed):
+        entries.append(("Throughput", f"{format_value(speed)} <i>tok/s</i>", "median, all ranks"))
+    flops, mfu = _median(run.columns["tflops_per_gpu"]), _median(run.columns["mfu"])
+    if np.isfinite(flops):
+        note = f"MFU {format_percent(mfu)}" if np.isfinite(mfu) else "median per device"
+        entries.append(("Compute per device", f"{format_value(flops, 3)} <i>TFLOP/s</i>", note))
+    items = "".join(
+        f'<div class="tile"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>'
+        for name, value, note in entries
+    )
+    bar = (
+        ""
+        if done is None
+        else f'<div class="progress"><i style="width:{100 * done:.1f}%"></i></div>'
+    )
+    return f'{bar}<dl class="tiles">{items}</dl>'
+
+
+def validation_table(run: RunMetrics) -> str:
+    """First against last validation of every source, "" without a validation."""
+    if not len(run.validation_iteration):
+        return ""
+    rows = []
+    for name, block in run.validation.items():
+        cells = _before_after(block["loss"]) + _before_after(block["bits_per_byte"])
+        rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{cells}</tr>')
+    first, last = run.validation_iteration[0], run.validation_iteration[-1]
+    return (
+        f'<div class="table"><table><caption>Before: iteration {first:,.0f}. '
+        f"After: iteration {last:,.0f}. Lower is better.</caption>"
+        '<thead><tr><th rowspan="2" class="name">Source</th>'
+        '<th colspan="3" class="group span">Loss (nats per token)</th>'
+        '<th colspan="3" class="group span">Bits per byte</th></tr><tr>'
+        + 2 * '<th class="group">before</th><th>after</th><th>change</th>'
+        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def sources_table(run: RunMetrics) -> str:
+    """What was drawn of each source: samples, planned and realised share, epochs, last loss."""
+    if not run.sources:
+        return ""
+    steps = samples_per_record(run)
+    total = float(np.nansum(steps)) or 1.0
+    rows = []
+    for name, block in run.sources.items():
+        drawn = float(np.nansum(block["realised"] * steps))
+        plan = float(np.nansum(block["weight"] * steps))
+        cells = (
+            f"{drawn:,.0f}",
+            format_percent(drawn / total),
+            format_percent(plan / total),
+            format_percent(float(block["weight"][0])),
+            format_percent(float(block["weight"][-1])),
+            format_value(_last(block["epochs"]), 3),
+            format_value(_last(block["loss"])),
+        )
+        body = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{body}</tr>')
+    heads = (
+        "Source",
+        "Samples drawn",
+        "Realised share",
+        "Planned share",
+        "Weight first",
+        "Weight last",
+        "Epochs",
+        "Last loss",
+    )
+    head = f'<th class="name">{heads[0]}</th>' + "".join(f"<th>{text}</th>" for text in heads[1:])
+    return (
+        '<div class="table"><table><caption>Over the whole log.</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def comparison_table(runs: Sequence[RunMetrics]) -> str:
+    """Last validation bits per byte of every source, a column per run; "" without any."""
+    with_validation = [run for run in runs if len(run.validation_iteration)]
+    names = list(dict.fromkeys(name for run in with_validation for name in run.validation))
+    if not names:
+        return ""
+    rows = []
+    for name in names:
+        cells = "".join(
+            f"<td>{format_value(_last(run.validation[name]['bits_per_byte']))}</td>"
+            if name in run.validation
+            else "<td>–</td>"
+            for run in with_validation
+        )
+        rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{cells}</tr>')
+    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in with_validation)
+    return (
+        '<div class="table"><table><caption>Last validation of every run, bits per byte. '
+        'Lower is better.</caption><thead><tr><th class="name">Source</th>'
+        f"{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _before_after(values: FloatArray) -> str:
+    """Three cells: first value, last value, relative change with an arrow."""
+    before, after = float(values[0]), float(values[-1])
+    change = '<td class="same">–</td>'
+    if len(values) > 1 and np.isfinite(before) and np.isfinite(after) and before:
+        relative = after / before - 1
+        kind, arrow = ("good", "▼") if relative < 0 else ("bad", "▲")
+        sign = "−" if relative < 0 else "+"
+        text = f"{arrow} {sign}{format_percent(abs(relative))}"
+        change = f'<td class="{kind}">{text}</td>' if relative else "<td>0 %</td>"
+    start = format_value(before) if len(values) > 1 else "–"
+    return f'<td class="group">{start}</td><td>{format_value(after)}</td>{change}'
+
+
+def _consumed(run: RunMetrics) -> FloatArray:
+    return run.columns["consumed_samples"]
+
+
+def _last(values: FloatArray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else float("nan")
+
+
+def _median(values: FloatArray) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else float("nan")

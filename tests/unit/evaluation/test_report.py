@@ -1,0 +1,376 @@
+"""The report: what it reads, what it draws, and that the page stands on its own."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from datetime import datetime, timezone
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.report import build_page, write_report
+from megatron_chatflow.evaluation.report_charts import blend_charts, source_colors
+from megatron_chatflow.evaluation.report_data import read_run
+from megatron_chatflow.evaluation.report_reduce import condense, deviation_from_plan, smooth
+from megatron_chatflow.evaluation.report_scale import Scale, fit, format_percent, format_value
+
+ROOT = Path(__file__).parents[3]
+FLOORS = {"english": 2.9, "chinese": 3.4, "parallel": 2.3, "instruction": 1.9}
+CONFIG = """model:
+  num_layers: 4
+  hidden_size: 256
+  num_attention_heads: 8
+data:
+  seq_length: 256
+train:
+  train_iters: {train_iters}
+  global_batch_size: 16
+  bf16: true
+parallel:
+  tensor_model_parallel_size: 2
+  pipeline_model_parallel_size: 1
+"""
+
+
+def planned_weights(progress: float, names: list[str]) -> np.ndarray:
+    """A ramp from the first half of the sources to the second."""
+    share = min(1.0, progress / 0.7)
+    start = np.linspace(2, 0, len(names)) ** 2 + 0.01
+    end = np.linspace(0.3, 2, len(names)) ** 2
+    weights = (1 - share) * start / start.sum() + share * end / end.sum()
+    return weights / weights.sum()
+
+
+def synthetic_records(
+    num_iterations: int, names: list[str] | None = None, batch: int = 16, eval_interval: int = 50
+) -> list[dict]:
+    """What a run of `num_iterations` logs, with an exact blend and plausible curves."""
+    names = names or list(FLOORS)
+    rng = np.random.default_rng(0)
+    credit, drawn = np.zeros(len(names)), np.zeros(len(names))
+    records: list[dict] = []
+
+    def validate(iteration: int) -> None:
+        block = {}
+        for index, name in enumerate(names):
+            gain = 1 - math.exp(-drawn[index] / 900)
+            loss = FLOORS.get(name, 3.0) + 2.4 * (1 - gain) + (0.2 * gain if index == 0 else 0)
+            block[name] = {"loss": loss, "bits_per_byte": loss / math.log(2) / 3.1}
+        records.append({"iteration": iteration, "validation": block})
+
+    validate(0)
+    for iteration in range(1, num_iterations + 1):
+        weights = planned_weights(iteration / num_iterations, names)
+        counts = np.zeros(len(names), dtype=int)
+        for _ in range(batch):
+            credit += weights
+            pick = int(np.argmax(credit))
+            credit[pick] -= 1
+            counts[pick] += 1
+        drawn += counts
+        loss = {
+            name: FLOORS.get(name, 3.0)
+            + 2.4 * math.exp(-drawn[index] / 900)
+            + rng.normal(0, 0.12 / math.sqrt(max(counts[index], 1)))
+            for index, name in enumerate(names)
+        }
+        warm = min(1.0, iteration / (0.05 * num_iterations))
+        rate = 3e-4 * warm * 0.5 * (1 + math.cos(math.pi * iteration / num_iterations))
+        records.append(
+            {
+                "iteration": iteration,
+                "consumed_samples": iteration * batch,
+                "consumed_tokens": iteration * batch * 256,
+                "lm_loss": float(np.dot(counts, list(loss.values())) / batch),
+                "learning_rate": rate,
+                "grad_norm": float(rng.lognormal(-0.2, 0.3)) + 6 * math.exp(-iteration / 12),
+                "tokens_per_second": 5200 + float(rng.normal(0, 160)) - 3000 * (iteration == 1),
+                "tflops_per_gpu": 0.31,
+                "mfu": 0.121,
+                "batch_digest": f"{iteration:016x}",
+                "sources": {
+                    name: {
+                        "loss": loss[name] if counts[index] else None,
+                        "weight": float(weights[index]),
+                        "realised": counts[index] / batch,
+                        "tokens": int(counts[index]) * 256,
+                        "loss_tokens": int(counts[index]) * 200,
+                        "epochs": float(drawn[index]) / (700 + 300 * index),
+                    }
+                    for index, name in enumerate(names)
+                },
+            }
+        )
+        if iteration % eval_interval == 0:
+            validate(iteration)
+    return records
+
+
+def write_run(folder: Path, records: list[dict], train_iters: int | None = None) -> Path:
+    """A run's folder with these records."""
+    folder.mkdir(parents=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(lines)
+    config = CONFIG.format(train_iters=train_iters or records[-1]["iteration"])
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+class PageCheck(HTMLParser):
+    """Collects what a page would load, its unclosed elements and its charts' JSON."""
+
+    VOID = {"meta", "link", "br"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.data: list[dict] = []
+        self.is_json = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key in ("src", "href"):
+            if values.get(key) and not re.match(r"#|data:,", values[key] or ""):
+                self.loads.append(f"{tag} {values[key]}")
+        self.is_json = tag == "script" and values.get("type") == "application/json"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Nothing to close."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self.is_json = False
+
+    def handle_data(self, data: str) -> None:
+        if self.is_json:
+            self.data.append(json.loads(data))
+
+
+def check_page(page: str) -> PageCheck:
+    check = PageCheck()
+    check.feed(page)
+    check.close()
+    assert check.open == []
+    assert check.loads == []
+    assert "@import" not in page and "url(http" not in page
+    for svg in re.findall(r"<svg viewBox.*?</svg><div", page, re.DOTALL):
+        ElementTree.fromstring(svg.removesuffix("<div"))
+        assert "nan" not in svg
+    return check
+
+
+def build(*folders: Path) -> str:
+    return build_page(
+        [read_run(folder) for folder in folders], datetime(2026, 1, 2, tzinfo=timezone.utc)
+    )
+
+
+def test_page_is_self_contained_and_holds_every_plot(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "chatflow", synthetic_records(300), train_iters=600)
+    page = build(run)
+    check = check_page(page)
+    for title in (
+        "Mixture: planned against realised",
+        "Draws minus plan",
+        "Epochs per source",
+        "Training loss per source",
+        "Validation loss",
+        "Validation bits per byte",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+    ):
+        assert f"<h3>{title}</h3>" in page
+    assert len(check.data) == 9
+    assert "50 % of the run" in page
+    assert "hidden 256" in page and "TP 2, PP 1" in page
+    assert '<span class="key">seq_length</span>: 256' in page
+    mixture = check.data[0]
+    assert [entry["name"] for entry in mixture["series"]] == list(FLOORS)
+    assert len(mixture["series"][0]["plan"]) == len(mixture["x"][0]) == 300
+
+
+def test_long_runs_stay_small(tmp_path: Path) -> None:
+    records = synthetic_records(3000, batch=4, eval_interval=500)
+    page = build(write_run(tmp_path / "long", records))
+    check_page(page)
+    assert len(page) < 700_000
+
+
+def test_many_sources_are_grouped(tmp_path: Path) -> None:
+    names = [f"source_{index:02d}" for index in range(40)]
+    run = write_run(tmp_path / "many", synthetic_records(30, names, batch=80))
+    metrics = read_run(run)
+    assert len(source_colors(metrics)) == 12
+    mixture = blend_charts(metrics)[0]
+    assert mixture.lines[-1].label == "others"
+    total = np.sum([line.y for line in mixture.lines], axis=0)
+    assert np.allclose(total, 1.0)
+    check_page(build(run))
+
+
+def test_resumed_run_keeps_the_last_account_of_an_iteration(tmp_path: Path) -> None:
+    records = synthetic_records(120, eval_interval=20)
+    first = [record for record in records if record["iteration"] <= 100]
+    again = [dict(record) for record in records if 80 < record["iteration"] <= 90]
+    for record in again:
+        record["learning_rate"] = 1.0
+    folder = write_run(tmp_path / "resumed", first)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 101, "lm_lo\n')
+        file.writelines(json.dumps(record) + "\n" for record in again)
+        file.write('{"iteration": 91, "consu')
+    metrics = read_run(folder)
+    assert metrics.iteration.tolist() == list(range(1, 91))
+    assert metrics.validation_iteration.tolist() == [0, 20, 40, 60, 80]
+    assert metrics.columns["learning_rate"][79] < 1e-3
+    assert metrics.columns["learning_rate"][80:].tolist() == [1.0] * 10
+    assert metrics.resumed_at == (81,)
+    assert metrics.num_unreadable_lines == 2
+    page = build(folder)
+    check_page(page)
+    assert "resumed at iteration 81" in page and "2 unreadable lines passed over" in page
+
+
+def test_deviation_of_an_exact_blend_stays_below_one_sample(tmp_path: Path) -> None:
+    metrics = read_run(write_run(tmp_path / "run", synthetic_records(200)))
+    deviation = deviation_from_plan(metrics)
+    assert list(deviation) == list(FLOORS)
+    assert max(np.abs(values).max() for values in deviation.values()) < 1
+    # Draws that ignore the plan must show.
+    assert deviation["english"].any()
+    sparse = [record for record in synthetic_records(200) if record["iteration"] % 5 == 0]
+    assert deviation_from_plan(read_run(write_run(tmp_path / "sparse", sparse))) == {}
+
+
+def test_running_run_with_one_iteration_and_missing_values(tmp_path: Path) -> None:
+    record = synthetic_records(1)[1]
+    record["grad_norm"] = float("nan")
+    record["sources"]["chinese"]["loss"] = None
+    del record["tokens_per_second"]
+    page = build(write_run(tmp_path / "new", [record], train_iters=10))
+    check_page(page)
+    assert "Gradient norm" not in page and "Throughput" not in page
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    names = ["a</script><b>", 'q"&']
+    page = build(write_run(tmp_path / "run", synthetic_records(60, names)))
+    check = check_page(page)
+    assert "<b>a" not in page and "a</script>" not in page
+    assert [entry["name"] for entry in check.data[0]["series"]] == names
+
+
+def test_validation_table_compares_first_and_last(tmp_path: Path) -> None:
+    blocks = [
+        {"iteration": 0, "validation": {"zh": {"loss": 4.0, "bits_per_byte": 2.0}}},
+        {"iteration": 9, "validation": {"zh": {"loss": 3.0, "bits_per_byte": 2.5}}},
+    ]
+    page = build(write_run(tmp_path / "run", blocks))
+    assert '<td class="group">4</td><td>3</td><td class="good">▼ −25 %</td>' in page
+    assert '<td class="group">2</td><td>2.5</td><td class="bad">▲ +25 %</td>' in page
+
+
+def test_several_runs_on_one_page(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, synthetic_records(100, ["english"] if index == 0 else None))
+        for index, name in enumerate(("foundation", "chatflow"))
+    ]
+    page = build(*runs)
+    check_page(page)
+    assert "2 runs" in page and 'id="run-1"' in page
+    assert "<th>foundation</th><th>chatflow</th>" in page
+
+
+def test_errors_name_the_place(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run"):
+        read_run(tmp_path / "none")
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no logged iteration"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\xfe\n[1]\n{"loss": 2}\n')
+    with pytest.raises(UserError, match="no logged iteration"):
+        read_run(tmp_path)
+    run = write_run(tmp_path / "run", synthetic_records(2))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_report([run], tmp_path / "file" / "page.html")
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml is not YAML"):
+        read_run(run)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", synthetic_records(20))
+    command = [sys.executable, str(ROOT / "tools" / "plot_run.py")]
+    done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)
+    assert "20 logged iterations" in done.stdout
+    check_page((run / "report.html").read_text())
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+    ]
+    failed = subprocess.run([*command, str(tmp_path / "x")], capture_output=True, text=True)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: no such run") and failed.stderr.count("\n") == 1
+
+
+def test_condense_keeps_means_ends_and_extremes() -> None:
+    x = np.arange(1000.0)
+    y = np.zeros(1000)
+    y[501] = -7.0
+    y[10:20] = np.nan
+    assert condense(x, y, "extreme", 100)[1][50] == -7.0
+    assert condense(x, x, "last", 100)[1][-1] == 999.0
+    few_x, mean = condense(x, y, "mean", 100)
+    assert len(few_x) == 100 and np.isnan(mean[1]) and mean[50] == pytest.approx(-0.7)
+
+
+def test_smooth_is_a_centred_mean_that_keeps_gaps() -> None:
+    y = np.array([0.0, 3.0, np.nan, 6.0, 9.0])
+    assert smooth(y, 3).tolist()[:2] == [1.5, 1.5]
+    assert np.isnan(smooth(y, 3)[2]) and smooth(y, 3)[4] == 7.5
+    assert smooth(np.array([1.0, 5.0]), 9).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7e6), (2.9, 2.91), (1e-9, 3e-9)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    ticks = Scale(low, high, 0, 100).ticks()
+    assert 3 <= len(ticks) <= 7
+    assert all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
+    assert len({f"{tick:.6g}" for tick in ticks}) == len(ticks)
+
+
+def test_log_scale_and_empty_data() -> None:
+    scale = fit([np.array([0.01, 100.0, 0.0, np.nan])], 0, 100, log=True)
+    assert 0 < scale.low < 0.01 and scale.high > 100
+    assert np.isnan(scale.pixels(np.array([0.0]))[0])
+    assert {0.1, 1.0, 10.0} <= set(scale.ticks())
+    assert fit([], 0, 10).high == 1.0
+    assert fit([np.array([5.0])], 0, 10).low < 5 < fit([np.array([5.0])], 0, 10).high
+
+
+def test_numbers_as_text() -> None:
+    assert [format_value(v) for v in (0, 1234567, 12345, 1234, 3e-5, 0.25, math.nan)] == [
+        "0",
+        "1.235M",
+        "12.35K",
+        "1,234",
+        "3e−5",
+        "0.25",
+        "–",
+    ]
+    assert format_value(-2.5) == "−2.5"
+    assert [format_percent(v) for v in (0.5, 0.1234, math.nan)] == ["50 %", "12.3 %", "–"]

@@ -1,0 +1,40 @@
+"""Draws finished or running runs as one HTML page.
+
+In: run folders, as `--save` wrote them. Out: a self-contained page that is read offline.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_chatflow.errors import run_main
+from megatron_chatflow.evaluation.report import write_report
+
+EXAMPLES = """examples:
+  python tools/plot_run.py runs/tiny_cpu/chatflow
+  python tools/plot_run.py runs/a runs/b --output comparison.html
+"""
+
+
+def main() -> None:
+    """Parses the command line and writes the page."""
+    parser = argparse.ArgumentParser(
+        description="Writes one HTML page with a run's plots, tables and configuration.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="what --save named"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="the page (default: report.html in the first run's folder)"
+    )
+    args = parser.parse_args()
+    output = args.output or args.run_dirs[0] / "report.html"
+    runs = write_report(args.run_dirs, output)
+    size = output.stat().st_size / 1e3
+    logged = sum(len(run.iteration) for run in runs)
+    print(f"wrote {output} ({size:,.0f} kB, {logged:,} logged iterations of {len(runs)} run(s))")
+
+
+if __name__ == "__main__":
+    run_main(main)
