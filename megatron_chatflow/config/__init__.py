@@ -1,0 +1,41 @@
+"""A run's configuration: defaults < YAML < flags, typed, validated once, no globals.
+
+In: a YAML file and command-line flags. Out: a frozen `RunConfig`.
+"""
+
+from megatron_chatflow.config.run_config import RunConfig, to_plain
+from megatron_chatflow.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    KnotConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from megatron_chatflow.config.units import format_count, parse_count, parse_number
+from megatron_chatflow.config.validation import validate_for_world
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "KnotConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "format_count",
+    "parse_count",
+    "parse_number",
+    "to_plain",
+    "validate_for_world",
+]

@@ -1,0 +1,41 @@
+"""The types that the configuration's fields are made of, strict about what they accept.
+
+In: raw values from YAML, flags or Python. Out: exact Python values; a number is never made from
+text beyond the documented units, nor from a boolean.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from megatron_chatflow.config.units import parse_count, parse_number, shorten
+from megatron_chatflow.errors import UserError
+
+CONFIG = ConfigDict(extra="forbid", validate_default=False)
+
+
+def _parse_path(value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
+        raise UserError(f"must be a path, not {shorten(value)}")
+    return Path(value).expanduser()
+
+
+Switch = StrictBool
+Name = Annotated[StrictStr, Field(min_length=1)]
+FilePath = Annotated[Path, BeforeValidator(_parse_path)]
+
+Size = Annotated[StrictInt, Field(ge=1)]
+"""A dimension or a number of parts: at least 1, written plainly."""
+Stride = Annotated[StrictInt, Field(ge=2)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+"""A count of samples, tokens or iterations, with an optional unit."""
+PositiveCount = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+
+NonNegativeNumber = Annotated[
+    float, BeforeValidator(parse_number), Field(ge=0, allow_inf_nan=False)
+]
+PositiveNumber = Annotated[float, BeforeValidator(parse_number), Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1, allow_inf_nan=False)]

@@ -1,0 +1,111 @@
+"""pydantic's validation errors in one line that names the path, as a user wants them.
+
+In: a `ValidationError`. Out: a message such as ``train.seed: must be at least 0, not -1``.
+"""
+
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
+
+from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.config.units import shorten
+from megatron_chatflow.errors import UserError
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dataclass_type": "a mapping of keys",
+    "dict_type": "a mapping of names",
+    "int_type": "a whole number",
+    "string_type": "text; quote it",
+    "tuple_type": "a list",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def describe(error: ValidationError, root: type) -> str:
+    """The first problem of ``error`` in one line.
+
+    Args:
+        error: What validating a mapping as ``root`` raised.
+        root: The configuration class that was being made.
+    """
+    problems = error.errors(include_url=False)
+    # An unknown key is usually the misspelt one that is then missed under its right name.
+    problems.sort(key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+    first = problems[0]
+    path = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    cause = first.get("ctx", {}).get("error")
+    kind, value = first["type"], first["input"]
+    if isinstance(cause, UserError):
+        message = str(cause)
+        # Checks across fields name their own paths.
+        return message if message.startswith(tuple(_paths(root))) else f"{path}: {message}"
+    if kind == "unexpected_keyword_argument":
+        return f"{path}: unknown key{_suggest(root, first['loc'])}"
+    if kind == "missing" or (value is None and cause is None):
+        return f"{path}: is missing{_hint(root, first['loc'])}"
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        return f"{path}: must be {words} {first['ctx'][name]}, not {shorten(value)}"
+    if kind in _EXPECTED:
+        return f"{path}: must be {_EXPECTED[kind]}, not {shorten(value)}"
+    if kind == "literal_error":
+        return f"{path}: must be {first['ctx']['expected']}, not {shorten(value)}"
+    if kind in ("too_short", "string_too_short"):
+        return f"{path}: must not be empty"
+    return f"{path}: {first['msg']}"
+
+
+def _paths(root: type) -> list[str]:
+    return [f"{field.name}." for field in fields(root)]
+
+
+def _class_at(root: type, location: tuple[int | str, ...]) -> type | None:
+    """The configuration class whose keys stand at ``location``."""
+    current: Any = root
+    for part in location:
+        if is_dataclass(current):
+            current = get_type_hints(current).get(str(part))
+        elif get_origin(current) is dict:
+            current = get_args(current)[1]
+        elif get_origin(current) is tuple:
+            current = get_args(current)[0]
+        if get_origin(current) in (Union, UnionType):
+            current = next(arm for arm in get_args(current) if arm is not type(None))
+    return current if isinstance(current, type) and is_dataclass(current) else None
+
+
+def _suggest(root: type, location: tuple[int | str, ...]) -> str:
+    known = _class_at(root, location[:-1])
+    key = str(location[-1])
+    if known is None:
+        return ""
+    names = [field.name for field in fields(known)]
+    if suggestion := closest(key, names):
+        return suggestion
+    sections = {
+        f"{section}.{field.name}"
+        for section, kind in get_type_hints(root).items()
+        if is_dataclass(kind)
+        for field in fields(kind)
+    }
+    for path in sorted(sections):
+        if path.split(".")[1] == key:
+            return f" (did you mean {path}?)"
+    return f"; known are {', '.join(names)}"
+
+
+def _hint(root: type, location: tuple[int | str, ...]) -> str:
+    known = _class_at(root, location[:-1])
+    if known is None:
+        return ""
+    field = known.__dataclass_fields__[str(location[-1])]  # type: ignore[attr-defined]
+    description = getattr(field.default, "description", None)
+    return f" ({description})" if description else ""

@@ -1,0 +1,272 @@
+"""The sections of a run's configuration, one frozen dataclass each, strictly typed.
+
+In: mappings as YAML gives them. Out: immutable objects whose every field is filled and in range by
+itself; how fields of several sections go together is checked in `validation`. A field's description
+is also its flag's help text, and the fields' order is the order of ``--help``.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
+
+from megatron_chatflow.config.fields import (
+    CONFIG,
+    Count,
+    FilePath,
+    Fraction,
+    Name,
+    NonNegativeNumber,
+    PositiveCount,
+    PositiveNumber,
+    Seed,
+    Size,
+    Stride,
+    Switch,
+)
+from megatron_chatflow.config.presets import PRESETS
+from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.errors import UserError
+
+
+def _fill(data: Any, defaults: Mapping[str, Any]) -> Any:
+    """``data`` as a validator sees it, with ``defaults`` where it has nothing or null."""
+    given = data.kwargs if isinstance(data, ArgsKwargs) else data
+    if not isinstance(given, Mapping):
+        return data
+    present = {key: value for key, value in given.items() if value is not None}
+    filled = {**given, **{key: value for key, value in defaults.items() if key not in present}}
+    return ArgsKwargs(data.args, filled) if isinstance(data, ArgsKwargs) else filled
+
+
+def _given(data: Any, key: str) -> Any:
+    given = data.kwargs if isinstance(data, ArgsKwargs) else data
+    return given.get(key) if isinstance(given, Mapping) else None
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ModelConfig:
+    """The LLaMA's shape. After construction every size is set: a preset fills what was not given."""
+
+    preset: Name | None = Field(
+        None, description="published shape that fills what is unset: " + ", ".join(PRESETS)
+    )
+    num_layers: Size = Field(description="transformer layers")
+    hidden_size: Size = Field(description="width of the residual stream")
+    ffn_hidden_size: Size = Field(description="width inside the SwiGLU feed-forward block")
+    num_attention_heads: Size = Field(description="attention heads")
+    num_query_groups: Size = Field(
+        description="key/value heads of grouped-query attention; as many as heads when unset"
+    )
+    max_position_embeddings: Size = Field(description="longest sequence, in tokens")
+    rotary_base: PositiveNumber = Field(10000.0, description="base of the rotary angles")
+    norm_epsilon: PositiveNumber = Field(1e-5, description="epsilon of RMSNorm")
+    init_method_std: PositiveNumber = Field(0.02, description="spread of the initial weights")
+    untie_embeddings_and_output_weights: Switch = Field(
+        True, description="own weights for the output layer"
+    )
+    make_vocab_size_divisible_by: Size = Field(
+        128, description="the vocabulary is padded to a multiple of this times the TP size"
+    )
+    vocab_size: Size | None = Field(
+        None, description="vocabulary before padding; the tokenizer's when unset"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, data: Any) -> Any:
+        preset = _given(data, "preset")
+        if isinstance(preset, str):
+            if preset not in PRESETS:
+                raise UserError(
+                    f"model.preset: there is no {preset!r}{closest(preset, PRESETS)}; "
+                    f"use one of {', '.join(PRESETS)}"
+                )
+            # A shape with other heads than the preset's has other groups too, unless they are given.
+            heads = _given(data, "num_attention_heads")
+            shape = dict(PRESETS[preset])
+            if heads not in (None, shape["num_attention_heads"]):
+                del shape["num_query_groups"]
+            data = _fill(data, shape)
+        heads = _given(data, "num_attention_heads")
+        return data if heads is None else _fill(data, {"num_query_groups": heads})
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TokenizerConfig:
+    """Which tokenizer the corpus was made with."""
+
+    tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = Field(
+        "Llama2Tokenizer", description="kind of tokenizer"
+    )
+    tokenizer_model: FilePath = Field(description="SentencePiece model, or tokenizer.json")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ParallelConfig:
+    """How the model is cut over processes; data parallelism takes what the other kinds leave."""
+
+    tensor_model_parallel_size: Size = Field(1, description="processes that share each layer")
+    pipeline_model_parallel_size: Size = Field(1, description="stages of layers")
+    context_parallel_size: Size = Field(1, description="processes that share each sequence")
+    sequence_parallel: Switch = Field(
+        False, description="norms and residuals cut along the sequence over the TP processes"
+    )
+    use_distributed_optimizer: Switch = Field(
+        False, description="optimizer state cut over the data-parallel processes"
+    )
+    overlap_grad_reduce: Switch = Field(
+        False, description="reduce gradients while the backward pass goes on"
+    )
+    overlap_param_gather: Switch = Field(
+        False, description="gather parameters while the forward pass goes on"
+    )
+    distributed_timeout_minutes: Size = Field(
+        10, description="minutes after which a stuck collective ends the run"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class SourceConfig:
+    """A named set of indexed datasets and how samples are cut from it."""
+
+    paths: tuple[FilePath, ...] = Field(
+        min_length=1, description="prefixes of .bin/.idx files, such as data/en_text_document"
+    )
+    validation_paths: tuple[FilePath, ...] = Field(
+        (), description="prefixes that only validation reads"
+    )
+    loss: Literal["all", "response"] = Field(
+        "all", description="tokens that count in the loss: all, or those of the loss-mask files"
+    )
+    packing: Literal["none", "best_fit"] = Field(
+        "none", description="none: documents run on across samples; best_fit: whole ones are packed"
+    )
+    boundaries: Literal["ignore", "isolate"] = Field(
+        "ignore", description="isolate: attention does not cross documents"
+    )
+    max_epochs: PositiveNumber | None = Field(
+        None, description="error before training if the source would repeat more often"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class KnotConfig:
+    """The weights of every source at one point of the run; a source that is not named has 0."""
+
+    at: Count = Field(description="where, in the schedule's unit")
+    weights: dict[Name, NonNegativeNumber] = Field(description="relative weights by source")
+    ramp: Literal["step", "linear", "cosine"] = Field(
+        "step", description="how the interval that ends here is crossed"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ScheduleConfig:
+    """The weights of the sources over the run."""
+
+    unit: Literal["samples", "tokens", "iterations"] = Field(
+        "samples", description="what the knots count"
+    )
+    knots: tuple[KnotConfig, ...] = Field(min_length=1, description="weights by position")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class DataConfig:
+    """What is read: sources, and the schedule that blends them.
+
+    Without a schedule a single source has all the weight.
+    """
+
+    seq_length: Size = Field(description="tokens in a sample")
+    sources: dict[Name, SourceConfig] = Field(min_length=1, description="datasets by source")
+    schedule: ScheduleConfig = Field(description="weights of the sources over the run")
+    holdout_every: Stride | None = Field(
+        None, description="every k-th document of a source without validation_paths is held out"
+    )
+    num_prefetch: Size = Field(2, description="global batches that are prepared ahead")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_schedule(cls, data: Any) -> Any:
+        sources = _given(data, "sources")
+        if isinstance(sources, Mapping) and len(sources) == 1:
+            return _fill(
+                data, {"schedule": {"knots": [{"at": 0, "weights": dict.fromkeys(sources, 1)}]}}
+            )
+        return data
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class OptimizerConfig:
+    """AdamW and its learning rate over the run."""
+
+    lr: PositiveNumber = Field(description="peak learning rate")
+    min_lr: NonNegativeNumber = Field(0.0, description="learning rate at the end of the decay")
+    lr_warmup_iters: Count = Field(0, description="iterations of linear warmup")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="form of the decay"
+    )
+    lr_decay_iters: PositiveCount | None = Field(
+        None, description="iteration at which the decay ends; the run's last when unset"
+    )
+    weight_decay: NonNegativeNumber = Field(0.1, description="decoupled weight decay")
+    adam_beta1: Fraction = Field(0.9, description="decay of Adam's first moment")
+    adam_beta2: Fraction = Field(0.95, description="decay of Adam's second moment")
+    adam_eps: PositiveNumber = Field(1e-8, description="epsilon of Adam")
+    clip_grad: NonNegativeNumber = Field(1.0, description="largest gradient norm; 0 is no limit")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class TrainConfig:
+    """How long, in what batches and in what precision."""
+
+    train_iters: PositiveCount | None = Field(None, description="iterations of the whole run")
+    train_samples: PositiveCount | None = Field(
+        None, description="samples of the whole run, instead of iterations"
+    )
+    micro_batch_size: Size = Field(description="samples in one forward pass of one process")
+    global_batch_size: Size = Field(description="samples in one iteration, over all processes")
+    seed: Seed = Field(1234, description="seed of the weights and of the data's order")
+    bf16: Switch = Field(True, description="compute in bfloat16 over fp32 master weights")
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        None, description="activations to recompute in the backward pass"
+    )
+    recompute_method: Literal["uniform", "block"] | None = Field(
+        None, description="which layers full recomputation takes"
+    )
+    recompute_num_layers: Size | None = Field(
+        None, description="layers of a recomputed chunk (uniform) or of a stage (block)"
+    )
+    eval_interval: PositiveCount | None = Field(
+        None, description="iterations between validations; none when unset"
+    )
+    eval_iters: PositiveCount = Field(8, description="global batches of a validation, per source")
+    exit_interval: PositiveCount | None = Field(
+        None, description="save and leave at multiples of this iteration"
+    )
+    deterministic_mode: Switch = Field(
+        False, description="only kernels whose result is the same every time"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class CheckpointConfig:
+    """Where weights and the run's records go to and come from."""
+
+    save: FilePath | None = Field(None, description="folder of the run")
+    load: FilePath | None = Field(None, description="folder to resume from, or to fine-tune from")
+    save_interval: PositiveCount | None = Field(
+        None, description="iterations between checkpoints; only the last when unset"
+    )
+    finetune: Switch = Field(False, description="load the weights alone and begin at iteration 0")
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LoggingConfig:
+    """What is written while the run goes on."""
+
+    log_interval: PositiveCount = Field(1, description="iterations between log lines")
+    tensorboard: Switch = Field(True, description="write TensorBoard files beside the metrics")

@@ -1,0 +1,78 @@
+"""Numbers as people write them in a configuration: counts with units, and floats.
+
+In: a value from YAML, from a flag or from Python. Out: an exact ``int`` or a ``float``, or a
+`UserError` that says how the number should be written.
+"""
+
+import re
+from decimal import Decimal
+from reprlib import Repr
+
+from megatron_chatflow.errors import UserError
+
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+_NUMBER = r"[+-]?[0-9](?:_?[0-9])*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?"
+_COUNT = re.compile(rf"({_NUMBER})\s?([KMBTkmbt]?)")
+_EXPONENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]{1,3}")
+_LARGEST_COUNT = 2**63 - 1
+
+_shortener = Repr()
+_shortener.maxstring = _shortener.maxother = 60
+
+
+def shorten(value: object) -> str:
+    """``value`` as a message shows it: short and on one line, whatever the input held."""
+    return _shortener.repr(value)
+
+
+def parse_count(value: object) -> int:
+    """A count of samples, tokens or iterations.
+
+    Args:
+        value: An ``int``; a whole ``float``; or text with a unit (``5M``, ``1.5B``, ``8K``,
+            ``1T``; powers of 1000), an exponent (``1e6``) or underscores (``1_000_000``). Text
+            without any of these, such as ``'3'``, is a string where a number belongs.
+
+    Raises:
+        UserError: The value is none of these, is not whole, or does not fit 64 bits.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        count = Decimal(value)
+    elif isinstance(value, float):
+        count = Decimal(value)
+    elif isinstance(value, str) and (match := _COUNT.fullmatch(value)):
+        if value.lstrip("+-").isdigit():
+            raise UserError(f"must be a number, not the text {value!r}; write it without quotes")
+        count = Decimal(match[1].replace("_", "")) * UNITS.get(match[2].upper(), 1)
+    else:
+        raise UserError(f"must be a count such as 500, 8K, 5M, 1.5B or 1T, not {shorten(value)}")
+    if not count.is_finite() or count != count.to_integral_value():
+        raise UserError(f"must be a whole number, not {shorten(value)}")
+    if abs(count) > _LARGEST_COUNT:
+        raise UserError(f"must be below 2**63, not {shorten(value)}")
+    return int(count)
+
+
+def format_count(count: int) -> str:
+    """The shortest way to write ``count`` that `parse_count` reads back exactly."""
+    for unit, size in reversed(UNITS.items()):
+        if count and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def parse_number(value: object) -> float:
+    """A real number; ``3e-4`` counts as one though common YAML readers take it for text.
+
+    Raises:
+        UserError: The value is no number.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"must be a number of ordinary size, not {shorten(value)}") from None
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    raise UserError(f"must be a number, not {shorten(value)}")

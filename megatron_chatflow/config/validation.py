@@ -1,0 +1,235 @@
+"""Checks of how the fields of a configuration go together.
+
+In: a configuration whose every field is in range by itself. Out: nothing, or a `UserError` in one
+line that begins with the path of the field to change.
+"""
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_chatflow.config.run_config import RunConfig
+
+_LONGEST_LIST = 8
+
+
+def _divisors(*numbers: int) -> str:
+    """The common divisors, as a message lists them: ``1, 2, 4 or 8``."""
+    greatest = math.gcd(*numbers)
+    divisors = [n for n in range(1, greatest + 1) if greatest % n == 0]
+    if len(divisors) > _LONGEST_LIST:
+        return f"a divisor of {greatest}"
+    return _choices(divisors)
+
+
+def _choices(values: Iterable[object]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def check(config: "RunConfig") -> None:
+    """Checks everything that does not depend on the number of processes.
+
+    Raises:
+        UserError: The first combination that cannot run.
+    """
+    _check_model(config)
+    _check_parallel(config)
+    _check_sequence(config)
+    _check_recompute(config)
+    _check_length(config)
+    _check_learning_rate(config)
+    _check_checkpoint(config)
+    _check_schedule(config)
+
+
+def _check_model(config: "RunConfig") -> None:
+    model = config.model
+    heads = model.num_attention_heads
+    if model.hidden_size % heads:
+        raise UserError(
+            f"model.num_attention_heads: {heads} does not divide model.hidden_size "
+            f"{model.hidden_size}; use a divisor of it"
+        )
+    if (model.hidden_size // heads) % 2:
+        raise UserError(
+            f"model.hidden_size: {model.hidden_size} over {heads} heads gives heads of the odd "
+            f"size {model.hidden_size // heads}, which cannot be rotated; use an even size"
+        )
+    if heads % model.num_query_groups:
+        raise UserError(
+            f"model.num_query_groups: {model.num_query_groups} does not divide "
+            f"model.num_attention_heads {heads}; use {_divisors(heads)}"
+        )
+
+
+def _check_parallel(config: "RunConfig") -> None:
+    model, parallel = config.model, config.parallel
+    tensor = parallel.tensor_model_parallel_size
+    cut = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+    }
+    for path, size in cut.items():
+        if size % tensor:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size: {tensor} does not divide {path} {size}; "
+                f"use {_divisors(*cut.values())}"
+            )
+    stages = parallel.pipeline_model_parallel_size
+    if model.num_layers % stages:
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size: {stages} does not divide model.num_layers "
+            f"{model.num_layers}; use {_divisors(model.num_layers)}"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        raise UserError(
+            "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1; set "
+            "that, or --no-sequence-parallel"
+        )
+    if parallel.overlap_param_gather and not (
+        parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    ):
+        raise UserError(
+            "parallel.overlap_param_gather: needs parallel.use_distributed_optimizer and "
+            "parallel.overlap_grad_reduce; set both, or --no-overlap-param-gather"
+        )
+
+
+def _check_sequence(config: "RunConfig") -> None:
+    length, parallel = config.data.seq_length, config.parallel
+    if length > config.model.max_position_embeddings:
+        raise UserError(
+            f"data.seq_length: {length} is above model.max_position_embeddings "
+            f"{config.model.max_position_embeddings}; shorten it, or raise that"
+        )
+    context = parallel.context_parallel_size
+    # Each process takes two chunks of a sequence, one early and one late, which evens out the work.
+    if context > 1 and length % (2 * context):
+        raise UserError(
+            f"data.seq_length: {length} is not divisible by 2 x parallel.context_parallel_size = "
+            f"{2 * context}; use a multiple of it"
+        )
+    tensor = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and (length // context) % tensor:
+        raise UserError(
+            f"data.seq_length: with parallel.sequence_parallel the {length // context} tokens of a "
+            f"process are not divisible by parallel.tensor_model_parallel_size {tensor}; use a "
+            f"multiple of {tensor * context}"
+        )
+
+
+def _check_recompute(config: "RunConfig") -> None:
+    train = config.train
+    if train.recompute_granularity == "full":
+        if train.recompute_method is None or train.recompute_num_layers is None:
+            raise UserError(
+                "train.recompute_granularity: full needs train.recompute_method and "
+                "train.recompute_num_layers; uniform and 1 save the most memory"
+            )
+        stage = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+        if train.recompute_num_layers > stage:
+            raise UserError(
+                f"train.recompute_num_layers: {train.recompute_num_layers} is above the {stage} "
+                f"layers of a pipeline stage; use at most {stage}"
+            )
+    elif train.recompute_method is not None or train.recompute_num_layers is not None:
+        raise UserError(
+            "train.recompute_method and train.recompute_num_layers: need "
+            "train.recompute_granularity full; set that, or leave them out"
+        )
+
+
+def _check_length(config: "RunConfig") -> None:
+    train = config.train
+    if train.train_iters is None and train.train_samples is None:
+        raise UserError("train.train_iters: is missing; set it, or train.train_samples")
+    if train.train_iters is not None and train.train_samples is not None:
+        raise UserError(
+            "train.train_iters and train.train_samples: both are set; leave one of them out"
+        )
+    if train.train_samples is not None and train.train_samples < train.global_batch_size:
+        raise UserError(
+            f"train.train_samples: {train.train_samples} is below train.global_batch_size "
+            f"{train.global_batch_size}, which is not one iteration; use more"
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        raise UserError(
+            f"train.micro_batch_size: {train.micro_batch_size} does not divide "
+            f"train.global_batch_size {train.global_batch_size}; use a divisor of it"
+        )
+
+
+def _check_learning_rate(config: "RunConfig") -> None:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(
+            f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}; "
+            "lower it"
+        )
+    if optimizer.lr_warmup_iters >= config.lr_decay_iters:
+        raise UserError(
+            f"optimizer.lr_warmup_iters: {optimizer.lr_warmup_iters} is not below the "
+            f"{config.lr_decay_iters} iterations at whose end the decay is done; lower it"
+        )
+
+
+def _check_checkpoint(config: "RunConfig") -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.finetune and checkpoint.load is None:
+        raise UserError(
+            "checkpoint.finetune: needs checkpoint.load, the folder of the weights to begin with"
+        )
+    if checkpoint.save_interval is not None and checkpoint.save is None:
+        raise UserError("checkpoint.save_interval: needs checkpoint.save, the folder to write to")
+
+
+def _check_schedule(config: "RunConfig") -> None:
+    sources, knots = config.data.sources, config.data.schedule.knots
+    for number, knot in enumerate(knots):
+        path = f"data.schedule.knots.{number}.weights"
+        for name in knot.weights:
+            if name not in sources:
+                raise UserError(
+                    f"{path}.{name}: is not among data.sources{closest(name, sources)}; known are "
+                    f"{', '.join(sources)}"
+                )
+        if not any(knot.weights.values()):
+            raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")
+    for number, (before, after) in enumerate(pairwise(knots), start=1):
+        if after.at <= before.at:
+            raise UserError(
+                f"data.schedule.knots.{number}.at: {after.at} does not follow {before.at} of the "
+                "knot before it; put the knots in rising order"
+            )
+
+
+def validate_for_world(config: "RunConfig", world_size: int) -> None:
+    """Checks the configuration against the number of processes.
+
+    Raises:
+        UserError: The processes cannot be cut into tensor, pipeline, context and data-parallel
+            groups, or the global batch not into micro-batches over the data-parallel ones.
+    """
+    parallel, train = config.parallel, config.train
+    model_parallel = config.model_parallel_size
+    if world_size % model_parallel:
+        raise UserError(
+            "parallel: tensor x pipeline x context parallel size "
+            f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size} x "
+            f"{parallel.context_parallel_size} = {model_parallel} does not divide the number of "
+            f"processes {world_size}; start a multiple of {model_parallel}"
+        )
+    data_parallel = world_size // model_parallel
+    if train.global_batch_size % (data_parallel * train.micro_batch_size):
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} is not divisible by "
+            f"train.micro_batch_size {train.micro_batch_size} x {data_parallel} data-parallel "
+            f"processes; use a multiple of {data_parallel * train.micro_batch_size}"
+        )
