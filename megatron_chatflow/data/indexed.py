@@ -243,8 +243,14 @@ class IndexedDatasetWriter:
 
         Args:
             tokens: 1-D, ids that the dtype can hold.
+
+        Raises:
+            OverflowError: One that it cannot hold.
         """
-        array = np.asarray(tokens, dtype=self.dtype)
+        given = np.asarray(tokens)
+        array = given.astype(self.dtype)
+        if not np.array_equal(array, given):
+            raise OverflowError(f"a token does not fit into the dataset's {self.dtype}")
         self.add_documents(array, np.array([array.size], np.int32))
 
     def add_documents(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
