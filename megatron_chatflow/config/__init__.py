@@ -3,6 +3,8 @@
 In: a YAML file and command-line flags. Out: a frozen `RunConfig`.
 """
 
+from megatron_chatflow.config.flags import RunOptions
+from megatron_chatflow.config.load import load_config, load_config_from_argv
 from megatron_chatflow.config.run_config import RunConfig, to_plain
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
@@ -29,11 +31,14 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",
+    "RunOptions",
     "ScheduleConfig",
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
     "format_count",
+    "load_config",
+    "load_config_from_argv",
     "parse_count",
     "parse_number",
     "to_plain",

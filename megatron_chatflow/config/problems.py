@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from megatron_chatflow.config.suggest import closest
 from megatron_chatflow.config.units import shorten
@@ -106,6 +107,6 @@ def _hint(root: type, location: tuple[int | str, ...]) -> str:
     known = _class_at(root, location[:-1])
     if known is None:
         return ""
-    field = known.__dataclass_fields__[str(location[-1])]  # type: ignore[attr-defined]
-    description = getattr(field.default, "description", None)
+    kept: dict[str, FieldInfo] = known.__pydantic_fields__  # type: ignore[attr-defined]
+    description = kept[str(location[-1])].description
     return f" ({description})" if description else ""

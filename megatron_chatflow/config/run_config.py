@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from megatron_chatflow.config.fields import CONFIG
@@ -46,12 +46,12 @@ class RunConfig:
 
     model: ModelConfig
     tokenizer: TokenizerConfig
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     optimizer: OptimizerConfig
     train: TrainConfig
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -93,9 +93,10 @@ class RunConfig:
             UserError: A key is unknown, a value of the wrong type, or values do not go together.
         """
         # A section that is left out is validated as an empty one: the message then names the field.
-        sections = {field.name: {} for field in fields(cls)}
+        given = {key: value for key, value in values.items() if value is not None}
+        sections: dict[str, Any] = {field.name: {} for field in fields(cls)}
         try:
-            return _adapter.validate_python({**sections, **_without_empty(values)})
+            return _adapter.validate_python({**sections, **given})
         except ValidationError as error:
             raise UserError(describe(error, cls)) from None
         except RecursionError:
@@ -112,7 +113,3 @@ class RunConfig:
 
 
 _adapter = TypeAdapter(RunConfig)
-
-
-def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}

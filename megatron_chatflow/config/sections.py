@@ -48,10 +48,10 @@ def _given(data: Any, key: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ModelConfig:
-    """The LLaMA's shape. After construction every size is set: a preset fills what was not given."""
+    """The LLaMA's shape; once made, every size is set: a preset fills what was not given."""
 
     preset: Name | None = Field(
-        None, description="published shape that fills what is unset: " + ", ".join(PRESETS)
+        default=None, description="published shape that fills what is unset: " + ", ".join(PRESETS)
     )
     num_layers: Size = Field(description="transformer layers")
     hidden_size: Size = Field(description="width of the residual stream")
@@ -61,17 +61,19 @@ class ModelConfig:
         description="key/value heads of grouped-query attention; as many as heads when unset"
     )
     max_position_embeddings: Size = Field(description="longest sequence, in tokens")
-    rotary_base: PositiveNumber = Field(10000.0, description="base of the rotary angles")
-    norm_epsilon: PositiveNumber = Field(1e-5, description="epsilon of RMSNorm")
-    init_method_std: PositiveNumber = Field(0.02, description="spread of the initial weights")
+    rotary_base: PositiveNumber = Field(default=10000.0, description="base of the rotary angles")
+    norm_epsilon: PositiveNumber = Field(default=1e-5, description="epsilon of RMSNorm")
+    init_method_std: PositiveNumber = Field(
+        default=0.02, description="spread of the initial weights"
+    )
     untie_embeddings_and_output_weights: Switch = Field(
-        True, description="own weights for the output layer"
+        default=True, description="own weights for the output layer"
     )
     make_vocab_size_divisible_by: Size = Field(
-        128, description="the vocabulary is padded to a multiple of this times the TP size"
+        default=128, description="the vocabulary is padded to a multiple of this, and of the TP size"
     )
     vocab_size: Size | None = Field(
-        None, description="vocabulary before padding; the tokenizer's when unset"
+        default=None, description="vocabulary before padding; the tokenizer's when unset"
     )
 
     @model_validator(mode="before")
@@ -84,7 +86,7 @@ class ModelConfig:
                     f"model.preset: there is no {preset!r}{closest(preset, PRESETS)}; "
                     f"use one of {', '.join(PRESETS)}"
                 )
-            # A shape with other heads than the preset's has other groups too, unless they are given.
+            # Another number of heads than the preset's makes its number of groups void.
             heads = _given(data, "num_attention_heads")
             shape = dict(PRESETS[preset])
             if heads not in (None, shape["num_attention_heads"]):
@@ -99,7 +101,7 @@ class TokenizerConfig:
     """Which tokenizer the corpus was made with."""
 
     tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = Field(
-        "Llama2Tokenizer", description="kind of tokenizer"
+        default="Llama2Tokenizer", description="kind of tokenizer"
     )
     tokenizer_model: FilePath = Field(description="SentencePiece model, or tokenizer.json")
 
@@ -108,23 +110,26 @@ class TokenizerConfig:
 class ParallelConfig:
     """How the model is cut over processes; data parallelism takes what the other kinds leave."""
 
-    tensor_model_parallel_size: Size = Field(1, description="processes that share each layer")
-    pipeline_model_parallel_size: Size = Field(1, description="stages of layers")
-    context_parallel_size: Size = Field(1, description="processes that share each sequence")
+    tensor_model_parallel_size: Size = Field(
+        default=1, description="processes that share each layer"
+    )
+    pipeline_model_parallel_size: Size = Field(default=1, description="stages of layers")
+    context_parallel_size: Size = Field(default=1, description="processes that share each sequence")
     sequence_parallel: Switch = Field(
-        False, description="norms and residuals cut along the sequence over the TP processes"
+        default=False,
+        description="norms and residuals cut along the sequence over the TP processes",
     )
     use_distributed_optimizer: Switch = Field(
-        False, description="optimizer state cut over the data-parallel processes"
+        default=False, description="optimizer state cut over the data-parallel processes"
     )
     overlap_grad_reduce: Switch = Field(
-        False, description="reduce gradients while the backward pass goes on"
+        default=False, description="reduce gradients while the backward pass goes on"
     )
     overlap_param_gather: Switch = Field(
-        False, description="gather parameters while the forward pass goes on"
+        default=False, description="gather parameters while the forward pass goes on"
     )
     distributed_timeout_minutes: Size = Field(
-        10, description="minutes after which a stuck collective ends the run"
+        default=10, description="minutes after which a stuck collective ends the run"
     )
 
 
@@ -136,19 +141,21 @@ class SourceConfig:
         min_length=1, description="prefixes of .bin/.idx files, such as data/en_text_document"
     )
     validation_paths: tuple[FilePath, ...] = Field(
-        (), description="prefixes that only validation reads"
+        default=(), description="prefixes that only validation reads"
     )
     loss: Literal["all", "response"] = Field(
-        "all", description="tokens that count in the loss: all, or those of the loss-mask files"
+        default="all",
+        description="tokens that count in the loss: all, or those of the loss-mask files",
     )
     packing: Literal["none", "best_fit"] = Field(
-        "none", description="none: documents run on across samples; best_fit: whole ones are packed"
+        default="none",
+        description="none: documents run on across samples; best_fit: whole ones are packed",
     )
     boundaries: Literal["ignore", "isolate"] = Field(
-        "ignore", description="isolate: attention does not cross documents"
+        default="ignore", description="isolate: attention does not cross documents"
     )
     max_epochs: PositiveNumber | None = Field(
-        None, description="error before training if the source would repeat more often"
+        default=None, description="error before training if the source would repeat more often"
     )
 
 
@@ -159,7 +166,7 @@ class KnotConfig:
     at: Count = Field(description="where, in the schedule's unit")
     weights: dict[Name, NonNegativeNumber] = Field(description="relative weights by source")
     ramp: Literal["step", "linear", "cosine"] = Field(
-        "step", description="how the interval that ends here is crossed"
+        default="step", description="how the interval that ends here is crossed"
     )
 
 
@@ -168,7 +175,7 @@ class ScheduleConfig:
     """The weights of the sources over the run."""
 
     unit: Literal["samples", "tokens", "iterations"] = Field(
-        "samples", description="what the knots count"
+        default="samples", description="what the knots count"
     )
     knots: tuple[KnotConfig, ...] = Field(min_length=1, description="weights by position")
 
@@ -184,9 +191,10 @@ class DataConfig:
     sources: dict[Name, SourceConfig] = Field(min_length=1, description="datasets by source")
     schedule: ScheduleConfig = Field(description="weights of the sources over the run")
     holdout_every: Stride | None = Field(
-        None, description="every k-th document of a source without validation_paths is held out"
+        default=None,
+        description="every k-th document of a source without validation_paths is held out",
     )
-    num_prefetch: Size = Field(2, description="global batches that are prepared ahead")
+    num_prefetch: Size = Field(default=2, description="global batches that are prepared ahead")
 
     @model_validator(mode="before")
     @classmethod
@@ -204,51 +212,59 @@ class OptimizerConfig:
     """AdamW and its learning rate over the run."""
 
     lr: PositiveNumber = Field(description="peak learning rate")
-    min_lr: NonNegativeNumber = Field(0.0, description="learning rate at the end of the decay")
-    lr_warmup_iters: Count = Field(0, description="iterations of linear warmup")
+    min_lr: NonNegativeNumber = Field(
+        default=0.0, description="learning rate at the end of the decay"
+    )
+    lr_warmup_iters: Count = Field(default=0, description="iterations of linear warmup")
     lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="form of the decay"
+        default="cosine", description="form of the decay"
     )
     lr_decay_iters: PositiveCount | None = Field(
-        None, description="iteration at which the decay ends; the run's last when unset"
+        default=None, description="iteration at which the decay ends; the run's last when unset"
     )
-    weight_decay: NonNegativeNumber = Field(0.1, description="decoupled weight decay")
-    adam_beta1: Fraction = Field(0.9, description="decay of Adam's first moment")
-    adam_beta2: Fraction = Field(0.95, description="decay of Adam's second moment")
-    adam_eps: PositiveNumber = Field(1e-8, description="epsilon of Adam")
-    clip_grad: NonNegativeNumber = Field(1.0, description="largest gradient norm; 0 is no limit")
+    weight_decay: NonNegativeNumber = Field(default=0.1, description="decoupled weight decay")
+    adam_beta1: Fraction = Field(default=0.9, description="decay of Adam's first moment")
+    adam_beta2: Fraction = Field(default=0.95, description="decay of Adam's second moment")
+    adam_eps: PositiveNumber = Field(default=1e-8, description="epsilon of Adam")
+    clip_grad: NonNegativeNumber = Field(
+        default=1.0, description="largest gradient norm; 0 is no limit"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainConfig:
     """How long, in what batches and in what precision."""
 
-    train_iters: PositiveCount | None = Field(None, description="iterations of the whole run")
+    train_iters: PositiveCount | None = Field(
+        default=None, description="iterations of the whole run"
+    )
     train_samples: PositiveCount | None = Field(
-        None, description="samples of the whole run, instead of iterations"
+        default=None, description="samples of the whole run, instead of iterations"
     )
     micro_batch_size: Size = Field(description="samples in one forward pass of one process")
     global_batch_size: Size = Field(description="samples in one iteration, over all processes")
-    seed: Seed = Field(1234, description="seed of the weights and of the data's order")
-    bf16: Switch = Field(True, description="compute in bfloat16 over fp32 master weights")
+    seed: Seed = Field(default=1234, description="seed of the weights and of the data's order")
+    bf16: Switch = Field(default=True, description="compute in bfloat16 over fp32 master weights")
     recompute_granularity: Literal["full", "selective"] | None = Field(
-        None, description="activations to recompute in the backward pass"
+        default=None, description="activations to recompute in the backward pass"
     )
     recompute_method: Literal["uniform", "block"] | None = Field(
-        None, description="which layers full recomputation takes"
+        default=None, description="which layers full recomputation takes"
     )
     recompute_num_layers: Size | None = Field(
-        None, description="layers of a recomputed chunk (uniform) or of a stage (block)"
+        default=None, description="layers of a recomputed chunk (uniform) or of a stage (block)"
     )
     eval_interval: PositiveCount | None = Field(
-        None, description="iterations between validations; none when unset"
+        default=None, description="iterations between validations; none when unset"
     )
-    eval_iters: PositiveCount = Field(8, description="global batches of a validation, per source")
+    eval_iters: PositiveCount = Field(
+        default=8, description="global batches of a validation, per source"
+    )
     exit_interval: PositiveCount | None = Field(
-        None, description="save and leave at multiples of this iteration"
+        default=None, description="save and leave at multiples of this iteration"
     )
     deterministic_mode: Switch = Field(
-        False, description="only kernels whose result is the same every time"
+        default=False, description="only kernels whose result is the same every time"
     )
 
 
@@ -256,17 +272,23 @@ class TrainConfig:
 class CheckpointConfig:
     """Where weights and the run's records go to and come from."""
 
-    save: FilePath | None = Field(None, description="folder of the run")
-    load: FilePath | None = Field(None, description="folder to resume from, or to fine-tune from")
-    save_interval: PositiveCount | None = Field(
-        None, description="iterations between checkpoints; only the last when unset"
+    save: FilePath | None = Field(default=None, description="folder of the run")
+    load: FilePath | None = Field(
+        default=None, description="folder to resume from, or to fine-tune from"
     )
-    finetune: Switch = Field(False, description="load the weights alone and begin at iteration 0")
+    save_interval: PositiveCount | None = Field(
+        default=None, description="iterations between checkpoints; only the last when unset"
+    )
+    finetune: Switch = Field(
+        default=False, description="load the weights alone and begin at iteration 0"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LoggingConfig:
     """What is written while the run goes on."""
 
-    log_interval: PositiveCount = Field(1, description="iterations between log lines")
-    tensorboard: Switch = Field(True, description="write TensorBoard files beside the metrics")
+    log_interval: PositiveCount = Field(default=1, description="iterations between log lines")
+    tensorboard: Switch = Field(
+        default=True, description="write TensorBoard files beside the metrics"
+    )

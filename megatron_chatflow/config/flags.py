@@ -1,0 +1,171 @@
+"""The command line of a training run, made from the configuration's fields.
+
+In: a list of arguments. Out: the values that they set, by section and field, and the options that
+belong to the call and not to the run.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from pydantic.fields import FieldInfo
+
+from megatron_chatflow.config.run_config import RunConfig
+from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.errors import UserError
+
+_EXAMPLES = """examples:
+  python -m megatron_chatflow.pretrain --config run.yaml --dry-run
+  python -m megatron_chatflow.pretrain --config run.yaml --train-iters 2K --lr 3e-4 --no-bf16
+  torchrun --nproc-per-node 2 -m megatron_chatflow.pretrain --config run.yaml \\
+      --tensor-model-parallel-size 2 --sequence-parallel
+
+A flag is stronger than the file, the file than the default. Counts may carry a unit (8K, 5M, 1.5B,
+1T); `none` unsets what has no default. Sources and their schedule stand in the file alone.
+"""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What one call asks for, beside the run's configuration.
+
+    Attributes:
+        config: The YAML file, if there is one.
+        dry_run: Check and report, and train nothing.
+        world_size: Number of processes that a dry run assumes; the smallest possible when None.
+    """
+
+    config: Path | None = None
+    dry_run: bool = False
+    world_size: int | None = None
+
+
+@dataclass(frozen=True)
+class _Flag:
+    section: str
+    field: str
+    kind: Any  # bool, int, float, str, Path or a Literal
+    is_optional: bool
+    default: object  # None also where the field has to be given
+    help: str
+
+    @property
+    def name(self) -> str:
+        return "--" + self.field.replace("_", "-")
+
+    @property
+    def destination(self) -> str:
+        return f"{self.section}.{self.field}"
+
+    def parse(self, text: str) -> object:
+        """The raw value of the flag's text; what cannot be read is left for validation to name."""
+        if self.is_optional and text.lower() in ("none", "null"):
+            return None
+        reader: Callable[[str], object] = self.kind if self.kind in (int, float) else str
+        try:
+            return reader(text)
+        except ValueError:
+            return text
+
+
+def _flags() -> Iterator[_Flag]:
+    for section, section_class in get_type_hints(RunConfig).items():
+        hints = get_type_hints(section_class)
+        for field in fields(section_class):
+            kind = hints[field.name]
+            arms = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            kind = next(arm for arm in arms if arm is not type(None))
+            if is_dataclass(kind) or get_origin(kind) is dict:
+                continue  # sources and schedule
+            info: FieldInfo = section_class.__pydantic_fields__[field.name]
+            default = None if info.is_required() else info.default
+            is_optional = type(None) in arms
+            help_text = info.description or ""
+            yield _Flag(section, field.name, kind, is_optional, default, help_text)
+
+
+FLAGS = tuple(_flags())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
+    """The parser of a training run's arguments.
+
+    Args:
+        with_options: Whether the options of the call, such as ``--config``, are part of it.
+    """
+    parser = _Parser(
+        prog="python -m megatron_chatflow.pretrain",
+        usage="%(prog)s --config YAML [--dry-run] [flags]",
+        description="Trains a LLaMA on a blend of sources that follows a schedule.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if with_options:
+        group = parser.add_argument_group("this call")
+        group.add_argument("--config", type=Path, metavar="YAML", help="the run's configuration")
+        group.add_argument(
+            "--dry-run", action="store_true", help="check everything, print the plan, train nothing"
+        )
+        group.add_argument(
+            "--world-size", type=int, metavar="N", help="processes that --dry-run plans for"
+        )
+    for section, section_class in get_type_hints(RunConfig).items():
+        summary = (section_class.__doc__ or "").splitlines()[0]
+        group = parser.add_argument_group(section, summary)
+        for flag in FLAGS:
+            if flag.section == section:
+                _add(group, flag)
+    return parser
+
+
+def _add(group: Any, flag: _Flag) -> None:
+    text = flag.help.replace("%", "%%")
+    if flag.default is not None:
+        default = str(flag.default).lower() if flag.kind is bool else flag.default
+        text += f" (default: {default})"
+    common = {"dest": flag.destination, "default": argparse.SUPPRESS, "help": text}
+    if flag.kind is bool:
+        group.add_argument(flag.name, action=argparse.BooleanOptionalAction, **common)
+        return
+    if get_origin(flag.kind) is Literal:
+        metavar = "{" + ",".join(get_args(flag.kind)) + "}"
+    else:
+        metavar = {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]
+    group.add_argument(flag.name, type=flag.parse, metavar=metavar, **common)
+
+
+def parse_arguments(
+    arguments: Sequence[str], *, with_options: bool = True
+) -> tuple[dict[str, dict[str, Any]], RunOptions]:
+    """What the arguments set.
+
+    Returns:
+        Raw values by section and field, of the flags that are there alone; and the options.
+
+    Raises:
+        UserError: A flag is unknown or lacks its value.
+    """
+    parser = build_parser(with_options=with_options)
+    namespace, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        word = unknown[0].split("=")[0]
+        if not word.startswith("-"):
+            raise UserError(f"{word}: a value without a flag; see --help")
+        known = [name for action in parser._actions for name in action.option_strings]
+        raise UserError(f"{word}: unknown flag{closest(word, known)}; see --help")
+    given = vars(namespace)
+    values: dict[str, dict[str, Any]] = {}
+    for flag in FLAGS:
+        if flag.destination in given:
+            values.setdefault(flag.section, {})[flag.field] = given[flag.destination]
+    options = {name: given[name] for name in ("config", "dry_run", "world_size") if name in given}
+    return values, RunOptions(**options)
