@@ -7,9 +7,9 @@ In: the command line. Out: a run's folder with checkpoints, metrics and TensorBo
 
 import logging
 import sys
+import warnings
 from contextlib import ExitStack
 from datetime import timedelta
-
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.errors import UserError, run_main
@@ -27,6 +27,8 @@ def main() -> int:
         level=logging.INFO if process.rank == 0 else logging.ERROR,
         format="%(asctime)s %(levelname)s %(message)s",
     )
+    # megatron-core warns of each GPU package that is absent; what is used instead is logged below.
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     # megatron-core logs every configuration that it is handed; ours is printed once, below.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     if options.dry_run:

@@ -16,6 +16,7 @@ from megatron_chatflow.data.loader import MicroBatch, collate
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 
 
@@ -97,7 +98,7 @@ class Validator:
         ranks: Ranks,
     ) -> torch.Tensor:
         stream: Iterator[MicroBatch] = iter(batches)
-        with torch.no_grad():
+        with torch.no_grad(), device_mode(ranks.device):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=stream,

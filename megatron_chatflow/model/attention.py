@@ -89,7 +89,7 @@ class PackedCausalAttention(nn.Module):
             rows = slice(start, start + num_documents * length)
             # [documents * length, heads, head_dim] -> [documents, heads, length, head_dim]
             q, k, v = (
-                tensor[rows].unflatten(0, (num_documents, length)).transpose(1, 2)
+                tensor[rows].view(num_documents, length, *tensor.shape[1:]).transpose(1, 2)
                 for tensor in (query, key, value)
             )
             context = scaled_dot_product_attention(

@@ -5,17 +5,16 @@ process holds. Touvron et al., "Llama 2", 2023: RMSNorm before each block, SwiGL
 grouped-query attention, untied embeddings, no biases.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -28,19 +27,10 @@ from megatron.core.transformer.transformer_layer import (
 from torch.nn.functional import silu
 
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_chatflow.config.model_shape import padded_vocab_size
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.norm import RMSNorm
 from megatron_chatflow.runtime.ranks import Ranks
-
-
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding: the least common multiple of both divisors at or above the size.
-
-    It is the same for every tensor-parallel size that divides ``divisible_by``, so that a
-    checkpoint's tensors keep their shapes when a run changes its parallel layout.
-    """
-    multiple = math.lcm(divisible_by, tensor_parallel_size)
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(
@@ -114,9 +104,7 @@ def layer_spec() -> ModuleSpec:
 class HiddenStatesOut(ColumnParallelLinear):  # type: ignore[misc]
     """An output layer that keeps its weight and passes hidden states on to the chunked loss."""
 
-    def forward(
-        self, input_: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, None]:
+    def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """Returns its input; `linear_cross_entropy` multiplies by the weight, chunk by chunk."""
         return input_, None
 
@@ -188,9 +176,7 @@ def build_llama(
         vocab_size: Pieces of the tokenizer.
     """
     config = transformer_config(model, parallel, train, ranks)
-    rows = padded_vocab_size(
-        vocab_size, model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size
-    )
+    rows = padded_vocab_size(model, parallel, vocab_size)
     spec = TransformerBlockSubmodules(
         layer_specs=[layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )

@@ -113,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (losses * loss_mask).sum(), losses
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_sum: torch.Tensor, _grad_losses: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -154,7 +154,9 @@ def linear_cross_entropy(
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, labels, loss_mask, rows)
+    total, losses = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, loss_mask, rows
+    )
     return total, losses
 
 

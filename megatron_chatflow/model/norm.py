@@ -25,7 +25,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        )
         # megatron-core adds up, over the tensor-parallel group, gradients of weights so marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -38,7 +38,9 @@ def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]
     >>> equal_length_runs([0, 4, 8, 10])
     ((0, 2, 4), (8, 1, 2))
     """
-    documents = [(start, end - start) for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    documents = [
+        (start, end - start) for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)
+    ]
     runs = []
     for length, group in groupby((d for d in documents if d[1] > 0), key=lambda d: d[1]):
         starts = [start for start, _ in group]

@@ -47,9 +47,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(heads, cosines, sines, 1.0)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
         return _rotate(gradient, cosines, sines, -1.0), None, None
 
@@ -67,9 +65,7 @@ def _rotate(
     return rotated
 
 
-def apply_rotary(
-    heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
-) -> torch.Tensor:
+def apply_rotary(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotates ``heads`` [tokens, heads, head_dim] by a `rotary_table` of the same dtype."""
-    rotated: torch.Tensor = _Rotate.apply(heads, cosines, sines)
+    rotated: torch.Tensor = _Rotate.apply(heads, cosines, sines)  # type: ignore[no-untyped-call]
     return rotated

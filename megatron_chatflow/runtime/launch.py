@@ -105,8 +105,9 @@ def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> Non
         return
     if process.world_size > 1:
         raise UserError("WORLD_SIZE is above 1 and MASTER_ADDR is not set; launch with torchrun")
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(
-        backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        backend, store=store, rank=0, world_size=1, timeout=timeout
     )
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from megatron_chatflow.checkpoint.files import resolve_checkpoint, write_atomically
 from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, load_weights
-from megatron_chatflow.config import RunConfig, model_flops_per_token
+from megatron_chatflow.config import RunConfig, to_plain
+from megatron_chatflow.config.model_shape import flops_per_token
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.data.schedule import Schedule
@@ -58,7 +59,6 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
             _refuse_other_data(resumed, state, checkpoint)
     blend = _blend(config, sources, resumed)
     state = replace(state, schedule=blend.schedule.to_dict())
-    _refuse_empty_sources(blend, sources)
 
     llama = _model(config, ranks, vocab_size)
     optimization = build_optimization(config, llama, ranks)
@@ -84,7 +84,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         optimization=optimization,
         validator=_validator(config, tokenizer),
         state=state,
-        flops_per_token=model_flops_per_token(config, vocab_size),
+        flops_per_token=float(flops_per_token(config.model, vocab_size, config.data.seq_length)),
         peak_flops=peak,
         stop_request=StopRequest(),
         hooks=_hooks(config, ranks, progress, stack),
@@ -186,7 +186,7 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
         # The sequence is cut by the batch size that the run began with, whatever it is now.
         batch = int(resumed.schedule["samples_per_iteration"])
     schedule = Schedule.from_dict(
-        config.data.schedule.to_dict(),
+        to_plain(config.data.schedule),
         sources=[source.name for source in sources],
         samples_per_iteration=batch,
         seq_length=config.data.seq_length,
@@ -194,15 +194,6 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
     if resumed is None:
         return Blend(schedule)
     return Blend(schedule, state=resumed.blend)
-
-
-def _refuse_empty_sources(blend: Blend, sources: list[Source]) -> None:
-    for number, source in enumerate(sources):
-        if source.num_samples == 0 and blend.first_draw(number, 0) is not None:
-            raise UserError(
-                f"data.sources.{source.name}: is empty and its weight is above 0 from sample "
-                f"{blend.first_draw(number, 0)} on; give it data or weight 0"
-            )
 
 
 def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
@@ -263,9 +254,7 @@ def _validator(config: RunConfig, tokenizer: Tokenizer) -> Validator | None:
     )
 
 
-def _hooks(
-    config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack
-) -> list[Hook]:
+def _hooks(config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack) -> list[Hook]:
     if not ranks.is_reporter:
         return []
     hooks: list[Hook] = [

@@ -189,9 +189,9 @@ def _report(
 
 def _batch_digest(batch: GlobalBatch, ranks: Ranks) -> str:
     """Hash of the whole global batch in sample order; every rank of a replica has its part."""
-    local = torch.cat(
-        (batch.sample_positions.unsqueeze(-1), batch.sample_digests), dim=-1
-    ).to(ranks.device)
+    local = torch.cat((batch.sample_positions.unsqueeze(-1), batch.sample_digests), dim=-1).to(
+        ranks.device
+    )
     parts = [torch.empty_like(local) for _ in range(ranks.data_parallel_size)]
     torch.distributed.all_gather(parts, local, group=megatron.data_parallel_group())
     rows = torch.cat(parts).cpu()

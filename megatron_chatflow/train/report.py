@@ -1,6 +1,6 @@
 """What is reported of an iteration, as one value.
 
-In: a step's sums, the batch's draws, the clock. Out: `IterationReport`, from which every hook writes
+In: a step's sums, the batch's draws, the clock. Out: `IterationReport`, from which each hook writes
 its own form, and the object that ``metrics.jsonl`` holds.
 """
 

@@ -61,16 +61,17 @@ def train_step(
     for chunk in optimization.chunks:
         chunk.zero_grad_buffer()
     optimization.optimizer.zero_grad()
-    results = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(batch.micro_batches),
-        model=optimization.chunks,
-        num_microbatches=len(batch.micro_batches),
-        # A micro-batch is one row of packed tokens.
-        seq_length=batch.micro_batches[0].tokens.numel(),
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    with device_mode(ranks.device):
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batch.micro_batches),
+            model=optimization.chunks,
+            num_microbatches=len(batch.micro_batches),
+            # A micro-batch is one row of packed tokens.
+            seq_length=batch.micro_batches[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
     learning_rate = optimization.learning_rate()
     with device_mode(ranks.device):
         _, grad_norm, _ = optimization.optimizer.step()
@@ -78,8 +79,8 @@ def train_step(
     grad_norm = float(grad_norm)
     if not math.isfinite(grad_norm):
         raise UserError(
-            f"samples {batch.begin} to {batch.end}: the gradient's norm is {grad_norm}; resume from "
-            "the last checkpoint with a lower --lr"
+            f"samples {batch.begin} to {batch.end}: the gradient's norm is {grad_norm}; resume "
+            "from the last checkpoint with a lower --lr"
         )
     if ranks.is_last_stage:
         sums = torch.stack(results).sum(dim=0)

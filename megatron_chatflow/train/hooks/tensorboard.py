@@ -17,9 +17,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, *, iteration: int) -> None:
         """Opens the events of a run that stands at ``iteration``; later ones are hidden."""
-        self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
-            str(folder / "tensorboard"), purge_step=iteration + 1
-        )
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
     def on_iteration(self, report: IterationReport) -> None:
         """Writes the iteration's scalars."""
@@ -49,9 +47,9 @@ class TensorBoard:
 
     def close(self) -> None:
         """Flushes the events."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
     def _write(self, scalars: Mapping[str, float | None], iteration: int) -> None:
         for name, value in scalars.items():
             if value is not None:
-                self._writer.add_scalar(name, value, iteration)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, iteration)

@@ -1,0 +1,92 @@
+"""Packed causal attention and rotary positions against a dense reference."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.packed import document_positions, equal_length_runs, pack_tokens
+from megatron_chatflow.model.rotary import apply_rotary, rotary_table
+from megatron_chatflow.runtime.ranks import Ranks
+
+
+class _Settings:
+    use_cpu_initialization = True
+    params_dtype = torch.float32
+
+
+def _dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: list[int]
+) -> torch.Tensor:
+    """Masked softmax over all tokens, written out: a token sees earlier ones of its document."""
+    num_tokens, num_heads, head_dim = query.shape
+    group = num_heads // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    document = torch.bucketize(torch.arange(num_tokens), torch.tensor(cu_seqlens[1:]), right=True)
+    seen = (document[:, None] == document[None]) & torch.ones(num_tokens, num_tokens).tril().bool()
+    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(head_dim)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value).flatten(1)
+
+
+def _rotate_by_complex_numbers(
+    heads: torch.Tensor, positions: torch.Tensor, base: float
+) -> torch.Tensor:
+    half = heads.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones(len(positions), half), positions[:, None] * frequencies)
+    turned = torch.complex(heads[..., :half], heads[..., half:]) * turn[:, None]
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 12], [0, 4, 8, 12], [0, 1, 5, 6, 12]])
+@pytest.mark.parametrize("num_groups", [4, 2, 1])
+def test_attention_equals_the_dense_reference(
+    single_rank: Ranks, cu_seqlens: list[int], num_groups: int
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(12, 4, 8, requires_grad=True)
+    key = torch.randn(12, num_groups, 8, requires_grad=True)
+    value = torch.randn(12, num_groups, 8, requires_grad=True)
+    boundaries = torch.tensor(cu_seqlens, dtype=torch.int32)
+    packed = pack_tokens(
+        boundaries, head_dim=8, rotary_base=100.0, dtype=torch.float32, device=torch.device("cpu")
+    )
+    attention = PackedCausalAttention(_Settings(), 1, None, "self")
+    context = attention(query, key, value, None, packed_seq_params=packed)
+    context.square().sum().backward()
+    gradients = [tensor.grad for tensor in (query, key, value)]
+    for tensor in (query, key, value):
+        tensor.grad = None
+
+    positions = document_positions(boundaries)
+    expected = _dense_attention(
+        _rotate_by_complex_numbers(query, positions, 100.0),
+        _rotate_by_complex_numbers(key, positions, 100.0),
+        value,
+        cu_seqlens,
+    )
+    expected.square().sum().backward()
+    torch.testing.assert_close(context, expected)
+    for gradient, tensor in zip(gradients, (query, key, value), strict=True):
+        torch.testing.assert_close(gradient, tensor.grad)
+
+
+def test_positions_restart_in_each_document() -> None:
+    positions = document_positions(torch.tensor([0, 3, 4, 4, 6], dtype=torch.int32))
+    assert positions.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+def test_runs_group_neighbours_of_equal_length_and_skip_empty_documents() -> None:
+    assert equal_length_runs([0, 2, 4, 4, 7, 8, 9]) == ((0, 2, 2), (4, 1, 3), (7, 2, 1))
+    assert equal_length_runs([0, 5]) == ((0, 1, 5),)
+
+
+def test_rotation_keeps_lengths_and_turns_back() -> None:
+    torch.manual_seed(0)
+    heads = torch.randn(9, 3, 16)
+    cosines, sines = rotary_table(torch.arange(9) * 1000, 16, 10000.0, torch.float32)
+    turned = apply_rotary(heads, cosines, sines)
+    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
+    torch.testing.assert_close(apply_rotary(turned, cosines, -sines), heads)

@@ -1,0 +1,117 @@
+"""The chunked vocabulary-parallel loss against torch's cross-entropy."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from megatron_chatflow.model import loss
+from megatron_chatflow.model.loss import (
+    VocabularySlice,
+    linear_cross_entropy,
+    source_sums,
+    vocabulary_slice,
+)
+
+
+def _reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    mask: torch.Tensor,
+    pieces: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = (hidden @ weight.t())[:, :pieces].float()
+    losses = cross_entropy(logits, labels, reduction="none")
+    return (losses * mask).sum(), losses
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 16, 64, 4096])
+def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch, chunk_tokens: int) -> None:
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk_tokens)
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 24, requires_grad=True)
+    weight = torch.randn(128, 24, requires_grad=True)
+    labels = torch.randint(0, 100, (64,))
+    mask = (torch.rand(64) > 0.4).float()
+    rows = VocabularySlice(start=0, num_rows=128, num_pieces=100, group=None)
+
+    total, losses = linear_cross_entropy(
+        hidden, weight, labels, mask, rows, sequence_parallel=False
+    )
+    (total * 0.5).backward()
+    grads = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    expected, expected_losses = _reference(hidden, weight, labels, mask, pieces=100)
+    (expected * 0.5).backward()
+
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(losses, expected_losses)
+    torch.testing.assert_close(grads[0], hidden.grad)
+    torch.testing.assert_close(grads[1], weight.grad)
+
+
+def test_padding_rows_get_no_gradient_and_no_probability() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 16)
+    weight = torch.randn(32, 16)
+    weight[20:] = 50.0  # would take all the probability if it were counted
+    weight.requires_grad_()
+    rows = VocabularySlice(start=0, num_rows=32, num_pieces=20, group=None)
+    total, _ = linear_cross_entropy(
+        hidden, weight, torch.arange(8), torch.ones(8), rows, sequence_parallel=False
+    )
+    total.backward()
+    assert weight.grad is not None
+    assert torch.isfinite(total)
+    assert torch.count_nonzero(weight.grad[20:]) == 0
+    assert torch.count_nonzero(weight.grad[:20]) > 0
+
+
+def test_masked_tokens_have_no_gradient() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(6, 8, requires_grad=True)
+    weight = torch.randn(16, 8)
+    mask = torch.tensor([1.0, 0, 1, 0, 0, 1])
+    rows = VocabularySlice(start=0, num_rows=16, num_pieces=16, group=None)
+    total, _ = linear_cross_entropy(
+        hidden, weight, torch.arange(6), mask, rows, sequence_parallel=False
+    )
+    total.backward()
+    assert hidden.grad is not None
+    assert (hidden.grad.abs().sum(dim=-1) > 0).tolist() == [True, False, True, False, False, True]
+
+
+def test_bfloat16_stays_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 32)
+    weight = torch.randn(96, 32)
+    labels = torch.randint(0, 96, (64,))
+    rows = VocabularySlice(start=0, num_rows=96, num_pieces=96, group=None)
+    total, _ = linear_cross_entropy(
+        hidden.bfloat16(), weight.bfloat16(), labels, torch.ones(64), rows, sequence_parallel=False
+    )
+    expected, _ = _reference(
+        hidden.bfloat16().float(), weight.bfloat16().float(), labels, torch.ones(64), pieces=96
+    )
+    # Logits are rounded to 8 bits of mantissa, so each loss errs by about 2^-8 of |logit| <= 20.
+    assert abs(total - expected) / 64 < 20 * 2**-8
+
+
+def test_a_rank_that_holds_only_padding_has_no_pieces() -> None:
+    slices = [
+        vocabulary_slice(rank=rank, size=4, padded_vocab_size=512, vocab_size=300, group=None)
+        for rank in range(4)
+    ]
+    assert [s.num_pieces for s in slices] == [128, 128, 44, 0]
+    assert [s.start for s in slices] == [0, 128, 256, 384]
+
+
+def test_source_sums_count_loss_tokens_and_bytes_of_each_source() -> None:
+    sums = source_sums(
+        losses=torch.tensor([1.0, 2.0, 4.0, 8.0]),
+        loss_mask=torch.tensor([1.0, 0.0, 1.0, 1.0]),
+        label_bytes=torch.tensor([3, 5, 7, 2]),
+        source=torch.tensor([0, 0, 2, 2]),
+        num_sources=3,
+    )
+    assert sums.tolist() == [[1.0, 1.0, 3.0], [0.0, 0.0, 0.0], [12.0, 2.0, 9.0]]
