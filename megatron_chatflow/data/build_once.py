@@ -1,0 +1,182 @@
+"""One process builds a file, the others wait for it: over the file system, without a collective.
+
+In: where the file goes, and how to load, build and save it. Out: its content, in every process. A
+builder that dies leaves a lock behind, which the others recognise as stale; at worst two processes
+build the same thing, and both write it whole.
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
+
+POLL_SECONDS = 0.1
+STALE_SECONDS = 60.0
+"""A lock that nobody touched for so long has lost its owner, who touches it six times as often."""
+
+
+def build_once(
+    path: Path,
+    *,
+    load: Callable[[], Content | None],
+    build: Callable[[], Content],
+    save: Callable[[Content], None],
+    stale_seconds: float = STALE_SECONDS,
+) -> Content:
+    """Loads a file, or builds it here, or waits until another process has built it.
+
+    Where the folder cannot be written to, every process builds for itself and says so.
+
+    Args:
+        path: The file; `<path>.lock` lies beside it meanwhile.
+        load: Reads it; None if it is missing, damaged or of something else.
+        build: Makes its content.
+        save: Writes it, whole or not at all; OSError or UserError if it cannot.
+        stale_seconds: After which an untouched lock counts as left behind.
+    """
+    watch = _LockWatch(path.with_name(path.name + ".lock"), stale_seconds)
+    while True:
+        content = load()
+        if content is not None:
+            return content
+        try:
+            lock = _Lock.acquire(watch.path, stale_seconds)
+        except OSError as error:
+            logger.warning("cannot write beside %s (%s): built in memory", path, error.strerror)
+            return build()
+        if lock is not None:
+            break
+        watch.wait()
+    with lock:
+        # Another process may have finished between our look at the file and our lock.
+        content = load()
+        if content is not None:
+            return content
+        content = build()
+        try:
+            save(content)
+        except (OSError, UserError) as error:
+            logger.warning("cannot write %s (%s): kept in memory", path, error)
+        return content
+
+
+def _owner() -> dict[str, str | int]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "thread": threading.get_ident()}
+
+
+class _Lock:
+    """A lock file of ours, touched by a thread while we hold it."""
+
+    def __init__(self, path: Path, stale_seconds: float) -> None:
+        self._path = path
+        self._released = threading.Event()
+        self._interval = stale_seconds / 6
+        self._thread = threading.Thread(target=self._touch, daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, path: Path, stale_seconds: float) -> "_Lock | None":
+        """The lock, or None while another process holds it.
+
+        Raises:
+            OSError: The folder cannot be written to.
+        """
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return None
+        with open(descriptor, "w") as file:
+            json.dump(_owner(), file)
+        return cls(path, stale_seconds)
+
+    def _touch(self) -> None:
+        while not self._released.wait(self._interval):
+            try:
+                os.utime(self._path)
+            except OSError:
+                return  # taken from us as stale: both builders write the same content
+
+    def __enter__(self) -> "_Lock":
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._released.set()
+        self._thread.join()
+        if _read_owner(self._path) == _owner():
+            self._path.unlink(missing_ok=True)
+
+
+class _LockWatch:
+    """Waits for another process's lock, and removes it once its owner is gone."""
+
+    def __init__(self, path: Path, stale_seconds: float) -> None:
+        self.path = path
+        self._stale_seconds = stale_seconds
+        self._seen: tuple[int, int] | None = None
+        self._seen_at = time.monotonic()
+        self._announced = False
+
+    def wait(self) -> None:
+        """Sleeps a little; removes a lock that is stale."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return  # released meanwhile
+        owner = _read_owner(self.path)
+        if not self._announced:
+            self._announced = True
+            logger.info("waiting for %s, which %s is building", self.path.stem, _describe(owner))
+        # Our own clock alone measures the age: those of two hosts may differ.
+        seen = (status.st_ino, status.st_mtime_ns)
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, time.monotonic()
+        if _is_dead(owner) or time.monotonic() - self._seen_at > self._stale_seconds:
+            logger.warning("%s: its owner, %s, is gone: removed", self.path, _describe(owner))
+            self.path.unlink(missing_ok=True)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _read_owner(path: Path) -> dict[str, str | int] | None:
+    try:
+        owner = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _describe(owner: dict[str, str | int] | None) -> str:
+    return "someone" if owner is None else f"process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _is_dead(owner: dict[str, str | int] | None) -> bool:
+    """Whether the owner is a process of this host that has ended."""
+    if owner is None or owner.get("host") != socket.gethostname():
+        return False
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False

@@ -1,0 +1,237 @@
+"""Global batches of a run: this rank's part of each, prepared ahead by threads.
+
+In: sources, the blend that orders their samples, this rank's place. Out: `GlobalBatch` objects.
+What a batch holds depends on the global sample index alone: number of ranks, micro-batch size,
+threads and the place where a run resumed change only how it is cut.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_chatflow.data.digest import sample_digest
+from megatron_chatflow.data.samples import Sample
+from megatron_chatflow.data.source import Source
+from megatron_chatflow.errors import UserError
+
+
+@dataclass
+class MicroBatch:
+    """Samples that go through the model at once, on the CPU.
+
+    Attributes:
+        tokens: int64[micro_batch_size, seq_length], the inputs.
+        labels: int64[micro_batch_size, seq_length], the tokens that follow them.
+        loss_mask: float32[micro_batch_size, seq_length], 1 where a label counts.
+        cu_seqlens: int32[num_segments + 1], begins of the attention segments in the flattened
+            tokens, from 0 to micro_batch_size * seq_length; a row always begins one. Positions
+            count from the begin of the segment.
+        max_seqlen: The longest segment.
+        source: int64[micro_batch_size], number of each sample's source.
+        sample_index: int64[micro_batch_size], which of its source's samples each is.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    source: torch.Tensor
+    sample_index: torch.Tensor
+
+
+@dataclass
+class GlobalBatch:
+    """This rank's part of one iteration's samples.
+
+    Attributes:
+        micro_batches: This rank's, in the order in which they are to be run.
+        begin: First global sample of the whole batch.
+        end: The one after its last.
+        num_drawn: int64[num_sources], draws of each source in the whole batch.
+        counts: int64[num_sources], draws of each source in samples [0, end): the loader's state.
+        sample_digests: int64[num_local_samples, 2], in the order of this rank's samples.
+        sample_positions: int64[num_local_samples], global sample of each.
+    """
+
+    micro_batches: list[MicroBatch]
+    begin: int
+    end: int
+    num_drawn: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    sample_digests: torch.Tensor
+    sample_positions: torch.Tensor
+
+
+class Draws(Protocol):
+    """What the loader asks of a blend."""
+
+    def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """Source and index within the source of the samples [begin, end)."""
+
+    def counts(self, sample: int) -> npt.NDArray[np.int64]:
+        """Draws of each source in samples [0, sample)."""
+
+
+def collate(
+    samples: Sequence[Sample], source: Sequence[int], sample_index: Sequence[int]
+) -> MicroBatch:
+    """Makes a micro-batch of samples.
+
+    Args:
+        samples: All of the same length.
+        source: Number of each sample's source.
+        sample_index: Which of its source's samples each is.
+    """
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples])).long()
+    loss_mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples])).float()
+    seq_length = loss_mask.shape[1]
+    begins = [sample.cu_seqlens[:-1] + row * seq_length for row, sample in enumerate(samples)]
+    end = np.array([len(samples) * seq_length])
+    cu_seqlens = np.concatenate([*begins, end]).astype(np.int32)
+    return MicroBatch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=loss_mask,
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(np.diff(cu_seqlens).max()),
+        source=torch.tensor(source, dtype=torch.int64),
+        sample_index=torch.tensor(sample_index, dtype=torch.int64),
+    )
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A global batch that has been drawn and is to be assembled."""
+
+    begin: int
+    end: int
+    source: npt.NDArray[np.int16]
+    index: npt.NDArray[np.int64]
+    num_drawn: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+
+class Loader:
+    """Assembles this rank's part of every global batch, ahead of its use."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        blend: Draws,
+        *,
+        seq_length: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        num_prefetch: int = 2,
+        num_threads: int = 1,
+    ) -> None:
+        """Takes its parts; reads nothing yet.
+
+        Args:
+            sources: In the blend's numbering.
+            blend: Orders the samples. It is asked in the thread that asks for batches.
+            seq_length: Inputs of a sample.
+            micro_batch_size: Samples of a micro-batch.
+            data_parallel_rank: This rank's place among those that share the global batch.
+            data_parallel_size: Their number.
+            num_prefetch: Global batches prepared ahead; 0 assembles each when it is asked for.
+            num_threads: That assemble them.
+        """
+        self._sources = list(sources)
+        self._blend = blend
+        self._seq_length = seq_length
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._num_ranks = data_parallel_size
+        self._num_prefetch = num_prefetch
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
+
+    def batches(self, begin_sample: int, global_batch_size: int) -> Iterator[GlobalBatch]:
+        """Yields global batches without end.
+
+        Micro-batch m of rank d holds the global samples ``begin + (m * data_parallel_size + d) *
+        micro_batch_size + k`` for k below the micro-batch size.
+
+        Args:
+            begin_sample: First global sample.
+            global_batch_size: Samples of a batch over all ranks.
+
+        Raises:
+            UserError: The batch does not divide among the ranks, or a source cannot be read.
+        """
+        share = self._micro_batch_size * self._num_ranks
+        if global_batch_size < 1 or global_batch_size % share:
+            raise UserError(
+                f"train.global_batch_size: {global_batch_size} is not a multiple of "
+                f"train.micro_batch_size {self._micro_batch_size} x {self._num_ranks} "
+                "data-parallel ranks"
+            )
+        return self._generate(self._orders(begin_sample, global_batch_size))
+
+    def _generate(self, orders: Iterator[_Order]) -> Iterator[GlobalBatch]:
+        pending: deque[Future[GlobalBatch]] = deque()
+        try:
+            while True:
+                while len(pending) < self._num_prefetch + 1:
+                    pending.append(self._pool.submit(self._assemble, next(orders)))
+                batch = pending.popleft().result()
+                if self._num_prefetch:
+                    pending.append(self._pool.submit(self._assemble, next(orders)))
+                yield batch
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def close(self) -> None:
+        """Ends the threads; batches that nobody took are dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _orders(self, begin: int, size: int) -> Iterator[_Order]:
+        num_sources = len(self._sources)
+        counts = np.array(self._blend.counts(begin)[:num_sources], np.int64)
+        while True:
+            end = begin + size
+            source, index = self._blend.take(begin, end)
+            num_drawn = np.bincount(source, minlength=num_sources).astype(np.int64)
+            counts = counts + num_drawn
+            yield _Order(begin, end, source, index, num_drawn, counts)
+            begin = end
+
+    def _assemble(self, order: _Order) -> GlobalBatch:
+        for number in np.flatnonzero(order.num_drawn).tolist():
+            self._sources[number].check_files()
+        size = self._micro_batch_size
+        micro_batches, digests = [], []
+        positions = self._positions(order)
+        for first in range(0, len(positions), size):
+            places = positions[first : first + size] - order.begin
+            source, index = order.source[places].tolist(), order.index[places].tolist()
+            samples = [
+                self._sources[number].sample(sample)
+                for number, sample in zip(source, index, strict=True)
+            ]
+            micro_batches.append(collate(samples, source, index))
+            digests += [sample_digest(sample.tokens, sample.loss_mask) for sample in samples]
+        return GlobalBatch(
+            micro_batches=micro_batches,
+            begin=order.begin,
+            end=order.end,
+            num_drawn=order.num_drawn,
+            counts=order.counts,
+            sample_digests=torch.from_numpy(np.stack(digests)),
+            sample_positions=torch.from_numpy(positions),
+        )
+
+    def _positions(self, order: _Order) -> npt.NDArray[np.int64]:
+        """Global samples of this rank, int64[num_micro_batches * micro_batch_size]."""
+        shape = (-1, self._num_ranks, self._micro_batch_size)
+        mine = np.arange(order.begin, order.end, dtype=np.int64).reshape(shape)[:, self._rank]
+        return np.ascontiguousarray(mine.reshape(-1))

@@ -1,0 +1,233 @@
+"""A source: a named set of datasets, cut into samples, shuffled anew in every epoch.
+
+In: a source's configuration, the run's seed and tokenizer. Out: `Source`, which gives the
+``index``-th sample drawn from it, for any index, in the same few microseconds.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_chatflow.config import DataConfig, SourceConfig
+from megatron_chatflow.data.fingerprint import check_tokenizer, dataset_facts
+from megatron_chatflow.data.indexed import bin_path, idx_path
+from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedReader, cached_packing
+from megatron_chatflow.data.permutation import SampleOrder
+from megatron_chatflow.data.samples import (
+    Sample,
+    SampleShape,
+    TokenFile,
+    loss_mask_prefix,
+    open_token_file,
+)
+from megatron_chatflow.data.split import Split, split_runs
+from megatron_chatflow.data.windows import WindowReader
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 1.0
+
+
+class SampleReader(Protocol):
+    """Reads any sample of an epoch: windows or packed documents."""
+
+    num_samples: int
+    num_tokens: int
+
+    def read(self, ordinal: int) -> Sample:
+        """Reads one sample; ValueError if it cannot be."""
+
+
+class Source:
+    """One source of samples.
+
+    Attributes:
+        name: As in the configuration.
+        num_samples: In one epoch; 0 if it has none.
+        num_tokens: In one epoch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reader: SampleReader,
+        *,
+        seed: int,
+        split: Split,
+        files: Sequence[TokenFile] = (),
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Puts a source together; `build_sources` makes one from a configuration.
+
+        Args:
+            name: As in the configuration.
+            reader: Of its samples.
+            seed: The run's.
+            split: Validation keeps the samples in their own order.
+            files: Looked after while the run goes on.
+            facts: The fingerprint.
+        """
+        self.name = name
+        self.num_samples = reader.num_samples
+        self.num_tokens = reader.num_tokens
+        self._reader = reader
+        self._facts = facts or {}
+        self._order = None
+        if self.num_samples:
+            shuffle = split == "train"
+            self._order = SampleOrder(seed, name, self.num_samples, shuffle=shuffle)
+        self._files = [path for file in files for path in _paths_of(file)]
+        self._sizes = [path.stat().st_size for path in self._files]
+        self._checked_at = time.monotonic()
+
+    def sample(self, index: int) -> Sample:
+        """The ``index``-th sample drawn from this source; the index runs on over epochs.
+
+        Raises:
+            UserError: The files hold no such sample, or ids outside the vocabulary.
+        """
+        if self._order is None:
+            raise UserError(f"data.sources.{self.name}: has no samples: give it data or weight 0")
+        return self.sample_in_order(self._order.ordinal(index))
+
+    def sample_in_order(self, ordinal: int) -> Sample:
+        """The ``ordinal``-th sample of the files, 0 <= ordinal < num_samples, not shuffled.
+
+        Raises:
+            UserError: The files hold no such sample, or ids outside the vocabulary.
+        """
+        try:
+            return self._reader.read(ordinal)
+        except ValueError as error:
+            raise UserError(f"data.sources.{self.name}: {error}") from error
+
+    def epoch_of(self, index: int) -> int:
+        """The epoch, counted from 0, to which the ``index``-th sample belongs."""
+        return index // max(self.num_samples, 1)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What is in the source, whatever its files are called; JSON can hold it."""
+        return self._facts
+
+    def check_files(self) -> None:
+        """Looks, at most once a second, whether the files are still there and as long as before.
+
+        A mapped file that shrinks would kill the process where it is read.
+
+        Raises:
+            UserError: One is not.
+        """
+        now = time.monotonic()
+        if now - self._checked_at < _CHECK_SECONDS:
+            return
+        self._checked_at = now
+        for path, num_bytes in zip(self._files, self._sizes, strict=True):
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise UserError(f"data.sources.{self.name}: {path}: {error.strerror}") from error
+            if found != num_bytes:
+                raise UserError(
+                    f"data.sources.{self.name}: {path}: changed during the run, from {num_bytes} "
+                    f"to {found} bytes: put the file back and resume"
+                )
+
+
+def _paths_of(file: TokenFile) -> list[Path]:
+    paths = [bin_path(file.name), idx_path(file.name)]
+    if file.loss_mask is not None:
+        paths.append(bin_path(loss_mask_prefix(file.name)))
+    return paths
+
+
+def build_sources(
+    data: DataConfig,
+    *,
+    seed: int,
+    tokenizer: Tokenizer,
+    seq_length: int | None = None,
+    split: Split = "train",
+) -> list[Source]:
+    """Opens every source of a run, in the order of the configuration.
+
+    Args:
+        data: The configuration's section.
+        seed: The run's.
+        tokenizer: The run's, which must have made the data.
+        seq_length: Inputs of a sample; the section's own when left out.
+        split: ``validation`` gives the held-out samples; a source without any has 0 of them.
+
+    Returns:
+        One source for each in ``data.sources``.
+
+    Raises:
+        UserError: A dataset is missing, damaged, empty though it has weight, or made with another
+            tokenizer; the message begins with the configuration's path.
+    """
+    sources = []
+    for name, config in data.sources.items():
+        source = _build_source(name, config, data, seed, tokenizer, seq_length, split)
+        if source.num_samples == 0 and split == "train" and _has_weight(data, name):
+            raise UserError(
+                f"data.sources.{name}: is empty ({source.num_tokens} tokens make no sample of "
+                f"{seq_length or data.seq_length}) and its weight is above 0: give it data or "
+                "weight 0"
+            )
+        sources.append(source)
+    return sources
+
+
+def _has_weight(data: DataConfig, name: str) -> bool:
+    return any(float(knot.weights.get(name, 0)) > 0 for knot in data.schedule.knots)
+
+
+def _build_source(
+    name: str,
+    config: SourceConfig,
+    data: DataConfig,
+    seed: int,
+    tokenizer: Tokenizer,
+    seq_length: int | None,
+    split: Split,
+) -> Source:
+    field, paths = "paths", config.paths
+    holdout_every = None if config.validation_paths else data.holdout_every
+    if split == "validation" and config.validation_paths:
+        field, paths = "validation_paths", config.validation_paths
+    elif split == "validation" and holdout_every is None:
+        paths = ()
+    files, facts = [], []
+    for number, path in enumerate(paths):
+        try:
+            file = open_token_file(path, with_loss_mask=config.loss == "response")
+            facts.append(dataset_facts(file))
+            check_tokenizer(file, facts[-1], tokenizer)
+        except UserError as error:
+            raise UserError(f"data.sources.{name}.{field}[{number}]: {error}") from error
+        files.append(file)
+    shape = SampleShape(
+        seq_length=seq_length or data.seq_length,
+        pad_id=tokenizer.pad_id,
+        vocab_size=tokenizer.vocab_size,
+        isolate=config.boundaries == "isolate",
+    )
+    reader: SampleReader
+    if config.packing == "best_fit" and files:
+        packing = cached_packing(files, facts, split, holdout_every, shape.seq_length)
+        reader = PackedReader(files, packing, shape)
+    else:
+        runs = split_runs(files, split, holdout_every)
+        reader = WindowReader(files, runs, shape, keep_tail=split == "validation")
+    # What decides which tokens an index stands for; loss and boundaries may change on resume.
+    content = {
+        "datasets": facts,
+        "seq_length": shape.seq_length,
+        "holdout_every": holdout_every,
+        "packing": ALGORITHM_VERSION if config.packing == "best_fit" else None,
+        "num_samples": reader.num_samples,
+    }
+    return Source(name, reader, seed=seed, split=split, files=files, facts=content)

@@ -1,0 +1,67 @@
+"""Which documents training and validation take: every k-th one of a dataset may be held out.
+
+In: token files, the split, k. Out: stretches of tokens for windows, or documents for packing.
+Document d of a dataset is held out when ``d % k == k - 1``; without k, a split takes all of them.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.samples import Runs, TokenFile, document_begins
+
+Split = Literal["train", "validation"]
+
+
+def split_runs(files: Sequence[TokenFile], split: Split, holdout_every: int | None) -> Runs:
+    """The stretches of tokens that a split takes, in the order of files and documents.
+
+    Memory is one entry for each held-out document, or one for each file.
+
+    Args:
+        files: The token files.
+        split: Whose documents.
+        holdout_every: k; None gives the split every document.
+    """
+    none = np.zeros(0, np.int64)
+    file_parts, begin_parts, length_parts = [none.astype(np.int32)], [none], [none]
+    for number, file in enumerate(files):
+        begins, ends = _file_runs(file, split, holdout_every)
+        file_parts.append(np.full(len(begins), number, np.int32))
+        begin_parts.append(begins)
+        length_parts.append(ends - begins)
+    lengths = np.concatenate(length_parts)
+    return Runs(
+        file=np.concatenate(file_parts),
+        token_begin=np.concatenate(begin_parts),
+        cumulative=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+    )
+
+
+def _file_runs(
+    file: TokenFile, split: Split, holdout_every: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Begins and ends, in tokens."""
+    if holdout_every is None:
+        return np.zeros(1, np.int64), np.array([len(file.tokens)], np.int64)
+    held_out = np.arange(holdout_every - 1, file.num_documents, holdout_every, dtype=np.int64)
+    begins = document_begins(file, held_out)
+    ends = document_begins(file, held_out + 1)
+    if split == "validation":
+        return begins, ends
+    zero, last = np.zeros(1, np.int64), np.array([len(file.tokens)], np.int64)
+    return np.concatenate([zero, ends]), np.concatenate([begins, last])
+
+
+def split_documents(
+    num_documents: int, split: Split, holdout_every: int | None
+) -> npt.NDArray[np.int64]:
+    """The documents of one file that a split takes, ascending, int64."""
+    documents: npt.NDArray[np.int64] = np.arange(num_documents, dtype=np.int64)
+    if holdout_every is None:
+        return documents
+    held_out = documents % holdout_every == holdout_every - 1
+    chosen = held_out if split == "validation" else ~held_out
+    return np.asarray(documents[chosen])

@@ -1,0 +1,45 @@
+"""Small datasets and stand-ins that the data tests share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_chatflow.config import DataConfig
+from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.data.samples import loss_mask_prefix
+
+
+@dataclass(frozen=True)
+class PlainTokenizer:
+    """What the data layer asks of a tokenizer."""
+
+    vocab_size: int = 1 << 20
+    pad_id: int = 3
+    fingerprint: str = "f" * 64
+
+
+def write_dataset(prefix: Path, documents, dtype=np.int32, masks=None) -> str:
+    """Writes documents (lists of ids), and loss masks beside them if given."""
+    writer = IndexedDatasetWriter(prefix, dtype)
+    for document in documents:
+        writer.add_document(np.asarray(document, dtype))
+    writer.finalize()
+    if masks is not None:
+        writer = IndexedDatasetWriter(loss_mask_prefix(prefix), np.uint8)
+        for mask in masks:
+            writer.add_document(np.asarray(mask, np.uint8))
+        writer.finalize()
+    return str(prefix)
+
+
+def numbered_documents(lengths, first: int = 10) -> list[np.ndarray]:
+    """Documents in which no token comes twice: 10, 11, 12, ... over all of them."""
+    ends = first + np.cumsum(lengths)
+    return [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+def data_config(sources: dict, *, seq_length: int = 8, weights=None, **fields) -> DataConfig:
+    weights = weights or dict.fromkeys(sources, 1)
+    schedule = {"knots": [{"at": 0, "weights": weights}]}
+    return DataConfig(seq_length=seq_length, sources=sources, schedule=schedule, **fields)
