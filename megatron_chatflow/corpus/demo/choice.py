@@ -1,0 +1,42 @@
+"""Choice questions: the development set of MMLU, as lm-eval carries it.
+
+In: package archives by package name. Out: {"subject", "question", "choices", "answer"} records,
+`answer` the index of the right choice.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megatron_chatflow.corpus.demo.archive import read_member
+from megatron_chatflow.corpus.demo.text import Document, tidy
+
+_PROMPTS = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
+_QUESTION = re.compile(
+    r"Q:\s*(.*?)\n\(A\)\s*(.*?)\s*\(B\)\s*(.*?)\s*\(C\)\s*(.*?)\s*\(D\)\s*(.*?)\n"
+    r"A: (.*?)(?=\n\nQ:|\Z)",
+    re.DOTALL,
+)
+_ANSWER = re.compile(r"[Tt]he (?:correct )?answer is \(?([ABCD])\)?\.?\s*$")
+
+
+def mmlu_questions(archives: Mapping[str, Path]) -> Iterator[Document]:
+    """Yields the questions that parse, subject by subject."""
+    prompts = json.loads(read_member(archives["lm-eval"], _PROMPTS))
+    for subject, prompt in sorted(prompts.items()):
+        for record in parse_prompt(prompt):
+            yield Document(subject, {"subject": subject, **record})
+
+
+def parse_prompt(prompt: str) -> Iterator[dict[str, object]]:
+    """Yields the questions of one few-shot prompt whose answer is stated at its end."""
+    for question, *choices, reasoning in _QUESTION.findall(prompt):
+        answer = _ANSWER.search(reasoning.strip())
+        choices = [tidy(choice) for choice in choices]
+        if answer and question.strip() and all(choices) and len(set(choices)) == len(choices):
+            yield {
+                "question": tidy(question),
+                "choices": choices,
+                "answer": "ABCD".index(answer.group(1)),
+            }

