@@ -7,7 +7,15 @@ text beyond the documented units, nor from a boolean.
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+)
 
 from megatron_chatflow.config.units import parse_count, parse_number, shorten
 from megatron_chatflow.errors import UserError
@@ -21,8 +29,14 @@ def _parse_path(value: object) -> Path:
     return Path(value).expanduser()
 
 
+def _check_name(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise UserError(f"must be a name that can be printed, not {value!r}")
+    return value
+
+
 Switch = StrictBool
-Name = Annotated[StrictStr, Field(min_length=1)]
+Name = Annotated[StrictStr, AfterValidator(_check_name)]
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
 Size = Annotated[StrictInt, Field(ge=1)]

@@ -39,19 +39,20 @@ def describe(error: ValidationError, root: type) -> str:
     """
     problems = error.errors(include_url=False)
     # An unknown key is usually the misspelt one that is then missed under its right name.
-    problems.sort(key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+    order = {"unexpected_keyword_argument": 0, "missing": 2}
+    problems.sort(key=lambda problem: order.get(problem["type"], 1))
     first = problems[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    path = ".".join(_show(part) for part in first["loc"] if part != "[key]")
     cause = first.get("ctx", {}).get("error")
     kind, value = first["type"], first["input"]
+    if kind == "missing" or value is None:
+        return f"{path}: is missing{_hint(root, first['loc'])}"
     if isinstance(cause, UserError):
         message = str(cause)
         # Checks across fields name their own paths.
         return message if message.startswith(tuple(_paths(root))) else f"{path}: {message}"
     if kind == "unexpected_keyword_argument":
         return f"{path}: unknown key{_suggest(root, first['loc'])}"
-    if kind == "missing" or (value is None and cause is None):
-        return f"{path}: is missing{_hint(root, first['loc'])}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         return f"{path}: must be {words} {first['ctx'][name]}, not {shorten(value)}"
@@ -62,6 +63,11 @@ def describe(error: ValidationError, root: type) -> str:
     if kind in ("too_short", "string_too_short"):
         return f"{path}: must not be empty"
     return f"{path}: {first['msg']}"
+
+
+def _show(part: int | str) -> str:
+    text = str(part)
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _paths(root: type) -> list[str]:

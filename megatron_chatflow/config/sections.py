@@ -70,7 +70,8 @@ class ModelConfig:
         default=True, description="own weights for the output layer"
     )
     make_vocab_size_divisible_by: Size = Field(
-        default=128, description="the vocabulary is padded to a multiple of this, and of the TP size"
+        default=128,
+        description="the vocabulary is padded to a multiple of this, and of the TP size",
     )
     vocab_size: Size | None = Field(
         default=None, description="vocabulary before padding; the tokenizer's when unset"

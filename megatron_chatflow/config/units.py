@@ -18,6 +18,7 @@ _EXPONENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]{1,3
 _LARGEST_COUNT = 2**63 - 1
 
 _shortener = Repr()
+_shortener.maxlevel = 2
 _shortener.maxstring = _shortener.maxother = 60
 
 

@@ -1,0 +1,162 @@
+"""Defaults < YAML < flags, and the command line of a run."""
+
+import pytest
+
+from megatron_chatflow.config import load_config, load_config_from_argv
+from megatron_chatflow.config.flags import FLAGS, build_parser
+from megatron_chatflow.config.yaml_file import dump_yaml
+from megatron_chatflow.errors import UserError
+
+
+@pytest.fixture
+def path(tmp_path, values):
+    """A configuration file."""
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(values({"train.seed": 7, "train.eval_interval": 10})))
+    return file
+
+
+def test_flags_over_yaml_over_defaults(path) -> None:
+    run = load_config(path, ["--seed", "8", "--tensor-model-parallel-size=2", "--no-bf16"])
+    assert run.train.seed == 8
+    assert run.parallel.tensor_model_parallel_size == 2
+    assert run.train.bf16 is False
+    assert run.train.eval_interval == 10
+    assert run.optimizer.weight_decay == 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "section", "field", "value"),
+    [
+        (["--train-iters", "2K"], "train", "train_iters", 2000),
+        (["--train-iters", "2_000"], "train", "train_iters", 2000),
+        (["--train-iters", "1e3"], "train", "train_iters", 1000),
+        (["--lr", "1e-3"], "optimizer", "lr", 1e-3),
+        (["--lr", "1"], "optimizer", "lr", 1.0),
+        (["--eval-interval", "none"], "train", "eval_interval", None),
+        (["--tensor-model-parallel-size", "2", "--sequence-parallel"],)
+        + ("parallel", "sequence_parallel", True),
+        (["--lr-decay-style", "linear"], "optimizer", "lr_decay_style", "linear"),
+        (["--hidden-size", "512"], "model", "hidden_size", 512),
+        (["--train-iters", "5", "--train-iters", "6"], "train", "train_iters", 6),
+    ],
+)
+def test_flag_values(path, flags, section, field, value) -> None:
+    assert getattr(getattr(load_config(path, flags), section), field) == value
+
+
+def test_a_flag_for_the_length_replaces_the_files_other_spelling(path) -> None:
+    run = load_config(path, ["--train-samples", "1.6K"])
+    assert run.train.train_iters is None
+    assert run.num_iterations == 200
+    with pytest.raises(UserError, match="both are set"):
+        load_config(path, ["--train-samples", "80", "--train-iters", "10"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train-iter", "3"], "--train-iter: unknown flag (did you mean --train-iters?)"),
+        (["--zzzzzzz"], "--zzzzzzz: unknown flag; see --help"),
+        (["stray"], "stray: a value without a flag"),
+        (["--lr"], "argument --lr: expected one argument; see --help"),
+        (["--no-bf16=3"], "argument --bf16/--no-bf16: ignored explicit argument '3'"),
+        (["--seed", "x"], "train.seed: must be a whole number, not 'x'"),
+        (["--seed", "3.0"], "train.seed: must be a whole number, not '3.0'"),
+        (["--seed", "none"], "train.seed: must be a whole number, not 'none'"),
+        (["--lr", "nan"], "optimizer.lr: must be above 0, not nan"),
+        (["--train-iters", "many"], "train.train_iters: must be a count such as"),
+        (["--recompute-granularity", "some"], "train.recompute_granularity: must be 'full' or"),
+        (["--preset", "tinny"], "model.preset: there is no 'tinny' (did you mean tiny?)"),
+        (["--save", ""], "checkpoint.save: must be a path"),
+        (["--tensor-model-parallel-size", "3"], "parallel.tensor_model_parallel_size: 3 does not"),
+        (["--config", "other.yaml"], "--config: unknown flag"),
+    ],
+)
+def test_wrong_flags(path, flags, message) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(path, flags)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_section_that_is_no_mapping_is_refused_under_flags_too(tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: 3\n")
+    for flags in (["--seed", "1"], ["--train-iters", "1"]):
+        with pytest.raises(UserError, match="train: must be a mapping"):
+            load_config(file, flags)
+
+
+def test_an_empty_section_counts_as_left_out(path) -> None:
+    path.write_text(path.read_text() + "logging:\n")
+    assert load_config(path, ["--log-interval", "5"]).logging.log_interval == 5
+
+
+def test_options_of_a_call(path) -> None:
+    run, options = load_config_from_argv(
+        ["--config", str(path), "--dry-run", "--world-size", "8", "--seed", "9"]
+    )
+    assert (options.config, options.dry_run, options.world_size) == (path, True, 8)
+    assert run.train.seed == 9
+    _, options = load_config_from_argv(["--config", str(path)])
+    assert (options.dry_run, options.world_size) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config: is missing"),
+        (["--config", "none.yaml"], "none.yaml: no such configuration file"),
+        (["--config", "c", "--world-size", "0"], "--world-size: must be at least 1, not 0"),
+        (["--config", "c", "--world-size", "x"], "argument --world-size: invalid int value: 'x'"),
+    ],
+)
+def test_wrong_options(arguments, message) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config_from_argv(arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_help_names_every_flag_and_gives_examples(capsys) -> None:
+    with pytest.raises(SystemExit) as left:
+        load_config_from_argv(["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert all(flag.name in text for flag in FLAGS)
+    assert all(flag.help for flag in FLAGS)
+
+
+def test_what_was_resolved_can_be_loaded_again(path, tmp_path) -> None:
+    run = load_config(path, ["--lr", "1e-4"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(run.to_yaml())
+    assert load_config(resolved) == run
+
+
+# The surface that scripts rely on: a change here is a change of the interface.
+FROZEN_FLAGS = """
+--adam-beta1 --adam-beta2 --adam-eps --bf16 --clip-grad --config --context-parallel-size
+--deterministic-mode --distributed-timeout-minutes --dry-run --eval-interval --eval-iters
+--exit-interval --ffn-hidden-size --finetune --global-batch-size --help --hidden-size
+--holdout-every --init-method-std --load --log-interval --lr --lr-decay-iters --lr-decay-style
+--lr-warmup-iters --make-vocab-size-divisible-by --max-position-embeddings --micro-batch-size
+--min-lr --no-bf16 --no-deterministic-mode --no-finetune --no-overlap-grad-reduce
+--no-overlap-param-gather --no-sequence-parallel --no-tensorboard
+--no-untie-embeddings-and-output-weights --no-use-distributed-optimizer --norm-epsilon
+--num-attention-heads --num-layers --num-prefetch --num-query-groups --overlap-grad-reduce
+--overlap-param-gather --pipeline-model-parallel-size --preset --recompute-granularity
+--recompute-method --recompute-num-layers --rotary-base --save --save-interval --seed --seq-length
+--sequence-parallel --tensor-model-parallel-size --tensorboard --tokenizer-model --tokenizer-type
+--train-iters --train-samples --untie-embeddings-and-output-weights --use-distributed-optimizer
+--vocab-size --weight-decay --world-size
+""".split()
+
+
+def test_the_flags_are_frozen() -> None:
+    flags = {name for action in build_parser()._actions for name in action.option_strings}
+    assert sorted(flags - {"-h"}) == FROZEN_FLAGS
+
+
+def test_every_field_has_one_flag_of_its_own() -> None:
+    assert len({flag.name for flag in FLAGS}) == len(FLAGS)

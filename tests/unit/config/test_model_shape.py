@@ -1,0 +1,72 @@
+"""Sizes that follow from a shape, against published counts and sums by hand."""
+
+import pytest
+
+from megatron_chatflow.config import ParallelConfig
+from megatron_chatflow.config.model_shape import (
+    estimate_memory,
+    flops_per_token,
+    num_parameters,
+    padded_vocab_size,
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "num"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama2-13b", 13_015_864_320),
+        ("llama2-70b", 68_976_648_192),
+    ],
+)
+def test_published_models_have_their_published_size(config, preset: str, num: int) -> None:
+    assert num_parameters(config({"model": {"preset": preset}}).model, 32_000) == num
+
+
+def test_tied_embeddings_count_once(config) -> None:
+    tied = config({"model.untie_embeddings_and_output_weights": False}).model
+    untied = config().model
+    assert num_parameters(untied, 1000) - num_parameters(tied, 1000) == 1000 * 256
+
+
+def test_flops_are_those_of_palm(config) -> None:
+    model = config({"model": {"preset": "llama2-7b"}}).model
+    expected = 6 * 6_738_415_616 + 12 * 32 * 4096 * 2048
+    assert flops_per_token(model, 32_000, 2048) == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor", "vocab", "padded"),
+    [(1, 32_000, 32_000), (4, 32_001, 32_128), (3, 257, 384), (2, 257, 384)],
+)
+def test_vocabulary_is_padded_for_every_tensor_parallel_process(
+    config, tensor: int, vocab: int, padded: int
+) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor)
+    assert padded_vocab_size(config().model, parallel, vocab) == padded
+
+
+def test_memory_of_7b_without_sharding_is_18_bytes_a_parameter_and_activations(config) -> None:
+    run = config({"model": {"preset": "llama2-7b"}})
+    memory = estimate_memory(run, 32_000, world_size=1)
+    num = num_parameters(run.model, 32_000)
+    assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(18 * num, rel=1e-6)
+    assert memory.total == 18 * (memory.weights // 2) + memory.activations
+
+
+def test_memory_falls_with_what_is_meant_to_save_it(config) -> None:
+    def total(world_size: int = 8, **changes: object) -> int:
+        named = {name.replace("__", "."): value for name, value in changes.items()}
+        return estimate_memory(config(named), 32_000, world_size).total
+
+    whole = total()
+    tensor = total(parallel__tensor_model_parallel_size=4)
+    sequence = total(parallel__tensor_model_parallel_size=4, parallel__sequence_parallel=True)
+    sharded = total(parallel__use_distributed_optimizer=True)
+    block = {"train__recompute_granularity": "full", "train__recompute_method": "block"}
+    uniform = {**block, "train__recompute_method": "uniform"}
+    assert sequence < tensor < whole
+    assert sharded < whole
+    assert total(**block, train__recompute_num_layers=4) < whole
+    assert total(**block, train__recompute_num_layers=2) < whole
+    assert total(**uniform, train__recompute_num_layers=1) < whole

@@ -1,0 +1,157 @@
+"""Combinations that cannot run are refused by the path of the field to change."""
+
+import pytest
+
+from megatron_chatflow.config import validate_for_world
+from megatron_chatflow.errors import UserError
+
+TENSOR = "parallel.tensor_model_parallel_size"
+PIPELINE = "parallel.pipeline_model_parallel_size"
+CONTEXT = "parallel.context_parallel_size"
+
+REFUSED = [
+    ({TENSOR: 3}, f"{TENSOR}: 3 does not divide model.num_attention_heads 8; use 1, 2 or 4"),
+    (
+        {TENSOR: 8},
+        f"{TENSOR}: 8 does not divide model.num_query_groups 4; use 1, 2 or 4",
+    ),
+    (
+        {"model.ffn_hidden_size": 690, TENSOR: 4},
+        f"{TENSOR}: 4 does not divide model.ffn_hidden_size 690; use 1 or 2",
+    ),
+    ({PIPELINE: 3}, f"{PIPELINE}: 3 does not divide model.num_layers 4; use 1, 2 or 4"),
+    (
+        {"model.num_query_groups": 3},
+        "model.num_query_groups: 3 does not divide model.num_attention",
+    ),
+    ({"model.num_attention_heads": 6}, "model.num_attention_heads: 6 does not divide model.hidden"),
+    (
+        {"model.num_attention_heads": 256},
+        "model.hidden_size: 256 over 256 heads gives heads of the",
+    ),
+    ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel: needs parallel.tensor_mod"),
+    (
+        {"parallel.sequence_parallel": True, TENSOR: 4, "data.seq_length": 126},
+        "data.seq_length: with parallel.sequence_parallel the 126 tokens of a process",
+    ),
+    (
+        {"parallel.sequence_parallel": True, TENSOR: 4, CONTEXT: 2, "data.seq_length": 124},
+        "data.seq_length: with parallel.sequence_parallel the 62 tokens of a process",
+    ),
+    (
+        {CONTEXT: 3},
+        "data.seq_length: 128 is not divisible by 2 x parallel.context_parallel_size = 6",
+    ),
+    (
+        {"data.seq_length": 4096},
+        "data.seq_length: 4096 is above model.max_position_embeddings 2048",
+    ),
+    (
+        {"parallel.overlap_param_gather": True},
+        "parallel.overlap_param_gather: needs parallel.use_d",
+    ),
+    ({"train.train_iters": None}, "train.train_iters: is missing; set it, or train.train_samples"),
+    ({"train.train_samples": 100}, "train.train_iters and train.train_samples: both are set"),
+    (
+        {"train.train_iters": None, "train.train_samples": 7},
+        "train.train_samples: 7 is below train.global_batch_size 8",
+    ),
+    ({"train.micro_batch_size": 3}, "train.micro_batch_size: 3 does not divide train.global_batch"),
+    ({"train.recompute_granularity": "full"}, "train.recompute_granularity: full needs train.reco"),
+    ({"train.recompute_method": "block"}, "train.recompute_method and train.recompute_num_layers:"),
+    (
+        {"train.recompute_granularity": "selective", "train.recompute_num_layers": 1},
+        "train.recompute_method and train.recompute_num_layers: need",
+    ),
+    (
+        {
+            "train.recompute_granularity": "full",
+            "train.recompute_method": "uniform",
+            "train.recompute_num_layers": 3,
+            PIPELINE: 2,
+        },
+        "train.recompute_num_layers: 3 is above the 2 layers of a pipeline stage",
+    ),
+    ({"optimizer.min_lr": 1e-3}, "optimizer.min_lr: 0.001 is above optimizer.lr 0.0003"),
+    ({"optimizer.lr_warmup_iters": 100}, "optimizer.lr_warmup_iters: 100 is not below the 100"),
+    ({"checkpoint.finetune": True}, "checkpoint.finetune: needs checkpoint.load"),
+    ({"checkpoint.save_interval": 5}, "checkpoint.save_interval: needs checkpoint.save"),
+    (
+        {"data.schedule.knots.1.weights": {"chatt": 1}},
+        "data.schedule.knots.1.weights.chatt: is not among data.sources (did you mean chat?)",
+    ),
+    ({"data.schedule.knots.0.weights": {"chat": 0}}, "data.schedule.knots.0.weights: all weights"),
+    ({"data.schedule.knots.0.weights": {}}, "data.schedule.knots.0.weights: all weights are 0"),
+    (
+        {"data.schedule.knots.0.weights": {"chat": -1}},
+        "data.schedule.knots.0.weights.chat: must be",
+    ),
+    (
+        {"data.schedule.knots.0.weights": {"chat": float("nan")}},
+        "data.schedule.knots.0.weights.chat: must be",
+    ),
+    ({"data.schedule.knots.1.at": 0}, "data.schedule.knots.1.at: 0 does not follow 0 of the knot"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_refused(config, changes, message) -> None:
+    with pytest.raises(UserError) as caught:
+        config(changes)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {TENSOR: 4, "parallel.sequence_parallel": True},
+        {PIPELINE: 4, CONTEXT: 2},
+        {"model.num_query_groups": 8, TENSOR: 8},
+        {
+            "parallel.use_distributed_optimizer": True,
+            "parallel.overlap_grad_reduce": True,
+            "parallel.overlap_param_gather": True,
+        },
+        {
+            "train.recompute_granularity": "full",
+            "train.recompute_method": "block",
+            "train.recompute_num_layers": 4,
+        },
+        {"train.recompute_granularity": "selective"},
+        {"optimizer.min_lr": 3e-4},
+        {"optimizer.lr_warmup_iters": 99},
+        {"checkpoint.load": "a", "checkpoint.finetune": True},
+    ],
+)
+def test_allowed(config, changes) -> None:
+    config(changes)
+
+
+def test_many_divisors_are_not_listed(config) -> None:
+    heads = {"model.num_attention_heads": 7, "model.num_query_groups": 7, "model.hidden_size": 5040}
+    with pytest.raises(UserError, match="use a divisor of 5040"):
+        config({**heads, "model.num_layers": 5040, PIPELINE: 11})
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_worlds_that_fit(config, world_size: int) -> None:
+    validate_for_world(config({TENSOR: 2}), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        (
+            6,
+            "parallel: tensor x pipeline x context parallel size 2 x 2 x 1 = 4 does not divide the",
+        ),
+        (
+            12,
+            "train.global_batch_size: 8 is not divisible by train.micro_batch_size 2 x 3 data-par",
+        ),
+    ],
+)
+def test_worlds_that_do_not_fit(config, world_size: int, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate_for_world(config({TENSOR: 2, PIPELINE: 2}), world_size)
+    assert str(caught.value).startswith(message)

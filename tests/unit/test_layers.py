@@ -1,0 +1,115 @@
+"""House rules that a linter does not know: layers, lengths of files and functions, docstrings."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS = ("errors", "config", "runtime", "native", "corpus", "tokenizer", "data", "model") + (
+    "checkpoint",
+    "evaluation",
+    "train",
+    "pretrain",
+)  # each imports itself and what stands before it
+MAX_FILE_LINES = 400
+MAX_TOOL_LINES = 100
+MAX_FUNCTION_LINES = 60
+
+PACKAGE = sorted((ROOT / "megatron_chatflow").rglob("*.py"))
+PYTHON = PACKAGE + [
+    path
+    for folder in ("tools", "tests", "examples")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+CSRC = [
+    path
+    for suffix in ("*.h", "*.hpp", "*.cpp", "*.cu", "*.cuh")
+    for path in sorted((ROOT / "csrc").rglob(suffix))
+]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def layer(module: list[str]) -> str | None:
+    """The layer of a dotted name's parts; None for the package's own top module."""
+    return module[1] if len(module) > 1 else None
+
+
+def imported_layers(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and layer of every import of the package, also of those inside functions."""
+    package = list(path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(tree):
+        modules: list[list[str]] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            modules = [[*base, alias.name] for alias in node.names]
+        for module in modules:
+            name = layer(module)
+            if module[0] == "megatron_chatflow" and name and not name.startswith("__"):
+                yield node.lineno, name
+
+
+def test_a_layer_imports_only_those_above_it() -> None:
+    wrong = []
+    for path in PACKAGE:
+        own = layer(list(path.relative_to(ROOT).with_suffix("").parts))
+        assert own == "__init__" or own in LAYERS, f"{own} is not among the layers of the design"
+        allowed = LAYERS[: LAYERS.index(own) + 1] if own in LAYERS else ()
+        for line, name in imported_layers(path, ast.parse(path.read_text())):
+            if name not in allowed:
+                wrong.append(f"{relative(path)}:{line}: {own} imports {name}")
+    assert not wrong
+
+
+def test_files_are_short() -> None:
+    lengths = {relative(path): len(path.read_text().splitlines()) for path in PYTHON + CSRC}
+    tools = {name for name in lengths if name.startswith("tools/")}
+    assert not {
+        name: length
+        for name, length in lengths.items()
+        if length > (MAX_TOOL_LINES if name in tools else MAX_FILE_LINES)
+    }
+
+
+def test_functions_are_short() -> None:
+    assert not [
+        f"{relative(path)}:{node.lineno}: {node.name} has {lines} lines"
+        for path in PYTHON
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+
+
+def test_files_say_what_they_are_for() -> None:
+    assert not [
+        relative(path) for path in PYTHON if not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "layers"),
+    [
+        ("train/a.py", "from megatron_chatflow.data.x import y", ["data"]),
+        ("train/a.py", "from megatron_chatflow import model, data", ["model", "data"]),
+        ("train/a.py", "import megatron_chatflow.data.x as x, os", ["data"]),
+        ("train/a.py", "def f():\n    from ..model import x", ["model"]),
+        (
+            "train/a.py",
+            "from . import x\nfrom .b import y\nfrom .. import data",
+            ["train"] * 2 + ["data"],
+        ),
+        ("train/a.py", "from megatron_chatflow import __version__\nimport megatron.core", []),
+        ("train/a.py", "import megatron_chatflow", []),
+    ],
+)
+def test_imports_are_found(file: str, code: str, layers: list[str]) -> None:
+    path = ROOT / "megatron_chatflow" / file
+    assert [name for _, name in imported_layers(path, ast.parse(code))] == layers
