@@ -4,7 +4,6 @@ In: an open dataset and its sidecar, if it has one. Out: facts that two copies o
 share and that other data does not: they go into checkpoints and into the packing cache's key.
 """
 
-import json
 import os
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.samples import TokenFile
+from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
         UserError: The sidecar describes another dataset.
     """
     counts = {"num_documents": file.num_documents, "num_tokens": len(file.tokens)}
-    sidecar = _read_sidecar(file.name)
+    sidecar = read_sidecar(file.name)
     if sidecar is None:
         hashes = {
             "bin": sampled_hash(bin_path(file.name)),
@@ -43,23 +43,18 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
         }
         return {**counts, "sampled_hash": hashes, "tokenizer": None}
     for key, count in counts.items():
-        if sidecar[key] != count:
+        if sidecar.get(key) != count:
             raise UserError(
-                f"{file.name}.json describes another dataset: {key} is {sidecar[key]} there and "
-                f"{count} in the .idx: copy both again, or remove the .json"
+                f"{file.name}.json describes another dataset: {key} is {sidecar.get(key)} there "
+                f"and {count} in the .idx: copy both again, or remove the .json"
             )
-    return {**counts, "sha256": sidecar["sha256"], "tokenizer": sidecar["tokenizer"]["sha256"]}
-
-
-def _read_sidecar(prefix: str) -> dict[str, Any] | None:
-    path = Path(f"{prefix}.json")
     try:
-        sidecar = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}: remove it or copy it again") from error
-    return dict(sidecar)
+        hashes = {key: str(sidecar["sha256"][key]) for key in ("bin", "idx")}
+        return {**counts, "sha256": hashes, "tokenizer": str(sidecar["tokenizer"]["sha256"])}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file.name}.json has no {error} where one belongs: copy it again or remove it"
+        ) from error
 
 
 def sampled_hash(path: Path) -> str:

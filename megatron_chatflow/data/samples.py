@@ -10,18 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.data.indexed import IndexedDataset
+from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.samples import Runs, Sample, SampleShape, TokenFile
 
 __all__ = ["Runs", "Sample", "SampleShape", "TokenFile", "document_begins", "open_token_file"]
-
-_DOCUMENT_SUFFIX = "_document"
-_LOSS_MASK_SUFFIX = "_loss_mask"
-
-
-def loss_mask_prefix(prefix: str | Path) -> Path:
-    """The prefix of the loss masks that belong to a dataset: `X_document` has `X_loss_mask`."""
-    return Path(str(prefix).removesuffix(_DOCUMENT_SUFFIX) + _LOSS_MASK_SUFFIX)
 
 
 def open_token_file(prefix: str | Path, *, with_loss_mask: bool) -> TokenFile:

@@ -19,9 +19,9 @@ from megatron_chatflow.data.samples import (
     Sample,
     SampleShape,
     TokenFile,
-    loss_mask_prefix,
     open_token_file,
 )
+from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.split import Split, split_runs
 from megatron_chatflow.data.windows import WindowReader
 from megatron_chatflow.errors import UserError

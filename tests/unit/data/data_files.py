@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_chatflow.config import DataConfig
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
-from megatron_chatflow.data.samples import loss_mask_prefix
+from megatron_chatflow.data.sidecar import loss_mask_prefix
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
-from megatron_chatflow.data.samples import SampleShape, loss_mask_prefix, open_token_file
+from megatron_chatflow.data.samples import SampleShape, open_token_file
+from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.split import split_documents, split_runs
 from megatron_chatflow.data.windows import WindowReader
 from megatron_chatflow.errors import UserError
