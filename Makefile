@@ -1,0 +1,84 @@
+# Every target sets up what it needs, and re-uses what an earlier call made.
+#
+#   PYTHON               the interpreter that .venv is made with (default: python3)
+#   PYTEST_ARGS          further arguments of `make test`, such as PYTEST_ARGS="-k blend"
+#   PIP_EXTRA_INDEX_URL  on a machine without a GPU: the PyTorch CPU wheel index, see CONTRIBUTING.md
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv build test lint format demo demo-short sanitize clean
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+# What the tests' golden values and the demo were made with. The package itself accepts other
+# versions, see pyproject.toml.
+TORCH_VERSION := 2.13.0
+MEGATRON_CORE_VERSION := 0.16.1
+OLDEST_PYTHON := (3, 10)
+NEWEST_PYTHON := (3, 13)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+CSRC := $(shell find csrc -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(INSTALLED) ## make .venv with everything that development needs
+
+build: $(BUILT) ## compile the extensions in place
+
+test: $(BUILT) ## run the whole test suite
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style, types and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+
+format: $(INSTALLED) ## format every file in place
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+demo: $(BUILT) ## real text to a trained, resumed, exported model in runs/tiny_cpu (about 15 minutes)
+	PATH="$(abspath $(BIN)):$$PATH" examples/tiny_cpu/run.sh
+
+demo-short: $(BUILT) ## the same with few iterations (about 5 minutes)
+	PATH="$(abspath $(BIN)):$$PATH" examples/tiny_cpu/run.sh --short
+
+sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers
+	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
+
+clean: ## remove .venv, build outputs and caches; runs and downloaded text stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find megatron_chatflow tools tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find megatron_chatflow -name '*.so' -delete
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if $(OLDEST_PYTHON) <= sys.version_info[:2] <= $(NEWEST_PYTHON) else \
+	"error: %s is Python %d.%d; megatron-core has wheels for 3.10 to 3.13: make PYTHON=python3.11" \
+	% (sys.executable, *sys.version_info[:2]))'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, so that no resolver reaches for another build of it; the project is
+# built in this environment and not in an isolated one, where pip might fetch torch again.
+$(INSTALLED): pyproject.toml setup.py Makefile | $(BIN)/python
+	@command -v c++ g++ clang++ > /dev/null || { echo "error: no C++ compiler; install g++" >&2; exit 2; }
+	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)
+	$(BIN)/pip install --quiet --only-binary megatron-core megatron-core==$(MEGATRON_CORE_VERSION) \
+	|| { echo "error: no megatron-core $(MEGATRON_CORE_VERSION), see above; it has wheels for Linux" >&2; exit 2; }
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12'
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' \
+	torch==$(TORCH_VERSION) megatron-core==$(MEGATRON_CORE_VERSION)
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(CSRC)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs the tests of the native layer on a build of csrc/data with the address and
+# undefined-behaviour sanitizers. In: the environment's python and pytest on PATH, and g++.
+# Out: the tests' exit status; the build lies in build/sanitize.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if ! compgen -G 'csrc/data/*.cpp' > /dev/null; then
+    echo "csrc/data has no C++ yet: nothing to check"
+    exit 0
+fi
+folder="$PWD/build/sanitize"
+rm -rf "$folder"
+export CXX=g++ CC=gcc
+export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+export LDFLAGS="-fsanitize=address,undefined"
+python setup.py --quiet build --build-base "$folder/temp" --build-lib "$folder/lib"
+
+# Python itself is no sanitized program, so the runtime has to be loaded before it; and it keeps
+# memory until the process ends, which is no leak of ours.
+runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$folder/lib" \
+    pytest tests/unit/native "$@"
