@@ -33,11 +33,12 @@ def _share_cpu_threads(process: ProcessRank) -> None:
     """Gives each process its share of the cores, unless the user chose a number of threads.
 
     torchrun sets OMP_NUM_THREADS=1 when several processes run on a node and nothing is set, which
-    leaves most of a CPU node idle; so its default counts as unset.
+    leaves most of a CPU node idle; so 1 under torchrun counts as unset.
     """
-    cores = len(os.sched_getaffinity(0))
-    chosen = os.environ.get("OMP_NUM_THREADS", "1")
-    if chosen in ("", "1"):
+    chosen = os.environ.get("OMP_NUM_THREADS")
+    is_torchrun_default = chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    if not chosen or is_torchrun_default:
+        cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // process.local_world_size))
 
 

@@ -1,0 +1,67 @@
+"""Starting real processes: runs through torchrun or alone, and what they wrote.
+
+In: command lines of the entry point. Out: finished processes and parsed metrics.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def _environment() -> dict[str, str]:
+    # One thread a process, so that reductions are cut the same way on every machine.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun(num_processes: int) -> list[str]:
+    """The launcher for ``num_processes`` on this machine, with a port of its own."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={num_processes}",
+    ]
+
+
+def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path) -> None:
+    """Trains every job of a list in the same processes; fails with their output."""
+    path = folder / f"jobs_{num_processes}.json"
+    path.write_text(json.dumps([list(map(str, job)) for job in jobs]), encoding="utf-8")
+    run([*torchrun(num_processes), str(WORKER), str(path)])
+
+
+def run(command: Sequence[str], *, expect: int = 0) -> str:
+    """Runs a command and returns its output; fails if it ends with another status."""
+    result = subprocess.run(
+        list(map(str, command)),
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == expect, result.stdout[-6000:]
+    return result.stdout
+
+
+def pretrain(*arguments: object) -> list[str]:
+    """The entry point's command line for a run in one process."""
+    return [sys.executable, "-m", "megatron_chatflow.pretrain", *map(str, arguments)]
+
+
+def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The iterations and the validations of a run."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return (
+        [entry for entry in entries if "lm_loss" in entry],
+        [entry for entry in entries if "validation" in entry],
+    )

@@ -1,0 +1,124 @@
+"""A stop at any iteration and a resume change nothing: same losses, digests and weights, bit for bit.
+
+On another layout the data's order is the same and the losses agree to rounding.
+"""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from tiny_run import TinyRun
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+LAYOUTS = {
+    "dp2_distributed_optimizer": ["--use-distributed-optimizer"],
+    "tp2_bf16": ["--tensor-model-parallel-size", "2", "--bf16"],
+    "pp2_bf16": ["--pipeline-model-parallel-size", "2", "--bf16"],
+}
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer state included."""
+    reader = FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    load_shards(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def _assert_same_record(found: Path, expected: Path) -> None:
+    timed = {"seconds", "data_seconds", "tokens_per_second", "tflops_per_gpu", "mfu"}
+    for ours, theirs in zip(jobs.read_metrics(found), jobs.read_metrics(expected), strict=True):
+        assert [{k: v for k, v in entry.items() if k not in timed} for entry in ours] == [
+            {k: v for k, v in entry.items() if k not in timed} for entry in theirs
+        ]
+
+
+def _assert_same_weights(found: Path, expected: Path) -> None:
+    ours, theirs = _tensors(found), _tensors(expected)
+    assert ours.keys() == theirs.keys()
+    assert any("exp_avg_sq" in name for name in ours)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run: TinyRun) -> Path:
+    """Per layout, an undisturbed run and one that left after 4 iterations and came back."""
+    folder = tiny_run.folder / "resume"
+    folder.mkdir()
+    commands = []
+    for name, flags in LAYOUTS.items():
+        base = ["--config", tiny_run.config, *flags]
+        commands.append([*base, "--save", folder / f"{name}_whole"])
+        stopped = [*base, "--save", folder / f"{name}_parts", "--load", folder / f"{name}_parts"]
+        commands.append([*stopped, "--exit-interval", 4])
+        commands.append(stopped)
+    # A run that stopped on two data-parallel ranks goes on in one process.
+    moved = ["--config", tiny_run.config, "--save", folder / "moved", "--load", folder / "moved"]
+    jobs.run_layouts(2, [*commands, [*moved, "--exit-interval", 4]], folder)
+    jobs.run_layouts(1, [moved], folder)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resume_is_exact(runs: Path, layout: str) -> None:
+    _assert_same_record(runs / f"{layout}_parts", runs / f"{layout}_whole")
+    _assert_same_weights(
+        runs / f"{layout}_parts" / "iter_0000010", runs / f"{layout}_whole" / "iter_0000010"
+    )
+
+
+@pytest.mark.distributed
+def test_resume_on_another_number_of_ranks_keeps_the_order(runs: Path) -> None:
+    expected, _ = jobs.read_metrics(runs / "dp2_distributed_optimizer_whole")
+    found, _ = jobs.read_metrics(runs / "moved")
+    assert [e["batch_digest"] for e in found] == [e["batch_digest"] for e in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=2e-5)
+
+
+@pytest.mark.distributed
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--config", tiny_run.config, "--save-interval", 3]
+    jobs.run(jobs.pretrain(*flags, "--save", whole))
+    command = jobs.pretrain(*flags, "--save", killed, "--load", killed)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    latest = killed / "latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    stopped_at = int(latest.read_text())
+    jobs.run(command)
+    assert stopped_at < 10, "the run was over before it could be killed"
+    _assert_same_record(killed, whole)
+    _assert_same_weights(killed / "iter_0000010", whole / "iter_0000010")
+
+
+@pytest.mark.distributed
+def test_sigterm_saves_and_leaves(tiny_run: TinyRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ["--config", tiny_run.config, "--train-iters", 100000, "--save", folder]
+    process = subprocess.Popen(
+        jobs.pretrain(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    iterations, _ = jobs.read_metrics(folder)
+    assert int((folder / "latest_checkpointed_iteration.txt").read_text()) == len(iterations)

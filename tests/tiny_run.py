@@ -1,0 +1,133 @@
+"""A run small enough for a test: made-up text, its tokenizer, its datasets, its configuration.
+
+In: a folder. Out: a `TinyRun` whose YAML file the real entry point trains within a few seconds.
+"""
+
+import io
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import yaml
+
+from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.tokenizer import load_tokenizer
+
+VOCAB_SIZE = 600
+
+
+def made_up_sentences(num_sentences: int, seed: int) -> list[str]:
+    """Sentences of invented words; common ones come often, and each has a favourite successor."""
+    rng = random.Random(seed)
+    shared = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(shared.choices(letters, k=shared.randint(2, 7))) for _ in range(300)]
+    weights = [1 / (rank + 3) for rank in range(len(words))]
+    successors = shared.choices(range(len(words)), weights=weights, k=len(words))
+    sentences = []
+    for _ in range(num_sentences):
+        word = rng.choices(range(len(words)), weights=weights)[0]
+        chosen = [word]
+        for _ in range(rng.randint(3, 60)):
+            follows = rng.random() < 0.6
+            word = successors[word] if follows else rng.choices(range(len(words)), weights)[0]
+            chosen.append(word)
+        sentences.append(" ".join(words[w] for w in chosen) + ".")
+    return sentences
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """Paths of a made-up run.
+
+    Attributes:
+        folder: Everything lies below it.
+        config: The YAML file.
+        tokenizer_model: SentencePiece model with LLaMA's layout.
+    """
+
+    folder: Path
+    config: Path
+    tokenizer_model: Path
+
+
+def train_tokenizer(path: Path) -> Path:
+    """Trains a byte-fallback BPE with LLaMA's control ids on made-up text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(made_up_sentences(400, seed=1)),
+        model_writer=model,
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def write_dataset(prefix: Path, model: Path, *, seed: int, num_documents: int) -> None:
+    """Writes made-up documents, each ended by EOD."""
+    tokenizer = load_tokenizer(model)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
+    for text in made_up_sentences(num_documents, seed):
+        writer.add_document(np.array([*tokenizer.encode(text), tokenizer.eos_id], np.uint16))
+    writer.finalize()
+
+
+def make_tiny_run(folder: Path) -> TinyRun:
+    """Makes tokenizer, two datasets and a configuration below ``folder``."""
+    model = train_tokenizer(folder / "tokenizer.model")
+    write_dataset(folder / "first_text_document", model, seed=2, num_documents=400)
+    write_dataset(folder / "second_text_document", model, seed=3, num_documents=300)
+    config = folder / "run.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model": {
+                    "num_layers": 4,
+                    "hidden_size": 64,
+                    "ffn_hidden_size": 176,
+                    "num_attention_heads": 4,
+                    "num_query_groups": 2,
+                    "max_position_embeddings": 128,
+                    "init_method_std": 0.1,
+                },
+                "tokenizer": {"tokenizer_model": str(model)},
+                "data": {
+                    "seq_length": 64,
+                    "holdout_every": 50,
+                    "sources": {
+                        "first": {"paths": [str(folder / "first_text_document")]},
+                        "second": {
+                            "paths": [str(folder / "second_text_document")],
+                            "packing": "best_fit",
+                            "boundaries": "isolate",
+                        },
+                    },
+                    "schedule": {
+                        "knots": [
+                            {"at": 0, "weights": {"first": 0.9, "second": 0.1}},
+                            {"at": 64, "weights": {"first": 0.2, "second": 0.8}, "ramp": "linear"},
+                        ]
+                    },
+                },
+                "optimizer": {"lr": 3e-3, "lr_warmup_iters": 1},
+                "train": {
+                    "train_iters": 10,
+                    "micro_batch_size": 2,
+                    "global_batch_size": 8,
+                    "bf16": False,
+                    "eval_interval": 5,
+                    "eval_iters": 1,
+                },
+            }
+        )
+    )
+    return TinyRun(folder, config, model)
