@@ -1,4 +1,4 @@
-"""Fixtures of the tests that start processes; importing `jobs` and `tiny_run` works from here on."""
+"""Fixtures of the tests that start processes; puts `jobs` and `tiny_run` on the path."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stop at any iteration and a resume change nothing: same losses, digests and weights, bit for bit.
+"""A stop at any iteration and a resume change nothing: losses, digests and weights, bit for bit.
 
 On another layout the data's order is the same and the losses agree to rounding.
 """
