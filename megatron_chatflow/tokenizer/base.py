@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text."""
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token such as `<|im_start|>`; None where it is no such token."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
 

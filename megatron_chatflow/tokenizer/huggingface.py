@@ -52,6 +52,8 @@ class HuggingFaceTokenizer:
             raise UserError(f"not a tokenizer.json: {path}: {error}") from error
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self._special_tokens = _special_tokens(path, self._tokenizer)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._control_ids = {token.content: i for i, token in added.items() if token.special}
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
         self.unk_id = self._id_of("unk_token")
@@ -100,6 +102,10 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text."""
         return _encode_batch(self._tokenizer, texts)
+
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token; None where the model has no such token."""
+        return self._control_ids.get(name)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""

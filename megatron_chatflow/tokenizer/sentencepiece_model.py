@@ -78,6 +78,11 @@ class SentencePieceTokenizer:
         """`encode` of every text."""
         return [_encode(self._processor, text) for text in texts]
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token; None where the model has no such token."""
+        token_id = int(self._processor.piece_to_id(name))
+        return token_id if self._processor.is_control(token_id) else None
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
         text: str = self._processor.decode([int(token_id) for token_id in ids])

@@ -1,0 +1,71 @@
+"""What the corpus layer hands on: documents as segments of text, and why a line was left out.
+
+In: nothing. Out: the types that the readers, the formats and the tokenising layer share.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SegmentKind = Literal["text", "control", "end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a document that is with loss as a whole, or without.
+
+    Attributes:
+        text: The text; of a control token its name.
+        loss: Whether its tokens are learnt.
+        kind: "text"; "control", a token such as `<|im_start|>` that a tokenizer may have an id for
+            (to one that has not, it is text); or "end", the tokenizer's end-of-sequence token.
+    """
+
+    text: str
+    loss: bool
+    kind: SegmentKind = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document in segments.
+
+    Attributes:
+        segments: In order; a token never lies in two of them.
+        borders: Numbers of leading segments after which an over-long document may be cut,
+            ascending; empty where it may not.
+    """
+
+    segments: tuple[Segment, ...]
+    borders: tuple[int, ...] = ()
+
+
+class DroppedError(Exception):
+    """A well-formed record that is left out by a filter; `reason` names the filter."""
+
+    def __init__(self, reason: str) -> None:
+        """Takes the name under which it is counted, such as "identical_sides"."""
+        super().__init__(reason)
+        self.reason = reason
+
+
+class BadLineError(DroppedError):
+    """A line that is not what its format asks for; too many of them end the run."""
+
+
+@dataclass
+class ParsedChunk:
+    """The documents of one chunk of input, and what was left out.
+
+    Attributes:
+        documents: For each output key, its documents: text alone, or segments.
+        num_dropped: Lines left out, by reason, bad ones included.
+        num_repaired: Documents kept after a repair, by kind.
+        num_bad: Bad lines.
+        first_bad: `file:line: reason` of the first of them.
+    """
+
+    documents: dict[str, list[str | Document]] = field(default_factory=dict)
+    num_dropped: dict[str, int] = field(default_factory=dict)
+    num_repaired: dict[str, int] = field(default_factory=dict)
+    num_bad: int = 0
+    first_bad: str | None = None

@@ -1,0 +1,205 @@
+"""Turns chunks of input into documents.
+
+In: a `Chunk` and the `CorpusSettings`. Out: a `ParsedChunk`: documents by output key, with counts
+of what was left out or mended. It depends on nothing else, so any process may do it.
+
+What is wrong with a line: malformed JSON, bytes that are not UTF-8, or a missing key make it bad;
+it is dropped and counted, and the run ends when there are too many. Half a surrogate pair in a
+JSON escape is mended, to U+FFFD, and counted; so are bytes that are not UTF-8 in a `.txt` file,
+and, with `invalid_utf8="replace"`, in any line.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+from megatron_chatflow.corpus.chats import chat_of
+from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, ParsedChunk
+from megatron_chatflow.corpus.pairs import (
+    PairSettings,
+    documents_of_pair,
+    pair_of_line,
+    pair_of_record,
+)
+from megatron_chatflow.corpus.readers import Chunk, TxtDocuments
+from megatron_chatflow.corpus.templates import document_of_chat
+
+CorpusFormat = Literal["text", "pairs", "chat"]
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """What the input is and what becomes of it.
+
+    Attributes:
+        format: "text", "pairs" or "chat".
+        json_keys: Output keys; of text, the JSON keys too; of chats, the key of the messages.
+        txt_documents: Whether a `.txt` file is one document or one a line.
+        invalid_utf8: What becomes of a line that is not UTF-8.
+        template: Chat template, also of translation instructions.
+        loss: "response" or "all".
+        pairs: For pairs.
+    """
+
+    format: CorpusFormat = "text"
+    json_keys: tuple[str, ...] = ("text",)
+    txt_documents: TxtDocuments = "file"
+    invalid_utf8: Literal["drop", "replace"] = "drop"
+    template: str = "chatflow"
+    loss: Literal["response", "all"] = "response"
+    pairs: PairSettings = field(default_factory=PairSettings)
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether documents come with loss spans."""
+        return self.format != "text"
+
+    @property
+    def txt_documents_of_format(self) -> TxtDocuments | None:
+        """What a `.txt` file holds in this format; None for records, one a line."""
+        return self.txt_documents if self.format == "text" else None
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The parquet columns to read; None for all."""
+        if self.format == "text":
+            return self.json_keys
+        return (*self.pairs.keys, "translation") if self.format == "pairs" else None
+
+
+class _Parser:
+    """The state of one chunk's parsing."""
+
+    def __init__(self, chunk: Chunk, settings: CorpusSettings) -> None:
+        self.chunk = chunk
+        self.settings = settings
+        self.result = ParsedChunk({key: [] for key in settings.json_keys})
+        self.num_dropped: Counter[str] = Counter()
+        self.num_repaired: Counter[str] = Counter()
+
+    def parse(self) -> ParsedChunk:
+        chunk = self.chunk
+        if chunk.kind == "objects":
+            self._all(enumerate(chunk.data, chunk.first_line), self._take_record)
+        elif chunk.kind == "text":
+            self._all([(chunk.first_line, chunk.data)].__iter__(), self._take_text)
+        else:
+            lines = enumerate(chunk.data.split(b"\n"), chunk.first_line)
+            kept = (item for item in lines if item[1] and not item[1].isspace())
+            take = self._take_text if chunk.kind == "text_lines" else self._take_line
+            self._all(kept, take)
+        self.result.num_dropped = dict(self.num_dropped)
+        self.result.num_repaired = dict(self.num_repaired)
+        return self.result
+
+    def _all(self, items: Iterator[tuple[int, Any]], take: Callable[[Any], None]) -> None:
+        for number, item in items:
+            try:
+                take(item)
+            except BadLineError as error:
+                self.num_dropped[error.reason] += 1
+                self.result.num_bad += 1
+                if self.result.first_bad is None:
+                    self.result.first_bad = f"{self.chunk.name}:{number}: {error.reason}"
+            except DroppedError as error:
+                self.num_dropped[error.reason] += 1
+
+    def _take_line(self, line: bytes) -> None:
+        if self.settings.format == "pairs" and not line.lstrip().startswith(b"{"):
+            pair = pair_of_line(self._decode(line.rstrip(b"\r")))
+            self._take_pair(*pair)
+            return
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            record = self._mended_record(line)
+        self._take_record(record)
+
+    def _take_record(self, record: Any) -> None:
+        settings = self.settings
+        if type(record) is not dict:
+            raise BadLineError("not_an_object")
+        if settings.format == "text":
+            texts = [_text_at(record, key) for key in settings.json_keys]
+            for key, text in zip(settings.json_keys, texts, strict=True):
+                self.result.documents[key].append(text)
+        elif settings.format == "pairs":
+            self._take_pair(*pair_of_record(record, settings.pairs.keys))
+        else:
+            key = settings.json_keys[0]
+            chat = chat_of(record, key)
+            document = document_of_chat(chat, settings.template, settings.loss)
+            self.result.documents[key].append(document)
+
+    def _take_pair(self, first: str, second: str) -> None:
+        settings = self.settings
+        documents: list[Document] = documents_of_pair(
+            first, second, settings.pairs, settings.template, settings.loss
+        )
+        self.result.documents[settings.json_keys[0]].extend(documents)
+
+    def _take_text(self, data: bytes) -> None:
+        """Text outside JSON: a `.txt` file, or one of its lines."""
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            self.num_repaired["invalid_utf8"] += 1
+            text = data.decode(errors="replace")
+        if self.chunk.kind == "text_lines":
+            text = text.removesuffix("\r")
+        self.result.documents[self.settings.json_keys[0]].append(text)
+
+    def _decode(self, line: bytes) -> str:
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            if self.settings.invalid_utf8 == "drop":
+                raise BadLineError("not_utf8") from error
+            self.num_repaired["invalid_utf8"] += 1
+            return line.decode(errors="replace")
+
+    def _mended_record(self, line: bytes) -> Any:
+        """Second try for a line that the strict parser refused."""
+        text = self._decode(line)
+        try:
+            record = json.loads(text)
+            mended = _without_surrogates(record)
+        except (ValueError, RecursionError) as error:
+            raise BadLineError("malformed_json") from error
+        if mended != record:
+            self.num_repaired["lone_surrogate"] += 1
+        return mended
+
+
+def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:
+    """Parses every record of a chunk.
+
+    Args:
+        chunk: The input.
+        settings: What the input is.
+
+    Returns:
+        Its documents in order, and the counts of what was left out or mended.
+    """
+    return _Parser(chunk, settings).parse()
+
+
+def _text_at(record: dict[str, Any], key: str) -> str:
+    text = record.get(key)
+    if type(text) is not str:
+        raise BadLineError(f"not_text_{key}" if key in record else f"no_key_{key}")
+    return text
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(v) for key, v in value.items()}
+    return value

@@ -1,0 +1,10 @@
+"""Corpus to indexed datasets: joins the corpus readers, a tokenizer and the writer.
+
+In: input files and `PreprocessSettings`. Out: `<prefix>_<key>_document.{bin,idx,json}` and, for
+pairs and chats, `<prefix>_<key>_loss_mask.{bin,idx}`.
+"""
+
+from megatron_chatflow.data.preprocess.run import preprocess
+from megatron_chatflow.data.preprocess.settings import PreprocessSettings
+
+__all__ = ["PreprocessSettings", "preprocess"]

@@ -1,0 +1,184 @@
+"""Documents to token ids and loss masks.
+
+In: the documents of a chunk. Out: their ids one after the other, lengths, masks, and counts.
+
+A segment is encoded by itself, so that no token lies in two of them: its text goes on from the
+text before it without a space of its own, and begins afresh after a control token. Neighbouring
+texts that are both with loss, or both without, are encoded as one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.corpus.documents import Document, ParsedChunk, Segment
+from megatron_chatflow.data.indexed import optimal_dtype
+from megatron_chatflow.data.preprocess.settings import PreprocessSettings
+from megatron_chatflow.tokenizer import Tokenizer
+
+
+@dataclass
+class EncodedDocuments:
+    """Documents of one output key.
+
+    Attributes:
+        tokens: 1-D, in the dataset's dtype, the documents one after the other.
+        lengths: int32[num_documents].
+        loss_mask: uint8 like tokens, or None.
+        num_text_bytes: UTF-8 bytes of the documents' text.
+        num_dropped: Documents left out, by reason.
+        num_repaired: Documents kept after a change, by kind.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8] | None
+    num_text_bytes: int
+    num_dropped: dict[str, int]
+    num_repaired: dict[str, int]
+
+
+@dataclass
+class EncodedChunk:
+    """What a worker hands back.
+
+    Attributes:
+        documents: By output key.
+        parsed: The parser's counts; its documents are taken out.
+        num_bytes_read: How far into its file the chunk reaches.
+    """
+
+    documents: dict[str, EncodedDocuments]
+    parsed: ParsedChunk
+    num_bytes_read: int
+
+
+def encode_segments(
+    tokenizer: Tokenizer, segments: Sequence[Segment]
+) -> tuple[list[int], list[int], list[int]]:
+    """Ids and loss mask of a document's segments.
+
+    Args:
+        tokenizer: The tokenizer.
+        segments: In order.
+
+    Returns:
+        The ids; 1 for each id with loss, else 0; and for each segment, how many ids there are up
+        to its end, or to the end of the texts that are encoded as one with it. An "end" after the
+        very token that ends sequences adds nothing.
+    """
+    ids: list[int] = []
+    loss_mask: list[int] = []
+    ends: list[int] = []
+    follows_text = False
+    resolved = [(segment, _token_id(tokenizer, segment)) for segment in segments]
+    for (token_id, loss), group in groupby(resolved, lambda item: (item[1], item[0].loss)):
+        members = [segment for segment, _ in group]
+        if token_id is None:
+            encode = tokenizer.encode_continuation if follows_text else tokenizer.encode
+            new_ids = encode("".join(segment.text for segment in members))
+            follows_text = follows_text or bool(new_ids)
+        else:
+            new_ids = [token_id] * sum(
+                not (segment.kind == "end" and (ids[-1:] == [token_id] or number > 0))
+                for number, segment in enumerate(members)
+            )
+            follows_text = False
+        ids += new_ids
+        loss_mask += [int(loss)] * len(new_ids)
+        ends += [len(ids)] * len(members)
+    return ids, loss_mask, ends
+
+
+def _token_id(tokenizer: Tokenizer, segment: Segment) -> int | None:
+    """The control token that a segment stands for; None if it is text to this tokenizer."""
+    if segment.kind == "end":
+        return tokenizer.eos_id
+    return tokenizer.control_id(segment.text) if segment.kind == "control" else None
+
+
+class DocumentEncoder:
+    """Encodes the documents of one output key."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: PreprocessSettings) -> None:
+        """Takes the tokenizer and the job."""
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.dtype = optimal_dtype(tokenizer.vocab_size)
+
+    def encode(self, documents: Sequence[str | Document]) -> EncodedDocuments:
+        """Encodes documents of one kind: all text, or all in segments."""
+        if self.settings.corpus.has_loss_mask:
+            return self._encode_segmented([d for d in documents if isinstance(d, Document)])
+        return self._encode_texts([d for d in documents if isinstance(d, str)])
+
+    def _encode_texts(self, given: list[str]) -> EncodedDocuments:
+        texts = [text for text in given if text]
+        num_dropped = Counter(empty=len(given) - len(texts))
+        sequences = self.tokenizer.encode_batch(texts)
+        kept = []
+        num_text_bytes = 0
+        for text, ids in zip(texts, sequences, strict=True):
+            if not ids:
+                num_dropped["empty"] += 1
+                continue
+            if self.settings.append_eod:
+                ids.append(self.tokenizer.eos_id)
+            kept.append(ids)
+            num_text_bytes += len(text.encode())
+        return self._pack(kept, None, num_text_bytes, num_dropped, Counter())
+
+    def _encode_segmented(self, documents: list[Document]) -> EncodedDocuments:
+        kept: list[list[int]] = []
+        masks: list[list[int]] = []
+        num_text_bytes = 0
+        num_dropped: Counter[str] = Counter()
+        num_repaired: Counter[str] = Counter()
+        for document in documents:
+            ids, mask, ends = encode_segments(self.tokenizer, document.segments)
+            num_segments = len(document.segments)
+            limit = self.settings.max_tokens
+            if self.settings.append_eod and ids[-1:] != [self.tokenizer.eos_id]:
+                ids.append(self.tokenizer.eos_id)
+                mask.append(1)
+            if limit is not None and len(ids) > limit:
+                fitting = [border for border in document.borders if ends[border - 1] <= limit]
+                if not fitting or self.settings.over_long == "drop":
+                    num_dropped["too_long"] += 1
+                    continue
+                num_segments = fitting[-1]
+                del ids[ends[num_segments - 1] :], mask[ends[num_segments - 1] :]
+                num_repaired["truncated"] += 1
+            kept.append(ids)
+            masks.append(mask)
+            num_text_bytes += sum(
+                len(segment.text.encode()) for segment in document.segments[:num_segments]
+            )
+        return self._pack(kept, masks, num_text_bytes, num_dropped, num_repaired)
+
+    def _pack(
+        self,
+        sequences: list[list[int]],
+        masks: list[list[int]] | None,
+        num_text_bytes: int,
+        num_dropped: Counter[str],
+        num_repaired: Counter[str],
+    ) -> EncodedDocuments:
+        return EncodedDocuments(
+            tokens=_concatenate(sequences, self.dtype),
+            lengths=np.array([len(ids) for ids in sequences], np.int32),
+            loss_mask=None if masks is None else _concatenate(masks, np.dtype(np.uint8)),
+            num_text_bytes=num_text_bytes,
+            num_dropped=dict(+num_dropped),
+            num_repaired=dict(+num_repaired),
+        )
+
+
+def _concatenate(sequences: list[list[int]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    arrays = [np.array(sequence, dtype) for sequence in sequences]
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)

@@ -1,0 +1,177 @@
+"""Runs a preprocessing job.
+
+In: `PreprocessSettings`. Out: the datasets, and what their sidecars say.
+
+The parent reads chunks and writes results, the workers parse and encode. Results are written in
+the order of the chunks, and only so many chunks are under way at once, so that the output does not
+depend on the number of workers and memory does not depend on the corpus.
+"""
+
+import logging
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from megatron_chatflow.corpus.inputs import InputFile, find_inputs
+from megatron_chatflow.corpus.readers import Chunk, CorpusReader
+from megatron_chatflow.data.preprocess.encode import EncodedChunk
+from megatron_chatflow.data.preprocess.output import KeyOutput, output_paths
+from megatron_chatflow.data.preprocess.progress import Progress
+from megatron_chatflow.data.preprocess.settings import PreprocessSettings
+from megatron_chatflow.data.preprocess.worker import ChunkWorker, encode_in_worker, start_worker
+from megatron_chatflow.data.staged_file import publish_all
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+NUM_CHUNKS_UNDER_WAY = 3  # for each worker: one in it, and no waiting at either side
+
+
+def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
+    """Makes the datasets of a job.
+
+    Args:
+        settings: The job.
+
+    Returns:
+        For each output key what its sidecar says.
+
+    Raises:
+        UserError: An input cannot be read or has too many bad lines, an output exists or cannot be
+            written, the tokenizer cannot be loaded, or no document is left.
+    """
+    files = find_inputs(settings.inputs)
+    _check(settings, files)
+    tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    keys = settings.corpus.json_keys
+    outputs: dict[str, KeyOutput] = {}
+    try:
+        for key in keys:
+            outputs[key] = KeyOutput(
+                settings.output_prefix, key, tokenizer, settings.corpus.has_loss_mask
+            )
+        inputs = _fill(settings, files, tokenizer, outputs)
+        return _publish(outputs, inputs, settings.output_prefix)
+    finally:
+        for output in outputs.values():
+            output.discard()
+
+
+def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
+    """Refuses before any work what would fail in the end."""
+    for name, smallest in (("num_workers", 1), ("max_bad_lines", 0), ("max_tokens", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < smallest:
+            raise UserError(f"{name}: {value}: must be at least {smallest}")
+    keys = settings.corpus.json_keys
+    if len(set(keys)) != len(keys) or not keys:
+        raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")
+    if settings.corpus.format != "text" and len(keys) > 1:
+        raise UserError(f"--json-keys: {' '.join(keys)}: pairs and chats have one output key")
+    if len(keys) > 1 and any(file.kind == "txt" for file in files):
+        raise UserError("--json-keys: .txt files have no keys: name one, for the output")
+    for key in keys:
+        for path in output_paths(settings.output_prefix, key):
+            if path.exists() and not settings.overwrite:
+                raise UserError(f"output exists: {path}: choose another prefix or use --overwrite")
+
+
+def _fill(
+    settings: PreprocessSettings,
+    files: list[InputFile],
+    tokenizer: Tokenizer,
+    outputs: dict[str, KeyOutput],
+) -> list[dict[str, Any]]:
+    """Writes every chunk's documents, in order; returns name and size of each input."""
+    corpus = settings.corpus
+    reader = CorpusReader(files, corpus.txt_documents_of_format, corpus.columns)
+    progress = Progress(sum(file.num_bytes for file in files))
+    num_bad = 0
+    first_bad: str | None = None
+    try:
+        for encoded in _encoded_chunks(settings, reader.chunks(), tokenizer):
+            parsed = encoded.parsed
+            num_bad += parsed.num_bad
+            first_bad = first_bad or parsed.first_bad
+            if num_bad > settings.max_bad_lines:
+                raise UserError(
+                    f"too many bad lines: {first_bad}: the first of more than "
+                    f"{settings.max_bad_lines}: mend the input, or raise --max-bad-lines"
+                )
+            for key, output in outputs.items():
+                output.add(encoded.documents[key])
+                output.num_dropped.update(parsed.num_dropped)
+                output.num_repaired.update(parsed.num_repaired)
+            num_documents = max(output.documents.num_documents for output in outputs.values())
+            progress.update(encoded.num_bytes_read, num_documents)
+    finally:
+        progress.close()
+    if first_bad is not None:
+        logger.warning("%d bad lines dropped, the first at %s", num_bad, first_bad)
+    return [
+        {"name": file.name, "num_bytes": num_bytes}
+        for file, num_bytes in zip(files, reader.num_bytes, strict=True)
+    ]
+
+
+def _encoded_chunks(
+    settings: PreprocessSettings, chunks: Iterator[Chunk], tokenizer: Tokenizer
+) -> Iterator[EncodedChunk]:
+    """Encodes chunks, in this process or in workers, and yields them in their order."""
+    if settings.num_workers == 1:
+        worker = ChunkWorker(settings, tokenizer)
+        for chunk in chunks:
+            yield worker.encode(chunk)
+        return
+    executor = ProcessPoolExecutor(
+        settings.num_workers,
+        # Not fork: a parent that has threads (the bar's, a tokenizer's) may fork into a deadlock.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(settings,),
+    )
+    pending: deque[Future[EncodedChunk]] = deque()
+    failure: UserError | None = None
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and len(pending) < NUM_CHUNKS_UNDER_WAY * settings.num_workers:
+                try:
+                    pending.append(executor.submit(encode_in_worker, next(chunks)))
+                except StopIteration:
+                    exhausted = True
+                except UserError as error:  # raised in its turn, after what was read before it
+                    failure, exhausted = error, True
+            if not pending:
+                break
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died: the system may have run out of memory: use fewer --workers"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    if failure is not None:
+        raise failure
+
+
+def _publish(
+    outputs: dict[str, KeyOutput], inputs: list[dict[str, Any]], output_prefix: str
+) -> dict[str, dict[str, Any]]:
+    """Completes the outputs and gives all of them their final names."""
+    files = []
+    contents = {}
+    for key, output in outputs.items():
+        key_files, contents[key] = output.seal(inputs)
+        files += key_files
+        if contents[key]["num_documents"] == 0:
+            dropped = ", ".join(f"{n} {reason}" for reason, n in contents[key]["dropped"].items())
+            raise UserError(f"no document left: {output.prefix}: dropped: {dropped or 'nothing'}")
+    for key in outputs:
+        for path in output_paths(output_prefix, key):
+            path.unlink(missing_ok=True)  # with --overwrite: no new file beside an old one
+    publish_all(files)
+    return contents

@@ -1,0 +1,60 @@
+"""The JSON beside a dataset that says what made it, and where its loss mask lies.
+
+In: the prefix `<prefix>_<key>_document`. Out: the sidecar's content, checked, or None.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.errors import UserError
+
+FORMAT_VERSION = 1
+DOCUMENT_SUFFIX = "_document"
+LOSS_MASK_SUFFIX = "_loss_mask"
+
+
+def sidecar_path(prefix: str | Path) -> Path:
+    """`<prefix>.json`."""
+    return Path(f"{prefix}.json")
+
+
+def loss_mask_prefix(prefix: str | Path) -> Path:
+    """The prefix of the loss mask of the documents at `<prefix>_<key>_document`."""
+    return Path(f"{str(prefix).removesuffix(DOCUMENT_SUFFIX)}{LOSS_MASK_SUFFIX}")
+
+
+def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
+    """The sidecar of a dataset.
+
+    Args:
+        prefix: The dataset's, without `.bin` or `.idx`.
+
+    Returns:
+        Its content, or None if there is none, as for a dataset that Megatron-LM wrote.
+
+    Raises:
+        UserError: It is damaged, or of a later format.
+    """
+    path = sidecar_path(prefix)
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"damaged sidecar: {path}: {error}: preprocess the data again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"unknown sidecar: {path}: format_version {version} instead of {FORMAT_VERSION}: "
+            "read it with the version of this package that wrote it"
+        )
+    assert isinstance(content, dict)
+    return content
+
+
+def sidecar_bytes(content: dict[str, Any]) -> bytes:
+    """The file's content."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

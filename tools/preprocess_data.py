@@ -1,0 +1,98 @@
+#!/usr/bin/env python
+"""Turns a corpus into Megatron's indexed datasets.
+
+In: text, sentence pairs or chats (jsonl, parquet, txt, tsv; plain, .gz or .zst). Out:
+`<prefix>_<key>_document.{bin,idx,json}`, and a loss mask beside them for pairs and chats.
+"""
+
+import argparse
+import logging
+import os
+import time
+from dataclasses import fields
+from typing import Any
+
+from megatron_chatflow.corpus.pairs import PairSettings
+from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.corpus.templates import TEMPLATES
+from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.errors import run_main
+from megatron_chatflow.tokenizer import TOKENIZER_TYPES
+
+EXAMPLES = """examples:
+  preprocess_data.py --input 'en/*.jsonl.zst' --output-prefix data/en \\
+      --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --append-eod --workers 8
+  preprocess_data.py --format pairs --pair-template translate --input zh_en.tsv ...
+  preprocess_data.py --format chat --template chatflow --input alpaca.json ...
+  zcat big.jsonl.gz | preprocess_data.py --input - ...
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--input", nargs="+", required=True, dest="inputs", metavar="F", help="or folders, globs, -"
+    )
+    add("--output-prefix", required=True, metavar="P", help="path that outputs' names begin with")
+    add("--format", choices=["text", "pairs", "chat"], default="text")
+    add("--json-keys", nargs="+", metavar="KEY", help="default: text; of chats: messages")
+    add("--tokenizer-type", choices=[*TOKENIZER_TYPES, "auto"], default="auto")
+    add("--tokenizer-model", required=True, metavar="M", help="file, or folder with one")
+    add("--append-eod", action="store_true", help="end every document with the EOD token")
+    num_cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=num_cores, dest="num_workers", metavar="N")
+    add("--max-bad-lines", type=int, default=100, metavar="N", help="dropped before it is an error")
+    add(
+        "--invalid-utf8", choices=["drop", "replace"], default="drop", help="of lines; txt: replace"
+    )
+    add("--txt-documents", choices=["file", "line"], default="file", help="what is one, in .txt")
+    add("--overwrite", action="store_true", help="replace outputs that exist")
+    chats = parser.add_argument_group("chats and translation instructions")
+    add = chats.add_argument
+    add("--template", choices=list(TEMPLATES), default="chatflow")
+    add("--loss", choices=["response", "all"], default="response", help="tokens with loss")
+    add("--max-tokens", type=int, metavar="N", help="longest document")
+    add("--over-long", choices=["truncate", "drop"], default="truncate", help="cut between turns")
+    pairs = parser.add_argument_group("pairs: en<TAB>zh lines, or JSON with a key for each side")
+    add = pairs.add_argument
+    add("--pair-keys", nargs=2, default=["en", "zh"], metavar="KEY")
+    add("--pair-languages", nargs=2, default=["English", "Chinese"], metavar="NAME")
+    add("--pair-template", choices=["plain", "translate"], default="plain")
+    add("--pair-direction", choices=["both", "forward", "backward", "hash"], default="hash")
+    ratio_help = "of the sides' bytes, above which a pair is dropped; 0: no limit"
+    add("--pair-max-length-ratio", type=float, default=9.0, metavar="R", help=ratio_help)
+    return parser.parse_args()
+
+
+def build(settings_type: type, given: dict[str, Any], prefix: str = "") -> Any:
+    """Settings from the options that carry its fields' names."""
+    names = [field.name for field in fields(settings_type) if prefix + field.name in given]
+    values = {name: given[prefix + name] for name in names}
+    return settings_type(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
+
+
+def main() -> None:
+    """Runs the job and says what came of it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    begin = time.perf_counter()
+    given = vars(parse_arguments())
+    given["json_keys"] = given["json_keys"] or ["messages" if given["format"] == "chat" else "text"]
+    given["pairs"] = build(PairSettings, given, "pair_")
+    given["corpus"] = build(CorpusSettings, given)
+    for key, content in preprocess(build(PreprocessSettings, given)).items():
+        seconds = time.perf_counter() - begin
+        num_bytes = content["num_text_bytes"]
+        print(
+            f"{key}: {content['num_documents']} documents, {content['num_tokens']} tokens "
+            f"({content['num_loss_tokens']} with loss), {num_bytes / 1e6:.1f} MB of text, "
+            f"{num_bytes / 1e6 / seconds:.1f} MB/s, dropped {content['dropped'] or 0}, "
+            f"repaired {content['repaired'] or 0}"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
