@@ -12,6 +12,8 @@ SHELL := bash
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_ROOT_USER_ACTION := ignore
 
 # What the tests' golden values and the demo were made with. The package itself accepts other
 # versions, see pyproject.toml.
@@ -24,7 +26,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-CSRC := $(shell find csrc -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2> /dev/null)
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -71,11 +73,12 @@ $(BIN)/python:
 # built in this environment and not in an isolated one, where pip might fetch torch again.
 $(INSTALLED): pyproject.toml setup.py Makefile | $(BIN)/python
 	@command -v c++ g++ clang++ > /dev/null || { echo "error: no C++ compiler; install g++" >&2; exit 2; }
-	$(BIN)/pip install --quiet torch==$(TORCH_VERSION)
-	$(BIN)/pip install --quiet --only-binary megatron-core megatron-core==$(MEGATRON_CORE_VERSION) \
+	@echo "Installing torch $(TORCH_VERSION) and what the project needs into $(VENV): some minutes"
+	$(BIN)/pip install -qq torch==$(TORCH_VERSION)
+	$(BIN)/pip install -qq --only-binary megatron-core megatron-core==$(MEGATRON_CORE_VERSION) \
 	|| { echo "error: no megatron-core $(MEGATRON_CORE_VERSION), see above; it has wheels for Linux" >&2; exit 2; }
-	$(BIN)/pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.12'
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]' \
+	$(BIN)/pip install -qq 'setuptools>=77' wheel 'pybind11>=2.12'
+	$(BIN)/pip install -qq --no-build-isolation --editable '.[dev]' \
 	torch==$(TORCH_VERSION) megatron-core==$(MEGATRON_CORE_VERSION)
 	@touch $@
 

@@ -17,7 +17,8 @@ export LDFLAGS="-fsanitize=address,undefined"
 python setup.py --quiet build --build-base "$folder/temp" --build-lib "$folder/lib"
 
 # Python itself is no sanitized program, so the runtime has to be loaded before it; and it keeps
-# memory until the process ends, which is no leak of ours.
+# memory until the process ends, which is no leak of ours. A report goes past Python's own standard
+# error, so pytest must leave the file descriptor alone.
 runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$folder/lib" \
-    pytest tests/unit/native "$@"
+    pytest --capture=sys tests/unit/native "$@"
