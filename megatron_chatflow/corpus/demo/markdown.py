@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_chatflow.corpus.demo.text import tidy_line
+from megatron_chatflow.corpus.demo.text import cut_last_sentence, tidy_line
 
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -20,7 +20,7 @@ _TAB = re.compile(r"={3}\s+\"")
 _ITEM = re.compile(r"(\s*)(?:[*+-]|\d+[.)])\s+")
 _RULE = re.compile(r"(?:[-*_]\s*){3,}$")
 _TABLE = re.compile(r"\s*\|.*\|\s*$")
-_SNIPPET = re.compile(r"\{[!*].*?[!*]\}")
+_SNIPPET = re.compile(r"\{[!*].*?[!*]\}|\{%.*?%\}")
 _IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)(?:\{[^}]*\})?")
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])+)\]\((?:[^()\s]|\([^)]*\))*(?:\s+\"[^\"]*\")?\)")
 _REFERENCE = re.compile(r"\[([^\[\]]+)\]\[[^\]]*\]")
@@ -34,7 +34,6 @@ _EMPHASIS = re.compile(
 )
 _ESCAPE = re.compile(r"\\([\\`*_{}\[\]()#+.!~|<>-])")
 _SHORTCODE = re.compile(r":[a-z_]+[a-z]:")
-_SENTENCE_END = re.compile(r"(?<=[.!?)]) (?=[A-Z\"])|(?<=[。！？])")
 _MIN_CHARACTERS = 3  # below it: "or", "...", what stood between two pieces of code
 _MARKED = re.compile(r"[\[\]`*_<>&{}\\~]|:[a-z_]+:")
 _HELD = re.compile("\x00(\\d+)\x00")
@@ -74,7 +73,7 @@ def to_plain_text(blocks: list[Block]) -> str:
         text = block.text
         follows_code = index + 1 < len(blocks) and blocks[index + 1].kind == "code"
         if follows_code and text.endswith((":", "：")):
-            text = " ".join(_SENTENCE_END.split(text)[:-1])
+            text = cut_last_sentence(text)
         if len(text) < _MIN_CHARACTERS:
             continue
         if shown:

@@ -7,6 +7,8 @@ list items as plain text; code, tables, images, comments and link targets are le
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from megatron_chatflow.corpus.demo.text import cut_last_sentence
+
 _DIRECTIVE = re.compile(r"\.\. (?:\|[^|]+\| )?([\w:+-]+)::(?:\s+(.*))?$")
 _EXPLICIT = re.compile(r"\.\.(?:\s|$)")
 _RULE = re.compile(r"([=\-~^\"'`*+#<>.:_])\1{2,}\s*$")
@@ -24,7 +26,6 @@ _STRONG = re.compile(r"(?<![\w*\\])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])", re.DOTA
 _EMPHASIS = re.compile(r"(?<![\w*\\])\*(?=[^\s*])(.+?)(?<=[^\s*\\])\*(?![\w*])", re.DOTALL)
 _SUBSTITUTION = re.compile(r"(?<!\w)\|(\w[^|\n]*)\|(?:_{1,2})?")
 
-_SENTENCE_END = re.compile(r"(?<=[.!?)]) (?=[A-Z])")
 _CODE = "code"  # stands where code was; told apart from the word by identity
 
 _PROSE_LABELS = {
@@ -105,8 +106,7 @@ def to_plain_text(source: str, titles: Mapping[str, str], name: str) -> str:
         if raw is not _CODE:
             texts.append(prefix + inline(raw, titles, name).strip())
         elif texts and texts[-1].endswith(":"):
-            # "For example:" makes no sense without the example.
-            texts[-1] = "".join(_SENTENCE_END.split(texts[-1])[:-1])
+            texts[-1] = cut_last_sentence(texts[-1])
     return join_blocks(texts)
 
 

@@ -19,6 +19,7 @@ _DEBRIS = re.compile(
 )
 _SPACES = re.compile("[ \t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
+_SENTENCE_END = re.compile(r"(?<=[.!?)]) (?=[A-Z\"])|(?<=[。！？])(?!$)")
 _HALF_WIDTH = {
     ord(full): unicodedata.normalize("NFKC", full)
     for full in map(chr, range(0xFF01, 0xFF5F))
@@ -61,6 +62,12 @@ def to_chinese_marks(text: str) -> str:
     text = text.translate(_SMALL_MARKS)
     text = _MARK.sub(lambda match: _FULL_MARKS[match.group(1)], text)
     return _BLANK_AFTER_MARK.sub("", text)
+
+
+def cut_last_sentence(text: str) -> str:
+    """Removes the last sentence: "For example:" makes no sense without the example."""
+    ends = list(_SENTENCE_END.finditer(text))
+    return text[: ends[-1].start()] if ends else ""
 
 
 def tidy(text: str) -> str:

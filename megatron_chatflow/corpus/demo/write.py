@@ -176,11 +176,15 @@ def _write(
 def _put(path: Path, content: bytes) -> dict[str, Any]:
     """Writes a file beside its place and renames it; returns its size and hash."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}): make room") from error
     return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
