@@ -13,6 +13,7 @@ folder="$PWD/build/sanitize"
 rm -rf "$folder"
 export CXX=g++ CC=gcc
 export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+export CXXFLAGS="$CFLAGS"
 export LDFLAGS="-fsanitize=address,undefined"
 python setup.py --quiet build --build-base "$folder/temp" --build-lib "$folder/lib"
 
