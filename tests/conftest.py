@@ -1,7 +1,57 @@
-"""Settings for the whole suite."""
+"""Settings for the whole suite, and what tests of several layers share: a tiny tokenizer.
 
+Its text is made of random syllables and characters, so that nothing of it is anybody's.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
 from hypothesis import settings
 
 # The machines that run the suite are shared: how long an example takes says nothing about it.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+HAN = [chr(0x4E00 + 37 * k) for k in range(60)]
+
+
+def made_up_sentences(num_sentences: int, seed: int = 0) -> list[str]:
+    """Sentences of invented words, every third one of Chinese characters."""
+    generator = random.Random(seed)
+    syllables = [c + v + e for c in "bdfklmnprst" for v in "aeiou" for e in ("", "n", "s")]
+    words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(200)]
+    sentences = []
+    for k in range(num_sentences):
+        num_words = generator.randint(3, 12)
+        if k % 3 == 2:
+            sentences.append("".join(generator.choices(HAN, k=2 * num_words)) + "。")
+        else:
+            sentences.append(" ".join(generator.choices(words, k=num_words)).capitalize() + ".")
+    return sentences
+
+
+@pytest.fixture(scope="session")
+def tiny_sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-fallback BPE model of 512 pieces, laid out as LLaMA's: unk, bos, eos are 0, 1, 2."""
+    folder = tmp_path_factory.mktemp("tiny_tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(made_up_sentences(600)),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=512,
+        byte_fallback=True,
+        character_coverage=0.99,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
