@@ -97,6 +97,25 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     assert abs(total - expected) / 64 < 20 * 2**-8
 
 
+def test_gradient_of_a_sure_token_is_not_rounding() -> None:
+    """In bfloat16 a probability of 0.9999 rounds to 1; its gradient must not round to 0."""
+    hidden = torch.zeros(1, 16, dtype=torch.bfloat16)
+    hidden[0, 0] = 1.0
+    hidden.requires_grad_()
+    weight = torch.zeros(64, 16, dtype=torch.bfloat16)
+    weight[5, 0] = 13.25
+    rows = VocabularySlice(start=0, num_rows=64, num_pieces=64, group=None)
+    total, _ = linear_cross_entropy(
+        hidden, weight, torch.tensor([5]), torch.ones(1), rows, sequence_parallel=False
+    )
+    total.backward()
+    expected = hidden.detach().float().requires_grad_()
+    cross_entropy(expected @ weight.float().t(), torch.tensor([5])).backward()
+    assert hidden.grad is not None and expected.grad is not None
+    assert expected.grad[0, 0].abs() < 2e-3
+    torch.testing.assert_close(hidden.grad.float(), expected.grad, rtol=0.01, atol=0)
+
+
 def test_a_rank_that_holds_only_padding_has_no_pieces() -> None:
     slices = [
         vocabulary_slice(rank=rank, size=4, padded_vocab_size=512, vocab_size=300, group=None)
