@@ -1,0 +1,223 @@
+"""Parsing: what is kept, what is dropped and under which name, what is mended."""
+
+from typing import Any
+
+import pytest
+
+from megatron_chatflow.corpus.chats import Chat, chat_of
+from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, ParsedChunk
+from megatron_chatflow.corpus.pairs import PairSettings, documents_of_pair
+from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.corpus.readers import Chunk
+
+
+def parse(data: bytes, **options: Any) -> ParsedChunk:
+    return parse_chunk(Chunk("f.jsonl", 11, "lines", data, 0), CorpusSettings(**options))
+
+
+def test_text_of_several_keys() -> None:
+    data = b'{"text": "one", "title": "A", "n": 1}\n\n  \r\n{"title": "", "text": "two"}\r\n'
+    result = parse(data, json_keys=("text", "title"))
+    assert result.documents == {"text": ["one", "two"], "title": ["A", ""]}
+    assert (result.num_bad, result.num_dropped, result.num_repaired) == (0, {}, {})
+
+
+def test_bad_lines_are_counted_by_reason_and_the_first_is_named() -> None:
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": "\xff\xfe"}',
+        b'{"text": }',
+        b'{"text": 5}',
+        b'{"content": "x"}',
+        b'["text"]',
+        b'{"text": "cut off',
+        b"[" * 5000,
+        b'{"text": "good"}',
+    ]
+    result = parse(b"\n".join(lines))
+    assert result.documents["text"] == ["good", "good"]
+    assert result.num_dropped == {
+        "not_utf8": 1,
+        "malformed_json": 3,
+        "not_text_text": 1,
+        "no_key_text": 1,
+        "not_an_object": 1,
+    }
+    assert (result.num_bad, result.first_bad) == (7, "f.jsonl:12: not_utf8")
+
+
+def test_invalid_utf8_replaced_when_asked_for() -> None:
+    result = parse(b'{"text": "a\xffb\xe4\xb8"}\n{"text": }', invalid_utf8="replace")
+    assert result.documents["text"] == ["a\ufffdb\ufffd"]
+    assert (result.num_repaired, result.num_bad) == ({"invalid_utf8": 1}, 1)
+
+
+def test_half_a_surrogate_pair_is_mended() -> None:
+    result = parse(b'{"text": "a\\ud800b \\ud83e\\uddff"}\n{"text": "c", "score": NaN}')
+    assert result.documents["text"] == ["a\ufffdb \U0001f9ff", "c"]
+    assert (result.num_repaired, result.num_bad) == ({"lone_surrogate": 1}, 0)
+
+
+def test_txt() -> None:
+    chunk = Chunk("a.txt", 1, "text", b"one\r\n\xfftwo", 0)
+    result = parse_chunk(chunk, CorpusSettings())
+    assert result.documents["text"] == ["one\r\n\ufffdtwo"]
+    assert result.num_repaired == {"invalid_utf8": 1}
+    chunk = Chunk("a.txt", 1, "text_lines", b"one\r\n\n two \n", 0)
+    assert parse_chunk(chunk, CorpusSettings()).documents["text"] == ["one", " two "]
+
+
+def spans(document: Document | str) -> list[tuple[str, bool]]:
+    assert isinstance(document, Document)
+    return [(segment.text, segment.loss) for segment in document.segments]
+
+
+def test_pairs_of_lines_and_objects() -> None:
+    data = (
+        b"one\t\xe4\xb8\x80\n"
+        b'{"en": "two", "zh": "\xe4\xba\x8c"}\n'
+        b'{"translation": {"en": "three", "zh": "\xe4\xb8\x89"}}\n'
+        b"no tab here\n"
+        b'{"en": "four"}\n'
+        b"five\t\n"
+        b"six\tsix\n"
+    )
+    settings = PairSettings(direction="forward")
+    result = parse(data, format="pairs", pairs=settings)
+    texts = [spans(document) for document in result.documents["text"]]
+    assert texts == [
+        [("one\n\u4e00", True)],
+        [("two\n\u4e8c", True)],
+        [("three\n\u4e09", True)],
+    ]
+    assert result.num_dropped == {
+        "no_tab": 1,
+        "no_key_zh": 1,
+        "empty_side": 1,
+        "identical_sides": 1,
+    }
+    assert (result.num_bad, result.first_bad) == (2, "f.jsonl:14: no_tab")
+
+
+def test_translation_has_loss_on_the_target_alone() -> None:
+    settings = PairSettings(template="translate", direction="both")
+    pair = ("A cat.", "\u732b\u3002")
+    forward, backward = documents_of_pair(*pair, settings, "chatflow", "response")
+    assert spans(forward) == [
+        (
+            "### Instruction:\nTranslate the following text into Chinese.\n\nA cat.\n\n"
+            "### Response:\n",
+            False,
+        ),
+        ("\u732b\u3002", True),
+        ("", True),
+    ]
+    assert spans(backward)[1] == ("A cat.", True)
+    assert "into English.\n\n\u732b\u3002" in spans(backward)[0][0]
+    (whole, _) = documents_of_pair(*pair, settings, "chatflow", "all")
+    assert all(loss for _, loss in spans(whole))
+
+
+def test_direction_by_hash_is_about_even_and_fixed() -> None:
+    settings = PairSettings(direction="hash")
+    first_sides = []
+    for k in range(400):
+        pair = (f"sentence {k}", f"\u53e5 {k}")
+        (document,) = documents_of_pair(*pair, settings, "chatflow", "all")
+        assert documents_of_pair(*pair, settings, "chatflow", "all") == [document]
+        first_sides.append(spans(document)[0][0].startswith("sentence"))
+    assert 160 < sum(first_sides) < 240
+
+
+def test_length_ratio_is_in_bytes() -> None:
+    settings = PairSettings(max_length_ratio=3.0)
+    assert documents_of_pair("abcdefghi", "\u732b", settings, "chatflow", "all")
+    with pytest.raises(DroppedError, match="length_ratio"):
+        documents_of_pair("abcdefghij", "\u732b", settings, "chatflow", "all")
+    unlimited = PairSettings(max_length_ratio=0)
+    assert documents_of_pair("a" * 1000, "\u732b", unlimited, "chatflow", "all")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                {"role": "assistant", "content": "Hello"},
+                {"role": "user", "content": "Bye"},
+                {"role": "assistant", "content": "Good bye"},
+                {"role": "user", "content": "still there?"},
+            ]
+        },
+        {
+            "system": "Be brief.",
+            "conversations": [
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Hello"},
+                {"from": "human", "value": "Bye"},
+                {"from": "gpt", "value": "Good bye"},
+            ],
+        },
+        {
+            "instruction": "Bye",
+            "input": "",
+            "output": "Good bye",
+            "history": [["Hi", "Hello"]],
+            "system": "Be brief.",
+        },
+    ],
+)
+def test_the_same_chat_in_three_formats(record: dict[str, Any]) -> None:
+    assert chat_of(record, "messages") == Chat("Be brief.", (("Hi", "Hello"), ("Bye", "Good bye")))
+
+
+def test_alpaca_input_follows_the_instruction() -> None:
+    record = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    assert chat_of(record, "messages").exchanges == (("Add.\n\n1 and 2", "3"),)
+
+
+def test_a_key_of_its_own() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert chat_of({"dialogue": turns, "messages": 3}, "dialogue").exchanges == (("a", "b"),)
+
+
+def message(role: str, content: Any = "x") -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "is_bad"),
+    [
+        ({"text": "a"}, "no_chat_key", True),
+        ({"messages": "a"}, "messages_not_a_list", True),
+        ({"messages": ["a"]}, "message_not_an_object", True),
+        ({"instruction": "a", "output": 5}, "field_not_text", True),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "history_not_pairs", True),
+        ({"messages": []}, "no_answer", False),
+        ({"messages": [message("user")]}, "no_answer", False),
+        ({"messages": [message("user"), message("tool")]}, "unknown_role", False),
+        ({"messages": [message("user", [{"type": "image"}])]}, "content_not_text", False),
+        ({"messages": [message("user"), message("assistant", None)]}, "content_not_text", False),
+        ({"messages": [message("user"), message("assistant", " ")]}, "empty_answer", False),
+        ({"messages": [message("user", ""), message("assistant")]}, "empty_question", False),
+        ({"messages": [message("user"), message("user")]}, "two_user_turns", False),
+        ({"messages": [message("assistant")]}, "answer_without_question", False),
+        ({"messages": [message("user"), message("system")]}, "system_turn_not_first", False),
+        ({"instruction": "a", "output": ""}, "empty_answer", False),
+    ],
+)
+def test_chats_left_out(record: dict[str, Any], reason: str, is_bad: bool) -> None:
+    with pytest.raises(DroppedError) as caught:
+        chat_of(record, "messages")
+    assert caught.value.reason == reason
+    assert isinstance(caught.value, BadLineError) == is_bad
+
+
+def test_chats_of_lines() -> None:
+    data = b'{"instruction": "a", "output": "b"}\n{"text": "c"}\n{"messages": []}\n'
+    result = parse(data, format="chat", json_keys=("messages",))
+    assert len(result.documents["messages"]) == 1
+    assert result.num_dropped == {"no_chat_key": 1, "no_answer": 1}
+    assert (result.num_bad, result.first_bad) == (1, "f.jsonl:12: no_chat_key")

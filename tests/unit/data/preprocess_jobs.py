@@ -1,0 +1,47 @@
+"""Runs small preprocessing jobs for the tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.data.indexed import IndexedDataset
+from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.data.sidecar import loss_mask_prefix
+
+
+class Jobs:
+    """Runs jobs in one folder with one tokenizer."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.model = model
+        self.prefix = folder / "out"
+
+    def lines(self, name: str, records: list[Any]) -> str:
+        """Writes records as JSON lines; bytes stay as they are."""
+        path = self.folder / name
+        lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        return str(path)
+
+    def run(self, *inputs: str, corpus: CorpusSettings | None = None, **options: Any) -> Any:
+        """Runs a job; returns the first key's sidecar."""
+        settings = PreprocessSettings(
+            inputs=inputs,
+            output_prefix=str(self.prefix),
+            tokenizer_model=str(self.model),
+            corpus=corpus or CorpusSettings(),
+            **{"overwrite": True, **options},
+        )
+        return next(iter(preprocess(settings).values()))
+
+    def documents(self, key: str = "text") -> list[list[int]]:
+        """The ids that the last job wrote."""
+        dataset = IndexedDataset(f"{self.prefix}_{key}_document")
+        return [dataset[i].tolist() for i in range(len(dataset))]
+
+    def masks(self, key: str = "text") -> list[list[int]]:
+        """The loss masks that the last job wrote."""
+        dataset = IndexedDataset(loss_mask_prefix(f"{self.prefix}_{key}_document"))
+        return [dataset[i].tolist() for i in range(len(dataset))]

@@ -1,0 +1,227 @@
+"""Preprocessing jobs: right ids, nothing else under a final name, the same for any workers."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
+from preprocess_jobs import Jobs
+
+from megatron_chatflow.corpus import readers
+from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.data.indexed import IndexedDataset
+from megatron_chatflow.data.sidecar import read_sidecar
+from megatron_chatflow.errors import UserError
+
+TEXTS = ["Bana kedo.", "  luno <s>x</s>\n\n", "\u4e00\u4e25 sanka", "ban\x00 \U0001f9ff", "rasen"]
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, tiny_sentencepiece_model: Path) -> Jobs:
+    return Jobs(tmp_path, tiny_sentencepiece_model)
+
+
+def test_ids_are_sentencepieces_and_megatron_reads_them(jobs: Jobs) -> None:
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(jobs.model))
+    path = jobs.lines("a.jsonl", [{"text": text} for text in TEXTS])
+    content = jobs.run(path, append_eod=True)
+    expected = [[*reference.encode(text), 2] for text in TEXTS]
+    assert jobs.documents() == expected
+    theirs = MegatronDataset(f"{jobs.prefix}_text_document")
+    assert [theirs[i].tolist() for i in range(len(theirs))] == expected
+    assert theirs.index.dtype == np.uint16
+    assert content["num_tokens"] == content["num_loss_tokens"] == sum(map(len, expected))
+    jobs.run(path)
+    assert jobs.documents() == [reference.encode(text) for text in TEXTS]
+
+
+def test_sidecar_says_what_was_done(jobs: Jobs) -> None:
+    records = [{"text": text} for text in TEXTS] + [{"text": ""}, b"{", b'{"text": "\xff"}']
+    path = jobs.lines("a.jsonl", records)
+    content = jobs.run(path)
+    assert read_sidecar(f"{jobs.prefix}_text_document") == content
+    assert content["inputs"] == [{"name": "a.jsonl", "num_bytes": os.path.getsize(path)}]
+    assert content["num_documents"] == 5
+    assert content["num_text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert content["dropped"] == {"empty": 1, "malformed_json": 1, "not_utf8": 1}
+    assert content["tokenizer"] == {
+        "type": "Llama2Tokenizer",
+        "sha256": hashlib.sha256(jobs.model.read_bytes()).hexdigest(),
+        "vocab_size": 512,
+    }
+    for name, digest in content["sha256"].items():
+        data = Path(f"{jobs.prefix}_text_document.{name}").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == digest
+    assert read_sidecar(jobs.folder / "absent") is None
+
+
+def test_several_keys(jobs: Jobs) -> None:
+    path = jobs.lines("a.jsonl", [{"text": "bana", "title": "kedo"}, {"text": "x", "title": ""}])
+    jobs.run(path, corpus=CorpusSettings(json_keys=("text", "title")))
+    assert len(jobs.documents("text")) == 2
+    assert len(jobs.documents("title")) == 1
+
+
+def test_any_number_of_workers_writes_the_same_bytes(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
+    records = [{"instruction": f"{t} {k}", "output": t * 3} for k in range(40) for t in TEXTS]
+    path = jobs.lines("a.jsonl", records)
+    corpus = CorpusSettings(format="chat", json_keys=("messages",))
+    written = []
+    for num_workers in (1, 3):
+        jobs.run(path, corpus=corpus, num_workers=num_workers)
+        files = sorted(jobs.folder.glob("out_*"))
+        assert len(files) == 5
+        written.append([file.read_bytes() for file in files])
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_too_many_bad_lines(jobs: Jobs, num_workers: int) -> None:
+    good = jobs.lines("good.jsonl", [{"text": "bana"}] * 5)
+    bad = jobs.lines("bad.jsonl", [{"text": "bana"}, b"{", b"{", {"text": "kedo"}])
+    content = jobs.run(good, bad, max_bad_lines=2, num_workers=num_workers, overwrite=False)
+    assert content["dropped"] == {"malformed_json": 2}
+    before = {path: path.read_bytes() for path in jobs.folder.iterdir()}
+    with pytest.raises(UserError, match=r"bad.jsonl:2: malformed_json: the first of more than 1"):
+        jobs.run(good, bad, max_bad_lines=1, num_workers=num_workers)
+    assert {path: path.read_bytes() for path in jobs.folder.iterdir()} == before
+
+
+def test_output_that_exists_is_kept(jobs: Jobs) -> None:
+    path = jobs.lines("a.jsonl", [{"text": "bana"}])
+    jobs.run(path)
+    other = jobs.lines("b.jsonl", [{"text": "kedo luno"}])
+    with pytest.raises(UserError, match=r"output exists: .*out_text_document.idx.*--overwrite"):
+        jobs.run(other, overwrite=False)
+    first = jobs.documents()
+    jobs.run(other)
+    assert jobs.documents() != first
+
+
+def test_overwriting_leaves_no_mask_of_before(jobs: Jobs) -> None:
+    path = jobs.lines("a.jsonl", [{"en": "bana", "zh": "\u4e00\u4e25", "text": "bana"}])
+    jobs.run(path, corpus=CorpusSettings(format="pairs"))
+    assert len(list(jobs.folder.glob("out_*"))) == 5
+    jobs.run(path)
+    assert len(list(jobs.folder.glob("out_*"))) == 3
+
+
+def test_txt_files_and_lines(jobs: Jobs) -> None:
+    (jobs.folder / "a.txt").write_text("bana\n\nkedo\n")
+    (jobs.folder / "b.txt").write_text("luno")
+    inputs = [str(jobs.folder / name) for name in ("a.txt", "b.txt")]
+    assert jobs.run(*inputs)["num_documents"] == 2
+    assert jobs.run(*inputs, corpus=CorpusSettings(txt_documents="line"))["num_documents"] == 3
+    with pytest.raises(UserError, match="have no keys"):
+        jobs.run(*inputs, corpus=CorpusSettings(json_keys=("a", "b")))
+
+
+def test_parquet_and_compressed_inputs_together(jobs: Jobs) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": TEXTS, "id": range(5)})
+    parquet.write_table(table, jobs.folder / "a.parquet")
+    path = jobs.lines("b.jsonl", [{"text": text} for text in TEXTS])
+    jobs.run(str(jobs.folder / "a.parquet"), path)
+    documents = jobs.documents()
+    assert documents[:5] == documents[5:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_workers": 0}, "num_workers: 0"),
+        ({"max_tokens": 0}, "max_tokens: 0"),
+        ({"max_bad_lines": -1}, "max_bad_lines: -1"),
+        ({"corpus": CorpusSettings(json_keys=("text", "text"))}, "name each key once"),
+        ({"corpus": CorpusSettings(format="chat", json_keys=("a", "b"))}, "one output key"),
+        ({"corpus": CorpusSettings(json_keys=("content",))}, "no document left.*no_key_content"),
+    ],
+)
+def test_mistakes_are_named(jobs: Jobs, options: dict[str, object], message: str) -> None:
+    path = jobs.lines("a.jsonl", [{"text": "bana"}])
+    with pytest.raises(UserError, match=message):
+        jobs.run(path, **options)
+    assert [p.name for p in jobs.folder.iterdir()] == ["a.jsonl"]
+
+
+def test_a_killed_job_leaves_nothing_under_a_final_name(jobs: Jobs) -> None:
+    pipe = jobs.folder / "pipe.jsonl"
+    os.mkfifo(pipe)
+    tool = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
+    command = [sys.executable, str(tool), "--input", str(pipe), "--workers", "2"]
+    command += ["--output-prefix", str(jobs.prefix), "--tokenizer-model", str(jobs.model)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    with pipe.open("wb") as stream:
+        stream.write(json.dumps({"text": "bana " * 10}).encode().ljust(200) + b"\n")
+        for _ in range(100):
+            stream.write((json.dumps({"text": "kedo " * 5000}) + "\n").encode())
+        stream.flush()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    names = {path.name for path in jobs.folder.iterdir()} - {"pipe.jsonl"}
+    assert all(name.endswith(".partial") for name in names)
+    deadline = time.monotonic() + 20
+    while _group_is_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _group_is_alive(process.pid)  # the workers end with their parent
+    path = jobs.lines("a.jsonl", [{"text": "bana"}])
+    assert jobs.run(path, overwrite=False)["num_documents"] == 1
+    assert not list(jobs.folder.glob("*.partial"))
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
+    """As when the system kills it for memory; here it does so itself."""
+    script = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from preprocess_jobs import Jobs\n"
+        "from megatron_chatflow.data.preprocess import run\n"
+        "from megatron_chatflow.errors import run_main\n"
+        "def start(settings):\n"
+        "    import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.start_worker = start\n"
+        "if __name__ == '__main__':\n"
+        "    jobs = Jobs(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "    run_main(lambda: jobs.run(sys.argv[3], num_workers=2))\n"
+    )
+    (jobs.folder / "script.py").write_text(script)
+    path = jobs.lines("a.jsonl", [{"text": "bana"}])
+    done = subprocess.run(
+        [sys.executable, str(jobs.folder / "script.py"), str(jobs.folder), str(jobs.model), path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "error: a worker process died" in done.stderr
+    assert not list(jobs.folder.glob("out_*"))
+
+
+def test_documents_longer_than_a_chunk(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 100)
+    texts = ["bana " * 100, "kedo", "luno " * 200]
+    jobs.run(jobs.lines("a.jsonl", [{"text": text} for text in texts]))
+    dataset = IndexedDataset(f"{jobs.prefix}_text_document")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(jobs.model))
+    assert [dataset[i].tolist() for i in range(3)] == [reference.encode(text) for text in texts]
