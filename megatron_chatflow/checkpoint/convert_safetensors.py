@@ -1,0 +1,236 @@
+"""Hugging Face weight files: read tensor by tensor, and written so.
+
+In: a folder with safetensors shards, one safetensors file, or `.bin` files. Out: tensors by name;
+or new shards with their index, of which one tensor at a time is in memory. The format (an 8-byte
+header length, a JSON header, raw values) is documented at https://github.com/huggingface/safetensors
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_chatflow.errors import UserError
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TORCH_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+class HuggingFaceWeights:
+    """The tensors of a Hugging Face folder.
+
+    Attributes:
+        folder: Where it lies.
+        files: Tensor name to the file that holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens a folder.
+
+        Raises:
+            UserError: It has no weights, or its index names files that are not there.
+        """
+        self.folder = folder
+        self._open: dict[Path, Any] = {}
+        self.files = self._find_files()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return (
+            tuple(self._slice(name).get_shape())
+            if self._is_safe(name)
+            else tuple(self._pickled(self.files[name])[name].shape)
+        )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor.
+
+        Raises:
+            UserError: It is none of fp32, bf16 and fp16.
+        """
+        dtype: Any
+        if self._is_safe(name):
+            dtype = _TORCH_DTYPES.get(self._slice(name).get_dtype())
+        else:
+            dtype = self._pickled(self.files[name])[name].dtype
+        if dtype not in _DTYPE_NAMES:
+            raise UserError(
+                f"{self.files[name]}: {name} is neither fp32, bf16 nor fp16; "
+                "convert a folder that is not quantised"
+            )
+        return dtype  # type: ignore[no-any-return]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a tensor.
+
+        Raises:
+            UserError: Its file is damaged.
+        """
+        path = self.files[name]
+        if not self._is_safe(name):
+            tensor: torch.Tensor = self._pickled(path)[name]
+            return tensor
+        try:
+            return self._safe(path).get_tensor(name)  # type: ignore[no-any-return]
+        except SafetensorError as error:
+            raise UserError(f"{path}: is damaged at {name} ({error}); fetch it again") from None
+
+    def _find_files(self) -> dict[str, Path]:
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index = self.folder / f"{stem}.{suffix}.index.json"
+            single = self.folder / f"{stem}.{suffix}"
+            if index.is_file():
+                return self._read_index(index)
+            if single.is_file():
+                return dict.fromkeys(self._names(single), single)
+        raise UserError(
+            f"{self.folder}: has no model.safetensors, no index of shards and no "
+            "pytorch_model.bin; name a Hugging Face model folder"
+        )
+
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: is damaged; fetch it again") from None
+        for path in sorted(set(files.values())):
+            if path.parent != self.folder or not path.is_file():
+                raise UserError(f"{path}: is missing, and {index.name} names it; fetch it again")
+            held = set(self._names(path))
+            lost = [name for name, file in files.items() if file == path and name not in held]
+            if lost:
+                raise UserError(f"{path}: lacks {lost[0]}, which {index.name} places there")
+        return files
+
+    def _names(self, path: Path) -> Iterable[str]:
+        return self._safe(path).keys() if path.suffix == ".safetensors" else self._pickled(path)
+
+    def _is_safe(self, name: str) -> bool:
+        return self.files[name].suffix == ".safetensors"
+
+    def _slice(self, name: str) -> Any:
+        return self._safe(self.files[name]).get_slice(name)
+
+    def _safe(self, path: Path) -> Any:
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: is damaged ({error}); fetch it again") from None
+        return self._open[path]
+
+    def _pickled(self, path: Path) -> Mapping[str, torch.Tensor]:
+        """A `.bin` file, mapped and not read; nothing in it is executed."""
+        if path not in self._open:
+            try:
+                self._open[path] = torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=True
+                )
+            except Exception as error:  # whatever a damaged or malicious pickle raises
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"{path}: cannot be loaded safely ({reason})") from None
+        return self._open[path]  # type: ignore[no-any-return]
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Groups tensors into files, in order.
+
+    Args:
+        sizes: Tensor name to bytes.
+        max_shard_bytes: The most bytes of a file; a larger tensor has one of its own.
+
+    Returns:
+        Names of each file's tensors.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def write_shards(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    max_shard_bytes: int,
+) -> list[Path]:
+    """Writes safetensors files, and their index where there are several.
+
+    Args:
+        folder: An existing folder.
+        shapes: Name and shape of every tensor, in the order in which `tensors` gives them.
+        dtype: Of all.
+        tensors: Names and tensors; a generator keeps one in memory at a time.
+        max_shard_bytes: The most bytes of a file.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: The disk is full or not writable.
+    """
+    item = torch.empty(0, dtype=dtype).element_size()
+    sizes = {name: item * _num_values(shape) for name, shape in shapes.items()}
+    shards = plan_shards(sizes, max_shard_bytes)
+    names = [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) > 1
+        else "model.safetensors"
+        for i in range(len(shards))
+    ]
+    stream = iter(tensors)
+    for file_name, shard in zip(names, shards, strict=True):
+        with open(folder / file_name, "wb") as file:
+            file.write(_header({name: shapes[name] for name in shard}, sizes, dtype))
+            for expected in shard:
+                name, tensor = next(stream)
+                assert name == expected, f"{name} came where {expected} was planned"
+                tensor = tensor.to(dtype).contiguous()
+                assert tuple(tensor.shape) == shapes[name], f"{name} has another shape"
+                file.write(tensor.view(torch.uint8).flatten().numpy().data)
+    if len(shards) > 1:
+        weight_map = {
+            name: file_name
+            for file_name, shard in zip(names, shards, strict=True)
+            for name in shard
+        }
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
+    return [folder / name for name in names]
+
+
+def _num_values(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: torch.dtype
+) -> bytes:
+    """The header of a safetensors file: where each tensor's values lie behind it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, begin + sizes[name]],
+        }
+        begin += sizes[name]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers expect values to begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,69 @@
+"""Which chat template an exported folder carries: the one that its chats were written with.
+
+In: a checkpoint, and what the user asked for. Out: Jinja source, or None where the tokenizer brings
+its own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.checkpoint.convert_shape import read_run_config
+from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
+from megatron_chatflow.data.sidecar import read_sidecar
+from megatron_chatflow.errors import UserError
+
+DEFAULT = "chatflow"
+
+
+def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) -> str | None:
+    """Chooses the template.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+        tokenizer_model: The tokenizer's file.
+        asked: A name in `JINJA_TEMPLATES`, a file of Jinja source, or None for the run's.
+
+    Returns:
+        Jinja source; None to keep what lies in the tokenizer's own configuration.
+
+    Raises:
+        UserError: Neither a name nor a file.
+    """
+    if asked is not None:
+        if asked in JINJA_TEMPLATES:
+            return JINJA_TEMPLATES[asked]
+        try:
+            return Path(asked).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            names = ", ".join(JINJA_TEMPLATES)
+            raise UserError(
+                f"--chat-template: {asked} is neither one of {names} nor a text file"
+            ) from None
+    trained = _template_of_corpus(read_run_config(checkpoint))
+    if trained is not None:
+        return JINJA_TEMPLATES[trained]
+    return None if _has_template(tokenizer_model) else JINJA_TEMPLATES[DEFAULT]
+
+
+def _template_of_corpus(config: dict[str, Any]) -> str | None:
+    """The template that the run's chats were written with, as far as their sidecars are here."""
+    sources = (config.get("data") or {}).get("sources") or {}
+    for source in sources.values():
+        for prefix in source.get("paths") or ():
+            name = (read_sidecar(prefix) or {}).get("template")
+            if name in JINJA_TEMPLATES:
+                return str(name)
+    return None
+
+
+def _has_template(tokenizer_model: Path) -> bool:
+    """Whether the tokenizer's folder has a template of its own that an export takes over."""
+    folder = tokenizer_model if tokenizer_model.is_dir() else tokenizer_model.parent
+    if not (folder / "tokenizer.json").is_file() or tokenizer_model.suffix == ".model":
+        return False
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))

@@ -1,0 +1,1 @@
+"""Loss per source, reports, generation and benchmark harness."""

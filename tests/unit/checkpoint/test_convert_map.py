@@ -1,0 +1,135 @@
+"""The weight map on plain tensors, and the names under which checkpoints may hold them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_chatflow.checkpoint.convert_distributed import (
+    ChunkToWrite,
+    DistributedReader,
+    write_distributed,
+)
+from megatron_chatflow.checkpoint.convert_safetensors import plan_shards
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape
+from megatron_chatflow.checkpoint.weight_map import (
+    LLAMA_RULES,
+    Join,
+    huggingface_shapes,
+    join,
+    placements,
+    rules_of,
+    split,
+)
+
+SHAPE = LlamaShape(
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=6,
+    num_query_groups=2,
+    vocab_size=11,
+    max_position_embeddings=16,
+    rotary_base=10000.0,
+    norm_epsilon=1e-5,
+    init_method_std=0.02,
+    untie_embeddings_and_output_weights=True,
+)
+RULES = {rule.megatron.split(".")[-2]: rule for rule in LLAMA_RULES}
+
+
+def rows(count: int, first: int) -> torch.Tensor:
+    """float32[count, 24], row i filled with first + i."""
+    return (torch.arange(count) + first).float()[:, None].expand(count, 24)
+
+
+def test_query_groups_hold_their_queries_then_key_then_value() -> None:
+    # 6 query heads of 4 rows in 2 groups: heads 0-2 with key head 0, heads 3-5 with key head 1.
+    parts = [rows(24, 0), rows(8, 100), rows(8, 200)]
+    whole = join(RULES["linear_qkv"], SHAPE, parts)[:, 0].int().tolist()
+    first = [*range(12), *range(100, 104), *range(200, 204)]
+    second = [*range(12, 24), *range(104, 108), *range(204, 208)]
+    assert whole == first + second
+
+
+def test_gate_comes_before_up() -> None:
+    whole = join(RULES["linear_fc1"], SHAPE, [rows(40, 0), rows(40, 100)])
+    assert whole[:, 0].int().tolist() == [*range(40), *range(100, 140)]
+
+
+@pytest.mark.parametrize("rule", LLAMA_RULES, ids=lambda rule: rule.megatron)
+def test_split_undoes_join(rule) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.rand(part.shape(SHAPE), generator=generator) for part in rule.parts]
+    whole = join(rule, SHAPE, parts)
+    assert tuple(whole.shape) == rule.shape(SHAPE)
+    again = split(rule, SHAPE, whole)
+    assert len(again) == len(parts)
+    assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
+    assert all(part.is_contiguous() for part in again)
+    assert (len(parts) == 1) == (rule.join is Join.SAME)
+
+
+def test_every_tensor_has_one_place() -> None:
+    shapes = huggingface_shapes(SHAPE)
+    assert len(shapes) == 3 + 9 * SHAPE.num_layers
+    assert len(placements(SHAPE)) == 3 + 6 * SHAPE.num_layers
+    assert shapes["model.layers.2.self_attn.k_proj.weight"] == (8, 24)
+    assert shapes["lm_head.weight"] == (11, 24)
+    names = [part.name for rule in LLAMA_RULES for part in rule.parts]
+    assert len(set(names)) == len(names)
+
+
+def test_names_are_transformers_own() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=11,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+    )
+    theirs = LlamaForCausalLM(config).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in theirs.items()} == huggingface_shapes(
+        SHAPE
+    )
+
+
+def test_tied_models_have_no_output_layer() -> None:
+    values = {name: getattr(SHAPE, name) for name in LlamaShape.__dataclass_fields__}
+    tied = LlamaShape(**{**values, "untie_embeddings_and_output_weights": False})
+    assert [rule for rule in LLAMA_RULES if rule not in rules_of(tied)] == [LLAMA_RULES[-1]]
+    assert "lm_head.weight" not in huggingface_shapes(tied)
+
+
+def test_single_layers_fused_norms_and_any_cut_are_read(tmp_path: Path) -> None:
+    norm = next(rule for rule in LLAMA_RULES if rule.aliases)
+    proj = RULES["linear_proj"]
+    weight = torch.rand(24, 24)
+    chunks = [
+        ChunkToWrite(
+            norm.aliases[0].format(layer=1), (24,), (0,), (24,), weight.dtype, lambda: weight[0]
+        )
+    ]
+    # Four chunks, as tensor parallelism in both directions would leave them.
+    for top in (0, 10):
+        for left in (0, 7):
+            piece = weight[top : top + (10, 14)[top > 0], left : left + (7, 17)[left > 0]]
+            name = proj.megatron.format(layer=1)
+            size = tuple(piece.shape)
+            chunks.append(
+                ChunkToWrite(name, (24, 24), (top, left), size, weight.dtype, piece.clone)
+            )
+    write_distributed(tmp_path, chunks, {"note": b"x"})
+    reader = DistributedReader(tmp_path)
+    assert torch.equal(reader.read(norm, 1), weight[0])
+    assert torch.equal(reader.read(proj, 1), weight)
+    assert reader.shape(proj, 1) == (24, 24)
+
+
+def test_shards_hold_at_most_their_size_in_order() -> None:
+    sizes = {"a": 5, "b": 5, "c": 30, "d": 1, "e": 9}
+    assert plan_shards(sizes, 10) == [["a", "b"], ["c"], ["d", "e"]]
+    assert plan_shards(sizes, 1000) == [list(sizes)]
