@@ -1,3 +1,5 @@
+"""Archives are read as data: members by name, nothing outside, nothing that swells."""
+
 import bz2
 import io
 import tarfile

@@ -1,3 +1,5 @@
+"""The split, the files and the command line of the demo corpus, on made-up packages."""
+
 import hashlib
 import json
 import os

@@ -1,3 +1,5 @@
+"""Every extractor on made-up members in its package's format."""
+
 import bz2
 import io
 import json

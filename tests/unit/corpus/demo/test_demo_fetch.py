@@ -1,3 +1,5 @@
+"""Fetching from a real index on the loopback address: hashes, resuming, folders, errors."""
+
 import base64
 import os
 import subprocess

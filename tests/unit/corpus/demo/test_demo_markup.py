@@ -1,3 +1,5 @@
+"""Markup strippers and the tidying of text."""
+
 from megatron_chatflow.corpus.demo import markdown, rst, wikitext
 from megatron_chatflow.corpus.demo.text import tidy, tidy_code, to_chinese_marks, to_half_width
 

@@ -1,3 +1,5 @@
+"""Reading the configuration of the environment's real pip."""
+
 from pathlib import Path
 
 import pytest
