@@ -11,6 +11,7 @@ from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
 from megatron_chatflow.evaluation.report_reduce import (
     condense,
     deviation_from_plan,
+    realised_shares,
     samples_per_record,
     smooth,
     smoothing_window,
@@ -33,8 +34,8 @@ def source_colors(run: RunMetrics) -> dict[str, int]:
     """
     names = list(run.sources) or list(run.validation)
     if len(names) > MAX_SOURCES and run.sources:
-        steps = samples_per_record(run)
-        drawn = {name: np.nansum(run.sources[name]["realised"] * steps) for name in names}
+        steps, shares = samples_per_record(run), realised_shares(run)
+        drawn = {name: np.nansum(shares[name] * steps) for name in names}
         most = set(sorted(names, key=lambda name: -drawn[name])[:MAX_SOURCES])
         names = [name for name in names if name in most]
     return {name: color for color, name in enumerate(names[:MAX_SOURCES])}
@@ -214,12 +215,13 @@ def _mixture(run: RunMetrics, consumed: FloatArray) -> Chart:
     """Realised shares as areas, planned ones as dashed boundaries."""
     colors = source_colors(run)
     steps = samples_per_record(run)
-    shares = {name: run.sources[name]["realised"] for name in colors}
+    realised_all = realised_shares(run)
+    shares = {name: realised_all[name] for name in colors}
     plans = {name: run.sources[name]["weight"] for name in colors}
     rest = [name for name in run.sources if name not in colors]
     if rest:
         colors[OTHERS] = REST
-        shares[OTHERS] = np.nansum([run.sources[name]["realised"] for name in rest], axis=0)
+        shares[OTHERS] = np.nansum([realised_all[name] for name in rest], axis=0)
         plans[OTHERS] = np.nansum([run.sources[name]["weight"] for name in rest], axis=0)
     realised, planned = [], []
     x, _ = condense(consumed, consumed, "last")  # one array, so that all curves share it

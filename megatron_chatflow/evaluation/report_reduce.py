@@ -80,6 +80,27 @@ def samples_per_record(run: RunMetrics) -> FloatArray:
     return np.asarray(steps, dtype=np.float64)
 
 
+def realised_shares(run: RunMetrics) -> dict[str, FloatArray]:
+    """Each source's share of what was drawn since the last logged iteration.
+
+    `realised` is of the logged iteration alone; the running token counts know of those between.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Source to float64[n].
+    """
+    total = np.diff(run.columns["consumed_tokens"], prepend=0.0)
+    shares = {}
+    for name, block in run.sources.items():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.diff(np.nan_to_num(block["tokens"]), prepend=0.0) / total
+        is_counted = np.isfinite(share) & np.isfinite(block["tokens"])
+        shares[name] = np.where(is_counted, share, block["realised"])
+    return shares
+
+
 def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
     """Samples drawn minus samples planned, per source, after every iteration.
 
@@ -94,9 +115,9 @@ def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
     every = np.arange(1, len(run.iteration) + 1, dtype=np.float64)
     if not len(every) or not np.array_equal(run.iteration, every):
         return {}
-    drawn = samples_per_record(run)
+    drawn, shares = samples_per_record(run), realised_shares(run)
     return {
-        name: np.cumsum((np.nan_to_num(block["realised"]) - np.nan_to_num(block["weight"])) * drawn)
+        name: np.cumsum((np.nan_to_num(shares[name]) - np.nan_to_num(block["weight"])) * drawn)
         for name, block in run.sources.items()
     }
 

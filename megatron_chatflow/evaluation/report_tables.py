@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
-from megatron_chatflow.evaluation.report_reduce import samples_per_record
+from megatron_chatflow.evaluation.report_reduce import realised_shares, samples_per_record
 from megatron_chatflow.evaluation.report_scale import format_percent, format_value
 
 
@@ -116,11 +116,11 @@ def sources_table(run: RunMetrics) -> str:
     """What was drawn of each source: samples, planned and realised share, epochs, last loss."""
     if not run.sources:
         return ""
-    steps = samples_per_record(run)
+    steps, shares = samples_per_record(run), realised_shares(run)
     total = float(np.nansum(steps)) or 1.0
     rows = []
     for name, block in run.sources.items():
-        drawn = float(np.nansum(block["realised"] * steps))
+        drawn = float(np.nansum(shares[name] * steps))
         plan = float(np.nansum(block["weight"] * steps))
         cells = (
             f"{drawn:,.0f}",

@@ -17,7 +17,12 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report import build_page, write_report
 from megatron_chatflow.evaluation.report_charts import blend_charts, source_colors
 from megatron_chatflow.evaluation.report_data import read_run
-from megatron_chatflow.evaluation.report_reduce import condense, deviation_from_plan, smooth
+from megatron_chatflow.evaluation.report_reduce import (
+    condense,
+    deviation_from_plan,
+    realised_shares,
+    smooth,
+)
 from megatron_chatflow.evaluation.report_scale import Scale, fit, format_percent, format_value
 
 ROOT = Path(__file__).parents[3]
@@ -47,6 +52,16 @@ def planned_weights(progress: float, names: list[str]) -> np.ndarray:
     return weights / weights.sum()
 
 
+def validation_block(names: list[str], drawn: np.ndarray) -> dict[str, dict[str, float]]:
+    """Held-out losses after so many samples of each source; the first one is forgotten a bit."""
+    block = {}
+    for index, name in enumerate(names):
+        gain = 1 - math.exp(-drawn[index] / 900)
+        loss = FLOORS.get(name, 3.0) + 2.4 * (1 - gain) + (0.2 * gain if index == 0 else 0)
+        block[name] = {"loss": loss, "bits_per_byte": loss / math.log(2) / 3.1}
+    return block
+
+
 def synthetic_records(
     num_iterations: int, names: list[str] | None = None, batch: int = 16, eval_interval: int = 50
 ) -> list[dict]:
@@ -57,12 +72,7 @@ def synthetic_records(
     records: list[dict] = []
 
     def validate(iteration: int) -> None:
-        block = {}
-        for index, name in enumerate(names):
-            gain = 1 - math.exp(-drawn[index] / 900)
-            loss = FLOORS.get(name, 3.0) + 2.4 * (1 - gain) + (0.2 * gain if index == 0 else 0)
-            block[name] = {"loss": loss, "bits_per_byte": loss / math.log(2) / 3.1}
-        records.append({"iteration": iteration, "validation": block})
+        records.append({"iteration": iteration, "validation": validation_block(names, drawn)})
 
     validate(0)
     for iteration in range(1, num_iterations + 1):
@@ -99,7 +109,7 @@ def synthetic_records(
                         "loss": loss[name] if counts[index] else None,
                         "weight": float(weights[index]),
                         "realised": counts[index] / batch,
-                        "tokens": int(counts[index]) * 256,
+                        "tokens": int(drawn[index]) * 256,
                         "loss_tokens": int(counts[index]) * 200,
                         "epochs": float(drawn[index]) / (700 + 300 * index),
                     }
@@ -250,6 +260,16 @@ def test_deviation_of_an_exact_blend_stays_below_one_sample(tmp_path: Path) -> N
     assert deviation["english"].any()
     sparse = [record for record in synthetic_records(200) if record["iteration"] % 5 == 0]
     assert deviation_from_plan(read_run(write_run(tmp_path / "sparse", sparse))) == {}
+
+
+def test_sparse_log_counts_every_draw(tmp_path: Path) -> None:
+    every = synthetic_records(200)
+    sparse = [record for record in every if record["iteration"] % 7 == 0]
+    sparse_run = read_run(write_run(tmp_path / "sparse", sparse))
+    dense_run = read_run(write_run(tmp_path / "dense", every))
+    for name, shares in realised_shares(sparse_run).items():
+        expected = realised_shares(dense_run)[name][:196].reshape(28, 7).mean(axis=1)
+        assert np.allclose(shares, expected)
 
 
 def test_running_run_with_one_iteration_and_missing_values(tmp_path: Path) -> None:
