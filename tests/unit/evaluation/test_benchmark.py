@@ -1,0 +1,112 @@
+"""The benchmark harness: arguments in, table and JSON out, nothing half-written."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.benchmark import commit, run_benchmark
+from megatron_chatflow.evaluation.report_table import Row, format_cell, format_table
+
+TOOL = Path(__file__).parents[3] / "tools" / "benchmark.py"
+
+
+class Counting:
+    """Counts to a number."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--to", type=int, default=3)
+
+    def run(self, arguments: argparse.Namespace) -> Sequence[Row]:
+        if arguments.to < 0:
+            raise UserError("--to: must be at least 0")
+        ours: Row = {"what": "ours", "steps": arguments.to}
+        return [ours, {"what": "peer", "steps": None}] if arguments.to else []
+
+
+def test_a_report_says_what_it_was_measured_on(tmp_path, capsys) -> None:
+    path = tmp_path / "new" / "r.json"
+    report = run_benchmark(
+        "count", Counting(), ["--to", "12345", "--output", str(path)], prog="benchmark.py"
+    )
+    assert json.loads(path.read_text()) == report
+    assert report["benchmark"] == "count"
+    assert report["arguments"] == {"to": 12345, "peers": False, "output": str(path)}
+    assert report["rows"] == [{"what": "ours", "steps": 12345}, {"what": "peer", "steps": None}]
+    assert report["machine"]["num_cores"] >= 1
+    assert {"python", "torch", "megatron-core"} <= report["versions"].keys()
+    assert "ours  12,345" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["-1", "0"])
+def test_a_benchmark_that_fails_leaves_no_report(tmp_path, to: str) -> None:
+    with pytest.raises(UserError):
+        run_benchmark("count", Counting(), ["--to", to, "--output", str(tmp_path / "r")], prog="b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_written_is_found_before_measuring(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    output = str(tmp_path / "file" / "r.json")
+    with pytest.raises(UserError, match="cannot write"):
+        run_benchmark("count", Counting(), ["--to", "-1", "--output", output], prog="b")
+
+
+def test_the_commit_is_that_of_the_working_tree() -> None:
+    root = TOOL.parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a working tree")
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    assert (commit() or "").rstrip("+") == head.stdout.strip()
+
+
+def test_the_tool_lists_the_benchmarks_that_are_there() -> None:
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--help"], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.split("subjects:")[1].split("positional")[0].splitlines()
+    listed = {line.split()[0] for line in lines if line.strip()}
+    folder = TOOL.parents[1] / "megatron_chatflow" / "evaluation"
+    assert listed == {path.stem.removeprefix("benchmark_") for path in folder.glob("benchmark_*")}
+    assert "examples:" in done.stdout
+
+
+def test_the_tool_refuses_other_subjects() -> None:
+    done = subprocess.run([sys.executable, str(TOOL), "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (True, "yes"),
+        (1234567, "1,234,567"),
+        (1234567.8, "1,234,568"),
+        (12.3456, "12.35"),
+        (0.0, "0"),
+        (1.23456e-9, "1.235e-09"),
+        ("x", "x"),
+    ],
+)
+def test_cells(value, text: str) -> None:
+    assert format_cell(value) == text
+
+
+def test_tables_align_and_keep_the_order_of_columns() -> None:
+    rows: list[Row] = [{"what": "ours", "time_ns": 9.5}, {"what": "peer", "note": "slow"}]
+    assert format_table(rows).splitlines() == [
+        "what  time_ns  note",
+        "----  -------  ----",
+        "ours      9.5  -",
+        "peer        -  slow",
+    ]
+    assert format_table([]) == ""
