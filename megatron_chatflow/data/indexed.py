@@ -34,6 +34,7 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
 # larger one, so that the time to open does not grow with the corpus; `validate` looks at all.
 NUM_CHECKED = 1 << 22
 CHECK_BLOCK = 1 << 16
+COPY_BLOCK = 1 << 23
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -230,7 +231,11 @@ class IndexedDatasetWriter:
             raise UserError(f"no such dtype in an indexed dataset: {self.dtype}: use int32")
         self._dtype_code = codes[0]
         self.bin_file = StagedFile(bin_path(prefix))
-        self.idx_file = StagedFile(idx_path(prefix))
+        try:
+            self.idx_file = StagedFile(idx_path(prefix))
+        except UserError:
+            self.bin_file.discard()
+            raise
         self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)
         self._boundaries: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)
         self._boundaries.write(np.zeros(1, "<i8").tobytes())
@@ -286,6 +291,22 @@ class IndexedDatasetWriter:
         self.num_sequences += len(lengths)
         self.num_documents += len(boundaries)
         self.num_tokens += tokens.size
+
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Appends all of another dataset of the same dtype, in blocks."""
+        if dataset.dtype != self.dtype:
+            raise TypeError(f"{dataset.prefix} is {dataset.dtype}, not {self.dtype}")
+        data = dataset.tokens.view(np.uint8)
+        for begin in range(0, len(data), COPY_BLOCK):
+            self.bin_file.write(data[begin : begin + COPY_BLOCK].data)
+        for begin in range(0, len(dataset), CHECK_BLOCK):
+            self._lengths.write(dataset.sequence_lengths[begin : begin + CHECK_BLOCK].tobytes())
+        for begin in range(1, len(dataset.document_indices), CHECK_BLOCK):
+            boundaries = dataset.document_indices[begin : begin + CHECK_BLOCK]
+            self._boundaries.write((boundaries + self.num_sequences).tobytes())
+        self.num_sequences += len(dataset)
+        self.num_documents += dataset.num_documents
+        self.num_tokens += dataset.num_tokens
 
     def seal(self) -> list[StagedFile]:
         """Writes the index and brings both files to the disk, still beside their final names.

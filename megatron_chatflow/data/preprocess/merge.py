@@ -1,0 +1,191 @@
+"""Joins datasets into one, with their loss masks and sidecars.
+
+In: prefixes of datasets that the same tokenizer made. Out: one dataset with their documents in
+that order.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow import __version__
+from megatron_chatflow.data.indexed import (
+    IndexedDataset,
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+)
+from megatron_chatflow.data.sidecar import (
+    DOCUMENT_SUFFIX,
+    loss_mask_prefix,
+    read_sidecar,
+    sidecar_bytes,
+    sidecar_path,
+)
+from megatron_chatflow.data.staged_file import StagedFile, publish_all
+from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
+SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes")
+
+
+def find_datasets(inputs: Sequence[str]) -> list[Path]:
+    """The prefixes of datasets, in order.
+
+    Args:
+        inputs: Prefixes (or names of their `.bin` or `.idx`), or folders, of which every
+            `*_document.idx` counts, by name.
+
+    Raises:
+        UserError: A folder has none.
+    """
+    prefixes = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(path.glob(f"*{DOCUMENT_SUFFIX}.idx"))
+            if not found:
+                raise UserError(f"no dataset in folder: {path}: no *{DOCUMENT_SUFFIX}.idx")
+            prefixes += [file.with_suffix("") for file in found]
+        else:
+            prefixes.append(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
+    return prefixes
+
+
+def merge_datasets(
+    prefixes: Sequence[Path], output_prefix: str | Path, *, overwrite: bool = False
+) -> int:
+    """Writes all documents of some datasets into one.
+
+    Args:
+        prefixes: The datasets', in order.
+        output_prefix: The new dataset's; end it in `_document`.
+        overwrite: Whether a dataset of that name is replaced.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        UserError: They are of several dtypes or tokenizers, some have a loss mask and some have
+            none, one is damaged, or the output exists.
+    """
+    if not prefixes:
+        raise UserError("nothing to merge: name at least one dataset after --input")
+    outputs = [idx_path, bin_path, sidecar_path]
+    mask_prefix = loss_mask_prefix(output_prefix)
+    existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
+    existing = [path for path in [*existing, bin_path(mask_prefix)] if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
+    if any(Path(output_prefix).resolve() == prefix.resolve() for prefix in prefixes):
+        raise UserError(f"output is also an input: {output_prefix}: choose another prefix")
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    sidecars = [read_sidecar(prefix) for prefix in prefixes]
+    _check_alike(datasets, sidecars)
+    masks = _masks_of(datasets)
+
+    staged: list[StagedFile] = []
+    try:
+        files: list[StagedFile] = []
+        hashes: dict[str, str] = {}
+        if masks:
+            mask_files = _write(mask_prefix, masks, staged)
+            hashes["loss_mask_bin"] = mask_files[0].sha256
+            files += mask_files
+        bin_file, idx_file = _write(Path(output_prefix), datasets, staged)
+        hashes = {"bin": bin_file.sha256, "idx": idx_file.sha256, **hashes}
+        files.append(bin_file)
+        known = [sidecar for sidecar in sidecars if sidecar is not None]
+        if len(known) == len(sidecars):
+            files.append(StagedFile(sidecar_path(output_prefix)))
+            staged.append(files[-1])
+            files[-1].write(sidecar_bytes(_merged(known, hashes)))
+        else:
+            logger.warning("no sidecar written: not every input has one")
+        for path in existing:
+            path.unlink()
+        publish_all([*files, idx_file])
+    finally:
+        for file in staged:
+            file.discard()
+    return sum(dataset.num_documents for dataset in datasets)
+
+
+def _write(
+    prefix: Path, datasets: list[IndexedDataset], staged: list[StagedFile]
+) -> list[StagedFile]:
+    writer = IndexedDatasetWriter(prefix, datasets[0].dtype)
+    staged += [writer.bin_file, writer.idx_file]
+    for dataset in datasets:
+        writer.add_dataset(dataset)
+    return writer.seal()
+
+
+def _check_alike(datasets: list[IndexedDataset], sidecars: list[dict[str, Any] | None]) -> None:
+    first = datasets[0]
+    for dataset in datasets:
+        dataset.validate()
+        if dataset.dtype != first.dtype:
+            raise UserError(
+                f"different dtypes: {dataset.prefix} has {dataset.dtype}, {first.prefix} "
+                f"{first.dtype}: preprocess them with one tokenizer"
+            )
+    known = [(d, s["tokenizer"]) for d, s in zip(datasets, sidecars, strict=True) if s is not None]
+    for dataset, tokenizer in known:
+        if tokenizer["sha256"] != known[0][1]["sha256"]:
+            raise UserError(
+                f"different tokenizers: {dataset.prefix} was made with {tokenizer['sha256'][:12]}, "
+                f"{known[0][0].prefix} with {known[0][1]['sha256'][:12]}: preprocess one again"
+            )
+
+
+def _masks_of(datasets: list[IndexedDataset]) -> list[IndexedDataset]:
+    """Every dataset's loss mask; none if none has one."""
+    prefixes = [loss_mask_prefix(dataset.prefix) for dataset in datasets]
+    present = [idx_path(prefix).exists() for prefix in prefixes]
+    if not any(present):
+        return []
+    if not all(present):
+        without = datasets[present.index(False)].prefix
+        raise UserError(
+            f"no loss mask: {without}, but {datasets[present.index(True)].prefix} has one: "
+            "merge those with a mask and those without into two datasets"
+        )
+    return [open_mask(dataset) for dataset in datasets]
+
+
+def open_mask(dataset: IndexedDataset) -> IndexedDataset:
+    """The loss mask of a dataset.
+
+    Raises:
+        UserError: It is damaged, or has other sequences than the dataset.
+    """
+    mask = IndexedDataset(loss_mask_prefix(dataset.prefix))
+    mask.validate()
+    num_common = min(len(mask), len(dataset))
+    agree = mask.sequence_lengths[:num_common] == dataset.sequence_lengths[:num_common]
+    if len(mask) != len(dataset) or not agree.all():
+        bad = num_common if agree.all() else int(agree.argmin())
+        raise UserError(
+            f"loss mask does not fit: {mask.prefix}: differs from {dataset.prefix} at sequence "
+            f"{bad}: preprocess the data again"
+        )
+    return mask
+
+
+def _merged(sidecars: list[dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:
+    """One sidecar for all."""
+    merged = dict(sidecars[0])
+    merged["tool_version"] = __version__
+    merged["inputs"] = [given for sidecar in sidecars for given in sidecar["inputs"]]
+    for name in SUMS:
+        merged[name] = sum(sidecar[name] for sidecar in sidecars)
+    for name in ("dropped", "repaired"):
+        counts: Counter[str] = Counter()
+        for sidecar in sidecars:
+            counts.update(sidecar.get(name, {}))
+        merged[name] = dict(sorted(counts.items()))
+    merged["sha256"] = hashes
+    return merged

@@ -1,0 +1,70 @@
+"""The command lines of tools/inspect_dataset.py and tools/merge_datasets.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.data.indexed import IndexedDataset
+from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+
+TOOLS = Path(__file__).parents[3] / "tools"
+
+
+def run(tool: str, *arguments: object) -> tuple[int, str, str]:
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def chats(tmp_path: Path, tiny_sentencepiece_model: Path) -> Path:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "bana?", "output": "kedo luno"}\n' * 3)
+    settings = PreprocessSettings(
+        inputs=(str(tmp_path / "a.jsonl"),),
+        output_prefix=str(tmp_path / "a"),
+        tokenizer_model=str(tiny_sentencepiece_model),
+        corpus=CorpusSettings(format="chat", json_keys=("messages",)),
+    )
+    preprocess(settings)
+    return tmp_path / "a_messages_document"
+
+
+def test_shows_counts_and_decoded_spans(chats: Path, tiny_sentencepiece_model: Path) -> None:
+    tokenizer = ("--tokenizer-model", tiny_sentencepiece_model)
+    status, output, _ = run("inspect_dataset.py", chats, *tokenizer, "--num-samples", 1)
+    assert status == 0
+    assert "documents   3" in output
+    assert "every offset, every id" in output
+    assert "### Instruction:\nbana?\n\n### Response:\n<<kedo luno>>" in output
+    _, output, _ = run("inspect_dataset.py", chats, *tokenizer, "--color", "always")
+    assert "\x1b[32mkedo luno\x1b[0m" in output
+
+
+def test_compares_two(chats: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "twice_messages_document"
+    status, output, _ = run("merge_datasets.py", "--input", chats, chats, "--output-prefix", merged)
+    assert (status, output) == (0, f"{merged}: 6 documents of 2 datasets\n")
+    assert len(IndexedDataset(merged)) == 6
+    status, output, _ = run("inspect_dataset.py", chats, merged)
+    assert status == 1
+    assert "first difference: number of sequences: 3 and 6" in output
+    status, output, _ = run("inspect_dataset.py", chats, chats)
+    assert status == 0 and "the two are equal" in output
+
+
+def test_damage_and_mistakes(chats: Path, tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
+    data = bytearray(Path(f"{chats}.bin").read_bytes())
+    data[10:12] = b"\xff\xff"
+    Path(f"{chats}.bin").write_bytes(data)
+    status, _, errors = run("inspect_dataset.py", chats)
+    assert status == 2
+    assert "error: id outside the vocabulary" in errors
+    assert "65535 in sequence 0 at byte 10" in errors
+    Path(f"{chats}.bin").write_bytes(data[:-2])
+    status, _, errors = run("inspect_dataset.py", chats)
+    assert status == 2 and "shorter than" in errors and "Traceback" not in errors
+    status, _, errors = run("merge_datasets.py", "--input", tmp_path, "--output-prefix", chats)
+    assert status == 2 and "output exists" in errors

@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Merges indexed datasets into one, with their loss masks and sidecars.
+
+In: prefixes, or folders with `*_document.idx`. Out: one dataset, complete or not at all.
+"""
+
+import argparse
+
+from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
+from megatron_chatflow.errors import run_main
+
+EXAMPLES = """examples:
+  merge_datasets.py --input shards/ --output-prefix data/en_text_document
+  merge_datasets.py --input a_text_document b_text_document --output-prefix ab_text_document
+"""
+
+
+def main() -> None:
+    """Merges and says how much."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="or folders")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    arguments = parser.parse_args()
+    prefixes = find_datasets(arguments.input)
+    num_documents = merge_datasets(prefixes, arguments.output_prefix, overwrite=arguments.overwrite)
+    print(f"{arguments.output_prefix}: {num_documents} documents of {len(prefixes)} datasets")
+
+
+if __name__ == "__main__":
+    run_main(main)
