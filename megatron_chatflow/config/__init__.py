@@ -19,7 +19,7 @@ from megatron_chatflow.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
-from megatron_chatflow.config.units import format_count, parse_count, parse_number
+from megatron_chatflow.config.units import parse_count, parse_number
 from megatron_chatflow.config.validation import validate_for_world
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "TrainConfig",
-    "format_count",
     "load_config",
     "load_config_from_argv",
     "parse_count",

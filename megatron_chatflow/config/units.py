@@ -55,14 +55,6 @@ def parse_count(value: object) -> int:
     return int(count)
 
 
-def format_count(count: int) -> str:
-    """The shortest way to write ``count`` that `parse_count` reads back exactly."""
-    for unit, size in reversed(UNITS.items()):
-        if count and count % size == 0:
-            return f"{count // size}{unit}"
-    return str(count)
-
-
 def parse_number(value: object) -> float:
     """A real number; ``3e-4`` counts as one though common YAML readers take it for text.
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.config import KnotConfig, RunConfig, SourceConfig
@@ -138,6 +138,7 @@ paths = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 )
 
 
+@settings(max_examples=40)
 @given(
     weights=st.dictionaries(
         names, st.floats(min_value=0, allow_nan=False, allow_infinity=False), min_size=2
