@@ -10,24 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_DIGEST_BYTES = 16
+from megatron_chatflow.native.loader import DIGEST_BYTES, sample_digest
 
-
-def sample_digest(
-    tokens: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.int64]:
-    """Hashes one sample: blake2b-128 of its tokens, little endian, and then of its loss mask.
-
-    Args:
-        tokens: int32[seq_length + 1].
-        loss_mask: uint8[seq_length].
-
-    Returns:
-        int64[2], the digest's 16 bytes as two little-endian words.
-    """
-    digest = blake2b(tokens.astype("<i4", copy=False).tobytes(), digest_size=_DIGEST_BYTES)
-    digest.update(loss_mask.tobytes())
-    return np.frombuffer(digest.digest(), "<i8").astype(np.int64)
+__all__ = ["combine_digests", "sample_digest"]
 
 
 def combine_digests(digests: torch.Tensor | npt.NDArray[np.int64]) -> str:
@@ -40,4 +25,4 @@ def combine_digests(digests: torch.Tensor | npt.NDArray[np.int64]) -> str:
         32 hex digits.
     """
     rows = np.asarray(digests).astype("<i8", copy=False)
-    return blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=_DIGEST_BYTES).hexdigest()
+    return blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=DIGEST_BYTES).hexdigest()

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.data.indexed import bin_path, idx_path
-from megatron_chatflow.data.samples import TokenFile
 from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.native.samples import TokenFile
 from megatron_chatflow.tokenizer import Tokenizer
 
 _NUM_BLOCKS = 64
@@ -49,9 +49,9 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
                 f"and {count} in the .idx: copy both again, or remove the .json"
             )
     try:
-        hashes = {key: str(sidecar["sha256"][key]) for key in ("bin", "idx")}
+        hashes = {key: str(value) for key, value in sidecar["sha256"].items()}
         return {**counts, "sha256": hashes, "tokenizer": str(sidecar["tokenizer"]["sha256"])}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file.name}.json has no {error} where one belongs: copy it again or remove it"
         ) from error

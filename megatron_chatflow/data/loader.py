@@ -6,19 +6,20 @@ threads and the place where a run resumed change only how it is cut.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.data.digest import sample_digest
 from megatron_chatflow.data.samples import Sample
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.native.loader import Buffers, read_rows
 
 
 @dataclass
@@ -118,6 +119,14 @@ class _Order:
     counts: npt.NDArray[np.int64]
 
 
+class _Rows(NamedTuple):
+    """This rank's samples of a global batch; micro-batches are slices of them."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+
+
 class Loader:
     """Assembles this rank's part of every global batch, ahead of its use."""
 
@@ -132,6 +141,7 @@ class Loader:
         data_parallel_size: int,
         num_prefetch: int = 2,
         num_threads: int = 1,
+        pin_memory: bool | None = None,
     ) -> None:
         """Takes its parts; reads nothing yet.
 
@@ -144,15 +154,27 @@ class Loader:
             data_parallel_size: Their number.
             num_prefetch: Global batches prepared ahead; 0 assembles each when it is asked for.
             num_threads: That assemble them.
+            pin_memory: Whether batches lie in page-locked memory, from which copies to a GPU run
+                beside it; where there is a GPU if None.
         """
         self._sources = list(sources)
+        self._readers = [source.rows for source in self._sources]
         self._blend = blend
         self._seq_length = seq_length
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
         self._num_ranks = data_parallel_size
         self._num_prefetch = num_prefetch
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="loader")
+        self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="loader", initializer=self._thread_initializer()
+        )
+
+    def _thread_initializer(self) -> Callable[[], None] | None:
+        """Page-locked memory makes a context on the thread's GPU, which must be this rank's."""
+        if not self._pin_memory:
+            return None
+        return partial(torch.cuda.set_device, torch.cuda.current_device())
 
     def batches(self, begin_sample: int, global_batch_size: int) -> Iterator[GlobalBatch]:
         """Yields global batches without end.
@@ -208,26 +230,70 @@ class Loader:
     def _assemble(self, order: _Order) -> GlobalBatch:
         for number in np.flatnonzero(order.num_drawn).tolist():
             self._sources[number].check_files()
-        size = self._micro_batch_size
-        micro_batches, digests = [], []
         positions = self._positions(order)
-        for first in range(0, len(positions), size):
-            places = positions[first : first + size] - order.begin
-            source, index = order.source[places].tolist(), order.index[places].tolist()
-            samples = [
-                self._sources[number].sample(sample)
-                for number, sample in zip(source, index, strict=True)
-            ]
-            micro_batches.append(collate(samples, source, index))
-            digests += [sample_digest(sample.tokens, sample.loss_mask) for sample in samples]
+        places = positions - order.begin
+        source = order.source[places].astype(np.int64)
+        index = order.index[places]
+        rows = self._allocate(len(positions))
+        digests = torch.empty(len(positions), 2, dtype=torch.int64)
+        segments = self._read(source, index, rows, digests)
         return GlobalBatch(
-            micro_batches=micro_batches,
+            micro_batches=[
+                self._micro_batch(number, cu_seqlens, rows, source, index)
+                for number, cu_seqlens in enumerate(segments)
+            ],
             begin=order.begin,
             end=order.end,
             num_drawn=order.num_drawn,
             counts=order.counts,
-            sample_digests=torch.from_numpy(np.stack(digests)),
+            sample_digests=digests,
             sample_positions=torch.from_numpy(positions),
+        )
+
+    def _allocate(self, num_rows: int) -> _Rows:
+        shape = (num_rows, self._seq_length)
+        return _Rows(
+            torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory),
+            torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory),
+            torch.empty(shape, dtype=torch.float32, pin_memory=self._pin_memory),
+        )
+
+    def _read(
+        self,
+        source: npt.NDArray[np.int64],
+        index: npt.NDArray[np.int64],
+        rows: _Rows,
+        digests: torch.Tensor,
+    ) -> list[npt.NDArray[np.int32]]:
+        ordinals = np.empty_like(index)
+        for number in np.unique(source).tolist():
+            chosen = source == number
+            ordinals[chosen] = self._sources[number].ordinals(index[chosen])
+        buffers = Buffers(
+            rows.tokens.numpy(), rows.labels.numpy(), rows.loss_mask.numpy(), digests.numpy()
+        )
+        try:
+            return read_rows(self._readers, source, ordinals, self._micro_batch_size, buffers)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _micro_batch(
+        self,
+        number: int,
+        cu_seqlens: npt.NDArray[np.int32],
+        rows: _Rows,
+        source: npt.NDArray[np.int64],
+        index: npt.NDArray[np.int64],
+    ) -> MicroBatch:
+        mine = slice(number * self._micro_batch_size, (number + 1) * self._micro_batch_size)
+        return MicroBatch(
+            tokens=rows.tokens[mine],
+            labels=rows.labels[mine],
+            loss_mask=rows.loss_mask[mine],
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            max_seqlen=int(np.diff(cu_seqlens).max()),
+            source=torch.from_numpy(source[mine]),
+            sample_index=torch.from_numpy(index[mine]),
         )
 
     def _positions(self, order: _Order) -> npt.NDArray[np.int64]:

@@ -16,10 +16,15 @@ import numpy as np
 
 from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.packing_cache import Packing, load_packing, save_packing
-from megatron_chatflow.data.samples import Sample, SampleShape, TokenFile, document_begins
+from megatron_chatflow.data.samples import document_begins
 from megatron_chatflow.data.split import Split, split_documents
 from megatron_chatflow.native.packing import best_fit
-from megatron_chatflow.native.samples import read_packed_reference
+from megatron_chatflow.native.samples import (
+    DocumentLists,
+    SampleShape,
+    TokenFile,
+    make_packed_reader,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -125,38 +130,29 @@ def cached_packing(
     )
 
 
-class PackedReader:
-    """Reads a source's packed samples.
+class PackedSamples:
+    """The packed samples of a source.
 
     Attributes:
         num_samples: Samples in one epoch.
         num_tokens: Tokens of documents in one epoch, padding not counted.
+        rows: Reads any of them.
     """
 
-    def __init__(self, files: Sequence[TokenFile], packing: Packing, shape: SampleShape) -> None:
+    def __init__(
+        self, label: str, files: Sequence[TokenFile], packing: Packing, shape: SampleShape
+    ) -> None:
         """Takes the packing; touches no token.
 
         Args:
+            label: Begins every error message of the reader.
             files: The token files.
             packing: Made from these.
             shape: Of the samples; its documents are always isolated.
         """
-        self._files = files
-        self._packing = packing
-        self._shape = shape._replace(isolate=True)
         num_documents = [file.num_documents for file in files]
-        self._first_documents = np.concatenate([[0], np.cumsum(num_documents)]).astype(np.int64)
+        first_documents = np.concatenate([[0], np.cumsum(num_documents)]).astype(np.int64)
+        lists = DocumentLists(first_documents, packing.offsets, packing.documents)
         self.num_samples = packing.num_samples
         self.num_tokens = packing.num_tokens
-
-    def read(self, ordinal: int) -> Sample:
-        """Reads the ``ordinal``-th sample.
-
-        Raises:
-            ValueError: There is none such, or it holds an id outside the vocabulary.
-        """
-        if not 0 <= ordinal < self.num_samples:
-            raise ValueError(f"sample {ordinal} is not one of {self.num_samples}")
-        begin, end = self._packing.offsets[ordinal : ordinal + 2].tolist()
-        documents = self._packing.documents[begin:end]
-        return read_packed_reference(self._files, self._first_documents, documents, self._shape)
+        self.rows = make_packed_reader(label, files, lists, shape._replace(isolate=True))

@@ -1,9 +1,10 @@
-"""Token files of a source, opened and checked against one another.
+"""What a sample is, and the token files that samples are read from.
 
-In: prefixes of indexed datasets. Out: `TokenFile` objects, mapped, which windows and packed samples
-are read from.
+In: prefixes of indexed datasets. Out: `TokenFile` objects, mapped and checked against one another,
+from which `windows` and `packing` read.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,22 @@ import numpy.typing as npt
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.native.samples import Runs, Sample, SampleShape, TokenFile
+from megatron_chatflow.native.samples import TokenFile
 
-__all__ = ["Runs", "Sample", "SampleShape", "TokenFile", "document_begins", "open_token_file"]
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample.
+
+    Attributes:
+        tokens: int32[seq_length + 1].
+        loss_mask: uint8[seq_length], aligned with the labels ``tokens[1:]``.
+        cu_seqlens: int32[num_segments + 1], begins of the attention segments, from 0 to seq_length.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    cu_seqlens: npt.NDArray[np.int32]
 
 
 def open_token_file(prefix: str | Path, *, with_loss_mask: bool) -> TokenFile:

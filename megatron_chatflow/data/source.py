@@ -10,21 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from megatron_chatflow.config import DataConfig, SourceConfig
 from megatron_chatflow.data.fingerprint import check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
-from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedReader, cached_packing
+from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedSamples, cached_packing
 from megatron_chatflow.data.permutation import SampleOrder
-from megatron_chatflow.data.samples import (
-    Sample,
-    SampleShape,
-    TokenFile,
-    open_token_file,
-)
+from megatron_chatflow.data.samples import Sample, open_token_file
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.split import Split, split_runs
-from megatron_chatflow.data.windows import WindowReader
+from megatron_chatflow.data.windows import Windows
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.native.samples import RowReader, SampleShape, TokenFile
 from megatron_chatflow.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,14 +31,12 @@ logger = logging.getLogger(__name__)
 _CHECK_SECONDS = 1.0
 
 
-class SampleReader(Protocol):
-    """Reads any sample of an epoch: windows or packed documents."""
+class Samples(Protocol):
+    """The samples of one epoch: windows or packed documents."""
 
     num_samples: int
     num_tokens: int
-
-    def read(self, ordinal: int) -> Sample:
-        """Reads one sample; ValueError if it cannot be."""
+    rows: RowReader
 
 
 class Source:
@@ -49,12 +46,13 @@ class Source:
         name: As in the configuration.
         num_samples: In one epoch; 0 if it has none.
         num_tokens: In one epoch.
+        rows: Reads the samples in their own order; ValueError if one cannot be.
     """
 
     def __init__(
         self,
         name: str,
-        reader: SampleReader,
+        samples: Samples,
         *,
         seed: int,
         split: Split,
@@ -65,16 +63,16 @@ class Source:
 
         Args:
             name: As in the configuration.
-            reader: Of its samples.
+            samples: Of one epoch.
             seed: The run's.
             split: Validation keeps the samples in their own order.
             files: Looked after while the run goes on.
             facts: The fingerprint.
         """
         self.name = name
-        self.num_samples = reader.num_samples
-        self.num_tokens = reader.num_tokens
-        self._reader = reader
+        self.num_samples = samples.num_samples
+        self.num_tokens = samples.num_tokens
+        self.rows = samples.rows
         self._facts = facts or {}
         self._order = None
         if self.num_samples:
@@ -90,9 +88,26 @@ class Source:
         Raises:
             UserError: The files hold no such sample, or ids outside the vocabulary.
         """
+        return self.sample_in_order(self._shuffled().ordinal(index))
+
+    def ordinals(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the samples of many draws stand in the files' own order.
+
+        Args:
+            indices: int64[n], draws of this source.
+
+        Returns:
+            int64[n], what `sample_in_order` and `rows` count by.
+
+        Raises:
+            UserError: The source has no samples.
+        """
+        return self._shuffled().ordinals(indices)
+
+    def _shuffled(self) -> SampleOrder:
         if self._order is None:
             raise UserError(f"data.sources.{self.name}: has no samples: give it data or weight 0")
-        return self.sample_in_order(self._order.ordinal(index))
+        return self._order
 
     def sample_in_order(self, ordinal: int) -> Sample:
         """The ``ordinal``-th sample of the files, 0 <= ordinal < num_samples, not shuffled.
@@ -101,9 +116,9 @@ class Source:
             UserError: The files hold no such sample, or ids outside the vocabulary.
         """
         try:
-            return self._reader.read(ordinal)
+            return Sample(*self.rows.read(ordinal))
         except ValueError as error:
-            raise UserError(f"data.sources.{self.name}: {error}") from error
+            raise UserError(str(error)) from error
 
     def epoch_of(self, index: int) -> int:
         """The epoch, counted from 0, to which the ``index``-th sample belongs."""
@@ -215,19 +230,20 @@ def _build_source(
         vocab_size=tokenizer.vocab_size,
         isolate=config.boundaries == "isolate",
     )
-    reader: SampleReader
+    samples: Samples
+    label = f"data.sources.{name}"
     if config.packing == "best_fit" and files:
         packing = cached_packing(files, facts, split, holdout_every, shape.seq_length)
-        reader = PackedReader(files, packing, shape)
+        samples = PackedSamples(label, files, packing, shape)
     else:
         runs = split_runs(files, split, holdout_every)
-        reader = WindowReader(files, runs, shape, keep_tail=split == "validation")
+        samples = Windows(label, files, runs, shape, keep_tail=split == "validation")
     # What decides which tokens an index stands for; loss and boundaries may change on resume.
     content = {
         "datasets": facts,
         "seq_length": shape.seq_length,
         "holdout_every": holdout_every,
         "packing": ALGORITHM_VERSION if config.packing == "best_fit" else None,
-        "num_samples": reader.num_samples,
+        "num_samples": samples.num_samples,
     }
-    return Source(name, reader, seed=seed, split=split, files=files, facts=content)
+    return Source(name, samples, seed=seed, split=split, files=files, facts=content)

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.samples import Runs, TokenFile, document_begins
+from megatron_chatflow.data.samples import document_begins
+from megatron_chatflow.native.samples import Runs, TokenFile
 
 Split = Literal["train", "validation"]
 

@@ -6,46 +6,41 @@ neighbouring windows share one token: the last label of one is the first input o
 
 from collections.abc import Sequence
 
-from megatron_chatflow.data.samples import Runs, Sample, SampleShape, TokenFile
-from megatron_chatflow.native.samples import read_window_reference
+from megatron_chatflow.native.samples import Runs, SampleShape, TokenFile, make_window_reader
 
 
-class WindowReader:
-    """Reads a source's windows.
+class Windows:
+    """The windows of a source.
 
     Attributes:
         num_samples: Windows in one epoch.
         num_tokens: Tokens in one epoch.
+        rows: Reads any of them.
     """
 
     def __init__(
-        self, files: Sequence[TokenFile], runs: Runs, shape: SampleShape, *, keep_tail: bool
+        self,
+        label: str,
+        files: Sequence[TokenFile],
+        runs: Runs,
+        shape: SampleShape,
+        *,
+        keep_tail: bool,
     ) -> None:
         """Lays the windows; touches no token.
 
         Args:
+            label: Begins every error message of the reader.
             files: The token files.
             runs: What the split takes of them.
             shape: Of the samples.
             keep_tail: Whether tokens that fill no window make one with padding (validation, where
                 every token counts) or are left out (training).
         """
-        self._files = files
-        self._runs = runs
-        self._shape = shape
         self.num_tokens = int(runs.cumulative[-1])
         # The first token of all is no label.
         num_labels = max(self.num_tokens - 1, 0)
         self.num_samples = num_labels // shape.seq_length
         if keep_tail:
             self.num_samples = -(-num_labels // shape.seq_length)
-
-    def read(self, ordinal: int) -> Sample:
-        """Reads the ``ordinal``-th window.
-
-        Raises:
-            ValueError: There is none such, or it holds an id outside the vocabulary.
-        """
-        if not 0 <= ordinal < self.num_samples:
-            raise ValueError(f"sample {ordinal} is not one of {self.num_samples}")
-        return read_window_reference(self._files, self._runs, self._shape, ordinal)
+        self.rows = make_window_reader(label, files, runs, shape, self.num_samples)

@@ -1,4 +1,4 @@
-"""Best-fit-decreasing packing of documents into samples: the reference.
+"""Best-fit-decreasing packing of documents into samples: the reference, and the compiled one.
 
 In: lengths of documents, the room of a sample. Out: the sample of each document. The algorithm is
 offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973; for documents: Ding et al.,
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_chatflow.native.extension import extension
 
 
 def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
@@ -68,4 +70,9 @@ def _in_order_of_first(samples: npt.NDArray[np.int64], num_samples: int) -> npt.
     return renumbered
 
 
-best_fit = best_fit_reference
+def best_fit(lengths: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+    """The compiled `best_fit_reference`, or the reference itself where nothing is compiled."""
+    if extension is None:
+        return best_fit_reference(lengths, capacity)
+    samples: npt.NDArray[np.int64] = extension.best_fit(lengths, capacity)
+    return samples

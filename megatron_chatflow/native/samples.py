@@ -1,4 +1,4 @@
-"""Samples cut from flat token files: the reference.
+"""Samples cut from flat token files: the reference, and the compiled reader where it was built.
 
 In: mapped token files with their document indices, and what a sample is made of: a window over the
 tokens that a split takes, or a list of whole documents. Out: tokens, loss mask and attention
@@ -11,25 +11,12 @@ are labels, and position t predicts token t + 1.
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One training sample.
-
-    Attributes:
-        tokens: int32[seq_length + 1].
-        loss_mask: uint8[seq_length], aligned with the labels ``tokens[1:]``.
-        cu_seqlens: int32[num_segments + 1], begins of the attention segments, from 0 to seq_length.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    loss_mask: npt.NDArray[np.uint8]
-    cu_seqlens: npt.NDArray[np.int32]
+from megatron_chatflow.native.extension import extension
 
 
 @dataclass(frozen=True)
@@ -56,11 +43,21 @@ class TokenFile:
         return len(self.document_indices) - 1
 
     def document_begin(self, document: int) -> int:
-        """The token at which a document begins; that after the last document ends the file."""
+        """The token at which a document begins; that after the last document ends the file.
+
+        Raises:
+            ValueError: The index points outside the file.
+        """
+        num_tokens = len(self.tokens)
         sequence = int(self.document_indices[document])
         if sequence >= len(self.sequence_pointers):
-            return len(self.tokens)
-        return int(self.sequence_pointers[sequence]) // self.tokens.itemsize
+            return num_tokens
+        token = -1
+        if sequence >= 0:
+            token = int(self.sequence_pointers[sequence]) // self.tokens.itemsize
+        if not 0 <= token <= num_tokens:
+            raise ValueError(f"{self.name}: its index points outside the file at {document}")
+        return token
 
     def document_begins(self, begin: int, end: int) -> Iterator[int]:
         """Tokens in [begin, end) at which a document that is not empty begins, ascending.
@@ -68,7 +65,7 @@ class TokenFile:
         An empty document and the one after it begin at the same token, which comes once.
 
         Raises:
-            ValueError: The documents' begins do not ascend.
+            ValueError: The index is not ascending, or points outside the file.
         """
         documents = range(self.num_documents)
         previous = begin - 1
@@ -97,6 +94,20 @@ class Runs(NamedTuple):
     cumulative: npt.NDArray[np.int64]
 
 
+class DocumentLists(NamedTuple):
+    """The documents of every packed sample.
+
+    Attributes:
+        first_documents: int64[num_files + 1], documents in the files before each, and in all.
+        offsets: int64[num_samples + 1], where each sample's documents begin in ``documents``.
+        documents: int64[num_packed], numbered over all files.
+    """
+
+    first_documents: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int64]
+
+
 class SampleShape(NamedTuple):
     """What every sample of a source has in common.
 
@@ -114,92 +125,153 @@ class SampleShape(NamedTuple):
     isolate: bool
 
 
+SampleArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int32]]
+"""Tokens int32[seq_length + 1], loss mask uint8[seq_length], cu_seqlens int32[num_segments + 1]."""
+
+
+class RowReader(Protocol):
+    """Reads any sample of an epoch."""
+
+    def read(self, ordinal: int) -> SampleArrays:
+        """The ``ordinal``-th sample, 0 <= ordinal < num_samples; ValueError if it cannot be."""
+
+
 class _Piece(NamedTuple):
     file: TokenFile
     begin: int
     length: int
 
 
-def read_window_reference(
-    files: Sequence[TokenFile], runs: Runs, shape: SampleShape, ordinal: int
-) -> Sample:
-    """Cuts the ``ordinal``-th window of ``seq_length + 1`` tokens, at stride ``seq_length``.
+class WindowReaderReference:
+    """Cuts windows of ``seq_length + 1`` tokens, at stride ``seq_length``.
 
     A window that reaches past the last run is filled with padding without loss.
-
-    Args:
-        files: The token files.
-        runs: What the split takes of them.
-        shape: Of the samples.
-        ordinal: The window, counted from 0; it begins before the end of the last run.
-
-    Raises:
-        ValueError: A token lies outside the vocabulary, or the index is damaged.
     """
-    position = ordinal * shape.seq_length
-    total = int(runs.cumulative[-1])
-    remaining = min(shape.seq_length + 1, total - position)
-    run = int(np.searchsorted(runs.cumulative, position, side="right")) - 1
-    pieces = []
-    while remaining > 0:
-        offset = position - int(runs.cumulative[run])
-        length = min(remaining, int(runs.cumulative[run + 1]) - position)
-        begin = int(runs.token_begin[run]) + offset
-        pieces.append(_Piece(files[int(runs.file[run])], begin, length))
-        position += length
-        remaining -= length
-        run += 1
-    starts: list[int] = []
-    filled = 0
-    for file, begin, length in pieces if shape.isolate else ():
-        starts += [filled + token - begin for token in file.document_begins(begin, begin + length)]
-        filled += length
-    return _assemble(pieces, starts, shape)
+
+    def __init__(
+        self,
+        label: str,
+        files: Sequence[TokenFile],
+        runs: Runs,
+        shape: SampleShape,
+        num_samples: int,
+    ) -> None:
+        """Takes what the windows are cut from.
+
+        Args:
+            label: Begins every error message.
+            files: The token files.
+            runs: What the split takes of them.
+            shape: Of the samples.
+            num_samples: Windows; each begins before the end of the last run.
+        """
+        self._label = label
+        self._files = files
+        self._runs = runs
+        self._shape = shape
+        self._num_samples = num_samples
+
+    def read(self, ordinal: int) -> SampleArrays:
+        """The ``ordinal``-th window.
+
+        Raises:
+            ValueError: There is none such, an id is outside the vocabulary, an index is damaged.
+        """
+        _check_ordinal(self._label, ordinal, self._num_samples)
+        try:
+            return self._read(ordinal)
+        except ValueError as error:
+            raise ValueError(f"{self._label}: {error}") from error
+
+    def _read(self, ordinal: int) -> SampleArrays:
+        runs, shape = self._runs, self._shape
+        position = ordinal * shape.seq_length
+        remaining = min(shape.seq_length + 1, int(runs.cumulative[-1]) - position)
+        run = int(np.searchsorted(runs.cumulative, position, side="right")) - 1
+        pieces, starts, filled = [], [], 0
+        while remaining > 0:
+            offset = position - int(runs.cumulative[run])
+            length = min(remaining, int(runs.cumulative[run + 1]) - position)
+            file, begin = self._files[int(runs.file[run])], int(runs.token_begin[run]) + offset
+            pieces.append(_Piece(file, begin, length))
+            if shape.isolate:
+                begins = file.document_begins(begin, begin + length)
+                starts += [filled + token - begin for token in begins]
+            position += length
+            remaining -= length
+            filled += length
+            run += 1
+        return _assemble(pieces, starts, shape)
 
 
-def read_packed_reference(
-    files: Sequence[TokenFile],
-    first_documents: npt.NDArray[np.int64],
-    documents: npt.NDArray[np.int64],
-    shape: SampleShape,
-) -> Sample:
-    """Puts whole documents one after the other; each is a segment, and so is the padding.
+class PackedReaderReference:
+    """Puts whole documents one after the other; each is a segment, and so is the padding."""
 
-    Args:
-        files: The token files.
-        first_documents: int64[num_files + 1], documents in the files before each, and in all.
-        documents: int64[n], numbered over all files; what exceeds the sample is cut off.
-        shape: Of the samples.
+    def __init__(
+        self, label: str, files: Sequence[TokenFile], lists: DocumentLists, shape: SampleShape
+    ) -> None:
+        """Takes what the samples are made of.
 
-    Raises:
-        ValueError: A document lies outside the files, or a token outside the vocabulary.
-    """
-    pieces, starts, filled = [], [], 0
-    for document in documents.tolist():
-        if not 0 <= document < first_documents[-1]:
-            raise ValueError(f"document {document} lies outside the {first_documents[-1]} there")
-        number = int(np.searchsorted(first_documents, document, side="right")) - 1
-        file, local = files[number], document - int(first_documents[number])
-        begin = file.document_begin(local)
-        length = min(file.document_begin(local + 1) - begin, shape.seq_length + 1 - filled)
-        pieces.append(_Piece(file, begin, length))
-        starts.append(filled)
-        filled += length
-    return _assemble(pieces, starts, shape)
+        Args:
+            label: Begins every error message.
+            files: The token files.
+            lists: The documents of every sample; what exceeds the sample is cut off.
+            shape: Of the samples; ``isolate`` holds.
+        """
+        self._label = label
+        self._files = files
+        self._lists = lists
+        self._shape = shape
+
+    def read(self, ordinal: int) -> SampleArrays:
+        """The ``ordinal``-th sample.
+
+        Raises:
+            ValueError: There is none such, an id is outside the vocabulary, an index is damaged.
+        """
+        _check_ordinal(self._label, ordinal, len(self._lists.offsets) - 1)
+        try:
+            return self._read(ordinal)
+        except ValueError as error:
+            raise ValueError(f"{self._label}: {error}") from error
+
+    def _read(self, ordinal: int) -> SampleArrays:
+        first_documents, offsets, documents = self._lists
+        begin, end = offsets[ordinal : ordinal + 2].tolist()
+        if not 0 <= begin <= end <= len(documents):
+            raise ValueError(f"damaged packing: sample {ordinal} has documents {begin} to {end}")
+        capacity = self._shape.seq_length + 1
+        pieces, starts, filled = [], [], 0
+        for document in documents[begin:end].tolist():
+            if not 0 <= document < first_documents[-1]:
+                raise ValueError(f"damaged packing: there is no document {document}")
+            number = int(np.searchsorted(first_documents, document, side="right")) - 1
+            file, local = self._files[number], document - int(first_documents[number])
+            first = file.document_begin(local)
+            length = min(file.document_begin(local + 1) - first, capacity - filled)
+            if length < 0:
+                raise ValueError(f"{file.name}: its index goes back at document {local + 1}")
+            if length:
+                pieces.append(_Piece(file, first, length))
+                starts.append(filled)
+                filled += length
+        return _assemble(pieces, starts, self._shape)
 
 
-def _assemble(pieces: Sequence[_Piece], starts: Sequence[int], shape: SampleShape) -> Sample:
+def _check_ordinal(label: str, ordinal: int, num_samples: int) -> None:
+    if not 0 <= ordinal < num_samples:
+        raise ValueError(f"{label}: sample {ordinal} is not one of {num_samples}")
+
+
+def _assemble(pieces: Sequence[_Piece], starts: Sequence[int], shape: SampleShape) -> SampleArrays:
     """Joins pieces; ``starts`` are the positions at which documents begin, ascending."""
     seq_length = shape.seq_length
     tokens = np.full(seq_length + 1, shape.pad_id, np.int32)
     loss_mask = np.zeros(seq_length + 1, np.uint8)  # of the tokens; shifted to the labels below
     filled = 0
     for file, begin, length in pieces:
-        if begin < 0 or length < 0 or begin + length > len(file.tokens):
-            raise ValueError(
-                f"{file.name}: its index points at tokens {begin} to {begin + length} of "
-                f"{len(file.tokens)}"
-            )
+        if begin + length > len(file.tokens):
+            raise ValueError(f"{file.name}: ends before token {begin + length}")
         piece = file.tokens[begin : begin + length]
         _check_vocabulary(piece, file, begin, shape.vocab_size)
         tokens[filled : filled + length] = piece
@@ -208,11 +280,11 @@ def _assemble(pieces: Sequence[_Piece], starts: Sequence[int], shape: SampleShap
         )
         filled += length
     if not shape.isolate:
-        return Sample(tokens, loss_mask[1:], np.array([0, seq_length], np.int32))
+        return tokens, loss_mask[1:], np.array([0, seq_length], np.int32)
     loss_mask[list(starts)] = 0
-    begins = {0, *starts, filled}
-    cu_seqlens = sorted(begin for begin in begins if begin < seq_length) + [seq_length]
-    return Sample(tokens, loss_mask[1:], np.array(cu_seqlens, np.int32))
+    begins = sorted({0, *starts, filled})
+    cu_seqlens = [begin for begin in begins if begin < seq_length] + [seq_length]
+    return tokens, loss_mask[1:], np.array(cu_seqlens, np.int32)
 
 
 def _check_vocabulary(
@@ -225,3 +297,31 @@ def _check_vocabulary(
             f"{file.name}: token {begin + at} is id {piece[at]}, outside the vocabulary of "
             f"{vocab_size}"
         )
+
+
+def make_window_reader(
+    label: str, files: Sequence[TokenFile], runs: Runs, shape: SampleShape, num_samples: int
+) -> RowReader:
+    """The compiled `WindowReaderReference`, or the reference itself where nothing is compiled."""
+    if extension is None:
+        return WindowReaderReference(label, files, runs, shape, num_samples)
+    reader: RowReader = extension.WindowReader(
+        label, [_columns(file) for file in files], *runs, *shape, num_samples
+    )
+    return reader
+
+
+def make_packed_reader(
+    label: str, files: Sequence[TokenFile], lists: DocumentLists, shape: SampleShape
+) -> RowReader:
+    """The compiled `PackedReaderReference`, or the reference itself where nothing is compiled."""
+    if extension is None:
+        return PackedReaderReference(label, files, lists, shape)
+    reader: RowReader = extension.PackedReader(
+        label, [_columns(file) for file in files], *lists, *shape
+    )
+    return reader
+
+
+def _columns(file: TokenFile) -> tuple[Any, ...]:
+    return file.name, file.tokens, file.sequence_pointers, file.document_indices, file.loss_mask

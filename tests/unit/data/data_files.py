@@ -7,6 +7,7 @@ import numpy as np
 
 from megatron_chatflow.config import DataConfig
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.data.samples import Sample
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 
 
@@ -37,6 +38,30 @@ def numbered_documents(lengths, first: int = 10) -> list[np.ndarray]:
     """Documents in which no token comes twice: 10, 11, 12, ... over all of them."""
     ends = first + np.cumsum(lengths)
     return [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+
+class BothReaders:
+    """The compiled reader of some samples and the reference, which must agree on every read."""
+
+    def __init__(self, samples, reference):
+        self.num_samples, self.num_tokens = samples.num_samples, samples.num_tokens
+        self._readers = (samples.rows, reference)
+
+    def read(self, ordinal: int) -> Sample:
+        """The sample; raises ValueError where both readers do, with the same words."""
+        compiled, reference = (outcome(reader, ordinal) for reader in self._readers)
+        assert compiled == reference
+        if isinstance(reference, str):
+            raise ValueError(reference)
+        return Sample(*self._readers[1].read(ordinal))
+
+
+def outcome(reader, ordinal: int):
+    """What a read gives, as plain lists and types, or the words of its ValueError."""
+    try:
+        return [(array.dtype, array.tolist()) for array in reader.read(ordinal)]
+    except ValueError as error:
+        return str(error)
 
 
 def data_config(sources: dict, *, seq_length: int = 8, weights=None, **fields) -> DataConfig:

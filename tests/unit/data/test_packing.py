@@ -7,22 +7,23 @@ import time
 
 import numpy as np
 import pytest
-from data_files import numbered_documents, write_dataset
+from data_files import BothReaders, numbered_documents, write_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data import build_once as build_once_module
 from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.packing import (
-    PackedReader,
+    PackedSamples,
     cached_packing,
     pack_documents,
     packing_key,
     packing_path,
 )
 from megatron_chatflow.data.packing_cache import load_packing, save_packing
-from megatron_chatflow.data.samples import SampleShape, open_token_file
-from megatron_chatflow.native.packing import best_fit_reference
+from megatron_chatflow.data.samples import open_token_file
+from megatron_chatflow.native.packing import best_fit, best_fit_reference
+from megatron_chatflow.native.samples import DocumentLists, PackedReaderReference, SampleShape
 
 PAD = 3
 SHAPE = SampleShape(seq_length=7, pad_id=PAD, vocab_size=1 << 20, isolate=True)
@@ -57,20 +58,24 @@ def test_best_fit_is_the_rule_as_stated(lengths, slack):
     capacity = max(lengths, default=0) + slack
     samples = best_fit_reference(np.array(lengths, np.int64), capacity)
     assert samples.tolist() == slow_best_fit(lengths, capacity)
+    assert best_fit(np.array(lengths, np.int64), capacity).tolist() == samples.tolist()
     filled = np.bincount(samples[samples >= 0], np.array(lengths)[samples >= 0])
     assert filled.max(initial=0) <= capacity
 
 
 def test_best_fit_wastes_little():
     lengths = np.random.default_rng(0).lognormal(5.0, 1.0, 20_000).astype(np.int64).clip(1, 2049)
-    num_samples = int(best_fit_reference(lengths, 2049).max()) + 1
+    samples = best_fit(lengths, 2049)
+    assert np.array_equal(samples, best_fit_reference(lengths, 2049))
+    num_samples = int(samples.max()) + 1
     assert num_samples == -(-int(lengths.sum()) // 2049)
 
 
 @pytest.mark.parametrize("lengths", [[5], [-1]])
 def test_lengths_that_do_not_fit_are_refused(lengths):
-    with pytest.raises(ValueError, match="not between 0 and 4"):
-        best_fit_reference(np.array(lengths), 4)
+    for packed in (best_fit, best_fit_reference):
+        with pytest.raises(ValueError, match="not between 0 and 4"):
+            packed(np.array(lengths), 4)
 
 
 def open_files(folder, lengths_by_file):
@@ -84,13 +89,22 @@ def open_files(folder, lengths_by_file):
     return [open_token_file(prefix, with_loss_mask=True) for prefix in prefixes], documents
 
 
+def read_both(files, packing):
+    counts = [0, *np.cumsum([file.num_documents for file in files])]
+    lists = DocumentLists(np.array(counts, np.int64), packing.offsets, packing.documents)
+    return BothReaders(
+        PackedSamples("source", files, packing, SHAPE),
+        PackedReaderReference("source", files, lists, SHAPE),
+    )
+
+
 def test_packed_samples_by_hand(tmp_path):
     files, documents = open_files(tmp_path, [[3, 9, 4], [0, 2, 1]])
     packing = pack_documents(files, "train", None, seq_length=7)
     # 8 of the 9 tokens fill a sample; 4 + 3 + 1 and 2 remain.
     assert (packing.num_samples, packing.num_tokens) == (3, 18)
     assert (packing.num_truncated, packing.num_truncated_tokens) == (1, 1)
-    reader = PackedReader(files, packing, SHAPE)
+    reader = read_both(files, packing)
     first, second, third = (reader.read(k) for k in range(3))
     assert first.tokens.tolist() == [*documents[0], *documents[2], *documents[5]]
     assert first.cu_seqlens.tolist() == [0, 3, 7]
@@ -114,7 +128,7 @@ def test_packed_samples_by_hand(tmp_path):
 def test_every_document_of_the_split_comes_once(tmp_path_factory, lengths, holdout_every, split):
     files, documents = open_files(tmp_path_factory.mktemp("packing"), lengths)
     packing = pack_documents(files, split, holdout_every, seq_length=7)
-    reader = PackedReader(files, packing, SHAPE)
+    reader = read_both(files, packing)
     found = []
     for ordinal in range(reader.num_samples):
         sample = reader.read(ordinal)

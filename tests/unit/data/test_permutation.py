@@ -12,6 +12,8 @@ from megatron_chatflow.data.permutation import SampleOrder, round_keys
 from megatron_chatflow.native.permutation import (
     MAX_SIZE,
     domain_shape,
+    permute,
+    permute_one,
     permute_one_reference,
     permute_reference,
 )
@@ -49,12 +51,14 @@ def test_every_sample_once(size):
     seed=st.integers(-(2**63), 2**63 - 1),
     epoch=st.integers(0, 2**64 - 1),
 )
-def test_scalar_equals_vectorised(size, fraction, seed, epoch):
+def test_scalar_vectorised_and_compiled_are_equal(size, fraction, seed, epoch):
     place = min(int(fraction * size), size - 1)
     keys = round_keys(seed, "source", epoch)
     image = permute_one_reference(place, size, keys)
     assert 0 <= image < size
     assert permute_reference(np.array([place]), size, keys).tolist() == [image]
+    assert permute_one(place, size, keys) == image
+    assert permute(np.array([place, 0]), size, keys)[0] == image
 
 
 @given(size=st.integers(1, MAX_SIZE))
@@ -74,10 +78,12 @@ def test_impossible_sizes_are_refused(size):
 @pytest.mark.parametrize("place", [-1, 5])
 def test_places_outside_are_refused(place):
     keys = round_keys(0, "a", 0)
-    with pytest.raises(ValueError, match="is not in"):
-        permute_one_reference(place, 5, keys)
-    with pytest.raises(ValueError, match="is not in"):
-        permute_reference(np.array([place]), 5, keys)
+    for one in (permute_one, permute_one_reference):
+        with pytest.raises(ValueError, match="is not in"):
+            one(place, 5, keys)
+    for many in (permute, permute_reference):
+        with pytest.raises(ValueError, match="is not in"):
+            many(np.array([place]), 5, keys)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

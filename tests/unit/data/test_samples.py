@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
-from data_files import numbered_documents, write_dataset
+from data_files import BothReaders, numbered_documents, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
-from megatron_chatflow.data.samples import SampleShape, open_token_file
+from megatron_chatflow.data.samples import open_token_file
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.split import split_documents, split_runs
-from megatron_chatflow.data.windows import WindowReader
+from megatron_chatflow.data.windows import Windows
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.native.samples import SampleShape, WindowReaderReference
 
 PAD = 3
 
@@ -25,7 +26,11 @@ def reader_of(
 ):
     files = [open_token_file(prefix, with_loss_mask=loss) for prefix in prefixes]
     runs = split_runs(files, split, holdout_every)
-    return WindowReader(files, runs, shape(**kwargs), keep_tail=keep_tail)
+    windows = Windows("source", files, runs, shape(**kwargs), keep_tail=keep_tail)
+    return BothReaders(
+        windows,
+        WindowReaderReference("source", files, runs, shape(**kwargs), windows.num_samples),
+    )
 
 
 def expected_sample(documents, masks, ordinal, seq_length, isolate):

@@ -1,0 +1,37 @@
+/// \file
+/// A keyed permutation of 0..size-1 that needs no memory: a Feistel network on a near-square
+/// rectangle with cycle walking. `megatron_chatflow/native/permutation.py` defines it and says why.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace chatflow {
+
+/// Rounds of the network, hence round keys.
+inline constexpr int kNumRounds = 16;
+/// Largest domain: both halves then stay below 2^32, which the reduction needs.
+inline constexpr int64_t kMaxPermutationSize = int64_t{1} << 62;
+
+/// One permutation; cheap to make, safe to share between threads.
+class Permutation {
+ public:
+  /// \param size number of elements, 1 to 2^62
+  /// \param keys round keys
+  /// \throws std::invalid_argument the size is out of range
+  Permutation(int64_t size, const std::array<uint64_t, kNumRounds>& keys);
+
+  /// The image of a place.
+  /// \throws std::invalid_argument the place is not in [0, size)
+  int64_t operator()(int64_t place) const;
+
+ private:
+  uint64_t encrypt(uint64_t value) const;
+
+  uint64_t size_;
+  uint64_t rows_;
+  uint64_t columns_;
+  std::array<uint64_t, kNumRounds> keys_;
+};
+
+}  // namespace chatflow
