@@ -50,10 +50,10 @@ format: $(INSTALLED) ## format every file in place
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
 
 demo: $(BUILT) ## real text to a trained, resumed, exported model in runs/tiny_cpu (about 15 minutes)
-	PATH="$(abspath $(BIN)):$$PATH" examples/tiny_cpu/run.sh
+	$(BIN)/python examples/tiny_cpu/demo.py
 
 demo-short: $(BUILT) ## the same with few iterations (about 5 minutes)
-	PATH="$(abspath $(BIN)):$$PATH" examples/tiny_cpu/run.sh --short
+	$(BIN)/python examples/tiny_cpu/demo.py --short
 
 sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
