@@ -246,4 +246,5 @@ def _line(table: WeightTable, iteration: int) -> tuple[tuple[Any, ...], int]:
     piece = table.pieces[number]
     end = table.pieces[number + 1].begin if number + 1 < len(table.pieces) else NEVER
     place = (piece.step, piece.phase - piece.step * piece.begin, piece.span)
-    return (*table.piece_ends(piece), *place), end
+    first, last = table.levels[piece.row_begin], table.levels[piece.row_end]
+    return (first, last, piece.portion_begin, piece.portion_end, *place), end

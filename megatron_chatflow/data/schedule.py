@@ -143,6 +143,7 @@ class _TableBuilder:
         self._origin = origin
         self._batch = samples_per_iteration
         self._rows: dict[tuple[int, ...], int] = {}
+        self._row_of: dict[int, int] = {}
         self._pieces: list[Piece] = []
 
     def add(
@@ -189,7 +190,9 @@ class _TableBuilder:
         self._pieces.append(piece)
 
     def _row(self, knot: Knot) -> int:
-        return self._rows.setdefault((0, *knot.levels), len(self._rows))
+        if knot.at not in self._row_of:
+            self._row_of[knot.at] = self._rows.setdefault((0, *knot.levels), len(self._rows))
+        return self._row_of[knot.at]
 
     def _iteration(self, sample: int) -> int:
         """The first iteration that begins at or after a sample."""

@@ -28,6 +28,7 @@ from functools import cached_property
 from typing import Any
 
 from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.native.blend import window_ends
 from megatron_chatflow.native.blend_reference import Caps
 from megatron_chatflow.native.quota_reference import GRID, GRID_BITS, Quota, WeightTable
 
@@ -195,10 +196,8 @@ def _whole_offsets(
 
 
 def _caps(table: WeightTable, begin: int, base: Sequence[int], members: Sequence[int]) -> Caps:
-    quota = Quota(table, begin, base)
-    deadlines = [
-        quota.first_at_least(k, ((base[k] >> GRID_BITS) + 1) << GRID_BITS) for k in members
-    ]
+    ends = window_ends(table, begin, base)
+    deadlines = [ends[k] for k in members]
     return Caps(deadlines, [base[k] & (GRID - 1) for k in members])
 
 

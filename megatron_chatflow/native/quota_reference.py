@@ -17,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -75,20 +76,6 @@ class WeightTable:
         """Number of sources."""
         return len(self.levels[0]) - 1
 
-    def piece_ends(self, piece: Piece) -> tuple[list[int], list[int]]:
-        """The levels between which a piece runs, each ``num_sources + 1`` integers."""
-        first, last = self.levels[piece.row_begin], self.levels[piece.row_end]
-        return (
-            [
-                a + ((e - a) * piece.portion_begin >> GRID_BITS)
-                for a, e in zip(first, last, strict=True)
-            ],
-            [
-                a + ((e - a) * piece.portion_end >> GRID_BITS)
-                for a, e in zip(first, last, strict=True)
-            ],
-        )
-
 
 def floor_sum(num_terms: int, modulus: int, factor: int, shift: int) -> int:
     """Sum of ``floor((factor * x + shift) / modulus)`` over ``0 <= x < num_terms``.
@@ -128,28 +115,17 @@ class Quota:
     """
 
     def __init__(self, table: WeightTable, begin: int = 0, base: Sequence[int] | None = None):
-        """Sums the pieces."""
+        """Sums nothing yet: that waits for the first quota."""
         self.table = table
         self.begin = begin
         self.num_sources = table.num_sources
         self._starts = [piece.begin for piece in table.pieces]
-        self._ends = [table.piece_ends(piece) for piece in table.pieces]
-        self._sums = self._piece_sums()
-        self._base = [0] * self.num_sources
-        at_begin = self.quotas(begin)
-        wanted = base or [0] * self.num_sources
-        self._base = [value - sum_ for value, sum_ in zip(wanted, at_begin, strict=True)]
+        self._at_begin = list(base or [0] * self.num_sources)
 
     def quotas(self, sample: int) -> list[int]:
         """``W_k(sample)`` of every source, in units of 2**-32 samples."""
-        iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
-        piece = bisect_right(self._starts, iteration) - 1
-        below, result = 0, []
-        for k in range(self.num_sources):
-            above = self._level_sum(piece, k + 1, iteration, rest)
-            result.append(self._base[k] + above - below)
-            below = above
-        return result
+        grown = self._sums_before(sample)
+        return [base + due for base, due in zip(self._base, grown, strict=True)]
 
     def weights(self, iteration: int) -> list[int]:
         """The weights of the samples of one iteration, on the grid of 2**32."""
@@ -225,14 +201,12 @@ class Quota:
 
     def _level(self, piece: int, k: int, iteration: int) -> int:
         part = self.table.pieces[piece]
-        a = self._ends[piece][0][k]
-        rise = self._ends[piece][1][k] - a
+        a, rise = self._line(piece, k)
         return a + rise * (part.step * (iteration - part.begin) + part.phase) // part.span
 
     def _level_part(self, piece: int, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
         part = self.table.pieces[piece]
-        a = self._ends[piece][0][k]
-        rise = self._ends[piece][1][k] - a
+        a, rise = self._line(piece, k)
         if rise == 0:
             return np.full(last - first, a, np.int64)
         top = part.step * (last - part.begin) + part.phase
@@ -244,8 +218,7 @@ class Quota:
     def _piece_sum(self, piece: int, k: int, num_iterations: int) -> int:
         """Sum of ``C_k`` over the first iterations of a piece."""
         part = self.table.pieces[piece]
-        a = self._ends[piece][0][k]
-        rise = self._ends[piece][1][k] - a
+        a, rise = self._line(piece, k)
         total = a * num_iterations
         if rise > 0:
             total += floor_sum(num_iterations, part.span, rise * part.step, rise * part.phase)
@@ -254,7 +227,30 @@ class Quota:
             total -= floor_sum(num_iterations, part.span, -rise * part.step, shift)
         return total
 
-    def _piece_sums(self) -> list[list[int]]:
+    def _line(self, piece: int, k: int) -> tuple[int, int]:
+        """A level at a piece's begin, and how far it rises."""
+        part = self.table.pieces[piece]
+        first = self.table.levels[part.row_begin][k]
+        difference = self.table.levels[part.row_end][k] - first
+        begin = first + (difference * part.portion_begin >> GRID_BITS)
+        return begin, first + (difference * part.portion_end >> GRID_BITS) - begin
+
+    def _sums_before(self, sample: int) -> list[int]:
+        """Sum of each source's weights from the table's origin to a sample."""
+        iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
+        piece = bisect_right(self._starts, iteration) - 1
+        levels = range(self.num_sources + 1)
+        sums = [self._level_sum(piece, k, iteration, rest) for k in levels]
+        return [above - below for below, above in pairwise(sums)]
+
+    @cached_property
+    def _base(self) -> list[int]:
+        """What quotas exceed the sums from the table's origin by."""
+        before = self._sums_before(self.begin)
+        return [base - due for base, due in zip(self._at_begin, before, strict=True)]
+
+    @cached_property
+    def _sums(self) -> list[list[int]]:
         """Sums of every level over all iterations before each piece."""
         sums = [[0] * (self.num_sources + 1)]
         for piece in range(len(self._starts) - 1):

@@ -1,0 +1,108 @@
+#include "leaf.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+#include "leaf_jobs.h"
+
+namespace megatron_chatflow {
+namespace {
+
+constexpr uint16_t kNobody = 0xFFFF;
+
+/// The least of one key per source, kept in a tree with four children to a node.
+template <typename Key>
+class Tournament {
+ public:
+  static constexpr Key kAbsent = std::numeric_limits<Key>::max();
+
+  explicit Tournament(int num_players) {
+    std::size_t size = 4;
+    while (size < static_cast<std::size_t>(num_players)) size *= 4;
+    for (;; size /= 4) {
+      levels_.push_back(std::vector<Key>(size, kAbsent));
+      if (size == 4) break;
+    }
+  }
+
+  void Set(int player, Key key) {
+    std::size_t at = static_cast<std::size_t>(player);
+    levels_[0][at] = key;
+    for (std::size_t level = 1; level < levels_.size(); ++level) {
+      at /= 4;
+      levels_[level][at] = Least(&levels_[level - 1][at * 4]);
+    }
+  }
+
+  Key Winner() const { return Least(levels_.back().data()); }
+
+ private:
+  static Key Least(const Key* keys) {
+    return std::min(std::min(keys[0], keys[1]), std::min(keys[2], keys[3]));
+  }
+
+  std::vector<std::vector<Key>> levels_;
+};
+
+int BitsOf(int64_t largest) {
+  int bits = 0;
+  while (largest >> bits != 0) ++bits;
+  return bits;
+}
+
+/// Earliest deadline first; a key is a deadline and, in its low bits, the source.
+template <typename Key>
+void DrawByDeadline(const LeafJobs& leaf, int source_bits, std::vector<uint16_t>* drawn) {
+  const uint32_t size = static_cast<uint32_t>(leaf.jobs.size());
+  const int num_sources = static_cast<int>(leaf.begins.size()) - 1;
+  const Key source_mask = (Key{1} << source_bits) - 1;
+  Tournament<Key> tournament(num_sources);
+  // A source has one job open or waiting at a time. Those that wait stand in a list for their slot.
+  std::vector<uint32_t> job(leaf.begins.begin(), leaf.begins.end() - 1);
+  std::vector<uint16_t> waiting(size, kNobody);
+  std::vector<uint16_t> following(num_sources, kNobody);
+  const auto key_of = [&](int k) {
+    return static_cast<Key>(Key{leaf.jobs[job[k]].deadline} << source_bits | static_cast<Key>(k));
+  };
+  const auto wait = [&](int k, uint32_t release) {
+    if (release >= size) throw std::logic_error("blend: a job is released after its leaf");
+    following[k] = waiting[release];
+    waiting[release] = static_cast<uint16_t>(k);
+  };
+  for (int k = 0; k < num_sources; ++k) {
+    if (job[k] != leaf.begins[k + 1]) wait(k, leaf.jobs[job[k]].release);
+  }
+  for (uint32_t slot = 0; slot < size; ++slot) {
+    for (uint16_t k = waiting[slot]; k != kNobody; k = following[k]) tournament.Set(k, key_of(k));
+    const Key winner = tournament.Winner();
+    if (winner == Tournament<Key>::kAbsent) throw std::logic_error("blend: a slot without a job");
+    const int k = static_cast<int>(winner & source_mask);
+    if (winner >> source_bits <= slot) throw std::logic_error("blend: a job after its deadline");
+    (*drawn)[slot] = static_cast<uint16_t>(k);
+    ++job[k];
+    if (job[k] != leaf.begins[k + 1] && leaf.jobs[job[k]].release <= slot + 1) {
+      tournament.Set(k, key_of(k));
+      continue;
+    }
+    tournament.Set(k, Tournament<Key>::kAbsent);
+    if (job[k] != leaf.begins[k + 1]) wait(k, leaf.jobs[job[k]].release);
+  }
+}
+
+}  // namespace
+
+void DrawLeaf(const Quota& quota, const Boundary& left, const Boundary& right,
+              std::vector<uint16_t>* drawn) {
+  const LeafJobs leaf = JobsOfLeaf(quota, left, right);
+  const int64_t size = right.sample - left.sample;
+  drawn->resize(size);
+  const int source_bits = BitsOf(quota.num_sources() - 1);
+  if (BitsOf(size) + source_bits < 32) {
+    DrawByDeadline<uint32_t>(leaf, source_bits, drawn);
+  } else {
+    DrawByDeadline<uint64_t>(leaf, source_bits, drawn);
+  }
+}
+
+}  // namespace megatron_chatflow

@@ -1,0 +1,36 @@
+/// @file
+/// The jobs of a leaf: when each draw may happen.
+///
+/// In: quotas and the states at a leaf's ends. Out: release and deadline of every draw in it.
+#ifndef MEGATRON_CHATFLOW_CSRC_DATA_LEAF_JOBS_H_
+#define MEGATRON_CHATFLOW_CSRC_DATA_LEAF_JOBS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "quota.h"
+#include "select.h"
+
+namespace megatron_chatflow {
+
+/// A draw that may take the slots [release, deadline), counted from the leaf's first sample.
+struct Job {
+  uint32_t release;
+  uint32_t deadline;
+};
+
+/// All draws of a leaf, source after source, each source's in order.
+struct LeafJobs {
+  std::vector<Job> jobs;
+  /// Where each source's jobs begin; num_sources + 1 entries.
+  std::vector<uint32_t> begins;
+};
+
+/// Finds the jobs of a leaf: a constant number of operations for each job and each iteration.
+///
+/// @throws std::logic_error if the counts at the ends do not add up to the leaf's size.
+LeafJobs JobsOfLeaf(const Quota& quota, const Boundary& left, const Boundary& right);
+
+}  // namespace megatron_chatflow
+
+#endif  // MEGATRON_CHATFLOW_CSRC_DATA_LEAF_JOBS_H_
