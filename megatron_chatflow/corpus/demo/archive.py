@@ -58,13 +58,16 @@ def read_members(
         ) from error
 
 
-def read_member(archive: Path | bytes, name: str) -> bytes:
+def read_member(
+    archive: Path | bytes, name: str, *, max_member_bytes: int = MAX_MEMBER_BYTES
+) -> bytes:
     """Returns one member's content.
 
     Raises:
         UserError: It is not in the archive, or `read_members` refuses.
     """
-    for _, content in read_members(archive, lambda member: member == name):
+    limit = max_member_bytes
+    for _, content in read_members(archive, lambda member: member == name, max_member_bytes=limit):
         return content
     label = archive.name if isinstance(archive, Path) else "an archive within an archive"
     raise UserError(f"{label}: has no member {name}: is it the pinned file?")

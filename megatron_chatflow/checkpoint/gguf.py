@@ -1,0 +1,230 @@
+"""A LLaMA in llama.cpp's GGUF format as a Hugging Face folder.
+
+In: a `.gguf` file, quantised or not, with its tokenizer. Out: `config.json`, safetensors,
+`tokenizer.json` and what else `transformers` (and so `tools/convert_checkpoint.py import`) needs.
+The `gguf` package (extra `hf`) reads the file and undoes the quantisation; memory holds one tensor.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_chatflow.checkpoint.convert_export import MAX_SHARD_BYTES, Converted
+from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.checkpoint.convert_safetensors import write_shards
+from megatron_chatflow.checkpoint.convert_shape import DTYPES, LlamaShape, huggingface_config
+from megatron_chatflow.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
+from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, OSError)
+"""What the `gguf` package raises for files that are cut off or no GGUF at all."""
+
+# Hugging Face's names and GGUF's.
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+
+
+def convert_gguf(
+    path: Path, output: Path, *, dtype: str = "fp32", overwrite: bool = False
+) -> Converted:
+    """Writes a GGUF model as a Hugging Face folder.
+
+    Args:
+        path: The `.gguf` file.
+        output: The new folder; it appears when it is complete.
+        dtype: ``fp32``, ``bf16`` or ``fp16``. The de-quantised values are exact in fp32 only.
+        overwrite: Whether an earlier folder of that kind is replaced.
+
+    Raises:
+        UserError: The `gguf` package is missing, the file is damaged, of another architecture or
+            with parts that this LLaMA does not have, or the folder cannot be written.
+    """
+    reader = open_gguf(path)
+    fields = read_fields(reader)
+    tensors = {str(tensor.name): tensor for tensor in reader.tensors}
+    shape = shape_of_gguf(path, fields, tensors)
+    shapes = huggingface_shapes(shape)
+    _check_tensors(path, shapes, tensors)
+    target = DTYPES[dtype]
+    num_parameters = sum(torch.Size(size).numel() for size in shapes.values())
+    num_bytes = num_parameters * target.itemsize
+    with new_folder(output, overwrite=overwrite, mark="config.json", num_bytes=num_bytes) as folder:
+        weights = ((name, _read(tensors[gguf_name(name)], name, shape)) for name in shapes)
+        write_shards(folder, shapes, target, weights, MAX_SHARD_BYTES)
+        ids = special_ids(fields)
+        _write_json(folder / "config.json", huggingface_config(shape, target, ids))
+        _write_json(folder / "generation_config.json", ids)
+        write_tokenizer(path, fields, folder, shape.max_position_embeddings)
+    return Converted(output, len(shapes), num_bytes, num_parameters)
+
+
+def open_gguf(path: Path) -> "GGUFReader":
+    """Maps a GGUF file.
+
+    Raises:
+        UserError: It is missing or damaged, or the `gguf` package is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError(
+            "gguf: the package is not installed and reads this format: pip install gguf"
+        ) from None
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: name a .gguf file")
+    try:
+        return GGUFReader(str(path))
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: is damaged or no GGUF file ({reason}): fetch it again") from None
+
+
+def read_fields(reader: "GGUFReader") -> dict[str, Any]:
+    """Returns a file's key-value pairs as Python values."""
+    return {str(name): field.contents() for name, field in reader.fields.items()}
+
+
+def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> LlamaShape:
+    """Reads a model's shape.
+
+    Args:
+        path: Named in errors.
+        fields: From `read_fields`.
+        tensors: Tensors by name, whose shapes count the vocabulary.
+
+    Raises:
+        UserError: It is no LLaMA, or one with scaled rotary embeddings, experts or odd heads.
+    """
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path}: architecture {architecture!r}: only 'llama' is converted")
+    if fields.get("llama.expert_count") or "rope_freqs.weight" in tensors:
+        raise UserError(f"{path}: has experts or scaled rotary embeddings: not converted")
+    if fields.get("llama.rope.scaling.type", "none") != "none":
+        raise UserError(f"{path}: has scaled rotary embeddings: not converted")
+    numbers = {}
+    for key in (
+        "block_count",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.layer_norm_rms_epsilon",
+        "context_length",
+    ):
+        value = fields.get(f"llama.{key}")
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise UserError(f"{path}: llama.{key} is {value!r}: fetch a complete file")
+        numbers[key] = value
+    num_heads, hidden_size = int(numbers["attention.head_count"]), int(numbers["embedding_length"])
+    num_groups = fields.get("llama.attention.head_count_kv", num_heads)
+    head_dim = fields.get("llama.rope.dimension_count", hidden_size // num_heads)
+    if (
+        not isinstance(num_groups, int)
+        or num_heads % num_groups
+        or head_dim * num_heads != hidden_size
+    ):
+        raise UserError(
+            f"{path}: {num_heads} heads of {head_dim}, {num_groups} of them with keys, do not make "
+            f"up {hidden_size}: such a model cannot be converted"
+        )
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path}: has no tensor token_embd.weight: fetch a complete file")
+    return LlamaShape(
+        num_layers=int(numbers["block_count"]),
+        hidden_size=hidden_size,
+        ffn_hidden_size=int(numbers["feed_forward_length"]),
+        num_attention_heads=num_heads,
+        num_query_groups=num_groups,
+        vocab_size=_shape(tensors["token_embd.weight"])[0],
+        max_position_embeddings=int(numbers["context_length"]),
+        rotary_base=float(fields.get("llama.rope.freq_base", 10000.0)),
+        # Stored in fp32: 1e-05 comes back as 9.999999747378752e-06.
+        norm_epsilon=float(f"{numbers['attention.layer_norm_rms_epsilon']:.6g}"),
+        init_method_std=0.02,
+        untie_embeddings_and_output_weights="output.weight" in tensors,
+    )
+
+
+def gguf_name(name: str) -> str:
+    """Returns GGUF's name of a Hugging Face tensor."""
+    if match := _LAYER.fullmatch(name):
+        return f"blk.{match.group(1)}.{_NAMES[match.group(2)]}.weight"
+    return f"{_NAMES[name.removesuffix('.weight')]}.weight"
+
+
+def unpermute(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
+    """Undoes llama.cpp's order of the rows of query and key projections.
+
+    GGUF keeps the two values of a rotated pair side by side, Hugging Face half a head apart.
+
+    Args:
+        weight: float32[num_heads * head_dim, hidden_size].
+        num_heads: Query heads, or key heads.
+
+    Returns:
+        The same rows, reordered within every head.
+    """
+    pairs = weight.reshape(num_heads, -1, 2, weight.shape[1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _check_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any]
+) -> None:
+    expected = {gguf_name(name): shape for name, shape in shapes.items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise UserError(f"{path}: has no tensor {name}: fetch a complete file")
+        if _shape(tensors[name]) != shape:
+            raise UserError(
+                f"{path}: {name} is {list(_shape(tensors[name]))} and should be {list(shape)}: "
+                "such a model cannot be converted"
+            )
+    for name in tensors:
+        if name not in expected:
+            raise UserError(f"{path}: has a tensor {name}, which this LLaMA has no place for")
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _read(tensor: Any, name: str, shape: LlamaShape) -> torch.Tensor:
+    """Returns a tensor in fp32 and in Hugging Face's order."""
+    from gguf.quants import dequantize
+
+    values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    values = values.reshape(_shape(tensor))
+    if name.endswith("q_proj.weight"):
+        values = unpermute(values, shape.num_attention_heads)
+    elif name.endswith("k_proj.weight"):
+        values = unpermute(values, shape.num_query_groups)
+    return torch.from_numpy(np.array(values, order="C"))  # the file is mapped read-only
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

