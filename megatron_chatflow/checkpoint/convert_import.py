@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import DTYPES, LlamaShape, shape_of_huggingface
 from megatron_chatflow.checkpoint.files import LATEST, iteration_folder
 from megatron_chatflow.checkpoint.weight_map import (
+    Join,
     WeightRule,
     huggingface_shapes,
     join,
@@ -146,43 +148,58 @@ def write_checkpoint(
     (folder / LATEST).write_text("0\n", encoding="utf-8")
 
 
-def stored_chunk(
+def stored_chunks(
     rule: WeightRule,
     layer: int | None,
     shape: LlamaShape,
     dtype: torch.dtype,
-    make: Callable[[], torch.Tensor],
-) -> ChunkToWrite:
-    """How a tensor is stored: a layer's as a slice of one tensor over all layers.
+    read: Callable[[str], torch.Tensor],
+) -> list[ChunkToWrite]:
+    """How a tensor is stored: rows below each other in chunks of their own, padding rows as zeros.
 
     Args:
         rule: Which tensor.
         layer: Its layer, or None.
         shape: The model's shape.
         dtype: Stored dtype.
-        make: Gives the tensor, of `rule.shape(shape)`; padding rows are added here.
+        read: Gives a Hugging Face tensor by name.
     """
-    sizes = rule.shape(shape)
-    if rule.has_vocabulary_rows:
-        rows = -(-sizes[0] // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        num_padding = rows - sizes[0]
-        sizes = (rows, *sizes[1:])
+    names = [part.name.format(layer=layer) for part in rule.parts]
+    rows, *columns = rule.shape(shape)
+    padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if rule.has_vocabulary_rows else rows
 
-        def padded() -> torch.Tensor:
-            return torch.nn.functional.pad(make().to(dtype), (0, 0, 0, num_padding))
+    def chunk(first: int, count: int, make: Callable[[], torch.Tensor]) -> ChunkToWrite:
+        whole, offsets, sizes = (
+            (padded, *columns),
+            (first, *(0 for _ in columns)),
+            (count, *columns),
+        )
+        if layer is None:
+            return ChunkToWrite(rule.megatron, whole, offsets, sizes, dtype, make)
+        return ChunkToWrite(  # a layer is a slice of one tensor over all layers
+            name=rule.megatron.replace("{layer}.", ""),
+            global_shape=(shape.num_layers, *whole),
+            offsets=(layer, *offsets),
+            sizes=(1, *sizes),
+            dtype=dtype,
+            make=lambda: make().unsqueeze(0),
+        )
 
-        return ChunkToWrite(rule.megatron, sizes, (0,) * len(sizes), sizes, dtype, padded)
-    if layer is None:
-        offsets = (0,) * len(sizes)
-        return ChunkToWrite(rule.megatron, sizes, offsets, sizes, dtype, lambda: make().to(dtype))
-    return ChunkToWrite(
-        name=rule.megatron.replace("{layer}.", ""),
-        global_shape=(shape.num_layers, *sizes),
-        offsets=(layer, *(0 for _ in sizes)),
-        sizes=(1, *sizes),
-        dtype=dtype,
-        make=lambda: make().to(dtype).unsqueeze(0),
-    )
+    def one(name: str) -> torch.Tensor:
+        return read(name).to(dtype)
+
+    if rule.join is Join.QUERY_GROUPS:
+        return [chunk(0, rows, lambda: join(rule, shape, [*map(one, names)]))]
+
+    chunks, first = [], 0
+    for part, name in zip(rule.parts, names, strict=True):
+        count = part.shape(shape)[0]
+        chunks.append(chunk(first, count, partial(one, name)))
+        first += count
+    if padded > rows:
+        size = (padded - rows, *columns)
+        chunks.append(chunk(rows, padded - rows, lambda: torch.zeros(size, dtype=dtype)))
+    return chunks
 
 
 def _chunks(
@@ -191,19 +208,16 @@ def _chunks(
     # A tensor over all layers has one dtype, so a folder of mixed ones takes the widest.
     stored = {weights.dtype(name) for name in huggingface_shapes(shape)}
     target = dtype or (stored.pop() if len(stored) == 1 else torch.float32)
-    bar = tqdm(total=len(placements(shape)), unit="tensor", desc="import", disable=None)
+    bar = tqdm(total=len(huggingface_shapes(shape)), unit="tensor", desc="import", disable=None)
 
-    def maker(rule: WeightRule, layer: int | None) -> Callable[[], torch.Tensor]:
-        def make() -> torch.Tensor:
-            bar.update()
-            names = [part.name.format(layer=layer) for part in rule.parts]
-            return join(rule, shape, [weights.read(name).to(target) for name in names])
-
-        return make
+    def read(name: str) -> torch.Tensor:
+        bar.update()
+        return weights.read(name)
 
     return [
-        stored_chunk(rule, layer, shape, target, maker(rule, layer))
+        chunk
         for rule, layer in placements(shape)
+        for chunk in stored_chunks(rule, layer, shape, target, read)
     ]
 
 

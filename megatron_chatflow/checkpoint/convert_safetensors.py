@@ -11,12 +11,73 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_chatflow.errors import UserError
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+# Headers are a few hundred bytes a tensor; the format allows 100 MB.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class SafetensorsFile:
+    """One safetensors file, read and not mapped, so that memory holds no more than is asked for.
+
+    Attributes:
+        entries: Tensor name to the header's ``dtype``, ``shape`` and ``data_offsets``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the header.
+
+        Raises:
+            UserError: The file is cut short or no safetensors file.
+        """
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                raw = file.read(min(length, _MAX_HEADER_BYTES))
+            self._begin = 8 + length
+            header: dict[str, Any] = json.loads(raw)
+            header.pop("__metadata__", None)
+            num_bytes = path.stat().st_size - self._begin
+            is_fine = all(_is_entry(entry, num_bytes) for entry in header.values())
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: is damaged ({error}); fetch it again") from None
+        if not is_fine:
+            raise UserError(f"{path}: is damaged (values missing at its end); fetch it again")
+        self.entries = header
+
+    def read(self, name: str) -> torch.Tensor:
+        """Reads a tensor of a known dtype.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        entry = self.entries[name]
+        tensor = torch.empty(entry["shape"], dtype=_TORCH_DTYPES[entry["dtype"]])
+        begin, end = entry["data_offsets"]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._begin + begin)
+                target = tensor.view(-1).view(torch.uint8).numpy().data
+                while len(target) and (count := file.readinto(target)):
+                    target = target[count:]  # one call reads at most 2 GiB
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if len(target) or end - begin != tensor.nbytes:
+            raise UserError(f"{self.path}: is damaged at {name}; fetch it again")
+        return tensor
+
+
+def _is_entry(entry: Any, num_bytes: int) -> bool:
+    """Whether a header's entry is well-formed and its values lie within the file."""
+    begin, end = entry.get("data_offsets", (0, -1))
+    shape = entry.get("shape")
+    return isinstance(shape, list) and "dtype" in entry and 0 <= begin <= end <= num_bytes
 
 
 class HuggingFaceWeights:
@@ -34,16 +95,15 @@ class HuggingFaceWeights:
             UserError: It has no weights, or its index names files that are not there.
         """
         self.folder = folder
-        self._open: dict[Path, Any] = {}
+        self._headers: dict[Path, SafetensorsFile] = {}
+        self._maps: dict[Path, Mapping[str, torch.Tensor]] = {}
         self.files = self._find_files()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return (
-            tuple(self._slice(name).get_shape())
-            if self._is_safe(name)
-            else tuple(self._pickled(self.files[name])[name].shape)
-        )
+        if self._is_safe(name):
+            return tuple(self._safe(self.files[name]).entries[name]["shape"])
+        return tuple(self._pickled(self.files[name])[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor.
@@ -51,17 +111,17 @@ class HuggingFaceWeights:
         Raises:
             UserError: It is none of fp32, bf16 and fp16.
         """
-        dtype: Any
+        path = self.files[name]
         if self._is_safe(name):
-            dtype = _TORCH_DTYPES.get(self._slice(name).get_dtype())
+            dtype = _TORCH_DTYPES.get(self._safe(path).entries[name]["dtype"])
         else:
-            dtype = self._pickled(self.files[name])[name].dtype
+            dtype = self._pickled(path)[name].dtype
         if dtype not in _DTYPE_NAMES:
             raise UserError(
-                f"{self.files[name]}: {name} is neither fp32, bf16 nor fp16; "
+                f"{path}: {name} is neither fp32, bf16 nor fp16; "
                 "convert a folder that is not quantised"
             )
-        return dtype  # type: ignore[no-any-return]
+        return dtype
 
     def read(self, name: str) -> torch.Tensor:
         """Reads a tensor.
@@ -70,13 +130,7 @@ class HuggingFaceWeights:
             UserError: Its file is damaged.
         """
         path = self.files[name]
-        if not self._is_safe(name):
-            tensor: torch.Tensor = self._pickled(path)[name]
-            return tensor
-        try:
-            return self._safe(path).get_tensor(name)  # type: ignore[no-any-return]
-        except SafetensorError as error:
-            raise UserError(f"{path}: is damaged at {name} ({error}); fetch it again") from None
+        return self._safe(path).read(name) if self._is_safe(name) else self._pickled(path)[name]
 
     def _find_files(self) -> dict[str, Path]:
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
@@ -107,33 +161,28 @@ class HuggingFaceWeights:
         return files
 
     def _names(self, path: Path) -> Iterable[str]:
-        return self._safe(path).keys() if path.suffix == ".safetensors" else self._pickled(path)
+        is_safe = path.suffix == ".safetensors"
+        return self._safe(path).entries if is_safe else self._pickled(path)
 
     def _is_safe(self, name: str) -> bool:
         return self.files[name].suffix == ".safetensors"
 
-    def _slice(self, name: str) -> Any:
-        return self._safe(self.files[name]).get_slice(name)
-
-    def _safe(self, path: Path) -> Any:
-        if path not in self._open:
-            try:
-                self._open[path] = safe_open(str(path), framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: is damaged ({error}); fetch it again") from None
-        return self._open[path]
+    def _safe(self, path: Path) -> SafetensorsFile:
+        if path not in self._headers:
+            self._headers[path] = SafetensorsFile(path)
+        return self._headers[path]
 
     def _pickled(self, path: Path) -> Mapping[str, torch.Tensor]:
         """A `.bin` file, mapped and not read; nothing in it is executed."""
-        if path not in self._open:
+        if path not in self._maps:
             try:
-                self._open[path] = torch.load(
+                self._maps[path] = torch.load(
                     path, map_location="cpu", weights_only=True, mmap=True
                 )
             except Exception as error:  # whatever a damaged or malicious pickle raises
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{path}: cannot be loaded safely ({reason})") from None
-        return self._open[path]  # type: ignore[no-any-return]
+        return self._maps[path]
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
