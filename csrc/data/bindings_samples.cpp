@@ -134,17 +134,22 @@ std::unique_ptr<KeptPackedReader> make_packed_reader(
 }
 
 template <typename Item>
-py::array_t<Item> array_of(const std::vector<Item>& items, size_t first = 0) {
-  return py::array_t<Item>(static_cast<py::ssize_t>(items.size() - first), items.data() + first);
+py::array_t<Item> array_of(const std::vector<Item>& items) {
+  return py::array_t<Item>(static_cast<py::ssize_t>(items.size()), items.data());
 }
 
 py::tuple read_one(const KeptReader& kept, int64_t ordinal) {
-  Row row;
+  const int64_t seq_length = kept.reader->shape().seq_length;
+  py::array_t<int32_t> tokens(seq_length + 1);
+  py::array_t<uint8_t> loss_mask(seq_length + 1);
+  Row row{tokens.mutable_data(), loss_mask.mutable_data(), {}, {}, {}};
   {
     py::gil_scoped_release release;
     kept.reader->read(ordinal, &row);
   }
-  return py::make_tuple(array_of(row.tokens), array_of(row.loss_mask, 1), array_of(row.cu_seqlens));
+  // The mask is of the tokens; that of the labels is a view of it.
+  py::array_t<uint8_t> of_labels(seq_length, loss_mask.data() + 1, loss_mask);
+  return py::make_tuple(tokens, of_labels, array_of(row.cu_seqlens));
 }
 
 template <typename Item>

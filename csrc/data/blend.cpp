@@ -6,12 +6,12 @@
 
 #include "leaf.h"
 
-namespace megatron_chatflow {
+namespace chatflow {
 namespace {
 
 /// The state with which a segment begins.
-Boundary FirstBoundary(int64_t begin, const std::vector<Int128>& base,
-                       const std::vector<int64_t>& counts) {
+Boundary first_boundary(int64_t begin, const std::vector<Int128>& base,
+                        const std::vector<int64_t>& counts) {
   if (counts.size() != base.size()) throw std::invalid_argument("blend: one count per source");
   Boundary first;
   first.sample = begin;
@@ -30,14 +30,14 @@ Boundary FirstBoundary(int64_t begin, const std::vector<Int128>& base,
   return first;
 }
 
-std::size_t BytesOf(const Boundary& boundary) {
+std::size_t bytes_of(const Boundary& boundary) {
   return boundary.counts.capacity() * sizeof(int64_t) +
          boundary.fractions.capacity() * sizeof(uint32_t) + boundary.is_ahead.capacity();
 }
 
 }  // namespace
 
-int LeafBits(int num_sources) {
+int leaf_bits(int num_sources) {
   if (num_sources <= 128) return 14;
   return num_sources <= 2048 ? 16 : 20;
 }
@@ -46,18 +46,18 @@ BlendEngine::BlendEngine(WeightTable table, int64_t begin, const std::vector<Int
                          const std::vector<int64_t>& counts, int num_leaf_bits)
     : quota_(std::move(table), begin, base),
       leaf_size_(
-          int64_t{1} << (num_leaf_bits < 0 ? LeafBits(quota_.num_sources()) : num_leaf_bits)),
-      root_begin_(FirstBoundary(begin, base, counts)) {
+          int64_t{1} << (num_leaf_bits < 0 ? leaf_bits(quota_.num_sources()) : num_leaf_bits)),
+      root_begin_(first_boundary(begin, base, counts)) {
   if (num_leaf_bits > 20) throw std::invalid_argument("blend: a leaf has at most 2^20 samples");
-  root_end_ = Select(quota_, root_begin_, nullptr, begin + (int64_t{1} << kRootBits));
-  Reset();
+  root_end_ = select(quota_, root_begin_, nullptr, begin + (int64_t{1} << kRootBits));
+  reset();
 }
 
-void BlendEngine::Take(int64_t begin, int64_t end, int16_t* source, int64_t* index) {
+void BlendEngine::take(int64_t begin, int64_t end, int16_t* source, int64_t* index) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  CheckRange(begin, end);
+  check_range(begin, end);
   while (begin < end) {
-    Seek(begin);
+    seek(begin);
     const int64_t from = begin - left_.sample;
     if (from < cursor_) {
       counts_ = left_.counts;
@@ -74,52 +74,52 @@ void BlendEngine::Take(int64_t begin, int64_t end, int16_t* source, int64_t* ind
   }
 }
 
-void BlendEngine::Counts(int64_t sample, int64_t* counts) {
+void BlendEngine::counts(int64_t sample, int64_t* counts) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  CheckRange(sample, sample);
+  check_range(sample, sample);
   if (sample == root_end_.sample) {
     std::copy(root_end_.counts.begin(), root_end_.counts.end(), counts);
     return;
   }
-  Seek(sample);
+  seek(sample);
   std::copy(left_.counts.begin(), left_.counts.end(), counts);
   for (int64_t slot = 0; slot < sample - left_.sample; ++slot) ++counts[drawn_[slot]];
 }
 
-int64_t BlendEngine::Find(int source, int64_t index) {
+int64_t BlendEngine::find(int source, int64_t index) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (source < 0 || source >= num_sources() || index < root_begin_.counts[source]) {
     throw std::invalid_argument("blend: no such draw in this segment");
   }
   if (root_end_.counts[source] <= index) return -1;
-  Reset();
+  reset();
   while (rights_.back().sample - left_.sample > leaf_size_) {
     const int64_t middle = left_.sample + (rights_.back().sample - left_.sample) / 2;
-    Boundary boundary = Select(quota_, left_, &rights_.back(), middle);
+    Boundary boundary = select(quota_, left_, &rights_.back(), middle);
     if (boundary.counts[source] > index) {
       rights_.push_back(std::move(boundary));
     } else {
       left_ = std::move(boundary);
     }
   }
-  DrawCurrentLeaf();
+  draw_current_leaf();
   int64_t missing = index - left_.counts[source];
   int64_t slot = 0;
   while (drawn_[slot] != source || missing-- > 0) ++slot;
   return left_.sample + slot;
 }
 
-std::size_t BlendEngine::NumBytes() {
+std::size_t BlendEngine::num_bytes() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::size_t bytes = sizeof(*this) + quota_.NumBytes() + drawn_.capacity() * sizeof(uint16_t) +
-                      counts_.capacity() * sizeof(int64_t) + BytesOf(left_) + BytesOf(root_begin_) +
-                      BytesOf(root_end_);
-  for (const Boundary& right : rights_) bytes += sizeof(right) + BytesOf(right);
+  std::size_t bytes = sizeof(*this) + quota_.num_bytes() + drawn_.capacity() * sizeof(uint16_t) +
+                      counts_.capacity() * sizeof(int64_t) + bytes_of(left_) +
+                      bytes_of(root_begin_) + bytes_of(root_end_);
+  for (const Boundary& right : rights_) bytes += sizeof(right) + bytes_of(right);
   return bytes;
 }
 
-/// Forgets the leaf: the next Seek starts at the root.
-void BlendEngine::Reset() {
+/// Forgets the leaf: the next `seek` starts at the root.
+void BlendEngine::reset() {
   left_ = root_begin_;
   rights_.assign(1, root_end_);
   drawn_.clear();
@@ -128,8 +128,8 @@ void BlendEngine::Reset() {
 }
 
 /// Moves to the leaf that contains a sample.
-void BlendEngine::Seek(int64_t sample) {
-  if (sample < left_.sample) Reset();
+void BlendEngine::seek(int64_t sample) {
+  if (sample < left_.sample) reset();
   if (sample < left_.sample + static_cast<int64_t>(drawn_.size())) return;
   while (rights_.back().sample <= sample) {
     left_ = std::move(rights_.back());
@@ -137,27 +137,27 @@ void BlendEngine::Seek(int64_t sample) {
   }
   while (rights_.back().sample - left_.sample > leaf_size_) {
     const int64_t middle = left_.sample + (rights_.back().sample - left_.sample) / 2;
-    Boundary boundary = Select(quota_, left_, &rights_.back(), middle);
+    Boundary boundary = select(quota_, left_, &rights_.back(), middle);
     if (sample < middle) {
       rights_.push_back(std::move(boundary));
     } else {
       left_ = std::move(boundary);
     }
   }
-  DrawCurrentLeaf();
+  draw_current_leaf();
 }
 
-void BlendEngine::DrawCurrentLeaf() {
+void BlendEngine::draw_current_leaf() {
   drawn_.clear();  // nothing stale is left if drawing throws
-  DrawLeaf(quota_, left_, rights_.back(), &drawn_);
+  draw_leaf(quota_, left_, rights_.back(), &drawn_);
   counts_ = left_.counts;
   cursor_ = 0;
 }
 
-void BlendEngine::CheckRange(int64_t begin, int64_t end) const {
+void BlendEngine::check_range(int64_t begin, int64_t end) const {
   if (begin < root_begin_.sample || begin > end || end > root_end_.sample) {
     throw std::invalid_argument("blend: samples outside the segment's tree");
   }
 }
 
-}  // namespace megatron_chatflow
+}  // namespace chatflow

@@ -6,7 +6,7 @@
 
 #include "leaf_jobs.h"
 
-namespace megatron_chatflow {
+namespace chatflow {
 namespace {
 
 constexpr uint16_t kNobody = 0xFFFF;
@@ -26,26 +26,26 @@ class Tournament {
     }
   }
 
-  void Set(int player, Key key) {
+  void set(int player, Key key) {
     std::size_t at = static_cast<std::size_t>(player);
     levels_[0][at] = key;
     for (std::size_t level = 1; level < levels_.size(); ++level) {
       at /= 4;
-      levels_[level][at] = Least(&levels_[level - 1][at * 4]);
+      levels_[level][at] = least(&levels_[level - 1][at * 4]);
     }
   }
 
-  Key Winner() const { return Least(levels_.back().data()); }
+  Key winner() const { return least(levels_.back().data()); }
 
  private:
-  static Key Least(const Key* keys) {
+  static Key least(const Key* keys) {
     return std::min(std::min(keys[0], keys[1]), std::min(keys[2], keys[3]));
   }
 
   std::vector<std::vector<Key>> levels_;
 };
 
-int BitsOf(int64_t largest) {
+int bits_of(int64_t largest) {
   int bits = 0;
   while (largest >> bits != 0) ++bits;
   return bits;
@@ -53,7 +53,7 @@ int BitsOf(int64_t largest) {
 
 /// Earliest deadline first; a key is a deadline and, in its low bits, the source.
 template <typename Key>
-void DrawByDeadline(const LeafJobs& leaf, int source_bits, std::vector<uint16_t>* drawn) {
+void draw_by_deadline(const LeafJobs& leaf, int source_bits, std::vector<uint16_t>* drawn) {
   const uint32_t size = static_cast<uint32_t>(leaf.jobs.size());
   const int num_sources = static_cast<int>(leaf.begins.size()) - 1;
   const Key source_mask = (Key{1} << source_bits) - 1;
@@ -74,35 +74,35 @@ void DrawByDeadline(const LeafJobs& leaf, int source_bits, std::vector<uint16_t>
     if (job[k] != leaf.begins[k + 1]) wait(k, leaf.jobs[job[k]].release);
   }
   for (uint32_t slot = 0; slot < size; ++slot) {
-    for (uint16_t k = waiting[slot]; k != kNobody; k = following[k]) tournament.Set(k, key_of(k));
-    const Key winner = tournament.Winner();
+    for (uint16_t k = waiting[slot]; k != kNobody; k = following[k]) tournament.set(k, key_of(k));
+    const Key winner = tournament.winner();
     if (winner == Tournament<Key>::kAbsent) throw std::logic_error("blend: a slot without a job");
     const int k = static_cast<int>(winner & source_mask);
     if (winner >> source_bits <= slot) throw std::logic_error("blend: a job after its deadline");
     (*drawn)[slot] = static_cast<uint16_t>(k);
     ++job[k];
     if (job[k] != leaf.begins[k + 1] && leaf.jobs[job[k]].release <= slot + 1) {
-      tournament.Set(k, key_of(k));
+      tournament.set(k, key_of(k));
       continue;
     }
-    tournament.Set(k, Tournament<Key>::kAbsent);
+    tournament.set(k, Tournament<Key>::kAbsent);
     if (job[k] != leaf.begins[k + 1]) wait(k, leaf.jobs[job[k]].release);
   }
 }
 
 }  // namespace
 
-void DrawLeaf(const Quota& quota, const Boundary& left, const Boundary& right,
-              std::vector<uint16_t>* drawn) {
-  const LeafJobs leaf = JobsOfLeaf(quota, left, right);
+void draw_leaf(const Quota& quota, const Boundary& left, const Boundary& right,
+               std::vector<uint16_t>* drawn) {
+  const LeafJobs leaf = jobs_of_leaf(quota, left, right);
   const int64_t size = right.sample - left.sample;
   drawn->resize(size);
-  const int source_bits = BitsOf(quota.num_sources() - 1);
-  if (BitsOf(size) + source_bits < 32) {
-    DrawByDeadline<uint32_t>(leaf, source_bits, drawn);
+  const int source_bits = bits_of(quota.num_sources() - 1);
+  if (bits_of(size) + source_bits < 32) {
+    draw_by_deadline<uint32_t>(leaf, source_bits, drawn);
   } else {
-    DrawByDeadline<uint64_t>(leaf, source_bits, drawn);
+    draw_by_deadline<uint64_t>(leaf, source_bits, drawn);
   }
 }
 
-}  // namespace megatron_chatflow
+}  // namespace chatflow

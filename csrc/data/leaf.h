@@ -1,9 +1,8 @@
-/// @file
+/// \file
 /// The draws between two neighbouring boundaries, by earliest deadline.
 ///
 /// In: quotas and the states at both ends. Out: the source of every sample in between.
-#ifndef MEGATRON_CHATFLOW_CSRC_DATA_LEAF_H_
-#define MEGATRON_CHATFLOW_CSRC_DATA_LEAF_H_
+#pragma once
 
 #include <cstdint>
 #include <vector>
@@ -11,7 +10,7 @@
 #include "quota.h"
 #include "select.h"
 
-namespace megatron_chatflow {
+namespace chatflow {
 
 /// Draws a leaf.
 ///
@@ -19,11 +18,9 @@ namespace megatron_chatflow {
 /// before its deadline, the first with W_k >= j + 1, both clipped to the leaf. Every slot goes to
 /// the released job with the earliest deadline; of equal ones to the lowest source.
 ///
-/// @param drawn Source of each sample from left.sample to before right.sample; resized.
-/// @throws std::logic_error if a slot finds no job or a job no slot, which `Select` excludes.
-void DrawLeaf(const Quota& quota, const Boundary& left, const Boundary& right,
-              std::vector<uint16_t>* drawn);
+/// \param drawn Source of each sample from left.sample to before right.sample; resized.
+/// \throws std::logic_error if a slot finds no job or a job no slot, which `select` excludes.
+void draw_leaf(const Quota& quota, const Boundary& left, const Boundary& right,
+               std::vector<uint16_t>* drawn);
 
-}  // namespace megatron_chatflow
-
-#endif  // MEGATRON_CHATFLOW_CSRC_DATA_LEAF_H_
+}  // namespace chatflow

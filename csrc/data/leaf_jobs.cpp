@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-namespace megatron_chatflow {
+namespace chatflow {
 namespace {
 
 /// Part of a leaf in one piece of the schedule.
@@ -25,7 +25,7 @@ struct LevelWalk {
   int64_t level_step;
   int64_t remainder_step;
 
-  void Advance(int64_t span) {
+  void advance(int64_t span) {
     level += level_step;
     remainder += remainder_step;
     const bool carries = remainder >= span;
@@ -35,7 +35,7 @@ struct LevelWalk {
 };
 
 /// Quotient rounded towards minus infinity, and the remainder, which is not negative.
-void FloorDivide(Int128 dividend, int64_t divisor, int64_t* quotient, int64_t* remainder) {
+void floor_divide(Int128 dividend, int64_t divisor, int64_t* quotient, int64_t* remainder) {
   Int128 whole = dividend / divisor;
   Int128 rest = dividend % divisor;
   if (rest < 0) {
@@ -46,30 +46,30 @@ void FloorDivide(Int128 dividend, int64_t divisor, int64_t* quotient, int64_t* r
   *remainder = static_cast<int64_t>(rest);
 }
 
-LevelWalk WalkFrom(const Quota& quota, const Stretch& stretch, int k) {
+LevelWalk walk_from(const Quota& quota, const Stretch& stretch, int k) {
   const Piece& piece = quota.table().pieces[stretch.piece];
-  const Line line = quota.LineOf(stretch.piece, k);
+  const Line line = quota.line_of(stretch.piece, k);
   LevelWalk walk{line.begin, 0, 0, 0};
   if (line.rise == 0) return walk;
   const Int128 place = static_cast<Int128>(piece.step) * stretch.iteration + piece.phase;
   int64_t risen = 0;
-  FloorDivide(line.rise * place, piece.span, &risen, &walk.remainder);
+  floor_divide(line.rise * place, piece.span, &risen, &walk.remainder);
   walk.level += risen;
-  FloorDivide(static_cast<Int128>(line.rise) * piece.step, piece.span, &walk.level_step,
-              &walk.remainder_step);
+  floor_divide(static_cast<Int128>(line.rise) * piece.step, piece.span, &walk.level_step,
+               &walk.remainder_step);
   return walk;
 }
 
-std::vector<Stretch> StretchesOf(const Quota& quota, int64_t left, int64_t right) {
+std::vector<Stretch> stretches_of(const Quota& quota, int64_t left, int64_t right) {
   std::vector<Stretch> stretches;
-  const Place place = quota.PlaceOf(left);
+  const Place place = quota.place_of(left);
   int64_t iteration = place.iteration - quota.table().pieces[place.piece].begin;
   const int64_t batch = quota.table().samples_per_iteration;
   int64_t sample = left;
   for (int piece = place.piece; sample < right; ++piece, iteration = 0) {
-    const int64_t end = std::min(quota.PieceEnd(piece), right);
-    const bool is_constant = quota.table().pieces[piece].IsConstant();
-    const int64_t next = quota.PieceSample(piece) + (iteration + 1) * batch;
+    const int64_t end = std::min(quota.piece_end(piece), right);
+    const bool is_constant = quota.table().pieces[piece].is_constant();
+    const int64_t next = quota.piece_sample(piece) + (iteration + 1) * batch;
     const int64_t first_end = is_constant ? end : std::min(next, end);
     stretches.push_back({piece, iteration, sample - left, end - left, first_end - left});
     sample = end;
@@ -84,41 +84,41 @@ std::vector<Stretch> StretchesOf(const Quota& quota, int64_t left, int64_t right
 /// the quota rests there; then the release waits until it moves on.
 class JobWriter {
  public:
-  /// @param due The quota at the leaf's begin, below one sample.
-  /// @param is_ahead Whether the job that is open there has been drawn already.
+  /// \param due The quota at the leaf's begin, below one sample.
+  /// \param is_ahead Whether the job that is open there has been drawn already.
   JobWriter(uint64_t due, bool is_ahead, Job* jobs, Job* end)
       : due_(due), target_(is_ahead ? kGrid : 0), job_(jobs), end_(end) {
-    if (due_ > target_) Release(0);
+    if (due_ > target_) release(0);
   }
 
-  bool IsDone() const { return job_ == end_; }
+  bool is_done() const { return job_ == end_; }
 
   /// Goes on to the sample `end` with a constant weight.
-  void Advance(int64_t begin, int64_t end, uint64_t weight) {
+  void advance(int64_t begin, int64_t end, uint64_t weight) {
     if (weight == 0) return;
     const uint64_t length = static_cast<uint64_t>(end - begin);
     const uint64_t after = due_ + weight * length;
-    if (after >= target_) Cross(static_cast<uint64_t>(begin), length, weight, after);
+    if (after >= target_) cross(static_cast<uint64_t>(begin), length, weight, after);
     due_ = after;
   }
 
   /// Ends the last window where the leaf ends.
-  void Finish(int64_t size) {
-    if (!IsDone() && is_released_) {
+  void finish(int64_t size) {
+    if (!is_done() && is_released_) {
       job_->deadline = static_cast<uint32_t>(size);
       ++job_;
     }
-    if (!IsDone()) throw std::logic_error("blend: a leaf has no room for a source's draws");
+    if (!is_done()) throw std::logic_error("blend: a leaf has no room for a source's draws");
   }
 
  private:
-  void Release(uint64_t sample) {
+  void release(uint64_t sample) {
     job_->release = static_cast<uint32_t>(sample);
     is_released_ = true;
     target_ += kGrid;
   }
 
-  void Cross(uint64_t begin, uint64_t length, uint64_t weight, uint64_t after) {
+  void cross(uint64_t begin, uint64_t length, uint64_t weight, uint64_t after) {
     uint64_t at = (target_ - due_) / weight;
     uint64_t rest = (target_ - due_) % weight;
     const bool goes_on = after >= target_ + kGrid;
@@ -129,10 +129,10 @@ class JobWriter {
         job_->deadline = static_cast<uint32_t>(begin + at + (rest > 0));
         ++job_;
         is_released_ = false;
-        if (IsDone()) return;
+        if (is_done()) return;
       }
       if (at == length) return;  // reached, not left
-      Release(begin + at);
+      release(begin + at);
       if (target_ > after) return;
       at += stride;
       rest += stride_rest;
@@ -152,7 +152,7 @@ class JobWriter {
 
 }  // namespace
 
-LeafJobs JobsOfLeaf(const Quota& quota, const Boundary& left, const Boundary& right) {
+LeafJobs jobs_of_leaf(const Quota& quota, const Boundary& left, const Boundary& right) {
   const int num_sources = quota.num_sources();
   const int64_t size = right.sample - left.sample;
   const int64_t batch = quota.table().samples_per_iteration;
@@ -169,9 +169,9 @@ LeafJobs JobsOfLeaf(const Quota& quota, const Boundary& left, const Boundary& ri
   result.begins[num_sources] = static_cast<uint32_t>(total);
   result.jobs.resize(total);
 
-  const std::vector<Stretch> stretches = StretchesOf(quota, left.sample, right.sample);
+  const std::vector<Stretch> stretches = stretches_of(quota, left.sample, right.sample);
   std::vector<LevelWalk> below;
-  for (const Stretch& stretch : stretches) below.push_back(WalkFrom(quota, stretch, 0));
+  for (const Stretch& stretch : stretches) below.push_back(walk_from(quota, stretch, 0));
   for (int k = 0; k < num_sources; ++k) {
     Job* const jobs = result.jobs.data() + result.begins[k];
     Job* const jobs_end = result.jobs.data() + result.begins[k + 1];
@@ -181,22 +181,22 @@ LeafJobs JobsOfLeaf(const Quota& quota, const Boundary& left, const Boundary& ri
       const Stretch& stretch = stretches[part];
       const int64_t span = quota.table().pieces[stretch.piece].span;
       LevelWalk low = below[part];
-      LevelWalk high = WalkFrom(quota, stretch, k + 1);
+      LevelWalk high = walk_from(quota, stretch, k + 1);
       below[part] = high;
       int64_t begin = stretch.begin;
       int64_t end = stretch.first_end;
       while (!is_idle) {
-        writer.Advance(begin, end, static_cast<uint64_t>(high.level - low.level));
-        if (end == stretch.end || writer.IsDone()) break;
+        writer.advance(begin, end, static_cast<uint64_t>(high.level - low.level));
+        if (end == stretch.end || writer.is_done()) break;
         begin = end;
         end = std::min(end + batch, stretch.end);
-        low.Advance(span);
-        high.Advance(span);
+        low.advance(span);
+        high.advance(span);
       }
     }
-    if (!is_idle) writer.Finish(size);
+    if (!is_idle) writer.finish(size);
   }
   return result;
 }
 
-}  // namespace megatron_chatflow
+}  // namespace chatflow

@@ -1,9 +1,8 @@
-/// @file
+/// \file
 /// The jobs of a leaf: when each draw may happen.
 ///
 /// In: quotas and the states at a leaf's ends. Out: release and deadline of every draw in it.
-#ifndef MEGATRON_CHATFLOW_CSRC_DATA_LEAF_JOBS_H_
-#define MEGATRON_CHATFLOW_CSRC_DATA_LEAF_JOBS_H_
+#pragma once
 
 #include <cstdint>
 #include <vector>
@@ -11,7 +10,7 @@
 #include "quota.h"
 #include "select.h"
 
-namespace megatron_chatflow {
+namespace chatflow {
 
 /// A draw that may take the slots [release, deadline), counted from the leaf's first sample.
 struct Job {
@@ -28,9 +27,7 @@ struct LeafJobs {
 
 /// Finds the jobs of a leaf: a constant number of operations for each job and each iteration.
 ///
-/// @throws std::logic_error if the counts at the ends do not add up to the leaf's size.
-LeafJobs JobsOfLeaf(const Quota& quota, const Boundary& left, const Boundary& right);
+/// \throws std::logic_error if the counts at the ends do not add up to the leaf's size.
+LeafJobs jobs_of_leaf(const Quota& quota, const Boundary& left, const Boundary& right);
 
-}  // namespace megatron_chatflow
-
-#endif  // MEGATRON_CHATFLOW_CSRC_DATA_LEAF_JOBS_H_
+}  // namespace chatflow

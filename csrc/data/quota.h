@@ -1,17 +1,16 @@
-/// @file
+/// \file
 /// Quotas of a piecewise linear weight schedule in closed form, and their inverses.
 ///
 /// In: cumulative weight levels on a grid of 2^32, as knot rows and linear pieces. Out: the quota
 /// W_k(i), the sum of source k's weights over the samples before i, anywhere in O(log) time.
 /// `megatron_chatflow/native/quota_reference.py` defines every number here.
-#ifndef MEGATRON_CHATFLOW_CSRC_DATA_QUOTA_H_
-#define MEGATRON_CHATFLOW_CSRC_DATA_QUOTA_H_
+#pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-namespace megatron_chatflow {
+namespace chatflow {
 
 __extension__ typedef __int128 Int128;
 __extension__ typedef unsigned __int128 UInt128;
@@ -36,7 +35,7 @@ struct Piece {
   int64_t phase;
   int64_t span;
 
-  bool IsConstant() const { return row_begin == row_end; }
+  bool is_constant() const { return row_begin == row_end; }
 };
 
 /// Every weight of a schedule on a grid of iterations.
@@ -51,8 +50,8 @@ struct WeightTable {
   /// The first begins at iteration 0; the last is constant and never ends.
   std::vector<Piece> pieces;
 
-  /// @throws std::invalid_argument if the table breaks a rule that the arithmetic relies on.
-  void Check() const;
+  /// \throws std::invalid_argument if the table breaks a rule that the arithmetic relies on.
+  void check() const;
 };
 
 /// A level along one piece: begin + floor(rise * place / span).
@@ -71,61 +70,61 @@ struct Place {
 /// Quotas from one sample on, in units of 2^-32 samples.
 class Quota {
  public:
-  /// @param table The weights.
-  /// @param begin The first sample counted; at least table.origin.
-  /// @param base W_k(begin) for every source.
-  /// @throws std::invalid_argument as WeightTable::check.
+  /// \param table The weights.
+  /// \param begin The first sample counted; at least table.origin.
+  /// \param base W_k(begin) for every source.
+  /// \throws std::invalid_argument as WeightTable::check.
   Quota(WeightTable table, int64_t begin, const std::vector<Int128>& base);
 
   int num_sources() const { return table_.num_sources; }
   const WeightTable& table() const { return table_; }
 
   /// The iteration and piece of a sample.
-  Place PlaceOf(int64_t sample) const;
+  Place place_of(int64_t sample) const;
 
   /// W_k(sample) of every source, into `quotas`, which has num_sources entries.
-  void QuotasAt(const Place& place, Int128* quotas) const;
+  void quotas_at(const Place& place, Int128* quotas) const;
 
   /// The least sample i of [from, limit] with W_k(i) - W_k(from) >= need, or limit.
   ///
-  /// @param at W_k(from).
-  /// @param need From 1 to 2^32.
-  int64_t Forward(int k, const Place& from, Int128 at, int64_t need, int64_t limit) const;
+  /// \param at W_k(from).
+  /// \param need From 1 to 2^32.
+  int64_t forward(int k, const Place& from, Int128 at, int64_t need, int64_t limit) const;
 
   /// The least sample i of [limit, from] with W_k(from) - W_k(i) <= spare.
   ///
-  /// @param at W_k(from).
-  /// @param spare From 0 to 2^32 - 1; less than W_k(from) - W_k(limit).
-  int64_t Backward(int k, const Place& from, Int128 at, int64_t spare, int64_t limit) const;
+  /// \param at W_k(from).
+  /// \param spare From 0 to 2^32 - 1; less than W_k(from) - W_k(limit).
+  int64_t backward(int k, const Place& from, Int128 at, int64_t spare, int64_t limit) const;
 
   /// The line of level k (0 to num_sources) along a piece.
-  Line LineOf(int piece, int k) const;
+  Line line_of(int piece, int k) const;
 
   /// The first sample of a piece.
-  int64_t PieceSample(int piece) const { return SampleOf(table_.pieces[piece].begin); }
+  int64_t piece_sample(int piece) const { return sample_of(table_.pieces[piece].begin); }
 
   /// The first sample after a piece; kNever for the last.
-  int64_t PieceEnd(int piece) const {
-    return piece + 1 < num_pieces() ? PieceSample(piece + 1) : kNever;
+  int64_t piece_end(int piece) const {
+    return piece + 1 < num_pieces() ? piece_sample(piece + 1) : kNever;
   }
 
   int num_pieces() const { return static_cast<int>(table_.pieces.size()); }
 
   /// Bytes that the quotas hold.
-  std::size_t NumBytes() const;
+  std::size_t num_bytes() const;
 
  private:
-  int64_t SampleOf(int64_t iteration) const {
+  int64_t sample_of(int64_t iteration) const {
     return table_.origin + iteration * table_.samples_per_iteration;
   }
-  int64_t LevelAt(int piece, const Line& line, int64_t iteration) const;
-  int64_t WeightAt(int piece, int k, int64_t iteration) const;
-  Int128 PieceSum(int piece, int k, int64_t num_iterations) const;
-  UInt128 SumBefore(int piece, int k) const;
-  Int128 AtPiece(int piece, int k) const;
-  Int128 AtIteration(int piece, int k, int64_t iteration) const;
-  int LastPieceBelow(int k, Int128 target, int low, int high) const;
-  int64_t SearchRamp(int piece, int k, Int128 target, int64_t low, int64_t high) const;
+  int64_t level_at(int piece, const Line& line, int64_t iteration) const;
+  int64_t weight_at(int piece, int k, int64_t iteration) const;
+  Int128 piece_sum(int piece, int k, int64_t num_iterations) const;
+  UInt128 sum_before(int piece, int k) const;
+  Int128 at_piece(int piece, int k) const;
+  Int128 at_iteration(int piece, int k, int64_t iteration) const;
+  int last_piece_below(int k, Int128 target, int low, int high) const;
+  int64_t search_ramp(int piece, int k, Int128 target, int64_t low, int64_t high) const;
 
   WeightTable table_;
   std::vector<Int128> base_;
@@ -136,6 +135,4 @@ class Quota {
   std::vector<uint8_t> is_narrow_;
 };
 
-}  // namespace megatron_chatflow
-
-#endif  // MEGATRON_CHATFLOW_CSRC_DATA_QUOTA_H_
+}  // namespace chatflow

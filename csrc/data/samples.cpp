@@ -143,9 +143,6 @@ void RowReader::read(int64_t ordinal, Row* row) const {
     throw std::invalid_argument(label_ + ": sample " + std::to_string(ordinal) + " is not one of " +
                                 std::to_string(num_samples_));
   }
-  const auto num_tokens = static_cast<size_t>(shape_.seq_length) + 1;
-  row->tokens.resize(num_tokens);
-  row->loss_mask.resize(num_tokens);
   row->starts.clear();
   int64_t filled = 0;
   try {
@@ -162,8 +159,8 @@ void RowReader::append(const TokenFile& file, int64_t begin, int64_t length, Row
     throw std::invalid_argument(file.name + ": ends before token " +
                                 std::to_string(begin + length));
   }
-  copy_tokens(file, begin, length, shape_.vocab_size, row->tokens.data() + *filled);
-  uint8_t* mask = row->loss_mask.data() + *filled;
+  copy_tokens(file, begin, length, shape_.vocab_size, row->tokens + *filled);
+  uint8_t* mask = row->loss_mask + *filled;
   if (file.loss_mask == nullptr) {
     std::fill(mask, mask + length, uint8_t{1});
   } else {
@@ -174,15 +171,16 @@ void RowReader::append(const TokenFile& file, int64_t begin, int64_t length, Row
 }
 
 void RowReader::finish(int64_t filled, Row* row) const {
-  std::fill(row->tokens.begin() + filled, row->tokens.end(), shape_.pad_id);
-  std::fill(row->loss_mask.begin() + filled, row->loss_mask.end(), uint8_t{0});
+  const int64_t num_tokens = shape_.seq_length + 1;
+  std::fill(row->tokens + filled, row->tokens + num_tokens, shape_.pad_id);
+  std::fill(row->loss_mask + filled, row->loss_mask + num_tokens, uint8_t{0});
   std::vector<int32_t>& cu_seqlens = row->cu_seqlens;
   cu_seqlens.assign(1, 0);
   const auto seq_length = static_cast<int32_t>(shape_.seq_length);
   if (shape_.isolate) {
     row->starts.push_back(static_cast<int32_t>(filled));  // where the padding begins
     for (const int32_t start : row->starts) {
-      if (start <= seq_length) row->loss_mask[static_cast<size_t>(start)] = 0;
+      if (start <= seq_length) row->loss_mask[start] = 0;
       if (start > cu_seqlens.back() && start < seq_length) cu_seqlens.push_back(start);
     }
   }
@@ -247,26 +245,38 @@ void PackedReader::read_pieces(int64_t ordinal, Row* row, int64_t* filled) const
                                 " has documents " + std::to_string(begin) + " to " +
                                 std::to_string(end));
   }
+  // First all places, then all tokens: so the processor waits for several documents at once.
+  row->pieces.clear();
+  int64_t room = shape_.seq_length + 1;
   for (int64_t place = begin; place < end; ++place) {
-    const int64_t document = documents_.data[place];
-    if (document < 0 || document >= last(first_documents_)) {
-      throw std::invalid_argument("damaged packing: there is no document " +
-                                  std::to_string(document));
-    }
-    const int64_t number = find_part(first_documents_, document);
-    const TokenFile& file = files_[static_cast<size_t>(number)];
-    const int64_t local = document - first_documents_.data[number];
-    const int64_t first = file.document_begin(local);
-    const int64_t room = shape_.seq_length + 1 - *filled;
-    const int64_t length = std::min(file.document_begin(local + 1) - first, room);
-    if (length < 0) {
-      throw std::invalid_argument(file.name + ": its index goes back at document " +
-                                  std::to_string(local + 1));
-    }
-    if (length == 0) continue;
-    row->starts.push_back(static_cast<int32_t>(*filled));
-    append(file, first, length, row, filled);
+    const Piece piece = locate(documents_.data[place], room);
+    if (piece.length == 0) continue;
+    row->pieces.push_back(piece);
+    __builtin_prefetch(static_cast<const uint8_t*>(piece.file->tokens) +
+                       piece.begin * item_size(piece.file->type));
+    room -= piece.length;
   }
+  for (const Piece& piece : row->pieces) {
+    row->starts.push_back(static_cast<int32_t>(*filled));
+    append(*piece.file, piece.begin, piece.length, row, filled);
+  }
+}
+
+Piece PackedReader::locate(int64_t document, int64_t room) const {
+  if (document < 0 || document >= last(first_documents_)) {
+    throw std::invalid_argument("damaged packing: there is no document " +
+                                std::to_string(document));
+  }
+  const int64_t number = find_part(first_documents_, document);
+  const TokenFile& file = files_[static_cast<size_t>(number)];
+  const int64_t local = document - first_documents_.data[number];
+  const int64_t begin = file.document_begin(local);
+  const int64_t length = std::min(file.document_begin(local + 1) - begin, room);
+  if (length < 0) {
+    throw std::invalid_argument(file.name + ": its index goes back at document " +
+                                std::to_string(local + 1));
+  }
+  return {&file, begin, length};
 }
 
 }  // namespace chatflow

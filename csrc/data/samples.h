@@ -48,12 +48,20 @@ struct SampleShape {
   bool isolate;        ///< documents are attention segments of their own
 };
 
-/// One sample, to be read into again and again.
+/// Consecutive tokens of a file.
+struct Piece {
+  const TokenFile* file;
+  int64_t begin;
+  int64_t length;
+};
+
+/// One sample: memory for its tokens, which the caller gives, and its segments.
 struct Row {
-  std::vector<int32_t> tokens;      ///< seq_length + 1
-  std::vector<uint8_t> loss_mask;   ///< of the tokens; that of the labels begins at its second
+  int32_t* tokens;                  ///< seq_length + 1
+  uint8_t* loss_mask;               ///< of the tokens; that of the labels begins at its second
   std::vector<int32_t> cu_seqlens;  ///< begins of the segments, and seq_length
   std::vector<int32_t> starts;      ///< positions at which documents begin
+  std::vector<Piece> pieces;        ///< scratch
 };
 
 /// Reads any sample of an epoch; safe to share between threads.
@@ -130,6 +138,9 @@ class PackedReader : public RowReader {
   void read_pieces(int64_t ordinal, Row* row, int64_t* filled) const override;
 
  private:
+  /// The tokens of a document, at most `room` of them.
+  Piece locate(int64_t document, int64_t room) const;
+
   Int64Span first_documents_;
   Int64Span offsets_;
   Int64Span documents_;

@@ -5,12 +5,12 @@
 #include <stdexcept>
 #include <tuple>
 
-namespace megatron_chatflow {
+namespace chatflow {
 namespace {
 
 /// The window of a source at a boundary, clipped to the neighbours.
-Member WindowOf(const Quota& quota, const Place& place, Int128 at, const Boundary& left,
-                const Boundary* right, int k) {
+Member window_of(const Quota& quota, const Place& place, Int128 at, const Boundary& left,
+                 const Boundary* right, int k) {
   const int64_t floor = static_cast<int64_t>(at >> kGridBits);
   const int64_t fraction = static_cast<int64_t>(at & (kGrid - 1));
   Member member{};
@@ -18,11 +18,11 @@ Member WindowOf(const Quota& quota, const Place& place, Int128 at, const Boundar
   member.fraction = static_cast<uint32_t>(fraction);
   member.release = left.sample;
   member.deadline = right == nullptr ? kNever : right->sample;
-  if (right == nullptr || right->Floor(k) > floor) {  // else the window ends after `right`
-    member.deadline = quota.Forward(k, place, at, kGrid - fraction, member.deadline);
+  if (right == nullptr || right->floor(k) > floor) {  // else the window ends after `right`
+    member.deadline = quota.forward(k, place, at, kGrid - fraction, member.deadline);
   }
-  if (left.Floor(k) < floor || left.fractions[k] == 0) {  // else it begins before `left`
-    member.release = quota.Backward(k, place, at, fraction - 1, left.sample) - 1;
+  if (left.floor(k) < floor || left.fractions[k] == 0) {  // else it begins before `left`
+    member.release = quota.backward(k, place, at, fraction - 1, left.sample) - 1;
   }
   member.is_forced = left.counts[k] == floor + 1;
   member.is_barred = right != nullptr && right->counts[k] == floor;
@@ -54,7 +54,7 @@ Caps::Caps(const std::vector<Member>& members) {
   std::iota(next_.begin(), next_.end(), 0);
 }
 
-bool Caps::Admit(const Member& member) {
+bool Caps::admit(const Member& member) {
   const int own = static_cast<int>(std::lower_bound(ends_.begin(), ends_.end(), member.deadline) -
                                    ends_.begin());
   const int num_groups = static_cast<int>(free_.size());
@@ -74,11 +74,11 @@ bool Caps::Admit(const Member& member) {
   return true;
 }
 
-Boundary Select(const Quota& quota, const Boundary& left, const Boundary* right, int64_t sample) {
+Boundary select(const Quota& quota, const Boundary& left, const Boundary* right, int64_t sample) {
   const int num_sources = quota.num_sources();
-  const Place place = quota.PlaceOf(sample);
+  const Place place = quota.place_of(sample);
   std::vector<Int128> quotas(num_sources);
-  quota.QuotasAt(place, quotas.data());
+  quota.quotas_at(place, quotas.data());
 
   Boundary here;
   here.sample = sample;
@@ -93,14 +93,14 @@ Boundary Select(const Quota& quota, const Boundary& left, const Boundary* right,
     here.fractions[k] = static_cast<uint32_t>(quotas[k]);
     sum += here.fractions[k];
     if (here.fractions[k] != 0) {
-      members.push_back(WindowOf(quota, place, quotas[k], left, right, k));
+      members.push_back(window_of(quota, place, quotas[k], left, right, k));
     }
   }
 
   Caps caps(members);
   uint64_t wanted = sum >> kGridBits;
   const auto admit = [&](const Member& member) {
-    if (wanted == 0 || !caps.Admit(member)) return;
+    if (wanted == 0 || !caps.admit(member)) return;
     here.counts[member.source] += 1;
     here.is_ahead[member.source] = 1;
     --wanted;
@@ -122,4 +122,4 @@ Boundary Select(const Quota& quota, const Boundary& left, const Boundary* right,
   return here;
 }
 
-}  // namespace megatron_chatflow
+}  // namespace chatflow

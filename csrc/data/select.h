@@ -1,17 +1,16 @@
-/// @file
+/// \file
 /// The state of a blend at a sample, and the rule that selects one between two others.
 ///
 /// In: states at two boundaries that some sequence with error below 1 joins. Out: one in between
 /// that is joined to both. `megatron_chatflow/native/blend_reference.py` says why it works.
-#ifndef MEGATRON_CHATFLOW_CSRC_DATA_SELECT_H_
-#define MEGATRON_CHATFLOW_CSRC_DATA_SELECT_H_
+#pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "quota.h"
 
-namespace megatron_chatflow {
+namespace chatflow {
 
 /// Counts and quotas of every source before a sample.
 struct Boundary {
@@ -23,7 +22,7 @@ struct Boundary {
   /// Whether the count is the quota rounded up; only where there is a fraction.
   std::vector<uint8_t> is_ahead;
 
-  int64_t Floor(int k) const { return counts[k] - is_ahead[k]; }
+  int64_t floor(int k) const { return counts[k] - is_ahead[k]; }
 };
 
 /// A source whose quota at a boundary is not whole, with the window that contains the boundary.
@@ -39,11 +38,11 @@ struct Member {
 /// How many sources may be ahead in windows that end late: a cap for every deadline.
 class Caps {
  public:
-  /// @param members Any order; their fractions sum to a whole number.
+  /// \param members Any order; their fractions sum to a whole number.
   explicit Caps(const std::vector<Member>& members);
 
   /// Takes the first free slot at or after the window's end, if there is one.
-  bool Admit(const Member& member);
+  bool admit(const Member& member);
 
  private:
   std::vector<int64_t> ends_;
@@ -53,11 +52,9 @@ class Caps {
 
 /// Selects the state at a sample between two boundaries.
 ///
-/// @param left A boundary before the sample.
-/// @param right A boundary after the sample; null when nothing is known there.
-/// @throws std::logic_error if the boundaries are not joined by any sequence.
-Boundary Select(const Quota& quota, const Boundary& left, const Boundary* right, int64_t sample);
+/// \param left A boundary before the sample.
+/// \param right A boundary after the sample; null when nothing is known there.
+/// \throws std::logic_error if the boundaries are not joined by any sequence.
+Boundary select(const Quota& quota, const Boundary& left, const Boundary* right, int64_t sample);
 
-}  // namespace megatron_chatflow
-
-#endif  // MEGATRON_CHATFLOW_CSRC_DATA_SELECT_H_
+}  // namespace chatflow
