@@ -80,8 +80,10 @@ $(INSTALLED): pyproject.toml setup.py Makefile | $(BIN)/python
 	$(BIN)/pip install -qq 'setuptools>=77' wheel 'pybind11>=2.12'
 	$(BIN)/pip install -qq --no-build-isolation --editable '.[dev]' \
 	torch==$(TORCH_VERSION) megatron-core==$(MEGATRON_CORE_VERSION)
-	@touch $@
+	@touch $@ && touch $(BUILT)
 
+# The installation has just compiled everything when it ran in the same call. By force, because
+# setuptools does not see that a header changed.
 $(BUILT): $(INSTALLED) $(CSRC)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	@[[ -e $@ && -z "$$(find $^ -newer $@)" ]] || $(BIN)/python setup.py --quiet build_ext --inplace --force
 	@touch $@

@@ -4,6 +4,7 @@ Its text is made of random syllables and characters, so that nothing of it is an
 """
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from hypothesis import settings
 # The machines that run the suite are shared: how long an example takes says nothing about it.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_run import TinyRun, make_tiny_run  # noqa: E402  (the path is set just above)
 
 HAN = [chr(0x4E00 + 37 * k) for k in range(60)]
 
@@ -55,3 +60,9 @@ def tiny_sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A run that the real entry point trains within seconds."""
+    return make_tiny_run(tmp_path_factory.mktemp("tiny_run"))

@@ -15,7 +15,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+__all__ = ["OPTIMIZER_LAYOUT", "CheckpointException", "load_sharded", "save_sharded"]
 
 # How the distributed optimizer lays out its state: by parameter, so that it loads at any layout.
 OPTIMIZER_LAYOUT = {
@@ -32,10 +36,10 @@ class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        writer = torch_checkpoint.FileSystemWriter(
+        writer = FileSystemWriter(
             checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1
         )
-        torch_checkpoint.save(
+        save(
             mcore_to_pyt_state_dict(by_key, False),
             storage_writer=writer,
             planner=MCoreSavePlanner(

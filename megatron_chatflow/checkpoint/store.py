@@ -121,7 +121,7 @@ def save_checkpoint(
     begin = time.perf_counter()
     final = iteration_folder(root, state.iteration)
     beside = root / f".{final.name}.saving"
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         if ranks.is_reporter:
             shutil.rmtree(beside, ignore_errors=True)
@@ -135,7 +135,8 @@ def save_checkpoint(
                 megatron.save_sharded(
                     _sharded_state(_unwrapped(chunks), optimizer, is_loading=False), beside
                 )
-        except Exception as caught:  # torch wraps what any rank met; which type depends on it
+        # torch wraps what any rank met in an exception that is no `Exception`.
+        except (Exception, megatron.CheckpointException) as caught:
             error = caught
         is_saved = _all_agree(error is None, ranks.device)
     if is_saved and ranks.is_reporter:
@@ -151,24 +152,28 @@ def save_checkpoint(
     if ranks.is_reporter:
         shutil.rmtree(beside, ignore_errors=True)
     if error is not None:
-        reason = _root_cause(error)
         logger.error(
-            "saving %s failed: %s; the previous checkpoint is untouched, training goes on and the "
-            "next save tries again",
+            "saving %s failed: %s (%.1f GB free there); the previous checkpoint is untouched, "
+            "training goes on and the next save tries again",
             final,
-            reason,
+            _root_cause(error),
+            shutil.disk_usage(root).free / 1e9 if root.exists() else 0.0,
         )
     return False
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of what lies under torch's wrapping."""
+    """What the system said, under torch's wrapping."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+        cause = cause.__cause__ or cause.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _publish(root: Path, beside: Path, final: Path, state: RunState, config: RunConfig) -> None:

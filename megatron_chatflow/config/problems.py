@@ -30,6 +30,16 @@ _BOUNDS = {
 }
 
 
+def _path(location: tuple[str | int, ...]) -> str:
+    """A pydantic location as messages write it: ``data.schedule.knots[0].at``."""
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{_show(part)}"
+        for part in location
+        if part != "[key]"
+    ]
+    return "".join(parts).removeprefix(".")
+
+
 def describe(error: ValidationError, root: type) -> str:
     """The first problem of ``error`` in one line.
 
@@ -42,7 +52,7 @@ def describe(error: ValidationError, root: type) -> str:
     order = {"unexpected_keyword_argument": 0, "missing": 2}
     problems.sort(key=lambda problem: order.get(problem["type"], 1))
     first = problems[0]
-    path = ".".join(_show(part) for part in first["loc"] if part != "[key]")
+    path = _path(first["loc"])
     cause = first.get("ctx", {}).get("error")
     kind, value = first["type"], first["input"]
     if kind == "missing" or value is None:

@@ -193,7 +193,7 @@ def _check_checkpoint(config: "RunConfig") -> None:
 def _check_schedule(config: "RunConfig") -> None:
     sources, knots = config.data.sources, config.data.schedule.knots
     for number, knot in enumerate(knots):
-        path = f"data.schedule.knots.{number}.weights"
+        path = f"data.schedule.knots[{number}].weights"
         for name in knot.weights:
             if name not in sources:
                 raise UserError(
@@ -205,7 +205,7 @@ def _check_schedule(config: "RunConfig") -> None:
     for number, (before, after) in enumerate(pairwise(knots), start=1):
         if after.at <= before.at:
             raise UserError(
-                f"data.schedule.knots.{number}.at: {after.at} does not follow {before.at} of the "
+                f"data.schedule.knots[{number}].at: {after.at} does not follow {before.at} of the "
                 "knot before it; put the knots in rising order"
             )
 

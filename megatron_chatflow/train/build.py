@@ -5,20 +5,17 @@ In: a resolved configuration and this process's ranks. Out: a `Run` and its `Pro
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.checkpoint.files import resolve_checkpoint, write_atomically
+from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, load_weights
-from megatron_chatflow.config import RunConfig, to_plain
+from megatron_chatflow.config import RunConfig
 from megatron_chatflow.config.model_shape import flops_per_token
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.attention import choose_backend
@@ -28,10 +25,10 @@ from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
-from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.train.hooks import Hook
 from megatron_chatflow.train.hooks.console import Console
 from megatron_chatflow.train.hooks.metrics_file import MetricsFile
+from megatron_chatflow.train.inputs import RunInputs, open_inputs
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
 
@@ -44,27 +41,12 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     Raises:
         UserError: Data, tokenizer, model and checkpoint do not fit together.
     """
-    tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
-    vocab_size = model_vocab_size(config, tokenizer)
-    sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
-    state = initial_state(config, tokenizer, sources, vocab_size)
-    checkpoint = _checkpoint_to_load(config)
-    resumed = None
-    if checkpoint is not None:
-        resumed = RunState.read(checkpoint)
-        _refuse_other_model(resumed, state, checkpoint)
-        if config.checkpoint.finetune:
-            resumed = None
-        else:
-            _refuse_other_data(resumed, state, checkpoint)
-    blend = _blend(config, sources, resumed)
-    state = replace(state, schedule=blend.schedule.to_dict())
-
-    llama = _model(config, ranks, vocab_size)
+    inputs = open_inputs(config)
+    llama = _model(config, ranks, inputs.vocab_size)
     optimization = build_optimization(config, llama, ranks)
-    if checkpoint is not None:
-        _load(checkpoint, optimization, ranks, weights_only=resumed is None)
-    progress = _progress(blend, resumed)
+    if inputs.checkpoint is not None:
+        _load(inputs.checkpoint, optimization, ranks, weights_only=inputs.resumed is None)
+    progress = _progress(inputs.blend, inputs.resumed)
     optimization.set_consumed_samples(progress.consumed_samples)
 
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
@@ -72,128 +54,27 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     run = Run(
         config=config,
         ranks=ranks,
-        sources=sources,
-        blend=blend,
-        loader=_loader(config, sources, blend, ranks, stack),
+        sources=inputs.sources,
+        blend=inputs.blend,
+        loader=_loader(config, inputs, ranks, stack),
         forward_step=ForwardStep.build(
             llama,
             ranks,
-            num_bytes_per_id=tokenizer.num_bytes_per_id,
-            num_sources=len(sources),
+            num_bytes_per_id=inputs.tokenizer.num_bytes_per_id,
+            num_sources=len(inputs.sources),
         ),
         optimization=optimization,
-        validator=_validator(config, tokenizer),
-        state=state,
-        flops_per_token=float(flops_per_token(config.model, vocab_size, config.data.seq_length)),
+        validator=_validator(config, inputs),
+        state=inputs.state,
+        flops_per_token=float(
+            flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
+        ),
         peak_flops=peak,
         stop_request=StopRequest(),
         hooks=_hooks(config, ranks, progress, stack),
     )
     stack.callback(run.stop_request.close)
     return run, progress
-
-
-def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
-    """The model's vocabulary: the tokenizer's, unless the configuration asks for more.
-
-    Raises:
-        UserError: The tokenizer has ids that the model would not.
-    """
-    configured = config.model.vocab_size
-    if configured is None:
-        return tokenizer.vocab_size
-    if configured < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {configured} is below the {tokenizer.vocab_size} pieces of "
-            f"{config.tokenizer.tokenizer_model}; leave it out to take the tokenizer's"
-        )
-    return configured
-
-
-def initial_state(
-    config: RunConfig, tokenizer: Tokenizer, sources: list[Source], vocab_size: int
-) -> RunState:
-    """The state of a run that has not begun."""
-    shape = config.model
-    return RunState(
-        iteration=0,
-        consumed_samples=0,
-        consumed_tokens=0,
-        blend={},
-        schedule={},
-        sources={source.name: source.fingerprint() for source in sources},
-        tokenizer={
-            "type": config.tokenizer.tokenizer_type,
-            "sha256": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-        },
-        model={
-            "num_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-            "ffn_hidden_size": shape.ffn_hidden_size,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_query_groups": shape.num_query_groups,
-            "untie_embeddings_and_output_weights": shape.untie_embeddings_and_output_weights,
-            "rotary_base": shape.rotary_base,
-            "norm_epsilon": shape.norm_epsilon,
-            "vocab_size": vocab_size,
-        },
-    )
-
-
-def _checkpoint_to_load(config: RunConfig) -> Path | None:
-    if config.checkpoint.load is None:
-        return None
-    path = Path(config.checkpoint.load)
-    checkpoint = resolve_checkpoint(path)
-    if checkpoint is None:
-        if config.checkpoint.finetune:
-            raise UserError(
-                f"checkpoint.load: {path} holds no checkpoint, and --finetune needs its weights; "
-                "name a run's folder or one of its iter_ folders"
-            )
-        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", path)
-    return checkpoint
-
-
-def _refuse_other_model(resumed: RunState, state: RunState, checkpoint: Path) -> None:
-    for name, value in state.model.items():
-        if resumed.model.get(name) != value:
-            raise UserError(
-                f"model.{name}: {value} here and {resumed.model.get(name)} in {checkpoint}; give "
-                "the model the checkpoint's shape"
-            )
-
-
-def _refuse_other_data(resumed: RunState, state: RunState, checkpoint: Path) -> None:
-    if resumed.tokenizer["sha256"] != state.tokenizer["sha256"]:
-        raise UserError(
-            f"tokenizer.tokenizer_model: is not the one that {checkpoint} was trained with; give "
-            "that one, or start from its weights alone with --finetune"
-        )
-    for name, fingerprint in state.sources.items():
-        if name in resumed.sources and resumed.sources[name] != fingerprint:
-            raise UserError(
-                f"data.sources.{name}: is not the data that {checkpoint} was trained on; give the "
-                "same files, or start from its weights alone with --finetune"
-            )
-
-
-def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:
-    """The blend from the beginning, or as the checkpoint left it."""
-    batch = config.train.global_batch_size
-    if resumed is not None:
-        # The sequence is cut by the batch size that the run began with, whatever it is now.
-        batch = int(resumed.schedule["samples_per_iteration"])
-    schedule = Schedule.from_dict(
-        to_plain(config.data.schedule),
-        sources=[source.name for source in sources],
-        samples_per_iteration=batch,
-        seq_length=config.data.seq_length,
-    )
-    if resumed is None:
-        return Blend(schedule)
-    return Blend(schedule, state=resumed.blend)
 
 
 def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
@@ -224,12 +105,10 @@ def _progress(blend: Blend, resumed: RunState | None) -> Progress:
     )
 
 
-def _loader(
-    config: RunConfig, sources: list[Source], blend: Blend, ranks: Ranks, stack: ExitStack
-) -> Loader:
+def _loader(config: RunConfig, inputs: RunInputs, ranks: Ranks, stack: ExitStack) -> Loader:
     loader = Loader(
-        sources,
-        blend,
+        inputs.sources,
+        inputs.blend,
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_rank=ranks.data_parallel_rank,
@@ -240,14 +119,11 @@ def _loader(
     return loader
 
 
-def _validator(config: RunConfig, tokenizer: Tokenizer) -> Validator | None:
+def _validator(config: RunConfig, inputs: RunInputs) -> Validator | None:
     if config.train.eval_interval is None:
         return None
-    held_out = build_sources(
-        config.data, seed=config.train.seed, tokenizer=tokenizer, split="validation"
-    )
     return Validator(
-        sources=held_out,
+        sources=inputs.validation_sources,
         max_samples=config.train.eval_iters * config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seq_length=config.data.seq_length,

@@ -78,19 +78,19 @@ REFUSED = [
     ({"checkpoint.save_interval": 5}, "checkpoint.save_interval: needs checkpoint.save"),
     (
         {"data.schedule.knots.1.weights": {"chatt": 1}},
-        "data.schedule.knots.1.weights.chatt: is not among data.sources (did you mean chat?)",
+        "data.schedule.knots[1].weights.chatt: is not among data.sources (did you mean chat?)",
     ),
-    ({"data.schedule.knots.0.weights": {"chat": 0}}, "data.schedule.knots.0.weights: all weights"),
-    ({"data.schedule.knots.0.weights": {}}, "data.schedule.knots.0.weights: all weights are 0"),
+    ({"data.schedule.knots.0.weights": {"chat": 0}}, "data.schedule.knots[0].weights: all weights"),
+    ({"data.schedule.knots.0.weights": {}}, "data.schedule.knots[0].weights: all weights are 0"),
     (
         {"data.schedule.knots.0.weights": {"chat": -1}},
-        "data.schedule.knots.0.weights.chat: must be",
+        "data.schedule.knots[0].weights.chat: must be",
     ),
     (
         {"data.schedule.knots.0.weights": {"chat": float("nan")}},
-        "data.schedule.knots.0.weights.chat: must be",
+        "data.schedule.knots[0].weights.chat: must be",
     ),
-    ({"data.schedule.knots.1.at": 0}, "data.schedule.knots.1.at: 0 does not follow 0 of the knot"),
+    ({"data.schedule.knots.1.at": 0}, "data.schedule.knots[1].at: 0 does not follow 0 of the knot"),
 ]
 
 

@@ -1,0 +1,267 @@
+"""The whole road on one CPU: real text to a trained, killed, resumed, exported model.
+
+``python examples/tiny_cpu/demo.py [--short]``, from the repository's root; ``make demo`` sets up
+what it needs. In: nothing. Out: ``runs/tiny_cpu/`` with both runs, the exported Hugging Face
+folder, ``report.html`` and ``summary.json``.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_chatflow.errors import UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path("examples/tiny_cpu")
+CORPUS = Path(".demo/corpus")
+TOKENS = Path(".demo/tokens")
+RUNS = Path("runs/tiny_cpu")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SOURCES = {
+    "english": ["--json-keys", "text"],
+    "chinese": ["--json-keys", "text"],
+    "parallel": ["--format", "pairs", "--pair-direction", "both"],
+    # A chat has to fit the 512 inputs of a sample and the label after them.
+    "instruction": ["--format", "chat", "--max-tokens", "513"],
+}
+PROMPTS = {"english": "What is a computer?", "chinese": "请介绍一下北京。"}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long the demo trains, in iterations.
+
+    Attributes:
+        foundation: Of the English foundation.
+        chatflow: Of the ChatFlow run.
+        ramp_end: Where its schedule has arrived.
+        kill: Where it is killed at the earliest.
+        save_interval: Between its checkpoints.
+        eval_interval: Between its validations.
+    """
+
+    foundation: int
+    chatflow: int
+    ramp_end: int
+    kill: int
+    save_interval: int
+    eval_interval: int
+
+
+WHOLE = Length(140, 250, 150, 110, 25, 50)
+SHORT = Length(16, 32, 20, 14, 4, 16)
+
+
+def main() -> None:
+    """Runs every step and prints what it shows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="few iterations: about 5 minutes")
+    is_short = parser.parse_args().short
+    length = SHORT if is_short else WHOLE
+    os.chdir(ROOT)
+    begin = time.monotonic()
+    fetch_corpus(is_short)
+    tokenise()
+    shutil.rmtree(RUNS, ignore_errors=True)
+    train_foundation(length)
+    killed_at, resumed_at, num_repeated = train_chatflow(length)
+    tool(
+        "convert_checkpoint.py",
+        "export",
+        "--checkpoint",
+        RUNS / "chatflow",
+        "--output",
+        RUNS / "export",
+    )
+    tool("plot_run.py", RUNS / "foundation", RUNS / "chatflow", "--output", RUNS / "report.html")
+    summary = summarise(killed_at, resumed_at)
+    show_table(summary)
+    for prompt in PROMPTS.values():
+        tool(
+            "generate.py",
+            RUNS / "export",
+            "--chat",
+            "--prompt",
+            prompt,
+            "--max-new-tokens",
+            "48",
+            "--seed",
+            "1",
+        )
+    print(
+        f"\nKilled in iteration {killed_at}, resumed at {resumed_at}: {num_repeated} iterations "
+        "were trained twice, with the same batches and the same losses to the last bit."
+    )
+    print(f"Look at {RUNS / 'report.html'}; {RUNS / 'export'} loads in transformers.")
+    print(f"The demo took {(time.monotonic() - begin) / 60:.1f} minutes.")
+
+
+def step(title: str) -> None:
+    """Announces a step."""
+    print(f"\n== {title}", flush=True)
+
+
+def tool(name: str, *arguments: object) -> None:
+    """Runs one of the project's tools; ends the demo if it fails."""
+    command = [sys.executable, f"tools/{name}", *map(str, arguments)]
+    step(" ".join(["tools/" + name, *map(str, arguments)]))
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"tools/{name} failed, see above")
+
+
+def fetch_corpus(is_short: bool) -> None:
+    """Brings the text and the tokenizer; what is there already is not fetched again."""
+    if (CORPUS / "manifest.json").exists():
+        step(f"the corpus is in {CORPUS} already")
+        return
+    tool("fetch_demo_corpus.py", "--output-dir", CORPUS, *(["--small"] if is_short else []))
+
+
+def tokenise() -> None:
+    """Turns each source's two parts into indexed datasets, unless they are there."""
+    for source, flags in SOURCES.items():
+        for part, prefix in (("train", source), ("valid", f"{source}_valid")):
+            if list(TOKENS.glob(f"{prefix}_[tm]e*_document.json")):
+                continue
+            tool(
+                "preprocess_data.py",
+                "--input",
+                CORPUS / f"{source}.{part}.jsonl",
+                "--output-prefix",
+                TOKENS / prefix,
+                "--tokenizer-model",
+                CORPUS / "tokenizer.model",
+                "--append-eod",
+                "--workers",
+                "2",
+                *flags,
+            )
+
+
+def pretrain(config: Path, *flags: object) -> list[str]:
+    """The command line of a run on two ranks."""
+    return [*TORCHRUN, "-m", "megatron_chatflow.pretrain", "--config", *map(str, (config, *flags))]
+
+
+def train_foundation(length: Length) -> None:
+    """Trains the English foundation."""
+    step("English foundation on 2 ranks, TP=2")
+    flags = ("--train-iters", length.foundation, "--eval-interval", length.foundation)
+    if subprocess.run(pretrain(HERE / "foundation.yaml", *flags), check=False).returncode:
+        raise UserError("the foundation run failed, see above")
+
+
+def train_chatflow(length: Length) -> tuple[int, int, int]:
+    """Trains the ChatFlow run, kills it on the way, resumes it.
+
+    Returns:
+        The iteration in which it was killed, the one it went on from, and how many iterations were
+        trained twice.
+    """
+    folder = RUNS / "chatflow"
+    command = pretrain(
+        _config_of_length(length),
+        "--train-iters",
+        length.chatflow,
+        "--save-interval",
+        length.save_interval,
+        "--eval-interval",
+        length.eval_interval,
+    )
+    step("ChatFlow on 2 ranks, TP=2, from the foundation's weights; it will be killed on the way")
+    job = subprocess.Popen(
+        [*command, "--load", str(RUNS / "foundation"), "--finetune"], start_new_session=True
+    )
+    try:
+        while _last_iteration(folder) < length.kill:
+            if job.poll() is not None:
+                raise UserError("the ChatFlow run failed before it could be killed, see above")
+            time.sleep(0.05)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    before = _iterations(folder)
+    killed_at = max(before)
+    resumed_at = int((folder / "latest_checkpointed_iteration.txt").read_text())
+    step(f"killed after iteration {killed_at}; resuming from the checkpoint of {resumed_at}")
+    if subprocess.run([*command, "--load", str(folder)], check=False).returncode:
+        raise UserError("the resumed run failed, see above")
+    after = _iterations(folder)
+    repeated = range(resumed_at + 1, killed_at + 1)
+    for iteration in repeated:
+        for key in ("batch_digest", "lm_loss", "grad_norm"):
+            if before[iteration][key] != after[iteration][key]:
+                raise UserError(
+                    f"iteration {iteration}: {key} is {after[iteration][key]} after the resume and "
+                    f"was {before[iteration][key]}; please report this"
+                )
+    return killed_at, resumed_at, len(repeated)
+
+
+def _config_of_length(length: Length) -> Path:
+    """The ChatFlow configuration with its ramp cut to this demo's length."""
+    config = yaml.safe_load((HERE / "chatflow.yaml").read_text(encoding="utf-8"))
+    config["data"]["schedule"]["knots"][-1]["at"] = length.ramp_end
+    path = RUNS / "chatflow.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of a run's metrics; a line that is being written is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _iterations(folder: Path) -> dict[int, dict[str, Any]]:
+    return {entry["iteration"]: entry for entry in _entries(folder) if "lm_loss" in entry}
+
+
+def _last_iteration(folder: Path) -> int:
+    return max(_iterations(folder), default=0)
+
+
+def summarise(killed_at: int, resumed_at: int) -> dict[str, Any]:
+    """Writes ``summary.json``: bits per byte of each source before and after the ChatFlow run."""
+    validations = [entry for entry in _entries(RUNS / "chatflow") if "validation" in entry]
+    first, last = validations[0]["validation"], validations[-1]["validation"]
+    speeds = sorted(e["tokens_per_second"] for e in _iterations(RUNS / "chatflow").values())
+    summary = {
+        "validation": {
+            name: {"before": first[name]["bits_per_byte"], "after": last[name]["bits_per_byte"]}
+            for name in first
+        },
+        "killed_at": killed_at,
+        "resumed_at": resumed_at,
+        "tokens_per_second": speeds[len(speeds) // 2],
+    }
+    (RUNS / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def show_table(summary: dict[str, Any]) -> None:
+    """Prints the validation before and after."""
+    step("validation, bits per byte")
+    print(f"{'source':12} {'before':>8} {'after':>8} {'change':>8}")
+    for name, row in summary["validation"].items():
+        change = row["after"] / row["before"] - 1
+        print(f"{name:12} {row['before']:8.3f} {row['after']:8.3f} {100 * change:+7.1f}%")
+    print(f"median speed: {summary['tokens_per_second']:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,186 @@
+"""What a run reads, opened and checked against one another before anything is built.
+
+In: a resolved configuration. Out: `RunInputs`: tokenizer, sources, blend, and the checkpoint to go
+on from. It needs neither a GPU nor another rank, so a dry run does just this.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_chatflow.checkpoint.files import resolve_checkpoint
+from megatron_chatflow.checkpoint.store import RunState
+from megatron_chatflow.config import RunConfig, to_plain
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.data.source import Source, build_sources
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The opened inputs of a run.
+
+    Attributes:
+        tokenizer: Of text and model.
+        vocab_size: The model's, before padding.
+        sources: Training sources in the schedule's order.
+        validation_sources: Held-out samples of each; none where nothing is validated.
+        blend: From the beginning, or as the checkpoint left it.
+        state: The run's state before its first iteration.
+        checkpoint: Where weights come from; None for fresh ones.
+        resumed: The checkpoint's state; None unless the run goes on from it.
+    """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    sources: list[Source]
+    validation_sources: list[Source]
+    blend: Blend
+    state: RunState
+    checkpoint: Path | None
+    resumed: RunState | None
+
+
+def open_inputs(config: RunConfig) -> RunInputs:
+    """Opens and checks everything that a run reads.
+
+    Raises:
+        UserError: Something is missing or damaged, or data, tokenizer, model and checkpoint do not
+            fit together.
+    """
+    tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
+    vocab_size = model_vocab_size(config, tokenizer)
+    sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
+    held_out = []
+    if config.train.eval_interval is not None:
+        held_out = build_sources(
+            config.data, seed=config.train.seed, tokenizer=tokenizer, split="validation"
+        )
+    state = initial_state(config, tokenizer, sources, vocab_size)
+    checkpoint = _checkpoint_to_load(config)
+    resumed = None
+    if checkpoint is not None:
+        resumed = RunState.read(checkpoint)
+        _refuse_other_model(resumed, state, checkpoint)
+        if config.checkpoint.finetune:
+            resumed = None
+        else:
+            _refuse_other_data(resumed, state, checkpoint)
+    blend = _blend(config, sources, resumed)
+    return RunInputs(
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        sources=sources,
+        validation_sources=held_out,
+        blend=blend,
+        state=replace(state, schedule=blend.schedule.to_dict()),
+        checkpoint=checkpoint,
+        resumed=resumed,
+    )
+
+
+def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
+    """The model's vocabulary: the tokenizer's, unless the configuration asks for more.
+
+    Raises:
+        UserError: The tokenizer has ids that the model would not.
+    """
+    configured = config.model.vocab_size
+    if configured is None:
+        return tokenizer.vocab_size
+    if configured < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {configured} is below the {tokenizer.vocab_size} pieces of "
+            f"{config.tokenizer.tokenizer_model}; leave it out to take the tokenizer's"
+        )
+    return configured
+
+
+def initial_state(
+    config: RunConfig, tokenizer: Tokenizer, sources: list[Source], vocab_size: int
+) -> RunState:
+    """The state of a run that has not begun."""
+    shape = config.model
+    return RunState(
+        iteration=0,
+        consumed_samples=0,
+        consumed_tokens=0,
+        blend={},
+        schedule={},
+        sources={source.name: source.fingerprint() for source in sources},
+        tokenizer={
+            "type": config.tokenizer.tokenizer_type,
+            "sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        model={
+            "num_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "ffn_hidden_size": shape.ffn_hidden_size,
+            "num_attention_heads": shape.num_attention_heads,
+            "num_query_groups": shape.num_query_groups,
+            "untie_embeddings_and_output_weights": shape.untie_embeddings_and_output_weights,
+            "rotary_base": shape.rotary_base,
+            "norm_epsilon": shape.norm_epsilon,
+            "vocab_size": vocab_size,
+        },
+    )
+
+
+def _checkpoint_to_load(config: RunConfig) -> Path | None:
+    if config.checkpoint.load is None:
+        return None
+    path = Path(config.checkpoint.load)
+    checkpoint = resolve_checkpoint(path)
+    if checkpoint is None:
+        if config.checkpoint.finetune:
+            raise UserError(
+                f"checkpoint.load: {path} holds no checkpoint, and --finetune needs its weights; "
+                "name a run's folder or one of its iter_ folders"
+            )
+        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", path)
+    return checkpoint
+
+
+def _refuse_other_model(resumed: RunState, state: RunState, checkpoint: Path) -> None:
+    for name, value in state.model.items():
+        if resumed.model.get(name) != value:
+            raise UserError(
+                f"model.{name}: {value} here and {resumed.model.get(name)} in {checkpoint}; give "
+                "the model the checkpoint's shape"
+            )
+
+
+def _refuse_other_data(resumed: RunState, state: RunState, checkpoint: Path) -> None:
+    if resumed.tokenizer["sha256"] != state.tokenizer["sha256"]:
+        raise UserError(
+            f"tokenizer.tokenizer_model: is not the one that {checkpoint} was trained with; give "
+            "that one, or start from its weights alone with --finetune"
+        )
+    for name, fingerprint in state.sources.items():
+        if name in resumed.sources and resumed.sources[name] != fingerprint:
+            raise UserError(
+                f"data.sources.{name}: is not the data that {checkpoint} was trained on; give the "
+                "same files, or start from its weights alone with --finetune"
+            )
+
+
+def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:
+    """The blend from the beginning, or as the checkpoint left it."""
+    batch = config.train.global_batch_size
+    if resumed is not None:
+        # The sequence is cut by the batch size that the run began with, whatever it is now.
+        batch = int(resumed.schedule["samples_per_iteration"])
+    schedule = Schedule.from_dict(
+        to_plain(config.data.schedule),
+        sources=[source.name for source in sources],
+        samples_per_iteration=batch,
+        seq_length=config.data.seq_length,
+    )
+    if resumed is None:
+        return Blend(schedule)
+    return Blend(schedule, state=resumed.blend)

@@ -1,0 +1,102 @@
+"""The entry point as a user meets it: exit codes, one-line errors, a disk that fills."""
+
+import json
+import resource
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import jobs
+import pytest
+from tiny_run import TinyRun
+
+
+def _failing(command: Sequence[str], **options: object) -> str:
+    """Runs a command that has to end with 2, and returns its only error line."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    return errors[0]
+
+
+@pytest.mark.distributed
+def test_missing_configuration(tmp_path: Path) -> None:
+    line = _failing(jobs.pretrain("--config", tmp_path / "nowhere.yaml"))
+    assert "nowhere.yaml" in line
+
+
+@pytest.mark.distributed
+def test_missing_data(tiny_run: TinyRun, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    text = tiny_run.config.read_text(encoding="utf-8")
+    config.write_text(text.replace("first_text_document", "nowhere_text_document"))
+    assert "data.sources.first.paths[0]" in _failing(jobs.pretrain("--config", config))
+
+
+@pytest.mark.distributed
+def test_two_ranks_say_it_once(tiny_run: TinyRun) -> None:
+    command = [*jobs.torchrun(2), "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]
+    output = jobs.run([*map(str, command), "--seq-length", "128", "--vocab-size", "599"], expect=1)
+    assert output.count("error: model.vocab_size") == 1
+
+
+def _no_file_above(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+@pytest.mark.distributed
+def test_a_disk_that_fills_leaves_the_previous_checkpoint(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = jobs.pretrain("--config", tiny_run.config, "--save", folder, "--load", folder)
+    jobs.run([*command, "--exit-interval", "5"])
+    before = sorted(path.name for path in folder.rglob("*"))
+
+    # The system refuses to let a file grow past the limit, as it does on a full disk.
+    line = _failing([*command, "--exit-interval", "8"], preexec_fn=lambda: _no_file_above(1 << 20))
+    assert "checkpoint.save" in line and "could not be written" in line
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "5\n"
+    left = {name for name in (path.name for path in folder.rglob("*")) if "tfevents" not in name}
+    assert left == {name for name in before if "tfevents" not in name}
+
+    jobs.run(command)
+    iterations, _ = jobs.read_metrics(folder)
+    assert [entry["iteration"] for entry in iterations] == list(range(1, 11))
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "10\n"
+
+
+@pytest.mark.distributed
+def test_a_failed_save_on_the_way_does_not_end_the_run(tiny_run: TinyRun, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    blocker = folder / ".iter_0000004.saving"
+    folder.mkdir()
+    blocker.write_text("a file where the save wants its folder")
+    output = jobs.run(
+        jobs.pretrain("--config", tiny_run.config, "--save", folder, "--save-interval", "4")
+    )
+    assert (folder / "iter_0000008").is_dir()
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "10\n"
+    assert "saving" in output
+
+
+@pytest.mark.distributed
+def test_a_run_leaves_what_it_promises(tiny_run: TinyRun, tmp_path: Path) -> None:
+    jobs.run(jobs.pretrain("--config", tiny_run.config, "--save", tmp_path, "--train-iters", "3"))
+    assert (tmp_path / "config.yaml").is_file()
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert (tmp_path / "iter_0000003" / "config.yaml").is_file()
+    iterations, validations = jobs.read_metrics(tmp_path)
+    assert len(iterations) == 3
+    assert [entry["iteration"] for entry in validations] == [0, 3]
+    entry = iterations[-1]
+    assert entry["consumed_samples"] == 24
+    assert entry["consumed_tokens"] == 24 * 64
+    for name in ("lm_loss", "learning_rate", "grad_norm", "tokens_per_second", "tflops_per_gpu"):
+        assert isinstance(entry[name], float)
+    assert sum(source["weight"] for source in entry["sources"].values()) == pytest.approx(1)
+    assert sum(source["realised"] for source in entry["sources"].values()) == pytest.approx(1)
+    state = json.loads((tmp_path / "iter_0000003" / "state.json").read_text())
+    assert state["consumed_samples"] == 24

@@ -1,0 +1,250 @@
+"""Every mistake in a run's inputs is one line that says what, where, and what to do."""
+
+import json
+import math
+import re
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import TinyRun, train_tokenizer
+
+from megatron_chatflow.checkpoint.files import iteration_folder, write_atomically
+from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.train.inputs import open_inputs
+
+
+def _refused(pattern: str, make_config, **changes) -> None:
+    """The configuration is refused, in one line that the pattern matches."""
+    with pytest.raises(UserError, match=pattern) as caught:
+        open_inputs(make_config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def _copy(tiny_run: TinyRun, folder: Path) -> Path:
+    """A copy of the first dataset, to be damaged."""
+    prefix = folder / "damaged_text_document"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tiny_run.folder / f"first_text_document{suffix}", f"{prefix}{suffix}")
+    return prefix
+
+
+def _idx(prefix: Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def test_good_input_is_accepted(make_config) -> None:
+    inputs = open_inputs(make_config())
+    assert [source.name for source in inputs.sources] == ["first", "second"]
+    assert inputs.resumed is None
+
+
+def test_no_such_data(make_config, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere_document")
+    _refused(
+        r"data\.sources\.first\.paths\[0\].*nowhere_document",
+        make_config,
+        data__sources__first__paths=[missing],
+    )
+
+
+def test_truncated_idx(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    prefix = _copy(tiny_run, tmp_path)
+    content = _idx(prefix).read_bytes()
+    for length in (0, 8, 33, 40, len(content) // 2, len(content) - 1):
+        _idx(prefix).write_bytes(content[:length])
+        _refused(
+            r"data\.sources\.first\.paths\[0\].*damaged_text_document",
+            make_config,
+            data__sources__first__paths=[str(prefix)],
+        )
+
+
+def test_idx_of_another_magic(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    prefix = _copy(tiny_run, tmp_path)
+    content = bytearray(_idx(prefix).read_bytes())
+    content[:4] = b"ABCD"
+    _idx(prefix).write_bytes(content)
+    _refused(
+        r"paths\[0\].*\.idx.*MMIDIDX",
+        make_config,
+        data__sources__first__paths=[str(prefix)],
+    )
+
+
+def test_idx_longer_than_its_bin(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    prefix = _copy(tiny_run, tmp_path)
+    data = Path(f"{prefix}.bin")
+    data.write_bytes(data.read_bytes()[:-2])
+    _refused(r"paths\[0\].*\.bin", make_config, data__sources__first__paths=[str(prefix)])
+
+
+def test_lengths_and_pointers_that_disagree(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    prefix = _copy(tiny_run, tmp_path)
+    content = bytearray(_idx(prefix).read_bytes())
+    struct.pack_into("<i", content, 34, 10**6)  # the first document's length
+    _idx(prefix).write_bytes(content)
+    _refused(r"paths\[0\].*\.idx", make_config, data__sources__first__paths=[str(prefix)])
+
+
+def test_tokenizer_that_does_not_fit_the_model(make_config) -> None:
+    _refused(r"model\.vocab_size: 599 is below the 600", make_config, model__vocab_size=599)
+
+
+def test_tokenizer_other_than_the_corpus_was_made_with(
+    make_config, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    prefix = _copy(tiny_run, tmp_path)
+    sidecar = {
+        "format_version": 1,
+        "tokenizer": {"type": "Llama2Tokenizer", "sha256": "0" * 64, "vocab_size": 600},
+        "num_documents": 400,
+        "num_tokens": 1,
+        "sha256": {"bin": "1" * 64, "idx": "2" * 64},
+    }
+    Path(f"{prefix}.json").write_text(json.dumps(sidecar))
+    _refused(
+        r"data\.sources\.first\.paths\[0\].*tokenizer",
+        make_config,
+        data__sources__first__paths=[str(prefix)],
+    )
+
+
+def test_ids_beyond_the_vocabulary(make_config, tmp_path: Path) -> None:
+    prefix = tmp_path / "wide_text_document"
+    writer = IndexedDatasetWriter(prefix, "uint16")
+    writer.add_document([700] * 500)
+    writer.finalize()
+    config = make_config(data__sources__first__paths=[str(prefix)])
+    with pytest.raises(UserError, match=r"data\.sources\.first.*700"):
+        open_inputs(config).sources[0].sample(0)
+
+
+def test_missing_tokenizer(make_config, tmp_path: Path) -> None:
+    _refused(
+        "nowhere.model", make_config, tokenizer__tokenizer_model=str(tmp_path / "nowhere.model")
+    )
+
+
+def test_empty_source_with_weight(make_config, tmp_path: Path) -> None:
+    prefix = tmp_path / "empty_text_document"
+    IndexedDatasetWriter(prefix, "uint16").finalize()
+    _refused(
+        r"data\.sources\.first: is empty",
+        make_config,
+        data__sources__first__paths=[str(prefix)],
+    )
+
+
+def test_empty_source_without_weight_is_accepted(make_config, tmp_path: Path) -> None:
+    prefix = tmp_path / "empty_text_document"
+    IndexedDatasetWriter(prefix, "uint16").finalize()
+    inputs = open_inputs(
+        make_config(
+            data__sources__first__paths=[str(prefix)],
+            data__schedule={"knots": [{"at": 0, "weights": {"second": 1}}]},
+        )
+    )
+    assert inputs.sources[0].num_samples == 0
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"first": -1, "second": 2}, {"first": math.nan}, {"first": 0, "second": 0}, {"third": 1}],
+    ids=["negative", "nan", "all zero", "unknown source"],
+)
+def test_impossible_weights(make_config, weights) -> None:
+    _refused(
+        r"data\.schedule\.knots\[0\]\.weights",
+        make_config,
+        data__schedule={"knots": [{"at": 0, "weights": weights}]},
+    )
+
+
+def _checkpoint(make_config, folder: Path, **state) -> None:
+    """A run's folder whose one checkpoint holds the state that this configuration would save."""
+    inputs = open_inputs(make_config())
+    saved = replace(
+        inputs.state, iteration=5, consumed_samples=40, blend=inputs.blend.state_at(40), **state
+    )
+    iteration_folder(folder, 5).mkdir(parents=True)
+    write_atomically(iteration_folder(folder, 5) / "state.json", json.dumps(vars(saved)))
+    write_atomically(folder / "latest_checkpointed_iteration.txt", "5\n")
+
+
+def test_checkpoint_of_another_model(make_config, tmp_path: Path) -> None:
+    _checkpoint(make_config, tmp_path)
+    _refused(
+        r"model\.num_layers: 2 here and 4 in .*iter_0000005",
+        make_config,
+        model__num_layers=2,
+        checkpoint__load=str(tmp_path),
+    )
+
+
+def test_checkpoint_of_other_data(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    _checkpoint(make_config, tmp_path)
+    _refused(
+        r"data\.sources\.first: is not the data",
+        make_config,
+        data__sources__first__paths=[str(tiny_run.folder / "second_text_document")],
+        checkpoint__load=str(tmp_path),
+    )
+
+
+def test_checkpoint_of_another_tokenizer(make_config, tmp_path: Path) -> None:
+    _checkpoint(make_config, tmp_path / "run")
+    other = train_tokenizer(tmp_path / "other.model")
+    other.write_bytes(other.read_bytes() + b"\x2a\x00")  # an empty field: the same pieces
+    _refused(
+        r"tokenizer\.tokenizer_model: is not the one",
+        make_config,
+        tokenizer__tokenizer_model=str(other),
+        checkpoint__load=str(tmp_path / "run"),
+    )
+
+
+def test_edited_past(make_config, tmp_path: Path) -> None:
+    _checkpoint(make_config, tmp_path)
+    _refused(
+        r"sample 0\b",
+        make_config,
+        data__schedule={"knots": [{"at": 0, "weights": {"first": 1, "second": 1}}]},
+        checkpoint__load=str(tmp_path),
+    )
+
+
+def test_damaged_checkpoint_records(make_config, tmp_path: Path) -> None:
+    _checkpoint(make_config, tmp_path)
+    state = iteration_folder(tmp_path, 5) / "state.json"
+    content = state.read_text()
+    for damaged in ("", content[: len(content) // 2], "[]", "{}"):
+        state.write_text(damaged)
+        _refused(r"state\.json", make_config, checkpoint__load=str(tmp_path))
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    latest.write_text("soon")
+    _refused(
+        r"latest_checkpointed_iteration\.txt: 'soon'", make_config, checkpoint__load=str(tmp_path)
+    )
+    latest.write_text("7")
+    _refused("names iteration 7", make_config, checkpoint__load=str(tmp_path))
+
+
+def test_load_of_a_folder_without_a_checkpoint_starts_fresh(
+    make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = open_inputs(make_config(checkpoint__load=str(tmp_path / "nothing")))
+    assert inputs.resumed is None
+    assert re.search("holds no checkpoint: starting fresh", caplog.text)
+
+
+def test_finetune_needs_a_checkpoint(make_config, tmp_path: Path) -> None:
+    _refused(
+        r"checkpoint\.load: .*holds no checkpoint",
+        make_config,
+        checkpoint__load=str(tmp_path),
+        checkpoint__finetune=True,
+    )
