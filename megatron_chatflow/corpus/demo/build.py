@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_chatflow.corpus.demo import (
 )
 from megatron_chatflow.corpus.demo.console import Console
 from megatron_chatflow.corpus.demo.text import Document
+from megatron_chatflow.errors import UserError
 
 HOLDOUT_EVERY = 50
 """One document in this many of every package is held out for validation."""
@@ -145,6 +147,8 @@ def _extract_in_pool(
                 future.add_done_callback(lambda _: console.advance(1))
                 futures[index] = future
             return [futures[index].result() for index in range(len(chosen))]
+        except BrokenProcessPool as error:
+            raise UserError("extraction: a process was killed: free some memory") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -155,8 +159,8 @@ def _run(extract: Extract, archives: Mapping[str, Path]) -> list[Document]:
 
 
 def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it even when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ends without a word at Ctrl-C, and with the parent even when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
