@@ -85,5 +85,5 @@ $(INSTALLED): pyproject.toml setup.py Makefile | $(BIN)/python
 # The installation has just compiled everything when it ran in the same call. By force, because
 # setuptools does not see that a header changed.
 $(BUILT): $(INSTALLED) $(CSRC)
-	@[[ -e $@ && -z "$$(find $^ -newer $@)" ]] || $(BIN)/python setup.py --quiet build_ext --inplace --force
+	@[[ -e $@ && -z "$$(find $^ -newer $@)" ]] || { echo "compiling csrc"; $(BIN)/python setup.py --quiet build_ext --inplace --force; }
 	@touch $@
