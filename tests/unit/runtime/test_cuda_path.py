@@ -1,0 +1,27 @@
+"""A CUDA run never imports the module that stands in for CUDA on CPUs."""
+
+import subprocess
+import sys
+
+
+def test_importing_the_entry_point_leaves_the_cpu_module_out() -> None:
+    code = (
+        "import sys, megatron_chatflow.pretrain, megatron_chatflow.train.build\n"
+        "sys.exit('megatron_chatflow.runtime.cpu' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_the_launcher_names_it() -> None:
+    from pathlib import Path
+
+    import megatron_chatflow
+
+    package = Path(megatron_chatflow.__file__).parent
+    users = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if "import cpu" in path.read_text(encoding="utf-8")
+        or "runtime.cpu" in path.read_text(encoding="utf-8")
+    }
+    assert users == {"runtime/launch.py"}
