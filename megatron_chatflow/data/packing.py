@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.packing_cache import Packing, load_packing, save_packing
-from megatron_chatflow.data.samples import document_begins
+from megatron_chatflow.data.samples import check_index, document_begins
 from megatron_chatflow.data.split import Split, split_documents
 from megatron_chatflow.native.packing import best_fit
 from megatron_chatflow.native.samples import (
@@ -50,7 +50,9 @@ def pack_documents(
     first_document = 0
     for file in files:
         documents = split_documents(file.num_documents, split, holdout_every)
-        length_parts.append(document_begins(file, documents + 1) - document_begins(file, documents))
+        lengths = document_begins(file, documents + 1) - document_begins(file, documents)
+        check_index(file, lengths >= 0)
+        length_parts.append(lengths)
         document_parts.append(documents + first_document)
         first_document += file.num_documents
     documents, lengths = np.concatenate(document_parts), np.concatenate(length_parts)

@@ -77,10 +77,32 @@ def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.ND
         documents: int64[n], each in [0, num_documents]; the last means the end of the file.
 
     Returns:
-        int64[n].
+        int64[n], each in [0, num_tokens].
+
+    Raises:
+        UserError: The index points elsewhere.
     """
+    num_tokens = len(file.tokens)
     sequences = file.document_indices[documents]
-    begins = np.full(len(sequences), len(file.tokens), np.int64)
     inside = sequences < len(file.sequence_pointers)
-    begins[inside] = file.sequence_pointers[sequences[inside]] // file.tokens.itemsize
+    begins = np.full(len(sequences), num_tokens, np.int64)
+    begins[inside] = file.sequence_pointers[sequences[inside].clip(0)] // file.tokens.itemsize
+    check_index(file, (sequences >= 0) & (begins >= 0) & (begins <= num_tokens))
     return begins
+
+
+def check_index(file: TokenFile, holds: npt.NDArray[np.bool_]) -> None:
+    """Refuses a file whose documents do not follow one another.
+
+    Args:
+        file: The token file.
+        holds: What must be true of each document.
+
+    Raises:
+        UserError: It is not.
+    """
+    if not holds.all():
+        raise UserError(
+            f"damaged index: {file.name}.idx: its documents do not follow one another: copy or "
+            "preprocess it again"
+        )

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.samples import document_begins
+from megatron_chatflow.data.samples import check_index, document_begins
 from megatron_chatflow.native.samples import Runs, TokenFile
 
 Split = Literal["train", "validation"]
@@ -30,6 +30,7 @@ def split_runs(files: Sequence[TokenFile], split: Split, holdout_every: int | No
     file_parts, begin_parts, length_parts = [none.astype(np.int32)], [none], [none]
     for number, file in enumerate(files):
         begins, ends = _file_runs(file, split, holdout_every)
+        check_index(file, begins <= ends)
         file_parts.append(np.full(len(begins), number, np.int32))
         begin_parts.append(begins)
         length_parts.append(ends - begins)
