@@ -11,11 +11,11 @@ from pathlib import Path
 from megatron_chatflow.checkpoint.convert_export import (
     MAX_SHARD_BYTES,
     Converted,
-    TokenizerChoice,
     export_checkpoint,
 )
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.checkpoint.convert_shape import DTYPES
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.config import parse_count
 from megatron_chatflow.errors import run_main
 

@@ -25,7 +25,7 @@ from megatron_chatflow.checkpoint.convert_shape import (
     read_run_config,
     shape_of_checkpoint,
 )
-from megatron_chatflow.checkpoint.convert_template import chat_template
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice, chat_template
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes, placements, split
 from megatron_chatflow.errors import UserError
@@ -33,21 +33,6 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class TokenizerChoice:
-    """Which tokenizer goes into an export.
-
-    Attributes:
-        model: Its file or folder; None takes the one that the run's configuration names.
-        chat_template: Name of a template, or a file of Jinja source; None takes the run's.
-        leave_out: Export without any.
-    """
-
-    model: Path | None = None
-    chat_template: str | None = None
-    leave_out: bool = False
 
 
 @dataclass(frozen=True)

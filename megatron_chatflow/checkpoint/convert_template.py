@@ -1,10 +1,11 @@
-"""Which chat template an exported folder carries: the one that its chats were written with.
+"""Which tokenizer and chat template an exported folder carries.
 
-In: a checkpoint, and what the user asked for. Out: Jinja source, or None where the tokenizer brings
-its own.
+In: a checkpoint, and what the user asked for. Out: Jinja source of the template that the run's
+chats were written with, or None where the tokenizer brings its own.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 
 DEFAULT = "chatflow"
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer goes into an export.
+
+    Attributes:
+        model: Its file or folder; None takes the one that the run's configuration names.
+        chat_template: Name of a template, or a file of Jinja source; None takes the run's.
+        leave_out: Export without any.
+    """
+
+    model: Path | None = None
+    chat_template: str | None = None
+    leave_out: bool = False
 
 
 def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) -> str | None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
-from megatron_chatflow.checkpoint.convert_export import TokenizerChoice, export_checkpoint
+from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.weight_map import LLAMA_RULES
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.checkpoint.convert_export import TokenizerChoice, export_checkpoint
+from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_folder import new_folder
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 

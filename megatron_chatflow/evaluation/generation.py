@@ -1,0 +1,304 @@
+"""Text from a model, through transformers: one prompt or a conversation, streamed as it comes.
+
+In: a Hugging Face folder, or a training checkpoint, which is exported to a temporary folder on the
+way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same machine.
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.checkpoint.convert_shape import read_huggingface_config
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: The most tokens of an answer.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Of the sampling; None draws one.
+        stop: Texts at which the answer ends; they are not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int | None = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: A value is out of range.
+        """
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens: {self.max_new_tokens} is below 1; ask for some")
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"--temperature: {self.temperature} is not between 0 and 100")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p: {self.top_p} is not above 0 and at most 1")
+
+
+class TextStream:
+    """Turns ids that come one by one into text that can be shown.
+
+    A token may end within a character, and a stop text may come in pieces: what could still change
+    is held back.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str], write: Write):
+        """Begins an empty text.
+
+        Args:
+            decode: Text of ids.
+            stop: Texts at which the stream ends.
+            write: Takes each new piece of text.
+        """
+        self.text = ""
+        self.is_stopped = False
+        self._decode = decode
+        self._stop = [text for text in stop if text]
+        self._write = write
+        self._ids: list[int] = []
+
+    def put(self, token_id: int) -> None:
+        """Takes the next id."""
+        if self.is_stopped:
+            return
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        cut = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self.is_stopped = True
+            self._show(text[:cut])
+        else:
+            self._show(text[: len(text) - self._num_unsure(text)])
+
+    def end(self) -> str:
+        """Shows what was held back and returns all that was shown."""
+        if not self.is_stopped:
+            self._show(self._decode(self._ids))
+        return self.text
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self.text):
+            # Added up, not replaced: bytes that make no character can change what stands before.
+            piece = text[len(self.text) :]
+            self.text += piece
+            self._write(piece)
+
+    def _num_unsure(self, text: str) -> int:
+        """Characters at the end that belong to an unfinished character or a begun stop text."""
+        num_broken = len(text) - len(text.rstrip("\ufffd"))
+        begun = [
+            length
+            for stop in self._stop
+            for length in range(1, len(stop))
+            if text.endswith(stop[:length])
+        ]
+        return max([num_broken, *begun])
+
+
+class Generator:
+    """A model and its tokenizer, ready to write.
+
+    Attributes:
+        folder: The Hugging Face folder.
+        max_length: Tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Loads a Hugging Face folder, on a GPU where one is there.
+
+        Raises:
+            UserError: It is no such folder, has no tokenizer, or transformers is missing.
+        """
+        try:
+            import transformers
+        except ImportError:
+            raise UserError(
+                "transformers is not installed: pip install 'megatron-chatflow[hf]'"
+            ) from None
+        library_logging: Any = transformers.utils.logging
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
+        config = read_huggingface_config(folder)
+        self.folder = folder
+        self.max_length = int(config.get("max_position_embeddings", 2048))
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder}: transformers cannot load it ({reason})") from None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
+        self._model = model.to(device=device, dtype=dtype).eval()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer knows how a conversation is written down."""
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with no control ids added."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to where the model is to answer.
+
+        Args:
+            messages: OpenAI messages; the last one the user's.
+
+        Raises:
+            UserError: The folder has no chat template.
+        """
+        if not self.has_chat_template:
+            raise UserError(
+                f"{self.folder}: has no chat template; export with --chat-template chatflow"
+            )
+        prompt: str = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(prompt)
+
+    @torch.no_grad()
+    def stream(self, prompt: Sequence[int], sampling: Sampling, write: Write) -> str:
+        """Continues a prompt.
+
+        Args:
+            prompt: Its ids, at least one.
+            sampling: How.
+            write: Takes each new piece of text as it comes.
+
+        Returns:
+            The whole continuation.
+
+        Raises:
+            UserError: The prompt is empty, or too long for the model.
+        """
+        if not prompt:
+            raise UserError("--prompt: is empty; write something to go on from")
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"--prompt: has {len(prompt)} tokens and the model reads {self.max_length}; "
+                "shorten it"
+            )
+        # Decoded behind the prompt's end, so that a leading space is kept as one.
+        tail = list(prompt[-8:])
+        num_known = len(self._decode(tail))
+        stream = TextStream(lambda ids: self._decode(tail + ids)[num_known:], sampling.stop, write)
+        generator = torch.Generator(self._model.device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        for token_id in self._ids(prompt, min(sampling.max_new_tokens, room), sampling, generator):
+            stream.put(token_id)
+            if stream.is_stopped:
+                break
+        return stream.end()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _ids(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> Iterator[int]:
+        """Ids one by one until an end token; transformers keeps the keys and values."""
+        ends = self._end_ids()
+        device = self._model.device
+        cache = None
+        ids = torch.tensor([list(prompt)], device=device)
+        for _ in range(max_new_tokens):
+            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            token_id = choose(output.logits[0, -1].float(), sampling, generator)
+            if token_id in ends:
+                return
+            yield token_id
+            ids = torch.tensor([[token_id]], device=device)
+
+    def _end_ids(self) -> set[int]:
+        """What ends an answer: the model's end tokens, and the one that ends a chat's turn."""
+        configured = self._model.generation_config.eos_token_id
+        ends = set(configured if isinstance(configured, list) else [configured])
+        ends |= {self._tokenizer.eos_token_id}
+        template = self._tokenizer.chat_template or ""
+        for token in ("<|im_end|>", "<|eot_id|>"):
+            if token in template:
+                ends.add(self._tokenizer.convert_tokens_to_ids(token))
+        return ends - {None, self._tokenizer.unk_token_id}
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Samples the next token.
+
+    Args:
+        logits: float32[vocab_size].
+        sampling: Temperature and nucleus (Holtzman et al., "The Curious Case of Neural Text
+            Degeneration", 2020).
+        generator: Draws.
+
+    Returns:
+        Its id.
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ordered, ids = torch.sort((logits / sampling.temperature).softmax(-1), descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.where(before < sampling.top_p, ordered, 0.0)  # the likeliest is always kept
+    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+@contextmanager
+def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Iterator[Path]:
+    """The Hugging Face folder of a model, exported for the time of the block where it is not one.
+
+    Args:
+        path: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
+        choice: Tokenizer and chat template of the export.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if (path / "config.json").is_file():
+        yield path
+        return
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a Hugging Face folder or a run")
+    # Distributed checkpoints take seconds to import, which a Hugging Face folder need not wait for.
+    from megatron_chatflow.checkpoint.convert_export import export_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="chatflow_export_") as folder:
+        logger.info("exporting %s to a temporary folder", path)
+        export_checkpoint(path, Path(folder) / "model", tokenizer=choice)
+        yield Path(folder) / "model"

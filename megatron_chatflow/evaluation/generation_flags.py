@@ -1,0 +1,33 @@
+"""The command-line flags that every tool that generates has.
+
+In: a parser, and what it parsed. Out: a `Sampling`.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_chatflow.evaluation.generation import Sampling
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of sampling, and of the export on the way."""
+    defaults = Sampling()
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")
+    add("--temperature", type=float, default=defaults.temperature, help="0: the likeliest token")
+    add("--top-p", type=float, default=defaults.top_p, help="nucleus; default: %(default)s")
+    add("--seed", type=int, default=defaults.seed, help="of the sampling; default: %(default)s")
+    add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
+    add("--chat-template", help="for a checkpoint: chatflow, llama2, chatml, or a Jinja file")
+    add("--tokenizer-model", type=Path, help="for a checkpoint: where its tokenizer lies now")
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """The flags as a value."""
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )

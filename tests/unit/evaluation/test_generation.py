@@ -1,0 +1,241 @@
+"""Generation from real, random models: streaming, seeds, stops, templates, the two tools."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_chatflow.checkpoint.convert_import import import_huggingface
+from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.generation import (
+    Generator,
+    Sampling,
+    TextStream,
+    choose,
+    huggingface_folder,
+)
+from megatron_chatflow.evaluation.generation_chat import Conversation
+from megatron_chatflow.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[3]
+GREEDY = Sampling(max_new_tokens=12, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA with a small SentencePiece tokenizer and the chatflow template."""
+    import sentencepiece
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("generation")
+    lines = ["the river rose and the bridge fell into the water", "今天下了一场大雨"] * 20
+    (root / "text.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "text.txt"),
+        model_prefix=str(root / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(root / "tokenizer.model")
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=96,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[:259] = 0  # control ids and bytes, which rarely make characters
+    model.generation_config.max_length = None  # a length that transformers would warn about
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model", JINJA_TEMPLATES["chatflow"])
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path) -> Generator:
+    return Generator(folder)
+
+
+def test_greedy_text_is_transformers_own(folder: Path, generator: Generator) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompt = generator.encode("the river")
+    pieces: list[str] = []
+    text = generator.stream(prompt, GREEDY, pieces.append)
+    assert "".join(pieces) == text and len(pieces) > 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the river" + text
+
+
+def test_seed_decides(generator: Generator) -> None:
+    prompt = generator.encode("the bridge")
+
+    def sample(seed: int) -> str:
+        sampling = Sampling(max_new_tokens=16, temperature=1.0, top_p=1.0, seed=seed)
+        return generator.stream(prompt, sampling, lambda piece: None)
+
+    assert sample(3) == sample(3)
+    assert len({sample(seed) for seed in range(5)}) > 1
+
+
+def test_nucleus_and_temperature() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def drawn(temperature: float, top_p: float) -> set[int]:
+        generator = torch.Generator().manual_seed(0)
+        sampling = Sampling(temperature=temperature, top_p=top_p)
+        return {choose(logits, sampling, generator) for _ in range(300)}
+
+    assert drawn(1.0, 1.0) == {0, 1, 2, 3}
+    assert drawn(1.0, 0.75) == {0, 1}
+    assert drawn(1.0, 0.01) == {0}
+    assert drawn(0.0, 1.0) == {0}
+    assert drawn(0.05, 1.0) == {0}
+
+
+def test_an_end_token_ends_the_text(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = generator.encode("the river")
+    whole = list(generator._ids(prompt, 12, GREEDY, torch.Generator()))
+    monkeypatch.setattr(generator._model.generation_config, "eos_token_id", [whole[3]])
+    assert list(generator._ids(prompt, 12, GREEDY, torch.Generator())) == whole[:3]
+
+
+def test_stop_texts_are_cut_off(generator: Generator) -> None:
+    prompt = generator.encode("the river")
+    whole = generator.stream(prompt, GREEDY, lambda piece: None)
+    stop = whole[5:8]
+    pieces: list[str] = []
+    sampling = Sampling(max_new_tokens=12, temperature=0, stop=(stop,))
+    assert generator.stream(prompt, sampling, pieces.append) == whole[: whole.find(stop)]
+    assert "".join(pieces) == whole[: whole.find(stop)]
+
+
+def test_stream_holds_back_what_may_change() -> None:
+    raw = "a雨b###c".encode()
+    shown: list[str] = []
+    stream = TextStream(
+        lambda ids: bytes(ids).decode("utf-8", "replace"), ["###", "never"], shown.append
+    )
+    for byte in raw:
+        stream.put(byte)
+    assert shown == ["a", "雨", "b"]
+    assert stream.is_stopped and stream.end() == "a雨b"
+    # What was held back as the beginning of a stop text is shown in the end.
+    stream = TextStream(lambda ids: bytes(ids).decode(), ["###"], shown.append)
+    for byte in b"x##":
+        stream.put(byte)
+    assert stream.text == "x" and stream.end() == "x##"
+
+
+def test_conversation_uses_the_template_and_forgets_what_does_not_fit(
+    generator: Generator,
+) -> None:
+    conversation = Conversation(generator, GREEDY, system="the water")
+    prompts: list[list[int]] = []
+    answered = generator.stream
+
+    class Recorder(Generator):
+        def __init__(self) -> None:
+            self.__dict__.update(generator.__dict__)
+
+        def stream(self, prompt, sampling, write):
+            prompts.append(list(prompt))
+            return answered(prompt, sampling, write)
+
+    conversation._generator = Recorder()
+    assert conversation.answer("the river", lambda piece: None) == 0
+    text = generator._tokenizer.decode(prompts[0])
+    assert text == "the water\n\n### Instruction:\nthe river\n\n### Response:\n"
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    forgotten = [conversation.answer("the river", lambda piece: None) for _ in range(4)]
+    assert max(forgotten) == 2
+    assert all(len(ids) + GREEDY.max_new_tokens <= generator.max_length for ids in prompts)
+    conversation.reset()
+    assert conversation.messages == []
+
+
+def test_bad_input(generator: Generator, folder: Path, tmp_path: Path) -> None:
+    for sampling, message in (
+        ({"max_new_tokens": 0}, "--max-new-tokens"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"top_p": 0.0}, "--top-p"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Sampling(**sampling)
+    with pytest.raises(UserError, match="--prompt: is empty"):
+        generator.stream([], GREEDY, print)
+    with pytest.raises(UserError, match="has 200 tokens and the model reads 96"):
+        generator.stream([5] * 200, GREEDY, print)
+    with pytest.raises(UserError, match="no such folder"), huggingface_folder(tmp_path / "x"):
+        pass
+    with pytest.raises(UserError, match="holds no checkpoint"), huggingface_folder(tmp_path):
+        pass
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        Generator(tmp_path)
+
+
+def run_tool(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    name, *rest = map(str, arguments)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / name), *rest],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def test_generate_from_a_checkpoint_as_from_its_export(
+    folder: Path, generator: Generator, tmp_path: Path
+) -> None:
+    import_huggingface(folder, tmp_path / "run")
+    expected = generator.stream(generator.encode("the river"), GREEDY, lambda piece: None)
+    flags = ("--temperature", 0, "--max-new-tokens", 12)
+    done = run_tool("generate.py", tmp_path / "run", "--prompt", "-", *flags, stdin="the river")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"the river{expected}\n"
+    assert "temporary folder" in done.stderr
+
+
+def test_chat_answers_every_line(folder: Path) -> None:
+    lines = "the river\n\n/reset\nthe river\n/exit\nnever\n"
+    done = run_tool("chat.py", folder, "--temperature", 0, "--max-new-tokens", 8, stdin=lines)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.split("> /reset\n(a new conversation)\n")
+    assert first.removesuffix("> \n") == second.removesuffix("> /exit\n")
+    assert "never" not in done.stdout
+    failed = run_tool("chat.py", folder / "nowhere")
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ")
+
+
+def test_chatml_turns_end_the_answer(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = JINJA_TEMPLATES["chatml"]
+    config["additional_special_tokens"] = ["<|im_end|>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    generator = Generator(tmp_path)
+    end = generator._tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in generator._end_ids()

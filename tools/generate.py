@@ -1,0 +1,59 @@
+"""Lets a model go on from a prompt, or answer it.
+
+In: an exported Hugging Face folder, or a training checkpoint. Out: text, as it comes.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.errors import run_main
+from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
+from megatron_chatflow.evaluation.generation_flags import add_sampling, read_sampling
+
+EXAMPLES = """examples:
+  python tools/generate.py exports/zh --prompt "Once upon a time" --max-new-tokens 100
+  python tools/generate.py runs/zh --chat --prompt "请介绍一下北京。" --seed 1
+  echo "a long prompt" | python tools/generate.py exports/zh --prompt -
+"""
+
+
+def main() -> None:
+    """Parses the command line and writes one continuation for each prompt."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(
+        description="Continues prompts, or answers them with --chat.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
+    parser.add_argument(
+        "--prompt", action="append", required=True, help="text (repeatable); - reads standard input"
+    )
+    parser.add_argument("--chat", action="store_true", help="put it as a question in the template")
+    parser.add_argument("--system", help="system text of --chat")
+    add_sampling(parser)
+    args = parser.parse_args()
+    sampling = read_sampling(args)
+    prompts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+    choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
+    with huggingface_folder(args.model, choice) as folder:
+        generator = Generator(folder)
+        for number, prompt in enumerate(prompts):
+            if number:
+                print()
+            print(f"> {prompt}" if args.chat else prompt, end="\n" if args.chat else "")
+            system = [{"role": "system", "content": args.system}] if args.system else []
+            ids = (
+                generator.encode_chat([*system, {"role": "user", "content": prompt}])
+                if args.chat
+                else generator.encode(prompt)
+            )
+            generator.stream(ids, sampling, lambda text: print(text, end="", flush=True))
+            print()
+
+
+if __name__ == "__main__":
+    run_main(main)
