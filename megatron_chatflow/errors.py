@@ -10,7 +10,7 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """A mistake in the input: its message says what is wrong, where, and what to do, in one line."""
+    """A mistake in the input; its message says what is wrong, where, and what to do, in a line."""
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,45 +122,55 @@ def save_checkpoint(
     begin = time.perf_counter()
     final = iteration_folder(root, state.iteration)
     beside = root / f".{final.name}.saving"
-    error: BaseException | None = None
-    try:
+
+    def write() -> None:
+        with device_mode(ranks.device):
+            sharded = _sharded_state(_unwrapped(chunks), optimizer, is_loading=False)
+            megatron.save_sharded(sharded, beside)
+
+    steps: list[tuple[bool, Callable[[], None]]] = [
+        (ranks.is_reporter, lambda: _make_empty(beside)),
+        (True, write),
+        (ranks.is_reporter, lambda: _publish(root, beside, final, state, config)),
+    ]
+    for is_mine, step in steps:
+        error = _attempt(step) if is_mine else None
+        if _all_agree(error is None, ranks.device):
+            continue
+        if error is not None:
+            _log_failure(final, error)
         if ranks.is_reporter:
             shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-    except OSError as caught:
-        error = caught
-    is_saved = _all_agree(error is None, ranks.device)
-    if is_saved:
-        try:
-            with device_mode(ranks.device):
-                megatron.save_sharded(
-                    _sharded_state(_unwrapped(chunks), optimizer, is_loading=False), beside
-                )
-        # torch wraps what any rank met in an exception that is no `Exception`.
-        except (Exception, megatron.CheckpointException) as caught:
-            error = caught
-        is_saved = _all_agree(error is None, ranks.device)
-    if is_saved and ranks.is_reporter:
-        try:
-            _publish(root, beside, final, state, config)
-        except OSError as caught:
-            error = caught
-    is_saved = is_saved and _all_agree(error is None, ranks.device)
-    if is_saved:
-        if ranks.is_reporter:
-            logger.info("saved %s in %.2f s", final, time.perf_counter() - begin)
-        return True
+        return False
     if ranks.is_reporter:
-        shutil.rmtree(beside, ignore_errors=True)
-    if error is not None:
-        logger.error(
-            "saving %s failed: %s (%.1f GB free there); the previous checkpoint is untouched, "
-            "training goes on and the next save tries again",
-            final,
-            _root_cause(error),
-            shutil.disk_usage(root).free / 1e9 if root.exists() else 0.0,
-        )
-    return False
+        logger.info("saved %s in %.2f s", final, time.perf_counter() - begin)
+    return True
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _attempt(step: Callable[[], None]) -> BaseException | None:
+    """Runs a step of a save; returns what went wrong."""
+    try:
+        step()
+    # torch wraps what any rank met in an exception that is no `Exception`.
+    except (Exception, megatron.CheckpointException) as error:
+        return error
+    return None
+
+
+def _log_failure(final: Path, error: BaseException) -> None:
+    folder = final.parent
+    logger.error(
+        "saving %s failed: %s (%.1f GB free there); the previous checkpoint is untouched, training "
+        "goes on and the next save tries again",
+        final,
+        _root_cause(error),
+        shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0,
+    )
 
 
 def _root_cause(error: BaseException) -> str:
