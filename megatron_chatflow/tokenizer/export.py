@@ -150,24 +150,11 @@ def _tokenizer_json(model: Any) -> dict[str, Any] | None:
     if spec.add_dummy_prefix:
         normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    special = [
-        {
-            "id": token_id,
-            "content": piece.piece,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token_id, piece in enumerate(model.pieces)
-        if piece.type not in (NORMAL, BYTE)
-    ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": special,
+        "added_tokens": _special_tokens(model),
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -185,6 +172,23 @@ def _tokenizer_json(model: Any) -> dict[str, Any] | None:
             "merges": _merges(model),
         },
     }
+
+
+def _special_tokens(model: Any) -> list[dict[str, Any]]:
+    """Pieces that stand for no text: unknown, begin, end and other control tokens."""
+    return [
+        {
+            "id": token_id,
+            "content": piece.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token_id, piece in enumerate(model.pieces)
+        if piece.type not in (NORMAL, BYTE)
+    ]
 
 
 def _merges(model: Any) -> list[list[str]]:
