@@ -88,7 +88,7 @@ class JobWriter {
   /// \param is_ahead Whether the job that is open there has been drawn already.
   JobWriter(uint64_t due, bool is_ahead, Job* jobs, Job* end)
       : due_(due), target_(is_ahead ? kGrid : 0), job_(jobs), end_(end) {
-    if (due_ > target_) release(0);
+    if (!is_done() && due_ > target_) release(0);
   }
 
   bool is_done() const { return job_ == end_; }
@@ -175,7 +175,6 @@ LeafJobs jobs_of_leaf(const Quota& quota, const Boundary& left, const Boundary& 
   for (int k = 0; k < num_sources; ++k) {
     Job* const jobs = result.jobs.data() + result.begins[k];
     Job* const jobs_end = result.jobs.data() + result.begins[k + 1];
-    const bool is_idle = jobs == jobs_end;
     JobWriter writer(left.fractions[k], left.is_ahead[k] != 0, jobs, jobs_end);
     for (std::size_t part = 0; part < stretches.size(); ++part) {
       const Stretch& stretch = stretches[part];
@@ -185,16 +184,16 @@ LeafJobs jobs_of_leaf(const Quota& quota, const Boundary& left, const Boundary& 
       below[part] = high;
       int64_t begin = stretch.begin;
       int64_t end = stretch.first_end;
-      while (!is_idle) {
+      while (!writer.is_done()) {
         writer.advance(begin, end, static_cast<uint64_t>(high.level - low.level));
-        if (end == stretch.end || writer.is_done()) break;
+        if (end == stretch.end) break;
         begin = end;
         end = std::min(end + batch, stretch.end);
         low.advance(span);
         high.advance(span);
       }
     }
-    if (!is_idle) writer.finish(size);
+    writer.finish(size);
   }
   return result;
 }

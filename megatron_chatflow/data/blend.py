@@ -12,7 +12,9 @@ computed without the parts before. How it is made stands in
 
 from __future__ import annotations
 
+import logging
 import operator
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +28,8 @@ from megatron_chatflow.data.segments import FORMAT_VERSION, first_segment
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.blend import Engine, make_engine
 from megatron_chatflow.native.blend_reference import ROOT_BITS
+
+logger = logging.getLogger(__name__)
 
 MAX_SAMPLES = 1 << ROOT_BITS
 """A run has at most 2**40 samples."""
@@ -65,6 +69,9 @@ class Blend:
         self._public = np.array([number[name] for name in columns], np.int16)
         self._is_identity = columns == self.sources
         self._engines: dict[int, Engine] = {}
+        self._lock = threading.Lock()  # a loader draws ahead while a checkpoint asks for counts
+        if self.edit is not None:
+            logger.info("%s", self.edit)
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
         """Draws the samples ``[begin, end)``.
@@ -77,14 +84,15 @@ class Blend:
         if begin > end:
             raise UserError(f"take({begin}, {end}): the samples end before they begin")
         parts = []
-        for number in range(self._segment_of(begin), len(self._segments)):
-            stop = end
-            if number + 1 < len(self._segments):
-                stop = min(end, self._segments[number + 1].begin)
-            parts.append(self._engine(number).take(begin, stop))
-            begin = stop
-            if begin >= end:
-                break
+        with self._lock:
+            for number in range(self._segment_of(begin), len(self._segments)):
+                stop = end
+                if number + 1 < len(self._segments):
+                    stop = min(end, self._segments[number + 1].begin)
+                parts.append(self._engine(number).take(begin, stop))
+                begin = stop
+                if begin >= end:
+                    break
         source, index = parts[0]
         if len(parts) > 1:
             source = np.concatenate([part[0] for part in parts])
@@ -92,11 +100,17 @@ class Blend:
         return (source if self._is_identity else self._public[source]), index
 
     def counts(self, sample: int) -> npt.NDArray[np.int64]:
-        """Draws of each source in the samples before ``sample``, int64[len(sources)]."""
+        """Draws of each source in the samples before ``sample``, int64[num_sources].
+
+        In the order of ``schedule.sources``; draws of sources that were removed are not in it.
+        """
+        counts = self._column_counts(self._check(sample))
+        return np.array(self._of_schedule(counts.tolist()), np.int64)
+
+    def quotas(self, sample: int) -> list[int]:
+        """The sums of weights that `counts` follows, in units of 2**-32 samples."""
         sample = self._check(sample)
-        counts = np.empty(len(self.sources), np.int64)
-        counts[self._public] = self._column_counts(sample)
-        return counts
+        return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
 
     def first_draw(self, source: int, index: int) -> int | None:
         """The global sample that is the source's ``index``-th; None if there is none in 2**40.
@@ -108,10 +122,9 @@ class Blend:
         if not 0 <= source < len(self.sources) or index < 0:
             raise UserError(f"first_draw({source}, {index}): no such source or index")
         column = int(np.flatnonzero(self._public == source)[0])
-        for number, segment in enumerate(self._segments[1:]):
-            if index < segment.counts[column]:
-                return self._engine(number).find(column, index)
-        sample = self._engine(len(self._segments) - 1).find(column, index)
+        ends = [segment.counts[column] for segment in self._segments[1:]]
+        with self._lock:
+            sample = self._engine(bisect_right(ends, index)).find(column, index)
         return sample if 0 <= sample < MAX_SAMPLES else None
 
     def state_at(self, sample: int) -> dict[str, Any]:
@@ -131,20 +144,19 @@ class Blend:
         """No count will lie this far from the whole run's quota, in samples: 1 without edits."""
         return float(self._segments[-1].error_bound)
 
-    def quotas(self, sample: int) -> list[int]:
-        """The sum of each source's weights before ``sample``, in units of 2**-32 samples."""
-        sample = self._check(sample)
-        quotas = self._segments[self._segment_of(sample)].quotas_at(sample)
+    def _of_schedule(self, values: list[int]) -> list[int]:
+        """Values of all sources, in the order of the schedule's."""
         result = [0] * len(self.sources)
-        for number, quota in zip(self._public, quotas, strict=True):
-            result[number] = quota
-        return result
+        for number, value in zip(self._public, values, strict=True):
+            result[number] = value
+        return result[: len(self.schedule.sources)]
 
     def _column_counts(self, sample: int) -> npt.NDArray[np.int64]:
         number = self._segment_of(sample)
         if sample == self._segments[number].begin:
             return np.array(self._segments[number].counts, np.int64)
-        return self._engine(number).counts(sample)
+        with self._lock:
+            return self._engine(number).counts(sample)
 
     def _segment_of(self, sample: int) -> int:
         return bisect_right([segment.begin for segment in self._segments], sample) - 1

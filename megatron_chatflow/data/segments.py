@@ -61,6 +61,10 @@ class Segment:
         """The weights on the segment's own grid of iterations."""
         return self.schedule.table(self.origin)
 
+    @cached_property
+    def _quota(self) -> Quota:
+        return Quota(self.table, self.begin, self.quotas)
+
     @property
     def base(self) -> list[int]:
         """``Z_k(begin)``."""
@@ -73,7 +77,7 @@ class Segment:
 
     def quotas_at(self, sample: int) -> list[int]:
         """``W_k(sample)``, for a sample of this segment or its end."""
-        return Quota(self.table, self.begin, self.quotas).quotas(sample)
+        return self._quota.quotas(sample)
 
     def to_dict(self) -> dict[str, Any]:
         """The segment as JSON can hold it."""

@@ -38,12 +38,14 @@ def worst(blend: Blend, end: int) -> Fraction:
     """Largest distance of any count from the whole run's quota, from the draws themselves."""
     source, index = blend.take(0, end)
     counts = [0] * len(blend.sources)
+    num_sources = len(blend.schedule.sources)
     error = 0
     for sample in range(end):
         assert index[sample] == counts[source[sample]]
         counts[source[sample]] += 1
         quotas = blend.quotas(sample + 1)
-        error = max(error, *(abs(c * GRID - q) for c, q in zip(counts, quotas, strict=True)))
+        due = zip(counts[:num_sources], quotas, strict=True)
+        error = max(error, *(abs(count * GRID - quota) for count, quota in due))
     return Fraction(error, GRID)
 
 
