@@ -7,7 +7,7 @@ share and that other data does not: they go into checkpoints and into the packin
 import os
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.samples import TokenFile
-from megatron_chatflow.tokenizer import Tokenizer
 
 _NUM_BLOCKS = 64
 _BLOCK_BYTES = 1 << 18
@@ -24,6 +23,22 @@ so that the time to start does not grow with the corpus."""
 
 _NUM_CHECKED_BLOCKS = 16
 _CHECKED_BLOCK_TOKENS = 1 << 15
+
+
+class Vocabulary(Protocol):
+    """What the data has to know of the run's tokenizer, which is one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+
+    @property
+    def pad_id(self) -> int:
+        """Fills samples."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's file, hex."""
 
 
 def dataset_facts(file: TokenFile) -> dict[str, Any]:
@@ -77,7 +92,7 @@ def sampled_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Tokenizer) -> None:
+def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabulary) -> None:
     """Refuses a corpus that another tokenizer made, as far as can be told without reading it all.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
-from megatron_chatflow.data.fingerprint import check_tokenizer, dataset_facts
+from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedSamples, cached_packing
 from megatron_chatflow.data.permutation import SampleOrder
@@ -24,11 +24,10 @@ from megatron_chatflow.data.split import Split, split_runs
 from megatron_chatflow.data.windows import Windows
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.samples import RowReader, SampleShape, TokenFile
-from megatron_chatflow.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_CHECK_SECONDS = 1.0
+_CHECK_SECONDS = 30.0  # thousands of ranks ask the same file server
 
 
 class Samples(Protocol):
@@ -129,7 +128,7 @@ class Source:
         return self._facts
 
     def check_files(self) -> None:
-        """Looks, at most once a second, whether the files are still there and as long as before.
+        """Looks, at most twice a minute, whether the files are still there and as long as before.
 
         A mapped file that shrinks would kill the process where it is read.
 
@@ -163,7 +162,7 @@ def build_sources(
     data: DataConfig,
     *,
     seed: int,
-    tokenizer: Tokenizer,
+    tokenizer: Vocabulary,
     seq_length: int | None = None,
     split: Split = "train",
 ) -> list[Source]:
@@ -205,7 +204,7 @@ def _build_source(
     config: SourceConfig,
     data: DataConfig,
     seed: int,
-    tokenizer: Tokenizer,
+    tokenizer: Vocabulary,
     seq_length: int | None,
     split: Split,
 ) -> Source:

@@ -1,0 +1,269 @@
+"""Time to fetch a sample and to assemble a batch, beside megatron-core's datasets.
+
+In: the size of a corpus, which is made up, or the prefix of one. Out: a row for every way of
+cutting samples: seconds until the first sample, bytes of index built, microseconds a sample.
+Samples come in the order of training, all of them once, which brings the files into memory
+(``first_us_per_sample``), and then again in rounds (median and best).
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from megatron_chatflow.config import DataConfig, KnotConfig, ScheduleConfig, SourceConfig
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.loader import GlobalBatch, Loader
+from megatron_chatflow.data.samples import Sample
+from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.data.source import build_sources
+from megatron_chatflow.evaluation.benchmark_loader_corpus import (
+    BenchmarkVocabulary,
+    write_corpus,
+    write_sparse_corpus,
+)
+from megatron_chatflow.evaluation.report_table import Cell, Row
+
+_NUM_ROUNDS = 20
+_MICRO_BATCH_SIZE = 4
+_GLOBAL_BATCH_SIZE = 64
+_WEIGHTS = (0.7, 0.3)
+_SCALES = (10**9, 10**10, 10**11, 10**12)
+_LARGEST_OF_PEER = 10**10  # above it, building the peer's index takes minutes and gigabytes
+
+OURS, PEER = "megatron_chatflow", "megatron-core"
+
+
+class Dataset(Protocol):
+    """Samples of one corpus, ours or a peer's."""
+
+    num_samples: int
+    num_index_bytes: int
+
+    def sample(self, index: int) -> object:
+        """One sample, in the order of training."""
+
+
+class Batches(Protocol):
+    """Batches of a blend, ours or a peer's."""
+
+    num_index_bytes: int
+
+    def batch(self, begin: int, end: int, micro_batch_size: int) -> object:
+        """The micro-batches of the samples [begin, end)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be chosen."""
+    parser.add_argument("--data", type=Path, help="prefix of a dataset; made up when left out")
+    parser.add_argument("--num-tokens", type=int, default=200_000_000, help="of a made-up one")
+    parser.add_argument("--seq-length", type=int, default=4096, help="inputs of a sample")
+    parser.add_argument("--num-samples", type=int, default=4000, help="samples that are timed")
+    parser.add_argument(
+        "--scaling", action="store_true", help="sparse corpora of 1e9 to 1e12 tokens as well"
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Measures; see the module.
+
+    Raises:
+        UserError: The corpus has no samples, or cannot be read or written.
+    """
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="benchmark_loader_") as folder:
+        prefix = arguments.data
+        if prefix is None:
+            prefix = Path(folder) / "made_up_document"
+            write_corpus(prefix, arguments.num_tokens)
+        rows += _fetch_rows(prefix, arguments)
+        rows += _batch_rows(prefix, arguments)
+        if arguments.scaling:
+            rows += _scaling_rows(Path(folder) / "sparse_document", arguments)
+    return rows
+
+
+class OurDataset:
+    """A source over one corpus.
+
+    Attributes:
+        num_samples: In an epoch.
+        num_index_bytes: Of the packing, the only index that there ever is.
+    """
+
+    def __init__(
+        self,
+        prefix: Path,
+        seq_length: int,
+        *,
+        boundaries: Literal["ignore", "isolate"] = "ignore",
+        packing: Literal["none", "best_fit"] = "none",
+    ) -> None:
+        """Builds the source from a configuration.
+
+        Raises:
+            UserError: It has no samples, or cannot be read.
+        """
+        source = SourceConfig(paths=(prefix,), boundaries=boundaries, packing=packing)
+        knot = KnotConfig(at=0, weights={"corpus": 1.0})
+        config = DataConfig(
+            seq_length=seq_length,
+            sources={"corpus": source},
+            schedule=ScheduleConfig(knots=(knot,)),
+        )
+        [self.source] = build_sources(config, seed=1, tokenizer=BenchmarkVocabulary())
+        self.num_samples = self.source.num_samples
+        caches = prefix.parent.glob(f"{prefix.name}.packing.*") if packing == "best_fit" else ()
+        self.num_index_bytes = sum(path.stat().st_size for path in caches)
+
+    def sample(self, index: int) -> Sample:
+        """One sample, in the order of training."""
+        return self.source.sample(index)
+
+
+class OurBatches:
+    """Batches of a blend over one corpus, taken as two sources, assembled when they are asked for.
+
+    Attributes:
+        num_index_bytes: None is built.
+    """
+
+    num_index_bytes = 0
+
+    def __init__(self, prefix: Path, seq_length: int) -> None:
+        """Builds the sources, the blend and the loader."""
+        source = OurDataset(prefix, seq_length).source
+        names = [f"part_{number}" for number in range(len(_WEIGHTS))]
+        knot = {"at": 0, "weights": dict(zip(names, _WEIGHTS, strict=True))}
+        schedule = Schedule.from_dict(
+            {"knots": [knot]},
+            sources=names,
+            samples_per_iteration=_GLOBAL_BATCH_SIZE,
+            seq_length=seq_length,
+        )
+        self._loader = Loader(
+            [source] * len(names),
+            Blend(schedule),
+            seq_length=seq_length,
+            micro_batch_size=_MICRO_BATCH_SIZE,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            num_prefetch=0,
+        )
+        self._batches = self._loader.batches(0, _GLOBAL_BATCH_SIZE)
+
+    def batch(self, begin: int, end: int, micro_batch_size: int) -> GlobalBatch:
+        """The next batch, whose first sample must be ``begin`` unless all were seen before."""
+        batch = next(self._batches)
+        if batch.begin != begin:
+            self._batches = self._loader.batches(begin, end - begin)
+            batch = next(self._batches)
+        return batch
+
+
+def _fetch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    length, num_samples = arguments.seq_length, arguments.num_samples
+    ours, isolated = partial(OurDataset, prefix, length), "window, documents isolated"
+    yield _fetch_row("window", OURS, ours, num_samples)
+    yield _fetch_row(isolated, OURS, partial(ours, boundaries="isolate"), num_samples)
+    packed = partial(ours, packing="best_fit")
+    yield _fetch_row("packed documents", OURS, packed, num_samples)
+    if arguments.peers:
+        from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
+
+        peer = partial(PeerDataset, prefix, length)
+        yield _fetch_row("window", PEER, peer, num_samples)
+        # It isolates by a dense mask of seq_length squared: a few samples say enough.
+        few = min(num_samples, 2 * _NUM_ROUNDS)
+        yield _fetch_row(isolated, PEER, partial(peer, isolate=True), few)
+
+
+def _fetch_row(what: str, by: str, build: Callable[[], Dataset], num_samples: int) -> Row:
+    begin = time.perf_counter()
+    dataset = build()
+    dataset.sample(0)
+    seconds = time.perf_counter() - begin
+    return {
+        "what": what,
+        "by": by,
+        "start_seconds": seconds,
+        "index_bytes": dataset.num_index_bytes,
+        **time_samples(dataset.sample, min(num_samples, dataset.num_samples)),
+    }
+
+
+def time_samples(
+    fetch: Callable[[int], object], num_fetches: int, samples_per_fetch: int = 1
+) -> dict[str, Cell]:
+    """Microseconds a sample: at first touch, and after it as median and best of rounds.
+
+    Args:
+        fetch: Called with 0, 1, 2, ...
+        num_fetches: How often in a pass.
+        samples_per_fetch: Samples that one call gives.
+    """
+    begin = time.perf_counter()
+    for index in range(num_fetches):
+        fetch(index)
+    first = (time.perf_counter() - begin) / num_fetches
+    seconds = []
+    for part in np.array_split(np.arange(num_fetches), min(_NUM_ROUNDS, num_fetches)):
+        indices = part.tolist()
+        begin = time.perf_counter()
+        for index in indices:
+            fetch(index)
+        seconds.append((time.perf_counter() - begin) / len(indices))
+    scale = 1e6 / samples_per_fetch
+    return {
+        "us_per_sample": scale * float(np.median(seconds)),
+        "best_us_per_sample": scale * min(seconds),
+        "first_us_per_sample": scale * first,
+    }
+
+
+def _batch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    num_batches = max(arguments.num_samples // _GLOBAL_BATCH_SIZE, 1)
+    yield _batch_row(OURS, partial(OurBatches, prefix, arguments.seq_length), num_batches)
+    if arguments.peers:
+        from megatron_chatflow.evaluation.benchmark_loader_peer import PeerBatches
+
+        num_samples = num_batches * _GLOBAL_BATCH_SIZE
+        peer = partial(PeerBatches, prefix, arguments.seq_length, _WEIGHTS, num_samples)
+        yield _batch_row(PEER, peer, num_batches)
+
+
+def _batch_row(by: str, build: Callable[[], Batches], num_batches: int) -> Row:
+    begin = time.perf_counter()
+    batches = build()
+
+    def batch(number: int) -> object:
+        first = number * _GLOBAL_BATCH_SIZE
+        return batches.batch(first, first + _GLOBAL_BATCH_SIZE, _MICRO_BATCH_SIZE)
+
+    batch(0)
+    seconds = time.perf_counter() - begin
+    return {
+        "what": f"batch of {_GLOBAL_BATCH_SIZE} from a blend",
+        "by": by,
+        "start_seconds": seconds,
+        "index_bytes": batches.num_index_bytes,
+        **time_samples(batch, num_batches, _GLOBAL_BATCH_SIZE),
+    }
+
+
+def _scaling_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    for num_tokens in _SCALES:
+        write_sparse_corpus(prefix, num_tokens)
+        what = f"window of {num_tokens:.0e} sparse tokens"
+        # The first touch of a hole takes the kernel milliseconds: a few samples say enough.
+        length, num_samples = arguments.seq_length, min(arguments.num_samples, 10 * _NUM_ROUNDS)
+        yield _fetch_row(what, OURS, partial(OurDataset, prefix, length), num_samples)
+        if arguments.peers and num_tokens <= _LARGEST_OF_PEER:
+            from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
+
+            yield _fetch_row(what, PEER, partial(PeerDataset, prefix, length), num_samples)
