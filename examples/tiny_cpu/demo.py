@@ -58,7 +58,7 @@ class Length:
     eval_interval: int
 
 
-WHOLE = Length(140, 250, 150, 110, 25, 50)
+WHOLE = Length(120, 220, 130, 100, 20, 55)
 SHORT = Length(16, 32, 20, 14, 4, 16)
 
 
