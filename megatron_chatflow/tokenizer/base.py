@@ -57,6 +57,19 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text."""
 
+    def encode_arrays(
+        self, texts: Sequence[str], end_id: int = -1
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """`encode` of every text, as arrays.
+
+        Args:
+            texts: The texts.
+            end_id: Put behind the ids of every text that has any; -1 for nothing.
+
+        Returns:
+            int32, the ids of all texts one after the other; int32[num_texts], the number of each.
+        """
+
     def control_id(self, name: str) -> int | None:
         """The id of a control token such as `<|im_start|>`; None where it is no such token."""
 
@@ -95,3 +108,28 @@ def sha256_of(data: bytes) -> str:
 def without_surrogates(text: str) -> str:
     """The text with each lone surrogate as U+FFFD (a pair of them becomes its character)."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def join_arrays(
+    sequences: Sequence[list[int]], end_id: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """What `Tokenizer.encode_arrays` returns, from lists of ids."""
+    end = [end_id] if end_id >= 0 else []
+    ended = [ids + end if ids else ids for ids in sequences]
+    lengths = np.array([len(ids) for ids in ended], np.int32)
+    flat = np.empty(int(lengths.sum(dtype=np.int64)), np.int32)
+    position = 0
+    for ids in ended:
+        flat[position : position + len(ids)] = ids
+        position += len(ids)
+    return flat, lengths
+
+
+def split_arrays(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> list[list[int]]:
+    """Lists of ids, from what `Tokenizer.encode_arrays` returns."""
+    sequences: list[list[int]] = []
+    position = 0
+    for length in lengths.tolist():
+        sequences.append(ids[position : position + length].tolist())
+        position += length
+    return sequences

@@ -16,7 +16,12 @@ import numpy.typing as npt
 import tokenizers
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.base import read_model_file, sha256_of, without_surrogates
+from megatron_chatflow.tokenizer.base import (
+    join_arrays,
+    read_model_file,
+    sha256_of,
+    without_surrogates,
+)
 from megatron_chatflow.tokenizer.export import copy_huggingface
 
 # Names by which a model without a configuration is asked for its control tokens, best first.
@@ -102,6 +107,12 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text."""
         return _encode_batch(self._tokenizer, texts)
+
+    def encode_arrays(
+        self, texts: Sequence[str], end_id: int = -1
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """`encode` of every text, as arrays."""
+        return join_arrays(self.encode_batch(texts), end_id)
 
     def control_id(self, name: str) -> int | None:
         """The id of a control token; None where the model has no such token."""

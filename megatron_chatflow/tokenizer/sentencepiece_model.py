@@ -13,8 +13,15 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.base import read_model_file, sha256_of, without_surrogates
+from megatron_chatflow.tokenizer.base import (
+    join_arrays,
+    read_model_file,
+    sha256_of,
+    split_arrays,
+    without_surrogates,
+)
 from megatron_chatflow.tokenizer.export import save_sentencepiece
+from megatron_chatflow.tokenizer.fast_bpe import BatchEncoder, fast_encoder
 
 SPACE = "\u2581"
 
@@ -66,17 +73,41 @@ class SentencePieceTokenizer:
                 num_bytes[token_id] = len(piece.encode())
         return num_bytes
 
+    @cached_property
+    def _fast_encoder(self) -> BatchEncoder | None:
+        return fast_encoder(self._model_bytes, self._processor)
+
+    @cached_property
+    def _has_prefix(self) -> bool:
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(self._model_bytes)
+        return bool(model.normalizer_spec.add_dummy_prefix)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text from its beginning, without BOS or EOS."""
-        return _encode(self._processor, text)
+        return self.encode_batch([text])[0]
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that follows other text: no dummy prefix space."""
-        return _encode(self._continuing_processor, text)
+        if self._fast_encoder is None:
+            return _encode(self._continuing_processor, text)
+        ids, _ = _encode_fast(self._fast_encoder, [text], False, -1)
+        found: list[int] = ids.tolist()
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text."""
-        return [_encode(self._processor, text) for text in texts]
+        if self._fast_encoder is None:
+            return [_encode(self._processor, text) for text in texts]
+        return split_arrays(*self.encode_arrays(texts))
+
+    def encode_arrays(
+        self, texts: Sequence[str], end_id: int = -1
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """`encode` of every text, as arrays."""
+        if self._fast_encoder is None:
+            return join_arrays(self.encode_batch(texts), end_id)
+        return _encode_fast(self._fast_encoder, texts, self._has_prefix, end_id)
 
     def control_id(self, name: str) -> int | None:
         """The id of a control token; None where the model has no such token."""
@@ -116,3 +147,13 @@ def _encode(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[
         data = without_surrogates(text).encode()
     ids: list[int] = processor.encode(data)
     return ids
+
+
+def _encode_fast(
+    encoder: BatchEncoder, texts: Sequence[str], with_prefix: bool, end_id: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    try:
+        return encoder.encode_batch(texts, with_prefix, end_id)
+    except UnicodeEncodeError:
+        cleaned = [without_surrogates(text) for text in texts]
+        return encoder.encode_batch(cleaned, with_prefix, end_id)

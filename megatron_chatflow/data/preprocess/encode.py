@@ -118,20 +118,12 @@ class DocumentEncoder:
         return self._encode_texts([d for d in documents if isinstance(d, str)])
 
     def _encode_texts(self, given: list[str]) -> EncodedDocuments:
-        texts = [text for text in given if text]
-        num_dropped = Counter(empty=len(given) - len(texts))
-        sequences = self.tokenizer.encode_batch(texts)
-        kept = []
-        num_text_bytes = 0
-        for text, ids in zip(texts, sequences, strict=True):
-            if not ids:
-                num_dropped["empty"] += 1
-                continue
-            if self.settings.append_eod:
-                ids.append(self.tokenizer.eos_id)
-            kept.append(ids)
-            num_text_bytes += len(text.encode())
-        return self._pack(kept, None, num_text_bytes, num_dropped, Counter())
+        end_id = self.tokenizer.eos_id if self.settings.append_eod else -1
+        ids, lengths = self.tokenizer.encode_arrays(given, end_id)
+        kept = lengths[lengths > 0]  # a text without ids leaves nothing in them
+        num_dropped = {"empty": len(lengths) - len(kept)} if len(kept) < len(lengths) else {}
+        num_text_bytes = sum(len(t) if t.isascii() else len(t.encode()) for t in given)
+        return EncodedDocuments(ids.astype(self.dtype), kept, None, num_text_bytes, num_dropped, {})
 
     def _encode_segmented(self, documents: list[Document]) -> EncodedDocuments:
         kept: list[list[int]] = []
@@ -159,23 +151,13 @@ class DocumentEncoder:
             num_text_bytes += sum(
                 len(segment.text.encode()) for segment in document.segments[:num_segments]
             )
-        return self._pack(kept, masks, num_text_bytes, num_dropped, num_repaired)
-
-    def _pack(
-        self,
-        sequences: list[list[int]],
-        masks: list[list[int]] | None,
-        num_text_bytes: int,
-        num_dropped: Counter[str],
-        num_repaired: Counter[str],
-    ) -> EncodedDocuments:
         return EncodedDocuments(
-            tokens=_concatenate(sequences, self.dtype),
-            lengths=np.array([len(ids) for ids in sequences], np.int32),
-            loss_mask=None if masks is None else _concatenate(masks, np.dtype(np.uint8)),
+            tokens=_concatenate(kept, self.dtype),
+            lengths=np.array([len(ids) for ids in kept], np.int32),
+            loss_mask=_concatenate(masks, np.dtype(np.uint8)),
             num_text_bytes=num_text_bytes,
-            num_dropped=dict(+num_dropped),
-            num_repaired=dict(+num_repaired),
+            num_dropped=dict(num_dropped),
+            num_repaired=dict(num_repaired),
         )
 
 

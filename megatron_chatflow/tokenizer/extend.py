@@ -1,0 +1,234 @@
+"""Adds a language's pieces to a tokenizer; the old pieces keep their ids.
+
+In: a tokenizer and text of the language. Out: a folder with the extended tokenizer. Pieces are the
+language's most frequent characters, as in ChatFlow (arXiv 2405.10626: 8,076 characters added to
+LLaMA's 32,000 pieces), or characters and the longer pieces that a byte-pair model learns.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.base import Tokenizer
+from megatron_chatflow.tokenizer.export import write_folder
+from megatron_chatflow.tokenizer.load import load_tokenizer
+
+logger = logging.getLogger(__name__)
+Script = Literal["han", "any"]
+PieceKind = Literal["characters", "bpe"]
+SCRIPTS: tuple[Script, ...] = get_args(Script)
+PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
+
+# Unicode blocks of Chinese characters, and of the punctuation that stands among them.
+_HAN_BLOCKS = (
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x323AF),
+)
+_PUNCTUATION_BLOCKS = ((0x2010, 0x2027), (0x3000, 0x303F), (0xFE30, 0xFE4F), (0xFF01, 0xFF65))
+_MAX_TRAINING_SENTENCES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pieces are added.
+
+    Attributes:
+        num_new: The most pieces.
+        kind: ``characters``, or ``bpe`` for characters and longer pieces.
+        script: ``han`` for Chinese characters and punctuation, ``any`` for all.
+        min_count: Rarer characters are left out.
+    """
+
+    num_new: int
+    kind: PieceKind = "characters"
+    script: Script = "han"
+    min_count: int = 2
+
+
+def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) -> list[str]:
+    """Finds the pieces to add, most frequent characters first.
+
+    Args:
+        tokenizer: What is extended.
+        texts: Text of the language.
+        choice: How many, of what kind.
+
+    Returns:
+        Pieces that the tokenizer has not.
+
+    Raises:
+        UserError: The text holds none.
+    """
+    counts: Counter[str] = Counter()
+    kept: list[str] = []
+    for text in texts:
+        counts.update(text)
+        if choice.kind == "bpe" and len(kept) < _MAX_TRAINING_SENTENCES:
+            kept.append(text)
+    is_wanted = is_han if choice.script == "han" else str.isprintable
+    characters = [
+        character
+        for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if count >= choice.min_count and is_wanted(character) and not character.isspace()
+    ]
+    new = [c for c in characters if len(tokenizer.encode_continuation(c)) > 1]
+    if choice.kind == "bpe":
+        new += _learnt_pieces(tokenizer, kept, set(characters), choice.num_new - len(new))
+    if not new:
+        raise UserError(
+            "--corpus: holds no character that the tokenizer lacks; is it text of the new language?"
+        )
+    if len(new) < choice.num_new:
+        logger.warning("the corpus gives %d pieces, fewer than %d", len(new), choice.num_new)
+    return new[: choice.num_new]
+
+
+def is_han(character: str) -> bool:
+    """Whether a character is Chinese, or punctuation of Chinese text."""
+    code = ord(character)
+    return any(begin <= code <= end for begin, end in _HAN_BLOCKS + _PUNCTUATION_BLOCKS)
+
+
+def extend_tokenizer(tokenizer: Tokenizer, pieces: Sequence[str], output: Path) -> Tokenizer:
+    """Writes the tokenizer with more pieces, for training and for transformers.
+
+    Args:
+        tokenizer: What is extended.
+        pieces: New ones; they get the ids behind the old ones, in this order.
+        output: The folder.
+
+    Returns:
+        The extended tokenizer.
+
+    Raises:
+        UserError: The folder cannot be written, or the tokenizer cannot take these pieces.
+    """
+    if tokenizer.tokenizer_type == "Llama2Tokenizer":
+        write_folder(output, {"tokenizer.model": _extended_model(tokenizer, pieces)})
+        extended = load_tokenizer(output / "tokenizer.model")
+        extended.save_pretrained(output)
+    else:
+        tokenizer.save_pretrained(output)
+        content = _extended_json(tokenizer, pieces)
+        write_folder(output, {"tokenizer.json": content})
+        extended = load_tokenizer(output / "tokenizer.json")
+    for number, piece in enumerate(pieces):
+        ids = extended.encode_continuation(piece)
+        if ids != [tokenizer.vocab_size + number]:
+            raise UserError(
+                f"{tokenizer.model_path}: {piece!r} becomes {ids} instead of one new id; "
+                "this tokenizer cannot be extended so"
+            )
+    return extended
+
+
+def tokens_per_character(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """How many ids a character of these texts takes."""
+    num_ids = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+    return num_ids / max(1, sum(map(len, texts)))
+
+
+def _extended_model(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
+    """The SentencePiece model with pieces whose scores lie below all others'."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tokenizer.model_path.read_bytes())
+    lowest = min(piece.score for piece in model.pieces)
+    for number, text in enumerate(pieces):
+        piece = model.pieces.add()
+        piece.piece = text
+        piece.score = lowest - 1 - number
+        piece.type = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+    model.trainer_spec.vocab_size = len(model.pieces)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
+    """The `tokenizer.json` with pieces that are found in text before it is cut any further."""
+    if any(len(piece) > 1 for piece in pieces):
+        raise UserError(
+            f"{tokenizer.model_path}: longer pieces can be added to SentencePiece models alone; "
+            "take --pieces characters"
+        )
+    content: dict[str, Any] = json.loads(tokenizer.model_path.read_bytes())
+    content["added_tokens"] = [
+        *content.get("added_tokens", []),
+        *(
+            {
+                "id": tokenizer.vocab_size + number,
+                "content": piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": False,
+            }
+            for number, piece in enumerate(pieces)
+        ),
+    ]
+    text = json.dumps(content, ensure_ascii=False)
+    opened = tokenizers.Tokenizer.from_str(text)
+    if opened.get_vocab_size() != tokenizer.vocab_size + len(pieces):
+        raise UserError(f"{tokenizer.model_path}: has ids without a piece; it cannot be extended")
+    return text.encode()
+
+
+def _learnt_pieces(
+    tokenizer: Tokenizer, texts: Sequence[str], characters: set[str], num_new: int
+) -> list[str]:
+    """Longer pieces of these characters alone, in the order in which a byte-pair model merges.
+
+    Every piece but a character is made of two that stand before it, so any beginning of the list
+    can be used.
+    """
+    if num_new <= 0 or not characters:
+        return []
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_runs(texts, characters.__contains__),
+        model_writer=model,
+        model_type="bpe",
+        # Room for the pieces, for the characters, and for the unknown and control pieces.
+        vocab_size=num_new + len(characters) + 3,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    learnt = [processor.id_to_piece(i) for i in range(3, processor.vocab_size())]
+    return [
+        piece
+        for piece in learnt
+        if len(piece) > 1
+        and all(character in characters for character in piece)
+        and len(tokenizer.encode_continuation(piece)) > 1
+    ][:num_new]
+
+
+def _runs(texts: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[str]:
+    """The stretches of wanted characters in texts."""
+    for text in texts:
+        run: list[str] = []
+        for character in text:
+            if is_wanted(character):
+                run.append(character)
+            elif run:
+                yield "".join(run)
+                run = []
+        if run:
+            yield "".join(run)
