@@ -1,0 +1,178 @@
+"""What a schedule will do: planned against realised mixture, epochs per source, limits.
+
+In: a blend, the run's length, and how many samples an epoch of each source has. Out: a `PlanRow`
+for each source in each phase, as a table or CSV, and a `UserError` where a source would be repeated
+more often than its ``max_epochs`` allows. A phase is what lies between two knots.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.native.quota_reference import GRID
+
+_LEAST_BIN = 100
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One source in one phase.
+
+    Attributes:
+        phase: Its number, from 1.
+        begin: The phase's first sample.
+        end: The first sample after it.
+        source: The name.
+        planned: Sum of the source's weights over the phase, in samples.
+        realised: Samples drawn from it in the phase.
+        planned_share: ``planned`` as a share of the phase.
+        realised_share: ``realised`` as a share of the phase.
+        epochs: Epochs of the source that the run has drawn by the phase's end; None if the size
+            of an epoch is not known.
+    """
+
+    phase: int
+    begin: int
+    end: int
+    source: str
+    planned: float
+    realised: int
+    planned_share: float
+    realised_share: float
+    epochs: float | None
+
+
+def plan(
+    blend: Blend, num_samples: int, samples_per_epoch: Mapping[str, int] | None = None
+) -> list[PlanRow]:
+    """Planned against realised mixture for every phase and source.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run.
+        samples_per_epoch: By source; sources that are not named get no epochs.
+
+    Returns:
+        Rows in the order of phases, then of sources.
+    """
+    sizes = samples_per_epoch or {}
+    inner = [knot.at for knot in blend.schedule.knots if 0 < knot.at < num_samples]
+    edges = [0, *inner, num_samples]
+    counts = [blend.counts(edge) for edge in edges]
+    quotas = [blend.quotas(edge) for edge in edges]
+    rows = []
+    for phase, (begin, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        for k, name in enumerate(blend.schedule.sources):
+            planned = (quotas[phase][k] - quotas[phase - 1][k]) / GRID
+            realised = int(counts[phase][k] - counts[phase - 1][k])
+            size = sizes.get(name)
+            rows.append(
+                PlanRow(
+                    phase=phase,
+                    begin=begin,
+                    end=end,
+                    source=name,
+                    planned=planned,
+                    realised=realised,
+                    planned_share=planned / (end - begin),
+                    realised_share=realised / (end - begin),
+                    epochs=int(counts[phase][k]) / size if size else None,
+                )
+            )
+    return rows
+
+
+def check_epochs(
+    blend: Blend,
+    num_samples: int,
+    samples_per_epoch: Mapping[str, int],
+    max_epochs: Mapping[str, float],
+    global_batch_size: int,
+) -> None:
+    """Refuses a run that would repeat a source too often.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run.
+        samples_per_epoch: By source.
+        max_epochs: By source; those that are not named may be repeated without end.
+        global_batch_size: Samples of an iteration.
+
+    Raises:
+        UserError: The first source that would be; the message names the iteration, counted from 1,
+            and two ways out.
+    """
+    found = []
+    for name, limit in max_epochs.items():
+        allowed = int(limit * samples_per_epoch[name])
+        sample = blend.first_draw(blend.sources.index(name), allowed)
+        if sample is not None and sample < num_samples:
+            found.append((sample, name))
+    if not found:
+        return
+    sample, name = min(found)
+    size = samples_per_epoch[name]
+    k = blend.sources.index(name)
+    # Rounded up, so that the number in the message is enough.
+    needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
+    raise UserError(
+        f"data.sources.{name}.max_epochs: {max_epochs[name]:g} epochs of {size} samples are used "
+        f"up at iteration {sample // global_batch_size + 1} (sample {sample}): lower its weight in "
+        f"data.schedule, or raise max_epochs to the {needed:g} that the whole run needs"
+    )
+
+
+def to_csv(rows: Sequence[PlanRow]) -> str:
+    """The rows as CSV with a line of column names; an unknown number of epochs is empty."""
+    text = io.StringIO()
+    names = [field.name for field in fields(PlanRow)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+@dataclass(frozen=True)
+class MixtureCurve:
+    """The mixture over the run, in equal bins.
+
+    Attributes:
+        edges: int64[num_bins + 1], samples.
+        planned: float64[num_bins, num_sources], mean weight in each bin.
+        realised: float64[num_bins, num_sources], share of the draws in each bin.
+    """
+
+    edges: npt.NDArray[np.int64]
+    planned: npt.NDArray[np.float64]
+    realised: npt.NDArray[np.float64]
+
+
+def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> MixtureCurve:
+    """Planned and realised mixture over a run, for a plot.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run, at least 1.
+        num_bins: At most so many bins of equal size; fewer where they would hold too few samples
+            to show a share.
+    """
+    num_bins = max(1, min(num_bins, num_samples // _LEAST_BIN))
+    edges = np.array([num_samples * part // num_bins for part in range(num_bins + 1)], np.int64)
+    counts = np.array([blend.counts(int(edge)) for edge in edges])
+    quotas = [blend.quotas(int(edge)) for edge in edges]
+    sizes = np.diff(edges)[:, None]
+    # Quotas outgrow int64 in a long run, their differences do not outgrow float64's precision.
+    due = [
+        [(after - before) / GRID for before, after in zip(*pair, strict=True)]
+        for pair in zip(quotas, quotas[1:], strict=False)
+    ]
+    return MixtureCurve(edges, np.array(due) / sizes, np.diff(counts, axis=0) / sizes)

@@ -1,0 +1,91 @@
+"""Plans: phases, epochs, the limits on repetition, and their files."""
+
+import csv
+import io
+import math
+
+import numpy as np
+import pytest
+
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.plan import check_epochs, mixture_curve, plan, to_csv
+from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.errors import UserError
+
+NAMES = ["english", "chinese", "chat"]
+
+
+def blend() -> Blend:
+    knots = [
+        {"at": 100, "weights": {"english": 3, "chinese": 1}},
+        {"at": 500, "weights": {"chinese": 1, "chat": 1}, "ramp": "linear"},
+        {"at": 5000, "weights": {"chat": 1}},
+    ]
+    return Blend(Schedule.from_dict({"knots": knots}, NAMES, 10))
+
+
+def test_phases_lie_between_the_knots_within_the_run() -> None:
+    rows = plan(blend(), 800, {"english": 100, "chat": 1000})
+    assert [(row.phase, row.begin, row.end) for row in rows[::3]] == [
+        (1, 0, 100),
+        (2, 100, 500),
+        (3, 500, 800),
+    ]
+    assert [row.source for row in rows] == NAMES * 3
+    source, _ = blend().take(0, 800)
+    for row in rows:
+        drawn = source[row.begin : row.end].tolist()
+        assert row.realised == drawn.count(NAMES.index(row.source))
+        assert row.realised_share == row.realised / (row.end - row.begin)
+        assert abs(row.planned - row.realised) < 2
+        assert row.planned == pytest.approx(row.planned_share * (row.end - row.begin))
+    assert rows[0].planned == pytest.approx(75) and rows[7].planned == pytest.approx(150)
+    assert rows[3].epochs == source[:500].tolist().count(0) / 100
+    assert rows[4].epochs is None
+
+
+def test_csv_reads_back() -> None:
+    rows = plan(blend(), 800, {"english": 100})
+    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [float(line["planned"]) for line in read] == [row.planned for row in rows]
+    assert [int(line["realised"]) for line in read] == [row.realised for row in rows]
+    assert read[0]["epochs"] == str(rows[0].epochs) and read[1]["epochs"] == ""
+
+
+def test_the_iteration_that_exceeds_max_epochs_is_named() -> None:
+    source, index = blend().take(0, 800)
+    sizes = {"english": 60, "chinese": 100, "chat": 10}
+    sample = int(np.flatnonzero((source == 0) & (index == 90))[0])
+    with pytest.raises(UserError) as caught:
+        check_epochs(blend(), 800, sizes, {"english": 1.5, "chinese": 90.0}, 20)
+    message = str(caught.value)
+    assert f"iteration {sample // 20 + 1} (sample {sample})" in message
+    assert message.startswith("data.sources.english.max_epochs: 1.5 epochs of 60 samples")
+    enough = math.ceil(1000 * source.tolist().count(0) / 60) / 1000
+    assert "lower its weight" in message
+    assert f"or raise max_epochs to the {enough:g} that the whole run needs" in message
+    check_epochs(blend(), 800, sizes, {"english": enough}, 20)
+    later = int(np.flatnonzero((source == 2) & (index == 20))[0])
+    assert later > sample
+    with pytest.raises(UserError, match=rf"english.*\(sample {sample}\)"):
+        check_epochs(blend(), 800, sizes, {"chat": 2, "english": 1.5}, 20)
+
+
+def test_what_is_just_enough_is_allowed() -> None:
+    needed = int(blend().counts(800)[0])
+    check_epochs(blend(), 800, {"english": needed}, {"english": 1}, 20)
+    with pytest.raises(UserError):
+        check_epochs(blend(), 800, {"english": needed - 1}, {"english": 1}, 20)
+    check_epochs(blend(), 800, {"english": 1, "chinese": 1}, {}, 20)
+
+
+def test_the_curve_adds_up() -> None:
+    curve = mixture_curve(blend(), 3000, 30)
+    assert curve.edges.tolist() == list(range(0, 3001, 100))
+    np.testing.assert_allclose(curve.planned.sum(axis=1), 1)
+    np.testing.assert_allclose(curve.realised.sum(axis=1), 1)
+    np.testing.assert_allclose(curve.planned, curve.realised, atol=2 / 100)
+    drawn = (curve.realised * np.diff(curve.edges)[:, None]).sum(axis=0)
+    np.testing.assert_allclose(drawn, blend().counts(3000))
+    assert len(mixture_curve(blend(), 250).edges) == 3
+    assert len(mixture_curve(blend(), 1).edges) == 2
