@@ -33,6 +33,9 @@ std::vector<std::vector<int32_t>> read_rows(const std::vector<const RowReader*>&
   std::vector<uint8_t> loss_mask;
   Row row{};
   for (int64_t number = 0; number < num_rows; ++number) {
+    readers[static_cast<size_t>(number)]->prefetch(ordinals[number], &row);
+  }
+  for (int64_t number = 0; number < num_rows; ++number) {
     const RowReader& reader = *readers[static_cast<size_t>(number)];
     const auto seq_length = static_cast<size_t>(reader.shape().seq_length);
     tokens.resize(seq_length + 1);

@@ -1,5 +1,8 @@
 #include "samples.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -71,6 +74,14 @@ int64_t find_part(Int64Span values, int64_t value) {
   return std::upper_bound(values.data, values.data + values.size, value) - values.data - 1;
 }
 
+void will_need(const uint8_t* data, int64_t num_bytes) {
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
+  const auto end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(num_bytes);
+  // Only advice: memory that is no file's is refused, which does no harm.
+  posix_madvise(reinterpret_cast<void*>(begin), end - begin, POSIX_MADV_WILLNEED);
+}
+
 }  // namespace
 
 int64_t item_size(TokenType type) {
@@ -138,36 +149,63 @@ RowReader::RowReader(std::string label, std::vector<TokenFile> files, SampleShap
   }
 }
 
-void RowReader::read(int64_t ordinal, Row* row) const {
+void RowReader::find_pieces(int64_t ordinal, Row* row) const {
   if (ordinal < 0 || ordinal >= num_samples_) {
     throw std::invalid_argument(label_ + ": sample " + std::to_string(ordinal) + " is not one of " +
                                 std::to_string(num_samples_));
   }
   row->starts.clear();
+  row->pieces.clear();
+  try {
+    locate(ordinal, row);
+    for (const TokenSpan& piece : row->pieces) {
+      if (piece.begin > piece.file->num_tokens - piece.length) {
+        throw std::invalid_argument(piece.file->name + ": ends before token " +
+                                    std::to_string(piece.begin + piece.length));
+      }
+    }
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(label_ + ": " + error.what());
+  }
+}
+
+void RowReader::prefetch(int64_t ordinal, Row* row) const {
+  find_pieces(ordinal, row);
+  for (const TokenSpan& piece : row->pieces) {
+    const int64_t item = item_size(piece.file->type);
+    const auto* tokens = static_cast<const uint8_t*>(piece.file->tokens);
+    will_need(tokens + piece.begin * item, piece.length * item);
+    if (piece.file->loss_mask != nullptr) {
+      will_need(piece.file->loss_mask + piece.begin, piece.length);
+    }
+  }
+}
+
+void RowReader::read(int64_t ordinal, Row* row) const {
+  find_pieces(ordinal, row);
   int64_t filled = 0;
   try {
-    read_pieces(ordinal, row, &filled);
+    for (const TokenSpan& piece : row->pieces) {
+      copy(piece, filled, row);
+      filled += piece.length;
+    }
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(label_ + ": " + error.what());
   }
   finish(filled, row);
 }
 
-void RowReader::append(const TokenFile& file, int64_t begin, int64_t length, Row* row,
-                       int64_t* filled) const {
-  if (begin > file.num_tokens - length) {
-    throw std::invalid_argument(file.name + ": ends before token " +
-                                std::to_string(begin + length));
-  }
-  copy_tokens(file, begin, length, shape_.vocab_size, row->tokens + *filled);
-  uint8_t* mask = row->loss_mask + *filled;
+void RowReader::copy(const TokenSpan& piece, int64_t filled, Row* row) const {
+  const TokenFile& file = *piece.file;
+  copy_tokens(file, piece.begin, piece.length, shape_.vocab_size, row->tokens + filled);
+  uint8_t* mask = row->loss_mask + filled;
   if (file.loss_mask == nullptr) {
-    std::fill(mask, mask + length, uint8_t{1});
+    std::fill(mask, mask + piece.length, uint8_t{1});
   } else {
-    std::transform(file.loss_mask + begin, file.loss_mask + begin + length, mask,
+    const uint8_t* from = file.loss_mask + piece.begin;
+    std::transform(from, from + piece.length, mask,
                    [](uint8_t value) { return static_cast<uint8_t>(value != 0); });
   }
-  *filled += length;
 }
 
 void RowReader::finish(int64_t filled, Row* row) const {
@@ -205,19 +243,19 @@ WindowReader::WindowReader(std::string label, std::vector<TokenFile> files, cons
   if (!fits) throw std::invalid_argument(label + ": runs do not fit the files");
 }
 
-void WindowReader::read_pieces(int64_t ordinal, Row* row, int64_t* filled) const {
+void WindowReader::locate(int64_t ordinal, Row* row) const {
   int64_t position = ordinal * shape_.seq_length;
   int64_t remaining = std::min(shape_.seq_length + 1, last(cumulative_) - position);
+  int64_t filled = 0;
   for (int64_t run = find_part(cumulative_, position); remaining > 0; ++run) {
     const TokenFile& file = files_[static_cast<size_t>(file_[run])];
     const int64_t begin = token_begin_.data[run] + (position - cumulative_.data[run]);
     const int64_t length = std::min(remaining, cumulative_.data[run + 1] - position);
-    if (shape_.isolate) {
-      file.document_begins(begin, begin + length, *filled - begin, &row->starts);
-    }
-    append(file, begin, length, row, filled);
+    if (shape_.isolate) file.document_begins(begin, begin + length, filled - begin, &row->starts);
+    row->pieces.push_back({&file, begin, length});
     position += length;
     remaining -= length;
+    filled += length;
   }
 }
 
@@ -237,7 +275,7 @@ PackedReader::PackedReader(std::string label, std::vector<TokenFile> files,
   if (!fits) throw std::invalid_argument(label + ": numbers of documents do not fit the files");
 }
 
-void PackedReader::read_pieces(int64_t ordinal, Row* row, int64_t* filled) const {
+void PackedReader::locate(int64_t ordinal, Row* row) const {
   const int64_t begin = offsets_.data[ordinal];
   const int64_t end = offsets_.data[ordinal + 1];
   if (begin < 0 || begin > end || end > documents_.size) {
@@ -245,24 +283,21 @@ void PackedReader::read_pieces(int64_t ordinal, Row* row, int64_t* filled) const
                                 " has documents " + std::to_string(begin) + " to " +
                                 std::to_string(end));
   }
-  // First all places, then all tokens: so the processor waits for several documents at once.
-  row->pieces.clear();
-  int64_t room = shape_.seq_length + 1;
+  const int64_t capacity = shape_.seq_length + 1;
+  int64_t filled = 0;
   for (int64_t place = begin; place < end; ++place) {
-    const Piece piece = locate(documents_.data[place], room);
+    const TokenSpan piece = document_span(documents_.data[place], capacity - filled);
     if (piece.length == 0) continue;
     row->pieces.push_back(piece);
+    row->starts.push_back(static_cast<int32_t>(filled));
+    filled += piece.length;
+    // The documents lie far apart: the processor fetches them while it looks up the next ones.
     __builtin_prefetch(static_cast<const uint8_t*>(piece.file->tokens) +
                        piece.begin * item_size(piece.file->type));
-    room -= piece.length;
-  }
-  for (const Piece& piece : row->pieces) {
-    row->starts.push_back(static_cast<int32_t>(*filled));
-    append(*piece.file, piece.begin, piece.length, row, filled);
   }
 }
 
-Piece PackedReader::locate(int64_t document, int64_t room) const {
+TokenSpan PackedReader::document_span(int64_t document, int64_t room) const {
   if (document < 0 || document >= last(first_documents_)) {
     throw std::invalid_argument("damaged packing: there is no document " +
                                 std::to_string(document));

@@ -49,7 +49,7 @@ struct SampleShape {
 };
 
 /// Consecutive tokens of a file.
-struct Piece {
+struct TokenSpan {
   const TokenFile* file;
   int64_t begin;
   int64_t length;
@@ -61,7 +61,7 @@ struct Row {
   uint8_t* loss_mask;               ///< of the tokens; that of the labels begins at its second
   std::vector<int32_t> cu_seqlens;  ///< begins of the segments, and seq_length
   std::vector<int32_t> starts;      ///< positions at which documents begin
-  std::vector<Piece> pieces;        ///< scratch
+  std::vector<TokenSpan> pieces;    ///< what its tokens are copied from
 };
 
 /// Reads any sample of an epoch; safe to share between threads.
@@ -76,23 +76,26 @@ class RowReader {
   ///   is damaged; the message begins with the label
   void read(int64_t ordinal, Row* row) const;
 
+  /// Asks the system to bring a sample's pages into memory, all at once and without waiting: a page
+  /// fault alone would wait for the disk, and read far more than the sample.
+  /// \throws std::invalid_argument as `read` does
+  void prefetch(int64_t ordinal, Row* row) const;
+
   const SampleShape& shape() const { return shape_; }
 
  protected:
   RowReader(std::string label, std::vector<TokenFile> files, SampleShape shape,
             int64_t num_samples);
 
-  /// Puts the pieces of a sample, one after the other, with `append`.
-  virtual void read_pieces(int64_t ordinal, Row* row, int64_t* filled) const = 0;
-
-  /// Copies tokens [begin, begin + length) of a file to the row's end.
-  void append(const TokenFile& file, int64_t begin, int64_t length, Row* row,
-              int64_t* filled) const;
+  /// Lists a sample's pieces, and where documents begin.
+  virtual void locate(int64_t ordinal, Row* row) const = 0;
 
   std::vector<TokenFile> files_;
   SampleShape shape_;
 
  private:
+  void find_pieces(int64_t ordinal, Row* row) const;
+  void copy(const TokenSpan& piece, int64_t filled, Row* row) const;
   void finish(int64_t filled, Row* row) const;
 
   std::string label_;
@@ -116,7 +119,7 @@ class WindowReader : public RowReader {
                Int64Span token_begin, Int64Span cumulative, SampleShape shape, int64_t num_samples);
 
  protected:
-  void read_pieces(int64_t ordinal, Row* row, int64_t* filled) const override;
+  void locate(int64_t ordinal, Row* row) const override;
 
  private:
   const int32_t* file_;
@@ -135,11 +138,11 @@ class PackedReader : public RowReader {
                Int64Span offsets, Int64Span documents, SampleShape shape);
 
  protected:
-  void read_pieces(int64_t ordinal, Row* row, int64_t* filled) const override;
+  void locate(int64_t ordinal, Row* row) const override;
 
  private:
   /// The tokens of a document, at most `room` of them.
-  Piece locate(int64_t document, int64_t room) const;
+  TokenSpan document_span(int64_t document, int64_t room) const;
 
   Int64Span first_documents_;
   Int64Span offsets_;

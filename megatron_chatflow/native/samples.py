@@ -268,10 +268,11 @@ def _assemble(pieces: Sequence[_Piece], starts: Sequence[int], shape: SampleShap
     seq_length = shape.seq_length
     tokens = np.full(seq_length + 1, shape.pad_id, np.int32)
     loss_mask = np.zeros(seq_length + 1, np.uint8)  # of the tokens; shifted to the labels below
-    filled = 0
     for file, begin, length in pieces:
         if begin + length > len(file.tokens):
             raise ValueError(f"{file.name}: ends before token {begin + length}")
+    filled = 0
+    for file, begin, length in pieces:
         piece = file.tokens[begin : begin + length]
         _check_vocabulary(piece, file, begin, shape.vocab_size)
         tokens[filled : filled + length] = piece
