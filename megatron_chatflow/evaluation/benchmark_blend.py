@@ -1,0 +1,255 @@
+"""Time a draw takes, first, going on and anywhere, beside megatron-core's blending index.
+
+In: the length of a run and numbers of sources. Out: a row for each schedule: milliseconds from a
+schedule to its first global batch and to one anywhere in a new process's blend (the worst of
+several places), nanoseconds a sample going on (median and best of rounds), bytes held, and the
+worst distance of any count from its quota over the first samples, in samples, rounded down.
+
+megatron-core knows constant weights alone, and draws the whole run before its first sample. Runs
+that are too long for that are projected from a shorter one, which ``basis`` says.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.native.blend import make_engine
+from megatron_chatflow.native.extension import extension
+from megatron_chatflow.native.quota_reference import GRID
+
+OURS, PEER = "megatron_chatflow", "megatron-core"
+RAMPS = ("constant", "linear", "cosine")
+
+_NUM_KNOTS = 6
+_NUM_PLACES = 20
+_NUM_ROUNDS = 5
+_ROUND_SAMPLES = 1 << 17
+_ERROR_SAMPLES = 100_000
+_PEER_SAMPLES = 1_000_000
+_SCALES = (10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
+_SCALE_SOURCES = (4, 16, 64, 256, 512)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be chosen."""
+    parser.add_argument("--num-samples", type=int, default=10**9, help="of the whole run")
+    parser.add_argument("--num-sources", type=int, nargs="+", default=[4, 64, 512])
+    parser.add_argument("--samples-per-iteration", type=int, default=512)
+    parser.add_argument(
+        "--scaling", action="store_true", help="runs of 1e6 to 1e12 samples as well"
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Measures; see the module."""
+    cases = [
+        (arguments.num_samples, num_sources, ramp)
+        for num_sources in arguments.num_sources
+        for ramp in RAMPS
+    ]
+    if arguments.scaling:
+        cases += [(scale, number, "linear") for scale in _SCALES for number in _SCALE_SOURCES]
+    return list(_rows(cases, arguments.samples_per_iteration, with_peer=arguments.peers))
+
+
+def _rows(
+    cases: list[tuple[int, int, str]], samples_per_iteration: int, *, with_peer: bool
+) -> Iterator[Row]:
+    peer = _peer_builder() if with_peer else None
+    rates: dict[int, dict[str, float]] = {}
+    shown: set[tuple[int, int]] = set()
+    for num_samples, num_sources, ramp in cases:
+        schedule = made_up_schedule(num_samples, num_sources, ramp, samples_per_iteration)
+        yield {
+            "num_samples": num_samples,
+            "num_sources": num_sources,
+            "ramp": ramp,
+            "by": OURS if extension is not None else f"{OURS} (reference)",
+            "basis": "measured",
+            **measure(schedule, num_samples),
+        }
+        if peer is None or (num_samples, num_sources) in shown:
+            continue
+        shown.add((num_samples, num_sources))
+        if num_sources not in rates:
+            rates[num_sources] = _measure_peer(peer, num_sources)
+        yield _peer_row(num_samples, num_sources, rates[num_sources])
+
+
+def made_up_schedule(
+    num_samples: int, num_sources: int, ramp: str, samples_per_iteration: int
+) -> Schedule:
+    """Random weights, a quarter of them 0: one knot if ``ramp`` is constant, else five ramps.
+
+    Args:
+        num_samples: The knots spread over so many samples.
+        num_sources: How many sources.
+        ramp: ``constant``, ``linear`` or ``cosine``.
+        samples_per_iteration: Samples that share one evaluation of the weights.
+    """
+    rng = np.random.default_rng(num_sources)
+    names = [f"source_{k}" for k in range(num_sources)]
+    knots: list[dict[str, Any]] = []
+    for knot in range(1 if ramp == "constant" else _NUM_KNOTS):
+        weights = rng.random(num_sources) * (rng.random(num_sources) > 0.25)
+        weights[rng.integers(num_sources)] = 1.0
+        knots.append(
+            {
+                "at": num_samples * knot // _NUM_KNOTS,
+                "weights": dict(zip(names, weights.tolist(), strict=True)),
+                "ramp": "step" if ramp == "constant" else ramp,
+            }
+        )
+    return Schedule.from_dict({"knots": knots}, names, samples_per_iteration)
+
+
+def measure(schedule: Schedule, num_samples: int) -> dict[str, float | int | None]:
+    """Times our blend.
+
+    Args:
+        schedule: Of the run.
+        num_samples: Of the run.
+    """
+    batch = schedule.samples_per_iteration
+    rng = random.Random(1)
+    places = [rng.randrange(max(1, num_samples - batch)) for _ in range(_NUM_PLACES)]
+
+    def start(at: int) -> None:
+        Blend(schedule).take(at, at + batch)
+
+    return {
+        "first_batch_ms": 1e3 * _seconds(partial(start, 0)),
+        # The better of two tries, so that what else the machine does is not taken for the worst.
+        "cold_ms": 1e3 * max(min(_seconds(partial(start, at)) for _ in range(2)) for at in places),
+        **_going_on(schedule, num_samples),
+        "held_bytes": _held_bytes(schedule, num_samples),
+        "worst_error": _rounded_down(worst_error(schedule, num_samples)),
+    }
+
+
+def _rounded_down(error: float) -> float:
+    """Four digits, of which the last is not rounded up to what was never reached."""
+    return math.floor(1e4 * error) / 1e4
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _going_on(schedule: Schedule, num_samples: int) -> dict[str, float]:
+    """Nanoseconds a sample where global batches follow one another."""
+    batch = schedule.samples_per_iteration
+    blend = Blend(schedule)
+    size = min(_ROUND_SAMPLES, num_samples // 2)
+    rounds = []
+    for number in range(_NUM_ROUNDS):
+        begin = (num_samples - size) * number // _NUM_ROUNDS
+        blend.take(begin, begin + 1)
+
+        def draw(begin: int = begin) -> None:
+            for at in range(begin, begin + size, batch):
+                blend.take(at, min(at + batch, begin + size))
+
+        rounds.append(1e9 * _seconds(draw) / size)
+    return {
+        "ns_per_sample": statistics.median(rounds),
+        "best_ns_per_sample": min(rounds),
+    }
+
+
+def _held_bytes(schedule: Schedule, num_samples: int) -> int | None:
+    """Bytes of the engine in the midst of the run; None for the reference, which does not count."""
+    zeros = [0] * len(schedule.sources)
+    engine: Any = make_engine(schedule.table(), 0, zeros, zeros)
+    engine.take(num_samples // 2, num_samples // 2 + 1)
+    return int(engine.num_bytes()) if extension is not None else None
+
+
+def worst_error(schedule: Schedule, num_samples: int) -> float:
+    """Largest distance of a count from its quota over the run's first samples, in samples.
+
+    Args:
+        schedule: Of the run.
+        num_samples: Of the run.
+    """
+    num_samples = min(num_samples, _ERROR_SAMPLES)
+    batch = schedule.samples_per_iteration
+    source, _ = Blend(schedule).take(0, num_samples)
+    worst = 0
+    lag = np.zeros(len(schedule.sources), np.int64)
+    for begin in range(0, num_samples, batch):
+        drawn = source[begin : begin + batch]
+        passed = np.arange(1, len(drawn) + 1)[:, None] * schedule.weights(begin)[None, :]
+        counts = np.cumsum(drawn[:, None] == np.arange(len(lag))[None, :], axis=0)
+        lags = lag[None, :] + passed - counts * GRID
+        worst = max(worst, int(np.abs(lags).max()))
+        lag = lags[-1]
+    return worst / GRID
+
+
+Builder = Callable[..., None]
+
+
+def _peer_builder() -> Builder | None:
+    """megatron-core's compiled function; None where it is not installed or not compiled."""
+    try:
+        from megatron.core.datasets.helpers_cpp import build_blending_indices
+    except ImportError:
+        return None
+    builder: Builder = build_blending_indices
+    return builder
+
+
+def _measure_peer(build: Builder, num_sources: int) -> dict[str, float]:
+    """Times the peer on the first knot's weights."""
+    weights = made_up_schedule(1, num_sources, "constant", 1).weights(0) / GRID
+    source = np.zeros(_PEER_SAMPLES, np.int16)
+    index = np.zeros(_PEER_SAMPLES, np.int64)
+    rounds = [
+        _seconds(lambda: build(source, index, weights, num_sources, _PEER_SAMPLES, False))
+        for _ in range(3)
+    ]
+    return {
+        "ns_per_sample": 1e9 * statistics.median(rounds) / _PEER_SAMPLES,
+        "best_ns_per_sample": 1e9 * min(rounds) / _PEER_SAMPLES,
+        "worst_error": _rounded_down(_float_error(source[:_ERROR_SAMPLES], weights)),
+    }
+
+
+def _float_error(source: npt.NDArray[np.int16], weights: npt.NDArray[np.float64]) -> float:
+    worst = 0.0
+    for k, weight in enumerate(weights):
+        counts = np.cumsum(source == k)
+        worst = max(worst, float(np.abs(counts - weight * np.arange(1, len(source) + 1)).max()))
+    return worst
+
+
+def _peer_row(num_samples: int, num_sources: int, rates: dict[str, float]) -> Row:
+    """The peer's costs: the whole run is drawn first, at 2 + 8 bytes a sample."""
+    start = 1e-6 * rates["ns_per_sample"] * num_samples
+    return {
+        "num_samples": num_samples,
+        "num_sources": num_sources,
+        "ramp": "constant",
+        "by": PEER,
+        "basis": "measured" if num_samples == _PEER_SAMPLES else "projected from 1e6",
+        "first_batch_ms": start,
+        "cold_ms": start,
+        "ns_per_sample": rates["ns_per_sample"],
+        "best_ns_per_sample": rates["best_ns_per_sample"],
+        "held_bytes": 10 * num_samples,
+        "worst_error": rates["worst_error"],
+    }
