@@ -34,7 +34,7 @@ def main() -> int:
     if options.dry_run:
         from megatron_chatflow.train.dry_run import dry_run
 
-        dry_run(config)
+        print(dry_run(config, options.world_size))
         return 0
     validate_for_world(config, process.world_size)
     parallel = config.parallel

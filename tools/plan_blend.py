@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_chatflow.config import RunConfig, load_config, to_plain
 from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.plan import check_epochs, mixture_curve, plan, to_csv
+from megatron_chatflow.data.plan import check_epochs, mixture_curve, plan, to_csv, to_table
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
@@ -62,21 +62,7 @@ def main() -> None:
     blend, sizes = Blend(schedule), epoch_sizes(config)
     rows = plan(blend, num_samples, sizes)
     print(f"{num_samples:,} samples of {data.seq_length:,} tokens, from {arguments.config}\n")
-    print(
-        format_table(
-            [
-                {
-                    "phase": f"{row.begin:,} to {row.end:,}",
-                    "source": row.source,
-                    "planned": f"{row.planned_share:.4%}",
-                    "realised": f"{row.realised_share:.4%}",
-                    "samples": row.realised,
-                    "epochs so far": row.epochs,
-                }
-                for row in rows
-            ]
-        )
-    )
+    print(format_table(to_table(rows)))
     if arguments.output is not None:
         curve = mixture_curve(blend, num_samples)
         png = plot_mixture(curve, schedule.sources, sizes, title=arguments.config.stem)

@@ -141,6 +141,21 @@ def to_csv(rows: Sequence[PlanRow]) -> str:
     return text.getvalue()
 
 
+def to_table(rows: Sequence[PlanRow]) -> list[dict[str, str | int | float | None]]:
+    """The rows as a person reads them, for a table of text."""
+    return [
+        {
+            "phase": f"{row.begin:,} to {row.end:,}",
+            "source": row.source,
+            "planned": f"{row.planned_share:.4%}",
+            "realised": f"{row.realised_share:.4%}",
+            "samples": row.realised,
+            "epochs so far": row.epochs,
+        }
+        for row in rows
+    ]
+
+
 @dataclass(frozen=True)
 class MixtureCurve:
     """The mixture over the run, in equal bins.

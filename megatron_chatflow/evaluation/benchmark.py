@@ -28,6 +28,9 @@ from megatron_chatflow.evaluation.report_table import Row, format_table
 
 FORMAT_VERSION = 1
 
+# Where each subject's benchmark lies; the training step's is with the training step.
+_MODULES = {"train": "megatron_chatflow.train.benchmark"}
+
 _PACKAGES = (
     ("megatron-chatflow", "torch", "megatron-core", "numpy", "sentencepiece", "tokenizers")
     + ("transformers", "transformer-engine", "flash-attn", "apex", "liger-kernel")
@@ -36,7 +39,7 @@ _PACKAGES = (
 
 
 class Benchmark(Protocol):
-    """What a module ``benchmark_<name>`` offers."""
+    """What a benchmark's module offers; one with ``summary(rows)`` adds its keys to the JSON."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds what can be chosen; ``--peers`` and ``--output`` are there already."""
@@ -50,14 +53,18 @@ class Benchmark(Protocol):
         """
 
 
+def _module_name(name: str) -> str:
+    return _MODULES.get(name, f"{__package__}.benchmark_{name}")
+
+
 def has_benchmark(name: str) -> bool:
     """Whether there is a module ``benchmark_<name>``; it is not imported."""
-    return importlib.util.find_spec(f"{__package__}.benchmark_{name}") is not None
+    return importlib.util.find_spec(_module_name(name)) is not None
 
 
 def load_benchmark(name: str) -> Benchmark:
     """The module ``benchmark_<name>``."""
-    module: Any = importlib.import_module(f"{__package__}.benchmark_{name}")
+    module: Any = importlib.import_module(_module_name(name))
     benchmark: Benchmark = module
     return benchmark
 
@@ -158,6 +165,8 @@ def run_benchmark(
         if not rows:
             raise UserError(f"{name}: nothing was measured; see {prog} {name} --help")
         report = _report(name, vars(arguments), rows)
+        if hasattr(benchmark, "summary"):
+            report.update(benchmark.summary(rows))
         print(format_table(rows), flush=True)
         if file is not None:
             file.write(json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")

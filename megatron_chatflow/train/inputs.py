@@ -12,6 +12,7 @@ from megatron_chatflow.checkpoint.files import resolve_checkpoint
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, to_plain
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.plan import check_epochs
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
@@ -71,6 +72,9 @@ def open_inputs(config: RunConfig) -> RunInputs:
         else:
             _refuse_other_data(resumed, state, checkpoint)
     blend = _blend(config, sources, resumed)
+    if blend.edit is not None:
+        logger.info("%s", blend.edit)
+    _refuse_too_many_epochs(config, blend, sources)
     return RunInputs(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -184,3 +188,14 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
     if resumed is None:
         return Blend(schedule)
     return Blend(schedule, state=resumed.blend)
+
+
+def _refuse_too_many_epochs(config: RunConfig, blend: Blend, sources: list[Source]) -> None:
+    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
+    check_epochs(
+        blend,
+        config.num_samples,
+        {source.name: source.num_samples for source in sources},
+        {name: limit for name, limit in limits.items() if limit is not None},
+        config.train.global_batch_size,
+    )

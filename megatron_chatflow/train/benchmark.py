@@ -1,0 +1,193 @@
+"""Tokens a second of a training step, where its time goes, and peers beside it in the same run.
+
+In: a shape. Out: a row for ours and, with ``--peers``, for transformers and for plain megatron-core
+(its local layer spec) on the same shape and the same tokens. Rounds of the subjects alternate, so
+that a machine whose speed drifts drifts for all of them; medians are reported.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_chatflow.config.model_shape import flops_per_token
+from megatron_chatflow.config.sections import ModelConfig
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.runtime.launch import finalize, initialize
+from megatron_chatflow.runtime.peak import peak_flops
+from megatron_chatflow.runtime.ranks import Ranks
+
+OURS, TRANSFORMERS, MEGATRON = "ours", "transformers", "megatron_core"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a benchmark trains.
+
+    Attributes:
+        num_layers: Transformer layers.
+        hidden_size: Width.
+        ffn_hidden_size: Width inside the feed-forward block.
+        num_attention_heads: Heads.
+        num_query_groups: Key/value heads.
+        seq_length: Tokens of a sample.
+        micro_batch_size: Samples of a step.
+        vocab_size: Pieces.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    seq_length: int
+    micro_batch_size: int
+    vocab_size: int = 32000
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.seq_length * self.micro_batch_size
+
+    def model_config(self) -> ModelConfig:
+        """The shape as a run's configuration has it."""
+        return ModelConfig(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            max_position_embeddings=self.seq_length,
+        )
+
+
+# Widths of LLaMA-2 with fewer layers, and a model that one CPU trains.
+SHAPES = {
+    "58m": Shape(8, 512, 1376, 8, 8, 1024, 4),
+    "7b": Shape(8, 4096, 11008, 32, 32, 4096, 2),
+    "13b": Shape(6, 5120, 13824, 40, 40, 4096, 2),
+    "70b": Shape(3, 8192, 28672, 64, 8, 4096, 1),
+}
+
+
+class Subject(Protocol):
+    """Something that takes training steps."""
+
+    def step(self) -> float:
+        """Takes one step on the benchmark's tokens; returns the loss."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be chosen."""
+    parser.add_argument("--preset", choices=list(SHAPES), default="58m", help="shape to train")
+    parser.add_argument("--num-layers", type=int, help="instead of the preset's")
+    parser.add_argument("--seq-length", type=int, help="instead of the preset's")
+    parser.add_argument("--micro-batch-size", type=int, help="instead of the preset's")
+    parser.add_argument("--num-rounds", type=int, default=7, help="measured rounds of each subject")
+    parser.add_argument("--num-steps", type=int, default=1, help="steps of a round")
+    parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    """The preset with what the command line changes.
+
+    Raises:
+        UserError: A size is below 1.
+    """
+    changes = {
+        name: value
+        for name in ("num_layers", "seq_length", "micro_batch_size")
+        if (value := getattr(arguments, name)) is not None
+    }
+    for name, value in changes.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: {value} is below 1")
+    return Shape(**{**vars(SHAPES[arguments.preset]), **changes})
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Measures; see the module."""
+    shape = shape_of(arguments)
+    ranks = initialize()
+    with ExitStack() as stack:
+        stack.callback(finalize)
+        subjects = _subjects(shape, ranks, with_peers=arguments.peers)
+        seconds = measure(subjects, arguments.num_rounds, arguments.num_steps, ranks)
+        rows = _rows(seconds, shape, ranks)
+        if arguments.profile:
+            from megatron_chatflow.train.benchmark_profile import profile_rows
+
+            rows += profile_rows(subjects[OURS].step, shape.num_tokens, ranks.device)
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures by subject, as checks outside the project read them."""
+    return {
+        str(row["subject"]): {"tokens_per_second": row["tokens_per_second"]}
+        for row in rows
+        if "subject" in row
+    }
+
+
+def _subjects(shape: Shape, ranks: Ranks, *, with_peers: bool) -> dict[str, Subject]:
+    from megatron_chatflow.train import benchmark_subjects as subjects
+
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.micro_batch_size, shape.seq_length + 1)
+    tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
+    chosen: dict[str, Subject] = {OURS: subjects.Ours(shape, tokens, ranks)}
+    if with_peers:
+        chosen[TRANSFORMERS] = subjects.Transformers(shape, tokens, ranks)
+        chosen[MEGATRON] = subjects.PlainMegatron(shape, tokens, ranks)
+    return chosen
+
+
+def measure(
+    subjects: dict[str, Subject], num_rounds: int, num_steps: int, ranks: Ranks
+) -> dict[str, list[float]]:
+    """Seconds of a step, per subject and round; the first round of each is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for number in range(num_rounds + 1):
+        for name, subject in subjects.items():
+            elapsed = _time(subject.step, num_steps, ranks)
+            if number:
+                seconds[name].append(elapsed / num_steps)
+    return seconds
+
+
+def _time(step: Callable[[], float], num_steps: int, ranks: Ranks) -> float:
+    if ranks.is_cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    if ranks.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _rows(seconds: dict[str, list[float]], shape: Shape, ranks: Ranks) -> list[Row]:
+    flops = flops_per_token(shape.model_config(), shape.vocab_size, shape.seq_length)
+    peak, _ = peak_flops(ranks.device, torch.bfloat16)
+    rows: list[Row] = []
+    for name, values in seconds.items():
+        rate = shape.num_tokens / statistics.median(values)
+        ratios = [other / own for own, other in zip(seconds[OURS], values, strict=True)]
+        rows.append(
+            {
+                "subject": name,
+                "tokens_per_second": rate,
+                "best_tokens_per_second": shape.num_tokens / min(values),
+                "tflops": rate * flops / 1e12,
+                "mfu": rate * flops / peak if peak else None,
+                "ours_is_faster_by": statistics.median(ratios),
+            }
+        )
+    return rows

@@ -1,0 +1,182 @@
+"""What the training benchmark runs: our step, and the peers' on the same shape and tokens.
+
+In: a shape and tokens. Out: objects with ``step()``. Each does the whole of a step as its users
+do: forward, backward, clipping to norm 1, AdamW with fp32 master weights or autocast.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from megatron_chatflow.config import RunConfig
+from megatron_chatflow.data.loader import GlobalBatch, collate
+from megatron_chatflow.data.samples import Sample
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.model.forward import ForwardStep
+from megatron_chatflow.model.llama import build_llama
+from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.optimizer import build_optimization
+from megatron_chatflow.train.step import train_step
+
+if TYPE_CHECKING:
+    from megatron_chatflow.train.benchmark import Shape
+
+LEARNING_RATE = 1e-4
+
+
+def _run_config(shape: "Shape") -> RunConfig:
+    return RunConfig.from_dict(
+        {
+            "model": {k: v for k, v in vars(shape.model_config()).items() if not k.startswith("_")},
+            "tokenizer": {"tokenizer_model": "unused"},
+            "data": {"seq_length": shape.seq_length, "sources": {"mock": {"paths": ["unused"]}}},
+            "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant"},
+            "train": {
+                "train_iters": 1000,
+                "micro_batch_size": shape.micro_batch_size,
+                "global_batch_size": shape.micro_batch_size,
+            },
+        }
+    )
+
+
+class Ours:
+    """Our training step, reports of every source included."""
+
+    def __init__(self, shape: "Shape", tokens: torch.Tensor, ranks: Ranks) -> None:
+        """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1]."""
+        config = _run_config(shape)
+        with device_mode(ranks.device):
+            llama = build_llama(
+                config.model, config.parallel, config.train, ranks, vocab_size=shape.vocab_size
+            )
+        self._optimization = build_optimization(config, llama, ranks)
+        self._optimization.set_consumed_samples(shape.micro_batch_size)
+        self._forward_step = ForwardStep.build(
+            llama,
+            ranks,
+            num_bytes_per_id=np.ones(shape.vocab_size, np.int64),
+            num_sources=1,
+        )
+        self._batch = _mock_batch(tokens)
+        self._ranks = ranks
+
+    def step(self) -> float:
+        """Takes one step."""
+        result = train_step(self._batch, self._optimization, self._forward_step, self._ranks)
+        return result.loss
+
+
+def _mock_batch(tokens: torch.Tensor) -> GlobalBatch:
+    num_samples, length = tokens.shape
+    samples = [
+        Sample(
+            tokens=row.astype(np.int32),
+            loss_mask=np.ones(length - 1, np.uint8),
+            cu_seqlens=np.array([0, length - 1], np.int32),
+        )
+        for row in tokens.numpy()
+    ]
+    numbers = list(range(num_samples))
+    return GlobalBatch(
+        micro_batches=[collate(samples, [0] * num_samples, numbers)],
+        begin=0,
+        end=num_samples,
+        num_drawn=np.array([num_samples], np.int64),
+        counts=np.array([num_samples], np.int64),
+        sample_digests=torch.zeros(num_samples, 2, dtype=torch.int64),
+        sample_positions=torch.arange(num_samples),
+    )
+
+
+class Transformers:
+    """transformers' LlamaForCausalLM under bf16 autocast with torch's fused AdamW."""
+
+    def __init__(self, shape: "Shape", tokens: torch.Tensor, ranks: Ranks) -> None:
+        """Builds model and optimizer."""
+        try:
+            from transformers import LlamaConfig, LlamaForCausalLM
+        except ImportError:
+            raise UserError(
+                "--peers: transformers is not installed; pip install 'megatron-chatflow[hf]'"
+            ) from None
+        # Typed loosely: transformers wraps `to` in a way that type checkers misread.
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocab_size,
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.ffn_hidden_size,
+                num_hidden_layers=shape.num_layers,
+                num_attention_heads=shape.num_attention_heads,
+                num_key_value_heads=shape.num_query_groups,
+                max_position_embeddings=shape.seq_length,
+                tie_word_embeddings=False,
+                use_cache=False,
+            )
+        )
+        self._model = model.to(ranks.device)
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
+        )
+        # transformers shifts the labels itself; the same tokens are seen, one fewer is predicted.
+        self._tokens = tokens[:, :-1].contiguous().to(ranks.device)
+        self._device = ranks.device.type
+
+    def step(self) -> float:
+        """Takes one step."""
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device, dtype=torch.bfloat16):
+            loss = self._model(input_ids=self._tokens, labels=self._tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        return float(loss)
+
+
+class PlainMegatron:
+    """megatron-core as it comes: its GPTModel with the local spec, its loss, the same optimizer."""
+
+    def __init__(self, shape: "Shape", tokens: torch.Tensor, ranks: Ranks) -> None:
+        """Builds model and optimizer."""
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        from megatron_chatflow.model.llama import Llama, transformer_config
+
+        config = _run_config(shape)
+        settings = transformer_config(config.model, config.parallel, config.train, ranks)
+        with device_mode(ranks.device):
+            model = GPTModel(
+                config=settings,
+                transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+                vocab_size=shape.vocab_size,
+                max_sequence_length=shape.seq_length,
+                position_embedding_type="rope",
+                share_embeddings_and_output_weights=False,
+            ).to(ranks.device)
+        llama = Llama([model], settings, shape.vocab_size, shape.vocab_size, 10000.0)
+        self._optimization = build_optimization(config, llama, ranks)
+        self._optimization.set_consumed_samples(shape.micro_batch_size)
+        self._device = ranks.device
+        self._tokens = tokens[:, :-1].contiguous().to(ranks.device)
+        self._labels = tokens[:, 1:].contiguous().to(ranks.device)
+        length = shape.seq_length
+        self._positions = torch.arange(length, device=ranks.device).expand_as(self._tokens)
+        # Its unfused softmax wants the mask: True where a token may not look.
+        causal = torch.ones(length, length, dtype=torch.bool, device=ranks.device).triu(1)
+        self._mask = causal[None, None]
+
+    def step(self) -> float:
+        """Takes one step."""
+        chunk = self._optimization.chunks[0]
+        chunk.zero_grad_buffer()
+        self._optimization.optimizer.zero_grad()
+        with device_mode(self._device):
+            losses = chunk(self._tokens, self._positions, self._mask, labels=self._labels)
+            losses.float().sum().backward()
+            chunk.finish_grad_sync()
+            chunk.scale_gradients(1.0 / self._tokens.numel())
+            self._optimization.optimizer.step()
+        return float(losses.detach().float().mean())

@@ -1,0 +1,49 @@
+"""A dry run opens everything, trains nothing, and says what the run would do."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_run import TinyRun
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.train.dry_run import dry_run
+
+
+def test_it_shows_configuration_blend_epochs_and_sizes(make_config) -> None:
+    text = dry_run(make_config())
+    assert "resolved configuration:\nmodel:" in text
+    assert "10 iterations of 8 samples of 64 tokens; starts fresh" in text
+    assert "0 to 64" in text and "64 to 80" in text
+    assert "600 pieces padded to 640 rows" in text
+    assert "1 processes" in text
+
+
+def test_more_processes_are_more_copies(make_config) -> None:
+    text = dry_run(make_config(parallel__tensor_model_parallel_size=2), world_size=8)
+    assert "8 processes: 2 hold one copy of the model, 4 copies" in text
+
+
+def test_a_world_that_does_not_fit_is_refused(make_config) -> None:
+    with pytest.raises(UserError, match="micro_batch_size"):
+        dry_run(make_config(), world_size=3)
+
+
+def test_too_many_epochs_are_foreseen(make_config) -> None:
+    config = make_config(
+        data__sources__second__max_epochs=1.0, train__train_iters=400, train__eval_interval=None
+    )
+    with pytest.raises(UserError, match=r"data\.sources\.second\.max_epochs: .* at iteration \d+"):
+        dry_run(config)
+
+
+def test_the_command_line_needs_no_process_group(tiny_run: TinyRun) -> None:
+    command = [sys.executable, "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]
+    result = subprocess.run(
+        [*map(str, command), "--dry-run", "--world-size", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "4 processes: 1 hold one copy of the model, 4 copies" in result.stdout
