@@ -35,6 +35,7 @@ _NUM_KNOTS = 6
 _NUM_PLACES = 20
 _NUM_ROUNDS = 5
 _ROUND_SAMPLES = 1 << 17
+_LEAF = 1 << 16
 _ERROR_SAMPLES = 100_000
 _PEER_SAMPLES = 1_000_000
 _SCALES = (10**6, 10**7, 10**8, 10**9, 10**10, 10**11, 10**12)
@@ -156,8 +157,10 @@ def _going_on(schedule: Schedule, num_samples: int) -> dict[str, float]:
     size = min(_ROUND_SAMPLES, num_samples // 2)
     rounds = []
     for number in range(_NUM_ROUNDS):
-        begin = (num_samples - size) * number // _NUM_ROUNDS
-        blend.take(begin, begin + 1)
+        # Rounds begin with a leaf, and what is drawn before them belongs to the leaf before it:
+        # every sample of a round is drawn within it.
+        begin = (num_samples - size) * number // _NUM_ROUNDS // _LEAF * _LEAF
+        blend.take(max(begin - 1, 0), begin)
 
         def draw(begin: int = begin) -> None:
             for at in range(begin, begin + size, batch):
