@@ -2,11 +2,12 @@
 
 In: the size of a corpus, which is made up, or the prefix of one. Out: a row for every way of
 cutting samples: seconds until the first sample, bytes of index built, microseconds a sample.
-Samples come in the order of training, all of them once, which brings the files into memory
-(``first_us_per_sample``), and then again in rounds (median and best).
+Samples come in the order of training: a few of them while the file is not in memory
+(``cold_us_per_sample``), then all of them in rounds (median and best).
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import numpy as np
 
 from megatron_chatflow.config import DataConfig, KnotConfig, ScheduleConfig, SourceConfig
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.indexed import bin_path
 from megatron_chatflow.data.loader import GlobalBatch, Loader
 from megatron_chatflow.data.samples import Sample
 from megatron_chatflow.data.schedule import Schedule
@@ -30,6 +32,7 @@ from megatron_chatflow.evaluation.benchmark_loader_corpus import (
 from megatron_chatflow.evaluation.report_table import Cell, Row
 
 _NUM_ROUNDS = 20
+_NUM_COLD_SAMPLES = 128
 _MICRO_BATCH_SIZE = 4
 _GLOBAL_BATCH_SIZE = 64
 _WEIGHTS = (0.7, 0.3)
@@ -169,21 +172,23 @@ class OurBatches:
 def _fetch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     length, num_samples = arguments.seq_length, arguments.num_samples
     ours, isolated = partial(OurDataset, prefix, length), "window, documents isolated"
-    yield _fetch_row("window", OURS, ours, num_samples)
-    yield _fetch_row(isolated, OURS, partial(ours, boundaries="isolate"), num_samples)
+    yield _fetch_row("window", OURS, prefix, ours, num_samples)
+    yield _fetch_row(isolated, OURS, prefix, partial(ours, boundaries="isolate"), num_samples)
     packed = partial(ours, packing="best_fit")
-    yield _fetch_row("packed documents", OURS, packed, num_samples)
+    yield _fetch_row("packed documents", OURS, prefix, packed, num_samples)
     if arguments.peers:
         from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
 
         peer = partial(PeerDataset, prefix, length)
-        yield _fetch_row("window", PEER, peer, num_samples)
+        yield _fetch_row("window", PEER, prefix, peer, num_samples)
         # It isolates by a dense mask of seq_length squared: a few samples say enough.
         few = min(num_samples, 2 * _NUM_ROUNDS)
-        yield _fetch_row(isolated, PEER, partial(peer, isolate=True), few)
+        yield _fetch_row(isolated, PEER, prefix, partial(peer, isolate=True), few)
 
 
-def _fetch_row(what: str, by: str, build: Callable[[], Dataset], num_samples: int) -> Row:
+def _fetch_row(
+    what: str, by: str, prefix: Path, build: Callable[[], Dataset], num_samples: int
+) -> Row:
     begin = time.perf_counter()
     dataset = build()
     dataset.sample(0)
@@ -193,24 +198,29 @@ def _fetch_row(what: str, by: str, build: Callable[[], Dataset], num_samples: in
         "by": by,
         "start_seconds": seconds,
         "index_bytes": dataset.num_index_bytes,
-        **time_samples(dataset.sample, min(num_samples, dataset.num_samples)),
+        **time_samples(prefix, dataset.sample, min(num_samples, dataset.num_samples)),
     }
 
 
 def time_samples(
-    fetch: Callable[[int], object], num_fetches: int, samples_per_fetch: int = 1
+    prefix: Path, fetch: Callable[[int], object], num_fetches: int, samples_per_fetch: int = 1
 ) -> dict[str, Cell]:
-    """Microseconds a sample: at first touch, and after it as median and best of rounds.
+    """Microseconds a sample: while it is not in memory, and then as median and best of rounds.
 
     Args:
+        prefix: The corpus.
         fetch: Called with 0, 1, 2, ...
         num_fetches: How often in a pass.
         samples_per_fetch: Samples that one call gives.
     """
+    drop_from_memory(prefix)
+    num_cold = min(-(-_NUM_COLD_SAMPLES // samples_per_fetch), num_fetches)
     begin = time.perf_counter()
+    for index in range(num_cold):
+        fetch(index)
+    cold = (time.perf_counter() - begin) / num_cold
     for index in range(num_fetches):
         fetch(index)
-    first = (time.perf_counter() - begin) / num_fetches
     seconds = []
     for part in np.array_split(np.arange(num_fetches), min(_NUM_ROUNDS, num_fetches)):
         indices = part.tolist()
@@ -222,22 +232,33 @@ def time_samples(
     return {
         "us_per_sample": scale * float(np.median(seconds)),
         "best_us_per_sample": scale * min(seconds),
-        "first_us_per_sample": scale * first,
+        "cold_us_per_sample": scale * cold,
     }
+
+
+def drop_from_memory(prefix: Path) -> None:
+    """Asks the system to forget what it holds of a corpus's tokens, where it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(bin_path(prefix), os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
 
 
 def _batch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     num_batches = max(arguments.num_samples // _GLOBAL_BATCH_SIZE, 1)
-    yield _batch_row(OURS, partial(OurBatches, prefix, arguments.seq_length), num_batches)
+    yield _batch_row(OURS, prefix, partial(OurBatches, prefix, arguments.seq_length), num_batches)
     if arguments.peers:
         from megatron_chatflow.evaluation.benchmark_loader_peer import PeerBatches
 
         num_samples = num_batches * _GLOBAL_BATCH_SIZE
         peer = partial(PeerBatches, prefix, arguments.seq_length, _WEIGHTS, num_samples)
-        yield _batch_row(PEER, peer, num_batches)
+        yield _batch_row(PEER, prefix, peer, num_batches)
 
 
-def _batch_row(by: str, build: Callable[[], Batches], num_batches: int) -> Row:
+def _batch_row(by: str, prefix: Path, build: Callable[[], Batches], num_batches: int) -> Row:
     begin = time.perf_counter()
     batches = build()
 
@@ -252,7 +273,7 @@ def _batch_row(by: str, build: Callable[[], Batches], num_batches: int) -> Row:
         "by": by,
         "start_seconds": seconds,
         "index_bytes": batches.num_index_bytes,
-        **time_samples(batch, num_batches, _GLOBAL_BATCH_SIZE),
+        **time_samples(prefix, batch, num_batches, _GLOBAL_BATCH_SIZE),
     }
 
 
@@ -260,10 +281,9 @@ def _scaling_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     for num_tokens in _SCALES:
         write_sparse_corpus(prefix, num_tokens)
         what = f"window of {num_tokens:.0e} sparse tokens"
-        # The first touch of a hole takes the kernel milliseconds: a few samples say enough.
         length, num_samples = arguments.seq_length, min(arguments.num_samples, 10 * _NUM_ROUNDS)
-        yield _fetch_row(what, OURS, partial(OurDataset, prefix, length), num_samples)
+        yield _fetch_row(what, OURS, prefix, partial(OurDataset, prefix, length), num_samples)
         if arguments.peers and num_tokens <= _LARGEST_OF_PEER:
             from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
 
-            yield _fetch_row(what, PEER, partial(PeerDataset, prefix, length), num_samples)
+            yield _fetch_row(what, PEER, prefix, partial(PeerDataset, prefix, length), num_samples)
