@@ -41,11 +41,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
 
 
 def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Best of five matrix products of ``size`` cubed."""
+    """Best of thirty matrix products of ``size`` cubed: other work on the machine slows some."""
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(30):
         begin = time.perf_counter()
         torch.matmul(left, right)
         best = min(best, time.perf_counter() - begin)

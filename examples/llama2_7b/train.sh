@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains on one or many nodes; run it on each node with the same arguments.
+#
+#   examples/llama2_7b/train.sh 7b.yaml --save /shared/zh --load /shared/zh
+#
+#   NNODES          nodes of the job (1), or a range such as 2:4 for an elastic one
+#   GPUS_PER_NODE   processes a node (8)
+#   RDZV_ENDPOINT   host:port of one of the nodes (localhost:29500)
+#   MAX_RESTARTS    how often a failed job is started again from its last checkpoint (3)
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+config=$1
+shift
+[ -f "$config" ] || config=$here/$config
+
+# Kernels of overlapped collectives have to be scheduled in the order in which they are launched.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+
+exec torchrun \
+    --nnodes "${NNODES:-1}" \
+    --nproc-per-node "${GPUS_PER_NODE:-8}" \
+    --rdzv-backend c10d \
+    --rdzv-endpoint "${RDZV_ENDPOINT:-localhost:29500}" \
+    --rdzv-id "${RDZV_ID:-chatflow}" \
+    --max-restarts "${MAX_RESTARTS:-3}" \
+    -m megatron_chatflow.pretrain --config "$config" "$@"

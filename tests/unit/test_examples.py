@@ -1,0 +1,26 @@
+"""The examples' configurations pass the checks of the number of processes that they are for."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_chatflow.config import load_config, validate_for_world
+from megatron_chatflow.config.model_shape import estimate_memory
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest"), [("7b", 8, 64), ("13b", 16, 128), ("70b", 64, 256)]
+)
+def test_llama2_layouts_fit_their_gpus(name: str, smallest: int, largest: int) -> None:
+    config = load_config(EXAMPLES / "llama2_7b" / f"{name}.yaml")
+    for world_size in (smallest, largest):
+        validate_for_world(config, world_size)
+        memory = estimate_memory(config, 40076, world_size)
+        assert memory.total < 72 * 2**30, f"{memory} leaves too little of 80 GB to the libraries"
+
+
+@pytest.mark.parametrize("name", ["foundation", "chatflow"])
+def test_the_demo_runs_on_two_processes(name: str) -> None:
+    validate_for_world(load_config(EXAMPLES / "tiny_cpu" / f"{name}.yaml"), 2)
