@@ -51,6 +51,13 @@ class Converted:
     num_bytes: int
     num_parameters: int
 
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"wrote {self.folder}: {self.num_tensors} tensors, {self.num_parameters:,} parameters, "
+            f"{self.num_bytes / 1e6:,.1f} MB"
+        )
+
 
 def find_checkpoint(path: Path) -> Path:
     """The ``iter_`` folder that a path means: itself, or the latest of a run.

@@ -20,7 +20,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import Tokenizer
-from megatron_chatflow.tokenizer.export import write_folder
+from megatron_chatflow.tokenizer.export import SPACE, write_folder
 from megatron_chatflow.tokenizer.load import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -144,12 +144,18 @@ def _extended_model(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     """The SentencePiece model with pieces whose scores lie below all others'."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(tokenizer.model_path.read_bytes())
-    lowest = min(piece.score for piece in model.pieces)
-    for number, text in enumerate(pieces):
+    normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+    # LLaMA's runs of spaces score -1e9, a size at which float32 tells no ranks apart.
+    lowest = min(
+        piece.score for piece in model.pieces if piece.type == normal and piece.piece.strip(SPACE)
+    )
+    # In a byte-pair model scores are ranks; in a unigram model they are log-probabilities.
+    is_ranked = model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+    for number, text in enumerate(pieces, start=1):
         piece = model.pieces.add()
         piece.piece = text
-        piece.score = lowest - 1 - number
-        piece.type = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
+        piece.score = lowest - (number if is_ranked else 0)
+        piece.type = normal
     model.trainer_spec.vocab_size = len(model.pieces)
     data: bytes = model.SerializeToString()
     return data

@@ -17,9 +17,11 @@ from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.checkpoint.convert_vocabulary import Resize
 from megatron_chatflow.checkpoint.weight_map import LLAMA_RULES
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from convert_job import SHAPE, token_ids  # noqa: E402
@@ -96,6 +98,16 @@ def random_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch
     return folder
 
 
+def resized_model(huggingface: Path, tokenizer_model: Path, root: Path) -> int:
+    """Imports the model with a larger vocabulary, whose padding is larger too; its size."""
+    folder = shutil.copytree(huggingface, root / "with_tokenizer")
+    old = load_tokenizer(tokenizer_model)
+    old.save_pretrained(folder)
+    new = extend_tokenizer(old, [chr(0x6000 + k) for k in range(101)], root / "extended")
+    import_huggingface(folder, root / "resized", resize=Resize(new))
+    return new.vocab_size
+
+
 @pytest.fixture(scope="session")
 def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random grouped-query LLaMA as transformers writes it."""
@@ -103,7 +115,9 @@ def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(huggingface: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(
+    huggingface: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Every checkpoint of `SAVED`, `huggingface` imported, and logits of the models in memory."""
     root = tmp_path_factory.mktemp("checkpoints")
     tasks = []
@@ -114,7 +128,10 @@ def checkpoints(huggingface: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     for tp, pp in LOADED.values():
         task = {"do": "load", "folder": str(root / "imported" / "iter_0000000"), "model": GQA}
         tasks.append({**task, "tp": tp, "pp": pp})
-    for task, name in zip(tasks, [*SAVED, *LOADED], strict=True):
+    resized = resized_model(huggingface, tokenizer_model, root)
+    task = {"do": "load", "folder": str(root / "resized" / "iter_0000000"), "tp": 2, "pp": 1}
+    tasks.append({**task, "model": {**GQA, "vocab_size": resized}})
+    for task, name in zip(tasks, [*SAVED, *LOADED, "resized"], strict=True):
         task["logits"] = str(root / f"{name}.pt")
     run_job(tasks, 2)
     for name in SAVED:
@@ -151,13 +168,13 @@ def with_state(checkpoint: Path, copy: Path, **changes: Any) -> Path:
     return copy
 
 
-def transformers_logits(folder: Path) -> torch.Tensor:
+def transformers_logits(folder: Path, vocab_size: int = SHAPE["vocab_size"]) -> torch.Tensor:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert isinstance(model, LlamaForCausalLM)
     with torch.no_grad():
-        return model(input_ids=token_ids(SHAPE["vocab_size"])[None]).logits[0].float()
+        return model(input_ids=token_ids(vocab_size)[None]).logits[0].float()
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -215,6 +232,15 @@ def test_imported_folder_loads_at_any_layout(
     checkpoints: Path, huggingface: Path, name: str
 ) -> None:
     in_order(torch.load(checkpoints / f"{name}.pt"), transformers_logits(huggingface))
+
+
+@pytest.mark.distributed
+def test_resized_model_under_tensor_parallelism(checkpoints: Path, tmp_path: Path) -> None:
+    export_checkpoint(checkpoints / "resized", tmp_path / "hf")
+    expected = transformers_logits(tmp_path / "hf", vocab_size=402)
+    logits = torch.load(checkpoints / "resized.pt")
+    assert logits.shape == (40, 402)
+    assert (logits - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
 @pytest.mark.distributed

@@ -1,0 +1,75 @@
+"""The command line of `tools/convert_checkpoint.py`.
+
+In: arguments. Out: them parsed.
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_chatflow.checkpoint.convert_shape import DTYPES
+from megatron_chatflow.checkpoint.convert_vocabulary import EMBEDDING_INITS
+from megatron_chatflow.config import parse_count
+
+EXAMPLES = """examples:
+  python tools/convert_checkpoint.py export --checkpoint runs/zh --output exports/zh
+  python tools/convert_checkpoint.py import --hf Llama-2-7b-hf --output checkpoints/llama2-7b
+  python tools/convert_checkpoint.py import --hf Llama-2-7b-hf --output checkpoints/llama2-7b-zh \\
+      --tokenizer-model tokenizers/zh --embedding-init mean-of-pieces
+  python tools/convert_checkpoint.py verify --hf exports/zh --checkpoint runs/zh
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line: a subcommand and its flags."""
+    parser = argparse.ArgumentParser(
+        description="Converts between Hugging Face folders and training checkpoints.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="checkpoint to Hugging Face folder")
+    _add_checkpoint(export)
+    export.add_argument("--max-shard-size", type=_num_bytes, default=5 * 10**9, help="bytes (5B)")
+    export.add_argument("--tokenizer-model", type=Path, help="where the run's tokenizer lies now")
+    export.add_argument("--chat-template", help="chatflow, llama2, chatml, or a Jinja file")
+    export.add_argument("--no-tokenizer", action="store_true", help="export the model alone")
+    import_ = commands.add_parser("import", help="Hugging Face folder to checkpoint")
+    _add_huggingface(import_)
+    import_.add_argument("--tokenizer-model", type=Path, help="a larger vocabulary for the model")
+    resize = commands.add_parser("resize", help="checkpoint to one with a larger vocabulary")
+    _add_checkpoint(resize)
+    resize.add_argument(
+        "--tokenizer-model", type=Path, required=True, help="goes on from the run's tokenizer"
+    )
+    resize.add_argument("--old-tokenizer-model", type=Path, help="where the run's lies now")
+    for command in (import_, resize):
+        command.add_argument(
+            "--embedding-init",
+            choices=EMBEDDING_INITS,
+            default="mean-of-pieces",
+            help="how rows of new pieces begin (default: %(default)s)",
+        )
+        command.add_argument("--seed", type=int, default=1234, help="of random rows")
+    for command in (export, import_):
+        command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+    for command in (export, import_, resize):
+        command.add_argument("--output", type=Path, required=True, help="the new folder")
+        command.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    verify = commands.add_parser("verify", help="compare weights and logits")
+    _add_huggingface(verify)
+    _add_checkpoint(verify)
+    verify.add_argument("--text", action="append", help="compare logits on this (repeatable)")
+    verify.add_argument("--weights-only", action="store_true", help="leave the logits out")
+    return parser.parse_args()
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run or iter_ folder")
+
+
+def _add_huggingface(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
+
+
+def _num_bytes(text: str) -> int:
+    return int(text) if text.isdecimal() else parse_count(text)

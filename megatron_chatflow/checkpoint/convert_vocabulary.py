@@ -1,0 +1,160 @@
+"""Rows for the new pieces of an extended vocabulary.
+
+In: the tokenizer that a model was trained with, one that goes on from it with more pieces, and the
+model's embedding or output rows. Out: rows for both. Old rows are kept bit for bit; input and
+output rows are made separately, each from its own old rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer
+
+EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece"]
+EMBEDDING_INITS: tuple[EmbeddingInit, ...] = get_args(EmbeddingInit)
+# Hugging Face's names of the tensors whose rows are pieces, each with its own draws.
+_SEED_OFFSETS = {"model.embed_tokens.weight": 0, "lm_head.weight": 1}
+_BLOCK = 512  # rows made at a time, which bounds the memory of their random draws
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A larger vocabulary for a model.
+
+    Attributes:
+        tokenizer: Its tokenizer, which goes on from the model's.
+        init: How rows of new pieces begin.
+        seed: Of random ones.
+    """
+
+    tokenizer: Tokenizer
+    init: EmbeddingInit = "mean-of-pieces"
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class VocabularyGrowth:
+    """What an extended vocabulary adds.
+
+    Attributes:
+        num_old: Pieces that both vocabularies share, under the same ids.
+        pieces: For each new id, the old ids that stood for its text; () where it had none.
+        num_rows: Rows of the resized model.
+    """
+
+    num_old: int
+    pieces: tuple[tuple[int, ...], ...]
+    num_rows: int
+
+
+def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyGrowth:
+    """Finds the old pieces behind each new one.
+
+    Args:
+        old: The tokenizer of the model as it is.
+        new: One with the same pieces and more.
+        num_rows: Rows that the model has, at least one for each old piece.
+
+    Returns:
+        The growth; rows without a piece stay, where the model has more than the new vocabulary.
+
+    Raises:
+        UserError: `new` does not go on from `old`.
+    """
+    if new.vocab_size < old.vocab_size:
+        raise UserError(
+            f"{new.model_path}: has {new.vocab_size} pieces, fewer than the {old.vocab_size} of "
+            f"{old.model_path}; a vocabulary can only grow"
+        )
+    for token_id in range(old.vocab_size):
+        if old.decode([token_id]) != new.decode([token_id]):
+            raise UserError(
+                f"{new.model_path}: id {token_id} is {new.decode([token_id])!r} and in "
+                f"{old.model_path} it is {old.decode([token_id])!r}; extend that tokenizer instead"
+            )
+    # Behind another piece, so that a leading space shows: decoders drop it at a text's beginning.
+    anchor = old.encode("a")[-1:]
+    start = len(new.decode(anchor))
+    pieces = []
+    for token_id in range(old.vocab_size, new.vocab_size):
+        text = new.decode([*anchor, token_id])[start:]
+        is_text = bool(text) and "\ufffd" not in text
+        pieces.append(tuple(old.encode_continuation(text)) if is_text else ())
+    return VocabularyGrowth(old.vocab_size, tuple(pieces), max(num_rows, new.vocab_size))
+
+
+def grow_tensor(
+    name: str, tensor: torch.Tensor, growth: VocabularyGrowth, resize: Resize
+) -> torch.Tensor:
+    """A tensor of the resized model: with rows for new pieces if its rows are pieces.
+
+    Args:
+        name: Hugging Face's name of it.
+        tensor: As it was, without padding rows.
+        growth: What is added.
+        resize: How.
+    """
+    offset = _SEED_OFFSETS.get(name)
+    if offset is None:
+        return tensor
+    return grow_rows(tensor, growth, resize.init, resize.seed + offset)
+
+
+def grow_rows(
+    rows: torch.Tensor, growth: VocabularyGrowth, init: EmbeddingInit, seed: int
+) -> torch.Tensor:
+    """Adds rows for the new pieces.
+
+    Args:
+        rows: [old rows, hidden], of which the first `growth.num_old` belong to pieces.
+        growth: What is added.
+        init: ``mean-of-pieces``: the mean of the rows of the piece's old pieces (ChatFlow, arXiv
+            2405.10626); ``copy-first-piece``: the row of the first of them; ``mean``: the mean of
+            all old rows; ``normal``: drawn from a normal distribution with the old rows' mean and
+            covariance (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models",
+            2021).
+        seed: Of the draws.
+
+    Returns:
+        [growth.num_rows, hidden] of the same dtype; the old rows are the same bits.
+    """
+    grown = torch.zeros(growth.num_rows, rows.shape[1], dtype=rows.dtype)
+    grown[: len(rows)] = rows
+    known = rows[: growth.num_old].float()
+    mean = known.mean(dim=0)
+    generator = torch.Generator().manual_seed(seed)
+    for begin in range(0, len(growth.pieces), _BLOCK):
+        block = growth.pieces[begin : begin + _BLOCK]
+        if init == "normal":
+            made = _normal(known, mean, len(block), generator)
+        elif init == "mean":
+            made = mean.expand(len(block), -1)
+        else:
+            made = torch.stack([_from_pieces(known, mean, ids, init) for ids in block])
+        first = growth.num_old + begin
+        grown[first : first + len(block)] = made.to(rows.dtype)
+    return grown
+
+
+def _from_pieces(
+    known: torch.Tensor, mean: torch.Tensor, ids: Sequence[int], init: EmbeddingInit
+) -> torch.Tensor:
+    """One row from its old pieces' rows; the mean of all where it had none."""
+    if not ids:
+        return mean
+    if init == "copy-first-piece":
+        return known[ids[0]]
+    return known[list(ids)].mean(dim=0)
+
+
+def _normal(
+    known: torch.Tensor, mean: torch.Tensor, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Draws rows: sums of the centred old rows with normal weights have their covariance."""
+    weights = torch.randn(count, len(known), generator=generator)
+    drawn: torch.Tensor = weights @ (known - mean) / float(max(len(known) - 1, 1)) ** 0.5
+    return mean + drawn

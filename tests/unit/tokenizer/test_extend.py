@@ -1,0 +1,135 @@
+"""Vocabulary extension: which pieces, under which ids, and that nothing old moves."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from conftest import made_up_sentences
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.extend import (
+    Choice,
+    choose_pieces,
+    extend_tokenizer,
+    is_han,
+    tokens_per_character,
+)
+
+ROOT = Path(__file__).parents[3]
+NEW = [chr(0x6000 + 13 * k) for k in range(40)]  # characters that the tiny model has not
+
+
+def new_language(num_lines: int) -> list[str]:
+    """Lines of words of two new characters; the first characters are the most frequent."""
+    generator = random.Random(5)
+    words = [NEW[k] + NEW[(3 * k + 1) % 40] for k in range(40)]
+    weights = [40 - k for k in range(40)]
+    return ["".join(generator.choices(words, weights, k=12)) + "。ab " for _ in range(num_lines)]
+
+
+@pytest.fixture(scope="module")
+def old(tiny_sentencepiece_model: Path) -> Tokenizer:
+    return load_tokenizer(tiny_sentencepiece_model)
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A byte-level `tokenizer.json`, of GPT-2's kind."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(made_up_sentences(200), trainer)
+    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    model.save(str(path))
+    (path.parent / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return load_tokenizer(path)
+
+
+def test_the_most_frequent_new_characters_are_chosen(old: Tokenizer) -> None:
+    lines = new_language(400)
+    pieces = choose_pieces(old, lines, Choice(num_new=10))
+    counts = {character: "".join(lines).count(character) for character in NEW}
+    assert pieces == sorted(NEW, key=lambda c: (-counts[c], c))[:10]
+    every = choose_pieces(old, lines, Choice(num_new=1000))
+    assert sorted(every) == sorted(NEW)  # neither what it has, nor letters, nor spaces
+    rare = [*lines, "\u9f8d"]
+    assert "\u9f8d" not in choose_pieces(old, rare, Choice(num_new=1000))
+    assert "\u9f8d" in choose_pieces(old, rare, Choice(num_new=1000, min_count=1))
+    other = [*lines, "ΩΩΩ"]
+    assert "Ω" not in choose_pieces(old, other, Choice(num_new=1000))
+    assert "Ω" in choose_pieces(old, other, Choice(num_new=1000, script="any"))
+    with pytest.raises(UserError, match="holds no character that the tokenizer lacks"):
+        choose_pieces(old, ["plain text"], Choice(num_new=10))
+
+
+def test_script() -> None:
+    assert all(map(is_han, "中文。，“…—𠀀")) and not any(map(is_han, "aé Ωか한"))
+
+
+@pytest.mark.parametrize("kind", ["characters", "bpe"])
+def test_extended_model_keeps_old_ids_and_old_text(
+    old: Tokenizer, kind: str, tmp_path: Path
+) -> None:
+    lines = new_language(400)
+    pieces = choose_pieces(old, lines, Choice(num_new=70, kind=kind))
+    assert len(pieces) == (70 if kind == "bpe" else 40)
+    assert any(len(piece) > 1 for piece in pieces) == (kind == "bpe")
+    extended = extend_tokenizer(old, pieces, tmp_path)
+    assert extended.vocab_size == old.vocab_size + len(pieces)
+    for text in made_up_sentences(300, seed=9):
+        assert extended.encode(text) == old.encode(text)
+    assert tokens_per_character(extended, lines) < 0.5 * tokens_per_character(old, lines)
+    # The library itself agrees, and so does what transformers makes of the folder.
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*lines, *made_up_sentences(100, seed=9)]:
+        ids = extended.encode(text)
+        assert ids == reference.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert extended.decode(ids) == text
+    again = extend_tokenizer(extended, ["龍"], tmp_path / "again")
+    assert again.encode_continuation("龍") == [extended.vocab_size]
+
+
+def test_byte_level_tokenizers_take_characters(byte_level: Tokenizer, tmp_path: Path) -> None:
+    lines = new_language(100)
+    pieces = choose_pieces(byte_level, lines, Choice(num_new=30))
+    extended = extend_tokenizer(byte_level, pieces, tmp_path)
+    assert extended.vocab_size == byte_level.vocab_size + 30
+    for text in made_up_sentences(100, seed=9):
+        if not any(character in pieces for character in text):
+            assert extended.encode(text) == byte_level.encode(text)
+    for text in lines:
+        assert extended.decode(extended.encode(text)) == text
+        assert extended.num_bytes_per_id[extended.encode(text)].sum() == len(text.encode())
+    with pytest.raises(UserError, match="take --pieces characters"):
+        extend_tokenizer(byte_level, ["ab"], tmp_path / "x")
+
+
+def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "zh.jsonl"
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in new_language(50)))
+    command = [
+        *(sys.executable, str(ROOT / "tools" / "extend_vocab.py"), "--corpus", str(corpus)),
+        *("--tokenizer-model", str(tiny_sentencepiece_model), "--num-new", "20"),
+        *("--output-dir", str(tmp_path / "zh")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "added 20 pieces: 512 -> 532" in done.stdout
+    assert load_tokenizer(tmp_path / "zh").vocab_size == 532
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "give --overwrite" in again.stderr
+    assert subprocess.run([*command, "--overwrite"], capture_output=True).returncode == 0
