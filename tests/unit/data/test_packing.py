@@ -119,7 +119,7 @@ def test_packed_samples_by_hand(tmp_path):
             reader.read(ordinal)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     lengths=st.lists(st.lists(st.integers(0, 14), max_size=15), min_size=1, max_size=3),
     holdout_every=st.sampled_from([None, 2, 3]),

@@ -81,7 +81,7 @@ def test_a_document_that_begins_at_the_last_label_carries_no_loss(tmp_path):
     assert sample.loss_mask.tolist() == [1, 1, 1, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_windows_equal_the_joined_documents(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("windows")
