@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_chatflow.model.context import gather_context
 from megatron_chatflow.model.packed import PackedTokens
 from megatron_chatflow.model.rotary import apply_rotary
 
@@ -74,11 +75,46 @@ class PackedCausalAttention(nn.Module):
         assert attention_mask is None and attention_bias is None
         query = apply_rotary(query, packed.cosines, packed.sines)
         key = apply_rotary(key, packed.cosines, packed.sines)
-        if self.backend == "flash_attn":
+        if packed.shard is not None and not packed.shard.is_whole:
+            key = gather_context(key, packed.shard)
+            value = gather_context(value, packed.shard)
+            context = self._pieces(query, key, value, packed)
+        elif self.backend == "flash_attn":
             context = self._flash(query, key, value, packed)
         else:
             context = self._sdpa(query, key, value, packed)
         return context.flatten(1)
+
+    def _pieces(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
+    ) -> torch.Tensor:
+        """Queries of this context-parallel rank against the keys of all.
+
+        A piece that begins inside its document has fewer queries than keys. torch's causal kernels
+        line both up at their begin, so queries that nobody asked for fill the gap: more work, and
+        still no mask.
+        """
+        parts = []
+        begin = 0
+        for start, first, last in packed.pieces:
+            q = query[begin : begin + last - first]
+            begin += last - first
+            q = torch.cat((q.new_zeros(first - start, *q.shape[1:]), q))
+            # [length, heads, head_dim] -> [1, heads, length, head_dim]
+            q, k, v = (
+                tensor.transpose(0, 1).unsqueeze(0)
+                for tensor in (q, key[start:last], value[start:last])
+            )
+            context = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            parts.append(context[0, :, first - start :].transpose(0, 1))
+        return torch.cat(parts)
 
     def _sdpa(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens

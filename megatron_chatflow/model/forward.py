@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_chatflow.data.loader import MicroBatch
+from megatron_chatflow.model.context import ContextShard, shard_context
 from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.model.loss import (
     VocabularySlice,
@@ -38,6 +40,9 @@ class ForwardStep:
         rows: This rank's slice of the vocabulary.
         num_bytes_per_id: int64[vocab_size] on ``device``: bytes of text that each id stands for.
         num_sources: Rows of the per-source sums.
+        context_rank: This rank's place among those that share a micro-batch's tokens.
+        context_size: Their number.
+        context_group: Those ranks.
     """
 
     llama: Llama
@@ -45,6 +50,9 @@ class ForwardStep:
     rows: VocabularySlice
     num_bytes_per_id: torch.Tensor
     num_sources: int
+    context_rank: int
+    context_size: int
+    context_group: ProcessGroup
 
     @classmethod
     def build(
@@ -69,6 +77,9 @@ class ForwardStep:
             rows=rows,
             num_bytes_per_id=torch.from_numpy(num_bytes_per_id).to(ranks.device),
             num_sources=num_sources,
+            context_rank=ranks.context_parallel_rank,
+            context_size=ranks.context_parallel_size,
+            context_group=megatron.context_parallel_group(),
         )
 
     def __call__(
@@ -81,28 +92,35 @@ class ForwardStep:
             loss function to call on it there.
         """
         batch = next(micro_batches)
+        shard = shard_context(
+            batch.tokens.numel(),
+            rank=self.context_rank,
+            size=self.context_size,
+            group=self.context_group,
+        )
         packed = pack_tokens(
             batch.cu_seqlens,
+            shard,
             head_dim=self.llama.head_dim,
             rotary_base=self.llama.rotary_base,
             dtype=self.llama.dtype,
             device=self.device,
         )
-        tokens = self._flat(batch.tokens).unsqueeze(0)
+        tokens = self._flat(batch.tokens, shard).unsqueeze(0)
         output = model(tokens, None, None, packed_seq_params=packed)
 
         def loss_function(
             hidden: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return self._loss(hidden, batch)
+            return self._loss(hidden, batch, shard)
 
         return output, loss_function
 
     def _loss(
-        self, hidden: torch.Tensor, batch: MicroBatch
+        self, hidden: torch.Tensor, batch: MicroBatch, shard: ContextShard
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        labels = self._flat(batch.labels)
-        loss_mask = self._flat(batch.loss_mask)
+        labels = self._flat(batch.labels, shard)
+        loss_mask = self._flat(batch.loss_mask, shard)
         total, losses = linear_cross_entropy(
             hidden[0],
             self.llama.output_weight,
@@ -111,11 +129,16 @@ class ForwardStep:
             self.rows,
             sequence_parallel=self.llama.config.sequence_parallel,
         )
-        source = batch.source.to(self.device).repeat_interleave(batch.tokens.shape[1])
+        source = batch.source.unsqueeze(-1).expand(batch.tokens.shape)
         sums = source_sums(
-            losses.detach(), loss_mask, self.num_bytes_per_id[labels], source, self.num_sources
+            losses.detach(),
+            loss_mask,
+            self.num_bytes_per_id[labels],
+            self._flat(source, shard),
+            self.num_sources,
         )
         return total, loss_mask.sum().int(), sums
 
-    def _flat(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.flatten().to(self.device, non_blocking=True)
+    def _flat(self, rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
+        """The tokens that this rank holds, on its device."""
+        return shard.take(rows.flatten()).to(self.device, non_blocking=True)

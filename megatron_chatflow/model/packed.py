@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_chatflow.model.context import ContextShard, spans_of_documents
 from megatron_chatflow.model.rotary import rotary_table
 
 
@@ -23,13 +24,17 @@ class PackedTokens(PackedSeqParams):  # type: ignore[misc]
     Attributes:
         runs: ``(start, num_documents, length)`` of each run of documents of equal length, as
             Python integers, so that no layer waits for the device to read them.
-        cosines: ``[tokens, 1, head_dim / 2]``.
+        cosines: ``[tokens, 1, head_dim / 2]`` of this rank's tokens.
         sines: The same shape.
+        shard: Which tokens this context-parallel rank holds.
+        pieces: Under context parallelism, the parts of documents that they make up.
     """
 
     runs: tuple[tuple[int, int, int], ...] = ()
     cosines: torch.Tensor | None = None
     sines: torch.Tensor | None = None
+    shard: ContextShard | None = None
+    pieces: tuple[tuple[int, int, int], ...] = ()
 
 
 def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]:
@@ -57,6 +62,7 @@ def document_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 def pack_tokens(
     cu_seqlens: torch.Tensor,
+    shard: ContextShard,
     *,
     head_dim: int,
     rotary_base: float,
@@ -67,6 +73,7 @@ def pack_tokens(
 
     Args:
         cu_seqlens: int32[num_documents + 1] on the CPU, over the flattened micro-batch.
+        shard: Which of its tokens this rank holds.
         head_dim: Size of an attention head.
         rotary_base: RoPE's base.
         dtype: The model's activations.
@@ -74,7 +81,7 @@ def pack_tokens(
     """
     boundaries = cu_seqlens.tolist()
     runs = equal_length_runs(boundaries)
-    positions = document_positions(cu_seqlens).to(device, non_blocking=True)
+    positions = shard.take(document_positions(cu_seqlens)).to(device, non_blocking=True)
     cosines, sines = rotary_table(positions, head_dim, rotary_base, dtype)
     on_device = cu_seqlens.to(device, non_blocking=True)
     longest = max(length for _, _, length in runs)
@@ -87,4 +94,6 @@ def pack_tokens(
         runs=runs,
         cosines=cosines,
         sines=sines,
+        shard=shard,
+        pieces=() if shard.is_whole else spans_of_documents(boundaries, shard),
     )

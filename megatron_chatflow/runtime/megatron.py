@@ -62,6 +62,12 @@ def pipeline_parallel_group() -> ProcessGroup:
     return group
 
 
+def context_parallel_group() -> ProcessGroup:
+    """Ranks that hold different tokens of the same samples."""
+    group: ProcessGroup = parallel_state.get_context_parallel_group()
+    return group
+
+
 def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
     """Ranks that hold the same weights and read different samples (or parts of samples)."""
     group: ProcessGroup = parallel_state.get_data_parallel_group(

@@ -20,6 +20,7 @@ LAYOUTS = {
     "pp2": ["--pipeline-model-parallel-size", "2"],
     "dp2": [],
     "dp2_distributed_optimizer": ["--use-distributed-optimizer"],
+    "cp2": ["--context-parallel-size", "2"],
     "dp2_other_micro_batch": ["--micro-batch-size", "1"],
     "tp2_recompute": [
         "--tensor-model-parallel-size",

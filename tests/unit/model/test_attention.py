@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.context import shard_context, spans_of_documents
 from megatron_chatflow.model.packed import document_positions, equal_length_runs, pack_tokens
 from megatron_chatflow.model.rotary import apply_rotary, rotary_table
 from megatron_chatflow.runtime.ranks import Ranks
+
+WHOLE = shard_context(12, rank=0, size=1, group=None)
 
 
 class _Settings:
@@ -51,7 +54,12 @@ def test_attention_equals_the_dense_reference(
     value = torch.randn(12, num_groups, 8, requires_grad=True)
     boundaries = torch.tensor(cu_seqlens, dtype=torch.int32)
     packed = pack_tokens(
-        boundaries, head_dim=8, rotary_base=100.0, dtype=torch.float32, device=torch.device("cpu")
+        boundaries,
+        WHOLE,
+        head_dim=8,
+        rotary_base=100.0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     attention = PackedCausalAttention(_Settings(), 1, None, "self")
     context = attention(query, key, value, None, packed_seq_params=packed)
@@ -71,6 +79,27 @@ def test_attention_equals_the_dense_reference(
     torch.testing.assert_close(context, expected)
     for gradient, tensor in zip(gradients, (query, key, value), strict=True):
         torch.testing.assert_close(gradient, tensor.grad)
+
+
+def test_context_shards_partition_the_tokens_evenly() -> None:
+    tokens = torch.arange(24)
+    for size in (2, 3):
+        shards = [shard_context(24, rank=r, size=size, group=object()) for r in range(size)]
+        parts = [shard.take(tokens) for shard in shards]
+        assert sorted(torch.cat(parts).tolist()) == list(range(24))
+        # Causal work of a rank is the sum of its positions, and the same for all.
+        assert len({int(part.sum()) for part in parts}) == 1
+
+
+def test_pieces_name_the_document_that_they_lie_in() -> None:
+    shard = shard_context(16, rank=0, size=2, group=object())
+    assert shard.spans == ((0, 4), (12, 16))
+    assert spans_of_documents([0, 3, 13, 16], shard) == (
+        (0, 0, 3),
+        (3, 3, 4),
+        (3, 12, 13),
+        (13, 13, 16),
+    )
 
 
 def test_positions_restart_in_each_document() -> None:
