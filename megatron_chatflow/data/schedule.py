@@ -89,7 +89,7 @@ class Schedule:
         """The weights of a sample, int64[num_sources]: they sum to 2**32, none is negative."""
         if sample < 0:
             raise ValueError(f"sample {sample}: samples count from 0")
-        return np.array(self._quota.weights(sample // self.samples_per_iteration), np.int64)
+        return self._quota.weights(sample // self.samples_per_iteration)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs to create this schedule again, exactly; JSON can hold it."""

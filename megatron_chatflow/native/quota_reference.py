@@ -121,17 +121,27 @@ class Quota:
         self.num_sources = table.num_sources
         self._starts = [piece.begin for piece in table.pieces]
         self._at_begin = list(base or [0] * self.num_sources)
+        # The piece that `weights` was last asked about, and its levels' begins and rises.
+        self._lines: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty((2, 0), np.int64))
 
     def quotas(self, sample: int) -> list[int]:
         """``W_k(sample)`` of every source, in units of 2**-32 samples."""
         grown = self._sums_before(sample)
         return [base + due for base, due in zip(self._base, grown, strict=True)]
 
-    def weights(self, iteration: int) -> list[int]:
-        """The weights of the samples of one iteration, on the grid of 2**32."""
-        piece = bisect_right(self._starts, iteration) - 1
-        levels = [self._level(piece, k, iteration) for k in range(self.num_sources + 1)]
-        return [above - below for below, above in pairwise(levels)]
+    def weights(self, iteration: int) -> npt.NDArray[np.int64]:
+        """The weights of the samples of one iteration, int64[num_sources], on the grid of 2**32."""
+        number = bisect_right(self._starts, iteration) - 1
+        if number != self._lines[0]:
+            lines = [self._line(number, k) for k in range(self.num_sources + 1)]
+            self._lines = (number, np.array(lines, np.int64).T)
+        begins, rises = self._lines[1]
+        piece = self.table.pieces[number]
+        place = piece.step * (iteration - piece.begin) + piece.phase
+        if place >> (62 - GRID_BITS):  # products that int64 cannot hold
+            rises = rises.astype(object)
+        levels = np.asarray(begins + rises * place // piece.span, np.int64)
+        return levels[1:] - levels[:-1]
 
     def level_array(self, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
         """Levels ``C_k`` of the iterations ``first <= t < last``, an int64 array."""

@@ -41,7 +41,7 @@ def test_draw_for_draw(schedule: Schedule, num_leaf_bits: int) -> None:
     assert_same(*engines(schedule, num_leaf_bits), 0, 180)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(schedules(max_sources=6, max_step=20_000))
 def test_draw_for_draw_over_leaves_in_any_order(schedule: Schedule) -> None:
     native, reference = engines(schedule)
