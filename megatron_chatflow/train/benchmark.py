@@ -10,70 +10,19 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from megatron_chatflow.config.model_shape import flops_per_token
-from megatron_chatflow.config.sections import ModelConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.benchmark_shape import SHAPES, Shape
 
 OURS, TRANSFORMERS, MEGATRON = "ours", "transformers", "megatron_core"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a benchmark trains.
-
-    Attributes:
-        num_layers: Transformer layers.
-        hidden_size: Width.
-        ffn_hidden_size: Width inside the feed-forward block.
-        num_attention_heads: Heads.
-        num_query_groups: Key/value heads.
-        seq_length: Tokens of a sample.
-        micro_batch_size: Samples of a step.
-        vocab_size: Pieces.
-    """
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    seq_length: int
-    micro_batch_size: int
-    vocab_size: int = 32000
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a step."""
-        return self.seq_length * self.micro_batch_size
-
-    def model_config(self) -> ModelConfig:
-        """The shape as a run's configuration has it."""
-        return ModelConfig(
-            num_layers=self.num_layers,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.num_query_groups,
-            max_position_embeddings=self.seq_length,
-        )
-
-
-# Widths of LLaMA-2 with fewer layers, and a model that one CPU trains.
-SHAPES = {
-    "58m": Shape(8, 512, 1376, 8, 8, 1024, 4),
-    "7b": Shape(8, 4096, 11008, 32, 32, 4096, 2),
-    "13b": Shape(6, 5120, 13824, 40, 40, 4096, 2),
-    "70b": Shape(3, 8192, 28672, 64, 8, 4096, 1),
-}
 
 
 class Subject(Protocol):

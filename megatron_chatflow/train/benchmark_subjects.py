@@ -4,7 +4,7 @@ In: a shape and tokens. Out: objects with ``step()``. Each does the whole of a s
 do: forward, backward, clipping to norm 1, AdamW with fp32 master weights or autocast.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +17,14 @@ from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import build_llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.benchmark_shape import Shape
 from megatron_chatflow.train.optimizer import build_optimization
 from megatron_chatflow.train.step import train_step
-
-if TYPE_CHECKING:
-    from megatron_chatflow.train.benchmark import Shape
 
 LEARNING_RATE = 1e-4
 
 
-def _run_config(shape: "Shape") -> RunConfig:
+def _run_config(shape: Shape) -> RunConfig:
     return RunConfig.from_dict(
         {
             "model": {k: v for k, v in vars(shape.model_config()).items() if not k.startswith("_")},
@@ -45,7 +43,7 @@ def _run_config(shape: "Shape") -> RunConfig:
 class Ours:
     """Our training step, reports of every source included."""
 
-    def __init__(self, shape: "Shape", tokens: torch.Tensor, ranks: Ranks) -> None:
+    def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
         """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1]."""
         config = _run_config(shape)
         with device_mode(ranks.device):
@@ -94,7 +92,7 @@ def _mock_batch(tokens: torch.Tensor) -> GlobalBatch:
 class Transformers:
     """transformers' LlamaForCausalLM under bf16 autocast with torch's fused AdamW."""
 
-    def __init__(self, shape: "Shape", tokens: torch.Tensor, ranks: Ranks) -> None:
+    def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
         """Builds model and optimizer."""
         try:
             from transformers import LlamaConfig, LlamaForCausalLM
@@ -138,7 +136,7 @@ class Transformers:
 class PlainMegatron:
     """megatron-core as it comes: its GPTModel with the local spec, its loss, the same optimizer."""
 
-    def __init__(self, shape: "Shape", tokens: torch.Tensor, ranks: Ranks) -> None:
+    def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
         """Builds model and optimizer."""
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
