@@ -26,7 +26,8 @@ constexpr auto kMasks = make_masks();
 
 }  // namespace
 
-BpeEncoder::BpeEncoder(BpeModel model) : model_(std::move(model)), entries_(kNumWays << kLogSets) {
+BpeEncoder::BpeEncoder(std::shared_ptr<const BpeModel> model)
+    : shared_model_(std::move(model)), model_(*shared_model_), entries_(kNumWays << kLogSets) {
   for (uint32_t left = 0; left < 128; ++left) {
     for (uint32_t right = 0; right < 128; ++right) {
       ascii_joins_[left][right] = model_.may_join(with_space_sign(left), with_space_sign(right));

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string_view>
 #include <vector>
 
@@ -19,7 +20,7 @@ namespace chatflow {
 /// Encodes texts one after the other; not for several threads at once.
 class BpeEncoder {
  public:
-  explicit BpeEncoder(BpeModel model);
+  explicit BpeEncoder(std::shared_ptr<const BpeModel> model);
 
   /// Room that the ids of a text may need, in ids.
   static size_t max_ids(size_t num_bytes) { return 3 * (num_bytes + 1) + kMaxCachedIds; }
@@ -86,7 +87,8 @@ class BpeEncoder {
   int32_t* emit(int32_t symbol, const uint8_t* begin, const uint8_t* end, int32_t* ids) const;
   static Key key_of(const uint8_t* begin, size_t num_bytes);
 
-  BpeModel model_;
+  std::shared_ptr<const BpeModel> shared_model_;
+  const BpeModel& model_;
   std::array<std::array<bool, 128>, 128> ascii_joins_{};
   std::vector<Entry> entries_;
   std::vector<uint8_t> buffer_;

@@ -11,7 +11,7 @@ are several, until there are none. What is then no piece becomes the pieces of i
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +90,25 @@ class ReferenceBpeEncoder:
         return ids
 
 
-def compiled_bpe_encoder(model: BpePieces) -> Any | None:
-    """The compiled encoder, with `ReferenceBpeEncoder`'s `encode_batch`; None if not built.
+class CompiledBpeEncoder(Protocol):
+    """What csrc offers; any number of threads may call it at once."""
+
+    def encode_batch(
+        self, texts: Sequence[str], with_prefix: bool, end_id: int = -1, narrow: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """As the reference; `narrow` for ids in uint16."""
+
+    def encode_json_lines(
+        self, data: bytes, key: str, with_prefix: bool, end_id: int = -1, narrow: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
+        """The same of the string under the key of every line, and the strings' UTF-8 bytes.
+
+        None if a line is not an object with such a string, or takes a full parser to tell.
+        """
+
+
+def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
+    """The compiled encoder; None if it is not built.
 
     Raises:
         ValueError: A piece is empty, given twice, or not text.
@@ -100,4 +117,5 @@ def compiled_bpe_encoder(model: BpePieces) -> Any | None:
     if encoder_type is None:
         return None
     pieces = [piece.encode() for piece in model.pieces]
-    return encoder_type(pieces, model.ids, model.scores, model.byte_ids)
+    encoder: CompiledBpeEncoder = encoder_type(pieces, model.ids, model.scores, model.byte_ids)
+    return encoder

@@ -6,7 +6,7 @@ In: nothing. Out: the `Tokenizer` protocol, the names of its types, hashing of m
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,26 @@ class Tokenizer(Protocol):
 
         Returns:
             int32, the ids of all texts one after the other; int32[num_texts], the number of each.
+        """
+
+    @property
+    def runs_in_threads(self) -> bool:
+        """Whether several threads of a process encode at the same time."""
+
+    def encode_json_lines(
+        self, data: bytes, key: str, end_id: int, narrow: bool
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
+        """`encode_arrays` of the text under a key of every line, JSON and all, in one go.
+
+        Args:
+            data: JSON lines; blank ones are passed over.
+            key: The key.
+            end_id: Put behind the ids of every text that has any; -1 for nothing.
+            narrow: Whether the ids come as uint16 instead of int32.
+
+        Returns:
+            The two arrays, and the texts' bytes in UTF-8; None if the caller has to parse the
+            lines: the tokenizer has no such function, or a line is not plain sailing.
         """
 
     def control_id(self, name: str) -> int | None:

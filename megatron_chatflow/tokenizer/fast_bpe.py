@@ -7,14 +7,11 @@ own pieces. Otherwise None, with the reason in the log.
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.native.bpe import BpePieces, compiled_bpe_encoder
+from megatron_chatflow.native.bpe import BpePieces, CompiledBpeEncoder, compiled_bpe_encoder
 from megatron_chatflow.tokenizer.base import split_arrays
 
 logger = logging.getLogger(__name__)
@@ -22,16 +19,7 @@ Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 NUM_PROBED_PIECES = 2000
 
 
-class BatchEncoder(Protocol):
-    """What `native.bpe` offers."""
-
-    def encode_batch(
-        self, texts: Sequence[str], with_prefix: bool, end_id: int = -1
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Ids of all texts one after the other, and the number of each."""
-
-
-def fast_encoder(model_bytes: bytes, processor: Any) -> BatchEncoder | None:
+def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | None:
     """The compiled encoder for a model.
 
     Args:
@@ -44,7 +32,7 @@ def fast_encoder(model_bytes: bytes, processor: Any) -> BatchEncoder | None:
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
     reason = _why_not(model)
-    encoder: BatchEncoder | None = None
+    encoder: CompiledBpeEncoder | None = None
     if reason is None:
         encoder = compiled_bpe_encoder(_pieces_of(model))
         if encoder is None:
@@ -94,7 +82,7 @@ def _pieces_of(model: Any) -> BpePieces:
     return BpePieces(pieces, ids, scores, tuple(byte_ids[f"<0x{b:02X}>"] for b in range(256)))
 
 
-def _agree(encoder: BatchEncoder, processor: Any, model: Any) -> bool:
+def _agree(encoder: CompiledBpeEncoder, processor: Any, model: Any) -> bool:
     """Tries both on pieces strung together, with what models stumble over in between."""
     pieces = [piece.piece for piece in model.pieces if piece.type == Piece.NORMAL]
     step = max(1, len(pieces) // NUM_PROBED_PIECES)

@@ -114,6 +114,14 @@ class HuggingFaceTokenizer:
         """`encode` of every text, as arrays."""
         return join_arrays(self.encode_batch(texts), end_id)
 
+    @property
+    def runs_in_threads(self) -> bool:
+        """False: its texts and ids pass through the interpreter."""
+        return False
+
+    def encode_json_lines(self, data: bytes, key: str, end_id: int, narrow: bool) -> None:
+        """Leaves the parsing to the caller."""
+
     def control_id(self, name: str) -> int | None:
         """The id of a control token; None where the model has no such token."""
         return self._control_ids.get(name)

@@ -6,6 +6,7 @@ In: a `.model` file. Out: ids exactly as the sentencepiece library gives them.
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.native.bpe import CompiledBpeEncoder
 from megatron_chatflow.tokenizer.base import (
     join_arrays,
     read_model_file,
@@ -21,7 +23,7 @@ from megatron_chatflow.tokenizer.base import (
     without_surrogates,
 )
 from megatron_chatflow.tokenizer.export import save_sentencepiece
-from megatron_chatflow.tokenizer.fast_bpe import BatchEncoder, fast_encoder
+from megatron_chatflow.tokenizer.fast_bpe import fast_encoder
 
 SPACE = "\u2581"
 
@@ -74,7 +76,7 @@ class SentencePieceTokenizer:
         return num_bytes
 
     @cached_property
-    def _fast_encoder(self) -> BatchEncoder | None:
+    def _fast_encoder(self) -> CompiledBpeEncoder | None:
         return fast_encoder(self._model_bytes, self._processor)
 
     @cached_property
@@ -108,6 +110,19 @@ class SentencePieceTokenizer:
         if self._fast_encoder is None:
             return join_arrays(self.encode_batch(texts), end_id)
         return _encode_fast(self._fast_encoder, texts, self._has_prefix, end_id)
+
+    @property
+    def runs_in_threads(self) -> bool:
+        """Whether the compiled encoder does the work, which leaves the interpreter free."""
+        return self._fast_encoder is not None
+
+    def encode_json_lines(
+        self, data: bytes, key: str, end_id: int, narrow: bool
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
+        """`encode_arrays` of the text under a key of every line; None to leave it to the caller."""
+        if self._fast_encoder is None:
+            return None
+        return self._fast_encoder.encode_json_lines(data, key, self._has_prefix, end_id, narrow)
 
     def control_id(self, name: str) -> int | None:
         """The id of a control token; None where the model has no such token."""
@@ -150,7 +165,7 @@ def _encode(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[
 
 
 def _encode_fast(
-    encoder: BatchEncoder, texts: Sequence[str], with_prefix: bool, end_id: int
+    encoder: CompiledBpeEncoder, texts: Sequence[str], with_prefix: bool, end_id: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     try:
         return encoder.encode_batch(texts, with_prefix, end_id)

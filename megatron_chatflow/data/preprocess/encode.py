@@ -117,13 +117,31 @@ class DocumentEncoder:
             return self._encode_segmented([d for d in documents if isinstance(d, Document)])
         return self._encode_texts([d for d in documents if isinstance(d, str)])
 
-    def _encode_texts(self, given: list[str]) -> EncodedDocuments:
-        end_id = self.tokenizer.eos_id if self.settings.append_eod else -1
-        ids, lengths = self.tokenizer.encode_arrays(given, end_id)
+    def encode_lines(self, data: bytes, key: str) -> EncodedDocuments | None:
+        """Encodes the text under a key of every JSON line, without building the documents.
+
+        Returns:
+            The same as from parsing the lines first, or None where that has to be done.
+        """
+        narrow = self.dtype == np.uint16
+        encoded = self.tokenizer.encode_json_lines(data, key, self._end_id, narrow)
+        return None if encoded is None else self._packed(*encoded)
+
+    @property
+    def _end_id(self) -> int:
+        return self.tokenizer.eos_id if self.settings.append_eod else -1
+
+    def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
+        ids, lengths = self.tokenizer.encode_arrays(texts, self._end_id)
+        num_text_bytes = sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
+        return self._packed(ids.astype(self.dtype), lengths, num_text_bytes)
+
+    def _packed(
+        self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], num_text_bytes: int
+    ) -> EncodedDocuments:
         kept = lengths[lengths > 0]  # a text without ids leaves nothing in them
         num_dropped = {"empty": len(lengths) - len(kept)} if len(kept) < len(lengths) else {}
-        num_text_bytes = sum(len(t) if t.isascii() else len(t.encode()) for t in given)
-        return EncodedDocuments(ids.astype(self.dtype), kept, None, num_text_bytes, num_dropped, {})
+        return EncodedDocuments(ids, kept, None, num_text_bytes, num_dropped, {})
 
     def _encode_segmented(self, documents: list[Document]) -> EncodedDocuments:
         kept: list[list[int]] = []

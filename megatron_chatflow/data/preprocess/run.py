@@ -10,8 +10,8 @@ depend on the number of workers and memory does not depend on the corpus.
 import logging
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -126,13 +126,7 @@ def _encoded_chunks(
         for chunk in chunks:
             yield worker.encode(chunk)
         return
-    executor = ProcessPoolExecutor(
-        settings.num_workers,
-        # Not fork: a parent that has threads (the bar's, a tokenizer's) may fork into a deadlock.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(settings,),
-    )
+    executor, encode = _executor(settings, tokenizer)
     pending: deque[Future[EncodedChunk]] = deque()
     failure: UserError | None = None
     exhausted = False
@@ -140,7 +134,7 @@ def _encoded_chunks(
         while True:
             while not exhausted and len(pending) < NUM_CHUNKS_UNDER_WAY * settings.num_workers:
                 try:
-                    pending.append(executor.submit(encode_in_worker, next(chunks)))
+                    pending.append(executor.submit(encode, next(chunks)))
                 except StopIteration:
                     exhausted = True
                 except UserError as error:  # raised in its turn, after what was read before it
@@ -156,6 +150,22 @@ def _encoded_chunks(
         executor.shutdown(wait=True, cancel_futures=True)
     if failure is not None:
         raise failure
+
+
+def _executor(
+    settings: PreprocessSettings, tokenizer: Tokenizer
+) -> tuple[Executor, Callable[[Chunk], EncodedChunk]]:
+    """The workers, and what they do: threads where these do not wait for each other."""
+    if settings.corpus.format == "text" and tokenizer.runs_in_threads:
+        return ThreadPoolExecutor(settings.num_workers), ChunkWorker(settings, tokenizer).encode
+    executor = ProcessPoolExecutor(
+        settings.num_workers,
+        # Not fork: a parent that has threads (the bar's, a tokenizer's) may fork into a deadlock.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(settings,),
+    )
+    return executor, encode_in_worker
 
 
 def _publish(

@@ -22,7 +22,7 @@ class PreprocessSettings:
         append_eod: Whether every document ends with the end-of-document token.
         max_tokens: Longest document of pairs and chats; None for no limit.
         over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
-        num_workers: Processes that tokenise; 1 does all in one process.
+        num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
         max_bad_lines: So many bad lines are dropped before the job fails.
         overwrite: Whether outputs that exist are replaced.
     """

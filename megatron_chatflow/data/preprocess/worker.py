@@ -1,4 +1,4 @@
-"""A process that turns chunks of input into token ids.
+"""What a thread or process does to turn chunks of input into token ids.
 
 In: the job's settings, once; then chunks. Out: for each chunk an `EncodedChunk`.
 """
@@ -8,6 +8,7 @@ import os
 import threading
 from multiprocessing.connection import wait
 
+from megatron_chatflow.corpus.documents import ParsedChunk
 from megatron_chatflow.corpus.parse import parse_chunk
 from megatron_chatflow.corpus.readers import Chunk
 from megatron_chatflow.data.preprocess.encode import DocumentEncoder, EncodedChunk
@@ -25,7 +26,13 @@ class ChunkWorker:
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """One chunk."""
-        parsed = parse_chunk(chunk, self.settings.corpus)
+        corpus = self.settings.corpus
+        if corpus.format == "text" and chunk.kind == "lines" and len(corpus.json_keys) == 1:
+            (key,) = corpus.json_keys
+            encoded = self.encoder.encode_lines(chunk.data, key)
+            if encoded is not None:
+                return EncodedChunk({key: encoded}, ParsedChunk(), chunk.num_bytes_read)
+        parsed = parse_chunk(chunk, corpus)
         documents = {key: self.encoder.encode(docs) for key, docs in parsed.documents.items()}
         parsed.documents = {}
         return EncodedChunk(documents, parsed, chunk.num_bytes_read)

@@ -70,18 +70,26 @@ def test_several_keys(jobs: Jobs) -> None:
     assert len(jobs.documents("title")) == 1
 
 
+@pytest.mark.parametrize(
+    ("corpus", "num_files"),
+    [(CorpusSettings(), 3), (CorpusSettings(format="chat", json_keys=("messages",)), 5)],
+)
 def test_any_number_of_workers_writes_the_same_bytes(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, corpus: CorpusSettings, num_files: int
 ) -> None:
+    """Threads for text, processes for chats."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
-    records = [{"instruction": f"{t} {k}", "output": t * 3} for k in range(40) for t in TEXTS]
-    path = jobs.lines("a.jsonl", records)
-    corpus = CorpusSettings(format="chat", json_keys=("messages",))
+    records = [
+        {"text": t * (k % 7), "instruction": f"{t} {k}", "output": t * 3}
+        for k in range(40)
+        for t in TEXTS
+    ]
+    path = jobs.lines("a.jsonl", [*records, b"{", b'{"text": "\\ud800"}'])
     written = []
     for num_workers in (1, 3):
         jobs.run(path, corpus=corpus, num_workers=num_workers)
         files = sorted(jobs.folder.glob("out_*"))
-        assert len(files) == 5
+        assert len(files) == num_files
         written.append([file.read_bytes() for file in files])
     assert written[0] == written[1]
 
@@ -162,12 +170,12 @@ def test_a_killed_job_leaves_nothing_under_a_final_name(jobs: Jobs) -> None:
     os.mkfifo(pipe)
     tool = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
     command = [sys.executable, str(tool), "--input", str(pipe), "--workers", "2"]
+    command += ["--format", "pairs"]  # whose workers are processes
     command += ["--output-prefix", str(jobs.prefix), "--tokenizer-model", str(jobs.model)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     with pipe.open("wb") as stream:
-        stream.write(json.dumps({"text": "bana " * 10}).encode().ljust(200) + b"\n")
         for _ in range(100):
-            stream.write((json.dumps({"text": "kedo " * 5000}) + "\n").encode())
+            stream.write((json.dumps({"en": "kedo " * 5000, "zh": "x " * 5000}) + "\n").encode())
         stream.flush()
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -177,8 +185,9 @@ def test_a_killed_job_leaves_nothing_under_a_final_name(jobs: Jobs) -> None:
     while _group_is_alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _group_is_alive(process.pid)  # the workers end with their parent
-    path = jobs.lines("a.jsonl", [{"text": "bana"}])
-    assert jobs.run(path, overwrite=False)["num_documents"] == 1
+    path = jobs.lines("a.jsonl", [{"en": "bana", "zh": "kedo"}])
+    corpus = CorpusSettings(format="pairs")
+    assert jobs.run(path, overwrite=False, corpus=corpus)["num_documents"] == 1
     assert not list(jobs.folder.glob("*.partial"))
 
 
@@ -197,6 +206,7 @@ def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
         "from preprocess_jobs import Jobs\n"
+        "from megatron_chatflow.corpus.parse import CorpusSettings\n"
         "from megatron_chatflow.data.preprocess import run\n"
         "from megatron_chatflow.errors import run_main\n"
         "def start(settings):\n"
@@ -204,10 +214,11 @@ def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
         "run.start_worker = start\n"
         "if __name__ == '__main__':\n"
         "    jobs = Jobs(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-        "    run_main(lambda: jobs.run(sys.argv[3], num_workers=2))\n"
+        "    corpus = CorpusSettings(format='pairs')\n"
+        "    run_main(lambda: jobs.run(sys.argv[3], num_workers=2, corpus=corpus))\n"
     )
     (jobs.folder / "script.py").write_text(script)
-    path = jobs.lines("a.jsonl", [{"text": "bana"}])
+    path = jobs.lines("a.jsonl", [{"en": "bana", "zh": "kedo"}])
     done = subprocess.run(
         [sys.executable, str(jobs.folder / "script.py"), str(jobs.folder), str(jobs.model), path],
         capture_output=True,

@@ -2,11 +2,13 @@
 
 import random
 import string
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
+from bpe_models import pieces_of
 
 from megatron_chatflow.native.bpe import BpePieces, ReferenceBpeEncoder, compiled_bpe_encoder
 from megatron_chatflow.native.extension import extension
@@ -68,16 +70,6 @@ def test_equals_its_definition_on_made_up_models(seed: int) -> None:
             assert lengths.tolist() == expected[1].tolist()
 
 
-def pieces_of(path: Path) -> BpePieces:
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
-    ordinary = [(p.piece, i, p.score) for i, p in enumerate(model.pieces) if p.type == 1]
-    numbers = {p.piece: i for i, p in enumerate(model.pieces)}
-    byte_ids = tuple(numbers[f"<0x{byte:02X}>"] for byte in range(256))
-    pieces, ids, scores = zip(*ordinary, strict=True)
-    return BpePieces(pieces, ids, scores, byte_ids)
-
-
 def test_equals_sentencepiece(tiny_sentencepiece_model: Path) -> None:
     compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
@@ -124,3 +116,16 @@ def test_refuses_lone_surrogates(tiny_sentencepiece_model: Path) -> None:
     assert compiled is not None
     with pytest.raises(UnicodeEncodeError):
         compiled.encode_batch(["a\ud800"], True)
+
+
+def test_threads_and_narrow_ids(tiny_sentencepiece_model: Path) -> None:
+    compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
+    assert compiled is not None
+    texts = hard_texts(3000, seed=5)
+    expected = compiled.encode_batch(texts, True)[0].tolist()
+    with ThreadPoolExecutor(4) as executor:
+        calls = [executor.submit(compiled.encode_batch, texts, True, -1, True) for _ in range(8)]
+        for call in calls:
+            ids, _ = call.result()
+            assert ids.dtype == np.uint16
+            assert ids.tolist() == expected
