@@ -74,7 +74,7 @@ def test_equals_sentencepiece(tiny_sentencepiece_model: Path) -> None:
     compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sentencepiece_model))
-    texts = hard_texts(4000, seed=1)
+    texts = hard_texts(30_000, seed=1)
     ids, lengths = compiled.encode_batch(texts, True)
     expected = [reference.encode(text) for text in texts]
     assert lengths.tolist() == [len(sequence) for sequence in expected]
