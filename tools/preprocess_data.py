@@ -15,24 +15,24 @@ from typing import Any
 from megatron_chatflow.corpus.pairs import PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.corpus.templates import TEMPLATES
-from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.data.preprocess import PreprocessSettings, parse_shard, preprocess
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
 EXAMPLES = """examples:
-  preprocess_data.py --input 'en/*.jsonl.zst' --output-prefix data/en \\
-      --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --append-eod --workers 8
+  preprocess_data.py --input 'en/*.zst' --output-prefix data/en --tokenizer-model M --append-eod
   preprocess_data.py --format pairs --pair-template translate --input zh_en.tsv ...
   preprocess_data.py --format chat --template chatflow --input alpaca.json ...
   zcat big.jsonl.gz | preprocess_data.py --input - ...
+  preprocess_data.py --shard $SLURM_ARRAY_TASK_ID/64 --input corpus/ --output-prefix out/en ...
+  merge_datasets.py --input out/ --output-prefix data/en_text_document   # after all 64
 """
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     add = parser.add_argument
     add(
         "--input", nargs="+", required=True, dest="inputs", metavar="F", help="or folders, globs, -"
@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         "--invalid-utf8", choices=["drop", "replace"], default="drop", help="of lines; txt: replace"
     )
     add("--txt-documents", choices=["file", "line"], default="file", help="what is one, in .txt")
+    add("--partitions", type=int, default=1, dest="num_partitions", help="merged; resumes by part")
+    add("--shard", type=parse_shard, metavar="I/N", help="make the I-th of N parts alone, I from 0")
     add("--overwrite", action="store_true", help="replace outputs that exist")
     chats = parser.add_argument_group("chats and translation instructions")
     add = chats.add_argument
@@ -59,12 +61,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--over-long", choices=["truncate", "drop"], default="truncate", help="cut between turns")
     pairs = parser.add_argument_group("pairs: en<TAB>zh lines, or JSON with a key for each side")
     add = pairs.add_argument
-    add("--pair-keys", nargs=2, default=["en", "zh"], metavar="KEY")
-    add("--pair-languages", nargs=2, default=["English", "Chinese"], metavar="NAME")
+    add("--pair-keys", nargs=2, default=["en", "zh"])
+    add("--pair-languages", nargs=2, default=["English", "Chinese"])
     add("--pair-template", choices=["plain", "translate"], default="plain")
     add("--pair-direction", choices=["both", "forward", "backward", "hash"], default="hash")
-    ratio_help = "of the sides' bytes, above which a pair is dropped; 0: no limit"
-    add("--pair-max-length-ratio", type=float, default=9.0, metavar="R", help=ratio_help)
+    add("--pair-max-length-ratio", type=float, default=9.0, help="of the sides' bytes; 0: no limit")
     return parser.parse_args()
 
 

@@ -4,7 +4,8 @@ In: input files and `PreprocessSettings`. Out: `<prefix>_<key>_document.{bin,idx
 pairs and chats, `<prefix>_<key>_loss_mask.{bin,idx}`.
 """
 
+from megatron_chatflow.data.preprocess.partitions import parse_shard
 from megatron_chatflow.data.preprocess.run import preprocess
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
 
-__all__ = ["PreprocessSettings", "preprocess"]
+__all__ = ["PreprocessSettings", "parse_shard", "preprocess"]

@@ -90,11 +90,14 @@ class KeyOutput:
         self.num_dropped.update(encoded.num_dropped)
         self.num_repaired.update(encoded.num_repaired)
 
-    def seal(self, inputs: list[dict[str, Any]]) -> tuple[list[StagedFile], dict[str, Any]]:
+    def seal(
+        self, inputs: list[dict[str, Any]], settings: dict[str, Any]
+    ) -> tuple[list[StagedFile], dict[str, Any]]:
         """Completes the files beside their final names.
 
         Args:
             inputs: Name and size of each input.
+            settings: What else they depend on.
 
         Returns:
             The files in the order in which to publish them, and the sidecar's content.
@@ -112,6 +115,7 @@ class KeyOutput:
                 "sha256": self.tokenizer.fingerprint,
                 "vocab_size": self.tokenizer.vocab_size,
             },
+            "settings": settings,
             "inputs": inputs,
             "num_documents": self.documents.num_documents,
             "num_tokens": self.documents.num_tokens,

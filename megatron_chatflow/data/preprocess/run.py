@@ -10,7 +10,7 @@ depend on the number of workers and memory does not depend on the corpus.
 import logging
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_chatflow.corpus.inputs import InputFile, find_inputs
 from megatron_chatflow.corpus.readers import Chunk, CorpusReader
 from megatron_chatflow.data.preprocess.encode import EncodedChunk
 from megatron_chatflow.data.preprocess.output import KeyOutput, output_paths
+from megatron_chatflow.data.preprocess.partitions import run_all_parts, run_part
 from megatron_chatflow.data.preprocess.progress import Progress
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
 from megatron_chatflow.data.preprocess.worker import ChunkWorker, encode_in_worker, start_worker
@@ -45,6 +46,17 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
     """
     files = find_inputs(settings.inputs)
     _check(settings, files)
+    if settings.shard is not None:
+        return run_part(settings, files, *settings.shard, _preprocess_files)
+    if settings.num_partitions > 1:
+        return run_all_parts(settings, files, settings.num_partitions, _preprocess_files)
+    return _preprocess_files(settings, files, allow_empty=False)
+
+
+def _preprocess_files(
+    settings: PreprocessSettings, files: Sequence[InputFile], *, allow_empty: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Makes the datasets of some files."""
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
     keys = settings.corpus.json_keys
     outputs: dict[str, KeyOutput] = {}
@@ -54,7 +66,7 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
                 settings.output_prefix, key, tokenizer, settings.corpus.has_loss_mask
             )
         inputs = _fill(settings, files, tokenizer, outputs)
-        return _publish(outputs, inputs, settings.output_prefix)
+        return _publish(outputs, inputs, settings, allow_empty=allow_empty)
     finally:
         for output in outputs.values():
             output.discard()
@@ -62,10 +74,18 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
 
 def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
     """Refuses before any work what would fail in the end."""
-    for name, smallest in (("num_workers", 1), ("max_bad_lines", 0), ("max_tokens", 1)):
+    for name, smallest in (
+        ("num_workers", 1),
+        ("max_bad_lines", 0),
+        ("max_tokens", 1),
+        ("num_partitions", 1),
+    ):
         value = getattr(settings, name)
         if value is not None and value < smallest:
             raise UserError(f"{name}: {value}: must be at least {smallest}")
+    if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
+        number, num_parts = settings.shard
+        raise UserError(f"--shard {number}/{num_parts}: shards count from 0/{num_parts}")
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")
@@ -81,7 +101,7 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
 
 def _fill(
     settings: PreprocessSettings,
-    files: list[InputFile],
+    files: Sequence[InputFile],
     tokenizer: Tokenizer,
     outputs: dict[str, KeyOutput],
 ) -> list[dict[str, Any]]:
@@ -169,19 +189,23 @@ def _executor(
 
 
 def _publish(
-    outputs: dict[str, KeyOutput], inputs: list[dict[str, Any]], output_prefix: str
+    outputs: dict[str, KeyOutput],
+    inputs: list[dict[str, Any]],
+    settings: PreprocessSettings,
+    *,
+    allow_empty: bool,
 ) -> dict[str, dict[str, Any]]:
     """Completes the outputs and gives all of them their final names."""
     files = []
     contents = {}
     for key, output in outputs.items():
-        key_files, contents[key] = output.seal(inputs)
+        key_files, contents[key] = output.seal(inputs, settings.record())
         files += key_files
-        if contents[key]["num_documents"] == 0:
+        if contents[key]["num_documents"] == 0 and not allow_empty:
             dropped = ", ".join(f"{n} {reason}" for reason, n in contents[key]["dropped"].items())
             raise UserError(f"no document left: {output.prefix}: dropped: {dropped or 'nothing'}")
     for key in outputs:
-        for path in output_paths(output_prefix, key):
+        for path in output_paths(settings.output_prefix, key):
             path.unlink(missing_ok=True)  # with --overwrite: no new file beside an old one
     publish_all(files)
     return contents

@@ -3,8 +3,9 @@
 In: nothing. Out: `PreprocessSettings`, which workers receive whole.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from megatron_chatflow.corpus.parse import CorpusSettings
 
@@ -25,6 +26,9 @@ class PreprocessSettings:
         num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
         max_bad_lines: So many bad lines are dropped before the job fails.
         overwrite: Whether outputs that exist are replaced.
+        num_partitions: Parts that are made one after the other and then merged, so that a killed
+            job loses one part at most.
+        shard: Number and count, to make one part alone, for job arrays.
     """
 
     inputs: tuple[str, ...]
@@ -38,3 +42,17 @@ class PreprocessSettings:
     num_workers: int = 1
     max_bad_lines: int = 100
     overwrite: bool = False
+    num_partitions: int = 1
+    shard: tuple[int, int] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What the outputs depend on besides inputs and tokenizer, for the sidecar."""
+        corpus = asdict(self.corpus)
+        if self.corpus.format != "pairs":
+            del corpus["pairs"]
+        if self.corpus.format == "text":
+            del corpus["template"], corpus["loss"]
+        limit = {} if self.max_tokens is None else {"over_long": self.over_long}
+        options = {"append_eod": self.append_eod, "max_tokens": self.max_tokens, **limit}
+        recorded: dict[str, Any] = json.loads(json.dumps({**corpus, **options}))
+        return recorded

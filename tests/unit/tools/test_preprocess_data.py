@@ -61,6 +61,19 @@ def test_a_mistake_is_one_line(tmp_path: Path, tiny_sentencepiece_model: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shards(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "bana"}\n')
+    common = ("--input", tmp_path, "--tokenizer-model", tiny_sentencepiece_model)
+    common += ("--output-prefix", tmp_path / "out")
+    done = run(*common, "--shard", "1/2")
+    assert done.returncode == 0, done.stderr
+    assert len(IndexedDataset(tmp_path / "out_part00001of00002_text_document")) == 1
+    for text in ("2/2", "1", "a/b"):
+        done = run(*common, "--shard", text)
+        assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
 def test_help_has_examples() -> None:
     done = run("--help")
     assert done.returncode == 0
