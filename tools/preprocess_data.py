@@ -25,7 +25,6 @@ EXAMPLES = """examples:
   preprocess_data.py --format chat --template chatflow --input alpaca.json ...
   zcat big.jsonl.gz | preprocess_data.py --input - ...
   preprocess_data.py --shard $SLURM_ARRAY_TASK_ID/64 --input corpus/ --output-prefix out/en ...
-  merge_datasets.py --input out/ --output-prefix data/en_text_document   # after all 64
 """
 
 
@@ -43,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer-type", choices=[*TOKENIZER_TYPES, "auto"], default="auto")
     add("--tokenizer-model", required=True, metavar="M", help="file, or folder with one")
     add("--append-eod", action="store_true", help="end every document with the EOD token")
-    num_cores = len(os.sched_getaffinity(0))
-    add("--workers", type=int, default=num_cores, dest="num_workers", metavar="N")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, dest="num_workers", metavar="N")
     add("--max-bad-lines", type=int, default=100, metavar="N", help="dropped before it is an error")
     add(
         "--invalid-utf8", choices=["drop", "replace"], default="drop", help="of lines; txt: replace"
@@ -52,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--txt-documents", choices=["file", "line"], default="file", help="what is one, in .txt")
     add("--partitions", type=int, default=1, dest="num_partitions", help="merged; resumes by part")
     add("--shard", type=parse_shard, metavar="I/N", help="make the I-th of N parts alone, I from 0")
+    add("--dedup", action="store_true", help="drop documents that have been there before")
     add("--overwrite", action="store_true", help="replace outputs that exist")
     chats = parser.add_argument_group("chats and translation instructions")
     add = chats.add_argument

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from megatron_chatflow.corpus.documents import Document, ParsedChunk, Segment
 from megatron_chatflow.data.indexed import optimal_dtype
+from megatron_chatflow.data.preprocess.duplicates import hashes_of
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
 from megatron_chatflow.tokenizer import Tokenizer
 
@@ -30,7 +31,9 @@ class EncodedDocuments:
         tokens: 1-D, in the dataset's dtype, the documents one after the other.
         lengths: int32[num_documents].
         loss_mask: uint8 like tokens, or None.
-        num_text_bytes: UTF-8 bytes of the documents' text.
+        text_bytes: int64[num_documents], UTF-8 bytes of each document's text, or, where nobody asks
+            for each, int64[1], those of all.
+        hashes: uint64[num_documents, 2] of the documents' text, or None where nobody asks.
         num_dropped: Documents left out, by reason.
         num_repaired: Documents kept after a change, by kind.
     """
@@ -38,9 +41,27 @@ class EncodedDocuments:
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.uint8] | None
-    num_text_bytes: int
+    text_bytes: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64] | None
     num_dropped: dict[str, int]
     num_repaired: dict[str, int]
+
+    def keep(self, kept: npt.NDArray[np.bool_], reason: str) -> None:
+        """Leaves documents out.
+
+        Args:
+            kept: bool[num_documents].
+            reason: Under which the others are counted.
+        """
+        if kept.all():
+            return
+        of_tokens = np.repeat(kept, self.lengths)
+        self.tokens = self.tokens[of_tokens]
+        if self.loss_mask is not None:
+            self.loss_mask = self.loss_mask[of_tokens]
+        self.lengths, self.text_bytes = self.lengths[kept], self.text_bytes[kept]
+        self.hashes = None
+        self.num_dropped[reason] = self.num_dropped.get(reason, 0) + int((~kept).sum())
 
 
 @dataclass
@@ -123,9 +144,14 @@ class DocumentEncoder:
         Returns:
             The same as from parsing the lines first, or None where that has to be done.
         """
+        if self.settings.dedup:
+            return None  # which needs the documents
         narrow = self.dtype == np.uint16
         encoded = self.tokenizer.encode_json_lines(data, key, self._end_id, narrow)
-        return None if encoded is None else self._packed(*encoded)
+        if encoded is None:
+            return None
+        ids, lengths, num_text_bytes = encoded
+        return _packed(ids, lengths, np.array([num_text_bytes]), None)
 
     @property
     def _end_id(self) -> int:
@@ -133,20 +159,15 @@ class DocumentEncoder:
 
     def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
         ids, lengths = self.tokenizer.encode_arrays(texts, self._end_id)
-        num_text_bytes = sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
-        return self._packed(ids.astype(self.dtype), lengths, num_text_bytes)
-
-    def _packed(
-        self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], num_text_bytes: int
-    ) -> EncodedDocuments:
-        kept = lengths[lengths > 0]  # a text without ids leaves nothing in them
-        num_dropped = {"empty": len(lengths) - len(kept)} if len(kept) < len(lengths) else {}
-        return EncodedDocuments(ids, kept, None, num_text_bytes, num_dropped, {})
+        utf8 = [text.encode() for text, n in zip(texts, lengths.tolist(), strict=True) if n]
+        text_bytes = np.array([len(text) for text in utf8], np.int64)
+        hashes = hashes_of(utf8) if self.settings.dedup else None
+        return _packed(ids.astype(self.dtype), lengths, text_bytes, hashes)
 
     def _encode_segmented(self, documents: list[Document]) -> EncodedDocuments:
         kept: list[list[int]] = []
         masks: list[list[int]] = []
-        num_text_bytes = 0
+        texts: list[bytes] = []
         num_dropped: Counter[str] = Counter()
         num_repaired: Counter[str] = Counter()
         for document in documents:
@@ -166,17 +187,29 @@ class DocumentEncoder:
                 num_repaired["truncated"] += 1
             kept.append(ids)
             masks.append(mask)
-            num_text_bytes += sum(
-                len(segment.text.encode()) for segment in document.segments[:num_segments]
-            )
+            kept_segments = document.segments[:num_segments]
+            texts.append("".join(segment.text for segment in kept_segments).encode())
         return EncodedDocuments(
             tokens=_concatenate(kept, self.dtype),
             lengths=np.array([len(ids) for ids in kept], np.int32),
             loss_mask=_concatenate(masks, np.dtype(np.uint8)),
-            num_text_bytes=num_text_bytes,
+            text_bytes=np.array([len(text) for text in texts], np.int64),
+            hashes=hashes_of(texts) if self.settings.dedup else None,
             num_dropped=dict(num_dropped),
             num_repaired=dict(num_repaired),
         )
+
+
+def _packed(
+    ids: npt.NDArray[Any],
+    lengths: npt.NDArray[np.int32],
+    text_bytes: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64] | None,
+) -> EncodedDocuments:
+    """Documents of text, without those that have no ids."""
+    kept = lengths[lengths > 0]  # a text without ids leaves nothing in them
+    num_dropped = {"empty": len(lengths) - len(kept)} if len(kept) < len(lengths) else {}
+    return EncodedDocuments(ids, kept, None, text_bytes, hashes, num_dropped, {})
 
 
 def _concatenate(sequences: list[list[int]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

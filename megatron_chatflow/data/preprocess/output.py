@@ -16,6 +16,7 @@ from megatron_chatflow.data.indexed import (
     idx_path,
     optimal_dtype,
 )
+from megatron_chatflow.data.preprocess.duplicates import SeenHashes
 from megatron_chatflow.data.preprocess.encode import EncodedDocuments
 from megatron_chatflow.data.sidecar import (
     DOCUMENT_SUFFIX,
@@ -68,6 +69,7 @@ class KeyOutput:
         self.num_loss_tokens = 0
         self.num_dropped: Counter[str] = Counter()
         self.num_repaired: Counter[str] = Counter()
+        self._seen: SeenHashes | None = None
         self._sidecar: StagedFile | None = None
         self.documents = IndexedDatasetWriter(self.prefix, optimal_dtype(tokenizer.vocab_size))
         self.mask: IndexedDatasetWriter | None = None
@@ -79,14 +81,18 @@ class KeyOutput:
                 raise
 
     def add(self, encoded: EncodedDocuments) -> None:
-        """Appends documents."""
+        """Appends documents, where they come with hashes only those that are new."""
+        if encoded.hashes is not None:
+            if self._seen is None:
+                self._seen = SeenHashes(self.prefix.parent)
+            encoded.keep(self._seen.add(encoded.hashes), "duplicate")
         self.documents.add_documents(encoded.tokens, encoded.lengths)
         self.num_loss_tokens += len(encoded.tokens)
         if self.mask is not None:
             assert encoded.loss_mask is not None
             self.mask.add_documents(encoded.loss_mask, encoded.lengths)
             self.num_loss_tokens -= int(np.count_nonzero(encoded.loss_mask == 0))
-        self.num_text_bytes += encoded.num_text_bytes
+        self.num_text_bytes += int(encoded.text_bytes.sum())
         self.num_dropped.update(encoded.num_dropped)
         self.num_repaired.update(encoded.num_repaired)
 

@@ -86,6 +86,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
     if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
         number, num_parts = settings.shard
         raise UserError(f"--shard {number}/{num_parts}: shards count from 0/{num_parts}")
+    if settings.dedup and (settings.shard is not None or settings.num_partitions > 1):
+        raise UserError("--dedup compares all documents: not with --shard or --partitions")
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")

@@ -25,6 +25,7 @@ class PreprocessSettings:
         over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
         num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
         max_bad_lines: So many bad lines are dropped before the job fails.
+        dedup: Whether of documents with the same text only the first is kept.
         overwrite: Whether outputs that exist are replaced.
         num_partitions: Parts that are made one after the other and then merged, so that a killed
             job loses one part at most.
@@ -41,6 +42,7 @@ class PreprocessSettings:
     over_long: Literal["truncate", "drop"] = "truncate"
     num_workers: int = 1
     max_bad_lines: int = 100
+    dedup: bool = False
     overwrite: bool = False
     num_partitions: int = 1
     shard: tuple[int, int] | None = None
@@ -54,5 +56,6 @@ class PreprocessSettings:
             del corpus["template"], corpus["loss"]
         limit = {} if self.max_tokens is None else {"over_long": self.over_long}
         options = {"append_eod": self.append_eod, "max_tokens": self.max_tokens, **limit}
+        options["dedup"] = self.dedup
         recorded: dict[str, Any] = json.loads(json.dumps({**corpus, **options}))
         return recorded

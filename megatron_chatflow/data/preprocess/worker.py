@@ -53,6 +53,8 @@ def start_worker(settings: PreprocessSettings) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    # One of several workers: the library's own threads would compete with the others.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
     _worker = ChunkWorker(settings, tokenizer)
 

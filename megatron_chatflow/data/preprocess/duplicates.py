@@ -1,0 +1,83 @@
+"""Knows which documents have been there before, exactly, in memory that does not grow with them.
+
+In: 128-bit hashes of documents, in order. Out: for each whether it is the first of its kind.
+
+New hashes gather in memory; when there are many they become a sorted run on disk, in an unnamed
+file that is mapped to be searched. What is held in memory is at most one such run.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
+
+
+def hashes_of(texts: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """128-bit BLAKE2b of each text, as uint64[num_texts, 2]."""
+    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    return np.frombuffer(digests, "<u8").reshape(-1, 2)
+
+
+class SeenHashes:
+    """The set of all hashes so far."""
+
+    def __init__(self, folder: Path) -> None:
+        """Begins empty.
+
+        Args:
+            folder: Where runs lie; their files have no names, and vanish with this object.
+        """
+        self._folder = folder
+        self._recent: set[bytes] = set()
+        self._runs: list[npt.NDArray[np.uint64]] = []  # [length, 2], sorted by the first column
+
+    def add(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Adds hashes.
+
+        Args:
+            hashes: uint64[n, 2].
+
+        Returns:
+            bool[n], whether each is new; of equal ones in one call only the first is.
+        """
+        is_new = np.ones(len(hashes), np.bool_)
+        for run in self._runs:
+            is_new &= ~_contained(hashes, run)
+        for k in np.flatnonzero(is_new).tolist():
+            digest = hashes[k].tobytes()
+            is_new[k] = digest not in self._recent
+            self._recent.add(digest)
+        if len(self._recent) >= HASHES_PER_RUN:
+            self._write_run()
+        return is_new
+
+    def _write_run(self) -> None:
+        recent = np.frombuffer(b"".join(self._recent), "<u8").reshape(-1, 2)
+        self._recent.clear()
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.write(recent[np.argsort(recent[:, 0], kind="stable")].tobytes())
+            file.flush()
+            run = np.memmap(file, "<u8", "r", shape=recent.shape)
+        self._runs.append(np.asarray(run))
+
+
+def _contained(
+    hashes: npt.NDArray[np.uint64], run: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.bool_]:
+    """Which hashes a sorted run has."""
+    first = run[:, 0]
+    position = np.searchsorted(first, hashes[:, 0])
+    found = np.zeros(len(hashes), np.bool_)
+    while True:  # more than once only where two hashes share their first half
+        inside = position < len(run)
+        at = np.where(inside, position, 0)
+        same_half = inside & (first[at] == hashes[:, 0])
+        found |= same_half & (run[at, 1] == hashes[:, 1])
+        if not (same_half & ~found).any():
+            return found
+        position = position + 1
