@@ -3,7 +3,6 @@
 Its text is made of random syllables and characters, so that nothing of it is anybody's.
 """
 
-import random
 import sys
 from pathlib import Path
 
@@ -17,24 +16,8 @@ settings.load_profile("untimed")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_run import TinyRun, make_tiny_run  # noqa: E402  (the path is set just above)
-
-HAN = [chr(0x4E00 + 37 * k) for k in range(60)]
-
-
-def made_up_sentences(num_sentences: int, seed: int = 0) -> list[str]:
-    """Sentences of invented words, every third one of Chinese characters."""
-    generator = random.Random(seed)
-    syllables = [c + v + e for c in "bdfklmnprst" for v in "aeiou" for e in ("", "n", "s")]
-    words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(200)]
-    sentences = []
-    for k in range(num_sentences):
-        num_words = generator.randint(3, 12)
-        if k % 3 == 2:
-            sentences.append("".join(generator.choices(HAN, k=2 * num_words)) + "。")
-        else:
-            sentences.append(" ".join(generator.choices(words, k=num_words)).capitalize() + ".")
-    return sentences
+from made_up_text import made_up_sentences  # noqa: E402  (the path is set just above)
+from tiny_run import TinyRun, make_tiny_run  # noqa: E402
 
 
 @pytest.fixture(scope="session")

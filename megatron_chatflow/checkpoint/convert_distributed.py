@@ -7,7 +7,6 @@ allowed classes, tensors are read as weights only.
 """
 
 import io
-import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,45 +35,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.weight_map import WeightRule
 from megatron_chatflow.errors import UserError
-
-_ALLOWED_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-)
-_ALLOWED_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    *(("torch", str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.float16)),
-    *(("torch", name) for name in ("bfloat16", "float64", "int64", "int32", "int16", "int8")),
-    *(("torch", name) for name in ("uint8", "bool", "strided", "contiguous_format")),
-}
-_ALLOWED_CLASSES = {
-    "Metadata",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "MetadataIndex",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-    "_StorageInfo",
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles a checkpoint's index and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_class = module in _ALLOWED_MODULES and name in _ALLOWED_CLASSES
-        if is_class or (module, name) in _ALLOWED_NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
 
 
 class DistributedReader:
@@ -95,16 +58,7 @@ class DistributedReader:
             UserError: It holds no checkpoint, or a damaged one.
         """
         self.folder = folder
-        path = folder / ".metadata"
-        try:
-            with open(path, "rb") as file:
-                index = _IndexUnpickler(file).load()
-        except FileNotFoundError:
-            raise UserError(f"{folder}: holds no distributed checkpoint (no .metadata)") from None
-        except Exception as error:  # what a damaged pickle raises is anybody's guess
-            raise UserError(f"{path}: is damaged ({error}); use another checkpoint") from None
-        if not isinstance(index, Metadata):
-            raise UserError(f"{path}: is damaged (no index); use another checkpoint")
+        index = read_index(folder)
         self._places: Mapping[MetadataIndex, Any] = index.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: entry

@@ -26,6 +26,7 @@ from megatron_chatflow.checkpoint.files import (
     read_state,
     write_atomically,
 )
+from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
@@ -199,11 +200,21 @@ def _publish(root: Path, beside: Path, final: Path, state: RunState, config: Run
     write_atomically(root / LATEST, f"{state.iteration}\n")
 
 
+def _load_sharded(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    read_index(checkpoint)
+    try:
+        return megatron.load_sharded(sharded, checkpoint)
+    except (Exception, megatron.CheckpointException) as error:
+        raise UserError(
+            f"{checkpoint}: cannot be loaded: {_root_cause(error)}; load another checkpoint"
+        ) from error
+
+
 def load_weights(checkpoint: Path, chunks: list[Any], ranks: Ranks) -> None:
     """Reads the model's weights alone, at whatever layout they were saved; every rank calls it."""
     bare = _unwrapped(chunks)
     with device_mode(ranks.device):
-        loaded = megatron.load_sharded(_sharded_state(bare, None, is_loading=True), checkpoint)
+        loaded = _load_sharded(_sharded_state(bare, None, is_loading=True), checkpoint)
         bare[0].load_state_dict(loaded["model"])
 
 
@@ -212,6 +223,6 @@ def load_checkpoint(checkpoint: Path, chunks: list[Any], optimizer: Any, ranks: 
     bare = _unwrapped(chunks)
     with device_mode(ranks.device):
         sharded = _sharded_state(bare, optimizer, is_loading=True)
-        loaded = megatron.load_sharded(sharded, checkpoint)
+        loaded = _load_sharded(sharded, checkpoint)
         bare[0].load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])

@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_chatflow.model.context import ContextShard, spans_of_documents
+from megatron_chatflow.model.context import ContextShard, shard_context, spans_of_documents
 from megatron_chatflow.model.rotary import rotary_table
 
 
@@ -62,7 +62,7 @@ def document_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 def pack_tokens(
     cu_seqlens: torch.Tensor,
-    shard: ContextShard,
+    shard: ContextShard | None = None,
     *,
     head_dim: int,
     rotary_base: float,
@@ -73,13 +73,14 @@ def pack_tokens(
 
     Args:
         cu_seqlens: int32[num_documents + 1] on the CPU, over the flattened micro-batch.
-        shard: Which of its tokens this rank holds.
+        shard: Which of its tokens this rank holds; all of them if None.
         head_dim: Size of an attention head.
         rotary_base: RoPE's base.
         dtype: The model's activations.
         device: Where the model runs.
     """
     boundaries = cu_seqlens.tolist()
+    shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
     positions = shard.take(document_positions(cu_seqlens)).to(device, non_blocking=True)
     cosines, sines = rotary_table(positions, head_dim, rotary_base, dtype)

@@ -5,8 +5,11 @@ CUDA and NCCL where a GPU is there, CPU and gloo elsewhere.
 """
 
 import contextlib
+import ctypes
 import os
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -16,6 +19,8 @@ import torch
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def _choose_device(process: ProcessRank) -> torch.device:
@@ -49,6 +54,16 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def die_with_launcher() -> None:
+    """Asks Linux to kill this worker when torchrun's agent dies.
+
+    The agent starts its workers in sessions of their own. Killed hard, it would leave them
+    training on, beside the job that takes the run up again.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def initialize(
     *,
     tensor_model_parallel_size: int = 1,
@@ -63,6 +78,7 @@ def initialize(
         UserError: The world size is no multiple of the model-parallel size, or a node has fewer
             GPUs than processes.
     """
+    die_with_launcher()
     process = ProcessRank.from_environment()
     model_parallel_size = (
         tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size

@@ -31,6 +31,7 @@ from megatron_chatflow.train.hooks.metrics_file import MetricsFile
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
+from megatron_chatflow.train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ def _hooks(config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack
     ]
     if config.checkpoint.save is not None:
         folder = Path(config.checkpoint.save)
+        stack.callback(RunFolder(folder).close)
         try:
             hooks.append(MetricsFile(folder, iteration=progress.iteration))
             write_atomically(folder / "config.yaml", config.to_yaml())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jobs
+import psutil
 import pytest
 import torch
 from tiny_run import TinyRun
@@ -122,3 +123,24 @@ def test_sigterm_saves_and_leaves(tiny_run: TinyRun, tmp_path: Path) -> None:
     assert process.wait(timeout=60) == 0
     iterations, _ = jobs.read_metrics(folder)
     assert int((folder / "latest_checkpointed_iteration.txt").read_text()) == len(iterations)
+
+
+@pytest.mark.distributed
+def test_workers_die_with_their_launcher(tiny_run: TinyRun, tmp_path: Path) -> None:
+    command = [*jobs.torchrun(2), "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]
+    flags = ["--train-iters", 100000, "--save", tmp_path / "run"]
+    agent = psutil.Popen(
+        [str(part) for part in (*command, *flags)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    workers = agent.children(recursive=True)
+    assert len(workers) >= 2
+    agent.send_signal(signal.SIGKILL)
+    agent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import made_up_sentences
+from made_up_text import made_up_sentences
 
 from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_import import import_huggingface

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from conftest import made_up_sentences
+from made_up_text import made_up_sentences
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
