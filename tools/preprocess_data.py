@@ -9,13 +9,10 @@ import argparse
 import logging
 import os
 import time
-from dataclasses import fields
-from typing import Any
 
-from megatron_chatflow.corpus.pairs import PairSettings
-from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.corpus.scripts import SCRIPTS
 from megatron_chatflow.corpus.templates import TEMPLATES
-from megatron_chatflow.data.preprocess import PreprocessSettings, parse_shard, preprocess
+from megatron_chatflow.data.preprocess import parse_shard, preprocess, settings_of_options
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
@@ -24,6 +21,7 @@ EXAMPLES = """examples:
   preprocess_data.py --format pairs --pair-template translate --input zh_en.tsv ...
   preprocess_data.py --format chat --template chatflow --input alpaca.json ...
   zcat big.jsonl.gz | preprocess_data.py --input - ...
+  # a job array, and then merge_datasets.py --input out/ --output-prefix data/en_text_document
   preprocess_data.py --shard $SLURM_ARRAY_TASK_ID/64 --input corpus/ --output-prefix out/en ...
 """
 
@@ -63,28 +61,19 @@ def parse_arguments() -> argparse.Namespace:
     add = pairs.add_argument
     add("--pair-keys", nargs=2, default=["en", "zh"])
     add("--pair-languages", nargs=2, default=["English", "Chinese"])
-    add("--pair-template", choices=["plain", "translate"], default="plain")
+    add("--pair-scripts", nargs=2, choices=["any", *SCRIPTS], default=["any", "any"])
+    add("--pair-template", default="plain", help="plain, translate, or a YAML file")
     add("--pair-direction", choices=["both", "forward", "backward", "hash"], default="hash")
     add("--pair-max-length-ratio", type=float, default=9.0, help="of the sides' bytes; 0: no limit")
     return parser.parse_args()
-
-
-def build(settings_type: type, given: dict[str, Any], prefix: str = "") -> Any:
-    """Settings from the options that carry its fields' names."""
-    names = [field.name for field in fields(settings_type) if prefix + field.name in given]
-    values = {name: given[prefix + name] for name in names}
-    return settings_type(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
 
 
 def main() -> None:
     """Runs the job and says what came of it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     begin = time.perf_counter()
-    given = vars(parse_arguments())
-    given["json_keys"] = given["json_keys"] or ["messages" if given["format"] == "chat" else "text"]
-    given["pairs"] = build(PairSettings, given, "pair_")
-    given["corpus"] = build(CorpusSettings, given)
-    for key, content in preprocess(build(PreprocessSettings, given)).items():
+    settings = settings_of_options(vars(parse_arguments()))
+    for key, content in preprocess(settings).items():
         seconds = time.perf_counter() - begin
         num_bytes = content["num_text_bytes"]
         print(

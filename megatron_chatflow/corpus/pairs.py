@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from megatron_chatflow.corpus.chats import Chat
 from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, Segment
+from megatron_chatflow.corpus.pair_templates import PairText
+from megatron_chatflow.corpus.scripts import is_mostly
 from megatron_chatflow.corpus.templates import document_of_chat
 
-PairTemplate = Literal["plain", "translate"]
 PairDirection = Literal["both", "forward", "backward", "hash"]
 
 
@@ -24,18 +25,22 @@ class PairSettings:
     Attributes:
         keys: The JSON keys of the first and the second side.
         languages: What the translation instruction calls them.
-        template: "plain" or "translate".
+        template: "plain", "translate", or the YAML file that `texts` come from.
+        texts: The user's own templates, one of which the hash of the pair chooses.
         direction: "forward" has the first side first, "backward" the second, "both" makes two
             documents, "hash" lets a hash of the pair choose, so that a corpus has as many of each.
         max_length_ratio: Longer over shorter side, in UTF-8 bytes (in which languages differ less
             than in characters), above which a pair is left out; 0 for no limit.
+        scripts: The script that each side has to be in; "any" for no filter.
     """
 
     keys: tuple[str, str] = ("en", "zh")
     languages: tuple[str, str] = ("English", "Chinese")
-    template: PairTemplate = "plain"
+    template: str = "plain"
+    texts: tuple[PairText, ...] = ()
     direction: PairDirection = "hash"
     max_length_ratio: float = 9.0
+    scripts: tuple[str, str] = ("any", "any")
 
 
 def pair_of_line(line: str) -> tuple[str, str]:
@@ -89,27 +94,43 @@ def documents_of_pair(
     lengths = sorted((len(first.encode()), len(second.encode())))
     if settings.max_length_ratio and lengths[1] > settings.max_length_ratio * lengths[0]:
         raise DroppedError("length_ratio")
+    scripts = settings.scripts
+    if not (is_mostly(first, scripts[0]) and is_mostly(second, scripts[1])):
+        raise DroppedError("wrong_script")
+    digest = hashlib.blake2b(f"{first}\t{second}".encode(), digest_size=3).digest()
+    choice = int.from_bytes(digest[1:], "little")
     forward = settings.direction in ("forward", "both")
     backward = settings.direction in ("backward", "both")
     if settings.direction == "hash":
-        digest = hashlib.blake2b(f"{first}\t{second}".encode(), digest_size=1).digest()
         forward = digest[0] % 2 == 0
         backward = not forward
-    documents = []
-    if forward:
-        target = settings.languages[1]
-        documents.append(_document(first, second, target, settings, chat_template, loss))
-    if backward:
-        target = settings.languages[0]
-        documents.append(_document(second, first, target, settings, chat_template, loss))
-    return documents
+    names = settings.languages
+    sides = [(first, second, *names)] if forward else []
+    sides += [(second, first, *names[::-1])] if backward else []
+    return [_document(*side, settings, choice, chat_template, loss) for side in sides]
 
 
 def _document(
-    source: str, target: str, language: str, settings: PairSettings, chat_template: str, loss: str
+    source: str,
+    target: str,
+    source_language: str,
+    target_language: str,
+    settings: PairSettings,
+    choice: int,
+    chat_template: str,
+    loss: str,
 ) -> Document:
+    if settings.texts:
+        text = settings.texts[choice % len(settings.texts)]
+        names = {"source": source, "target": target}
+        names |= {"source_language": source_language, "target_language": target_language}
+        response = Segment(text.response.format_map(names), True)
+        if not text.prompt:
+            return Document((response,))
+        prompt = Segment(text.prompt.format_map(names), loss == "all")
+        return Document((prompt, response, Segment("", True, "end")))
     if settings.template == "plain":
         return Document((Segment(f"{source}\n{target}", True),))
-    question = f"Translate the following text into {language}.\n\n{source}"
+    question = f"Translate the following text into {target_language}.\n\n{source}"
     document = document_of_chat(Chat(None, ((question, target),)), chat_template, loss)
     return Document(document.segments)  # half a translation teaches nothing: not to be cut

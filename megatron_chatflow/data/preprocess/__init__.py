@@ -6,6 +6,6 @@ pairs and chats, `<prefix>_<key>_loss_mask.{bin,idx}`.
 
 from megatron_chatflow.data.preprocess.partitions import parse_shard
 from megatron_chatflow.data.preprocess.run import preprocess
-from megatron_chatflow.data.preprocess.settings import PreprocessSettings
+from megatron_chatflow.data.preprocess.settings import PreprocessSettings, settings_of_options
 
-__all__ = ["PreprocessSettings", "parse_shard", "preprocess"]
+__all__ = ["PreprocessSettings", "parse_shard", "preprocess", "settings_of_options"]

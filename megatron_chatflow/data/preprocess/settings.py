@@ -4,9 +4,12 @@ In: nothing. Out: `PreprocessSettings`, which workers receive whole.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_chatflow.corpus.pair_templates import read_pair_templates
+from megatron_chatflow.corpus.pairs import PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
 
 
@@ -59,3 +62,30 @@ class PreprocessSettings:
         options["dedup"] = self.dedup
         recorded: dict[str, Any] = json.loads(json.dumps({**corpus, **options}))
         return recorded
+
+
+def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
+    """The job that a command line asks for.
+
+    Args:
+        options: By the names of the fields of `PreprocessSettings` and `CorpusSettings`; those of
+            `PairSettings` with `pair_` before them. Missing ones have their defaults.
+
+    Raises:
+        UserError: A file of pair templates cannot be read.
+    """
+    given = dict(options)
+    default_key = "messages" if given.get("format") == "chat" else "text"
+    given["json_keys"] = given.get("json_keys") or [default_key]
+    if given.get("pair_template", "plain") not in ("plain", "translate"):
+        given["pair_texts"] = read_pair_templates(given["pair_template"])
+    given["pairs"] = _build(PairSettings, given, "pair_")
+    given["corpus"] = _build(CorpusSettings, given)
+    settings: PreprocessSettings = _build(PreprocessSettings, given)
+    return settings
+
+
+def _build(settings_type: type, given: Mapping[str, Any], prefix: str = "") -> Any:
+    names = [field.name for field in fields(settings_type) if prefix + field.name in given]
+    values = {name: given[prefix + name] for name in names}
+    return settings_type(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
