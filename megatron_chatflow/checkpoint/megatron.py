@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -76,7 +77,12 @@ class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Takes one object; torch's own would unpickle it as it is."""
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        name = read_item.dest_index.fqn
+        loaded = torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], loaded)
+        else:
+            self.state_dict[name] = loaded
 
 
 class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
