@@ -128,31 +128,9 @@ class Generator:
         Raises:
             UserError: It is no such folder, has no tokenizer, or transformers is missing.
         """
-        try:
-            import transformers
-        except ImportError:
-            raise UserError(
-                "transformers is not installed: pip install 'megatron-chatflow[hf]'"
-            ) from None
-        library_logging: Any = transformers.utils.logging
-        library_logging.set_verbosity_error()
-        library_logging.disable_progress_bar()
-        config = read_huggingface_config(folder)
         self.folder = folder
-        self.max_length = int(config.get("max_position_embeddings", 2048))
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
-            )
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{folder}: transformers cannot load it ({reason})") from None
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
-        self._model = model.to(device=device, dtype=dtype).eval()
+        self._tokenizer, self._model = load_pretrained(folder)
+        self.max_length = int(self._model.config.max_position_embeddings)
 
     @property
     def has_chat_template(self) -> bool:
@@ -160,9 +138,9 @@ class Generator:
         return self._tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with no control ids added."""
+        """Ids of a text, behind what the model expects at a text's beginning."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return beginning_ids(self._tokenizer) + ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation up to where the model is to answer.
@@ -180,7 +158,8 @@ class Generator:
         prompt: str = self._tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )
-        return self.encode(prompt)
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
 
     @torch.no_grad()
     def stream(self, prompt: Sequence[int], sampling: Sampling, write: Write) -> str:
@@ -277,6 +256,47 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     before = ordered.cumsum(-1) - ordered
     kept = torch.where(before < sampling.top_p, ordered, 0.0)  # the likeliest is always kept
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+def load_pretrained(folder: Path) -> tuple[Any, Any]:
+    """Transformers' tokenizer and model of a folder, on a GPU where one is there.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Returns:
+        The tokenizer, and the model in its stored dtype, for inference.
+
+    Raises:
+        UserError: It is no such folder, has no tokenizer, or transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "transformers is not installed: pip install 'megatron-chatflow[hf]'"
+        ) from None
+    library_logging: Any = transformers.utils.logging
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    config = read_huggingface_config(folder)
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: transformers cannot load it ({reason})") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
+    return tokenizer, model.to(device=device, dtype=dtype).eval()
+
+
+def beginning_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer of transformers puts before every text: BOS for LLaMA-2, often nothing."""
+    ids: list[int] = tokenizer("")["input_ids"]
+    return [token_id for token_id in ids[:1] if token_id == tokenizer.bos_token_id]
 
 
 @contextmanager

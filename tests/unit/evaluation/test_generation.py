@@ -20,56 +20,19 @@ from megatron_chatflow.evaluation.generation import (
     huggingface_folder,
 )
 from megatron_chatflow.evaluation.generation_chat import Conversation
-from megatron_chatflow.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA with a small SentencePiece tokenizer and the chatflow template."""
-    import sentencepiece
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    root = tmp_path_factory.mktemp("generation")
-    lines = ["the river rose and the bridge fell into the water", "今天下了一场大雨"] * 20
-    (root / "text.txt").write_text("\n".join(lines))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(root / "text.txt"),
-        model_prefix=str(root / "tokenizer"),
-        model_type="bpe",
-        vocab_size=300,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    tokenizer = load_tokenizer(root / "tokenizer.model")
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=96,
-        initializer_range=0.3,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight[:259] = 0  # control ids and bytes, which rarely make characters
-    model.generation_config.max_length = None  # a length that transformers would warn about
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model", JINJA_TEMPLATES["chatflow"])
-    return root / "model"
+@pytest.fixture
+def folder(random_llama: Path) -> Path:
+    return random_llama
 
 
 @pytest.fixture(scope="module")
-def generator(folder: Path) -> Generator:
-    return Generator(folder)
+def generator(random_llama: Path) -> Generator:
+    return Generator(random_llama)
 
 
 def test_greedy_text_is_transformers_own(folder: Path, generator: Generator) -> None:

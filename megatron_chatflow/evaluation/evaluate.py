@@ -1,0 +1,129 @@
+"""Evaluates models: text per source, multiple choice, lm-eval tasks; a table beside a base model's.
+
+In: Hugging Face folders or training checkpoints, and what to evaluate on. Out: results as a
+dictionary, and as a table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.evaluation.evaluate_choice import (
+    ChoiceSettings,
+    evaluate_choice,
+    read_questions,
+)
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks, headline
+from megatron_chatflow.evaluation.evaluate_text import TextSource, evaluate_text
+from megatron_chatflow.evaluation.generation import huggingface_folder
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated.
+
+    Attributes:
+        sources: Text.
+        questions: Name to a file of multiple-choice questions.
+        choice: How questions are put.
+        few_shot_file: Where solved examples come from; None takes the questions' own file.
+        tasks: lm-eval's tasks, or None.
+        max_documents: Documents of each source; None takes all.
+        max_length: Tokens read at once; None takes the model's longest.
+    """
+
+    sources: tuple[TextSource, ...] = ()
+    questions: Mapping[str, Path] = field(default_factory=dict)
+    choice: ChoiceSettings = ChoiceSettings()
+    few_shot_file: Path | None = None
+    tasks: TaskSettings | None = None
+    max_documents: int | None = None
+    max_length: int | None = None
+
+
+def evaluate(model: Path, settings: EvaluationSettings) -> dict[str, Any]:
+    """Evaluates one model.
+
+    Args:
+        model: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
+        settings: On what.
+
+    Returns:
+        ``model``, ``sources``, ``choice`` and ``tasks``, as far as they were asked for.
+
+    Raises:
+        UserError: The model or what to evaluate on is not there.
+    """
+    questions = {name: read_questions(path) for name, path in settings.questions.items()}
+    pool = read_questions(settings.few_shot_file) if settings.few_shot_file else None
+    results: dict[str, Any] = {"model": str(model)}
+    with huggingface_folder(model) as folder:
+        if settings.sources or questions:
+            language_model = LanguageModel(folder, settings.max_length)
+            results["sources"] = {
+                source.name: evaluate_text(language_model, source, settings.max_documents).to_dict()
+                for source in settings.sources
+            }
+            results["choice"] = {
+                name: evaluate_choice(language_model, asked, settings.choice, pool)
+                for name, asked in questions.items()
+            }
+            del language_model  # lm-eval loads the model once more
+        if settings.tasks is not None:
+            results["tasks"] = evaluate_tasks(folder, settings.tasks)
+    return results
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Results of one or several models side by side.
+
+    Args:
+        results: What `evaluate` returned, for the same settings.
+
+    Returns:
+        Lines of text; with two models, a last column of relative change against the first.
+    """
+    rows = _rows(results)
+    heads = ["", *(Path(str(result["model"])).name for result in results)]
+    if len(results) == 2:
+        heads.append("change")
+    cells = [heads]
+    for label, values in rows:
+        line = [label, *("-" if value is None else f"{value:.4f}" for value in values)]
+        if len(values) == 2:
+            first, second = values
+            line.append(f"{100 * (second / first - 1):+.1f}%" if first and second else "-")
+        cells.append(line)
+    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(
+            "  " + cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
+        )
+        for line in cells
+    )
+
+
+def _rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
+    """Labels and one value for each model, in the order in which they first appear."""
+    columns = [_figures(result) for result in results]
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    return [(label, [column.get(label) for column in columns]) for label in labels]
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for name, values in result.get("sources", {}).items():
+        for field_name in ("bits_per_byte", "loss", "perplexity"):
+            figures[f"{name} {field_name}"] = values[field_name]
+    for name, values in result.get("choice", {}).items():
+        for field_name in ("accuracy", "accuracy_per_byte"):
+            if field_name in values:
+                figures[f"{name} {field_name}"] = values[field_name]
+    for name, values in result.get("tasks", {}).items():
+        shown = headline(values)
+        if shown is not None:
+            figures[f"{name} {shown[0]}"] = shown[1]
+    return figures

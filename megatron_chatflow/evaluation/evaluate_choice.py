@@ -1,0 +1,225 @@
+"""Multiple-choice questions from local files, scored as MMLU's and C-Eval's authors score them.
+
+In: JSON lines of questions and a model. Out: accuracies. ``letter`` compares the probabilities of
+the letters behind "Answer:" (Hendrycks et al., "Measuring Massive Multitask Language
+Understanding", 2021); ``continuation`` those of the whole choices, as they are and per byte.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+
+Scoring = Literal["letter", "continuation"]
+Language = Literal["en", "zh"]
+SCORINGS: tuple[Scoring, ...] = get_args(Scoring)
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+LETTERS = "ABCDEFGHIJ"
+
+_HEADS = {
+    "en": "The following are multiple choice questions (with answers){about}.\n\n",
+    "zh": "以下是{about}单项选择题，请选出其中的正确答案。\n\n",
+}
+_ABOUT = {"en": " about {subject}", "zh": "关于{subject}的"}
+_ANSWER = {"en": "Answer:", "zh": "答案："}
+_BEFORE_ANSWER = {"en": " ", "zh": ""}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+        subject: What it is about; "" where the file does not say.
+        question: The question.
+        choices: What to choose from.
+        answer: Index of the right one.
+    """
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class ChoiceSettings:
+    """How questions are put.
+
+    Attributes:
+        scoring: Letters, or whole choices.
+        num_few_shot: Solved questions before each one, of its subject where there are enough.
+        language: Of the words around the questions.
+    """
+
+    scoring: Scoring = "letter"
+    num_few_shot: int = 0
+    language: Language = "en"
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Reads JSON lines with ``question``, ``choices`` (or ``A``, ``B``, ...) and ``answer``.
+
+    Args:
+        path: The file; ``answer`` is an index or a letter, ``subject`` may be missing.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no question.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(json.loads(line)))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(
+                f"{path}: line {number} is no question ({type(error).__name__}: {error}); it needs "
+                "question, choices and answer"
+            ) from None
+    if not questions:
+        raise UserError(f"{path}: holds no question; write one JSON object a line")
+    return questions
+
+
+def _question(record: Any) -> Question:
+    if not isinstance(record, Mapping):
+        raise ValueError("no JSON object")
+    given = record.get("choices")
+    if given is None:
+        given = [record[letter] for letter in LETTERS if letter in record]
+    answer = record["answer"]
+    index = LETTERS.index(answer.strip()) if isinstance(answer, str) else int(answer)
+    if not 2 <= len(given) <= len(LETTERS) or not 0 <= index < len(given):
+        raise ValueError(f"answer {answer!r} of {len(given)} choices")
+    subject = str(record.get("subject", "")).replace("_", " ")
+    return Question(subject, str(record["question"]), tuple(map(str, given)), index)
+
+
+def examples_for(
+    questions: Sequence[Question], number: int, pool: Sequence[Question], count: int
+) -> list[Question]:
+    """Solved questions to show before one: the first others of its subject, then of any.
+
+    Args:
+        questions: The questions.
+        number: Which one is put.
+        pool: Where examples come from; may be the questions themselves.
+        count: How many.
+    """
+    asked = questions[number]
+    others = [q for q in pool if q != asked]
+    same = [q for q in others if q.subject == asked.subject]
+    rest = [q for q in others if q.subject != asked.subject]
+    return (same + rest)[:count]
+
+
+def prompt_of(question: Question, examples: Sequence[Question], settings: ChoiceSettings) -> str:
+    """The text up to where the answer is to come."""
+    language = settings.language
+    about = _ABOUT[language].format(subject=question.subject) if question.subject else ""
+    text = _HEADS[language].format(about=about)
+    for example in examples:
+        text += _put(example, settings) + _continuations(example, settings)[example.answer] + "\n\n"
+    return text + _put(question, settings)
+
+
+def _put(question: Question, settings: ChoiceSettings) -> str:
+    lines = [question.question.strip()]
+    if settings.scoring == "letter":
+        lines += [
+            f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)
+        ]
+    return "\n".join([*lines, _ANSWER[settings.language]])
+
+
+def _continuations(question: Question, settings: ChoiceSettings) -> list[str]:
+    """What may follow the prompt, one for each choice."""
+    texts = (
+        list(LETTERS[: len(question.choices)])
+        if settings.scoring == "letter"
+        else [choice.strip() for choice in question.choices]
+    )
+    return [_BEFORE_ANSWER[settings.language] + text for text in texts]
+
+
+def evaluate_choice(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    settings: ChoiceSettings,
+    pool: Sequence[Question] | None = None,
+) -> dict[str, Any]:
+    """Puts every question to a model.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        settings: How they are put.
+        pool: Where solved examples come from; None takes the other questions.
+
+    Returns:
+        ``accuracy`` with its ``standard_error``, ``accuracy_per_byte`` of whole choices,
+        ``chance``, ``num_questions``, and ``subjects`` with the accuracy of each.
+    """
+    right: list[bool] = []
+    right_per_byte: list[bool] = []
+    counted = tqdm(questions, desc="choice", unit="question", disable=None)
+    for number, question in enumerate(counted):
+        examples = examples_for(questions, number, pool or questions, settings.num_few_shot)
+        continuations = _continuations(question, settings)
+        scores = np.array(_scores(model, question, examples, continuations, settings))
+        lengths = np.array([max(1, len(text.encode())) for text in continuations])
+        right.append(int(scores.argmax()) == question.answer)
+        right_per_byte.append(int((scores / lengths).argmax()) == question.answer)
+    accuracy = float(np.mean(right))
+    result: dict[str, Any] = {
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(right)),
+        "chance": float(np.mean([1 / len(question.choices) for question in questions])),
+        "num_questions": len(questions),
+        "num_few_shot": settings.num_few_shot,
+        "scoring": settings.scoring,
+    }
+    if settings.scoring == "continuation":
+        result["accuracy_per_byte"] = float(np.mean(right_per_byte))
+    by_subject: dict[str, list[bool]] = {}
+    for question, is_right in zip(questions, right, strict=True):
+        by_subject.setdefault(question.subject, []).append(is_right)
+    result["subjects"] = {name: float(np.mean(values)) for name, values in by_subject.items()}
+    return result
+
+
+def _scores(
+    model: LanguageModel,
+    question: Question,
+    examples: Sequence[Question],
+    continuations: Sequence[str],
+    settings: ChoiceSettings,
+) -> list[float]:
+    """Log-probability of each continuation; examples that do not fit are left out."""
+    answers = [model.tokenizer.encode_continuation(text) for text in continuations]
+    longest = max(map(len, answers))
+    for first in range(len(examples) + 1):
+        text = prompt_of(question, examples[first:], settings)
+        prompt = model.beginning + model.tokenizer.encode(text)
+        if len(prompt) + longest <= model.max_length:
+            break
+    prompt = prompt[-max(1, model.max_length - longest) :]
+    if longest == 1:
+        scores = model.next_log_probs([prompt], [[ids[0] for ids in answers]])[0]
+        return [float(score) for score in scores]
+    rows = [prompt + ids for ids in answers]
+    log_probs = model.log_probs(rows)
+    return [float(values[len(prompt) - 1 :].sum()) for values in log_probs]

@@ -1,0 +1,106 @@
+"""A model that says how likely text is.
+
+In: a Hugging Face folder and token ids. Out: log-probabilities.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_chatflow.evaluation.generation import beginning_ids, load_pretrained
+from megatron_chatflow.tokenizer import load_tokenizer
+
+FloatArray = npt.NDArray[np.float64]
+_MAX_LOGITS = 2**27  # float32 values of one batch's logits: half a gibibyte
+
+
+class LanguageModel:
+    """A model and its tokenizer.
+
+    Attributes:
+        folder: The Hugging Face folder.
+        tokenizer: Ids as training had them.
+        beginning: What stands before every text: BOS where the model's own tokenizer puts one,
+            otherwise the end-of-document token that stands there in training.
+        max_length: The most tokens that it reads at once.
+    """
+
+    def __init__(self, folder: Path, max_length: int | None = None) -> None:
+        """Loads a Hugging Face folder, on a GPU where one is there.
+
+        Args:
+            folder: The folder.
+            max_length: Read no more than this at once.
+
+        Raises:
+            UserError: It is no such folder, or has no tokenizer.
+        """
+        self.folder = folder
+        theirs, self._model = load_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.beginning = beginning_ids(theirs) or [self.tokenizer.eos_id]
+        longest = int(self._model.config.max_position_embeddings)
+        self.max_length = longest if max_length is None else min(longest, max_length)
+
+    def log_probs(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """Log-probability of every token but the first, given those before it.
+
+        Args:
+            rows: Token ids, each row at most `max_length` + 1 long.
+
+        Returns:
+            float64[len(row) - 1] for each row, in nats.
+        """
+        results: list[FloatArray] = [np.empty(0)] * len(rows)
+        for batch in self._batches([len(row) - 1 for row in rows]):
+            logits = self._logits([rows[i][:-1] for i in batch])
+            for place, i in enumerate(batch):
+                targets = torch.tensor(rows[i][1:], device=logits.device)
+                here = logits[place, : len(targets)]
+                chosen = here.gather(1, targets[:, None])[:, 0] - here.logsumexp(dim=1)
+                results[i] = chosen.double().cpu().numpy()
+        return results
+
+    def next_log_probs(
+        self, rows: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]
+    ) -> list[FloatArray]:
+        """Log-probability of each candidate as the token that follows a row.
+
+        Args:
+            rows: Token ids.
+            candidates: For each row, ids.
+
+        Returns:
+            float64[len(candidates)] for each row, in nats.
+        """
+        results: list[FloatArray] = [np.empty(0)] * len(rows)
+        for batch in self._batches([len(row) for row in rows]):
+            logits = self._logits([rows[i] for i in batch])
+            for place, i in enumerate(batch):
+                last = logits[place, len(rows[i]) - 1].log_softmax(dim=0)
+                results[i] = last[list(candidates[i])].double().cpu().numpy()
+        return results
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Groups rows of similar length so that a batch's logits stay within bounds."""
+        limit = max(1, _MAX_LOGITS // int(self._model.config.vocab_size))
+        batches: list[list[int]] = []
+        for i in sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i]):
+            # The first of a batch is its longest row, to whose length the others are filled.
+            if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= limit:
+                batches[-1].append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """float32[rows, longest, vocab_size]; a causal model does not see what fills a row up."""
+        longest = max(map(len, rows))
+        filled = [[*row, *([self.tokenizer.eos_id] * (longest - len(row)))] for row in rows]
+        with torch.no_grad():
+            ids = torch.tensor(filled, device=self._model.device)
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return logits.float()

@@ -1,0 +1,187 @@
+"""Loss, perplexity and bits per byte of a model on text, pairs and chats.
+
+In: files as `tools/preprocess_data.py` takes them. Out: sums over the tokens that carry loss. Bits
+per byte divide by the bytes of the text itself and so compare models of different vocabularies.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import get_args
+
+from tqdm import tqdm
+
+from megatron_chatflow.corpus.documents import Document, Segment
+from megatron_chatflow.corpus.inputs import find_inputs
+from megatron_chatflow.corpus.parse import CorpusFormat, CorpusSettings, parse_chunk
+from megatron_chatflow.corpus.readers import CorpusReader
+from megatron_chatflow.data.preprocess.encode import encode_segments
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+
+FORMATS: tuple[CorpusFormat, ...] = get_args(CorpusFormat)
+_ROWS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text to evaluate on.
+
+    Attributes:
+        name: Of the source.
+        path: Its file, folder or glob.
+        settings: What it holds.
+    """
+
+    name: str
+    path: str
+    settings: CorpusSettings
+
+    @classmethod
+    def parse(cls, text: str, template: str) -> "TextSource":
+        """Reads ``name=path`` or ``name:format=path``.
+
+        Args:
+            text: As given on the command line.
+            template: Chat template of chats.
+
+        Raises:
+            UserError: It is of another form.
+        """
+        left, _, path = text.partition("=")
+        name, _, given = left.partition(":")
+        kind = given or "text"
+        if not name or not path or kind not in FORMATS:
+            raise UserError(
+                f"--source: {text!r} is not NAME=FILE or NAME:FORMAT=FILE with a format of "
+                f"{', '.join(FORMATS)}"
+            )
+        keys = ("messages",) if kind == "chat" else ("text",)
+        settings = CorpusSettings(format=kind, json_keys=keys, template=template)
+        return cls(name, path, settings)
+
+    def documents(self) -> Iterator[Document | str]:
+        """The documents, one by one; lines that are none are passed over."""
+        reader = CorpusReader(
+            find_inputs([self.path]),
+            "line" if self.settings.format == "text" else None,
+            self.settings.columns,
+        )
+        for chunk in reader.chunks():
+            for documents in parse_chunk(chunk, self.settings).documents.values():
+                yield from documents
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What a model made of a source.
+
+    Attributes:
+        nats: Sum of the negative log-probabilities of the loss tokens.
+        num_tokens: Loss tokens.
+        num_bytes: UTF-8 bytes of the text that carries loss.
+        num_documents: Documents.
+    """
+
+    nats: float = 0.0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_documents: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of a token, in nats."""
+        return self.nats / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss over the bytes of text, in bits."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The object of a results file."""
+        return {
+            "loss": self.loss,
+            "perplexity": math.exp(min(self.loss, 700.0)),
+            "bits_per_byte": self.bits_per_byte,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "num_documents": self.num_documents,
+        }
+
+
+def evaluate_text(
+    model: LanguageModel, source: TextSource, max_documents: int | None = None
+) -> TextResult:
+    """Evaluates a model on a source.
+
+    Long documents are read in windows, each beginning with the last token of the one before.
+
+    Args:
+        model: The model.
+        source: The text.
+        max_documents: Look at no more than the first ones.
+
+    Raises:
+        UserError: The source holds no document.
+    """
+    result = TextResult()
+    rows: list[list[int]] = []
+    masks: list[list[int]] = []
+    documents = islice(source.documents(), max_documents)
+    for document in tqdm(documents, desc=source.name, unit="doc", disable=None):
+        ids, mask, num_bytes = encode_document(model, document)
+        result = replace(
+            result,
+            num_bytes=result.num_bytes + num_bytes,
+            num_documents=result.num_documents + 1,
+        )
+        for row, row_mask in _windows(model, ids, mask):
+            rows.append(row)
+            masks.append(row_mask)
+        if len(rows) >= _ROWS_AT_A_TIME:
+            result = _add(result, model, rows, masks)
+            rows, masks = [], []
+    if not result.num_documents:
+        raise UserError(f"--source: {source.path} holds no document of the format that was named")
+    return _add(result, model, rows, masks)
+
+
+def encode_document(
+    model: LanguageModel, document: Document | str
+) -> tuple[list[int], list[int], int]:
+    """A document's ids, which of them carry loss, and the bytes of text behind those."""
+    if isinstance(document, str):
+        ids = model.tokenizer.encode(document)
+        return ids, [1] * len(ids), len(document.encode("utf-8", "replace"))
+    ids, mask, _ = encode_segments(model.tokenizer, document.segments)
+    return ids, mask, sum(map(_num_loss_bytes, document.segments))
+
+
+def _num_loss_bytes(segment: Segment) -> int:
+    """Bytes of text that carry loss; control tokens are no text."""
+    is_text = segment.loss and segment.kind == "text"
+    return len(segment.text.encode("utf-8", "replace")) if is_text else 0
+
+
+def _windows(
+    model: LanguageModel, ids: list[int], mask: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows that the model can read at once, with the loss mask of all but their first tokens."""
+    whole = model.beginning + ids
+    whole_mask = [0] * len(model.beginning) + mask
+    for begin in range(0, len(whole) - 1, model.max_length):
+        row_mask = whole_mask[begin + 1 : begin + 1 + model.max_length]
+        if any(row_mask):
+            yield whole[begin : begin + 1 + model.max_length], row_mask
+
+
+def _add(
+    result: TextResult, model: LanguageModel, rows: list[list[int]], masks: Iterable[list[int]]
+) -> TextResult:
+    nats, num_tokens = result.nats, result.num_tokens
+    for log_probs, mask in zip(model.log_probs(rows), masks, strict=True):
+        nats -= float(log_probs @ mask)
+        num_tokens += sum(mask)
+    return replace(result, nats=nats, num_tokens=num_tokens)

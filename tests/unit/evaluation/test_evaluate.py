@@ -1,0 +1,279 @@
+"""Evaluation on text, questions and tasks: sums against transformers, by hand, and bad input."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_up_text import made_up_sentences
+
+from megatron_chatflow.corpus.chats import Chat
+from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.corpus.templates import document_of_chat
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
+from megatron_chatflow.evaluation.evaluate_choice import (
+    ChoiceSettings,
+    Question,
+    evaluate_choice,
+    examples_for,
+    prompt_of,
+    read_questions,
+)
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks
+from megatron_chatflow.evaluation.evaluate_text import (
+    TextSource,
+    encode_document,
+    evaluate_text,
+)
+
+ROOT = Path(__file__).parents[3]
+QUESTIONS = [
+    Question("rivers", "Which is wet?", ("sand", "water", "salt"), 1),
+    Question("rivers", "Which flows?", ("river", "stone"), 0),
+    Question("bridges", "Which stands?", ("bridge", "rain", "wind", "fog"), 0),
+]
+
+
+@pytest.fixture(scope="module")
+def model(random_llama: Path) -> LanguageModel:
+    return LanguageModel(random_llama)
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def reference_log_probs(folder: Path, row: list[int]) -> np.ndarray:
+    """Transformers alone, one row, no batch: float64[len(row) - 1]."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([row])).logits[0, :-1]
+    chosen = logits.log_softmax(-1)[
+        torch.arange(len(row) - 1), torch.tensor(row[1:], dtype=torch.int64)
+    ]
+    return chosen.double().numpy()
+
+
+def test_log_probs_do_not_depend_on_the_batch(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [model.tokenizer.encode(text) for text in made_up_sentences(9)] + [[5]]
+    expected = [reference_log_probs(model.folder, row) for row in rows]
+    for limit in (1, 20_000, 2**27):
+        monkeypatch.setattr("megatron_chatflow.evaluation.evaluate_model._MAX_LOGITS", limit)
+        for values, known in zip(model.log_probs(rows), expected, strict=True):
+            assert values.dtype == np.float64
+            np.testing.assert_allclose(values, known, rtol=1e-4, atol=1e-5)
+    follow = model.next_log_probs(
+        [row[:-1] for row in rows[:9]], [[row[-1], 7] for row in rows[:9]]
+    )
+    for values, known in zip(follow, expected, strict=False):
+        assert values[0] == pytest.approx(known[-1], rel=1e-4)
+
+
+def test_text_is_read_in_windows_that_count_every_token_once(
+    model: LanguageModel, tmp_path: Path
+) -> None:
+    texts = [made_up_sentences(1)[0], " ".join(made_up_sentences(12)), ""]
+    path = write_lines(tmp_path / "text.jsonl", [{"text": text} for text in texts])
+    result = evaluate_text(model, TextSource("s", str(path), CorpusSettings()))
+    ids = [model.tokenizer.encode(text) for text in texts]
+    assert len(ids[1]) > 2 * model.max_length
+    assert result.num_tokens == sum(map(len, ids))
+    assert result.num_bytes == len("".join(texts).encode())
+    assert result.num_documents == 3
+    nats = 0.0
+    for row in ids:
+        whole = [model.tokenizer.eos_id, *row]  # no BOS in training: a document follows an end
+        for begin in range(0, len(row), 96):
+            nats -= reference_log_probs(model.folder, whole[begin : begin + 97]).sum()
+    assert result.nats == pytest.approx(nats, rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / result.num_bytes, rel=1e-4)
+    assert result.to_dict()["perplexity"] == pytest.approx(math.exp(result.loss))
+    first = evaluate_text(model, TextSource("s", str(path), CorpusSettings()), max_documents=1)
+    assert first.num_documents == 1 and first.num_tokens == len(ids[0])
+
+
+def test_only_answers_of_chats_count(model: LanguageModel, tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "bana kifu"},
+        {"role": "assistant", "content": "sodo 今 lan"},
+    ]
+    path = write_lines(tmp_path / "chat.jsonl", [{"messages": messages}])
+    result = evaluate_text(model, TextSource.parse(f"c:chat={path}", "chatflow"))
+    answer = model.tokenizer.encode_continuation("sodo 今 lan")
+    assert result.num_tokens == len(answer) + 1  # and the end of the answer
+    assert result.num_bytes == len("sodo 今 lan".encode())
+    document = document_of_chat(Chat(None, (("a", "bc"),)), "chatml", "response")
+    ids, mask, num_bytes = encode_document(model, document)
+    assert len(ids) == len(mask) and num_bytes == 2
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("bana kifu\t今\n")
+    result = evaluate_text(model, TextSource.parse(f"p:pairs={pairs}", "chatflow"))
+    assert result.num_tokens > 0
+
+
+def test_prompts() -> None:
+    letter = ChoiceSettings("letter", 1)
+    assert prompt_of(QUESTIONS[1], [QUESTIONS[0]], letter) == (
+        "The following are multiple choice questions (with answers) about rivers.\n\n"
+        "Which is wet?\nA. sand\nB. water\nC. salt\nAnswer: B\n\n"
+        "Which flows?\nA. river\nB. stone\nAnswer:"
+    )
+    whole = ChoiceSettings("continuation", 0, "zh")
+    assert prompt_of(QUESTIONS[1], [], whole) == (
+        "以下是关于rivers的单项选择题，请选出其中的正确答案。\n\nWhich flows?\n答案："
+    )
+    assert examples_for(QUESTIONS, 0, QUESTIONS, 5) == [QUESTIONS[1], QUESTIONS[2]]
+    assert examples_for(QUESTIONS, 2, QUESTIONS, 1) == [QUESTIONS[0]]
+
+
+@pytest.mark.parametrize("scoring", ["letter", "continuation"])
+def test_the_likeliest_choice_wins(model: LanguageModel, scoring: str) -> None:
+    settings = ChoiceSettings(scoring)
+    begin = [model.tokenizer.eos_id]
+    best = []
+    for question in QUESTIONS:
+        prompt = begin + model.tokenizer.encode(prompt_of(question, [], settings))
+        texts = ["A", "B", "C", "D"][: len(question.choices)]
+        texts = texts if scoring == "letter" else list(question.choices)
+        scores = []
+        for text in texts:
+            ids = model.tokenizer.encode_continuation(" " + text)
+            row = [*prompt, *ids][-97:]
+            scores.append(reference_log_probs(model.folder, row)[-len(ids) :].sum())
+        best.append(int(np.argmax(scores)))
+    result = evaluate_choice(model, QUESTIONS, settings)
+    right = [a == question.answer for a, question in zip(best, QUESTIONS, strict=True)]
+    assert result["accuracy"] == pytest.approx(np.mean(right))
+    assert result["num_questions"] == 3
+    assert result["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4) / 3)
+    assert result["subjects"] == {
+        "rivers": pytest.approx(np.mean(right[:2])),
+        "bridges": float(right[2]),
+    }
+    assert ("accuracy_per_byte" in result) == (scoring == "continuation")
+
+
+def test_examples_that_do_not_fit_are_left_out(model: LanguageModel) -> None:
+    long = [Question("x", "bana " * 60, ("a", "b"), 0)] * 2
+    for scoring in ("letter", "continuation"):
+        result = evaluate_choice(model, QUESTIONS[:1], ChoiceSettings(scoring, 2), pool=long)
+        alone = evaluate_choice(model, QUESTIONS[:1], ChoiceSettings(scoring, 0))
+        assert result["accuracy"] == alone["accuracy"]
+    assert evaluate_choice(model, long, ChoiceSettings("letter"))["num_questions"] == 2
+
+
+def test_question_files(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "q.jsonl",
+        [
+            {"subject": "a_b", "question": "q", "choices": ["x", "y"], "answer": 1},
+            {"question": "q", "A": "x", "B": "y", "C": "z", "answer": "C"},
+        ],
+    )
+    assert read_questions(path) == [
+        Question("a b", "q", ("x", "y"), 1),
+        Question("", "q", ("x", "y", "z"), 2),
+    ]
+    for record in (
+        {"question": "q", "choices": ["x", "y"], "answer": 2},
+        {"question": "q", "choices": ["x"], "answer": 0},
+        {"question": "q", "choices": ["x", "y"]},
+        {"question": "q", "choices": ["x", "y"], "answer": "Z"},
+        [],
+    ):
+        path.write_text(json.dumps(record))
+        with pytest.raises(UserError, match="line 1 is no question"):
+            read_questions(path)
+    path.write_text("\n")
+    with pytest.raises(UserError, match="holds no question"):
+        read_questions(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_questions(tmp_path / "none")
+
+
+def test_source_arguments(model: LanguageModel, tmp_path: Path) -> None:
+    for text in ("x", "=x", "a=", "a:parquet=x"):
+        with pytest.raises(UserError, match="--source"):
+            TextSource.parse(text, "chatflow")
+    assert TextSource.parse("a=b=c", "chatflow").path == "b=c"
+    path = write_lines(tmp_path / "x.jsonl", [{"other": "key"}])
+    with pytest.raises(UserError, match="holds no document"):
+        evaluate_text(model, TextSource.parse(f"a={path}", "chatflow"))
+
+
+def test_table_sets_models_side_by_side() -> None:
+    def results(name: str, bits: float) -> dict:
+        values = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": bits}
+        return {"model": f"x/{name}", "sources": {"zh": values}, "tasks": {"t": {"acc": bits / 4}}}
+
+    lines = table([results("base", 2.0), results("ours", 1.0)]).splitlines()
+    assert lines[0].split() == ["base", "ours", "change"]
+    assert lines[1].split() == ["zh", "bits_per_byte", "2.0000", "1.0000", "-50.0%"]
+    assert lines[-1].split() == ["t", "acc", "0.5000", "0.2500", "-50.0%"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_command_line(random_llama: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )
+
+    texts = write_lines(tmp_path / "t.jsonl", [{"text": text} for text in made_up_sentences(4)])
+    questions = tmp_path / "quiz.jsonl"
+    write_lines(
+        questions,
+        [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in QUESTIONS],
+    )
+    output = tmp_path / "results.json"
+    done = run(
+        *(random_llama, "--baseline", random_llama, "--source", f"plain={texts}"),
+        *("--choice", questions, "--output", output),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "plain bits_per_byte" in done.stdout and "+0.0%" in done.stdout
+    base, ours = json.loads(output.read_text())
+    assert base == ours and set(ours["choice"]) == {"quiz"}
+    failed = run(random_llama)
+    assert failed.returncode == 2 and "nothing to evaluate on" in failed.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")
+def test_lm_eval_runs_a_local_task(random_llama: Path, tmp_path: Path) -> None:
+    data = write_lines(
+        tmp_path / "data.jsonl",
+        [{"question": "bana?", "choices": ["kifu", "sodo"], "answer": k % 2} for k in range(6)],
+    )
+    (tmp_path / "local.yaml").write_text(
+        "task: local_choice\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
+        "metric_list: [{metric: acc}]\n"
+    )
+    settings = TaskSettings(("local_choice",), include_path=tmp_path, limit=4)
+    results = evaluate_tasks(random_llama, settings)
+    assert results["local_choice"]["acc"] == 0.5
+    with pytest.raises(UserError, match="knows no no_such_task"):
+        evaluate_tasks(random_llama, TaskSettings(("no_such_task",)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is here")
+def test_missing_lm_eval_is_named(random_llama: Path) -> None:
+    with pytest.raises(UserError, match=r"pip install 'megatron-chatflow\[eval\]'"):
+        evaluate(random_llama, EvaluationSettings(tasks=TaskSettings(("mmlu",))))

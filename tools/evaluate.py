@@ -1,0 +1,90 @@
+"""Evaluates a model on text, on multiple-choice questions and on lm-eval's tasks.
+
+In: a Hugging Face folder or a training checkpoint. Out: a table, and results as JSON.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.corpus.templates import TEMPLATES
+from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
+from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, ChoiceSettings
+from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
+from megatron_chatflow.evaluation.evaluate_text import TextSource
+
+EXAMPLES = """examples:
+  python tools/evaluate.py exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
+      --source pairs:pairs=pairs.valid.jsonl --source chat:chat=chat.valid.jsonl
+  python tools/evaluate.py runs/zh --choice questions.jsonl --num-fewshot 5 --output results.json
+  python tools/evaluate.py exports/zh --tasks mmlu,ceval-valid,cmmlu,gaokao
+"""
+
+
+def main() -> None:
+    """Parses the command line, evaluates, prints the table."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = _parse()
+    settings = _settings(args)
+    if not (settings.sources or settings.questions or settings.tasks):
+        raise UserError("nothing to evaluate on: give --source, --choice or --tasks")
+    models = [*([args.baseline] if args.baseline else []), args.model]
+    results = [evaluate(model, settings) for model in models]
+    if args.output:
+        write_atomically(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    print(table(results))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Evaluates a model, beside a base model if one is given.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, help="Hugging Face folder, run or iter_ folder")
+    add("--baseline", type=Path, help="another model, shown beside it")
+    add(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME[:FORMAT]=FILE",
+        help="text, pairs or chat",
+    )
+    add("--template", choices=list(TEMPLATES), default="chatflow", help="of chats")
+    add("--max-documents", type=int, help="of each source")
+    add("--max-length", type=int, help="tokens read at once (default: the model's longest)")
+    add("--choice", action="append", type=Path, default=[], help="file of questions (repeatable)")
+    add("--scoring", choices=SCORINGS, default="letter", help="what is compared")
+    add(
+        "--num-fewshot", type=int, help="solved questions before each (default: 0; of lm-eval: its)"
+    )
+    add("--few-shot-file", type=Path, help="where they come from (default: the file itself)")
+    add("--language", choices=LANGUAGES, default="en", help="of the words around questions")
+    add("--tasks", type=names_of, default=(), help="lm-eval's, and mmlu,ceval-valid,cmmlu,gaokao")
+    add("--include-path", type=Path, help="folder of local lm-eval task files")
+    add("--limit", type=int, help="questions of each lm-eval task")
+    add("--batch-size", default="8", help="of lm-eval; default: %(default)s")
+    add("--output", type=Path, help="results as JSON")
+    return parser.parse_args()
+
+
+def _settings(args: argparse.Namespace) -> EvaluationSettings:
+    shots = args.num_fewshot
+    tasks = TaskSettings(args.tasks, shots, args.include_path, args.limit, args.batch_size)
+    return EvaluationSettings(
+        sources=tuple(TextSource.parse(text, args.template) for text in args.source),
+        questions={path.name.split(".")[0]: path for path in args.choice},
+        choice=ChoiceSettings(args.scoring, shots or 0, args.language),
+        few_shot_file=args.few_shot_file,
+        tasks=tasks if args.tasks else None,
+        max_documents=args.max_documents,
+        max_length=args.max_length,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
