@@ -6,6 +6,7 @@ In: bytes and final names. Out: files and folders under those names only once th
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,35 @@ def latest_iteration(root: Path) -> int | None:
             "there; write the number of a checkpoint that is"
         )
     return iteration
+
+
+def prune(root: Path, *, retain: int, keep_every: int | None) -> list[int]:
+    """Removes old checkpoints: all but the newest ``retain`` and the multiples of ``keep_every``.
+
+    The latest one always stays. A folder is renamed before it is emptied, so that what is left of a
+    removal that was cut short never looks like a checkpoint.
+
+    Returns:
+        The iterations whose checkpoints were removed.
+    """
+    latest = latest_iteration(root)
+    found = sorted(
+        int(match[1])
+        for path in root.iterdir()
+        if path.is_dir() and (match := _ITERATION_FOLDER.fullmatch(path.name))
+    )
+    removed = []
+    for iteration in found[:-retain]:
+        is_kept = keep_every is not None and iteration % keep_every == 0
+        if iteration == latest or is_kept:
+            continue
+        folder = iteration_folder(root, iteration)
+        doomed = root / f".{folder.name}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        removed.append(iteration)
+    return removed
 
 
 def resolve_checkpoint(path: Path) -> Path | None:

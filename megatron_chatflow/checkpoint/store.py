@@ -23,6 +23,7 @@ from megatron_chatflow.checkpoint.files import (
     fsync_path,
     fsync_tree,
     iteration_folder,
+    prune,
     read_state,
     write_atomically,
 )
@@ -198,6 +199,9 @@ def _publish(root: Path, beside: Path, final: Path, state: RunState, config: Run
     beside.rename(final)
     fsync_path(root)
     write_atomically(root / LATEST, f"{state.iteration}\n")
+    retain = config.checkpoint.save_retain
+    if retain is not None:
+        prune(root, retain=retain, keep_every=config.checkpoint.save_keep_every)
 
 
 def _load_sharded(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:

@@ -264,6 +264,9 @@ class TrainConfig:
     exit_interval: PositiveCount | None = Field(
         default=None, description="save and leave at multiples of this iteration"
     )
+    exit_duration_in_mins: Size | None = Field(
+        default=None, description="save and leave after this many minutes"
+    )
     deterministic_mode: Switch = Field(
         default=False, description="only kernels whose result is the same every time"
     )
@@ -279,6 +282,15 @@ class CheckpointConfig:
     )
     save_interval: PositiveCount | None = Field(
         default=None, description="iterations between checkpoints; only the last when unset"
+    )
+    save_retain: Size | None = Field(
+        default=None, description="checkpoints kept, the newest; all when unset"
+    )
+    save_keep_every: PositiveCount | None = Field(
+        default=None, description="iterations whose multiples are kept besides"
+    )
+    pretrained_checkpoint: FilePath | None = Field(
+        default=None, description="weights to begin with where --load holds no checkpoint yet"
     )
     finetune: Switch = Field(
         default=False, description="load the weights alone and begin at iteration 0"

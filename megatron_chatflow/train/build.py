@@ -71,7 +71,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
             flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
         ),
         peak_flops=peak,
-        stop_request=StopRequest(),
+        stop_request=StopRequest(config.train.exit_duration_in_mins),
         hooks=_hooks(config, ranks, progress, stack),
     )
     stack.callback(run.stop_request.close)

@@ -65,12 +65,11 @@ def open_inputs(config: RunConfig) -> RunInputs:
     checkpoint = _checkpoint_to_load(config)
     resumed = None
     if checkpoint is not None:
-        resumed = RunState.read(checkpoint)
-        _refuse_other_model(resumed, state, checkpoint)
-        if config.checkpoint.finetune:
-            resumed = None
-        else:
-            _refuse_other_data(resumed, state, checkpoint)
+        saved = RunState.read(checkpoint.folder)
+        _refuse_other_model(saved, state, checkpoint.folder)
+        if not checkpoint.weights_only:
+            _refuse_other_data(saved, state, checkpoint.folder)
+            resumed = saved
     blend = _blend(config, sources, resumed)
     if blend.edit is not None:
         logger.info("%s", blend.edit)
@@ -82,7 +81,7 @@ def open_inputs(config: RunConfig) -> RunInputs:
         validation_sources=held_out,
         blend=blend,
         state=replace(state, schedule=blend.schedule.to_dict()),
-        checkpoint=checkpoint,
+        checkpoint=None if checkpoint is None else checkpoint.folder,
         resumed=resumed,
     )
 
@@ -135,19 +134,36 @@ def initial_state(
     )
 
 
-def _checkpoint_to_load(config: RunConfig) -> Path | None:
-    if config.checkpoint.load is None:
-        return None
-    path = Path(config.checkpoint.load)
-    checkpoint = resolve_checkpoint(path)
-    if checkpoint is None:
-        if config.checkpoint.finetune:
+@dataclass(frozen=True)
+class _Beginning:
+    """The checkpoint that a run begins with, whole or its weights alone."""
+
+    folder: Path
+    weights_only: bool
+
+
+def _checkpoint_to_load(config: RunConfig) -> _Beginning | None:
+    settings = config.checkpoint
+    if settings.load is not None:
+        checkpoint = resolve_checkpoint(Path(settings.load))
+        if checkpoint is not None:
+            return _Beginning(checkpoint, weights_only=settings.finetune)
+        if settings.finetune:
             raise UserError(
-                f"checkpoint.load: {path} holds no checkpoint, and --finetune needs its weights; "
-                "name a run's folder or one of its iter_ folders"
+                f"checkpoint.load: {settings.load} holds no checkpoint, and --finetune needs its "
+                "weights; name a run's folder or one of its iter_ folders"
             )
-        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", path)
-    return checkpoint
+    if settings.pretrained_checkpoint is not None:
+        checkpoint = resolve_checkpoint(Path(settings.pretrained_checkpoint))
+        if checkpoint is None:
+            raise UserError(
+                f"checkpoint.pretrained_checkpoint: {settings.pretrained_checkpoint} holds no "
+                "checkpoint; name a run's folder or one of its iter_ folders"
+            )
+        return _Beginning(checkpoint, weights_only=True)
+    if settings.load is not None:
+        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
+    return None
 
 
 def _refuse_other_model(resumed: RunState, state: RunState, checkpoint: Path) -> None:

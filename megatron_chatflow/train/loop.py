@@ -138,7 +138,7 @@ def _is_due(iteration: int, interval: int | None, last_iteration: int | None = N
 
 def _should_stop(run: Run, progress: Progress) -> bool:
     if run.stop_request.is_made(run.ranks.device):
-        logger.info("asked to stop: saving after iteration %d", progress.iteration)
+        logger.info("asked to stop: leaving after iteration %d", progress.iteration)
         return True
     return _is_due(progress.iteration, run.config.train.exit_interval)
 

@@ -248,3 +248,28 @@ def test_finetune_needs_a_checkpoint(make_config, tmp_path: Path) -> None:
         checkpoint__load=str(tmp_path),
         checkpoint__finetune=True,
     )
+
+
+def test_pretrained_weights_serve_until_the_run_has_a_checkpoint(
+    make_config, tmp_path: Path
+) -> None:
+    _checkpoint(make_config, tmp_path / "foundation")
+    changes = {
+        "checkpoint__load": str(tmp_path / "run"),
+        "checkpoint__pretrained_checkpoint": str(tmp_path / "foundation"),
+    }
+    fresh = open_inputs(make_config(**changes))
+    assert fresh.checkpoint == tmp_path / "foundation" / "iter_0000005"
+    assert fresh.resumed is None
+    _checkpoint(make_config, tmp_path / "run")
+    resumed = open_inputs(make_config(**changes))
+    assert resumed.checkpoint == tmp_path / "run" / "iter_0000005"
+    assert resumed.resumed is not None and resumed.resumed.iteration == 5
+
+
+def test_pretrained_weights_have_to_be_there(make_config, tmp_path: Path) -> None:
+    _refused(
+        r"checkpoint\.pretrained_checkpoint: .*holds no checkpoint",
+        make_config,
+        checkpoint__pretrained_checkpoint=str(tmp_path),
+    )
