@@ -58,7 +58,7 @@ class Length:
     eval_interval: int
 
 
-WHOLE = Length(120, 220, 130, 100, 20, 55)
+WHOLE = Length(100, 190, 115, 90, 20, 95)
 SHORT = Length(16, 32, 20, 14, 4, 16)
 
 
