@@ -126,6 +126,7 @@ def _report(name: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> dic
         "arguments": {
             key: value if isinstance(value, int | float | str | None) else str(value)
             for key, value in arguments.items()
+            if key != "output"
         },
         "machine": machine(),
         "versions": versions(),
