@@ -213,13 +213,18 @@ def _build_in_process(folder, number, barrier):
         time.sleep(0.3)
         return "content"
 
+    def save(content):
+        beside = folder / f"target.{number}"
+        beside.write_text(content)
+        beside.rename(target)
+
     target = folder / "target"
     barrier.wait()
     content = build_once(
         target,
         load=lambda: target.read_text() if target.exists() else None,
         build=build,
-        save=target.write_text,
+        save=save,
     )
     (folder / f"got_{content}_{number}").touch()
 
