@@ -46,29 +46,9 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
     if not run.sources:
         return []
     consumed = run.columns["consumed_samples"]
-    charts = [_mixture(run, consumed)]
-    deviation = deviation_from_plan(run)
-    if deviation:
-        every = np.array(list(deviation.values()))
-        x, excess = condense(consumed, every.max(axis=0), "extreme")
-        _, shortfall = condense(consumed, every.min(axis=0), "extreme")
-        lines = [
-            Line("largest excess", x, excess, color=0),
-            Line("largest shortfall", x, shortfall, color=1),
-        ]
-        charts.append(
-            Chart(
-                "Draws minus plan",
-                "Samples of a source drawn so far less the sum of its weights, for the source that "
-                "is farthest off. An exact blend never reaches one whole sample.",
-                "Consumed samples",
-                "Deviation (samples)",
-                lines,
-                thin=True,
-                levels=(-1.0, 0.0, 1.0),
-                marks=_marks(run, consumed),
-            )
-        )
+    charts: list[Chart] = []
+    if len(run.sources) > 1:  # of a single source there is nothing to mix
+        charts = [_mixture(run, consumed), *_deviation(run, consumed)]
     epochs = _per_source(run, run.sources, run.iteration, "epochs")
     if epochs:
         charts.append(
@@ -80,6 +60,7 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
                 epochs,
                 from_zero=True,
                 marks=_marks(run, run.iteration),
+                wide=len(charts) != 2,  # alone in its row
             )
         )
     return charts
@@ -93,7 +74,7 @@ def loss_charts(run: RunMetrics) -> list[Chart]:
         for name, color in source_colors(run).items()
         if name in run.sources
     ]
-    if np.isfinite(run.columns["lm_loss"]).any():
+    if len(lines) != 1 and np.isfinite(run.columns["lm_loss"]).any():
         lines.append(_smoothed("all sources", x, run.columns["lm_loss"], INK))
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:
@@ -245,6 +226,32 @@ def _mixture(run: RunMetrics, consumed: FloatArray) -> Chart:
         marks=_marks(run, consumed),
         wide=True,
     )
+
+
+def _deviation(run: RunMetrics, consumed: FloatArray) -> list[Chart]:
+    """How far the draws are from the plan, where the log tells."""
+    deviation = deviation_from_plan(run)
+    if not deviation:
+        return []
+    every = np.array(list(deviation.values()))
+    x, excess = condense(consumed, every.max(axis=0), "extreme")
+    _, shortfall = condense(consumed, every.min(axis=0), "extreme")
+    return [
+        Chart(
+            "Draws minus plan",
+            "Samples of a source drawn so far less the sum of its weights, for the source that "
+            "is farthest off. An exact blend never reaches one whole sample.",
+            "Consumed samples",
+            "Deviation (samples)",
+            [
+                Line("largest excess", x, excess, color=0),
+                Line("largest shortfall", x, shortfall, color=1),
+            ],
+            thin=True,
+            levels=(-1.0, 0.0, 1.0),
+            marks=_marks(run, consumed),
+        )
+    ]
 
 
 def _per_source(

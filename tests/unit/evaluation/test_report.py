@@ -311,6 +311,13 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert "<th>foundation</th><th>chatflow</th>" in page
 
 
+def test_a_single_source_has_no_mixture(tmp_path: Path) -> None:
+    page = build(write_run(tmp_path / "one", synthetic_records(60, ["english"])))
+    check_page(page)
+    assert "Mixture" not in page and "Draws minus plan" not in page and "all sources" not in page
+    assert "Epochs per source" in page and "Training loss per source" in page
+
+
 def test_errors_name_the_place(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run"):
         read_run(tmp_path / "none")
