@@ -10,15 +10,14 @@ end). The header has 34 bytes, so the mapped arrays are not aligned to their ite
 """
 
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.staged_file import StagedFile, publish_all
+from megatron_chatflow.data.staged_file import Spool, StagedFile, publish_all
 from megatron_chatflow.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -236,8 +235,8 @@ class IndexedDatasetWriter:
         except UserError:
             self.bin_file.discard()
             raise
-        self._lengths: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)
-        self._boundaries: IO[bytes] = tempfile.TemporaryFile(dir=self.prefix.parent)
+        self._lengths = Spool(self.prefix.parent)
+        self._boundaries = Spool(self.prefix.parent)
         self._boundaries.write(np.zeros(1, "<i8").tobytes())
         self.num_sequences = 0
         self.num_documents = 0
@@ -316,15 +315,15 @@ class IndexedDatasetWriter:
         """
         header = (MAGIC, VERSION, self._dtype_code, self.num_sequences, self.num_documents + 1)
         self.idx_file.write(HEADER.pack(*header))
-        for block in _blocks_of(self._lengths):
+        for block in self._lengths.blocks():
             self.idx_file.write(block)
         pointer = 0
-        for block in _blocks_of(self._lengths):
+        for block in self._lengths.blocks():
             ends = np.cumsum(np.frombuffer(block, "<i4"), dtype=np.int64) * self.dtype.itemsize
             pointers = np.concatenate([[0], ends[:-1]]) + pointer
             self.idx_file.write(pointers.astype("<i8").tobytes())
             pointer += int(ends[-1])
-        for block in _blocks_of(self._boundaries):
+        for block in self._boundaries.blocks():
             self.idx_file.write(block)
         self._lengths.close()
         self._boundaries.close()
@@ -389,9 +388,3 @@ def _block_begins(num_items: int, num_checked: int) -> Iterator[int]:
     num_chosen = min(num_blocks, -(-num_checked // CHECK_BLOCK))
     for k in range(num_chosen):
         yield (k * (num_blocks - 1) // max(num_chosen - 1, 1)) * CHECK_BLOCK
-
-
-def _blocks_of(file: IO[bytes]) -> Iterator[bytes]:
-    file.seek(0)
-    while block := file.read(1 << 20):
-        yield block

@@ -7,13 +7,27 @@ file under its own name. A killed job leaves at most `.partial` files; the next 
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from megatron_chatflow.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
+LARGE_BYTES = 1 << 22  # from here on a thread of its own hashes while the bytes are being written
+
+
+@contextmanager
+def told_to_the_user(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write a file into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write: {path}: {error.strerror}") from error
 
 
 class StagedFile:
@@ -49,10 +63,8 @@ class StagedFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             mine = False
-        except (
-            OSError
-        ):  # a file system without locks: two jobs on one prefix are the user's to avoid
-            mine = True
+        except OSError:
+            mine = True  # a file system without locks: two jobs on one prefix are not noticed
         else:
             # Between our open and our lock, the other job may have published this very file.
             mine = self.partial_path.exists() and os.path.samestat(
@@ -65,9 +77,23 @@ class StagedFile:
             )
 
     def write(self, data: bytes | memoryview) -> None:
-        """Appends bytes, and takes them into the hash."""
-        self._file.write(data)
-        self._hash.update(data)
+        """Appends bytes, and takes them into the hash.
+
+        Raises:
+            UserError: They cannot be written, as when the disk is full.
+        """
+        if len(data) < LARGE_BYTES:
+            self._hash.update(data)
+            with told_to_the_user(self.partial_path):
+                self._file.write(data)
+        else:
+            hashing = threading.Thread(target=self._hash.update, args=(data,))
+            hashing.start()
+            try:
+                with told_to_the_user(self.partial_path):
+                    self._file.write(data)
+            finally:
+                hashing.join()
         self.num_bytes += len(data)
 
     @property
@@ -77,8 +103,9 @@ class StagedFile:
 
     def seal(self) -> None:
         """Brings every byte written so far to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with told_to_the_user(self.partial_path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def publish(self) -> None:
         """Gives the file its final name; nothing may be written after it."""
@@ -89,7 +116,8 @@ class StagedFile:
         """Removes the file, unless it has been published."""
         if not self._file.closed:
             self.partial_path.unlink(missing_ok=True)
-            self._file.close()
+            with suppress(OSError):  # what is still buffered may not fit on the disk
+                self._file.close()
 
     def __enter__(self) -> "StagedFile":
         """Returns the file itself."""
@@ -103,6 +131,41 @@ class StagedFile:
     ) -> None:
         """Discards what has not been published."""
         self.discard()
+
+
+class Spool:
+    """Bytes that wait on the disk, in a file without a name, until they are read once more."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the file.
+
+        Args:
+            folder: On whose disk it lies.
+        """
+        self._folder = folder
+        with told_to_the_user(folder):
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes.
+
+        Raises:
+            UserError: They cannot be written, as when the disk is full.
+        """
+        with told_to_the_user(self._folder):
+            self._file.write(data)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Everything from the beginning, a mebibyte at a time."""
+        with told_to_the_user(self._folder):
+            self._file.seek(0)
+            while block := self._file.read(1 << 20):
+                yield block
+
+    def close(self) -> None:
+        """Gives the space back."""
+        with suppress(OSError):  # what is still buffered may not fit on the disk
+            self._file.close()
 
 
 def publish_all(files: Iterable[StagedFile]) -> None:

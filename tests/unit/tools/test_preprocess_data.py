@@ -1,9 +1,12 @@
 """The command line of tools/preprocess_data.py."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import read_sidecar
@@ -72,6 +75,25 @@ def test_shards(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
     for text in ("2/2", "1", "a/b"):
         done = run(*common, "--shard", text)
         assert done.returncode == 2 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("limit", [0, 4000, 100_000, 700_000])
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, tiny_sentencepiece_model: Path, limit: int
+) -> None:
+    """No file may grow beyond the limit: the `.bin` or the index is refused, early or late."""
+    (tmp_path / "a.jsonl").write_text('{"text": "bana kedo luno"}\n' * 50_000)
+    command = [sys.executable, str(TOOL), "--input", str(tmp_path / "a.jsonl"), "--workers", "1"]
+    command += ["--output-prefix", str(tmp_path / "out")]
+    command += ["--tokenizer-model", str(tiny_sentencepiece_model)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    assert b"error: cannot write" in done.stderr and b"Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_help_has_examples() -> None:
