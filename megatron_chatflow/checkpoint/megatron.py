@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -88,8 +88,13 @@ class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]
 class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """megatron-core's loading with a reader and a planner that trust nothing."""
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> dict[str, Any]:
-        """Reads this rank's part of what ``sharded_state_dict`` describes."""
+    def load(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_: Any, **__: Any
+    ) -> dict[str, Any]:
+        """Reads this rank's part of what ``sharded_state_dict`` describes.
+
+        Later versions of megatron-core hand over more: how it was saved, which does not matter.
+        """
         tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
         planner = _SafePlanner(
             shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],

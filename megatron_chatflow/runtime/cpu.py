@@ -7,7 +7,7 @@ calls on every path, and `device_mode()` is the context in which factory calls t
 What megatron-core 0.16 to 0.19 assumes, and what stands in for it here:
 
 - ``torch.cuda.current_device`` as the device of new buffers: the CPU device;
-- ``torch.cuda.set_device`` and ``synchronize``: nothing to do;
+- ``torch.cuda.set_device`` and ``synchronize``, and waiting for streams: nothing to do;
 - the CUDA generator behind its random tracker: the CPU's default generator;
 - ``Tensor.type()`` equal to ``torch.cuda.FloatTensor`` and the like when the distributed optimizer
   sorts parameters by dtype: the same name with the ``torch.cuda.`` prefix.
@@ -64,6 +64,19 @@ def device_mode() -> TorchFunctionMode:
     return _CudaNamesMeanCpu()
 
 
+class _OneStream:
+    """The stream of a device that has one: everything on it comes in order."""
+
+    def wait_stream(self, stream: object) -> None:
+        """Has happened already."""
+
+    def wait_event(self, event: object) -> None:
+        """Has happened already."""
+
+    def synchronize(self) -> None:
+        """Has happened already."""
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep large freed blocks instead of returning them to the system.
 
@@ -87,6 +100,8 @@ def install() -> None:
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
+        "current_stream": lambda device=None: _OneStream(),
+        "default_stream": lambda device=None: _OneStream(),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.manual_seed(seed),

@@ -24,6 +24,7 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
         """Takes Apex's arguments.
 
@@ -34,8 +35,10 @@ class FusedAdamW(torch.optim.Optimizer):
             eps: Added to the square root of the second moment.
             weight_decay: Decoupled weight decay.
             adam_w_mode: Has to be True.
+            capturable: Has to be False: the step lies on the host, out of a CUDA graph's reach.
         """
         assert adam_w_mode, "weight decay is decoupled in this optimizer"
+        assert not capturable, "the optimizer's step cannot be captured in a CUDA graph"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults)
 

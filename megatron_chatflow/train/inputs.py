@@ -68,6 +68,11 @@ def open_inputs(config: RunConfig) -> RunInputs:
         saved = RunState.read(checkpoint.folder)
         _refuse_other_model(saved, state, checkpoint.folder)
         if not checkpoint.weights_only:
+            if "samples_per_iteration" not in saved.schedule:
+                raise UserError(
+                    f"checkpoint.load: {checkpoint.folder} holds weights alone and no run to go on "
+                    "with; add --finetune"
+                )
             _refuse_other_data(saved, state, checkpoint.folder)
             resumed = saved
     blend = _blend(config, sources, resumed)
