@@ -57,6 +57,7 @@ demo-short: $(BUILT) ## the same with few iterations (about 5 minutes)
 
 sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
+	csrc/fuzz.sh 20
 
 clean: ## remove .venv, build outputs and caches; runs and downloaded text stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
