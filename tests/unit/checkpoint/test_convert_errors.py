@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -241,22 +242,32 @@ def test_outputs_are_not_replaced_unasked(source: Path, run: Path, tmp_path: Pat
     assert hidden == []
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
-    """Every file of more than 5,000 bytes fails to be written, as on a full disk."""
+    """Every file of more than 5,000 bytes fails to be written, as on a full disk.
+
+    It holds for the block alone: pytest writes its own output, perhaps to a file, right after a
+    test's body and before its fixtures end.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_full_disk_leaves_nothing(
-    source: Path, run: Path, tmp_path: Path, small_files_only: None
-) -> None:
+def test_full_disk_leaves_nothing(source: Path, run: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"hf: cannot be written \(File too large"):
+    with (
+        small_files_only(),
+        pytest.raises(UserError, match=r"hf: cannot be written \(File too large"),
+    ):
         export_checkpoint(run, tmp_path / "hf")
-    with pytest.raises(UserError, match=r"run: cannot be written \(File too large"):
+    with (
+        small_files_only(),
+        pytest.raises(UserError, match=r"run: cannot be written \(File too large"),
+    ):
         import_huggingface(source, run, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
