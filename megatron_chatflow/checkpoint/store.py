@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class RunState:
         sources: Each source's fingerprint by name.
         tokenizer: ``type``, ``sha256`` and ``vocab_size``.
         model: The model's shape.
+        guard: What judging the next steps takes; empty in checkpoints that had none.
     """
 
     iteration: int
@@ -59,6 +60,7 @@ class RunState:
     sources: dict[str, Any]
     tokenizer: dict[str, Any]
     model: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, checkpoint: Path) -> "RunState":

@@ -3,6 +3,7 @@
 In: a YAML file and command-line flags. Out: a frozen `RunConfig`.
 """
 
+from megatron_chatflow.config.fault_section import FaultConfig
 from megatron_chatflow.config.flags import RunOptions
 from megatron_chatflow.config.load import load_config, load_config_from_argv
 from megatron_chatflow.config.run_config import RunConfig, to_plain
@@ -25,6 +26,7 @@ from megatron_chatflow.config.validation import validate_for_world
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "FaultConfig",
     "KnotConfig",
     "LoggingConfig",
     "ModelConfig",

@@ -46,6 +46,12 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> int
     return 6 * num_parameters(model, vocab_size) + attention
 
 
+def causal_share(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
+    """The share of `flops_per_token` that remains where causal attention counts half."""
+    attention = 12 * model.num_layers * model.hidden_size * seq_length
+    return 1 - attention / 2 / flops_per_token(model, vocab_size, seq_length)
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes of the process that needs most: the first stage of the pipeline, or the only one.

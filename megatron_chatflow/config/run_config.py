@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from megatron_chatflow.config.fault_section import FaultConfig
 from megatron_chatflow.config.fields import CONFIG
 from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.sections import (
@@ -51,6 +52,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

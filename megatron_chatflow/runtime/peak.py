@@ -1,9 +1,11 @@
-"""The peak rate that a run's FLOP/s are set against.
+"""The peak rate that a run's FLOP/s are set against, and the peak of its memory.
 
-In: the device and dtype. Out: FLOP/s, from the maker's data sheet for known GPUs and from a short
-measurement on CPUs, whose peak depends on cores and instruction set.
+In: the device and dtype. Out: bytes; FLOP/s, from the maker's data sheet for known GPUs and from a
+short measurement on CPUs, whose peak depends on cores and instruction set.
 """
 
+import resource
+import sys
 import time
 
 import torch
@@ -50,3 +52,11 @@ def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> floa
         torch.matmul(left, right)
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU's memory, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

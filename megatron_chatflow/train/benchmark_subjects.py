@@ -18,6 +18,7 @@ from megatron_chatflow.model.llama import build_llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.benchmark_shape import Shape
+from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.optimizer import build_optimization
 from megatron_chatflow.train.step import train_step
 
@@ -60,10 +61,13 @@ class Ours:
         )
         self._batch = _mock_batch(tokens)
         self._ranks = ranks
+        self._guard = Guard(config, ["mock"], {})
 
     def step(self) -> float:
         """Takes one step."""
-        result = train_step(self._batch, self._optimization, self._forward_step, self._ranks)
+        result = train_step(
+            self._batch, self._optimization, self._forward_step, self._ranks, self._guard
+        )
         return result.loss
 
 

@@ -4,6 +4,7 @@ In: a resolved configuration and this process's ranks. Out: a `Run` and its `Pro
 """
 
 import logging
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, load_weights
 from megatron_chatflow.config import RunConfig
-from megatron_chatflow.config.model_shape import flops_per_token
+from megatron_chatflow.config.model_shape import causal_share, flops_per_token
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.errors import UserError
@@ -25,9 +26,13 @@ from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
+from megatron_chatflow.runtime.watchdog import Watchdog
+from megatron_chatflow.train.downtime import Downtime, read_downtime
+from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.hooks import Hook
 from megatron_chatflow.train.hooks.console import Console
-from megatron_chatflow.train.hooks.metrics_file import MetricsFile
+from megatron_chatflow.train.hooks.metrics_file import METRICS_FILE, MetricsFile
+from megatron_chatflow.train.hooks.shield import Shield
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
@@ -70,12 +75,37 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         flops_per_token=float(
             flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
         ),
+        causal_share=causal_share(config.model, inputs.vocab_size, config.data.seq_length),
         peak_flops=peak,
         stop_request=StopRequest(config.train.exit_duration_in_mins),
+        guard=_guard(config, inputs),
+        watchdog=_watchdog(config, ranks),
         hooks=_hooks(config, ranks, progress, stack),
+        downtime=_downtime(config, ranks, progress),
     )
     stack.callback(run.stop_request.close)
+    stack.callback(run.watchdog.close)
     return run, progress
+
+
+def _guard(config: RunConfig, inputs: RunInputs) -> Guard:
+    names = [source.name for source in inputs.sources]
+    return Guard(config, names, inputs.resumed.guard if inputs.resumed else {})
+
+
+def _watchdog(config: RunConfig, ranks: Ranks) -> Watchdog:
+    return Watchdog(
+        timeout_seconds=60 * config.faults.hang_timeout_minutes,
+        rank=ranks.process.rank,
+        world_size=ranks.process.world_size,
+        folder=config.checkpoint.save,
+    )
+
+
+def _downtime(config: RunConfig, ranks: Ranks, progress: Progress) -> Downtime:
+    if not ranks.is_reporter or config.checkpoint.save is None or progress.iteration == 0:
+        return Downtime()
+    return read_downtime(config.checkpoint.save / METRICS_FILE, time.time())
 
 
 def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
@@ -149,9 +179,10 @@ def _hooks(config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack
             from megatron_chatflow.train.hooks.tensorboard import TensorBoard
 
             hooks.append(TensorBoard(folder, iteration=progress.iteration))
-    for hook in hooks:
+    shielded: list[Hook] = [Shield(hook) for hook in hooks]
+    for hook in shielded:
         stack.callback(hook.close)
-    return hooks
+    return shielded
 
 
 def _log_choices(

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.checkpoint.store import RunState, save_checkpoint
+from megatron_chatflow.checkpoint.files import iteration_folder, latest_iteration
+from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, save_checkpoint
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.digest import combine_digests
@@ -25,8 +26,12 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime.peak import peak_memory
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
+from megatron_chatflow.runtime.watchdog import Watchdog
+from megatron_chatflow.train.downtime import Downtime
+from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.hooks import Hook
 from megatron_chatflow.train.optimizer import Optimization
 from megatron_chatflow.train.report import IterationReport, source_reports
@@ -70,8 +75,12 @@ class Run:
         hooks: Watchers; none but on the reporting rank.
         state: The parts of `RunState` that do not change.
         flops_per_token: Model FLOPs of a token, forward and backward.
+        causal_share: Of these FLOPs, where attention counts as the causal half that it is.
         peak_flops: Of one process; None where it is not known.
         stop_request: Signals.
+        guard: Judges every step.
+        watchdog: Ends a process that hangs.
+        downtime: What restarts have cost.
     """
 
     config: RunConfig
@@ -84,8 +93,12 @@ class Run:
     validator: Validator | None
     state: RunState
     flops_per_token: float
+    causal_share: float
     peak_flops: float | None
     stop_request: StopRequest
+    guard: Guard
+    watchdog: Watchdog
+    downtime: Downtime = field(default=Downtime())
     hooks: Sequence[Hook] = field(default=())
 
 
@@ -100,7 +113,7 @@ def train(run: Run, progress: Progress) -> Progress:
         Where it stands at the end.
 
     Raises:
-        UserError: The last checkpoint could not be written.
+        UserError: The last checkpoint could not be written, or a bad step ends the run.
     """
     config = run.config
     last_iteration = config.num_iterations
@@ -109,11 +122,15 @@ def train(run: Run, progress: Progress) -> Progress:
     if progress.iteration == 0:
         _validate(run, progress)
     while progress.iteration < last_iteration:
+        run.watchdog.beat(progress.iteration + 1, "loading")
         begin = time.perf_counter()
         batch = next(batches)
         data_seconds = time.perf_counter() - begin
-        result = train_step(batch, run.optimization, run.forward_step, run.ranks)
+        run.watchdog.beat(progress.iteration + 1, "training")
+        result = train_step(batch, run.optimization, run.forward_step, run.ranks, run.guard)
         progress = progress.after(batch)
+        if run.guard.record(result.verdict, result.loss, batch.begin, batch.end):
+            _roll_back(run, progress)
         seconds = time.perf_counter() - begin
         if _is_due(progress.iteration, config.logging.log_interval, last_iteration):
             _report(run, progress, batch, result, seconds, data_seconds)
@@ -130,6 +147,32 @@ def train(run: Run, progress: Progress) -> Progress:
                 "written; free space and resume from the one before"
             )
     return progress
+
+
+def _roll_back(run: Run, progress: Progress) -> None:
+    """Takes weights and optimizer of the last checkpoint; the data goes on where it is.
+
+    What led to the bad step, the samples since that checkpoint, is thereby left out of the weights.
+    """
+    root = run.config.checkpoint.save
+    latest = None if root is None else latest_iteration(Path(root))
+    # A rank may see the file of another node a moment late; all take the same checkpoint.
+    choice = torch.tensor([-1 if latest is None else latest], device=run.ranks.device)
+    torch.distributed.all_reduce(choice, op=torch.distributed.ReduceOp.MIN)
+    if root is None or choice.item() < 0:
+        raise UserError(
+            f"iteration {progress.iteration}: --on-nan rollback finds no checkpoint of this run; "
+            "give --save and --save-interval, or use --on-nan skip"
+        )
+    checkpoint = iteration_folder(Path(root), int(choice.item()))
+    optimization = run.optimization
+    load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, run.ranks)
+    optimization.set_consumed_samples(progress.consumed_samples)
+    logger.warning(
+        "rolled back to the weights of %s; the data goes on from sample %d",
+        checkpoint,
+        progress.consumed_samples,
+    )
 
 
 def _is_due(iteration: int, interval: int | None, last_iteration: int | None = None) -> bool:
@@ -167,11 +210,19 @@ def _report(
         lm_loss=result.loss,
         learning_rate=result.learning_rate,
         grad_norm=result.grad_norm,
+        time=time.time(),
         seconds=seconds,
         data_seconds=data_seconds,
         tokens_per_second=tokens_per_second,
         tflops_per_gpu=flops_per_process / 1e12,
         mfu=flops_per_process / run.peak_flops if run.peak_flops else None,
+        mfu_causal=(
+            flops_per_process * run.causal_share / run.peak_flops if run.peak_flops else None
+        ),
+        memory_bytes=peak_memory(run.ranks.device),
+        num_skipped=run.guard.num_skipped,
+        num_rollbacks=run.guard.num_rollbacks,
+        downtime=run.downtime,
         batch_digest=digest,
         sources=source_reports(
             [source.name for source in run.sources],
@@ -201,6 +252,7 @@ def _batch_digest(batch: GlobalBatch, ranks: Ranks) -> str:
 def _validate(run: Run, progress: Progress) -> None:
     if run.validator is None or run.config.train.eval_interval is None:
         return
+    run.watchdog.beat(progress.iteration, "validation")
     losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
     for hook in run.hooks:
         hook.on_validation(progress.iteration, losses)
@@ -209,6 +261,7 @@ def _validate(run: Run, progress: Progress) -> None:
 def _save(run: Run, progress: Progress) -> bool:
     if run.config.checkpoint.save is None:
         return False
+    run.watchdog.beat(progress.iteration, "saving")
     state: dict[str, Any] = run.blend.state_at(progress.consumed_samples)
     return save_checkpoint(
         Path(run.config.checkpoint.save),
@@ -218,6 +271,7 @@ def _save(run: Run, progress: Progress) -> bool:
             consumed_samples=progress.consumed_samples,
             consumed_tokens=progress.consumed_samples * run.config.data.seq_length,
             blend=state,
+            guard=run.guard.state(),
         ),
         run.config,
         run.optimization.chunks,

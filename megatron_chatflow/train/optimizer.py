@@ -21,6 +21,7 @@ from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.adam import install_where_absent
+from megatron_chatflow.train.guard import GuardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Optimization:
         optimizer: megatron-core's optimizer over them.
         scheduler: Its learning rate, counted in samples.
         description: Which optimizer this is, and why.
+        update: Takes the optimizer's steps.
     """
 
     chunks: list[Any]
     optimizer: Any
     scheduler: Any
     description: str
+    update: GuardedOptimizer
 
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
@@ -68,7 +71,13 @@ def build_optimization(config: RunConfig, llama: Llama, ranks: Ranks) -> Optimiz
         )
     llama.config.finalize_model_grads_func = finalize_model_grads
     llama.config.grad_scale_func = optimizer.scale_loss
-    return Optimization(chunks, optimizer, _scheduler(config, optimizer), description)
+    return Optimization(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=_scheduler(config, optimizer),
+        description=description,
+        update=GuardedOptimizer(optimizer),
+    )
 
 
 def _optimizer_config(config: RunConfig, llama: Llama) -> MegatronOptimizerConfig:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_chatflow.evaluation.validation import SourceLoss
+from megatron_chatflow.train.downtime import Downtime
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,18 @@ class IterationReport:
         lm_loss: Mean loss of its loss tokens in nats.
         learning_rate: Rate of its update.
         grad_norm: Gradient norm before clipping.
+        time: Unix time of the report, in seconds.
         seconds: Wall time of the iteration.
         data_seconds: Part of it spent waiting for the batch.
         tokens_per_second: Of the whole job.
         tflops_per_gpu: Model FLOP/s of each process (PaLM count) in 1e12.
         mfu: That over the device's peak; None where the peak is not known.
+        mfu_causal: The same where causal attention counts half.
+        memory_bytes: The most that the reporting process has held, of its device's memory.
         batch_digest: Hash of the global batch's tokens and masks in sample order.
+        num_skipped: Updates left out since the run began.
+        num_rollbacks: Returns to a checkpoint's weights since the run began.
+        downtime: What restarts have cost.
         sources: By name.
     """
 
@@ -63,12 +70,18 @@ class IterationReport:
     lm_loss: float
     learning_rate: float
     grad_norm: float
+    time: float
     seconds: float
     data_seconds: float
     tokens_per_second: float
     tflops_per_gpu: float
     mfu: float | None
+    mfu_causal: float | None
+    memory_bytes: int
     batch_digest: str
+    num_skipped: int
+    num_rollbacks: int
+    downtime: Downtime
     sources: Mapping[str, SourceReport]
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,20 +92,30 @@ class IterationReport:
             "consumed_tokens": self.consumed_tokens,
             "lm_loss": finite(self.lm_loss),
             "learning_rate": self.learning_rate,
-            "grad_norm": self.grad_norm,
+            "grad_norm": finite(self.grad_norm),
             "tokens_per_second": self.tokens_per_second,
             "tflops_per_gpu": self.tflops_per_gpu,
             "mfu": self.mfu,
+            "mfu_causal": self.mfu_causal,
+            "memory_bytes": self.memory_bytes,
+            "time": self.time,
             "seconds": self.seconds,
             "data_seconds": self.data_seconds,
+            "num_restarts": self.downtime.num_restarts,
+            "seconds_lost": self.downtime.seconds,
+            "num_skipped": self.num_skipped,
+            "num_rollbacks": self.num_rollbacks,
             "batch_digest": self.batch_digest,
-            "sources": {name: vars(source) for name, source in self.sources.items()},
+            "sources": {
+                name: {**vars(source), "loss": finite(source.loss)}
+                for name, source in self.sources.items()
+            },
         }
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """The value, or None where JSON has no form for it."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def source_reports(

@@ -11,11 +11,11 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_chatflow.data.loader import GlobalBatch
-from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.validation import reduce_source_sums
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.guard import Guard, Verdict
 from megatron_chatflow.train.optimizer import Optimization
 
 
@@ -28,11 +28,13 @@ class StepResult:
             source over the global batch; the same on every rank.
         grad_norm: Norm of the whole gradient before clipping.
         learning_rate: The rate that the update used.
+        verdict: Whether the update was made; the same on every rank.
     """
 
     source_sums: torch.Tensor
     grad_norm: float
     learning_rate: float
+    verdict: Verdict
 
     @property
     def loss(self) -> float:
@@ -46,17 +48,16 @@ def train_step(
     optimization: Optimization,
     forward_step: ForwardStep,
     ranks: Ranks,
+    guard: Guard,
 ) -> StepResult:
-    """Takes one step; every rank calls it.
+    """Takes one step, or leaves its update out where the guard finds it bad; every rank calls it.
 
     Args:
         batch: This rank's micro-batches of the global batch.
         optimization: Chunks, optimizer and learning rate; all change.
         forward_step: How a micro-batch runs.
         ranks: This process's place.
-
-    Raises:
-        UserError: The gradient is not finite.
+        guard: Judges the step before its update.
     """
     for chunk in optimization.chunks:
         chunk.zero_grad_buffer()
@@ -72,18 +73,14 @@ def train_step(
             micro_batch_size=1,
             forward_only=False,
         )
-    learning_rate = optimization.learning_rate()
-    with device_mode(ranks.device):
-        _, grad_norm, _ = optimization.optimizer.step()
-    optimization.scheduler.step(increment=batch.end - batch.begin)
-    grad_norm = float(grad_norm)
-    if not math.isfinite(grad_norm):
-        raise UserError(
-            f"samples {batch.begin} to {batch.end}: the gradient's norm is {grad_norm}; resume "
-            "from the last checkpoint with a lower --lr"
-        )
     if ranks.is_last_stage:
         sums = torch.stack(results).sum(dim=0)
     else:
         sums = torch.zeros(forward_step.num_sources, 3, dtype=torch.float64, device=ranks.device)
-    return StepResult(reduce_source_sums(sums, ranks).cpu(), grad_norm, learning_rate)
+    sums = reduce_source_sums(sums, ranks).cpu()
+    rows = sums.tolist()
+    learning_rate = optimization.learning_rate()
+    with device_mode(ranks.device):
+        verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
+    optimization.scheduler.step(increment=batch.end - batch.begin)
+    return StepResult(sums, grad_norm, learning_rate, verdict)

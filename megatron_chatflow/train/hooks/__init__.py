@@ -1,7 +1,7 @@
 """What watches a run without changing it: one hook a file, all on the reporting rank.
 
-In: `IterationReport`s and validations. Out: lines, files, plots. A hook that raises ends the run:
-a run whose record is lost is worth no more hours.
+In: `IterationReport`s and validations. Out: lines, files, plots. A hook that raises does not end
+the run: `Shield` logs what it met, and the next report is tried again.
 """
 
 from collections.abc import Mapping

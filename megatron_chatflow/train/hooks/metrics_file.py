@@ -1,9 +1,11 @@
 """``metrics.jsonl``: one object a logged iteration or validation, in the run's folder.
 
-In: reports. Out: appended lines. A resume first drops what the run had logged after the checkpoint
+In: reports. Out: appended lines; those that a full disk refuses are kept and written once there is
+room. A resume first drops what the run had logged after the checkpoint
 that it goes on from, so that every iteration stands in the file once.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from pathlib import Path
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.train.report import IterationReport, validation_dict
+
+METRICS_FILE = "metrics.jsonl"
 
 
 def keep_until(path: Path, iteration: int) -> None:
@@ -34,9 +38,12 @@ class MetricsFile:
     def __init__(self, folder: Path, *, iteration: int) -> None:
         """Opens the file of a run that stands at ``iteration``."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS_FILE
         keep_until(path, iteration)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "ab", buffering=0)
+        self._backlog: list[bytes] = []
+        # Where the last line that is whole ends.
+        self._end = self._file.tell()
 
     def on_iteration(self, report: IterationReport) -> None:
         """Appends the iteration."""
@@ -47,10 +54,32 @@ class MetricsFile:
         self._append(validation_dict(iteration, losses))
 
     def close(self) -> None:
-        """Flushes the file to the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Writes what is left and flushes the file to the disk.
+
+        Raises:
+            OSError: The disk is full, or gone.
+        """
+        try:
+            self._write_backlog()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
     def _append(self, entry: dict[str, object]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        self._backlog.append(json.dumps(entry).encode() + b"\n")
+        self._write_backlog()
+
+    def _write_backlog(self) -> None:
+        """Writes whole lines; those that find no room wait for the next report."""
+        while self._backlog:
+            line = self._backlog[0]
+            written = 0
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.ftruncate(self._file.fileno(), self._end)
+                raise
+            self._end += written
+            self._backlog.pop(0)
