@@ -23,7 +23,7 @@ from megatron_chatflow.checkpoint.convert_shape import (
     LlamaShape,
     huggingface_config,
     read_run_config,
-    shape_of_checkpoint,
+    trained_shape,
 )
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice, chat_template
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
@@ -97,7 +97,7 @@ def export_checkpoint(
             or the folder cannot be written.
     """
     checkpoint = find_checkpoint(checkpoint)
-    shape = shape_of_checkpoint(checkpoint)
+    shape = trained_shape(checkpoint)
     reader = DistributedReader(checkpoint)
     check_shapes(reader, shape)
     stored = reader.dtype(*placements(shape)[0])

@@ -4,9 +4,8 @@ In: `state.json` and `config.yaml` of a checkpoint, or `config.json` of a Huggin
 a `LlamaShape`, and the other side's form of it.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,13 @@ import torch
 import yaml
 
 from megatron_chatflow.checkpoint.files import read_state
+from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.config.huggingface import CONFIG_NAMES, model_of_huggingface
+from megatron_chatflow.config.rope import RopeScaling, dynamic_base, huggingface_rope
 from megatron_chatflow.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-# Names of Hugging Face's LlamaConfig, and ours.
-_CONFIG_NAMES = {
-    "num_hidden_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_query_groups",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "rms_norm_eps": "norm_epsilon",
-    "initializer_range": "init_method_std",
-}
-# LlamaConfig's own defaults, which a config.json may leave out.
-_CONFIG_DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-}
 
 
 @dataclass(frozen=True)
@@ -54,15 +37,60 @@ class LlamaShape:
     norm_epsilon: float
     init_method_std: float
     untie_embeddings_and_output_weights: bool
+    rope_scaling_type: RopeScaling | None = None
+    rope_scaling_factor: float | None = None
+    rope_low_freq_factor: float | None = None
+    rope_high_freq_factor: float | None = None
+    rope_original_max_position_embeddings: int | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> "LlamaShape":
+        """The shape that a run's configuration states, with a vocabulary of ``vocab_size``."""
+        values = {field.name: getattr(model, field.name) for field in fields(cls)}
+        return cls(**{**values, "vocab_size": vocab_size})
+
+    def recorded(self) -> dict[str, Any]:
+        """What a checkpoint's state holds: all that changes the tensors or how they are used."""
+        left_out = {"init_method_std"}
+        if self.rope_scaling_type != "dynamic":  # the one kind that begins where this ends
+            left_out.add("max_position_embeddings")
+        if self.rope_scaling_type is None:
+            left_out |= {field.name for field in fields(self) if field.name.startswith("rope_")}
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def head_dim(self) -> int:
         """Size of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def longest(self) -> int:
+        """Tokens that the model reads at once, with what dynamic rotary scaling adds."""
+        is_dynamic = self.rope_scaling_type == "dynamic"
+        factor = self.rope_scaling_factor or 1.0 if is_dynamic else 1.0
+        return int(self.max_position_embeddings * factor)
+
+    def trained_at(self, length: int) -> "LlamaShape":
+        """The shape after training on samples of ``length`` tokens.
+
+        Training under dynamic rotary scaling takes the base of its own sequence length for all
+        texts. Beyond the original length that is another model than the one before, whose form for
+        every text is the new base itself, without any scaling.
+        """
+        if self.rope_scaling_type != "dynamic" or length <= self.max_position_embeddings:
+            return self
+        factor, original = self.rope_scaling_factor or 1.0, self.max_position_embeddings
+        return replace(
+            self,
+            rotary_base=dynamic_base(self.rotary_base, self.head_dim, factor, original, length),
+            max_position_embeddings=length,
+            rope_scaling_type=None,
+            rope_scaling_factor=None,
+        )
+
 
 def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
-    """Reads a checkpoint's model shape.
+    """Reads a checkpoint's model shape, as a run's configuration states it.
 
     Args:
         checkpoint: An ``iter_`` folder.
@@ -78,13 +106,28 @@ def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
         "init_method_std": configured.get("init_method_std", 0.02),
         **model,
     }
-    missing = [name for name in LlamaShape.__dataclass_fields__ if values.get(name) is None]
+    known: dict[str, Any] = {
+        field.name: values.get(field.name, None if field.default is MISSING else field.default)
+        for field in fields(LlamaShape)
+    }
+    missing = [
+        field.name
+        for field in fields(LlamaShape)
+        if field.default is MISSING and known[field.name] is None
+    ]
     if missing:
         raise UserError(
             f"{checkpoint / 'state.json'}: model.{missing[0]} is missing; "
             "the checkpoint is of another version"
         )
-    return LlamaShape(**{name: values[name] for name in LlamaShape.__dataclass_fields__})
+    return LlamaShape(**known)
+
+
+def trained_shape(checkpoint: Path) -> LlamaShape:
+    """A checkpoint's model shape as Hugging Face would state it, see `LlamaShape.trained_at`."""
+    length = (read_run_config(checkpoint).get("data") or {}).get("seq_length")
+    shape = shape_of_checkpoint(checkpoint)
+    return shape if length is None else shape.trained_at(int(length))
 
 
 def read_run_config(checkpoint: Path) -> dict[str, Any]:
@@ -99,74 +142,13 @@ def read_run_config(checkpoint: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def read_huggingface_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json of a Hugging Face folder.
-
-    Raises:
-        UserError: There is none, or it is no JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no config.json; name a Hugging Face model folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is damaged (no object); fetch the folder again")
-    return config
-
-
 def shape_of_huggingface(folder: Path) -> LlamaShape:
     """Reads a Hugging Face folder's model shape.
 
     Raises:
         UserError: It is no LLaMA, or one with parts that this model does not have.
     """
-    path = folder / "config.json"
-    config = {**_CONFIG_DEFAULTS, **read_huggingface_config(folder)}
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
-    if config.get("model_type") != "llama" or architecture not in ("LlamaForCausalLM", "llama"):
-        raise UserError(
-            f"{path}: {architecture} is not a LLaMA; only LlamaForCausalLM is converted"
-        )
-    if config.get("num_key_value_heads") is None:
-        config["num_key_value_heads"] = config.get("num_attention_heads")
-    for name in _CONFIG_NAMES:
-        if not isinstance(config.get(name), (int, float)) or config[name] <= 0:
-            raise UserError(f"{path}: {name} is missing or not a positive number; complete it")
-    _refuse_variants(path, config)
-    rope = config.get("rope_parameters") or {}
-    return LlamaShape(
-        **{ours: config[theirs] for theirs, ours in _CONFIG_NAMES.items()},
-        rotary_base=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-    )
-
-
-def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses what would load and then compute something else."""
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if head_dim * heads != config["hidden_size"] or heads % groups:
-        raise UserError(
-            f"{path}: {heads} heads of {head_dim}, {groups} of them with keys, do not make up "
-            f"hidden_size {config['hidden_size']}; such a model cannot be converted"
-        )
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(
-            f"{path}: rotary scaling of type {rope_type!r}; the model has none, so only folders "
-            "without it are converted"
-        )
-    for name, expected in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-    ):
-        if config.get(name, expected) != expected:
-            raise UserError(f"{path}: {name} is {config[name]!r}; LLaMA has {expected!r}")
+    return LlamaShape(**model_of_huggingface(folder))
 
 
 def huggingface_config(
@@ -179,7 +161,7 @@ def huggingface_config(
         dtype: Of the exported weights.
         special_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
     """
-    theirs = {theirs: getattr(shape, ours) for theirs, ours in _CONFIG_NAMES.items()}
+    theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -191,7 +173,7 @@ def huggingface_config(
         "mlp_bias": False,
         "pretraining_tp": 1,
         "rope_theta": shape.rotary_base,
-        "rope_scaling": None,
+        "rope_scaling": huggingface_rope(shape),
         "tie_word_embeddings": not shape.untie_embeddings_and_output_weights,
         **special_ids,
         "torch_dtype": TORCH_NAMES[dtype],

@@ -136,9 +136,6 @@ def _empty_objects(num_layers: int) -> dict[str, bytes]:
 
 def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """A run's state before its first iteration, of which ``--finetune`` reads the model alone."""
-    # What does not change the tensors or their use is the configuration's alone.
-    unrecorded = ("max_position_embeddings", "init_method_std")
-    model = {name: value for name, value in asdict(shape).items() if name not in unrecorded}
     return {
         "iteration": 0,
         "consumed_samples": 0,
@@ -151,5 +148,5 @@ def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
             "sha256": tokenizer.fingerprint if tokenizer else None,
             "vocab_size": tokenizer.vocab_size if tokenizer else shape.vocab_size,
         },
-        "model": model,
+        "model": shape.recorded(),
     }

@@ -5,7 +5,7 @@ are compared tensor by tensor; the logits need both models in memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from megatron_chatflow.checkpoint.convert_import import check_weights
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import (
     LlamaShape,
-    shape_of_checkpoint,
     shape_of_huggingface,
+    trained_shape,
 )
 from megatron_chatflow.checkpoint.weight_map import placements
 from megatron_chatflow.errors import UserError
@@ -81,7 +81,7 @@ def compare(
         UserError: Either is damaged, or the two are of different shapes.
     """
     checkpoint = find_checkpoint(checkpoint)
-    shape = shape_of_checkpoint(checkpoint)
+    shape = trained_shape(checkpoint)
     theirs = shape_of_huggingface(huggingface)
     for name in LlamaShape.__dataclass_fields__:
         ours_value, their_value = getattr(shape, name), getattr(theirs, name)
@@ -135,7 +135,7 @@ def token_ids(huggingface: Path, texts: Sequence[str], shape: LlamaShape) -> lis
         encoded = load_tokenizer(huggingface).encode_batch(texts)
     else:
         encoded = [[byte % shape.vocab_size for byte in text.encode()] for text in texts]
-    ids = [sequence[: shape.max_position_embeddings] for sequence in encoded if sequence]
+    ids = [sequence[: shape.longest] for sequence in encoded if sequence]
     if not ids:
         raise UserError("--text: is empty; give a text to compare on")
     return ids
@@ -193,8 +193,8 @@ def checkpoint_logits(
             for sequence in ids:
                 packed = pack_tokens(
                     torch.tensor([0, len(sequence)], dtype=torch.int32),
-                    head_dim=llama.head_dim,
-                    rotary_base=llama.rotary_base,
+                    # transformers takes dynamic scaling's base for each text's own length.
+                    rotary=replace(llama.rotary, length=len(sequence)),
                     dtype=llama.dtype,
                     device=ranks.device,
                 )

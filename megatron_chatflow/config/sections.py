@@ -27,6 +27,7 @@ from megatron_chatflow.config.fields import (
     Switch,
 )
 from megatron_chatflow.config.presets import PRESETS
+from megatron_chatflow.config.rope import RopeScaling
 from megatron_chatflow.config.suggest import closest
 from megatron_chatflow.errors import UserError
 
@@ -62,6 +63,21 @@ class ModelConfig:
     )
     max_position_embeddings: Size = Field(description="longest sequence, in tokens")
     rotary_base: PositiveNumber = Field(default=10000.0, description="base of the rotary angles")
+    rope_scaling_type: RopeScaling | None = Field(
+        default=None, description="how rotary angles are scaled for longer texts"
+    )
+    rope_scaling_factor: PositiveNumber | None = Field(
+        default=None, description="how much longer texts get by the scaling"
+    )
+    rope_low_freq_factor: PositiveNumber | None = Field(
+        default=None, description="of llama3's scaling: where its ramp begins (1 when unset)"
+    )
+    rope_high_freq_factor: PositiveNumber | None = Field(
+        default=None, description="of llama3's scaling: where its ramp ends (4 when unset)"
+    )
+    rope_original_max_position_embeddings: Size | None = Field(
+        default=None, description="of llama3's scaling: longest sequence before it"
+    )
     norm_epsilon: PositiveNumber = Field(default=1e-5, description="epsilon of RMSNorm")
     init_method_std: PositiveNumber = Field(
         default=0.02, description="spread of the initial weights"
@@ -93,6 +109,8 @@ class ModelConfig:
             if heads not in (None, shape["num_attention_heads"]):
                 del shape["num_query_groups"]
             data = _fill(data, shape)
+        if _given(data, "rope_scaling_type") == "llama3":
+            data = _fill(data, {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0})
         heads = _given(data, "num_attention_heads")
         return data if heads is None else _fill(data, {"num_query_groups": heads})
 

@@ -39,6 +39,7 @@ def check(config: "RunConfig") -> None:
         UserError: The first combination that cannot run.
     """
     _check_model(config)
+    _check_rope(config)
     _check_parallel(config)
     _check_sequence(config)
     _check_recompute(config)
@@ -65,6 +66,33 @@ def _check_model(config: "RunConfig") -> None:
         raise UserError(
             f"model.num_query_groups: {model.num_query_groups} does not divide "
             f"model.num_attention_heads {heads}; use {_divisors(heads)}"
+        )
+
+
+def _check_rope(config: "RunConfig") -> None:
+    model = config.model
+    kind = model.rope_scaling_type
+    of_llama3 = {
+        "model.rope_low_freq_factor": model.rope_low_freq_factor,
+        "model.rope_high_freq_factor": model.rope_high_freq_factor,
+        "model.rope_original_max_position_embeddings": model.rope_original_max_position_embeddings,
+    }
+    for path, value in of_llama3.items():
+        if (value is None) == (kind == "llama3"):
+            raise UserError(
+                f"{path}: {'is missing' if value is None else 'is set'}, and model."
+                f"rope_scaling_type is {kind or 'unset'}; it belongs to llama3's scaling"
+            )
+    if (model.rope_scaling_factor is None) != (kind is None):
+        raise UserError(
+            "model.rope_scaling_type and model.rope_scaling_factor: one is set and the other is "
+            "not; set both, or neither"
+        )
+    low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+    if low is not None and high is not None and low >= high:
+        raise UserError(
+            f"model.rope_low_freq_factor: {low:g} is not below model.rope_high_freq_factor "
+            f"{high:g}; lower it"
         )
 
 
@@ -103,11 +131,14 @@ def _check_parallel(config: "RunConfig") -> None:
 
 
 def _check_sequence(config: "RunConfig") -> None:
-    length, parallel = config.data.seq_length, config.parallel
-    if length > config.model.max_position_embeddings:
+    length, parallel, model = config.data.seq_length, config.parallel, config.model
+    longest = float(model.max_position_embeddings)
+    if model.rope_scaling_type == "dynamic":  # this kind keeps the length before the scaling there
+        longest *= model.rope_scaling_factor or 1.0
+    if length > longest:
         raise UserError(
             f"data.seq_length: {length} is above model.max_position_embeddings "
-            f"{config.model.max_position_embeddings}; shorten it, or raise that"
+            f"{model.max_position_embeddings}; shorten it, or raise that"
         )
     context = parallel.context_parallel_size
     # Each process takes two chunks of a sequence, one early and one late, which evens out the work.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.checkpoint.convert_shape import read_huggingface_config
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.config.huggingface import read_huggingface_config
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -101,8 +101,7 @@ class ForwardStep:
         packed = pack_tokens(
             batch.cu_seqlens,
             shard,
-            head_dim=self.llama.head_dim,
-            rotary_base=self.llama.rotary_base,
+            rotary=self.llama.rotary,
             dtype=self.llama.dtype,
             device=self.device,
         )

@@ -30,6 +30,7 @@ from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_chatflow.config.model_shape import padded_vocab_size
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.norm import RMSNorm
+from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.runtime.ranks import Ranks
 
 
@@ -118,19 +119,14 @@ class Llama:
         config: megatron-core's configuration, shared by the chunks.
         vocab_size: Pieces of the tokenizer.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
-        rotary_base: RoPE's base.
+        rotary: How positions become angles.
     """
 
     chunks: list[Any]
     config: Any
     vocab_size: int
     padded_vocab_size: int
-    rotary_base: float
-
-    @property
-    def head_dim(self) -> int:
-        """Size of an attention head."""
-        return int(self.config.kv_channels)
+    rotary: Rotary
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,6 +158,7 @@ def build_llama(
     ranks: Ranks,
     *,
     vocab_size: int,
+    sequence_length: int | None = None,
 ) -> Llama:
     """Builds this process's part of the model, with weights from ``train.seed``.
 
@@ -174,6 +171,8 @@ def build_llama(
         train: Precision and recomputation.
         ranks: This process's place.
         vocab_size: Pieces of the tokenizer.
+        sequence_length: Tokens of a sample, by which dynamic rotary scaling goes; the model's
+            longest if None.
     """
     config = transformer_config(model, parallel, train, ranks)
     rows = padded_vocab_size(model, parallel, vocab_size)
@@ -201,5 +200,5 @@ def build_llama(
         config=config,
         vocab_size=vocab_size,
         padded_vocab_size=rows,
-        rotary_base=model.rotary_base,
+        rotary=Rotary.of(model, sequence_length),
     )

@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_chatflow.model.context import ContextShard, shard_context, spans_of_documents
-from megatron_chatflow.model.rotary import rotary_table
+from megatron_chatflow.model.rotary import Rotary, rotary_table
 
 
 @dataclass
@@ -64,8 +64,7 @@ def pack_tokens(
     cu_seqlens: torch.Tensor,
     shard: ContextShard | None = None,
     *,
-    head_dim: int,
-    rotary_base: float,
+    rotary: Rotary,
     dtype: torch.dtype,
     device: torch.device,
 ) -> PackedTokens:
@@ -74,8 +73,7 @@ def pack_tokens(
     Args:
         cu_seqlens: int32[num_documents + 1] on the CPU, over the flattened micro-batch.
         shard: Which of its tokens this rank holds; all of them if None.
-        head_dim: Size of an attention head.
-        rotary_base: RoPE's base.
+        rotary: How positions become angles.
         dtype: The model's activations.
         device: Where the model runs.
     """
@@ -83,7 +81,7 @@ def pack_tokens(
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
     positions = shard.take(document_positions(cu_seqlens)).to(device, non_blocking=True)
-    cosines, sines = rotary_table(positions, head_dim, rotary_base, dtype)
+    cosines, sines = rotary_table(positions, rotary, dtype)
     on_device = cu_seqlens.to(device, non_blocking=True)
     longest = max(length for _, _, length in runs)
     return PackedTokens(

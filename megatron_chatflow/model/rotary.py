@@ -6,32 +6,95 @@ two halves of a head are the real and imaginary parts. The angles of a micro-bat
 once, not once a layer.
 """
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.config.rope import RopeScaling, dynamic_base
 
-def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> torch.Tensor:
-    """Angles per position, ``base^(-2i/head_dim)`` for i below head_dim/2: float32[head_dim/2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    return 1.0 / (base**exponents)
+
+@dataclass(frozen=True)
+class Rotary:
+    """How positions become angles.
+
+    The kinds of scaling are those of `transformers`, by its names and to its formulas. ``linear``
+    (Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation",
+    2023) divides all frequencies. ``dynamic`` is NTK-aware scaling, a larger base for a longer
+    text: transformers takes the base anew for each text's length, training takes one base, that of
+    its sequence length, for every document. ``llama3`` divides low frequencies alone, with a ramp
+    towards the high ones.
+
+    Attributes:
+        head_dim: Size of an attention head.
+        base: The slowest angle's base, 10,000 in LLaMA-2.
+        scaling: Kind of scaling.
+        factor: How much longer texts get.
+        low_freq_factor: Of ``llama3``: wavelengths above the original length over this are divided.
+        high_freq_factor: Of ``llama3``: those below the original length over this are kept.
+        original_length: Tokens that the model read before it was scaled.
+        length: Of ``dynamic``: tokens of the text whose base is taken.
+    """
+
+    head_dim: int
+    base: float
+    scaling: RopeScaling | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 1
+    length: int = 1
+
+    @classmethod
+    def of(cls, model: ModelConfig, length: int | None = None) -> "Rotary":
+        """The angles of a model, for texts of ``length`` tokens where that matters."""
+        return cls(
+            head_dim=model.hidden_size // model.num_attention_heads,
+            base=model.rotary_base,
+            scaling=model.rope_scaling_type,
+            factor=model.rope_scaling_factor or 1.0,
+            low_freq_factor=model.rope_low_freq_factor or 1.0,
+            high_freq_factor=model.rope_high_freq_factor or 4.0,
+            original_length=(
+                model.rope_original_max_position_embeddings or model.max_position_embeddings
+            ),
+            length=length or model.max_position_embeddings,
+        )
+
+    def inverse_frequencies(self, device: torch.device) -> torch.Tensor:
+        """Angles per position, float32[head_dim / 2]: ``base^(-2i/head_dim)``, scaled."""
+        base = self.base
+        if self.scaling == "dynamic":
+            base = dynamic_base(base, self.head_dim, self.factor, self.original_length, self.length)
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        frequencies = 1.0 / (base ** (steps / self.head_dim))
+        if self.scaling == "linear":
+            return frequencies / self.factor
+        if self.scaling == "llama3":
+            # Where on the ramp a wavelength lies: 0 is divided by the factor, 1 is kept.
+            turns = self.original_length * frequencies / (2 * math.pi)
+            low, high = self.low_freq_factor, self.high_freq_factor
+            kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+            return (1 - kept) * frequencies / self.factor + kept * frequencies
+        return frequencies
 
 
 def rotary_table(
-    positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
+    positions: torch.Tensor, rotary: Rotary, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of every token's angles.
 
     Args:
         positions: int64[tokens], each token's position in its document.
-        head_dim: Size of a head.
-        base: The slowest angle's base, 10,000 in LLaMA-2.
+        rotary: How positions become angles.
         dtype: What the table is rounded to; angles are computed in float32.
 
     Returns:
         Two ``[tokens, 1, head_dim / 2]`` tensors of ``dtype``.
     """
-    frequencies = inverse_frequencies(head_dim, base, positions.device)
+    frequencies = rotary.inverse_frequencies(positions.device)
     angles = positions.float().unsqueeze(-1) * frequencies
     return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
 

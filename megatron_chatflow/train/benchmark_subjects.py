@@ -146,6 +146,7 @@ class PlainMegatron:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
         from megatron_chatflow.model.llama import Llama, transformer_config
+        from megatron_chatflow.model.rotary import Rotary
 
         config = _run_config(shape)
         settings = transformer_config(config.model, config.parallel, config.train, ranks)
@@ -158,7 +159,8 @@ class PlainMegatron:
                 position_embedding_type="rope",
                 share_embeddings_and_output_weights=False,
             ).to(ranks.device)
-        llama = Llama([model], settings, shape.vocab_size, shape.vocab_size, 10000.0)
+        rotary = Rotary.of(config.model)
+        llama = Llama([model], settings, shape.vocab_size, shape.vocab_size, rotary)
         self._optimization = build_optimization(config, llama, ranks)
         self._optimization.set_consumed_samples(shape.micro_batch_size)
         self._device = ranks.device

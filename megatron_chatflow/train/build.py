@@ -111,7 +111,12 @@ def _downtime(config: RunConfig, ranks: Ranks, progress: Progress) -> Downtime:
 def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
     with device_mode(ranks.device):
         return build_llama(
-            config.model, config.parallel, config.train, ranks, vocab_size=vocab_size
+            config.model,
+            config.parallel,
+            config.train,
+            ranks,
+            vocab_size=vocab_size,
+            sequence_length=config.data.seq_length,
         )
 
 

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape
 from megatron_chatflow.checkpoint.files import resolve_checkpoint
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, to_plain
@@ -112,7 +113,6 @@ def initial_state(
     config: RunConfig, tokenizer: Tokenizer, sources: list[Source], vocab_size: int
 ) -> RunState:
     """The state of a run that has not begun."""
-    shape = config.model
     return RunState(
         iteration=0,
         consumed_samples=0,
@@ -125,17 +125,7 @@ def initial_state(
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
         },
-        model={
-            "num_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-            "ffn_hidden_size": shape.ffn_hidden_size,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_query_groups": shape.num_query_groups,
-            "untie_embeddings_and_output_weights": shape.untie_embeddings_and_output_weights,
-            "rotary_base": shape.rotary_base,
-            "norm_epsilon": shape.norm_epsilon,
-            "vocab_size": vocab_size,
-        },
+        model=LlamaShape.of(config.model, vocab_size).recorded(),
     )
 
 
@@ -172,7 +162,8 @@ def _checkpoint_to_load(config: RunConfig) -> _Beginning | None:
 
 
 def _refuse_other_model(resumed: RunState, state: RunState, checkpoint: Path) -> None:
-    for name, value in state.model.items():
+    for name in {**resumed.model, **state.model}:
+        value = state.model.get(name)
         if resumed.model.get(name) != value:
             raise UserError(
                 f"model.{name}: {value} here and {resumed.model.get(name)} in {checkpoint}; give "

@@ -92,8 +92,7 @@ def logits_of(llama: Any, ranks: Any, vocab_size: int) -> torch.Tensor:
     ids = token_ids(vocab_size)
     packed = pack_tokens(
         torch.tensor([0, len(ids)], dtype=torch.int32),
-        head_dim=llama.head_dim,
-        rotary_base=llama.rotary_base,
+        rotary=llama.rotary,
         dtype=llama.dtype,
         device=ranks.device,
     )

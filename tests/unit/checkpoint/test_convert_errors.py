@@ -86,11 +86,6 @@ def refused(source: Path, tmp_path: Path, message: str) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a LLaMA"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rotary scaling of type 'llama3'",
-        ),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary scaling of type 'linear'"),
         ({"head_dim": 8}, "do not make up hidden_size 16"),
         ({"hidden_size": None}, "hidden_size is missing"),
         (

@@ -47,6 +47,39 @@ REFUSED = [
         "data.seq_length: 4096 is above model.max_position_embeddings 2048",
     ),
     (
+        {"model.rope_scaling_type": "linear"},
+        "model.rope_scaling_type and model.rope_scaling_factor: one is set and the other",
+    ),
+    (
+        {"model.rope_scaling_factor": 2.0},
+        "model.rope_scaling_type and model.rope_scaling_factor: one is set and the other",
+    ),
+    (
+        {"model.rope_scaling_type": "llama3", "model.rope_scaling_factor": 8.0},
+        "model.rope_original_max_position_embeddings: is missing, and model.rope_scaling_type is",
+    ),
+    (
+        {"model.rope_low_freq_factor": 1.0},
+        "model.rope_low_freq_factor: is set, and model.rope_scaling_type is unset",
+    ),
+    (
+        {
+            "model.rope_scaling_type": "llama3",
+            "model.rope_scaling_factor": 8.0,
+            "model.rope_original_max_position_embeddings": 512,
+            "model.rope_low_freq_factor": 4.0,
+        },
+        "model.rope_low_freq_factor: 4 is not below model.rope_high_freq_factor 4",
+    ),
+    (
+        {
+            "model.rope_scaling_type": "dynamic",
+            "model.rope_scaling_factor": 2.0,
+            "data.seq_length": 4097,
+        },
+        "data.seq_length: 4097 is above model.max_position_embeddings 2048",
+    ),
+    (
         {"parallel.overlap_param_gather": True},
         "parallel.overlap_param_gather: needs parallel.use_d",
     ),

@@ -8,7 +8,7 @@ import torch
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.context import shard_context, spans_of_documents
 from megatron_chatflow.model.packed import document_positions, equal_length_runs, pack_tokens
-from megatron_chatflow.model.rotary import apply_rotary, rotary_table
+from megatron_chatflow.model.rotary import Rotary, apply_rotary, rotary_table
 from megatron_chatflow.runtime.ranks import Ranks
 
 WHOLE = shard_context(12, rank=0, size=1, group=None)
@@ -56,8 +56,7 @@ def test_attention_equals_the_dense_reference(
     packed = pack_tokens(
         boundaries,
         WHOLE,
-        head_dim=8,
-        rotary_base=100.0,
+        rotary=Rotary(8, 100.0),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -115,7 +114,7 @@ def test_runs_group_neighbours_of_equal_length_and_skip_empty_documents() -> Non
 def test_rotation_keeps_lengths_and_turns_back() -> None:
     torch.manual_seed(0)
     heads = torch.randn(9, 3, 16)
-    cosines, sines = rotary_table(torch.arange(9) * 1000, 16, 10000.0, torch.float32)
+    cosines, sines = rotary_table(torch.arange(9) * 1000, Rotary(16, 10000.0), torch.float32)
     turned = apply_rotary(heads, cosines, sines)
     torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
     torch.testing.assert_close(apply_rotary(turned, cosines, -sines), heads)

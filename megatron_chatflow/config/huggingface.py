@@ -1,0 +1,104 @@
+"""A Hugging Face LLaMA's config.json, read as a model section.
+
+In: a folder. Out: the values that `ModelConfig` has for such a model.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.config.rope import rope_of_huggingface
+from megatron_chatflow.errors import UserError
+
+# Names of Hugging Face's LlamaConfig, and ours.
+CONFIG_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "norm_epsilon",
+    "initializer_range": "init_method_std",
+}
+# LlamaConfig's own defaults, which a config.json may leave out.
+_CONFIG_DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+}
+
+
+def read_huggingface_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json of a Hugging Face folder.
+
+    Raises:
+        UserError: There is none, or it is no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no config.json; name a Hugging Face model folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: is damaged (no object); fetch the folder again")
+    return config
+
+
+def model_of_huggingface(folder: Path) -> dict[str, Any]:
+    """Reads a Hugging Face folder's model shape.
+
+    Returns:
+        Values of the model section by name, ``vocab_size`` among them; those of a rotary scaling
+        only where there is one.
+
+    Raises:
+        UserError: It is no LLaMA, or one with parts that this model does not have.
+    """
+    path = folder / "config.json"
+    config = {**_CONFIG_DEFAULTS, **read_huggingface_config(folder)}
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    if config.get("model_type") != "llama" or architecture not in ("LlamaForCausalLM", "llama"):
+        raise UserError(
+            f"{path}: {architecture} is not a LLaMA; only LlamaForCausalLM is converted"
+        )
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads")
+    for name, ours in CONFIG_NAMES.items():
+        value: Any = config.get(name)
+        is_size = ours not in ("norm_epsilon", "init_method_std")
+        is_number = isinstance(value, int if is_size else (int, float))
+        if not is_number or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{path}: {name} is missing or not a positive number; complete it")
+    _refuse_variants(path, config)
+    return {
+        **{ours: config[theirs] for theirs, ours in CONFIG_NAMES.items()},
+        **rope_of_huggingface(path, config),
+        "norm_epsilon": float(config["rms_norm_eps"]),
+        "init_method_std": float(config["initializer_range"]),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+    }
+
+
+def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses what would load and then compute something else."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    if head_dim * heads != config["hidden_size"] or heads % groups:
+        raise UserError(
+            f"{path}: {heads} heads of {head_dim}, {groups} of them with keys, do not make up "
+            f"hidden_size {config['hidden_size']}; such a model cannot be converted"
+        )
+    for name, expected in (
+        ("hidden_act", "silu"),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+    ):
+        if config.get(name, expected) != expected:
+            raise UserError(f"{path}: {name} is {config[name]!r}; LLaMA has {expected!r}")

@@ -1,0 +1,183 @@
+"""Rotary scaling: frequencies and logits of transformers, round trips of every spelling."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_chatflow.checkpoint.convert_export import export_checkpoint
+from megatron_chatflow.checkpoint.convert_import import import_huggingface
+from megatron_chatflow.checkpoint.convert_shape import (
+    LlamaShape,
+    huggingface_config,
+    shape_of_checkpoint,
+    shape_of_huggingface,
+    trained_shape,
+)
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.model.rotary import Rotary
+
+ROOT = Path(__file__).parents[3]
+NO_TOKENIZER = TokenizerChoice(leave_out=True)
+SHAPE = LlamaShape(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    vocab_size=300,
+    max_position_embeddings=64,
+    rotary_base=5000.0,
+    norm_epsilon=1e-5,
+    init_method_std=0.02,
+    untie_embeddings_and_output_weights=True,
+)
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.5},
+    "dynamic": {"factor": 4.0},
+    "llama3": {"factor": 8.0, **LLAMA3},
+}
+
+
+def folder_of(folder: Path, **config: Any) -> Path:
+    """A Hugging Face folder with random weights, whose config.json is changed."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 0.3 * torch.randn(size, generator=generator) + (len(size) == 1)
+        for name, size in huggingface_shapes(SHAPE).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    written = {**huggingface_config(SHAPE, torch.float32, {}), **config}
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def theirs(folder: Path, length: int) -> torch.Tensor:
+    """The frequencies of transformers' model after it has seen a text of ``length`` tokens."""
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
+    rotary(torch.zeros(1), torch.arange(length)[None])
+    return rotary.inv_freq
+
+
+def ours(shape: LlamaShape, length: int) -> torch.Tensor:
+    model = ModelConfig(**vars(shape))
+    return Rotary.of(model, length).inverse_frequencies(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spelling", ["rope_type", "type", "rope_parameters"])
+def test_frequencies_are_those_of_transformers(kind: str, spelling: str, tmp_path: Path) -> None:
+    if spelling == "rope_parameters":  # transformers 5
+        parameters = {"rope_type": kind, **KINDS[kind], "rope_theta": 700.0}
+        folder = folder_of(tmp_path / "hf", rope_parameters=parameters)
+        content = json.loads((folder / "config.json").read_text())
+        del content["rope_theta"], content["rope_scaling"]
+        (folder / "config.json").write_text(json.dumps(content))
+    else:
+        folder = folder_of(tmp_path / "hf", rope_scaling={spelling: kind, **KINDS[kind]})
+    shape = shape_of_huggingface(folder)
+    assert shape.rope_scaling_type == kind
+    plain = ours(replace(SHAPE, rotary_base=shape.rotary_base), 64)
+    changed = []
+    for length in (10, 64, 200):
+        found = ours(shape, length)
+        torch.testing.assert_close(found, theirs(folder, length), rtol=2e-6, atol=0)
+        changed.append(not torch.allclose(found, plain, rtol=1e-3))
+    assert changed == ([False, False, True] if kind == "dynamic" else [True] * 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_import_and_export_keep_the_scaling(kind: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "hf", rope_scaling={"rope_type": kind, **KINDS[kind]})
+    import_huggingface(folder, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf2", tokenizer=NO_TOKENIZER)
+    one, other = (json.loads((tmp_path / k / "config.json").read_text()) for k in ("hf", "hf2"))
+    assert one == other
+    before, after = (load_file(tmp_path / k / "model.safetensors") for k in ("hf", "hf2"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    import_huggingface(tmp_path / "hf2", tmp_path / "run2")
+    first = (tmp_path / k / "iter_0000000" / "state.json" for k in ("run", "run2"))
+    assert len({path.read_text() for path in first}) == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_compares_logits_under_scaling(kind: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "hf", rope_scaling={"rope_type": kind, **KINDS[kind]})
+    import_huggingface(folder, tmp_path / "run")
+
+    def verify() -> subprocess.CompletedProcess[str]:
+        tool = str(ROOT / "tools" / "convert_checkpoint.py")
+        flags = ["--hf", str(folder), "--checkpoint", str(tmp_path / "run")]
+        return subprocess.run(
+            [sys.executable, tool, "verify", *flags, "--text", "the river rose " * 20],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )
+
+    done = verify()
+    assert done.returncode == 0, done.stderr
+    num_tokens = 256 if kind == "dynamic" else 64  # beyond the original length, where it acts
+    assert f"over {num_tokens} tokens" in done.stdout and "same model" in done.stdout
+
+
+def test_a_run_trained_beyond_the_original_length_is_exported_with_its_base(
+    tmp_path: Path,
+) -> None:
+    folder = folder_of(tmp_path / "hf", rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    import_huggingface(folder, tmp_path / "run")
+    config = tmp_path / "run" / "iter_0000000" / "config.yaml"
+    config.write_text(config.read_text() + "data: {seq_length: 160}\n")
+    export_checkpoint(tmp_path / "run", tmp_path / "hf2", tokenizer=NO_TOKENIZER)
+    shape = shape_of_huggingface(tmp_path / "hf2")
+    assert shape.rope_scaling_type is None and shape.max_position_embeddings == 160
+    trained = ours(shape_of_checkpoint(config.parent), 160)  # what the run computed with
+    for length in (10, 160):
+        torch.testing.assert_close(theirs(tmp_path / "hf2", length), trained, rtol=2e-6, atol=0)
+    assert trained_shape(config.parent) == shape
+    config.write_text(config.read_text().replace("160", "64"))
+    assert trained_shape(config.parent).rope_scaling_type == "dynamic"
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0}, "of type 'yarn' is not among linear, dynamic, llam"),
+        ({"type": "longrope", "factor": 4.0}, "of type 'longrope' is not among linear"),
+        ({"rope_type": "linear"}, "type 'linear' needs a positive factor, not None"),
+        ({"rope_type": "dynamic", "factor": "4"}, "type 'dynamic' needs a positive factor"),
+        ({"rope_type": "llama3", "factor": 8.0}, "needs a positive low_freq_factor"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 4.0},
+            "low_freq_factor is not below high_freq_factor",
+        ),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"full_attention": {"rope_type": "linear"}}, "by kind of layer"),
+    ],
+)
+def test_scaling_that_the_model_does_not_have(
+    rope: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "hf", rope_scaling=rope)
+    with pytest.raises(UserError, match=message) as caught:
+        import_huggingface(folder, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    shutil.rmtree(folder)
