@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
+from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.errors import UserError, run_main
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
@@ -42,6 +43,7 @@ def main() -> int:
         ranks = initialize(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            num_model_chunks=num_model_chunks(config.model, parallel),
             context_parallel_size=parallel.context_parallel_size,
             seed=config.train.seed,
             timeout=timedelta(minutes=parallel.distributed_timeout_minutes),

@@ -80,13 +80,26 @@ class RunState:
 
 
 def _sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
-    assert len(chunks) == 1, "virtual pipeline stages have one name each in a checkpoint"
-    state: dict[str, Any] = {"model": chunks[0].sharded_state_dict()}
+    model = {
+        name: chunk.sharded_state_dict()
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
+    }
+    state: dict[str, Any] = dict(model)
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(
-            state["model"], is_loading=is_loading, metadata=megatron.OPTIMIZER_LAYOUT
+            model, is_loading=is_loading, metadata=megatron.OPTIMIZER_LAYOUT
         )
     return state
+
+
+def _chunk_names(chunks: list[Any]) -> list[str]:
+    """Where each chunk stands in the state, as in Megatron; tensors go by names of their own."""
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
+def _take_weights(chunks: list[Any], loaded: dict[str, Any]) -> None:
+    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+        chunk.load_state_dict(loaded[name])
 
 
 def _unwrapped(chunks: list[Any]) -> list[Any]:
@@ -221,7 +234,7 @@ def load_weights(checkpoint: Path, chunks: list[Any], ranks: Ranks) -> None:
     bare = _unwrapped(chunks)
     with device_mode(ranks.device):
         loaded = _load_sharded(_sharded_state(bare, None, is_loading=True), checkpoint)
-        bare[0].load_state_dict(loaded["model"])
+        _take_weights(bare, loaded)
 
 
 def load_checkpoint(checkpoint: Path, chunks: list[Any], optimizer: Any, ranks: Ranks) -> None:
@@ -230,5 +243,5 @@ def load_checkpoint(checkpoint: Path, chunks: list[Any], optimizer: Any, ranks: 
     with device_mode(ranks.device):
         sharded = _sharded_state(bare, optimizer, is_loading=True)
         loaded = _load_sharded(sharded, checkpoint)
-        bare[0].load_state_dict(loaded["model"])
+        _take_weights(bare, loaded)
         optimizer.load_state_dict(loaded["optimizer"])

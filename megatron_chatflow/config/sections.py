@@ -133,6 +133,12 @@ class ParallelConfig:
         default=1, description="processes that share each layer"
     )
     pipeline_model_parallel_size: Size = Field(default=1, description="stages of layers")
+    num_layers_per_virtual_pipeline_stage: Size | None = Field(
+        default=None, description="layers of each model chunk, for the interleaved schedule"
+    )
+    num_virtual_stages_per_pipeline_rank: Size | None = Field(
+        default=None, description="model chunks of each pipeline stage, the other way to say it"
+    )
     context_parallel_size: Size = Field(default=1, description="processes that share each sequence")
     sequence_parallel: Switch = Field(
         default=False,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.config.suggest import closest
 from megatron_chatflow.errors import UserError
 
@@ -116,6 +117,7 @@ def _check_parallel(config: "RunConfig") -> None:
             f"parallel.pipeline_model_parallel_size: {stages} does not divide model.num_layers "
             f"{model.num_layers}; use {_divisors(model.num_layers)}"
         )
+    num_model_chunks(model, parallel)
     if parallel.sequence_parallel and tensor == 1:
         raise UserError(
             "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1; set "
@@ -263,4 +265,13 @@ def validate_for_world(config: "RunConfig", world_size: int) -> None:
             f"train.global_batch_size: {train.global_batch_size} is not divisible by "
             f"train.micro_batch_size {train.micro_batch_size} x {data_parallel} data-parallel "
             f"processes; use a multiple of {data_parallel * train.micro_batch_size}"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    num_micro_batches = train.global_batch_size // (data_parallel * train.micro_batch_size)
+    if num_model_chunks(config.model, parallel) > 1 and num_micro_batches % stages:
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} gives each pipeline "
+            f"{num_micro_batches} micro-batches, and the interleaved schedule wants a multiple of "
+            f"parallel.pipeline_model_parallel_size {stages}; use a multiple of "
+            f"{data_parallel * train.micro_batch_size * stages}"
         )

@@ -5,8 +5,8 @@ loss tokens in nats, and bits per UTF-8 byte, which compare across vocabularies.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,11 +97,13 @@ class Validator:
         chunks: list[Any],
         ranks: Ranks,
     ) -> torch.Tensor:
-        stream: Iterator[MicroBatch] = iter(batches)
+        # The interleaved schedule takes micro-batches in groups of one for each stage.
+        group = ranks.pipeline_parallel_size if len(chunks) > 1 else 1
+        batches = batches + [_without_loss(batches[-1])] * (-len(batches) % group)
         with torch.no_grad(), device_mode(ranks.device):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=stream,
+                data_iterator=[iter(batches) for _ in chunks],
                 model=chunks,
                 num_microbatches=len(batches),
                 # A micro-batch is one row of packed tokens.
@@ -112,6 +114,10 @@ class Validator:
         if not ranks.is_last_stage:
             return torch.zeros(len(self.sources), 3, dtype=torch.float64, device=ranks.device)
         return torch.stack(results).sum(dim=0)
+
+
+def _without_loss(batch: MicroBatch) -> MicroBatch:
+    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
 
 
 def reduce_source_sums(sums: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -28,7 +28,9 @@ from torch.nn.functional import silu
 
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_chatflow.config.model_shape import padded_vocab_size
+from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
 from megatron_chatflow.model.norm import RMSNorm
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.runtime.ranks import Ranks
@@ -39,6 +41,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of this run's transformer."""
     dtype = torch.bfloat16 if train.bf16 else torch.float32
+    num_chunks = num_model_chunks(model, parallel)
+    is_interleaved = num_chunks > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -55,6 +59,11 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_chunks if is_interleaved else None,
+        # Interleaved, two stages exchange outputs and gradients in both directions at a time:
+        # batched, nothing would say which message is which.
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         bf16=train.bf16,
@@ -162,8 +171,7 @@ def build_llama(
 ) -> Llama:
     """Builds this process's part of the model, with weights from ``train.seed``.
 
-    On CPUs the initial weights are slices of the whole matrices and so the same for any
-    tensor-parallel size.
+    The initial weights are the same at every layout, see `initial_weights`.
 
     Args:
         model: Shape.
@@ -175,30 +183,67 @@ def build_llama(
             longest if None.
     """
     config = transformer_config(model, parallel, train, ranks)
+    for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
+        setattr(config, name, leave_unset)
     rows = padded_vocab_size(model, parallel, vocab_size)
+    num_chunks = num_model_chunks(model, parallel)
+    chunks = []
+    for number in range(num_chunks):
+        chunk = _build_chunk(
+            config,
+            model,
+            rows=rows,
+            vp_stage=number if num_chunks > 1 else None,
+            is_first=ranks.is_first_stage and number == 0,
+            is_last=ranks.is_last_stage and number == num_chunks - 1,
+        )
+        if ranks.is_cuda:
+            chunk.cuda(ranks.device)
+        draw_weights(
+            chunk,
+            seed=train.seed,
+            num_layers=model.num_layers,
+            std=model.init_method_std,
+            tensor_parallel_rank=ranks.tensor_parallel_rank,
+            tensor_parallel_size=ranks.tensor_parallel_size,
+        )
+        chunks.append(chunk)
+    return Llama(
+        chunks=chunks,
+        config=config,
+        vocab_size=vocab_size,
+        padded_vocab_size=rows,
+        rotary=Rotary.of(model, sequence_length),
+    )
+
+
+def _build_chunk(
+    config: TransformerConfig,
+    model: ModelConfig,
+    *,
+    rows: int,
+    vp_stage: int | None,
+    is_first: bool,
+    is_last: bool,
+) -> GPTModel:
+    """One chunk of layers, with the embedding before the first and the output after the last."""
     spec = TransformerBlockSubmodules(
-        layer_specs=[layer_spec()] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer_spec()] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=RMSNorm,
     )
     chunk = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=rows,
         max_sequence_length=model.max_position_embeddings,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         # Our attention rotates queries and keys itself, by angles computed once a micro-batch.
         position_embedding_type="none",
+        vp_stage=vp_stage,
     )
-    if ranks.is_last_stage:
+    if is_last:
         # The weight stays where megatron-core's checkpoints and gradients look for it.
         chunk.output_layer.__class__ = HiddenStatesOut
-    if ranks.is_cuda:
-        chunk.cuda(ranks.device)
-    return Llama(
-        chunks=[chunk],
-        config=config,
-        vocab_size=vocab_size,
-        padded_vocab_size=rows,
-        rotary=Rotary.of(model, sequence_length),
-    )
+    return chunk

@@ -68,11 +68,14 @@ def initialize(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    num_model_chunks: int = 1,
     context_parallel_size: int = 1,
     seed: int = 1234,
     timeout: timedelta = timedelta(minutes=10),
 ) -> Ranks:
     """Joins the job and makes its parallel groups.
+
+    ``num_model_chunks`` above 1 asks for megatron-core's interleaved schedule.
 
     Raises:
         UserError: The world size is no multiple of the model-parallel size, or a node has fewer
@@ -107,6 +110,7 @@ def initialize(
         device=device,
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        num_model_chunks=num_model_chunks,
         context_parallel_size=context_parallel_size,
         timeout=timeout,
     )

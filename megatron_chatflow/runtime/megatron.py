@@ -19,6 +19,7 @@ def initialize_groups(
     device: torch.device,
     tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
+    num_model_chunks: int,
     context_parallel_size: int,
     timeout: timedelta,
 ) -> Ranks:
@@ -26,6 +27,7 @@ def initialize_groups(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
         context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
         # gloo copies of the groups are for CPU tensors beside NCCL; over gloo they are the same.

@@ -253,6 +253,7 @@ def _validate(run: Run, progress: Progress) -> None:
     if run.validator is None or run.config.train.eval_interval is None:
         return
     run.watchdog.beat(progress.iteration, "validation")
+    run.optimization.gather_parameters()
     losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
     for hook in run.hooks:
         hook.on_validation(progress.iteration, losses)
@@ -262,6 +263,7 @@ def _save(run: Run, progress: Progress) -> bool:
     if run.config.checkpoint.save is None:
         return False
     run.watchdog.beat(progress.iteration, "saving")
+    run.optimization.gather_parameters()
     state: dict[str, Any] = run.blend.state_at(progress.consumed_samples)
     return save_checkpoint(
         Path(run.config.checkpoint.save),

@@ -34,6 +34,8 @@ class Optimization:
         scheduler: Its learning rate, counted in samples.
         description: Which optimizer this is, and why.
         update: Takes the optimizer's steps.
+        gathers_late: Whether an update reaches the other data-parallel ranks only in the next
+            forward pass of training.
     """
 
     chunks: list[Any]
@@ -41,10 +43,20 @@ class Optimization:
     scheduler: Any
     description: str
     update: GuardedOptimizer
+    gathers_late: bool = False
 
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def gather_parameters(self) -> None:
+        """Makes the chunks' parameters those of the last update, for what is not training.
+
+        Every rank calls it before a validation and before a save.
+        """
+        if self.gathers_late:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def set_consumed_samples(self, consumed_samples: int) -> None:
         """Puts the learning rate where it stands after so many samples."""
@@ -64,11 +76,17 @@ def build_optimization(config: RunConfig, llama: Llama, ranks: Ranks) -> Optimiz
     )
     with device_mode(ranks.device):
         chunks = [
-            DistributedDataParallel(llama.config, ddp_config, chunk) for chunk in llama.chunks
+            # Later chunks reduce while other chunks compute: cutting them up gains nothing.
+            DistributedDataParallel(llama.config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(llama.chunks)
         ]
         optimizer = get_megatron_optimizer(
             _optimizer_config(config, llama), chunks, use_gloo_process_groups=ranks.is_cuda
         )
+    if parallel.overlap_grad_reduce:
+        # Gradients are reduced once they are whole, in the backward pass of the last micro-batch.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        llama.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     llama.config.finalize_model_grads_func = finalize_model_grads
     llama.config.grad_scale_func = optimizer.scale_loss
     return Optimization(
@@ -77,6 +95,7 @@ def build_optimization(config: RunConfig, llama: Llama, ranks: Ranks) -> Optimiz
         scheduler=_scheduler(config, optimizer),
         description=description,
         update=GuardedOptimizer(optimizer),
+        gathers_late=parallel.overlap_param_gather,
     )
 
 

@@ -65,7 +65,8 @@ def train_step(
     with device_mode(ranks.device):
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batch.micro_batches),
+            # Every model chunk runs every micro-batch.
+            data_iterator=[iter(batch.micro_batches) for _ in optimization.chunks],
             model=optimization.chunks,
             num_microbatches=len(batch.micro_batches),
             # A micro-batch is one row of packed tokens.

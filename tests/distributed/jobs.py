@@ -34,10 +34,10 @@ def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path)
     """Trains every job of a list in the same processes; fails with their output."""
     path = folder / f"jobs_{num_processes}.json"
     path.write_text(json.dumps([list(map(str, job)) for job in jobs]), encoding="utf-8")
-    run([*torchrun(num_processes), str(WORKER), str(path)])
+    run([*torchrun(num_processes), str(WORKER), str(path)], timeout=900)
 
 
-def run(command: Sequence[str], *, expect: int = 0) -> str:
+def run(command: Sequence[str], *, expect: int = 0, timeout: int = 300) -> str:
     """Runs a command and returns its output; fails if it ends with another status."""
     result = subprocess.run(
         list(map(str, command)),
@@ -45,7 +45,7 @@ def run(command: Sequence[str], *, expect: int = 0) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     assert result.returncode == expect, result.stdout[-6000:]

@@ -16,18 +16,18 @@ from tiny_run import TinyRun
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 
 GOLDEN_LOSSES = [
-    6.728923,
-    6.757477,
-    6.359743,
-    6.032430,
-    5.917860,
-    5.711830,
-    5.439899,
-    5.320793,
-    5.443733,
-    5.300067,
+    6.683442,
+    6.699229,
+    6.218798,
+    5.893410,
+    5.858250,
+    5.653968,
+    5.398513,
+    5.252157,
+    5.284283,
+    5.076646,
 ]
-GOLDEN_GRAD_NORM = 2.996770
+GOLDEN_GRAD_NORM = 2.508614
 GOLDEN_DIGEST = "fe6088bae29984c35533ea9598a41bdb"
 
 

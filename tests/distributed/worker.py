@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from megatron_chatflow.config import load_config_from_argv, validate_for_world
+from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.pretrain import run_training
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank
@@ -24,6 +25,7 @@ def main() -> None:
         ranks = initialize(
             tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            num_model_chunks=num_model_chunks(config.model, config.parallel),
             context_parallel_size=config.parallel.context_parallel_size,
             seed=config.train.seed,
         )

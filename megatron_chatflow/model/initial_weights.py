@@ -1,0 +1,91 @@
+"""The weights that a fresh model begins with: the same ones at every parallel layout.
+
+In: a model chunk as megatron-core built it, the seed. Out: its weights, in place. Each matrix is
+drawn whole, from a generator of its own that the seed and the matrix's name in the whole model
+begin, and every process keeps its slice: whatever the tensor, pipeline and data-parallel sizes, the
+same model trains. megatron-core's own draws depend on what else a process holds. (The streams of
+CPUs and GPUs differ, and so do theirs.)
+"""
+
+import hashlib
+import math
+import re
+from typing import Any
+
+import torch
+
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
+# Residual branches end here: their spread falls with the depth (Radford et al. 2019, "Language
+# Models are Unsupervised Multitask Learners", section 2.3, as megatron-core does).
+_BRANCH_ENDS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def leave_unset(_weight: torch.Tensor) -> None:
+    """An ``init_method`` for megatron-core that draws nothing, because `draw_weights` will."""
+
+
+def draw_weights(
+    chunk: Any,
+    *,
+    seed: int,
+    num_layers: int,
+    std: float,
+    tensor_parallel_rank: int,
+    tensor_parallel_size: int,
+) -> None:
+    """Draws every matrix of a `GPTModel`; norms keep their ones.
+
+    Args:
+        chunk: The model, or one pipeline chunk of it.
+        seed: The run's.
+        num_layers: Of the whole model.
+        std: Spread of the normal distribution.
+        tensor_parallel_rank: This process's slice.
+        tensor_parallel_size: Number of slices.
+    """
+    for name, parameter in chunk.named_parameters():
+        if parameter.dim() == 1:
+            continue
+        whole_name = _name_in_whole_model(name, chunk)
+        is_branch_end = name.endswith(_BRANCH_ENDS)
+        spread = std / math.sqrt(2 * num_layers) if is_branch_end else std
+        # A gated layer's gate and up halves are cut each by itself.
+        num_parts = 2 if name.endswith("linear_fc1.weight") else 1
+        _draw(
+            parameter.data,
+            seed=_seed_of(seed, whole_name),
+            std=spread,
+            axis=int(parameter.partition_dim),
+            num_parts=num_parts,
+            rank=tensor_parallel_rank,
+            size=tensor_parallel_size,
+        )
+
+
+def _name_in_whole_model(name: str, chunk: Any) -> str:
+    """The name with the layer's number in the whole model, from 0."""
+    if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    match = _LAYER.match(name)
+    if match is None:
+        return name
+    layer = chunk.decoder.layers[int(match[2])]
+    return f"{match[1]}{layer.layer_number - 1}.{name[match.end() :]}"
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _draw(
+    weight: torch.Tensor, *, seed: int, std: float, axis: int, num_parts: int, rank: int, size: int
+) -> None:
+    """Fills this rank's slice of a matrix whose ``num_parts`` parts are each cut along ``axis``."""
+    shape = list(weight.shape)
+    shape[axis] *= size
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    whole = torch.empty(shape, dtype=torch.float32, device=weight.device)
+    whole.normal_(0.0, std, generator=generator)
+    slices = [part.chunk(size, axis)[rank] for part in whole.chunk(num_parts, axis)]
+    weight.copy_(torch.cat(slices, axis))
