@@ -13,12 +13,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+from megatron_chatflow.runtime.rendezvous import agree_on_prefix
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -122,7 +124,9 @@ def initialize(
 def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        torch.distributed.init_process_group(
+            backend, timeout=timeout, **_store_of_this_attempt(process, timeout)
+        )
         return
     if process.world_size > 1:
         raise UserError("WORLD_SIZE is above 1 and MASTER_ADDR is not set; launch with torchrun")
@@ -130,6 +134,20 @@ def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> Non
     torch.distributed.init_process_group(
         backend, store=store, rank=0, world_size=1, timeout=timeout
     )
+
+
+def _store_of_this_attempt(process: ProcessRank, timeout: timedelta) -> dict[str, Any]:
+    """Where torchrun's agents keep one store for all attempts, this attempt's part of it."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    shared = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timeout,
+    )
+    store = agree_on_prefix(shared, process.rank, process.world_size, timeout)
+    return {"store": store, "rank": process.rank, "world_size": process.world_size}
 
 
 def device_mode(device: torch.device) -> AbstractContextManager[object]:

@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from threading import main_thread
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,17 @@ class _Place:
 
     iteration: int
     phase: str
+
+    def __str__(self) -> str:
+        return f"iteration {self.iteration}, {self.phase}"
+
+
+def _innermost_call() -> str:
+    """The function that the main thread is in."""
+    frame = sys._current_frames().get(main_thread().ident or 0)
+    if frame is None:
+        return "nowhere"
+    return f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_name}"
 
 
 class Watchdog:
@@ -91,10 +103,11 @@ class Watchdog:
                 self._end(waited)
 
     def _end(self, waited: float) -> None:
+        # What follows takes seconds on a slow disk, and has a time limit of its own.
+        faulthandler.dump_traceback_later(60 + _SECONDS_FOR_OTHERS, exit=True)
         place = self._place
         print(
-            f"rank {self._rank}: no progress for {waited:.0f} s at iteration {place.iteration}, "
-            f"{place.phase}; the stacks of its threads:",
+            f"rank {self._rank}: no progress for {waited:.0f} s at {place}; its threads' stacks:",
             file=sys.stderr,
             flush=True,
         )
@@ -123,17 +136,14 @@ class Watchdog:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
-                file.write(f"iteration {place.iteration} {place.phase}\n")
+                file.write(f"{place}, in {_innermost_call()}\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
         except OSError as error:
             logger.warning("%s: %s", path, error.strerror)
 
     def _verdict(self, place: _Place, waited: float) -> str:
-        text = (
-            f"hung: no progress for {waited:.0f} s (--hang-timeout-minutes) at iteration "
-            f"{place.iteration}, {place.phase}"
-        )
+        text = f"hung: no progress for {waited:.0f} s (--hang-timeout-minutes) at {place}"
         if self._folder is None or self._world_size == 1:
             return f"{text}; ending rank {self._rank}"
         lines = {rank: self._first_line(rank) for rank in range(self._world_size)}

@@ -1,0 +1,76 @@
+"""The entry point with a fault in it: what no healthy machine would show.
+
+``faulty_worker.py FAULT pretrain-arguments...``, where FAULT is a JSON object:
+
+- ``{"nan": [3, 4]}``: the loss of these iterations (counted from 1) is not a number;
+- ``{"spike": {"7": 100}}``: the loss of iteration 7 is multiplied by 100;
+- ``{"hang": {"rank": 1, "iteration": 3}}``: that rank sleeps for ever before that iteration's step,
+  unless the job was restarted already.
+
+The faults are planted in the arithmetic of a micro-batch, or before a step; all that answers them
+is the package's own.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from megatron_chatflow.errors import run_main
+from megatron_chatflow.pretrain import main
+
+FAULT = json.loads(sys.argv.pop(1))
+
+
+def plant() -> None:
+    """Puts the faults in; called once megatron-core may be imported."""
+    from megatron_chatflow.train import loop
+
+    step = loop.train_step
+
+    def faulty_step(batch: Any, optimization: Any, forward_step: Any, *rest: Any) -> Any:
+        iteration = batch.end // (batch.end - batch.begin)
+        factor = float("nan") if iteration in FAULT.get("nan", ()) else 1.0
+        factor = FAULT.get("spike", {}).get(str(iteration), factor)
+        hang = FAULT.get("hang")
+        is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if hang and hang["iteration"] == iteration and is_first_attempt:
+            while int(os.environ["RANK"]) == hang["rank"]:
+                time.sleep(1)
+
+        class Scaled:
+            """The forward step whose losses are multiplied."""
+
+            def __call__(self, *arguments: Any) -> Any:
+                output, loss_function = forward_step(*arguments)
+                if factor == 1.0:
+                    return output, loss_function
+
+                def scaled(tensor: Any) -> Any:
+                    loss, num_tokens, sums = loss_function(tensor)
+                    sums = sums.clone()
+                    sums[:, 0] *= factor
+                    return loss * factor, num_tokens, sums
+
+                return output, scaled
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(forward_step, name)
+
+        return step(batch, optimization, Scaled(), *rest)
+
+    loop.train_step = faulty_step
+
+
+if __name__ == "__main__":
+    from megatron_chatflow import pretrain
+
+    train = pretrain.run_training
+
+    def with_faults(config: Any, ranks: Any) -> None:
+        plant()
+        train(config, ranks)
+
+    pretrain.run_training = with_faults
+    run_main(main)

@@ -1,0 +1,58 @@
+"""Workers of one attempt agree on a name that workers of other attempts never share."""
+
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from torch.distributed import PrefixStore, TCPStore
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.rendezvous import agree_on_prefix
+
+_TIMEOUT = timedelta(seconds=60)
+
+
+def _attempt(port: int, delays: list[float]) -> list[str]:
+    """The names that the workers of an attempt agree on, each arriving after its delay."""
+    names = [""] * len(delays)
+
+    def join(rank: int) -> None:
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
+        time.sleep(delays[rank])
+        own: PrefixStore = agree_on_prefix(store, rank, len(delays), _TIMEOUT)
+        own.set(f"from {rank}", "here")
+        own.wait([f"from {k}" for k in range(len(delays))], _TIMEOUT)
+        names[rank] = own.prefix
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(len(delays))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return names
+
+
+@pytest.fixture(scope="module")
+def server() -> TCPStore:
+    """The store that an agent keeps for all attempts."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.mark.parametrize(
+    "delays", [[0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.2, 0.4], [0.0], [0.1, 0.0]]
+)
+def test_every_attempt_has_a_name_of_its_own(server: TCPStore, delays: list[float]) -> None:
+    # The store holds what the attempts before left, whatever their order and their number.
+    names = [_attempt(server.port, delays) for _ in range(3)]
+    assert all(len(set(attempt)) == 1 and attempt[0] for attempt in names)
+    assert len({attempt[0] for attempt in names}) == 3
+
+
+def test_workers_of_an_attempt_that_died_halfway_do_no_harm(server: TCPStore) -> None:
+    store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=_TIMEOUT)
+    for rank in (0, 2):  # rank 1 never came
+        with pytest.raises(UserError, match="not all 3 processes came"):
+            agree_on_prefix(store, rank, 3, timedelta(seconds=0.2))
+    names = _attempt(server.port, [0.2, 0.0, 0.1])
+    assert len(set(names)) == 1
