@@ -1,5 +1,11 @@
-"""Builds the extensions; everything else about the package stands in pyproject.toml."""
+"""Builds the extensions; everything else about the package stands in pyproject.toml.
 
+``MEGATRON_CHATFLOW_CUDA=1`` builds the CUDA kernels besides, and is an error where there is no nvcc.
+"""
+
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -9,6 +15,27 @@ try:
 except ImportError:  # metadata-only calls without the build requirements
     setup()
 else:
+
+    class BuildExtensions(build_ext):
+        """The C++ extension, and the library of CUDA kernels where it is asked for."""
+
+        def run(self) -> None:
+            """Builds; what was asked for and cannot be built is known before anything is."""
+            wanted = os.environ.get("MEGATRON_CHATFLOW_CUDA", "0")
+            if wanted not in ("0", "1"):
+                raise SystemExit(f"error: MEGATRON_CHATFLOW_CUDA: {wanted!r} is neither 0 nor 1")
+            if wanted == "1" and shutil.which(os.environ.get("NVCC", "nvcc")) is None:
+                raise SystemExit(
+                    "error: MEGATRON_CHATFLOW_CUDA=1 asks for the CUDA kernels and there is no nvcc "
+                    "on PATH; install the CUDA toolkit, name its nvcc in NVCC, or unset the variable"
+                )
+            super().run()
+            if wanted == "1":
+                folder = Path(self.get_ext_fullpath("megatron_chatflow.native._data")).parent
+                subprocess.run(
+                    ["csrc/kernels/build.sh", folder / "libchatflow_kernels.so"], check=True
+                )
+
     sources = sorted(str(path) for path in Path("csrc/data").glob("*.cpp"))
     extensions = [
         Pybind11Extension(
@@ -19,4 +46,4 @@ else:
             extra_compile_args=["-O3", "-fvisibility=hidden"],
         )
     ]
-    setup(ext_modules=extensions if sources else [], cmdclass={"build_ext": build_ext})
+    setup(ext_modules=extensions if sources else [], cmdclass={"build_ext": BuildExtensions})

@@ -1,0 +1,105 @@
+"""The library of CUDA kernels that `csrc/kernels/build.sh` makes, called on tensors.
+
+In: names of ``csrc/kernels/kernels.h`` and tensors. Out: work queued on the tensors' device. The
+library is plain C on pointers, so it fits any torch; where it was not built, `load_kernels` says
+so and torch's own operations do the work.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("libchatflow_kernels.so")
+
+_SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+# Arguments of each launcher before the stream: p is a pointer, n an int64, x a float.
+SIGNATURES = {
+    "rms_norm_forward": "ppppppnnx",
+    "rms_norm_backward": "ppppppppnnn",
+    "rope": "ppppnnnnnx",
+    "swiglu_forward": "ppnn",
+    "swiglu_backward": "pppnn",
+    "softmax_statistics": "pppppnnn",
+    "softmax_gradient": "pppppnnn",
+}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "x": ctypes.c_float}
+
+
+class KernelLibrary:
+    """The launchers of one compiled library."""
+
+    def __init__(self, path: Path) -> None:
+        """Loads it.
+
+        Raises:
+            OSError: It cannot be loaded, or is of another version.
+        """
+        library = ctypes.CDLL(str(path))
+        self._launchers = {}
+        for name, arguments in SIGNATURES.items():
+            for dtype, suffix in _SUFFIXES.items():
+                try:
+                    launcher = getattr(library, f"chatflow_{name}_{suffix}")
+                except AttributeError as error:
+                    raise OSError(str(error)) from None
+                launcher.argtypes = [_TYPES[kind] for kind in arguments + "p"]
+                launcher.restype = ctypes.c_int
+                self._launchers[name, dtype] = launcher
+
+    def launch(
+        self, name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None
+    ) -> None:
+        """Queues a kernel on the current stream of its tensors' device.
+
+        Args:
+            name: One of `SIGNATURES`.
+            dtype: What the header calls T.
+            *arguments: In the header's order, without the stream.
+
+        Raises:
+            ValueError: The kernel does not take these sizes or addresses.
+            RuntimeError: CUDA refused the launch.
+        """
+        first = arguments[0]
+        assert isinstance(first, torch.Tensor)
+        raw = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        if first.is_cuda:
+            stream = torch.cuda.current_stream(first.device).cuda_stream
+            with torch.cuda.device(first.device):
+                error = self._launchers[name, dtype](*raw, stream)
+        else:
+            error = self._launchers[name, dtype](*raw, None)
+        if error == 1:
+            raise ValueError(
+                f"{name}: the kernel does not take {tuple(first.shape)} of {dtype}; rows have to "
+                "be whole packs of 16 bytes, see csrc/kernels/kernels.h"
+            )
+        if error:
+            raise RuntimeError(f"{name}: CUDA error {error} at the launch of the kernel")
+
+
+@functools.cache
+def load_kernels() -> tuple[KernelLibrary | None, str]:
+    """The library, or None, and how it comes that it is so, for the log."""
+    if not LIBRARY.exists():
+        return None, "csrc/kernels is not built (MEGATRON_CHATFLOW_CUDA=1 builds it)"
+    try:
+        return KernelLibrary(LIBRARY), "csrc/kernels"
+    except OSError as error:
+        return None, f"csrc/kernels cannot be loaded ({error}); build it anew"
+
+
+def kernels() -> KernelLibrary:
+    """The library, which has to be there."""
+    library, reason = load_kernels()
+    if library is None:
+        raise RuntimeError(reason)
+    return library
+
+
+def is_whole_packs(size: int, dtype: torch.dtype) -> bool:
+    """Whether rows of ``size`` elements are of a dtype and a length that the kernels take."""
+    return dtype in _SUFFIXES and size > 0 and size * dtype.itemsize % 16 == 0

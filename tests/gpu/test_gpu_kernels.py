@@ -1,0 +1,84 @@
+"""The compiled kernels and their operators on a GPU, at the widths of LLaMA-2, against fp32."""
+
+import pytest
+import torch
+from kernel_checks import (
+    DTYPES,
+    assert_rounded,
+    check_rms_norm,
+    check_rope,
+    check_softmax,
+    check_swiglu,
+)
+from torch.library import opcheck
+
+from megatron_chatflow.native import kernels, rms_norm, rope, swiglu
+
+
+@pytest.fixture(autouse=True)
+def _built() -> None:
+    library, reason = kernels.load_kernels()
+    if library is None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("size", [(1, 8), (4096, 4096), (1000, 5120), (333, 8192)])
+def test_rms_norm(
+    device: torch.device, size: tuple[int, int], dtype: torch.dtype, with_residual: bool
+) -> None:
+    check_rms_norm(*size, dtype, device, with_residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 1, 16), (4096, 32, 128), (777, 8, 128)])
+def test_rope(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_rope(*size, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(1, 8), (2048, 11008), (777, 13824)])
+def test_swiglu(device: torch.device, size: tuple[int, int], dtype: torch.dtype) -> None:
+    check_swiglu(*size, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2048, 32000, 32000), (100, 40192, 40076), (64, 128, 0)])
+def test_softmax(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_softmax(*size, dtype, device)
+
+
+def test_operators_are_whole(device: torch.device) -> None:
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    weight = torch.randn(64, device=device, requires_grad=True)
+    opcheck(rms_norm.rms_norm, (x, weight, 1e-5))
+    opcheck(rms_norm.add_rms_norm, (x, x.detach().clone().requires_grad_(), weight, 1e-5))
+    opcheck(swiglu.swiglu, (x,))
+    angles = torch.rand(4, 1, 8, device=device)
+    heads = torch.randn(4, 3, 16, device=device, requires_grad=True)
+    opcheck(rope.rope, (heads, angles.cos(), angles.sin(), 1.0))
+
+
+def test_the_same_input_gives_the_same_bits(device: torch.device) -> None:
+    x = torch.randn(3000, 4096, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(4096, device=device, dtype=torch.bfloat16)
+    _, rstd = rms_norm.rms_norm_kernel(x, weight, 1e-5)
+    first, second = (
+        rms_norm.rms_norm_backward_kernel(x, None, x, weight, rstd)[1] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_kernels_run_on_the_current_stream(device: torch.device) -> None:
+    x = torch.randn(4096, 22016, device=device)
+    expected = swiglu.swiglu_reference(x)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.empty_like(x)
+        torch.cuda._sleep(10_000_000)
+        late.copy_(x)
+        y = swiglu.swiglu_kernel(late)
+    stream.synchronize()
+    assert_rounded(y, expected)

@@ -1,0 +1,158 @@
+"""The CUDA kernels' sources, run on the CPU thread by thread; and compiled, where nvcc is.
+
+Indices, barriers, reductions, rounding and launch sizes are the kernels' own; `tests/gpu` runs the
+same checks on a device.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import DTYPES, check_rms_norm, check_rope, check_softmax, check_swiglu
+
+from megatron_chatflow.native import kernels, rms_norm, rope, softmax, swiglu
+
+CSRC = Path(__file__).parents[3] / "csrc" / "kernels"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> kernels.KernelLibrary:
+    path = tmp_path_factory.mktemp("kernels") / "host.so"
+    subprocess.run([CSRC / "build.sh", "--host", path], check=True)
+    return kernels.KernelLibrary(path)
+
+
+@pytest.fixture
+def emulated(library: kernels.KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "load_kernels", lambda: (library, "emulated"))
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestEmulated:
+    @pytest.mark.parametrize("with_residual", [False, True])
+    @pytest.mark.parametrize(("num_rows", "hidden"), [(1, 8), (7, 264), (2, 4096), (5, 1376)])
+    def test_rms_norm(
+        self, num_rows: int, hidden: int, dtype: torch.dtype, with_residual: bool
+    ) -> None:
+        check_rms_norm(num_rows, hidden, dtype, CPU, with_residual)
+
+    @pytest.mark.parametrize("size", [(3, 2, 16), (2, 5, 128), (1, 40, 128)])
+    def test_rope(self, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        check_rope(*size, dtype, CPU)
+
+    @pytest.mark.parametrize("size", [(1, 8), (3, 1376), (2, 2056)])
+    def test_swiglu(self, size: tuple[int, int], dtype: torch.dtype) -> None:
+        check_swiglu(*size, dtype, CPU)
+
+    @pytest.mark.parametrize(
+        "size", [(9, 8, 8), (4, 512, 509), (3, 4360, 4357), (6, 64, 0), (5, 128, 1)]
+    )
+    def test_softmax(self, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+        check_softmax(*size, dtype, CPU)
+
+    def test_what_does_not_fit_is_refused(self, dtype: torch.dtype) -> None:
+        with pytest.raises(ValueError, match="whole packs"):
+            rms_norm.rms_norm_kernel(torch.ones(2, 9, dtype=dtype), torch.ones(9, dtype=dtype), 0.1)
+        too_long = rms_norm.MAX_ROW_BYTES // dtype.itemsize + 8
+        assert not rms_norm.takes_rms_norm(too_long, dtype)
+        row = torch.ones(1, too_long, dtype=dtype)
+        with pytest.raises(ValueError, match="rms_norm_forward"):
+            rms_norm.rms_norm_kernel(row, row[0], 0.1)
+        with pytest.raises(ValueError, match="weight"):
+            rms_norm.rms_norm_kernel(torch.ones(2, 8, dtype=dtype), torch.ones(8).half(), 0.1)
+        with pytest.raises(ValueError, match="gradient"):
+            swiglu.swiglu_backward_kernel(torch.ones(1, 8, dtype=dtype), row[:, :8])
+        with pytest.raises(ValueError, match="table"):
+            table = torch.ones(1, 1, 8, dtype=dtype)
+            rope.rope_kernel(torch.ones(2, 1, 16, dtype=dtype), table, table, 1.0)
+        with pytest.raises(ValueError, match="labels int64"):
+            softmax.softmax_statistics_kernel(row, torch.zeros(1, dtype=torch.int32), 8)
+
+    def test_no_rows_are_no_launch(self, dtype: torch.dtype) -> None:
+        weight = torch.ones(8, dtype=dtype)
+        y, rstd = rms_norm.rms_norm_kernel(torch.ones(0, 8, dtype=dtype), weight, 0.1)
+        assert y.shape == (0, 8) and rstd.shape == (0,)
+        gradients = rms_norm.rms_norm_backward_kernel(y, None, y, weight, rstd)
+        assert not gradients[1].any()
+        assert swiglu.swiglu_kernel(torch.ones(0, 8, dtype=dtype)).shape == (0, 4)
+
+
+def test_a_barrier_that_a_thread_misses_is_an_error(tmp_path: Path) -> None:
+    source = tmp_path / "broken.cu"
+    source.write_text(
+        '#include "device.cuh"\n'
+        "__global__ void broken() { if (threadIdx.x != 3) __syncthreads(); }\n"
+        "CHATFLOW_API int run() { return chatflow::launch(broken, 1, 64, nullptr); }\n"
+    )
+    compiler = shutil.which("c++") or "g++"
+    includes = ["-I", str(CSRC), "-I", str(CSRC / "tests")]
+    library = tmp_path / "broken.so"
+    options = ["-x", "c++", "-std=c++17", "-shared", "-fPIC"]
+    subprocess.run([compiler, *options, *includes, source, "-o", library], check=True)
+    assert ctypes.CDLL(str(library)).run() == 719
+
+
+def test_the_bindings_pass_what_the_header_declares() -> None:
+    text = re.sub(r"/\*.*?\*/", "", (CSRC / "kernels.h").read_text(), flags=re.DOTALL)
+    kinds = {"void*": "p", "float*": "p", "int64_t*": "p", "int64_t": "n", "float": "x"}
+    declared = {}
+    for match in re.finditer(r"CHATFLOW_DECLARE\(chatflow_(\w+),([^)]*)\)", text):
+        types = [
+            part.replace("const ", "").split()[0] for part in match[2].replace("\n", " ").split(",")
+        ]
+        declared[match[1]] = "".join(kinds[kind] for kind in types)
+    assert declared == {name: kinds + "p" for name, kinds in kernels.SIGNATURES.items()}
+
+
+def test_the_row_limit_is_the_header_s() -> None:
+    limit = re.search(r"kMaxNormPacks = (\d+);", (CSRC / "kernels.h").read_text())
+    assert limit and rms_norm.MAX_ROW_BYTES == 16 * int(limit[1])
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_nvcc_compiles_every_kernel(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.so"
+    subprocess.run([CSRC / "build.sh", path], check=True)
+    kernels.KernelLibrary(path)
+    code = path.read_bytes()
+    for architecture in (b"sm_80", b"sm_90a"):
+        assert architecture in code
+
+
+def test_the_log_says_why_there_are_no_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kernels.load_kernels.cache_clear()
+    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "absent.so")
+    assert kernels.load_kernels() == (None, kernels.load_kernels()[1])
+    assert "MEGATRON_CHATFLOW_CUDA=1" in kernels.load_kernels()[1]
+    with pytest.raises(RuntimeError, match="not built"):
+        kernels.kernels()
+    kernels.load_kernels.cache_clear()
+    (tmp_path / "absent.so").write_bytes(b"not a library")
+    assert "build it anew" in kernels.load_kernels()[1]
+    kernels.load_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("1", "there is no nvcc on PATH"), ("yes", "is neither 0 nor 1")]
+)
+def test_kernels_that_cannot_be_built_are_an_error(wanted: str, message: str) -> None:
+    environment = {**os.environ, "MEGATRON_CHATFLOW_CUDA": wanted, "NVCC": "/nowhere/nvcc"}
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=CSRC.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert build.returncode == 1 and message in build.stderr
