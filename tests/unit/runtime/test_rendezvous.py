@@ -2,10 +2,11 @@
 
 import threading
 import time
+import uuid
 from datetime import timedelta
 
 import pytest
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import TCPStore
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.rendezvous import agree_on_prefix
@@ -14,23 +15,24 @@ _TIMEOUT = timedelta(seconds=60)
 
 
 def _attempt(port: int, delays: list[float]) -> list[str]:
-    """The names that the workers of an attempt agree on, each arriving after its delay."""
-    names = [""] * len(delays)
+    """What each worker of an attempt finds that rank 0 wrote; each arrives after its delay."""
+    found = [""] * len(delays)
 
     def join(rank: int) -> None:
         store = TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
         time.sleep(delays[rank])
-        own: PrefixStore = agree_on_prefix(store, rank, len(delays), _TIMEOUT)
-        own.set(f"from {rank}", "here")
+        own = agree_on_prefix(store, rank, len(delays), _TIMEOUT)
+        assert not own.check([f"from {rank}"]), "an earlier attempt wrote there"
+        own.set(f"from {rank}", uuid.uuid4().hex)
         own.wait([f"from {k}" for k in range(len(delays))], _TIMEOUT)
-        names[rank] = own.prefix
+        found[rank] = own.get("from 0").decode()
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(len(delays))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return names
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,9 @@ def server() -> TCPStore:
 )
 def test_every_attempt_has_a_name_of_its_own(server: TCPStore, delays: list[float]) -> None:
     # The store holds what the attempts before left, whatever their order and their number.
-    names = [_attempt(server.port, delays) for _ in range(3)]
-    assert all(len(set(attempt)) == 1 and attempt[0] for attempt in names)
-    assert len({attempt[0] for attempt in names}) == 3
+    attempts = [_attempt(server.port, delays) for _ in range(3)]
+    assert all(len(set(found)) == 1 and found[0] for found in attempts)
+    assert len({found[0] for found in attempts}) == 3
 
 
 def test_workers_of_an_attempt_that_died_halfway_do_no_harm(server: TCPStore) -> None:
@@ -54,5 +56,5 @@ def test_workers_of_an_attempt_that_died_halfway_do_no_harm(server: TCPStore) ->
     for rank in (0, 2):  # rank 1 never came
         with pytest.raises(UserError, match="not all 3 processes came"):
             agree_on_prefix(store, rank, 3, timedelta(seconds=0.2))
-    names = _attempt(server.port, [0.2, 0.0, 0.1])
-    assert len(set(names)) == 1
+    found = _attempt(server.port, [0.2, 0.0, 0.1])
+    assert len(set(found)) == 1 and found[0]
