@@ -166,11 +166,14 @@ def _check_recompute(config: "RunConfig") -> None:
                 "train.recompute_granularity: full needs train.recompute_method and "
                 "train.recompute_num_layers; uniform and 1 save the most memory"
             )
-        stage = config.model.num_layers // config.parallel.pipeline_model_parallel_size
-        if train.recompute_num_layers > stage:
+        num_chunks = num_model_chunks(config.model, config.parallel)
+        num_stages = config.parallel.pipeline_model_parallel_size * num_chunks
+        most = config.model.num_layers // num_stages
+        if train.recompute_num_layers > most:
+            where = "pipeline stage" if num_chunks == 1 else "model chunk"
             raise UserError(
-                f"train.recompute_num_layers: {train.recompute_num_layers} is above the {stage} "
-                f"layers of a pipeline stage; use at most {stage}"
+                f"train.recompute_num_layers: {train.recompute_num_layers} is above the {most} "
+                f"layers of a {where}; use at most {most}"
             )
     elif train.recompute_method is not None or train.recompute_num_layers is not None:
         raise UserError(

@@ -8,6 +8,8 @@ from megatron_chatflow.errors import UserError
 TENSOR = "parallel.tensor_model_parallel_size"
 PIPELINE = "parallel.pipeline_model_parallel_size"
 CONTEXT = "parallel.context_parallel_size"
+CHUNKS = "parallel.num_virtual_stages_per_pipeline_rank"
+CHUNK_LAYERS = "parallel.num_layers_per_virtual_pipeline_stage"
 
 REFUSED = [
     ({TENSOR: 3}, f"{TENSOR}: 3 does not divide model.num_attention_heads 8; use 1, 2 or 4"),
@@ -20,6 +22,30 @@ REFUSED = [
         f"{TENSOR}: 4 does not divide model.ffn_hidden_size 690; use 1 or 2",
     ),
     ({PIPELINE: 3}, f"{PIPELINE}: 3 does not divide model.num_layers 4; use 1, 2 or 4"),
+    ({CHUNKS: 2}, f"{CHUNKS}: needs {PIPELINE} above 1; set that, or leave it out"),
+    ({CHUNK_LAYERS: 2}, f"{CHUNK_LAYERS}: needs {PIPELINE} above 1; set that, or leave it out"),
+    (
+        {PIPELINE: 2, CHUNKS: 3},
+        f"{CHUNKS}: 3 does not divide the 2 layers of a pipeline stage; use a divisor of that",
+    ),
+    (
+        {PIPELINE: 2, CHUNK_LAYERS: 4},
+        f"{CHUNK_LAYERS}: 4 does not divide the 2 layers of a pipeline stage; use a divisor of",
+    ),
+    (
+        {PIPELINE: 2, CHUNKS: 2, CHUNK_LAYERS: 1},
+        f"{CHUNK_LAYERS} and {CHUNKS}: both are set; leave one of them out",
+    ),
+    (
+        {
+            "train.recompute_granularity": "full",
+            "train.recompute_method": "block",
+            "train.recompute_num_layers": 2,
+            PIPELINE: 2,
+            CHUNKS: 2,
+        },
+        "train.recompute_num_layers: 2 is above the 1 layers of a model chunk; use at most 1",
+    ),
     (
         {"model.num_query_groups": 3},
         "model.num_query_groups: 3 does not divide model.num_attention",
@@ -139,6 +165,10 @@ def test_refused(config, changes, message) -> None:
     [
         {TENSOR: 4, "parallel.sequence_parallel": True},
         {PIPELINE: 4, CONTEXT: 2},
+        {PIPELINE: 2, CHUNKS: 2},
+        {PIPELINE: 2, CHUNK_LAYERS: 1},
+        {PIPELINE: 4, CHUNKS: 1},
+        {"parallel.overlap_grad_reduce": True},
         {"model.num_query_groups": 8, TENSOR: 8},
         {
             "parallel.use_distributed_optimizer": True,
@@ -164,6 +194,18 @@ def test_many_divisors_are_not_listed(config) -> None:
     heads = {"model.num_attention_heads": 7, "model.num_query_groups": 7, "model.hidden_size": 5040}
     with pytest.raises(UserError, match="use a divisor of 5040"):
         config({**heads, "model.num_layers": 5040, PIPELINE: 11})
+
+
+def test_the_interleaved_schedule_wants_whole_groups_of_micro_batches(config) -> None:
+    run = config({PIPELINE: 2, CHUNKS: 2, "train.global_batch_size": 12})
+    validate_for_world(run, 2)
+    with pytest.raises(UserError) as caught:
+        validate_for_world(run, 4)
+    assert str(caught.value).startswith(
+        "train.global_batch_size: 12 gives each pipeline 3 micro-batches, and the interleaved "
+        f"schedule wants a multiple of {PIPELINE} 2; use a multiple of 8"
+    )
+    validate_for_world(config({PIPELINE: 2, "train.global_batch_size": 12}), 4)
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
