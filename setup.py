@@ -1,11 +1,12 @@
 """Builds the extensions; everything else about the package stands in pyproject.toml.
 
-``MEGATRON_CHATFLOW_CUDA=1`` builds the CUDA kernels besides, and is an error where there is no nvcc.
+``MEGATRON_CHATFLOW_CUDA=1`` builds the CUDA kernels besides; where there is no nvcc, an error.
 """
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -26,8 +27,9 @@ else:
                 raise SystemExit(f"error: MEGATRON_CHATFLOW_CUDA: {wanted!r} is neither 0 nor 1")
             if wanted == "1" and shutil.which(os.environ.get("NVCC", "nvcc")) is None:
                 raise SystemExit(
-                    "error: MEGATRON_CHATFLOW_CUDA=1 asks for the CUDA kernels and there is no nvcc "
-                    "on PATH; install the CUDA toolkit, name its nvcc in NVCC, or unset the variable"
+                    "error: MEGATRON_CHATFLOW_CUDA=1 asks for the CUDA kernels and there is no "
+                    "nvcc on PATH; install the CUDA toolkit, name its nvcc in NVCC, or unset the "
+                    "variable"
                 )
             super().run()
             if wanted == "1":
@@ -36,14 +38,25 @@ else:
                     ["csrc/kernels/build.sh", folder / "libchatflow_kernels.so"], check=True
                 )
 
-    sources = sorted(str(path) for path in Path("csrc/data").glob("*.cpp"))
-    extensions = [
-        Pybind11Extension(
-            "megatron_chatflow.native._data",
-            sources,
-            include_dirs=["csrc/data"],
+    def extension(name: str, folder: str, *options: str) -> Pybind11Extension:
+        """The module that the sources of one folder make up."""
+        return Pybind11Extension(
+            f"megatron_chatflow.native.{name}",
+            sorted(str(path) for path in Path(folder).glob("*.cpp")),
+            include_dirs=[folder],
             cxx_std=17,
-            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", "-fvisibility=hidden", *options],
+            # Apple's compiler brings no OpenMP: there the kernels run on one thread.
+            extra_link_args=[option for option in options if option == "-fopenmp"],
         )
-    ]
-    setup(ext_modules=extensions if sources else [], cmdclass={"build_ext": BuildExtensions})
+
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    setup(
+        ext_modules=[
+            extension("_data", "csrc/data"),
+            extension(
+                "_kernels_cpu", "csrc/kernels/cpu", "-ffp-contract=fast", "-Wno-psabi", *openmp
+            ),
+        ],
+        cmdclass={"build_ext": BuildExtensions},
+    )

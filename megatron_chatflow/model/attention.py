@@ -2,8 +2,8 @@
 
 In: queries ``[tokens, query_heads, head_dim]``, keys and values ``[tokens, groups, head_dim]`` and
 `PackedTokens`. Out: ``[tokens, query_heads * head_dim]``. The attention kernels are the libraries'
-own: flash-attn's where it is installed and a GPU is there, torch's elsewhere; `choose_backend` says
-which and why.
+own: flash-attn's where it is installed and a GPU is there, torch's elsewhere, and on a CPU in bf16
+the composition of `attention_cpu`; `choose_backend` says which and why.
 """
 
 import importlib.util
@@ -13,9 +13,15 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_chatflow.model.attention_cpu import (
+    MAX_LENGTH,
+    composed_attention,
+    is_composed,
+)
 from megatron_chatflow.model.context import gather_context
 from megatron_chatflow.model.packed import PackedTokens
 from megatron_chatflow.model.rotary import apply_rotary
+from megatron_chatflow.native import cpu_kernels
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -25,6 +31,11 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
         ``("flash_attn" | "sdpa", reason)``.
     """
     if device.type != "cuda":
+        if cpu_kernels.is_available(torch.empty(0, dtype=dtype)):
+            return "sdpa", (
+                "composed of oneDNN's products and our softmax; torch's "
+                f"scaled_dot_product_attention for documents of more than {MAX_LENGTH:,} tokens"
+            )
         return "sdpa", "torch's scaled_dot_product_attention: no GPU"
     if importlib.util.find_spec("flash_attn") is None:
         return "sdpa", "torch's scaled_dot_product_attention: flash-attn is not installed"
@@ -73,9 +84,16 @@ class PackedCausalAttention(nn.Module):
         packed = packed_seq_params
         assert packed is not None and packed.cosines is not None and packed.sines is not None
         assert attention_mask is None and attention_bias is None
+        is_whole = packed.shard is None or packed.shard.is_whole
+        if is_whole and is_composed(query, packed.max_seqlen_q):
+            angles = packed.cosines.squeeze(1), packed.sines.squeeze(1)
+            return composed_attention(
+                query, key, value, angles, packed.runs, self.softmax_scale
+            ).flatten(1)
         query = apply_rotary(query, packed.cosines, packed.sines)
         key = apply_rotary(key, packed.cosines, packed.sines)
-        if packed.shard is not None and not packed.shard.is_whole:
+        if not is_whole:
+            assert packed.shard is not None
             key = gather_context(key, packed.shard)
             value = gather_context(value, packed.shard)
             context = self._pieces(query, key, value, packed)

@@ -33,6 +33,7 @@ from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
 from megatron_chatflow.model.norm import RMSNorm
 from megatron_chatflow.model.rotary import Rotary
+from megatron_chatflow.model.swiglu import SwiGLUMLP
 from megatron_chatflow.runtime.ranks import Ranks
 
 
@@ -246,4 +247,7 @@ def _build_chunk(
     if is_last:
         # The weight stays where megatron-core's checkpoints and gradients look for it.
         chunk.output_layer.__class__ = HiddenStatesOut
+    for layer in chunk.decoder.layers:
+        # megatron-core builds only its own class by the right arguments.
+        layer.mlp.__class__ = SwiGLUMLP
     return chunk

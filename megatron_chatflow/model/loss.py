@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup, ReduceOp
 
+from megatron_chatflow.native import cpu_kernels
+
 # Tokens whose logits are held at a time: 2,048 of a 32,000-piece vocabulary are 131 MB in bf16.
 CHUNK_TOKENS = 2048
 # Logits that a CPU turns into exponentials at a time, in fp32: 1 MB stays in its cache.
@@ -51,15 +53,19 @@ def vocabulary_slice(
     )
 
 
-def _exponentiate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns logits into ``exp(logits - row's highest)`` in place, computing in fp32.
 
     Args:
         logits: ``[tokens, rows]``, changed.
+        num_pieces: Entries of a row that stand for a piece; the others become 0.
 
     Returns:
         Each row's highest logit and its sum of exponentials, float32[tokens].
     """
+    if cpu_kernels.is_available(logits):
+        return cpu_kernels.exponentiate(logits, num_pieces)
+    logits[:, num_pieces:] = float("-inf")
     num_tokens, num_rows = logits.shape
     highest = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
     sums = torch.empty_like(highest)
@@ -94,12 +100,12 @@ class _ChunkLoss:
 
 def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice) -> _ChunkLoss:
     """Cross-entropy of one chunk; ``logits`` [tokens, rows] are overwritten."""
-    logits[:, rows.num_pieces :] = float("-inf")
     local = labels - rows.start
     is_here = (local >= 0) & (local < rows.num_pieces)
-    local = local.masked_fill(~is_here, 0).unsqueeze(-1)
-    target = logits.gather(-1, local).squeeze(-1).float()
-    highest, sums = _exponentiate(logits)
+    local = local.masked_fill(~is_here, 0)
+    tokens = torch.arange(len(logits), device=logits.device)
+    target = logits[tokens, local].float()
+    highest, sums = _exponentiate(logits, rows.num_pieces)
     rescale = torch.ones_like(highest)
     overall, known_target = highest, target.masked_fill(~is_here, 0.0)
     if rows.group is not None:
@@ -112,10 +118,8 @@ def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlic
         sums, known_target = both.unbind()
     # The label's entry is exp - sum in fp32 and rounded once: where the model is nearly sure, the
     # difference of two rounded numbers would be rounding alone.
-    difference = ((target - highest).exp() - sums / rescale).to(logits.dtype).unsqueeze(-1)
-    logits.scatter_(
-        -1, local, torch.where(is_here.unsqueeze(-1), difference, logits.gather(-1, local))
-    )
+    difference = ((target - highest).exp() - sums / rescale).to(logits.dtype)
+    logits[tokens, local] = torch.where(is_here, difference, logits[tokens, local])
     return _ChunkLoss(overall + sums.log() - known_target, logits, rescale / sums)
 
 

@@ -10,6 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_chatflow.native import cpu_kernels
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """The CPU's bf16 kernel; keeps one fp32 number a token for its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        normalised, scales = cpu_kernels.rms_norm(hidden_states, weight, epsilon)
+        ctx.save_for_backward(hidden_states, weight, scales)
+        return normalised
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden_states, weight, scales = ctx.saved_tensors
+        grad_hidden, grad_weight = cpu_kernels.rms_norm_backward(
+            gradient.contiguous(), hidden_states, weight, scales
+        )
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight``, the mean taken in fp32."""
@@ -33,6 +55,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalises the last axis."""
+        if cpu_kernels.is_available(hidden_states, self.weight):
+            normalised: torch.Tensor = _FusedRMSNorm.apply(  # type: ignore[no-untyped-call]
+                hidden_states.contiguous(), self.weight, self.eps
+            )
+            return normalised
         return nn.functional.rms_norm(
             hidden_states, (hidden_states.shape[-1],), self.weight, self.eps
         )

@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_chatflow.model.context import ContextShard, shard_context, spans_of_documents
-from megatron_chatflow.model.rotary import Rotary, rotary_table
+from megatron_chatflow.model.rotary import Rotary, rotary_table, table_dtype
 
 
 @dataclass
@@ -81,7 +81,7 @@ def pack_tokens(
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
     positions = shard.take(document_positions(cu_seqlens)).to(device, non_blocking=True)
-    cosines, sines = rotary_table(positions, rotary, dtype)
+    cosines, sines = rotary_table(positions, rotary, table_dtype(dtype, device))
     on_device = cu_seqlens.to(device, non_blocking=True)
     longest = max(length for _, _, length in runs)
     return PackedTokens(

@@ -14,6 +14,7 @@ import torch
 
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.config.rope import RopeScaling, dynamic_base
+from megatron_chatflow.native import cpu_kernels
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,21 @@ class _Rotate(torch.autograd.Function):
         return _rotate(gradient, cosines, sines, -1.0), None, None
 
 
+def table_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What angles are rounded to where heads have ``dtype``: the CPU's kernel reads fp32."""
+    is_fused = cpu_kernels.is_available(torch.empty(0, dtype=dtype, device=device))
+    return torch.float32 if is_fused else dtype
+
+
 def _rotate(
     heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: float
 ) -> torch.Tensor:
+    if cpu_kernels.is_available(heads):
+        heads = heads if heads.stride(-1) == 1 else heads.contiguous()
+        rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
+        angles = cosines.squeeze(1), sines.squeeze(1)
+        cpu_kernels.rotate(heads.unsqueeze(0), rotated.unsqueeze(0), angles, direction)
+        return rotated
     real, imaginary = heads.chunk(2, dim=-1)
     rotated = torch.empty_like(heads, memory_format=torch.contiguous_format)
     rotated_real, rotated_imaginary = rotated.chunk(2, dim=-1)
@@ -129,6 +142,6 @@ def _rotate(
 
 
 def apply_rotary(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotates ``heads`` [tokens, heads, head_dim] by a `rotary_table` of the same dtype."""
+    """Rotates ``heads`` [tokens, heads, head_dim] by a `rotary_table` of `table_dtype`."""
     rotated: torch.Tensor = _Rotate.apply(heads, cosines, sines)  # type: ignore[no-untyped-call]
     return rotated

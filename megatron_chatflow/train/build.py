@@ -22,6 +22,7 @@ from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.attention import choose_backend
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
+from megatron_chatflow.native import cpu_kernels
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
@@ -194,11 +195,13 @@ def _log_choices(
     config: RunConfig, llama: Llama, optimization: Optimization, ranks: Ranks, peak_source: str
 ) -> None:
     """Says once which implementation each part of the run uses."""
+    is_bf16_on_cpu = not ranks.is_cuda and config.train.bf16
+    kernels = cpu_kernels.description() if is_bf16_on_cpu else None
     choices: dict[str, Any] = {
         "attention": choose_backend(ranks.device, llama.dtype)[1],
-        "norm": "torch's rms_norm",
-        "rotary embedding": "ours, angles once a micro-batch",
-        "SwiGLU": "megatron-core's, unfused",
+        "norm": kernels or "torch's rms_norm",
+        "rotary embedding": kernels or "ours, angles once a micro-batch",
+        "SwiGLU": kernels or "megatron-core's, unfused",
         "cross-entropy": "ours, chunked and vocabulary-parallel",
         "optimizer": optimization.description,
         "peak": peak_source,

@@ -1,0 +1,130 @@
+/// \file
+/// The extension module `megatron_chatflow.native._kernels_cpu`.
+///
+/// In: addresses of tensors, whose dtypes, shapes and strides `native/cpu_kernels.py` has checked,
+/// and sizes. Out: results in place. The interpreter lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace chatflow::cpu {
+namespace {
+
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+template <typename Arguments>
+void start(const Arguments& arguments, Size rows, int threads) {
+  check(rows >= 0 && threads >= 1, "kernels: rows or threads are too few");
+  py::gil_scoped_release release;
+  launch(arguments, rows, threads);
+}
+
+void exponentiate(Address logits, Address highest, Address sums, Size rows, Size row_size,
+                  Size num_pieces, int threads) {
+  check(0 <= num_pieces && num_pieces <= row_size, "exponentiate: more pieces than entries");
+  start(Exponentiate{at<bf16>(logits), at<float>(highest), at<float>(sums), row_size, num_pieces},
+        rows, threads);
+}
+
+void rms_norm(Address input, Address weight, Address output, Address scales, Size rows,
+              Size row_size, float epsilon, int threads) {
+  start(RmsNorm{at<bf16>(input), at<bf16>(weight), at<bf16>(output), at<float>(scales), row_size,
+                epsilon},
+        rows, threads);
+}
+
+void rms_norm_backward(Address gradient, Address input, Address weight, Address scales,
+                       Address grad_input, Address grad_weight, Size rows, Size row_size,
+                       int threads) {
+  start(RmsNormBackward{at<bf16>(gradient), at<bf16>(input), at<bf16>(weight), at<float>(scales),
+                        at<bf16>(grad_input), at<float>(grad_weight), row_size},
+        rows, threads);
+}
+
+void swiglu(Address input, Address output, Size rows, Size row_size, int threads) {
+  start(SwiGlu{at<bf16>(input), at<bf16>(output), row_size}, rows, threads);
+}
+
+void swiglu_backward(Address gradient, Address input, Address grad_input, Size rows, Size row_size,
+                     int threads) {
+  start(SwiGluBackward{at<bf16>(gradient), at<bf16>(input), at<bf16>(grad_input), row_size}, rows,
+        threads);
+}
+
+/// Strides are (document, token, head), in elements.
+void rotate(Address input, py::tuple input_strides, Address output, py::tuple output_strides,
+            Address cosines, Address sines, float direction, Size rows, Size document_length,
+            Size num_heads, Size head_dim, int threads) {
+  check(input_strides.size() == 3 && output_strides.size() == 3, "rotate: strides are three");
+  check(document_length > 0 && head_dim % 2 == 0, "rotate: empty documents, or an odd head");
+  auto stride = [](const py::tuple& strides, int axis) { return strides[axis].cast<Size>(); };
+  Rotate arguments{};
+  arguments.input = at<bf16>(input);
+  arguments.output = at<bf16>(output);
+  arguments.cosines = at<float>(cosines);
+  arguments.sines = at<float>(sines);
+  arguments.direction = direction;
+  arguments.num_heads = num_heads;
+  arguments.head_dim = head_dim;
+  arguments.document_length = document_length;
+  arguments.input_document = stride(input_strides, 0);
+  arguments.input_token = stride(input_strides, 1);
+  arguments.input_head = stride(input_strides, 2);
+  arguments.output_document = stride(output_strides, 0);
+  arguments.output_token = stride(output_strides, 1);
+  arguments.output_head = stride(output_strides, 2);
+  start(arguments, rows, threads);
+}
+
+void check_causal(Size num_keys, Size num_queries, Size first_query) {
+  check(num_queries > 0 && first_query >= 0, "causal softmax: no queries");
+  check(first_query + num_queries <= num_keys, "causal softmax: a query lies behind the last key");
+  check(num_keys <= kMaxKeys, "causal softmax: too many keys");
+}
+
+void causal_softmax(Address scores, Size rows, Size num_keys, Size num_queries, Size first_query,
+                    float scale, int threads) {
+  check_causal(num_keys, num_queries, first_query);
+  start(CausalSoftmax{at<bf16>(scores), num_keys, num_queries, first_query, scale}, rows, threads);
+}
+
+void causal_softmax_backward(Address probabilities, Address gradient, Size rows, Size num_keys,
+                             Size num_queries, Size first_query, float scale, int threads) {
+  check_causal(num_keys, num_queries, first_query);
+  start(CausalSoftmaxBackward{at<bf16>(probabilities), at<bf16>(gradient), num_keys, num_queries,
+                              first_query, scale},
+        rows, threads);
+}
+
+}  // namespace
+}  // namespace chatflow::cpu
+
+PYBIND11_MODULE(_kernels_cpu, module) {
+  using namespace chatflow::cpu;
+  module.doc() = "CPU kernels for bf16; each equals its reference in native/cpu_reference.py.";
+  module.attr("MAX_KEYS") = kMaxKeys;
+  module.def("instruction_set", [] { return kernels().name; });
+  module.def("exponentiate", &exponentiate);
+  module.def("rms_norm", &rms_norm);
+  module.def("rms_norm_backward", &rms_norm_backward);
+  module.def("swiglu", &swiglu);
+  module.def("swiglu_backward", &swiglu_backward);
+  module.def("rotate", &rotate);
+  module.def("causal_softmax", &causal_softmax);
+  module.def("causal_softmax_backward", &causal_softmax_backward);
+}

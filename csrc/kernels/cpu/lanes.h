@@ -1,0 +1,97 @@
+/// \file
+/// Sixteen fp32 lanes, and bf16 rows read into them and written from them.
+///
+/// In and out: vectors of GCC and Clang, which any target compiles, each with the registers that it
+/// has. The file that includes this has chosen an instruction set and a namespace; everything is
+/// inlined there, so that no code of a wider set can end up where it does not run.
+#define CHATFLOW_INLINE static inline __attribute__((always_inline))
+
+constexpr std::int64_t kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef std::int32_t Ints __attribute__((vector_size(64)));
+typedef std::uint32_t Words __attribute__((vector_size(64)));
+typedef std::uint16_t Halves __attribute__((vector_size(32)));
+
+CHATFLOW_INLINE Floats splat(float value) { return Floats{} + value; }
+
+/// Sixteen bf16 values.
+CHATFLOW_INLINE Floats load(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+CHATFLOW_INLINE Floats load(const float* from) {
+  Floats values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
+
+CHATFLOW_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
+
+/// Rounds to nearest even. Infinities stay; a NaN stays one because its upper bits say so already.
+CHATFLOW_INLINE void store(bf16* to, Floats values) {
+  Words words = (Words)values;
+  Words rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
+  Words is_nan = (Words)(values != values);
+  Words bits = (rounded & ~is_nan) | (((words >> 16) | 0x40u) & is_nan);
+  Halves halves = __builtin_convertvector(bits, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
+}
+
+/// The first `count` values, below 16; the other lanes are `other`.
+template <typename T>
+CHATFLOW_INLINE Floats load_some(const T* from, std::int64_t count, T other) {
+  T padded[kLanes];
+  for (std::int64_t i = 0; i < kLanes; ++i) padded[i] = i < count ? from[i] : other;
+  return load(padded);
+}
+
+template <typename T>
+CHATFLOW_INLINE void store_some(T* to, Floats values, std::int64_t count) {
+  T padded[kLanes];
+  store(padded, values);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+CHATFLOW_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+/// Adds the lanes in a fixed order.
+CHATFLOW_INLINE float sum(Floats values) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += values[i];
+  return total;
+}
+
+CHATFLOW_INLINE float highest_lane(Floats values) {
+  float top = values[0];
+  for (int i = 1; i < kLanes; ++i) top = values[i] > top ? values[i] : top;
+  return top;
+}
+
+/// `exp(x)` to 2 units in the last place for x up to 88; 0 below -87, where bf16 has no use for it.
+///
+/// Cody and Waite's reduction: x = n ln 2 + r with |r| <= ln(2) / 2, and exp(r) by the polynomial
+/// of degree 6 whose relative error there is least.
+CHATFLOW_INLINE Floats exponential(Floats x) {
+  const Floats low = splat(-87.0f);
+  Floats clamped = x > low ? x : low;
+  clamped = clamped < splat(88.0f) ? clamped : splat(88.0f);
+  // Adding and taking off 1.5 * 2^23 rounds to a whole number, whose bits are then the lowest ones.
+  const Floats magic = splat(12582912.0f);
+  Floats shifted = clamped * 1.44269504f + magic;
+  Floats n = shifted - magic;
+  Floats r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  Ints power = ((Ints)shifted - (Ints)magic + 127) << 23;
+  Floats result = p * (Floats)power;
+  return x > low ? result : (x != x ? x : Floats{});
+}

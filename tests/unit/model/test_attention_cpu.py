@@ -1,0 +1,80 @@
+"""The composed CPU attention against PyTorch's own in fp32, gradients included."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_chatflow.model import attention_cpu
+from megatron_chatflow.model.attention_cpu import composed_attention
+from megatron_chatflow.model.packed import document_positions, equal_length_runs
+from megatron_chatflow.model.rotary import Rotary, apply_rotary, rotary_table
+from megatron_chatflow.native import cpu_kernels
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels.is_available(), reason="csrc/kernels/cpu is not built: make build"
+)
+
+
+def in_fp32(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    table: tuple[torch.Tensor, torch.Tensor],
+    boundaries: list[int],
+) -> torch.Tensor:
+    """Each document by itself."""
+    query, key = apply_rotary(query, *table), apply_rotary(key, *table)
+    parts = []
+    for begin, end in zip(boundaries, boundaries[1:], strict=False):
+        heads = [tensor[begin:end].transpose(0, 1) for tensor in (query, key, value)]
+        parts.append(
+            scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(0, 1)
+        )
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "num_heads", "num_groups", "head_dim"),
+    [
+        ([0, 512, 1024], 4, 4, 64),
+        ([0, 300, 600, 607, 1000], 8, 2, 64),
+        ([0, 40, 41, 100], 4, 1, 24),
+        ([0, 17, 34, 51, 68], 2, 2, 8),
+    ],
+)
+def test_equals_fp32_within_bf16(
+    boundaries: list[int],
+    num_heads: int,
+    num_groups: int,
+    head_dim: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Small blocks: several of queries and several of documents.
+    monkeypatch.setattr(attention_cpu, "QUERY_CHUNK", 128)
+    monkeypatch.setattr(attention_cpu, "BLOCK_SCORES", 2000)
+    torch.manual_seed(1)
+    num_tokens = boundaries[-1]
+    positions = document_positions(torch.tensor(boundaries))
+    table = rotary_table(positions, Rotary(head_dim, 10000.0), torch.float32)
+    packed = torch.randn(num_tokens, num_heads + 2 * num_groups, head_dim).bfloat16()
+    inputs = [
+        tensor.requires_grad_()
+        for tensor in packed.split([num_heads, num_groups, num_groups], dim=1)
+    ]
+    gradient = torch.randn(num_tokens, num_heads, head_dim).bfloat16()
+    angles = table[0].squeeze(1), table[1].squeeze(1)
+    ours = composed_attention(*inputs, angles, equal_length_runs(boundaries), None)
+    our_gradients = torch.autograd.grad(ours, inputs, gradient)
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    theirs = in_fp32(*wide, table, boundaries)
+    their_gradients = torch.autograd.grad(theirs, wide, gradient.float())
+    for own, other in zip((ours, *our_gradients), (theirs, *their_gradients), strict=True):
+        assert own.shape == other.shape
+        assert float((own.float() - other).norm() / other.norm()) < 0.01
+
+
+def test_long_documents_are_left_to_pytorch() -> None:
+    query = torch.zeros(1, 1, 8, dtype=torch.bfloat16)
+    assert attention_cpu.is_composed(query, attention_cpu.MAX_LENGTH)
+    assert not attention_cpu.is_composed(query, attention_cpu.MAX_LENGTH + 1)
+    assert not attention_cpu.is_composed(query.float(), 8)
