@@ -20,6 +20,14 @@ from made_up_text import made_up_sentences  # noqa: E402  (the path is set just 
 from tiny_run import TinyRun, make_tiny_run  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The size of the differential fuzz, see tests/unit/tokenizer/test_fuzz_ids.py."""
+    add = parser.addoption
+    add("--fuzz-documents", type=int, default=3000, help="documents a model; the full run: 100000")
+    add("--fuzz-corpus", help="folder of *.train.jsonl that documents are cut from")
+    add("--fuzz-model", action="append", default=[], help="further model or tokenizer.json")
+
+
 @pytest.fixture(scope="session")
 def tiny_sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-fallback BPE model of 512 pieces, laid out as LLaMA's: unk, bos, eos are 0, 1, 2."""

@@ -33,7 +33,6 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
 # larger one, so that the time to open does not grow with the corpus; `validate` looks at all.
 NUM_CHECKED = 1 << 22
 CHECK_BLOCK = 1 << 16
-COPY_BLOCK = 1 << 23
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -292,12 +291,16 @@ class IndexedDatasetWriter:
         self.num_tokens += tokens.size
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends all of another dataset of the same dtype, in blocks."""
+        """Appends all of another dataset of the same dtype, in blocks.
+
+        Raises:
+            UserError: Its tokens changed since it was opened.
+        """
         if dataset.dtype != self.dtype:
             raise TypeError(f"{dataset.prefix} is {dataset.dtype}, not {self.dtype}")
-        data = dataset.tokens.view(np.uint8)
-        for begin in range(0, len(data), COPY_BLOCK):
-            self.bin_file.write(data[begin : begin + COPY_BLOCK].data)
+        path = bin_path(dataset.prefix)
+        if self.bin_file.append_file(path) != dataset.num_tokens * dataset.dtype.itemsize:
+            raise UserError(f"changed while it was merged: {path}: wait until it is complete")
         for begin in range(0, len(dataset), CHECK_BLOCK):
             self._lengths.write(dataset.sequence_lengths[begin : begin + CHECK_BLOCK].tobytes())
         for begin in range(1, len(dataset.document_indices), CHECK_BLOCK):

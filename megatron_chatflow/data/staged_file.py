@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from megatron_chatflow.data.file_copy import append_file
 from megatron_chatflow.errors import UserError
 
 PARTIAL_SUFFIX = ".partial"
@@ -95,6 +96,27 @@ class StagedFile:
             finally:
                 hashing.join()
         self.num_bytes += len(data)
+
+    def append_file(self, source: Path) -> int:
+        """Appends a whole file, and takes it into the hash.
+
+        Returns:
+            The number of its bytes.
+
+        Raises:
+            UserError: It cannot be read, or these bytes cannot be written.
+        """
+        with told_to_the_user(self.partial_path):
+            self._file.flush()
+            num_bytes = append_file(
+                source, self.partial_path, self.num_bytes, self._append, self._hash.update
+            )
+        self.num_bytes += num_bytes
+        return num_bytes
+
+    def _append(self, data: memoryview) -> None:
+        self._file.write(data)
+        self._file.flush()
 
     @property
     def sha256(self) -> str:

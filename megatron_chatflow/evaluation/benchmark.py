@@ -126,7 +126,7 @@ def _report(name: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> dic
         "arguments": {
             key: value if isinstance(value, int | float | str | None) else str(value)
             for key, value in arguments.items()
-            if key != "output"
+            if key != "output" and not isinstance(value, Path)  # whose names say nothing elsewhere
         },
         "machine": machine(),
         "versions": versions(),

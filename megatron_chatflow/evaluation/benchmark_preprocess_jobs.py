@@ -1,0 +1,226 @@
+"""Command lines that turn text into an indexed dataset, and what they cost.
+
+In: a contender, a file of JSON lines, a prefix. Out: wall and CPU seconds, and peak memory, of the
+whole tree of processes.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_chatflow.errors import UserError
+
+OURS, STANDARD, FAST = "megatron_chatflow", "preprocess_data.py", "preprocess_data_fast.py"
+SENTENCEPIECE = "sentencepiece"
+_SAMPLE_SECONDS = 0.1
+# What all three tools are told.
+_COMMON: tuple[str, ...] = ("--input", "{input}", "--output-prefix", "{prefix}", "--append-eod")
+
+# What sentencepiece in Python is on its own: parse, encode, write the ids, on one core.
+_SENTENCEPIECE_LOOP = """
+import json, sys
+import numpy as np
+import sentencepiece
+model, source, target, eod = sys.argv[1:]
+processor = sentencepiece.SentencePieceProcessor(model_file=model)
+with open(source, encoding="utf-8") as lines, open(target, "wb") as ids:
+    for line in lines:
+        found = processor.encode(json.loads(line)["text"])
+        ids.write(np.array([*found, int(eod)] if found else found, np.int32).tobytes())
+"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a job took.
+
+    Attributes:
+        seconds: From start to end.
+        cpu_seconds: User and system time of it and of every process that it waited for.
+        rss_bytes: The most that its processes held at a time, pages that they share counted for
+            each of them.
+        pss_bytes: The same with shared pages counted once.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    rss_bytes: int
+    pss_bytes: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to do the job.
+
+    Attributes:
+        name: Of the tool.
+        num_workers: That it is told to use; None where it cannot be told.
+        arguments: Of the interpreter, with `{input}` and `{prefix}` for the paths.
+        python: The interpreter.
+        environment: What is added to this process's.
+        folder: Where it runs.
+    """
+
+    name: str
+    num_workers: int | None
+    arguments: tuple[str, ...]
+    python: str = sys.executable
+    environment: tuple[tuple[str, str], ...] = ()
+    folder: Path | None = None
+
+    def run(self, source: Path, prefix: Path) -> Usage:
+        """Does the job once.
+
+        Raises:
+            UserError: It failed.
+        """
+        paths = {"{input}": str(source), "{prefix}": str(prefix)}
+        command = [self.python, *(paths.get(part, part) for part in self.arguments)]
+        return measure_job(command, {**os.environ, **dict(self.environment)}, self.folder)
+
+
+def our_tool(model: Path, num_workers: int) -> Contender:
+    """This project's tool."""
+    tool = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+    if not tool.exists():
+        raise UserError(f"no such tool: {tool}: run the benchmark from a working tree")
+    arguments: tuple[str, ...] = (
+        "--input",
+        "{input}",
+        "--output-prefix",
+        "{prefix}",
+        "--append-eod",
+    )
+    arguments += ("--tokenizer-model", str(model), "--workers", str(num_workers), "--overwrite")
+    return Contender(OURS, num_workers, (str(tool), *arguments))
+
+
+def megatrons_tool(
+    checkout: Path, python: str, model: Path, tokenizer_type: str, num_workers: int
+) -> Contender:
+    """Megatron-LM's `preprocess_data.py` with the same model."""
+    arguments: tuple[str, ...] = (
+        "--input",
+        "{input}",
+        "--output-prefix",
+        "{prefix}",
+        "--append-eod",
+    )
+    arguments += ("--tokenizer-type", tokenizer_type, "--tokenizer-model", str(model))
+    arguments += ("--workers", str(num_workers), "--log-interval", "1000000")
+    return _of_checkout(STANDARD, num_workers, checkout, python, arguments)
+
+
+def megatrons_fast_tool(checkout: Path, python: str, folder: Path) -> Contender:
+    """Megatron-LM's `preprocess_data_fast.py`, which takes every core that it gets.
+
+    Args:
+        checkout: Of Megatron-LM.
+        python: The interpreter.
+        folder: The model as transformers reads it: the script knows no other.
+    """
+    arguments: tuple[str, ...] = (
+        "--input",
+        "{input}",
+        "--output-prefix",
+        "{prefix}",
+        "--append-eod",
+    )
+    arguments += ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(folder))
+    return _of_checkout(FAST, None, checkout, python, (*arguments, "--use-gigatoken"))
+
+
+def sentencepiece_loop(model: Path, eod_id: int) -> Contender:
+    """The library in a loop, whose output is a bare file of int32 ids at `{prefix}`."""
+    arguments = ("-c", _SENTENCEPIECE_LOOP, str(model), "{input}", "{prefix}", str(eod_id))
+    return Contender(SENTENCEPIECE, 1, arguments)
+
+
+def _of_checkout(
+    name: str, num_workers: int | None, checkout: Path, python: str, arguments: tuple[str, ...]
+) -> Contender:
+    script = checkout / "tools" / name
+    if not script.exists():
+        raise UserError(f"--megatron-path: no tools/{name} in {checkout}: give a checkout's root")
+    # Before an installed megatron-core, which may be of another version than the script.
+    path = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = (("PYTHONPATH", path), ("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
+    return Contender(
+        *(name, num_workers, (str(script.resolve()), *arguments), python, environment),
+        folder=checkout,
+    )
+
+
+def measure_job(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+) -> Usage:
+    """Runs a command to its end.
+
+    Raises:
+        UserError: It cannot be started, or failed.
+    """
+    begin = time.perf_counter()
+    try:
+        process = subprocess.Popen(
+            *(command,), env=dict(environment), cwd=folder, stderr=subprocess.PIPE, stdout=-3
+        )
+    except OSError as error:
+        raise UserError(f"cannot start: {command[0]}: {error.strerror}") from error
+    memory = _Memory(process.pid)
+    memory.start()
+    assert process.stderr is not None
+    errors = process.stderr.read().decode(errors="replace")  # until every writer has ended
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    process.returncode = os.waitstatus_to_exitcode(status)
+    memory.stop()
+    if process.returncode:
+        last = (errors.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"failed with code {process.returncode}: {' '.join(command[:2])}: {last}")
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, memory.rss_bytes, memory.pss_bytes)
+
+
+class _Memory(threading.Thread):
+    """Looks at a tree of processes until it is told to stop.
+
+    Attributes:
+        rss_bytes: The largest sum of resident sets so far.
+        pss_bytes: The largest sum of proportional sets so far.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.rss_bytes = self.pss_bytes = 0
+        self._root = psutil.Process(pid)
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(_SAMPLE_SECONDS):
+            try:
+                tree = [self._root, *self._root.children(recursive=True)]
+            except psutil.Error:
+                return
+            sizes = [_sizes_of(process.pid) for process in tree]
+            self.rss_bytes = max(self.rss_bytes, sum(rss for rss, _ in sizes))
+            self.pss_bytes = max(self.pss_bytes, sum(pss for _, pss in sizes))
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+def _sizes_of(pid: int) -> tuple[int, int]:
+    """Resident and proportional set in bytes; zeros for a process that is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    sizes = {line.split()[0]: int(line.split()[1]) << 10 for line in lines[1:]}
+    return sizes.get("Rss:", 0), sizes.get("Pss:", 0)
