@@ -6,6 +6,7 @@ namespace chatflow {
 
 void register_blend(pybind11::module_& module);
 void register_bpe(pybind11::module_& module);
+void register_hash(pybind11::module_& module);
 void register_samples(pybind11::module_& module);
 
 }  // namespace chatflow
@@ -14,5 +15,6 @@ PYBIND11_MODULE(_data, module) {
   module.doc() = "Data path in C++; each part equals its reference in megatron_chatflow.native.";
   chatflow::register_blend(module);
   chatflow::register_bpe(module);
+  chatflow::register_hash(module);
   chatflow::register_samples(module);
 }

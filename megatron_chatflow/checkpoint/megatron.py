@@ -1,24 +1,27 @@
 """The typed boundary to megatron-core's distributed checkpoints.
 
-In: sharded state dictionaries. Out: files in torch's distributed format, which load at any parallel
-layout. Loading executes nothing of a file: the index goes through an allow-list, and everything
-else is read as weights only. Saving runs in this process: megatron-core's own writer starts helper
-processes at every save, which costs seconds where a checkpoint takes a fraction of one.
+In: sharded state dictionaries. Out: what each rank writes, and state read back from torch's
+distributed format, which loads at any parallel layout. Loading executes nothing of a file: the
+index goes through an allow-list, and everything else is read as weights only. For saving, only the
+division into shards is megatron-core's: its own writers copy the state into helper processes, or
+write it through the page cache.
 """
 
 import io
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    MCoreSavePlanner,
     TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
@@ -27,41 +30,28 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
 
-__all__ = ["OPTIMIZER_LAYOUT", "CheckpointException", "load_sharded", "save_sharded"]
+__all__ = [
+    "OPTIMIZER_LAYOUT",
+    "CheckpointException",
+    "format_file",
+    "load_sharded",
+    "piece_of",
+    "sharded_parts",
+]
 
 # How the distributed optimizer lays out its state: by parameter, so that it loads at any layout.
 OPTIMIZER_LAYOUT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-
-
-class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Writes megatron-core's sharded tensors through torch's own file writer, flushed to disk."""
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Writes this rank's shards; returns when every rank's are on the disk."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        writer = FileSystemWriter(
-            checkpoint_dir, single_file_per_rank=True, sync_files=True, thread_count=1
-        )
-        save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=writer,
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
 
 
 class _SafeReader(FileSystemReader):
@@ -116,14 +106,47 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         return loaded
 
 
-def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
-    """Writes a sharded state dictionary; every rank calls it with the same folder."""
-    dist_checkpointing.save(
-        sharded_state_dict,
-        str(folder),
-        sharded_strategy=InProcessSave("torch_dist", 1),
-        content_metadata=OPTIMIZER_LAYOUT,
+def sharded_parts(
+    state_dict: dict[str, Any],
+) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
+    """What this rank writes of a sharded state dictionary, and what all ranks have in common.
+
+    Returns:
+        Pieces of tensors and objects of which this rank holds the main replica; and the rest, as
+        ``common.pt`` holds it.
+    """
+    sharded, common = save_preprocess(
+        {**state_dict, "content_metadata": OPTIMIZER_LAYOUT}, validate_access_integrity=False
     )
+    pieces: list[TensorPiece] = []
+    objects: list[StoredObject] = []
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
+    for key, found in by_key.items():
+        if isinstance(found[0], ShardedTensor):
+            pieces += [piece_of(tensor) for tensor in found]
+        else:
+            objects.append(StoredObject(key, _saved([entry.data for entry in found])))
+    return pieces, objects, _saved(common)
+
+
+def piece_of(tensor: Any) -> TensorPiece:
+    """A megatron-core sharded tensor as a piece; its leading layer axes have length 1."""
+    assert tensor.flattened_range is None, "flattened tensors are no boxes"
+    sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
+    return TensorPiece(
+        tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), sizes, tensor.data
+    )
+
+
+def _saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def format_file() -> bytes:
+    """``metadata.json``, by which megatron-core knows the format."""
+    return json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
 
 
 def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -307,6 +307,13 @@ class CheckpointConfig:
     save_interval: PositiveCount | None = Field(
         default=None, description="iterations between checkpoints; only the last when unset"
     )
+    async_save: Switch = Field(
+        default=True,
+        description="train on while a checkpoint is written from a copy in host memory",
+    )
+    ckpt_verify: Switch = Field(
+        default=False, description="compare every file's hash before a checkpoint is loaded"
+    )
     save_retain: Size | None = Field(
         default=None, description="checkpoints kept, the newest; all when unset"
     )

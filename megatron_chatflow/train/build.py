@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.checkpoint.files import write_atomically
-from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, load_weights
+from megatron_chatflow.checkpoint.saver import CheckpointSaver
+from megatron_chatflow.checkpoint.store import (
+    RunState,
+    load_checkpoint,
+    load_weights,
+    verify_checkpoint,
+)
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.config.model_shape import causal_share, flops_per_token
 from megatron_chatflow.data.blend import Blend
@@ -52,6 +58,9 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     llama = _model(config, ranks, inputs.vocab_size)
     optimization = build_optimization(config, llama, ranks)
     if inputs.checkpoint is not None:
+        if config.checkpoint.ckpt_verify:
+            verify_checkpoint(inputs.checkpoint, ranks)
+            logger.info("every file of %s is what was saved", inputs.checkpoint)
         _load(inputs.checkpoint, optimization, ranks, weights_only=inputs.resumed is None)
     progress = _progress(inputs.blend, inputs.resumed)
     optimization.set_consumed_samples(progress.consumed_samples)
@@ -83,6 +92,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         watchdog=_watchdog(config, ranks),
         hooks=_hooks(config, ranks, progress, stack),
         downtime=_downtime(config, ranks, progress),
+        saver=_saver(config, ranks, progress, stack),
     )
     stack.callback(run.stop_request.close)
     stack.callback(run.watchdog.close)
@@ -165,6 +175,17 @@ def _validator(config: RunConfig, inputs: RunInputs) -> Validator | None:
         micro_batch_size=config.train.micro_batch_size,
         seq_length=config.data.seq_length,
     )
+
+
+def _saver(
+    config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack
+) -> CheckpointSaver | None:
+    if config.checkpoint.save is None:
+        return None
+    resumed = progress.iteration if progress.iteration else None
+    saver = CheckpointSaver(Path(config.checkpoint.save), config, ranks, durable_iteration=resumed)
+    stack.callback(saver.close)
+    return saver
 
 
 def _hooks(config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack) -> list[Hook]:

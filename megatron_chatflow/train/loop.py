@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from megatron_chatflow.checkpoint.files import iteration_folder, latest_iteration
-from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, save_checkpoint
+from megatron_chatflow.checkpoint.saver import CheckpointSaver
+from megatron_chatflow.checkpoint.store import RunState, load_checkpoint
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.digest import combine_digests
@@ -81,6 +82,7 @@ class Run:
         guard: Judges every step.
         watchdog: Ends a process that hangs.
         downtime: What restarts have cost.
+        saver: Writes checkpoints; None where none are asked for.
     """
 
     config: RunConfig
@@ -100,6 +102,7 @@ class Run:
     watchdog: Watchdog
     downtime: Downtime = field(default=Downtime())
     hooks: Sequence[Hook] = field(default=())
+    saver: CheckpointSaver | None = None
 
 
 def train(run: Run, progress: Progress) -> Progress:
@@ -117,7 +120,7 @@ def train(run: Run, progress: Progress) -> Progress:
     """
     config = run.config
     last_iteration = config.num_iterations
-    saved_iteration = progress.iteration if progress.iteration else None
+    first_iteration = progress.iteration + 1
     batches = run.loader.batches(progress.consumed_samples, config.train.global_batch_size)
     if progress.iteration == 0:
         _validate(run, progress)
@@ -136,16 +139,13 @@ def train(run: Run, progress: Progress) -> Progress:
             _report(run, progress, batch, result, seconds, data_seconds)
         if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
             _validate(run, progress)
-        if _is_due(progress.iteration, config.checkpoint.save_interval) and _save(run, progress):
-            saved_iteration = progress.iteration
+        if run.saver is not None and progress.iteration == first_iteration:
+            run.saver.prepare(run.optimization.chunks, run.optimization.optimizer)
+        if _is_due(progress.iteration, config.checkpoint.save_interval):
+            _save(run, progress)
         if _should_stop(run, progress):
             break
-    if config.checkpoint.save and saved_iteration != progress.iteration:
-        if not _save(run, progress):
-            raise UserError(
-                f"checkpoint.save: {config.checkpoint.save}: the last checkpoint could not be "
-                "written; free space and resume from the one before"
-            )
+    _ensure_saved(run, progress)
     return progress
 
 
@@ -155,6 +155,8 @@ def _roll_back(run: Run, progress: Progress) -> None:
     What led to the bad step, the samples since that checkpoint, is thereby left out of the weights.
     """
     root = run.config.checkpoint.save
+    if run.saver is not None:
+        run.saver.finish()
     latest = None if root is None else latest_iteration(Path(root))
     # A rank may see the file of another node a moment late; all take the same checkpoint.
     choice = torch.tensor([-1 if latest is None else latest], device=run.ranks.device)
@@ -259,14 +261,13 @@ def _validate(run: Run, progress: Progress) -> None:
         hook.on_validation(progress.iteration, losses)
 
 
-def _save(run: Run, progress: Progress) -> bool:
-    if run.config.checkpoint.save is None:
-        return False
+def _save(run: Run, progress: Progress) -> None:
+    if run.saver is None:
+        return
     run.watchdog.beat(progress.iteration, "saving")
     run.optimization.gather_parameters()
     state: dict[str, Any] = run.blend.state_at(progress.consumed_samples)
-    return save_checkpoint(
-        Path(run.config.checkpoint.save),
+    run.saver.save(
         replace(
             run.state,
             iteration=progress.iteration,
@@ -275,8 +276,23 @@ def _save(run: Run, progress: Progress) -> bool:
             blend=state,
             guard=run.guard.state(),
         ),
-        run.config,
         run.optimization.chunks,
         run.optimization.optimizer,
-        run.ranks,
     )
+
+
+def _ensure_saved(run: Run, progress: Progress) -> None:
+    """Returns once the progress is on the disk; one more attempt if the last save failed.
+
+    Raises:
+        UserError: That failed too.
+    """
+    run.watchdog.beat(progress.iteration, "saving")
+    if run.saver is None or run.saver.finish() == progress.iteration:
+        return
+    _save(run, progress)
+    if run.saver.finish() != progress.iteration:
+        raise UserError(
+            f"checkpoint.save: {run.config.checkpoint.save}: the last checkpoint could not be "
+            "written; free space and resume from the one before"
+        )

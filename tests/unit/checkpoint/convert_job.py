@@ -68,14 +68,25 @@ def spread_norms(chunk: Any) -> None:
 
 def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     from megatron_chatflow.checkpoint import megatron
+    from megatron_chatflow.checkpoint.shard_plan import index_of, lay_out
 
     folder = Path(task["folder"])
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True)
     torch.distributed.barrier()
     with device_mode(ranks.device):
-        megatron.save_sharded({"model": llama.chunks[0].sharded_state_dict()}, folder)
+        state = {"model": llama.chunks[0].sharded_state_dict()}
+        pieces, objects, common = megatron.sharded_parts(state)
+    image = lay_out(f"__{torch.distributed.get_rank()}_0.distcp", pieces, objects)
+    content = torch.empty(image.num_bytes, dtype=torch.uint8)
+    image.copy(0, image.num_bytes, content)
+    (folder / image.plan["file"]).write_bytes(content.numpy().tobytes())
+    plans: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(plans, image.plan)
     if torch.distributed.get_rank() == 0:
+        (folder / ".metadata").write_bytes(index_of(plans))
+        (folder / "common.pt").write_bytes(common)
+        (folder / "metadata.json").write_bytes(megatron.format_file())
         shape = {**SHAPE, **task["model"]}
         state = {"model": shape, "tokenizer": {}, "iteration": 1}
         (folder / "state.json").write_text(json.dumps(state))
