@@ -20,8 +20,8 @@ from megatron_chatflow.native import cpu_kernels
 MAX_LENGTH = 2048
 # Queries of a block: fewer leave the products thin, more form many scores above the diagonal.
 QUERY_CHUNK = 256
-# Scores of a block, so that it stays in the cache between the products that make and use it.
-BLOCK_SCORES = 1 << 21
+# Scores of a block, 8 MB: more leave the cache between two products, fewer cost more calls.
+BLOCK_SCORES = 1 << 22
 
 Runs = tuple[tuple[int, int, int], ...]
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +46,8 @@ class _Block:
 
     def key_heads(self, heads: torch.Tensor) -> torch.Tensor:
         """``[documents * groups, keys, head_dim]``."""
-        return heads[self.documents, :, : self.queries.stop].flatten(0, 1)
+        # Dense before anybody transposes it: a copy of the transposed would be twenty times slower.
+        return heads[self.documents, :, : self.queries.stop].flatten(0, 1).contiguous()
 
 
 def _blocks(num_documents: int, num_heads: int, length: int) -> Iterator[_Block]:
@@ -55,8 +56,15 @@ def _blocks(num_documents: int, num_heads: int, length: int) -> Iterator[_Block]
     together = max(1, BLOCK_SCORES // (num_heads * chunk * length))
     for first in range(0, num_documents, together):
         documents = slice(first, min(first + together, num_documents))
-        for begin in reversed(range(0, length, chunk)):
-            yield _Block(documents, slice(begin, min(begin + chunk, length)))
+        for end in range(length, 0, -chunk):
+            yield _Block(documents, slice(max(0, end - chunk), end))
+
+
+def _largest_block(num_documents: int, num_heads: int, length: int) -> int:
+    """Scores of a run's largest block, its first."""
+    first = next(_blocks(num_documents, num_heads, length))
+    num_queries = first.queries.stop - first.queries.start
+    return (first.documents.stop - first.documents.start) * num_heads * num_queries * length
 
 
 def _move(tokens: torch.Tensor, run: tuple[int, int, int], angles: Angles | None) -> torch.Tensor:
@@ -173,23 +181,32 @@ def _run_gradients(
         saved: Every block's probabilities, in the order of `_blocks`.
         scale: Factor on the scores.
     """
-    grad_q = torch.empty_like(q)
-    # Blocks of queries add up in fp32. A document's first block has every key, and overwrites.
-    grad_k, grad_v = (torch.empty(k.shape, dtype=torch.float32) for _ in range(2))
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     num_groups, length = k.shape[1], k.shape[2]
+    scratch = q.new_empty(_largest_block(len(q), q.shape[1], length))
+    # Blocks of queries add up in fp32. A document's first block has every key.
+    grad_k = grad_v = torch.empty(0)
     for block in _blocks(len(q), q.shape[1], length):
         probabilities = next(saved)
+        scores = scratch[: probabilities.numel()].view(probabilities.shape)
         queries = block.query_heads(q, num_groups)
         outputs = block.query_heads(gradient, num_groups)
-        scores = torch.bmm(outputs, block.key_heads(v).transpose(1, 2))
-        scores = _softmax_backward(probabilities, scores, block, scale)
-        target = grad_q[block.documents, :, block.queries]
+        torch.bmm(outputs, block.key_heads(v).transpose(1, 2), out=scores)
+        _softmax_backward(probabilities, scores, block, scale)
+        target = gradients[0][block.documents, :, block.queries]
         target.copy_(torch.bmm(scores, block.key_heads(k)).view(target.shape))
-        for whole, left, right in ((grad_k, scores, queries), (grad_v, probabilities, outputs)):
-            sums = whole[block.documents, :, : block.queries.stop]
-            part = torch.bmm(left.transpose(1, 2), right).view(sums.shape)
-            sums.copy_(part) if block.queries.stop == length else sums.add_(part)
-    return grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)
+        part_k = torch.bmm(scores.transpose(1, 2), queries)
+        part_v = torch.bmm(probabilities.transpose(1, 2), outputs)
+        if block.queries.stop == length:
+            grad_k, grad_v = part_k.float(), part_v.float()
+        else:
+            grad_k[:, : block.queries.stop] += part_k
+            grad_v[:, : block.queries.stop] += part_v
+        if block.queries.start == 0:
+            for whole, sums in zip(gradients[1:], (grad_k, grad_v), strict=True):
+                target = whole[block.documents]
+                target.copy_(sums.view(target.shape))
+    return gradients
 
 
 def composed_attention(

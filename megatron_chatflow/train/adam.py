@@ -79,6 +79,12 @@ class FusedAdamW(torch.optim.Optimizer):
         group["step"] += 1
 
 
+def _scale(_chunk_size: int, _overflow: Any, tensors: list[list[Any]], factor: float) -> None:
+    """Scales a list of tensors into another, like Apex's kernel; in place without a copy."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=target)
+
+
 def install_where_absent() -> str:
     """Gives megatron-core this optimizer unless Apex or transformer-engine brought theirs.
 
@@ -86,7 +92,7 @@ def install_where_absent() -> str:
         Which optimizer the run uses and why, for the log.
     """
     from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     if not optimizer.USING_PYTORCH_OPTIMIZER and optimizer.Adam is not FusedAdamW:
         return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
@@ -95,4 +101,5 @@ def install_where_absent() -> str:
     distrib_optimizer.Adam = FusedAdamW
     distrib_optimizer.USING_APEX_OPTIMIZER = True
     distrib_optimizer.HAVE_APEX_OR_TE = True
+    clip_grads.multi_tensor_scale_impl = _scale
     return "torch's fused AdamW: neither transformer-engine nor Apex is installed"

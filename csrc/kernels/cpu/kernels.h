@@ -106,6 +106,7 @@ struct Kernels {
                                   std::int64_t end);
 };
 
+const Kernels& avx512_bf16_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 const Kernels& portable_kernels();

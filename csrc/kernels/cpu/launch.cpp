@@ -16,7 +16,9 @@ const Kernels& kernels() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi2");
-    return avx512 && avx2 ? avx512_kernels() : avx2 ? avx2_kernels() : portable_kernels();
+    if (!avx2) return portable_kernels();
+    if (!avx512) return avx2_kernels();
+    return __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels() : avx512_kernels();
   }();
   return chosen;
 #else
