@@ -63,8 +63,8 @@ def _blocks(num_documents: int, num_heads: int, length: int) -> Iterator[_Block]
 def _largest_block(num_documents: int, num_heads: int, length: int) -> int:
     """Scores of a run's largest block, its first."""
     first = next(_blocks(num_documents, num_heads, length))
-    num_queries = first.queries.stop - first.queries.start
-    return (first.documents.stop - first.documents.start) * num_heads * num_queries * length
+    documents = range(num_documents)[first.documents]
+    return len(documents) * num_heads * len(range(length)[first.queries]) * length
 
 
 def _move(tokens: torch.Tensor, run: tuple[int, int, int], angles: Angles | None) -> torch.Tensor:
