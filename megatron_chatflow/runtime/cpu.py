@@ -90,9 +90,14 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Returns to the system, once, what `keep_freed_memory` has kept."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def install() -> None:
     """Replaces the CUDA entry points; calling it twice changes nothing more."""
-    keep_freed_memory()
     # `setattr` and not assignment: these names are typed as what they replace. Each name gets a
     # function of its own, because torch's compiler refuses one object under two names.
     replacements: dict[str, Callable[..., Any]] = {

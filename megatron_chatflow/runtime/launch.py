@@ -74,10 +74,12 @@ def initialize(
     context_parallel_size: int = 1,
     seed: int = 1234,
     timeout: timedelta = timedelta(minutes=10),
+    keep_freed_memory: bool = True,
 ) -> Ranks:
     """Joins the job and makes its parallel groups.
 
-    ``num_model_chunks`` above 1 asks for megatron-core's interleaved schedule.
+    ``num_model_chunks`` above 1 asks for megatron-core's interleaved schedule. On CPUs the C
+    library is told to keep freed memory, which only a benchmark's peer goes without.
 
     Raises:
         UserError: The world size is no multiple of the model-parallel size, or a node has fewer
@@ -100,6 +102,8 @@ def initialize(
         from megatron_chatflow.runtime import cpu
 
         cpu.install()
+        if keep_freed_memory:
+            cpu.keep_freed_memory()
         _share_cpu_threads(process)
     if not torch.distributed.is_initialized():
         _join(process, device, timeout)
@@ -119,6 +123,13 @@ def initialize(
     seed_everything(seed)
     megatron.seed_model_parallel(seed)
     return ranks
+
+
+def return_freed_memory() -> None:
+    """Has the C library of a CPU run return, once, what it keeps of freed memory."""
+    from megatron_chatflow.runtime import cpu
+
+    cpu.return_freed_memory()
 
 
 def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> None:

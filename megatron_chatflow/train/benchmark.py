@@ -2,14 +2,17 @@
 
 In: a shape. Out: a row for ours and, with ``--peers``, for transformers and for plain megatron-core
 (its local layer spec) on the same shape and the same tokens. Rounds of the subjects alternate, so
-that a machine whose speed drifts drifts for all of them; medians are reported.
+that a machine whose speed drifts drifts for all of them; medians are reported. On CPUs the peers
+are measured twice: with freed memory kept as our runs keep it, and as they come. Under torchrun,
+ours alone, tensor-parallel over its processes.
 """
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +20,14 @@ import torch
 from megatron_chatflow.config.model_shape import flops_per_token
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row
-from megatron_chatflow.runtime.launch import finalize, initialize
+from megatron_chatflow.runtime.launch import finalize, initialize, return_freed_memory
 from megatron_chatflow.runtime.peak import peak_flops
-from megatron_chatflow.runtime.ranks import Ranks
-from megatron_chatflow.train.benchmark_shape import SHAPES, Shape
+from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+from megatron_chatflow.train.benchmark_peer import PeerProcess
+from megatron_chatflow.train.benchmark_shape import SHAPES, SUBJECT_SEED, Shape
 
-OURS, TRANSFORMERS, MEGATRON = "ours", "transformers", "megatron_core"
+OURS = "ours"
+AS_IT_COMES = ", as it comes"
 
 
 class Subject(Protocol):
@@ -63,17 +68,49 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Measures; see the module."""
     shape = shape_of(arguments)
-    ranks = initialize()
+    num_processes = ProcessRank.from_environment().world_size
+    if arguments.peers and num_processes > 1:
+        raise UserError("--peers: the peers run in one process; start without torchrun")
+    ranks = initialize(tensor_model_parallel_size=num_processes)
     with ExitStack() as stack:
         stack.callback(finalize)
-        subjects = _subjects(shape, ranks, with_peers=arguments.peers)
-        seconds = measure(subjects, arguments.num_rounds, arguments.num_steps, ranks)
+        from megatron_chatflow.train import benchmark_subjects as subjects
+
+        tokens = shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED))
+        ours: dict[str, Subject] = {OURS: subjects.Ours(shape, tokens, ranks)}
+        peers: dict[str, Subject] = {}
+        if arguments.peers:
+            peers = {name: peer(shape, tokens, ranks) for name, peer in subjects.PEERS.items()}
+        seconds = measure(ours | peers, arguments.num_rounds, arguments.num_steps, ranks)
         rows = _rows(seconds, shape, ranks)
+        if arguments.peers and not ranks.is_cuda:
+            peers.clear()
+            # What they held is needed by the next ones, in processes of their own.
+            gc.collect()
+            return_freed_memory()
+            for name in subjects.PEERS:
+                rows.append(_as_it_comes(name, ours, shape, arguments, ranks))
         if arguments.profile:
             from megatron_chatflow.train.benchmark_profile import profile_rows
 
-            rows += profile_rows(subjects[OURS].step, shape.num_tokens, ranks.device)
+            rows += profile_rows(ours[OURS].step, shape, ranks)
+    if ranks.process.rank:
+        raise SystemExit(0)  # the first process reports
     return rows
+
+
+def _as_it_comes(
+    name: str,
+    ours: dict[str, Subject],
+    shape: Shape,
+    arguments: argparse.Namespace,
+    ranks: Ranks,
+) -> Row:
+    """A peer's row from a process of its own, beside ours in the same rounds."""
+    with closing(PeerProcess(name, shape)) as peer:
+        subjects = {**ours, name + AS_IT_COMES: peer}
+        seconds = measure(subjects, arguments.num_rounds, arguments.num_steps, ranks)
+    return _rows(seconds, shape, ranks)[1]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -83,19 +120,6 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         for row in rows
         if "subject" in row
     }
-
-
-def _subjects(shape: Shape, ranks: Ranks, *, with_peers: bool) -> dict[str, Subject]:
-    from megatron_chatflow.train import benchmark_subjects as subjects
-
-    generator = torch.Generator().manual_seed(0)
-    size = (shape.micro_batch_size, shape.seq_length + 1)
-    tokens = torch.randint(0, shape.vocab_size, size, generator=generator)
-    chosen: dict[str, Subject] = {OURS: subjects.Ours(shape, tokens, ranks)}
-    if with_peers:
-        chosen[TRANSFORMERS] = subjects.Transformers(shape, tokens, ranks)
-        chosen[MEGATRON] = subjects.PlainMegatron(shape, tokens, ranks)
-    return chosen
 
 
 def measure(

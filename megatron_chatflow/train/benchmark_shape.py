@@ -5,7 +5,12 @@ In: nothing. Out: widths of LLaMA-2 with few layers, and a model that one CPU tr
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_chatflow.config import ModelConfig
+
+# Of the generator of the tokens, the same for every subject.
+SUBJECT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Shape:
     def num_tokens(self) -> int:
         """Tokens of a step."""
         return self.seq_length * self.micro_batch_size
+
+    def tokens(self, generator: torch.Generator) -> torch.Tensor:
+        """A step's tokens and each sample's last label, int64[micro_batch_size, seq_length + 1]."""
+        size = (self.micro_batch_size, self.seq_length + 1)
+        return torch.randint(0, self.vocab_size, size, generator=generator)
 
     def model_config(self) -> ModelConfig:
         """The shape as a run's configuration has it."""

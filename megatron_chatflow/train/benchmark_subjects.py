@@ -25,12 +25,13 @@ from megatron_chatflow.train.step import train_step
 LEARNING_RATE = 1e-4
 
 
-def _run_config(shape: Shape) -> RunConfig:
+def _run_config(shape: Shape, tensor_parallel_size: int = 1) -> RunConfig:
     return RunConfig.from_dict(
         {
             "model": {k: v for k, v in vars(shape.model_config()).items() if not k.startswith("_")},
             "tokenizer": {"tokenizer_model": "unused"},
             "data": {"seq_length": shape.seq_length, "sources": {"mock": {"paths": ["unused"]}}},
+            "parallel": {"tensor_model_parallel_size": tensor_parallel_size},
             "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant"},
             "train": {
                 "train_iters": 1000,
@@ -46,7 +47,7 @@ class Ours:
 
     def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
         """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1]."""
-        config = _run_config(shape)
+        config = _run_config(shape, ranks.tensor_parallel_size)
         with device_mode(ranks.device):
             llama = build_llama(
                 config.model, config.parallel, config.train, ranks, vocab_size=shape.vocab_size
@@ -184,3 +185,9 @@ class PlainMegatron:
             chunk.scale_gradients(1.0 / self._tokens.numel())
             self._optimization.optimizer.step()
         return float(losses.detach().float().mean())
+
+
+PEERS: dict[str, type[Transformers] | type[PlainMegatron]] = {
+    "transformers": Transformers,
+    "megatron_core": PlainMegatron,
+}
