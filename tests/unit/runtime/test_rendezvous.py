@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.rendezvous import agree_on_prefix
 
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = timedelta(minutes=10)
 
 
 def _attempt(port: int, delays: list[float]) -> list[str]:
