@@ -13,6 +13,10 @@ class UserError(ValueError):
     """A mistake in the input; its message says what is wrong, where, and what to do, in a line."""
 
 
+class LocalError(UserError):
+    """What one process of a job meets and the others do not, such as a disk of its node's."""
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs ``main`` and exits: 0 or its own status, 2 for a `UserError`, 130 for Ctrl-C.
 

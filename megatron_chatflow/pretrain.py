@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.config.pipeline import num_model_chunks
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import LocalError, UserError, run_main
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 
@@ -52,6 +52,8 @@ def main() -> int:
             logger.info("resolved configuration:\n%s", config.to_yaml())
         run_training(config, ranks)
     except UserError as error:
+        if isinstance(error, LocalError):
+            raise UserError(f"rank {process.rank}: {error}") from error
         # Every rank meets the same mistake; one of them says it.
         if process.rank == 0:
             raise

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "loader.h"
+#include "mapped.h"
 #include "packing.h"
 #include "permutation.h"
 #include "samples.h"
@@ -235,6 +236,13 @@ py::array_t<int64_t> best_fit_of(const py::array& lengths, int64_t capacity) {
 }  // namespace
 
 void register_samples(py::module_& module) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const MappedReadError& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
+    }
+  });
   module.def("permute", &permute, py::arg("places"), py::arg("size"), py::arg("keys"));
   module.def(
       "permute_one",

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "mapped.h"
+
 namespace chatflow {
 namespace {
 
@@ -170,7 +172,8 @@ void RowReader::find_pieces(int64_t ordinal, Row* row) const {
 }
 
 void RowReader::prefetch(int64_t ordinal, Row* row) const {
-  find_pieces(ordinal, row);
+  // `read` says what cannot be read.
+  if (!mapped::guarded([&] { find_pieces(ordinal, row); })) return;
   for (const TokenSpan& piece : row->pieces) {
     const int64_t item = item_size(piece.file->type);
     const auto* tokens = static_cast<const uint8_t*>(piece.file->tokens);
@@ -182,6 +185,13 @@ void RowReader::prefetch(int64_t ordinal, Row* row) const {
 }
 
 void RowReader::read(int64_t ordinal, Row* row) const {
+  if (mapped::guarded([&] { read_unguarded(ordinal, row); })) return;
+  std::string message = label_ + ": sample " + std::to_string(ordinal) + " cannot be read any more";
+  for (const TokenSpan& piece : row->pieces) message += ", in " + piece.file->name;
+  throw MappedReadError(message + ": a file became shorter, or its disk or server is gone");
+}
+
+void RowReader::read_unguarded(int64_t ordinal, Row* row) const {
   find_pieces(ordinal, row);
   int64_t filled = 0;
   try {

@@ -74,6 +74,7 @@ class RowReader {
   /// Reads a sample.
   /// \throws std::invalid_argument there is none such, an id is outside the vocabulary, or an index
   ///   is damaged; the message begins with the label
+  /// \throws MappedReadError a file became shorter, or its disk is gone
   void read(int64_t ordinal, Row* row) const;
 
   /// Asks the system to bring a sample's pages into memory, all at once and without waiting: a page
@@ -94,6 +95,7 @@ class RowReader {
   SampleShape shape_;
 
  private:
+  void read_unguarded(int64_t ordinal, Row* row) const;
   void find_pieces(int64_t ordinal, Row* row) const;
   void copy(const TokenSpan& piece, int64_t filled, Row* row) const;
   void finish(int64_t filled, Row* row) const;

@@ -5,6 +5,8 @@ What a batch holds depends on the global sample index alone: number of ranks, mi
 threads and the place where a run resumed change only how it is cut.
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +19,11 @@ import numpy.typing as npt
 import torch
 
 from megatron_chatflow.data.samples import Sample
-from megatron_chatflow.data.source import Source
+from megatron_chatflow.data.source import Source, SourceUnavailableError
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.loader import Buffers, read_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -142,6 +146,7 @@ class Loader:
         num_prefetch: int = 2,
         num_threads: int = 1,
         pin_memory: bool | None = None,
+        retry_seconds: float = 0.0,
     ) -> None:
         """Takes its parts; reads nothing yet.
 
@@ -156,6 +161,7 @@ class Loader:
             num_threads: That assemble them.
             pin_memory: Whether batches lie in page-locked memory, from which copies to a GPU run
                 beside it; where there is a GPU if None.
+            retry_seconds: In which a source that cannot be read may come back.
         """
         self._sources = list(sources)
         self._readers = [source.rows for source in self._sources]
@@ -165,6 +171,7 @@ class Loader:
         self._rank = data_parallel_rank
         self._num_ranks = data_parallel_size
         self._num_prefetch = num_prefetch
+        self._retry_seconds = retry_seconds
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self._pool = ThreadPoolExecutor(
             num_threads, thread_name_prefix="loader", initializer=self._thread_initializer()
@@ -187,7 +194,8 @@ class Loader:
             global_batch_size: Samples of a batch over all ranks.
 
         Raises:
-            UserError: The batch does not divide among the ranks, or a source cannot be read.
+            UserError: The batch does not divide among the ranks, or a source holds damaged samples.
+            SourceUnavailableError: A source cannot be read, and did not come back.
         """
         share = self._micro_batch_size * self._num_ranks
         if global_batch_size < 1 or global_batch_size % share:
@@ -228,6 +236,24 @@ class Loader:
             begin = end
 
     def _assemble(self, order: _Order) -> GlobalBatch:
+        """Assembles a batch; a source that is away may come back meanwhile."""
+        deadline = None
+        while True:
+            try:
+                return self._assemble_once(order)
+            except SourceUnavailableError as error:
+                now = time.monotonic()
+                if deadline is None:
+                    logger.warning("%s; trying again for %g s", error, self._retry_seconds)
+                    deadline = now + self._retry_seconds
+                if now >= deadline:
+                    raise SourceUnavailableError(
+                        f"{error}; it was away for {self._retry_seconds:g} s "
+                        "(--data-retry-seconds): bring it back and resume"
+                    ) from error
+                time.sleep(min(1.0, deadline - now))
+
+    def _assemble_once(self, order: _Order) -> GlobalBatch:
         for number in np.flatnonzero(order.num_drawn).tolist():
             self._sources[number].check_files()
         positions = self._positions(order)
@@ -274,6 +300,8 @@ class Loader:
         )
         try:
             return read_rows(self._readers, source, ordinals, self._micro_batch_size, buffers)
+        except OSError as error:
+            raise SourceUnavailableError(str(error)) from error
         except ValueError as error:
             raise UserError(str(error)) from error
 

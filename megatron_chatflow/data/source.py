@@ -22,12 +22,16 @@ from megatron_chatflow.data.samples import Sample, open_token_file
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.split import Split, split_runs
 from megatron_chatflow.data.windows import Windows
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.native.samples import RowReader, SampleShape, TokenFile
 
 logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 30.0  # thousands of ranks ask the same file server
+
+
+class SourceUnavailableError(LocalError):
+    """A source's files are gone, changed, or cannot be read on this node."""
 
 
 class Samples(Protocol):
@@ -113,9 +117,12 @@ class Source:
 
         Raises:
             UserError: The files hold no such sample, or ids outside the vocabulary.
+            SourceUnavailableError: They cannot be read any more.
         """
         try:
             return Sample(*self.rows.read(ordinal))
+        except OSError as error:
+            raise SourceUnavailableError(str(error)) from error
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -130,25 +137,27 @@ class Source:
     def check_files(self) -> None:
         """Looks, at most twice a minute, whether the files are still there and as long as before.
 
-        A mapped file that shrinks would kill the process where it is read.
+        A mapping outlives its file's name: without a look nobody would notice until the next start.
 
         Raises:
-            UserError: One is not.
+            SourceUnavailableError: One is not; the next call looks again.
         """
         now = time.monotonic()
         if now - self._checked_at < _CHECK_SECONDS:
             return
-        self._checked_at = now
         for path, num_bytes in zip(self._files, self._sizes, strict=True):
             try:
                 found = path.stat().st_size
             except OSError as error:
-                raise UserError(f"data.sources.{self.name}: {path}: {error.strerror}") from error
+                raise SourceUnavailableError(
+                    f"data.sources.{self.name}: {path}: {error.strerror}"
+                ) from error
             if found != num_bytes:
-                raise UserError(
+                raise SourceUnavailableError(
                     f"data.sources.{self.name}: {path}: changed during the run, from {num_bytes} "
-                    f"to {found} bytes: put the file back and resume"
+                    f"to {found} bytes"
                 )
+        self._checked_at = now
 
 
 def _paths_of(file: TokenFile) -> list[Path]:

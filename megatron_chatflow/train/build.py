@@ -161,6 +161,7 @@ def _loader(config: RunConfig, inputs: RunInputs, ranks: Ranks, stack: ExitStack
         data_parallel_rank=ranks.data_parallel_rank,
         data_parallel_size=ranks.data_parallel_size,
         num_prefetch=config.data.num_prefetch,
+        retry_seconds=config.faults.data_retry_seconds,
     )
     stack.callback(loader.close)
     return loader

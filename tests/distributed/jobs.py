@@ -14,7 +14,8 @@ from typing import Any
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """The environment of every process that tests start."""
     # One thread a process, so that reductions are cut the same way on every machine.
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -41,7 +42,7 @@ def run(command: Sequence[str], *, expect: int = 0, timeout: int = 300) -> str:
     """Runs a command and returns its output; fails if it ends with another status."""
     result = subprocess.run(
         list(map(str, command)),
-        env=_environment(),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,0 +1,241 @@
+"""Trains one run through many kills, and shows that it ends where an undisturbed run ends.
+
+``python tests/distributed/chaos.py FOLDER --kills 30 [--seed 0] [--processes 2]``
+
+In: a folder. Out: a line per kill, a table of what happened, and exit status 0 only if every
+iteration's ``batch_digest``, loss and gradient norm, and every tensor of the last checkpoint, equal
+those of a run that nobody disturbed.
+
+What is done to it, each at a random moment:
+
+- ``rank``: SIGKILL to a worker; torchrun's agent restarts the others with it;
+- ``job``: SIGKILL to the agent; its workers die with it, and the job is launched again;
+- ``save``: SIGKILL to a worker or to the agent while a checkpoint is being written;
+- ``full``: no file may grow for a second (RLIMIT_FSIZE), as on a full disk, saves or not;
+- ``term``: SIGTERM to the agent, as a scheduler sends it; the job is launched again.
+"""
+
+import argparse
+import collections
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jobs
+import psutil
+import torch
+from tiny_run import make_tiny_run
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+KINDS = ("rank", "job", "save", "full", "term")
+_PATIENCE = 300.0  # seconds in which a healthy job gets on, on the slowest machine
+
+
+@dataclass
+class Record:
+    """What happened to the run."""
+
+    kills: collections.Counter[str] = field(default_factory=collections.Counter)
+    num_launches: int = 0
+    num_failed_saves: int = 0
+
+
+class Job:
+    """The run under torchrun: what is alive of it, and how far it is."""
+
+    def __init__(self, command: list[str], folder: Path, log: Path, record: Record) -> None:
+        self._command = command
+        self._folder = folder
+        self._log = log
+        self._record = record
+        self.agent: psutil.Popen | None = None
+
+    def launch(self) -> None:
+        """Starts the job."""
+        self._record.num_launches += 1
+        with open(self._log, "ab") as log:
+            self.agent = psutil.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=jobs.environment()
+            )
+
+    def is_alive(self) -> bool:
+        """Whether the agent is."""
+        return self.agent is not None and self.agent.poll() is None
+
+    def workers(self) -> list[psutil.Process]:
+        """The training processes."""
+        try:
+            children = self.agent.children() if self.agent is not None else []
+            return [child for child in children if "pretrain" in " ".join(child.cmdline())]
+        except psutil.Error:
+            return []
+
+    def iteration(self) -> int:
+        """The last iteration that was logged."""
+        try:
+            lines = (self._folder / "metrics.jsonl").read_bytes().splitlines()
+            return max((json.loads(line)["iteration"] for line in lines[-3:]), default=0)
+        except (OSError, ValueError):
+            return 0
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return any(self._folder.glob(".iter_*"))
+
+    def wait_for(self, iteration: int) -> None:
+        """Waits until the run is that far, or over; launches it again where it ended early."""
+        deadline = time.monotonic() + _PATIENCE
+        while self.iteration() < iteration:
+            if not self.is_alive():
+                return
+            if time.monotonic() > deadline:
+                raise SystemExit(
+                    f"no progress beyond iteration {self.iteration()}: see {self._log}"
+                )
+            time.sleep(0.02)
+
+
+def strike(kind: str, job: Job, rng: random.Random) -> None:
+    """Does one of `KINDS` to a job that is training."""
+    workers = job.workers()
+    if kind == "save":
+        deadline = time.monotonic() + 30
+        while not job.is_saving() and job.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        kind = rng.choice(["rank", "job"])
+    if kind == "full":
+        limit(workers, 100)
+        time.sleep(1.0)
+        limit(workers, resource.RLIM_INFINITY)
+        return
+    assert job.agent is not None
+    victim = rng.choice(workers) if kind == "rank" and workers else job.agent
+    try:
+        victim.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+        if victim is job.agent:
+            job.agent.wait(_PATIENCE)
+            psutil.wait_procs(workers, timeout=_PATIENCE)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def limit(workers: list[psutil.Process], num_bytes: int) -> None:
+    """Says how large a file may become under the workers' hands."""
+    for worker in workers:
+        try:
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+        except ProcessLookupError:
+            pass
+
+
+def disturb(job: Job, num_kills: int, num_iterations: int, rng: random.Random) -> Record:
+    """Trains to the end through ``num_kills`` kills."""
+    record = job._record
+    kinds = [KINDS[k % len(KINDS)] for k in range(num_kills)]
+    rng.shuffle(kinds)
+    step = max(1, (num_iterations - 10) // num_kills)
+    job.launch()
+    for number, kind in enumerate(kinds, 1):
+        target = min(job.iteration() + rng.randint(1, step), num_iterations - 2)
+        job.wait_for(target)
+        if not job.is_alive():
+            job.launch()
+            job.wait_for(target)
+        time.sleep(rng.random() * 0.1)
+        at = job.iteration()
+        strike(kind, job, rng)
+        record.kills[kind] += 1
+        print(f"{number:3d}/{num_kills}  {kind:5s} at iteration {at}", flush=True)
+        if not job.is_alive():
+            job.launch()
+    while job.iteration() < num_iterations or job.is_alive():
+        job.wait_for(num_iterations)
+        if job.is_alive():
+            job.agent.wait(_PATIENCE)  # type: ignore[union-attr]
+        elif job.iteration() < num_iterations:
+            job.launch()
+    return record
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    reader = FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if hasattr(entry, "size")
+    }
+    load_shards(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def differences(found: Path, expected: Path, num_iterations: int) -> list[str]:
+    """What two runs do not share; nothing if all is well."""
+    ours, theirs = (jobs.read_metrics(folder)[0] for folder in (found, expected))
+    problems = []
+    numbers = [entry["iteration"] for entry in ours]
+    if numbers != list(range(1, num_iterations + 1)):
+        problems.append("an iteration is missing from the metrics, or stands there twice")
+    for mine, other in zip(ours, theirs, strict=False):
+        for key in ("batch_digest", "lm_loss", "grad_norm", "learning_rate"):
+            if mine[key] != other[key]:
+                problems.append(f"iteration {other['iteration']}: {key} differs")
+    name = f"iter_{num_iterations:07d}"
+    mine_last, other_last = tensors(found / name), tensors(expected / name)
+    problems += [
+        f"{name}: {key} differs"
+        for key, value in other_last.items()
+        if key not in mine_last or not torch.equal(mine_last[key], value)
+    ]
+    return problems
+
+
+def main() -> int:
+    """Runs the command line; 0 if nothing differs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    num_iterations = 12 * options.kills + 20
+    tiny = make_tiny_run(options.folder)
+    flags = ["--config", tiny.config, "--train-iters", num_iterations, "--save-interval", 4]
+    flags += ["--save-retain", 2, "--eval-interval", "none", "--use-distributed-optimizer"]
+    launcher = [*jobs.torchrun(options.processes), "--max-restarts=1000"]
+    launcher += ["-m", "megatron_chatflow.pretrain"]
+    whole, disturbed = options.folder / "undisturbed", options.folder / "disturbed"
+    begin = time.perf_counter()
+    jobs.run([*launcher, *map(str, flags), "--save", str(whole)])
+    whole_seconds = time.perf_counter() - begin
+
+    log = options.folder / "disturbed.log"
+    command = [*launcher, *map(str, flags), "--save", str(disturbed), "--load", str(disturbed)]
+    job = Job(command, disturbed, log, Record())
+    begin = time.perf_counter()
+    record = disturb(job, options.kills, num_iterations, random.Random(options.seed))
+    seconds = time.perf_counter() - begin
+    text = log.read_text(errors="replace")
+    record.num_failed_saves = text.count(" failed: ")
+    num_trained = text.count("| consumed samples:")
+    print(f"kills: {sum(record.kills.values())} {dict(record.kills)}")
+    print(f"launches by hand {record.num_launches}, saves that failed {record.num_failed_saves}")
+    print(
+        f"iterations {num_iterations}, trained {num_trained}: {num_trained - num_iterations} again"
+    )
+    print(f"undisturbed {whole_seconds:.0f} s, disturbed {seconds:.0f} s")
+    problems = differences(disturbed, whole, num_iterations)
+    print("\n".join(problems[:20]) or "every batch, loss, gradient norm and final tensor is equal")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

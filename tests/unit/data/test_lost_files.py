@@ -1,0 +1,133 @@
+"""Sources whose files go away during a run: a clear error after a retry, never a crash."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_files import PlainTokenizer, data_config, numbered_documents, write_dataset
+
+from megatron_chatflow.data import source as source_module
+from megatron_chatflow.data.loader import Loader
+from megatron_chatflow.data.source import SourceUnavailableError, build_sources
+
+_LENGTH = 4096
+
+
+class _Blend:
+    """One source in its own order."""
+
+    def take(self, begin, end):
+        return np.zeros(end - begin, np.int16), np.arange(begin, end, dtype=np.int64)
+
+    def counts(self, sample):
+        return np.array([sample], np.int64)
+
+
+def _source(folder: Path):
+    prefix = write_dataset(folder / "long", numbered_documents([60000] * 4))
+    config = data_config({"long": {"paths": [prefix]}}, seq_length=_LENGTH)
+    return build_sources(config, seed=1, tokenizer=PlainTokenizer())[0]
+
+
+def _loader(source, retry_seconds: float) -> Loader:
+    return Loader(
+        [source],
+        _Blend(),
+        seq_length=_LENGTH,
+        micro_batch_size=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        num_prefetch=0,
+        retry_seconds=retry_seconds,
+    )
+
+
+@pytest.mark.parametrize("boundaries", ["ignore", "isolate"])
+def test_a_file_cut_short_is_an_error_and_no_crash(tmp_path: Path, boundaries: str) -> None:
+    # In a process of its own: what is tested would otherwise end all tests.
+    script = """
+import os, sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+from data_files import PlainTokenizer, data_config, numbered_documents, write_dataset
+from megatron_chatflow.data.source import SourceUnavailableError, build_sources
+prefix = write_dataset(Path(sys.argv[1]) / "long", numbered_documents([60000] * 4))
+block = {"paths": [prefix], "boundaries": "BOUNDARIES"}
+source = build_sources(
+    data_config({"long": block}, seq_length=4096), seed=1, tokenizer=PlainTokenizer()
+)[0]
+before = [source.sample_in_order(k).tokens.copy() for k in range(source.num_samples)]
+content = Path(prefix + ".bin").read_bytes()
+os.truncate(prefix + ".bin", 4096 * 20)
+lost = 0
+for k in range(source.num_samples):
+    try:
+        assert (source.sample_in_order(k).tokens == before[k]).all()
+    except SourceUnavailableError as error:
+        assert "sources.long" in str(error) and "became shorter" in str(error), error
+        lost += 1
+assert 0 < lost < source.num_samples, lost
+with open(prefix + ".bin", "r+b") as file:
+    file.write(content)
+for k in range(source.num_samples):
+    assert (source.sample_in_order(k).tokens == before[k]).all()
+print("lost and found", lost)
+""".replace("BOUNDARIES", boundaries)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
+    assert "lost and found" in result.stdout
+
+
+def test_a_source_that_comes_back_in_time_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(source_module, "_CHECK_SECONDS", 0.0)
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    source = _source(folder)
+    loader = _loader(source, retry_seconds=300)
+    batches = loader.batches(0, 1)
+    next(batches)
+    expected = source.sample(1).tokens
+    away = tmp_path / "away"
+    shutil.move(folder, away)
+    back = threading.Timer(1.5, lambda: shutil.move(away, folder))
+    back.start()
+    with caplog.at_level(logging.WARNING):
+        batch = next(batches)
+    back.join()
+    loader.close()
+    assert (batch.micro_batches[0].tokens[0].numpy() == expected[:-1]).all()
+    assert [record.message for record in caplog.records if "trying again" in record.message] == [
+        f"data.sources.long: {folder / 'long.bin'}: No such file or directory; "
+        "trying again for 300 s"
+    ]
+
+
+def test_a_source_that_stays_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_CHECK_SECONDS", 0.0)
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    loader = _loader(_source(folder), retry_seconds=1.0)
+    batches = loader.batches(0, 1)
+    next(batches)
+    shutil.rmtree(folder)
+    begin = time.monotonic()
+    with pytest.raises(
+        SourceUnavailableError, match=r"sources\.long: .*was away for 1 s"
+    ) as caught:
+        next(batches)
+    loader.close()
+    assert time.monotonic() - begin >= 1.0
+    assert "bring it back and resume" in str(caught.value)
