@@ -7,6 +7,7 @@ In: a tokenizer and a corpus of the language. Out: a folder with the extended to
 import argparse
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_folder import new_folder
@@ -16,20 +17,23 @@ from megatron_chatflow.corpus.readers import CorpusReader
 from megatron_chatflow.errors import UserError, run_main
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
+    ADDITIONS,
     PIECE_KINDS,
     SCRIPTS,
     Choice,
     choose_pieces,
     extend_tokenizer,
-    tokens_per_character,
+    listed_pieces,
 )
+from megatron_chatflow.tokenizer.extend_report import growth_lines
 
 EXAMPLES = """examples:
   python tools/extend_vocab.py --tokenizer-model tokenizer.model --corpus 'zh/*.jsonl.zst' \\
       --num-new 8076 --output-dir tokenizers/zh
   python tools/extend_vocab.py --tokenizer-model tokenizer.model --corpus zh.txt \\
-      --num-new 20000 --pieces bpe --output-dir tokenizers/zh-bpe
+      --num-new 20000 --method pieces --output-dir tokenizers/zh-bpe
 """
+HELD_OUT_EVERY = 20  # of the corpus's documents one is kept for the comparison, if none are given
 
 
 def main() -> None:
@@ -38,43 +42,53 @@ def main() -> None:
     args = _parse()
     if args.num_new < 1:
         raise UserError(f"--num-new: {args.num_new} is below 1; ask for some")
+    if (args.corpus is None) == (args.list is None):
+        raise UserError("give either --corpus or --list: pieces come from one of them")
     tokenizer = load_tokenizer(args.tokenizer_model)
-    choice = Choice(args.num_new, args.pieces, args.script, args.min_count)
-    pieces = choose_pieces(tokenizer, _texts(args), choice)
+    held_out = {Path(name).name: list(islice(_texts(args, [name]), 500)) for name in args.held_out}
+    if args.list is not None:
+        pieces = listed_pieces(tokenizer, args.list, args.num_new)
+    else:
+        every = 0 if held_out else HELD_OUT_EVERY
+        texts = (t for k, t in enumerate(_texts(args, args.corpus)) if not every or (k + 1) % every)
+        choice = Choice(args.num_new, args.method, args.script, args.min_count)
+        pieces = choose_pieces(tokenizer, texts, choice)
+        if every:
+            kept = (t for k, t in enumerate(_texts(args, args.corpus)) if (k + 1) % every == 0)
+            held_out["corpus, held out"] = list(islice(kept, 500))
     with new_folder(
         args.output_dir, overwrite=args.overwrite, mark="tokenizer_config.json", num_bytes=10**8
     ) as folder:
-        extended = extend_tokenizer(tokenizer, pieces, folder)
-    sample = [text for text, _ in zip(_texts(args), range(500), strict=False)]
-    before, after = (tokens_per_character(t, sample) for t in (tokenizer, extended))
-    print(f"added {len(pieces)} pieces: {tokenizer.vocab_size} -> {extended.vocab_size}")
-    print(f"tokens a character, first {len(sample)} documents: {before:.3f} -> {after:.3f}")
+        extended = extend_tokenizer(tokenizer, pieces, folder, args.add_as)
+    for line in growth_lines(tokenizer, extended, pieces, held_out):
+        print(line)
     print(f"wrote {args.output_dir}")
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Adds a language's pieces to a tokenizer; the old pieces keep their ids.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--tokenizer-model", type=Path, required=True, help="SentencePiece model, tokenizer.json")
-    add("--corpus", nargs="+", required=True, metavar="F", help="files, folders or globs")
+    add("--corpus", nargs="+", metavar="F", help="files, folders or globs")
+    add("--list", type=Path, metavar="F", help="file of pieces, one a line, instead of --corpus")
+    add("--held-out", nargs="+", default=[], metavar="F", help="text of each language, to compare")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="of the text in JSON")
-    add("--num-new", type=int, required=True, help="pieces to add")
+    add("--num-new", type=int, default=8076, help="pieces to add; default: %(default)s")
     add("--output-dir", type=Path, required=True, help="the new folder")
-    add("--pieces", choices=PIECE_KINDS, default="characters", help="default: %(default)s")
+    add("--method", choices=PIECE_KINDS, default="characters", help="default: %(default)s")
+    add("--add-as", choices=ADDITIONS, default="added-tokens", help="to a tokenizer.json")
     add("--script", choices=SCRIPTS, default="han", help="characters to take; default: %(default)s")
     add("--min-count", type=int, default=2, help="leave rarer characters out; default: %(default)s")
     add("--overwrite", action="store_true", help="replace an earlier output")
     return parser.parse_args()
 
 
-def _texts(args: argparse.Namespace) -> Iterator[str]:
+def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
     """The corpus, document by document; lines that are no documents are passed over."""
     settings = CorpusSettings(json_keys=tuple(args.json_keys))
-    reader = CorpusReader(find_inputs(args.corpus), "line", settings.columns)
+    reader = CorpusReader(find_inputs(inputs), "line", settings.columns)
     for chunk in reader.chunks():
         for documents in parse_chunk(chunk, settings).documents.values():
             yield from (document for document in documents if isinstance(document, str))

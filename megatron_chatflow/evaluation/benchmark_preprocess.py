@@ -55,6 +55,7 @@ _TARGETS = {
     (FAST, "chinese"): ("seconds", 2.0),
 }
 _MAX_RSS_BYTES = 300_000_000
+_START_NOISE = 0.1  # by so much of themselves start-ups differ
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +178,8 @@ def _contest(
                 row["met"] = usages[number][0].rss_bytes <= _MAX_RSS_BYTES
         else:
             beside = ours.get(contender.num_workers or 0, ours[max(ours)])
-            row.update(_ratios(row, beside, contender.name, language))
+            aimed_at = language if kind == "recombined" else None
+            row.update(_ratios(row, beside, contender.name, aimed_at))
             row.update(_differences(contender.name, prefixes[0], prefixes[number], tokenizer))
         yield row
     for path in folder.glob("out*"):
@@ -188,14 +190,13 @@ def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str,
     """The best round, without the best start-up."""
     start_seconds = min(usage.seconds for usage in starts)
     start_cpu_seconds = min(usage.cpu_seconds for usage in starts)
-    # A job that is over sooner than its start-up varies has no speed.
-    seconds = max(min(usage.seconds for usage in usages) - start_seconds, 1e-3)
-    cpu_seconds = max(min(usage.cpu_seconds for usage in usages) - start_cpu_seconds, 1e-3)
+    seconds = _beyond(min(usage.seconds for usage in usages), start_seconds)
+    cpu_seconds = _beyond(min(usage.cpu_seconds for usage in usages), start_cpu_seconds)
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "mb_per_second": num_bytes / 1e6 / seconds,
-        "mb_per_cpu_second": num_bytes / 1e6 / cpu_seconds,
+        "mb_per_second": None if seconds is None else num_bytes / 1e6 / seconds,
+        "mb_per_cpu_second": None if cpu_seconds is None else num_bytes / 1e6 / cpu_seconds,
         "start_seconds": start_seconds,
         "start_cpu_seconds": start_cpu_seconds,
         "rss_bytes": max(usage.rss_bytes for usage in usages),
@@ -203,19 +204,30 @@ def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str,
     }
 
 
-def _ratios(row: dict[str, Cell], ours: Row, name: str, language: str) -> dict[str, Cell]:
-    """A peer's costs as multiples of ours, and whether that is what was aimed at."""
+def _beyond(whole: float, start: float) -> float | None:
+    """What is beyond the start-up; None where that is no more than start-ups differ by."""
+    return whole - start if whole - start > _START_NOISE * start else None
+
+
+def _ratios(row: dict[str, Cell], ours: Row, name: str, language: str | None) -> dict[str, Cell]:
+    """A peer's costs as multiples of ours, and whether that is what was aimed at.
+
+    Args:
+        row: The peer's.
+        ours: Of as many workers.
+        name: The peer's.
+        language: None where nothing was aimed at.
+    """
     found: dict[str, Cell] = {}
     for cost in ("seconds", "cpu_seconds"):
         theirs, own = row[cost], ours[cost]
-        assert isinstance(theirs, float) and isinstance(own, float)
-        found[f"times_our_{cost}"] = theirs / own
+        if isinstance(theirs, float) and isinstance(own, float):
+            found[f"times_our_{cost}"] = theirs / own
     if (name, language) in _TARGETS:
-        cost, least = _TARGETS[name, language]
-        ratio = found[f"times_our_{cost}"]
-        assert isinstance(ratio, float)
+        cost, least = _TARGETS[name, language or ""]
+        ratio = found.get(f"times_our_{cost}")
         found["target"] = f"{least:g} times our {cost}"
-        found["met"] = ratio >= least
+        found["met"] = isinstance(ratio, float) and ratio >= least
     return found
 
 

@@ -21,13 +21,16 @@ from sentencepiece import sentencepiece_model_pb2
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import Tokenizer
 from megatron_chatflow.tokenizer.export import SPACE, write_folder
+from megatron_chatflow.tokenizer.extend_merges import with_merges
 from megatron_chatflow.tokenizer.load import load_tokenizer
 
 logger = logging.getLogger(__name__)
 Script = Literal["han", "any"]
-PieceKind = Literal["characters", "bpe"]
+PieceKind = Literal["characters", "pieces"]
+Addition = Literal["added-tokens", "merges"]
 SCRIPTS: tuple[Script, ...] = get_args(Script)
 PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
+ADDITIONS: tuple[Addition, ...] = get_args(Addition)
 
 # Unicode blocks of Chinese characters, and of the punctuation that stands among them.
 _HAN_BLOCKS = (
@@ -46,7 +49,7 @@ class Choice:
 
     Attributes:
         num_new: The most pieces.
-        kind: ``characters``, or ``bpe`` for characters and longer pieces.
+        kind: ``characters``, or ``pieces`` for characters and longer ones.
         script: ``han`` for Chinese characters and punctuation, ``any`` for all.
         min_count: Rarer characters are left out.
     """
@@ -75,7 +78,7 @@ def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) ->
     kept: list[str] = []
     for text in texts:
         counts.update(text)
-        if choice.kind == "bpe" and len(kept) < _MAX_TRAINING_SENTENCES:
+        if choice.kind == "pieces" and len(kept) < _MAX_TRAINING_SENTENCES:
             kept.append(text)
     is_wanted = is_han if choice.script == "han" else str.isprintable
     characters = [
@@ -84,7 +87,7 @@ def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) ->
         if count >= choice.min_count and is_wanted(character) and not character.isspace()
     ]
     new = [c for c in characters if len(tokenizer.encode_continuation(c)) > 1]
-    if choice.kind == "bpe":
+    if choice.kind == "pieces":
         new += _learnt_pieces(tokenizer, kept, set(characters), choice.num_new - len(new))
     if not new:
         raise UserError(
@@ -101,13 +104,41 @@ def is_han(character: str) -> bool:
     return any(begin <= code <= end for begin, end in _HAN_BLOCKS + _PUNCTUATION_BLOCKS)
 
 
-def extend_tokenizer(tokenizer: Tokenizer, pieces: Sequence[str], output: Path) -> Tokenizer:
+def listed_pieces(tokenizer: Tokenizer, path: Path, num_new: int) -> list[str]:
+    """The first pieces of a list that the tokenizer has not.
+
+    Args:
+        tokenizer: What is extended.
+        path: A file with a piece in each line.
+        num_new: The most pieces.
+
+    Raises:
+        UserError: There is none, or the file cannot be read.
+    """
+    try:
+        listed = dict.fromkeys(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--list: cannot read: {path}: {error}") from error
+    new = [p for p in listed if p and len(tokenizer.encode_continuation(p)) > 1]
+    if not new:
+        raise UserError("--list: holds no piece that the tokenizer lacks; one stands in each line")
+    return new[:num_new]
+
+
+def extend_tokenizer(
+    tokenizer: Tokenizer,
+    pieces: Sequence[str],
+    output: Path,
+    addition: Addition = "added-tokens",
+) -> Tokenizer:
     """Writes the tokenizer with more pieces, for training and for transformers.
 
     Args:
         tokenizer: What is extended.
         pieces: New ones; they get the ids behind the old ones, in this order.
         output: The folder.
+        addition: How a `tokenizer.json` gets them: found in text before it is cut any further, or
+            as merges, of which the first bytes of a character may need an id of their own.
 
     Returns:
         The extended tokenizer.
@@ -115,18 +146,24 @@ def extend_tokenizer(tokenizer: Tokenizer, pieces: Sequence[str], output: Path) 
     Raises:
         UserError: The folder cannot be written, or the tokenizer cannot take these pieces.
     """
+    expected = list(range(tokenizer.vocab_size, tokenizer.vocab_size + len(pieces)))
     if tokenizer.tokenizer_type == "Llama2Tokenizer":
         write_folder(output, {"tokenizer.model": _extended_model(tokenizer, pieces)})
         extended = load_tokenizer(output / "tokenizer.model")
         extended.save_pretrained(output)
     else:
         tokenizer.save_pretrained(output)
-        content = _extended_json(tokenizer, pieces)
-        write_folder(output, {"tokenizer.json": content})
+        if addition == "merges":
+            content: dict[str, Any] = json.loads(tokenizer.model_path.read_bytes())
+            content, expected = with_merges(content, pieces, tokenizer.vocab_size)
+            data = json.dumps(content, ensure_ascii=False).encode()
+        else:
+            data = _extended_json(tokenizer, pieces)
+        write_folder(output, {"tokenizer.json": data})
         extended = load_tokenizer(output / "tokenizer.json")
-    for number, piece in enumerate(pieces):
+    for piece, token_id in zip(pieces, expected, strict=True):
         ids = extended.encode_continuation(piece)
-        if ids != [tokenizer.vocab_size + number]:
+        if ids != [token_id]:
             raise UserError(
                 f"{tokenizer.model_path}: {piece!r} becomes {ids} instead of one new id; "
                 "this tokenizer cannot be extended so"
@@ -165,8 +202,8 @@ def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     """The `tokenizer.json` with pieces that are found in text before it is cut any further."""
     if any(len(piece) > 1 for piece in pieces):
         raise UserError(
-            f"{tokenizer.model_path}: longer pieces can be added to SentencePiece models alone; "
-            "take --pieces characters"
+            f"{tokenizer.model_path}: longer pieces cannot be added as tokens; "
+            "take --method characters or --add-as merges"
         )
     content: dict[str, Any] = json.loads(tokenizer.model_path.read_bytes())
     content["added_tokens"] = [

@@ -18,6 +18,7 @@ from megatron_chatflow.evaluation.benchmark_preprocess_corpus import (
 from megatron_chatflow.evaluation.benchmark_preprocess_jobs import (
     OURS,
     SENTENCEPIECE,
+    Usage,
     measure_job,
     megatrons_fast_tool,
 )
@@ -69,7 +70,8 @@ def test_every_contender_and_every_roof_has_a_row(
         assert {"input", OURS, SENTENCEPIECE} <= of_kind.keys()
         ours, peer = of_kind[OURS], of_kind[SENTENCEPIECE]
         assert peer["num_different_documents"] == 0
-        assert 0 < ours["cpu_seconds"] and 0 < ours["start_cpu_seconds"]
+        assert 0 < ours["start_cpu_seconds"] and 0 < ours["start_seconds"]
+        assert "target" not in peer
         assert 10_000_000 < ours["pss_bytes"] <= ours["rss_bytes"]
     assert of_kind["input"]["num_documents"] > 40
     assert {row["by"] for row in rows if row["what"] == "disk"} == {
@@ -87,6 +89,29 @@ def test_a_job_is_measured_with_its_children() -> None:
     usage = measure_job([sys.executable, "-c", parent, child], {})
     assert usage.cpu_seconds >= 0.4
     assert usage.rss_bytes > 60_000_000
+
+
+def test_start_up_is_deducted_and_what_is_lost_in_it_has_no_speed() -> None:
+    def cost(seconds: float) -> dict[str, object]:
+        starts = [Usage(2.0, 1.0, 5, 4), Usage(2.5, 1.5, 5, 4)]
+        usages = [Usage(seconds + 1, 9.0, 7, 6), Usage(seconds, 11.0, 8, 3)]
+        return dict(benchmark_preprocess._cost(starts, usages, 16_000_000))
+
+    found = cost(6.0)
+    assert (found["seconds"], found["start_seconds"], found["mb_per_second"]) == (4.0, 2.0, 4.0)
+    assert (found["cpu_seconds"], found["mb_per_cpu_second"]) == (8.0, 2.0)
+    assert (found["rss_bytes"], found["pss_bytes"]) == (8, 6)
+    assert cost(2.1)["seconds"] is None and cost(2.1)["mb_per_second"] is None
+    ours = {"seconds": 1.0, "cpu_seconds": 1.0}
+    peer = benchmark_preprocess._ratios(found, ours, "preprocess_data.py", "english")
+    assert peer == {
+        "times_our_seconds": 4.0,
+        "times_our_cpu_seconds": 8.0,
+        "target": "8 times our cpu_seconds",
+        "met": True,
+    }
+    missed = benchmark_preprocess._ratios(cost(2.1), ours, "preprocess_data_fast.py", "english")
+    assert missed["met"] is False and "times_our_seconds" not in missed
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from fuzz_text import fuzz_documents
 from made_up_text import made_up_sentences
 
+from megatron_chatflow.checkpoint.convert_vocabulary import vocabulary_growth
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
@@ -18,8 +20,10 @@ from megatron_chatflow.tokenizer.extend import (
     choose_pieces,
     extend_tokenizer,
     is_han,
+    listed_pieces,
     tokens_per_character,
 )
+from megatron_chatflow.tokenizer.extend_merges import with_merges
 
 ROOT = Path(__file__).parents[3]
 NEW = [chr(0x6000 + 13 * k) for k in range(40)]  # characters that the tiny model has not
@@ -78,14 +82,14 @@ def test_script() -> None:
     assert all(map(is_han, "中文。，“…—𠀀")) and not any(map(is_han, "aé Ωか한"))
 
 
-@pytest.mark.parametrize("kind", ["characters", "bpe"])
+@pytest.mark.parametrize("kind", ["characters", "pieces"])
 def test_extended_model_keeps_old_ids_and_old_text(
     old: Tokenizer, kind: str, tmp_path: Path
 ) -> None:
     lines = new_language(400)
     pieces = choose_pieces(old, lines, Choice(num_new=70, kind=kind))
-    assert len(pieces) == (70 if kind == "bpe" else 40)
-    assert any(len(piece) > 1 for piece in pieces) == (kind == "bpe")
+    assert len(pieces) == (70 if kind == "pieces" else 40)
+    assert any(len(piece) > 1 for piece in pieces) == (kind == "pieces")
     extended = extend_tokenizer(old, pieces, tmp_path)
     assert extended.vocab_size == old.vocab_size + len(pieces)
     for text in made_up_sentences(300, seed=9):
@@ -115,8 +119,56 @@ def test_byte_level_tokenizers_take_characters(byte_level: Tokenizer, tmp_path: 
     for text in lines:
         assert extended.decode(extended.encode(text)) == text
         assert extended.num_bytes_per_id[extended.encode(text)].sum() == len(text.encode())
-    with pytest.raises(UserError, match="take --pieces characters"):
+    with pytest.raises(UserError, match="take --method characters"):
         extend_tokenizer(byte_level, ["ab"], tmp_path / "x")
+
+
+def test_byte_level_tokenizers_take_merges(byte_level: Tokenizer, tmp_path: Path) -> None:
+    lines = new_language(400)
+    pieces = choose_pieces(byte_level, lines, Choice(num_new=70, kind="pieces"))
+    assert any(len(piece) > 1 for piece in pieces)
+    extended = extend_tokenizer(byte_level, pieces, tmp_path, "merges")
+    assert extended.vocab_size > byte_level.vocab_size + len(pieces)  # with parts of characters
+    old = json.loads(byte_level.model_path.read_bytes())["model"]
+    new = json.loads(extended.model_path.read_bytes())["model"]
+    assert list(new["vocab"].items())[: len(old["vocab"])] == list(old["vocab"].items())
+    assert new["merges"][: len(old["merges"])] == old["merges"]
+    assert sorted(new["vocab"].values()) == list(range(extended.vocab_size))
+    for text in made_up_sentences(300, seed=9):
+        if text.isascii():
+            assert extended.encode(text) == byte_level.encode(text)
+    assert tokens_per_character(extended, lines) < 0.5 * tokens_per_character(byte_level, lines)
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*lines[:100], *fuzz_documents(lines, 500, seed=1)]:
+        ids = extended.encode(text)
+        assert extended.decode(ids) == text
+        assert extended.num_bytes_per_id[ids].sum() == len(text.encode())
+        assert ids == theirs(text, split_special_tokens=True)["input_ids"]
+    growth = vocabulary_growth(byte_level, extended, extended.vocab_size)
+    of_piece = dict(
+        zip(range(byte_level.vocab_size, extended.vocab_size), growth.pieces, strict=True)
+    )
+    for piece in pieces:
+        [token_id] = extended.encode_continuation(piece)
+        assert of_piece[token_id] == tuple(byte_level.encode_continuation(piece))
+
+
+def test_merges_need_a_byte_level_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="byte-level byte-pair models alone"):
+        with_merges({"model": {"type": "Unigram"}, "pre_tokenizer": None}, ["a"], 3)
+
+
+def test_a_list_of_pieces(old: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "pieces.txt"
+    path.write_text("龍\na\n\n龍\n龘\n鳳\n")
+    assert listed_pieces(old, path, 2) == ["龍", "龘"]
+    path.write_text("a\n")
+    with pytest.raises(UserError, match="holds no piece"):
+        listed_pieces(old, path, 2)
+    with pytest.raises(UserError, match="cannot read"):
+        listed_pieces(old, tmp_path / "absent", 2)
 
 
 def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
@@ -129,7 +181,13 @@ def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "added 20 pieces: 512 -> 532" in done.stdout
+    assert "tokens a character, corpus, held out (2 documents): " in done.stdout
+    assert "a new piece was 3.00 old ones" in done.stdout
     assert load_tokenizer(tmp_path / "zh").vocab_size == 532
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "give --overwrite" in again.stderr
-    assert subprocess.run([*command, "--overwrite"], capture_output=True).returncode == 0
+    (tmp_path / "pieces.txt").write_text("龍\n鳳\n")
+    command[2:4] = ["--list", str(tmp_path / "pieces.txt"), "--held-out", str(corpus)]
+    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)
+    assert "added 2 pieces: 512 -> 514" in done.stdout
+    assert "tokens a character, zh.jsonl (50 documents): " in done.stdout
