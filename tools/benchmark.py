@@ -15,6 +15,7 @@ SUBJECTS = {
     "preprocess": "corpus to .bin/.idx: bytes a second, CPU-seconds, memory",
     "blend": "draws of a schedule: time a sample, cold and going on",
     "loader": "samples and global batches a second",
+    "checkpoint": "how long training waits for a save, and how long until it is on the disk",
     "train": "tokens a second of a training step, and its share of the hardware's peak",
 }
 EXAMPLES = """examples:

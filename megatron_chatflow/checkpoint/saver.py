@@ -113,6 +113,11 @@ class CheckpointSaver:
             )
         return self._config.checkpoint.async_save or self.finish() == state.iteration
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank still writes a checkpoint."""
+        return self._pending is not None and not self._pending.is_done
+
     def finish(self) -> int | None:
         """Waits for the save under way; every rank calls it.
 
@@ -122,7 +127,7 @@ class CheckpointSaver:
         pending = self._pending
         if pending is None:
             return self._durable
-        if not pending.is_done and self._ranks.is_reporter and self._has_copy:
+        if self.is_busy and self._ranks.is_reporter and self._has_copy:
             logger.info("waiting for the checkpoint of iteration %d", pending.iteration)
         is_fine = pending.wait()
         self._pending = None

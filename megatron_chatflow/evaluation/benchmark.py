@@ -28,8 +28,11 @@ from megatron_chatflow.evaluation.report_table import Row, format_table
 
 FORMAT_VERSION = 1
 
-# Where each subject's benchmark lies; the training step's is with the training step.
-_MODULES = {"train": "megatron_chatflow.train.benchmark"}
+# Where a subject's benchmark lies if not here: with what it measures.
+_MODULES = {
+    "checkpoint": "megatron_chatflow.train.benchmark_checkpoint",
+    "train": "megatron_chatflow.train.benchmark",
+}
 
 _PACKAGES = (
     ("megatron-chatflow", "torch", "megatron-core", "numpy", "sentencepiece", "tokenizers")

@@ -43,17 +43,23 @@ def _run_config(shape: Shape, tensor_parallel_size: int = 1) -> RunConfig:
 
 
 class Ours:
-    """Our training step, reports of every source included."""
+    """Our training step, reports of every source included.
+
+    Attributes:
+        config: Of the run that it stands for.
+        optimization: Model and optimizer.
+    """
 
     def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
         """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1]."""
         config = _run_config(shape, ranks.tensor_parallel_size)
+        self.config = config
         with device_mode(ranks.device):
             llama = build_llama(
                 config.model, config.parallel, config.train, ranks, vocab_size=shape.vocab_size
             )
-        self._optimization = build_optimization(config, llama, ranks)
-        self._optimization.set_consumed_samples(shape.micro_batch_size)
+        self.optimization = build_optimization(config, llama, ranks)
+        self.optimization.set_consumed_samples(shape.micro_batch_size)
         self._forward_step = ForwardStep.build(
             llama,
             ranks,
@@ -67,7 +73,7 @@ class Ours:
     def step(self) -> float:
         """Takes one step."""
         result = train_step(
-            self._batch, self._optimization, self._forward_step, self._ranks, self._guard
+            self._batch, self.optimization, self._forward_step, self._ranks, self._guard
         )
         return result.loss
 

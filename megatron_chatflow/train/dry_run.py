@@ -3,6 +3,7 @@
 In: a resolved configuration and a number of processes. Out: text. Needs no GPU and no other rank.
 """
 
+from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
 from megatron_chatflow.config import RunConfig, validate_for_world
 from megatron_chatflow.config.model_shape import (
     estimate_memory,
@@ -31,6 +32,8 @@ def dry_run(config: RunConfig, world_size: int | None = None) -> str:
     num_processes = world_size or config.model_parallel_size
     validate_for_world(config, num_processes)
     inputs = open_inputs(config)
+    if config.checkpoint.ckpt_verify and inputs.checkpoint is not None:
+        refuse_damage(inputs.checkpoint, damage(inputs.checkpoint))
     return "\n\n".join(
         (
             "resolved configuration:\n" + config.to_yaml().rstrip(),

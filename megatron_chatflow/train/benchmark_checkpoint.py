@@ -1,0 +1,211 @@
+"""How long training waits for a save, and how long until the checkpoint is on the disk.
+
+In: a size. Out: a row for our saver, one for the disk alone (direct writes of as many bytes), and
+with ``--peers`` rows for torch's `dcp.save` and `dcp.async_save` of the same tensors. The model is
+a real one with its optimizer, in one process; rounds of the subjects alternate and medians are
+reported. Every subject's bytes are flushed to the disk when its clock stops.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_chatflow.checkpoint import megatron
+from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
+from megatron_chatflow.checkpoint.files import fsync_tree
+from megatron_chatflow.checkpoint.saver import CheckpointSaver
+from megatron_chatflow.checkpoint.staging import page_aligned
+from megatron_chatflow.checkpoint.store import RunState, sharded_state, unwrapped
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.runtime.launch import device_mode, finalize, initialize
+from megatron_chatflow.train.benchmark_shape import Shape
+
+OURS, DISK, SAVE, ASYNC_SAVE = "ours", "disk_alone", "dcp_save", "dcp_async_save"
+_STEP_ROUNDS = 3
+
+Timing = tuple[float, float]
+"""Seconds that training waited, and seconds until all was on the disk."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what can be chosen."""
+    parser.add_argument("--num-layers", type=int, default=6, help="of width 1024; 6 make 2 GB")
+    parser.add_argument("--num-rounds", type=int, default=5, help="measured saves of each subject")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="where the checkpoints go and are removed"
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Measures; see the module."""
+    for name in ("num_layers", "num_rounds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: is below 1")
+    if not arguments.folder.is_dir():
+        raise UserError(f"--folder: {arguments.folder} is no folder")
+    ranks = initialize()
+    with ExitStack() as stack:
+        stack.callback(finalize)
+        # The training step imports megatron-core, which on CPUs has to come after `initialize`.
+        from megatron_chatflow.train.benchmark_subjects import Ours
+
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
+        shape = Shape(arguments.num_layers, 1024, 2816, 16, 16, 128, 1)
+        tokens = torch.randint(0, shape.vocab_size, (1, shape.seq_length + 1))
+        model = Ours(shape, tokens, ranks)
+        model.step()
+        saver = CheckpointSaver(root / "ours", model.config, ranks, durable_iteration=None)
+        stack.callback(saver.close)
+        return _measure(arguments, model, saver, root)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures by subject, as checks outside the project read them."""
+    return {
+        str(row["subject"]): {
+            "blocked_seconds_per_gb": row["blocked_seconds_per_gb"],
+            "durable_gb_per_second": row["durable_gb_per_second"],
+        }
+        for row in rows
+    }
+
+
+def _measure(
+    arguments: argparse.Namespace, model: Any, saver: CheckpointSaver, root: Path
+) -> list[Row]:
+    chunks, optimizer = model.optimization.chunks, model.optimization.optimizer
+    device = _device(chunks)
+    with device_mode(device):
+        pieces, _, _ = megatron.sharded_parts(
+            sharded_state(unwrapped(chunks), optimizer, is_loading=False)
+        )
+    tensors = {f"{piece.name}.{piece.offsets}": piece.values.detach() for piece in pieces}
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    saver.prepare(chunks, optimizer)
+    subjects: dict[str, Callable[[int], Timing]] = {
+        OURS: lambda number: _time_ours(saver, number, chunks, optimizer),
+        DISK: _disk_alone(root, num_bytes),
+    }
+    if arguments.peers:
+        subjects[SAVE] = lambda number: _time_save(tensors, root / f"save{number}")
+        subjects[ASYNC_SAVE] = lambda number: _time_async_save(tensors, root / f"async{number}")
+    timings: dict[str, list[Timing]] = {name: [] for name in subjects}
+    for number in range(arguments.num_rounds + 1):
+        for name, subject in subjects.items():
+            timing = subject(number + 1)
+            # The first round of each touches memory and disk for the first time.
+            if number:
+                timings[name].append(timing)
+            for path in root.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+    slowdown = _slowdown(model, saver, chunks, optimizer)
+    return [_row(name, values, timings, num_bytes, slowdown) for name, values in timings.items()]
+
+
+def _device(chunks: list[Any]) -> torch.device:
+    """Where the model lies."""
+    return next(iter(chunks[0].parameters())).device
+
+
+def _state(iteration: int) -> RunState:
+    empty: dict[str, Any] = {}
+    return RunState(iteration, 0, 0, empty, empty, empty, empty, empty)
+
+
+def _time_ours(saver: CheckpointSaver, number: int, chunks: list[Any], optimizer: Any) -> Timing:
+    begin = time.perf_counter()
+    saver.save(_state(number), chunks, optimizer)
+    blocked = time.perf_counter() - begin
+    if saver.finish() != number:
+        raise UserError("the checkpoint could not be written; see the log")
+    return blocked, time.perf_counter() - begin
+
+
+def _disk_alone(root: Path, num_bytes: int) -> Callable[[int], Timing]:
+    """Direct writes of a buffer, flushed: what the disk gives to whoever has nothing else to do."""
+    memory, tensor = page_aligned(CHUNK_BYTES)
+    tensor.random_()
+    data = memoryview(memory)[:CHUNK_BYTES]
+
+    def write(number: int) -> Timing:
+        begin = time.perf_counter()
+        with closing(DirectFile(root / f"disk{number}", num_bytes)) as file:
+            chunks = [file.submit(k, data) for k in range(0, num_bytes, CHUNK_BYTES)]
+            for chunk in chunks:
+                chunk.result()
+            file.finish()
+        seconds = time.perf_counter() - begin
+        return seconds, seconds
+
+    return write
+
+
+def _time_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
+    begin = time.perf_counter()
+    dcp.save(dict(tensors), checkpoint_id=folder)
+    fsync_tree(folder)
+    seconds = time.perf_counter() - begin
+    return seconds, seconds
+
+
+def _time_async_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
+    begin = time.perf_counter()
+    future: Any = dcp.async_save(dict(tensors), checkpoint_id=folder)
+    blocked = time.perf_counter() - begin
+    future.result()
+    fsync_tree(folder)
+    return blocked, time.perf_counter() - begin
+
+
+def _slowdown(model: Any, saver: CheckpointSaver, chunks: list[Any], optimizer: Any) -> float:
+    """A step's time while a save is under way, over that of a step alone."""
+
+    def step() -> float:
+        begin = time.perf_counter()
+        model.step()
+        return time.perf_counter() - begin
+
+    ratios = []
+    for number in range(_STEP_ROUNDS):
+        alone = statistics.median(step() for _ in range(3))
+        saver.save(_state(1000 + number), chunks, optimizer)
+        during = []
+        while saver.is_busy:
+            during.append(step())
+        saver.finish()
+        ratios.append(statistics.fmean(during) / alone if during else 1.0)
+    return statistics.median(ratios)
+
+
+def _row(
+    name: str,
+    values: list[Timing],
+    timings: dict[str, list[Timing]],
+    num_bytes: int,
+    slowdown: float,
+) -> Row:
+    durable = statistics.median(seconds for _, seconds in values)
+    ratios = [theirs / ours for (_, ours), (_, theirs) in zip(timings[OURS], values, strict=True)]
+    return {
+        "subject": name,
+        "gigabytes": num_bytes / 1e9,
+        "blocked_seconds_per_gb": statistics.median(blocked for blocked, _ in values)
+        / (num_bytes / 1e9),
+        "durable_seconds": durable,
+        "durable_gb_per_second": num_bytes / 1e9 / durable,
+        "ours_is_durable_sooner_by": statistics.median(ratios),
+        "step_slowdown_meanwhile": slowdown if name == OURS else None,
+    }

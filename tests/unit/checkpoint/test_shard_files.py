@@ -1,0 +1,154 @@
+"""A rank's file: records that torch reads, written whole or not at all, hashed on the way."""
+
+import errno
+import io
+import os
+import resource
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
+from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, hash_file
+from megatron_chatflow.checkpoint.manifest import MANIFEST, damage, manifest_text, read_manifest
+from megatron_chatflow.checkpoint.saver import _write_in_chunks, _write_whole
+from megatron_chatflow.checkpoint.shard_plan import TensorPiece, index_of, lay_out
+from megatron_chatflow.checkpoint.staging import page_aligned
+from megatron_chatflow.checkpoint.tensor_records import ALIGNMENT, frame
+from megatron_chatflow.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0, 4), (3, 5), (1, 1, 7)])
+def test_records_are_what_torch_reads(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    for phase in (0, 13, 63):
+        around = frame(dtype, shape, phase)
+        values = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        record = around.head + values + around.tail
+        assert len(record) == around.length
+        assert (phase + len(around.head)) % ALIGNMENT == 0
+        found = torch.load(io.BytesIO(record), weights_only=True)
+        assert found.dtype == dtype and found.shape == tensor.shape and found.is_contiguous()
+        assert torch.equal(found, tensor)
+        # Other programs open it as an archive too.
+        assert zipfile.ZipFile(io.BytesIO(record)).read("archive/version") == b"3\n"
+
+
+def test_a_record_above_4_gib_says_its_size() -> None:
+    num_values = 2**31 + 5
+    around = frame(torch.bfloat16, (num_values,), 0)
+    size = (2 * num_values).to_bytes(8, "little")
+    assert size in around.head and size in around.tail
+
+
+def _pieces() -> list[TensorPiece]:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(300, 1000, generator=generator)
+    large = torch.randn(5, 2**20, generator=generator)
+    return [
+        # Not contiguous in memory; and one that several chunks share.
+        TensorPiece("whole", (1000, 300), (0, 0), (1000, 300), whole.T),
+        TensorPiece("large", (5, 2**20), (0, 0), (5, 2**20), large),
+    ]
+
+
+@pytest.mark.parametrize("has_copy", [True, False])
+def test_a_file_is_what_was_saved(tmp_path: Path, has_copy: bool) -> None:
+    pieces = _pieces()
+    image = lay_out("__0_0.distcp", pieces, [])
+    assert image.num_bytes > CHUNK_BYTES
+    path = tmp_path / "__0_0.distcp"
+    if has_copy:
+        memory, tensor = page_aligned(image.num_bytes)
+        image.copy(0, image.num_bytes, tensor)
+        recorded = _write_whole(memoryview(memory), image.num_bytes, path)
+    else:
+        recorded = _write_in_chunks(image, path, CPU)
+    assert path.stat().st_size == image.num_bytes
+    assert hash_file(path) == recorded
+    (tmp_path / ".metadata").write_bytes(index_of([image.plan]))
+    reader = DistributedReader(tmp_path)
+    for piece in pieces:
+        chunk = reader.tensors[piece.name].chunks[0]
+        assert torch.equal(reader._load_chunk(piece.name, chunk), piece.values)
+
+
+def test_parts_that_make_no_whole_are_refused() -> None:
+    values = torch.zeros(2, 3)
+    half = TensorPiece("a", (4, 3), (0, 0), (2, 3), values)
+    plan = lay_out("__0_0.distcp", [half], []).plan
+    with pytest.raises(ValueError, match="a has 12 values, of which the ranks hold 6"):
+        index_of([plan])
+    with pytest.raises(ValueError, match="saved by two ranks"):
+        index_of([plan, lay_out("__1_0.distcp", [half], []).plan])
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[int]:
+    """No file of this process may exceed a megabyte, as under a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    yield 2**20
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_without_room_is_an_error_at_once(tmp_path: Path, small_files_only: int) -> None:
+    with pytest.raises(OSError) as caught:
+        DirectFile(tmp_path / "file", small_files_only + 1)
+    assert caught.value.errno == errno.EFBIG
+    with closing(DirectFile(tmp_path / "small", 0)) as file:
+        assert file.finish().num_bytes == 0
+
+
+def _damaged(path: Path, change: str) -> None:
+    content = bytearray(path.read_bytes())
+    if change == "flipped":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif change == "cut":
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [("flipped", "its hash differs"), ("cut", "bytes, not"), ("missing", "is missing")],
+)
+def test_damage_is_named_by_file(tmp_path: Path, change: str, says: str) -> None:
+    names = ("a", "b", "c")
+    for name in names:
+        (tmp_path / name).write_bytes(os.urandom(200_000))
+    hashes = {name: hash_file(tmp_path / name) for name in names}
+    (tmp_path / MANIFEST).write_text(manifest_text(hashes))
+    assert damage(tmp_path) == []
+    _damaged(tmp_path / "b", change)
+    shares = [damage(tmp_path, part=part, num_parts=2) for part in range(2)]
+    assert [line.split()[0] for lines in shares for line in lines] == ["b"]
+    assert says in damage(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"files": 3}',
+        '{"files": {"a": 1}}',
+        '{"files": {"a": {"bytes": "1", "digest": "x"}}}',
+        '{"files": {"../a": {"bytes": 1, "digest": "00000000000000000000000000000000"}}}',
+        '{"files": {"/etc/hosts": {"bytes": 1, "digest": "00000000000000000000000000000000"}}}',
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"hashes\.json: is damaged"):
+        read_manifest(tmp_path)
