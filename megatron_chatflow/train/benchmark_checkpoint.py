@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
@@ -117,7 +117,8 @@ def _measure(
 
 def _device(chunks: list[Any]) -> torch.device:
     """Where the model lies."""
-    return next(iter(chunks[0].parameters())).device
+    device: torch.device = next(iter(chunks[0].parameters())).device
+    return device
 
 
 def _state(iteration: int) -> RunState:
@@ -155,7 +156,7 @@ def _disk_alone(root: Path, num_bytes: int) -> Callable[[int], Timing]:
 
 def _time_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
     begin = time.perf_counter()
-    dcp.save(dict(tensors), checkpoint_id=folder)
+    save(dict(tensors), checkpoint_id=folder)
     fsync_tree(folder)
     seconds = time.perf_counter() - begin
     return seconds, seconds
@@ -163,7 +164,7 @@ def _time_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
 
 def _time_async_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
     begin = time.perf_counter()
-    future: Any = dcp.async_save(dict(tensors), checkpoint_id=folder)
+    future: Any = async_save(dict(tensors), checkpoint_id=folder)
     blocked = time.perf_counter() - begin
     future.result()
     fsync_tree(folder)
