@@ -90,12 +90,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def return_freed_memory() -> None:
-    """Returns to the system, once, what `keep_freed_memory` has kept."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def install() -> None:
     """Replaces the CUDA entry points; calling it twice changes nothing more."""
     # `setattr` and not assignment: these names are typed as what they replace. Each name gets a

@@ -125,13 +125,6 @@ def initialize(
     return ranks
 
 
-def return_freed_memory() -> None:
-    """Has the C library of a CPU run return, once, what it keeps of freed memory."""
-    from megatron_chatflow.runtime import cpu
-
-    cpu.return_freed_memory()
-
-
 def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:

@@ -1,14 +1,13 @@
 """Tokens a second of a training step, where its time goes, and peers beside it in the same run.
 
 In: a shape. Out: a row for ours and, with ``--peers``, for transformers and for plain megatron-core
-(its local layer spec) on the same shape and the same tokens. Rounds of the subjects alternate, so
-that a machine whose speed drifts drifts for all of them; medians are reported. On CPUs the peers
-are measured twice: with freed memory kept as our runs keep it, and as they come. Under torchrun,
-ours alone, tensor-parallel over its processes.
+(its local layer spec) on the same shape and the same tokens, each in a process of its own. Their
+rounds alternate with ours, so that a machine whose speed drifts drifts for both; medians are
+reported. On CPUs a peer is measured twice: with freed memory kept, as our runs keep it, and as it
+comes. Under torchrun, ours alone, tensor-parallel over its processes.
 """
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 from megatron_chatflow.config.model_shape import flops_per_token
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row
-from megatron_chatflow.runtime.launch import finalize, initialize, return_freed_memory
+from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 from megatron_chatflow.train.benchmark_peer import PeerProcess
@@ -77,40 +76,39 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         from megatron_chatflow.train import benchmark_subjects as subjects
 
         tokens = shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED))
-        ours: dict[str, Subject] = {OURS: subjects.Ours(shape, tokens, ranks)}
-        peers: dict[str, Subject] = {}
+        ours = subjects.Ours(shape, tokens, ranks)
         if arguments.peers:
-            peers = {name: peer(shape, tokens, ranks) for name, peer in subjects.PEERS.items()}
-        seconds = measure(ours | peers, arguments.num_rounds, arguments.num_steps, ranks)
-        rows = _rows(seconds, shape, ranks)
-        if arguments.peers and not ranks.is_cuda:
-            peers.clear()
-            # What they held is needed by the next ones, in processes of their own.
-            gc.collect()
-            return_freed_memory()
-            for name in subjects.PEERS:
-                rows.append(_as_it_comes(name, ours, shape, arguments, ranks))
+            rows = _beside_peers(ours, list(subjects.PEERS), shape, arguments, ranks)
+        else:
+            seconds = measure({OURS: ours}, arguments.num_rounds, arguments.num_steps, ranks)
+            rows = _rows(seconds, shape, ranks)
         if arguments.profile:
             from megatron_chatflow.train.benchmark_profile import profile_rows
 
-            rows += profile_rows(ours[OURS].step, shape, ranks)
+            rows += profile_rows(ours.step, shape, ranks)
     if ranks.process.rank:
         raise SystemExit(0)  # the first process reports
     return rows
 
 
-def _as_it_comes(
-    name: str,
-    ours: dict[str, Subject],
-    shape: Shape,
-    arguments: argparse.Namespace,
-    ranks: Ranks,
-) -> Row:
-    """A peer's row from a process of its own, beside ours in the same rounds."""
-    with closing(PeerProcess(name, shape)) as peer:
-        subjects = {**ours, name + AS_IT_COMES: peer}
-        seconds = measure(subjects, arguments.num_rounds, arguments.num_steps, ranks)
-    return _rows(seconds, shape, ranks)[1]
+def _beside_peers(
+    ours: Subject, names: Sequence[str], shape: Shape, arguments: argparse.Namespace, ranks: Ranks
+) -> list[Row]:
+    """Rows of ours and of each peer, one peer at a time, whose rounds alternate with ours."""
+    variants = [(name, True) for name in names]
+    if not ranks.is_cuda:
+        variants += [(name, False) for name in names]
+    rows: list[Row] = []
+    our_seconds: list[float] = []
+    for name, keep_freed_memory in variants:
+        subject = name if keep_freed_memory else name + AS_IT_COMES
+        with closing(PeerProcess(name, shape, keep_freed_memory=keep_freed_memory)) as peer:
+            seconds = measure(
+                {OURS: ours, subject: peer}, arguments.num_rounds, arguments.num_steps, ranks
+            )
+        our_seconds += seconds[OURS]
+        rows.append(_rows(seconds, shape, ranks)[1])
+    return _rows({OURS: our_seconds}, shape, ranks) + rows
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

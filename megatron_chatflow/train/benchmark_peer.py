@@ -1,8 +1,8 @@
-"""A peer of the training benchmark in a process of its own, as its users start it.
+"""A peer of the training benchmark in a process of its own, where nothing of ours disturbs it.
 
-In: a peer's name and a shape. Out: `PeerProcess`, whose ``step()`` is one step there. Beside ours,
-in our process, a peer has the C library keep freed memory, as our runs do; by itself it has what
-its users have. The two differ by a factor on CPUs, so the benchmark shows both.
+In: a peer's name and a shape. Out: `PeerProcess`, whose ``step()`` is one step there. On CPUs it
+has what its users have, or, as our runs do, has the C library keep freed memory; the two differ by
+up to a factor of two, so the benchmark shows both.
 """
 
 import json
@@ -21,10 +21,11 @@ _READY = "ready"
 class PeerProcess:
     """A peer that waits in its own process until it is told to take a step."""
 
-    def __init__(self, name: str, shape: Shape) -> None:
+    def __init__(self, name: str, shape: Shape, *, keep_freed_memory: bool) -> None:
         """Starts the process and waits until it has built its model."""
+        order = {"name": name, "keep_freed_memory": keep_freed_memory, **vars(shape)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps({"name": name, **vars(shape)})],
+            [sys.executable, "-m", __name__, json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -63,9 +64,9 @@ def main() -> None:
     from megatron_chatflow.runtime.launch import finalize, initialize
 
     sizes: dict[str, Any] = json.loads(sys.argv[1])
-    name = sizes.pop("name")
+    name, keep_freed_memory = sizes.pop("name"), sizes.pop("keep_freed_memory")
     shape = Shape(**sizes)
-    ranks = initialize(keep_freed_memory=False)
+    ranks = initialize(keep_freed_memory=keep_freed_memory)
     from megatron_chatflow.train.benchmark_subjects import PEERS
 
     subject = PEERS[name](shape, shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED)), ranks)
