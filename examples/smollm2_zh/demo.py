@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -40,19 +40,19 @@ class Length:
 
     Attributes:
         folder: Of the runs.
-        iterations: Of each variant's training.
+        iterations: Of a variant's training.
         held_out_bytes: Of each source, to evaluate on.
         sample_tokens: The longest sample.
     """
 
     folder: Path
-    iterations: dict[str, int]
+    iterations: int
     held_out_bytes: int
     sample_tokens: int
 
 
-WHOLE = Length(Path("runs/smollm2_zh"), {"extended": 60, "plain": 30}, 20_000, 48)
-SHORT = Length(Path("runs/smollm2_zh_short"), {"extended": 4, "plain": 4}, 2_000, 8)
+WHOLE = Length(Path("runs/smollm2_zh"), 180, 20_000, 48)
+SHORT = Length(Path("runs/smollm2_zh_short"), 4, 2_000, 8)
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,24 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: both"
     )
+    parser.add_argument("--iterations", type=int, metavar="N", help="of each variant's training")
     args = parser.parse_args()
-    length = SHORT if args.short else WHOLE
+    length = _length(args.short, args.iterations)
     os.chdir(ROOT)
     fetch_corpus(is_small=args.short)
     if not (BASE / "config.json").exists():
         tool("fetch_demo_model.py", "--output-dir", BASE, "--dtype", "bf16")
     held_out = hold_out(CORPUS, length.folder / "held_out", length.held_out_bytes)
-    evaluate(BASE, length.folder / "base.json", held_out)
-    sample(BASE, length.folder / "base.txt", length)
-    for name in args.variants:
-        variant = Variant(name, length.folder / name)
+    variants = [Variant(name, length.folder / name) for name in args.variants]
+    for variant in variants:
         prepare(variant)
         train(variant, length)
         tool_once(variant.folder / "export" / "config.json", *export_flags(variant, "run"))
-        evaluate(variant.start, variant.folder / "start.json", held_out)
+    evaluate(BASE, length.folder / "base.json", held_out)
+    sample(BASE, length.folder / "base.txt", length)
+    for variant in variants:
+        if variant.start != BASE:
+            evaluate(variant.start, variant.folder / "start.json", held_out)
         evaluate(variant.folder / "export", variant.folder / "export.json", held_out)
         sample(variant.folder / "export", variant.folder / "export.txt", length)
     summary = summarise(length.folder, VARIANTS)
@@ -117,6 +120,17 @@ def main() -> None:
     print(table)
     print(f"Written to {length.folder}: summary.json and table.md; both export/ folders load in")
     print(f"transformers: python tools/chat.py {length.folder}/extended/export")
+
+
+def _length(is_short: bool, iterations: int | None) -> Length:
+    """How much is done; every length has a folder of its own, so that none resumes another's."""
+    length = SHORT if is_short else WHOLE
+    if iterations is None:
+        return length
+    if iterations < 4:
+        raise UserError(f"--iterations: {iterations} is below 4: ask for more")
+    folder = length.folder.with_name(f"{length.folder.name}_{iterations}")
+    return replace(length, folder=folder, iterations=iterations)
 
 
 def tool_once(result: Path, name: str, *arguments: object) -> None:
@@ -171,7 +185,7 @@ def train(variant: Variant, length: Length) -> None:
     config["tokenizer"]["tokenizer_model"] = str(variant.tokenizer)
     for source in config["data"]["sources"].values():
         source["paths"] = [str(variant.tokens / Path(path).name) for path in source["paths"]]
-    iterations = length.iterations[variant.name]
+    iterations = length.iterations
     config["train"]["train_iters"] = iterations
     config["optimizer"]["lr_warmup_iters"] = max(1, iterations // 12)
     config["data"]["schedule"]["knots"][-1]["at"] = iterations * 2 // 3

@@ -64,7 +64,8 @@ def summarise(folder: Path, variants: Iterable[str]) -> dict[str, Any]:
         part = folder / variant
         if not (part / "export.txt").exists():
             continue
-        summary["bits_per_byte"][f"{variant}, before"] = _bits(part / "start.json")
+        if (part / "start.json").exists():
+            summary["bits_per_byte"][f"{variant}, before"] = _bits(part / "start.json")
         summary["bits_per_byte"][f"{variant}, after"] = _bits(part / "export.json")
         summary["samples"][f"{variant}, after"] = _read(part / "export.txt")
         summary["training"][variant] = _training(part / "run" / "metrics.jsonl")
