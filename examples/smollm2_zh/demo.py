@@ -9,6 +9,7 @@ done again, and a run that was stopped goes on from its last checkpoint.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -218,16 +219,18 @@ def sample(model: Path, output: Path, length: Length) -> None:
         return
     command = [sys.executable, "tools/generate.py", str(model), "--chat", "--temperature", "0"]
     command += ["--max-new-tokens", str(length.sample_tokens)]
-    announce(" ".join(["tools/generate.py", *command[2:], "--prompt ..."]))
-    answers = {}
     for prompt in PROMPTS:
-        done = subprocess.run(
-            [*command, "--prompt", prompt], check=False, stdout=subprocess.PIPE, encoding="utf-8"
-        )
-        if done.returncode:
-            raise UserError("tools/generate.py failed, see above")
-        answers[prompt] = done.stdout.strip()
-    write_atomically(output, json.dumps(answers, indent=2, ensure_ascii=False) + "\n")
+        command += ["--prompt", prompt]
+    announce(shlex.join(command[1:]))
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        raise UserError("tools/generate.py failed, see above")
+    answers, rest = {}, done.stdout
+    for prompt in reversed(PROMPTS):  # each answer stands below its own prompt
+        rest, _, answer = rest.rpartition(f"> {prompt}\n")
+        answers[prompt] = answer.strip()
+    in_order = {prompt: answers[prompt] for prompt in PROMPTS}
+    write_atomically(output, json.dumps(in_order, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

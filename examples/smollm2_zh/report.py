@@ -84,14 +84,18 @@ def show(summary: Mapping[str, Any]) -> str:
         for name, run in summary["training"].items()
     ]
     lines += [*_table(["variant", "iterations", "tokens", "tokens/s (median)"], rows), ""]
-    for model, answers in summary["samples"].items():
-        for prompt, answer in answers.items():
-            lines.append(f"- {model}: **{prompt}** {' '.join(answer.split())}")
+    samples = summary["samples"]
+    rows = [
+        [prompt, *(" ".join(answers[prompt].split()) for answers in samples.values())]
+        for prompt in samples["SmolLM2"]
+    ]
+    lines += _table(["prompt", *samples], rows)
     return "\n".join(lines) + "\n"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
 
 
 def _read(path: Path) -> Any:

@@ -25,6 +25,9 @@ from megatron_chatflow.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "llama2_7b" / "README.md"
 NUM_NEW = 8076
+# The tiny model's shape where the page's is LLaMA-2 7B's; a dry run refuses weights of another.
+TINY_SHAPE = ["--num-layers", "1", "--hidden-size", "16", "--ffn-hidden-size", "24"]
+TINY_SHAPE += ["--num-attention-heads", "2", "--num-query-groups", "2"]
 
 
 def commands_of(page: Path) -> list[list[str]]:
@@ -65,7 +68,8 @@ def make_model(folder: Path, tokenizer_model: Path) -> None:
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         num_attention_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         **shape,
@@ -91,6 +95,7 @@ def test_every_command_of_the_page_runs(tmp_path: Path, tiny_sentencepiece_model
             left_out.append("tasks")
             continue
         command = [sys.executable if part == "python" else part for part in command]
+        command += TINY_SHAPE if "--dry-run" in command else []
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
