@@ -14,6 +14,7 @@ from datetime import timedelta
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.errors import LocalError, UserError, run_main
+from megatron_chatflow.runtime.determinism import use_deterministic_algorithms
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 
@@ -39,6 +40,8 @@ def main() -> int:
         return 0
     validate_for_world(config, process.world_size)
     parallel = config.parallel
+    if config.train.deterministic_mode:
+        use_deterministic_algorithms()
     try:
         ranks = initialize(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -291,6 +291,16 @@ class TrainConfig:
     exit_duration_in_mins: Size | None = Field(
         default=None, description="save and leave after this many minutes"
     )
+    attention_backend: Literal[
+        "auto",
+        "transformer_engine",
+        "flash_attn_4",
+        "flash_attn_3",
+        "flash_attn_2",
+        "cudnn",
+        "flash",
+        "sdpa",
+    ] = Field(default="auto", description="attention kernels; auto takes the best that is there")
     deterministic_mode: Switch = Field(
         default=False, description="only kernels whose result is the same every time"
     )

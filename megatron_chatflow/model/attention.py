@@ -2,17 +2,18 @@
 
 In: queries ``[tokens, query_heads, head_dim]``, keys and values ``[tokens, groups, head_dim]`` and
 `PackedTokens`. Out: ``[tokens, query_heads * head_dim]``. The attention kernels are the libraries'
-own: flash-attn's where it is installed and a GPU is there, torch's elsewhere, and on a CPU in bf16
-the composition of `attention_cpu`; `choose_backend` says which and why.
+own: `attention_backends` chooses among those that are installed; on a CPU in bf16 the composition
+of `attention_cpu` does the work.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_chatflow.model.attention_backends import KERNELS, Segments
 from megatron_chatflow.model.attention_cpu import (
     MAX_LENGTH,
     composed_attention,
@@ -24,24 +25,30 @@ from megatron_chatflow.model.rotary import apply_rotary
 from megatron_chatflow.native import cpu_kernels
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Which attention a run uses, and the reason, for the log.
+def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What `attention_backends.choose` said, for the log, or that a CPU composes it in bf16."""
+    if cpu_kernels.is_available(torch.empty(0, dtype=dtype, device=device)):
+        return (
+            "composed of oneDNN's products and our softmax; torch's "
+            f"scaled_dot_product_attention for documents of more than {MAX_LENGTH:,} tokens"
+        )
+    return reason
 
-    Returns:
-        ``("flash_attn" | "sdpa", reason)``.
-    """
-    if device.type != "cuda":
-        if cpu_kernels.is_available(torch.empty(0, dtype=dtype)):
-            return "sdpa", (
-                "composed of oneDNN's products and our softmax; torch's "
-                f"scaled_dot_product_attention for documents of more than {MAX_LENGTH:,} tokens"
-            )
-        return "sdpa", "torch's scaled_dot_product_attention: no GPU"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "torch's scaled_dot_product_attention: flash-attn is not installed"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "sdpa", f"torch's scaled_dot_product_attention: flash-attn has no {dtype} kernel"
-    return "flash_attn", "flash-attn's variable-length kernel"
+
+# Modes of torch's function. cuDNN's has no kernel for some lengths; the math one takes any.
+_TORCH_BACKENDS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+}
+
+
+def _torch_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Torch's causal attention of ``[documents, heads, length, head_dim]``."""
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
 
 
 class PackedCausalAttention(nn.Module):
@@ -54,6 +61,7 @@ class PackedCausalAttention(nn.Module):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        backend: str = "sdpa",
         **_: Any,
     ) -> None:
         """Takes what megatron-core gives every core attention.
@@ -64,11 +72,12 @@ class PackedCausalAttention(nn.Module):
             attn_mask_type: Not used: the mask is causal in each document.
             attention_type: Not used: there is self-attention only.
             softmax_scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+            backend: One of `attention_backends.BACKENDS`.
         """
         super().__init__()
         self.softmax_scale = softmax_scale
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda")
-        self.backend, _reason = choose_backend(device, config.params_dtype)
+        self.backend = backend
+        self.is_deterministic = bool(config.deterministic_mode)
 
     def forward(
         self,
@@ -96,12 +105,36 @@ class PackedCausalAttention(nn.Module):
             assert packed.shard is not None
             key = gather_context(key, packed.shard)
             value = gather_context(value, packed.shard)
-            context = self._pieces(query, key, value, packed)
-        elif self.backend == "flash_attn":
-            context = self._flash(query, key, value, packed)
+        if self.backend in KERNELS:
+            context = self._segments(query, key, value, packed)
+        elif self.backend in _TORCH_BACKENDS:
+            with sdpa_kernel(_TORCH_BACKENDS[self.backend]):
+                context = self._torch(query, key, value, packed)
         else:
-            context = self._sdpa(query, key, value, packed)
+            context = self._torch(query, key, value, packed)
         return context.flatten(1)
+
+    def _segments(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
+    ) -> torch.Tensor:
+        """One call of a library's variable-length kernel."""
+        if packed.pieces:
+            # Two pieces of one document both need its first keys, so keys are laid out by piece.
+            key = torch.cat([key[start:last] for start, _, last in packed.pieces])
+            value = torch.cat([value[start:last] for start, _, last in packed.pieces])
+        segments = Segments(
+            packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
+        )
+        return KERNELS[self.backend](
+            query, key, value, segments, self.softmax_scale, self.is_deterministic
+        )
+
+    def _torch(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
+    ) -> torch.Tensor:
+        if packed.pieces:
+            return self._pieces(query, key, value, packed)
+        return self._runs(query, key, value, packed)
 
     def _pieces(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
@@ -123,18 +156,11 @@ class PackedCausalAttention(nn.Module):
                 tensor.transpose(0, 1).unsqueeze(0)
                 for tensor in (q, key[start:last], value[start:last])
             )
-            context = scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            context = _torch_attention(q, k, v, self.softmax_scale)
             parts.append(context[0, :, first - start :].transpose(0, 1))
         return torch.cat(parts)
 
-    def _sdpa(
+    def _runs(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
         """One call for each run of documents of equal length."""
@@ -146,31 +172,6 @@ class PackedCausalAttention(nn.Module):
                 tensor[rows].view(num_documents, length, *tensor.shape[1:]).transpose(1, 2)
                 for tensor in (query, key, value)
             )
-            context = scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            context = _torch_attention(q, k, v, self.softmax_scale)
             parts.append(context.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _flash(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
-    ) -> torch.Tensor:
-        from flash_attn import flash_attn_varlen_func
-
-        context: torch.Tensor = flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            softmax_scale=self.softmax_scale,
-            causal=True,
-        )
-        return context

@@ -6,6 +6,7 @@ grouped-query attention, untied embeddings, no biases.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ from torch.nn.functional import silu
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_chatflow.config.model_shape import padded_vocab_size
 from megatron_chatflow.config.pipeline import num_model_chunks
-from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.attention import PackedCausalAttention, describe_backend
+from megatron_chatflow.model.attention_backends import choose, gather_facts
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
 from megatron_chatflow.model.norm import RMSNorm
 from megatron_chatflow.model.rotary import Rotary
-from megatron_chatflow.model.swiglu import SwiGLUMLP
+from megatron_chatflow.model.swiglu import SwiGLUMLP, choose_swiglu
 from megatron_chatflow.runtime.ranks import Ranks
 
 
@@ -44,6 +46,7 @@ def transformer_config(
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     num_chunks = num_model_chunks(model, parallel)
     is_interleaved = num_chunks > 1
+    ffn_width = model.ffn_hidden_size // parallel.tensor_model_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -76,22 +79,26 @@ def transformer_config(
         recompute_num_layers=train.recompute_num_layers,
         use_cpu_initialization=not ranks.is_cuda,
         deterministic_mode=train.deterministic_mode,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
+        # Apex's kernel adds weight gradients straight into the fp32 buffer.
+        gradient_accumulation_fusion=ranks.is_cuda
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        bias_activation_fusion=choose_swiglu(ranks.device, ffn_width, dtype)[0] == "megatron",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(attention_backend: str) -> ModuleSpec:
     """One LLaMA layer from megatron-core's own parallel linears and our norm and attention."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=PackedCausalAttention,
+            core_attention=ModuleSpec(
+                module=PackedCausalAttention, params={"backend": attention_backend}
+            ),
             linear_proj=RowParallelLinear,
         ),
     )
@@ -130,6 +137,7 @@ class Llama:
         vocab_size: Pieces of the tokenizer.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
         rotary: How positions become angles.
+        attention: Which attention it uses, and why, for the log.
     """
 
     chunks: list[Any]
@@ -137,6 +145,7 @@ class Llama:
     vocab_size: int
     padded_vocab_size: int
     rotary: Rotary
+    attention: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,11 +197,13 @@ def build_llama(
         setattr(config, name, leave_unset)
     rows = padded_vocab_size(model, parallel, vocab_size)
     num_chunks = num_model_chunks(model, parallel)
+    backend, attention = _attention(config, train, ranks)
     chunks = []
     for number in range(num_chunks):
         chunk = _build_chunk(
             config,
             model,
+            attention_backend=backend,
             rows=rows,
             vp_stage=number if num_chunks > 1 else None,
             is_first=ranks.is_first_stage and number == 0,
@@ -215,13 +226,27 @@ def build_llama(
         vocab_size=vocab_size,
         padded_vocab_size=rows,
         rotary=Rotary.of(model, sequence_length),
+        attention=attention,
     )
+
+
+def _attention(config: TransformerConfig, train: TrainConfig, ranks: Ranks) -> tuple[str, str]:
+    """The attention back end, and its description for the log."""
+    facts = gather_facts(
+        ranks.device,
+        config.params_dtype,
+        int(config.kv_channels),
+        deterministic=train.deterministic_mode,
+    )
+    backend, reason = choose(facts, train.attention_backend)
+    return backend, describe_backend(reason, ranks.device, config.params_dtype)
 
 
 def _build_chunk(
     config: TransformerConfig,
     model: ModelConfig,
     *,
+    attention_backend: str,
     rows: int,
     vp_stage: int | None,
     is_first: bool,
@@ -229,7 +254,7 @@ def _build_chunk(
 ) -> GPTModel:
     """One chunk of layers, with the embedding before the first and the output after the last."""
     spec = TransformerBlockSubmodules(
-        layer_specs=[layer_spec()] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=[layer_spec(attention_backend)] * get_num_layers_to_build(config, vp_stage),
         layer_norm=RMSNorm,
     )
     chunk = GPTModel(

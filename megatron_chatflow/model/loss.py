@@ -15,6 +15,12 @@ from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_chatflow.native import cpu_kernels
+from megatron_chatflow.native.cuda_kernels import load_kernels
+from megatron_chatflow.native.softmax import (
+    softmax_gradient_,
+    softmax_statistics,
+    takes_softmax,
+)
 
 # Logits that are held at a time, in bf16 268 MB: 4,096 tokens of a 32,000-piece vocabulary.
 CHUNK_LOGITS = 1 << 27
@@ -100,8 +106,37 @@ class _ChunkLoss:
     scale: torch.Tensor
 
 
+def describe_loss(device: torch.device) -> str:
+    """Which implementation takes the loss, and why, for the log."""
+    ours = "ours, chunked and vocabulary-parallel"
+    if device.type != "cuda":
+        return ours
+    library, reason = load_kernels()
+    return f"{ours}, {reason}" if library is not None else f"{ours}, composed in torch: {reason}"
+
+
+def _chunk_loss_by_kernels(
+    logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice
+) -> _ChunkLoss:
+    """`_chunk_loss` in two passes over the logits."""
+    local = labels - rows.start
+    highest, sums, target = softmax_statistics(logits, local, rows.num_pieces)
+    overall = highest
+    if rows.group is not None:
+        overall = highest.clone()
+        dist.all_reduce(overall, op=ReduceOp.MAX, group=rows.group)
+        both = torch.stack((sums * (highest - overall).exp(), target))
+        dist.all_reduce(both, group=rows.group)
+        sums, target = both.unbind()
+    scale = torch.ones_like(sums)
+    softmax_gradient_(logits, local, overall, sums.contiguous(), scale, rows.num_pieces)
+    return _ChunkLoss(overall + sums.log() - target, logits, scale)
+
+
 def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice) -> _ChunkLoss:
     """Cross-entropy of one chunk; ``logits`` [tokens, rows] are overwritten."""
+    if logits.is_cuda and load_kernels()[0] is not None and takes_softmax(logits):
+        return _chunk_loss_by_kernels(logits, labels, rows)
     local = labels - rows.start
     is_here = (local >= 0) & (local < rows.num_pieces)
     local = local.masked_fill(~is_here, 0)

@@ -27,7 +27,8 @@ class PackedTokens(PackedSeqParams):  # type: ignore[misc]
         cosines: ``[tokens, 1, head_dim / 2]`` of this rank's tokens.
         sines: The same shape.
         shard: Which tokens this context-parallel rank holds.
-        pieces: Under context parallelism, the parts of documents that they make up.
+        pieces: Under context parallelism, the parts of documents that they make up; the cumulative
+            lengths are then those of the pieces' queries and of the keys that each piece sees.
     """
 
     runs: tuple[tuple[int, int, int], ...] = ()
@@ -60,6 +61,12 @@ def document_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
 
 
+def _cumulative(lengths: list[int]) -> tuple[torch.Tensor, int]:
+    """int32[num + 1] of begins and the end, and the greatest length."""
+    ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    return ends.to(torch.int32), max(lengths)
+
+
 def pack_tokens(
     cu_seqlens: torch.Tensor,
     shard: ContextShard | None = None,
@@ -82,17 +89,24 @@ def pack_tokens(
     runs = equal_length_runs(boundaries)
     positions = shard.take(document_positions(cu_seqlens)).to(device, non_blocking=True)
     cosines, sines = rotary_table(positions, rotary, table_dtype(dtype, device))
-    on_device = cu_seqlens.to(device, non_blocking=True)
-    longest = max(length for _, _, length in runs)
+    pieces = () if shard.is_whole else spans_of_documents(boundaries, shard)
+    if pieces:
+        cu_queries, longest_queries = _cumulative([last - first for _, first, last in pieces])
+        cu_keys, longest_keys = _cumulative([last - start for start, _, last in pieces])
+        cu_queries = cu_queries.to(device, non_blocking=True)
+        cu_keys = cu_keys.to(device, non_blocking=True)
+    else:
+        cu_queries = cu_keys = cu_seqlens.to(device, non_blocking=True)
+        longest_queries = longest_keys = max(length for _, _, length in runs)
     return PackedTokens(
         qkv_format="thd",
-        cu_seqlens_q=on_device,
-        cu_seqlens_kv=on_device,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=cu_queries,
+        cu_seqlens_kv=cu_keys,
+        max_seqlen_q=longest_queries,
+        max_seqlen_kv=longest_keys,
         runs=runs,
         cosines=cosines,
         sines=sines,
         shard=shard,
-        pieces=() if shard.is_whole else spans_of_documents(boundaries, shard),
+        pieces=pieces,
     )

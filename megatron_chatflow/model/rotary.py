@@ -15,6 +15,8 @@ import torch
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.config.rope import RopeScaling, dynamic_base
 from megatron_chatflow.native import cpu_kernels
+from megatron_chatflow.native.cuda_kernels import load_kernels
+from megatron_chatflow.native.rope import rope, takes_rope
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,22 @@ def _rotate(
     return rotated
 
 
+def describe_rotary(device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation rotates, and why, for the log."""
+    if device.type != "cuda":
+        description = cpu_kernels.description() if dtype == torch.bfloat16 else None
+        return description or "ours, angles once a micro-batch, composed in torch"
+    library, reason = load_kernels()
+    if library is not None:
+        return f"ours, {reason}, angles once a micro-batch"
+    # The libraries' kernels take positions that run through a batch, not packed documents.
+    return f"ours, angles once a micro-batch, composed in torch: {reason}"
+
+
 def apply_rotary(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotates ``heads`` [tokens, heads, head_dim] by a `rotary_table` of `table_dtype`."""
+    if heads.is_cuda and load_kernels()[0] is not None and takes_rope(heads):
+        turned: torch.Tensor = rope(heads, cosines, sines, 1.0)
+        return turned
     rotated: torch.Tensor = _Rotate.apply(heads, cosines, sines)  # type: ignore[no-untyped-call]
     return rotated

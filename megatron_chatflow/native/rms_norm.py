@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.native.kernels import is_whole_packs, kernels
+from megatron_chatflow.native.cuda_kernels import is_whole_packs, kernels
 
 MAX_ROW_BYTES = 2048 * 16
 """Longest row of the kernels: ``kMaxNormPacks`` packs."""

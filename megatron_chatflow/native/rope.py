@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.native.kernels import is_whole_packs, kernels
+from megatron_chatflow.native.cuda_kernels import is_whole_packs, kernels
 
 
 def takes_rope(heads: torch.Tensor) -> bool:

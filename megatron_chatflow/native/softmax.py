@@ -9,7 +9,7 @@ they run ``csrc/kernels/cross_entropy.cuh``.
 
 import torch
 
-from megatron_chatflow.native.kernels import is_whole_packs, kernels
+from megatron_chatflow.native.cuda_kernels import is_whole_packs, kernels
 
 LOWEST = -1e30
 """Highest logit of a slice that holds none."""

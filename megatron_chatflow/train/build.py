@@ -25,10 +25,12 @@ from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.validation import Validator
-from megatron_chatflow.model.attention import choose_backend
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
-from megatron_chatflow.native import cpu_kernels
+from megatron_chatflow.model.loss import describe_loss
+from megatron_chatflow.model.norm import choose_norm
+from megatron_chatflow.model.rotary import describe_rotary
+from megatron_chatflow.model.swiglu import choose_swiglu
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
@@ -217,14 +219,14 @@ def _log_choices(
     config: RunConfig, llama: Llama, optimization: Optimization, ranks: Ranks, peak_source: str
 ) -> None:
     """Says once which implementation each part of the run uses."""
-    is_bf16_on_cpu = not ranks.is_cuda and config.train.bf16
-    kernels = cpu_kernels.description() if is_bf16_on_cpu else None
+    device, dtype, shape = ranks.device, llama.dtype, config.model
+    width = shape.ffn_hidden_size // config.parallel.tensor_model_parallel_size
     choices: dict[str, Any] = {
-        "attention": choose_backend(ranks.device, llama.dtype)[1],
-        "norm": kernels or "torch's rms_norm",
-        "rotary embedding": kernels or "ours, angles once a micro-batch",
-        "SwiGLU": kernels or "megatron-core's, unfused",
-        "cross-entropy": "ours, chunked and vocabulary-parallel",
+        "attention": llama.attention,
+        "norm": choose_norm(device, shape.hidden_size, dtype)[1],
+        "rotary embedding": describe_rotary(device, dtype),
+        "SwiGLU": choose_swiglu(device, width, dtype)[1],
+        "cross-entropy": describe_loss(device),
         "optimizer": optimization.description,
         "peak": peak_source,
     }

@@ -12,12 +12,12 @@ from kernel_checks import (
 )
 from torch.library import opcheck
 
-from megatron_chatflow.native import kernels, rms_norm, rope, swiglu
+from megatron_chatflow.native import cuda_kernels, rms_norm, rope, swiglu
 
 
 @pytest.fixture(autouse=True)
 def _built() -> None:
-    library, reason = kernels.load_kernels()
+    library, reason = cuda_kernels.load_kernels()
     if library is None:
         pytest.skip(reason)
 

@@ -17,6 +17,7 @@ WHOLE = shard_context(12, rank=0, size=1, group=None)
 class _Settings:
     use_cpu_initialization = True
     params_dtype = torch.float32
+    deterministic_mode = False
 
 
 def _dense_attention(

@@ -134,3 +134,17 @@ def test_source_sums_count_loss_tokens_and_bytes_of_each_source() -> None:
         num_sources=3,
     )
     assert sums.tolist() == [[1.0, 1.0, 3.0], [0.0, 0.0, 0.0], [12.0, 2.0, 9.0]]
+
+
+def test_the_kernels_passes_give_the_same_chunk() -> None:
+    """What a GPU runs, by the operators' references: padding and labels elsewhere included."""
+    torch.manual_seed(0)
+    rows = loss.VocabularySlice(start=10, num_rows=24, num_pieces=21, group=None)
+    logits, labels = torch.randn(40, 24) * 5, torch.randint(10, 31, (40,))
+    composed = loss._chunk_loss(logits.clone(), labels, rows)
+    kernels = loss._chunk_loss_by_kernels(logits.clone(), labels, rows)
+    torch.testing.assert_close(kernels.losses, composed.losses)
+    torch.testing.assert_close(
+        kernels.differences * kernels.scale.unsqueeze(-1),
+        composed.differences * composed.scale.unsqueeze(-1),
+    )

@@ -16,22 +16,22 @@ import pytest
 import torch
 from kernel_checks import DTYPES, check_rms_norm, check_rope, check_softmax, check_swiglu
 
-from megatron_chatflow.native import kernels, rms_norm, rope, softmax, swiglu
+from megatron_chatflow.native import cuda_kernels, rms_norm, rope, softmax, swiglu
 
 CSRC = Path(__file__).parents[3] / "csrc" / "kernels"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> kernels.KernelLibrary:
+def library(tmp_path_factory: pytest.TempPathFactory) -> cuda_kernels.KernelLibrary:
     path = tmp_path_factory.mktemp("kernels") / "host.so"
     subprocess.run([CSRC / "build.sh", "--host", path], check=True)
-    return kernels.KernelLibrary(path)
+    return cuda_kernels.KernelLibrary(path)
 
 
 @pytest.fixture
-def emulated(library: kernels.KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "load_kernels", lambda: (library, "emulated"))
+def emulated(library: cuda_kernels.KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernels, "load_kernels", lambda: (library, "emulated"))
 
 
 @pytest.mark.usefixtures("emulated")
@@ -109,7 +109,7 @@ def test_the_bindings_pass_what_the_header_declares() -> None:
             part.replace("const ", "").split()[0] for part in match[2].replace("\n", " ").split(",")
         ]
         declared[match[1]] = "".join(kinds[kind] for kind in types)
-    assert declared == {name: kinds + "p" for name, kinds in kernels.SIGNATURES.items()}
+    assert declared == {name: kinds + "p" for name, kinds in cuda_kernels.SIGNATURES.items()}
 
 
 def test_the_row_limit_is_the_header_s() -> None:
@@ -121,7 +121,7 @@ def test_the_row_limit_is_the_header_s() -> None:
 def test_nvcc_compiles_every_kernel(tmp_path: Path) -> None:
     path = tmp_path / "kernels.so"
     subprocess.run([CSRC / "build.sh", path], check=True)
-    kernels.KernelLibrary(path)
+    cuda_kernels.KernelLibrary(path)
     code = path.read_bytes()
     for architecture in (b"sm_80", b"sm_90a"):
         assert architecture in code
@@ -130,20 +130,20 @@ def test_nvcc_compiles_every_kernel(tmp_path: Path) -> None:
 def test_the_log_says_why_there_are_no_kernels(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    kernels.load_kernels.cache_clear()
-    monkeypatch.setattr(kernels, "LIBRARY", tmp_path / "absent.so")
-    assert kernels.load_kernels() == (None, kernels.load_kernels()[1])
-    assert "MEGATRON_CHATFLOW_CUDA=1" in kernels.load_kernels()[1]
+    cuda_kernels.load_kernels.cache_clear()
+    monkeypatch.setattr(cuda_kernels, "LIBRARY", tmp_path / "absent.so")
+    assert cuda_kernels.load_kernels() == (None, cuda_kernels.load_kernels()[1])
+    assert "MEGATRON_CHATFLOW_CUDA=1" in cuda_kernels.load_kernels()[1]
     with pytest.raises(RuntimeError, match="not built"):
-        kernels.kernels()
-    kernels.load_kernels.cache_clear()
+        cuda_kernels.kernels()
+    cuda_kernels.load_kernels.cache_clear()
     (tmp_path / "absent.so").write_bytes(b"not a library")
-    assert "build it anew" in kernels.load_kernels()[1]
-    kernels.load_kernels.cache_clear()
+    assert "build it anew" in cuda_kernels.load_kernels()[1]
+    cuda_kernels.load_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("wanted", "message"), [("1", "there is no nvcc on PATH"), ("yes", "is neither 0 nor 1")]
+    ("wanted", "message"), [("1", "install the CUDA toolkit"), ("yes", "is neither 0 nor 1")]
 )
 def test_kernels_that_cannot_be_built_are_an_error(wanted: str, message: str) -> None:
     environment = {**os.environ, "MEGATRON_CHATFLOW_CUDA": wanted, "NVCC": "/nowhere/nvcc"}

@@ -1,0 +1,93 @@
+"""Which attention kernels are chosen, and why the better ones were not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.model.attention_backends import (
+    BACKENDS,
+    KERNELS,
+    Facts,
+    choose,
+    gather_facts,
+    preference,
+)
+
+EVERYTHING = {
+    "transformer_engine": "2.8.0",
+    "flash_attn_4": "4.0.0b36",
+    "flash_attn_3": "3.0.0",
+    "flash_attn_2": "2.8.3.post1",
+}
+HOPPER = Facts((9, 0), torch.bfloat16, 128, False, EVERYTHING, True)
+
+
+def without(facts: Facts, *names: str) -> Facts:
+    left = {name: v for name, v in facts.installed.items() if name not in names}
+    return replace(facts, installed=left)
+
+
+def test_the_best_that_is_there_is_taken() -> None:
+    facts = HOPPER
+    for name in ("transformer_engine", "flash_attn_3", "flash_attn_4", "flash_attn_2"):
+        assert choose(facts)[0] == name
+        facts = without(facts, name)
+    assert choose(facts)[0] == "cudnn"
+    assert choose(replace(facts, has_cudnn=False))[0] == "flash"
+    assert choose(replace(facts, capability=None))[0] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({"capability": (10, 0)}, "flash_attn_4"),
+        ({"capability": (8, 0)}, "flash_attn_2"),
+        ({"capability": (7, 5)}, "sdpa"),
+        ({"dtype": torch.float32}, "sdpa"),
+        ({"head_dim": 256}, "flash_attn_3"),
+        ({"head_dim": 320}, "sdpa"),
+        ({"head_dim": 20}, "sdpa"),
+        ({"deterministic": True, "installed": {}}, "flash"),
+        ({"installed": {"flash_attn_2": "2.5.8"}}, "cudnn"),
+        ({"installed": {"transformer_engine": "1.13.0"}, "capability": (8, 0)}, "flash"),
+    ],
+)
+def test_kernels_that_do_not_fit_are_passed_over(changes: dict[str, object], chosen: str) -> None:
+    facts = replace(without(HOPPER, "transformer_engine"), **changes)
+    assert choose(facts)[0] == chosen
+
+
+def test_the_reason_names_what_was_passed_over_and_the_version() -> None:
+    _, reason = choose(without(HOPPER, "transformer_engine", "flash_attn_3"))
+    assert "(flash-attn-4 4.0.0b36)" in reason
+    assert "transformer-engine is not installed" in reason
+    _, reason = choose(replace(HOPPER, capability=(8, 0), installed={"flash_attn_2": "2.5.8"}))
+    assert "flash-attn 2.5.8 is older than 2.6" in reason
+
+
+def test_what_is_asked_for_is_taken_or_refused() -> None:
+    assert choose(HOPPER, "flash")[0] == "flash"
+    assert choose(replace(HOPPER, capability=None), "sdpa")[0] == "sdpa"
+    with pytest.raises(UserError, match="flash_attn_3 cannot be used: it has no kernel for sm_80"):
+        choose(replace(HOPPER, capability=(8, 0)), "flash_attn_3")
+    with pytest.raises(UserError, match="train.attention_backend: cudnn .* not deterministic"):
+        choose(replace(HOPPER, deterministic=True), "cudnn")
+
+
+def test_without_a_gpu_there_is_torch_s() -> None:
+    facts = gather_facts(torch.device("cpu"), torch.bfloat16, 64, deterministic=False)
+    assert facts.capability is None and not facts.has_cudnn
+    assert choose(facts)[0] == "sdpa"
+
+
+def test_every_back_end_has_a_place_and_a_flag() -> None:
+    from typing import get_args, get_type_hints
+
+    from megatron_chatflow.config import TrainConfig
+
+    flags = get_args(get_type_hints(TrainConfig)["attention_backend"])
+    assert flags == ("auto", *BACKENDS)
+    assert sorted(preference((9, 0))) == sorted(preference(None)) == sorted(BACKENDS)
+    assert set(KERNELS) <= set(BACKENDS)

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Records the signatures of foreign functions that this package calls, from unpacked sources.
+
+The libraries need a GPU to be installed, so the test suite compares our calls with this record.
+Sources come from `pip download --no-deps` and unpacking, or from a library's repository; a folder's
+name ends in its version. Nothing of a library is imported or kept but names and defaults.
+
+Examples:
+  tools/record_signatures.py flash_attn-2.8.3 liger_kernel-0.8.5 --output R.json
+"""
+
+import argparse
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.errors import UserError, run_main
+
+# What is called: file inside the sources, function. A class's `__call__` is its `forward`.
+WANTED = {
+    "flash_attn/flash_attn_interface.py": ["flash_attn_varlen_func"],
+    "hopper/flash_attn_interface.py": ["flash_attn_varlen_func"],
+    "flash_attn/cute/interface.py": ["flash_attn_varlen_func"],
+    "transformer_engine/pytorch/attention.py": [
+        "DotProductAttention.__init__",
+        "DotProductAttention.forward",
+    ],
+    "liger_kernel/ops/rms_norm.py": ["LigerRMSNormFunction.forward"],
+}
+WANTED["transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py"] = (
+    WANTED["transformer_engine/pytorch/attention.py"]
+)
+
+
+def parameters_of(function: ast.FunctionDef) -> list[str]:
+    """Names without ``self`` and ``ctx``; ``=`` behind those that have a default."""
+    spec = function.args
+    positional = [*spec.posonlyargs, *spec.args]
+    num_required = len(positional) - len(spec.defaults)
+    names = [a.arg + ("" if i < num_required else "=") for i, a in enumerate(positional)]
+    names = names[1:] if names[0] in ("self", "ctx") else names
+    if spec.kwonlyargs:
+        names.append("*")
+    for a, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
+        names.append(a.arg + ("" if default is None else "="))
+    return names
+
+
+def find(tree: ast.AST, dotted: str) -> ast.FunctionDef | None:
+    """The function ``name`` or the method ``Class.name``."""
+    *classes, name = dotted.split(".")
+    nodes = list(ast.iter_child_nodes(tree))
+    for wanted in classes:
+        found = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == wanted]
+        nodes = list(ast.iter_child_nodes(found[0])) if found else []
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == name]
+    return functions[-1] if functions else None
+
+
+def record(folder: Path) -> list[dict[str, Any]]:
+    """Everything wanted that one unpacked library has."""
+    rows = []
+    version = re.search(r"-v?(\d[\w.]*)", folder.name)
+    if version is None:
+        raise UserError(f"{folder}: the folder's name does not end in a version, as in name-1.2")
+    for file, names in WANTED.items():
+        for path in sorted(folder.glob(file)) + sorted(folder.glob(f"*/{file}")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for name in names:
+                if (function := find(tree, name)) is not None:
+                    row = {"file": file, "function": name, "version": version[1]}
+                    rows.append({**row, "parameters": parameters_of(function)})
+    if not rows:
+        raise UserError(f"{folder}: holds none of {', '.join(WANTED)}")
+    return rows
+
+
+def main() -> int:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, help="unpacked sources")
+    parser.add_argument("--output", type=Path, required=True, metavar="R.json", help="the record")
+    arguments = parser.parse_args()
+    rows = [row for folder in arguments.folders for row in record(folder)]
+    arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    print(f"{len(rows)} signatures")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
