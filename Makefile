@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test lint format demo demo-short sanitize clean
+.PHONY: help venv build test lint format demo demo-short smollm2 sanitize clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -54,6 +54,9 @@ demo: $(BUILT) ## real text to a trained, resumed, exported model in runs/tiny_c
 
 demo-short: $(BUILT) ## the same with few iterations (about 5 minutes)
 	$(BIN)/python examples/tiny_cpu/demo.py --short
+
+smollm2: $(BUILT) ## SmolLM2-135M into Chinese, two vocabularies, in runs/smollm2_zh (about an hour)
+	$(BIN)/python examples/smollm2_zh/demo.py
 
 sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh

@@ -19,21 +19,25 @@ from typing import Any
 
 import yaml
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from steps import (
+    CORPUS,
+    ROOT,
+    SOURCES,
+    announce,
+    fetch_corpus,
+    pretrain,
+    pretrain_command,
+    tokenise,
+    tool,
+)
+
 from megatron_chatflow.errors import UserError, run_main
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path("examples/tiny_cpu")
-CORPUS = Path(".demo/corpus")
 TOKENS = Path(".demo/tokens")
 RUNS = Path("runs/tiny_cpu")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-SOURCES = {
-    "english": ["--json-keys", "text"],
-    "chinese": ["--json-keys", "text"],
-    "parallel": ["--format", "pairs", "--pair-direction", "both"],
-    # A chat has to fit the 512 inputs of a sample and the label after them.
-    "instruction": ["--format", "chat", "--max-tokens", "513"],
-}
 PROMPTS = {"english": "What is a computer?", "chinese": "请介绍一下北京。"}
 
 
@@ -71,7 +75,10 @@ def main() -> None:
     os.chdir(ROOT)
     begin = time.monotonic()
     fetch_corpus(is_short)
-    tokenise()
+    for source in SOURCES:
+        for part, name in (("train", source), ("valid", f"{source}_valid")):
+            model = CORPUS / "tokenizer.model"
+            tokenise(source, part, TOKENS / name, ("--tokenizer-model", model))
     shutil.rmtree(RUNS, ignore_errors=True)
     train_foundation(length)
     killed_at, resumed_at, num_repeated = train_chatflow(length)
@@ -106,59 +113,10 @@ def main() -> None:
     print(f"The demo took {(time.monotonic() - begin) / 60:.1f} minutes.")
 
 
-def step(title: str) -> None:
-    """Announces a step."""
-    print(f"\n== {title}", flush=True)
-
-
-def tool(name: str, *arguments: object) -> None:
-    """Runs one of the project's tools; ends the demo if it fails."""
-    command = [sys.executable, f"tools/{name}", *map(str, arguments)]
-    step(" ".join(["tools/" + name, *map(str, arguments)]))
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"tools/{name} failed, see above")
-
-
-def fetch_corpus(is_short: bool) -> None:
-    """Brings the text and the tokenizer; what is there already is not fetched again."""
-    if (CORPUS / "manifest.json").exists():
-        step(f"the corpus is in {CORPUS} already")
-        return
-    tool("fetch_demo_corpus.py", "--output-dir", CORPUS, *(["--small"] if is_short else []))
-
-
-def tokenise() -> None:
-    """Turns each source's two parts into indexed datasets, unless they are there."""
-    for source, flags in SOURCES.items():
-        for part, prefix in (("train", source), ("valid", f"{source}_valid")):
-            if list(TOKENS.glob(f"{prefix}_[tm]e*_document.json")):
-                continue
-            tool(
-                "preprocess_data.py",
-                "--input",
-                CORPUS / f"{source}.{part}.jsonl",
-                "--output-prefix",
-                TOKENS / prefix,
-                "--tokenizer-model",
-                CORPUS / "tokenizer.model",
-                "--append-eod",
-                "--workers",
-                "2",
-                *flags,
-            )
-
-
-def pretrain(config: Path, *flags: object) -> list[str]:
-    """The command line of a run on two ranks."""
-    return [*TORCHRUN, "-m", "megatron_chatflow.pretrain", "--config", *map(str, (config, *flags))]
-
-
 def train_foundation(length: Length) -> None:
     """Trains the English foundation."""
-    step("English foundation on 2 ranks, TP=2")
     flags = ("--train-iters", length.foundation, "--eval-interval", length.foundation)
-    if subprocess.run(pretrain(HERE / "foundation.yaml", *flags), check=False).returncode:
-        raise UserError("the foundation run failed, see above")
+    pretrain("English foundation on 2 ranks, TP=2", HERE / "foundation.yaml", *flags)
 
 
 def train_chatflow(length: Length) -> tuple[int, int, int]:
@@ -169,7 +127,7 @@ def train_chatflow(length: Length) -> tuple[int, int, int]:
         trained twice.
     """
     folder = RUNS / "chatflow"
-    command = pretrain(
+    command = pretrain_command(
         _config_of_length(length),
         "--train-iters",
         length.chatflow,
@@ -178,7 +136,9 @@ def train_chatflow(length: Length) -> tuple[int, int, int]:
         "--eval-interval",
         length.eval_interval,
     )
-    step("ChatFlow on 2 ranks, TP=2, from the foundation's weights; it will be killed on the way")
+    announce(
+        "ChatFlow on 2 ranks, TP=2, from the foundation's weights; it will be killed on the way"
+    )
     job = subprocess.Popen(
         [*command, "--load", str(RUNS / "foundation"), "--finetune"], start_new_session=True
     )
@@ -194,7 +154,7 @@ def train_chatflow(length: Length) -> tuple[int, int, int]:
     before = _iterations(folder)
     killed_at = max(before)
     resumed_at = int((folder / "latest_checkpointed_iteration.txt").read_text())
-    step(f"killed after iteration {killed_at}; resuming from the checkpoint of {resumed_at}")
+    announce(f"killed after iteration {killed_at}; resuming from the checkpoint of {resumed_at}")
     if subprocess.run([*command, "--load", str(folder)], check=False).returncode:
         raise UserError("the resumed run failed, see above")
     after = _iterations(folder)
@@ -255,7 +215,7 @@ def summarise(killed_at: int, resumed_at: int) -> dict[str, Any]:
 
 def show_table(summary: dict[str, Any]) -> None:
     """Prints the validation before and after."""
-    step("validation, bits per byte")
+    announce("validation, bits per byte")
     print(f"{'source':12} {'before':>8} {'after':>8} {'change':>8}")
     for name, row in summary["validation"].items():
         change = row["after"] / row["before"] - 1

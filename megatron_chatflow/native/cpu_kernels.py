@@ -41,6 +41,21 @@ def description() -> str | None:
     return f"ours, fused bf16 kernel for the CPU, {_extension.instruction_set()}"
 
 
+def instruction_sets() -> list[str]:
+    """Names of the versions that this processor can run, the one in use by default first."""
+    return [] if _extension is None else list(_extension.instruction_sets())
+
+
+def use_instruction_set(name: str) -> None:
+    """Runs every kernel in the version ``name`` from now on, for tests.
+
+    Raises:
+        ValueError: This processor does not run it.
+    """
+    assert _extension is not None
+    _extension.use_instruction_set(name)
+
+
 def _kernels(*tensors: torch.Tensor) -> ModuleType:
     """The compiled module, once the tensors are what it reads without looking."""
     assert _extension is not None

@@ -1,5 +1,7 @@
 """The examples' configurations pass the checks of the number of processes that they are for."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,23 @@ def test_llama2_layouts_fit_their_gpus(name: str, smallest: int, largest: int) -
         assert memory.total < 72 * 2**30, f"{memory} leaves too little of 80 GB to the libraries"
 
 
-@pytest.mark.parametrize("name", ["foundation", "chatflow"])
-def test_the_demo_runs_on_two_processes(name: str) -> None:
-    validate_for_world(load_config(EXAMPLES / "tiny_cpu" / f"{name}.yaml"), 2)
+@pytest.mark.parametrize(
+    "name", ["tiny_cpu/foundation", "tiny_cpu/chatflow", "smollm2_zh/chatflow"]
+)
+def test_the_demos_run_on_two_processes(name: str) -> None:
+    validate_for_world(load_config(EXAMPLES / f"{name}.yaml"), 2)
+
+
+@pytest.mark.parametrize("driver", ["tiny_cpu", "smollm2_zh"])
+def test_the_drivers_start(driver: str) -> None:
+    command = [sys.executable, str(EXAMPLES / driver / "demo.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--short" in done.stdout
+
+
+def test_too_few_iterations_are_a_users_mistake() -> None:
+    command = [sys.executable, str(EXAMPLES / "smollm2_zh" / "demo.py"), "--iterations", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: --iterations: 3 is below 4: ask for more" in done.stderr

@@ -119,6 +119,12 @@ PYBIND11_MODULE(_kernels_cpu, module) {
   module.doc() = "CPU kernels for bf16; each equals its reference in native/cpu_reference.py.";
   module.attr("MAX_KEYS") = kMaxKeys;
   module.def("instruction_set", [] { return kernels().name; });
+  module.def("instruction_sets", [] {
+    py::list names;
+    for (const Kernels* table : runnable_kernels()) names.append(table->name);
+    return names;
+  });
+  module.def("use_instruction_set", &use_kernels);
   module.def("exponentiate", &exponentiate);
   module.def("rms_norm", &rms_norm);
   module.def("rms_norm_backward", &rms_norm_backward);

@@ -9,6 +9,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace chatflow::cpu {
 
@@ -111,7 +113,14 @@ const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 const Kernels& portable_kernels();
 
-/// The table of the widest instruction set that this processor has, chosen once.
+/// The tables that this processor can run, the widest first.
+std::vector<const Kernels*> runnable_kernels();
+
+/// The table in use: the widest, unless `use_kernels` has chosen another.
 const Kernels& kernels();
+
+/// Chooses a table by its name, for tests.
+/// \throws std::invalid_argument this processor runs none of that name.
+void use_kernels(const std::string& name);
 
 }  // namespace chatflow::cpu

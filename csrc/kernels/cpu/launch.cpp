@@ -5,25 +5,48 @@
 #include "launch.h"
 
 #include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace chatflow::cpu {
 
-const Kernels& kernels() {
+std::vector<const Kernels*> runnable_kernels() {
+  std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-  static const Kernels& chosen = [&]() -> const Kernels& {
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi2");
-    if (!avx2) return portable_kernels();
-    if (!avx512) return avx2_kernels();
-    return __builtin_cpu_supports("avx512bf16") ? avx512_bf16_kernels() : avx512_kernels();
-  }();
-  return chosen;
-#else
-  return portable_kernels();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
+  if (avx512) found.push_back(&avx512_kernels());
+  if (avx2) found.push_back(&avx2_kernels());
 #endif
+  found.push_back(&portable_kernels());
+  return found;
+}
+
+namespace {
+
+std::atomic<const Kernels*>& in_use() {
+  static std::atomic<const Kernels*> chosen{runnable_kernels().front()};
+  return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *in_use().load(std::memory_order_relaxed); }
+
+void use_kernels(const std::string& name) {
+  for (const Kernels* table : runnable_kernels()) {
+    if (table->name == name) {
+      in_use() = table;
+      return;
+    }
+  }
+  throw std::invalid_argument("kernels: this processor runs none named " + name);
 }
 
 namespace {

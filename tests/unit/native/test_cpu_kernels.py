@@ -1,5 +1,7 @@
 """Every CPU kernel against its reference, at sizes that fill the lanes and sizes that do not."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,6 +15,14 @@ pytestmark = pytest.mark.skipif(
 # bf16 keeps 8 bits: one rounding is at most 2^-9 of the value.
 ROUNDING = 2**-8
 SIZES = (7, 16, 40, 512, 1000)
+
+
+@pytest.fixture(autouse=True, params=kernels.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs in every version that this processor has."""
+    kernels.use_instruction_set(request.param)
+    yield
+    kernels.use_instruction_set(kernels.instruction_sets()[0])
 
 
 def bf16(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -146,3 +156,5 @@ def test_tensors_that_a_kernel_cannot_read_are_refused() -> None:
         kernels.causal_softmax(bf16(1, 4, 8), 5, 1.0)
     with pytest.raises(ValueError, match="too many keys"):
         kernels.causal_softmax(bf16(1, 1, 5000), 0, 1.0)
+    with pytest.raises(ValueError, match="none named"):
+        kernels.use_instruction_set("MMX")

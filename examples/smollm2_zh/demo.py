@@ -1,0 +1,237 @@
+"""A real pre-trained model into Chinese on two CPU cores: ChatFlow's whole recipe in order.
+
+``python examples/smollm2_zh/demo.py [--short] [--variants extended plain]``, from anywhere;
+``make smollm2`` sets up what it needs. In: nothing. Out: ``runs/smollm2_zh/``: for each variant its
+run and its export, and ``summary.json`` and ``table.md`` beside them. A step that is done is not
+done again, and a run that was stopped goes on from its last checkpoint.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from smollm2_zh.report import HELD_OUT_FORMATS, hold_out, show, summarise
+from steps import CORPUS, ROOT, SOURCES, announce, fetch_corpus, pretrain, tokenise, tool
+
+from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.errors import UserError, run_main
+
+HERE = Path("examples/smollm2_zh")
+WORK = Path(".demo/smollm2")
+BASE = WORK / "base"
+VARIANTS = ("extended", "plain")
+# A multiple of 128 like the old 49,152, so that no row is padding; they are 99 % of the Han
+# characters in the demo's Chinese.
+NUM_NEW_PIECES = 3072
+PROMPTS = ("请介绍一下北京。", "What is a computer?", "把下面的句子翻译成英文：今天天气很好。")
+
+
+@dataclass(frozen=True)
+class Length:
+    """How much is done.
+
+    Attributes:
+        folder: Of the runs.
+        iterations: Of a variant's training.
+        held_out_bytes: Of each source, to evaluate on.
+        sample_tokens: The longest sample.
+    """
+
+    folder: Path
+    iterations: int
+    held_out_bytes: int
+    sample_tokens: int
+
+
+WHOLE = Length(Path("runs/smollm2_zh"), 180, 20_000, 48)
+SHORT = Length(Path("runs/smollm2_zh_short"), 4, 2_000, 8)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of treating the vocabulary.
+
+    Attributes:
+        name: "plain" for the model's own tokenizer, "extended" for one with Chinese characters.
+        folder: Of its run and export.
+    """
+
+    name: str
+    folder: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with its tokenizer."""
+        return BASE if self.name == "plain" else WORK / "tokenizer_extended"
+
+    @property
+    def tokens(self) -> Path:
+        """The folder with its indexed datasets."""
+        return WORK / self.name
+
+    @property
+    def start(self) -> Path:
+        """The Hugging Face folder that its training begins with."""
+        return BASE if self.name == "plain" else self.folder / "start"
+
+
+def main() -> None:
+    """Runs every step and prints what it shows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--short", action="store_true", help="few iterations: about 3 minutes")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: both"
+    )
+    parser.add_argument("--iterations", type=int, metavar="N", help="of each variant's training")
+    args = parser.parse_args()
+    length = _length(args.short, args.iterations)
+    os.chdir(ROOT)
+    fetch_corpus(is_small=args.short)
+    if not (BASE / "config.json").exists():
+        tool("fetch_demo_model.py", "--output-dir", BASE, "--dtype", "bf16")
+    held_out = hold_out(CORPUS, length.folder / "held_out", length.held_out_bytes)
+    variants = [Variant(name, length.folder / name) for name in args.variants]
+    for variant in variants:
+        prepare(variant)
+        train(variant, length)
+        tool_once(variant.folder / "export" / "config.json", *export_flags(variant, "run"))
+    evaluate(BASE, length.folder / "base.json", held_out)
+    sample(BASE, length.folder / "base.txt", length)
+    for variant in variants:
+        if variant.start != BASE:
+            evaluate(variant.start, variant.folder / "start.json", held_out)
+        evaluate(variant.folder / "export", variant.folder / "export.json", held_out)
+        sample(variant.folder / "export", variant.folder / "export.txt", length)
+    summary = summarise(length.folder, VARIANTS)
+    write_atomically(
+        length.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+    )
+    table = show(summary)
+    write_atomically(length.folder / "table.md", table)
+    announce("bits per byte of held-out text, and samples")
+    print(table)
+    print(f"Written to {length.folder}: summary.json and table.md; both export/ folders load in")
+    print(f"transformers: python tools/chat.py {length.folder}/extended/export")
+
+
+def _length(is_short: bool, iterations: int | None) -> Length:
+    """How much is done; every length has a folder of its own, so that none resumes another's."""
+    length = SHORT if is_short else WHOLE
+    if iterations is None:
+        return length
+    if iterations < 4:
+        raise UserError(f"--iterations: {iterations} is below 4: ask for more")
+    folder = length.folder.with_name(f"{length.folder.name}_{iterations}")
+    return replace(length, folder=folder, iterations=iterations)
+
+
+def tool_once(result: Path, name: str, *arguments: object) -> None:
+    """Runs a tool whose last output is ``result``, unless that is there."""
+    if not result.exists():
+        tool(name, *arguments)
+
+
+def prepare(variant: Variant) -> None:
+    """Vocabulary, tokens and weights, and the check of these against transformers."""
+    if variant.name == "extended":
+        tool_once(
+            variant.tokenizer / "tokenizer.json",
+            "extend_vocab.py",
+            *("--tokenizer-model", BASE, "--corpus", CORPUS / "chinese.train.jsonl"),
+            *("--num-new", NUM_NEW_PIECES, "--output-dir", variant.tokenizer),
+        )
+    flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", variant.tokenizer)
+    for source in SOURCES:
+        tokenise(source, "train", variant.tokens / source, (*flags, "--template", "chatflow"))
+    imported = variant.folder / "imported"
+    resize = ("--embedding-init", "mean-of-pieces", "--tokenizer-model", variant.tokenizer)
+    tool_once(
+        imported / "latest_checkpointed_iteration.txt",
+        "convert_checkpoint.py",
+        *("import", "--hf", BASE, "--output", imported),
+        *(resize if variant.name == "extended" else ()),
+    )
+    verified = variant.folder / "verified"
+    if not verified.exists():
+        if variant.name == "extended":
+            tool_once(variant.start / "config.json", *export_flags(variant, "imported"))
+        tool("convert_checkpoint.py", "verify", "--hf", variant.start, "--checkpoint", imported)
+        verified.touch()
+
+
+def export_flags(variant: Variant, what: str) -> tuple[object, ...]:
+    """The command that exports a variant's trained or imported weights."""
+    checkpoint, output = variant.folder / what, variant.folder / "export"
+    if what == "imported":
+        output = variant.start
+    return (
+        "convert_checkpoint.py",
+        *("export", "--checkpoint", checkpoint, "--output", output),
+        *("--tokenizer-model", variant.tokenizer, "--chat-template", "chatflow"),
+    )
+
+
+def train(variant: Variant, length: Length) -> None:
+    """Trains, or goes on with the training, unless it is done."""
+    config = yaml.safe_load((HERE / "chatflow.yaml").read_text(encoding="utf-8"))
+    config["tokenizer"]["tokenizer_model"] = str(variant.tokenizer)
+    for source in config["data"]["sources"].values():
+        source["paths"] = [str(variant.tokens / Path(path).name) for path in source["paths"]]
+    iterations = length.iterations
+    config["train"]["train_iters"] = iterations
+    config["optimizer"]["lr_warmup_iters"] = max(1, iterations // 12)
+    config["data"]["schedule"]["knots"][-1]["at"] = iterations * 2 // 3
+    run = variant.folder / "run"
+    latest = run / "latest_checkpointed_iteration.txt"
+    if latest.exists() and int(latest.read_text()) >= iterations:
+        return
+    path = variant.folder / "chatflow.yaml"
+    write_atomically(path, yaml.safe_dump(config, sort_keys=False))
+    pretrain(
+        f"training the {variant.name} variant on 2 ranks",
+        path,
+        *("--save", run, "--load", run),
+        *("--pretrained-checkpoint", variant.folder / "imported"),
+    )
+
+
+def evaluate(model: Path, output: Path, held_out: dict[str, Path]) -> None:
+    """Bits per byte of each source's held-out text, unless they are known."""
+    tool_once(
+        output,
+        *("evaluate.py", model, "--output", output, "--max-length", 512, "--template", "chatflow"),
+        *(f"--source={name}:{HELD_OUT_FORMATS[name]}={path}" for name, path in held_out.items()),
+    )
+
+
+def sample(model: Path, output: Path, length: Length) -> None:
+    """Writes what a model answers to the prompts, in its own chat template."""
+    if output.exists():
+        return
+    command = [sys.executable, "tools/generate.py", str(model), "--chat", "--temperature", "0"]
+    command += ["--max-new-tokens", str(length.sample_tokens)]
+    for prompt in PROMPTS:
+        command += ["--prompt", prompt]
+    announce(shlex.join(command[1:]))
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, encoding="utf-8")
+    if done.returncode:
+        raise UserError("tools/generate.py failed, see above")
+    answers, rest = {}, done.stdout
+    for prompt in reversed(PROMPTS):  # each answer stands below its own prompt
+        rest, _, answer = rest.rpartition(f"> {prompt}\n")
+        answers[prompt] = answer.strip()
+    in_order = {prompt: answers[prompt] for prompt in PROMPTS}
+    write_atomically(output, json.dumps(in_order, indent=2, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
