@@ -5,6 +5,10 @@ keys and values of all. Rank r of n holds chunks r and 2n-1-r of 2n equal chunks
 attention costs each rank the same (Brandon et al., "Striped Attention", 2023, use the same idea
 with stripes). Gathering suits grouped-query attention, whose keys and values are small, and needs
 nothing of the backend but all-gather and reduce-scatter.
+
+transformer-engine's kernels serve here as attention on the gathered tensors. Its own exchange of
+keys and values is not used: on packed documents its ring wants every document padded to a multiple
+of 2n tokens, which would change the batches, and its all-gather refuses packed documents.
 """
 
 from dataclasses import dataclass

@@ -3,10 +3,14 @@
 In: a resolved configuration and a number of processes. Out: text. Needs no GPU and no other rank.
 """
 
+from dataclasses import asdict
+
+import torch
+
 from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
 from megatron_chatflow.config import RunConfig, validate_for_world
+from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.config.model_shape import (
-    estimate_memory,
     flops_per_token,
     num_parameters,
     padded_vocab_size,
@@ -70,22 +74,26 @@ def _describe_data(config: RunConfig, inputs: RunInputs) -> str:
 
 
 def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> str:
-    memory = estimate_memory(config, inputs.vocab_size, num_processes)
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
     tokens = config.num_samples * config.data.seq_length
     rows = padded_vocab_size(config.model, config.parallel, inputs.vocab_size)
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-    }
-    listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    memory = [_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=False)]
+    if not torch.cuda.is_available():
+        memory.append(_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=True))
     return (
         f"{num_parameters(config.model, inputs.vocab_size):,} parameters, {inputs.vocab_size:,} "
         f"pieces padded to {rows:,} rows\n"
         f"{num_processes} processes: {config.model_parallel_size} hold one copy of the model, "
         f"{num_processes // config.model_parallel_size} copies\n"
-        f"memory of the fullest process: {memory.total / 2**30:.2f} GiB ({listing})\n"
-        f"{flops / 1e9:.3f} GFLOP a token, {flops * tokens / num_processes:.3e} FLOP a process"
+        + "".join(memory)
+        + f"{flops / 1e9:.3f} GFLOP a token, {flops * tokens / num_processes:.3e} FLOP a process"
     )
+
+
+def _describe_memory(
+    config: RunConfig, vocab_size: int, num_processes: int, *, on_cpu: bool
+) -> str:
+    memory = estimate_memory(config, vocab_size, num_processes, on_cpu=on_cpu)
+    listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items())
+    where = "on CPUs" if on_cpu else "on GPUs"
+    return f"memory of the fullest process {where}: {memory.total / 2**30:.2f} GiB ({listing})\n"

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,17 @@ def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path)
     run([*torchrun(num_processes), str(WORKER), str(path)], timeout=900)
 
 
-def run(command: Sequence[str], *, expect: int = 0, timeout: int = 300) -> str:
+def run(
+    command: Sequence[object],
+    *,
+    expect: int = 0,
+    timeout: int = 300,
+    extra_environment: Mapping[str, str] | None = None,
+) -> str:
     """Runs a command and returns its output; fails if it ends with another status."""
     result = subprocess.run(
         list(map(str, command)),
-        env=environment(),
+        env={**environment(), **(extra_environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.config import load_config, validate_for_world
-from megatron_chatflow.config.model_shape import estimate_memory
+from megatron_chatflow.config.memory import estimate_memory
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

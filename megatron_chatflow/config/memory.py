@@ -1,0 +1,194 @@
+"""How much memory a process of a run will need.
+
+In: the configuration, the vocabulary's size, the number of processes. Out: `MemoryEstimate` of the
+process that needs most. Needs neither torch nor a GPU. It counts tensors: the allocator, CUDA's
+context and the libraries take some more. `tests/distributed/test_memory.py` holds it to real runs.
+"""
+
+from dataclasses import dataclass
+
+from megatron_chatflow.config.model_shape import num_layer_parameters, padded_vocab_size
+from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.run_config import RunConfig
+
+# Logits that the loss holds at a time, as in `model.loss`.
+_CHUNK_LOGITS = 1 << 27
+# As in `model.attention_cpu`: documents so long keep no scores, and blocks of so many queries.
+_LONGEST_COMPOSED, _QUERY_CHUNK = 2048, 256
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of the process that needs most, at the moment when it needs most.
+
+    Attributes:
+        weights: Parameters in the precision that computes.
+        gradients: Gradient buffers (fp32).
+        optimizer: Adam's moments, and the fp32 master weights under bf16.
+        activations: What the forward passes keep for the backward ones.
+        temporary: What comes and goes at the peak: the loss's logits and gradients, or a layer's.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """The sum, in bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def estimate_memory(
+    config: RunConfig, vocab_size: int, world_size: int, *, on_cpu: bool = False
+) -> MemoryEstimate:
+    """Memory of the fullest process.
+
+    Args:
+        config: The run.
+        vocab_size: The tokenizer's vocabulary, before padding.
+        world_size: Number of processes; a multiple of the model-parallel size.
+        on_cpu: Whether the run is one on CPUs, whose kernels keep other tensors than a GPU's.
+    """
+    return max(
+        (
+            _estimate_stage(config, vocab_size, world_size, stage, on_cpu)
+            for stage in range(config.parallel.pipeline_model_parallel_size)
+        ),
+        key=lambda estimate: estimate.total,
+    )
+
+
+def _estimate_stage(
+    config: RunConfig, vocab_size: int, world_size: int, stage: int, on_cpu: bool
+) -> MemoryEstimate:
+    model, parallel = config.model, config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    is_first, is_last = stage == 0, stage == stages - 1
+    table = padded_vocab_size(model, parallel, vocab_size) * model.hidden_size // tensor
+    is_shared = not model.untie_embeddings_and_output_weights and is_first and is_last
+    num_tables = 1 if is_shared else int(is_first) + int(is_last)
+    parameters = model.num_layers // stages * num_layer_parameters(model) // tensor
+    parameters += num_tables * table
+    data_parallel = world_size // config.model_parallel_size
+    # The distributed optimizer cuts its state over the context-parallel processes as well.
+    shards = (
+        data_parallel * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
+    )
+    num_micro_batches = config.train.global_batch_size // (
+        data_parallel * config.train.micro_batch_size
+    )
+    return MemoryEstimate(
+        weights=parameters * _value_bytes(config),
+        gradients=parameters * 4,
+        optimizer=parameters * (12 if config.train.bf16 else 8) // shards,
+        activations=_activation_bytes(config, stage, num_micro_batches, on_cpu),
+        temporary=max(
+            _layer_temporaries(config), _loss_temporaries(config, table, is_last, on_cpu)
+        ),
+    )
+
+
+def _value_bytes(config: RunConfig) -> int:
+    return 2 if config.train.bf16 else 4
+
+
+def _num_tokens(config: RunConfig) -> int:
+    """Tokens of a micro-batch that one process holds."""
+    samples = config.train.micro_batch_size
+    return samples * config.data.seq_length // config.parallel.context_parallel_size
+
+
+def _context_size(config: RunConfig) -> int:
+    return config.parallel.context_parallel_size
+
+
+def _key_value_size(config: RunConfig) -> int:
+    model = config.model
+    return model.hidden_size // model.num_attention_heads * model.num_query_groups
+
+
+def residual_bytes(config: RunConfig) -> int:
+    """A micro-batch's hidden states on one process."""
+    tensor = config.parallel.tensor_model_parallel_size
+    parts = tensor if config.parallel.sequence_parallel else 1
+    return _num_tokens(config) * _value_bytes(config) * config.model.hidden_size // parts
+
+
+def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
+    """What one layer keeps of a micro-batch.
+
+    After Korthikanti et al. 2022 (arXiv 2205.05198), section 4, with SwiGLU and grouped queries in
+    place of their feed-forward block and heads, without dropout, and with attention that writes no
+    scores. Norms keep what they get and what they give; attention keeps the projection, the rotated
+    queries and keys, and the context; SwiGLU keeps both halves, the activated one, and the product.
+    """
+    model, train = config.model, config.train
+    hidden, key_value, context = model.hidden_size, _key_value_size(config), _context_size(config)
+    is_fused = on_cpu and train.bf16
+    projected, attended = hidden + 2 * key_value, hidden + key_value
+    if context > 1:
+        # Keys and values of all tokens; torch's kernels have queries filled up to their keys.
+        attended = 2 * context * key_value + (2 * context if on_cpu else 1) * hidden
+    elif is_fused and config.data.seq_length <= _LONGEST_COMPOSED:
+        # The composition keeps copies instead of the projection, and scores below the diagonal.
+        scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
+        attended = model.num_attention_heads * scores
+    if train.recompute_granularity == "selective":
+        attended = 0
+    num_ffn = 3 if is_fused else 4
+    # torch's norm on CPUs keeps the normalised states besides.
+    num_whole = 6 if on_cpu and not is_fused else 4
+    inside = projected + attended + hidden + num_ffn * model.ffn_hidden_size
+    per_token = inside // config.parallel.tensor_model_parallel_size * _value_bytes(config)
+    return num_whole * residual_bytes(config) + _num_tokens(config) * per_token
+
+
+def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_cpu: bool) -> int:
+    """What the forward passes keep on a stage, when most of them wait for their backward passes."""
+    parallel, train = config.parallel, config.train
+    stages = parallel.pipeline_model_parallel_size
+    chunks = num_model_chunks(config.model, parallel)
+    layers = config.model.num_layers // stages // chunks
+    # One forward, one backward: so many forward passes of a chunk come first.
+    ahead = stages - stage - 1
+    in_flight = ahead + 1 if chunks == 1 else 2 * ahead + (chunks - 1) * stages + 1
+    in_flight = min(in_flight, max(1, num_micro_batches) * chunks)
+    kept = layers * layer_bytes(config, on_cpu)
+    once = 0
+    if train.recompute_granularity == "full":
+        number = train.recompute_num_layers or 1
+        if train.recompute_method == "uniform":
+            kept = residual_bytes(config) * -(-layers // number)
+            once = number * layer_bytes(config, on_cpu)
+        else:
+            kept = residual_bytes(config) * number + (layers - number) * layer_bytes(config, on_cpu)
+            once = layer_bytes(config, on_cpu)
+    # Stages keep what they have sent on; the last one has the final norm's input and output.
+    sent = residual_bytes(config) if stage < stages - 1 or chunks > 1 else 0
+    final = 2 * residual_bytes(config) if stage == stages - 1 else 0
+    return (kept + sent) * in_flight + once + final
+
+
+def _loss_temporaries(config: RunConfig, table: int, is_last: bool, on_cpu: bool) -> int:
+    """Logits of a chunk, and the gradients that the loss takes in its forward pass."""
+    if not is_last:
+        return 0
+    size, tokens = _value_bytes(config), _num_tokens(config)
+    num_logits = tokens * (table // config.model.hidden_size)
+    is_one_chunk = num_logits <= _CHUNK_LOGITS
+    # Of the hidden states: the whole, and the chunk's as a product and scaled.
+    grad_hidden = tokens * config.model.hidden_size * size * 3
+    # Of the weight: chunks add up in fp32.
+    grad_weight = table * (size if is_one_chunk else 4 + size)
+    logits = min(num_logits, _CHUNK_LOGITS) * (size if on_cpu else size + 4)
+    return logits + grad_hidden + grad_weight
+
+
+def _layer_temporaries(config: RunConfig) -> int:
+    """Gradients of a layer's widest part: SwiGLU's halves, and its first matrix."""
+    model, size = config.model, _value_bytes(config)
+    ffn = model.ffn_hidden_size // config.parallel.tensor_model_parallel_size
+    return size * ffn * (3 * _num_tokens(config) + 2 * model.hidden_size)

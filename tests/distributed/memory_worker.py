@@ -1,0 +1,63 @@
+"""Trains one configuration and says how much memory each rank took.
+
+``torchrun --nproc-per-node N memory_worker.py FOLDER ARGUMENTS...``. Each rank writes
+``FOLDER/rank_R``: the most resident memory while the run trained, above what lay there before its
+model was built, in bytes. A small run goes before, so that the libraries and the process groups are
+no part of the figure. The heap gives every large block back when it is freed (a run keeps them,
+which is faster), so that the figure is what tensors took.
+"""
+
+import gc
+import sys
+import warnings
+from pathlib import Path
+
+from megatron_chatflow.config import load_config_from_argv
+from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.runtime import cpu
+from megatron_chatflow.runtime.launch import initialize, running
+from megatron_chatflow.runtime.ranks import Ranks
+
+_STATUS = Path("/proc/self/status")
+_SMALL = "--hidden-size 64 --ffn-hidden-size 64 --seq-length 64 --vocab-size none".split()
+
+
+def _resident(field: str) -> int:
+    """``VmRSS``, what lies in memory now, or ``VmHWM``, the most so far, in bytes."""
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _measure(arguments: list[str], ranks: Ranks) -> int:
+    from megatron_chatflow.pretrain import run_training
+
+    run_training(load_config_from_argv([*arguments, *_SMALL])[0], ranks)
+    gc.collect()
+    # From here on the kernel counts the peak anew.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = _resident("VmRSS")
+    run_training(load_config_from_argv(arguments)[0], ranks)
+    return _resident("VmHWM") - before
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=UserWarning)
+    cpu.keep_freed_memory = lambda: None
+    arguments = sys.argv[2:]
+    config, _ = load_config_from_argv(arguments)
+    parallel = config.parallel
+    with running(
+        initialize(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            num_model_chunks=num_model_chunks(config.model, parallel),
+            context_parallel_size=parallel.context_parallel_size,
+        )
+    ) as ranks:
+        peak = _measure(arguments, ranks)
+        path = Path(sys.argv[1]) / f"rank_{ranks.process.rank}"
+        path.write_text(str(peak), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

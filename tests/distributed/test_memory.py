@@ -1,0 +1,46 @@
+"""The estimate of a process's memory against the peak of real runs.
+
+What is compared is what tensors take: glibc gives large blocks back, and a small run before each
+has loaded the libraries, see `memory_worker`. The estimate holds the process that needs most.
+"""
+
+from pathlib import Path
+
+import jobs
+import pytest
+from tiny_run import TinyRun
+
+from megatron_chatflow.config import load_config_from_argv
+from megatron_chatflow.config.memory import estimate_memory
+
+WORKER = Path(__file__).with_name("memory_worker.py")
+TOLERANCE = 0.15
+SHAPE = (
+    "--num-layers 4 --hidden-size 512 --ffn-hidden-size 1408 --num-attention-heads 8 "
+    "--num-query-groups 8 --max-position-embeddings 2048 --seq-length 512 --vocab-size 32000 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --eval-interval none "
+    "--num-prefetch 1"
+).split()
+RUNS = {
+    "plain": (1, []),
+    "tensor": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RUNS)
+def test_the_estimate_is_near_the_measured_peak(
+    tiny_run: TinyRun, tmp_path: Path, name: str
+) -> None:
+    num_processes, flags = RUNS[name]
+    arguments = ["--config", str(tiny_run.config), *SHAPE, *flags]
+    # Blocks of 64 KiB and more are the system's own, which takes them back when they are freed.
+    extra = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [*jobs.torchrun(num_processes), WORKER, tmp_path, *arguments]
+    jobs.run(command, timeout=900, extra_environment=extra)
+    peaks = [int(path.read_text()) for path in tmp_path.glob("rank_*")]
+    assert len(peaks) == num_processes
+    config, _ = load_config_from_argv(arguments)
+    estimate = estimate_memory(config, 32000, num_processes, on_cpu=True).total
+    print(f"{name}: estimated {estimate / 2**20:.0f} MiB, measured {max(peaks) / 2**20:.0f} MiB")
+    assert estimate == pytest.approx(max(peaks), rel=TOLERANCE)
