@@ -16,6 +16,7 @@ SUBJECTS = {
     "blend": "draws of a schedule: time a sample, cold and going on",
     "loader": "samples and global batches a second",
     "checkpoint": "how long training waits for a save, and how long until it is on the disk",
+    "kernels": "norm, RoPE, SwiGLU, loss and attention, each by every implementation that is here",
     "train": "tokens a second of a training step, and its share of the hardware's peak",
 }
 EXAMPLES = """examples:

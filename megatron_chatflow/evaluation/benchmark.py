@@ -31,13 +31,14 @@ FORMAT_VERSION = 1
 # Where a subject's benchmark lies if not here: with what it measures.
 _MODULES = {
     "checkpoint": "megatron_chatflow.train.benchmark_checkpoint",
+    "kernels": "megatron_chatflow.train.benchmark_kernels",
     "train": "megatron_chatflow.train.benchmark",
 }
 
 _PACKAGES = (
     ("megatron-chatflow", "torch", "megatron-core", "numpy", "sentencepiece", "tokenizers")
-    + ("transformers", "transformer-engine", "flash-attn", "apex", "liger-kernel")
-    + ("gigatoken", "kitoken")
+    + ("transformers", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "apex")
+    + ("liger-kernel", "gigatoken", "kitoken")
 )
 
 

@@ -32,7 +32,7 @@ def choose_norm(device: torch.device, hidden_size: int, dtype: torch.dtype) -> t
     return "torch", f"torch's rms_norm: {reason}; liger-kernel is not installed"
 
 
-def _liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+def liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """liger-kernel's, with the input left alone, because the residual still needs it."""
     function = import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
     # Offset of the weight, which products are fp32, and whether the gradient may overwrite.
@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
             normalised: torch.Tensor = rms_norm(hidden_states, self.weight, self.eps)[0]
             return normalised
         if self.implementation == "liger":
-            return _liger_rms_norm(hidden_states, self.weight, self.eps)
+            return liger_rms_norm(hidden_states, self.weight, self.eps)
         return nn.functional.rms_norm(
             hidden_states, (hidden_states.shape[-1],), self.weight, self.eps
         )

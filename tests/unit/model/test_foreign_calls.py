@@ -19,7 +19,7 @@ import torch
 from megatron_chatflow.model import attention_backends
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.attention_backends import KERNELS, Segments
-from megatron_chatflow.model.norm import _liger_rms_norm
+from megatron_chatflow.model.norm import liger_rms_norm
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.native.rms_norm import rms_norm_reference
@@ -197,7 +197,7 @@ def test_liger_kernel(release: inspect.Signature, monkeypatch: pytest.MonkeyPatc
     install(monkeypatch, "liger_kernel.ops.rms_norm", "LigerRMSNormFunction", LigerRMSNormFunction)
     x, weight = torch.randn(3, 8), torch.randn(8)
     expected = torch.nn.functional.rms_norm(x, (8,), weight, 1e-5)
-    torch.testing.assert_close(_liger_rms_norm(x, weight, 1e-5), expected)
+    torch.testing.assert_close(liger_rms_norm(x, weight, 1e-5), expected)
 
 
 def test_every_guarded_call_is_recorded() -> None:

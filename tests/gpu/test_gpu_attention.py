@@ -1,0 +1,48 @@
+"""Every attention back end that is installed, against fp32, forward and backward."""
+
+import pytest
+import torch
+
+from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.attention_backends import BACKENDS, gather_facts, obstacle
+from megatron_chatflow.model.packed import pack_tokens
+from megatron_chatflow.model.rotary import Rotary
+
+
+class _Settings:
+    deterministic_mode = False
+
+
+def attend(backend: str, tensors: list[torch.Tensor], boundaries: list[int]) -> list[torch.Tensor]:
+    """The context and its gradients by queries, keys and values."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    packed = pack_tokens(
+        torch.tensor(boundaries, dtype=torch.int32),
+        rotary=Rotary(tensors[0].shape[-1], 10000.0),
+        dtype=tensors[0].dtype,
+        device=tensors[0].device,
+    )
+    attention = PackedCausalAttention(_Settings(), 1, None, "self", backend=backend)
+    context = attention(*tensors, None, packed_seq_params=packed)
+    context.backward(torch.linspace(-1, 1, context.numel()).view(context.shape).to(context))
+    return [context.detach(), *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_groups", [8, 2])
+@pytest.mark.parametrize("boundaries", [[0, 1024], [0, 1, 300, 301, 812, 1024]])
+def test_equals_fp32(
+    device: torch.device, backend: str, num_groups: int, boundaries: list[int]
+) -> None:
+    facts = gather_facts(device, torch.bfloat16, 128, deterministic=False)
+    reason = obstacle(backend, facts)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(1024, heads, 128, device=device).bfloat16()
+        for heads in (8, num_groups, num_groups)
+    ]
+    expected = attend("sdpa", [tensor.float() for tensor in tensors], boundaries)
+    for actual, wanted in zip(attend(backend, tensors, boundaries), expected, strict=True):
+        assert float((actual.float() - wanted).norm() / wanted.norm()) < 0.02

@@ -1,0 +1,36 @@
+"""The GPU's script, tried with tiny shapes on what there is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[3] / "tools" / "gpu_bench.sh"
+
+
+def test_every_step_runs_and_reports(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    script = subprocess.run(
+        [SCRIPT, "--tiny", tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert script.returncode == 0, script.stderr
+    kernels = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {row["operation"] for row in kernels} == {
+        "norm",
+        "SwiGLU",
+        "RoPE",
+        "loss passes",
+        "attention",
+    }
+    assert all(row["microseconds"] > 0 for row in kernels)
+    assert json.loads((tmp_path / "train.json").read_text())["ours"]["tokens_per_second"] > 0
+
+
+def test_a_step_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": "false"}
+    script = subprocess.run(
+        [SCRIPT, "--tiny", tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert script.returncode == 1
+    assert "failed: gpu_tests kernels train" in script.stderr

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of less than nine minutes on one GPU.
+#
+#   tools/gpu_bench.sh OUTPUT_DIR           builds, tests, measures; JSON into OUTPUT_DIR
+#   tools/gpu_bench.sh --tiny OUTPUT_DIR    the same steps with tiny shapes on whatever there is: a trial
+#
+# From a bare checkout: wheels that lie in WHEELS (a folder) are installed first, without an index.
+# PYTHON names the interpreter. A step that fails is named at the end; the others still run.
+set -uo pipefail
+tiny=
+if [[ ${1:-} == --tiny ]]; then tiny=1; shift; fi
+[[ $# == 1 ]] || { echo "usage: tools/gpu_bench.sh [--tiny] OUTPUT_DIR" >&2; exit 2; }
+mkdir -p "$1" || exit 2
+output=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=()
+
+step() { # name, seconds at most, command...
+  local name=$1 limit=$2 begin=$SECONDS
+  shift 2
+  if timeout "$limit" "$@" > "$output/$name.log" 2>&1; then
+    echo "$name: $((SECONDS - begin)) s"
+  else
+    echo "$name: failed after $((SECONDS - begin)) s, see $output/$name.log" >&2
+    failed+=("$name")
+  fi
+}
+
+if [[ -n ${WHEELS:-} ]]; then
+  step wheels 100 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+fi
+if [[ -n $tiny ]]; then
+  shape=(--preset 58m --num-layers 1 --seq-length 64 --micro-batch-size 1 --num-rounds 1)
+  kernels=(--preset 58m --num-tokens 64 --num-rounds 1)
+else
+  step build 100 env MEGATRON_CHATFLOW_CUDA=1 "$python" setup.py --quiet build_ext --inplace
+  shape=(--preset 7b --num-rounds 5 --num-steps 2 --profile)
+  kernels=(--preset 7b)
+fi
+step gpu_tests 150 "$python" -m pytest -q tests/gpu
+step kernels 80 "$python" tools/benchmark.py kernels "${kernels[@]}" --output "$output/kernels.json"
+step train 100 "$python" tools/benchmark.py train "${shape[@]}" --output "$output/train.json"
+if [[ ${#failed[@]} -gt 0 ]]; then
+  echo "failed: ${failed[*]}" >&2
+  exit 1
+fi
