@@ -7,6 +7,7 @@ In: prefixes, or folders with `*_document.idx`. Out: one dataset, complete or no
 import argparse
 
 from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
+from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
 from megatron_chatflow.errors import run_main
 
 EXAMPLES = """examples:
@@ -23,9 +24,14 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="or folders")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--allow-missing", action="store_true", help="parts of a job array")
+    parser.add_argument("--max-bad-lines", type=int, metavar="N", help="in all parts together")
     arguments = parser.parse_args()
     prefixes = find_datasets(arguments.input)
-    num_documents = merge_datasets(prefixes, arguments.output_prefix, overwrite=arguments.overwrite)
+    policy = PartsPolicy(arguments.allow_missing, arguments.max_bad_lines)
+    num_documents = merge_datasets(
+        prefixes, arguments.output_prefix, overwrite=arguments.overwrite, policy=policy
+    )
     print(f"{arguments.output_prefix}: {num_documents} documents of {len(prefixes)} datasets")
 
 

@@ -7,7 +7,6 @@ In: text, sentence pairs or chats (jsonl, parquet, txt, tsv; plain, .gz or .zst)
 
 import argparse
 import logging
-import os
 import time
 
 from megatron_chatflow.corpus.scripts import SCRIPTS
@@ -40,8 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer-type", choices=[*TOKENIZER_TYPES, "auto"], default="auto")
     add("--tokenizer-model", required=True, metavar="M", help="file, or folder with one")
     add("--append-eod", action="store_true", help="end every document with the EOD token")
-    cores = len(os.sched_getaffinity(0))
-    add("--workers", type=int, default=cores, dest="num_workers", metavar="N")
+    add("--workers", type=int, dest="num_workers", metavar="N", help="default: all cores")
     add("--max-bad-lines", type=int, default=100, metavar="N", help="dropped before it is an error")
     add(
         "--invalid-utf8", choices=["drop", "replace"], default="drop", help="of lines; txt: replace"
@@ -49,11 +47,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--txt-documents", choices=["file", "line"], default="file", help="what is one, in .txt")
     add("--partitions", type=int, default=1, dest="num_partitions", help="merged; resumes by part")
     add("--shard", type=parse_shard, metavar="I/N", help="make the I-th of N parts alone, I from 0")
+    add("--ray", metavar="ADDRESS", help="make the parts on this Ray cluster; auto: the one here")
     add("--dedup", action="store_true", help="drop documents that have been there before")
     add("--overwrite", action="store_true", help="replace outputs that exist")
     chats = parser.add_argument_group("chats and translation instructions")
     add = chats.add_argument
     add("--template", choices=list(TEMPLATES), default="chatflow")
+    add("--chat-template", metavar="FILE", help="instead: Jinja, or JSON with a chat_template")
     add("--loss", choices=["response", "all"], default="response", help="tokens with loss")
     add("--max-tokens", type=int, metavar="N", help="longest document")
     add("--over-long", choices=["truncate", "drop"], default="truncate", help="cut between turns")

@@ -5,6 +5,7 @@ chats were written with, or None where the tokenizer brings its own.
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 
 DEFAULT = "chatflow"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,30 @@ def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) ->
             ) from None
     trained = _template_of_corpus(read_run_config(checkpoint))
     if trained is not None:
-        return JINJA_TEMPLATES[trained]
+        return trained
     return None if _has_template(tokenizer_model) else JINJA_TEMPLATES[DEFAULT]
 
 
 def _template_of_corpus(config: dict[str, Any]) -> str | None:
-    """The template that the run's chats were written with, as far as their sidecars are here."""
-    sources = (config.get("data") or {}).get("sources") or {}
-    for source in sources.values():
+    """Jinja source of what the run's chats were written with, as far as their sidecars are here.
+
+    Chats come before translations that were written as chats.
+    """
+    found: dict[str, dict[str, str]] = {"chat": {}, "pairs": {}}
+    for source in ((config.get("data") or {}).get("sources") or {}).values():
         for prefix in source.get("paths") or ():
-            name = (read_sidecar(prefix) or {}).get("template")
-            if name in JINJA_TEMPLATES:
-                return str(name)
-    return None
+            template = (read_sidecar(prefix) or {}).get("template")
+            if isinstance(template, dict) and isinstance(template.get("jinja"), str):
+                of_format = found.setdefault(str(template.get("format")), {})
+                of_format[template["jinja"]] = str(template.get("name"))
+    templates = found["chat"] or found["pairs"]
+    if len(templates) > 1:
+        logger.warning(
+            "the run's chats have several templates, %s: the first goes along; "
+            "--chat-template chooses another",
+            ", ".join(templates.values()),
+        )
+    return next(iter(templates), None)
 
 
 def _has_template(tokenizer_model: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_chatflow.corpus.chats import Chat
 from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, Segment
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.corpus.pair_templates import PairText
 from megatron_chatflow.corpus.scripts import is_mostly
 from megatron_chatflow.corpus.templates import document_of_chat
@@ -72,7 +73,7 @@ def pair_of_record(record: Mapping[str, Any], keys: tuple[str, str]) -> tuple[st
 
 
 def documents_of_pair(
-    first: str, second: str, settings: PairSettings, chat_template: str, loss: str
+    first: str, second: str, settings: PairSettings, chat_template: str | JinjaTemplate, loss: str
 ) -> list[Document]:
     """The one or two documents of a pair.
 
@@ -117,7 +118,7 @@ def _document(
     target_language: str,
     settings: PairSettings,
     choice: int,
-    chat_template: str,
+    chat_template: str | JinjaTemplate,
     loss: str,
 ) -> Document:
     if settings.texts:

@@ -19,6 +19,7 @@ import orjson
 
 from megatron_chatflow.corpus.chats import chat_of
 from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, ParsedChunk
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.corpus.pairs import (
     PairSettings,
     documents_of_pair,
@@ -41,6 +42,7 @@ class CorpusSettings:
         txt_documents: Whether a `.txt` file is one document or one a line.
         invalid_utf8: What becomes of a line that is not UTF-8.
         template: Chat template, also of translation instructions.
+        chat_template: One of the user's own, instead of `template`.
         loss: "response" or "all".
         pairs: For pairs.
     """
@@ -50,8 +52,14 @@ class CorpusSettings:
     txt_documents: TxtDocuments = "file"
     invalid_utf8: Literal["drop", "replace"] = "drop"
     template: str = "chatflow"
+    chat_template: JinjaTemplate | None = None
     loss: Literal["response", "all"] = "response"
     pairs: PairSettings = field(default_factory=PairSettings)
+
+    @property
+    def chat_name(self) -> str:
+        """The name of the chat template."""
+        return self.template if self.chat_template is None else self.chat_template.name
 
     @property
     def has_loss_mask(self) -> bool:
@@ -132,13 +140,18 @@ class _Parser:
         else:
             key = settings.json_keys[0]
             chat = chat_of(record, key)
-            document = document_of_chat(chat, settings.template, settings.loss)
+            template = settings.chat_template or settings.template
+            document = document_of_chat(chat, template, settings.loss)
             self.result.documents[key].append(document)
 
     def _take_pair(self, first: str, second: str) -> None:
         settings = self.settings
         documents: list[Document] = documents_of_pair(
-            first, second, settings.pairs, settings.template, settings.loss
+            first,
+            second,
+            settings.pairs,
+            settings.chat_template or settings.template,
+            settings.loss,
         )
         self.result.documents[settings.json_keys[0]].extend(documents)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_chatflow.corpus.chats import Chat, chat_of_turns
 from megatron_chatflow.corpus.documents import Document, DroppedError, Segment
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.errors import UserError
 
 Turn = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
@@ -113,17 +114,22 @@ JINJA_TEMPLATES = {
 }
 
 
-def document_of_chat(chat: Chat, template: str, loss: str) -> Document:
+def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:
     """Writes a chat down.
 
     Args:
         chat: With every answer given.
-        template: A name in `TEMPLATES`.
+        template: A name in `TEMPLATES`, or one of the user's own.
         loss: "response" for the answers with their end tokens, "all" for every token.
 
     Returns:
         A document that may be cut after each exchange.
+
+    Raises:
+        DroppedError: The user's template refuses it.
     """
+    if isinstance(template, JinjaTemplate):
+        return template.document(chat, loss)
     write = TEMPLATES[template]
     segments: list[Segment] = []
     borders = []

@@ -12,11 +12,17 @@ from megatron_chatflow.errors import UserError
 FORMAT_VERSION = 1
 DOCUMENT_SUFFIX = "_document"
 LOSS_MASK_SUFFIX = "_loss_mask"
+HASHES_SUFFIX = ".hashes"
 
 
 def sidecar_path(prefix: str | Path) -> Path:
     """`<prefix>.json`."""
     return Path(f"{prefix}.json")
+
+
+def hashes_path(prefix: str | Path) -> Path:
+    """`<prefix>.hashes`: what documents there are in a part of a job that drops duplicates."""
+    return Path(f"{prefix}{HASHES_SUFFIX}")
 
 
 def loss_mask_prefix(prefix: str | Path) -> Path:

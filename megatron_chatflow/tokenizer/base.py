@@ -93,6 +93,14 @@ class Tokenizer(Protocol):
     def control_id(self, name: str) -> int | None:
         """The id of a control token such as `<|im_start|>`; None where it is no such token."""
 
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The names of all control tokens."""
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Which of them are `bos_token`, `eos_token` and so on, by transformers' names."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
 

@@ -126,6 +126,16 @@ class HuggingFaceTokenizer:
         """The id of a control token; None where the model has no such token."""
         return self._control_ids.get(name)
 
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The names of all control tokens."""
+        return tuple(self._control_ids)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Which of them are `bos_token`, `eos_token` and so on."""
+        return dict(self._special_tokens)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
         return self._tokenizer.decode([int(token_id) for token_id in ids])

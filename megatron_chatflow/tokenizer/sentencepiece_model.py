@@ -129,6 +129,19 @@ class SentencePieceTokenizer:
         token_id = int(self._processor.piece_to_id(name))
         return token_id if self._processor.is_control(token_id) else None
 
+    @cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The names of all control tokens."""
+        ids = range(self.vocab_size)
+        return tuple(self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i))
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Which of them are `bos_token`, `eos_token` and so on."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        ids["unk_token"] = self.unk_id
+        return {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
         text: str = self._processor.decode([int(token_id) for token_id in ids])

@@ -17,6 +17,18 @@ import numpy.typing as npt
 HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
 
 
+HASH_RECORD = np.dtype([("hash", "<u8", (2,)), ("num_text_bytes", "<i8")])  # of one document
+
+
+def hash_records(
+    hashes: npt.NDArray[np.uint64], num_text_bytes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.void]:
+    """What a part notes about its documents: `HASH_RECORD`[num_documents]."""
+    records = np.empty(len(hashes), HASH_RECORD)
+    records["hash"], records["num_text_bytes"] = hashes, num_text_bytes
+    return records
+
+
 def hashes_of(texts: Iterable[bytes]) -> npt.NDArray[np.uint64]:
     """128-bit BLAKE2b of each text, as uint64[num_texts, 2]."""
     digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)

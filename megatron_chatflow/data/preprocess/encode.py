@@ -60,7 +60,7 @@ class EncodedDocuments:
         if self.loss_mask is not None:
             self.loss_mask = self.loss_mask[of_tokens]
         self.lengths, self.text_bytes = self.lengths[kept], self.text_bytes[kept]
-        self.hashes = None
+        self.hashes = None if self.hashes is None else self.hashes[kept]
         self.num_dropped[reason] = self.num_dropped.get(reason, 0) + int((~kept).sum())
 
 

@@ -1,7 +1,7 @@
 """Joins datasets into one, with their loss masks and sidecars.
 
 In: prefixes of datasets that the same tokenizer made. Out: one dataset with their documents in
-that order.
+that order; of the parts of a job with `--dedup`, the documents that no earlier part has.
 """
 
 import logging
@@ -17,6 +17,15 @@ from megatron_chatflow.data.indexed import (
     bin_path,
     idx_path,
 )
+from megatron_chatflow.data.preprocess.merge_parts import (
+    LeftOut,
+    PartsPolicy,
+    are_parts_to_compare,
+    copy_new_documents,
+    find_repeats,
+    without_repeats,
+)
+from megatron_chatflow.data.preprocess.repeats import Repeats
 from megatron_chatflow.data.sidecar import (
     DOCUMENT_SUFFIX,
     loss_mask_prefix,
@@ -28,7 +37,7 @@ from megatron_chatflow.data.staged_file import StagedFile, publish_all
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
-SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes")
+SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num_bad_lines")
 
 
 def find_datasets(inputs: Sequence[str]) -> list[Path]:
@@ -55,7 +64,11 @@ def find_datasets(inputs: Sequence[str]) -> list[Path]:
 
 
 def merge_datasets(
-    prefixes: Sequence[Path], output_prefix: str | Path, *, overwrite: bool = False
+    prefixes: Sequence[Path],
+    output_prefix: str | Path,
+    *,
+    overwrite: bool = False,
+    policy: PartsPolicy | None = None,
 ) -> int:
     """Writes all documents of some datasets into one.
 
@@ -63,13 +76,14 @@ def merge_datasets(
         prefixes: The datasets', in order.
         output_prefix: The new dataset's; end it in `_document`.
         overwrite: Whether a dataset of that name is replaced.
+        policy: What is let pass where they are the parts of one job.
 
     Returns:
         The number of documents.
 
     Raises:
         UserError: They are of several dtypes or tokenizers, some have a loss mask and some have
-            none, one is damaged, or the output exists.
+            none, one is damaged, the output exists, or parts of one job are not all there.
     """
     if not prefixes:
         raise UserError("nothing to merge: name at least one dataset after --input")
@@ -85,23 +99,30 @@ def merge_datasets(
     sidecars = [read_sidecar(prefix) for prefix in prefixes]
     _check_alike(datasets, sidecars)
     masks = _masks_of(datasets)
+    policy = policy or PartsPolicy()
+    repeats: Repeats | None = None
+    if are_parts_to_compare(prefixes, sidecars, policy):
+        repeats = find_repeats(datasets, Path(output_prefix).parent)
 
     staged: list[StagedFile] = []
     try:
         files: list[StagedFile] = []
         hashes: dict[str, str] = {}
+        left_out_of_masks: list[LeftOut] = []
         if masks:
-            mask_files = _write(mask_prefix, masks, staged)
+            mask_files, left_out_of_masks = _write(mask_prefix, masks, staged, repeats)
             hashes["loss_mask_bin"] = mask_files[0].sha256
             files += mask_files
-        bin_file, idx_file = _write(Path(output_prefix), datasets, staged)
+        (bin_file, idx_file), left_out = _write(Path(output_prefix), datasets, staged, repeats)
         hashes = {"bin": bin_file.sha256, "idx": idx_file.sha256, **hashes}
         files.append(bin_file)
         known = [sidecar for sidecar in sidecars if sidecar is not None]
+        if repeats is not None:
+            known = without_repeats(known, repeats, left_out, left_out_of_masks or left_out)
         if len(known) == len(sidecars):
             files.append(StagedFile(sidecar_path(output_prefix)))
             staged.append(files[-1])
-            files[-1].write(sidecar_bytes(_merged(known, hashes)))
+            files[-1].write(sidecar_bytes(_merged(known, hashes, policy)))
         else:
             logger.warning("no sidecar written: not every input has one")
         for path in existing:
@@ -110,17 +131,28 @@ def merge_datasets(
     finally:
         for file in staged:
             file.discard()
-    return sum(dataset.num_documents for dataset in datasets)
+        if repeats is not None:
+            repeats.close()
+    num_left_out = sum(part.num_documents for part in left_out)
+    return sum(dataset.num_documents for dataset in datasets) - num_left_out
 
 
 def _write(
-    prefix: Path, datasets: list[IndexedDataset], staged: list[StagedFile]
-) -> list[StagedFile]:
+    prefix: Path,
+    datasets: list[IndexedDataset],
+    staged: list[StagedFile],
+    repeats: Repeats | None,
+) -> tuple[list[StagedFile], list[LeftOut]]:
+    """Writes a dataset; returns its files, and what was left out of each part."""
     writer = IndexedDatasetWriter(prefix, datasets[0].dtype)
     staged += [writer.bin_file, writer.idx_file]
-    for dataset in datasets:
-        writer.add_dataset(dataset)
-    return writer.seal()
+    left_out = []
+    for number, dataset in enumerate(datasets):
+        if repeats is None:
+            writer.add_dataset(dataset)
+        else:
+            left_out.append(copy_new_documents(writer, dataset, repeats, number))
+    return writer.seal(), left_out
 
 
 def _check_alike(datasets: list[IndexedDataset], sidecars: list[dict[str, Any] | None]) -> None:
@@ -175,13 +207,21 @@ def open_mask(dataset: IndexedDataset) -> IndexedDataset:
     return mask
 
 
-def _merged(sidecars: list[dict[str, Any]], hashes: dict[str, str]) -> dict[str, Any]:
+def _merged(
+    sidecars: list[dict[str, Any]], hashes: dict[str, str], policy: PartsPolicy
+) -> dict[str, Any]:
     """One sidecar for all."""
     merged = dict(sidecars[0])
+    merged.pop("part", None)
+    if policy.max_bad_lines is not None:
+        merged["max_bad_lines"] = policy.max_bad_lines
+    if any(sidecar.get("template") != merged.get("template") for sidecar in sidecars):
+        logger.warning("written with different templates: the merged sidecar names none")
+        merged.pop("template", None)
     merged["tool_version"] = __version__
     merged["inputs"] = [given for sidecar in sidecars for given in sidecar["inputs"]]
     for name in SUMS:
-        merged[name] = sum(sidecar[name] for sidecar in sidecars)
+        merged[name] = sum(sidecar.get(name, 0) for sidecar in sidecars)
     for name in ("dropped", "repaired"):
         counts: Counter[str] = Counter()
         for sidecar in sidecars:

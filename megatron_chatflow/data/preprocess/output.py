@@ -16,11 +16,14 @@ from megatron_chatflow.data.indexed import (
     idx_path,
     optimal_dtype,
 )
-from megatron_chatflow.data.preprocess.duplicates import SeenHashes
+from megatron_chatflow.data.preprocess.duplicates import SeenHashes, hash_records
 from megatron_chatflow.data.preprocess.encode import EncodedDocuments
+from megatron_chatflow.data.preprocess.settings import PreprocessSettings
+from megatron_chatflow.data.preprocess.template_record import template_record
 from megatron_chatflow.data.sidecar import (
     DOCUMENT_SUFFIX,
     FORMAT_VERSION,
+    hashes_path,
     loss_mask_prefix,
     sidecar_bytes,
     sidecar_path,
@@ -45,40 +48,44 @@ def output_paths(output_prefix: str, key: str) -> list[Path]:
         sidecar_path(prefix),
         idx_path(mask),
         bin_path(mask),
+        hashes_path(prefix),
     ]
 
 
 class KeyOutput:
     """Writes one key's files."""
 
-    def __init__(self, output_prefix: str, key: str, tokenizer: Tokenizer, with_mask: bool) -> None:
+    def __init__(self, settings: PreprocessSettings, key: str, tokenizer: Tokenizer) -> None:
         """Opens the files beside their final names.
 
         Args:
-            output_prefix: Path that the names begin with.
+            settings: The job.
             key: The output key.
             tokenizer: What made the ids.
-            with_mask: Whether there is a loss mask.
 
         Raises:
             UserError: The files cannot be made there.
         """
-        self.prefix = document_prefix(output_prefix, key)
+        self.prefix = document_prefix(settings.output_prefix, key)
+        self.settings = settings
         self.tokenizer = tokenizer
         self.num_text_bytes = 0
         self.num_loss_tokens = 0
         self.num_dropped: Counter[str] = Counter()
         self.num_repaired: Counter[str] = Counter()
         self._seen: SeenHashes | None = None
+        self._hashes: StagedFile | None = None
         self._sidecar: StagedFile | None = None
         self.documents = IndexedDatasetWriter(self.prefix, optimal_dtype(tokenizer.vocab_size))
         self.mask: IndexedDatasetWriter | None = None
-        if with_mask:
-            try:
+        try:
+            if settings.corpus.has_loss_mask:
                 self.mask = IndexedDatasetWriter(loss_mask_prefix(self.prefix), np.uint8)
-            except UserError:
-                self.documents.discard()
-                raise
+            if settings.dedup and settings.shard is not None:
+                self._hashes = StagedFile(hashes_path(self.prefix))
+        except UserError:
+            self.discard()
+            raise
 
     def add(self, encoded: EncodedDocuments) -> None:
         """Appends documents, where they come with hashes only those that are new."""
@@ -86,6 +93,8 @@ class KeyOutput:
             if self._seen is None:
                 self._seen = SeenHashes(self.prefix.parent)
             encoded.keep(self._seen.add(encoded.hashes), "duplicate")
+        if self._hashes is not None and encoded.hashes is not None:
+            self._hashes.write(hash_records(encoded.hashes, encoded.text_bytes).tobytes())
         self.documents.add_documents(encoded.tokens, encoded.lengths)
         self.num_loss_tokens += len(encoded.tokens)
         if self.mask is not None:
@@ -97,13 +106,13 @@ class KeyOutput:
         self.num_repaired.update(encoded.num_repaired)
 
     def seal(
-        self, inputs: list[dict[str, Any]], settings: dict[str, Any]
+        self, inputs: list[dict[str, Any]], num_bad_lines: int
     ) -> tuple[list[StagedFile], dict[str, Any]]:
         """Completes the files beside their final names.
 
         Args:
             inputs: Name and size of each input.
-            settings: What else they depend on.
+            num_bad_lines: How many lines were dropped as bad.
 
         Returns:
             The files in the order in which to publish them, and the sidecar's content.
@@ -113,6 +122,10 @@ class KeyOutput:
         hashes = {"bin": bin_file.sha256, "idx": idx_file.sha256}
         if self.mask is not None:
             hashes["loss_mask_bin"] = self.mask.bin_file.sha256
+        if self._hashes is not None:
+            self._hashes.seal()
+            hashes["hashes"] = self._hashes.sha256
+            files.append(self._hashes)
         content = {
             "format_version": FORMAT_VERSION,
             "tool_version": __version__,
@@ -121,7 +134,8 @@ class KeyOutput:
                 "sha256": self.tokenizer.fingerprint,
                 "vocab_size": self.tokenizer.vocab_size,
             },
-            "settings": settings,
+            **template_record(self.settings),
+            "settings": self.settings.record(),
             "inputs": inputs,
             "num_documents": self.documents.num_documents,
             "num_tokens": self.documents.num_tokens,
@@ -129,8 +143,12 @@ class KeyOutput:
             "num_text_bytes": self.num_text_bytes,
             "dropped": dict(sorted(self.num_dropped.items())),
             "repaired": dict(sorted(self.num_repaired.items())),
+            "num_bad_lines": num_bad_lines,
+            "max_bad_lines": self.settings.max_bad_lines,
             "sha256": hashes,
         }
+        if self.settings.shard is not None:
+            content["part"] = list(self.settings.shard)
         self._sidecar = StagedFile(sidecar_path(self.prefix))
         self._sidecar.write(sidecar_bytes(content))
         self._sidecar.seal()
@@ -141,5 +159,6 @@ class KeyOutput:
         self.documents.discard()
         if self.mask is not None:
             self.mask.discard()
-        if self._sidecar is not None:
-            self._sidecar.discard()
+        for file in (self._hashes, self._sidecar):
+            if file is not None:
+                file.discard()

@@ -11,20 +11,23 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.corpus.inputs import InputFile
 from megatron_chatflow.data.indexed import bin_path, idx_path
+from megatron_chatflow.data.preprocess.cluster import make_parts
 from megatron_chatflow.data.preprocess.merge import merge_datasets
+from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
 from megatron_chatflow.data.preprocess.output import document_prefix, output_paths
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
-from megatron_chatflow.data.sidecar import loss_mask_prefix, read_sidecar
+from megatron_chatflow.data.sidecar import hashes_path, loss_mask_prefix, read_sidecar
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
 Contents = dict[str, dict[str, Any]]
-Job = Callable[[PreprocessSettings, Sequence[InputFile]], Contents]
+Job = Callable[[PreprocessSettings, Sequence[InputFile], int], Contents]
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -55,16 +58,15 @@ def part_prefix(output_prefix: str, number: int, num_parts: int) -> str:
 
 
 def run_part(
-    settings: PreprocessSettings, files: Sequence[InputFile], number: int, num_parts: int, job: Job
+    settings: PreprocessSettings, files: Sequence[InputFile], job: Job, num_bad_before: int = 0
 ) -> Contents:
-    """Makes one part, unless it is there already.
+    """Makes the part that the settings' shard names, unless it is there already.
 
     Args:
         settings: The whole job.
         files: The whole job's.
-        number: Of the part, from 0.
-        num_parts: How many there are.
         job: Makes datasets of some files; an empty one where no document is left.
+        num_bad_before: Bad lines of the parts before, which count as well.
 
     Returns:
         For each output key what its sidecar says.
@@ -72,9 +74,9 @@ def run_part(
     Raises:
         UserError: There is other data under the part's name, or as `job` does.
     """
-    for file in files:
-        if file.path is None or not file.path.is_file():
-            raise UserError(f"cannot be cut into parts: {file.name}: name files, folders or globs")
+    assert settings.shard is not None
+    number, num_parts = settings.shard
+    _check_divisible(files)
     prefix = part_prefix(settings.output_prefix, number, num_parts)
     part_settings = replace(settings, output_prefix=prefix)
     part_files = split_files(files, num_parts)[number]
@@ -83,18 +85,16 @@ def run_part(
     if len(found) == len(contents):
         logger.info("part %d of %d is finished: %s", number, num_parts, prefix)
         return found
-    return job(replace(part_settings, overwrite=settings.overwrite or bool(found)), part_files)
+    overwrite = settings.overwrite or bool(found)
+    return job(replace(part_settings, overwrite=overwrite), part_files, num_bad_before)
 
 
-def run_all_parts(
-    settings: PreprocessSettings, files: Sequence[InputFile], num_parts: int, job: Job
-) -> Contents:
-    """Makes every part that is not there yet, merges them, and removes them.
+def run_all_parts(settings: PreprocessSettings, files: Sequence[InputFile], job: Job) -> Contents:
+    """Makes every part that is not there yet, here or on a cluster, merges them, removes them.
 
     Args:
         settings: The whole job.
         files: The whole job's.
-        num_parts: How many there are.
         job: As for `run_part`.
 
     Returns:
@@ -103,25 +103,72 @@ def run_all_parts(
     Raises:
         UserError: As `run_part` and `merge_datasets` do, or no document is left.
     """
-    parts = [run_part(settings, files, number, num_parts, job) for number in range(num_parts)]
-    contents: Contents = {}
-    prefixes = [
-        part_prefix(settings.output_prefix, number, num_parts) for number in range(num_parts)
-    ]
-    for key in settings.corpus.json_keys:
-        if not any(part[key]["num_documents"] for part in parts):
-            raise UserError(f"no document left: {document_prefix(settings.output_prefix, key)}")
-        merged = document_prefix(settings.output_prefix, key)
-        shards = [document_prefix(prefix, key) for prefix in prefixes]
-        merge_datasets(shards, merged, overwrite=settings.overwrite)
-        content = read_sidecar(merged)
-        assert content is not None
-        contents[key] = content
-    for prefix in prefixes:
+    _check_divisible(files)
+    merged = {key: merged_already(settings, files, key) for key in settings.corpus.json_keys}
+    contents = {key: content for key, content in merged.items() if content is not None}
+    if len(contents) < len(merged):
+        _make_parts(settings, files, job, set(merged) - set(contents))
+        policy = PartsPolicy(max_bad_lines=settings.max_bad_lines)
         for key in settings.corpus.json_keys:
-            for path in output_paths(prefix, key):
+            if key not in contents:
+                prefix = document_prefix(settings.output_prefix, key)
+                parts = [document_prefix(part, key) for part in _part_prefixes(settings)]
+                merge_datasets(parts, prefix, overwrite=True, policy=policy)
+                contents[key] = read_sidecar(prefix) or {}
+    for part in _part_prefixes(settings):
+        for key in settings.corpus.json_keys:
+            for path in output_paths(part, key):
                 path.unlink(missing_ok=True)
-    return contents
+    return {key: contents[key] for key in settings.corpus.json_keys}
+
+
+def _make_parts(
+    settings: PreprocessSettings, files: Sequence[InputFile], job: Job, keys: set[str]
+) -> None:
+    """Makes the parts that are not there; refuses if none of them has a document for a key."""
+    count = settings.num_partitions
+    parts: list[Contents] = []
+    if settings.ray is not None:
+        parts = make_parts(settings, files, partial(run_part, job=job))
+    else:
+        num_bad = 0
+        for number in range(count):
+            part = replace(settings, shard=(number, count))
+            parts.append(run_part(part, files, job, num_bad))
+            num_bad += max(content["num_bad_lines"] for content in parts[-1].values())
+    for key in settings.corpus.json_keys:
+        if key in keys and not any(part[key]["num_documents"] for part in parts):
+            raise UserError(f"no document left: {document_prefix(settings.output_prefix, key)}")
+
+
+def merged_already(
+    settings: PreprocessSettings, files: Sequence[InputFile], key: str
+) -> dict[str, Any] | None:
+    """The sidecar of a key whose parts a killed job of the same kind had merged, but not removed.
+
+    Args:
+        settings: The whole job.
+        files: The whole job's.
+        key: The output key.
+    """
+    parts = [document_prefix(part, key) for part in _part_prefixes(settings)]
+    if not any(path.exists() for part in parts for path in (idx_path(part), bin_path(part))):
+        return None
+    try:
+        return _finished(replace(settings, overwrite=False), files, key)
+    except UserError:  # other data, which `overwrite` replaces and its absence refuses
+        return None
+
+
+def _part_prefixes(settings: PreprocessSettings) -> list[str]:
+    count = settings.num_partitions
+    return [part_prefix(settings.output_prefix, number, count) for number in range(count)]
+
+
+def _check_divisible(files: Sequence[InputFile]) -> None:
+    for file in files:
+        if file.path is None or not file.path.is_file():
+            raise UserError(f"cannot be cut into parts: {file.name}: name files, folders or globs")
 
 
 def _finished(
@@ -142,11 +189,13 @@ def _finished(
         )
     paths = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
     paths["loss_mask_bin"] = bin_path(loss_mask_prefix(prefix))
+    paths["hashes"] = hashes_path(prefix)
     for name, digest in content["sha256"].items():
         if not paths[name].exists() or _sha256_of(paths[name]) != digest:
             logger.warning("made again: %s is not what its sidecar says", paths[name])
-            for path in output_paths(settings.output_prefix, key):
-                path.unlink(missing_ok=True)
+            if settings.shard is not None:
+                for path in output_paths(settings.output_prefix, key):
+                    path.unlink(missing_ok=True)
             return None
     return content
 

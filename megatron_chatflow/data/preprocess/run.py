@@ -13,17 +13,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
 from megatron_chatflow.corpus.inputs import InputFile, find_inputs
 from megatron_chatflow.corpus.readers import Chunk, CorpusReader
+from megatron_chatflow.data.preprocess.cluster import on_cluster
 from megatron_chatflow.data.preprocess.encode import EncodedChunk
 from megatron_chatflow.data.preprocess.output import KeyOutput, output_paths
-from megatron_chatflow.data.preprocess.partitions import run_all_parts, run_part
+from megatron_chatflow.data.preprocess.partitions import (
+    merged_already,
+    run_all_parts,
+    run_part,
+)
 from megatron_chatflow.data.preprocess.progress import Progress
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
 from megatron_chatflow.data.preprocess.worker import ChunkWorker, encode_in_worker, start_worker
-from megatron_chatflow.data.staged_file import publish_all
+from megatron_chatflow.data.staged_file import PARTIAL_SUFFIX, publish_all
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
@@ -45,31 +51,55 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
             written, the tokenizer cannot be loaded, or no document is left.
     """
     files = find_inputs(settings.inputs)
+    if settings.ray is not None:
+        settings = on_cluster(settings, files)
     _check(settings, files)
     if settings.shard is not None:
-        return run_part(settings, files, *settings.shard, _preprocess_files)
-    if settings.num_partitions > 1:
-        return run_all_parts(settings, files, settings.num_partitions, _preprocess_files)
-    return _preprocess_files(settings, files, allow_empty=False)
+        return run_part(settings, files, preprocess_files)
+    if settings.num_partitions > 1 or settings.ray is not None:
+        return run_all_parts(settings, files, preprocess_files)
+    return preprocess_files(settings, files)
 
 
-def _preprocess_files(
-    settings: PreprocessSettings, files: Sequence[InputFile], *, allow_empty: bool = True
+def preprocess_files(
+    settings: PreprocessSettings, files: Sequence[InputFile], num_bad_before: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Makes the datasets of some files."""
+    """Makes the datasets of some files.
+
+    Args:
+        settings: The job; with a shard, its output prefix is the part's, which may be empty.
+        files: The files.
+        num_bad_before: Bad lines of the parts before, which count as well.
+
+    Returns:
+        For each output key what its sidecar says.
+
+    Raises:
+        UserError: As `preprocess` does.
+    """
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    settings = _with_control_tokens(settings, tokenizer)
     keys = settings.corpus.json_keys
     outputs: dict[str, KeyOutput] = {}
     try:
         for key in keys:
-            outputs[key] = KeyOutput(
-                settings.output_prefix, key, tokenizer, settings.corpus.has_loss_mask
-            )
-        inputs = _fill(settings, files, tokenizer, outputs)
-        return _publish(outputs, inputs, settings, allow_empty=allow_empty)
+            outputs[key] = KeyOutput(settings, key, tokenizer)
+        inputs, num_bad = _fill(settings, files, tokenizer, outputs, num_bad_before)
+        return _publish(outputs, inputs, settings, num_bad)
     finally:
         for output in outputs.values():
             output.discard()
+
+
+def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> PreprocessSettings:
+    """The job, with a chat template that knows the tokenizer's control tokens, and is tried."""
+    template = settings.corpus.chat_template
+    if template is None:
+        return settings
+    names = tuple(sorted(tokenizer.special_tokens.items()))
+    template = replace(template, control_tokens=tokenizer.control_tokens, special_tokens=names)
+    template.check()
+    return replace(settings, corpus=replace(settings.corpus, chat_template=template))
 
 
 def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
@@ -86,8 +116,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
     if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
         number, num_parts = settings.shard
         raise UserError(f"--shard {number}/{num_parts}: shards count from 0/{num_parts}")
-    if settings.dedup and (settings.shard is not None or settings.num_partitions > 1):
-        raise UserError("--dedup compares all documents: not with --shard or --partitions")
+    if settings.shard is not None and (settings.num_partitions > 1 or settings.ray is not None):
+        raise UserError("--shard makes one part alone: not with --partitions or --ray")
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")
@@ -96,9 +126,21 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
     if len(keys) > 1 and any(file.kind == "txt" for file in files):
         raise UserError("--json-keys: .txt files have no keys: name one, for the output")
     for key in keys:
-        for path in output_paths(settings.output_prefix, key):
-            if path.exists() and not settings.overwrite:
-                raise UserError(f"output exists: {path}: choose another prefix or use --overwrite")
+        _check_output(settings, files, key)
+
+
+def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str) -> None:
+    """Refuses to replace an output, but not what a killed job of this kind left of its own."""
+    paths = output_paths(settings.output_prefix, key)
+    existing = [path for path in paths if path.exists()]
+    if settings.overwrite or not existing:
+        return
+    index = paths[0]  # the last to get its name: without it, a killed job was giving out names
+    if not index.exists() and index.with_name(index.name + PARTIAL_SUFFIX).exists():
+        return
+    if settings.num_partitions > 1 and merged_already(settings, files, key) is not None:
+        return
+    raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
 
 
 def _fill(
@@ -106,8 +148,9 @@ def _fill(
     files: Sequence[InputFile],
     tokenizer: Tokenizer,
     outputs: dict[str, KeyOutput],
-) -> list[dict[str, Any]]:
-    """Writes every chunk's documents, in order; returns name and size of each input."""
+    num_bad_before: int,
+) -> tuple[list[dict[str, Any]], int]:
+    """Writes every chunk's documents, in order; returns name and size of each input, bad lines."""
     corpus = settings.corpus
     reader = CorpusReader(files, corpus.txt_documents_of_format, corpus.columns)
     progress = Progress(sum(file.num_bytes for file in files))
@@ -118,7 +161,7 @@ def _fill(
             parsed = encoded.parsed
             num_bad += parsed.num_bad
             first_bad = first_bad or parsed.first_bad
-            if num_bad > settings.max_bad_lines:
+            if num_bad_before + num_bad > settings.max_bad_lines:
                 raise UserError(
                     f"too many bad lines: {first_bad}: the first of more than "
                     f"{settings.max_bad_lines}: mend the input, or raise --max-bad-lines"
@@ -133,10 +176,11 @@ def _fill(
         progress.close()
     if first_bad is not None:
         logger.warning("%d bad lines dropped, the first at %s", num_bad, first_bad)
-    return [
+    inputs = [
         {"name": file.name, "num_bytes": num_bytes}
         for file, num_bytes in zip(files, reader.num_bytes, strict=True)
     ]
+    return inputs, num_bad
 
 
 def _encoded_chunks(
@@ -194,16 +238,15 @@ def _publish(
     outputs: dict[str, KeyOutput],
     inputs: list[dict[str, Any]],
     settings: PreprocessSettings,
-    *,
-    allow_empty: bool,
+    num_bad: int,
 ) -> dict[str, dict[str, Any]]:
     """Completes the outputs and gives all of them their final names."""
     files = []
     contents = {}
     for key, output in outputs.items():
-        key_files, contents[key] = output.seal(inputs, settings.record())
+        key_files, contents[key] = output.seal(inputs, num_bad)
         files += key_files
-        if contents[key]["num_documents"] == 0 and not allow_empty:
+        if contents[key]["num_documents"] == 0 and settings.shard is None:
             dropped = ", ".join(f"{n} {reason}" for reason, n in contents[key]["dropped"].items())
             raise UserError(f"no document left: {output.prefix}: dropped: {dropped or 'nothing'}")
     for key in outputs:

@@ -3,11 +3,14 @@
 In: nothing. Out: `PreprocessSettings`, which workers receive whole.
 """
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_chatflow.corpus.jinja_chats import read_chat_template
 from megatron_chatflow.corpus.pair_templates import read_pair_templates
 from megatron_chatflow.corpus.pairs import PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
@@ -27,12 +30,13 @@ class PreprocessSettings:
         max_tokens: Longest document of pairs and chats; None for no limit.
         over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
         num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
-        max_bad_lines: So many bad lines are dropped before the job fails.
+        max_bad_lines: So many bad lines are dropped before the job, all its parts together, fails.
         dedup: Whether of documents with the same text only the first is kept.
         overwrite: Whether outputs that exist are replaced.
         num_partitions: Parts that are made one after the other and then merged, so that a killed
             job loses one part at most.
         shard: Number and count, to make one part alone, for job arrays.
+        ray: Address of a Ray cluster that makes the parts; None for this machine.
     """
 
     inputs: tuple[str, ...]
@@ -49,14 +53,19 @@ class PreprocessSettings:
     overwrite: bool = False
     num_partitions: int = 1
     shard: tuple[int, int] | None = None
+    ray: str | None = None
 
     def record(self) -> dict[str, Any]:
         """What the outputs depend on besides inputs and tokenizer, for the sidecar."""
         corpus = asdict(self.corpus)
         if self.corpus.format != "pairs":
             del corpus["pairs"]
+        del corpus["chat_template"]
         if self.corpus.format == "text":
             del corpus["template"], corpus["loss"]
+        elif self.corpus.chat_template is not None:
+            source = self.corpus.chat_template.source.encode()
+            corpus["template"] = f"{self.corpus.chat_name} {hashlib.sha256(source).hexdigest()}"
         limit = {} if self.max_tokens is None else {"over_long": self.over_long}
         options = {"append_eod": self.append_eod, "max_tokens": self.max_tokens, **limit}
         options["dedup"] = self.dedup
@@ -72,9 +81,14 @@ def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
             `PairSettings` with `pair_` before them. Missing ones have their defaults.
 
     Raises:
-        UserError: A file of pair templates cannot be read.
+        UserError: A file of templates cannot be read.
     """
     given = dict(options)
+    if given.get("num_workers") is None:
+        # On a cluster a part is made by one process unless asked otherwise: parts are many.
+        given["num_workers"] = 1 if given.get("ray") else len(os.sched_getaffinity(0))
+    if given.get("chat_template") is not None:
+        given["chat_template"] = read_chat_template(given["chat_template"])
     default_key = "messages" if given.get("format") == "chat" else "text"
     given["json_keys"] = given.get("json_keys") or [default_key]
     if given.get("pair_template", "plain") not in ("plain", "translate"):

@@ -11,7 +11,6 @@ from megatron_chatflow.corpus import readers
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.preprocess import duplicates
 from megatron_chatflow.data.preprocess.duplicates import SeenHashes, hashes_of
-from megatron_chatflow.errors import UserError
 
 
 @pytest.fixture
@@ -66,10 +65,3 @@ def test_chats_with_masks(jobs: Jobs) -> None:
     assert (jobs.documents("messages"), jobs.masks("messages")) == (documents, masks)
     assert content["num_loss_tokens"] == sum(map(sum, masks))
     assert content["dropped"] == {"duplicate": 4}
-
-
-def test_not_of_parts(jobs: Jobs) -> None:
-    path = jobs.lines("a.jsonl", [{"text": "bana"}])
-    for options in ({"shard": (0, 2)}, {"num_partitions": 2}):
-        with pytest.raises(UserError, match="--dedup compares all documents"):
-            jobs.run(path, dedup=True, **options)

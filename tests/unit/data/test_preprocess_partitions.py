@@ -73,9 +73,9 @@ def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
     class KilledError(Exception):
         pass
 
-    def run_one_then_die(settings: Any, files: Sequence[InputFile], *place: Any) -> Any:
-        num_started.append(place[0])
-        content = run_part(settings, files, *place)
+    def run_one_then_die(settings: Any, files: Sequence[InputFile], *others: Any) -> Any:
+        num_started.append(settings.shard[0])
+        content = run_part(settings, files, *others)
         if len(num_started) in kills:
             raise KilledError
         return content

@@ -1,0 +1,259 @@
+"""Chats written down by a Jinja template of the user's own, as `transformers` would.
+
+In: the template's source and a `Chat`. Out: segments with exact loss spans, or the reason why the
+template cannot be trained on.
+
+Where an answer lies in the text is known in one of two ways. A template may mark its answers with
+`{% generation %}`. Otherwise the chat is rendered up to each answer, with the prompt that asks for
+it, and up to its end; both have to be beginnings of the whole text, or the template is refused.
+Templates run in jinja2's sandbox. Names of control tokens that stand in a chat's texts, and not in
+the template, stay text: they are broken with a character of which the chat has none.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.corpus.chats import Chat
+from megatron_chatflow.corpus.documents import Document, DroppedError, Segment
+from megatron_chatflow.errors import UserError
+
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for such uses
+SYSTEM = "Probe of the system text."
+PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A chat as text, in which `guard` breaks the names of control tokens in its content."""
+
+    text: str
+    guard: str
+    spans: list[tuple[int, int]]
+    borders: list[int]
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A chat template.
+
+    Attributes:
+        name: Of the file that it comes from.
+        source: Jinja source.
+        control_tokens: Those of the tokenizer; in the template they are tokens and not text.
+        special_tokens: What the template knows as `bos_token`, `eos_token` and so on.
+    """
+
+    name: str
+    source: str
+    control_tokens: tuple[str, ...] = ()
+    special_tokens: tuple[tuple[str, str], ...] = ()
+
+    def document(self, chat: Chat, loss: str) -> Document:
+        """Writes a chat down.
+
+        Args:
+            chat: With every answer given.
+            loss: "response" for the answers and their ends, "all" for every token.
+
+        Returns:
+            A document that may be cut after each exchange, where the text up to there is what the
+            template writes for that much of the chat.
+
+        Raises:
+            DroppedError: The template refuses the chat, or does not say where its answers are.
+        """
+        rendered = self._rendered(chat)
+        cuts = {0, len(rendered.text), *rendered.borders}
+        cuts.update(offset for span in rendered.spans for offset in span)
+        offsets = sorted(cuts)
+        segments: list[Segment] = []
+        borders = []
+        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+            learnt = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
+            segments += self._segments(rendered.text[begin:end], rendered.guard, learnt)
+            if end in rendered.borders:
+                borders.append(len(segments))
+        return Document(tuple(segments), tuple(borders))
+
+    def check(self) -> None:
+        """Tries the template on a chat of two exchanges.
+
+        Raises:
+            UserError: It fails, or does not say where the answers are.
+        """
+        try:
+            rendered = self._rendered(Chat(SYSTEM, PROBE))
+        except DroppedError:  # some refuse a system's turn
+            try:
+                rendered = self._rendered(Chat(None, PROBE))
+            except DroppedError as error:
+                why = error.__cause__ or "a chat's text does not begin with its first turns' text"
+                raise UserError(
+                    f"chat template cannot be trained on: {self.name}: {why}: mark its answers "
+                    "with {% generation %} and {% endgeneration %}"
+                ) from error
+        learnt = [rendered.text[begin:end] for begin, end in rendered.spans]
+        fits = len(learnt) == len(PROBE) and all(
+            answer in text and question not in "".join(learnt)
+            for text, (question, answer) in zip(learnt, PROBE, strict=True)
+        )
+        if not fits:
+            raise UserError(
+                f"chat template cannot be trained on: {self.name}: it learns {learnt!r:.200} of "
+                "a chat of two answers: mark its answers with {% generation %}"
+            )
+
+    def _rendered(self, chat: Chat) -> _Rendered:
+        whole = "".join([chat.system or "", *(t or "" for pair in chat.exchanges for t in pair)])
+        unused = [c for c in NONCHARACTERS if c not in whole and c not in self.source]
+        if len(unused) < 3:
+            raise DroppedError("noncharacters")
+        guard, begin, end = unused[:3]
+        messages = self._messages(chat, guard)
+        is_marked = "generation" in _tags(self.source)
+
+        def render(count: int, ask: bool = False) -> str:
+            marks = {"generation_begin": begin, "generation_end": end}
+            return self._render(messages[:count], ask, marks if is_marked else {})
+
+        text = render(len(messages))
+        asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        upto = [render(k + 1) for k in asked[:-1]] + [text]
+        if is_marked:
+            plain, spans = _without_marks(text, begin, end)
+            beginnings = [_without_marks(part, begin, end)[0] for part in upto]
+            consistent = all(plain.startswith(part) for part in beginnings)
+            borders = [len(part) for part in beginnings] if consistent else []
+            return _Rendered(plain, guard, spans, borders)
+        spans = []
+        for k, part in zip(asked, upto, strict=True):
+            prompt = render(k, ask=True)
+            if not (text.startswith(part) and part.startswith(prompt)):
+                raise DroppedError("template_inconsistent")
+            spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
+        return _Rendered(text, guard, spans, [len(part) for part in upto])
+
+    def _messages(self, chat: Chat, guard: str) -> list[Message]:
+        pattern = self._pattern
+
+        def guarded(text: str) -> str:
+            if pattern is None:
+                return text
+            return pattern.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", text)
+
+        turns = [("system", chat.system)] if chat.system else []
+        for question, answer in chat.exchanges:
+            turns += [("user", question), ("assistant", answer or "")]
+        return [{"role": role, "content": guarded(text or "")} for role, text in turns]
+
+    def _render(self, messages: list[Message], ask: bool, marks: Mapping[str, str]) -> str:
+        try:
+            text: str = _compiled(self.source).render(
+                messages=messages, add_generation_prompt=ask, **dict(self.special_tokens), **marks
+            )
+        except Exception as error:  # a template may do, and fail with, anything
+            raise DroppedError("template_refused") from error
+        return text
+
+    def _end_of_answer(self, text: str, begin: int) -> int:
+        """Where an answer ends: white space behind its last control token is not learnt."""
+        pattern = self._pattern
+        ends = [match.end() for match in pattern.finditer(text, begin)] if pattern else []
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    @property
+    def _pattern(self) -> re.Pattern[str] | None:
+        return _pattern_of(self.control_tokens)
+
+    def _segments(self, text: str, guard: str, loss: bool) -> list[Segment]:
+        segments: list[Segment] = []
+        position = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            segments.append(Segment(text[position : match.start()].replace(guard, ""), loss))
+            segments.append(Segment(match[0], loss, "control"))
+            position = match.end()
+        segments.append(Segment(text[position:].replace(guard, ""), loss))
+        return [segment for segment in segments if segment.text]
+
+
+def read_chat_template(path: str | Path) -> JinjaTemplate:
+    """Reads a template.
+
+    Args:
+        path: A file of Jinja source, a JSON file with it under `chat_template` (such as
+            `tokenizer_config.json`), or a model's folder with either.
+
+    Raises:
+        UserError: It cannot be read, has none, or is not Jinja.
+    """
+    file = Path(path)
+    if file.is_dir():
+        names = ("chat_template.jinja", "tokenizer_config.json")
+        file = next((file / name for name in names if (file / name).exists()), file / names[0])
+    try:
+        source = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            source = _source_in(json.loads(source))
+    except OSError as error:
+        raise UserError(f"cannot read chat template: {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+    try:
+        _compiled(source)
+    except UserError:
+        raise
+    except Exception as error:  # jinja2's own, and Python's for what nests too deeply
+        line = getattr(error, "lineno", None)
+        raise UserError(f"not a Jinja template: {file}{line and f':{line}' or ''}: {error}") from (
+            error
+        )
+    return JinjaTemplate(file.name, source)
+
+
+def _source_in(content: Any) -> str:
+    template = content["chat_template"]
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}["default"]
+    if not isinstance(template, str):
+        raise TypeError("chat_template is not text")
+    return template
+
+
+@cache
+def _compiled(source: str) -> Any:
+    try:
+        from megatron_chatflow.corpus.jinja_environment import environment
+    except ImportError as error:
+        raise UserError("a chat template needs jinja2: pip install jinja2") from error
+    return environment().from_string(source)
+
+
+@cache
+def _tags(source: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\{%[-+]?\s*(\w+)", source))
+
+
+@cache
+def _pattern_of(names: tuple[str, ...]) -> re.Pattern[str] | None:
+    ordered = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _without_marks(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of answers, and where the answers lie in it."""
+    plain = ""
+    spans: list[tuple[int, int]] = []
+    for piece in re.split(f"([{begin}{end}])", text):
+        if piece == begin:
+            spans.append((len(plain), len(plain)))
+        elif piece == end and spans:
+            spans[-1] = (spans[-1][0], len(plain))
+        else:
+            plain += piece
+    return plain, [span for span in spans if span[0] < span[1]]

@@ -1,0 +1,146 @@
+"""Finds the documents of a job's parts that an earlier part has already.
+
+In: the hashes that each part notes beside its dataset. Out: for each part a mark on every document
+that has been there before. The hashes of all parts are dealt to buckets in an unnamed file, and
+each bucket is sorted by itself, so memory depends neither on the documents nor on the parts.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.preprocess.duplicates import HASH_RECORD
+from megatron_chatflow.data.staged_file import told_to_the_user
+from megatron_chatflow.errors import UserError
+
+BLOCK = 1 << 17  # hashes that are read at once, 3 MB
+HASHES_PER_BUCKET = 1 << 19  # about 40 MB while a bucket is sorted
+MAX_BUCKET_BITS = 12
+_PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
+
+
+class Repeats:
+    """Marks on the documents of all parts; they lie on the disk.
+
+    Attributes:
+        num_documents: Of each part.
+    """
+
+    def __init__(self, paths: Sequence[Path], num_documents: Sequence[int], folder: Path) -> None:
+        """Reads every part's hashes twice and marks what an earlier part, or the same, has.
+
+        Args:
+            paths: The parts' files of `HASH_RECORD`, in order.
+            num_documents: How many documents each part has.
+            folder: On whose disk there is room for 25 bytes a document.
+
+        Raises:
+            UserError: A file is missing or of another length, or the disk is full.
+        """
+        self.num_documents = list(num_documents)
+        self._paths = list(paths)
+        self._begins = np.concatenate([[0], np.cumsum(self.num_documents)]).tolist()
+        for path, number in zip(paths, num_documents, strict=True):
+            if not path.exists() or path.stat().st_size != number * HASH_RECORD.itemsize:
+                raise UserError(
+                    f"no hashes of {number} documents: {path}: parts of a job with --dedup are "
+                    "merged with the .hashes that lie beside them: make this part again"
+                )
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
+        with told_to_the_user(folder):
+            self._file.truncate(max(self._begins[-1], 1))
+            self._mark(folder)
+
+    def of_part(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
+        """Whether each document of a part, from ``begin`` up to ``end``, is a repetition."""
+        data = os.pread(self._file.fileno(), end - begin, self._begins[number] + begin)
+        return np.frombuffer(data, np.bool_)
+
+    def num_repeated_bytes(self, number: int) -> int:
+        """UTF-8 bytes of text in the repetitions of a part."""
+        total = begin = 0
+        for records in _blocks(self._paths[number]):
+            marks = self.of_part(number, begin, begin + len(records))
+            total += int(records["num_text_bytes"][marks].sum())
+            begin += len(records)
+        return total
+
+    def close(self) -> None:
+        """Gives the space back."""
+        self._file.close()
+
+    def _mark(self, folder: Path) -> None:
+        bits = 0
+        while self._begins[-1] >> bits > HASHES_PER_BUCKET and bits < MAX_BUCKET_BITS:
+            bits += 1
+        sizes = np.zeros(1 << bits, np.int64)
+        for path in self._paths:
+            for records in _blocks(path):
+                sizes += np.bincount(_buckets(records["hash"], bits), minlength=len(sizes))
+        ends = np.cumsum(sizes)
+        with tempfile.TemporaryFile(dir=folder) as placed:
+            self._deal(placed.fileno(), bits, ends - sizes)
+            for begin, end in zip((ends - sizes).tolist(), ends.tolist(), strict=True):
+                size, offset = (end - begin) * _PLACED.itemsize, begin * _PLACED.itemsize
+                bucket = np.frombuffer(_read(placed.fileno(), size, offset), _PLACED)
+                self._mark_bucket(bucket)
+
+    def _deal(self, placed: int, bits: int, positions: npt.NDArray[np.int64]) -> None:
+        """Writes each hash, with the number of its document, to where its bucket lies."""
+        index = 0
+        for path in self._paths:
+            for records in _blocks(path):
+                given = np.empty(len(records), _PLACED)
+                given["hash"] = records["hash"]
+                given["index"] = np.arange(index, index + len(records))
+                index += len(records)
+                buckets = _buckets(given["hash"], bits)
+                given = given[np.argsort(buckets, kind="stable")]
+                counts = np.bincount(buckets, minlength=len(positions))
+                begin = 0
+                for bucket in np.flatnonzero(counts).tolist():
+                    end = begin + int(counts[bucket])
+                    _write(placed, given[begin:end].tobytes(), positions[bucket] * _PLACED.itemsize)
+                    begin = end
+                positions = positions + counts
+
+    def _mark_bucket(self, bucket: npt.NDArray[np.void]) -> None:
+        order = np.lexsort((bucket["index"], bucket["hash"][:, 1], bucket["hash"][:, 0]))
+        hashes = bucket["hash"][order]
+        same = (hashes[1:] == hashes[:-1]).all(axis=1)
+        repeated = bucket["index"][order[1:][same]]
+        for index in repeated.tolist():
+            os.pwrite(self._file.fileno(), b"\1", index)
+
+
+def _buckets(hashes: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.int64]:
+    """The bucket of each hash: its top bits."""
+    if bits == 0:
+        return np.zeros(len(hashes), np.int64)
+    return (hashes[:, 0] >> np.uint64(64 - bits)).astype(np.int64)
+
+
+def _blocks(path: Path) -> Iterator[npt.NDArray[np.void]]:
+    with path.open("rb") as file:
+        while data := file.read(BLOCK * HASH_RECORD.itemsize):
+            yield np.frombuffer(data, HASH_RECORD)
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, int(offset))
+        view, offset = view[written:], offset + written
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    parts = []
+    while size and (part := os.pread(descriptor, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)

@@ -1,0 +1,95 @@
+"""Chats by a Jinja template: exact loss spans, or a refusal."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jinja2")
+
+from megatron_chatflow.corpus.chats import Chat
+from megatron_chatflow.corpus.documents import Document, DroppedError
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate, read_chat_template
+from megatron_chatflow.errors import UserError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}[{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}]"
+    "{% endfor %}{{ messages | length }}"
+)
+FORGETS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:3] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CHAT = Chat("Be brief.", (("one <|im_end|>?", "A <|im_end|> b."), ("two", "C.")))
+TOKENS = ("<|im_start|>", "<|im_end|>", "</s>")
+
+
+def template(source: str) -> JinjaTemplate:
+    return JinjaTemplate("t.jinja", source, TOKENS, (("eos_token", "</s>"),))
+
+
+def learnt(document: Document) -> list[tuple[str, str]]:
+    return [(s.text, s.kind) for s in document.segments if s.loss]
+
+
+def test_prefixes_say_where_answers_are() -> None:
+    document = template(CHATML).document(CHAT, "response")
+    assert "".join(segment.text for segment in document.segments) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none <|im_end|>?<|im_end|>\n"
+        "<|im_start|>assistant\nA <|im_end|> b.<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n"
+        "<|im_start|>assistant\nC.<|im_end|>\n"
+    )
+    end = ("<|im_end|>", "control")
+    assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
+    assert sum(s.text == "<|im_end|>" for s in document.segments) == 5  # none of the content's
+    first = "".join(s.text for s in document.segments[: document.borders[0]])
+    assert first.endswith("b.<|im_end|>\n") and document.borders[1] == len(document.segments)
+    assert all(s.loss for s in template(CHATML).document(CHAT, "all").segments)
+
+
+def test_marks_say_where_answers_are() -> None:
+    marked = template(MARKED)
+    marked.check()
+    document = marked.document(CHAT, "response")
+    end = ("</s>", "control")
+    assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
+    assert document.borders == ()  # the length at the end differs: not to be cut
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (FORGETS, "does not begin with its first turns"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages[-1].content }}", "first turns"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x{% endgeneration %}",
+         "it learns"),
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_be_trained_on(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"cannot be trained on: t.jinja: .*{message}"):
+        template(source).check()
+
+
+def test_a_chat_that_the_template_refuses_is_dropped() -> None:
+    source = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    template(source).check()
+    with pytest.raises(DroppedError, match="template_refused"):
+        template(source).document(Chat(None, (("no", "x"),)), "response")
+
+
+def test_reads_a_models_template(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert read_chat_template(tmp_path).source == "{{ messages }}"
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    assert read_chat_template(tmp_path).source == CHATML
+    (tmp_path / "bad.jinja").write_text("\n{% if %}")
+    for name, message in [("bad.jinja", "bad.jinja:2"), ("absent", "cannot read chat template")]:
+        with pytest.raises(UserError, match=message):
+            read_chat_template(tmp_path / name)
