@@ -85,24 +85,16 @@ def merge_datasets(
         UserError: They are of several dtypes or tokenizers, some have a loss mask and some have
             none, one is damaged, the output exists, or parts of one job are not all there.
     """
-    if not prefixes:
-        raise UserError("nothing to merge: name at least one dataset after --input")
-    outputs = [idx_path, bin_path, sidecar_path]
+    existing = _outputs_to_replace(prefixes, Path(output_prefix), overwrite=overwrite)
     mask_prefix = loss_mask_prefix(output_prefix)
-    existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
-    existing = [path for path in [*existing, bin_path(mask_prefix)] if path.exists()]
-    if existing and not overwrite:
-        raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
-    if any(Path(output_prefix).resolve() == prefix.resolve() for prefix in prefixes):
-        raise UserError(f"output is also an input: {output_prefix}: choose another prefix")
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
-    sidecars = [read_sidecar(prefix) for prefix in prefixes]
+    datasets, sidecars = [IndexedDataset(p) for p in prefixes], [read_sidecar(p) for p in prefixes]
     _check_alike(datasets, sidecars)
     masks = _masks_of(datasets)
     policy = policy or PartsPolicy()
-    repeats: Repeats | None = None
-    if are_parts_to_compare(prefixes, sidecars, policy):
-        repeats = find_repeats(datasets, Path(output_prefix).parent)
+    if not all(sidecars):
+        logger.warning("no sidecar written: not every input has one")
+    compare = are_parts_to_compare(prefixes, sidecars, policy)
+    repeats = find_repeats(datasets, Path(output_prefix).parent) if compare else None
 
     staged: list[StagedFile] = []
     try:
@@ -114,17 +106,13 @@ def merge_datasets(
             hashes["loss_mask_bin"] = mask_files[0].sha256
             files += mask_files
         (bin_file, idx_file), left_out = _write(Path(output_prefix), datasets, staged, repeats)
-        hashes = {"bin": bin_file.sha256, "idx": idx_file.sha256, **hashes}
+        hashes.update(bin=bin_file.sha256, idx=idx_file.sha256)
         files.append(bin_file)
         known = [sidecar for sidecar in sidecars if sidecar is not None]
         if repeats is not None:
             known = without_repeats(known, repeats, left_out, left_out_of_masks or left_out)
         if len(known) == len(sidecars):
-            files.append(StagedFile(sidecar_path(output_prefix)))
-            staged.append(files[-1])
-            files[-1].write(sidecar_bytes(_merged(known, hashes, policy)))
-        else:
-            logger.warning("no sidecar written: not every input has one")
+            files.append(_sidecar(output_prefix, _merged(known, hashes, policy), staged))
         for path in existing:
             path.unlink()
         publish_all([*files, idx_file])
@@ -133,8 +121,36 @@ def merge_datasets(
             file.discard()
         if repeats is not None:
             repeats.close()
-    num_left_out = sum(part.num_documents for part in left_out)
-    return sum(dataset.num_documents for dataset in datasets) - num_left_out
+    return _num_documents(datasets) - _num_documents(left_out)
+
+
+def _num_documents(parts: Sequence[IndexedDataset] | Sequence[LeftOut]) -> int:
+    return sum(part.num_documents for part in parts)
+
+
+def _sidecar(prefix: str | Path, content: dict[str, Any], staged: list[StagedFile]) -> StagedFile:
+    """Writes a sidecar beside its name."""
+    file = StagedFile(sidecar_path(prefix))
+    staged.append(file)
+    file.write(sidecar_bytes(content))
+    return file
+
+
+def _outputs_to_replace(
+    prefixes: Sequence[Path], output_prefix: Path, *, overwrite: bool
+) -> list[Path]:
+    """The files of an older dataset of the output's name; refuses what may not be replaced."""
+    if not prefixes:
+        raise UserError("nothing to merge: name at least one dataset after --input")
+    outputs = [idx_path, bin_path, sidecar_path]
+    mask_prefix = loss_mask_prefix(output_prefix)
+    existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
+    existing = [path for path in [*existing, bin_path(mask_prefix)] if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
+    if any(output_prefix.resolve() == prefix.resolve() for prefix in prefixes):
+        raise UserError(f"output is also an input: {output_prefix}: choose another prefix")
+    return existing
 
 
 def _write(

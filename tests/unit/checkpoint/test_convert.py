@@ -69,7 +69,7 @@ def run_job(tasks: list[dict[str, Any]], world_size: int) -> None:
         )
         for rank in range(world_size)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
 
 
