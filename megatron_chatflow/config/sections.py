@@ -301,6 +301,9 @@ class TrainConfig:
         "flash",
         "sdpa",
     ] = Field(default="auto", description="attention kernels; auto takes the best that is there")
+    manual_gc_interval: PositiveCount | None = Field(
+        default=None, description="iterations between garbage collections; Python's own when unset"
+    )
     deterministic_mode: Switch = Field(
         default=False, description="only kernels whose result is the same every time"
     )

@@ -26,6 +26,7 @@ from megatron_chatflow.model.loss import (
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.runtime import megatron
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.runtime.transfer import to_device
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -140,4 +141,4 @@ class ForwardStep:
 
     def _flat(self, rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
         """The tokens that this rank holds, on its device."""
-        return shard.take(rows.flatten()).to(self.device, non_blocking=True)
+        return to_device(shard.take(rows.flatten()), self.device)

@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_chatflow.model.context import ContextShard, shard_context, spans_of_documents
 from megatron_chatflow.model.rotary import Rotary, rotary_table, table_dtype
+from megatron_chatflow.runtime.transfer import to_device
 
 
 @dataclass
@@ -87,16 +88,15 @@ def pack_tokens(
     boundaries = cu_seqlens.tolist()
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
-    positions = shard.take(document_positions(cu_seqlens)).to(device, non_blocking=True)
+    positions = to_device(shard.take(document_positions(cu_seqlens)), device)
     cosines, sines = rotary_table(positions, rotary, table_dtype(dtype, device))
     pieces = () if shard.is_whole else spans_of_documents(boundaries, shard)
     if pieces:
         cu_queries, longest_queries = _cumulative([last - first for _, first, last in pieces])
         cu_keys, longest_keys = _cumulative([last - start for start, _, last in pieces])
-        cu_queries = cu_queries.to(device, non_blocking=True)
-        cu_keys = cu_keys.to(device, non_blocking=True)
+        cu_queries, cu_keys = to_device(cu_queries, device), to_device(cu_keys, device)
     else:
-        cu_queries = cu_keys = cu_seqlens.to(device, non_blocking=True)
+        cu_queries = cu_keys = to_device(cu_seqlens, device)
         longest_queries = longest_keys = max(length for _, _, length in runs)
     return PackedTokens(
         qkv_format="thd",

@@ -31,6 +31,7 @@ from megatron_chatflow.model.loss import describe_loss
 from megatron_chatflow.model.norm import choose_norm
 from megatron_chatflow.model.rotary import describe_rotary
 from megatron_chatflow.model.swiglu import choose_swiglu
+from megatron_chatflow.runtime.collection import GarbageCollection
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
@@ -92,12 +93,14 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         stop_request=StopRequest(config.train.exit_duration_in_mins),
         guard=_guard(config, inputs),
         watchdog=_watchdog(config, ranks),
+        collection=GarbageCollection(config.train.manual_gc_interval),
         hooks=_hooks(config, ranks, progress, stack),
         downtime=_downtime(config, ranks, progress),
         saver=_saver(config, ranks, progress, stack),
     )
     stack.callback(run.stop_request.close)
     stack.callback(run.watchdog.close)
+    stack.callback(run.collection.close)
     return run, progress
 
 

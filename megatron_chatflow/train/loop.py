@@ -27,6 +27,7 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime.collection import GarbageCollection
 from megatron_chatflow.runtime.peak import peak_memory
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
@@ -81,6 +82,7 @@ class Run:
         stop_request: Signals.
         guard: Judges every step.
         watchdog: Ends a process that hangs.
+        collection: When Python collects garbage.
         downtime: What restarts have cost.
         saver: Writes checkpoints; None where none are asked for.
     """
@@ -100,6 +102,7 @@ class Run:
     stop_request: StopRequest
     guard: Guard
     watchdog: Watchdog
+    collection: GarbageCollection
     downtime: Downtime = field(default=Downtime())
     hooks: Sequence[Hook] = field(default=())
     saver: CheckpointSaver | None = None
@@ -143,6 +146,7 @@ def train(run: Run, progress: Progress) -> Progress:
             run.saver.prepare(run.optimization.chunks, run.optimization.optimizer)
         if _is_due(progress.iteration, config.checkpoint.save_interval):
             _save(run, progress)
+        run.collection.after(progress.iteration)
         if _should_stop(run, progress):
             break
     _ensure_saved(run, progress)
