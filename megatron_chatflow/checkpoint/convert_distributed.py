@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.weight_map import WeightRule
 from megatron_chatflow.errors import UserError
 
+# Before a weight's name: where the plain and the distributed optimizer keep fp32 master weights.
+MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+
 
 class DistributedReader:
     """The tensors of a distributed checkpoint.
@@ -48,16 +52,18 @@ class DistributedReader:
         tensors: Name to the global tensor's metadata.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, masters: bool = False) -> None:
         """Opens a checkpoint.
 
         Args:
             folder: An ``iter_`` folder.
+            masters: Whether rules find the optimizer's fp32 master weights, where it has them.
 
         Raises:
             UserError: It holds no checkpoint, or a damaged one.
         """
         self.folder = folder
+        self._prefixes = (*MASTER_PREFIXES, "") if masters else ("",)
         index = read_index(folder)
         self._places: Mapping[MetadataIndex, Any] = index.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -74,11 +80,11 @@ class DistributedReader:
         Raises:
             UserError: The checkpoint has no such tensor.
         """
-        for template in (rule.megatron, *rule.aliases):
-            stacked = template.replace("{layer}.", "")
+        for prefix, template in product(self._prefixes, (rule.megatron, *rule.aliases)):
+            stacked = prefix + template.replace("{layer}.", "")
             if stacked in self.tensors:
                 return stacked, layer
-            single = template.format(layer=layer)
+            single = prefix + template.format(layer=layer)
             if single in self.tensors:
                 return single, None
         raise UserError(
@@ -112,6 +118,20 @@ class DistributedReader:
             if index >= size[0]:
                 raise UserError(f"{self.folder}: {name} has {size[0]} layers, not {index + 1}")
             begin, end = [index] + [0] * (len(size) - 1), [index + 1, *size[1:]]
+        box = self._read_box(name, begin, end)
+        return box if index is None else box[0]
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        """Reads a whole stored tensor.
+
+        Raises:
+            UserError: A file is missing, cut short or damaged.
+        """
+        size = list(self.tensors[name].size)
+        return self._read_box(name, [0] * len(size), size)
+
+    def _read_box(self, name: str, begin: list[int], end: list[int]) -> torch.Tensor:
+        entry = self.tensors[name]
         box = torch.empty(
             [e - b for b, e in zip(begin, end, strict=True)], dtype=entry.properties.dtype
         )
@@ -120,7 +140,7 @@ class DistributedReader:
             num_filled += self._copy_overlap(name, chunk, begin, end, box)
         if num_filled != box.numel():
             raise UserError(f"{self.folder}: {name} has holes; use another checkpoint")
-        return box if index is None else box[0]
+        return box
 
     def _copy_overlap(
         self,

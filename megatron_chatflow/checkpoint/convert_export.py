@@ -44,18 +44,21 @@ class Converted:
         num_tensors: Tensors.
         num_bytes: Bytes of their values.
         num_parameters: Values.
+        has_masters: Whether they are the optimizer's fp32 master weights.
     """
 
     folder: Path
     num_tensors: int
     num_bytes: int
     num_parameters: int
+    has_masters: bool = False
 
     def __str__(self) -> str:
         """One line for people."""
         return (
             f"wrote {self.folder}: {self.num_tensors} tensors, {self.num_parameters:,} parameters, "
             f"{self.num_bytes / 1e6:,.1f} MB"
+            + (", from the optimizer's fp32 master weights" if self.has_masters else "")
         )
 
 
@@ -87,7 +90,9 @@ def export_checkpoint(
     Args:
         checkpoint: A run's folder, or one of its ``iter_`` folders.
         output: The new folder; it appears when it is complete.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps the stored one.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps the stored one. Another one than the
+            stored bf16 comes from the optimizer's fp32 master weights, where the checkpoint has
+            them; rounded to bf16 they are the stored weights, bit for bit.
         tokenizer: Which tokenizer and chat template; None takes the run's.
         max_shard_bytes: The most bytes of a safetensors file.
         overwrite: Whether an earlier export of that name is replaced.
@@ -102,6 +107,10 @@ def export_checkpoint(
     check_shapes(reader, shape)
     stored = reader.dtype(*placements(shape)[0])
     target = stored if dtype is None else DTYPES[dtype]
+    if target != stored and stored == torch.bfloat16:
+        # The weights are these, rounded: another precision than theirs rounds once and not twice.
+        reader = DistributedReader(checkpoint, masters=True)
+        check_shapes(reader, shape)
     chosen = run_tokenizer(checkpoint, tokenizer or TokenizerChoice())
     template = None
     if chosen is not None:
@@ -115,7 +124,8 @@ def export_checkpoint(
         _write_configs(folder, shape, target, chosen)
         if chosen is not None:
             chosen.save_pretrained(folder, template)
-    return Converted(output, len(shapes), num_bytes, num_parameters)
+    has_masters = stored != reader.dtype(*placements(shape)[0])
+    return Converted(output, len(shapes), num_bytes, num_parameters, has_masters)
 
 
 def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:

@@ -51,7 +51,12 @@ def parse_arguments() -> argparse.Namespace:
         )
         command.add_argument("--seed", type=int, default=1234, help="of random rows")
     for command in (export, import_):
-        command.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as stored)")
+        command.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="of the weights (default: as stored); an export of bf16 weights in another one "
+            "takes the optimizer's fp32 master weights",
+        )
     for command in (export, import_, resize):
         command.add_argument("--output", type=Path, required=True, help="the new folder")
         command.add_argument("--overwrite", action="store_true", help="replace an earlier output")

@@ -65,7 +65,14 @@ def import_huggingface(
     shape = shape_of_huggingface(source)
     weights = HuggingFaceWeights(source)
     check_weights(weights, shape)
-    tokenizer = _find_tokenizer(source, shape)
+    tokenizer = huggingface_tokenizer(source)
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
+    elif tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding "
+            f"{shape.vocab_size} rows; give the folder its own tokenizer"
+        )
     # A tensor over all layers has one dtype, so a folder of mixed ones takes the widest.
     stored = {weights.dtype(name) for name in huggingface_shapes(shape)}
     narrow = stored.pop() if len(stored) == 1 else torch.float32
@@ -153,15 +160,9 @@ def _pieces(rule: WeightRule, layer: int | None, shape: LlamaShape, read: Read) 
     ]
 
 
-def _find_tokenizer(source: Path, shape: LlamaShape) -> Tokenizer | None:
+def huggingface_tokenizer(source: Path) -> Tokenizer | None:
+    """A folder's or file's tokenizer; None where a folder has none."""
     names = ("tokenizer.model", "tokenizer.json")
-    if not any((source / name).is_file() for name in names):
-        logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
+    if source.is_dir() and not any((source / name).is_file() for name in names):
         return None
-    tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding "
-            f"{shape.vocab_size} rows; give the folder its own tokenizer"
-        )
-    return tokenizer
+    return load_tokenizer(source)

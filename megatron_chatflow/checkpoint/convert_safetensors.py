@@ -51,25 +51,49 @@ class SafetensorsFile:
             raise UserError(f"{path}: is damaged (values missing at its end); fetch it again")
         self.entries = header
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads a tensor of a known dtype.
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> torch.Tensor:
+        """Reads a tensor of a known dtype, or a part of it and no more than that part.
+
+        Args:
+            name: Which tensor, of one or two axes.
+            rows: Part of the first axis.
+            columns: Part of the second one.
 
         Raises:
             UserError: The file cannot be read.
         """
         entry = self.entries[name]
-        tensor = torch.empty(entry["shape"], dtype=_TORCH_DTYPES[entry["dtype"]])
+        dtype = _TORCH_DTYPES[entry["dtype"]]
+        shape: list[int] = entry["shape"]
+        width = _num_values(tuple(shape[1:])) * dtype.itemsize
         begin, end = entry["data_offsets"]
+        if end - begin != _num_values(tuple(shape)) * dtype.itemsize:
+            raise UserError(f"{self.path}: is damaged at {name}; fetch it again")
+        first, last, _ = rows.indices(shape[0])
+        left, right, _ = columns.indices(shape[1] if len(shape) > 1 else 1)
+        is_whole = len(shape) == 1 or right - left == shape[1]
+        tensor = torch.empty(
+            [last - first, *([] if len(shape) == 1 else [right - left])], dtype=dtype
+        )
+        # Whole rows lie behind each other; of parts of rows, each is read on its own.
+        places = [first * width]
+        if not is_whole:
+            places = [row * width + left * dtype.itemsize for row in range(first, last)]
+        target = tensor.view(-1).view(torch.uint8).numpy().data
+        size = len(target) // max(len(places), 1)
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._begin + begin)
-                target = tensor.view(-1).view(torch.uint8).numpy().data
-                while len(target) and (count := file.readinto(target)):
-                    target = target[count:]  # one call reads at most 2 GiB
+                for number, place in enumerate(places):
+                    file.seek(self._begin + begin + place)
+                    part = target[number * size : (number + 1) * size]
+                    while len(part) and (count := file.readinto(part)):
+                        part = part[count:]  # one call reads at most 2 GiB
+                    if len(part):
+                        raise UserError(f"{self.path}: is damaged at {name}; fetch it again")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
-        if len(target) or end - begin != tensor.nbytes:
-            raise UserError(f"{self.path}: is damaged at {name}; fetch it again")
         return tensor
 
 
@@ -123,14 +147,19 @@ class HuggingFaceWeights:
             )
         return dtype
 
-    def read(self, name: str) -> torch.Tensor:
-        """Reads a tensor.
+    def read(
+        self, name: str, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> torch.Tensor:
+        """Reads a tensor, or some of its rows and columns.
 
         Raises:
             UserError: Its file is damaged.
         """
         path = self.files[name]
-        return self._safe(path).read(name) if self._is_safe(name) else self._pickled(path)[name]
+        if self._is_safe(name):
+            return self._safe(path).read(name, rows, columns)
+        whole = self._pickled(path)[name]
+        return whole[rows] if whole.dim() == 1 else whole[rows, columns]
 
     def _find_files(self) -> dict[str, Path]:
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):

@@ -7,14 +7,14 @@ output rows are made separately, each from its own old rows.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
+from megatron_chatflow.config.sections import EmbeddingInit
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer
 
-EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece"]
 EMBEDDING_INITS: tuple[EmbeddingInit, ...] = get_args(EmbeddingInit)
 # Hugging Face's names of the tensors whose rows are pieces, each with its own draws.
 _SEED_OFFSETS = {"model.embed_tokens.weight": 0, "lm_head.weight": 1}
@@ -49,6 +49,21 @@ class VocabularyGrowth:
     num_old: int
     pieces: tuple[tuple[int, ...], ...]
     num_rows: int
+
+
+@dataclass(frozen=True)
+class GrownVocabulary:
+    """A larger vocabulary for weights that are loaded.
+
+    Attributes:
+        growth: What is added.
+        resize: How.
+        num_old_rows: Rows that the weights have, without padding.
+    """
+
+    growth: VocabularyGrowth
+    resize: Resize
+    num_old_rows: int
 
 
 def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyGrowth:

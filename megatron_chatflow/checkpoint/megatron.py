@@ -9,7 +9,7 @@ write it through the page cache.
 
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
@@ -78,6 +79,11 @@ class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]
 class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     """megatron-core's loading with a reader and a planner that trust nothing."""
 
+    def __init__(self, reader: FileSystemReader | None = None) -> None:
+        """Reads by ``reader``, or what lies in the folder as it is."""
+        super().__init__()
+        self._reader = reader
+
     def load(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_: Any, **__: Any
     ) -> dict[str, Any]:
@@ -96,7 +102,7 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
             sharded_state_dict
         )
         state = mcore_to_pyt_state_dict(by_key, True)
-        load(state, storage_reader=_SafeReader(checkpoint_dir), planner=planner)
+        load(state, storage_reader=self._reader or _SafeReader(checkpoint_dir), planner=planner)
         loaded: dict[str, Any] = _replace_sharded_keys_with_state_dict_keys(
             {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()},
             flat_mapping,
@@ -104,6 +110,39 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         )
         _restore_dict_types(loaded, sharded_state_dict)
         return loaded
+
+
+@dataclass(frozen=True)
+class LocalShard:
+    """A part of a tensor as this process holds it.
+
+    Attributes:
+        name: The whole tensor's name in a checkpoint.
+        layer: Which layer's it is, where the whole tensor has all layers; None otherwise.
+        begin: Where the part begins in the layer's tensor.
+        data: The part itself, not a copy.
+    """
+
+    name: str
+    layer: int | None
+    begin: tuple[int, ...]
+    data: torch.Tensor
+
+
+def local_shards(module: Any) -> list[LocalShard]:
+    """Every tensor of a model chunk, as checkpoints name and cut it."""
+    sharded = module.sharded_state_dict()
+    apply_factories(sharded)
+    tensors = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor)]
+    return [
+        LocalShard(
+            t.key,
+            t.global_offset[0] if t.prepend_axis_num else None,
+            tuple(t.global_offset[t.prepend_axis_num :]),
+            t.data,
+        )
+        for t in tensors
+    ]
 
 
 def sharded_parts(
@@ -149,9 +188,17 @@ def format_file() -> bytes:
     return json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
 
 
-def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Reads what ``sharded_state_dict`` describes; every rank calls it."""
+def load_sharded(
+    sharded_state_dict: dict[str, Any], folder: Path, reader: FileSystemReader | None = None
+) -> dict[str, Any]:
+    """Reads what ``sharded_state_dict`` describes; every rank calls it.
+
+    Args:
+        sharded_state_dict: What to fill.
+        folder: An ``iter_`` folder.
+        reader: Gives its tensors, where they are not to be taken as they lie there.
+    """
     loaded: dict[str, Any] = dist_checkpointing.load(
-        sharded_state_dict, str(folder), sharded_strategy=SafeLoad()
+        sharded_state_dict, str(folder), sharded_strategy=SafeLoad(reader)
     )
     return loaded

@@ -14,6 +14,7 @@ import torch
 from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.background import reason
 from megatron_chatflow.checkpoint.files import read_state
+from megatron_chatflow.checkpoint.grown_reader import GrownReader
 from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
 from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.errors import UserError
@@ -109,30 +110,40 @@ def _reason(error: BaseException) -> str:
     return reason(error)
 
 
-def _load_sharded(sharded: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def _load_sharded(
+    sharded: dict[str, Any], checkpoint: Path, reader: GrownReader | None = None
+) -> dict[str, Any]:
     read_index(checkpoint)
     try:
-        return megatron.load_sharded(sharded, checkpoint)
+        return megatron.load_sharded(sharded, checkpoint, reader)
     except (Exception, megatron.CheckpointException) as error:
         raise UserError(
             f"{checkpoint}: cannot be loaded: {_reason(error)}; load another checkpoint"
         ) from error
 
 
-def load_weights(checkpoint: Path, chunks: list[Any], ranks: Ranks) -> None:
+def load_weights(
+    checkpoint: Path, chunks: list[Any], ranks: Ranks, reader: GrownReader | None = None
+) -> None:
     """Reads the model's weights alone, at whatever layout they were saved; every rank calls it."""
     bare = unwrapped(chunks)
     with device_mode(ranks.device):
-        loaded = _load_sharded(sharded_state(bare, None, is_loading=True), checkpoint)
+        loaded = _load_sharded(sharded_state(bare, None, is_loading=True), checkpoint, reader)
         _take_weights(bare, loaded)
 
 
-def load_checkpoint(checkpoint: Path, chunks: list[Any], optimizer: Any, ranks: Ranks) -> None:
+def load_checkpoint(
+    checkpoint: Path,
+    chunks: list[Any],
+    optimizer: Any,
+    ranks: Ranks,
+    reader: GrownReader | None = None,
+) -> None:
     """Reads weights and optimizer state; every rank calls it."""
     bare = unwrapped(chunks)
     with device_mode(ranks.device):
         sharded = sharded_state(bare, optimizer, is_loading=True)
-        loaded = _load_sharded(sharded, checkpoint)
+        loaded = _load_sharded(sharded, checkpoint, reader)
         _take_weights(bare, loaded)
         optimizer.load_state_dict(loaded["optimizer"])
 

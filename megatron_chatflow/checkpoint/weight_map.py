@@ -181,6 +181,27 @@ def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> 
     return torch.cat(cut, dim=1).reshape(-1, parts[0].shape[-1])
 
 
+def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
+    """Which rows of which parts lie below each other in the megatron-core tensor: `join` in rows.
+
+    Args:
+        rule: Which tensor.
+        model: The model's shape.
+
+    Returns:
+        ``(number of the part, its first row, number of rows)``, from top to bottom.
+    """
+    rows = [part.shape(model)[0] for part in rule.parts]
+    if rule.join is not Join.QUERY_GROUPS:
+        return [(number, 0, count) for number, count in enumerate(rows)]
+    groups = model.num_query_groups
+    return [
+        (number, group * (count // groups), count // groups)
+        for group in range(groups)
+        for number, count in enumerate(rows)
+    ]
+
+
 def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torch.Tensor]:
     """The megatron-core tensor to Hugging Face tensors; the inverse of `join`.
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config.flags import RunOptions, parse_arguments
+from megatron_chatflow.config.huggingface import model_of_huggingface
+from megatron_chatflow.config.presets import PRESETS
+from megatron_chatflow.config.rope import ROPE_FIELDS
 from megatron_chatflow.config.run_config import RunConfig
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.errors import UserError
@@ -31,7 +34,58 @@ def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def _load(path: Path | None, flags: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    return RunConfig.from_dict(_overlay({} if path is None else read_yaml(path), flags))
+    values = _overlay({} if path is None else read_yaml(path), flags)
+    folder = _huggingface_folder(values)
+    if folder is None:
+        return RunConfig.from_dict(values)
+    shape = model_of_huggingface(folder)
+    config = RunConfig.from_dict(_with_shape(values, shape, folder))
+    _refuse_other_shape(config, shape, folder)
+    return config
+
+
+def _huggingface_folder(values: Mapping[str, Any]) -> Path | None:
+    checkpoint = values.get("checkpoint")
+    folder = checkpoint.get("load_hf") if isinstance(checkpoint, Mapping) else None
+    return Path(folder).expanduser() if isinstance(folder, str | Path) and str(folder) else None
+
+
+def _with_shape(
+    values: Mapping[str, Any], shape: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """``values`` with a model of the folder's shape, and its tokenizer, where they say nothing."""
+    # How many rows there are follows from the tokenizer as well, which nobody has read yet.
+    defaults = {name: value for name, value in shape.items() if name != "vocab_size"}
+    filled = dict(values)
+    sections = {"model": defaults}
+    if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        sections["tokenizer"] = {"tokenizer_model": str(folder), "tokenizer_type": "auto"}
+    for section, fill in sections.items():
+        given = values.get(section) or {}
+        if not isinstance(given, Mapping) or (
+            section == "tokenizer" and "tokenizer_model" in given
+        ):
+            continue
+        present = {name: value for name, value in given.items() if value is not None}
+        filled[section] = {**fill, **present}
+    return filled
+
+
+def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a model section that says something else than the folder's config.json."""
+    preset = PRESETS[config.model.preset] if config.model.preset else {}
+    free = {"init_method_std", "vocab_size", "max_position_embeddings"}
+    if config.model.rope_scaling_type == "dynamic":  # the length at which its scaling begins
+        free.remove("max_position_embeddings")
+    names = [*(name for name in shape), *(name for name in ROPE_FIELDS if name not in shape)]
+    for name in names:
+        ours = {getattr(config.model, name), preset.get(name, getattr(config.model, name))}
+        if name not in free and ours != {shape.get(name)}:
+            shown = next(value for value in ours if value != shape.get(name))
+            raise UserError(
+                f"model.{name}: {shown} here and {shape.get(name)} in {folder / 'config.json'}; "
+                "leave it out to take the folder's"
+            )
 
 
 def load_config(yaml_path: Path | None, flags: Sequence[str] = ()) -> RunConfig:

@@ -20,6 +20,7 @@ _FACTORS = {
     "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_max_position_embeddings",
 }
+ROPE_FIELDS = ("rope_scaling_type", *_FACTORS.values())
 _NAMES_OF_KIND = {"linear": ("factor",), "dynamic": ("factor",), "llama3": tuple(_FACTORS)}
 
 

@@ -31,6 +31,9 @@ from megatron_chatflow.config.rope import RopeScaling
 from megatron_chatflow.config.suggest import closest
 from megatron_chatflow.errors import UserError
 
+# How rows of new pieces begin; `checkpoint/convert_vocabulary.py` says what each does.
+EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece"]
+
 
 def _fill(data: Any, defaults: Mapping[str, Any]) -> Any:
     """``data`` as a validator sees it, with ``defaults`` where it has nothing or null."""
@@ -123,6 +126,11 @@ class TokenizerConfig:
         default="Llama2Tokenizer", description="kind of tokenizer"
     )
     tokenizer_model: FilePath = Field(description="SentencePiece model, or tokenizer.json")
+    old_tokenizer_model: FilePath | None = Field(
+        default=None,
+        description="with --embedding-init: where the tokenizer of the weights lies now, if not "
+        "where they say",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -285,6 +293,21 @@ class TrainConfig:
     eval_iters: PositiveCount = Field(
         default=8, description="global batches of a validation, per source"
     )
+    choice_questions: FilePath | None = Field(
+        default=None, description="multiple-choice questions, JSON lines, scored while training"
+    )
+    choice_interval: PositiveCount | None = Field(
+        default=None, description="iterations between scorings of choice_questions"
+    )
+    choice_num_fewshot: Count = Field(
+        default=0, description="solved questions shown before each of choice_questions"
+    )
+    choice_scoring: Literal["letter", "continuation"] = Field(
+        default="letter", description="what is compared: the answers' letters, or whole answers"
+    )
+    choice_language: Literal["en", "zh"] = Field(
+        default="en", description="of the words around choice_questions"
+    )
     exit_interval: PositiveCount | None = Field(
         default=None, description="save and leave at multiples of this iteration"
     )
@@ -335,6 +358,16 @@ class CheckpointConfig:
     )
     pretrained_checkpoint: FilePath | None = Field(
         default=None, description="weights to begin with where --load holds no checkpoint yet"
+    )
+    load_hf: FilePath | None = Field(
+        default=None,
+        description="Hugging Face folder of the weights to begin with where --load holds no "
+        "checkpoint yet; the model section is taken from its config.json",
+    )
+    embedding_init: EmbeddingInit | None = Field(
+        default=None,
+        description="how rows of new pieces begin where the tokenizer goes on from that of the "
+        "weights; without it such a tokenizer is refused",
     )
     finetune: Switch = Field(
         default=False, description="load the weights alone and begin at iteration 0"

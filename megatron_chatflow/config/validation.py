@@ -45,6 +45,7 @@ def check(config: "RunConfig") -> None:
     _check_sequence(config)
     _check_recompute(config)
     _check_length(config)
+    _check_choice(config)
     _check_learning_rate(config)
     _check_checkpoint(config)
     _check_schedule(config)
@@ -202,6 +203,15 @@ def _check_length(config: "RunConfig") -> None:
         )
 
 
+def _check_choice(config: "RunConfig") -> None:
+    train = config.train
+    if (train.choice_questions is None) != (train.choice_interval is None):
+        raise UserError(
+            "train.choice_questions and train.choice_interval: one is set and the other is not; "
+            "set both, or neither"
+        )
+
+
 def _check_learning_rate(config: "RunConfig") -> None:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
@@ -221,6 +231,16 @@ def _check_checkpoint(config: "RunConfig") -> None:
     if checkpoint.finetune and checkpoint.load is None:
         raise UserError(
             "checkpoint.finetune: needs checkpoint.load, the folder of the weights to begin with"
+        )
+    if checkpoint.load_hf is not None and checkpoint.pretrained_checkpoint is not None:
+        raise UserError(
+            "checkpoint.load_hf and checkpoint.pretrained_checkpoint: both are set; leave one out"
+        )
+    begins = (checkpoint.load, checkpoint.load_hf, checkpoint.pretrained_checkpoint)
+    if checkpoint.embedding_init is not None and not any(begins):
+        raise UserError(
+            "checkpoint.embedding_init: needs weights with a smaller vocabulary; set "
+            "checkpoint.load, checkpoint.load_hf or checkpoint.pretrained_checkpoint"
         )
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise UserError("checkpoint.save_interval: needs checkpoint.save, the folder to write to")

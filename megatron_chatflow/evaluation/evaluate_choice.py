@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+from megatron_chatflow.tokenizer import Tokenizer
 
 Scoring = Literal["letter", "continuation"]
 Language = Literal["en", "zh"]
@@ -173,13 +174,26 @@ def evaluate_choice(
         ``accuracy`` with its ``standard_error``, ``accuracy_per_byte`` of whole choices,
         ``chance``, ``num_questions``, and ``subjects`` with the accuracy of each.
     """
-    right: list[bool] = []
-    right_per_byte: list[bool] = []
     counted = tqdm(questions, desc="choice", unit="question", disable=None)
+    scores = []
     for number, question in enumerate(counted):
         examples = examples_for(questions, number, pool or questions, settings.num_few_shot)
+        prompt, answers = encode_question(
+            *(model.tokenizer, model.beginning, model.max_length, question, examples, settings)
+        )
+        scores.append(_scores(model, prompt, answers))
+    return tally(questions, scores, settings)
+
+
+def tally(
+    questions: Sequence[Question], all_scores: Sequence[Sequence[float]], settings: ChoiceSettings
+) -> dict[str, Any]:
+    """What `evaluate_choice` returns, from the log-probability of each choice of each question."""
+    right: list[bool] = []
+    right_per_byte: list[bool] = []
+    for question, given in zip(questions, all_scores, strict=True):
         continuations = _continuations(question, settings)
-        scores = np.array(_scores(model, question, examples, continuations, settings))
+        scores = np.array(given)
         lengths = np.array([max(1, len(text.encode())) for text in continuations])
         right.append(int(scores.argmax()) == question.answer)
         right_per_byte.append(int((scores / lengths).argmax()) == question.answer)
@@ -201,25 +215,39 @@ def evaluate_choice(
     return result
 
 
-def _scores(
-    model: LanguageModel,
+def encode_question(
+    tokenizer: Tokenizer,
+    beginning: Sequence[int],
+    max_length: int,
     question: Question,
     examples: Sequence[Question],
-    continuations: Sequence[str],
     settings: ChoiceSettings,
-) -> list[float]:
-    """Log-probability of each continuation; examples that do not fit are left out."""
-    answers = [model.tokenizer.encode_continuation(text) for text in continuations]
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of a question and of each of its choices; examples that do not fit are left out.
+
+    Args:
+        tokenizer: The model's.
+        beginning: What stands before every text.
+        max_length: Tokens that question and choice may have together.
+        question: The question.
+        examples: Solved questions before it.
+        settings: How it is put.
+    """
+    continuations = _continuations(question, settings)
+    answers = [tokenizer.encode_continuation(text)[:max_length] for text in continuations]
     longest = max(map(len, answers))
     for first in range(len(examples) + 1):
         text = prompt_of(question, examples[first:], settings)
-        prompt = model.beginning + model.tokenizer.encode(text)
-        if len(prompt) + longest <= model.max_length:
+        prompt = [*beginning, *tokenizer.encode(text)]
+        if len(prompt) + longest <= max_length:
             break
-    prompt = prompt[-max(1, model.max_length - longest) :]
-    if longest == 1:
+    return prompt[-max(1, max_length - longest) :], answers
+
+
+def _scores(model: LanguageModel, prompt: list[int], answers: list[list[int]]) -> list[float]:
+    """Log-probability of each answer behind the prompt."""
+    if max(map(len, answers)) == 1:
         scores = model.next_log_probs([prompt], [[ids[0] for ids in answers]])[0]
         return [float(score) for score in scores]
-    rows = [prompt + ids for ids in answers]
-    log_probs = model.log_probs(rows)
+    log_probs = model.log_probs([prompt + ids for ids in answers])
     return [float(values[len(prompt) - 1 :].sum()) for values in log_probs]

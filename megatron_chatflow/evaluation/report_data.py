@@ -138,6 +138,8 @@ def _drop_repeated(
     resumed_at: list[int] = []
     for record in records:
         iteration = record["iteration"]
+        if "choice" in record:
+            continue
         if "validation" in record:
             _truncate(validation, iteration)
             validation.append(record)

@@ -129,7 +129,8 @@ class ForwardStep:
             self.rows,
             sequence_parallel=self.llama.config.sequence_parallel,
         )
-        source = batch.source.unsqueeze(-1).expand(batch.tokens.shape)
+        # A number for each sample, or one for each token.
+        source = batch.source.reshape(len(batch.source), -1).expand(batch.tokens.shape)
         sums = source_sums(
             losses.detach(),
             loss_mask,

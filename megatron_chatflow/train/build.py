@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.checkpoint.grown_reader import GrownReader
+from megatron_chatflow.checkpoint.load_huggingface import load_huggingface
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.store import (
     RunState,
@@ -24,6 +26,8 @@ from megatron_chatflow.config.model_shape import causal_share, flops_per_token
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.choice_training import ChoiceValidator
+from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
@@ -61,10 +65,10 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     llama = _model(config, ranks, inputs.vocab_size)
     optimization = build_optimization(config, llama, ranks)
     if inputs.checkpoint is not None:
-        if config.checkpoint.ckpt_verify:
+        if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
             logger.info("every file of %s is what was saved", inputs.checkpoint)
-        _load(inputs.checkpoint, optimization, ranks, weights_only=inputs.resumed is None)
+        _load(inputs, llama, optimization, ranks)
     progress = _progress(inputs.blend, inputs.resumed)
     optimization.set_consumed_samples(progress.consumed_samples)
 
@@ -84,6 +88,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         ),
         optimization=optimization,
         validator=_validator(config, inputs),
+        choices=_choices(config, inputs),
         state=inputs.state,
         flops_per_token=float(
             flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
@@ -136,15 +141,23 @@ def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
         )
 
 
-def _load(
-    checkpoint: Path, optimization: Optimization, ranks: Ranks, *, weights_only: bool
-) -> None:
-    if weights_only:
-        load_weights(checkpoint, optimization.chunks, ranks)
-        with device_mode(ranks.device):
-            optimization.optimizer.reload_model_params()
+def _load(inputs: RunInputs, llama: Llama, optimization: Optimization, ranks: Ranks) -> None:
+    checkpoint = inputs.checkpoint
+    assert checkpoint is not None, "the caller has looked"
+    weights_only = inputs.resumed is None
+    chunks, optimizer = optimization.chunks, optimization.optimizer
+    reader = None
+    if inputs.grown is not None and not inputs.is_huggingface:
+        reader = GrownReader(checkpoint, inputs.grown, llama.padded_vocab_size)
+    if inputs.is_huggingface:
+        load_huggingface(checkpoint, chunks, ranks, inputs.grown)
+    elif weights_only:
+        load_weights(checkpoint, chunks, ranks, reader)
     else:
-        load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, ranks)
+        load_checkpoint(checkpoint, chunks, optimizer, ranks, reader)
+    if weights_only:
+        with device_mode(ranks.device):
+            optimizer.reload_model_params()
     what = "weights" if weights_only else "weights and optimizer state"
     logger.info("loaded %s from %s", what, checkpoint)
 
@@ -192,6 +205,20 @@ def _saver(
     saver = CheckpointSaver(Path(config.checkpoint.save), config, ranks, durable_iteration=resumed)
     stack.callback(saver.close)
     return saver
+
+
+def _choices(config: RunConfig, inputs: RunInputs) -> ChoiceValidator | None:
+    train = config.train
+    if train.choice_questions is None:
+        return None
+    return ChoiceValidator.build(
+        Path(train.choice_questions).name.split(".")[0],
+        inputs.questions,
+        ChoiceSettings(train.choice_scoring, train.choice_num_fewshot, train.choice_language),
+        tokenizer=inputs.tokenizer,
+        seq_length=config.data.seq_length,
+        micro_batch_size=train.micro_batch_size,
+    )
 
 
 def _hooks(config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack) -> list[Hook]:

@@ -5,10 +5,19 @@ on from. It needs neither a GPU nor another rank, so a dry run does just this.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape
+from megatron_chatflow.checkpoint.convert_export import run_tokenizer
+from megatron_chatflow.checkpoint.convert_import import huggingface_tokenizer
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape, shape_of_huggingface
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.checkpoint.convert_vocabulary import (
+    GrownVocabulary,
+    Resize,
+    vocabulary_growth,
+)
 from megatron_chatflow.checkpoint.files import resolve_checkpoint
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, to_plain
@@ -17,6 +26,7 @@ from megatron_chatflow.data.plan import check_epochs
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.evaluate_choice import Question, read_questions
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +45,9 @@ class RunInputs:
         state: The run's state before its first iteration.
         checkpoint: Where weights come from; None for fresh ones.
         resumed: The checkpoint's state; None unless the run goes on from it.
+        questions: Choice questions that are put while the run goes on.
+        is_huggingface: Whether `checkpoint` is a Hugging Face folder.
+        grown: What the vocabulary grows by as the weights are loaded.
     """
 
     tokenizer: Tokenizer
@@ -45,6 +58,9 @@ class RunInputs:
     state: RunState
     checkpoint: Path | None
     resumed: RunState | None
+    questions: Sequence[Question] = ()
+    is_huggingface: bool = False
+    grown: GrownVocabulary | None = None
 
 
 def open_inputs(config: RunConfig) -> RunInputs:
@@ -55,7 +71,17 @@ def open_inputs(config: RunConfig) -> RunInputs:
             fit together.
     """
     tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
+    checkpoint = _checkpoint_to_load(config)
+    saved = None if checkpoint is None else _saved_state(checkpoint)
+    grown = None
+    if checkpoint is not None and saved is not None:
+        grown = _growth(config, checkpoint, saved, tokenizer)
     vocab_size = model_vocab_size(config, tokenizer)
+    if grown is not None:
+        vocab_size = grown.growth.num_rows
+    elif saved is not None and checkpoint is not None and checkpoint.is_huggingface:
+        # Models often have more rows than pieces.
+        vocab_size = config.model.vocab_size or max(vocab_size, int(saved.model["vocab_size"]))
     sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
     held_out = []
     if config.train.eval_interval is not None:
@@ -63,19 +89,20 @@ def open_inputs(config: RunConfig) -> RunInputs:
             config.data, seed=config.train.seed, tokenizer=tokenizer, split="validation"
         )
     state = initial_state(config, tokenizer, sources, vocab_size)
-    checkpoint = _checkpoint_to_load(config)
     resumed = None
-    if checkpoint is not None:
-        saved = RunState.read(checkpoint.folder)
-        _refuse_other_model(saved, state, checkpoint.folder)
+    if checkpoint is not None and saved is not None:
+        _refuse_other_model(saved, state, checkpoint.folder, is_grown=grown is not None)
         if not checkpoint.weights_only:
             if "samples_per_iteration" not in saved.schedule:
                 raise UserError(
                     f"checkpoint.load: {checkpoint.folder} holds weights alone and no run to go on "
                     "with; add --finetune"
                 )
-            _refuse_other_data(saved, state, checkpoint.folder)
+            if grown is None:
+                _refuse_other_data(saved, state, checkpoint.folder)
             resumed = saved
+    asked = config.train.choice_questions
+    questions = [] if asked is None else read_questions(Path(asked))
     blend = _blend(config, sources, resumed)
     if blend.edit is not None:
         logger.info("%s", blend.edit)
@@ -89,6 +116,9 @@ def open_inputs(config: RunConfig) -> RunInputs:
         state=replace(state, schedule=blend.schedule.to_dict()),
         checkpoint=None if checkpoint is None else checkpoint.folder,
         resumed=resumed,
+        questions=questions,
+        is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
+        grown=grown,
     )
 
 
@@ -135,6 +165,7 @@ class _Beginning:
 
     folder: Path
     weights_only: bool
+    is_huggingface: bool = False
 
 
 def _checkpoint_to_load(config: RunConfig) -> _Beginning | None:
@@ -156,17 +187,64 @@ def _checkpoint_to_load(config: RunConfig) -> _Beginning | None:
                 "checkpoint; name a run's folder or one of its iter_ folders"
             )
         return _Beginning(checkpoint, weights_only=True)
+    if settings.load_hf is not None:
+        return _Beginning(Path(settings.load_hf), weights_only=True, is_huggingface=True)
     if settings.load is not None:
         logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
     return None
 
 
-def _refuse_other_model(resumed: RunState, state: RunState, checkpoint: Path) -> None:
+def _saved_state(checkpoint: _Beginning) -> RunState:
+    """What a checkpoint says of itself; of a Hugging Face folder, its model alone."""
+    if not checkpoint.is_huggingface:
+        return RunState.read(checkpoint.folder)
+    shape = shape_of_huggingface(checkpoint.folder)
+    return RunState(0, 0, 0, {}, {}, {}, {}, shape.recorded())
+
+
+def _growth(
+    config: RunConfig, checkpoint: _Beginning, saved: RunState, tokenizer: Tokenizer
+) -> GrownVocabulary | None:
+    """What the vocabulary grows by; None where it stays, or where nobody asked for it."""
+    init = config.checkpoint.embedding_init
+    if init is None:
+        return None
+    named = config.tokenizer.old_tokenizer_model
+    if checkpoint.is_huggingface:
+        old = huggingface_tokenizer(named or checkpoint.folder)
+    else:
+        old = run_tokenizer(checkpoint.folder, TokenizerChoice(model=named))
+    if old is None:
+        raise UserError(
+            f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer that a larger one "
+            "could go on from; give its own as --old-tokenizer-model"
+        )
+    if old.fingerprint == tokenizer.fingerprint:
+        return None  # it has grown already
+    num_rows = int(saved.model["vocab_size"])
+    growth = vocabulary_growth(old, tokenizer, max(num_rows, config.model.vocab_size or 0))
+    logger.info(
+        "%d new pieces begin by %s: %d rows grow to %d",
+        *(len(growth.pieces), init, num_rows, growth.num_rows),
+    )
+    return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
+
+
+def _refuse_other_model(
+    resumed: RunState, state: RunState, checkpoint: Path, *, is_grown: bool
+) -> None:
     for name in {**resumed.model, **state.model}:
-        value = state.model.get(name)
-        if resumed.model.get(name) != value:
+        value, saved = state.model.get(name), resumed.model.get(name)
+        if name == "vocab_size" and is_grown:
+            continue
+        if name == "vocab_size" and isinstance(value, int) and value > int(saved or 0):
             raise UserError(
-                f"model.{name}: {value} here and {resumed.model.get(name)} in {checkpoint}; give "
+                f"model.vocab_size: {value} here and {saved} in {checkpoint}; if the tokenizer "
+                "goes on from that of the weights, say with --embedding-init how new rows begin"
+            )
+        if saved != value:
+            raise UserError(
+                f"model.{name}: {value} here and {saved} in {checkpoint}; give "
                 "the model the checkpoint's shape"
             )
 

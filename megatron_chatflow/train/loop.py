@@ -24,6 +24,7 @@ from megatron_chatflow.data.digest import combine_digests
 from megatron_chatflow.data.loader import GlobalBatch, Loader
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.choice_training import ChoiceValidator
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime import megatron
@@ -74,6 +75,7 @@ class Run:
         forward_step: How a micro-batch runs.
         optimization: Model chunks, optimizer, learning rate.
         validator: Held-out samples; None where there are none.
+        choices: Choice questions; None where there are none.
         hooks: Watchers; none but on the reporting rank.
         state: The parts of `RunState` that do not change.
         flops_per_token: Model FLOPs of a token, forward and backward.
@@ -95,6 +97,7 @@ class Run:
     forward_step: ForwardStep
     optimization: Optimization
     validator: Validator | None
+    choices: ChoiceValidator | None
     state: RunState
     flops_per_token: float
     causal_share: float
@@ -127,6 +130,7 @@ def train(run: Run, progress: Progress) -> Progress:
     batches = run.loader.batches(progress.consumed_samples, config.train.global_batch_size)
     if progress.iteration == 0:
         _validate(run, progress)
+        _put_questions(run, progress)
     while progress.iteration < last_iteration:
         run.watchdog.beat(progress.iteration + 1, "loading")
         begin = time.perf_counter()
@@ -142,6 +146,8 @@ def train(run: Run, progress: Progress) -> Progress:
             _report(run, progress, batch, result, seconds, data_seconds)
         if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
             _validate(run, progress)
+        if _is_due(progress.iteration, config.train.choice_interval, last_iteration):
+            _put_questions(run, progress)
         if run.saver is not None and progress.iteration == first_iteration:
             run.saver.prepare(run.optimization.chunks, run.optimization.optimizer)
         if _is_due(progress.iteration, config.checkpoint.save_interval):
@@ -263,6 +269,15 @@ def _validate(run: Run, progress: Progress) -> None:
     losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
     for hook in run.hooks:
         hook.on_validation(progress.iteration, losses)
+
+
+def _put_questions(run: Run, progress: Progress) -> None:
+    if run.choices is None:
+        return
+    run.watchdog.beat(progress.iteration, "choice questions")
+    result = run.choices.run(run.forward_step, run.optimization.chunks, run.ranks)
+    for hook in run.hooks:
+        hook.on_choice(progress.iteration, {run.choices.name: result})
 
 
 def _save(run: Run, progress: Progress) -> None:

@@ -5,7 +5,7 @@ the run: `Shield` logs what it met, and the next report is tried again.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.train.report import IterationReport
@@ -19,6 +19,9 @@ class Hook(Protocol):
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """After each validation, with each source's loss."""
+
+    def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """After choice questions were put: by name, what `evaluate_choice.tally` returns."""
 
     def close(self) -> None:
         """At the end of the run, however it ends."""

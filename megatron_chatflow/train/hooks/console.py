@@ -6,6 +6,7 @@ In: reports. Out: lines on standard output.
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from tqdm import tqdm
 
@@ -67,6 +68,15 @@ class Console:
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Prints the line."""
         self._print(validation_line(iteration, losses))
+
+    def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Prints the line."""
+        parts = [
+            f"{name}: {result['accuracy']:.4f} of {result['num_questions']} (chance "
+            f"{result['chance']:.4f})"
+            for name, result in results.items()
+        ]
+        self._print(f"choice questions at iteration {iteration} | " + " | ".join(parts))
 
     def close(self) -> None:
         """Takes the bar away."""

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.evaluation.validation import SourceLoss
@@ -52,6 +53,10 @@ class MetricsFile:
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Appends the validation."""
         self._append(validation_dict(iteration, losses))
+
+    def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Appends the results."""
+        self._append({"iteration": iteration, "choice": results})
 
     def close(self) -> None:
         """Writes what is left and flushes the file to the disk.

@@ -5,6 +5,7 @@ In: a hook. Out: the same hook, which no longer raises.
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.train.hooks import Hook
@@ -29,6 +30,10 @@ class Shield:
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Hands the validation on."""
         self._try(lambda: self._hook.on_validation(iteration, losses))
+
+    def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Hands the results on."""
+        self._try(lambda: self._hook.on_choice(iteration, results))
 
     def close(self) -> None:
         """Closes the hook."""

@@ -5,6 +5,7 @@ In: reports. Out: event files.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -43,6 +44,14 @@ class TensorBoard:
         for name, loss in losses.items():
             scalars[f"validation loss/{name}"] = loss.loss
             scalars[f"validation bits per byte/{name}"] = loss.bits_per_byte
+        self._write(scalars, iteration)
+
+    def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes each file's accuracies."""
+        scalars: dict[str, float | None] = {}
+        for name, result in results.items():
+            scalars[f"choice accuracy/{name}"] = result["accuracy"]
+            scalars[f"choice accuracy per byte/{name}"] = result.get("accuracy_per_byte")
         self._write(scalars, iteration)
 
     def close(self) -> None:

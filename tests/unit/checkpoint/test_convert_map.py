@@ -10,7 +10,11 @@ from megatron_chatflow.checkpoint.convert_distributed import (
     DistributedReader,
     write_distributed,
 )
-from megatron_chatflow.checkpoint.convert_safetensors import plan_shards
+from megatron_chatflow.checkpoint.convert_safetensors import (
+    SafetensorsFile,
+    plan_shards,
+    write_shards,
+)
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape
 from megatron_chatflow.checkpoint.weight_map import (
     LLAMA_RULES,
@@ -19,6 +23,7 @@ from megatron_chatflow.checkpoint.weight_map import (
     join,
     placements,
     rules_of,
+    segments,
     split,
 )
 
@@ -68,6 +73,26 @@ def test_split_undoes_join(rule) -> None:
     assert all(torch.equal(one, other) for one, other in zip(parts, again, strict=True))
     assert all(part.is_contiguous() for part in again)
     assert (len(parts) == 1) == (rule.join is Join.SAME)
+
+
+@pytest.mark.parametrize("rule", LLAMA_RULES, ids=lambda rule: rule.megatron)
+def test_segments_are_the_rows_of_join(rule) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.rand(part.shape(SHAPE), generator=generator) for part in rule.parts]
+    pieces = [parts[k][begin : begin + count] for k, begin, count in segments(rule, SHAPE)]
+    assert torch.equal(torch.cat(pieces), join(rule, SHAPE, parts))
+
+
+def test_parts_of_tensors_are_read_as_slices_of_them(tmp_path: Path) -> None:
+    tensors = {"a": torch.rand(7, 5).bfloat16(), "b": torch.rand(9)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    stream = iter(tensors.items())
+    write_shards(tmp_path, shapes, torch.bfloat16, stream, 10**6)
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    for rows in (slice(None), slice(2, 5), slice(3, 3), slice(6, 7)):
+        assert torch.equal(file.read("b", rows), tensors["b"].bfloat16()[rows])
+        for columns in (slice(None), slice(0, 2), slice(3, 5), slice(2, 2)):
+            assert torch.equal(file.read("a", rows, columns), tensors["a"][rows, columns])
 
 
 def test_every_tensor_has_one_place() -> None:

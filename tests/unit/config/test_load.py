@@ -136,26 +136,27 @@ def test_what_was_resolved_can_be_loaded_again(path, tmp_path) -> None:
 
 # The surface that scripts rely on: a change here is a change of the interface.
 FROZEN_FLAGS = """
---adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --bf16 --ckpt-verify
+--adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --bf16 --choice-interval
+--choice-language --choice-num-fewshot --choice-questions --choice-scoring --ckpt-verify
 --clip-grad --config --context-parallel-size --data-retry-seconds --deterministic-mode
---distributed-timeout-minutes --dry-run --eval-interval --eval-iters --exit-duration-in-mins
---exit-interval --ffn-hidden-size --finetune --global-batch-size --hang-timeout-minutes --help
---hidden-size --holdout-every --init-method-std --load --log-interval --loss-spike-factor
---loss-spike-window --lr --lr-decay-iters --lr-decay-style --lr-warmup-iters
---make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps --max-position-embeddings
---micro-batch-size --min-lr --no-async-save --no-bf16 --no-ckpt-verify --no-deterministic-mode
---no-finetune --no-overlap-grad-reduce --no-overlap-param-gather --no-sequence-parallel
---no-tensorboard --no-untie-embeddings-and-output-weights --no-use-distributed-optimizer
---norm-epsilon --num-attention-heads --num-layers --num-layers-per-virtual-pipeline-stage
---num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --on-nan
---overlap-grad-reduce --overlap-param-gather --pipeline-model-parallel-size --preset
---pretrained-checkpoint --recompute-granularity --recompute-method --recompute-num-layers
---rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
---rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
---save-retain --seed --seq-length --sequence-parallel --tensor-model-parallel-size --tensorboard
---tokenizer-model --tokenizer-type --train-iters --train-samples
---untie-embeddings-and-output-weights --use-distributed-optimizer --vocab-size --weight-decay
---world-size
+--distributed-timeout-minutes --dry-run --embedding-init --eval-interval --eval-iters
+--exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --global-batch-size
+--hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std --load --load-hf
+--log-interval --loss-spike-factor --loss-spike-window --lr --lr-decay-iters --lr-decay-style
+--lr-warmup-iters --make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps
+--max-position-embeddings --micro-batch-size --min-lr --no-async-save --no-bf16 --no-ckpt-verify
+--no-deterministic-mode --no-finetune --no-overlap-grad-reduce --no-overlap-param-gather
+--no-sequence-parallel --no-tensorboard --no-untie-embeddings-and-output-weights
+--no-use-distributed-optimizer --norm-epsilon --num-attention-heads --num-layers
+--num-layers-per-virtual-pipeline-stage --num-prefetch --num-query-groups
+--num-virtual-stages-per-pipeline-rank --old-tokenizer-model --on-nan --overlap-grad-reduce
+--overlap-param-gather --pipeline-model-parallel-size --preset --pretrained-checkpoint
+--recompute-granularity --recompute-method --recompute-num-layers --rope-high-freq-factor
+--rope-low-freq-factor --rope-original-max-position-embeddings --rope-scaling-factor
+--rope-scaling-type --rotary-base --save --save-interval --save-keep-every --save-retain --seed
+--seq-length --sequence-parallel --tensor-model-parallel-size --tensorboard --tokenizer-model
+--tokenizer-type --train-iters --train-samples --untie-embeddings-and-output-weights
+--use-distributed-optimizer --vocab-size --weight-decay --world-size
 """.split()
 
 

@@ -1,0 +1,77 @@
+"""Choice questions while training: the same answers at every layout, and a run left as it was."""
+
+import json
+from pathlib import Path
+
+import jobs
+import pytest
+from tiny_run import TinyRun, made_up_sentences
+
+from megatron_chatflow.checkpoint.convert_export import export_checkpoint
+from megatron_chatflow.evaluation.evaluate_choice import (
+    ChoiceSettings,
+    evaluate_choice,
+    read_questions,
+)
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+
+LAYOUTS: dict[str, list[str]] = {
+    "tp2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "pp2": ["--pipeline-model-parallel-size", "2"],
+    "dp2": [],
+}
+SETTINGS = ChoiceSettings("continuation", 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_run: TinyRun) -> Path:
+    """A run without questions, the same with them, and one for each layout."""
+    root = tiny_run.folder / "choice"
+    root.mkdir()
+    words = " ".join(made_up_sentences(40, seed=9)).replace(".", "").split()
+    lines = []
+    for k in range(21):
+        choices = [" ".join(words[n : n + 1 + n % 3]) for n in range(5 * k, 5 * k + 2 + k % 3)]
+        lines.append(json.dumps({"question": words[-k], "choices": choices, "answer": k % 2}))
+    (root / "quiz.jsonl").write_text("\n".join(lines))
+    base = ["--config", tiny_run.config, "--train-iters", 4]
+    asked = [*base, "--choice-questions", root / "quiz.jsonl", "--choice-interval", 2]
+    asked += ["--choice-scoring", "continuation", "--choice-num-fewshot", 1]
+    plain: list[list[object]] = [[*base, "--save", root / "plain"]]
+    jobs.run_layouts(1, [*plain, [*asked, "--save", root / "asked"]], root)  # type: ignore[list-item]
+    jobs.run_layouts(
+        2, [[*asked, *flags, "--save", root / name] for name, flags in LAYOUTS.items()], root
+    )
+    return root
+
+
+def choices_of(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if "choice" in entry]
+
+
+@pytest.mark.distributed
+def test_questions_leave_the_run_as_it_was(folder: Path) -> None:
+    expected, expected_validation = jobs.read_metrics(folder / "plain")
+    found, found_validation = jobs.read_metrics(folder / "asked")
+    assert len(found) == 4 and found_validation == expected_validation
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("batch_digest", "lm_loss", "grad_norm"):
+            assert ours[name] == theirs[name]
+
+
+@pytest.mark.distributed
+def test_results_are_those_of_an_export(folder: Path) -> None:
+    logged = choices_of(folder / "asked")
+    assert [entry["iteration"] for entry in logged] == [0, 2, 4]
+    export_checkpoint(folder / "asked", folder / "hf")
+    model = LanguageModel(folder / "hf", max_length=64)
+    expected = evaluate_choice(model, read_questions(folder / "quiz.jsonl"), SETTINGS)
+    assert logged[-1]["choice"] == {"quiz": expected}
+    assert 0 < expected["accuracy"] < 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_answers(folder: Path, layout: str) -> None:
+    assert choices_of(folder / layout) == choices_of(folder / "asked")
