@@ -8,7 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test lint format demo demo-short smollm2 sanitize clean
+.PHONY: help venv build test lint format demo demo-short smollm2 sanitize chaos clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -61,6 +61,9 @@ smollm2: $(BUILT) ## SmolLM2-135M into Chinese, two vocabularies, in runs/smollm
 sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers
 	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
 	csrc/fuzz.sh 20
+
+chaos: $(BUILT) ## thirty kills of one run, which has to end where an undisturbed one ends (about 6 minutes)
+	PYTHONPATH=tests:tests/distributed $(BIN)/python tests/distributed/chaos.py runs/chaos --kills 30
 
 clean: ## remove .venv, build outputs and caches; runs and downloaded text stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

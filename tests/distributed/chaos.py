@@ -20,12 +20,15 @@ import collections
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import jobs
 import psutil
@@ -60,10 +63,20 @@ class Job:
     def launch(self) -> None:
         """Starts the job."""
         self._record.num_launches += 1
-        with open(self._log, "ab") as log:
-            self.agent = psutil.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=jobs.environment()
-            )
+        # Through a pipe: the limit on files that `full` sets would refuse a log as well.
+        self.agent = psutil.Popen(
+            self._command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=jobs.environment(),
+        )
+        threading.Thread(target=self._copy, args=(self.agent.stdout,), daemon=True).start()
+
+    def _copy(self, output: IO[bytes]) -> None:
+        """Appends what a job says to the log, until all of it are gone."""
+        with open(self._log, "ab", buffering=0) as log:
+            while data := output.read1(1 << 16):  # type: ignore[attr-defined]
+                log.write(data)
 
     def is_alive(self) -> bool:
         """Whether the agent is."""
@@ -84,6 +97,10 @@ class Job:
             return max((json.loads(line)["iteration"] for line in lines[-3:]), default=0)
         except (OSError, ValueError):
             return 0
+
+    def num_failed_saves(self) -> int:
+        """Saves that the log calls failed."""
+        return sum(b"saving " in line and b" failed: " in line for line in self._log.open("rb"))
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written."""
@@ -112,7 +129,11 @@ def strike(kind: str, job: Job, rng: random.Random) -> None:
         kind = rng.choice(["rank", "job"])
     if kind == "full":
         limit(workers, 100)
-        time.sleep(1.0)
+        # Until a save has failed under it, or the run is over.
+        deadline = time.monotonic() + 60
+        before = job.num_failed_saves()
+        while job.num_failed_saves() == before and time.monotonic() < deadline:
+            time.sleep(0.02)
         limit(workers, resource.RLIM_INFINITY)
         return
     assert job.agent is not None
@@ -213,18 +234,21 @@ def main() -> int:
     launcher = [*jobs.torchrun(options.processes), "--max-restarts=1000"]
     launcher += ["-m", "megatron_chatflow.pretrain"]
     whole, disturbed = options.folder / "undisturbed", options.folder / "disturbed"
+    for folder in (whole, disturbed):
+        shutil.rmtree(folder, ignore_errors=True)
+    log = options.folder / "disturbed.log"
+    log.write_bytes(b"")
     begin = time.perf_counter()
     jobs.run([*launcher, *map(str, flags), "--save", str(whole)])
     whole_seconds = time.perf_counter() - begin
 
-    log = options.folder / "disturbed.log"
     command = [*launcher, *map(str, flags), "--save", str(disturbed), "--load", str(disturbed)]
     job = Job(command, disturbed, log, Record())
     begin = time.perf_counter()
     record = disturb(job, options.kills, num_iterations, random.Random(options.seed))
     seconds = time.perf_counter() - begin
     text = log.read_text(errors="replace")
-    record.num_failed_saves = text.count(" failed: ")
+    record.num_failed_saves = job.num_failed_saves()
     num_trained = text.count("| consumed samples:")
     print(f"kills: {sum(record.kills.values())} {dict(record.kills)}")
     print(f"launches by hand {record.num_launches}, saves that failed {record.num_failed_saves}")

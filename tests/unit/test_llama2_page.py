@@ -17,7 +17,7 @@ import torch
 from made_up_text import made_up_sentences
 
 from megatron_chatflow.config import load_config, validate_for_world
-from megatron_chatflow.config.model_shape import estimate_memory
+from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,8 @@ def test_the_page_prepares_a_run(tmp_path: Path, tiny_sentencepiece_model: Path)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr[-3000:]}"
     else:
         pytest.fail("the page has no dry run")
-    assert load_tokenizer(tmp_path / "data" / "tokenizer_zh").vocab_size == 512 + NUM_NEW
+    num_old = load_tokenizer(tiny_sentencepiece_model).vocab_size
+    assert load_tokenizer(tmp_path / "data" / "tokenizer_zh").vocab_size == num_old + NUM_NEW
     prefixes = {path.name for path in (tmp_path / "data").glob("*_document.idx")}
     assert len(prefixes) == 8
 
