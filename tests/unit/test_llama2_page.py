@@ -32,10 +32,13 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 def make_corpus(folder: Path) -> None:
-    """Every Chinese character often enough to be a piece, and some of everything else."""
-    han = [chr(0x4E00 + k) for k in range(NUM_NEW)]
+    """Every Chinese character often enough to be a piece, and some of everything else.
+
+    There are more than are asked for: the tokenizer has some already.
+    """
+    han = [chr(0x4E00 + k) for k in range(NUM_NEW + 600)]
     random.Random(0).shuffle(han)
-    chinese = ["".join(han[k : k + 100]) for k in range(0, NUM_NEW, 100)] * 3
+    chinese = ["".join(han[k : k + 100]) for k in range(0, len(han), 100)] * 3
     english = made_up_sentences(3000)[::3]
     chat = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
