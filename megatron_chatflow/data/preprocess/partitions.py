@@ -9,7 +9,7 @@ kept, its sidecar is compared with what the job asks for, and its hashes with it
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,10 +115,8 @@ def run_all_parts(settings: PreprocessSettings, files: Sequence[InputFile], job:
                 parts = [document_prefix(part, key) for part in _part_prefixes(settings)]
                 merge_datasets(parts, prefix, overwrite=True, policy=policy)
                 contents[key] = read_sidecar(prefix) or {}
-    for part in _part_prefixes(settings):
-        for key in settings.corpus.json_keys:
-            for path in output_paths(part, key):
-                path.unlink(missing_ok=True)
+    for path in _part_files(settings):
+        path.unlink(missing_ok=True)
     return {key: contents[key] for key in settings.corpus.json_keys}
 
 
@@ -151,8 +149,7 @@ def merged_already(
         files: The whole job's.
         key: The output key.
     """
-    parts = [document_prefix(part, key) for part in _part_prefixes(settings)]
-    if not any(path.exists() for part in parts for path in (idx_path(part), bin_path(part))):
+    if not any(path.exists() for path in _part_files(settings)):
         return None
     try:
         return _finished(replace(settings, overwrite=False), files, key)
@@ -163,6 +160,13 @@ def merged_already(
 def _part_prefixes(settings: PreprocessSettings) -> list[str]:
     count = settings.num_partitions
     return [part_prefix(settings.output_prefix, number, count) for number in range(count)]
+
+
+def _part_files(settings: PreprocessSettings) -> Iterator[Path]:
+    """Every name that a file of a part may have, of any key: while one is there, so is work."""
+    for part in _part_prefixes(settings):
+        for key in settings.corpus.json_keys:
+            yield from output_paths(part, key)
 
 
 def _check_divisible(files: Sequence[InputFile]) -> None:
