@@ -47,7 +47,9 @@ def main() -> int:
             inspection.check_tokenizer(tokenizer)
         if vocab_size is not None:
             inspection.check_ids(vocab_size)
-            print("  checked     every offset, every id")
+            inspection.check_hashes()
+            hashes = ", the files' hashes" if sidecar is not None else ""
+            print(f"  checked     every offset, every id{hashes}")
         else:
             print("  checked     every offset; ids not, without a sidecar or --tokenizer-model")
         if tokenizer is not None:

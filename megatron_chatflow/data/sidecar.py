@@ -3,6 +3,7 @@
 In: the prefix `<prefix>_<key>_document`. Out: the sidecar's content, checked, or None.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,12 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 def sidecar_bytes(content: dict[str, Any]) -> bytes:
     """The file's content."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file, in hex, as a sidecar has it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.indexed import IndexedDataset, idx_path
+from megatron_chatflow.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_chatflow.data.preprocess.merge import open_mask
-from megatron_chatflow.data.sidecar import loss_mask_prefix, read_sidecar
+from megatron_chatflow.data.sidecar import loss_mask_prefix, read_sidecar, sha256_of, sidecar_path
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer
 
@@ -38,6 +38,29 @@ class Inspection:
         self.sidecar = read_sidecar(prefix)
         has_mask = idx_path(loss_mask_prefix(prefix)).exists()
         self.mask = open_mask(self.dataset) if has_mask else None
+        if self.sidecar is not None:
+            _check_sidecar(prefix, self.sidecar)
+            if self.mask is None and "loss_mask_bin" in self.sidecar["sha256"]:
+                raise UserError(
+                    f"no loss mask: {loss_mask_prefix(prefix)}.idx: the sidecar of {prefix} tells "
+                    "of one: copy or preprocess it again"
+                )
+
+    def check_hashes(self) -> None:
+        """Compares what lies on the disk with the hashes in the sidecar, if there is one.
+
+        Raises:
+            UserError: Naming a file with other bytes.
+        """
+        recorded = {} if self.sidecar is None else self.sidecar["sha256"]
+        paths = {"idx": idx_path(self.dataset.prefix), "bin": bin_path(self.dataset.prefix)}
+        paths["loss_mask_bin"] = bin_path(loss_mask_prefix(self.dataset.prefix))
+        for name, path in paths.items():
+            if name in recorded and sha256_of(path) != recorded[name]:
+                raise UserError(
+                    f"damaged dataset: {path}: not the bytes whose SHA-256 its sidecar has: copy "
+                    "or preprocess it again"
+                )
 
     def check_ids(self, vocab_size: int) -> None:
         """Checks that the vocabulary has every id.
@@ -116,6 +139,24 @@ class Inspection:
             else:
                 text += f"<<{part}>>" if learnt[begin] else part
         return text
+
+
+def _check_sidecar(prefix: str | Path, sidecar: dict[str, Any]) -> None:
+    """Refuses a sidecar that lacks what an inspection shows."""
+    known: dict[str, type] = {"tokenizer": dict, "inputs": list, "sha256": dict}
+    known |= {"num_tokens": int, "num_text_bytes": int}
+    bad = [name for name, kind in known.items() if not isinstance(sidecar.get(name), kind)]
+    if not bad:
+        kinds = {"type": str, "sha256": str, "vocab_size": int}
+        tokenizer = sidecar["tokenizer"]
+        bad = [f"tokenizer.{n}" for n, k in kinds.items() if not isinstance(tokenizer.get(n), k)]
+        named = all(isinstance(given, dict) and "name" in given for given in sidecar["inputs"])
+        bad += [] if named else ["inputs"]
+    if bad:
+        raise UserError(
+            f"damaged sidecar: {sidecar_path(prefix)}: {bad[0]}: missing or of another kind: copy "
+            "or preprocess it again"
+        )
 
 
 def first_difference(first: IndexedDataset, second: IndexedDataset) -> str | None:

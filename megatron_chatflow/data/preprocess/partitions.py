@@ -7,7 +7,6 @@ the undivided job. A part is finished when its files lie under their final names
 kept, its sidecar is compared with what the job asks for, and its hashes with its content.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from megatron_chatflow.data.preprocess.merge import merge_datasets
 from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
 from megatron_chatflow.data.preprocess.output import document_prefix, output_paths
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
-from megatron_chatflow.data.sidecar import hashes_path, loss_mask_prefix, read_sidecar
+from megatron_chatflow.data.sidecar import hashes_path, loss_mask_prefix, read_sidecar, sha256_of
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -195,18 +194,10 @@ def _finished(
     paths["loss_mask_bin"] = bin_path(loss_mask_prefix(prefix))
     paths["hashes"] = hashes_path(prefix)
     for name, digest in content["sha256"].items():
-        if not paths[name].exists() or _sha256_of(paths[name]) != digest:
+        if not paths[name].exists() or sha256_of(paths[name]) != digest:
             logger.warning("made again: %s is not what its sidecar says", paths[name])
             if settings.shard is not None:
                 for path in output_paths(settings.output_prefix, key):
                     path.unlink(missing_ok=True)
             return None
     return content
-
-
-def _sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -68,3 +68,20 @@ def test_damage_and_mistakes(chats: Path, tmp_path: Path, tiny_sentencepiece_mod
     assert status == 2 and "shorter than" in errors and "Traceback" not in errors
     status, _, errors = run("merge_datasets.py", "--input", tmp_path, "--output-prefix", chats)
     assert status == 2 and "output exists" in errors
+
+
+def test_what_the_sidecar_tells_of_is_there(chats: Path) -> None:
+    mask = chats.with_name("a_messages_loss_mask")
+    masked = mask.with_suffix(".bin").read_bytes()
+    mask.with_suffix(".bin").write_bytes(bytes([1]) + masked[1:])  # as good a mask as the other
+    status, _, error = run("inspect_dataset.py", chats)
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"damaged dataset: {mask}.bin: not the bytes whose SHA-256" in error
+    mask.with_suffix(".idx").unlink()
+    status, _, error = run("inspect_dataset.py", chats)
+    assert (status, error[: error.index(":", 8)]) == (2, "error: no loss mask")
+    sidecar = chats.with_suffix(".json")
+    sidecar.write_text(sidecar.read_text().replace('"vocab_size"', '"vocab_sise"'))
+    status, _, error = run("inspect_dataset.py", chats)
+    assert (status, error.count("\n")) == (2, 1)
+    assert "damaged sidecar" in error and "tokenizer.vocab_size" in error
