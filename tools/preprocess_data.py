@@ -63,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pair-languages", nargs=2, default=["English", "Chinese"])
     add("--pair-scripts", nargs=2, choices=["any", *SCRIPTS], default=["any", "any"])
     add("--pair-template", default="plain", help="plain, translate, or a YAML file")
+    add("--pair-level", choices=["sentence", "document"], default="sentence", help="of lists")
     add("--pair-direction", choices=["both", "forward", "backward", "hash"], default="hash")
     add("--pair-max-length-ratio", type=float, default=9.0, help="of the sides' bytes; 0: no limit")
     return parser.parse_args()

@@ -17,6 +17,7 @@ from megatron_chatflow.corpus.scripts import is_mostly
 from megatron_chatflow.corpus.templates import document_of_chat
 
 PairDirection = Literal["both", "forward", "backward", "hash"]
+PairLevel = Literal["sentence", "document"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PairSettings:
         max_length_ratio: Longer over shorter side, in UTF-8 bytes (in which languages differ less
             than in characters), above which a pair is left out; 0 for no limit.
         scripts: The script that each side has to be in; "any" for no filter.
+        level: What becomes of a JSON object whose sides are lists of sentences: "sentence" makes a
+            pair of each two, "document" one pair of all, a sentence a line.
     """
 
     keys: tuple[str, str] = ("en", "zh")
@@ -42,6 +45,7 @@ class PairSettings:
     direction: PairDirection = "hash"
     max_length_ratio: float = 9.0
     scripts: tuple[str, str] = ("any", "any")
+    level: PairLevel = "sentence"
 
 
 def pair_of_line(line: str) -> tuple[str, str]:
@@ -56,20 +60,39 @@ def pair_of_line(line: str) -> tuple[str, str]:
     return columns[0], columns[1]
 
 
-def pair_of_record(record: Mapping[str, Any], keys: tuple[str, str]) -> tuple[str, str]:
-    """The sides of a JSON object, which may hold them one level down, as in `{"translation": {}}`.
+def pairs_of_record(
+    record: Mapping[str, Any], keys: tuple[str, str], level: PairLevel
+) -> list[tuple[str, str]]:
+    """The pairs of a JSON object; its sides may be one level down, as in `{"translation": {}}`.
+
+    Args:
+        record: A side is text, or a list of sentences.
+        keys: Of the two sides.
+        level: What becomes of lists, as in `PairSettings`.
 
     Raises:
-        BadLineError: A side is missing or is not text.
+        BadLineError: A side is missing, is neither text nor a list of it, or the sides are not
+            alike: one a list and one text, or lists of different length of which sentence pairs
+            are to be made.
     """
     nested = record.get("translation")
     sides = nested if isinstance(nested, dict) and keys[0] not in record else record
     for key in keys:
         if key not in sides:
             raise BadLineError(f"no_key_{key}")
-        if not isinstance(sides[key], str):
+        sentences = sides[key] if isinstance(sides[key], list) else [sides[key]]
+        if not all(isinstance(sentence, str) for sentence in sentences):
             raise BadLineError(f"not_text_{key}")
-    return sides[keys[0]], sides[keys[1]]
+    first, second = sides[keys[0]], sides[keys[1]]
+    if isinstance(first, str) and isinstance(second, str):
+        return [(first, second)]
+    if isinstance(first, str) or isinstance(second, str):
+        raise BadLineError("list_beside_text")
+    if level == "document":
+        return [("\n".join(first), "\n".join(second))]
+    if len(first) != len(second):
+        raise BadLineError("unaligned_sentences")
+    return list(zip(first, second, strict=True))
 
 
 def documents_of_pair(

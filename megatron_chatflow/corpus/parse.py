@@ -24,7 +24,7 @@ from megatron_chatflow.corpus.pairs import (
     PairSettings,
     documents_of_pair,
     pair_of_line,
-    pair_of_record,
+    pairs_of_record,
 )
 from megatron_chatflow.corpus.readers import Chunk, TxtDocuments
 from megatron_chatflow.corpus.templates import document_of_chat
@@ -136,13 +136,21 @@ class _Parser:
             for key, text in zip(settings.json_keys, texts, strict=True):
                 self.result.documents[key].append(text)
         elif settings.format == "pairs":
-            self._take_pair(*pair_of_record(record, settings.pairs.keys))
+            self._take_pairs(pairs_of_record(record, settings.pairs.keys, settings.pairs.level))
         else:
             key = settings.json_keys[0]
             chat = chat_of(record, key)
             template = settings.chat_template or settings.template
             document = document_of_chat(chat, template, settings.loss)
             self.result.documents[key].append(document)
+
+    def _take_pairs(self, pairs: list[tuple[str, str]]) -> None:
+        """Every pair of a line; a filter leaves out the one and not the others."""
+        for pair in pairs:
+            try:
+                self._take_pair(*pair)
+            except DroppedError as error:
+                self.num_dropped[error.reason] += 1
 
     def _take_pair(self, first: str, second: str) -> None:
         settings = self.settings
