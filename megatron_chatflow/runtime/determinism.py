@@ -1,8 +1,8 @@
 """Runs whose every bit is the same each time, as far as kernels go.
 
 In: the environment before CUDA starts. Out: torch, cuBLAS, NCCL and transformer-engine set so that
-they choose deterministic kernels. What megatron-core asks of ``--deterministic-mode`` is the same
-list; flash-attn is told call by call.
+they choose deterministic kernels; flash-attn is told call by call. What is set is tested; that the
+bits are the same has not been seen on a GPU yet.
 """
 
 import os
