@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_choice import (
     ChoiceSettings,
     evaluate_choice,
@@ -41,6 +42,21 @@ class EvaluationSettings:
     tasks: TaskSettings | None = None
     max_documents: int | None = None
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: A value is out of range.
+        """
+        few_shot = self.tasks.num_few_shot if self.tasks else self.choice.num_few_shot
+        for flag, value, least in (
+            ("--max-documents", self.max_documents, 1),
+            ("--max-length", self.max_length, 1),
+            ("--num-fewshot", few_shot, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"{flag}: {value} is below {least}")
 
 
 def evaluate(model: Path, settings: EvaluationSettings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from megatron_chatflow.errors import UserError
 
 # Names of the field, lm-eval's tasks behind them, and the few-shot examples that papers on Chinese
-# LLaMAs use.
+# LLaMAs use. GAOKAO stands for its multiple-choice subjects as AGIEval publishes them, zero-shot.
 ALIASES: dict[str, tuple[tuple[str, ...], int]] = {
     "mmlu": (("mmlu",), 5),
     "ceval-valid": (("ceval-valid",), 5),
@@ -51,6 +51,19 @@ class TaskSettings:
     limit: int | None = None
     batch_size: str = "8"
 
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: A value is out of range.
+        """
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit: {self.limit} is below 1; ask for some questions")
+        size = self.batch_size.partition(":")  # lm-eval's auto:N tries N times
+        number = size[2] or "1" if size[0] == "auto" else self.batch_size
+        if not number.isdecimal() or int(number) < 1:
+            raise UserError(f"--batch-size: {self.batch_size!r} is neither a number nor auto")
+
 
 def evaluate_tasks(folder: Path, settings: TaskSettings) -> dict[str, dict[str, Any]]:
     """Runs tasks.
@@ -63,7 +76,7 @@ def evaluate_tasks(folder: Path, settings: TaskSettings) -> dict[str, dict[str, 
         Task to metric to value; groups and their parts as lm-eval names them.
 
     Raises:
-        UserError: lm-eval is missing, knows no such task, or cannot reach its data.
+        UserError: lm-eval is missing, knows no such task, or cannot run it or reach its data.
     """
     try:
         lm_eval: Any = importlib.import_module("lm_eval")
@@ -73,24 +86,14 @@ def evaluate_tasks(folder: Path, settings: TaskSettings) -> dict[str, dict[str, 
             "lm-eval is not installed: pip install 'megatron-chatflow[eval]', or score local files "
             "with --choice"
         ) from None
-    include = None if settings.include_path is None else str(settings.include_path)
-    manager = manager_type(include_path=include)
     results: dict[str, dict[str, Any]] = {}
-    for name in settings.tasks:
-        tasks, few_shot = ALIASES.get(name, ((name,), None))
-        unknown = [task for task in tasks if task not in manager.all_tasks]
-        if unknown:
-            raise UserError(
-                f"--tasks: lm-eval knows no {unknown[0]}; give its own name, or the folder of its "
-                "file with --include-path"
-            )
-        chosen = few_shot if settings.num_few_shot is None else settings.num_few_shot
+    for name, tasks, few_shot, manager in _chosen(settings, manager_type):
         try:
             output = lm_eval.simple_evaluate(
                 model="hf",
                 model_args={"pretrained": str(folder)},
                 tasks=list(tasks),
-                num_fewshot=chosen,
+                num_fewshot=few_shot,
                 batch_size=settings.batch_size,
                 device=_device(),
                 limit=settings.limit,
@@ -98,14 +101,58 @@ def evaluate_tasks(folder: Path, settings: TaskSettings) -> dict[str, dict[str, 
                 log_samples=False,
                 bootstrap_iters=0,
             )
-        except (OSError, ConnectionError) as error:  # the hub's own errors are among these
-            reason = str(error).splitlines()[0]
+        except _task_errors() as error:
+            reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UserError(
-                f"--tasks: the data of {name} cannot be had ({reason}); score local files with "
-                "--choice, or write a local task file"
+                f"--tasks: {name} cannot be run, or its data cannot be had ({reason}); correct its "
+                "task file, or score local files with --choice"
             ) from None
-        results |= _metrics(output, chosen)
+        results |= _metrics(output, few_shot)
+        if len(tasks) > 1:
+            results[name] = _mean(output, tasks, few_shot)
     return results
+
+
+def _chosen(
+    settings: TaskSettings, manager_type: Any
+) -> list[tuple[str, tuple[str, ...], int | None, Any]]:
+    """Each name with lm-eval's tasks, few-shot examples and a manager that knows them.
+
+    Raises:
+        UserError: lm-eval knows no such task; before any is run.
+    """
+    include = None if settings.include_path is None else str(settings.include_path)
+    if settings.include_path is not None and not settings.include_path.is_dir():
+        raise UserError(f"--include-path: {include} is no folder; name one with task files")
+    # lm-eval's own thousands of files take seconds to read, which local tasks need not wait for.
+    local = manager_type(include_path=include, include_defaults=False) if include else None
+    whole = None
+    chosen = []
+    for name in settings.tasks:
+        tasks, few_shot = ALIASES.get(name, ((name,), None))
+        few_shot = few_shot if settings.num_few_shot is None else settings.num_few_shot
+        if local is not None and all(task in local.all_tasks for task in tasks):
+            chosen.append((name, tasks, few_shot, local))
+            continue
+        whole = whole or manager_type(include_path=include)
+        unknown = [task for task in tasks if task not in whole.all_tasks]
+        if unknown:
+            raise UserError(
+                f"--tasks: lm-eval knows no {unknown[0]}; give its own name, or the folder of its "
+                "file with --include-path"
+            )
+        chosen.append((name, tasks, few_shot, whole))
+    return chosen
+
+
+def _task_errors() -> tuple[type[Exception], ...]:
+    """What a task raises whose file is wrong or whose data are not there; the hub's is OSError."""
+    datasets: Any = importlib.import_module("datasets.exceptions")
+    jinja2: Any = importlib.import_module("jinja2")
+    return (
+        *(OSError, ConnectionError, ValueError, KeyError),
+        *(datasets.DatasetsError, jinja2.TemplateError),
+    )
 
 
 def _device() -> str:
@@ -123,6 +170,13 @@ def _metrics(output: dict[str, Any], few_shot: int | None) -> dict[str, dict[str
         }
         results[task] = {**metrics, "num_few_shot": output["n-shot"].get(task, few_shot)}
     return results
+
+
+def _mean(output: dict[str, Any], tasks: Sequence[str], few_shot: int | None) -> dict[str, Any]:
+    """The accuracy over all questions of several tasks that lm-eval has no group for."""
+    counts = {task: output["n-samples"][task]["effective"] for task in tasks}
+    right = sum(output["results"][task]["acc,none"] * counts[task] for task in tasks)
+    return {"acc": right / sum(counts.values()), "num_few_shot": few_shot}
 
 
 def names_of(text: str) -> tuple[str, ...]:

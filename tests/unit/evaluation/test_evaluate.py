@@ -1,6 +1,5 @@
 """Evaluation on text, questions and tasks: sums against transformers, by hand, and bad input."""
 
-import importlib.util
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from megatron_chatflow.corpus.chats import Chat
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.corpus.templates import document_of_chat
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
+from megatron_chatflow.evaluation.evaluate import table
 from megatron_chatflow.evaluation.evaluate_choice import (
     ChoiceSettings,
     Question,
@@ -27,7 +26,6 @@ from megatron_chatflow.evaluation.evaluate_choice import (
     read_questions,
 )
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
-from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks
 from megatron_chatflow.evaluation.evaluate_text import (
     TextSource,
     encode_document,
@@ -251,29 +249,3 @@ def test_command_line(random_llama: Path, tmp_path: Path) -> None:
     assert base == ours and set(ours["choice"]) == {"quiz"}
     failed = run(random_llama)
     assert failed.returncode == 2 and "nothing to evaluate on" in failed.stderr
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra")
-def test_lm_eval_runs_a_local_task(random_llama: Path, tmp_path: Path) -> None:
-    data = write_lines(
-        tmp_path / "data.jsonl",
-        [{"question": "bana?", "choices": ["kifu", "sodo"], "answer": k % 2} for k in range(6)],
-    )
-    (tmp_path / "local.yaml").write_text(
-        "task: local_choice\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {data}}}}}\n"
-        "output_type: multiple_choice\ntest_split: test\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
-        "metric_list: [{metric: acc}]\n"
-    )
-    settings = TaskSettings(("local_choice",), include_path=tmp_path, limit=4)
-    results = evaluate_tasks(random_llama, settings)
-    assert results["local_choice"]["acc"] == 0.5
-    with pytest.raises(UserError, match="knows no no_such_task"):
-        evaluate_tasks(random_llama, TaskSettings(("no_such_task",)))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is here")
-def test_missing_lm_eval_is_named(random_llama: Path) -> None:
-    with pytest.raises(UserError, match=r"pip install 'megatron-chatflow\[eval\]'"):
-        evaluate(random_llama, EvaluationSettings(tasks=TaskSettings(("mmlu",))))
