@@ -1,13 +1,13 @@
 """Rows for new pieces: each way to begin them, and models that keep what they knew."""
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from made_up_text import made_up_sentences
+from new_language import NEW, new_sentences, train_model
 
 from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
@@ -24,7 +24,6 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
-NEW = [chr(0x6000 + 13 * k) for k in range(24)]
 GROWTH = VocabularyGrowth(num_old=4, pieces=((0, 2), (), (3, 1, 1)), num_rows=7)
 ROWS = torch.tensor([[1.0, 0.0], [2.0, 4.0], [3.0, 8.0], [6.0, 0.0]])
 
@@ -39,48 +38,9 @@ def new(old: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return extend_tokenizer(old, NEW, tmp_path_factory.mktemp("extended"))
 
 
-def sentences(count: int, seed: int) -> list[str]:
-    """A made-up language in which every new character has its usual successors."""
-    generator = random.Random(seed)
-    texts = []
-    for _ in range(count):
-        place, text = generator.randrange(24), ""
-        for _ in range(12):
-            text += NEW[place]
-            place = (5 * place + generator.choice((1, 1, 1, 2))) % 24
-        texts.append(text)
-    return texts
-
-
 @pytest.fixture(scope="module")
 def trained(old: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA that has learnt the language by the old tokenizer, byte by byte."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=old.vocab_size + 5,  # rows without a piece, as some models have
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    ids = torch.tensor([old.encode("".join(sentences(2, seed)))[:72] for seed in range(64)])
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(40):
-        batch = ids[torch.arange(16) + step * 16 % 64]
-        optimizer.zero_grad()
-        model(batch, labels=batch).loss.backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("trained") / "model"
-    model.save_pretrained(folder)
-    old.save_pretrained(folder)
-    return folder
+    return train_model(old, tmp_path_factory.mktemp("trained") / "model")
 
 
 def resized(trained: Path, new: Tokenizer, folder: Path, init: str) -> Path:
@@ -162,7 +122,7 @@ def test_old_text_gives_the_same_bits(trained: Path, new: Tokenizer, tmp_path: P
 def test_mean_of_pieces_begins_below_normal(trained: Path, new: Tokenizer, tmp_path: Path) -> None:
     def bits_per_byte(folder: Path) -> float:
         total = num_bytes = 0.0
-        for text in sentences(20, seed=99):
+        for text in new_sentences(20, seed=99):
             ids = new.encode(text)
             losses = torch.nn.functional.cross_entropy(
                 logits(folder, ids)[:-1], torch.tensor(ids[1:]), reduction="sum"

@@ -1,0 +1,62 @@
+"""A made-up language of new characters, and a small LLaMA that has learnt it byte by byte.
+
+In: a tokenizer that lacks the characters. Out: text, and a Hugging Face folder of a model that is
+trained until its bytes' rows mean something, so that what new rows begin as makes a difference.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+
+from megatron_chatflow.tokenizer import Tokenizer
+
+NEW = [chr(0x6000 + 13 * k) for k in range(24)]
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+NUM_SPARE_ROWS = 5  # rows without a piece, as some models have
+
+
+def new_sentences(count: int, seed: int) -> list[str]:
+    """Text in which every new character has its usual successors."""
+    generator = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        place, text = generator.randrange(24), ""
+        for _ in range(12):
+            text += NEW[place]
+            place = (5 * place + generator.choice((1, 1, 1, 2))) % 24
+        texts.append(text)
+    return texts
+
+
+def train_model(old: Tokenizer, folder: Path) -> Path:
+    """A LLaMA that has learnt the language by the old tokenizer.
+
+    Args:
+        old: A tokenizer without the new characters.
+        folder: Where its Hugging Face folder is made.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    vocab_size = old.vocab_size + NUM_SPARE_ROWS
+    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, **SHAPE)
+    model = LlamaForCausalLM(config)
+    texts = ["".join(new_sentences(2, seed)) for seed in range(64)]
+    ids = torch.tensor([old.encode(text)[:72] for text in texts])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(40):
+        batch = ids[torch.arange(16) + step * 16 % 64]
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    old.save_pretrained(folder)
+    return folder
