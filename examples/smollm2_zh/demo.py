@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ VARIANTS = ("extended", "plain")
 # A multiple of 128 like the old 49,152, so that no row is padding; they are 99 % of the Han
 # characters in the demo's Chinese.
 NUM_NEW_PIECES = 3072
+# Iterations that are trained at TP 2 as well, and what their losses may differ by in bf16.
+NUM_COMPARED = 2
+TENSOR_PARALLEL_TOLERANCE = 0.01
 PROMPTS = ("请介绍一下北京。", "What is a computer?", "把下面的句子翻译成英文：今天天气很好。")
 
 
@@ -103,6 +107,7 @@ def main() -> None:
     for variant in variants:
         prepare(variant)
         train(variant, length)
+        compare_tensor_parallel(variant)
         tool_once(variant.folder / "export" / "config.json", *export_flags(variant, "run"))
     evaluate(BASE, length.folder / "base.json", held_out)
     sample(BASE, length.folder / "base.txt", length)
@@ -202,6 +207,37 @@ def train(variant: Variant, length: Length) -> None:
         *("--save", run, "--load", run),
         *("--pretrained-checkpoint", variant.folder / "imported"),
     )
+
+
+def compare_tensor_parallel(variant: Variant) -> None:
+    """The first steps again, the model cut over two processes, unless that is done.
+
+    Two processes cannot share 3 groups of heads: a fourth one, of zeros, fills them up.
+    """
+    cut = variant.folder / "tensor_parallel"
+    metrics = cut / "metrics.jsonl"
+    if not metrics.exists():
+        pretrain(
+            f"the first {NUM_COMPARED} iterations of the {variant.name} variant at TP 2",
+            variant.folder / "chatflow.yaml",
+            *("--save", cut, "--pretrained-checkpoint", variant.folder / "imported"),
+            *("--tensor-model-parallel-size", 2, "--pad-attention-heads"),
+            *("--exit-interval", NUM_COMPARED),
+        )
+        for checkpoint in cut.glob("iter_*"):
+            shutil.rmtree(checkpoint)
+    expected, found = first_losses(variant.folder / "run"), first_losses(cut)
+    difference = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
+    print(f"losses at DP 2 and at TP 2 differ by {difference:.1e} at most")
+    if difference > TENSOR_PARALLEL_TOLERANCE:
+        raise UserError(f"{metrics}: losses {found} are not those at DP 2, {expected}")
+
+
+def first_losses(run: Path) -> list[float]:
+    """Of a run's first `NUM_COMPARED` iterations."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [entry["lm_loss"] for entry in entries if "lm_loss" in entry][:NUM_COMPARED]
 
 
 def evaluate(model: Path, output: Path, held_out: dict[str, Path]) -> None:

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from megatron_chatflow.checkpoint.own_heads import OwnSizes, own_part, own_piece
 from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
 
@@ -130,25 +131,29 @@ class LocalShard:
 
 
 def local_shards(module: Any) -> list[LocalShard]:
-    """Every tensor of a model chunk, as checkpoints name and cut it."""
+    """Every tensor of a model chunk, as checkpoints name and cut it, without padded heads."""
     sharded = module.sharded_state_dict()
     apply_factories(sharded)
-    tensors = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor)]
-    return [
-        LocalShard(
-            t.key,
-            t.global_offset[0] if t.prepend_axis_num else None,
-            tuple(t.global_offset[t.prepend_axis_num :]),
-            t.data,
-        )
-        for t in tensors
-    ]
+    shards = []
+    for tensor in nested_values(sharded):
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
+        begin = tuple(tensor.global_offset[tensor.prepend_axis_num :])
+        own = own_part(tensor.key, begin, tensor.data, module.own_sizes)
+        if own is not None:
+            shards.append(LocalShard(tensor.key, layer, begin, own))
+    return shards
 
 
 def sharded_parts(
-    state_dict: dict[str, Any],
+    state_dict: dict[str, Any], own_sizes: OwnSizes
 ) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
     """What this rank writes of a sharded state dictionary, and what all ranks have in common.
+
+    Args:
+        state_dict: What `store.sharded_state` gives for saving.
+        own_sizes: Of matrices with padded heads, which are not written.
 
     Returns:
         Pieces of tensors and objects of which this rank holds the main replica; and the rest, as
@@ -162,7 +167,8 @@ def sharded_parts(
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     for key, found in by_key.items():
         if isinstance(found[0], ShardedTensor):
-            pieces += [piece_of(tensor) for tensor in found]
+            own = [own_piece(piece_of(tensor), own_sizes) for tensor in found]
+            pieces += [piece for piece in own if piece is not None]
         else:
             objects.append(StoredObject(key, _saved([entry.data for entry in found])))
     return pieces, objects, _saved(common)

@@ -16,6 +16,7 @@ from megatron_chatflow.checkpoint.background import reason
 from megatron_chatflow.checkpoint.files import read_state
 from megatron_chatflow.checkpoint.grown_reader import GrownReader
 from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
+from megatron_chatflow.checkpoint.own_heads import expect_own_heads, own_sizes_of
 from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
@@ -76,6 +77,8 @@ def sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool)
         state["optimizer"] = optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=megatron.OPTIMIZER_LAYOUT
         )
+    if is_loading:
+        expect_own_heads(state, own_sizes_of(chunks))
     return state
 
 

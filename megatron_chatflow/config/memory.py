@@ -7,7 +7,11 @@ context and the libraries take some more. `tests/distributed/test_memory.py` hol
 
 from dataclasses import dataclass
 
-from megatron_chatflow.config.model_shape import num_layer_parameters, padded_vocab_size
+from megatron_chatflow.config.model_shape import (
+    head_counts,
+    num_layer_parameters,
+    padded_vocab_size,
+)
 from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.config.run_config import RunConfig
 
@@ -70,7 +74,7 @@ def _estimate_stage(
     table = padded_vocab_size(model, parallel, vocab_size) * model.hidden_size // tensor
     is_shared = not model.untie_embeddings_and_output_weights and is_first and is_last
     num_tables = 1 if is_shared else int(is_first) + int(is_last)
-    parameters = model.num_layers // stages * num_layer_parameters(model) // tensor
+    parameters = model.num_layers // stages * num_layer_parameters(model, parallel) // tensor
     parameters += num_tables * table
     data_parallel = world_size // config.model_parallel_size
     # The distributed optimizer cuts its state over the context-parallel processes as well.
@@ -105,11 +109,6 @@ def _context_size(config: RunConfig) -> int:
     return config.parallel.context_parallel_size
 
 
-def _key_value_size(config: RunConfig) -> int:
-    model = config.model
-    return model.hidden_size // model.num_attention_heads * model.num_query_groups
-
-
 def residual_bytes(config: RunConfig) -> int:
     """A micro-batch's hidden states on one process."""
     tensor = config.parallel.tensor_model_parallel_size
@@ -126,22 +125,23 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
     queries and keys, and the context; SwiGLU keeps both halves, the activated one, and the product.
     """
     model, train = config.model, config.train
-    hidden, key_value, context = model.hidden_size, _key_value_size(config), _context_size(config)
+    counts, context = head_counts(model, config.parallel), _context_size(config)
+    query, key_value = counts.query_size, counts.key_value_size
     is_fused = on_cpu and train.bf16
-    projected, attended = hidden + 2 * key_value, hidden + key_value
+    projected, attended = counts.projected_size, query + key_value
     if context > 1:
         # Keys and values of all tokens; torch's kernels have queries filled up to their keys.
-        attended = 2 * context * key_value + (2 * context if on_cpu else 1) * hidden
+        attended = 2 * context * key_value + (2 * context if on_cpu else 1) * query
     elif is_fused and config.data.seq_length <= _LONGEST_COMPOSED:
         # The composition keeps copies instead of the projection, and scores below the diagonal.
         scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
-        attended = model.num_attention_heads * scores
+        attended = counts.heads * scores
     if train.recompute_granularity == "selective":
         attended = 0
     num_ffn = 3 if is_fused else 4
     # torch's norm on CPUs keeps the normalised states besides.
     num_whole = 6 if on_cpu and not is_fused else 4
-    inside = projected + attended + hidden + num_ffn * model.ffn_hidden_size
+    inside = projected + attended + query + num_ffn * model.ffn_hidden_size
     per_token = inside // config.parallel.tensor_model_parallel_size * _value_bytes(config)
     return num_whole * residual_bytes(config) + _num_tokens(config) * per_token
 

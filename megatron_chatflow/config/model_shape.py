@@ -5,6 +5,7 @@ token for the model-FLOPs utilisation and the dry run. Needs neither torch nor a
 """
 
 import math
+from dataclasses import dataclass
 
 from megatron_chatflow.config.sections import ModelConfig, ParallelConfig
 
@@ -19,11 +20,76 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig, vocab_size: 
     return -(-vocab_size // multiple) * multiple
 
 
-def num_layer_parameters(model: ModelConfig) -> int:
-    """Parameters of one transformer layer: attention, SwiGLU and two norms."""
+@dataclass(frozen=True)
+class HeadCounts:
+    """Attention heads as the processes hold them, padding included.
+
+    Attributes:
+        heads: Query heads.
+        groups: Key/value heads.
+        head_dim: Size of a head.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def query_size(self) -> int:
+        """Size of all queries of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Size of all keys of a token, which is that of its values."""
+        return self.groups * self.head_dim
+
+    @property
+    def projected_size(self) -> int:
+        """Size of a token's queries, keys and values."""
+        return self.query_size + 2 * self.key_value_size
+
+
+def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> HeadCounts:
+    """The model's own heads; with ``parallel``, those that it is padded to there.
+
+    Padding adds whole groups behind the model's own until tensor parallelism divides them. Their
+    weights are zeros, and stay zeros: their values are 0, so they add nothing, and their output's
+    columns are 0, so no gradient reaches them.
+    """
+    groups, head_dim = model.num_query_groups, model.hidden_size // model.num_attention_heads
+    if parallel is not None and parallel.pad_attention_heads:
+        tensor = parallel.tensor_model_parallel_size
+        groups = -(-groups // tensor) * tensor
+    return HeadCounts(
+        groups * (model.num_attention_heads // model.num_query_groups), groups, head_dim
+    )
+
+
+def own_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
+    """What of padded matrices is the model's own.
+
+    Returns:
+        By the end of a matrix's name in megatron-core: the axis that is padded, and the model's own
+        length along it. Empty where no heads are padded.
+    """
+    own = head_counts(model)
+    if own == head_counts(model, parallel):
+        return {}
+    return {
+        "self_attention.linear_qkv.weight": (0, own.projected_size),
+        "self_attention.linear_proj.weight": (1, own.query_size),
+    }
+
+
+def num_layer_parameters(model: ModelConfig, parallel: ParallelConfig | None = None) -> int:
+    """Parameters of one transformer layer: attention, SwiGLU and two norms.
+
+    With ``parallel``, those of padded attention heads are counted.
+    """
     hidden = model.hidden_size
-    key_value = hidden // model.num_attention_heads * model.num_query_groups
-    attention = 2 * hidden * hidden + 2 * hidden * key_value
+    counts = head_counts(model, parallel)
+    attention = hidden * (counts.projected_size + counts.query_size)
     return attention + 3 * hidden * model.ffn_hidden_size + 2 * hidden
 
 

@@ -147,6 +147,10 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: Size | None = Field(
         default=None, description="model chunks of each pipeline stage, the other way to say it"
     )
+    pad_attention_heads: Switch = Field(
+        default=False,
+        description="heads of zeros where tensor_model_parallel_size does not divide them",
+    )
     context_parallel_size: Size = Field(default=1, description="processes that share each sequence")
     sequence_parallel: Switch = Field(
         default=False,

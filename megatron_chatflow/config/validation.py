@@ -101,16 +101,20 @@ def _check_rope(config: "RunConfig") -> None:
 def _check_parallel(config: "RunConfig") -> None:
     model, parallel = config.model, config.parallel
     tensor = parallel.tensor_model_parallel_size
-    cut = {
+    heads = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.num_query_groups": model.num_query_groups,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
     }
+    cut = {"model.ffn_hidden_size": model.ffn_hidden_size}
+    if not parallel.pad_attention_heads:
+        cut = {**heads, **cut}
     for path, size in cut.items():
         if size % tensor:
+            is_cure = path in heads and model.ffn_hidden_size % tensor == 0
+            padded = ", or set parallel.pad_attention_heads" if is_cure else ""
             raise UserError(
                 f"parallel.tensor_model_parallel_size: {tensor} does not divide {path} {size}; "
-                f"use {_divisors(*cut.values())}"
+                f"use {_divisors(*cut.values())}{padded}"
             )
     stages = parallel.pipeline_model_parallel_size
     if model.num_layers % stages:

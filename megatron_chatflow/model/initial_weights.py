@@ -10,6 +10,7 @@ CPUs and GPUs differ, and so do theirs.)
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def draw_weights(
     std: float,
     tensor_parallel_rank: int,
     tensor_parallel_size: int,
+    own_sizes: Mapping[str, tuple[int, int]],
 ) -> None:
     """Draws every matrix of a `GPTModel`; norms keep their ones.
 
@@ -42,6 +44,8 @@ def draw_weights(
         std: Spread of the normal distribution.
         tensor_parallel_rank: This process's slice.
         tensor_parallel_size: Number of slices.
+        own_sizes: Of matrices with heads of zeros behind the model's own, as
+            `config.model_shape.own_sizes` gives them.
     """
     for name, parameter in chunk.named_parameters():
         if parameter.dim() == 1:
@@ -56,6 +60,9 @@ def draw_weights(
             seed=_seed_of(seed, whole_name),
             std=spread,
             axis=int(parameter.partition_dim),
+            own_size=next(
+                (size for end, (_, size) in own_sizes.items() if name.endswith(end)), None
+            ),
             num_parts=num_parts,
             rank=tensor_parallel_rank,
             size=tensor_parallel_size,
@@ -79,13 +86,28 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _draw(
-    weight: torch.Tensor, *, seed: int, std: float, axis: int, num_parts: int, rank: int, size: int
+    weight: torch.Tensor,
+    *,
+    seed: int,
+    std: float,
+    axis: int,
+    own_size: int | None,
+    num_parts: int,
+    rank: int,
+    size: int,
 ) -> None:
-    """Fills this rank's slice of a matrix whose ``num_parts`` parts are each cut along ``axis``."""
+    """Fills this rank's slice of a matrix whose ``num_parts`` parts are each cut along ``axis``.
+
+    The matrix is drawn in its own size; what lies behind that is zeros.
+    """
     shape = list(weight.shape)
     shape[axis] *= size
+    padded_size = shape[axis]
+    shape[axis] = own_size or padded_size
     generator = torch.Generator(weight.device).manual_seed(seed)
     whole = torch.empty(shape, dtype=torch.float32, device=weight.device)
     whole.normal_(0.0, std, generator=generator)
+    shape[axis] = padded_size - shape[axis]
+    whole = torch.cat((whole, whole.new_zeros(shape)), axis)
     slices = [part.chunk(size, axis)[rank] for part in whole.chunk(num_parts, axis)]
     weight.copy_(torch.cat(slices, axis))

@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch.nn.functional import silu
 
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_chatflow.config.model_shape import padded_vocab_size
+from megatron_chatflow.config.model_shape import head_counts, own_sizes, padded_vocab_size
 from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.model.attention import PackedCausalAttention, describe_backend
 from megatron_chatflow.model.attention_backends import choose, gather_facts
@@ -46,13 +46,15 @@ def transformer_config(
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     num_chunks = num_model_chunks(model, parallel)
     is_interleaved = num_chunks > 1
+    counts = head_counts(model, parallel)
     ffn_width = model.ffn_hidden_size // parallel.tensor_model_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
+        num_attention_heads=counts.heads,
+        num_query_groups=counts.groups,
+        kv_channels=counts.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_method_std,
@@ -209,6 +211,8 @@ def build_llama(
             is_first=ranks.is_first_stage and number == 0,
             is_last=ranks.is_last_stage and number == num_chunks - 1,
         )
+        # Checkpoints hold the model's own heads only.
+        chunk.own_sizes = own_sizes(model, parallel)
         if ranks.is_cuda:
             chunk.cuda(ranks.device)
         draw_weights(
@@ -218,6 +222,7 @@ def build_llama(
             std=model.init_method_std,
             tensor_parallel_rank=ranks.tensor_parallel_rank,
             tensor_parallel_size=ranks.tensor_parallel_size,
+            own_sizes=chunk.own_sizes,
         )
         chunks.append(chunk)
     return Llama(

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
 from megatron_chatflow.checkpoint.files import fsync_tree
+from megatron_chatflow.checkpoint.own_heads import own_sizes_of
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.staging import page_aligned
 from megatron_chatflow.checkpoint.store import RunState, sharded_state, unwrapped
@@ -86,8 +87,9 @@ def _measure(
     chunks, optimizer = model.optimization.chunks, model.optimization.optimizer
     device = _device(chunks)
     with device_mode(device):
+        bare = unwrapped(chunks)
         pieces, _, _ = megatron.sharded_parts(
-            sharded_state(unwrapped(chunks), optimizer, is_loading=False)
+            sharded_state(bare, optimizer, is_loading=False), own_sizes_of(bare)
         )
     tensors = {f"{piece.name}.{piece.offsets}": piece.values.detach() for piece in pieces}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -76,7 +76,7 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     torch.distributed.barrier()
     with device_mode(ranks.device):
         state = {"model": llama.chunks[0].sharded_state_dict()}
-        pieces, objects, common = megatron.sharded_parts(state)
+        pieces, objects, common = megatron.sharded_parts(state, llama.chunks[0].own_sizes)
     image = lay_out(f"__{torch.distributed.get_rank()}_0.distcp", pieces, objects)
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
     image.copy(0, image.num_bytes, content)

@@ -6,7 +6,10 @@ from megatron_chatflow.config import ParallelConfig
 from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.config.model_shape import (
     flops_per_token,
+    head_counts,
+    num_layer_parameters,
     num_parameters,
+    own_sizes,
     padded_vocab_size,
 )
 
@@ -44,6 +47,29 @@ def test_vocabulary_is_padded_for_every_tensor_parallel_process(
 ) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=tensor)
     assert padded_vocab_size(config().model, parallel, vocab) == padded
+
+
+def test_heads_are_padded_by_whole_groups(config) -> None:
+    shape = {"hidden_size": 576, "num_attention_heads": 9, "num_query_groups": 3}
+    model = config({f"model.{name}": value for name, value in shape.items()}).model
+
+    def heads(tensor: int, *, is_padded: bool) -> tuple[int, int, int]:
+        parallel = ParallelConfig(tensor_model_parallel_size=tensor, pad_attention_heads=is_padded)
+        counts = head_counts(model, parallel)
+        return counts.heads, counts.groups, counts.head_dim
+
+    assert heads(2, is_padded=False) == (9, 3, 64)
+    assert heads(2, is_padded=True) == (12, 4, 64)
+    assert heads(3, is_padded=True) == (9, 3, 64)
+    assert heads(8, is_padded=True) == (24, 8, 64)
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pad_attention_heads=True)
+    added = num_layer_parameters(model, parallel) - num_layer_parameters(model)
+    assert added == 576 * 64 * (3 + 2 + 3), "queries, key and value, and output of a group"
+    assert own_sizes(model, parallel) == {
+        "self_attention.linear_qkv.weight": (0, 15 * 64),
+        "self_attention.linear_proj.weight": (1, 9 * 64),
+    }
+    assert own_sizes(model, ParallelConfig(pad_attention_heads=True)) == {}
 
 
 def test_memory_of_7b_without_sharding_is_18_bytes_a_parameter_and_activations(config) -> None:

@@ -12,10 +12,14 @@ CHUNKS = "parallel.num_virtual_stages_per_pipeline_rank"
 CHUNK_LAYERS = "parallel.num_layers_per_virtual_pipeline_stage"
 
 REFUSED = [
-    ({TENSOR: 3}, f"{TENSOR}: 3 does not divide model.num_attention_heads 8; use 1, 2 or 4"),
+    (
+        {TENSOR: 3},
+        f"{TENSOR}: 3 does not divide model.num_attention_heads 8; use 1, 2 or 4",
+    ),
     (
         {TENSOR: 8},
-        f"{TENSOR}: 8 does not divide model.num_query_groups 4; use 1, 2 or 4",
+        f"{TENSOR}: 8 does not divide model.num_query_groups 4; use 1, 2 or 4, "
+        "or set parallel.pad_attention_heads",
     ),
     (
         {"model.ffn_hidden_size": 690, TENSOR: 4},
