@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import settings
 
 # The machines that run the suite are shared: how long an example takes says nothing about it.
@@ -51,6 +52,24 @@ def tiny_sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE `tokenizer.json` with control tokens, of GPT-2's kind."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(made_up_sentences(600), trainer)
+    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    model.save(str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

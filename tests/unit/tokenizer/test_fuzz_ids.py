@@ -32,24 +32,6 @@ BATCH = 2000
 Reference = Callable[[Sequence[str]], list[list[int]]]
 
 
-@pytest.fixture(scope="session")
-def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE `tokenizer.json` with control tokens, of GPT-2's kind."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(made_up_sentences(600), trainer)
-    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
-    model.save(str(path))
-    return path
-
-
 @pytest.fixture
 def models(
     request: pytest.FixtureRequest, tiny_sentencepiece_model: Path, byte_level_model: Path
