@@ -6,12 +6,14 @@ In: run folders, as `--save` wrote them. Out: a self-contained page that is read
 import argparse
 from pathlib import Path
 
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import UserError, run_main
 from megatron_chatflow.evaluation.report import write_report
+from megatron_chatflow.evaluation.report_follow import follow_runs
 
 EXAMPLES = """examples:
   python tools/plot_run.py runs/tiny_cpu/chatflow
   python tools/plot_run.py runs/a runs/b --output comparison.html
+  python tools/plot_run.py runs/tiny_cpu/chatflow --follow
 """
 
 
@@ -28,9 +30,22 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="the page (default: report.html in the first run's folder)"
     )
+    parser.add_argument(
+        "--follow",
+        nargs="?",
+        type=float,
+        const=30.0,
+        metavar="SECONDS",
+        help="write it anew while the runs go on (default: every 30 seconds), until Ctrl-C",
+    )
     args = parser.parse_args()
     output = args.output or args.run_dirs[0] / "report.html"
-    runs = write_report(args.run_dirs, output)
+    if args.follow is None:
+        runs = write_report(args.run_dirs, output)
+    elif 1 <= args.follow <= 86400:
+        runs = follow_runs(args.run_dirs, output, args.follow, say=print)
+    else:
+        raise UserError(f"--follow: {args.follow:g} is not between 1 and 86400 seconds")
     size = output.stat().st_size / 1e3
     logged = sum(len(run.iteration) for run in runs)
     print(f"wrote {output} ({size:,.0f} kB, {logged:,} logged iterations of {len(runs)} run(s))")

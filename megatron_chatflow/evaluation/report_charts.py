@@ -4,11 +4,16 @@ In: `RunMetrics`. Out: `Chart`s for `report_svg`, each source in the same colour
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
+from megatron_chatflow.evaluation.report_lines import Restart
+from megatron_chatflow.evaluation.report_marks import INK, REST
 from megatron_chatflow.evaluation.report_reduce import (
+    ITERATION,
+    Axis,
     condense,
     deviation_from_plan,
     realised_shares,
@@ -16,11 +21,13 @@ from megatron_chatflow.evaluation.report_reduce import (
     smooth,
     smoothing_window,
 )
-from megatron_chatflow.evaluation.report_svg import INK, REST, Chart, Line
+from megatron_chatflow.evaluation.report_scale import format_duration
+from megatron_chatflow.evaluation.report_svg import Chart, Line
 
 MAX_SOURCES = 12
 OTHERS = "others"
-ITERATION = "Iteration"
+SAMPLES = "Samples consumed"
+MAX_MARKS = 40
 
 
 def source_colors(run: RunMetrics) -> dict[str, int]:
@@ -45,21 +52,21 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
     """Planned against realised mixture, the deviation from the plan, epochs per source."""
     if not run.sources:
         return []
-    consumed = run.columns["consumed_samples"]
+    samples, tokens = Axis.of(run, "consumed_samples", SAMPLES), Axis.of(run)
     charts: list[Chart] = []
     if len(run.sources) > 1:  # of a single source there is nothing to mix
-        charts = [_mixture(run, consumed), *_deviation(run, consumed)]
-    epochs = _per_source(run, run.sources, run.iteration, "epochs")
+        charts = [_mixture(run, samples), *_deviation(run, samples)]
+    epochs = _per_source(run, run.sources, tokens.x, "epochs")
     if epochs:
         charts.append(
             Chart(
                 "Epochs per source",
                 "How often each source has been read so far.",
-                ITERATION,
+                tokens.label,
                 "Epochs",
                 epochs,
                 from_zero=True,
-                marks=_marks(run, run.iteration),
+                marks=marks(run, tokens),
                 wide=len(charts) != 2,  # alone in its row
             )
         )
@@ -68,25 +75,25 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
 
 def loss_charts(run: RunMetrics) -> list[Chart]:
     """Training loss, per source and over all."""
-    x = run.iteration
+    axis = Axis.of(run)
     lines = [
-        _smoothed(name, x, run.sources[name]["loss"], color)
+        smoothed(name, axis.x, run.sources[name]["loss"], color)
         for name, color in source_colors(run).items()
         if name in run.sources
     ]
     if len(lines) != 1 and np.isfinite(run.columns["lm_loss"]).any():
-        lines.append(_smoothed("all sources", x, run.columns["lm_loss"], INK))
+        lines.append(smoothed("all sources", axis.x, run.columns["lm_loss"], INK))
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:
         return []
     return [
         Chart(
             "Training loss per source",
-            _smoothing_note(len(x)),
-            ITERATION,
+            _smoothing_note(len(axis.x)),
+            axis.label,
             "Loss (nats per token)",
             lines,
-            marks=_marks(run, x),
+            marks=marks(run, axis),
             wide=True,
         )
     ]
@@ -95,6 +102,8 @@ def loss_charts(run: RunMetrics) -> list[Chart]:
 def validation_charts(run: RunMetrics) -> list[Chart]:
     """Validation loss and bits per byte of each source."""
     charts = []
+    axis = Axis.of(run)
+    x = axis.at(run.validation_iteration)
     for field, title, caption, unit in (
         ("loss", "Validation loss", "On held-out documents.", "Loss (nats per token)"),
         (
@@ -104,95 +113,98 @@ def validation_charts(run: RunMetrics) -> list[Chart]:
             "Bits per byte of text",
         ),
     ):
-        lines = _per_source(run, run.validation, run.validation_iteration, field)
+        lines = _per_source(run, run.validation, x, field)
         if lines:
             charts.append(
                 Chart(
                     title,
                     caption,
-                    ITERATION,
+                    axis.label,
                     unit,
                     lines,
                     markers=len(lines[0].x) <= 60,
-                    marks=_marks(run, run.validation_iteration),
+                    marks=marks(run, axis),
                 )
             )
     return charts
 
 
 def optimizer_charts(run: RunMetrics) -> list[Chart]:
-    """Learning rate, gradient norm and throughput."""
-    x, marks = run.iteration, _marks(run, run.iteration)
+    """Learning rate, gradient norm, throughput and what the step waited for."""
+    axis = Axis(ITERATION, run.iteration, run.iteration)
+    restarts = marks(run, axis)
     charts = []
     learning_rate = run.columns["learning_rate"]
     if np.isfinite(learning_rate).any():
-        line = Line("learning rate", *condense(x, learning_rate, "last"), color=0)
+        line = Line("learning rate", *condense(axis.x, learning_rate, "last"), color=0)
         charts.append(
             Chart(
                 "Learning rate",
                 "As the optimizer used it.",
-                ITERATION,
+                axis.label,
                 "Learning rate",
                 [line],
                 from_zero=True,
-                marks=marks,
+                marks=restarts,
             )
         )
-    note = _smoothing_note(len(x))
     norm = run.columns["grad_norm"]
     known = norm[np.isfinite(norm) & (norm > 0)]
     if len(known):
         log = bool(known.max() > 30 * np.median(known))
-        unit = "Norm (logarithmic)" if log else "Norm"
-        line = _smoothed("gradient norm", x, norm, 1)
         charts.append(
             Chart(
                 "Gradient norm",
-                "Before clipping. " + note,
-                ITERATION,
-                unit,
-                [line],
+                "Before clipping. " + _smoothing_note(len(axis.x)),
+                axis.label,
+                "Norm (logarithmic)" if log else "Norm",
+                [smoothed("gradient norm", axis.x, norm, 1)],
                 from_zero=not log,
                 log=log,
-                marks=marks,
+                marks=restarts,
             )
         )
+    return charts + _speed_charts(run, axis, restarts)
+
+
+def _speed_charts(run: RunMetrics, axis: Axis, restarts: list[tuple[float, str]]) -> list[Chart]:
+    note = _smoothing_note(len(axis.x))
+    charts = []
     if np.isfinite(run.columns["tokens_per_second"]).any():
-        line = _smoothed("tokens per second", x, run.columns["tokens_per_second"], 2)
+        line = smoothed("tokens per second", axis.x, run.columns["tokens_per_second"], 2)
         charts.append(
             Chart(
                 "Throughput",
                 "All ranks together. " + note,
-                ITERATION,
+                axis.label,
                 "Tokens per second",
                 [line],
                 from_zero=True,
+                marks=restarts,
                 wide=True,
-                marks=marks,
+            )
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wait = run.columns["data_seconds"] / run.columns["seconds"]
+    if np.isfinite(wait).any():
+        charts[-1:] = [replace(chart, wide=False) for chart in charts[-1:]]
+        charts.append(
+            Chart(
+                "Waiting for data",
+                "Part of the step in which the reporting rank had no batch. " + note,
+                axis.label,
+                "Part of the step",
+                [smoothed("waiting", axis.x, wait, 3)],
+                from_zero=True,
+                percent=True,
+                marks=restarts,
+                wide=not charts,
             )
         )
     return charts
 
 
-def comparison_charts(runs: Sequence[RunMetrics]) -> list[Chart]:
-    """Loss over all sources and throughput of several runs, one curve for each."""
-    charts = []
-    for field, title, unit, from_zero in (
-        ("lm_loss", "Training loss of every run", "Loss (nats per token)", False),
-        ("tokens_per_second", "Throughput of every run", "Tokens per second", True),
-    ):
-        lines = [
-            _smoothed(run.name, run.iteration, run.columns[field], color)
-            for color, run in enumerate(runs)
-            if np.isfinite(run.columns[field]).any()
-        ]
-        if lines:
-            caption = "Bold: moving mean; thin: logged values."
-            charts.append(Chart(title, caption, ITERATION, unit, lines, from_zero=from_zero))
-    return charts
-
-
-def _mixture(run: RunMetrics, consumed: FloatArray) -> Chart:
+def _mixture(run: RunMetrics, axis: Axis) -> Chart:
     """Realised shares as areas, planned ones as dashed boundaries."""
     colors = source_colors(run)
     steps = samples_per_record(run)
@@ -205,6 +217,7 @@ def _mixture(run: RunMetrics, consumed: FloatArray) -> Chart:
         shares[OTHERS] = np.nansum([realised_all[name] for name in rest], axis=0)
         plans[OTHERS] = np.nansum([run.sources[name]["weight"] for name in rest], axis=0)
     realised, planned = [], []
+    consumed = axis.x
     x, _ = condense(consumed, consumed, "last")  # one array, so that all curves share it
     for name, color in colors.items():
         _, share = condense(consumed, np.nan_to_num(shares[name]))
@@ -217,31 +230,31 @@ def _mixture(run: RunMetrics, consumed: FloatArray) -> Chart:
     return Chart(
         "Mixture: planned against realised",
         f"Areas: share of the samples drawn{note}{batch}; dashed: the schedule's weights.",
-        "Consumed samples",
+        axis.label,
         "Share of samples",
         realised,
         planned=planned,
         stacked=True,
         percent=True,
-        marks=_marks(run, consumed),
+        marks=marks(run, axis),
         wide=True,
     )
 
 
-def _deviation(run: RunMetrics, consumed: FloatArray) -> list[Chart]:
+def _deviation(run: RunMetrics, axis: Axis) -> list[Chart]:
     """How far the draws are from the plan, where the log tells."""
     deviation = deviation_from_plan(run)
     if not deviation:
         return []
     every = np.array(list(deviation.values()))
-    x, excess = condense(consumed, every.max(axis=0), "extreme")
-    _, shortfall = condense(consumed, every.min(axis=0), "extreme")
+    x, excess = condense(axis.x, every.max(axis=0), "extreme")
+    _, shortfall = condense(axis.x, every.min(axis=0), "extreme")
     return [
         Chart(
             "Draws minus plan",
             "Samples of a source drawn so far less the sum of its weights, for the source that "
             "is farthest off. An exact blend never reaches one whole sample.",
-            "Consumed samples",
+            axis.label,
             "Deviation (samples)",
             [
                 Line("largest excess", x, excess, color=0),
@@ -249,7 +262,7 @@ def _deviation(run: RunMetrics, consumed: FloatArray) -> list[Chart]:
             ],
             thin=True,
             levels=(-1.0, 0.0, 1.0),
-            marks=_marks(run, consumed),
+            marks=marks(run, axis),
         )
     ]
 
@@ -266,7 +279,7 @@ def _per_source(
     return lines
 
 
-def _smoothed(label: str, x: FloatArray, y: FloatArray, color: int) -> Line:
+def smoothed(label: str, x: FloatArray, y: FloatArray, color: int) -> Line:
     """A moving mean in bold with the values themselves behind it."""
     few_x, few_y = condense(x, y)
     window = smoothing_window(len(few_x))
@@ -284,15 +297,24 @@ def _smoothing_note(num_records: int) -> str:
     return f"Bold: mean over {num_mean} logged iterations; thin: {thin}."
 
 
-def _marks(run: RunMetrics, x: FloatArray) -> list[tuple[float, str]]:
-    """Where the run was resumed, on the axis that `x` runs along."""
-    marks = []
-    for iteration in run.resumed_at:
-        label = f"resumed: iteration {iteration:,} on"
-        if x is run.columns["consumed_samples"]:
-            index = int(np.searchsorted(run.iteration, iteration))
-            if np.isfinite(x[index]):
-                marks.append((float(x[index]), label))
-        elif len(x) and x[0] <= iteration <= x[-1]:
-            marks.append((float(iteration), label))
-    return marks
+def marks(run: RunMetrics, axis: Axis) -> list[tuple[float, str]]:
+    """Where the run was taken up again, on its axis; restarts at one place share a mark."""
+    at: dict[int, list[Restart]] = {}
+    for restart in run.restarts:
+        at.setdefault(restart.iteration, []).append(restart)
+    # A run that was restarted hundreds of times shows those that cost the most.
+    cost = {k: sum(np.nan_to_num(one.seconds_lost) for one in some) for k, some in at.items()}
+    shown = sorted(sorted(at, key=lambda k: -cost[k])[:MAX_MARKS])
+    places = axis.at(np.array(shown, dtype=np.float64))
+    return [
+        (place, f"{describe_restarts(at[iteration])} at iteration {iteration:,}")
+        for place, iteration in zip(places.tolist(), shown, strict=True)
+    ]
+
+
+def describe_restarts(restarts: Sequence[Restart]) -> str:
+    """How many there were, and what they cost."""
+    count = len(restarts)
+    lost = [one.seconds_lost for one in restarts if np.isfinite(one.seconds_lost)]
+    cost = f" ({format_duration(sum(lost))} lost)" if lost else ""
+    return f"{count} restart{'s' if count > 1 else ''}{cost}"

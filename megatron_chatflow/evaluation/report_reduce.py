@@ -4,6 +4,7 @@ In: float64 arrays with NaN for gaps. Out: arrays of a few hundred points.
 """
 
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -67,6 +68,44 @@ def smooth(y: FloatArray, window: int) -> FloatArray:
 def smoothing_window(num_points: int) -> int:
     """Odd window for `num_points`: none for short curves, about a thirtieth of long ones."""
     return 1 if num_points < 40 else 2 * (num_points // 60) + 1
+
+
+TOKENS = "Tokens consumed"
+ITERATION = "Iteration"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a run's curves run along: the tokens consumed, or iterations where no log tells.
+
+    Attributes:
+        label: Its name.
+        x: float64[n], a value for each logged iteration, ascending.
+        iteration: float64[n], the iterations themselves.
+    """
+
+    label: str
+    x: FloatArray
+    iteration: FloatArray
+
+    @classmethod
+    def of(cls, run: RunMetrics, column: str = "consumed_tokens", label: str = TOKENS) -> "Axis":
+        """The axis along a column that counts; gaps are bridged, and a step back is none."""
+        values, known = run.columns[column], np.isfinite(run.columns[column])
+        if not known.any():
+            return cls(ITERATION, run.iteration, run.iteration)
+        x = np.interp(run.iteration, run.iteration[known], values[known])
+        return cls(label, np.maximum.accumulate(x), run.iteration)
+
+    def at(self, iterations: FloatArray) -> FloatArray:
+        """Where iterations lie, float64[m]; the run began at 0."""
+        if not len(self.x) or self.label == ITERATION:
+            return iterations
+        end = [] if not len(iterations) else [max(float(iterations.max()), self.iteration[-1] + 1)]
+        rate = self.x[-1] / max(float(self.iteration[-1]), 1.0)
+        beyond = [self.x[-1] + rate * (last - self.iteration[-1]) for last in end]
+        known = np.concatenate(([0.0], self.iteration, end))
+        return np.interp(iterations, known, np.concatenate(([0.0], self.x, beyond)))
 
 
 def samples_per_record(run: RunMetrics) -> FloatArray:

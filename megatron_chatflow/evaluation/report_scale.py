@@ -131,3 +131,16 @@ def format_value(value: float, digits: int = 4) -> str:
 def format_percent(value: float) -> str:
     """A fraction as a percentage with at most one decimal."""
     return "–" if not math.isfinite(value) else f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def format_duration(seconds: float) -> str:
+    """A time in the two largest units that say something: 8.2 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{max(seconds, 0.0):.1f}".removesuffix(".0") + " s"
+    whole = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
+        if whole >= size:
+            return f"{whole // size:,} {unit} {whole % size // part} {below}"
+    return f"{whole // 60} min {whole % 60} s"

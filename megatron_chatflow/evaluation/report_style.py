@@ -1,8 +1,8 @@
 """The report page's style sheet, light and dark, and its script for crosshair and legend.
 
 In: nothing. Out: two strings that `report` puts into the page; nothing is loaded from elsewhere.
-The eight series colours keep a contrast of 3:1 against both backgrounds; neighbours differ in
-lightness as well as hue, for readers who see few hues.
+The eight series colours keep a contrast of 3:1 against both backgrounds; shapes and hatches
+(`report_marks`) tell series apart for readers who see few hues.
 """
 
 STYLE = """
@@ -46,12 +46,10 @@ font-size:13px;max-height:6.4em;overflow:auto}
 .legend b{font-weight:600;font-variant-numeric:tabular-nums}
 .legend button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 .legend button[aria-pressed=false]{opacity:.4;text-decoration:line-through}
-.swatch{width:14px;height:4px;border-radius:2px;background:var(--s);flex:none}
-.swatch.d1,.swatch.d2{
-background:repeating-linear-gradient(90deg,var(--s) 0 5px,transparent 5px 8px)}
-.swatch.dashed{height:0;border-top:2px dashed var(--ink);border-radius:0}
-.swatch.mark{width:9px;height:8px;border-radius:0;background:var(--soft);
-clip-path:polygon(0 0,100% 0,50% 100%)}
+.swatch{width:22px;height:12px;flex:none}
+.swatch.dashed{height:0;border-top:2px dashed var(--ink)}
+.swatch.mark{width:10px;height:8px;background:var(--ink);clip-path:polygon(0 0,100% 0,50% 100%)}
+.defs{position:absolute}
 .ink{--s:var(--ink)}.rest{--s:var(--faint)}.c0{--s:var(--c0)}.c1{--s:var(--c1)}.c2{--s:var(--c2)}.c3{--s:var(--c3)}
 .c4{--s:var(--c4)}.c5{--s:var(--c5)}.c6{--s:var(--c6)}.c7{--s:var(--c7)}
 .plot{position:relative;overflow-x:auto;overflow-y:hidden;margin-top:auto}
@@ -67,13 +65,18 @@ svg .label{fill:var(--ink)}
 .ink .line{stroke-width:2.4}
 .faint{fill:none;stroke:var(--s);stroke-width:1;opacity:.28}
 .d1 .line{stroke-dasharray:7 4}.d2 .line{stroke-dasharray:2 4}
-.series circle{fill:var(--s);stroke:var(--card);stroke-width:1.5}
+.shape{fill:var(--s);stroke:var(--card);stroke-width:1.2}
+.shape.open{fill:none;stroke:var(--s);stroke-width:2.2}
+.stroke{stroke:var(--card);stroke-width:1.6;stroke-linecap:round;fill:none}
+.hatch{opacity:.6}
+svg .inside{fill:#fff;font-size:13px;font-weight:600;text-anchor:middle;paint-order:stroke;
+stroke:#0009;stroke-width:3px;stroke-linejoin:round}
 .area{fill:var(--s);opacity:.78;stroke:var(--card);stroke-width:1}
 .d1 .area{opacity:.55}.d2 .area{opacity:.35}
 .plan,.plan-under{fill:none;stroke-linejoin:round}
 .plan-under{stroke:var(--card);stroke-width:3.4;opacity:.75}
 .plan{stroke:var(--ink);stroke-width:1.6;stroke-dasharray:7 5}
-.mark line{stroke:var(--soft);stroke-dasharray:2 4}.mark path{fill:var(--soft)}
+.mark line{stroke:var(--ink);stroke-dasharray:2 4;opacity:.75}.mark path{fill:var(--ink)}
 .cursor line{stroke:var(--ink);stroke-width:1;opacity:.55}
 .cursor circle{stroke:var(--card);stroke-width:2;fill:var(--s)}
 .hit{fill:transparent}
@@ -105,7 +108,9 @@ margin:10px 0 4px}
 pre .key{color:var(--accent)}
 footer{color:var(--soft);font-size:13px;margin-top:36px}
 @media print{body{background:#fff}.chart,.table,details{break-inside:avoid}}
-@media (max-width:560px){main{padding:18px 12px 32px}}
+@media (max-width:560px){main{padding:18px 12px 32px}
+.plot>svg{min-width:0}.wide .plot>svg{min-width:640px}
+svg text{font-size:18px}svg .inside{font-size:20px}.label.y{display:none}}
 """
 
 SCRIPT = """
@@ -114,6 +119,7 @@ for (const figure of document.querySelectorAll('figure.chart')) {
   const data = JSON.parse(figure.querySelector('script').textContent);
   const svg = figure.querySelector('.plot>svg'), tip = figure.querySelector('.tip');
   const cursor = svg.querySelector('.cursor'), rule = cursor.querySelector('line');
+  const swatches = figure.querySelectorAll('.legend svg.swatch');
   const hidden = new Set(), longest = data.x.reduce((a, b) => b.length > a.length ? b : a, []);
   let at = -1;
   const nearest = (xs, x) => {
@@ -140,8 +146,7 @@ for (const figure of document.querySelectorAll('figure.chart')) {
         const own = data.x[s.x], k = own === longest ? at : nearest(own, x);
         if (hidden.has(i) || !own.length || Math.abs(own[k] - x) > 12 && own !== longest) return;
         const row = table.insertRow(), name = cell(row, '');
-        const swatch = document.createElement('i');
-        swatch.className = 'swatch ' + s.class; name.append(swatch, s.name);
+        name.append(swatches[i].cloneNode(true), s.name);
         cell(row, s.text[k]); if (s.plan) cell(row, s.plan[k]);
         if (s.y && s.y[k] !== null) {
           const dot = document.createElementNS('http://www.w3.org/2000/svg', 'circle');
@@ -168,12 +173,23 @@ for (const figure of document.querySelectorAll('figure.chart')) {
     const last = longest.length - 1, next = at < 0 ? last : at + step * (event.shiftKey ? 10 : 1);
     show(longest[Math.min(Math.max(next, 0), last)]);
   });
-  for (const button of figure.querySelectorAll('.legend button')) button.onclick = () => {
-    const index = Number(button.dataset.series), off = !hidden.has(index);
-    off ? hidden.add(index) : hidden.delete(index);
-    button.setAttribute('aria-pressed', String(!off));
-    svg.querySelector('g.series[data-series="' + index + '"]').classList.toggle('off', off);
-    leave();
-  };
+  // A page that follows a run loads itself anew; what the reader had hidden stays hidden.
+  const title = figure.closest('article').id + figure.querySelector('h3').textContent;
+  for (const button of figure.querySelectorAll('.legend button')) {
+    const index = Number(button.dataset.series), key = title + '/' + data.series[index].name;
+    const set = off => {
+      off ? hidden.add(index) : hidden.delete(index);
+      button.setAttribute('aria-pressed', String(!off));
+      svg.querySelector('g.series[data-series="' + index + '"]').classList.toggle('off', off);
+      leave();
+    };
+    try { if (sessionStorage.getItem(key)) set(true); } catch { /* not every browser keeps any */ }
+    button.onclick = () => {
+      set(!hidden.has(index));
+      try {
+        hidden.has(index) ? sessionStorage.setItem(key, '1') : sessionStorage.removeItem(key);
+      } catch { /* as above */ }
+    };
+  }
 }
 """

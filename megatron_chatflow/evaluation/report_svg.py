@@ -12,11 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_chatflow.evaluation.report_data import FloatArray
+from megatron_chatflow.evaluation.report_marks import (
+    area_label,
+    color_class,
+    hatch,
+    shape,
+    shapes_along,
+    swatch,
+)
 from megatron_chatflow.evaluation.report_scale import Scale, fit, format_percent, format_value
-
-NUM_COLORS = 8
-REST = -2  # colour of sources too many to tell apart
-INK = -1  # colour of a curve that stands for the whole rather than for one source
 
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 16.0, 12.0, 46.0
 MAX_BRIDGE = 30.0  # pixels: a source that is drawn now and then still makes one curve
@@ -136,19 +140,9 @@ def _y_scale(chart: Chart, begin: float, end: float) -> Scale:
     return fit(curves, begin, end, from_zero=chart.from_zero, log=chart.log)
 
 
-def color_class(color: int) -> str:
-    """CSS classes of a palette index: a colour, and from the second round on a dash pattern."""
-    if color == INK:
-        return "ink"
-    if color == REST:
-        return "rest"
-    dash = min(color // NUM_COLORS, 2)
-    return f"c{color % NUM_COLORS}" + (f" d{dash}" if dash else "")
-
-
 def _path(x: FloatArray, y: FloatArray) -> str:
     """SVG path commands of a polyline; wide gaps stay open, a lone point becomes a dot."""
-    known = np.isfinite(y)
+    known = np.isfinite(x) & np.isfinite(y)
     xs, ys = x[known], y[known]
     jumps = np.flatnonzero(np.abs(np.diff(xs)) > max(MAX_BRIDGE, *_spacing(x))) + 1
     parts: list[str] = []
@@ -182,10 +176,12 @@ def _curves(chart: Chart, x_scale: Scale, y_scale: Scale) -> list[str]:
         out.append(f'<path class="{weight}" d="{_path(x, y)}"/>')
         if chart.markers:
             out += [
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.2"/>'
+                shape(line.color, px, py)
                 for px, py in zip(x.tolist(), y.tolist(), strict=True)
                 if np.isfinite(py)
             ]
+        elif len(chart.lines) > 1:
+            out.append(shapes_along(line.color, x, y, index, width))
         out.append("</g>")
     return [*out, "</svg>"]
 
@@ -195,21 +191,24 @@ def _stack(chart: Chart, x_scale: Scale, y_scale: Scale) -> list[str]:
     x = x_scale.pixels(chart.lines[0].x)
     lower = np.zeros(len(x))
     out: list[str] = []
+    names: list[str] = []
     for index, line in enumerate(chart.lines):
         upper = np.minimum(lower + np.nan_to_num(line.y), 1.0)
         edge = _path(x, y_scale.pixels(upper))
         back = _path(x[::-1], y_scale.pixels(lower)[::-1]).replace("M", "L", 1)
+        path = f"{edge}{back}Z"
         out.append(
             f'<g class="series {color_class(line.color)}" data-series="{index}">'
-            f'<path class="area" d="{edge}{back}Z"/></g>'
+            f'<path class="area" d="{path}"/>{hatch(line.color, path)}</g>'
         )
+        names.append(area_label(line.label, x, y_scale.pixels(lower), y_scale.pixels(upper)))
         lower = upper
     boundary = np.zeros(len(x))
     for line in chart.planned[:-1]:  # the last one's upper boundary is 100 %
         boundary = boundary + np.nan_to_num(line.y)
         path = _path(x, y_scale.pixels(boundary))
         out.append(f'<path class="plan-under" d="{path}"/><path class="plan" d="{path}"/>')
-    return out
+    return out + names
 
 
 def _axes(chart: Chart, x_scale: Scale, y_scale: Scale) -> str:
@@ -239,7 +238,7 @@ def _axes(chart: Chart, x_scale: Scale, y_scale: Scale) -> str:
         f'<line class="base" x1="{LEFT}" x2="{width - RIGHT}" y1="{base}" y2="{base}"/>'
         f'<text class="label" x="{(LEFT + width - RIGHT) / 2}" y="{height - 8}">'
         f"{html.escape(chart.x_label)}</text>"
-        f'<text class="label" transform="translate(14 {middle}) rotate(-90)">'
+        f'<text class="label y" transform="translate(14 {middle}) rotate(-90)">'
         f"{html.escape(chart.y_label)}</text></g>"
     )
     return "".join(out)
@@ -250,10 +249,12 @@ def _marks(chart: Chart, x_scale: Scale) -> str:
     out: list[str] = []
     for value, label in chart.marks:
         px = float(x_scale.pixels(np.array([value]))[0])
+        if not np.isfinite(px):
+            continue
         out.append(
             f'<g class="mark"><line x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
-            f"<title>{html.escape(label)}</title>"
-            f'<path d="M{px - 4:.1f} {TOP}h8l-4 7z"/></g>'
+            f'<path d="M{px - 5:.1f} {TOP - 8}h10l-5 8z"/>'
+            f"<title>{html.escape(label)}</title></g>"
         )
     return "".join(out)
 
@@ -264,19 +265,21 @@ def _legend(chart: Chart) -> str:
     for index, line in enumerate(chart.lines):
         known = line.y[np.isfinite(line.y)]
         last = chart.format(float(known[-1])) if len(known) else "–"
-        swatch = f'<i class="swatch {color_class(line.color)}"></i>'
-        name = f"<span>{html.escape(line.label)}</span> <b>{last}</b>"
+        name = (
+            swatch(line.color, area=chart.stacked)
+            + f"<span>{html.escape(line.label)}</span> <b>{last}</b>"
+        )
         if chart.stacked or len(chart.lines) == 1:
-            items.append(f"<li>{swatch}{name}</li>")
+            items.append(f"<li>{name}</li>")
         else:
             items.append(
                 f'<li><button type="button" data-series="{index}" aria-pressed="true"'
-                f' title="hide or show">{swatch}{name}</button></li>'
+                f' title="hide or show">{name}</button></li>'
             )
     if chart.planned:
         items.append('<li><i class="swatch dashed"></i><span>planned</span></li>')
     if chart.marks:
-        items.append('<li><i class="swatch mark"></i><span>resumed</span></li>')
+        items.append('<li><i class="swatch mark"></i><span>restarted</span></li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -303,7 +306,7 @@ def _crosshair_data(chart: Chart, x_scale: Scale, y_scale: Scale) -> str:
     data = {
         "label": chart.x_label,
         "x": [_pixel_list(x_scale.pixels(x)) for x in xs],
-        "at": [[f"{value:,.0f}" for value in x] for x in xs],
+        "at": [[format_value(value, 5) for value in x.tolist()] for x in xs],
         "series": series,
     }
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")

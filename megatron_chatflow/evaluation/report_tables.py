@@ -10,7 +10,13 @@ import numpy as np
 
 from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
 from megatron_chatflow.evaluation.report_reduce import realised_shares, samples_per_record
-from megatron_chatflow.evaluation.report_scale import format_percent, format_value
+from megatron_chatflow.evaluation.report_scale import (
+    format_duration,
+    format_percent,
+    format_value,
+)
+
+MAX_RESTARTS = 50
 
 
 def lead(run: RunMetrics) -> str:
@@ -24,9 +30,9 @@ def lead(run: RunMetrics) -> str:
             f"{f'{preset}: ' if preset else ''}{layers} layers, hidden {hidden}, {heads} heads"
         )
     if run.setting("data", "seq_length"):
-        parts.append(f"sequence {run.setting('data', 'seq_length'):,}")
+        parts.append(f"sequence {run.setting('data', 'seq_length')}")
     if run.setting("train", "global_batch_size"):
-        parts.append(f"global batch {run.setting('train', 'global_batch_size'):,}")
+        parts.append(f"global batch {run.setting('train', 'global_batch_size')}")
     sizes = [
         f"{short} {run.setting('parallel', key)}"
         for short, key in (
@@ -45,11 +51,37 @@ def lead(run: RunMetrics) -> str:
 
 def progress(run: RunMetrics) -> float | None:
     """Finished part of the run in [0, 1], None where the configuration does not tell."""
-    for key, done in (("train_iters", run.iteration), ("train_samples", _consumed(run))):
-        goal = run.setting("train", key)
-        if isinstance(goal, int) and goal > 0 and len(done):
-            return min(1.0, float(done[-1]) / goal)
+    batch = run.goal("global_batch_size") or 1
+    for key, done, whole in (
+        ("train_iters", run.iteration, 1),
+        ("train_samples", _consumed(run), batch),
+    ):
+        goal = run.goal(key)
+        if goal is not None and np.isfinite(_last(done)):
+            # Whole batches count; what does not fill one is not trained.
+            return min(1.0, _last(done) / max(goal // whole * whole, 1))
     return None
+
+
+def restarts_table(run: RunMetrics) -> str:
+    """Every restart with what it cost, the last ones of many; "" without any."""
+    if not run.restarts:
+        return ""
+    shown = run.restarts[-MAX_RESTARTS:]
+    rows = [
+        f"<tr><td>{one.attempt or '–'}</td><td>{one.iteration:,}</td>"
+        f"<td>{max(one.reached - one.iteration, 0):,}</td>"
+        f"<td>{format_duration(one.seconds_lost)}</td></tr>"
+        for one in shown
+    ]
+    left_out = len(run.restarts) - len(shown)
+    note = f" The last {len(shown)}; {left_out:,} came before." if left_out else ""
+    return (
+        '<div class="table"><table><caption>Lost: from the last iteration that counts to the '
+        f"moment when training went on.{note}</caption><thead><tr><th>Attempt</th>"
+        "<th>Went on from iteration</th><th>Iterations trained again</th><th>Time lost</th>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def tiles(run: RunMetrics) -> str:
@@ -78,8 +110,11 @@ def tiles(run: RunMetrics) -> str:
         entries.append(("Throughput", f"{format_value(speed)} <i>tok/s</i>", "median, all ranks"))
     flops, mfu = _median(run.columns["tflops_per_gpu"]), _median(run.columns["mfu"])
     if np.isfinite(flops):
-        note = f"MFU {format_percent(mfu)}" if np.isfinite(mfu) else "median per device"
+        causal = _median(run.columns["mfu_causal"])
+        halved = f", {format_percent(causal)} causal" if np.isfinite(causal) else ""
+        note = f"MFU {format_percent(mfu)}{halved}" if np.isfinite(mfu) else "median per device"
         entries.append(("Compute per device", f"{format_value(flops, 3)} <i>TFLOP/s</i>", note))
+    entries += _operation_tiles(run)
     items = "".join(
         f'<div class="tile"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>'
         for name, value, note in entries
@@ -90,6 +125,22 @@ def tiles(run: RunMetrics) -> str:
         else f'<div class="progress"><i style="width:{100 * done:.1f}%"></i></div>'
     )
     return f'{bar}<dl class="tiles">{items}</dl>'
+
+
+def _operation_tiles(run: RunMetrics) -> list[tuple[str, str, str]]:
+    """Memory, waiting, and what faults have cost."""
+    entries = []
+    memory = _last(run.columns["memory_bytes"])
+    if np.isfinite(memory):
+        entries.append(("Memory", f"{memory / 2**30:.3g} <i>GiB</i>", "peak, reporting rank"))
+    lost = _last(run.columns["seconds_lost"])
+    count = max(len(run.restarts), int(np.nan_to_num(_last(run.columns["num_restarts"]))))
+    if count:
+        entries.append(("Restarts", f"{count:,}", f"{format_duration(lost)} lost"))
+    skipped, rollbacks = (_last(run.columns[key]) for key in ("num_skipped", "num_rollbacks"))
+    if skipped > 0 or rollbacks > 0:
+        entries.append(("Updates left out", f"{skipped:,.0f}", f"{rollbacks:,.0f} rollbacks"))
+    return entries
 
 
 def validation_table(run: RunMetrics) -> str:
@@ -150,7 +201,7 @@ def sources_table(run: RunMetrics) -> str:
     )
 
 
-def comparison_table(runs: Sequence[RunMetrics]) -> str:
+def comparison_table(runs: Sequence[RunMetrics], run_names: Sequence[str]) -> str:
     """Last validation bits per byte of every source, a column per run; "" without any."""
     with_validation = [run for run in runs if len(run.validation_iteration)]
     names = list(dict.fromkeys(name for run in with_validation for name in run.validation))
@@ -165,7 +216,10 @@ def comparison_table(runs: Sequence[RunMetrics]) -> str:
             for run in with_validation
         )
         rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{cells}</tr>')
-    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in with_validation)
+    heads = [
+        name for run, name in zip(runs, run_names, strict=True) if len(run.validation_iteration)
+    ]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
     return (
         '<div class="table"><table><caption>Last validation of every run, bits per byte. '
         'Lower is better.</caption><thead><tr><th class="name">Source</th>'

@@ -4,14 +4,12 @@ In: a resolved configuration and this process's ranks. Out: a `Run` and its `Pro
 """
 
 import logging
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.checkpoint.grown_reader import GrownReader
 from megatron_chatflow.checkpoint.load_huggingface import load_huggingface
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
@@ -25,7 +23,6 @@ from megatron_chatflow.config import RunConfig
 from megatron_chatflow.config.model_shape import causal_share, flops_per_token
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
-from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice_training import ChoiceValidator
 from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
 from megatron_chatflow.evaluation.validation import Validator
@@ -41,16 +38,11 @@ from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.watchdog import Watchdog
-from megatron_chatflow.train.downtime import Downtime, read_downtime
 from megatron_chatflow.train.guard import Guard
-from megatron_chatflow.train.hooks import Hook
-from megatron_chatflow.train.hooks.console import Console
-from megatron_chatflow.train.hooks.metrics_file import METRICS_FILE, MetricsFile
-from megatron_chatflow.train.hooks.shield import Shield
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
-from megatron_chatflow.train.run_folder import RunFolder
+from megatron_chatflow.train.record import open_record
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +66,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
 
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
+    hooks, downtime = open_record(config, ranks, progress.iteration, stack)
     run = Run(
         config=config,
         ranks=ranks,
@@ -99,8 +92,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         guard=_guard(config, inputs),
         watchdog=_watchdog(config, ranks),
         collection=GarbageCollection(config.train.manual_gc_interval),
-        hooks=_hooks(config, ranks, progress, stack),
-        downtime=_downtime(config, ranks, progress),
+        hooks=hooks,
+        downtime=downtime,
         saver=_saver(config, ranks, progress, stack),
     )
     stack.callback(run.stop_request.close)
@@ -121,12 +114,6 @@ def _watchdog(config: RunConfig, ranks: Ranks) -> Watchdog:
         world_size=ranks.process.world_size,
         folder=config.checkpoint.save,
     )
-
-
-def _downtime(config: RunConfig, ranks: Ranks, progress: Progress) -> Downtime:
-    if not ranks.is_reporter or config.checkpoint.save is None or progress.iteration == 0:
-        return Downtime()
-    return read_downtime(config.checkpoint.save / METRICS_FILE, time.time())
 
 
 def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
@@ -219,30 +206,6 @@ def _choices(config: RunConfig, inputs: RunInputs) -> ChoiceValidator | None:
         seq_length=config.data.seq_length,
         micro_batch_size=train.micro_batch_size,
     )
-
-
-def _hooks(config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack) -> list[Hook]:
-    if not ranks.is_reporter:
-        return []
-    hooks: list[Hook] = [
-        Console(num_iterations=config.num_iterations, iteration=progress.iteration)
-    ]
-    if config.checkpoint.save is not None:
-        folder = Path(config.checkpoint.save)
-        stack.callback(RunFolder(folder).close)
-        try:
-            hooks.append(MetricsFile(folder, iteration=progress.iteration))
-            write_atomically(folder / "config.yaml", config.to_yaml())
-        except OSError as error:
-            raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
-        if config.logging.tensorboard:
-            from megatron_chatflow.train.hooks.tensorboard import TensorBoard
-
-            hooks.append(TensorBoard(folder, iteration=progress.iteration))
-    shielded: list[Hook] = [Shield(hook) for hook in hooks]
-    for hook in shielded:
-        stack.callback(hook.close)
-    return shielded
 
 
 def _log_choices(

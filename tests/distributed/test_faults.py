@@ -57,6 +57,10 @@ def test_bad_steps_are_skipped_and_counted_across_a_resume(
     assert [entry["num_skipped"] for entry in found][-1] == 3
     assert [entry["num_restarts"] for entry in found] == [0] * 15 + [1] * 3
     assert found[-1]["seconds_lost"] > 0
+    (restart,) = map(json.loads, (parts / "restarts.jsonl").read_text().splitlines())
+    assert (restart["attempt"], restart["iteration"], restart["reached"]) == (2, 15, 15)
+    assert restart["seconds_lost"] == found[-1]["seconds_lost"]
+    assert not (whole / "restarts.jsonl").exists()
     assert _are_equal(whole, 2, 4)
     assert not _are_equal(whole, 4, 5)
     assert _are_equal(whole, 16, 17)

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,52 @@ from megatron_chatflow.train.report import IterationReport, validation_dict
 METRICS_FILE = "metrics.jsonl"
 
 
-def keep_until(path: Path, iteration: int) -> None:
+@dataclass(frozen=True)
+class Cut:
+    """What became of a file's iterations.
+
+    Attributes:
+        last_kept: The last logged iteration that stays; None if none does.
+        first_dropped: The first that went; None if none did.
+        last_dropped: The last that went.
+    """
+
+    last_kept: dict[str, Any] | None = None
+    first_dropped: dict[str, Any] | None = None
+    last_dropped: dict[str, Any] | None = None
+
+
+def keep_until(path: Path, iteration: int) -> Cut:
     """Drops the lines of iterations after ``iteration``, and a last line cut short by a kill."""
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+        return Cut()
+    kept: list[str] = []
+    last_kept = first_dropped = last_dropped = None
+    for line in path.read_bytes().splitlines():
         try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+            entry = json.loads(line)
+            stays = entry["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    write_atomically(path, "".join(f"{line}\n" for line in kept))
+        if stays:
+            kept.append(line.decode(errors="replace") + "\n")
+        if "lm_loss" not in entry:
+            continue
+        if stays:
+            last_kept = entry
+        else:
+            first_dropped = first_dropped or entry
+            last_dropped = entry
+    write_atomically(path, "".join(kept))
+    return Cut(last_kept, first_dropped, last_dropped)
 
 
 class MetricsFile:
     """Appends to ``metrics.jsonl``; each line is handed to the system before training goes on."""
 
-    def __init__(self, folder: Path, *, iteration: int) -> None:
-        """Opens the file of a run that stands at ``iteration``."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path) -> None:
+        """Opens the file in a run's folder; `keep_until` has cut it."""
         path = folder / METRICS_FILE
-        keep_until(path, iteration)
         self._file = open(path, "ab", buffering=0)
         self._backlog: list[bytes] = []
         # Where the last line that is whole ends.

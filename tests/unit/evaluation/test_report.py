@@ -241,11 +241,11 @@ def test_resumed_run_keeps_the_last_account_of_an_iteration(tmp_path: Path) -> N
     assert metrics.validation_iteration.tolist() == [0, 20, 40, 60, 80]
     assert metrics.columns["learning_rate"][79] < 1e-3
     assert metrics.columns["learning_rate"][80:].tolist() == [1.0] * 10
-    assert metrics.resumed_at == (81,)
+    assert [(one.iteration, one.reached) for one in metrics.restarts] == [(80, 100)]
     assert metrics.num_unreadable_lines == 2
     page = build(folder)
     check_page(page)
-    assert "resumed at iteration 81" in page and "2 unreadable lines passed over" in page
+    assert "1 restart at iteration 80" in page and "2 unreadable lines passed over" in page
 
 
 def test_deviation_of_an_exact_blend_stays_below_one_sample(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Opens what a run keeps of itself: its folder, the metrics, and everybody who watches.
+
+In: the configuration and where the run stands. Out: the hooks of the reporting rank, and what
+restarts have cost. A folder that cannot be written is a user's mistake; a logger that fails is not.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.config import RunConfig
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.downtime import Downtime
+from megatron_chatflow.train.hooks import Hook
+from megatron_chatflow.train.hooks.console import Console
+from megatron_chatflow.train.hooks.metrics_file import METRICS_FILE, Cut, MetricsFile, keep_until
+from megatron_chatflow.train.hooks.shield import Shield
+from megatron_chatflow.train.restarts import forget_restarts, record_restart
+from megatron_chatflow.train.run_folder import RunFolder
+
+
+def open_record(
+    config: RunConfig, ranks: Ranks, iteration: int, stack: ExitStack
+) -> tuple[list[Hook], Downtime]:
+    """Opens the run's folder and its watchers, on the reporting rank; others have none.
+
+    Args:
+        config: The run's.
+        ranks: This process's place.
+        iteration: Where it stands.
+        stack: Closes everything.
+
+    Raises:
+        UserError: The folder cannot be written, or another run writes there.
+    """
+    if not ranks.is_reporter:
+        return [], Downtime()
+    makers: list[Callable[[], Hook]] = [
+        lambda: Console(num_iterations=config.num_iterations, iteration=iteration)
+    ]
+    downtime = Downtime()
+    if config.checkpoint.save is not None:
+        folder = Path(config.checkpoint.save)
+        stack.callback(RunFolder(folder).close)
+        try:
+            cut = keep_until(folder / METRICS_FILE, iteration)
+            metrics = MetricsFile(folder)
+            downtime = _downtime(config, folder, cut, iteration)
+            write_atomically(folder / "config.yaml", config.to_yaml())
+        except OSError as error:
+            raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
+        makers.append(lambda: metrics)
+        if config.logging.tensorboard:
+            makers.append(lambda: _tensorboard(folder, iteration))
+    hooks: list[Hook] = [Shield(maker) for maker in makers]
+    for hook in hooks:
+        stack.callback(hook.close)
+    return hooks, downtime
+
+
+def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Downtime:
+    """What restarts have cost, this one included if it is one."""
+    checkpoint = config.checkpoint
+    # A run that was killed before its first checkpoint begins anew, by the same command.
+    begins_anew = (
+        checkpoint.load == checkpoint.save and not checkpoint.finetune and cut.first_dropped
+    )
+    if iteration or begins_anew:
+        return record_restart(folder, cut, iteration, time.time())
+    forget_restarts(folder)
+    return Downtime()
+
+
+def _tensorboard(folder: Path, iteration: int) -> Hook:
+    from megatron_chatflow.train.hooks.tensorboard import TensorBoard
+
+    return TensorBoard(folder, iteration=iteration)

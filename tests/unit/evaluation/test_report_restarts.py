@@ -1,0 +1,240 @@
+"""The page of runs that were restarted, that go on, that are compared, or that came damaged."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_report import build, check_page, synthetic_records, write_run
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.report_compare import comparison_charts, run_names
+from megatron_chatflow.evaluation.report_data import RunReader, read_run
+from megatron_chatflow.evaluation.report_follow import follow_runs
+from megatron_chatflow.evaluation.report_lines import Records
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{constructor}}"
+
+
+class TagCheck(HTMLParser):
+    """Which elements a page has, and which attributes of them would run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.handlers: list[str] = []
+        self.num_scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add(tag)
+        self.num_scripts += tag == "script"
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.handlers += [
+            name for name, value in attrs if name in ("href", "src") and "script:" in (value or "")
+        ]
+
+
+def restart(attempt: int, iteration: int, reached: int, seconds: float) -> dict[str, float]:
+    return {
+        "attempt": attempt,
+        "iteration": iteration,
+        "reached": reached,
+        "seconds_lost": seconds,
+    }
+
+
+def test_restarts_are_marked_and_listed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", synthetic_records(60))
+    records = [restart(2, 20, 27, 90.0), restart(3, 20, 22, 30.0), restart(4, 40, 55, 7.5)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "restarts.jsonl").write_text(text + '{"attempt": 5, "iter')
+    page = build(folder)
+    check_page(page)
+    assert page.count("2 restarts (2 min 0 s lost) at iteration 20") == 9, "a mark in each chart"
+    assert "1 restart (7.5 s lost) at iteration 40" in page
+    assert "3 restarts (2 min 7 s lost)" in page or "3 restarts (2 min 8 s lost)" in page
+    assert "<tr><td>3</td><td>20</td><td>2</td><td>30 s</td></tr>" in page
+    assert "1 unreadable line passed over" in page
+
+
+def test_restarts_that_only_the_metrics_count(tmp_path: Path) -> None:
+    records = [entry for entry in synthetic_records(30) if "lm_loss" in entry]
+    for entry in records:
+        entry["num_restarts"] = 0 if entry["iteration"] <= 12 else 2
+        entry["seconds_lost"] = 0.0 if entry["iteration"] <= 12 else 33.0
+    (one,) = read_run(write_run(tmp_path / "run", records)).restarts
+    assert (one.iteration, one.attempt, one.seconds_lost) == (12, 3, 33.0)
+
+
+def test_a_reader_reads_on_and_notices_a_file_that_was_cut(tmp_path: Path) -> None:
+    records = synthetic_records(40)
+    folder = write_run(tmp_path / "run", records[:10])
+    path = folder / "metrics.jsonl"
+    reader = RunReader(folder)
+    assert reader.read().iteration[-1] == 9
+    line = json.dumps(records[10])
+    with path.open("a") as file:
+        file.write(line[:50])
+    assert reader.read().iteration[-1] == 9 and reader.read().num_unreadable_lines == 1
+    with path.open("a") as file:
+        file.write(line[50:] + "\n" + json.dumps(records[11]) + "\n")
+    grown = reader.read()
+    assert grown.iteration.tolist() == list(range(1, 12)) and grown.num_unreadable_lines == 0
+    path.write_text("".join(json.dumps(record) + "\n" for record in records[:6]))
+    assert reader.read().iteration[-1] == 5
+    beside = folder / "beside"
+    beside.write_text("".join(json.dumps(record) + "\n" for record in records[:30]))
+    beside.replace(path)  # as a resume does it
+    assert reader.read().iteration[-1] == 29
+
+
+def test_following_ends_with_the_run(tmp_path: Path) -> None:
+    records = synthetic_records(30)
+    folder, output = tmp_path / "run", tmp_path / "page.html"
+    said: list[str] = []
+    pages: list[str] = []
+
+    def sleep(seconds: float) -> None:
+        """The run goes on meanwhile."""
+        assert seconds == 7
+        if output.exists():
+            pages.append(output.read_text())
+        if not folder.exists():
+            write_run(folder, records[:12], train_iters=30)
+        else:
+            num_lines = (folder / "metrics.jsonl").read_text().count("\n")
+            with (folder / "metrics.jsonl").open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records[num_lines:][:10])
+
+    (run,) = follow_runs([folder], output, 7, say=said.append, sleep=sleep)
+    assert run.iteration[-1] == 30
+    assert said[0].startswith("waiting: no such run") and said[1] == "run: iteration 11"
+    assert pages and all('http-equiv="refresh" content="7"' in page for page in pages)
+    assert 'http-equiv="refresh"' not in output.read_text()
+    check_page(output.read_text())
+
+
+def test_following_ends_with_ctrl_c(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", synthetic_records(5), train_iters=100)
+    output = tmp_path / "page.html"
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    follow_runs([folder], output, 1, say=lambda text: None, sleep=interrupt)
+    assert 'http-equiv="refresh"' not in output.read_text()
+
+
+def test_runs_lie_over_each_other(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / "a" / "run", synthetic_records(80)),
+        write_run(tmp_path / "b" / "run", synthetic_records(50, ["english", "chinese"], batch=32)),
+    ]
+    runs = [read_run(folder) for folder in folders]
+    assert run_names(runs) == ["a/run", "b/run"]
+    charts = {chart.title: chart for chart in comparison_charts(runs)}
+    weight = charts["english: planned weight"]
+    assert [line.label for line in weight.lines] == ["a/run", "b/run"]
+    assert weight.x_label == "Tokens consumed"
+    assert [line.x[-1] for line in weight.lines] == [80 * 16 * 256, 50 * 32 * 256]
+    assert [line.label for line in charts["instruction: training loss"].lines] == ["a/run"]
+    page = build(*folders)
+    check_page(page)
+    assert run_names([runs[0], runs[0]]) == ["a/run (1)", "a/run (2)"]
+
+
+def test_curves_and_areas_differ_without_colour(tmp_path: Path) -> None:
+    page = build(write_run(tmp_path / "run", synthetic_records(80)))
+    for index in (1, 2, 3):
+        assert f'id="hatch-{index}"' in page and f'fill="url(#hatch-{index})"' in page
+    assert '<text class="inside"' in page and ">instruction</text>" in page
+    shapes = {path.split('"')[0] for path in page.split('<path class="shape" d="')[1:]}
+    assert len(shapes) == 4
+
+
+def test_hostile_names_and_values_stay_text(tmp_path: Path) -> None:
+    names = [HOSTILE, "javascript:alert(1)", "\u2028\u202e<b>", "x" * 3000]
+    records = synthetic_records(20, names)
+    folder = write_run(tmp_path / HOSTILE.replace("/", ""), records)
+    (folder / "config.yaml").write_text(
+        json.dumps(
+            {
+                "model": {"preset": HOSTILE, "num_layers": HOSTILE, "hidden_size": HOSTILE},
+                "data": {"seq_length": HOSTILE},
+                "train": {"global_batch_size": [HOSTILE], "train_iters": 1e400},
+                "parallel": {"tensor_model_parallel_size": HOSTILE},
+            }
+        ).replace("Infinity", ".inf")
+    )
+    page = build(folder, folder)
+    check = check_page(page)
+    tags = TagCheck()
+    tags.feed(page)
+    assert not tags.found & {"img", "iframe", "object", "embed", "form", "base"}
+    assert tags.num_scripts == len(check.data) + 1 and not tags.handlers
+    assert any(entry["name"] == HOSTILE for data in check.data for entry in data["series"])
+
+
+def test_absurd_numbers_are_gaps(tmp_path: Path) -> None:
+    records = synthetic_records(50)
+    for entry, value in zip(
+        records[5:], (1e308, -1e308, 10**400, True, "7", [1], {}), strict=False
+    ):
+        for key in ("lm_loss", "grad_norm", "consumed_tokens", "tokens_per_second"):
+            entry[key] = value
+    records[20]["sources"] = [1, 2]
+    records[21]["sources"]["chinese"] = None
+    records[22]["consumed_tokens"] = 3  # less than before
+    folder = write_run(tmp_path / "run", records)
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"iteration": -1, "lm_loss": 1}\n{"iteration": 1e3}\n{"iteration": true}\n')
+        file.write(b"[" * 100_000 + b"\n\xff\xfe\n\x00\n")
+    page = build(folder)
+    check_page(page)
+    assert "6 unreadable lines" in page
+
+
+def test_damaged_configuration_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", synthetic_records(3))
+    for text in (b"\xff\xfe", b"[" * 20_000, b"a: !!python/object:os.system {}"):
+        (folder / "config.yaml").write_bytes(text)
+        with pytest.raises(UserError, match=r"config\.yaml is not YAML"):
+            read_run(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
+)
+KNOWN = st.sampled_from(["lm_loss", "sources", "validation", "consumed_tokens", "num_restarts"])
+RECORD = st.dictionaries(KNOWN, JSON, max_size=5)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 9), RECORD), min_size=1, max_size=12), st.binary())
+def test_any_record_makes_a_page(tmp_path_factory: pytest.TempPathFactory, rows, junk) -> None:
+    folder = tmp_path_factory.mktemp("any") / "run"
+    folder.mkdir()
+    lines = [json.dumps({**record, "iteration": at}) for at, record in rows]
+    (folder / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\n" + junk)
+    (folder / "restarts.jsonl").write_bytes(junk + b"\n" + json.dumps(rows[0][1]).encode())
+    try:
+        page = build(folder)
+    except UserError as error:
+        assert "no logged iteration" in str(error)
+        return
+    check_page(page)
+
+
+def test_columns_keep_their_rows_together() -> None:
+    records = Records(("a", "b"), "s", ("x",))
+    records.append({"iteration": 1, "a": 1, "s": {"one": {"x": 1.5}}})
+    records.append({"iteration": 2, "b": 2, "s": {"two": {"x": 2.5}}})
+    assert records.columns["a"][0] == 1 and math.isnan(records.columns["a"][1])
+    assert math.isnan(records.columns["b"][0]) and math.isnan(records.blocks["two"]["x"][0])
+    assert records.cut(2) and not records.cut(2)
+    assert {len(column) for column in records.columns.values()} == {1}
