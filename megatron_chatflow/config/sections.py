@@ -165,6 +165,10 @@ class ParallelConfig:
     overlap_param_gather: Switch = Field(
         default=False, description="gather parameters while the forward pass goes on"
     )
+    shared_memory_collectives: Switch = Field(
+        default=True,
+        description="TP processes on one machine without GPUs exchange through shared memory",
+    )
     distributed_timeout_minutes: Size = Field(
         default=10, description="minutes after which a stuck collective ends the run"
     )

@@ -35,7 +35,9 @@ from megatron_chatflow.model.attention_backends import choose, gather_facts
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
 from megatron_chatflow.model.norm import RMSNorm
 from megatron_chatflow.model.rotary import Rotary
+from megatron_chatflow.model.shared_memory import share
 from megatron_chatflow.model.swiglu import SwiGLUMLP, choose_swiglu
+from megatron_chatflow.runtime import megatron
 from megatron_chatflow.runtime.ranks import Ranks
 
 
@@ -140,6 +142,7 @@ class Llama:
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
         rotary: How positions become angles.
         attention: Which attention it uses, and why, for the log.
+        collectives: What tensor-parallel ranks exchange through, for the log.
     """
 
     chunks: list[Any]
@@ -148,6 +151,7 @@ class Llama:
     padded_vocab_size: int
     rotary: Rotary
     attention: str
+    collectives: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -232,6 +236,21 @@ def build_llama(
         padded_vocab_size=rows,
         rotary=Rotary.of(model, sequence_length),
         attention=attention,
+        collectives=_collectives(parallel, ranks),
+    )
+
+
+def _collectives(parallel: ParallelConfig, ranks: Ranks) -> str:
+    """Has tensor-parallel ranks share memory where they can; what they do, for the log."""
+    if ranks.tensor_parallel_size == 1:
+        return "none: one process holds every layer whole"
+    if ranks.is_cuda:
+        return "NCCL"
+    if not parallel.shared_memory_collectives:
+        return "gloo: --no-shared-memory-collectives"
+    return share(
+        megatron.tensor_parallel_group(),
+        timeout_seconds=60 * parallel.distributed_timeout_minutes,
     )
 
 

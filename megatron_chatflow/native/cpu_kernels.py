@@ -21,29 +21,29 @@ def _load() -> ModuleType | None:
         return None
 
 
-_extension = _load()
+extension = _load()
 
 # Keys that a row of `causal_softmax` may have.
-MAX_KEYS: int = _extension.MAX_KEYS if _extension is not None else 0
+MAX_KEYS: int = extension.MAX_KEYS if extension is not None else 0
 
 
 def is_available(*tensors: torch.Tensor) -> bool:
     """Whether the kernels are built and all ``tensors`` are bf16 on the CPU."""
-    return _extension is not None and all(
+    return extension is not None and all(
         tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors
     )
 
 
 def description() -> str | None:
     """Which kernels a bf16 run on a CPU uses, for the log; None where they are not built."""
-    if _extension is None:
+    if extension is None:
         return None
-    return f"ours, fused bf16 kernel for the CPU, {_extension.instruction_set()}"
+    return f"ours, fused bf16 kernel for the CPU, {extension.instruction_set()}"
 
 
 def instruction_sets() -> list[str]:
     """Names of the versions that this processor can run, the one in use by default first."""
-    return [] if _extension is None else list(_extension.instruction_sets())
+    return [] if extension is None else list(extension.instruction_sets())
 
 
 def use_instruction_set(name: str) -> None:
@@ -52,13 +52,13 @@ def use_instruction_set(name: str) -> None:
     Raises:
         ValueError: This processor does not run it.
     """
-    assert _extension is not None
-    _extension.use_instruction_set(name)
+    assert extension is not None
+    extension.use_instruction_set(name)
 
 
 def _kernels(*tensors: torch.Tensor) -> ModuleType:
     """The compiled module, once the tensors are what it reads without looking."""
-    assert _extension is not None
+    assert extension is not None
     for tensor in tensors:
         if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
             raise ValueError(
@@ -66,7 +66,7 @@ def _kernels(*tensors: torch.Tensor) -> ModuleType:
             )
         if not tensor.is_contiguous():
             raise ValueError(f"CPU kernels: a tensor of strides {tensor.stride()} has gaps")
-    return _extension
+    return extension
 
 
 def exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, torch.Tensor]:

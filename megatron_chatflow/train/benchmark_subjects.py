@@ -167,7 +167,8 @@ class PlainMegatron:
                 share_embeddings_and_output_weights=False,
             ).to(ranks.device)
         rotary = Rotary.of(config.model)
-        llama = Llama([model], settings, shape.vocab_size, shape.vocab_size, rotary, "its own")
+        vocab_size = shape.vocab_size
+        llama = Llama([model], settings, vocab_size, vocab_size, rotary, "its own", "none")
         self._optimization = build_optimization(config, llama, ranks)
         self._optimization.set_consumed_samples(shape.micro_batch_size)
         self._device = ranks.device

@@ -220,6 +220,7 @@ def _log_choices(
         "rotary embedding": describe_rotary(device, dtype),
         "SwiGLU": choose_swiglu(device, width, dtype)[1],
         "cross-entropy": describe_loss(device),
+        "tensor-parallel collectives": llama.collectives,
         "optimizer": optimization.description,
         "peak": peak_source,
     }

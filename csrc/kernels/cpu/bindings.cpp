@@ -6,9 +6,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 
 #include "launch.h"
+#include "shared_group.h"
 
 namespace py = pybind11;
 
@@ -111,6 +113,44 @@ void causal_softmax_backward(Address probabilities, Address gradient, Size rows,
         rows, threads);
 }
 
+std::unique_ptr<SharedGroup> make_group(int file, int rank, int size, int lanes,
+                                        double timeout_seconds) {
+  check(0 <= rank && rank < size && size <= kMaxInputs && lanes >= 1, "shared group: bad sizes");
+  return std::make_unique<SharedGroup>(file, rank, size, lanes, timeout_seconds);
+}
+
+/// The collectives release the interpreter lock: a watchdog's thread has to run while they wait.
+void bind_shared_group(py::module_& module) {
+  using Released = py::call_guard<py::gil_scoped_release>;
+  module.attr("MAX_GROUP_SIZE") = kMaxInputs;
+  py::enum_<Element>(module, "Element").value("BF16", Element::kBf16).value("FP32", Element::kFp32);
+  py::enum_<Reduction>(module, "Reduction")
+      .value("SUM", Reduction::kSum)
+      .value("MAX", Reduction::kMax);
+  py::class_<SharedGroup>(module, "SharedGroup")
+      .def(py::init(&make_group))
+      .def_static("num_bytes", &SharedGroup::num_bytes)
+      .def(
+          "all_reduce",
+          [](SharedGroup& group, Address values, Size count, Element element, Reduction reduction) {
+            group.all_reduce(at<void>(values), count, element, reduction);
+          },
+          Released())
+      .def(
+          "all_gather",
+          [](SharedGroup& group, Address input, Address output, Size bytes) {
+            group.all_gather(at<void>(input), at<void>(output), bytes);
+          },
+          Released())
+      .def(
+          "reduce_scatter",
+          [](SharedGroup& group, Address input, Address output, Size count, Element element,
+             Reduction reduction) {
+            group.reduce_scatter(at<void>(input), at<void>(output), count, element, reduction);
+          },
+          Released());
+}
+
 }  // namespace
 }  // namespace chatflow::cpu
 
@@ -133,4 +173,5 @@ PYBIND11_MODULE(_kernels_cpu, module) {
   module.def("rotate", &rotate);
   module.def("causal_softmax", &causal_softmax);
   module.def("causal_softmax_backward", &causal_softmax_backward);
+  bind_shared_group(module);
 }

@@ -19,6 +19,9 @@ using bf16 = std::uint16_t;
 /// The longest row of `CausalSoftmax`: its weights lie on the stack.
 constexpr std::int64_t kMaxKeys = 4096;
 
+/// Most tensors that `Reduce` takes; so many lie on the stack.
+constexpr int kMaxInputs = 64;
+
 /// Turns logits into `exp(logit - row's highest)`.
 struct Exponentiate {
   bf16* logits;    ///< [rows, row_size], overwritten
@@ -94,7 +97,19 @@ struct CausalSoftmaxBackward {
   float scale;
 };
 
-/// The loops of one instruction set; each works on rows `begin` to `end`.
+enum class Element { kBf16, kFp32 };
+enum class Reduction { kSum, kMax };
+
+/// Element by element, the sum or the highest of several tensors, in their order; rounded once.
+struct Reduce {
+  const void* const* inputs;  ///< `num_inputs` pointers; the output may be one of them
+  int num_inputs;             ///< from 1 to `kMaxInputs`
+  void* output;
+  Element element;  ///< of inputs and output
+  Reduction reduction;
+};
+
+/// The loops of one instruction set; each works on rows `begin` to `end`, `reduce` on elements.
 struct Kernels {
   const char* name;
   void (*exponentiate)(const Exponentiate&, std::int64_t begin, std::int64_t end);
@@ -106,6 +121,7 @@ struct Kernels {
   void (*causal_softmax)(const CausalSoftmax&, std::int64_t begin, std::int64_t end);
   void (*causal_softmax_backward)(const CausalSoftmaxBackward&, std::int64_t begin,
                                   std::int64_t end);
+  void (*reduce)(const Reduce&, std::int64_t begin, std::int64_t end);
 };
 
 const Kernels& avx512_bf16_kernels();

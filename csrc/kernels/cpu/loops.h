@@ -257,6 +257,37 @@ static void causal_softmax_backward(const CausalSoftmaxBackward& a, std::int64_t
   }
 }
 
+template <bool kIsSum, typename T>
+CHATFLOW_INLINE void reduce_as(const Reduce& a, std::int64_t begin, std::int64_t end) {
+  T* output = static_cast<T*>(a.output);
+  auto from = [&](int k) { return static_cast<const T*>(a.inputs[k]); };
+  auto join = [](Floats x, Floats y)
+                  __attribute__((always_inline)) { return kIsSum ? x + y : larger(y, x); };
+  for_lanes(
+      end - begin,
+      [&](std::int64_t i) __attribute__((always_inline)) {
+        Floats all = load(from(0) + begin + i);
+        for (int k = 1; k < a.num_inputs; ++k) all = join(all, load(from(k) + begin + i));
+        store(output + begin + i, all);
+      },
+      [&](std::int64_t i, std::int64_t count) __attribute__((always_inline)) {
+        Floats all = load_some(from(0) + begin + i, count, T(0));
+        for (int k = 1; k < a.num_inputs; ++k) {
+          all = join(all, load_some(from(k) + begin + i, count, T(0)));
+        }
+        store_some(output + begin + i, all, count);
+      });
+}
+
+static void reduce(const Reduce& a, std::int64_t begin, std::int64_t end) {
+  const bool is_sum = a.reduction == Reduction::kSum;
+  if (a.element == Element::kBf16) {
+    is_sum ? reduce_as<true, bf16>(a, begin, end) : reduce_as<false, bf16>(a, begin, end);
+  } else {
+    is_sum ? reduce_as<true, float>(a, begin, end) : reduce_as<false, float>(a, begin, end);
+  }
+}
+
 static const Kernels kTable = {
-    CHATFLOW_ISA_NAME, exponentiate, rms_norm,       rms_norm_backward,      swiglu,
-    swiglu_backward,   rotate,       causal_softmax, causal_softmax_backward};
+    CHATFLOW_ISA_NAME, exponentiate, rms_norm,       rms_norm_backward,       swiglu,
+    swiglu_backward,   rotate,       causal_softmax, causal_softmax_backward, reduce};

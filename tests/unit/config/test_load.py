@@ -146,7 +146,7 @@ FROZEN_FLAGS = """
 --lr-warmup-iters --make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps
 --max-position-embeddings --micro-batch-size --min-lr --no-async-save --no-bf16 --no-ckpt-verify
 --no-deterministic-mode --no-finetune --no-overlap-grad-reduce --no-overlap-param-gather
---no-pad-attention-heads --no-sequence-parallel --no-tensorboard
+--no-pad-attention-heads --no-sequence-parallel --no-shared-memory-collectives --no-tensorboard
 --no-untie-embeddings-and-output-weights --no-use-distributed-optimizer --norm-epsilon
 --num-attention-heads --num-layers --num-layers-per-virtual-pipeline-stage --num-prefetch
 --num-query-groups --num-virtual-stages-per-pipeline-rank --old-tokenizer-model --on-nan
@@ -154,10 +154,10 @@ FROZEN_FLAGS = """
 --preset --pretrained-checkpoint --recompute-granularity --recompute-method --recompute-num-layers
 --rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
 --rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
---save-retain --seed --seq-length --sequence-parallel --tensor-model-parallel-size --tensorboard
---tokenizer-model --tokenizer-type --train-iters --train-samples
---untie-embeddings-and-output-weights --use-distributed-optimizer --vocab-size --weight-decay
---world-size
+--save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives
+--tensor-model-parallel-size --tensorboard --tokenizer-model --tokenizer-type --train-iters
+--train-samples --untie-embeddings-and-output-weights --use-distributed-optimizer --vocab-size
+--weight-decay --world-size
 """.split()
 
 
