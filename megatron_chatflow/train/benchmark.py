@@ -4,14 +4,17 @@ In: a shape. Out: a row for ours and, with ``--peers``, for transformers and for
 (its local layer spec) on the same shape and the same tokens, each in a process of its own. Their
 rounds alternate with ours, so that a machine whose speed drifts drifts for both; medians are
 reported. On CPUs a peer is measured twice: with freed memory kept, as our runs keep it, and as it
-comes. Under torchrun, ours alone, tensor-parallel over its processes.
+comes. Unless ``--mock-data`` is given, ours is measured on data that its loader reads as well, with
+what a step waits for them. Under torchrun, ours alone, tensor-parallel over its processes.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +29,7 @@ from megatron_chatflow.train.benchmark_peer import PeerProcess
 from megatron_chatflow.train.benchmark_shape import SHAPES, SUBJECT_SEED, Shape
 
 OURS = "ours"
+ON_DATA = "ours, on data"
 AS_IT_COMES = ", as it comes"
 
 
@@ -44,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-size", type=int, help="instead of the preset's")
     parser.add_argument("--num-rounds", type=int, default=7, help="measured rounds of each subject")
     parser.add_argument("--num-steps", type=int, default=1, help="steps of a round")
+    parser.add_argument(
+        "--mock-data", action="store_true", help="tokens in memory alone, nothing from files"
+    )
+    parser.add_argument("--data", type=Path, help="prefix of a dataset; made up when left out")
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="under torchrun: norms cut as well"
+    )
     parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
 
 
@@ -76,12 +87,14 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         from megatron_chatflow.train import benchmark_subjects as subjects
 
         tokens = shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED))
-        ours = subjects.Ours(shape, tokens, ranks)
+        ours = subjects.Ours(shape, tokens, ranks, sequence_parallel=arguments.sequence_parallel)
         if arguments.peers:
             rows = _beside_peers(ours, list(subjects.PEERS), shape, arguments, ranks)
         else:
             seconds = measure({OURS: ours}, arguments.num_rounds, arguments.num_steps, ranks)
             rows = _rows(seconds, shape, ranks)
+        if not arguments.mock_data:
+            rows.append(_on_data(ours, shape, arguments, ranks))
         if arguments.profile:
             from megatron_chatflow.train.benchmark_profile import profile_rows
 
@@ -89,6 +102,25 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if ranks.process.rank:
         raise SystemExit(0)  # the first process reports
     return rows
+
+
+def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Ranks) -> Row:
+    """The row of our step on data from files, whose rounds alternate with those on mock data."""
+    from megatron_chatflow.train.benchmark_data import OnData
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        OnData(ours, shape, arguments.data, Path(folder)) as on_data,
+    ):
+        seconds = measure(
+            {OURS: ours, ON_DATA: on_data}, arguments.num_rounds, arguments.num_steps, ranks
+        )
+        wait = on_data.median_wait()
+    return {
+        **_rows(seconds, shape, ranks)[1],
+        "loader_wait_ms": 1000 * wait,
+        "loader_stall": wait / statistics.median(seconds[ON_DATA]),
+    }
 
 
 def _beside_peers(

@@ -25,13 +25,18 @@ from megatron_chatflow.train.step import train_step
 LEARNING_RATE = 1e-4
 
 
-def _run_config(shape: Shape, tensor_parallel_size: int = 1) -> RunConfig:
+def _run_config(
+    shape: Shape, tensor_parallel_size: int = 1, *, sequence_parallel: bool = False
+) -> RunConfig:
     return RunConfig.from_dict(
         {
             "model": {k: v for k, v in vars(shape.model_config()).items() if not k.startswith("_")},
             "tokenizer": {"tokenizer_model": "unused"},
             "data": {"seq_length": shape.seq_length, "sources": {"mock": {"paths": ["unused"]}}},
-            "parallel": {"tensor_model_parallel_size": tensor_parallel_size},
+            "parallel": {
+                "tensor_model_parallel_size": tensor_parallel_size,
+                "sequence_parallel": sequence_parallel,
+            },
             "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant"},
             "train": {
                 "train_iters": 1000,
@@ -50,9 +55,11 @@ class Ours:
         optimization: Model and optimizer.
     """
 
-    def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
+    def __init__(
+        self, shape: Shape, tokens: torch.Tensor, ranks: Ranks, *, sequence_parallel: bool = False
+    ) -> None:
         """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1]."""
-        config = _run_config(shape, ranks.tensor_parallel_size)
+        config = _run_config(shape, ranks.tensor_parallel_size, sequence_parallel=sequence_parallel)
         self.config = config
         with device_mode(ranks.device):
             llama = build_llama(
@@ -70,10 +77,14 @@ class Ours:
         self._ranks = ranks
         self._guard = Guard(config, ["mock"], {})
 
-    def step(self) -> float:
-        """Takes one step."""
+    def step(self, batch: GlobalBatch | None = None) -> float:
+        """Takes one step, on the benchmark's tokens if no other batch is given."""
         result = train_step(
-            self._batch, self.optimization, self._forward_step, self._ranks, self._guard
+            self._batch if batch is None else batch,
+            self.optimization,
+            self._forward_step,
+            self._ranks,
+            self._guard,
         )
         return result.loss
 
