@@ -185,9 +185,7 @@ def build_llama(
     vocab_size: int,
     sequence_length: int | None = None,
 ) -> Llama:
-    """Builds this process's part of the model, with weights from ``train.seed``.
-
-    The initial weights are the same at every layout, see `initial_weights`.
+    """Builds this process's part of the model; ``train.seed`` gives the same weights at any layout.
 
     Args:
         model: Shape.
