@@ -218,9 +218,13 @@ def _chunk_gradients(
     read once more for it.
     """
     scale = (chunk.scale * loss_mask).unsqueeze(-1)
-    grad_hidden = torch.cat(
-        [part @ weight for part in torch.split(chunk.differences, PRODUCT_TOKENS)]
-    )
+    if chunk.differences.is_cuda or chunk.differences.dtype != torch.bfloat16:
+        grad_hidden = torch.cat(
+            [part @ weight for part in torch.split(chunk.differences, PRODUCT_TOKENS)]
+        )
+    else:
+        # A sum over all pieces is long, and oneDNN takes an eighth less time for the transposed.
+        grad_hidden = (weight.t() @ chunk.differences.t()).t()
     grad_hidden = grad_hidden * scale
     grad_weight = chunk.differences.t() @ (hidden * scale).to(hidden.dtype)
     return grad_hidden.to(hidden.dtype), grad_weight
