@@ -13,8 +13,6 @@ What megatron-core 0.16 to 0.19 assumes, and what stands in for it here:
   sorts parameters by dtype: the same name with the ``torch.cuda.`` prefix.
 """
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,10 +20,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-
-# Numbers of mallopt's parameters in glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
 
 
 def _is_cuda(device: object) -> bool:
@@ -75,19 +69,6 @@ class _OneStream:
 
     def synchronize(self) -> None:
         """Has happened already."""
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks instead of returning them to the system.
-
-    torch caches no CPU memory: without this, each step maps its logits and activations anew, and
-    zeroing the fresh pages costs a quarter of the step. Where the C library is another one,
-    nothing happens.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def install() -> None:

@@ -99,11 +99,11 @@ def initialize(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        from megatron_chatflow.runtime import cpu
+        from megatron_chatflow.runtime import cpu, freed_memory
 
         cpu.install()
         if keep_freed_memory:
-            cpu.keep_freed_memory()
+            freed_memory.keep_freed_memory()
         _share_cpu_threads(process)
     if not torch.distributed.is_initialized():
         _join(process, device, timeout)

@@ -33,6 +33,7 @@ from megatron_chatflow.model.norm import choose_norm
 from megatron_chatflow.model.rotary import describe_rotary
 from megatron_chatflow.model.swiglu import choose_swiglu
 from megatron_chatflow.runtime.collection import GarbageCollection
+from megatron_chatflow.runtime.freed_memory import FreedMemory
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
@@ -92,6 +93,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         guard=_guard(config, inputs),
         watchdog=_watchdog(config, ranks),
         collection=GarbageCollection(config.train.manual_gc_interval),
+        freed_memory=None if ranks.is_cuda else FreedMemory(),
         hooks=hooks,
         downtime=downtime,
         saver=_saver(config, ranks, progress, stack),

@@ -29,6 +29,7 @@ from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime import megatron
 from megatron_chatflow.runtime.collection import GarbageCollection
+from megatron_chatflow.runtime.freed_memory import FreedMemory
 from megatron_chatflow.runtime.peak import peak_memory
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
@@ -85,6 +86,7 @@ class Run:
         guard: Judges every step.
         watchdog: Ends a process that hangs.
         collection: When Python collects garbage.
+        freed_memory: Watches what the process keeps of freed memory; None on GPUs.
         downtime: What restarts have cost.
         saver: Writes checkpoints; None where none are asked for.
     """
@@ -106,6 +108,7 @@ class Run:
     guard: Guard
     watchdog: Watchdog
     collection: GarbageCollection
+    freed_memory: FreedMemory | None
     downtime: Downtime = field(default=Downtime())
     hooks: Sequence[Hook] = field(default=())
     saver: CheckpointSaver | None = None
@@ -153,6 +156,8 @@ def train(run: Run, progress: Progress) -> Progress:
         if _is_due(progress.iteration, config.checkpoint.save_interval):
             _save(run, progress)
         run.collection.after(progress.iteration)
+        if run.freed_memory is not None:
+            run.freed_memory.after_step()
         if _should_stop(run, progress):
             break
     _ensure_saved(run, progress)
