@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_distributed import ChunkToWrite
 from megatron_chatflow.checkpoint.convert_export import Converted
 from megatron_chatflow.checkpoint.convert_folder import new_folder
@@ -34,8 +35,6 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Buffers that older transformers stored and that follow from the configuration.
-_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 Read = Callable[[str], torch.Tensor]
 
 
@@ -89,36 +88,6 @@ def import_huggingface(
     with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
         write_checkpoint(folder, chunks, shape, tokenizer)
     return Converted(output, len(huggingface_shapes(shape)), num_bytes, num_parameters)
-
-
-def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
-    """Compares a folder's tensors with what config.json promises.
-
-    Raises:
-        UserError: A tensor is missing, has another shape, or is none of a LLaMA's.
-    """
-    expected = huggingface_shapes(shape)
-    missing = [name for name in expected if name not in weights.files]
-    if missing:
-        raise UserError(
-            f"{weights.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
-        )
-    for name, size in expected.items():
-        if weights.shape(name) != size:
-            raise UserError(
-                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
-                f"makes it {list(size)}; the two belong to different models"
-            )
-    for name in weights.files:
-        if name in expected or name.endswith(_DERIVED_SUFFIXES):
-            continue
-        if name == "lm_head.weight" and torch.equal(
-            weights.read(name), weights.read("model.embed_tokens.weight")
-        ):
-            continue  # tied, and stored all the same
-        raise UserError(
-            f"{weights.files[name]}: {name} is no tensor of this LLaMA; config.json leaves it out"
-        )
 
 
 def _grown(

@@ -29,6 +29,8 @@ class SafetensorsFile:
         entries: Tensor name to the header's ``dtype``, ``shape`` and ``data_offsets``.
     """
 
+    entries: dict[str, dict[str, Any]]
+
     def __init__(self, path: Path) -> None:
         """Reads the header.
 
@@ -41,15 +43,23 @@ class SafetensorsFile:
                 length = int.from_bytes(file.read(8), "little")
                 raw = file.read(min(length, _MAX_HEADER_BYTES))
             self._begin = 8 + length
-            header: dict[str, Any] = json.loads(raw)
-            header.pop("__metadata__", None)
+            header: Any = json.loads(raw)
             num_bytes = path.stat().st_size - self._begin
-            is_fine = all(_is_entry(entry, num_bytes) for entry in header.values())
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: is damaged ({error}); fetch it again") from None
-        if not is_fine:
-            raise UserError(f"{path}: is damaged (values missing at its end); fetch it again")
-        self.entries = header
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"{path}: is damaged, or no safetensors file (its header cannot be read); fetch it "
+                "again"
+            ) from None
+        entries: dict[str, Any] = header if isinstance(header, dict) else {"": None}
+        self.entries = {name: entries[name] for name in entries if name != "__metadata__"}
+        for name, entry in self.entries.items():
+            fault = _fault(entry, num_bytes)
+            if fault is not None:
+                raise UserError(
+                    f"{path}: is damaged at {name or 'its header'} ({fault}); fetch it again"
+                )
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
@@ -68,9 +78,7 @@ class SafetensorsFile:
         dtype = _TORCH_DTYPES[entry["dtype"]]
         shape: list[int] = entry["shape"]
         width = _num_values(tuple(shape[1:])) * dtype.itemsize
-        begin, end = entry["data_offsets"]
-        if end - begin != _num_values(tuple(shape)) * dtype.itemsize:
-            raise UserError(f"{self.path}: is damaged at {name}; fetch it again")
+        begin, _ = entry["data_offsets"]
         first, last, _ = rows.indices(shape[0])
         left, right, _ = columns.indices(shape[1] if len(shape) > 1 else 1)
         is_whole = len(shape) == 1 or right - left == shape[1]
@@ -97,11 +105,25 @@ class SafetensorsFile:
         return tensor
 
 
-def _is_entry(entry: Any, num_bytes: int) -> bool:
-    """Whether a header's entry is well-formed and its values lie within the file."""
-    begin, end = entry.get("data_offsets", (0, -1))
-    shape = entry.get("shape")
-    return isinstance(shape, list) and "dtype" in entry and 0 <= begin <= end <= num_bytes
+def _fault(entry: Any, num_bytes: int) -> str | None:
+    """What is wrong with a header's entry: its form, or that its values are not in the file."""
+    keys = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, dict) or any(key not in entry for key in keys):
+        return "no entry of a tensor"
+    dtype, shape, offsets = (entry[key] for key in keys)
+    if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets)):
+        return "no entry of a tensor"
+    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= num_bytes:
+        return "values are missing at the file's end"
+    known = _TORCH_DTYPES.get(dtype)
+    if known and offsets[1] - offsets[0] != _num_values(tuple(shape)) * known.itemsize:
+        return "its shape is not that of its values"
+    return None
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether these are whole numbers, none negative."""
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
 class HuggingFaceWeights:
@@ -211,7 +233,18 @@ class HuggingFaceWeights:
             except Exception as error:  # whatever a damaged or malicious pickle raises
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{path}: cannot be loaded safely ({reason})") from None
+            loaded: Any = self._maps[path]
+            if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
+                raise UserError(
+                    f"{path}: holds more than tensors by name; save the model's state_dict alone"
+                )
         return self._maps[path]
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+    return isinstance(name, str) and is_dense
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

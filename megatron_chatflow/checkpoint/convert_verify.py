@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
 from megatron_chatflow.checkpoint.convert_export import (
     check_shapes,
     find_checkpoint,
     read_weight,
 )
-from megatron_chatflow.checkpoint.convert_import import check_weights
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import (
     LlamaShape,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_chatflow.checkpoint import megatron
-from megatron_chatflow.checkpoint.convert_import import check_weights
+from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.checkpoint.convert_vocabulary import GrownVocabulary, grow_tensor
@@ -41,8 +41,6 @@ def load_huggingface(
     shape = shape_of_huggingface(folder)
     weights = HuggingFaceWeights(folder)
     check_weights(weights, shape)
-    for name in weights.files:
-        weights.dtype(name)  # refuses what is quantised before anything is changed
     rules = {rule.megatron.replace("{layer}.", ""): rule for rule in rules_of(shape)}
     with torch.no_grad(), device_mode(ranks.device):
         for shard in megatron.local_shards(getattr(chunks[0], "module", chunks[0])):

@@ -23,6 +23,7 @@ CONFIG_NAMES = {
     "rms_norm_eps": "norm_epsilon",
     "initializer_range": "init_method_std",
 }
+_MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
 # LlamaConfig's own defaults, which a config.json may leave out.
 _CONFIG_DEFAULTS = {
     "max_position_embeddings": 2048,
@@ -44,7 +45,7 @@ def read_huggingface_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: has no config.json; name a Hugging Face model folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: is damaged (no object); fetch the folder again")
@@ -63,7 +64,8 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = {**_CONFIG_DEFAULTS, **read_huggingface_config(folder)}
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    named = config.get("architectures") or config.get("model_type")
+    architecture = named[0] if isinstance(named, list) else named
     if config.get("model_type") != "llama" or architecture not in ("LlamaForCausalLM", "llama"):
         raise UserError(
             f"{path}: {architecture} is not a LLaMA; only LlamaForCausalLM is converted"
@@ -76,6 +78,8 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         is_number = isinstance(value, int if is_size else (int, float))
         if not is_number or isinstance(value, bool) or value <= 0:
             raise UserError(f"{path}: {name} is missing or not a positive number; complete it")
+    if config["num_hidden_layers"] > _MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers is {config['num_hidden_layers']}; correct it")
     _refuse_variants(path, config)
     return {
         **{ours: config[theirs] for theirs, ours in CONFIG_NAMES.items()},
@@ -95,6 +99,8 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: {heads} heads of {head_dim}, {groups} of them with keys, do not make up "
             f"hidden_size {config['hidden_size']}; such a model cannot be converted"
         )
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{path}: the model is quantised; take one that is not")
     for name, expected in (
         ("hidden_act", "silu"),
         ("attention_bias", False),

@@ -52,8 +52,12 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
         UserError: A kind that the model does not have, or one without its numbers.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{path}: rope_scaling is {rope!r} and no object; correct it")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        raise UserError(f"{path}: rope_theta is {theta!r} and no positive number; correct it")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UserError(f"{path}: has rotary parameters by kind of layer; LLaMA has one kind")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))

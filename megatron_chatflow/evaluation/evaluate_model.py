@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.evaluation.generation import beginning_ids, load_pretrained
+from megatron_chatflow.evaluation.pretrained import beginning_ids, load_pretrained
 from megatron_chatflow.tokenizer import load_tokenizer
 
 FloatArray = npt.NDArray[np.float64]

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.config.huggingface import read_huggingface_config
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.pretrained import beginning_ids, load_pretrained
 
 logger = logging.getLogger(__name__)
 Write = Callable[[str], None]
@@ -256,47 +255,6 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     before = ordered.cumsum(-1) - ordered
     kept = torch.where(before < sampling.top_p, ordered, 0.0)  # the likeliest is always kept
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
-
-
-def load_pretrained(folder: Path) -> tuple[Any, Any]:
-    """Transformers' tokenizer and model of a folder, on a GPU where one is there.
-
-    Args:
-        folder: A Hugging Face folder.
-
-    Returns:
-        The tokenizer, and the model in its stored dtype, for inference.
-
-    Raises:
-        UserError: It is no such folder, has no tokenizer, or transformers is missing.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            "transformers is not installed: pip install 'megatron-chatflow[hf]'"
-        ) from None
-    library_logging: Any = transformers.utils.logging
-    library_logging.set_verbosity_error()
-    library_logging.disable_progress_bar()
-    config = read_huggingface_config(folder)
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: transformers cannot load it ({reason})") from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
-    return tokenizer, model.to(device=device, dtype=dtype).eval()
-
-
-def beginning_ids(tokenizer: Any) -> list[int]:
-    """What a tokenizer of transformers puts before every text: BOS for LLaMA-2, often nothing."""
-    ids: list[int] = tokenizer("")["input_ids"]
-    return [token_id for token_id in ids[:1] if token_id == tokenizer.bos_token_id]
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_export import run_tokenizer
 from megatron_chatflow.checkpoint.convert_import import huggingface_tokenizer
+from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.convert_vocabulary import (
@@ -92,6 +94,8 @@ def open_inputs(config: RunConfig) -> RunInputs:
     resumed = None
     if checkpoint is not None and saved is not None:
         _refuse_other_model(saved, state, checkpoint.folder, is_grown=grown is not None)
+        if checkpoint.weights_only and grown is None:
+            _refuse_other_pieces(config, checkpoint, saved, tokenizer)
         if not checkpoint.weights_only:
             if "samples_per_iteration" not in saved.schedule:
                 raise UserError(
@@ -199,6 +203,7 @@ def _saved_state(checkpoint: _Beginning) -> RunState:
     if not checkpoint.is_huggingface:
         return RunState.read(checkpoint.folder)
     shape = shape_of_huggingface(checkpoint.folder)
+    check_weights(HuggingFaceWeights(checkpoint.folder), shape)
     return RunState(0, 0, 0, {}, {}, {}, {}, shape.recorded())
 
 
@@ -209,11 +214,7 @@ def _growth(
     init = config.checkpoint.embedding_init
     if init is None:
         return None
-    named = config.tokenizer.old_tokenizer_model
-    if checkpoint.is_huggingface:
-        old = huggingface_tokenizer(named or checkpoint.folder)
-    else:
-        old = run_tokenizer(checkpoint.folder, TokenizerChoice(model=named))
+    old = _old_tokenizer(config, checkpoint)
     if old is None:
         raise UserError(
             f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer that a larger one "
@@ -228,6 +229,43 @@ def _growth(
         *(len(growth.pieces), init, num_rows, growth.num_rows),
     )
     return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
+
+
+def _old_tokenizer(config: RunConfig, checkpoint: _Beginning) -> Tokenizer | None:
+    """The tokenizer that the weights were trained with; None where nothing names it."""
+    named = config.tokenizer.old_tokenizer_model
+    if checkpoint.is_huggingface:
+        return huggingface_tokenizer(named or checkpoint.folder)
+    try:
+        return run_tokenizer(checkpoint.folder, TokenizerChoice(model=named))
+    except UserError as error:
+        reason = str(error).partition(";")[0]
+        raise UserError(
+            f"tokenizer.old_tokenizer_model: {reason}; give the tokenizer of the weights as "
+            "--old-tokenizer-model"
+        ) from None
+
+
+def _refuse_other_pieces(
+    config: RunConfig, checkpoint: _Beginning, saved: RunState, tokenizer: Tokenizer
+) -> None:
+    """Weights alone may begin any run, but each row belongs to the piece that it was trained for.
+
+    A tokenizer in another file format has another hash and may have the same pieces.
+    """
+    if saved.tokenizer.get("sha256") == tokenizer.fingerprint:
+        return
+    is_known = checkpoint.is_huggingface or saved.tokenizer or config.tokenizer.old_tokenizer_model
+    old = _old_tokenizer(config, checkpoint) if is_known else None
+    if old is None:
+        logger.warning("%s names no tokenizer: ours cannot be compared", checkpoint.folder)
+        return
+    growth = vocabulary_growth(old, tokenizer, old.vocab_size)
+    if growth.pieces:
+        raise UserError(
+            f"tokenizer.tokenizer_model: has {len(growth.pieces)} pieces more than that of "
+            f"{checkpoint.folder}; say with --embedding-init how their rows begin"
+        )
 
 
 def _refuse_other_model(

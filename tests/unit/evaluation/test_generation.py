@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
@@ -153,8 +154,34 @@ def test_bad_input(generator: Generator, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"), huggingface_folder(tmp_path):
         pass
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(UserError, match="transformers cannot load it"):
+    with pytest.raises(UserError, match="transformers cannot load it|has no model.safetensors"):
         Generator(tmp_path)
+
+
+def test_folders_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            Generator(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    lost = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    save_file(lost, path, metadata={"format": "pt"})
+    refused("1 tensors are missing, the first is model.norm.weight")
+    save_file({**tensors, "model.extra": torch.ones(2)}, path, metadata={"format": "pt"})
+    refused("model.extra is no tensor of this LLaMA")
+    short = {**tensors, "model.norm.weight": torch.ones(7)}
+    save_file(short, path, metadata={"format": "pt"})
+    refused(r"model.norm.weight is \[7\] and config.json makes it \[32\]")
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("model.safetensors: is damaged at .* missing")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float99"}))
+    refused("torch_dtype is 'float99'")
 
 
 def run_tool(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:

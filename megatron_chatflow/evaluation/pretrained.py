@@ -1,0 +1,86 @@
+"""Models of Hugging Face folders in memory, by transformers.
+
+In: a folder. Out: its tokenizer and its model; a folder whose tensors are not all there, or not all
+used, is refused, where transformers would go on with random ones.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.checkpoint.convert_check import check_weights
+from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
+from megatron_chatflow.checkpoint.convert_shape import TORCH_NAMES, shape_of_huggingface
+from megatron_chatflow.config.huggingface import read_huggingface_config
+from megatron_chatflow.errors import UserError
+
+
+def load_pretrained(folder: Path) -> tuple[Any, Any]:
+    """Transformers' tokenizer and model of a folder, on a GPU where one is there.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Returns:
+        The tokenizer, and the model in its stored dtype, for inference.
+
+    Raises:
+        UserError: It is no such folder, is damaged, has no tokenizer, or transformers is missing.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "transformers is not installed: pip install 'megatron-chatflow[hf]'"
+        ) from None
+    library_logging: Any = transformers.utils.logging
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    dtype = _dtype(folder)
+    # Code that lies in a folder is not run, and nobody is asked whether it may.
+    flags: Any = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **flags)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **flags
+        )
+    except Exception as error:  # whatever a damaged folder makes it raise
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise _refusal(folder, f"transformers cannot load it ({lines[0]})") from None
+    model, info = loaded
+    for kind, fault in (("missing_keys", "is missing"), ("unexpected_keys", "is not its own")):
+        if info[kind]:
+            name = min(info[kind])
+            raise _refusal(folder, f"{name} {fault}; config.json and weights do not fit together")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return tokenizer, model.to(device=device, dtype=dtype).eval()
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    """The dtype that config.json names."""
+    config = read_huggingface_config(folder)
+    named = config.get("torch_dtype") or config.get("dtype") or "float32"
+    known = {name: dtype for dtype, name in TORCH_NAMES.items()}
+    if named not in known:
+        raise UserError(
+            f"{folder / 'config.json'}: torch_dtype is {named!r}; it can be {', '.join(known)}"
+        )
+    return known[named]
+
+
+def _refusal(folder: Path, reason: str) -> UserError:
+    """The converter's own words for what is wrong with a folder, if it finds a fault."""
+    try:
+        weights = HuggingFaceWeights(folder)
+        if read_huggingface_config(folder).get("model_type") == "llama":
+            check_weights(weights, shape_of_huggingface(folder))
+    except UserError as error:
+        return error
+    return UserError(f"{folder}: {reason}")
+
+
+def beginning_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer of transformers puts before every text: BOS for LLaMA-2, often nothing."""
+    ids: list[int] = tokenizer("")["input_ids"]
+    return [token_id for token_id in ids[:1] if token_id == tokenizer.bos_token_id]

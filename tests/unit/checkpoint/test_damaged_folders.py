@@ -1,0 +1,127 @@
+"""Hugging Face folders with well-formed files that say something impossible."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_chatflow.checkpoint.convert_check import check_weights
+from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
+from megatron_chatflow.checkpoint.convert_shape import (
+    LlamaShape,
+    huggingface_config,
+    shape_of_huggingface,
+)
+from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.errors import UserError
+
+SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
+NORM = "model.norm.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tensors = {name: torch.ones(size) for name, size in huggingface_shapes(SHAPE).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = huggingface_config(SHAPE, torch.float32, {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": ["x"]}, "no entry of a tensor"),
+        ({"shape": [-16]}, "no entry of a tensor"),
+        ({"shape": [16.0]}, "no entry of a tensor"),
+        ({"shape": [7]}, "its shape is not that of its values"),
+        ({"dtype": ["F32"]}, "no entry of a tensor"),
+        ({"dtype": "F16"}, "its shape is not that of its values"),
+        ({"dtype": "I8"}, "neither fp32, bf16 nor fp16"),
+        ({"data_offsets": None}, "no entry of a tensor"),
+        ({"data_offsets": ["0", "64"]}, "no entry of a tensor"),
+        ({"data_offsets": [0.0, 64.0]}, "no entry of a tensor"),
+        ({"data_offsets": [0, 32, 64]}, "values are missing"),
+        ({"data_offsets": [64, 0]}, "values are missing"),
+        ({"data_offsets": [0, 2**62]}, "values are missing"),
+    ],
+)
+def test_headers(folder: Path, change: dict[str, Any], message: str) -> None:
+    change_header(folder, lambda header: {**header, NORM: {**header[NORM], **change}})
+    refused(folder, rf"model.safetensors: .*{NORM}.*{message}")
+
+
+def change_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+def test_headers_that_are_none(folder: Path) -> None:
+    for header in ([1, 2], None, 3, "x"):
+        change_header(folder, lambda _, header=header: header)  # type: ignore[misc]
+        refused(folder, "is damaged at its header")
+    change_header(folder, lambda _: {NORM: "x"})
+    refused(folder, f"is damaged at {NORM}")
+    path = folder / "model.safetensors"
+    for content in (b"", b"<html>404</html>", b"version https://git-lfs", b"[" * 10**5):
+        path.write_bytes(content)
+        refused(folder, "or no safetensors file")
+    path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)
+    refused(folder, "or no safetensors file")
+    path.unlink()
+    path.mkdir()
+    refused(folder, "has no model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": {"a": 1}}, "is not a LLaMA"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is missing or not a positive number"),
+        ({"hidden_size": "16"}, "hidden_size is missing or not a positive number"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear' and no object"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4' and no positive number"),
+        ({"quantization_config": {"bits": 4}}, "the model is quantised"),
+    ],
+)
+def test_configurations(folder: Path, change: dict[str, Any], message: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused(folder, f"config.json: .*{message}")
+
+
+def test_deep_nesting_is_damage(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 10**5)
+    refused(folder, "config.json: is damaged")
+
+
+def test_bin_files_hold_tensors_by_name(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    sparse = {**tensors, NORM: tensors[NORM].to_sparse()}
+    for content in ([torch.ones(2)], torch.ones(2), {1: torch.ones(2)}, {NORM: 3}, sparse):
+        torch.save(content, path)
+        refused(folder, "pytorch_model.bin: holds more than tensors by name")
+    torch.save({"state_dict": tensors}, path)
+    refused(folder, "save the model's state_dict alone")
+    torch.save(tensors, path)
+    check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
+    path.write_bytes(path.read_bytes()[:-500])
+    refused(folder, "pytorch_model.bin: cannot be loaded safely")
+    path.write_bytes(b"")
+    refused(folder, "pytorch_model.bin: cannot be loaded safely")
