@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-layers", type=int, help="instead of the preset's")
     parser.add_argument("--seq-length", type=int, help="instead of the preset's")
     parser.add_argument("--micro-batch-size", type=int, help="instead of the preset's")
+    parser.add_argument(
+        "--recompute", action="store_true", help="ours keeps each layer's input alone"
+    )
     parser.add_argument("--num-rounds", type=int, default=7, help="measured rounds of each subject")
     parser.add_argument("--num-steps", type=int, default=1, help="steps of a round")
     parser.add_argument(
@@ -72,7 +76,8 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
     for name, value in changes.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')}: {value} is below 1")
-    return Shape(**{**vars(SHAPES[arguments.preset]), **changes})
+    preset = SHAPES[arguments.preset]
+    return replace(preset, **changes, recompute=preset.recompute or arguments.recompute)
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

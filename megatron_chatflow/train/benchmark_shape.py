@@ -26,6 +26,7 @@ class Shape:
         seq_length: Tokens of a sample.
         micro_batch_size: Samples of a step.
         vocab_size: Pieces.
+        recompute: Whether ours keeps each layer's input alone and computes the rest again.
     """
 
     num_layers: int
@@ -36,6 +37,7 @@ class Shape:
     seq_length: int
     micro_batch_size: int
     vocab_size: int = 32000
+    recompute: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -59,10 +61,12 @@ class Shape:
         )
 
 
-# Widths of LLaMA-2 with fewer layers, and a model that one CPU trains.
+# Widths of LLaMA-2, most with fewer layers, and a model that one CPU trains.
 SHAPES = {
     "58m": Shape(8, 512, 1376, 8, 8, 1024, 4),
     "7b": Shape(8, 4096, 11008, 32, 32, 4096, 2),
+    # The whole of it: 18 bytes a parameter are 121 GB.
+    "7b-whole": Shape(32, 4096, 11008, 32, 32, 4096, 1, recompute=True),
     "13b": Shape(6, 5120, 13824, 40, 40, 4096, 2),
     "70b": Shape(3, 8192, 28672, 64, 8, 4096, 1),
 }

@@ -23,6 +23,11 @@ from megatron_chatflow.train.optimizer import build_optimization
 from megatron_chatflow.train.step import train_step
 
 LEARNING_RATE = 1e-4
+_RECOMPUTED = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 
 
 def _run_config(
@@ -42,6 +47,7 @@ def _run_config(
                 "train_iters": 1000,
                 "micro_batch_size": shape.micro_batch_size,
                 "global_batch_size": shape.micro_batch_size,
+                **(_RECOMPUTED if shape.recompute else {}),
             },
         }
     )
