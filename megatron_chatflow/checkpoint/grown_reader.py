@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -27,6 +26,7 @@ from torch.futures import Future
 from megatron_chatflow.checkpoint.convert_distributed import MASTER_PREFIXES, DistributedReader
 from megatron_chatflow.checkpoint.convert_vocabulary import GrownVocabulary, grow_tensor
 from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.safe_reader import SafeReader
 from megatron_chatflow.checkpoint.weight_map import LLAMA_RULES
 
 # Names of the tensors whose rows are pieces, and Hugging Face's names of them.
@@ -37,7 +37,7 @@ _FIRST_MOMENT = "optimizer.state.exp_avg."
 _SECOND_MOMENT = "optimizer.state.exp_avg_sq."
 
 
-class GrownReader(FileSystemReader):
+class GrownReader(SafeReader):
     """torch's reader of a checkpoint, with an index that is not trusted and grown vocabularies."""
 
     def __init__(self, folder: Path, grown: GrownVocabulary, num_rows: int) -> None:

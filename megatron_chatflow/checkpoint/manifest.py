@@ -15,6 +15,7 @@ from megatron_chatflow.errors import UserError
 
 MANIFEST = "hashes.json"
 ALGORITHM = "blake2b-128 of the length and of each 64 KiB leaf's blake2b-128"
+TENSORS = ".distcp"
 _HEXADECIMAL = re.compile(r"[0-9a-f]{32}")
 
 
@@ -36,6 +37,8 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
     path = checkpoint / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["algorithm"] != ALGORITHM:
+            raise ValueError("hashes of another kind")
         return {name: _entry(name, entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         raise UserError(
@@ -57,32 +60,39 @@ def _entry(name: str, entry: Any) -> FileHash:
     return FileHash(num_bytes, digest)
 
 
-def damage(checkpoint: Path, *, part: int = 0, num_parts: int = 1) -> list[str]:
+def damage(
+    checkpoint: Path, *, part: int = 0, num_parts: int = 1, only_small: bool = False
+) -> list[str]:
     """Reads the files again and compares their hashes.
 
     Args:
         checkpoint: An ``iter_`` folder.
         part: Which of ``num_parts`` shares of the files is read, so that ranks share the work.
         num_parts: How many shares.
+        only_small: Leaves out the files of the tensors, which are nearly all of a checkpoint.
 
     Returns:
-        A line for each file that is missing or is not as it was saved.
+        A line for each file that is missing, is not as it was saved, or has no recorded hash.
 
     Raises:
         UserError: The recorded hashes are missing or damaged.
     """
     recorded = read_manifest(checkpoint)
-    found = []
-    for name in sorted(recorded)[part::num_parts]:
+    present = {path.name for path in checkpoint.iterdir() if part == 0} - {MANIFEST, *recorded}
+    found = [f"{MANIFEST} has nothing of {name}" for name in sorted(present)]
+    names = [name for name in sorted(recorded) if not (only_small and name.endswith(TENSORS))]
+    for name in names[part::num_parts]:
         path = checkpoint / name
         try:
             size = path.stat().st_size
             if size != recorded[name].num_bytes:
-                found.append(f"{name} has {size} bytes, not {recorded[name].num_bytes}")
+                found.append(
+                    f"{name} has {size} bytes, not {recorded[name].num_bytes} as {MANIFEST} says"
+                )
             elif hash_file(path) != recorded[name]:
-                found.append(f"{name} is not what was saved (its hash differs)")
+                found.append(f"{name} is not what was saved (its hash is not that of {MANIFEST})")
         except FileNotFoundError:
-            found.append(f"{name} is missing")
+            found.append(f"{name} is missing, and {MANIFEST} names it")
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
     return found
@@ -96,3 +106,15 @@ def refuse_damage(checkpoint: Path, found: list[str]) -> None:
     """
     if found:
         raise UserError(f"{checkpoint}: is damaged: {'; '.join(found)}; load another checkpoint")
+
+
+def refuse_small_damage(checkpoint: Path) -> None:
+    """Raises if one of the small files, which say what the large ones mean, is not as it was saved.
+
+    A checkpoint without recorded hashes passes: another program or an earlier version saved it.
+
+    Raises:
+        UserError: Names every such file.
+    """
+    if (checkpoint / MANIFEST).exists():
+        refuse_damage(checkpoint, damage(checkpoint, only_small=True))

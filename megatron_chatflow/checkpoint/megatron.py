@@ -18,7 +18,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensorFactory,
+    apply_factories,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
@@ -32,36 +36,27 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_chatflow.checkpoint.own_heads import OwnSizes, own_part, own_piece
-from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.own_heads import own_part
+from megatron_chatflow.checkpoint.safe_reader import SafeReader
 from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
 
 __all__ = [
-    "OPTIMIZER_LAYOUT",
     "CheckpointException",
+    "ParameterPart",
     "format_file",
     "load_sharded",
-    "piece_of",
+    "parameter_parts",
     "sharded_parts",
 ]
 
-# How the distributed optimizer lays out its state: by parameter, so that it loads at any layout.
-OPTIMIZER_LAYOUT = {
+# What megatron-core's own loading asks of a checkpoint: that optimizer state lies by parameter.
+_CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
 }
-
-
-class _SafeReader(FileSystemReader):
-    """torch's reader with an index that is not trusted."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Reads the index through the allow-list."""
-        return read_index(Path(self.path))
 
 
 class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]
@@ -103,7 +98,7 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
             sharded_state_dict
         )
         state = mcore_to_pyt_state_dict(by_key, True)
-        load(state, storage_reader=self._reader or _SafeReader(checkpoint_dir), planner=planner)
+        load(state, storage_reader=self._reader or SafeReader(checkpoint_dir), planner=planner)
         loaded: dict[str, Any] = _replace_sharded_keys_with_state_dict_keys(
             {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()},
             flat_mapping,
@@ -146,37 +141,111 @@ def local_shards(module: Any) -> list[LocalShard]:
     return shards
 
 
-def sharded_parts(
-    state_dict: dict[str, Any], own_sizes: OwnSizes
-) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
-    """What this rank writes of a sharded state dictionary, and what all ranks have in common.
+@dataclass(frozen=True)
+class ParameterPart:
+    """Consecutive values of a parameter, and the box of the whole model's tensor that they are.
+
+    Attributes:
+        name: The whole tensor's.
+        global_shape: Its shape, axes of layers included.
+        begin: The first of the values in the flattened parameter.
+        shape: Of the box, without axes of layers.
+        is_main: Whether this rank's data-parallel group is the one that saves it.
+        may_differ: Whether the stored tensor may have another number of rows: the vocabulary's.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    begin: int
+    shape: tuple[int, ...]
+    is_main: bool
+    may_differ: bool
+    _global_offsets: tuple[int, ...]
+
+    @property
+    def num_values(self) -> int:
+        """How many values."""
+        return torch.Size(self.shape).numel()
+
+    def offsets_of(self, offsets: tuple[int, ...]) -> tuple[int, ...]:
+        """Where a box of this part begins in the whole tensor."""
+        layers = self._global_offsets[: len(self._global_offsets) - len(offsets)]
+        inner = self._global_offsets[len(layers) :]
+        return (*layers, *(a + b for a, b in zip(inner, offsets, strict=True)))
+
+    def sizes_of(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a box of this part in the whole tensor."""
+        return (1,) * (len(self._global_offsets) - len(sizes)) + tuple(sizes)
+
+
+def parameter_parts(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[ParameterPart]]:
+    """Where every parameter of a model lies in the whole model.
 
     Args:
-        state_dict: What `store.sharded_state` gives for saving.
-        own_sizes: Of matrices with padded heads, which are not written.
+        state_dict: A sharded state dictionary of its chunks; stays as it is.
 
     Returns:
-        Pieces of tensors and objects of which this rank holds the main replica; and the rest, as
-        ``common.pt`` holds it.
+        Parts in the order of their values, by parameter.
     """
-    sharded, common = save_preprocess(
-        {**state_dict, "content_metadata": OPTIMIZER_LAYOUT}, validate_access_integrity=False
+    found: dict[torch.Tensor, list[ParameterPart]] = {}
+    for entry in nested_values(state_dict):
+        if isinstance(entry, ShardedTensorFactory):
+            found[entry.data] = [_part_of(entry.data, part) for part in entry.build()]
+        elif isinstance(entry, ShardedTensor):
+            found[entry.data] = [_part_of(entry.data, entry)]
+    return found
+
+
+def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterPart:
+    assert tensor.data.is_contiguous(), f"{tensor.key} is no range of its parameter"
+    return ParameterPart(
+        name=tensor.key,
+        global_shape=tuple(tensor.global_shape),
+        begin=tensor.data.storage_offset() - parameter.storage_offset(),
+        shape=tuple(tensor.local_shape),
+        is_main=_group_is_main(tensor),
+        may_differ=tensor.allow_shape_mismatch,
+        _global_offsets=tuple(tensor.global_offset),
+    )
+
+
+def _group_is_main(tensor: Any) -> bool:
+    """Whether a rank of this data-parallel group, a replica's last coordinate, holds the main."""
+    replica = tensor.replica_id
+    return bool(is_main_replica((*replica[:-1], 0) if isinstance(replica, tuple) else replica))
+
+
+def sharded_parts(
+    state_dict: dict[str, Any], common: dict[str, Any]
+) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
+    """What this rank's data-parallel group writes of a sharded state dictionary.
+
+    Args:
+        state_dict: Of the model's chunks.
+        common: What is the same on every rank.
+
+    Returns:
+        Pieces of tensors, which every rank of the group has; objects, of which this rank holds the
+        main replica; and the rest, as ``common.pt`` holds it.
+    """
+    sharded, rest = save_preprocess(
+        {**state_dict, **common, "content_metadata": dict(_CONTENT)},
+        validate_access_integrity=False,
     )
     pieces: list[TensorPiece] = []
     objects: list[StoredObject] = []
+    for entry in nested_values(sharded):
+        if isinstance(entry, ShardedTensor) and _group_is_main(entry):
+            pieces.append(_piece_of(entry))
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     for key, found in by_key.items():
-        if isinstance(found[0], ShardedTensor):
-            own = [own_piece(piece_of(tensor), own_sizes) for tensor in found]
-            pieces += [piece for piece in own if piece is not None]
-        else:
+        if not isinstance(found[0], ShardedTensor):
             objects.append(StoredObject(key, _saved([entry.data for entry in found])))
-    return pieces, objects, _saved(common)
+    return pieces, objects, _saved(rest)
 
 
-def piece_of(tensor: Any) -> TensorPiece:
+def _piece_of(tensor: Any) -> TensorPiece:
     """A megatron-core sharded tensor as a piece; its leading layer axes have length 1."""
-    assert tensor.flattened_range is None, "flattened tensors are no boxes"
     sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     return TensorPiece(
         tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), sizes, tensor.data

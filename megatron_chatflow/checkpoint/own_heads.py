@@ -49,14 +49,19 @@ def own_piece(piece: TensorPiece, own_sizes: OwnSizes) -> TensorPiece | None:
     found = _find(piece.name, own_sizes)
     if found is None:
         return piece
-    own = own_part(piece.name, piece.offsets, piece.values, own_sizes)
+    own = own_part(piece.name, piece.offsets, piece.values.view(piece.sizes), own_sizes)
     if own is None:
         return None
     # Where all layers are one tensor, the axes of layers come first.
     axis = found[0] + len(piece.global_shape) - 2
     whole = (*piece.global_shape[:axis], found[1], *piece.global_shape[axis + 1 :])
-    leading = (1,) * (len(whole) - 2)
-    return replace(piece, global_shape=whole, sizes=leading + tuple(own.shape[-2:]), values=own)
+    return replace(piece, global_shape=whole, sizes=tuple(own.shape), values=own)
+
+
+def own_pieces(pieces: Sequence[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:
+    """What of pieces is the model's own."""
+    own = [own_piece(piece, own_sizes) for piece in pieces]
+    return [piece for piece in own if piece is not None]
 
 
 def expect_own_heads(state: dict[str, Any], own_sizes: OwnSizes) -> None:

@@ -23,13 +23,11 @@ from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.background import BackgroundSave, Publication, log_failure
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, FileHash
 from megatron_chatflow.checkpoint.files import iteration_folder
-from megatron_chatflow.checkpoint.own_heads import own_sizes_of
 from megatron_chatflow.checkpoint.reports import ReportBox, name_of_job
 from megatron_chatflow.checkpoint.shard_plan import FileImage, Plan, lay_out
 from megatron_chatflow.checkpoint.staging import StagingBuffer, page_aligned
-from megatron_chatflow.checkpoint.store import RunState, all_agree, sharded_state, unwrapped
+from megatron_chatflow.checkpoint.store import RunState, all_agree, parts_to_save
 from megatron_chatflow.config import RunConfig
-from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -145,10 +143,7 @@ class CheckpointSaver:
         self._buffer.release()
 
     def _image(self, chunks: list[Any], optimizer: Any) -> tuple[FileImage, bytes]:
-        with device_mode(self._ranks.device):
-            bare = unwrapped(chunks)
-            state = sharded_state(bare, optimizer, is_loading=False)
-            pieces, objects, common = megatron.sharded_parts(state, own_sizes_of(bare))
+        pieces, objects, common = parts_to_save(chunks, optimizer, self._ranks)
         return lay_out(f"__{self._ranks.process.rank}_0.distcp", pieces, objects), common
 
     def _copied(self, image: FileImage, beside: Path) -> Callable[[], dict[str, FileHash]]:

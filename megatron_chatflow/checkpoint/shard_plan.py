@@ -39,6 +39,7 @@ class TensorPiece:
         offsets: Where the box begins.
         sizes: The box's shape.
         values: The box, of any shape with as many values in the same order.
+        may_differ: Whether a stored tensor with another number of rows may fill it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorPiece:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     values: torch.Tensor
+    may_differ: bool = False
 
 
 @dataclass(frozen=True)

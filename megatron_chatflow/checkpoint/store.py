@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megatron_chatflow.checkpoint import megatron
+from megatron_chatflow.checkpoint import megatron, optimizer_state
 from megatron_chatflow.checkpoint.background import reason
+from megatron_chatflow.checkpoint.division import share_of
 from megatron_chatflow.checkpoint.files import read_state
-from megatron_chatflow.checkpoint.grown_reader import GrownReader
 from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
-from megatron_chatflow.checkpoint.own_heads import expect_own_heads, own_sizes_of
+from megatron_chatflow.checkpoint.own_heads import expect_own_heads, own_pieces, own_sizes_of
 from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.megatron import data_parallel_group
 from megatron_chatflow.runtime.ranks import Ranks
 
 
@@ -66,20 +69,45 @@ class RunState:
             ) from None
 
 
-def sharded_state(chunks: list[Any], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
-    """Weights, and where there is an optimizer its state, divided as they lie on this rank."""
-    model = {
+def _model_state(chunks: list[Any]) -> dict[str, Any]:
+    """The weights, divided as they lie on this rank."""
+    return {
         name: chunk.sharded_state_dict()
         for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
     }
-    state: dict[str, Any] = dict(model)
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=megatron.OPTIMIZER_LAYOUT
+
+
+def parts_to_save(
+    chunks: list[Any], optimizer: Any, ranks: Ranks
+) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
+    """What this rank writes: weights and optimizer state; nothing is gathered or copied.
+
+    What data-parallel ranks hold alike is shared out among them.
+
+    Args:
+        chunks: Model chunks, with or without gradient buffers around them.
+        optimizer: megatron-core's.
+        ranks: This process's place.
+
+    Returns:
+        Pieces of tensors, small objects, and what is the same on every rank as ``common.pt``
+        holds it.
+    """
+    with device_mode(ranks.device):
+        bare = unwrapped(chunks)
+        model = _model_state(bare)
+        parts = megatron.parameter_parts(model)
+        cut: list[TensorPiece] = []
+        alike, objects, common = megatron.sharded_parts(
+            model, {"optimizer": optimizer_state.common_state(optimizer)}
         )
-    if is_loading:
-        expect_own_heads(state, own_sizes_of(chunks))
-    return state
+        for held in optimizer_state.held_states(optimizer):
+            to_save = [part for part in parts[held.parameter] if part.is_main]
+            (cut if held.is_cut else alike).extend(optimizer_state.pieces_of(held, to_save))
+    own_sizes = own_sizes_of(bare)
+    group = data_parallel_group(with_context_parallel=True)
+    mine = share_of(own_pieces(alike, own_sizes), group.rank(), group.size())
+    return [*mine, *own_pieces(cut, own_sizes)], objects, common
 
 
 def _chunk_names(chunks: list[Any]) -> list[str]:
@@ -110,29 +138,35 @@ def _reason(error: BaseException) -> str:
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    return reason(error)
+    return str(error) if isinstance(error, UserError) else reason(error)
 
 
-def _load_sharded(
-    sharded: dict[str, Any], checkpoint: Path, reader: GrownReader | None = None
+def _load_model(
+    chunks: list[Any], checkpoint: Path, reader: FileSystemReader | None
 ) -> dict[str, Any]:
+    """Fills the weights; returns what is the same on every rank."""
     read_index(checkpoint)
     try:
-        return megatron.load_sharded(sharded, checkpoint, reader)
+        state = _model_state(chunks)
+        expect_own_heads(state, own_sizes_of(chunks))
+        loaded = megatron.load_sharded(state, checkpoint, reader)
+        _take_weights(chunks, loaded)
     except (Exception, megatron.CheckpointException) as error:
+        line = _reason(error)
+        if line.startswith(str(checkpoint)):
+            raise UserError(line) from error
         raise UserError(
-            f"{checkpoint}: cannot be loaded: {_reason(error)}; load another checkpoint"
+            f"{checkpoint}: cannot be loaded: {line}; load another checkpoint"
         ) from error
+    return loaded
 
 
 def load_weights(
-    checkpoint: Path, chunks: list[Any], ranks: Ranks, reader: GrownReader | None = None
+    checkpoint: Path, chunks: list[Any], ranks: Ranks, reader: FileSystemReader | None = None
 ) -> None:
     """Reads the model's weights alone, at whatever layout they were saved; every rank calls it."""
-    bare = unwrapped(chunks)
     with device_mode(ranks.device):
-        loaded = _load_sharded(sharded_state(bare, None, is_loading=True), checkpoint, reader)
-        _take_weights(bare, loaded)
+        _load_model(unwrapped(chunks), checkpoint, reader)
 
 
 def load_checkpoint(
@@ -140,15 +174,28 @@ def load_checkpoint(
     chunks: list[Any],
     optimizer: Any,
     ranks: Ranks,
-    reader: GrownReader | None = None,
+    reader: FileSystemReader | None = None,
 ) -> None:
-    """Reads weights and optimizer state; every rank calls it."""
+    """Reads weights and optimizer state, of the plain or the distributed one; every rank calls it.
+
+    Raises:
+        UserError: On every rank, if one cannot read its part.
+    """
     bare = unwrapped(chunks)
     with device_mode(ranks.device):
-        sharded = sharded_state(bare, optimizer, is_loading=True)
-        loaded = _load_sharded(sharded, checkpoint, reader)
-        _take_weights(bare, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+        common = _load_model(bare, checkpoint, reader)
+        parts = megatron.parameter_parts(_model_state(bare))
+        layout = optimizer_state.Layout(parts, own_sizes_of(bare))
+        problem: str | None = None
+        try:
+            optimizer_state.load(optimizer, layout, common.get("optimizer"), checkpoint, reader)
+        except UserError as error:
+            problem = str(error)
+    problems: list[Any] = [None] * ranks.process.world_size
+    torch.distributed.all_gather_object(problems, problem)
+    for problem in problems:
+        if problem is not None:
+            raise UserError(problem)
 
 
 def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:

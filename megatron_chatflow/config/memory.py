@@ -31,6 +31,7 @@ class MemoryEstimate:
         optimizer: Adam's moments, and the fp32 master weights under bf16.
         activations: What the forward passes keep for the backward ones.
         temporary: What comes and goes at the peak: the loss's logits and gradients, or a layer's.
+        saving: The copy that checkpoints are written from, where it lies in the same memory.
     """
 
     weights: int
@@ -38,11 +39,13 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     temporary: int
+    saving: int = 0
 
     @property
     def total(self) -> int:
         """The sum, in bytes."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+        held = self.weights + self.gradients + self.optimizer + self.saving
+        return held + self.activations + self.temporary
 
 
 def estimate_memory(
@@ -84,15 +87,36 @@ def _estimate_stage(
     num_micro_batches = config.train.global_batch_size // (
         data_parallel * config.train.micro_batch_size
     )
+    weights, moments = parameters * _value_bytes(config), parameters * _state_bytes(config)
+    # What data-parallel processes hold alike they share out among them when they save.
+    copy = (weights + moments) // (data_parallel * parallel.context_parallel_size)
+    has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
-        weights=parameters * _value_bytes(config),
+        weights=weights,
         gradients=parameters * 4,
-        optimizer=parameters * (12 if config.train.bf16 else 8) // shards,
+        optimizer=moments // shards,
+        saving=copy if on_cpu and has_copy else 0,
         activations=_activation_bytes(config, stage, num_micro_batches, on_cpu),
         temporary=max(
             _layer_temporaries(config), _loss_temporaries(config, table, is_last, on_cpu)
         ),
     )
+
+
+def saving_copy_bytes(config: RunConfig, vocab_size: int, world_size: int) -> int:
+    """Host memory of the copy that a process keeps for its checkpoints.
+
+    Args:
+        config: The run.
+        vocab_size: The tokenizer's vocabulary, before padding.
+        world_size: Number of processes.
+    """
+    return estimate_memory(config, vocab_size, world_size, on_cpu=True).saving
+
+
+def _state_bytes(config: RunConfig) -> int:
+    """Of the optimizer's state of a parameter."""
+    return 12 if config.train.bf16 else 8
 
 
 def _value_bytes(config: RunConfig) -> int:

@@ -3,7 +3,8 @@
 In: a size. Out: a row for our saver, one for the disk alone (direct writes of as many bytes), and
 with ``--peers`` rows for torch's `dcp.save` and `dcp.async_save` of the same tensors. The model is
 a real one with its optimizer, in one process; rounds of the subjects alternate and medians are
-reported. Every subject's bytes are flushed to the disk when its clock stops.
+reported. Every subject's bytes are flushed to the disk when its clock stops. Under torchrun the
+processes are data-parallel, each saves its part, and the slowest counts.
 """
 
 import argparse
@@ -19,16 +20,15 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
 from megatron_chatflow.checkpoint.files import fsync_tree
-from megatron_chatflow.checkpoint.own_heads import own_sizes_of
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.staging import page_aligned
-from megatron_chatflow.checkpoint.store import RunState, sharded_state, unwrapped
+from megatron_chatflow.checkpoint.store import RunState, parts_to_save
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row
-from megatron_chatflow.runtime.launch import device_mode, finalize, initialize
+from megatron_chatflow.runtime.launch import finalize, initialize
+from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.benchmark_shape import Shape
 
 OURS, DISK, SAVE, ASYNC_SAVE = "ours", "disk_alone", "dcp_save", "dcp_async_save"
@@ -41,6 +41,9 @@ Timing = tuple[float, float]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what can be chosen."""
     parser.add_argument("--num-layers", type=int, default=6, help="of width 1024; 6 make 2 GB")
+    parser.add_argument(
+        "--use-distributed-optimizer", action="store_true", help="under torchrun; see Megatron"
+    )
     parser.add_argument("--num-rounds", type=int, default=5, help="measured saves of each subject")
     parser.add_argument(
         "--folder", type=Path, default=Path(), help="where the checkpoints go and are removed"
@@ -60,14 +63,34 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         # The training step imports megatron-core, which on CPUs has to come after `initialize`.
         from megatron_chatflow.train.benchmark_subjects import Ours
 
-        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.folder)))
+        root = _shared_folder(arguments.folder, ranks, stack)
         shape = Shape(arguments.num_layers, 1024, 2816, 16, 16, 128, 1)
         tokens = torch.randint(0, shape.vocab_size, (1, shape.seq_length + 1))
-        model = Ours(shape, tokens, ranks)
+        sharded = arguments.use_distributed_optimizer
+        model = Ours(shape, tokens, ranks, use_distributed_optimizer=sharded)
         model.step()
         saver = CheckpointSaver(root / "ours", model.config, ranks, durable_iteration=None)
         stack.callback(saver.close)
-        return _measure(arguments, model, saver, root)
+        rows = _measure(arguments, model, saver, root, ranks)
+    if ranks.process.rank:
+        raise SystemExit(0)  # one process tells
+    return rows
+
+
+def _shared_folder(folder: Path, ranks: Ranks, stack: ExitStack) -> Path:
+    """A new folder, the same for every process; the first one removes it."""
+    name: list[Any] = [None]
+    if ranks.process.rank == 0:
+        name = [stack.enter_context(tempfile.TemporaryDirectory(dir=folder))]
+    torch.distributed.broadcast_object_list(name, src=0)
+    return Path(name[0])
+
+
+def _slowest(timing: Timing, ranks: Ranks) -> Timing:
+    """Of all processes."""
+    seconds = torch.tensor(timing, dtype=torch.float64, device=ranks.device)
+    torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
+    return float(seconds[0]), float(seconds[1])
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
@@ -82,21 +105,19 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _measure(
-    arguments: argparse.Namespace, model: Any, saver: CheckpointSaver, root: Path
+    arguments: argparse.Namespace, model: Any, saver: CheckpointSaver, root: Path, ranks: Ranks
 ) -> list[Row]:
     chunks, optimizer = model.optimization.chunks, model.optimization.optimizer
-    device = _device(chunks)
-    with device_mode(device):
-        bare = unwrapped(chunks)
-        pieces, _, _ = megatron.sharded_parts(
-            sharded_state(bare, optimizer, is_loading=False), own_sizes_of(bare)
-        )
+    pieces, _, _ = parts_to_save(chunks, optimizer, ranks)
     tensors = {f"{piece.name}.{piece.offsets}": piece.values.detach() for piece in pieces}
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    my_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    sizes: list[Any] = [None] * ranks.process.world_size
+    torch.distributed.all_gather_object(sizes, my_bytes)
+    num_bytes = sum(sizes)
     saver.prepare(chunks, optimizer)
     subjects: dict[str, Callable[[int], Timing]] = {
         OURS: lambda number: _time_ours(saver, number, chunks, optimizer),
-        DISK: _disk_alone(root, num_bytes),
+        DISK: _disk_alone(root / f"disk{ranks.process.rank}", my_bytes),
     }
     if arguments.peers:
         subjects[SAVE] = lambda number: _time_save(tensors, root / f"save{number}")
@@ -104,23 +125,25 @@ def _measure(
     timings: dict[str, list[Timing]] = {name: [] for name in subjects}
     for number in range(arguments.num_rounds + 1):
         for name, subject in subjects.items():
-            timing = subject(number + 1)
+            torch.distributed.barrier()
+            timing = _slowest(subject(number + 1), ranks)
             # The first round of each touches memory and disk for the first time.
             if number:
                 timings[name].append(timing)
-            for path in root.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
-    slowdown = _slowdown(model, saver, chunks, optimizer)
+            if ranks.process.rank == 0:
+                _empty(root)
+    # Steps of several processes wait for each other, and each is busy for another time.
+    alone = ranks.process.world_size == 1
+    slowdown = _slowdown(model, saver, chunks, optimizer) if alone else None
     return [_row(name, values, timings, num_bytes, slowdown) for name, values in timings.items()]
 
 
-def _device(chunks: list[Any]) -> torch.device:
-    """Where the model lies."""
-    device: torch.device = next(iter(chunks[0].parameters())).device
-    return device
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _state(iteration: int) -> RunState:
@@ -137,7 +160,7 @@ def _time_ours(saver: CheckpointSaver, number: int, chunks: list[Any], optimizer
     return blocked, time.perf_counter() - begin
 
 
-def _disk_alone(root: Path, num_bytes: int) -> Callable[[int], Timing]:
+def _disk_alone(path: Path, num_bytes: int) -> Callable[[int], Timing]:
     """Direct writes of a buffer, flushed: what the disk gives to whoever has nothing else to do."""
     memory, tensor = page_aligned(CHUNK_BYTES)
     tensor.random_()
@@ -145,7 +168,7 @@ def _disk_alone(root: Path, num_bytes: int) -> Callable[[int], Timing]:
 
     def write(number: int) -> Timing:
         begin = time.perf_counter()
-        with closing(DirectFile(root / f"disk{number}", num_bytes)) as file:
+        with closing(DirectFile(path.with_name(f"{path.name}_{number}"), num_bytes)) as file:
             chunks = [file.submit(k, data) for k in range(0, num_bytes, CHUNK_BYTES)]
             for chunk in chunks:
                 chunk.result()
@@ -198,7 +221,7 @@ def _row(
     values: list[Timing],
     timings: dict[str, list[Timing]],
     num_bytes: int,
-    slowdown: float,
+    slowdown: float | None,
 ) -> Row:
     durable = statistics.median(seconds for _, seconds in values)
     ratios = [theirs / ours for (_, ours), (_, theirs) in zip(timings[OURS], values, strict=True)]

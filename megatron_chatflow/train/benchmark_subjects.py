@@ -30,23 +30,20 @@ _RECOMPUTED = {
 }
 
 
-def _run_config(
-    shape: Shape, tensor_parallel_size: int = 1, *, sequence_parallel: bool = False
-) -> RunConfig:
+def _run_config(shape: Shape, ranks: Ranks | None = None, **parallel: bool) -> RunConfig:
+    tensor_parallel_size = ranks.tensor_parallel_size if ranks else 1
+    num_replicas = ranks.data_parallel_size if ranks else 1
     return RunConfig.from_dict(
         {
             "model": {k: v for k, v in vars(shape.model_config()).items() if not k.startswith("_")},
             "tokenizer": {"tokenizer_model": "unused"},
             "data": {"seq_length": shape.seq_length, "sources": {"mock": {"paths": ["unused"]}}},
-            "parallel": {
-                "tensor_model_parallel_size": tensor_parallel_size,
-                "sequence_parallel": sequence_parallel,
-            },
+            "parallel": {"tensor_model_parallel_size": tensor_parallel_size, **parallel},
             "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant"},
             "train": {
                 "train_iters": 1000,
                 "micro_batch_size": shape.micro_batch_size,
-                "global_batch_size": shape.micro_batch_size,
+                "global_batch_size": shape.micro_batch_size * num_replicas,
                 **(_RECOMPUTED if shape.recompute else {}),
             },
         }
@@ -61,11 +58,12 @@ class Ours:
         optimization: Model and optimizer.
     """
 
-    def __init__(
-        self, shape: Shape, tokens: torch.Tensor, ranks: Ranks, *, sequence_parallel: bool = False
-    ) -> None:
-        """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1]."""
-        config = _run_config(shape, ranks.tensor_parallel_size, sequence_parallel=sequence_parallel)
+    def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks, **parallel: bool) -> None:
+        """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1].
+
+        ``parallel`` are switches of the section of that name.
+        """
+        config = _run_config(shape, ranks, **parallel)
         self.config = config
         with device_mode(ranks.device):
             llama = build_llama(

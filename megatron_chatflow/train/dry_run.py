@@ -9,7 +9,7 @@ import torch
 
 from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
 from megatron_chatflow.config import RunConfig, validate_for_world
-from megatron_chatflow.config.memory import estimate_memory
+from megatron_chatflow.config.memory import estimate_memory, saving_copy_bytes
 from megatron_chatflow.config.model_shape import (
     flops_per_token,
     num_parameters,
@@ -96,4 +96,8 @@ def _describe_memory(
     memory = estimate_memory(config, vocab_size, num_processes, on_cpu=on_cpu)
     listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items())
     where = "on CPUs" if on_cpu else "on GPUs"
-    return f"memory of the fullest process {where}: {memory.total / 2**30:.2f} GiB ({listing})\n"
+    text = f"memory of the fullest process {where}: {memory.total / 2**30:.2f} GiB ({listing})\n"
+    copy = saving_copy_bytes(config, vocab_size, num_processes)
+    if copy and not on_cpu:
+        text += f"and of the host, a process's copy for its checkpoints: {copy / 2**30:.2f} GiB\n"
+    return text

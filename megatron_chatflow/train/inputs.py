@@ -21,6 +21,7 @@ from megatron_chatflow.checkpoint.convert_vocabulary import (
     vocabulary_growth,
 )
 from megatron_chatflow.checkpoint.files import resolve_checkpoint
+from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, to_plain
 from megatron_chatflow.data.blend import Blend
@@ -201,6 +202,7 @@ def _checkpoint_to_load(config: RunConfig) -> _Beginning | None:
 def _saved_state(checkpoint: _Beginning) -> RunState:
     """What a checkpoint says of itself; of a Hugging Face folder, its model alone."""
     if not checkpoint.is_huggingface:
+        refuse_small_damage(checkpoint.folder)
         return RunState.read(checkpoint.folder)
     shape = shape_of_huggingface(checkpoint.folder)
     check_weights(HuggingFaceWeights(checkpoint.folder), shape)

@@ -1,21 +1,27 @@
 """Saves that fail, and damaged checkpoints, on real ranks.
 
-``saver_worker.py failures|damage FLAGS...``: builds the run of the flags, as training does. Out: a
-status of 0 if everything was as it has to be.
+``saver_worker.py failures|damage FLAGS...``: builds the run of the flags, as training does;
+``saver_worker.py resave JOBS.json``: builds runs one after the other, which load a checkpoint and
+save what they loaded. Out: a status of 0 if everything was as it has to be.
 """
 
 import contextlib
+import json
 import random
 import resource
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_chatflow.checkpoint.manifest import MANIFEST
 from megatron_chatflow.config import RunConfig, load_config_from_argv
+from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import Ranks
@@ -70,52 +76,155 @@ def failures(run: Any, root: Path, ranks: Ranks) -> None:
 
 
 def damage(run: Any, root: Path, ranks: Ranks) -> None:
-    """Loads checkpoints that are damaged at random: a user's error, or what was saved."""
-    from megatron_chatflow.checkpoint.store import RunState, load_checkpoint, verify_checkpoint
+    """Resumes from checkpoints that are damaged at random.
 
-    good = root / "iter_0000002"
-    optimization = run.optimization
+    That is a user's error in a line that names the file, or, of what only ``--ckpt-verify`` can
+    see, a clean load; always the same on every rank.
+    """
+    good, bad = root / "iter_0000002", root / "iter_0000009"
     names = sorted(path.name for path in good.iterdir())
     rng = random.Random(0)
-    bad = root / "iter_0000009"
+    is_first = ranks.process.rank == 0
     outside = sorted(path for path in root.parent.rglob("*") if good not in path.parents)
-    num_refused = num_found = 0
-    for _ in range(NUM_MUTATIONS):
-        shutil.copytree(good, bad)
-        path = bad / rng.choice(names)
-        content = bytearray(path.read_bytes())
-        kind = rng.choice(("flip", "cut", "remove", "swap"))
-        if kind == "remove":
-            path.unlink()
-        elif kind == "cut":
-            path.write_bytes(content[: rng.randrange(len(content))])
-        elif kind == "swap":
-            path.write_bytes((good / rng.choice(names)).read_bytes())
-        else:
-            for _ in range(rng.choice((1, 20))):
-                content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-            path.write_bytes(content)
-        is_changed = not path.exists() or path.read_bytes() != (good / path.name).read_bytes()
-        try:
-            verify_checkpoint(bad, ranks)
-            # The list of hashes is not itself in the list.
-            assert not is_changed or path.name == "hashes.json"
-        except UserError as error:
-            assert path.name in str(error)
-            num_found += 1
-        try:
-            RunState.read(bad)
-            load_checkpoint(bad, optimization.chunks, optimization.optimizer, ranks)
-        except UserError:
-            num_refused += 1
+    counts = dict.fromkeys(("found", "refused", "without hashes", "loaded"), 0)
+    cases = [(name, kind) for kind in DAMAGE for name in names]
+    for number in range(max(NUM_MUTATIONS, len(cases))):
+        # Every file in every way, then any.
+        name, kind = cases[number] if number < len(cases) else rng.choice(cases)
+        if is_first:
+            shutil.rmtree(bad, ignore_errors=True)
+            shutil.copytree(good, bad)
+            DAMAGE[kind](bad / name, good, rng)
+        torch.distributed.barrier()
+        path = bad / name
+        is_same = path.exists() and path.read_bytes() == (good / name).read_bytes()
+        what = f"{kind} of {name}"
+        if name == MANIFEST:
+            # The list of hashes is not itself in the list: its damage shows, or changes nothing.
+            _resume(run, bad, ranks, verify=True)
+        elif not is_same:
+            error = _resume(run, bad, ranks, verify=True)
+            assert error is not None and name in error, f"{what}: {error}"
+            counts["found"] += 1
+        error = _resume(run, bad, ranks, verify=False)
+        counts["loaded" if error is None else "refused"] += 1
+        if not is_same and not name.endswith((".distcp", MANIFEST)):
+            assert error is not None and name in error, f"{what}: {error}"
+        elif error is not None:
+            assert name in error, f"{what}: {error}"
+        torch.distributed.barrier()
+        # As an earlier version, or another program, would have saved it.
+        if is_first:
+            (bad / MANIFEST).unlink(missing_ok=True)
+        torch.distributed.barrier()
+        counts["without hashes"] += _resume(run, bad, ranks, verify=False) is not None
+        torch.distributed.barrier()
+    if is_first:
         shutil.rmtree(bad)
-    assert outside == sorted(path for path in root.parent.rglob("*") if good not in path.parents)
-    print(f"{NUM_MUTATIONS} damaged checkpoints: {num_found} found by hash, {num_refused} refused")
-    assert num_found > NUM_MUTATIONS // 2 and num_refused > NUM_MUTATIONS // 4
+        assert outside == sorted(p for p in root.parent.rglob("*") if good not in p.parents)
+        print(f"{len(cases)} kinds of damage or more: {counts}")
+        assert counts["refused"] > NUM_MUTATIONS // 2 and counts["loaded"]
+
+
+def _resume(run: Any, checkpoint: Path, ranks: Ranks, *, verify: bool) -> str | None:
+    """Resumes as a run does; returns what it refuses with, which every rank does alike."""
+    from megatron_chatflow.checkpoint.store import load_checkpoint, verify_checkpoint
+    from megatron_chatflow.train.inputs import open_inputs
+
+    settings = replace(run.config.checkpoint, load=str(checkpoint))
+    error: str | None = None
+    try:
+        open_inputs(replace(run.config, checkpoint=settings))
+        if verify:
+            verify_checkpoint(checkpoint, ranks)
+        optimization = run.optimization
+        load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, ranks)
+    except UserError as caught:
+        error = str(caught)
+        assert "\n" not in error, error
+    errors: list[Any] = [None] * ranks.process.world_size
+    torch.distributed.all_gather_object(errors, error is None)
+    assert len(set(errors)) == 1, "ranks do not agree"
+    return error
+
+
+def _flip(path: Path, _: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    for _number in range(rng.choice((1, 1, 20))):
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def _cut(path: Path, _: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+
+
+def _zero(path: Path, _: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    begin = rng.randrange(len(content))
+    length = min(rng.choice((16, 4096)), len(content) - begin)
+    content[begin : begin + length] = bytes(length)
+    path.write_bytes(content)
+
+
+def _swap(path: Path, good: Path, rng: random.Random) -> None:
+    path.write_bytes(rng.choice(sorted(good.iterdir())).read_bytes())
+
+
+DAMAGE: dict[str, Callable[[Path, Path, random.Random], None]] = {
+    "flip": _flip,
+    "cut": _cut,
+    "zero": _zero,
+    "swap": _swap,
+    "removal": lambda path, *_: path.unlink(),
+}
+
+
+@contextlib.contextmanager
+def nothing_gathered() -> Iterator[None]:
+    """No rank's tensors or objects may go to another one meanwhile."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a save gathers")
+
+    names = ("gather", "all_gather", "all_gather_into_tensor", "gather_object", "all_gather_object")
+    before = {name: getattr(torch.distributed, name) for name in names}
+    for name in names:
+        setattr(torch.distributed, name, refuse)
+    yield
+    for name, function in before.items():
+        setattr(torch.distributed, name, function)
+
+
+def resave(jobs: Path) -> None:
+    """Each job loads a checkpoint at its layout and saves it again, without a step between."""
+    for arguments in json.loads(jobs.read_text(encoding="utf-8")):
+        config, _ = load_config_from_argv(arguments)
+        ranks = initialize(
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
+            num_model_chunks=num_model_chunks(config.model, config.parallel),
+            context_parallel_size=config.parallel.context_parallel_size,
+            seed=config.train.seed,
+        )
+        from megatron_chatflow.runtime.megatron import destroy_groups
+        from megatron_chatflow.train.build import build_run
+        from megatron_chatflow.train.loop import _save
+
+        with contextlib.ExitStack() as stack:
+            run, progress = build_run(config, ranks, stack)
+            assert progress.iteration == 4, "nothing was loaded"
+            with nothing_gathered():
+                _save(run, progress)
+            assert run.saver.finish() == 4
+        destroy_groups()
+    finalize()
 
 
 def main() -> None:
     what, arguments = sys.argv[1], sys.argv[2:]
+    if what == "resave":
+        return resave(Path(arguments[0]))
     config: RunConfig
     config, _ = load_config_from_argv(arguments)
     ranks = initialize(

@@ -24,6 +24,9 @@ SHAPE = (
 RUNS = {
     "plain": (1, []),
     "tensor": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    # The copy that checkpoints are written from lies in memory from the first step on.
+    "saving": (1, ["--save", "run"]),
+    "sharded_saving": (2, ["--use-distributed-optimizer", "--save", "run"]),
 }
 
 
@@ -33,6 +36,7 @@ def test_the_estimate_is_near_the_measured_peak(
     tiny_run: TinyRun, tmp_path: Path, name: str
 ) -> None:
     num_processes, flags = RUNS[name]
+    flags = [str(tmp_path / flag) if flag == "run" else flag for flag in flags]
     arguments = ["--config", str(tiny_run.config), *SHAPE, *flags]
     # Blocks of 64 KiB and more are the system's own, which takes them back when they are freed.
     extra = {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -68,7 +68,10 @@ def spread_norms(chunk: Any) -> None:
 
 def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     from megatron_chatflow.checkpoint import megatron
+    from megatron_chatflow.checkpoint.division import share_of
+    from megatron_chatflow.checkpoint.own_heads import own_pieces
     from megatron_chatflow.checkpoint.shard_plan import index_of, lay_out
+    from megatron_chatflow.runtime.megatron import data_parallel_group
 
     folder = Path(task["folder"])
     if torch.distributed.get_rank() == 0:
@@ -76,7 +79,9 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     torch.distributed.barrier()
     with device_mode(ranks.device):
         state = {"model": llama.chunks[0].sharded_state_dict()}
-        pieces, objects, common = megatron.sharded_parts(state, llama.chunks[0].own_sizes)
+        pieces, objects, common = megatron.sharded_parts(state, {})
+    group = data_parallel_group()
+    pieces = share_of(own_pieces(pieces, llama.chunks[0].own_sizes), group.rank(), group.size())
     image = lay_out(f"__{torch.distributed.get_rank()}_0.distcp", pieces, objects)
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
     image.copy(0, image.num_bytes, content)

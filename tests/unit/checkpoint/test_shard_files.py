@@ -120,7 +120,7 @@ def _damaged(path: Path, change: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [("flipped", "its hash differs"), ("cut", "bytes, not"), ("missing", "is missing")],
+    [("flipped", "its hash is not"), ("cut", "bytes, not"), ("missing", "is missing")],
 )
 def test_damage_is_named_by_file(tmp_path: Path, change: str, says: str) -> None:
     names = ("a", "b", "c")
@@ -133,6 +133,13 @@ def test_damage_is_named_by_file(tmp_path: Path, change: str, says: str) -> None
     shares = [damage(tmp_path, part=part, num_parts=2) for part in range(2)]
     assert [line.split()[0] for lines in shares for line in lines] == ["b"]
     assert says in damage(tmp_path)[0]
+
+
+def test_files_without_a_hash_are_damage(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(os.urandom(100))
+    (tmp_path / MANIFEST).write_text(manifest_text({"a": hash_file(tmp_path / "a")}))
+    assert damage(tmp_path) == [f"{MANIFEST} has nothing of b"]
 
 
 @pytest.mark.parametrize(
