@@ -165,7 +165,10 @@ def run_benchmark(
     arguments = parser.parse_args(list(command_line))
     with contextlib.ExitStack() as stack:
         # Opened before anything is measured: a mistyped path costs nothing.
-        file = stack.enter_context(StagedFile(arguments.output)) if arguments.output else None
+        # Under torchrun the first process reports.
+        is_first = os.environ.get("RANK", "0") == "0"
+        has_file = arguments.output is not None and is_first
+        file = stack.enter_context(StagedFile(arguments.output)) if has_file else None
         rows = benchmark.run(arguments)
         if not rows:
             raise UserError(f"{name}: nothing was measured; see {prog} {name} --help")

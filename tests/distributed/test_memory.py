@@ -25,8 +25,8 @@ RUNS = {
     "plain": (1, []),
     "tensor": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     # The copy that checkpoints are written from lies in memory from the first step on.
-    "saving": (1, ["--save", "run"]),
-    "sharded_saving": (2, ["--use-distributed-optimizer", "--save", "run"]),
+    "saving": (1, ["--save", "run", "--train-iters", "4"]),
+    "sharded_saving": (2, ["--use-distributed-optimizer", "--save", "run", "--train-iters", "4"]),
 }
 
 
