@@ -6,12 +6,12 @@ In: a YAML file and command-line flags. Out: a frozen `RunConfig`.
 from megatron_chatflow.config.fault_section import FaultConfig
 from megatron_chatflow.config.flags import RunOptions
 from megatron_chatflow.config.load import load_config, load_config_from_argv
+from megatron_chatflow.config.logging_section import LoggingConfig
 from megatron_chatflow.config.run_config import RunConfig, to_plain
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
     DataConfig,
     KnotConfig,
-    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,

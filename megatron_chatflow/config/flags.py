@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
@@ -47,7 +47,7 @@ class RunOptions:
 class _Flag:
     section: str
     field: str
-    kind: Any  # bool, int, float, str, Path or a Literal
+    kind: Any  # bool, int, float, str, Path, a Literal or a tuple of one of them
     is_optional: bool
     default: object  # None also where the field has to be given
     help: str
@@ -57,6 +57,16 @@ class _Flag:
         return "--" + self.field.replace("_", "-")
 
     @property
+    def is_list(self) -> bool:
+        """Whether the flag takes several values."""
+        return get_origin(self.kind) is tuple
+
+    @property
+    def element(self) -> Any:
+        """The type of one value."""
+        return get_args(self.kind)[0] if self.is_list else self.kind
+
+    @property
     def destination(self) -> str:
         return f"{self.section}.{self.field}"
 
@@ -64,7 +74,7 @@ class _Flag:
         """The raw value of the flag's text; what cannot be read is left for validation to name."""
         if self.is_optional and text.lower() in ("none", "null"):
             return None
-        reader: Callable[[str], object] = self.kind if self.kind in (int, float) else str
+        reader: Callable[[str], object] = self.element if self.element in (int, float) else str
         try:
             return reader(text)
         except ValueError:
@@ -78,6 +88,8 @@ def _flags() -> Iterator[_Flag]:
             kind = hints[field.name]
             arms = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
             kind = next(arm for arm in arms if arm is not type(None))
+            if get_origin(kind) is Annotated:
+                kind = get_args(kind)[0]
             if is_dataclass(kind) or get_origin(kind) is dict:
                 continue  # sources and schedule
             info: FieldInfo = section_class.__pydantic_fields__[field.name]
@@ -131,6 +143,8 @@ def _add(group: Any, flag: _Flag) -> None:
     text = flag.help.replace("%", "%%")
     if flag.default is not None:
         default = str(flag.default).lower() if flag.kind is bool else flag.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
         text += f" (default: {default})"
     common = {"dest": flag.destination, "default": argparse.SUPPRESS, "help": text}
     if flag.kind is bool:
@@ -139,8 +153,9 @@ def _add(group: Any, flag: _Flag) -> None:
     if get_origin(flag.kind) is Literal:
         metavar = "{" + ",".join(get_args(flag.kind)) + "}"
     else:
-        metavar = {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.kind]
-    group.add_argument(flag.name, type=flag.parse, metavar=metavar, **common)
+        metavar = {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.element]
+    several = {"nargs": "+"} if flag.is_list else {}
+    group.add_argument(flag.name, type=flag.parse, metavar=metavar, **several, **common)
 
 
 def parse_arguments(

@@ -14,11 +14,11 @@ from pydantic.dataclasses import dataclass
 
 from megatron_chatflow.config.fault_section import FaultConfig
 from megatron_chatflow.config.fields import CONFIG
+from megatron_chatflow.config.logging_section import LoggingConfig
 from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
     DataConfig,
-    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,

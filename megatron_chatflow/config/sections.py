@@ -380,13 +380,3 @@ class CheckpointConfig:
     finetune: Switch = Field(
         default=False, description="load the weights alone and begin at iteration 0"
     )
-
-
-@dataclass(frozen=True, kw_only=True, config=CONFIG)
-class LoggingConfig:
-    """What is written while the run goes on."""
-
-    log_interval: PositiveCount = Field(default=1, description="iterations between log lines")
-    tensorboard: Switch = Field(
-        default=True, description="write TensorBoard files beside the metrics"
-    )

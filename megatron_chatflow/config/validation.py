@@ -49,6 +49,7 @@ def check(config: "RunConfig") -> None:
     _check_learning_rate(config)
     _check_checkpoint(config)
     _check_schedule(config)
+    _check_logging(config)
 
 
 def _check_model(config: "RunConfig") -> None:
@@ -268,6 +269,27 @@ def _check_schedule(config: "RunConfig") -> None:
                 f"data.schedule.knots[{number}].at: {after.at} does not follow {before.at} of the "
                 "knot before it; put the knots in rising order"
             )
+
+
+def _check_logging(config: "RunConfig") -> None:
+    logging = config.logging
+    if logging.use_pytorch_profiler and not logging.profile:
+        raise UserError("logging.use_pytorch_profiler: needs logging.profile; set that too")
+    if logging.use_pytorch_profiler and config.checkpoint.save is None:
+        raise UserError(
+            "logging.use_pytorch_profiler: needs checkpoint.save, the folder that the trace goes to"
+        )
+    if logging.profile and logging.profile_step_start >= logging.profile_step_end:
+        raise UserError(
+            f"logging.profile_step_start: {logging.profile_step_start} is not below "
+            f"logging.profile_step_end {logging.profile_step_end}; lower it"
+        )
+    if logging.wandb_project is not None and config.checkpoint.save is None:
+        raise UserError("logging.wandb_project: needs checkpoint.save, the folder of the run")
+    if logging.wandb_project is None:
+        for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+            if getattr(logging, name) is not None:
+                raise UserError(f"logging.{name}: needs logging.wandb_project; set that too")
 
 
 def validate_for_world(config: "RunConfig", world_size: int) -> None:

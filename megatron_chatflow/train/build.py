@@ -43,7 +43,9 @@ from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
+from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.record import open_record
+from megatron_chatflow.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         watchdog=_watchdog(config, ranks),
         collection=GarbageCollection(config.train.manual_gc_interval),
         freed_memory=None if ranks.is_cuda else FreedMemory(),
+        profiler=ProfilerWindow(config, ranks),
+        stragglers=_stragglers(config, ranks, llama),
         hooks=hooks,
         downtime=downtime,
         saver=_saver(config, ranks, progress, stack),
@@ -101,7 +105,16 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     stack.callback(run.stop_request.close)
     stack.callback(run.watchdog.close)
     stack.callback(run.collection.close)
+    stack.callback(run.profiler.close)
     return run, progress
+
+
+def _stragglers(config: RunConfig, ranks: Ranks, llama: Llama) -> Stragglers | None:
+    if not config.logging.log_straggler:
+        return None
+    stragglers = Stragglers(ranks, config.logging.straggler_minmax_count)
+    llama.config.timers = stragglers.timers
+    return stragglers
 
 
 def _guard(config: RunConfig, inputs: RunInputs) -> Guard:

@@ -37,9 +37,12 @@ from megatron_chatflow.runtime.watchdog import Watchdog
 from megatron_chatflow.train.downtime import Downtime
 from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.hooks import Hook
+from megatron_chatflow.train.interval import Interval
 from megatron_chatflow.train.optimizer import Optimization
+from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.report import IterationReport, source_reports
 from megatron_chatflow.train.step import StepResult, train_step
+from megatron_chatflow.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,8 @@ class Run:
         watchdog: Ends a process that hangs.
         collection: When Python collects garbage.
         freed_memory: Watches what the process keeps of freed memory; None on GPUs.
+        profiler: Profiles a window of iterations.
+        stragglers: Compares the ranks; None where that is not asked for.
         downtime: What restarts have cost.
         saver: Writes checkpoints; None where none are asked for.
     """
@@ -109,6 +114,8 @@ class Run:
     watchdog: Watchdog
     collection: GarbageCollection
     freed_memory: FreedMemory | None
+    profiler: ProfilerWindow
+    stragglers: Stragglers | None = None
     downtime: Downtime = field(default=Downtime())
     hooks: Sequence[Hook] = field(default=())
     saver: CheckpointSaver | None = None
@@ -134,19 +141,22 @@ def train(run: Run, progress: Progress) -> Progress:
     if progress.iteration == 0:
         _validate(run, progress)
         _put_questions(run, progress)
+    interval = Interval()
     while progress.iteration < last_iteration:
         run.watchdog.beat(progress.iteration + 1, "loading")
+        run.profiler.before(progress.iteration)
         begin = time.perf_counter()
-        batch = next(batches)
+        with run.profiler.mark("loading"):
+            batch = next(batches)
         data_seconds = time.perf_counter() - begin
         run.watchdog.beat(progress.iteration + 1, "training")
-        result = train_step(batch, run.optimization, run.forward_step, run.ranks, run.guard)
+        result = _step(run, batch)
         progress = progress.after(batch)
         if run.guard.record(result.verdict, result.loss, batch.begin, batch.end):
             _roll_back(run, progress)
-        seconds = time.perf_counter() - begin
+        interval.add(time.perf_counter() - begin, data_seconds)
         if _is_due(progress.iteration, config.logging.log_interval, last_iteration):
-            _report(run, progress, batch, result, seconds, data_seconds)
+            _report(run, progress, batch, result, interval)
         if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
             _validate(run, progress)
         if _is_due(progress.iteration, config.train.choice_interval, last_iteration):
@@ -162,6 +172,17 @@ def train(run: Run, progress: Progress) -> Progress:
             break
     _ensure_saved(run, progress)
     return progress
+
+
+def _step(run: Run, batch: GlobalBatch) -> StepResult:
+    """One step, timed where ranks are compared."""
+    mark = run.profiler.mark
+    if run.stragglers is None:
+        return train_step(batch, run.optimization, run.forward_step, run.ranks, run.guard, mark)
+    run.stragglers.timers.is_on = True
+    result = train_step(batch, run.optimization, run.forward_step, run.ranks, run.guard, mark)
+    run.stragglers.timers.is_on = False
+    return result
 
 
 def _roll_back(run: Run, progress: Progress) -> None:
@@ -208,10 +229,14 @@ def _report(
     progress: Progress,
     batch: GlobalBatch,
     result: StepResult,
-    seconds: float,
-    data_seconds: float,
+    interval: Interval,
 ) -> None:
     digest = _batch_digest(batch, run.ranks)
+    num_steps = interval.num_steps
+    seconds, data_seconds = interval.take()
+    stragglers = None
+    if run.stragglers is not None:
+        stragglers = run.stragglers.report(num_steps, data_seconds)
     if not run.hooks:
         return
     seq_length = run.config.data.seq_length
@@ -231,6 +256,7 @@ def _report(
         seconds=seconds,
         data_seconds=data_seconds,
         tokens_per_second=tokens_per_second,
+        tokens_per_second_per_gpu=tokens_per_second / run.ranks.process.world_size,
         tflops_per_gpu=flops_per_process / 1e12,
         mfu=flops_per_process / run.peak_flops if run.peak_flops else None,
         mfu_causal=(
@@ -241,6 +267,7 @@ def _report(
         num_rollbacks=run.guard.num_rollbacks,
         downtime=run.downtime,
         batch_digest=digest,
+        stragglers=stragglers,
         sources=source_reports(
             [source.name for source in run.sources],
             sums=result.source_sums.tolist(),

@@ -7,17 +7,19 @@ restarts have cost. A folder that cannot be written is a user's mistake; a logge
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.config import RunConfig
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.downtime import Downtime
 from megatron_chatflow.train.hooks import Hook
 from megatron_chatflow.train.hooks.console import Console
 from megatron_chatflow.train.hooks.metrics_file import METRICS_FILE, Cut, MetricsFile, keep_until
 from megatron_chatflow.train.hooks.shield import Shield
+from megatron_chatflow.train.hooks.weights_and_biases import WeightsAndBiases
 from megatron_chatflow.train.restarts import forget_restarts, record_restart
 from megatron_chatflow.train.run_folder import RunFolder
 
@@ -38,6 +40,10 @@ def open_record(
     """
     if not ranks.is_reporter:
         return [], Downtime()
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        raise LocalError(
+            "logging.wandb_project: wandb is not installed; pip install wandb, or leave it out"
+        )
     makers: list[Callable[[], Hook]] = [
         lambda: Console(num_iterations=config.num_iterations, iteration=iteration)
     ]
@@ -55,6 +61,8 @@ def open_record(
         makers.append(lambda: metrics)
         if config.logging.tensorboard:
             makers.append(lambda: _tensorboard(folder, iteration))
+        if config.logging.wandb_project is not None:
+            makers.append(lambda: WeightsAndBiases(config, folder))
     hooks: list[Hook] = [Shield(maker) for maker in makers]
     for hook in hooks:
         stack.callback(hook.close)

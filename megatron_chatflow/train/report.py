@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.train.downtime import Downtime
+from megatron_chatflow.train.straggler import StragglerReport
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class IterationReport:
         learning_rate: Rate of its update.
         grad_norm: Gradient norm before clipping.
         time: Unix time of the report, in seconds.
-        seconds: Wall time of the iteration.
-        data_seconds: Part of it spent waiting for the batch.
+        seconds: Wall time of an iteration, the mean since the last report.
+        data_seconds: Part of it that the reporting rank waited for its batch.
         tokens_per_second: Of the whole job.
+        tokens_per_second_per_gpu: Of one process.
         tflops_per_gpu: Model FLOP/s of each process (PaLM count) in 1e12.
         mfu: That over the device's peak; None where the peak is not known.
         mfu_causal: The same where causal attention counts half.
@@ -60,6 +62,7 @@ class IterationReport:
         num_rollbacks: Returns to a checkpoint's weights since the run began.
         downtime: What restarts have cost.
         sources: By name.
+        stragglers: The ranks compared, where that is asked for.
     """
 
     iteration: int
@@ -74,6 +77,7 @@ class IterationReport:
     seconds: float
     data_seconds: float
     tokens_per_second: float
+    tokens_per_second_per_gpu: float
     tflops_per_gpu: float
     mfu: float | None
     mfu_causal: float | None
@@ -83,9 +87,11 @@ class IterationReport:
     num_rollbacks: int
     downtime: Downtime
     sources: Mapping[str, SourceReport]
+    stragglers: StragglerReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object of ``metrics.jsonl``."""
+        compared = {} if self.stragglers is None else {"stragglers": self.stragglers.to_dict()}
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
@@ -94,6 +100,7 @@ class IterationReport:
             "learning_rate": self.learning_rate,
             "grad_norm": finite(self.grad_norm),
             "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
             "tflops_per_gpu": self.tflops_per_gpu,
             "mfu": self.mfu,
             "mfu_causal": self.mfu_causal,
@@ -110,7 +117,35 @@ class IterationReport:
                 name: {**vars(source), "loss": finite(source.loss)}
                 for name, source in self.sources.items()
             },
+            **compared,
         }
+
+    def scalars(self) -> dict[str, float]:
+        """What is plotted, under the names that Megatron uses where it has them."""
+        values: dict[str, float | None] = {
+            "lm loss": self.lm_loss,
+            "learning-rate": self.learning_rate,
+            "grad-norm": self.grad_norm,
+            "iteration-time": self.seconds,
+            "data-wait": self.data_seconds,
+            "tokens-per-second": self.tokens_per_second,
+            "tokens-per-second-per-gpu": self.tokens_per_second_per_gpu,
+            "throughput": self.tflops_per_gpu,
+            "mfu": self.mfu,
+            "mfu-causal": self.mfu_causal,
+            "memory-bytes": self.memory_bytes,
+            "consumed-samples": self.consumed_samples,
+            "consumed-tokens": self.consumed_tokens,
+            "restarts": self.downtime.num_restarts,
+            "seconds-lost": self.downtime.seconds,
+            "skipped-updates": self.num_skipped,
+            "rollbacks": self.num_rollbacks,
+        }
+        for name, source in self.sources.items():
+            values |= {f"{field}/{name}": value for field, value in vars(source).items()}
+        for name, part in self.stragglers.parts.items() if self.stragglers else ():
+            values |= {f"straggler/{name}/min": part.min, f"straggler/{name}/max": part.max}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def finite(value: float | None) -> float | None:
@@ -161,4 +196,29 @@ def validation_dict(iteration: int, losses: Mapping[str, SourceLoss]) -> dict[st
             name: {"loss": finite(loss.loss), "bits_per_byte": finite(loss.bits_per_byte)}
             for name, loss in losses.items()
         },
+    }
+
+
+def validation_scalars(losses: Mapping[str, SourceLoss]) -> dict[str, float]:
+    """What is plotted of a validation."""
+    return {
+        f"{kind}/{name}": value
+        for name, loss in losses.items()
+        for kind, value in (
+            ("validation loss", loss.loss),
+            ("validation bits per byte", loss.bits_per_byte),
+        )
+    }
+
+
+def choice_scalars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What is plotted of choice questions."""
+    return {
+        f"{kind}/{name}": result[key]
+        for name, result in results.items()
+        for kind, key in (
+            ("choice accuracy", "accuracy"),
+            ("choice accuracy per byte", "accuracy_per_byte"),
+        )
+        if result.get(key) is not None
     }

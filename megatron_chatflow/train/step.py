@@ -17,6 +17,7 @@ from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.guard import Guard, Verdict
 from megatron_chatflow.train.optimizer import Optimization
+from megatron_chatflow.train.profiler import Mark, no_mark
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def train_step(
     forward_step: ForwardStep,
     ranks: Ranks,
     guard: Guard,
+    mark: Mark = no_mark,
 ) -> StepResult:
     """Takes one step, or leaves its update out where the guard finds it bad; every rank calls it.
 
@@ -58,11 +60,12 @@ def train_step(
         forward_step: How a micro-batch runs.
         ranks: This process's place.
         guard: Judges the step before its update.
+        mark: Names the step's parts for a profile.
     """
     for chunk in optimization.chunks:
         chunk.zero_grad_buffer()
     optimization.optimizer.zero_grad()
-    with device_mode(ranks.device):
+    with mark("forward and backward"), device_mode(ranks.device):
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
             # Every model chunk runs every micro-batch.
@@ -81,7 +84,7 @@ def train_step(
     sums = reduce_source_sums(sums, ranks).cpu()
     rows = sums.tolist()
     learning_rate = optimization.learning_rate()
-    with device_mode(ranks.device):
+    with mark("optimizer"), device_mode(ranks.device):
         verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
     optimization.scheduler.step(increment=batch.end - batch.begin)
     return StepResult(sums, grad_norm, learning_rate, verdict)

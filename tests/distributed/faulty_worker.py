@@ -4,6 +4,7 @@
 
 - ``{"nan": [3, 4]}``: the loss of these iterations (counted from 1) is not a number;
 - ``{"spike": {"7": 100}}``: the loss of iteration 7 is multiplied by 100;
+- ``{"slow": {"rank": 1, "seconds": 0.2}}``: that rank's forward passes take so much longer;
 - ``{"hang": {"rank": 1, "iteration": 3}}``: that rank sleeps for ever before that iteration's step,
   unless the job was restarted already.
 
@@ -43,6 +44,9 @@ def plant() -> None:
             """The forward step whose losses are multiplied."""
 
             def __call__(self, *arguments: Any) -> Any:
+                slow = FAULT.get("slow")
+                if slow and int(os.environ["RANK"]) == slow["rank"]:
+                    time.sleep(slow["seconds"])
                 output, loss_function = forward_step(*arguments)
                 if factor == 1.0:
                     return output, loss_function

@@ -1,0 +1,215 @@
+"""Which rank is slow: every rank's time in forward and backward passes, and waiting for data.
+
+In: the moments at which megatron-core's schedules say that computing begins and ends. Out: at each
+log `Stragglers.report`, the fastest and the slowest rank by name. Times between the passes, in
+which ranks wait for each other, are not counted; the ranks of a tensor-parallel group meet inside
+the passes, and share the time of the slowest of them. On CUDA megatron-core's own detector reads
+temperature, power, utilization and clock besides, where its NVML bindings are there.
+"""
+
+import importlib.util
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from megatron_chatflow.runtime.ranks import Ranks
+
+TIMES = ("forward_seconds", "backward_seconds", "data_seconds")
+READINGS = ("gpu_temperature", "gpu_power", "gpu_utilization", "gpu_clock")
+
+logger = logging.getLogger(__name__)
+
+
+class _Timer:
+    """Adds up the time between `start` and `stop`, by CUDA events where there is CUDA."""
+
+    def __init__(self, is_cuda: bool, is_counted: bool) -> None:
+        self._is_cuda = is_cuda
+        self._is_counted = is_counted
+        self._seconds = 0.0
+        self._begin = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def start(self, barrier: bool = False) -> None:
+        """The part begins; a barrier, which megatron-core's own timers offer, is never made."""
+        if not self._is_counted:
+            return
+        if self._is_cuda:
+            event: Any = torch.cuda.Event  # typed in some of torch's releases alone
+            pair = (event(enable_timing=True), event(enable_timing=True))
+            pair[0].record()
+            self._events.append(pair)
+        else:
+            self._begin = time.perf_counter()
+
+    def stop(self, barrier: bool = False) -> None:
+        """The part ends."""
+        if not self._is_counted:
+            return
+        if self._is_cuda:
+            self._events[-1][1].record()
+        else:
+            self._seconds += time.perf_counter() - self._begin
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
+            self._events.clear()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class ComputeTimers:
+    """What megatron-core calls as ``config.timers``: only the two passes are timed."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        """Takes whether passes run on CUDA."""
+        self._nothing = _Timer(is_cuda, is_counted=False)
+        self._timers = {
+            "forward-compute": _Timer(is_cuda, is_counted=True),
+            "backward-compute": _Timer(is_cuda, is_counted=True),
+        }
+        self.is_on = False
+
+    def __call__(self, name: str, log_level: int | None = None) -> _Timer:
+        """The timer of a part."""
+        return self._timers.get(name, self._nothing) if self.is_on else self._nothing
+
+    def take(self) -> tuple[float, float]:
+        """Seconds of forward and of backward passes since the last call."""
+        return self._timers["forward-compute"].take(), self._timers["backward-compute"].take()
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One figure over all ranks: times in seconds an iteration, readings in NVML's units."""
+
+    min: float
+    min_rank: int
+    median: float
+    max: float
+    max_rank: int
+
+
+@dataclass(frozen=True)
+class SlowRank:
+    """A rank and how slowly it computes.
+
+    Attributes:
+        rank: Its number.
+        host: Its node.
+        ratio: Its time in both passes over the median of those that hold the same layers.
+    """
+
+    rank: int
+    host: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class StragglerReport:
+    """What a log says of the ranks: each part, and the slowest in computing, the slowest first."""
+
+    parts: dict[str, PartReport]
+    slowest: tuple[SlowRank, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object of ``metrics.jsonl``."""
+        return {
+            **{name: vars(part) for name, part in self.parts.items()},
+            "slowest": [vars(rank) for rank in self.slowest],
+        }
+
+
+class Stragglers:
+    """Times this rank, and compares all of them at each log."""
+
+    def __init__(self, ranks: Ranks, num_listed: int) -> None:
+        """Learns every rank's node and pipeline stage; every rank calls it."""
+        self.timers = ComputeTimers(ranks.is_cuda)
+        self._device = ranks.device
+        self._num_listed = num_listed
+        place = (os.uname().nodename, ranks.pipeline_parallel_rank)
+        places: list[Any] = [None] * ranks.process.world_size
+        torch.distributed.all_gather_object(places, place)
+        self._places: list[tuple[str, int]] = places
+        self._detector = _core_detector(ranks)
+
+    def report(self, num_iterations: int, data_seconds: float) -> StragglerReport:
+        """Compares the ranks; every rank calls it.
+
+        Args:
+            num_iterations: How many since the last call.
+            data_seconds: This rank's mean wait for a batch in them.
+        """
+        forward, backward = (seconds / num_iterations for seconds in self.timers.take())
+        figures = [forward, backward, data_seconds, *self._readings()]
+        own = torch.tensor(figures, dtype=torch.float64, device=self._device)
+        rows = [torch.empty_like(own) for _ in self._places]
+        torch.distributed.all_gather(rows, own)
+        return compare(torch.stack(rows).tolist(), self._places, self._num_listed)
+
+    def _readings(self) -> list[float]:
+        """What the detector reads of this rank's GPU; NaN where that fails."""
+        if self._detector is None:
+            return []
+        try:
+            return [float(value) for value in self._detector.elapsed()[2:]]
+        except Exception as error:
+            logger.warning("megatron-core's straggler detector: %s", error)
+            return [math.nan] * len(READINGS)
+
+
+def compare(
+    rows: Sequence[Sequence[float]], places: Sequence[tuple[str, int]], num_listed: int
+) -> StragglerReport:
+    """Finds the slowest ranks.
+
+    Args:
+        rows: `TIMES` of every rank, and `READINGS` where there are any.
+        places: Its node and its pipeline stage.
+        num_listed: How many of the slowest are named.
+    """
+    parts = {}
+    for name, column in zip((*TIMES, *READINGS), zip(*rows, strict=True), strict=False):
+        if not all(map(math.isfinite, column)):
+            continue
+        low, high = min(column), max(column)
+        middle = median(column)
+        parts[name] = PartReport(low, column.index(low), middle, high, column.index(high))
+    computing = [row[0] + row[1] for row in rows]
+    ratios = []
+    for rank, (host, stage) in enumerate(places):
+        peers = [time for time, place in zip(computing, places, strict=True) if place[1] == stage]
+        ratios.append(SlowRank(rank, host, computing[rank] / (median(peers) or 1.0)))
+    slowest = sorted(ratios, key=lambda one: (-one.ratio, one.rank))[:num_listed]
+    return StragglerReport(parts, tuple(slowest))
+
+
+def _core_detector(ranks: Ranks) -> Any | None:
+    """megatron-core's `StragglerDetector`, set to work; None where any rank cannot run it.
+
+    Its control port, on which anybody could switch it off, stays closed.
+    """
+    has_nvml = importlib.util.find_spec("pynvml") is not None
+    able = torch.tensor(int(ranks.is_cuda and has_nvml), device=ranks.device)
+    torch.distributed.all_reduce(able, op=torch.distributed.ReduceOp.MIN)
+    if not able.item():
+        why = "pynvml is not on every node" if ranks.is_cuda else "it needs CUDA"
+        logger.info("stragglers: without megatron-core's detector (%s)", why)
+        return None
+    from megatron.core.utils import StragglerDetector
+
+    detector = StragglerDetector()
+    detector._controller = lambda: None
+    detector.configure(ranks.process.world_size, ranks.process.rank, enabled=True)
+    return detector

@@ -1,0 +1,124 @@
+"""Ranks compared by figures made up, intervals, loggers that raise, the profile's settings."""
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.train.hooks.shield import Shield
+from megatron_chatflow.train.interval import Interval
+from megatron_chatflow.train.profiler import ProfilerWindow
+from megatron_chatflow.train.straggler import compare
+
+
+def test_the_slowest_of_each_stage_is_found() -> None:
+    rows = [[1.0, 2.0, 0.1], [1.0, 2.2, 0.0], [3.0, 6.0, 0.0], [6.0, 12.0, 0.4]]
+    places = [("a", 0), ("b", 0), ("c", 1), ("d", 1)]
+    report = compare(rows, places, 2)
+    assert [(one.rank, one.host) for one in report.slowest] == [(3, "d"), (1, "b")]
+    assert report.slowest[0].ratio == pytest.approx(18 / 13.5)
+    data = report.parts["data_seconds"]
+    assert (data.min, data.min_rank, data.max, data.max_rank) == (0.0, 1, 0.4, 3)
+    assert report.to_dict()["slowest"][0] == {"rank": 3, "host": "d", "ratio": 18 / 13.5}
+
+
+def test_readings_that_failed_are_left_out() -> None:
+    rows = [[1.0, 1.0, 0.0, 60.0, 300.0, 99.0, 1980.0], [1.0, 1.0, 0.0, float("nan"), 1, 2, 3]]
+    report = compare(rows, [("a", 0), ("a", 0)], 5)
+    assert "gpu_temperature" not in report.parts and report.parts["gpu_clock"].max_rank == 0
+    assert len(report.slowest) == 2
+
+
+def test_an_interval_is_the_mean_of_its_steps() -> None:
+    interval = Interval()
+    interval.add(1.0, 0.5)
+    interval.add(3.0, 0.0)
+    assert interval.num_steps == 2 and interval.take() == (2.0, 0.25)
+    interval.add(7.0, 1.0)
+    assert interval.take() == (7.0, 1.0)
+
+
+class Moody:
+    """A logger that fails when it is told to."""
+
+    fails = True
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+        self._answer()
+
+    def _answer(self) -> None:
+        if Moody.fails:
+            raise RuntimeError("the disk is full")
+
+    def on_iteration(self, report: object) -> None:
+        self._answer()
+        self.seen.append(report)
+
+
+def test_a_logger_is_made_again_once_it_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    made: list[Moody] = []
+
+    def make() -> Moody:
+        made.append(Moody())
+        return made[-1]
+
+    with caplog.at_level(logging.WARNING):
+        Moody.fails = True
+        shield = Shield(make)  # type: ignore[arg-type]
+        shield.on_iteration(1)  # type: ignore[arg-type]
+        assert not made and caplog.text.count("training goes on without it") == 1
+        Moody.fails = False
+        shield.on_iteration(2)  # type: ignore[arg-type]
+        assert made[0].seen == [2] and "works again" in caplog.text
+        Moody.fails = True
+        shield.on_iteration(3)  # type: ignore[arg-type]
+        Moody.fails = False
+        shield.on_iteration(4)  # type: ignore[arg-type]
+    assert made[0].seen == [2, 4] and len(made) == 1
+
+
+FULL = """
+import logging, resource, sys
+from pathlib import Path
+from megatron_chatflow.train.hooks.shield import Shield
+from megatron_chatflow.train.hooks.tensorboard import TensorBoard
+logging.basicConfig(level=logging.WARNING)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hook = Shield(lambda: TensorBoard(Path(sys.argv[1]), iteration=0))
+for k in range(2000):
+    hook.on_choice(k, {"x": {"accuracy": 0.5}})
+hook.close()
+print("trained to the end")
+"""
+
+
+def test_a_full_disk_under_tensorboard(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "trained to the end" in done.stdout, done.stderr
+    assert "training goes on without it" in done.stderr
+
+
+def _window(make_config, *, is_cuda: bool = False, **logging_section: object) -> ProfilerWindow:
+    changes = {f"logging__{name}": value for name, value in logging_section.items()}
+    ranks = SimpleNamespace(is_cuda=is_cuda, process=SimpleNamespace(rank=0, world_size=2))
+    return ProfilerWindow(make_config(checkpoint__save="run", **changes), ranks)  # type: ignore[arg-type]
+
+
+def test_profiles_that_cannot_be_made_are_refused(make_config) -> None:
+    with pytest.raises(UserError, match="NVTX ranges need CUDA"):
+        _window(make_config, profile=True)
+    with pytest.raises(UserError, match=r"profile_ranks: 2 is not below"):
+        _window(make_config, profile=True, use_pytorch_profiler=True, profile_ranks=[0, 2])
+    with pytest.raises(UserError, match=r"profile_step_start: 5 is not below"):
+        _window(make_config, profile=True, profile_step_start=5, profile_step_end=5)
+    with pytest.raises(UserError, match=r"use_pytorch_profiler: needs logging\.profile"):
+        _window(make_config, use_pytorch_profiler=True)
+    with pytest.raises(UserError, match=r"wandb_exp_name: needs logging\.wandb_project"):
+        _window(make_config, wandb_exp_name="x")
