@@ -7,16 +7,28 @@
 #   GPUS_PER_NODE   processes a node (8)
 #   RDZV_ENDPOINT   host:port of one of the nodes (localhost:29500)
 #   MAX_RESTARTS    how often a failed job is started again from its last checkpoint (3)
+#   LAUNCHER        torchrun, or another that takes its arguments, such as "ft_launcher ..."
+#
+# With --dry-run among the arguments the job is checked here and nothing is launched.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 config=$1
 shift
 [ -f "$config" ] || config=$here/$config
 
+for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then
+        nodes=${NNODES:-1}
+        exec python -m megatron_chatflow.pretrain --config "$config" "$@" \
+            --world-size $((${nodes##*:} * ${GPUS_PER_NODE:-8}))
+    fi
+done
+
 # Kernels of overlapped collectives have to be scheduled in the order in which they are launched.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
-exec torchrun \
+# shellcheck disable=SC2086  # a launcher may carry arguments of its own
+exec ${LAUNCHER:-torchrun} \
     --nnodes "${NNODES:-1}" \
     --nproc-per-node "${GPUS_PER_NODE:-8}" \
     --rdzv-backend c10d \

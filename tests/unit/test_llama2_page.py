@@ -36,8 +36,9 @@ TINY_RUN += ["--log-interval", "1"]
 
 
 def commands_of(page: Path) -> list[list[str]]:
-    """Every command of the page's bash blocks, as arguments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    """Every command of the bash blocks before other sizes, which have a test of their own."""
+    text = page.read_text(encoding="utf-8").split("\n## More nodes")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     return [shlex.split(line) for line in "".join(blocks).splitlines()]
 
 
