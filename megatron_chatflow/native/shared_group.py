@@ -11,12 +11,12 @@ import torch
 
 from megatron_chatflow.native.cpu_kernels import extension
 
-MAX_SIZE: int = extension.MAX_GROUP_SIZE if extension is not None else 0
-"""Most processes of a group; 0 where the extension is not built."""
+MAX_SIZE: int = getattr(extension, "MAX_GROUP_SIZE", 0)
+"""Most processes of a group; 0 where the extension is not built, or before it had groups."""
 
 _ELEMENTS: dict[torch.dtype, Any] = (
     {torch.bfloat16: extension.Element.BF16, torch.float32: extension.Element.FP32}
-    if extension is not None
+    if extension is not None and MAX_SIZE
     else {}
 )
 
