@@ -83,14 +83,15 @@ def damage(run: Any, root: Path, ranks: Ranks) -> None:
     """
     good, bad = root / "iter_0000002", root / "iter_0000009"
     names = sorted(path.name for path in good.iterdir())
-    rng = random.Random(0)
+    # One for what all ranks choose alike, one for the damage that the first rank does.
+    choice, rng = random.Random(0), random.Random(1)
     is_first = ranks.process.rank == 0
     outside = sorted(path for path in root.parent.rglob("*") if good not in path.parents)
     counts = dict.fromkeys(("found", "refused", "without hashes", "loaded"), 0)
     cases = [(name, kind) for kind in DAMAGE for name in names]
     for number in range(max(NUM_MUTATIONS, len(cases))):
         # Every file in every way, then any.
-        name, kind = cases[number] if number < len(cases) else rng.choice(cases)
+        name, kind = cases[number] if number < len(cases) else choice.choice(cases)
         if is_first:
             shutil.rmtree(bad, ignore_errors=True)
             shutil.copytree(good, bad)

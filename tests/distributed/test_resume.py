@@ -36,7 +36,15 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _assert_same_record(found: Path, expected: Path) -> None:
-    timed = {"seconds", "data_seconds", "tokens_per_second", "tflops_per_gpu", "mfu", "mfu_causal"}
+    timed = {
+        "seconds",
+        "data_seconds",
+        "tokens_per_second",
+        "tokens_per_second_per_gpu",
+        "tflops_per_gpu",
+        "mfu",
+        "mfu_causal",
+    }
     timed |= {"time", "memory_bytes", "num_restarts", "seconds_lost"}
     for ours, theirs in zip(jobs.read_metrics(found), jobs.read_metrics(expected), strict=True):
         assert [{k: v for k, v in entry.items() if k not in timed} for entry in ours] == [
