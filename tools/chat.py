@@ -61,6 +61,7 @@ def _show(text: str) -> None:
 
 def _lines() -> Iterator[str]:
     """What is typed, with editing and history on a terminal; lines of a file otherwise."""
+    sys.stdin.reconfigure(errors="replace")  # a wrong byte must not end a conversation
     if not sys.stdin.isatty():
         for line in sys.stdin:
             print(f"> {line.strip()}")

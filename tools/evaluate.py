@@ -31,6 +31,8 @@ def main() -> None:
     settings = _settings(args)
     if not (settings.sources or settings.questions or settings.tasks):
         raise UserError("nothing to evaluate on: give --source, --choice or --tasks")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output: {args.output.parent} is no folder; make it first")
     models = [*([args.baseline] if args.baseline else []), args.model]
     results = [evaluate(model, settings) for model in models]
     if args.output:

@@ -5,13 +5,12 @@ In: an exported Hugging Face folder, or a training checkpoint. Out: text, as it 
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
-from megatron_chatflow.evaluation.generation_flags import add_sampling, read_sampling
+from megatron_chatflow.evaluation.generation_flags import add_sampling, read_prompt, read_sampling
 
 EXAMPLES = """examples:
   python tools/generate.py exports/zh --prompt "Once upon a time" --max-new-tokens 100
@@ -37,7 +36,7 @@ def main() -> None:
     add_sampling(parser)
     args = parser.parse_args()
     sampling = read_sampling(args)
-    prompts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+    prompts = [read_prompt(text) for text in args.prompt]
     choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
     with huggingface_folder(args.model, choice) as folder:
         generator = Generator(folder)

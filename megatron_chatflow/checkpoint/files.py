@@ -62,7 +62,7 @@ def latest_iteration(root: Path) -> int | None:
     path = root / LATEST
     if not path.is_file():
         return None
-    text = path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal():
         raise UserError(f"{path}: {text[:40]!r} is not an iteration; write the number of one there")
     iteration = int(text)

@@ -1,11 +1,14 @@
 """The command-line flags that every tool that generates has.
 
-In: a parser, and what it parsed. Out: a `Sampling`.
+In: a parser, and what it parsed. Out: a `Sampling`, and prompts.
 """
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.generation import Sampling
 
 
@@ -20,6 +23,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
     add("--chat-template", help="for a checkpoint: chatflow, llama2, chatml, or a Jinja file")
     add("--tokenizer-model", type=Path, help="for a checkpoint: where its tokenizer lies now")
+
+
+def read_prompt(text: str) -> str:
+    """A prompt as it was given, or from standard input for ``-``.
+
+    Raises:
+        UserError: It is not UTF-8.
+    """
+    raw = sys.stdin.buffer.read() if text == "-" else os.fsencode(text)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt: is not UTF-8 at byte {error.start}; convert it") from None
 
 
 def read_sampling(args: argparse.Namespace) -> Sampling:

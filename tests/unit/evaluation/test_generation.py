@@ -1,5 +1,6 @@
 """Generation from real, random models: streaming, seeds, stops, templates, the two tools."""
 
+import io
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from megatron_chatflow.evaluation.generation import (
     huggingface_folder,
 )
 from megatron_chatflow.evaluation.generation_chat import Conversation
+from megatron_chatflow.evaluation.generation_flags import read_prompt
 
 ROOT = Path(__file__).parents[3]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
@@ -182,6 +184,18 @@ def test_folders_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float99"}))
     refused("torch_dtype is 'float99'")
+
+
+def test_prompts_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = io.TextIOWrapper(io.BytesIO("前".encode() + b"\xff"))
+    monkeypatch.setattr(sys, "stdin", wrong)
+    with pytest.raises(UserError, match="--prompt: is not UTF-8 at byte 3"):
+        read_prompt("-")
+    with pytest.raises(UserError, match="--prompt: is not UTF-8 at byte 1"):
+        read_prompt("a\udcff")  # as Python hands on a wrong byte of the command line
+    assert read_prompt("雨 a") == "雨 a"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("雨\n".encode())))
+    assert read_prompt("-") == "雨\n"
 
 
 def run_tool(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
