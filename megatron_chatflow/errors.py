@@ -4,6 +4,8 @@ In: a ``main`` function. Out: the process's exit status, with one line on standa
 mistake of the user's and a traceback for one of ours.
 """
 
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -18,13 +20,20 @@ class LocalError(UserError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs ``main`` and exits: 0 or its own status, 2 for a `UserError`, 130 for Ctrl-C.
+    """Runs ``main`` and exits: 0 or its own status.
+
+    2 stands for a `UserError`, 130 for Ctrl-C, and 141, as of a program that SIGPIPE ended, for
+    output that nobody reads on (``| head -1``).
 
     Args:
         main: The program; returns its exit status or None for success.
     """
     try:
-        status = main()
+        try:
+            status = main()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # here, where a failure can still be told
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -32,4 +41,20 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise  # a socket, or a pipe between processes
+        # What is still buffered goes nowhere; Python would complain about it at the very end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.exit(status or 0)
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no standard output, or none with a descriptor
+        return False

@@ -230,6 +230,21 @@ def test_chat_answers_every_line(folder: Path) -> None:
     assert "never" not in done.stdout
 
 
+@pytest.mark.parametrize("tool", ["generate.py", "chat.py"])
+def test_a_reader_that_leaves_is_no_error(folder: Path, tool: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["--prompt", "-"] if tool == "generate.py" else []
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), str(folder), *flags],
+        input=b"the river",
+        stdout=writer,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_chatml_turns_end_the_answer(folder: Path, tmp_path: Path) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)

@@ -1,0 +1,59 @@
+"""Exit statuses of real programs: a user's mistake, and output that nobody reads on."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_program(body: str, stdout: int) -> tuple[int, str]:
+    """Runs ``def main(): body`` and returns its exit status and what it complained about."""
+    program = f"from megatron_chatflow.errors import *\ndef main():\n    {body}\nrun_main(main)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """A pipe whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "print('buffered until the end')",
+        "print('at once', flush=True)",
+        "for i in range(100000): print(i)",
+        "print('a help text'); raise SystemExit(0)",
+    ],
+)
+def test_output_that_nobody_reads_is_no_error(body: str, unread: int) -> None:
+    assert run_program(body, unread) == (141, "")
+
+
+def test_other_broken_pipes_keep_their_traceback() -> None:
+    status, complaint = run_program("raise BrokenPipeError('of a worker')", subprocess.PIPE)
+    assert status == 1
+    assert "Traceback" in complaint and "of a worker" in complaint
+
+
+def test_mistakes_are_one_line() -> None:
+    done = run_program("raise UserError('flag: is\\n   wrong')", subprocess.PIPE)
+    assert done == (2, "error: flag: is wrong\n")
+    assert run_program("raise KeyboardInterrupt", subprocess.PIPE) == (130, "interrupted\n")
+    assert run_program("return 3", subprocess.PIPE) == (3, "")
