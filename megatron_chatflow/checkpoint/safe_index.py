@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     Metadata,
     TensorStorageMetadata,
@@ -56,7 +57,16 @@ class _IndexUnpickler(pickle.Unpickler):
         is_class = module in _ALLOWED_MODULES and name in _ALLOWED_CLASSES
         if is_class or (module, name) in _ALLOWED_NAMES:
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+def _memory_format(owner: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """What stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of an enum."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError("builtins.getattr does not belong there")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_index(folder: Path) -> Metadata:

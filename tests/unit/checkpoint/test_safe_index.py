@@ -1,0 +1,66 @@
+"""An index that any Python wrote is read, and nothing but an index."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.errors import UserError
+
+
+class _ByName:
+    """Pickles as members of an enum do in Python 3.11.0 to 3.11.3."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._call = (getattr, (owner, name))
+
+    def __reduce__(self) -> Any:
+        return self._call
+
+
+def _write(folder: Path, memory_format: Any) -> None:
+    size = torch.Size((2,))
+
+    class Properties(TensorProperties):
+        def __reduce__(self) -> Any:
+            state = (torch.float32, torch.strided, False, memory_format, False)
+            return TensorProperties, (), state
+
+    chunk = ChunkStorageMetadata(offsets=torch.Size((0,)), sizes=size)
+    entry = TensorStorageMetadata(Properties(dtype=torch.float32), size, [chunk])
+    index = Metadata(state_dict_metadata={"weight": entry}, storage_data={})
+    (folder / ".metadata").write_bytes(pickle.dumps(index, protocol=4))
+
+
+def test_an_enum_by_value_and_by_name(tmp_path: Path) -> None:
+    for member in (
+        _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT,
+        _ByName(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"),
+    ):
+        _write(tmp_path, member)
+        properties = read_index(tmp_path).state_dict_metadata["weight"].properties
+        assert properties.memory_format is torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (Metadata, "__init__"),
+    ],
+)
+def test_nothing_else_is_got_by_name(tmp_path: Path, owner: Any, name: str) -> None:
+    _write(tmp_path, _ByName(owner, name))
+    with pytest.raises(UserError, match="does not belong there"):
+        read_index(tmp_path)
