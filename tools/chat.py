@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import UserError, run_main
 from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
 from megatron_chatflow.evaluation.generation_chat import Conversation
 from megatron_chatflow.evaluation.generation_flags import add_sampling, read_sampling
@@ -48,10 +48,14 @@ def main() -> None:
                 conversation.reset()
                 print("(a new conversation)")
             elif line:
-                with contextlib.suppress(KeyboardInterrupt):
+                try:
                     num_forgotten = conversation.answer(line, _show)
                     if num_forgotten:
                         print(f"\n(the first {num_forgotten} turns no longer fit)", end="")
+                except KeyboardInterrupt:
+                    pass  # ends the answer alone
+                except UserError as error:
+                    print(f"({error})", end="")  # too long: something else can be said
                 print(flush=True)
 
 

@@ -148,17 +148,39 @@ class Generator:
             messages: OpenAI messages; the last one the user's.
 
         Raises:
-            UserError: The folder has no chat template.
+            UserError: The folder has no chat template, or one that refuses the conversation.
         """
         if not self.has_chat_template:
             raise UserError(
                 f"{self.folder}: has no chat template; export with --chat-template chatflow"
             )
-        prompt: str = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
+        try:
+            prompt: str = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # Jinja's own, or what the template makes Python raise
+            raise UserError(
+                f"{self.folder}: its chat template refuses this ({error}); it may know no system "
+                "text, or be damaged"
+            ) from None
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens an answer can have behind a prompt.
+
+        Raises:
+            UserError: The prompt is empty, or leaves no room.
+        """
+        if not prompt:
+            raise UserError("the prompt is empty; write something to go on from")
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and the model reads {self.max_length}; "
+                "shorten it"
+            )
+        return room
 
     @torch.no_grad()
     def stream(self, prompt: Sequence[int], sampling: Sampling, write: Write) -> str:
@@ -175,14 +197,7 @@ class Generator:
         Raises:
             UserError: The prompt is empty, or too long for the model.
         """
-        if not prompt:
-            raise UserError("--prompt: is empty; write something to go on from")
-        room = self.max_length - len(prompt)
-        if room < 1:
-            raise UserError(
-                f"--prompt: has {len(prompt)} tokens and the model reads {self.max_length}; "
-                "shorten it"
-            )
+        room = self.room(prompt)
         # Decoded behind the prompt's end, so that a leading space is kept as one.
         tail = list(prompt[-8:])
         num_known = len(self._decode(tail))

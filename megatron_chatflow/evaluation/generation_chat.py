@@ -23,11 +23,15 @@ class Conversation:
             generator: The model.
             sampling: How it answers; each answer takes the next seed.
             system: What stands before everything.
+
+        Raises:
+            UserError: The model has no chat template, or one that takes no system text.
         """
         self._generator = generator
         self._sampling = sampling
         self._system = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = []
+        generator.encode_chat([*self._system, {"role": "user", "content": "?"}])
 
     def reset(self) -> None:
         """Forgets everything but the system text."""
@@ -46,16 +50,18 @@ class Conversation:
             How many of the oldest messages were forgotten to make room.
 
         Raises:
-            UserError: What was said is longer than the model reads.
+            UserError: What was said is longer than the model reads; nothing is remembered or
+                forgotten.
         """
-        self.messages.append({"role": "user", "content": text})
-        num_before = len(self.messages)
-        ids = self._generator.encode_chat(self._system + self.messages)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._generator.encode_chat(self._system + messages)
         room = min(self._sampling.max_new_tokens, self._generator.max_length // 4)
-        while len(self.messages) > 1 and len(ids) + room > self._generator.max_length:
-            del self.messages[:2]
-            ids = self._generator.encode_chat(self._system + self.messages)
-        num_forgotten = num_before - len(self.messages)
+        while len(messages) > 1 and len(ids) + room > self._generator.max_length:
+            del messages[:2]
+            ids = self._generator.encode_chat(self._system + messages)
+        self._generator.room(ids)
+        num_forgotten = len(self.messages) + 1 - len(messages)
+        self.messages = messages
         pieces: list[str] = []
 
         def keep(piece: str) -> None:

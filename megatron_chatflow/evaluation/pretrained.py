@@ -40,14 +40,16 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
     dtype = _dtype(folder)
     # Code that lies in a folder is not run, and nobody is asked whether it may.
     flags: Any = {"local_files_only": True, "trust_remote_code": False}
+    what = "its tokenizer files"
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **flags)
+        what = "it"
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **flags
         )
     except Exception as error:  # whatever a damaged folder makes it raise
         lines = str(error).splitlines() or [type(error).__name__]
-        raise _refusal(folder, f"transformers cannot load it ({lines[0]})") from None
+        raise _refusal(folder, f"transformers cannot load {what} ({lines[0]})") from None
     model, info = loaded
     for kind, fault in (("missing_keys", "is missing"), ("unexpected_keys", "is not its own")):
         if info[kind]:

@@ -134,8 +134,30 @@ def test_conversation_uses_the_template_and_forgets_what_does_not_fit(
     forgotten = [conversation.answer("the river", lambda piece: None) for _ in range(4)]
     assert max(forgotten) == 2
     assert all(len(ids) + GREEDY.max_new_tokens <= generator.max_length for ids in prompts)
+    before = list(conversation.messages)
+    with pytest.raises(UserError, match="the prompt has .* tokens and the model reads 96"):
+        conversation.answer("the river " * 60, lambda piece: None)
+    assert conversation.messages == before
     conversation.reset()
     assert conversation.messages == []
+
+
+def test_templates_that_refuse(folder: Path) -> None:
+    def conversation(template: str | None, system: str | None = None) -> Conversation:
+        generator = Generator(folder)
+        generator._tokenizer.chat_template = template
+        return Conversation(generator, GREEDY, system)
+
+    with pytest.raises(UserError, match="has no chat template"):
+        conversation(None)
+    unwilling = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}?"
+    )
+    conversation(unwilling)
+    with pytest.raises(UserError, match=r"refuses this \(no system\)"):
+        conversation(unwilling, "the water")
+    with pytest.raises(UserError, match="its chat template refuses this"):
+        conversation("{% if %}")
 
 
 def test_bad_input(generator: Generator, folder: Path, tmp_path: Path) -> None:
@@ -147,7 +169,7 @@ def test_bad_input(generator: Generator, folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             Sampling(**sampling)
-    with pytest.raises(UserError, match="--prompt: is empty"):
+    with pytest.raises(UserError, match="the prompt is empty"):
         generator.stream([], GREEDY, print)
     with pytest.raises(UserError, match="has 200 tokens and the model reads 96"):
         generator.stream([5] * 200, GREEDY, print)
@@ -156,7 +178,7 @@ def test_bad_input(generator: Generator, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"), huggingface_folder(tmp_path):
         pass
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(UserError, match="transformers cannot load it|has no model.safetensors"):
+    with pytest.raises(UserError, match="transformers cannot load|has no model.safetensors"):
         Generator(tmp_path)
 
 
@@ -168,6 +190,10 @@ def test_folders_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
 
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name, wrong in (("tokenizer.json", b"\xff{"), ("tokenizer_config.json", b"[1]")):
+        (tmp_path / name).write_bytes(wrong)
+        refused("transformers cannot load its tokenizer files")
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     lost = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
@@ -222,11 +248,13 @@ def test_generate_from_a_checkpoint_as_from_its_export(
 
 
 def test_chat_answers_every_line(folder: Path) -> None:
-    lines = "the river\n\n/reset\nthe river\n/exit\nnever\n"
+    lines = f"the river\n\n/reset\nthe river\n{'long ' * 200}\n/exit\nnever\n"
     done = run_tool("chat.py", folder, "--temperature", 0, "--max-new-tokens", 8, stdin=lines)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.split("> /reset\n(a new conversation)\n")
-    assert first.removesuffix("> \n") == second.removesuffix("> /exit\n")
+    second, refused = second.split("> long", 1)
+    assert first.removesuffix("> \n") == second
+    assert "(the prompt has " in refused and refused.endswith("shorten it)\n> /exit\n")
     assert "never" not in done.stdout
 
 
