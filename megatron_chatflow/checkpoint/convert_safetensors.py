@@ -200,11 +200,13 @@ class HuggingFaceWeights:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            listed = {path.name for path in self.folder.iterdir() if path.is_file()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index}: is damaged; fetch it again") from None
         for path in sorted(set(files.values())):
-            if path.parent != self.folder or not path.is_file():
-                raise UserError(f"{path}: is missing, and {index.name} names it; fetch it again")
+            if path.parent != self.folder or path.name not in listed:
+                shown = repr(str(path))[1:-1]  # the name may hold anything
+                raise UserError(f"{shown}: is missing, and {index.name} names it; fetch it again")
             held = set(self._names(path))
             lost = [name for name, file in files.items() if file == path and name not in held]
             if lost:

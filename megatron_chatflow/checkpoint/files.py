@@ -13,6 +13,7 @@ from typing import Any
 from megatron_chatflow.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
+_MOST_DIGITS = 18
 _ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 
 
@@ -63,7 +64,7 @@ def latest_iteration(root: Path) -> int | None:
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise UserError(f"{path}: {text[:40]!r} is not an iteration; write the number of one there")
     iteration = int(text)
     if not iteration_folder(root, iteration).is_dir():
@@ -126,7 +127,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{checkpoint}: has no state.json and so is no checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); load another checkpoint") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: is damaged (no object); load another checkpoint")

@@ -47,12 +47,12 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); use another checkpoint") from None
 
 
 def _entry(name: str, entry: Any) -> FileHash:
-    if Path(name).name != name or name in (".", ".."):
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
         raise ValueError(f"{name!r} is no file of the folder")
     num_bytes, digest = entry["bytes"], entry["digest"]
     if type(num_bytes) is not int or not _HEXADECIMAL.fullmatch(digest):

@@ -110,7 +110,8 @@ def _check_places(index: Any) -> None:
         raise ValueError("no index")
     for place in index.storage_data.values():
         name = place.relative_path
-        if Path(name).name != name or place.offset < 0 or place.length < 0:
+        is_file = Path(name).name == name and name not in ("", "..") and "\0" not in name
+        if not is_file or place.offset < 0 or place.length < 0:
             raise ValueError(f"{name!r} is no part of a file of the folder")
     for entry in index.state_dict_metadata.values():
         if not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):

@@ -55,14 +55,14 @@ def describe(error: ValidationError, root: type) -> str:
     path = _path(first["loc"])
     cause = first.get("ctx", {}).get("error")
     kind, value = first["type"], first["input"]
+    if kind == "unexpected_keyword_argument":
+        return f"{path}: unknown key{_suggest(root, first['loc'])}"
     if kind == "missing" or value is None:
         return f"{path}: is missing{_hint(root, first['loc'])}"
     if isinstance(cause, UserError):
         message = str(cause)
         # Checks across fields name their own paths.
         return message if message.startswith(tuple(_paths(root))) else f"{path}: {message}"
-    if kind == "unexpected_keyword_argument":
-        return f"{path}: unknown key{_suggest(root, first['loc'])}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         return f"{path}: must be {words} {first['ctx'][name]}, not {shorten(value)}"

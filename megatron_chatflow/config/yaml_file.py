@@ -6,7 +6,6 @@ would make objects are refused, each with its file and line.
 """
 
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen: set[object] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -45,7 +44,9 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"the key {key_node.value} comes twice", key_node.start_mark
                 )
             seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
+        # Each key once, its last value: merges of merges would otherwise double at every level.
+        node.value = list({pair[0].value: pair for pair in node.value}.values())
 
     def construct_decimal_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value)
@@ -93,7 +94,8 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{name}:{line} {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{name}: is not YAML: {error}") from None
+        reason = " ".join(str(error).split())  # some come on several lines
+        raise UserError(f"{name}: is not YAML: {reason}") from None
     if document is None:
         return {}
     if not isinstance(document, dict):

@@ -150,6 +150,7 @@ def test_files_without_a_hash_are_damage(tmp_path: Path) -> None:
         "{}",
         '{"files": 3}',
         '{"files": {"a": 1}}',
+        "[" * 100_000,
         '{"files": {"a": {"bytes": "1", "digest": "x"}}}',
         '{"files": {"../a": {"bytes": 1, "digest": "00000000000000000000000000000000"}}}',
         '{"files": {"/etc/hosts": {"bytes": 1, "digest": "00000000000000000000000000000000"}}}',
