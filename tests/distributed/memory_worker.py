@@ -14,7 +14,6 @@ from pathlib import Path
 
 from megatron_chatflow.config import load_config_from_argv
 from megatron_chatflow.config.pipeline import num_model_chunks
-from megatron_chatflow.runtime import cpu
 from megatron_chatflow.runtime.launch import initialize, running
 from megatron_chatflow.runtime.ranks import Ranks
 
@@ -42,7 +41,6 @@ def _measure(arguments: list[str], ranks: Ranks) -> int:
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
-    cpu.keep_freed_memory = lambda: None
     arguments = sys.argv[2:]
     config, _ = load_config_from_argv(arguments)
     parallel = config.parallel
@@ -52,6 +50,7 @@ def main() -> None:
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             num_model_chunks=num_model_chunks(config.model, parallel),
             context_parallel_size=parallel.context_parallel_size,
+            keep_freed_memory=False,
         )
     ) as ranks:
         peak = _measure(arguments, ranks)

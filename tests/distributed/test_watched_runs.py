@@ -35,7 +35,6 @@ def test_a_slow_rank_is_named_and_profiled(tiny_run: TinyRun, tmp_path: Path) ->
     for one in found:
         for part in ("forward_seconds", "backward_seconds", "data_seconds"):
             assert 0 <= one[part]["min"] <= one[part]["median"] <= one[part]["max"]
-    assert all(entry["seconds"] >= 0.4 for entry in entries)
     assert "stragglers | forward: min" in output and "slowest ranks: 1 on " in output
 
     traces = sorted((folder / "profile").iterdir())

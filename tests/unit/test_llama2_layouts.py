@@ -1,8 +1,10 @@
 """Every layout of the LLaMA-2 page passes its dry run, and fits GPUs of 80 GB."""
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +89,15 @@ def test_a_layout_passes_its_dry_run(
 
 def test_the_script_makes_the_dry_run(workplace: Path) -> None:
     command = "NNODES=2:4 examples/llama2_7b/train.sh 13b.yaml --log-straggler --dry-run"
+    # The script takes the `python` that it finds, as an activated environment gives it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=workplace, capture_output=True, text=True, check=False
+        ["bash", "-c", command],
+        cwd=workplace,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "32 processes: 4 hold one copy of the model, 8 copies" in done.stdout
