@@ -4,7 +4,8 @@ In: a shape. Out: a row for ours and, with ``--peers``, for transformers and for
 (its local layer spec) on the same shape and the same tokens, each in a process of its own. Their
 rounds alternate with ours, so that a machine whose speed drifts drifts for both; medians are
 reported. On CPUs a peer is measured twice: with freed memory kept, as our runs keep it, and as it
-comes. Unless ``--mock-data`` is given, ours is measured on data that its loader reads as well, with
+comes. With ``--tensor-parallel N``, ours also cut over N processes of this machine, in the same
+way. Unless ``--mock-data`` is given, ours is measured on data that its loader reads as well, with
 what a step waits for them. Under torchrun, ours alone, tensor-parallel over its processes.
 """
 
@@ -27,9 +28,8 @@ from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 from megatron_chatflow.train.benchmark_peer import PeerProcess
-from megatron_chatflow.train.benchmark_shape import SHAPES, SUBJECT_SEED, Shape
+from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, SUBJECT_SEED, Shape
 
-OURS = "ours"
 ON_DATA = "ours, on data"
 AS_IT_COMES = ", as it comes"
 
@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-size", type=int, help="instead of the preset's")
     parser.add_argument(
         "--recompute", action="store_true", help="ours keeps each layer's input alone"
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=int, metavar="N", help="ours over N processes too, on a CPU"
     )
     parser.add_argument("--num-rounds", type=int, default=7, help="measured rounds of each subject")
     parser.add_argument("--num-steps", type=int, default=1, help="steps of a round")
@@ -86,6 +89,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     num_processes = ProcessRank.from_environment().world_size
     if arguments.peers and num_processes > 1:
         raise UserError("--peers: the peers run in one process; start without torchrun")
+    if arguments.tensor_parallel is not None and num_processes > 1:
+        raise UserError("--tensor-parallel: starts its processes itself; start without torchrun")
     ranks = initialize(tensor_model_parallel_size=num_processes)
     with ExitStack() as stack:
         stack.callback(finalize)
@@ -98,6 +103,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         else:
             seconds = measure({OURS: ours}, arguments.num_rounds, arguments.num_steps, ranks)
             rows = _rows(seconds, shape, ranks)
+        if arguments.tensor_parallel is not None:
+            rows += _beside_tensor_parallel(ours, shape, arguments, ranks)
         if not arguments.mock_data:
             rows.append(_on_data(ours, shape, arguments, ranks))
         if arguments.profile:
@@ -146,6 +153,31 @@ def _beside_peers(
         our_seconds += seconds[OURS]
         rows.append(_rows(seconds, shape, ranks)[1])
     return _rows({OURS: our_seconds}, shape, ranks) + rows
+
+
+def _beside_tensor_parallel(
+    ours: Subject, shape: Shape, arguments: argparse.Namespace, ranks: Ranks
+) -> list[Row]:
+    """Rows of our step over several processes, without and with sequence parallelism."""
+    num_processes = arguments.tensor_parallel
+    num_heads = shape.num_query_groups
+    if num_processes < 2 or num_heads % num_processes:
+        raise UserError(
+            f"--tensor-parallel: {num_processes} is below 2 or does not divide {num_heads} heads"
+        )
+    if ranks.is_cuda:
+        raise UserError("--tensor-parallel: for CPUs; on GPUs start the benchmark with torchrun")
+    rows: list[Row] = []
+    for name, switches in (
+        (f"ours, {num_processes} processes", {}),
+        (f"ours, {num_processes} processes, sequence-parallel", {"sequence_parallel": True}),
+    ):
+        with closing(PeerProcess(OURS, shape, num_processes=num_processes, **switches)) as cut:
+            seconds = measure(
+                {OURS: ours, name: cut}, arguments.num_rounds, arguments.num_steps, ranks
+            )
+        rows.append(_rows(seconds, shape, ranks)[1])
+    return rows
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""A peer of the training benchmark in a process of its own, where nothing of ours disturbs it.
+"""A subject of the training benchmark in processes of its own, where nothing else disturbs it.
 
-In: a peer's name and a shape. Out: `PeerProcess`, whose ``step()`` is one step there. On CPUs it
-has what its users have, or, as our runs do, has the C library keep freed memory; the two differ by
-up to a factor of two, so the benchmark shows both.
+In: a subject's name and a shape. Out: `PeerProcess`, whose ``step()`` is one step there. On CPUs a
+peer has what its users have, or, as our runs do, has the C library keep freed memory; the two
+differ by up to a factor of two, so the benchmark shows both. Several processes are one
+tensor-parallel job, as torchrun would start it.
 """
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -13,45 +16,86 @@ from typing import Any
 import torch
 
 from megatron_chatflow.errors import UserError, run_main
-from megatron_chatflow.train.benchmark_shape import SUBJECT_SEED, Shape
+from megatron_chatflow.runtime.ranks import ProcessRank
+from megatron_chatflow.train.benchmark_shape import OURS, SUBJECT_SEED, Shape
 
 _READY = "ready"
 
 
 class PeerProcess:
-    """A peer that waits in its own process until it is told to take a step."""
+    """A subject that waits in its own processes until it is told to take a step."""
 
-    def __init__(self, name: str, shape: Shape, *, keep_freed_memory: bool) -> None:
-        """Starts the process and waits until it has built its model."""
-        order = {"name": name, "keep_freed_memory": keep_freed_memory, **vars(shape)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(order)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self._answer()
+    def __init__(
+        self,
+        name: str,
+        shape: Shape,
+        *,
+        keep_freed_memory: bool = True,
+        num_processes: int = 1,
+        **switches: bool,
+    ) -> None:
+        """Starts the processes and waits until each has built its model.
+
+        Args:
+            name: One of the peers', or `OURS`.
+            shape: What is trained.
+            keep_freed_memory: As our runs do on CPUs.
+            num_processes: Over how many processes ours is cut, tensor-parallel.
+            switches: Of ours, those of the section ``parallel``.
+        """
+        order = {"name": name, "keep_freed_memory": keep_freed_memory, "switches": switches}
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", __name__, json.dumps({**order, "shape": vars(shape)})],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={**os.environ, **variables},
+            )
+            for variables in _ranks(num_processes)
+        ]
+        self._answers()
 
     def step(self) -> float:
         """Takes one step there; returns the loss."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return float(self._answer())
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write("step\n")
+            process.stdin.flush()
+        return float(self._answers()[0])
 
     def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """Ends the processes."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self._processes:
+            process.wait()
 
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(_READY):
-                return line.removeprefix(_READY).strip()
-        raise UserError("--peers: a peer's own process ended; is there enough memory?")
+    def _answers(self) -> list[str]:
+        return [_answer_of(process) for process in self._processes]
+
+
+def _ranks(num_processes: int) -> list[dict[str, str]]:
+    """What torchrun would set in each process of a job on this machine."""
+    if num_processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(num_processes)
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+
+
+def _answer_of(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(_READY):
+            return line.removeprefix(_READY).strip()
+    raise UserError("a subject's own process ended; is there enough memory?")
 
 
 def _answer(text: object) -> None:
@@ -63,13 +107,20 @@ def main() -> None:
     """Builds the subject that the first argument names, and steps once for each line that comes."""
     from megatron_chatflow.runtime.launch import finalize, initialize
 
-    sizes: dict[str, Any] = json.loads(sys.argv[1])
-    name, keep_freed_memory = sizes.pop("name"), sizes.pop("keep_freed_memory")
-    shape = Shape(**sizes)
-    ranks = initialize(keep_freed_memory=keep_freed_memory)
-    from megatron_chatflow.train.benchmark_subjects import PEERS
+    order: dict[str, Any] = json.loads(sys.argv[1])
+    shape = Shape(**order["shape"])
+    ranks = initialize(
+        tensor_model_parallel_size=ProcessRank.from_environment().world_size,
+        keep_freed_memory=order["keep_freed_memory"],
+    )
+    from megatron_chatflow.train.benchmark_subjects import PEERS, Ours
 
-    subject = PEERS[name](shape, shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED)), ranks)
+    tokens = shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED))
+    subject: Any
+    if order["name"] == OURS:
+        subject = Ours(shape, tokens, ranks, **order["switches"])
+    else:
+        subject = PEERS[order["name"]](shape, tokens, ranks)
     _answer("")
     for _ in sys.stdin:
         _answer(subject.step())

@@ -9,6 +9,8 @@ import torch
 
 from megatron_chatflow.config import ModelConfig
 
+# The name of our step among the subjects.
+OURS = "ours"
 # Of the generator of the tokens, the same for every subject.
 SUBJECT_SEED = 0
 

@@ -1,12 +1,13 @@
 """The training benchmark's parts: what an operation belongs to, and peers in their own process."""
 
 import math
+from contextlib import closing
 
 import pytest
 
 from megatron_chatflow.train.benchmark_peer import PeerProcess
 from megatron_chatflow.train.benchmark_profile import least_bytes, part_of
-from megatron_chatflow.train.benchmark_shape import SHAPES, Shape
+from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, Shape
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,15 @@ def test_a_peer_steps_in_its_own_process() -> None:
         peer.close()
     assert math.isclose(losses[0], math.log(128), rel_tol=0.1)
     assert losses[-1] < losses[0]
+
+
+def test_our_step_over_two_processes() -> None:
+    shape = Shape(1, 32, 64, 2, 2, 16, 1, vocab_size=128)
+    losses = []
+    for num_processes, switches in ((1, {}), (2, {}), (2, {"sequence_parallel": True})):
+        with closing(PeerProcess(OURS, shape, num_processes=num_processes, **switches)) as ours:
+            losses.append([ours.step() for _ in range(20)])
+    assert math.isclose(losses[0][0], math.log(128), rel_tol=0.1)
+    assert losses[0][-1] < losses[0][0]
+    for cut in losses[1:]:
+        assert cut == pytest.approx(losses[0], rel=0.01)
