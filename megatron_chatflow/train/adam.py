@@ -57,16 +57,16 @@ class FusedAdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        steps = [
-            torch.tensor(float(group["step"]), dtype=torch.float32, device=p.device) for p in params
-        ]
+        # One tensor for all of them: filled where it lies, nothing is copied to a GPU.
+        step = float(group["step"])
+        steps = torch.full((len(params),), step, dtype=torch.float32, device=params[0].device)
         adamw(
             params,
             [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
-            steps,
+            list(steps.unbind()),
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -83,6 +83,14 @@ def _scale(_chunk_size: int, _overflow: Any, tensors: list[list[Any]], factor: f
     """Scales a list of tensors into another, like Apex's kernel; in place without a copy."""
     for source, target in zip(*tensors, strict=True):
         torch.mul(source, factor, out=target)
+
+
+def _l2_norm(
+    _chunk_size: int, _overflow: Any, tensors: list[list[Any]], _per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors together, float32[1], like Apex's kernel: no tensor's is waited for."""
+    norms = torch._foreach_norm(tensors[0])
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
 def install_where_absent() -> str:
@@ -102,4 +110,5 @@ def install_where_absent() -> str:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
     distrib_optimizer.HAVE_APEX_OR_TE = True
     clip_grads.multi_tensor_scale_impl = _scale
+    clip_grads.l2_norm_impl = _l2_norm
     return "torch's fused AdamW: neither transformer-engine nor Apex is installed"

@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     num_processes = ProcessRank.from_environment().world_size
     if arguments.peers and num_processes > 1:
         raise UserError("--peers: the peers run in one process; start without torchrun")
-    if arguments.tensor_parallel is not None and num_processes > 1:
-        raise UserError("--tensor-parallel: starts its processes itself; start without torchrun")
+    if arguments.tensor_parallel is not None:
+        _check_tensor_parallel(arguments.tensor_parallel, shape, num_processes)
     ranks = initialize(tensor_model_parallel_size=num_processes)
     with ExitStack() as stack:
         stack.callback(finalize)
@@ -114,6 +114,16 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if ranks.process.rank:
         raise SystemExit(0)  # the first process reports
     return rows
+
+
+def _check_tensor_parallel(size: int, shape: Shape, num_processes: int) -> None:
+    if num_processes > 1:
+        raise UserError("--tensor-parallel: starts its processes itself; start without torchrun")
+    if torch.cuda.is_available():
+        raise UserError("--tensor-parallel: for CPUs; on GPUs start the benchmark with torchrun")
+    heads = shape.num_query_groups
+    if size < 2 or heads % size:
+        raise UserError(f"--tensor-parallel: {size} is below 2 or does not divide {heads} heads")
 
 
 def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Ranks) -> Row:
@@ -160,13 +170,6 @@ def _beside_tensor_parallel(
 ) -> list[Row]:
     """Rows of our step over several processes, without and with sequence parallelism."""
     num_processes = arguments.tensor_parallel
-    num_heads = shape.num_query_groups
-    if num_processes < 2 or num_heads % num_processes:
-        raise UserError(
-            f"--tensor-parallel: {num_processes} is below 2 or does not divide {num_heads} heads"
-        )
-    if ranks.is_cuda:
-        raise UserError("--tensor-parallel: for CPUs; on GPUs start the benchmark with torchrun")
     rows: list[Row] = []
     for name, switches in (
         (f"ours, {num_processes} processes", {}),

@@ -6,11 +6,13 @@ differ by up to a factor of two, so the benchmark shows both. Several processes 
 tensor-parallel job, as torchrun would start it.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from megatron_chatflow.runtime.ranks import ProcessRank
 from megatron_chatflow.train.benchmark_shape import OURS, SUBJECT_SEED, Shape
 
 _READY = "ready"
+_SECONDS_TO_END = 60.0
 
 
 class PeerProcess:
@@ -44,12 +47,15 @@ class PeerProcess:
             switches: Of ours, those of the section ``parallel``.
         """
         order = {"name": name, "keep_freed_memory": keep_freed_memory, "switches": switches}
+        command = [sys.executable, "-m", __name__, json.dumps({**order, "shape": vars(shape)})]
+        # A file, because a pipe that nobody reads fills up.
+        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, json.dumps({**order, "shape": vars(shape)})],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=self._log,
                 text=True,
                 env={**os.environ, **variables},
             )
@@ -58,23 +64,42 @@ class PeerProcess:
         self._answers()
 
     def step(self) -> float:
-        """Takes one step there; returns the loss."""
+        """Takes one step there; returns the loss.
+
+        Raises:
+            UserError: A process has ended; the others are ended too.
+        """
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.write("step\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write("step\n")
+                process.stdin.flush()
         return float(self._answers()[0])
 
     def close(self) -> None:
         """Ends the processes."""
         for process in self._processes:
             assert process.stdin is not None
-            process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self._processes:
-            process.wait()
+            try:
+                process.wait(_SECONDS_TO_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._log.close()
 
     def _answers(self) -> list[str]:
-        return [_answer_of(process) for process in self._processes]
+        answers = [_answer_of(process) for process in self._processes]
+        if all(answer is not None for answer in answers):
+            return [str(answer) for answer in answers]
+        for process in self._processes:
+            process.kill()
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines() or ["it said nothing; is there enough memory?"]
+        self.close()
+        raise UserError(f"a subject's own process ended: {said[-1]}")
 
 
 def _ranks(num_processes: int) -> list[dict[str, str]]:
@@ -87,15 +112,17 @@ def _ranks(num_processes: int) -> list[dict[str, str]]:
     size = str(num_processes)
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     job |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    # Together they have as many threads as the one process beside them.
+    job["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_processes))
     return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 
 
-def _answer_of(process: "subprocess.Popen[str]") -> str:
+def _answer_of(process: "subprocess.Popen[str]") -> str | None:
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(_READY):
             return line.removeprefix(_READY).strip()
-    raise UserError("a subject's own process ended; is there enough memory?")
+    return None
 
 
 def _answer(text: object) -> None:

@@ -172,6 +172,8 @@ class PlainMegatron:
 
         config = _run_config(shape)
         settings = transformer_config(config.model, config.parallel, config.train, ranks)
+        # On GPUs its own SwiGLU is the one that it compiles, whatever ours takes.
+        settings.bias_activation_fusion = ranks.is_cuda
         with device_mode(ranks.device):
             model = GPTModel(
                 config=settings,

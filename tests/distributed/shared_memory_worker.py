@@ -87,6 +87,7 @@ def main() -> None:
         ones = torch.ones(5)
         dist.all_reduce(ones, group=group)
         assert ones.tolist() == [size] * 5
+        dist.destroy_process_group()
         print(description)
         return
     assert description == "shared memory"

@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.benchmark_peer import PeerProcess
 from megatron_chatflow.train.benchmark_profile import least_bytes, part_of
 from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, Shape
@@ -62,3 +63,15 @@ def test_our_step_over_two_processes() -> None:
     assert losses[0][-1] < losses[0][0]
     for cut in losses[1:]:
         assert cut == pytest.approx(losses[0], rel=0.01)
+
+
+def test_a_process_that_ends_is_an_error() -> None:
+    shape = Shape(1, 32, 64, 2, 2, 16, 1, vocab_size=128)
+    with closing(PeerProcess(OURS, shape, num_processes=2)) as ours:
+        ours.step()
+        ours._processes[1].kill()
+        with pytest.raises(UserError, match=r"a subject's own process ended: \S"):
+            ours.step()
+        assert all(process.poll() is not None for process in ours._processes)
+    with pytest.raises(UserError, match=r"KeyError: 'nothing'"):
+        PeerProcess("nothing", shape)
