@@ -6,6 +6,8 @@ own: `attention_backends` chooses among those that are installed; on a CPU in bf
 of `attention_cpu` does the work.
 """
 
+from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,11 +37,21 @@ def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> s
     return reason
 
 
-# Modes of torch's function. cuDNN's has no kernel for some lengths; the math one takes any.
-_TORCH_BACKENDS = {
-    "cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
-    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH],
+# Modes of torch's function, in this order. cuDNN's has no kernel for some lengths; the math one
+# takes any.
+_FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+TORCH_KERNELS = {
+    "cudnn": [SDPBackend.CUDNN_ATTENTION, *_FALLBACKS],
+    "flash": _FALLBACKS,
 }
+_TAKES_ORDER = "set_priority" in signature(sdpa_kernel).parameters
+
+
+def torch_kernels(backend: str) -> AbstractContextManager[object]:
+    """The context in which torch's function takes the kernels of a mode, the first that fits."""
+    # Where torch does not take an order, its own decides, which differs from GPU to GPU.
+    order = {"set_priority": True} if _TAKES_ORDER else {}
+    return sdpa_kernel(TORCH_KERNELS[backend], **order)
 
 
 def _torch_attention(
@@ -107,8 +119,8 @@ class PackedCausalAttention(nn.Module):
             value = gather_context(value, packed.shard)
         if self.backend in KERNELS:
             context = self._segments(query, key, value, packed)
-        elif self.backend in _TORCH_BACKENDS:
-            with sdpa_kernel(_TORCH_BACKENDS[self.backend]):
+        elif self.backend in TORCH_KERNELS:
+            with torch_kernels(self.backend):
                 context = self._torch(query, key, value, packed)
         else:
             context = self._torch(query, key, value, packed)

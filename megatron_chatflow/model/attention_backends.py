@@ -3,7 +3,7 @@
 In: what is installed, the GPU, dtype and head size. Out: a name and the reason; and for each name a
 function on packed tokens. Queries of segment i see keys of segment i, causally, the last query the
 last key; segments are given by cumulative lengths (``cu_seqlens``), query heads are a multiple of
-key heads. Nothing is imported before a call needs it.
+key heads. A library is imported when nothing else speaks against it, and not before.
 """
 
 import functools
@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 
 from megatron_chatflow.errors import UserError
 
@@ -26,7 +27,33 @@ _DISTRIBUTIONS = {
     "flash_attn_3": "flash-attn-3",
     "flash_attn_2": "flash-attn",
 }
-_OLDEST = {"transformer_engine": (2, 0), "flash_attn_2": (2, 6)}
+# flash-attn 4's betas before the fifth have no backward pass for segments on sm_90.
+_OLDEST = {"transformer_engine": "2.0", "flash_attn_4": "4.0.0b5", "flash_attn_2": "2.6"}
+# Where each has what is called.
+_ENTRY_POINTS = {
+    "transformer_engine": ("transformer_engine.pytorch", "DotProductAttention"),
+    "flash_attn_4": ("flash_attn.cute", "flash_attn_varlen_func"),
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash_attn_2": ("flash_attn", "flash_attn_varlen_func"),
+}
+
+
+def _entry_point(name: str) -> Any:
+    module, attribute = _ENTRY_POINTS[name]
+    return getattr(import_module(module), attribute)
+
+
+def import_error(name: str) -> str | None:
+    """Why a library that is installed cannot be imported; None if it can.
+
+    An installation says nothing about what the library itself needs, or was built for.
+    """
+    try:
+        _entry_point(name)
+    except Exception as error:  # a library may raise anything while it is imported
+        text = " ".join(str(error).split())
+        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return None
 
 
 class Segments(NamedTuple):
@@ -56,6 +83,7 @@ class Facts:
         deterministic: Whether the backward pass has to give the same bits every time.
         installed: Version of each library of `_DISTRIBUTIONS` that is installed.
         has_cudnn: Whether torch has cuDNN.
+        import_error: Says why a library cannot be imported, by its name here.
     """
 
     capability: tuple[int, int] | None
@@ -64,6 +92,7 @@ class Facts:
     deterministic: bool
     installed: dict[str, str]
     has_cudnn: bool
+    import_error: Callable[[str], str | None] = import_error
 
 
 def gather_facts(
@@ -87,27 +116,21 @@ def gather_facts(
     )
 
 
-def _version(text: str) -> tuple[int, ...]:
-    """``2.8.3.post1`` as (2, 8, 3): the leading numbers."""
-    numbers = []
-    for part in text.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
-
-
 def _missing(name: str, facts: Facts) -> str | None:
     """Why a library cannot be used as far as its installation goes."""
     distribution = _DISTRIBUTIONS[name]
     if name not in facts.installed:
         return f"{distribution} is not installed"
     oldest = _OLDEST.get(name)
-    if oldest is not None and _version(facts.installed[name]) < oldest:
-        wanted = ".".join(map(str, oldest))
-        return f"{distribution} {facts.installed[name]} is older than {wanted}"
+    if oldest is not None and Version(facts.installed[name]) < Version(oldest):
+        return f"{distribution} {facts.installed[name]} is older than {oldest}"
     return None
+
+
+def _unloadable(name: str, facts: Facts) -> str | None:
+    """Why it cannot be used although it is installed; asked last, because asking imports it."""
+    error = facts.import_error(name)
+    return None if error is None else f"{_DISTRIBUTIONS[name]} cannot be imported ({error})"
 
 
 def _unfit(
@@ -129,14 +152,19 @@ def _unfit(
 def obstacle(name: str, facts: Facts) -> str | None:
     """Why a run cannot use this back end; None if it can."""
     newest = (99, 9)
-    if name == "transformer_engine":
-        return _missing(name, facts) or _unfit(facts, (8, 0), newest, MAX_HEAD_DIM)
-    if name == "flash_attn_4":
-        return _missing(name, facts) or _unfit(facts, (9, 0), newest, 128)
-    if name == "flash_attn_3":
-        return _missing(name, facts) or _unfit(facts, (9, 0), (9, 0), MAX_HEAD_DIM)
-    if name == "flash_attn_2":
-        return _missing(name, facts) or _unfit(facts, (8, 0), newest, MAX_HEAD_DIM)
+    if name in _DISTRIBUTIONS:
+        lowest, highest, head = {
+            "transformer_engine": ((8, 0), newest, MAX_HEAD_DIM),
+            "flash_attn_4": ((9, 0), newest, 128),
+            "flash_attn_3": ((9, 0), (9, 0), MAX_HEAD_DIM),
+            "flash_attn_2": ((8, 0), newest, MAX_HEAD_DIM),
+        }[name]
+        reason = _missing(name, facts) or _unfit(facts, lowest, highest, head)
+        if name == "flash_attn_4" and reason is None and facts.deterministic:
+            assert facts.capability is not None
+            if facts.capability[0] == 12:
+                reason = "its backward pass is not deterministic on sm_12x"
+        return reason or _unloadable(name, facts)
     if name == "cudnn":
         if not facts.has_cudnn:
             return "torch has no cuDNN here"
@@ -220,8 +248,8 @@ def flash_attn_2(
     scale: float | None,
     deterministic: bool,
 ) -> torch.Tensor:
-    """flash-attn 2 and 3 have the same arguments under different modules."""
-    return _varlen("flash_attn", query, key, value, segments, scale, deterministic)
+    """The three flash-attn have the same arguments under different modules."""
+    return _varlen("flash_attn_2", query, key, value, segments, scale, deterministic)
 
 
 def flash_attn_3(
@@ -233,7 +261,7 @@ def flash_attn_3(
     deterministic: bool,
 ) -> torch.Tensor:
     """The kernels of flash-attention's folder ``hopper``."""
-    return _varlen("flash_attn_interface", query, key, value, segments, scale, deterministic)
+    return _varlen("flash_attn_3", query, key, value, segments, scale, deterministic)
 
 
 def flash_attn_4(
@@ -245,11 +273,11 @@ def flash_attn_4(
     deterministic: bool,
 ) -> torch.Tensor:
     """The kernels of the distribution ``flash-attn-4``."""
-    return _varlen("flash_attn.cute", query, key, value, segments, scale, deterministic)
+    return _varlen("flash_attn_4", query, key, value, segments, scale, deterministic)
 
 
 def _varlen(
-    module: str,
+    name: str,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -258,7 +286,7 @@ def _varlen(
     deterministic: bool,
 ) -> torch.Tensor:
     return _first(
-        import_module(module).flash_attn_varlen_func(
+        _entry_point(name)(
             query,
             key,
             value,
@@ -278,7 +306,7 @@ def _transformer_engine_module(
     num_heads: int, num_groups: int, head_dim: int, scale: float | None
 ) -> Any:
     """Has neither weights nor state, so it stays out of the model and of its checkpoints."""
-    return import_module("transformer_engine.pytorch").DotProductAttention(
+    return _entry_point("transformer_engine")(
         num_heads,
         head_dim,
         num_gqa_groups=num_groups,

@@ -1,17 +1,21 @@
 """Which attention kernels are chosen, and why the better ones were not."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.model import attention
 from megatron_chatflow.model.attention_backends import (
     BACKENDS,
     KERNELS,
     Facts,
     choose,
     gather_facts,
+    import_error,
     preference,
 )
 
@@ -21,7 +25,7 @@ EVERYTHING = {
     "flash_attn_3": "3.0.0",
     "flash_attn_2": "2.8.3.post1",
 }
-HOPPER = Facts((9, 0), torch.bfloat16, 128, False, EVERYTHING, True)
+HOPPER = Facts((9, 0), torch.bfloat16, 128, False, EVERYTHING, True, lambda name: None)
 
 
 def without(facts: Facts, *names: str) -> Facts:
@@ -49,6 +53,13 @@ def test_the_best_that_is_there_is_taken() -> None:
         ({"head_dim": 256}, "flash_attn_3"),
         ({"head_dim": 320}, "sdpa"),
         ({"head_dim": 20}, "sdpa"),
+        ({"capability": (12, 0)}, "flash_attn_4"),
+        ({"capability": (12, 0), "deterministic": True}, "flash_attn_2"),
+        ({"capability": (10, 0), "deterministic": True}, "flash_attn_4"),
+        ({"installed": {"flash_attn_4": "4.0.0b4"}}, "cudnn"),
+        ({"installed": {"flash_attn_4": "4.0.0b5"}}, "flash_attn_4"),
+        ({"installed": {"flash_attn_4": "4.0.0"}}, "flash_attn_4"),
+        ({"installed": {"flash_attn_2": "2.10.0"}}, "flash_attn_2"),
         ({"deterministic": True, "installed": {}}, "flash"),
         ({"installed": {"flash_attn_2": "2.5.8"}}, "cudnn"),
         ({"installed": {"transformer_engine": "1.13.0"}, "capability": (8, 0)}, "flash"),
@@ -65,6 +76,44 @@ def test_the_reason_names_what_was_passed_over_and_the_version() -> None:
     assert "transformer-engine is not installed" in reason
     _, reason = choose(replace(HOPPER, capability=(8, 0), installed={"flash_attn_2": "2.5.8"}))
     assert "flash-attn 2.5.8 is older than 2.6" in reason
+
+
+def test_a_library_that_is_broken_is_passed_over_with_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn_interface.py").write_text("import a_part_that_is_not_there\n")
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("assert False, 'built for\\nanother'\n")
+    (tmp_path / "flash_attn" / "cute.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    facts = replace(without(HOPPER, "transformer_engine"), import_error=import_error)
+    name, reason = choose(facts)
+    assert name == "cudnn"
+    missing = "ModuleNotFoundError: No module named 'a_part_that_is_not_there'"
+    assert f"flash-attn-3 cannot be imported ({missing})" in reason
+    assert "flash-attn-4 cannot be imported (AssertionError: built for another)" in reason
+    with pytest.raises(UserError, match="flash_attn_2 cannot be used: .* cannot be imported"):
+        choose(facts, "flash_attn_2")
+
+
+def test_nothing_is_imported_that_another_reason_speaks_against() -> None:
+    asked: list[str] = []
+    facts = replace(HOPPER, capability=(8, 0), import_error=lambda name: asked.append(name))
+    assert choose(facts)[0] == "transformer_engine"
+    assert choose(without(facts, "transformer_engine"))[0] == "flash_attn_2"
+    assert asked == ["transformer_engine", "flash_attn_2"]
+
+
+def test_torch_takes_its_kernels_in_the_order_that_the_log_says() -> None:
+    with attention.torch_kernels("cudnn"):
+        order = torch._C._get_sdp_priority_order()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert order[:4] == [int(kernel) for kernel in attention.TORCH_KERNELS["cudnn"]]
+    with attention.torch_kernels("flash"):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch._C._get_sdp_priority_order()[0] == int(attention.SDPBackend.FLASH_ATTENTION)
 
 
 def test_what_is_asked_for_is_taken_or_refused() -> None:
