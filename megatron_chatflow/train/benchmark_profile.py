@@ -1,41 +1,46 @@
 """Where the time of a training step goes, and how near each part is to what the machine can do.
 
 In: a step and its shape. Out: a row for each part with its share of the time; for products of
-matrices the rate reached beside this device's own for a large product, and for parts that only read
-and write, the least bytes that they could move, beside this device's own rate of copying.
+matrices the rate reached, beside a GPU's data sheet and beside this device's own for a large
+product; and for parts that only read and write, the least bytes that they could move, beside this
+device's own rate of copying.
 """
 
-import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_chatflow.config.model_shape import num_parameters
 from megatron_chatflow.evaluation.report_table import Row
 from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.runtime.timing import copy_rate, product_rate
 from megatron_chatflow.train.benchmark_shape import Shape
 
 # The first part whose words occur in an operation's name has its time.
 _PARTS = (
-    ("attention", ("attention", "flash", "rotate", "aten::bmm")),
-    ("optimizer", ("adam", "linalg_vector_norm", "multi_tensor")),
+    ("loss", ("crossentropy", "cross_entropy", "softmax_statistics", "softmax_gradient")),
+    ("RoPE", ("rope", "rotate", "rotary")),
+    ("attention", ("attention", "attn", "flash", "aten::bmm", "softmax")),
+    ("optimizer", ("adam", "vector_norm", "foreach_norm", "aten::norm", "multi_tensor")),
     (
         "collectives",
-        ("allreduce", "all_reduce", "allgather", "reduce_scatter", "c10d", "gloo", "nccl")
-        + ("modelparallelregion", "sequenceparallelregion"),
+        ("allreduce", "all_reduce", "allgather", "all_gather", "reduce_scatter", "c10d", "gloo")
+        + ("nccl", "modelparallelregion", "sequenceparallelregion"),
     ),
     ("matrix products", ("aten::mm", "aten::addmm", "aten::matmul", "gemm")),
     ("norm", ("rms_norm", "rmsnorm", "aten::pow", "aten::rsqrt", "aten::mean")),
     ("SwiGLU", ("silu", "swiglu")),
-    ("loss", ("crossentropy", "exp", "log", "amax", "gather", "scatter")),
+    ("loss", ("aten::exp_", "log", "amax", "gather", "scatter")),
     ("embedding", ("embedding", "index")),
     ("copies and casts", ("copy", "cat", "contiguous", "fill", "zero")),
     ("sums and scaling", ("add", "mul", "div", "sub")),
 )
-_COPIED_BYTES = 1 << 28
+OUTSIDE = "outside operators"
 
 
 def part_of(operation: str) -> str:
@@ -62,18 +67,32 @@ def least_bytes(shape: Shape, tensor_parallel_size: int = 1) -> dict[str, int]:
     }
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second that this process reads and writes when it copies what no cache holds."""
-    source = torch.ones(_COPIED_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        begin = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * _COPIED_BYTES / best
+def time_and_flops(
+    events: Iterable[FunctionEventAvg], *, is_cuda: bool
+) -> dict[str, tuple[float, float]]:
+    """Microseconds and FLOPs of each part, from a profile's averages.
+
+    On a GPU a profile holds operators, each with the time of the kernels that it launched, and the
+    kernels once more. Operators alone have our names and FLOPs, so they are what is counted; what
+    kernels took beyond them is a part of its own, `OUTSIDE`.
+    """
+    micros: dict[str, float] = defaultdict(float)
+    flops: dict[str, float] = defaultdict(float)
+    kernels = 0.0
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            # A range that a user has named lies over kernels that are there themselves.
+            kernels += (
+                0.0 if getattr(event, "is_user_annotation", False) else event.self_device_time_total
+            )
+            continue
+        part = part_of(event.key or "")
+        micros[part] += event.self_device_time_total if is_cuda else event.self_cpu_time_total
+        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
+            flops[part] += event.flops
+    if is_cuda:
+        micros[OUTSIDE] = max(0.0, kernels - sum(micros.values()))
+    return {part: (own, flops[part]) for part, own in micros.items()}
 
 
 def profile_rows(step: Callable[[], float], shape: Shape, ranks: Ranks) -> list[Row]:
@@ -88,28 +107,25 @@ def profile_rows(step: Callable[[], float], shape: Shape, ranks: Ranks) -> list[
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ranks.is_cuda else [])
     with profile(activities=activities, with_flops=True) as trace:
         step()
-    micros: dict[str, float] = defaultdict(float)
-    flops: dict[str, float] = defaultdict(float)
-    for event in trace.key_averages():
-        micros[part_of(event.key)] += (
-            event.self_device_time_total if ranks.is_cuda else event.self_cpu_time_total
-        )
-        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
-            flops[part_of(event.key)] += event.flops
+    parts = time_and_flops(trace.key_averages(), is_cuda=ranks.is_cuda)
+    whole = sum(own for own, _ in parts.values())
     peak, _ = peak_flops(ranks.device, torch.bfloat16)
+    # A CPU's peak is such a product already.
+    product = product_rate(ranks.device, torch.bfloat16) if ranks.is_cuda else peak
     moved = least_bytes(shape, ranks.tensor_parallel_size)
     rate = copy_rate(ranks.device)
     rows: list[Row] = []
-    for part, own in sorted(micros.items(), key=lambda item: -item[1]):
+    for part, (own, flops) in sorted(parts.items(), key=lambda item: -item[1][0]):
         seconds = max(own, 1.0) / 1e6
         rows.append(
             {
                 "part": part,
                 "milliseconds": own / 1000,
-                "share": own / sum(micros.values()),
+                "share": own / whole,
                 "nanoseconds_per_token": 1000 * own / shape.num_tokens,
-                "part_tflops": flops[part] / seconds / 1e12 if flops[part] else None,
-                "share_of_peak": flops[part] / seconds / peak if peak and flops[part] else None,
+                "part_tflops": flops / seconds / 1e12 if flops else None,
+                "share_of_peak": flops / seconds / peak if peak and flops else None,
+                "share_of_product": flops / seconds / product if product and flops else None,
                 "bytes_per_second": moved[part] / seconds if part in moved else None,
                 "share_of_copy_rate": moved[part] / seconds / rate if part in moved else None,
             }

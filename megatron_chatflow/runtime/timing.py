@@ -1,0 +1,92 @@
+"""How long calls take on a device, and what that device can do at best.
+
+In: a function and its device. Out: seconds of each call. On a GPU they are read off its own clock,
+with the calls queued ahead and the second-level cache emptied before each, so that neither the
+time of a launch nor what the call before left there is measured; on a CPU off the host's clock.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+_COPIED_BYTES = 1 << 28
+_MOST_FLUSHES = 100
+
+
+def call_seconds(
+    function: Callable[[], object], device: torch.device, num_calls: int
+) -> list[float]:
+    """Seconds of each of ``num_calls`` calls, after three that are not counted.
+
+    Args:
+        function: What is called; its result is dropped.
+        device: Where it works.
+        num_calls: Calls to measure.
+    """
+    if device.type == "cuda":
+        return _queued_seconds(function, device, num_calls)
+    seconds = []
+    for _ in range(3 + num_calls):
+        begin = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - begin)
+    return seconds[3:]
+
+
+def _queued_seconds(
+    function: Callable[[], object], device: torch.device, num_calls: int
+) -> list[float]:
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    flushed = torch.empty(max(4 * cache_bytes, 1 << 26), dtype=torch.uint8, device=device)
+    for _ in range(3):
+        function()
+    num_flushes = _flushes_that_hide_a_launch(function, flushed)
+    marks = [(_mark(), _mark()) for _ in range(num_calls)]
+    torch.cuda.synchronize(device)
+    for begin, end in marks:
+        for _ in range(num_flushes):
+            flushed.zero_()
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize(device)
+    return [begin.elapsed_time(end) / 1000 for begin, end in marks]
+
+
+def _mark() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _flushes_that_hide_a_launch(function: Callable[[], object], flushed: torch.Tensor) -> int:
+    """How often the buffer is written, so that the host has queued a call before it begins."""
+    torch.cuda.synchronize(flushed.device)
+    begin = time.perf_counter()
+    function()
+    launch_seconds = time.perf_counter() - begin
+    torch.cuda.synchronize(flushed.device)
+    begin = time.perf_counter()
+    for _ in range(10):
+        flushed.zero_()
+    torch.cuda.synchronize(flushed.device)
+    flush_seconds = (time.perf_counter() - begin) / 10
+    return min(_MOST_FLUSHES, 1 + int(2 * launch_seconds / flush_seconds))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP/s of the best of thirty products of matrices of ``size`` squared.
+
+    They hold random numbers: a GPU's power, and so its clock, depend on what is multiplied.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (
+        torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    return 2 * size**3 / min(call_seconds(lambda: torch.matmul(left, right), device, 30))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second that this process reads and writes when it copies what no cache holds."""
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPIED_BYTES / min(call_seconds(lambda: target.copy_(source), device, 5))

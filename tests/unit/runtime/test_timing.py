@@ -1,0 +1,19 @@
+"""Rates of a device and seconds of calls, on what there is."""
+
+import torch
+
+from megatron_chatflow.runtime.timing import call_seconds, copy_rate, product_rate
+
+CPU = torch.device("cpu")
+
+
+def test_as_many_calls_are_measured_as_were_asked_for() -> None:
+    calls: list[int] = []
+    seconds = call_seconds(lambda: calls.append(1), CPU, 5)
+    assert len(seconds) == 5 and min(seconds) > 0
+    assert len(calls) == 8
+
+
+def test_rates_are_rates() -> None:
+    assert product_rate(CPU, torch.float32, size=64) > 1e6
+    assert copy_rate(CPU) > 1e6
