@@ -1,6 +1,7 @@
 """Builds the extensions; everything else about the package stands in pyproject.toml.
 
 ``MEGATRON_CHATFLOW_CUDA=1`` builds the CUDA kernels besides; where there is no nvcc, an error.
+``NPY_NUM_BUILD_JOBS`` is how many C++ files are compiled at a time, all cores if unset.
 """
 
 import os
@@ -12,10 +13,15 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    from pybind11.setup_helpers import Pybind11Extension, build_ext
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 except ImportError:  # metadata-only calls without the build requirements
+    if "build_ext" in sys.argv or os.environ.get("MEGATRON_CHATFLOW_CUDA", "0") != "0":
+        raise SystemExit(
+            "error: nothing can be built without pybind11; pip install 'pybind11>=2.12'"
+        ) from None
     setup()
 else:
+    ParallelCompile("NPY_NUM_BUILD_JOBS").install()
 
     class BuildExtensions(build_ext):
         """The C++ extension, and the library of CUDA kernels where it is asked for."""
@@ -31,12 +37,18 @@ else:
                     "nvcc on PATH; install the CUDA toolkit, name its nvcc in NVCC, or unset the "
                     "variable"
                 )
-            super().run()
-            if wanted == "1":
-                folder = Path(self.get_ext_fullpath("megatron_chatflow.native._data")).parent
-                subprocess.run(
-                    ["csrc/kernels/build.sh", folder / "libchatflow_kernels.so"], check=True
-                )
+            try:
+                super().run()
+            finally:  # what the C++ compiler refuses is no reason to go without the kernels
+                if wanted == "1":
+                    self.build_kernels()
+
+        def build_kernels(self) -> None:
+            """The library lies beside the extension."""
+            folder = Path(self.get_ext_fullpath("megatron_chatflow.native._data")).parent
+            build = ["csrc/kernels/build.sh", folder / "libchatflow_kernels.so"]
+            if subprocess.run(build, check=False).returncode:
+                raise SystemExit("error: csrc/kernels/build.sh failed, see above")
 
     def extension(name: str, folder: str, *options: str) -> Pybind11Extension:
         """The module that the sources of one folder make up."""

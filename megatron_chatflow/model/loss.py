@@ -24,8 +24,8 @@ from megatron_chatflow.native.softmax import (
 
 # Logits that are held at a time, in bf16 268 MB: 4,096 tokens of a 32,000-piece vocabulary.
 CHUNK_LOGITS = 1 << 27
-# Rows of a product with all pieces: oneDNN takes a tenth longer for twice as many at once.
-PRODUCT_TOKENS = 2048
+# Rows of a CPU's product with all pieces: oneDNN takes a tenth longer for twice as many at once.
+CPU_PRODUCT_TOKENS = 2048
 # Logits that a CPU turns into exponentials at a time, in fp32: 1 MB stays in its cache.
 CPU_BLOCK_LOGITS = 1 << 18
 
@@ -218,9 +218,11 @@ def _chunk_gradients(
     read once more for it.
     """
     scale = (chunk.scale * loss_mask).unsqueeze(-1)
-    if chunk.differences.is_cuda or chunk.differences.dtype != torch.bfloat16:
+    if chunk.differences.is_cuda:
+        grad_hidden = chunk.differences @ weight
+    elif chunk.differences.dtype != torch.bfloat16:
         grad_hidden = torch.cat(
-            [part @ weight for part in torch.split(chunk.differences, PRODUCT_TOKENS)]
+            [part @ weight for part in torch.split(chunk.differences, CPU_PRODUCT_TOKENS)]
         )
     else:
         # A sum over all pieces is long, and oneDNN takes an eighth less time for the transposed.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.connections import keep_queue_order
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 from megatron_chatflow.runtime.rendezvous import agree_on_prefix
 
@@ -95,6 +96,8 @@ def initialize(
             f"parallel: tensor x pipeline x context parallel size {model_parallel_size} does not "
             f"divide the number of processes {process.world_size}; start a multiple of it"
         )
+    if tensor_model_parallel_size > 1 or context_parallel_size > 1:
+        keep_queue_order()
     device = _choose_device(process)
     if device.type == "cuda":
         torch.cuda.set_device(device)
