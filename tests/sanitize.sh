@@ -15,7 +15,7 @@ export CXX=g++ CC=gcc
 export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 export CXXFLAGS="$CFLAGS"
 export LDFLAGS="-fsanitize=address,undefined"
-python setup.py --quiet build --parallel 2 --build-base "$folder/temp" --build-lib "$folder/lib"
+python setup.py --quiet build --build-base "$folder/temp" --build-lib "$folder/lib"
 
 # Python itself is no sanitized program, so the runtime has to be loaded before it; and it keeps
 # memory until the process ends, which is no leak of ours. A report goes past Python's own standard
