@@ -21,6 +21,12 @@ from megatron_chatflow.checkpoint.shard_plan import Plan, index_of
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[], None]
+Write = Callable[[Progress], dict[str, FileHash]]
+"""Writes this rank's files, calls back after each part, and returns the files' hashes."""
+
+_PAUSE_SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class Publication:
@@ -88,7 +94,7 @@ class BackgroundSave:
     def __init__(
         self,
         iteration: int,
-        write: Callable[[], dict[str, FileHash]],
+        write: Write,
         box: ReportBox,
         rank: int,
         plan: Plan | None,
@@ -97,7 +103,7 @@ class BackgroundSave:
 
         Args:
             iteration: Of the checkpoint.
-            write: Writes this rank's files and returns their hashes.
+            write: Writes this rank's files.
             box: Where reports go.
             rank: Of this process.
             plan: What is in the files; None if the same as before.
@@ -106,6 +112,7 @@ class BackgroundSave:
         self._is_written = False
         self._is_published: bool | None = None
         self._is_cancelled = threading.Event()
+        self._num_parts = 0
         self._box = box
         self._threads: list[threading.Thread] = []
         self._start(lambda: self._write(write, rank, plan))
@@ -129,11 +136,29 @@ class BackgroundSave:
         """Whether this rank has nothing left to do."""
         return not any(thread.is_alive() for thread in self._threads)
 
-    def wait(self) -> bool:
-        """Waits until it is done; says whether it went well, on rank 0 for all ranks."""
+    def wait(self, on_progress: Progress) -> bool:
+        """Waits until it is done; says whether it went well, on rank 0 for all ranks.
+
+        Args:
+            on_progress: Called after each part that is written here, and again and again while
+                others are waited for: each rank answers for its own part.
+        """
+        seen = -1
         for thread in self._threads:
-            thread.join()
-        return self._is_written if self._is_published is None else self._is_published
+            while thread.is_alive():
+                thread.join(_PAUSE_SECONDS)
+                if self._num_parts != seen:
+                    on_progress()
+                seen = self._num_parts
+        if self._is_published is None:
+            self._box.wait_for_end(on_progress, self._is_cancelled.is_set)
+            return self._is_written
+        return self._is_published
+
+    def forget(self) -> None:
+        """Removes rank 0's word that it is done, which every rank has heard."""
+        if self._is_published is not None:
+            self._box.forget()
 
     def cancel(self) -> None:
         """Stops waiting for ranks that will not report; what is being written is written."""
@@ -144,12 +169,13 @@ class BackgroundSave:
         self._threads.append(thread)
         thread.start()
 
-    def _write(
-        self, write: Callable[[], dict[str, FileHash]], rank: int, plan: Plan | None
-    ) -> None:
+    def _count(self) -> None:
+        self._num_parts += 1
+
+    def _write(self, write: Write, rank: int, plan: Plan | None) -> None:
         yield_to_training()
         try:
-            report = Report(files=write(), plan=plan)
+            report = Report(files=write(self._count), plan=plan)
         except BaseException as error:
             report = Report(error=f"rank {rank}: {reason(error)}", plan=plan)
         self._is_written = report.error is None
@@ -160,7 +186,7 @@ class BackgroundSave:
     ) -> None:
         yield_to_training()
         try:
-            reports = self._box.wait_for_all(world_size, self._is_cancelled.is_set)
+            reports = self._box.wait_for_all(world_size, self._count, self._is_cancelled.is_set)
             plans.update(
                 {
                     rank: report.plan
@@ -176,6 +202,8 @@ class BackgroundSave:
             log_failure(publication.final, error)
             shutil.rmtree(publication.beside, ignore_errors=True)
             return
+        finally:
+            self._box.end()
         self._is_published = True
         logger.info("saved %s in %.2f s", publication.final, time.perf_counter() - begin)
         publication.prune()

@@ -4,6 +4,7 @@ In: a report of each rank. Out: all of them, on rank 0. They go through the job'
 which threads may use while training's own collectives run.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -61,13 +62,19 @@ class ReportBox:
         """Leaves a rank's report; it may come from any thread."""
         self._store.set(self._key(rank), report.to_json())
 
-    def wait_for_all(self, world_size: int, is_cancelled: Callable[[], bool]) -> list[Report]:
+    def wait_for_all(
+        self,
+        world_size: int,
+        on_wait: Callable[[], None],
+        is_cancelled: Callable[[], bool],
+    ) -> list[Report]:
         """Every rank's report, in order, once they are all there.
 
         A rank reports also when it fails, and a rank that dies takes the job with it.
 
         Args:
             world_size: The number of ranks.
+            on_wait: Called before each look.
             is_cancelled: Whether to give up.
 
         Raises:
@@ -76,6 +83,7 @@ class ReportBox:
         keys = [self._key(rank) for rank in range(world_size)]
         pause = _FIRST_PAUSE
         while not self._store.check(keys):
+            on_wait()
             if is_cancelled():
                 raise RuntimeError("the job ended before every rank had written its part")
             time.sleep(pause)
@@ -85,8 +93,30 @@ class ReportBox:
             self._store.delete_key(key)
         return reports
 
-    def _key(self, rank: int) -> str:
-        return f"megatron_chatflow/save/{self._name}/{rank}"
+    def end(self) -> None:
+        """Says that rank 0 is done with this save, well or not; it may come from any thread."""
+        with contextlib.suppress(RuntimeError):  # the job may have ended, and its store with it
+            self._store.set(self._key("end"), "")
+
+    def wait_for_end(self, on_wait: Callable[[], None], is_cancelled: Callable[[], bool]) -> None:
+        """Waits until rank 0 is done, without a collective's limit on time.
+
+        Args:
+            on_wait: Called before each look.
+            is_cancelled: Whether to give up.
+        """
+        pause = _FIRST_PAUSE
+        while not is_cancelled() and not self._store.check([self._key("end")]):
+            on_wait()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def forget(self) -> None:
+        """Removes what rank 0 said, once every rank has heard it."""
+        self._store.delete_key(self._key("end"))
+
+    def _key(self, of: int | str) -> str:
+        return f"megatron_chatflow/save/{self._name}/{of}"
 
 
 def name_of_job(device: torch.device) -> str:

@@ -20,7 +20,13 @@ from typing import Any
 import torch
 
 from megatron_chatflow.checkpoint import megatron
-from megatron_chatflow.checkpoint.background import BackgroundSave, Publication, log_failure
+from megatron_chatflow.checkpoint.background import (
+    BackgroundSave,
+    Progress,
+    Publication,
+    Write,
+    log_failure,
+)
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, FileHash
 from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.checkpoint.reports import ReportBox, name_of_job
@@ -35,11 +41,21 @@ logger = logging.getLogger(__name__)
 _NUM_SLOTS = 3  # chunks in memory while a file is written without a copy of it
 
 
+def _nothing() -> None:
+    pass
+
+
 class CheckpointSaver:
     """Saves checkpoints of one run; every rank has one and calls it at the same iterations."""
 
     def __init__(
-        self, root: Path, config: RunConfig, ranks: Ranks, *, durable_iteration: int | None
+        self,
+        root: Path,
+        config: RunConfig,
+        ranks: Ranks,
+        *,
+        durable_iteration: int | None,
+        on_progress: Progress = _nothing,
     ) -> None:
         """Takes the run's folder.
 
@@ -48,11 +64,13 @@ class CheckpointSaver:
             config: Resolved configuration, stored beside the weights.
             ranks: This process's place.
             durable_iteration: The checkpoint that the run goes on from; None if it begins.
+            on_progress: Called while training waits for a save that gets on.
         """
         self._root = root
         self._config = config
         self._ranks = ranks
         self._durable = durable_iteration
+        self._on_progress = on_progress
         self._pending: BackgroundSave | None = None
         self._buffer = StagingBuffer(ranks.device)
         # A rank without the memory for it writes at once; that is its own affair.
@@ -89,7 +107,7 @@ class CheckpointSaver:
         self.finish()
         final = iteration_folder(self._root, state.iteration)
         beside = self._root / f".{final.name}.saving"
-        staged: list[tuple[FileImage, bytes, Callable[[], dict[str, FileHash]]]] = []
+        staged: list[tuple[FileImage, bytes, Write]] = []
 
         def stage() -> None:
             if self._ranks.is_reporter:
@@ -101,7 +119,7 @@ class CheckpointSaver:
             return False
         image, common, write = staged[0]
         if not self._has_copy:
-            write = _written_now(write)
+            write = _written_now(write, self._on_progress)
         self._start(state, image, common, write, (final, beside), begin)
         if self._ranks.is_reporter:
             logger.info(
@@ -128,17 +146,18 @@ class CheckpointSaver:
             return self._durable
         if self.is_busy and self._ranks.is_reporter and self._has_copy:
             logger.info("waiting for the checkpoint of iteration %d", pending.iteration)
-        is_fine = pending.wait()
+        is_fine = pending.wait(self._on_progress)
         self._pending = None
         if all_agree(is_fine, self._ranks.device):
             self._durable = pending.iteration
+        pending.forget()
         return self._durable
 
     def close(self) -> None:
         """Waits for what this rank still writes, whatever ended the run, and lets memory go."""
         if self._pending is not None:
             self._pending.cancel()
-            self._pending.wait()
+            self._pending.wait(self._on_progress)
             self._pending = None
         self._buffer.release()
 
@@ -146,24 +165,25 @@ class CheckpointSaver:
         pieces, objects, common = parts_to_save(chunks, optimizer, self._ranks)
         return lay_out(f"__{self._ranks.process.rank}_0.distcp", pieces, objects), common
 
-    def _copied(self, image: FileImage, beside: Path) -> Callable[[], dict[str, FileHash]]:
+    def _copied(self, image: FileImage, beside: Path) -> Write:
         """Copies this rank's file into memory; returns what writes it."""
         name = image.plan["file"]
         self._has_copy = self._has_copy and self._buffer.reserve(image.num_bytes)
         if not self._has_copy:
-            return lambda: {name: _write_in_chunks(image, beside / name, self._ranks.device)}
+            device = self._ranks.device
+            return lambda progress: {name: _write_in_chunks(image, beside / name, device, progress)}
         image.copy(0, image.num_bytes, self._buffer.tensor())
         if self._ranks.is_cuda:
             torch.cuda.synchronize(self._ranks.device)
         data, num_bytes = self._buffer.bytes(), image.num_bytes
-        return lambda: {name: _write_whole(data, num_bytes, beside / name)}
+        return lambda progress: {name: _write_whole(data, num_bytes, beside / name, progress)}
 
     def _start(
         self,
         state: RunState,
         image: FileImage,
         common: bytes,
-        write: Callable[[], dict[str, FileHash]],
+        write: Write,
         folders: tuple[Path, Path],
         begin: float,
     ) -> None:
@@ -216,21 +236,21 @@ class CheckpointSaver:
         return False
 
 
-def _written_now(write: Callable[[], dict[str, FileHash]]) -> Callable[[], dict[str, FileHash]]:
+def _written_now(write: Write, on_progress: Progress) -> Write:
     """Writes while training waits; returns what tells of it, or fails as the write did."""
     try:
-        hashes = write()
+        hashes = write(on_progress)
     except Exception as caught:
         error = caught
 
-        def fail() -> dict[str, FileHash]:
+        def fail(_: Progress) -> dict[str, FileHash]:
             raise error
 
         return fail
-    return lambda: hashes
+    return lambda _: hashes
 
 
-def _write_whole(data: memoryview, num_bytes: int, path: Path) -> FileHash:
+def _write_whole(data: memoryview, num_bytes: int, path: Path, progress: Progress) -> FileHash:
     with contextlib.closing(DirectFile(path, num_bytes)) as file:
         chunks = [
             file.submit(begin, data[begin : begin + CHUNK_BYTES])
@@ -238,10 +258,13 @@ def _write_whole(data: memoryview, num_bytes: int, path: Path) -> FileHash:
         ]
         for chunk in chunks:
             chunk.result()
+            progress()
         return file.finish()
 
 
-def _write_in_chunks(image: FileImage, path: Path, device: torch.device) -> FileHash:
+def _write_in_chunks(
+    image: FileImage, path: Path, device: torch.device, progress: Progress
+) -> FileHash:
     """Writes a file from its tensors through a few chunks of memory."""
     slots = [page_aligned(CHUNK_BYTES) for _ in range(_NUM_SLOTS)]
     with contextlib.closing(DirectFile(path, image.num_bytes)) as file:
@@ -255,6 +278,7 @@ def _write_in_chunks(image: FileImage, path: Path, device: torch.device) -> File
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             waiting[slot] = file.submit(begin, memoryview(memory)[:CHUNK_BYTES])
+            progress()
         for chunk in waiting:
             if chunk is not None:
                 chunk.result()

@@ -36,9 +36,12 @@ class FaultConfig:
     max_bad_steps: Size = Field(
         default=10, description="bad steps in a row after which the run ends whatever --on-nan says"
     )
-    hang_timeout_minutes: NonNegativeNumber = Field(
-        default=20.0,
-        description="minutes without a step after which a rank ends, its stacks written; 0: never",
+    hang_timeout_minutes: NonNegativeNumber | None = Field(
+        default=None,
+        description=(
+            "minutes without progress after which a rank ends, its stacks written; 0: never; half "
+            "of the distributed timeout when unset, which would end the healthy ranks first"
+        ),
     )
     data_retry_seconds: NonNegativeNumber = Field(
         default=60.0, description="seconds in which a source that went away may come back"

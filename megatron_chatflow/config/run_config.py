@@ -79,6 +79,12 @@ class RunConfig:
         return self.optimizer.lr_decay_iters or self.num_iterations
 
     @property
+    def hang_timeout_minutes(self) -> float:
+        """Minutes without progress after which a rank counts as hung; 0: never."""
+        given = self.faults.hang_timeout_minutes
+        return self.parallel.distributed_timeout_minutes / 2 if given is None else given
+
+    @property
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model between them."""
         return (

@@ -170,7 +170,7 @@ class ParallelConfig:
         description="TP processes on one machine without GPUs exchange through shared memory",
     )
     distributed_timeout_minutes: Size = Field(
-        default=10, description="minutes after which a stuck collective ends the run"
+        default=20, description="minutes after which a stuck collective ends the run"
     )
 
 

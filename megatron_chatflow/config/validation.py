@@ -48,6 +48,7 @@ def check(config: "RunConfig") -> None:
     _check_choice(config)
     _check_learning_rate(config)
     _check_checkpoint(config)
+    _check_faults(config)
     _check_schedule(config)
     _check_logging(config)
 
@@ -249,6 +250,23 @@ def _check_checkpoint(config: "RunConfig") -> None:
         )
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise UserError("checkpoint.save_interval: needs checkpoint.save, the folder to write to")
+
+
+def _check_faults(config: "RunConfig") -> None:
+    minutes, limit = config.hang_timeout_minutes, config.parallel.distributed_timeout_minutes
+    if minutes >= limit:
+        raise UserError(
+            f"faults.hang_timeout_minutes: {minutes:g} is not below the {limit} of "
+            "parallel.distributed_timeout_minutes, which would end the ranks that wait for a hung "
+            "one before that one is named; lower the first or raise the second"
+        )
+    seconds = config.faults.data_retry_seconds
+    if minutes and seconds >= 60 * minutes:
+        raise UserError(
+            f"faults.data_retry_seconds: a rank that waits {seconds:g} s for a source would count "
+            f"as hung after {minutes:g} minutes (faults.hang_timeout_minutes); lower the first or "
+            "raise the second"
+        )
 
 
 def _check_schedule(config: "RunConfig") -> None:

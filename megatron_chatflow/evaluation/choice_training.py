@@ -6,7 +6,7 @@ source of its own in the sums that the model's forward pass takes: the negative 
 losses is its log-probability. Nothing random is drawn and no weight changes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_chatflow.evaluation.evaluate_choice import (
     examples_for,
     tally,
 )
-from megatron_chatflow.evaluation.validation import reduce_source_sums
+from megatron_chatflow.evaluation.validation import reduce_source_sums, whole_groups
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
@@ -105,11 +105,11 @@ class ChoiceValidator:
     def _forward(
         self, batches: list[MicroBatch], forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
     ) -> list[torch.Tensor]:
-        stream: Iterator[MicroBatch] = iter(batches)
+        batches = whole_groups(batches, len(chunks), ranks)
         with torch.no_grad(), device_mode(ranks.device):
             results: list[torch.Tensor] = get_forward_backward_func()(
                 forward_step_func=replace(forward_step, num_sources=self.num_choices),
-                data_iterator=stream,
+                data_iterator=[iter(batches) for _ in chunks],
                 model=chunks,
                 num_microbatches=len(batches),
                 seq_length=batches[0].tokens.numel(),

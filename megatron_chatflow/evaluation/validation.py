@@ -97,9 +97,7 @@ class Validator:
         chunks: list[Any],
         ranks: Ranks,
     ) -> torch.Tensor:
-        # The interleaved schedule takes micro-batches in groups of one for each stage.
-        group = ranks.pipeline_parallel_size if len(chunks) > 1 else 1
-        batches = batches + [_without_loss(batches[-1])] * (-len(batches) % group)
+        batches = whole_groups(batches, len(chunks), ranks)
         with torch.no_grad(), device_mode(ranks.device):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
@@ -114,6 +112,12 @@ class Validator:
         if not ranks.is_last_stage:
             return torch.zeros(len(self.sources), 3, dtype=torch.float64, device=ranks.device)
         return torch.stack(results).sum(dim=0)
+
+
+def whole_groups(batches: list[MicroBatch], num_chunks: int, ranks: Ranks) -> list[MicroBatch]:
+    """Fills up with micro-batches without loss: interleaved schedules take one for each stage."""
+    group = ranks.pipeline_parallel_size if num_chunks > 1 else 1
+    return batches + [_without_loss(batches[-1])] * (-len(batches) % group)
 
 
 def _without_loss(batch: MicroBatch) -> MicroBatch:

@@ -31,6 +31,10 @@ from megatron_chatflow.runtime.transfer import to_device
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class ForwardStep:
     """A micro-batch's way through this process's part of the model.
@@ -44,6 +48,7 @@ class ForwardStep:
         context_rank: This rank's place among those that share a micro-batch's tokens.
         context_size: Their number.
         context_group: Those ranks.
+        on_micro_batch: Called with each one that begins.
     """
 
     llama: Llama
@@ -54,6 +59,7 @@ class ForwardStep:
     context_rank: int
     context_size: int
     context_group: ProcessGroup
+    on_micro_batch: Callable[[], None] = _nothing
 
     @classmethod
     def build(
@@ -63,6 +69,7 @@ class ForwardStep:
         *,
         num_bytes_per_id: npt.NDArray[np.int64],
         num_sources: int,
+        on_micro_batch: Callable[[], None] = _nothing,
     ) -> "ForwardStep":
         """Fits the step to this process's place in the job."""
         rows = vocabulary_slice(
@@ -81,6 +88,7 @@ class ForwardStep:
             context_rank=ranks.context_parallel_rank,
             context_size=ranks.context_parallel_size,
             context_group=megatron.context_parallel_group(),
+            on_micro_batch=on_micro_batch,
         )
 
     def __call__(
@@ -92,6 +100,7 @@ class ForwardStep:
             The chunk's output (hidden states, ``[1, tokens, hidden]`` on the last stage), and the
             loss function to call on it there.
         """
+        self.on_micro_batch()
         batch = next(micro_batches)
         shard = shard_context(
             batch.tokens.numel(),

@@ -1,6 +1,7 @@
 """Notices a rank that no longer gets on, says where every thread of it stands, and ends it.
 
-In: a beat at every phase of the training loop. Out: nothing while beats come; when none came for
+In: a beat at every phase of the training loop, and one within a phase at every micro-batch and
+every written part of a checkpoint. Out: nothing while beats come; when none came for
 too long, the stacks of all threads on standard error and in the run's folder, one line that names
 the ranks which hang, and the end of the process, upon which torchrun ends or restarts the job.
 
@@ -43,6 +44,31 @@ def _innermost_call() -> str:
     return f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_name}"
 
 
+class Patience:
+    """Counts for how long no beat has come.
+
+    Attributes:
+        waited: Seconds since the last beat.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        """Begins to wait; none has come yet."""
+        self._timeout = timeout_seconds
+        self._seen = 0
+        self.waited = 0.0
+
+    def is_over(self, seconds: float, num_beats: int) -> bool:
+        """Whether it is over.
+
+        Args:
+            seconds: Waited since the last call.
+            num_beats: That have come so far.
+        """
+        self.waited = self.waited + seconds if num_beats == self._seen else 0.0
+        self._seen = num_beats
+        return self.waited >= self._timeout
+
+
 class Watchdog:
     """Ends this process when no beat comes for too long.
 
@@ -83,6 +109,10 @@ class Watchdog:
         self._place = _Place(iteration, phase)
         self._num_beats += 1
 
+    def beat_on(self) -> None:
+        """Says that this rank gets on within its phase."""
+        self._num_beats += 1
+
     def close(self) -> None:
         """Watches no longer."""
         self._closed.set()
@@ -92,15 +122,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(self._timeout / 10, 5.0)
-        seen, waited = self._num_beats, 0.0
+        patience = Patience(self._timeout)
         while not self._closed.wait(pause):
             # For a thread that holds the interpreter's lock and never lets go of it, so that this
             # loop stands still as well.
             faulthandler.dump_traceback_later(max(2 * self._timeout, 10 * pause), exit=True)
-            waited = waited + pause if self._num_beats == seen else 0.0
-            seen = self._num_beats
-            if waited >= self._timeout:
-                self._end(waited)
+            if patience.is_over(pause, self._num_beats):
+                self._end(patience.waited)
 
     def _end(self, waited: float) -> None:
         # What follows takes seconds on a slow disk, and has a time limit of its own.

@@ -67,6 +67,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     progress = _progress(inputs.blend, inputs.resumed)
     optimization.set_consumed_samples(progress.consumed_samples)
 
+    watchdog = _watchdog(config, ranks)
+    stack.callback(watchdog.close)
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
     hooks, downtime = open_record(config, ranks, progress.iteration, stack)
@@ -81,6 +83,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
             ranks,
             num_bytes_per_id=inputs.tokenizer.num_bytes_per_id,
             num_sources=len(inputs.sources),
+            on_micro_batch=watchdog.beat_on,
         ),
         optimization=optimization,
         validator=_validator(config, inputs),
@@ -93,17 +96,16 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         peak_flops=peak,
         stop_request=StopRequest(config.train.exit_duration_in_mins),
         guard=_guard(config, inputs),
-        watchdog=_watchdog(config, ranks),
+        watchdog=watchdog,
         collection=GarbageCollection(config.train.manual_gc_interval),
         freed_memory=None if ranks.is_cuda else FreedMemory(),
         profiler=ProfilerWindow(config, ranks),
         stragglers=_stragglers(config, ranks, llama),
         hooks=hooks,
         downtime=downtime,
-        saver=_saver(config, ranks, progress, stack),
+        saver=_saver(config, ranks, progress, watchdog, stack),
     )
     stack.callback(run.stop_request.close)
-    stack.callback(run.watchdog.close)
     stack.callback(run.collection.close)
     stack.callback(run.profiler.close)
     return run, progress
@@ -124,7 +126,7 @@ def _guard(config: RunConfig, inputs: RunInputs) -> Guard:
 
 def _watchdog(config: RunConfig, ranks: Ranks) -> Watchdog:
     return Watchdog(
-        timeout_seconds=60 * config.faults.hang_timeout_minutes,
+        timeout_seconds=60 * config.hang_timeout_minutes,
         rank=ranks.process.rank,
         world_size=ranks.process.world_size,
         folder=config.checkpoint.save,
@@ -199,12 +201,18 @@ def _validator(config: RunConfig, inputs: RunInputs) -> Validator | None:
 
 
 def _saver(
-    config: RunConfig, ranks: Ranks, progress: Progress, stack: ExitStack
+    config: RunConfig, ranks: Ranks, progress: Progress, watchdog: Watchdog, stack: ExitStack
 ) -> CheckpointSaver | None:
     if config.checkpoint.save is None:
         return None
     resumed = progress.iteration if progress.iteration else None
-    saver = CheckpointSaver(Path(config.checkpoint.save), config, ranks, durable_iteration=resumed)
+    saver = CheckpointSaver(
+        Path(config.checkpoint.save),
+        config,
+        ranks,
+        durable_iteration=resumed,
+        on_progress=watchdog.beat_on,
+    )
     stack.callback(saver.close)
     return saver
 

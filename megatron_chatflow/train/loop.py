@@ -307,6 +307,7 @@ def _put_questions(run: Run, progress: Progress) -> None:
     if run.choices is None:
         return
     run.watchdog.beat(progress.iteration, "choice questions")
+    run.optimization.gather_parameters()
     result = run.choices.run(run.forward_step, run.optimization.chunks, run.ranks)
     for hook in run.hooks:
         hook.on_choice(progress.iteration, {run.choices.name: result})

@@ -19,6 +19,8 @@ LAYOUTS: dict[str, list[str]] = {
     "tp2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "pp2": ["--pipeline-model-parallel-size", "2"],
     "dp2": [],
+    "vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split(),
+    "overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather".split(),
 }
 SETTINGS = ChoiceSettings("continuation", 1)
 

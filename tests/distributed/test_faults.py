@@ -103,7 +103,7 @@ def test_a_hung_rank_is_named_and_the_job_restarts_by_itself(
     command = [*jobs.torchrun(2), "--max-restarts=1", FAULTY]
     command += [json.dumps({"hang": {"rank": 1, "iteration": 6}}), "--config", tiny_run.config]
     command += ["--save", folder, "--load", folder, "--save-interval", 2]
-    output = jobs.run([*command, "--hang-timeout-minutes", 0.15])
+    output = jobs.run([*command, "--hang-timeout-minutes", 0.25, "--data-retry-seconds", 5])
     assert "elsewhere: rank 1 (iteration 6, training, in __main__.faulty_step)" in output
     assert (folder / "latest_checkpointed_iteration.txt").read_text().strip() == "10"
     entries, _ = jobs.read_metrics(folder)

@@ -3,8 +3,10 @@
 On another layout the data's order is the same and the losses agree to rounding.
 """
 
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tiny_run import TinyRun
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
+TRAIN_SCRIPT = Path(__file__).parents[2] / "examples" / "llama2_7b" / "train.sh"
 LAYOUTS = {
     "dp2_distributed_optimizer": ["--use-distributed-optimizer"],
     "tp2_bf16": ["--tensor-model-parallel-size", "2", "--bf16"],
@@ -118,18 +121,32 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run: TinyRun, tmp_pa
 
 
 @pytest.mark.distributed
-def test_sigterm_saves_and_leaves(tiny_run: TinyRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("launched", ["alone", "train.sh"])
+def test_a_signal_saves_and_leaves(
+    tiny_run: TinyRun, tmp_path: Path, name: str, launched: str
+) -> None:
     folder = tmp_path / "run"
-    flags = ["--config", tiny_run.config, "--train-iters", 100000, "--save", folder]
+    flags = ["--train-iters", 100000, "--save", folder]
+    command = jobs.pretrain("--config", tiny_run.config, *flags)
+    if launched == "train.sh":
+        command = [str(part) for part in (TRAIN_SCRIPT, tiny_run.config, *flags)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    job = {"PATH": path, "GPUS_PER_NODE": "2", "RDZV_ENDPOINT": "localhost:0"}
     process = subprocess.Popen(
-        jobs.pretrain(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env={**jobs.environment(), **job},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    process.send_signal(signal.Signals[name])
+    status = process.wait(timeout=120)
+    # A launcher that was signalled says so by its own status.
+    assert (status == 0) == (launched == "alone")
     iterations, _ = jobs.read_metrics(folder)
     assert int((folder / "latest_checkpointed_iteration.txt").read_text()) == len(iterations)
 

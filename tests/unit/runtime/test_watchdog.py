@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from megatron_chatflow.runtime.watchdog import Watchdog
+import pytest
+
+from megatron_chatflow.runtime.watchdog import Patience, Watchdog
 
 _HANGS = """
 import logging, sys, threading, time
@@ -14,6 +15,10 @@ from megatron_chatflow.runtime.watchdog import Watchdog
 
 logging.basicConfig(format="%(message)s")
 rank = int(sys.argv[2])
+# Both begin together, however long each took to start.
+Path(sys.argv[1], f"ready_{rank}").touch()
+while len(list(Path(sys.argv[1]).glob("ready_*"))) < 2:
+    time.sleep(0.01)
 watchdog = Watchdog(timeout_seconds=1.0, rank=rank, world_size=3, folder=Path(sys.argv[1]))
 watchdog.beat(7, "loading" if rank else "training")
 
@@ -21,6 +26,18 @@ def stuck_here():
     threading.Event().wait()
 
 stuck_here()
+"""
+
+
+_LEAVES_OFF = """
+import time
+from pathlib import Path
+from megatron_chatflow.runtime.watchdog import Watchdog
+
+watchdog = Watchdog(timeout_seconds=0.5, rank=0, world_size=1, folder=Path("{folder}"))
+watchdog.beat(1, "training")
+watchdog.close()
+time.sleep(1.5)
 """
 
 
@@ -43,13 +60,17 @@ def test_a_hung_process_ends_and_says_where_it_stood(tmp_path: Path) -> None:
         assert "stuck_here" in report
 
 
-def test_a_process_that_beats_is_left_alone(tmp_path: Path) -> None:
-    watchdog = Watchdog(timeout_seconds=1.0, rank=0, world_size=1, folder=tmp_path)
-    for iteration in range(30):
-        watchdog.beat(iteration, "training")
-        time.sleep(0.05)
-    watchdog.close()
-    time.sleep(1.5)
+def test_patience_ends_without_beats_alone() -> None:
+    patience = Patience(1.0)
+    assert not any(patience.is_over(0.4, beat // 2) for beat in range(2, 99))
+    assert [patience.is_over(0.4, 49) for _ in range(3)] == [False, False, True]
+    assert patience.waited == pytest.approx(1.2)
+    assert not patience.is_over(0.4, 50)
+
+
+def test_a_watch_that_is_over_ends_nothing(tmp_path: Path) -> None:
+    code = _LEAVES_OFF.replace("{folder}", str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert not list(tmp_path.iterdir())
 
 
