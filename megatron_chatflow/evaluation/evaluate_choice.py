@@ -8,13 +8,14 @@ Understanding", 2021); ``continuation`` those of the whole choices, as they are 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm import tqdm
 
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
 from megatron_chatflow.tokenizer import Tokenizer
@@ -43,12 +44,14 @@ class Question:
         question: The question.
         choices: What to choose from.
         answer: Index of the right one.
+        place: File and line that it stands in, for messages; "" where it was not read.
     """
 
     subject: str
     question: str
     choices: tuple[str, ...]
     answer: int
+    place: str = field(default="", compare=False)  # the same question stands in several files
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def read_questions(path: Path) -> list[Question]:
         UserError: The file cannot be read, or a line is no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON's texts may hold U+2028 and U+0085, which that takes for ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     questions = []
@@ -84,8 +88,8 @@ def read_questions(path: Path) -> list[Question]:
         if not line.strip():
             continue
         try:
-            questions.append(_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            questions.append(_question(json.loads(line), f"{path}: line {number}"))
+        except (ValueError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{path}: line {number} is no question ({type(error).__name__}: {error}); it needs "
                 "question, choices and answer"
@@ -95,18 +99,34 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(record: Any) -> Question:
+def _question(record: Any, place: str) -> Question:
     if not isinstance(record, Mapping):
         raise ValueError("no JSON object")
     given = record.get("choices")
     if given is None:
         given = [record[letter] for letter in LETTERS if letter in record]
-    answer = record["answer"]
-    index = LETTERS.index(answer.strip()) if isinstance(answer, str) else int(answer)
-    if not 2 <= len(given) <= len(LETTERS) or not 0 <= index < len(given):
-        raise ValueError(f"answer {answer!r} of {len(given)} choices")
+    if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
+        raise ValueError(f"choices are no list of 2 to {len(LETTERS)}")
+    for letter, choice in zip(LETTERS, given, strict=False):
+        # One without any text would be certain: nothing is all that may follow.
+        if not isinstance(choice, str | int | float) or not str(choice).strip():
+            raise ValueError(f"choice {letter} is empty or no text")
+    index = _index(record["answer"])
+    if not 0 <= index < len(given):
+        raise ValueError(f"answer {shorten(record['answer'])} of {len(given)} choices")
     subject = str(record.get("subject", "")).replace("_", " ")
-    return Question(subject, str(record["question"]), tuple(map(str, given)), index)
+    question, choices = str(record["question"]), tuple(map(str, given))
+    "".join((subject, question, *choices)).encode()  # half a surrogate pair is no text
+    return Question(subject, question, choices, index, place)
+
+
+def _index(answer: Any) -> int:
+    """Which choice an answer means; -1 if none."""
+    if isinstance(answer, str):
+        letter = answer.strip()
+        return LETTERS.find(letter) if len(letter) == 1 else -1
+    is_whole = type(answer) is int or (type(answer) is float and answer.is_integer())
+    return int(answer) if is_whole else -1
 
 
 def examples_for(
@@ -232,9 +252,18 @@ def encode_question(
         question: The question.
         examples: Solved questions before it.
         settings: How it is put.
+
+    Raises:
+        UserError: The tokenizer makes no token of a choice.
     """
     continuations = _continuations(question, settings)
     answers = [tokenizer.encode_continuation(text)[:max_length] for text in continuations]
+    for letter, ids in zip(LETTERS, answers, strict=False):
+        if not ids:
+            raise UserError(
+                f"{question.place}: choice {letter} has no token in this model's tokenizer; "
+                "leave the question out"
+            )
     longest = max(map(len, answers))
     for first in range(len(examples) + 1):
         text = prompt_of(question, examples[first:], settings)

@@ -116,7 +116,8 @@ def listed_pieces(tokenizer: Tokenizer, path: Path, num_new: int) -> list[str]:
         UserError: There is none, or the file cannot be read.
     """
     try:
-        listed = dict.fromkeys(path.read_text(encoding="utf-8").splitlines())
+        # Not `splitlines`: a piece may hold U+2028 or U+0085, which that takes for ends of lines.
+        listed = dict.fromkeys(path.read_text(encoding="utf-8").split("\n"))
     except (OSError, ValueError) as error:
         raise UserError(f"--list: cannot read: {path}: {error}") from error
     new = [p for p in listed if p and len(tokenizer.encode_continuation(p)) > 1]

@@ -20,6 +20,7 @@ from megatron_chatflow.evaluation.evaluate import table
 from megatron_chatflow.evaluation.evaluate_choice import (
     ChoiceSettings,
     Question,
+    encode_question,
     evaluate_choice,
     examples_for,
     prompt_of,
@@ -31,6 +32,7 @@ from megatron_chatflow.evaluation.evaluate_text import (
     encode_document,
     evaluate_text,
 )
+from megatron_chatflow.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 QUESTIONS = [
@@ -184,8 +186,21 @@ def test_question_files(tmp_path: Path) -> None:
         Question("a b", "q", ("x", "y"), 1),
         Question("", "q", ("x", "y", "z"), 2),
     ]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(read_questions(path)) == 2
     for record in (
         {"question": "q", "choices": ["x", "y"], "answer": 2},
+        {"question": "q", "choices": ["x", "y"], "answer": math.inf},
+        {"question": "q", "choices": ["x", "y"], "answer": 0.5},
+        {"question": "q", "choices": ["x", "y"], "answer": True},
+        {"question": "q", "choices": ["x", "y"], "answer": ""},
+        {"question": "q", "choices": ["x", "y", "z"], "answer": "BC"},
+        {"question": "q", "choices": ["x", "y"], "answer": [0]},
+        {"question": "q", "choices": ["", "y"], "answer": 1},
+        {"question": "q", "choices": ["x", " \u3000"], "answer": 0},
+        {"question": "q", "choices": ["x", None], "answer": 0},
+        {"question": "q", "choices": "xy", "answer": 0},
+        {"question": "\ud800", "choices": ["x", "y"], "answer": 0},
         {"question": "q", "choices": ["x"], "answer": 0},
         {"question": "q", "choices": ["x", "y"]},
         {"question": "q", "choices": ["x", "y"], "answer": "Z"},
@@ -194,11 +209,45 @@ def test_question_files(tmp_path: Path) -> None:
         path.write_text(json.dumps(record))
         with pytest.raises(UserError, match="line 1 is no question"):
             read_questions(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1 is no question"):
+        read_questions(path)
     path.write_text("\n")
     with pytest.raises(UserError, match="holds no question"):
         read_questions(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_questions(tmp_path / "none")
+
+
+def test_json_texts_may_hold_what_ends_lines_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    texts = ["a\u2028b", "a\u2029b", "a\u0085b", "a\x7fb"]
+    records = [{"question": text, "choices": [text, "y"], "answer": 0} for text in texts]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), "utf-8")
+    assert [question.question for question in read_questions(path)] == texts
+    assert [question.choices[0] for question in read_questions(path)] == texts
+
+
+def test_a_choice_without_any_token_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers
+
+    fast = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="a"))
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.Replace(" ", ""), normalizers.Replace("\u200b", "")]
+    )
+    fast.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    records = [
+        {"question": "b", "choices": ["a", "b"], "answer": 0},
+        {"question": "b", "choices": ["a", "\u200b"], "answer": 0},
+    ]
+    first, second = read_questions(write_lines(tmp_path / "q.jsonl", records))
+    settings = ChoiceSettings("continuation")
+    _, answers = encode_question(tokenizer, [0], 64, first, [], settings)
+    assert all(answers)
+    with pytest.raises(UserError, match=r"q.jsonl: line 2: choice B has no token"):
+        encode_question(tokenizer, [0], 64, second, [], settings)
 
 
 def test_source_arguments(model: LanguageModel, tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_a_list_of_pieces(old: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "pieces.txt"
     path.write_text("龍\na\n\n龍\n龘\n鳳\n")
     assert listed_pieces(old, path, 2) == ["龍", "龘"]
+    path.write_bytes("龍\r\n龘\u2028鳳\r\n".encode())  # U+2028 is a character like others here
+    assert listed_pieces(old, path, 2) == ["龍", "龘\u2028鳳"]
     path.write_text("a\n")
     with pytest.raises(UserError, match="holds no piece"):
         listed_pieces(old, path, 2)
