@@ -36,8 +36,9 @@ def dry_run(config: RunConfig, world_size: int | None = None) -> str:
     num_processes = world_size or config.model_parallel_size
     validate_for_world(config, num_processes)
     inputs = open_inputs(config)
-    if config.checkpoint.ckpt_verify and inputs.checkpoint is not None:
-        refuse_damage(inputs.checkpoint, damage(inputs.checkpoint))
+    hashed = None if inputs.is_huggingface else inputs.checkpoint
+    if config.checkpoint.ckpt_verify and hashed is not None:
+        refuse_damage(hashed, damage(hashed))
     return "\n\n".join(
         (
             "resolved configuration:\n" + config.to_yaml().rstrip(),

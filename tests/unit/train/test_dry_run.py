@@ -1,11 +1,18 @@
 """A dry run opens everything, trains nothing, and says what the run would do."""
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_run import TinyRun
 
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
+from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.dry_run import dry_run
 
@@ -35,6 +42,19 @@ def test_too_many_epochs_are_foreseen(make_config) -> None:
     )
     with pytest.raises(UserError, match=r"data\.sources\.second\.max_epochs: .* at iteration \d+"):
         dry_run(config)
+
+
+def test_beginning_from_a_huggingface_folder(
+    make_config, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    shape = LlamaShape.of(make_config().model, 600)
+    tensors = {name: torch.ones(size) for name, size in huggingface_shapes(shape).items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(shape, torch.float32, {})))
+    shutil.copy(tiny_run.tokenizer_model, tmp_path)
+    for verify in (False, True):  # such a folder has no hashes, and the run asks for none either
+        config = make_config(checkpoint__load_hf=str(tmp_path), checkpoint__ckpt_verify=verify)
+        assert f"starts from the weights of {tmp_path}" in dry_run(config)
 
 
 def test_the_command_line_needs_no_process_group(tiny_run: TinyRun) -> None:
