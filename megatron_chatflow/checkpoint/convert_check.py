@@ -12,6 +12,8 @@ from megatron_chatflow.errors import UserError
 
 # Buffers that older transformers stored and that follow from the configuration.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+_TIED = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
@@ -36,10 +38,16 @@ def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
     for name in weights.files:
         if name in expected or name.endswith(_DERIVED_SUFFIXES):
             continue
-        if name == "lm_head.weight" and torch.equal(
-            weights.read(name), weights.read("model.embed_tokens.weight")
-        ):
+        if name == _TIED and _is_embedding(weights, name):
             continue  # tied, and stored all the same
         raise UserError(
             f"{weights.files[name]}: {name} is no tensor of this LLaMA; config.json leaves it out"
         )
+
+
+def _is_embedding(weights: HuggingFaceWeights, name: str) -> bool:
+    """Whether a tensor holds the embedding's values; refuses what is quantised."""
+    is_alike = weights.dtype(name) == weights.dtype(_EMBEDDING) and (
+        weights.shape(name) == weights.shape(_EMBEDDING)
+    )
+    return is_alike and torch.equal(weights.read(name), weights.read(_EMBEDDING))

@@ -22,11 +22,12 @@ from megatron_chatflow.checkpoint.convert_shape import (
     DTYPES,
     LlamaShape,
     huggingface_config,
-    read_run_config,
     trained_shape,
 )
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice, chat_template
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
+from megatron_chatflow.checkpoint.manifest import refuse_small_damage
+from megatron_chatflow.checkpoint.recorded_config import read_run_config
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes, placements, split
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
@@ -66,13 +67,14 @@ def find_checkpoint(path: Path) -> Path:
     """The ``iter_`` folder that a path means: itself, or the latest of a run.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or one of its small files is not as it was saved.
     """
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
         raise UserError(
             f"{path}: holds no checkpoint; name a run's folder or one of its iter_ ones"
         )
+    refuse_small_damage(checkpoint)
     return checkpoint
 
 
@@ -178,11 +180,14 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
     Raises:
         UserError: It cannot be found, or is another one.
     """
-    recorded: Mapping[str, Any] = read_state(checkpoint).get("tokenizer") or {}
+    recorded = read_state(checkpoint).get("tokenizer") or {}
+    if not isinstance(recorded, Mapping):
+        raise UserError(
+            f"{checkpoint / 'state.json'}: tokenizer is no object; load another checkpoint"
+        )
     if choice.leave_out:
         return None
-    configured = (read_run_config(checkpoint).get("tokenizer") or {}).get("tokenizer_model")
-    path = choice.model or (Path(configured) if configured else None)
+    path = choice.model or read_run_config(checkpoint).tokenizer.tokenizer_model
     if path is None:
         logger.warning("%s names no tokenizer: exporting without one", checkpoint)
         return None

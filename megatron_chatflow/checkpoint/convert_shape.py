@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from megatron_chatflow.checkpoint.files import read_state
+from megatron_chatflow.checkpoint.recorded_config import read_run_config
 from megatron_chatflow.config import ModelConfig
-from megatron_chatflow.config.huggingface import CONFIG_NAMES, model_of_huggingface
+from megatron_chatflow.config.huggingface import CONFIG_NAMES, MOST_LAYERS, model_of_huggingface
+from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.rope import RopeScaling, dynamic_base, huggingface_rope
+from megatron_chatflow.config.validation import check_model
 from megatron_chatflow.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,50 +99,41 @@ def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
         checkpoint: An ``iter_`` folder.
 
     Raises:
-        UserError: `state.json` is missing, or lacks a part of the shape.
+        UserError: `state.json` is missing, lacks a part of the shape, or states an impossible one.
     """
-    model = read_state(checkpoint).get("model", {})
-    configured = read_run_config(checkpoint).get("model") or {}
-    values = {
-        # These two do not change the tensors and so are the configuration's alone.
-        "max_position_embeddings": configured.get("max_position_embeddings", 4096),
-        "init_method_std": configured.get("init_method_std", 0.02),
-        **model,
-    }
+    path = checkpoint / "state.json"
+    recorded = read_state(checkpoint).get("model")
+    if not isinstance(recorded, Mapping):
+        raise UserError(f"{path}: model is missing or no object; load another checkpoint")
+    # What does not change the tensors is the configuration's alone.
+    values = {**asdict(read_run_config(checkpoint).model), **recorded}
     known: dict[str, Any] = {
-        field.name: values.get(field.name, None if field.default is MISSING else field.default)
-        for field in fields(LlamaShape)
+        field.name: values.get(field.name, _DEFAULTS.get(field.name)) for field in _FIELDS
     }
-    missing = [
-        field.name
-        for field in fields(LlamaShape)
-        if field.default is MISSING and known[field.name] is None
-    ]
+    missing = [name for name, value in known.items() if value is None and name not in _DEFAULTS]
     if missing:
         raise UserError(
-            f"{checkpoint / 'state.json'}: model.{missing[0]} is missing; "
-            "the checkpoint is of another version"
+            f"{path}: model.{missing[0]} is missing; the checkpoint is of another version"
         )
-    return LlamaShape(**known)
+    try:
+        model = _adapter.validate_python(known)
+        if model.num_layers > MOST_LAYERS:
+            raise UserError(f"model.num_layers: is {model.num_layers}")
+        check_model(model)
+    except ValidationError as error:
+        reason = f"model.{describe(error, ModelConfig)}"
+    except UserError as error:
+        reason = str(error)
+    else:
+        return LlamaShape.of(model, known["vocab_size"])
+    raise UserError(f"{path}: {reason}; load another checkpoint")
 
 
 def trained_shape(checkpoint: Path) -> LlamaShape:
     """A checkpoint's model shape as Hugging Face would state it, see `LlamaShape.trained_at`."""
-    length = (read_run_config(checkpoint).get("data") or {}).get("seq_length")
+    length = read_run_config(checkpoint).data.seq_length
     shape = shape_of_checkpoint(checkpoint)
-    return shape if length is None else shape.trained_at(int(length))
-
-
-def read_run_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration beside a checkpoint's weights, {} where there is none."""
-    path = checkpoint / "config.yaml"
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"{path}: is not YAML; restore it or move it away") from None
-    return config if isinstance(config, dict) else {}
+    return shape if length is None else shape.trained_at(length)
 
 
 def shape_of_huggingface(folder: Path) -> LlamaShape:
@@ -179,3 +173,8 @@ def huggingface_config(
         "torch_dtype": TORCH_NAMES[dtype],
         "use_cache": True,
     }
+
+
+_FIELDS = fields(LlamaShape)
+_DEFAULTS = {field.name: field.default for field in _FIELDS if field.default is not MISSING}
+_adapter = TypeAdapter(ModelConfig)

@@ -8,9 +8,8 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_chatflow.checkpoint.convert_shape import read_run_config
+from megatron_chatflow.checkpoint.recorded_config import RecordedConfig, read_run_config
 from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
@@ -64,14 +63,14 @@ def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) ->
     return None if _has_template(tokenizer_model) else JINJA_TEMPLATES[DEFAULT]
 
 
-def _template_of_corpus(config: dict[str, Any]) -> str | None:
+def _template_of_corpus(config: RecordedConfig) -> str | None:
     """Jinja source of what the run's chats were written with, as far as their sidecars are here.
 
     Chats come before translations that were written as chats.
     """
     found: dict[str, dict[str, str]] = {"chat": {}, "pairs": {}}
-    for source in ((config.get("data") or {}).get("sources") or {}).values():
-        for prefix in source.get("paths") or ():
+    for source in config.data.sources.values():
+        for prefix in source.paths:
             template = (read_sidecar(prefix) or {}).get("template")
             if isinstance(template, dict) and isinstance(template.get("jinja"), str):
                 of_format = found.setdefault(str(template.get("format")), {})

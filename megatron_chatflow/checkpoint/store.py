@@ -20,10 +20,13 @@ from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
 from megatron_chatflow.checkpoint.own_heads import expect_own_heads, own_pieces, own_sizes_of
 from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.megatron import data_parallel_group
 from megatron_chatflow.runtime.ranks import Ranks
+
+_COUNTS = ("iteration", "consumed_samples", "consumed_tokens")
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,16 @@ class RunState:
         """Reads a checkpoint's state.
 
         Raises:
-            UserError: The folder holds none, or it lacks a part.
+            UserError: The folder holds none, or it lacks a part, or one is of the wrong type.
         """
         state = read_state(checkpoint)
+        for name, value in state.items():
+            kind = int if name in _COUNTS else dict
+            if name in cls.__dataclass_fields__ and type(value) is not kind:
+                raise UserError(
+                    f"{checkpoint / 'state.json'}: {name} is {shorten(value)} and no "
+                    f"{'number' if kind is int else 'object'}; load another checkpoint"
+                )
         try:
             return cls(**state)
         except TypeError as error:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config.rope import rope_of_huggingface
+from megatron_chatflow.config.rope import is_positive_number, rope_of_huggingface
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
 
 # Names of Hugging Face's LlamaConfig, and ours.
@@ -23,7 +24,8 @@ CONFIG_NAMES = {
     "rms_norm_eps": "norm_epsilon",
     "initializer_range": "init_method_std",
 }
-_MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
+MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
+_LARGEST_SIZE = 2**31 - 1
 # LlamaConfig's own defaults, which a config.json may leave out.
 _CONFIG_DEFAULTS = {
     "max_position_embeddings": 2048,
@@ -75,11 +77,11 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
     for name, ours in CONFIG_NAMES.items():
         value: Any = config.get(name)
         is_size = ours not in ("norm_epsilon", "init_method_std")
-        is_number = isinstance(value, int if is_size else (int, float))
-        if not is_number or isinstance(value, bool) or value <= 0:
+        if not is_positive_number(value) or (is_size and not isinstance(value, int)):
             raise UserError(f"{path}: {name} is missing or not a positive number; complete it")
-    if config["num_hidden_layers"] > _MOST_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers is {config['num_hidden_layers']}; correct it")
+        largest = MOST_LAYERS if ours == "num_layers" else _LARGEST_SIZE
+        if is_size and value > largest:
+            raise UserError(f"{path}: {name} is {shorten(value)}; correct it")
     _refuse_variants(path, config)
     return {
         **{ours: config[theirs] for theirs, ours in CONFIG_NAMES.items()},

@@ -5,10 +5,12 @@ the model section's ``rope_`` fields. Out: the other side's form. Kinds: linear,
 llama3.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
 
 RopeScaling = Literal["linear", "dynamic", "llama3"]
@@ -22,6 +24,13 @@ _FACTORS = {
 }
 ROPE_FIELDS = ("rope_scaling_type", *_FACTORS.values())
 _NAMES_OF_KIND = {"linear": ("factor",), "dynamic": ("factor",), "llama3": tuple(_FACTORS)}
+
+
+def is_positive_number(value: object) -> bool:
+    """Whether it is a number above 0 that is finite as a float; JSON may hold others."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def dynamic_base(base: float, head_dim: int, factor: float, original: int, length: int) -> float:
@@ -56,8 +65,10 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
         raise UserError(f"{path}: rope_scaling is {rope!r} and no object; correct it")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        raise UserError(f"{path}: rope_theta is {theta!r} and no positive number; correct it")
+    if not is_positive_number(theta):
+        raise UserError(
+            f"{path}: rope_theta is {shorten(theta)} and no positive number; correct it"
+        )
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise UserError(f"{path}: has rotary parameters by kind of layer; LLaMA has one kind")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -77,10 +88,10 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
     values: dict[str, Any] = {"rotary_base": float(theta), "rope_scaling_type": kind}
     for name in _NAMES_OF_KIND[kind]:
         number: Any = given.get(name)
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if not is_number or number <= 0:
+        if not is_positive_number(number):
             raise UserError(
-                f"{path}: rotary scaling of type {kind!r} needs a positive {name}, not {number!r}"
+                f"{path}: rotary scaling of type {kind!r} needs a positive {name}, not "
+                f"{shorten(number)}"
             )
         is_length = name == "original_max_position_embeddings"
         values[_FACTORS[name]] = int(number) if is_length else float(number)

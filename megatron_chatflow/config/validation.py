@@ -15,6 +15,7 @@ from megatron_chatflow.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_chatflow.config.run_config import RunConfig
+    from megatron_chatflow.config.sections import ModelConfig
 
 _LONGEST_LIST = 8
 
@@ -39,8 +40,7 @@ def check(config: "RunConfig") -> None:
     Raises:
         UserError: The first combination that cannot run.
     """
-    _check_model(config)
-    _check_rope(config)
+    check_model(config.model)
     _check_parallel(config)
     _check_sequence(config)
     _check_recompute(config)
@@ -53,8 +53,17 @@ def check(config: "RunConfig") -> None:
     _check_logging(config)
 
 
-def _check_model(config: "RunConfig") -> None:
-    model = config.model
+def check_model(model: "ModelConfig") -> None:
+    """Checks how the fields of a model's shape go together.
+
+    Raises:
+        UserError: There is no such LLaMA.
+    """
+    _check_heads(model)
+    _check_rope(model)
+
+
+def _check_heads(model: "ModelConfig") -> None:
     heads = model.num_attention_heads
     if model.hidden_size % heads:
         raise UserError(
@@ -73,8 +82,7 @@ def _check_model(config: "RunConfig") -> None:
         )
 
 
-def _check_rope(config: "RunConfig") -> None:
-    model = config.model
+def _check_rope(model: "ModelConfig") -> None:
     kind = model.rope_scaling_type
     of_llama3 = {
         "model.rope_low_freq_factor": model.rope_low_freq_factor,

@@ -123,6 +123,16 @@ def test_known_extras_are_passed_over(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, "lm_head.weight is no tensor")
     change_tensors(source, **{"lm_head.weight": embedding.clone()})
     import_huggingface(source, tmp_path / "b")
+    for other in (
+        embedding.bfloat16(),
+        embedding[0].clone(),
+        torch.tensor(1.0),
+        torch.ones(2, 2, 2),
+    ):
+        change_tensors(source, **{"lm_head.weight": other})
+        refused(source, tmp_path, "lm_head.weight is no tensor")
+    change_tensors(source, **{"lm_head.weight": torch.ones(9, 16, dtype=torch.int8)})
+    refused(source, tmp_path, "lm_head.weight is neither fp32, bf16 nor fp16")
 
 
 def test_damaged_files(source: Path, tmp_path: Path) -> None:

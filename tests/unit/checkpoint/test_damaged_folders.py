@@ -21,6 +21,8 @@ from megatron_chatflow.errors import UserError
 
 SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
 NORM = "model.norm.weight"
+NAN, INFINITY = float("nan"), float("inf")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.fixture
@@ -96,6 +98,19 @@ def test_headers_that_are_none(folder: Path) -> None:
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear' and no object"),
         ({"rope_theta": "1e4"}, "rope_theta is '1e4' and no positive number"),
         ({"quantization_config": {"bits": 4}}, "the model is quantised"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is 10000000000000"),
+        ({"rms_norm_eps": NAN}, "rms_norm_eps is missing or not a positive number"),
+        ({"rms_norm_eps": INFINITY}, "rms_norm_eps is missing or not a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is missing or not a positive number"),
+        ({"rope_theta": INFINITY}, "rope_theta is inf and no positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 100000000000.*000 and no positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": NAN}}, "positive factor, not nan"),
+        ({"rope_scaling": {"type": "dynamic", "factor": INFINITY}}, "positive factor, not inf"),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": INFINITY}},
+            "positive original_max_position_embeddings, not inf",
+        ),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 10**400}}, "positive low_freq_factor"),
     ],
 )
 def test_configurations(folder: Path, change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,89 @@
+"""What a checkpoint's own config.yaml says of the run, read without trusting it.
+
+In: an ``iter_`` folder. Out: the few values that conversion takes from there. The rest may be of
+another version of this package, and is passed over.
+"""
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megatron_chatflow.config.fields import FilePath, PositiveNumber, Size
+from megatron_chatflow.config.problems import describe
+from megatron_chatflow.config.yaml_file import read_yaml
+from megatron_chatflow.errors import UserError
+
+_LENIENT = ConfigDict(extra="ignore")
+
+
+def _or_empty(value: Any) -> Any:
+    return {} if value is None else value
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class RecordedModel:
+    """What does not change the tensors, and so is in config.yaml alone."""
+
+    max_position_embeddings: Size = 4096
+    init_method_std: PositiveNumber = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class RecordedTokenizer:
+    """Where the tokenizer lay."""
+
+    tokenizer_model: FilePath | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class RecordedSource:
+    """A source's datasets."""
+
+    paths: tuple[FilePath, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class RecordedData:
+    """What the run read."""
+
+    seq_length: Size | None = None
+    sources: Annotated[dict[str, RecordedSource], BeforeValidator(_or_empty)] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=_LENIENT)
+class RecordedConfig:
+    """The parts of config.yaml that conversion reads; each has defaults where it is missing."""
+
+    model: Annotated[RecordedModel, BeforeValidator(_or_empty)] = RecordedModel()
+    tokenizer: Annotated[RecordedTokenizer, BeforeValidator(_or_empty)] = RecordedTokenizer()
+    data: Annotated[RecordedData, BeforeValidator(_or_empty)] = field(default_factory=RecordedData)
+
+
+def read_run_config(checkpoint: Path) -> RecordedConfig:
+    """The configuration beside a checkpoint's weights; defaults where there is none.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+
+    Raises:
+        UserError: It is no YAML, or a value is of the wrong type.
+    """
+    path = checkpoint / "config.yaml"
+    if not path.is_file():
+        return RecordedConfig()
+    try:
+        return _adapter.validate_python(read_yaml(path))
+    except UserError as error:
+        raise UserError(f"{error}; restore the file or move it away") from None
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: {describe(error, RecordedConfig)}; restore the file or move it away"
+        ) from None
+
+
+_adapter = TypeAdapter(RecordedConfig)
