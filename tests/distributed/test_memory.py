@@ -24,6 +24,12 @@ SHAPE = (
 RUNS = {
     "plain": (1, []),
     "tensor": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),
+    "context": (2, ["--context-parallel-size", "2"]),
+    "recompute": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
+    ),
     # The copy that checkpoints are written from lies in memory from the first step on.
     "saving": (1, ["--save", "run", "--train-iters", "4"]),
     "sharded_saving": (2, ["--use-distributed-optimizer", "--save", "run", "--train-iters", "4"]),
