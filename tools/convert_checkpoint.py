@@ -30,7 +30,12 @@ def _export(args: argparse.Namespace) -> int:
         args.checkpoint,
         args.output,
         dtype=args.dtype,
-        tokenizer=TokenizerChoice(args.tokenizer_model, args.chat_template, args.no_tokenizer),
+        tokenizer=TokenizerChoice(
+            model=args.tokenizer_model,
+            chat_template=args.chat_template,
+            leave_out=args.no_tokenizer,
+            advice="name the run's own with --tokenizer-model, or give --no-tokenizer",
+        ),
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
     )

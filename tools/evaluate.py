@@ -8,6 +8,7 @@ import json
 import logging
 from pathlib import Path
 
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.corpus.templates import TEMPLATES
 from megatron_chatflow.errors import UserError, run_main
@@ -33,8 +34,12 @@ def main() -> None:
         raise UserError("nothing to evaluate on: give --source, --choice or --tasks")
     if args.output and not args.output.absolute().parent.is_dir():
         raise UserError(f"--output: {args.output.parent} is no folder; make it first")
-    models = [*([args.baseline] if args.baseline else []), args.model]
-    results = [evaluate(model, settings) for model in models]
+    models = [(args.model, TokenizerChoice(args.tokenizer_model))]
+    if args.baseline:
+        advice = "name the run's own with --baseline-tokenizer-model"
+        choice = TokenizerChoice(args.baseline_tokenizer_model, advice=advice)
+        models.insert(0, (args.baseline, choice))
+    results = [evaluate(model, settings, tokenizer) for model, tokenizer in models]
     if args.output:
         write_atomically(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(table(results))
@@ -48,7 +53,9 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", type=Path, help="Hugging Face folder, run or iter_ folder")
+    add("--tokenizer-model", type=Path, help="of a checkpoint: where its tokenizer lies now")
     add("--baseline", type=Path, help="another model, shown beside it")
+    add("--baseline-tokenizer-model", type=Path, help="the same of a baseline that is a checkpoint")
     add(
         "--source",
         action="append",

@@ -192,15 +192,11 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
         logger.warning("%s names no tokenizer: exporting without one", checkpoint)
         return None
     if not path.exists():
-        raise UserError(
-            f"{path}: the run's tokenizer is not there; name it with --tokenizer-model, or give "
-            "--no-tokenizer"
-        )
+        raise UserError(f"{path}: the run's tokenizer is not there; {choice.advice}")
     tokenizer = load_tokenizer(path, str(recorded.get("type") or "auto"))
     if recorded.get("sha256") not in (None, tokenizer.fingerprint):
         raise UserError(
-            f"{path}: is not the tokenizer that {checkpoint} was trained with; name that one with "
-            "--tokenizer-model"
+            f"{path}: is not the tokenizer that {checkpoint} was trained with; {choice.advice}"
         )
     return tokenizer
 

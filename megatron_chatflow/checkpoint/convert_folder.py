@@ -36,7 +36,7 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
         if free < num_bytes:
             raise UserError(
                 f"{output}: needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
-                "free some or name another --output"
+                "free some or name another folder"
             )
         beside.mkdir()
         yield beside
@@ -44,7 +44,7 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
         _replace(output, beside)
     except OSError as error:
         reason = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise UserError(f"{output}: cannot be written ({reason}); name another --output") from error
+        raise UserError(f"{output}: cannot be written ({reason}); name another folder") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -53,7 +53,7 @@ def _refuse_existing(output: Path, *, overwrite: bool, mark: str) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"{output}: is a file; name a folder as --output")
+        raise UserError(f"{output}: is a file; name a folder")
     if not any(output.iterdir()):
         return
     if not overwrite:

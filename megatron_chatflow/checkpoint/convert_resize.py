@@ -36,6 +36,8 @@ from megatron_chatflow.checkpoint.weight_map import (
 )
 from megatron_chatflow.errors import UserError
 
+_ADVICE = "name the run's own with --old-tokenizer-model"
+
 
 def resize_checkpoint(
     checkpoint: Path,
@@ -62,7 +64,7 @@ def resize_checkpoint(
     shape = shape_of_checkpoint(checkpoint)
     reader = DistributedReader(checkpoint)
     check_shapes(reader, shape)
-    old = run_tokenizer(checkpoint, TokenizerChoice(model=old_tokenizer))
+    old = run_tokenizer(checkpoint, TokenizerChoice(model=old_tokenizer, advice=_ADVICE))
     if old is None:
         raise UserError(f"{checkpoint}: names no tokenizer; give it as --old-tokenizer-model")
     growth = vocabulary_growth(old, resize.tokenizer, shape.vocab_size)

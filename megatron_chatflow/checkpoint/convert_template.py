@@ -26,11 +26,13 @@ class TokenizerChoice:
         model: Its file or folder; None takes the one that the run's configuration names.
         chat_template: Name of a template, or a file of Jinja source; None takes the run's.
         leave_out: Export without any.
+        advice: What to do where it is not found, as the command says it that was called.
     """
 
     model: Path | None = None
     chat_template: str | None = None
     leave_out: bool = False
+    advice: str = "name the run's own with --tokenizer-model"
 
 
 def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) -> str | None:

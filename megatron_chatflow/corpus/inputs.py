@@ -54,7 +54,7 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """
     files = [file for name in inputs for file in _expand(name)]
     if not files:
-        raise UserError("no input: name at least one file, folder or glob after --input")
+        raise UserError("no input: name at least one file, folder or glob")
     return files
 
 

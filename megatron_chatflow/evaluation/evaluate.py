@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_choice import (
     ChoiceSettings,
@@ -59,12 +60,15 @@ class EvaluationSettings:
                 raise UserError(f"{flag}: {value} is below {least}")
 
 
-def evaluate(model: Path, settings: EvaluationSettings) -> dict[str, Any]:
+def evaluate(
+    model: Path, settings: EvaluationSettings, tokenizer: TokenizerChoice | None = None
+) -> dict[str, Any]:
     """Evaluates one model.
 
     Args:
         model: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
         settings: On what.
+        tokenizer: Where a checkpoint's lies now; None takes the one that its run names.
 
     Returns:
         ``model``, ``sources``, ``choice`` and ``tasks``, as far as they were asked for.
@@ -75,7 +79,7 @@ def evaluate(model: Path, settings: EvaluationSettings) -> dict[str, Any]:
     questions = {name: read_questions(path) for name, path in settings.questions.items()}
     pool = read_questions(settings.few_shot_file) if settings.few_shot_file else None
     results: dict[str, Any] = {"model": str(model)}
-    with huggingface_folder(model) as folder:
+    with huggingface_folder(model, tokenizer) as folder:
         if settings.sources or questions:
             language_model = LanguageModel(folder, settings.max_length)
             results["sources"] = {

@@ -292,6 +292,6 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
     from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="chatflow_export_") as folder:
-        logger.info("exporting %s to a temporary folder", path)
+        logger.info("exporting %s to a temporary folder (TMPDIR says where)", path)
         export_checkpoint(path, Path(folder) / "model", tokenizer=choice)
         yield Path(folder) / "model"

@@ -64,7 +64,7 @@ def _dtype(folder: Path) -> torch.dtype:
     config = read_huggingface_config(folder)
     named = config.get("torch_dtype") or config.get("dtype") or "float32"
     known = {name: dtype for dtype, name in TORCH_NAMES.items()}
-    if named not in known:
+    if not isinstance(named, str) or named not in known:
         raise UserError(
             f"{folder / 'config.json'}: torch_dtype is {named!r}; it can be {', '.join(known)}"
         )

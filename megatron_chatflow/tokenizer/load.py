@@ -27,7 +27,7 @@ def load_tokenizer(tokenizer_model: str | Path, tokenizer_type: str = "auto") ->
         known = ", ".join(TOKENIZER_TYPES)
         raise UserError(f"unknown tokenizer type: {tokenizer_type}: choose one of {known}, auto")
     if not path.exists():
-        raise UserError(f"tokenizer model not found: {path}: check --tokenizer-model")
+        raise UserError(f"tokenizer model not found: {path}: name a file or folder that is there")
     if tokenizer_type == "auto":
         is_json = path.suffix == ".json" or (path / "tokenizer.json").exists()
         has_sentencepiece = (path / "tokenizer.model").exists()

@@ -164,7 +164,7 @@ def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"not a SentencePiece model: {path}: {error}") from error
     if not loaded or processor.vocab_size() == 0:
-        raise UserError(f"not a SentencePiece model: {path}: check --tokenizer-model")
+        raise UserError(f"not a SentencePiece model: {path}: name a tokenizer.model")
     return processor
 
 

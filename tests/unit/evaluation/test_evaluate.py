@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 from made_up_text import made_up_sentences
 
+from megatron_chatflow.checkpoint.convert_import import import_huggingface
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.corpus.chats import Chat
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.corpus.templates import document_of_chat
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate import table
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
 from megatron_chatflow.evaluation.evaluate_choice import (
     ChoiceSettings,
     Question,
@@ -33,6 +36,7 @@ from megatron_chatflow.evaluation.evaluate_text import (
     evaluate_text,
 )
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 ROOT = Path(__file__).parents[3]
 QUESTIONS = [
@@ -298,3 +302,20 @@ def test_command_line(random_llama: Path, tmp_path: Path) -> None:
     assert base == ours and set(ours["choice"]) == {"quiz"}
     failed = run(random_llama)
     assert failed.returncode == 2 and "nothing to evaluate on" in failed.stderr
+
+
+def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) -> None:
+    texts = write_lines(tmp_path / "t.jsonl", [{"text": made_up_sentences(1)[0]}])
+    settings = EvaluationSettings(sources=(TextSource.parse(f"s={texts}", "chatflow"),))
+    source = tmp_path / "source"
+    shutil.copytree(random_llama, source)
+    import_huggingface(source, tmp_path / "run")
+    moved = source.rename(tmp_path / "moved")
+    advice = "name the run's own with --tokenizer-model"
+    with pytest.raises(UserError, match=f"the run's tokenizer is not there; {advice}$"):
+        evaluate(tmp_path / "run", settings)
+    results = evaluate(tmp_path / "run", settings, TokenizerChoice(moved))
+    assert results["sources"] == evaluate(random_llama, settings)["sources"]
+    other = extend_tokenizer(load_tokenizer(moved), ["龍"], tmp_path / "other")
+    with pytest.raises(UserError, match=f"is not the tokenizer that .* trained with; {advice}$"):
+        evaluate(tmp_path / "run", settings, TokenizerChoice(other.model_path))

@@ -1,0 +1,167 @@
+"""Every flag that a message names is one of the command's that prints it."""
+
+import argparse
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
+PRETRAIN = "megatron_chatflow.pretrain"
+OF_OTHERS = {"--nproc-per-node"}  # torchrun's
+BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
+
+# Modules that more commands import than call: whose messages these are.
+PRINTED_BY = {
+    "config.load": {PRETRAIN},
+    "config.validation": {PRETRAIN, "tools.plan_blend"},
+    "checkpoint.convert_folder": {"tools.convert_checkpoint", "tools.extend_vocab"},
+    "checkpoint.convert_template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
+    "checkpoint.optimizer_state": {PRETRAIN},
+    "corpus.demo.pins": {"tools.fetch_demo_corpus"},
+    "data.preprocess.inspect": {"tools.inspect_dataset"},
+    "data.preprocess.merge": {"tools.merge_datasets"},
+    "data.preprocess.merge_parts": {"tools.merge_datasets"},
+    "data.preprocess.repeats": {"tools.preprocess_data"},
+    "evaluation.generation": {"tools.generate", "tools.chat"},
+    "evaluation.generation_flags": {"tools.generate"},
+    "evaluation.report_data": {PRETRAIN},  # plot_run, of the folder that a run's flag names
+    "runtime.rendezvous": {PRETRAIN},
+    "train.guard": {PRETRAIN},
+    "train.profiler": {PRETRAIN},
+}
+# Flags of another command, which the message is about.
+OF_ANOTHER_STEP = {
+    ("data.preprocess.merge_parts", "--dedup"),
+    ("data.preprocess.merge_parts", "--shard"),
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+PATHS = {
+    name_of(path): path
+    for path in (*ROOT.glob("megatron_chatflow/**/*.py"), *ROOT.glob("tools/*.py"))
+}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in PATHS.items()}
+
+
+@cache
+def imported(name: str) -> frozenset[str]:
+    """What a module imports anywhere, in functions as well."""
+    found: set[str] = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found & PATHS.keys())
+
+
+def reached(name: str) -> set[str]:
+    """What a module imports, and what that imports, to the end."""
+    found: set[str] = set()
+    queue = [name]
+    while queue:
+        if (module := queue.pop()) not in found:
+            found.add(module)
+            queue += imported(module)
+    return found
+
+
+def messages(name: str) -> Iterator[tuple[int, str]]:
+    """Line and text of every message and advice of a module."""
+    for node in ast.walk(TREES[name]):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called.startswith("logger.") or called in ("UserError", "LocalError", "TokenizerChoice"):
+            words = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            yield node.lineno, " ".join(word for word in words if isinstance(word, str))
+
+
+class _ParsedError(BaseException):
+    """Raised in place of parsing, with the flags that would have been known."""
+
+
+def _flags(parser: argparse.ArgumentParser) -> set[str]:
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                found |= _flags(command)
+    return found
+
+
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """Flags by command, from the parsers that the commands themselves build."""
+    from megatron_chatflow.evaluation.benchmark import load_benchmark
+
+    def stop(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        raise _ParsedError(_flags(parser))
+
+    found: dict[str, set[str]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tool"])
+        for subject in BENCHMARKS:
+            parser = argparse.ArgumentParser()
+            benchmark = load_benchmark(subject)
+            benchmark.add_arguments(parser)
+            found[str(benchmark.__name__)] = _flags(parser) | {"--peers", "--output"}
+        for method in ("parse_args", "parse_known_args"):
+            patch.setattr(argparse.ArgumentParser, method, stop)
+        for name, path in PATHS.items():
+            if name == PRETRAIN or name.startswith("tools."):
+                spec = importlib.util.spec_from_file_location(path.stem, path)
+                assert spec is not None and spec.loader is not None
+                tool = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(tool)
+                with pytest.raises(_ParsedError) as parsed:
+                    tool.main()
+                found[name] = parsed.value.args[0]
+    found["tools.plan_blend"] |= found[PRETRAIN]  # it hands the rest to the run's parser
+    return found
+
+
+def test_commands_have_their_flags(flags: dict[str, set[str]]) -> None:
+    assert len(flags) > 20
+    assert "--no-tokenizer" in flags["tools.convert_checkpoint"] - flags["tools.generate"]
+    assert {"--tokenizer-model", "--baseline-tokenizer-model"} <= flags["tools.evaluate"]
+    assert {"--load-hf", "--no-sequence-parallel"} <= flags[PRETRAIN]
+
+
+def test_messages_name_flags_that_the_command_has(flags: dict[str, set[str]]) -> None:
+    callers = {command: reached(command) for command in flags}
+    wrong, num_named = [], 0
+    for module in PATHS:
+        short = module.removeprefix("megatron_chatflow.")
+        importing = {command for command, modules in callers.items() if module in modules}
+        commands = PRINTED_BY.get(short, importing)
+        for line, text in messages(module):
+            for flag in set(FLAG.findall(text)) - OF_OTHERS:
+                num_named += 1
+                if (short, flag) in OF_ANOTHER_STEP:
+                    assert any(flag in known for known in flags.values())
+                    continue
+                lacking = sorted(c for c in commands if flag not in flags[c])
+                if lacking or not commands:
+                    wrong.append(f"{module}:{line} {flag} is none of {', '.join(lacking)}")
+    assert num_named > 100
+    assert not wrong, "\n".join(wrong)
+
+
+def test_excepted_modules_are_there() -> None:
+    modules = {module.removeprefix("megatron_chatflow.") for module in PATHS}
+    assert set(PRINTED_BY) | {module for module, _ in OF_ANOTHER_STEP} <= modules
