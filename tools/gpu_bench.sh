@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of less than nine minutes on one GPU.
 #
-#   tools/gpu_bench.sh OUTPUT_DIR           builds, tests, measures; JSON into OUTPUT_DIR
+#   tools/gpu_bench.sh OUTPUT_DIR           builds, tests, measures; JSON and log.txt into OUTPUT_DIR
 #   tools/gpu_bench.sh --tiny OUTPUT_DIR    the same steps with tiny shapes on whatever there is: a trial
 #
-# From a bare checkout: wheels that lie in WHEELS (a folder) are installed first, without an index.
+# From a bare checkout: wheels that lie in WHEELS (a folder) are installed first, without an index;
+# tools/README.md lists what is needed. Without .git, MEGATRON_CHATFLOW_COMMIT says what was measured.
 # PYTHON names the interpreter. A step that fails is named at the end; the others still run.
 set -uo pipefail
 tiny=
@@ -14,29 +15,34 @@ mkdir -p "$1" || exit 2
 output=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+# flash-attn 4 compiles on first use, in each process anew unless it may keep what it compiled.
+export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 failed=()
+: > "$output/log.txt"
 
 step() { # name, seconds at most, command...
   local name=$1 limit=$2 begin=$SECONDS
   shift 2
-  if timeout "$limit" "$@" > "$output/$name.log" 2>&1; then
+  printf '\n== %s: %s\n' "$name" "$*" >> "$output/log.txt"
+  if timeout "$limit" "$@" >> "$output/log.txt" 2>&1; then
     echo "$name: $((SECONDS - begin)) s"
   else
-    echo "$name: failed after $((SECONDS - begin)) s, see $output/$name.log" >&2
+    echo "$name: failed after $((SECONDS - begin)) s, see $output/log.txt" >&2
     failed+=("$name")
   fi
 }
 
 if [[ -n ${WHEELS:-} ]]; then
-  step wheels 90 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+  step wheels 60 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
 fi
 if [[ -n $tiny ]]; then
   shape=(--preset 58m --num-layers 1 --seq-length 64 --micro-batch-size 1 --num-rounds 1)
   kernels=(--preset 58m --num-tokens 64 --num-rounds 1)
   whole=("${shape[@]}" --recompute)
 else
-  step build 90 env MEGATRON_CHATFLOW_CUDA=1 "$python" setup.py --quiet build_ext --inplace
+  step build_kernels 60 csrc/kernels/build.sh megatron_chatflow/native/libchatflow_kernels.so
+  step build 60 "$python" setup.py --quiet build_ext --inplace
   shape=(--preset 7b --num-rounds 5 --num-steps 2 --profile)
   kernels=(--preset 7b)
   # Weights, gradients and optimizer state of all of 7B take 121 GB.
@@ -45,8 +51,9 @@ else
     whole=(--preset 7b-whole --num-rounds 3 --num-steps 2)
   fi
 fi
-step gpu_tests 120 "$python" -m pytest -q tests/gpu
-step kernels 70 "$python" tools/benchmark.py kernels "${kernels[@]}" --output "$output/kernels.json"
+# The whole suite's conftest.py needs packages that these tests do not.
+step gpu_tests 120 "$python" -m pytest -q -rs --confcutdir=tests/gpu tests/gpu
+step kernels 80 "$python" tools/benchmark.py kernels "${kernels[@]}" --output "$output/kernels.json"
 step train 80 "$python" tools/benchmark.py train "${shape[@]}" --output "$output/train.json"
 if [[ ${#whole[@]} -gt 0 ]]; then
   step train_whole 80 "$python" tools/benchmark.py train "${whole[@]}" --output "$output/train_whole.json"

@@ -104,11 +104,12 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """The commit of the working tree that the package lies in, ``+`` behind it if it was changed.
 
-    None where the package is installed outside a working tree, or git is missing.
+    Outside a working tree it is what ``MEGATRON_CHATFLOW_COMMIT`` says. None without either, or
+    where git is missing.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
-        return None
+        return os.environ.get("MEGATRON_CHATFLOW_COMMIT")
     git = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation import benchmark
 from megatron_chatflow.evaluation.benchmark import commit, has_benchmark, run_benchmark
 from megatron_chatflow.evaluation.report_table import Row, format_cell, format_table
 
@@ -112,3 +113,13 @@ def test_tables_align_and_keep_the_order_of_columns() -> None:
         "peer        -  slow",
     ]
     assert format_table([]) == ""
+
+
+def test_outside_a_working_tree_the_commit_is_what_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "package" / "layer" / "module.py"))
+    monkeypatch.delenv("MEGATRON_CHATFLOW_COMMIT", raising=False)
+    assert commit() is None
+    monkeypatch.setenv("MEGATRON_CHATFLOW_COMMIT", "0123abcd")
+    assert commit() == "0123abcd"

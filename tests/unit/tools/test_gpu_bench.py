@@ -15,6 +15,10 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
         [SCRIPT, "--tiny", tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert script.returncode == 0, script.stderr
+    # What may come back from a machine with a GPU is few files.
+    names = {"log.txt", "kernels.json", "train.json", "train_whole.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert "== gpu_tests: " in (tmp_path / "log.txt").read_text()
     kernels = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert {row["operation"] for row in kernels} == {
         "norm",
