@@ -2,8 +2,7 @@
 """Records the signatures of foreign functions that this package calls, from unpacked sources.
 
 The libraries need a GPU to be installed, so the test suite compares our calls with this record.
-Sources come from `pip download --no-deps` and unpacking, or from a library's repository; a folder's
-name ends in its version. Nothing of a library is imported or kept but names and defaults.
+Sources come from `pip download --no-deps` or a repository, in folders whose names end in versions.
 
 Examples:
   tools/record_signatures.py flash_attn-2.8.3 liger_kernel-0.8.5 --output R.json
@@ -19,19 +18,24 @@ from typing import Any
 from megatron_chatflow.errors import UserError, run_main
 
 # What is called: file inside the sources, function. A class's `__call__` is its `forward`.
+_TE = "transformer_engine/pytorch"
+_ATTENTION = ["DotProductAttention.__init__", "DotProductAttention.forward"]
 WANTED = {
     "flash_attn/flash_attn_interface.py": ["flash_attn_varlen_func"],
     "hopper/flash_attn_interface.py": ["flash_attn_varlen_func"],
     "flash_attn/cute/interface.py": ["flash_attn_varlen_func"],
-    "transformer_engine/pytorch/attention.py": [
-        "DotProductAttention.__init__",
-        "DotProductAttention.forward",
-    ],
+    f"{_TE}/attention.py": _ATTENTION,
+    f"{_TE}/attention/dot_product_attention/dot_product_attention.py": _ATTENTION,
+    f"{_TE}/attention/rope.py": ["apply_rotary_pos_emb"],
+    f"{_TE}/cross_entropy.py": ["parallel_cross_entropy", "CrossEntropyFunction.forward"],
+    f"{_TE}/module/rmsnorm.py": ["RMSNorm.__init__"],
+    f"{_TE}/ops/basic/activation.py": ["_ActivationOperation.__init__"],
+    f"{_TE}/ops/basic/swiglu.py": ["SwiGLU.__init__"],
     "liger_kernel/ops/rms_norm.py": ["LigerRMSNormFunction.forward"],
+    "liger_kernel/ops/swiglu.py": ["LigerSiLUMulFunction.forward"],
+    "liger_kernel/ops/rope.py": ["LigerRopeFunction.forward"],
+    "liger_kernel/ops/cross_entropy.py": ["LigerCrossEntropyFunction.forward"],
 }
-WANTED["transformer_engine/pytorch/attention/dot_product_attention/dot_product_attention.py"] = (
-    WANTED["transformer_engine/pytorch/attention.py"]
-)
 
 
 def parameters_of(function: ast.FunctionDef) -> list[str]:

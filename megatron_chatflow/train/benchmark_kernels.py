@@ -1,15 +1,15 @@
 """Forward and backward time of norm, RoPE, SwiGLU, loss passes and attention, by implementation.
 
 In: a LLaMA width. Out: a row for each implementation that this machine has: torch's composition,
-`csrc/kernels` where built, liger-kernel and each attention library where installed. On a CPU the
-operators run their references: that tries the benchmark, and says nothing about the kernels.
+`csrc/kernels` where built, liger-kernel, transformer-engine and each attention library where
+installed. A GPU's own clock times them, with nothing of theirs in its cache. On a CPU the operators
+run their references: that tries the benchmark, and says nothing about the kernels.
 """
 
 import argparse
+import functools
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from megatron_chatflow.native.softmax import (
     softmax_statistics_reference,
 )
 from megatron_chatflow.native.swiglu import swiglu
+from megatron_chatflow.runtime.timing import call_seconds
+from megatron_chatflow.train import benchmark_foreign as foreign
 from megatron_chatflow.train.benchmark_shape import SHAPES
 
 Case = tuple[str, str, Callable[..., Any], tuple[torch.Tensor, ...], int]
@@ -58,6 +60,11 @@ def _has_ours(device: torch.device) -> bool:
     return device.type != "cuda" or load_kernels()[0] is not None
 
 
+def _has(module: str, device: torch.device) -> bool:
+    """Whether a library's kernels can be measured; they are a GPU's."""
+    return device.type == "cuda" and foreign.can_import(module)
+
+
 def _randn(*size: int, device: torch.device) -> torch.Tensor:
     return torch.randn(*size, device=device, dtype=torch.bfloat16).requires_grad_()
 
@@ -69,8 +76,12 @@ def _norm(hidden: int, tokens: int, device: torch.device) -> Iterator[Case]:
     yield "norm", "torch", lambda x, w: functional.rms_norm(x, (hidden,), w, 1e-5), inputs, size
     if _has_ours(device):
         yield "norm", "ours", lambda x, w: rms_norm(x, w, 1e-5)[0], inputs, size
-    if device.type == "cuda" and find_spec("liger_kernel") is not None:
+    if _has("liger_kernel.ops.rms_norm", device):
         yield "norm", "liger", lambda x, w: liger_rms_norm(x, w, 1e-5), inputs, size
+    if _has("transformer_engine.pytorch", device):
+        module = foreign.transformer_engine_rms_norm(hidden, torch.bfloat16)
+        its_own = inputs[0], module.weight
+        yield "norm", "transformer_engine", lambda x, w: module(x), its_own, size
 
 
 def _swiglu(shape: Any, tokens: int, device: torch.device) -> Iterator[Case]:
@@ -84,6 +95,11 @@ def _swiglu(shape: Any, tokens: int, device: torch.device) -> Iterator[Case]:
     yield "SwiGLU", "torch", composed, inputs, size
     if _has_ours(device):
         yield "SwiGLU", "ours", swiglu, inputs, size
+    if _has("liger_kernel.ops.swiglu", device):
+        halves = tuple(_randn(tokens, shape.ffn_hidden_size, device=device) for _ in range(2))
+        yield "SwiGLU", "liger", foreign.liger_swiglu, halves, size
+    if _has("transformer_engine.pytorch.ops", device):
+        yield "SwiGLU", "transformer_engine", foreign.transformer_engine_swiglu(), inputs, size
 
 
 def _rope(shape: Any, tokens: int, device: torch.device) -> Iterator[Case]:
@@ -95,6 +111,12 @@ def _rope(shape: Any, tokens: int, device: torch.device) -> Iterator[Case]:
     yield "RoPE", "torch", lambda x: rope_reference(x, *tables, 1.0), inputs, size
     if _has_ours(device):
         yield "RoPE", "ours", lambda x: rope(x, *tables, 1.0), inputs, size
+    if _has("liger_kernel.ops.rope", device):
+        key = _randn(tokens, 1, head_dim, device=device)
+        yield "RoPE", "liger", lambda x: foreign.liger_rope(x, key, *tables), inputs, size
+    if _has("transformer_engine.pytorch.attention.rope", device):
+        function = foreign.transformer_engine_rope
+        yield "RoPE", "transformer_engine", lambda x: function(x, angles), inputs, size
 
 
 def _softmax(vocab_size: int, tokens: int, device: torch.device) -> Iterator[Case]:
@@ -114,6 +136,18 @@ def _softmax(vocab_size: int, tokens: int, device: torch.device) -> Iterator[Cas
     yield "loss passes", "torch", composed, (logits,), size
     if _has_ours(device):
         yield "loss passes", "ours", passes(softmax_statistics, softmax_gradient_), (logits,), size
+    logits = logits.clone().requires_grad_()
+    for name, module, function in (
+        ("liger", "liger_kernel.ops.cross_entropy", foreign.liger_cross_entropy),
+        (
+            "transformer_engine",
+            "transformer_engine.pytorch.cross_entropy",
+            foreign.transformer_engine_cross_entropy,
+        ),
+    ):
+        if _has(module, device):
+            loss = functools.partial(function, labels=labels)
+            yield "loss passes", name, loss, (logits,), size
 
 
 def _attention(shape: Any, tokens: int, device: torch.device) -> Iterator[Case]:
@@ -145,26 +179,18 @@ def _attention(shape: Any, tokens: int, device: torch.device) -> Iterator[Case]:
 
 def _row(case: Case, num_rounds: int, device: torch.device) -> Row:
     operation, implementation, function, inputs, size = case
-    seconds = [_seconds(function, inputs, device) for _ in range(num_rounds + 3)][3:]
-    median = statistics.median(seconds)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    gradient = torch.ones_like(function(*inputs)) if wanted else None
+
+    def forward_and_backward() -> None:
+        output = function(*inputs)
+        if wanted:
+            torch.autograd.grad(output, wanted, gradient)
+
+    median = statistics.median(call_seconds(forward_and_backward, device, num_rounds))
     return {
         "operation": operation,
         "implementation": implementation,
         "microseconds": 1e6 * median,
         "gigabytes_per_second": size / median / 1e9 if size else None,
     }
-
-
-def _seconds(
-    function: Callable[..., Any], inputs: Sequence[torch.Tensor], device: torch.device
-) -> float:
-    """Forward and backward of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    output = function(*inputs)
-    if output.requires_grad:
-        torch.autograd.grad(output, [t for t in inputs if t.requires_grad], output.detach())
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin

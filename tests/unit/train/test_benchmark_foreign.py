@@ -1,0 +1,212 @@
+"""What the benchmark calls of liger-kernel and transformer-engine, against their signatures.
+
+As in `test_foreign_calls`: each release's function is put in the library's place, refuses arguments
+that the release would refuse, and computes what the release documents.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megatron_chatflow.native.rope import rope_reference
+from megatron_chatflow.train import benchmark_foreign as foreign
+
+RECORD = json.loads(
+    (Path(__file__).parents[1] / "model" / "foreign_signatures.json").read_text(encoding="utf-8")
+)
+
+
+def signature(parameters: list[str]) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    rows = []
+    for name in parameters:
+        if name == "*":
+            kind = inspect.Parameter.KEYWORD_ONLY
+            continue
+        default = None if name.endswith("=") else inspect.Parameter.empty
+        rows.append(inspect.Parameter(name.rstrip("="), kind, default=default))
+    return inspect.Signature(rows)
+
+
+def releases(file: str, *functions: str) -> list[Any]:
+    """Signatures by release; of several functions the first that a release has."""
+    found = {
+        row["version"]: signature(row["parameters"])
+        for function in reversed(functions)
+        for row in RECORD
+        if row["file"] == file and row["function"] == function
+    }
+    assert found
+    return [pytest.param(release, id=version) for version, release in sorted(found.items())]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module: str, name: str, attribute: Any) -> None:
+    for end in range(module.count(".") + 1):
+        package = ".".join(module.split(".")[: end + 1])
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    setattr(sys.modules[module], name, attribute)
+
+
+def bound(
+    release: inspect.Signature, compute: Callable[[dict[str, Any]], Any]
+) -> Callable[..., Any]:
+    return lambda *args, **kwargs: compute(release.bind(*args, **kwargs).arguments)
+
+
+def turned(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """``[..., tokens, heads, head_dim]`` by tables of whole heads, as transformers writes it."""
+    half = heads.shape[-1] // 2
+    swapped = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+    return heads * cosines + swapped * sines
+
+
+@pytest.fixture
+def angles() -> torch.Tensor:
+    return torch.rand(5, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "release", releases("liger_kernel/ops/rope.py", "LigerRopeFunction.forward")
+)
+def test_liger_rope(
+    release: inspect.Signature, angles: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(given: dict[str, Any]) -> Any:
+        assert given["q"].shape == (1, 3, 5, 8) and given["k"].shape == (1, 1, 5, 8)
+        assert given["cos"].shape == given["sin"].shape == (1, 5, 8)
+        return turned(given["q"], given["cos"].unsqueeze(1), given["sin"].unsqueeze(1)), None
+
+    function = SimpleNamespace(apply=bound(release, compute))
+    install(monkeypatch, "liger_kernel.ops.rope", "LigerRopeFunction", function)
+    heads, tables = torch.randn(5, 3, 8), (angles.cos(), angles.sin())
+    actual = foreign.liger_rope(heads, torch.randn(5, 1, 8), *tables)
+    torch.testing.assert_close(actual, rope_reference(heads, *tables, 1.0))
+
+
+@pytest.mark.parametrize(
+    "release", releases("transformer_engine/pytorch/attention/rope.py", "apply_rotary_pos_emb")
+)
+def test_transformer_engine_rope(
+    release: inspect.Signature, angles: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(given: dict[str, Any]) -> torch.Tensor:
+        assert given["tensor_format"] == "thd" and given["fused"] is True
+        assert given["cu_seqlens"].tolist() == [0, 5] and given["cu_seqlens"].dtype == torch.int32
+        freqs = given["freqs"]
+        assert freqs.shape == (5, 1, 1, 8) and freqs.dtype == torch.float32
+        return turned(given["t"], freqs.squeeze(1).cos(), freqs.squeeze(1).sin())
+
+    module = "transformer_engine.pytorch.attention.rope"
+    install(monkeypatch, module, "apply_rotary_pos_emb", bound(release, compute))
+    heads = torch.randn(5, 3, 8)
+    expected = rope_reference(heads, angles.cos(), angles.sin(), 1.0)
+    torch.testing.assert_close(foreign.transformer_engine_rope(heads, angles), expected)
+
+
+@pytest.mark.parametrize(
+    "release", releases("liger_kernel/ops/swiglu.py", "LigerSiLUMulFunction.forward")
+)
+def test_liger_swiglu(release: inspect.Signature, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = SimpleNamespace(
+        apply=bound(release, lambda given: functional.silu(given["a"]) * given["b"])
+    )
+    install(monkeypatch, "liger_kernel.ops.swiglu", "LigerSiLUMulFunction", function)
+    gate, linear = torch.randn(3, 8), torch.randn(3, 8)
+    actual = foreign.liger_swiglu(gate, linear)
+    torch.testing.assert_close(actual, functional.silu(gate) * linear)
+
+
+@pytest.mark.parametrize(
+    "release",
+    releases("transformer_engine/pytorch/ops/basic/swiglu.py", "SwiGLU.__init__")
+    + releases(
+        "transformer_engine/pytorch/ops/basic/activation.py", "_ActivationOperation.__init__"
+    ),
+)
+def test_transformer_engine_swiglu(
+    release: inspect.Signature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def composed(rows: torch.Tensor) -> torch.Tensor:
+        gate, linear = rows.chunk(2, -1)
+        return functional.silu(gate) * linear
+
+    made = bound(release, lambda given: composed)
+    install(monkeypatch, "transformer_engine.pytorch.ops", "SwiGLU", made)
+    rows = torch.randn(3, 16)
+    torch.testing.assert_close(foreign.transformer_engine_swiglu()(rows), composed(rows))
+
+
+@pytest.mark.parametrize(
+    "release", releases("transformer_engine/pytorch/module/rmsnorm.py", "RMSNorm.__init__")
+)
+def test_transformer_engine_rms_norm(
+    release: inspect.Signature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(given: dict[str, Any]) -> torch.nn.Module:
+        return torch.nn.RMSNorm(
+            given["normalized_shape"], given["eps"], dtype=given["params_dtype"]
+        )
+
+    install(monkeypatch, "transformer_engine.pytorch", "RMSNorm", bound(release, compute))
+    module = foreign.transformer_engine_rms_norm(8, torch.bfloat16)
+    assert module.weight.dtype == torch.bfloat16 and module.eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    "release", releases("liger_kernel/ops/cross_entropy.py", "LigerCrossEntropyFunction.forward")
+)
+def test_liger_cross_entropy(release: inspect.Signature, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(given: dict[str, Any]) -> Any:
+        assert given["weight"] is None and given["ignore_index"] == -100
+        assert given["lse_square_scale"] == given["label_smoothing"] == 0.0
+        reduction = given["reduction"]
+        return functional.cross_entropy(given["_input"], given["target"], reduction=reduction), None
+
+    function = SimpleNamespace(apply=bound(release, compute))
+    install(monkeypatch, "liger_kernel.ops.cross_entropy", "LigerCrossEntropyFunction", function)
+    logits, labels = torch.randn(4, 9), torch.tensor([1, 0, 8, 3])
+    expected = functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(foreign.liger_cross_entropy(logits, labels), expected)
+
+
+@pytest.mark.parametrize(
+    "release",
+    releases(
+        "transformer_engine/pytorch/cross_entropy.py",
+        "parallel_cross_entropy",
+        "CrossEntropyFunction.forward",  # of which older releases make the function
+    ),
+)
+def test_transformer_engine_cross_entropy(
+    release: inspect.Signature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(given: dict[str, Any]) -> torch.Tensor:
+        values = given.get("inp", given.get("_input"))
+        assert values.shape == (1, 4, 9) and given["target"].shape == (1, 4)
+        assert given["label_smoothing"] == 0.0 and given["reduce_loss"] is False
+        assert given["dist_process_group"] is None and given["ignore_idx"] == -100
+        return functional.cross_entropy(values[0], given["target"][0], reduction="none")[None]
+
+    module = "transformer_engine.pytorch.cross_entropy"
+    install(monkeypatch, module, "parallel_cross_entropy", bound(release, compute))
+    logits, labels = torch.randn(4, 9), torch.tensor([1, 0, 8, 3])
+    expected = functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(foreign.transformer_engine_cross_entropy(logits, labels), expected)
+
+
+def test_a_library_that_is_not_whole_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_a_library.py").write_text("raise RuntimeError('no driver')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not foreign.can_import("half_a_library")
+    assert not foreign.can_import("no_such_library_at_all")
+    assert foreign.can_import("json")
