@@ -1,56 +1,112 @@
-"""Conversion holds a tensor or two in memory, however large the model is."""
+"""Conversion holds a tensor and a shard in memory, however many layers the model has."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-# A model of 126 MB in 24 layers; its largest tensor has 2.9 MB.
+import pytest
+import torch
+
+from megatron_chatflow.checkpoint.convert_safetensors import plan_shards
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
+from megatron_chatflow.checkpoint.weight_map import huggingface_shapes, placements
+
+SHARD_BYTES = 4_000_000
+# Beside a tensor and a shard: its copy in another dtype or order, pickled, and the allocator's.
+SLACK_BYTES = 12_000_000
+NUM_LAYERS = 64
+
 PROGRAM = """
-import json, resource, sys
+import gc, sys
 from pathlib import Path
 import torch
 from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_safetensors import write_shards
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
 
-folder = Path(sys.argv[1])
-shape = LlamaShape(
-    num_layers=24, hidden_size=512, ffn_hidden_size=1408, num_attention_heads=8,
-    num_query_groups=8, vocab_size=1000, max_position_embeddings=64, rotary_base=1e4,
-    norm_epsilon=1e-5, init_method_std=0.02, untie_embeddings_and_output_weights=False,
-)
+torch.set_num_threads(1)
+folder, which, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def convert(name):
+    if which == "import":
+        import_huggingface(folder / name, folder / f"{name}_checkpoint")
+    else:
+        source, target = folder / f"{name}_checkpoint", folder / f"{name}_again"
+        export_checkpoint(source, target, max_shard_bytes=shard_bytes)
 
-def convert(shape, name):
-    shapes = huggingface_shapes(shape)
-    (folder / name).mkdir()
-    stream = ((name, torch.rand(size)) for name, size in shapes.items())
-    write_shards(folder / name, shapes, torch.bfloat16, stream, 20_000_000)
-    config = json.dumps(huggingface_config(shape, torch.bfloat16, {}))
-    (folder / name / "config.json").write_text(config)
-    import_huggingface(folder / name, folder / f"{name}_checkpoint")
-    export_checkpoint(folder / f"{name}_checkpoint", folder / f"{name}_again")
+def resident(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
-values = {name: getattr(shape, name) for name in LlamaShape.__dataclass_fields__}
-convert(LlamaShape(**{**values, "num_layers": 1}), "small")  # what the libraries take
-before = peak()
-convert(shape, "large")
-print(peak() - before)
+convert("small")  # what the libraries take once
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = resident("VmRSS")
+convert("large")
+print(resident("VmHWM") - before)
 """
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
+def shape_of(num_layers: int) -> LlamaShape:
+    """Of many layers, for the size of its tensors."""
+    return LlamaShape(
+        num_layers=num_layers,
+        hidden_size=512,
+        ffn_hidden_size=1024,
+        num_attention_heads=8,
+        num_query_groups=4,
+        vocab_size=1000,
+        max_position_embeddings=64,
+        rotary_base=1e4,
+        norm_epsilon=1e-5,
+        init_method_std=0.02,
+        untie_embeddings_and_output_weights=False,
     )
-    size = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors")) / 1e6
-    assert size > 120
-    assert len(list((tmp_path / "large_again").glob("*.safetensors"))) == 1
-    assert float(done.stdout) < 20
+
+
+def write_sparse(folder: Path, shape: LlamaShape) -> None:
+    """A folder of zeros in bf16, in shards whose values take no room on the disk."""
+    shapes = huggingface_shapes(shape)
+    sizes = {name: 2 * torch.Size(size).numel() for name, size in shapes.items()}
+    folder.mkdir()
+    files: dict[str, str] = {}
+    for number, shard in enumerate(plan_shards(sizes, SHARD_BYTES)):
+        entries: dict[str, Any] = {}
+        end = 0
+        for name in shard:
+            begin, end = end, end + sizes[name]
+            entries[name] = {
+                "dtype": "BF16",
+                "shape": list(shapes[name]),
+                "data_offsets": [begin, end],
+            }
+            files[name] = f"model-{number:05d}.safetensors"
+        header = json.dumps(entries).encode()
+        with open(folder / f"model-{number:05d}.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    config = huggingface_config(shape, torch.bfloat16, {})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    shape = shape_of(NUM_LAYERS)
+    write_sparse(tmp_path / "small", shape_of(1))
+    write_sparse(tmp_path / "large", shape)
+    largest = max(2 * torch.Size(rule.shape(shape)).numel() for rule, _ in placements(shape))
+    total = sum(2 * torch.Size(size).numel() for size in huggingface_shapes(shape).values())
+    bound = largest + SHARD_BYTES + SLACK_BYTES
+    assert total >= 15 * bound
+    for which in ("import", "export"):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROGRAM, tmp_path, which, str(SHARD_BYTES)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) <= bound, which
+    assert len(list((tmp_path / "large_again").glob("*.safetensors"))) >= 20
