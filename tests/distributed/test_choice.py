@@ -41,9 +41,11 @@ def folder(tiny_run: TinyRun) -> Path:
     asked += ["--choice-scoring", "continuation", "--choice-num-fewshot", 1]
     plain: list[list[object]] = [[*base, "--save", root / "plain"]]
     jobs.run_layouts(1, [*plain, [*asked, "--save", root / "asked"]], root)  # type: ignore[list-item]
-    jobs.run_layouts(
-        2, [[*asked, *flags, "--save", root / name] for name, flags in LAYOUTS.items()], root
-    )
+    (root / "few.jsonl").write_text(lines[0])
+    few = [*asked, *LAYOUTS["overlap"], "--choice-questions", root / "few.jsonl"]
+    few += ["--choice-num-fewshot", 0, "--save", root / "few"]
+    layouts = [[*asked, *flags, "--save", root / name] for name, flags in LAYOUTS.items()]
+    jobs.run_layouts(2, [*layouts, few], root)  # type: ignore[list-item]
     return root
 
 
@@ -77,3 +79,10 @@ def test_results_are_those_of_an_export(folder: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_answers(folder: Path, layout: str) -> None:
     assert choices_of(folder / layout) == choices_of(folder / "asked")
+
+
+@pytest.mark.distributed
+def test_a_rank_without_questions_holds_up_nobody(folder: Path) -> None:
+    logged = choices_of(folder / "few")
+    assert [entry["iteration"] for entry in logged] == [0, 2, 4]
+    assert all(entry["choice"]["few"]["num_questions"] == 1 for entry in logged)
