@@ -1,6 +1,7 @@
 """A Hugging Face LLaMA's config.json, read as a model section.
 
-In: a folder. Out: the values that `ModelConfig` has for such a model.
+In: a folder. Out: the values that `ModelConfig` has for such a model. A Mistral without a sliding
+window is a LLaMA under another name: the same tensors by the same names, used alike.
 """
 
 import json
@@ -26,11 +27,17 @@ CONFIG_NAMES = {
 }
 MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
 _LARGEST_SIZE = 2**31 - 1
-# LlamaConfig's own defaults, which a config.json may leave out.
-_CONFIG_DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
+# Of each model_type: its architecture, and its own defaults, which a config.json may leave out.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
 }
 
 
@@ -65,13 +72,16 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         UserError: It is no LLaMA, or one with parts that this model does not have.
     """
     path = folder / "config.json"
-    config = {**_CONFIG_DEFAULTS, **read_huggingface_config(folder)}
-    named = config.get("architectures") or config.get("model_type")
+    config = read_huggingface_config(folder)
+    kind = config.get("model_type")
+    named = config.get("architectures") or kind
     architecture = named[0] if isinstance(named, list) else named
-    if config.get("model_type") != "llama" or architecture not in ("LlamaForCausalLM", "llama"):
+    if kind not in tuple(ARCHITECTURES) or architecture not in (kind, ARCHITECTURES[kind]):
         raise UserError(
-            f"{path}: {architecture} is not a LLaMA; only LlamaForCausalLM is converted"
+            f"{path}: {architecture} is not a LLaMA; only LlamaForCausalLM is converted, "
+            "and MistralForCausalLM without a sliding window"
         )
+    config = {**_CONFIG_DEFAULTS[kind], **config}
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
     for name, ours in CONFIG_NAMES.items():
@@ -83,9 +93,12 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         if is_size and value > largest:
             raise UserError(f"{path}: {name} is {shorten(value)}; correct it")
     _refuse_variants(path, config)
+    rope = rope_of_huggingface(path, config)
+    if kind == "mistral":
+        _refuse_window(path, config, rope)
     return {
         **{ours: config[theirs] for theirs, ours in CONFIG_NAMES.items()},
-        **rope_of_huggingface(path, config),
+        **rope,
         "norm_epsilon": float(config["rms_norm_eps"]),
         "init_method_std": float(config["initializer_range"]),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
@@ -110,3 +123,17 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
     ):
         if config.get(name, expected) != expected:
             raise UserError(f"{path}: {name} is {config[name]!r}; LLaMA has {expected!r}")
+
+
+def _refuse_window(path: Path, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
+    """Refuses a Mistral whose attention sees less than the whole of its longest text."""
+    window, longest = config["sliding_window"], config["max_position_embeddings"]
+    if rope.get("rope_scaling_type") == "dynamic":  # what is stated is the length before scaling
+        longest *= rope["rope_scaling_factor"]
+    if window is None or (is_positive_number(window) and window >= longest):
+        return
+    raise UserError(
+        f"{path}: sliding_window is {shorten(window)}, and LLaMA's attention has no window; take a "
+        "Mistral whose sliding_window is null, or set max_position_embeddings there to no more "
+        "than the window, up to which the two are the same"
+    )

@@ -12,7 +12,7 @@ import torch
 from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import TORCH_NAMES, shape_of_huggingface
-from megatron_chatflow.config.huggingface import read_huggingface_config
+from megatron_chatflow.config.huggingface import ARCHITECTURES, read_huggingface_config
 from megatron_chatflow.errors import UserError
 
 
@@ -75,7 +75,7 @@ def _refusal(folder: Path, reason: str) -> UserError:
     """The converter's own words for what is wrong with a folder, if it finds a fault."""
     try:
         weights = HuggingFaceWeights(folder)
-        if read_huggingface_config(folder).get("model_type") == "llama":
+        if read_huggingface_config(folder).get("model_type") in tuple(ARCHITECTURES):
             check_weights(weights, shape_of_huggingface(folder))
     except UserError as error:
         return error

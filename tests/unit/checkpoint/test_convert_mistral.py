@@ -1,0 +1,113 @@
+"""A Mistral without a sliding window is a LLaMA: imported, verified, exported, the same logits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_chatflow.checkpoint.convert_shape import shape_of_huggingface
+from megatron_chatflow.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+TEXTS = ("The river had risen.", "今天早上下了一场大雨")
+
+
+def save_mistral(folder: Path, **changes: Any) -> Any:
+    """A random Mistral that reads 64 tokens, as transformers saves it."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(5)
+    values: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    }
+    model = MistralForCausalLM(MistralConfig(**{**values, **changes}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_the_same_logits_there_and_back(tmp_path: Path, window: int | None) -> None:
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    original = save_mistral(tmp_path / "hf", sliding_window=window)
+    done = convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    texts = [part for text in TEXTS for part in ("--text", text)]
+    done = convert("verify", "--hf", tmp_path / "hf", "--checkpoint", tmp_path / "run", *texts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same model" in done.stdout and "logits: largest difference" in done.stdout
+    done = convert("export", "--checkpoint", tmp_path / "run", "--output", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert isinstance(exported, LlamaForCausalLM)
+    ids = torch.randint(300, (2, 64), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            exported(input_ids=ids).logits, original(input_ids=ids).logits, rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sliding_window": 63}, "sliding_window is 63, and LLaMA's attention has no window"),
+        ({"sliding_window": "64"}, "sliding_window is '64'"),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM is not a LLaMA"),
+        ({"model_type": "llama"}, "MistralForCausalLM is not a LLaMA"),
+        ({"model_type": "mixtral"}, "MistralForCausalLM is not a LLaMA"),
+        ({"model_type": ["mistral"]}, "is not a LLaMA"),
+    ],
+)
+def test_what_is_none_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save_mistral(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=message):
+        shape_of_huggingface(tmp_path / "hf")
+
+
+def test_its_own_defaults_hold(tmp_path: Path) -> None:
+    save_mistral(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    del config["sliding_window"]  # 4096 for transformers, then
+    config["max_position_embeddings"] = 4097
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="sliding_window is 4096"):
+        shape_of_huggingface(tmp_path / "hf")
+    path.write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    assert shape_of_huggingface(tmp_path / "hf").max_position_embeddings == 4096
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    path.write_text(
+        json.dumps({**config, "max_position_embeddings": 4096, "rope_scaling": scaling})
+    )
+    with pytest.raises(UserError, match="sliding_window is 4096"):
+        shape_of_huggingface(tmp_path / "hf")
