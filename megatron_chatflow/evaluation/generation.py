@@ -5,11 +5,15 @@ way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same m
 """
 
 import logging
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import torch
 
@@ -273,6 +277,24 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 
 @contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Has SIGTERM end the program as an error would, so that what is temporary is removed."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread, which alone may say so
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Iterator[Path]:
     """The Hugging Face folder of a model, exported for the time of the block where it is not one.
 
@@ -291,7 +313,10 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
     # Distributed checkpoints take seconds to import, which a Hugging Face folder need not wait for.
     from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 
-    with tempfile.TemporaryDirectory(prefix="chatflow_export_") as folder:
+    with (
+        _leaving_on_sigterm(),
+        tempfile.TemporaryDirectory(prefix="chatflow_export_") as folder,
+    ):
         logger.info("exporting %s to a temporary folder (TMPDIR says where)", path)
         export_checkpoint(path, Path(folder) / "model", tokenizer=choice)
         yield Path(folder) / "model"

@@ -247,6 +247,26 @@ def test_generate_from_a_checkpoint_as_from_its_export(
     assert "temporary folder" in done.stderr
 
 
+def test_sigterm_leaves_no_export_behind(folder: Path, tmp_path: Path) -> None:
+    import_huggingface(folder, tmp_path / "run")
+    (tmp_path / "scratch").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "chat.py"), str(tmp_path / "run")],
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"the river\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    assert list((tmp_path / "scratch").glob("chatflow_export_*"))
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not list((tmp_path / "scratch").iterdir())
+
+
 def test_chat_answers_every_line(folder: Path) -> None:
     lines = f"the river\n\n/reset\nthe river\n{'long ' * 200}\n/exit\nnever\n"
     done = run_tool("chat.py", folder, "--temperature", 0, "--max-new-tokens", 8, stdin=lines)
