@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from megatron_chatflow.model import attention
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.attention_backends import BACKENDS, gather_facts, obstacle
+from megatron_chatflow.model.context import ContextShard, shard_context
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
 
@@ -28,16 +30,19 @@ def attend(backend: str, tensors: list[torch.Tensor], boundaries: list[int]) -> 
     return [context.detach(), *(tensor.grad for tensor in tensors)]
 
 
+def skip_without(backend: str, device: torch.device) -> None:
+    reason = obstacle(backend, gather_facts(device, torch.bfloat16, 128, deterministic=False))
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_groups", [8, 2])
 @pytest.mark.parametrize("boundaries", [[0, 1024], [0, 1, 300, 301, 812, 1024]])
 def test_equals_fp32(
     device: torch.device, backend: str, num_groups: int, boundaries: list[int]
 ) -> None:
-    facts = gather_facts(device, torch.bfloat16, 128, deterministic=False)
-    reason = obstacle(backend, facts)
-    if reason is not None:
-        pytest.skip(reason)
+    skip_without(backend, device)
     torch.manual_seed(0)
     tensors = [
         torch.randn(1024, heads, 128, device=device).bfloat16()
@@ -46,3 +51,41 @@ def test_equals_fp32(
     expected = attend("sdpa", [tensor.float() for tensor in tensors], boundaries)
     for actual, wanted in zip(attend(backend, tensors, boundaries), expected, strict=True):
         assert float((actual.float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+def attend_as_rank(
+    backend: str, tensors: list[torch.Tensor], shard: ContextShard, boundaries: list[int]
+) -> list[torch.Tensor]:
+    """What one context-parallel rank computes, and its gradients by all keys and values."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    packed = pack_tokens(
+        torch.tensor(boundaries, dtype=torch.int32),
+        shard,
+        rotary=Rotary(tensors[0].shape[-1], 10000.0),
+        dtype=tensors[0].dtype,
+        device=tensors[0].device,
+    )
+    module = PackedCausalAttention(_Settings(), 1, None, "self", backend=backend)
+    context = module(shard.take(tensors[0]), *tensors[1:], None, packed_seq_params=packed)
+    context.backward(torch.linspace(-1, 1, context.numel()).view(context.shape).to(context))
+    return [context.detach(), *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fewer_queries_than_keys_equal_fp32(
+    device: torch.device, backend: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under context parallelism: the last query of a piece sees the last of its keys."""
+    skip_without(backend, device)
+    # One process holds what the ranks would gather; keys are not turned by angles here.
+    monkeypatch.setattr(attention, "gather_context", lambda tensor, shard: tensor)
+    monkeypatch.setattr(attention, "apply_rotary", lambda heads, cosines, sines: heads)
+    torch.manual_seed(0)
+    tensors = [torch.randn(1024, heads, 128, device=device).bfloat16() for heads in (8, 2, 2)]
+    boundaries = [0, 100, 700, 701, 1024]
+    shard = shard_context(1024, rank=rank, size=2, group=object())
+    expected = attend_as_rank("sdpa", [tensor.float() for tensor in tensors], shard, boundaries)
+    actual = attend_as_rank(backend, tensors, shard, boundaries)
+    for ours, wanted in zip(actual, expected, strict=True):
+        assert float((ours.float() - wanted).norm() / wanted.norm()) < 0.02

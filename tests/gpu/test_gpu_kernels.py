@@ -12,6 +12,7 @@ from kernel_checks import (
 )
 from torch.library import opcheck
 
+from megatron_chatflow.model.loss import VocabularySlice, linear_cross_entropy
 from megatron_chatflow.native import cuda_kernels, rms_norm, rope, swiglu
 
 
@@ -47,6 +48,32 @@ def test_swiglu(device: torch.device, size: tuple[int, int], dtype: torch.dtype)
 @pytest.mark.parametrize("size", [(2048, 32000, 32000), (100, 40192, 40076), (64, 128, 0)])
 def test_softmax(device: torch.device, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     check_softmax(*size, dtype, device)
+
+
+def test_linear_cross_entropy(device: torch.device) -> None:
+    """Loss and gradients of the whole function, over several chunks, a padded vocabulary."""
+    torch.manual_seed(0)
+    num_tokens, width, pieces, num_rows = 5000, 512, 32003, 32128
+    hidden = torch.randn(num_tokens, width, device=device).bfloat16()
+    weight = (torch.randn(num_rows, width, device=device) / width**0.5).bfloat16()
+    labels = torch.randint(0, pieces, (num_tokens,), device=device)
+    mask = (torch.rand(num_tokens, device=device) > 0.3).float()
+    exact = [tensor.float().requires_grad_() for tensor in (hidden, weight)]
+    logits = (exact[0] @ exact[1].t())[:, :pieces]
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    (expected * mask).sum().backward()
+
+    given = [tensor.requires_grad_() for tensor in (hidden, weight)]
+    rows = VocabularySlice(start=0, num_rows=num_rows, num_pieces=pieces, group=None)
+    total, losses = linear_cross_entropy(*given, labels, mask, rows, sequence_parallel=False)
+    total.backward()
+    torch.testing.assert_close(losses, expected.detach(), rtol=2e-3, atol=2e-2)
+    assert float(total.detach()) == pytest.approx(float((expected * mask).sum()), rel=1e-3)
+    for tensor, wanted in zip(given, exact, strict=True):
+        assert tensor.grad is not None and wanted.grad is not None
+        distance = (tensor.grad.float() - wanted.grad).norm()
+        assert float(distance / wanted.grad.norm()) < 0.02
+    assert not given[1].grad[pieces:].any()
 
 
 def test_operators_are_whole(device: torch.device) -> None:

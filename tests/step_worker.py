@@ -1,0 +1,78 @@
+"""Takes some training steps of a tiny model in a process of its own, on a GPU or a CPU.
+
+In: ``bf16`` or ``fp32``. Out: losses and gradient norms. Weights and tokens come from the CPU's
+generator on every device.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from megatron_chatflow.runtime.launch import finalize, initialize
+
+NUM_STEPS = 4
+
+
+@functools.cache
+def take_steps(dtype: str, *, on_gpu: bool) -> dict[str, Any]:
+    """Runs this file; ``losses`` and ``norms`` of each step."""
+    environment = dict(os.environ)
+    if not on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, __file__, dtype]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    assert result["device"] == ("cuda" if on_gpu else "cpu")
+    return result
+
+
+def set_weights(optimization: Any) -> None:
+    """Each matrix by its name; the optimizer's own copies follow."""
+    for name, parameter in optimization.chunks[0].named_parameters():
+        if parameter.dim() > 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.data.copy_(drawn)
+    optimization.optimizer.reload_model_params()
+
+
+def main(dtype: str) -> None:
+    ranks = initialize()
+    from megatron_chatflow.train import benchmark_subjects as subjects
+    from megatron_chatflow.train.benchmark_shape import Shape
+
+    shape = Shape(2, 128, 352, 4, 2, 96, 2, vocab_size=1000)
+    config_of = subjects._run_config
+
+    def config_in_dtype(*args: Any, **kwargs: Any) -> Any:
+        config = config_of(*args, **kwargs)
+        return replace(config, train=replace(config.train, bf16=dtype == "bf16"))
+
+    norms = []
+    take_step = subjects.train_step
+
+    def step(*args: Any) -> Any:
+        result = take_step(*args)
+        norms.append(result.grad_norm)
+        return result
+
+    with patch.object(subjects, "_run_config", config_in_dtype):
+        ours = subjects.Ours(shape, shape.tokens(torch.Generator().manual_seed(0)), ranks)
+    set_weights(ours.optimization)
+    with patch.object(subjects, "train_step", step):
+        losses = [ours.step() for _ in range(NUM_STEPS)]
+    print(json.dumps({"device": ranks.device.type, "losses": losses, "norms": norms}))
+    finalize()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
