@@ -45,6 +45,7 @@ class LlamaShape:
     rope_low_freq_factor: float | None = None
     rope_high_freq_factor: float | None = None
     rope_original_max_position_embeddings: int | None = None
+    kv_channels: int | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> "LlamaShape":
@@ -59,12 +60,14 @@ class LlamaShape:
             left_out.add("max_position_embeddings")
         if self.rope_scaling_type is None:
             left_out |= {field.name for field in fields(self) if field.name.startswith("rope_")}
+        if self.kv_channels is None:
+            left_out.add("kv_channels")
         return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @property
     def head_dim(self) -> int:
         """Size of an attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def longest(self) -> int:

@@ -66,7 +66,7 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
 
     Returns:
         Values of the model section by name, ``vocab_size`` among them; those of a rotary scaling
-        only where there is one.
+        only where there is one, ``kv_channels`` only where heads do not make up the width.
 
     Raises:
         UserError: It is no LLaMA, or one with parts that this model does not have.
@@ -96,6 +96,9 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
     rope = rope_of_huggingface(path, config)
     if kind == "mistral":
         _refuse_window(path, config, rope)
+    head_dim = config.get("head_dim")
+    if head_dim is not None and head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        rope["kv_channels"] = head_dim
     return {
         **{ours: config[theirs] for theirs, ours in CONFIG_NAMES.items()},
         **rope,
@@ -108,11 +111,17 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
 def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
     """Refuses what would load and then compute something else."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if head_dim * heads != config["hidden_size"] or heads % groups:
+    head_dim, hidden_size = config.get("head_dim"), config["hidden_size"]
+    is_divided = head_dim is not None or hidden_size % heads == 0
+    if not is_divided or heads % groups:
         raise UserError(
-            f"{path}: {heads} heads of {head_dim}, {groups} of them with keys, do not make up "
-            f"hidden_size {config['hidden_size']}; such a model cannot be converted"
+            f"{path}: {heads} heads, {groups} of them with keys, do not make up hidden_size "
+            f"{hidden_size}; such a model cannot be converted"
+        )
+    size = hidden_size // heads if head_dim is None else head_dim
+    if type(size) is not int or size % 2 or not 0 < size <= _LARGEST_SIZE:
+        raise UserError(
+            f"{path}: heads of size {shorten(size)} cannot be rotated; only even ones can"
         )
     if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the model is quantised; take one that is not")

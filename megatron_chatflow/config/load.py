@@ -77,7 +77,7 @@ def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Pat
     free = {"init_method_std", "vocab_size", "max_position_embeddings"}
     if config.model.rope_scaling_type == "dynamic":  # the length at which its scaling begins
         free.remove("max_position_embeddings")
-    names = [*(name for name in shape), *(name for name in ROPE_FIELDS if name not in shape)]
+    names = dict.fromkeys([*shape, *ROPE_FIELDS, "kv_channels"])
     for name in names:
         ours = {getattr(config.model, name), preset.get(name, getattr(config.model, name))}
         if name not in free and ours != {shape.get(name)}:

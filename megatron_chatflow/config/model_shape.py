@@ -57,12 +57,12 @@ def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> H
     weights are zeros, and stay zeros: their values are 0, so they add nothing, and their output's
     columns are 0, so no gradient reaches them.
     """
-    groups, head_dim = model.num_query_groups, model.hidden_size // model.num_attention_heads
+    groups = model.num_query_groups
     if parallel is not None and parallel.pad_attention_heads:
         tensor = parallel.tensor_model_parallel_size
         groups = -(-groups // tensor) * tensor
     return HeadCounts(
-        groups * (model.num_attention_heads // model.num_query_groups), groups, head_dim
+        groups * (model.num_attention_heads // model.num_query_groups), groups, model.head_dim
     )
 
 
@@ -103,14 +103,14 @@ def num_parameters(model: ModelConfig, vocab_size: int) -> int:
 def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
     """Floating-point operations of one token's forward and backward pass.
 
-    ``6 N + 12 layers hidden seq_length``: Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311),
+    ``6 N + 12 layers heads head_dim seq_length``: Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311),
     appendix B. Recomputed activations do not count, and attention counts as if it were not causal.
     """
-    attention = 12 * model.num_layers * model.hidden_size * seq_length
+    attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
     return 6 * num_parameters(model, vocab_size) + attention
 
 
 def causal_share(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
     """The share of `flops_per_token` that remains where causal attention counts half."""
-    attention = 12 * model.num_layers * model.hidden_size * seq_length
+    attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
     return 1 - attention / 2 / flops_per_token(model, vocab_size, seq_length)

@@ -64,6 +64,9 @@ class ModelConfig:
     num_query_groups: Size = Field(
         description="key/value heads of grouped-query attention; as many as heads when unset"
     )
+    kv_channels: Size | None = Field(
+        default=None, description="size of a head; hidden_size over the heads when unset"
+    )
     max_position_embeddings: Size = Field(description="longest sequence, in tokens")
     rotary_base: PositiveNumber = Field(default=10000.0, description="base of the rotary angles")
     rope_scaling_type: RopeScaling | None = Field(
@@ -116,6 +119,17 @@ class ModelConfig:
             data = _fill(data, {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0})
         heads = _given(data, "num_attention_heads")
         return data if heads is None else _fill(data, {"num_query_groups": heads})
+
+    @model_validator(mode="after")
+    def _leave_out_usual_head_size(self) -> "ModelConfig":
+        if self.kv_channels == self.hidden_size / self.num_attention_heads:
+            object.__setattr__(self, "kv_channels", None)  # said or unsaid, it is the same shape
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

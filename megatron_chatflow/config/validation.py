@@ -65,12 +65,17 @@ def check_model(model: "ModelConfig") -> None:
 
 def _check_heads(model: "ModelConfig") -> None:
     heads = model.num_attention_heads
-    if model.hidden_size % heads:
+    if model.kv_channels is None and model.hidden_size % heads:
         raise UserError(
             f"model.num_attention_heads: {heads} does not divide model.hidden_size "
-            f"{model.hidden_size}; use a divisor of it"
+            f"{model.hidden_size}; use a divisor of it, or set model.kv_channels"
         )
-    if (model.hidden_size // heads) % 2:
+    if model.kv_channels is not None and model.kv_channels % 2:
+        raise UserError(
+            f"model.kv_channels: {model.kv_channels} is odd, and such heads cannot be rotated; use "
+            "an even size"
+        )
+    if model.head_dim % 2:
         raise UserError(
             f"model.hidden_size: {model.hidden_size} over {heads} heads gives heads of the odd "
             f"size {model.hidden_size // heads}, which cannot be rotated; use an even size"

@@ -54,7 +54,7 @@ class Rotary:
     def of(cls, model: ModelConfig, length: int | None = None) -> "Rotary":
         """The angles of a model, for texts of ``length`` tokens where that matters."""
         return cls(
-            head_dim=model.hidden_size // model.num_attention_heads,
+            head_dim=model.head_dim,
             base=model.rotary_base,
             scaling=model.rope_scaling_type,
             factor=model.rope_scaling_factor or 1.0,

@@ -1,7 +1,8 @@
 """A model whose heads tensor parallelism does not divide trains with heads of zeros as without.
 
-SmolLM2-135M's proportions: 3 groups of query heads. Over 2 processes one group is padding, over 4
-the last process holds nothing but padding. Tolerance and the reasons for it as in `test_layouts`.
+3 groups of query heads, as SmolLM2-135M has them, and each head wider than its share of the model,
+as in Mistral NeMo. Over 2 processes one group is padding, over 4 the last process holds nothing but
+padding. Tolerance and the reasons for it as in `test_layouts`.
 """
 
 import sys
@@ -16,6 +17,7 @@ from megatron_chatflow.checkpoint.safe_index import read_index
 TOLERANCE = 2e-5
 
 ODD = ["--hidden-size", "48", "--num-attention-heads", "6", "--num-query-groups", "3"]
+ODD += ["--kv-channels", "12"]
 SEQUENCE = ["--sequence-parallel", "--pad-attention-heads", "--tensor-model-parallel-size"]
 PADDED = ["--pad-attention-heads", "--tensor-model-parallel-size", "2"]
 SHARDED = ["--use-distributed-optimizer"]

@@ -38,6 +38,7 @@ SAVED: dict[str, tuple[dict[str, Any], int, int]] = {
     "gqa_tp2": (GQA, 2, 1),
     "mha_tied_pp2": (TIED, 1, 2),
     "bf16_tp2": ({**GQA, "hidden_size": 96}, 2, 1),
+    "wide_heads_tp2": ({**GQA, "kv_channels": 12}, 2, 1),  # 6 of 12 in a model 48 wide
 }
 # Where an imported folder is loaded to: name to tensor-parallel and pipeline-parallel size.
 LOADED = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}

@@ -86,7 +86,11 @@ def refused(source: Path, tmp_path: Path, message: str) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "is not a LLaMA"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"head_dim": 8}, "do not make up hidden_size 16"),
+        ({"head_dim": 8}, r"q_proj.weight is \[16, 16\] and config.json makes it \[32, 16\]"),
+        ({"head_dim": 3}, "heads of size 3 cannot be rotated"),
+        ({"head_dim": "4"}, "heads of size '4' cannot be rotated"),
+        ({"num_attention_heads": 5, "head_dim": None}, "do not make up hidden_size 16"),
+        ({"num_key_value_heads": 3}, "3 of them with keys, do not make up hidden_size 16"),
         ({"hidden_size": None}, "hidden_size is missing"),
         (
             {"vocab_size": 10},

@@ -53,11 +53,15 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("window", [None, 64])
-def test_the_same_logits_there_and_back(tmp_path: Path, window: int | None) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 64}, {"head_dim": 12}],  # the last as Mistral NeMo has it: not 48 / 6
+    ids=["plain", "window of the length", "wide heads"],
+)
+def test_the_same_logits_there_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-    original = save_mistral(tmp_path / "hf", sliding_window=window)
+    original = save_mistral(tmp_path / "hf", **changes)
     done = convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     texts = [part for text in TEXTS for part in ("--text", text)]

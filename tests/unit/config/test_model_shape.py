@@ -38,6 +38,19 @@ def test_flops_are_those_of_palm(config) -> None:
     assert flops_per_token(model, 32_000, 2048) == expected
 
 
+def test_heads_may_be_of_another_size_than_their_share(config) -> None:
+    nemo = {"num_layers": 40, "hidden_size": 5120, "ffn_hidden_size": 14336, "kv_channels": 128}
+    nemo |= {"num_attention_heads": 32, "num_query_groups": 8, "max_position_embeddings": 1024}
+    model = config({"model": nemo}).model
+    assert num_parameters(model, 131_072) == 12_247_782_400  # as published of Mistral NeMo
+    assert model.head_dim == head_counts(model).head_dim == 128
+    attention = flops_per_token(model, 131_072, 2048) - 6 * 12_247_782_400
+    assert attention == 12 * 40 * (32 * 128) * 2048
+    usual = config({"model": {**nemo, "kv_channels": 160}}).model
+    assert usual == config({"model": {**nemo, "kv_channels": None}}).model
+    assert usual.head_dim == 160
+
+
 @pytest.mark.parametrize(
     ("tensor", "vocab", "padded"),
     [(1, 32_000, 32_000), (4, 32_001, 32_128), (3, 257, 384), (2, 257, 384)],

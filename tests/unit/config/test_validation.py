@@ -59,6 +59,7 @@ REFUSED = [
         {"model.num_attention_heads": 256},
         "model.hidden_size: 256 over 256 heads gives heads of the",
     ),
+    ({"model.kv_channels": 33}, "model.kv_channels: 33 is odd, and such heads cannot be rotated"),
     ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel: needs parallel.tensor_mod"),
     (
         {"parallel.sequence_parallel": True, TENSOR: 4, "data.seq_length": 126},
