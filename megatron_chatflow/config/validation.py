@@ -105,6 +105,10 @@ def _check_rope(model: "ModelConfig") -> None:
             "model.rope_scaling_type and model.rope_scaling_factor: one is set and the other is "
             "not; set both, or neither"
         )
+    if kind == "dynamic" and model.head_dim == 2:
+        raise UserError(
+            "model.rope_scaling_type: dynamic has no base for heads of size 2; use larger heads"
+        )
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     if low is not None and high is not None and low >= high:
         raise UserError(

@@ -59,6 +59,14 @@ REFUSED = [
         {"model.num_attention_heads": 256},
         "model.hidden_size: 256 over 256 heads gives heads of the",
     ),
+    (
+        {
+            "model.kv_channels": 2,
+            "model.rope_scaling_type": "dynamic",
+            "model.rope_scaling_factor": 2.0,
+        },
+        "model.rope_scaling_type: dynamic has no base for heads of size 2",
+    ),
     ({"model.kv_channels": 33}, "model.kv_channels: 33 is odd, and such heads cannot be rotated"),
     ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel: needs parallel.tensor_mod"),
     (
