@@ -202,7 +202,7 @@ def read_chat_template(path: str | Path) -> JinjaTemplate:
             source = _source_in(json.loads(source))
     except OSError as error:
         raise UserError(f"cannot read chat template: {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
     try:
         _compiled(source)

@@ -50,7 +50,7 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read: {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"damaged sidecar: {path}: {error}: preprocess the data again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

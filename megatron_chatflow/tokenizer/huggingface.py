@@ -174,8 +174,10 @@ def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, st
     if config_path.exists():
         try:
             config = json.loads(config_path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"not a tokenizer configuration: {config_path}: {error}") from error
+        if not isinstance(config, dict):
+            raise UserError(f"not a tokenizer configuration: {config_path}: it is no object")
     found = {}
     for name, candidates in COMMON_NAMES.items():
         value = config.get(name)

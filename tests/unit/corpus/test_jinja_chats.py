@@ -90,6 +90,9 @@ def test_reads_a_models_template(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert read_chat_template(tmp_path).source == CHATML
     (tmp_path / "bad.jinja").write_text("\n{% if %}")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="no chat template: .*deep.json"):
+        read_chat_template(tmp_path / "deep.json")
     for name, message in [("bad.jinja", "bad.jinja:2"), ("absent", "cannot read chat template")]:
         with pytest.raises(UserError, match=message):
             read_chat_template(tmp_path / name)

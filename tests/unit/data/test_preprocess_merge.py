@@ -176,9 +176,10 @@ def test_first_difference(tmp_path: Path) -> None:
 
 
 def test_sidecars_of_another_kind(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match="damaged sidecar: .*x.json"):
-        read_sidecar(tmp_path / "x")
+    for damaged in ("{", "[" * 100_000):
+        (tmp_path / "x.json").write_text(damaged)
+        with pytest.raises(UserError, match="damaged sidecar: .*x.json"):
+            read_sidecar(tmp_path / "x")
     (tmp_path / "x.json").write_text(json.dumps({"format_version": 2}))
     with pytest.raises(UserError, match="format_version 2 instead of 1"):
         read_sidecar(tmp_path / "x")

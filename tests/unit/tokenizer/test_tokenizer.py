@@ -153,6 +153,14 @@ def test_configuration_beside_names_the_control_tokens(tmp_path: Path) -> None:
     assert theirs("bana luno")["input_ids"] == tokenizer.encode("bana luno")
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "null", "[" * 100_000])
+def test_refuses_what_is_no_configuration(tmp_path: Path, content: str) -> None:
+    byte_level_model(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UserError, match="not a tokenizer configuration: .*tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("tokenizer_type", ["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"])
 @pytest.mark.parametrize("content", [b"", b"no model", b"{}", b"\x0a\x05\x0a\x01a", None])
 def test_refuses_what_is_no_model(
