@@ -13,8 +13,9 @@ from datetime import timedelta
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.config.pipeline import num_model_chunks
-from megatron_chatflow.errors import LocalError, UserError, run_main
+from megatron_chatflow.errors import run_main
 from megatron_chatflow.runtime.determinism import use_deterministic_algorithms
+from megatron_chatflow.runtime.farewell import Farewell
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 
@@ -23,8 +24,22 @@ logger = logging.getLogger("megatron_chatflow")
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    config, options = load_config_from_argv(sys.argv[1:])
     process = ProcessRank.from_environment()
+    farewell = Farewell(process)
+    try:
+        _run(process)
+    except Exception as error:
+        if not farewell.say(error):
+            raise
+        return 2
+    finally:
+        finalize()
+        farewell.wait()
+    return 0
+
+
+def _run(process: ProcessRank) -> None:
+    config, options = load_config_from_argv(sys.argv[1:])
     logging.basicConfig(
         level=logging.INFO if process.rank == 0 else logging.ERROR,
         format="%(asctime)s %(levelname)s %(message)s",
@@ -37,34 +52,22 @@ def main() -> int:
         from megatron_chatflow.train.dry_run import dry_run
 
         print(dry_run(config, options.world_size))
-        return 0
+        return
     validate_for_world(config, process.world_size)
     parallel = config.parallel
     if config.train.deterministic_mode:
         use_deterministic_algorithms()
-    try:
-        ranks = initialize(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            num_model_chunks=num_model_chunks(config.model, parallel),
-            context_parallel_size=parallel.context_parallel_size,
-            seed=config.train.seed,
-            timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
-        )
-        if ranks.is_reporter:
-            logger.info("resolved configuration:\n%s", config.to_yaml())
-        run_training(config, ranks)
-    except UserError as error:
-        if isinstance(error, LocalError):
-            raise UserError(f"rank {process.rank}: {error}") from error
-        # Every rank meets the same mistake; one of them says it.
-        if process.rank == 0:
-            raise
-        logger.debug("%s", error)
-        return 2
-    finally:
-        finalize()
-    return 0
+    ranks = initialize(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_model_chunks=num_model_chunks(config.model, parallel),
+        context_parallel_size=parallel.context_parallel_size,
+        seed=config.train.seed,
+        timeout=timedelta(minutes=parallel.distributed_timeout_minutes),
+    )
+    if ranks.is_reporter:
+        logger.info("resolved configuration:\n%s", config.to_yaml())
+    run_training(config, ranks)
 
 
 def run_training(config: RunConfig, ranks: Ranks) -> None:

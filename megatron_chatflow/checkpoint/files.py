@@ -104,13 +104,18 @@ def prune(root: Path, *, retain: int, keep_every: int | None) -> list[int]:
     return removed
 
 
+def is_iteration_folder(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint's own folder, by its name, or a link to one."""
+    return bool(_ITERATION_FOLDER.fullmatch(path.resolve().name)) and path.is_dir()
+
+
 def resolve_checkpoint(path: Path) -> Path | None:
     """The checkpoint folder that ``path`` means: itself, or the latest of the run's folder.
 
     Returns:
         The folder, or None if ``path`` holds no checkpoint.
     """
-    if _ITERATION_FOLDER.fullmatch(path.resolve().name) and path.is_dir():
+    if is_iteration_folder(path):
         return path
     iteration = latest_iteration(path) if path.is_dir() else None
     return None if iteration is None else iteration_folder(path, iteration)

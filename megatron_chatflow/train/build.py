@@ -32,6 +32,7 @@ from megatron_chatflow.model.loss import describe_loss
 from megatron_chatflow.model.norm import choose_norm
 from megatron_chatflow.model.rotary import describe_rotary
 from megatron_chatflow.model.swiglu import choose_swiglu
+from megatron_chatflow.runtime.agreement import in_agreement
 from megatron_chatflow.runtime.collection import GarbageCollection
 from megatron_chatflow.runtime.freed_memory import FreedMemory
 from megatron_chatflow.runtime.launch import device_mode
@@ -39,8 +40,9 @@ from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.watchdog import Watchdog
+from megatron_chatflow.train.beginning import agree_on_beginning
 from megatron_chatflow.train.guard import Guard
-from megatron_chatflow.train.inputs import RunInputs, open_inputs
+from megatron_chatflow.train.inputs import RunInputs, open_inputs_from, refuse_other_inputs
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
 from megatron_chatflow.train.profiler import ProfilerWindow
@@ -56,7 +58,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     Raises:
         UserError: Data, tokenizer, model and checkpoint do not fit together.
     """
-    inputs = open_inputs(config)
+    inputs = _inputs(config, ranks)
     llama = _model(config, ranks, inputs.vocab_size)
     optimization = build_optimization(config, llama, ranks)
     if inputs.checkpoint is not None:
@@ -71,7 +73,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     stack.callback(watchdog.close)
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
-    hooks, downtime = open_record(config, ranks, progress.iteration, stack)
+    hooks, downtime = in_agreement(lambda: open_record(config, ranks, progress.iteration, stack))
     run = Run(
         config=config,
         ranks=ranks,
@@ -109,6 +111,14 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     stack.callback(run.collection.close)
     stack.callback(run.profiler.close)
     return run, progress
+
+
+def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
+    """What the run reads, the same on every rank."""
+    beginning = agree_on_beginning(config, ranks)
+    inputs = in_agreement(lambda: open_inputs_from(beginning, config))
+    refuse_other_inputs(inputs)
+    return inputs
 
 
 def _stragglers(config: RunConfig, ranks: Ranks, llama: Llama) -> Stragglers | None:

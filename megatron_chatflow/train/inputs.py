@@ -4,10 +4,13 @@ In: a resolved configuration. Out: `RunInputs`: tokenizer, sources, blend, and t
 on from. It needs neither a GPU nor another rank, so a dry run does just this.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_export import run_tokenizer
@@ -20,7 +23,6 @@ from megatron_chatflow.checkpoint.convert_vocabulary import (
     Resize,
     vocabulary_growth,
 )
-from megatron_chatflow.checkpoint.files import resolve_checkpoint
 from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, to_plain
@@ -30,7 +32,9 @@ from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_choice import Question, read_questions
+from megatron_chatflow.runtime.agreement import gather, name_ranks
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.train.beginning import Beginning, find_beginning
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +71,18 @@ class RunInputs:
 
 
 def open_inputs(config: RunConfig) -> RunInputs:
-    """Opens and checks everything that a run reads.
+    """Opens and checks everything that a run reads, in a process alone.
 
     Raises:
         UserError: Something is missing or damaged, or data, tokenizer, model and checkpoint do not
             fit together.
     """
+    return open_inputs_from(find_beginning(config), config)
+
+
+def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInputs:
+    """As `open_inputs`, from a checkpoint that was chosen before; None for a fresh start."""
     tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
-    checkpoint = _checkpoint_to_load(config)
     saved = None if checkpoint is None else _saved_state(checkpoint)
     grown = None
     if checkpoint is not None and saved is not None:
@@ -127,6 +135,31 @@ def open_inputs(config: RunConfig) -> RunInputs:
     )
 
 
+def refuse_other_inputs(inputs: RunInputs) -> None:
+    """Refuses ranks that would train on other data than rank 0; every rank calls it.
+
+    Raises:
+        UserError: On every rank, with what differs by name.
+    """
+    state = inputs.state
+    facts: dict[str, Any] = {"tokenizer.tokenizer_model": state.tokenizer["sha256"]}
+    facts |= {f"data.sources.{name}": source for name, source in state.sources.items()}
+    facts["data.schedule"] = state.schedule
+    facts["model"] = state.model
+    hashes = {
+        name: hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).hexdigest()
+        for name, fact in facts.items()
+    }
+    gathered = gather(hashes)
+    for name, expected in gathered[0].items():
+        others = [rank for rank, found in enumerate(gathered) if found.get(name) != expected]
+        if others:
+            raise UserError(
+                f"{name}: is another on {name_ranks(others)} than on rank 0; give every node the "
+                "same files (a dataset's .json beside its .bin and .idx), flags and YAML file"
+            )
+
+
 def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
     """The model's vocabulary: the tokenizer's, unless the configuration asks for more.
 
@@ -164,42 +197,7 @@ def initial_state(
     )
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """The checkpoint that a run begins with, whole or its weights alone."""
-
-    folder: Path
-    weights_only: bool
-    is_huggingface: bool = False
-
-
-def _checkpoint_to_load(config: RunConfig) -> _Beginning | None:
-    settings = config.checkpoint
-    if settings.load is not None:
-        checkpoint = resolve_checkpoint(Path(settings.load))
-        if checkpoint is not None:
-            return _Beginning(checkpoint, weights_only=settings.finetune)
-        if settings.finetune:
-            raise UserError(
-                f"checkpoint.load: {settings.load} holds no checkpoint, and --finetune needs its "
-                "weights; name a run's folder or one of its iter_ folders"
-            )
-    if settings.pretrained_checkpoint is not None:
-        checkpoint = resolve_checkpoint(Path(settings.pretrained_checkpoint))
-        if checkpoint is None:
-            raise UserError(
-                f"checkpoint.pretrained_checkpoint: {settings.pretrained_checkpoint} holds no "
-                "checkpoint; name a run's folder or one of its iter_ folders"
-            )
-        return _Beginning(checkpoint, weights_only=True)
-    if settings.load_hf is not None:
-        return _Beginning(Path(settings.load_hf), weights_only=True, is_huggingface=True)
-    if settings.load is not None:
-        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
-    return None
-
-
-def _saved_state(checkpoint: _Beginning) -> RunState:
+def _saved_state(checkpoint: Beginning) -> RunState:
     """What a checkpoint says of itself; of a Hugging Face folder, its model alone."""
     if not checkpoint.is_huggingface:
         refuse_small_damage(checkpoint.folder)
@@ -210,7 +208,7 @@ def _saved_state(checkpoint: _Beginning) -> RunState:
 
 
 def _growth(
-    config: RunConfig, checkpoint: _Beginning, saved: RunState, tokenizer: Tokenizer
+    config: RunConfig, checkpoint: Beginning, saved: RunState, tokenizer: Tokenizer
 ) -> GrownVocabulary | None:
     """What the vocabulary grows by; None where it stays, or where nobody asked for it."""
     init = config.checkpoint.embedding_init
@@ -233,7 +231,7 @@ def _growth(
     return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
 
 
-def _old_tokenizer(config: RunConfig, checkpoint: _Beginning) -> Tokenizer | None:
+def _old_tokenizer(config: RunConfig, checkpoint: Beginning) -> Tokenizer | None:
     """The tokenizer that the weights were trained with; None where nothing names it."""
     named = config.tokenizer.old_tokenizer_model
     if checkpoint.is_huggingface:
@@ -249,7 +247,7 @@ def _old_tokenizer(config: RunConfig, checkpoint: _Beginning) -> Tokenizer | Non
 
 
 def _refuse_other_pieces(
-    config: RunConfig, checkpoint: _Beginning, saved: RunState, tokenizer: Tokenizer
+    config: RunConfig, checkpoint: Beginning, saved: RunState, tokenizer: Tokenizer
 ) -> None:
     """Weights alone may begin any run, but each row belongs to the piece that it was trained for.
 

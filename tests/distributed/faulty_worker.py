@@ -6,7 +6,9 @@
 - ``{"spike": {"7": 100}}``: the loss of iteration 7 is multiplied by 100;
 - ``{"slow": {"rank": 1, "seconds": 0.2}}``: that rank's forward passes take so much longer;
 - ``{"hang": {"rank": 1, "iteration": 3}}``: that rank sleeps for ever before that iteration's step,
-  unless the job was restarted already.
+  unless the job was restarted already;
+- ``{"mistake": {"rank": 1, "iteration": 3}}``: there that rank meets what only it can mend;
+- ``{"kill": {"rank": 1, "iteration": 3}}``: there that rank is killed.
 
 The faults are planted in the arithmetic of a micro-batch, or before a step; all that answers them
 is the package's own.
@@ -14,11 +16,12 @@ is the package's own.
 
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
 
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import LocalError, run_main
 from megatron_chatflow.pretrain import main
 
 FAULT = json.loads(sys.argv.pop(1))
@@ -39,6 +42,8 @@ def plant() -> None:
         if hang and hang["iteration"] == iteration and is_first_attempt:
             while int(os.environ["RANK"]) == hang["rank"]:
                 time.sleep(1)
+
+        _end_this_rank(iteration)
 
         class Scaled:
             """The forward step whose losses are multiplied."""
@@ -65,6 +70,14 @@ def plant() -> None:
         return step(batch, optimization, Scaled(), *rest)
 
     loop.train_step = faulty_step
+
+
+def _end_this_rank(iteration: int) -> None:
+    here = {"rank": int(os.environ.get("RANK", "0")), "iteration": iteration}
+    if FAULT.get("mistake") == here:
+        raise LocalError("data.sources.first: made up")
+    if FAULT.get("kill") == here:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
