@@ -3,6 +3,7 @@
 In: bytes and final names. Out: files and folders under those names only once they are on the disk.
 """
 
+import errno
 import json
 import os
 import re
@@ -29,6 +30,11 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_for_want_of_room(error: OSError) -> bool:
+    """Whether a disk, a quota or a limit on files is exhausted, which may pass."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -70,6 +70,7 @@ class CheckpointSaver:
         self._config = config
         self._ranks = ranks
         self._durable = durable_iteration
+        self._newest: Path | None = None
         self._on_progress = on_progress
         self._pending: BackgroundSave | None = None
         self._buffer = StagingBuffer(ranks.device)
@@ -135,6 +136,11 @@ class CheckpointSaver:
         """Whether this rank still writes a checkpoint."""
         return self._pending is not None and not self._pending.is_done
 
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint that this run has saved, the same on every rank; None if none."""
+        return self._newest
+
     def finish(self) -> int | None:
         """Waits for the save under way; every rank calls it.
 
@@ -150,6 +156,7 @@ class CheckpointSaver:
         self._pending = None
         if all_agree(is_fine, self._ranks.device):
             self._durable = pending.iteration
+            self._newest = iteration_folder(self._root, pending.iteration)
         pending.forget()
         return self._durable
 

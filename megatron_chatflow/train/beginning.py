@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.checkpoint.files import is_iteration_folder, resolve_checkpoint
+from megatron_chatflow.checkpoint.files import LATEST, is_iteration_folder, resolve_checkpoint
 from megatron_chatflow.checkpoint.identity import identity
-from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config import CheckpointConfig, RunConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.agreement import gather, name_ranks
 from megatron_chatflow.runtime.ranks import Ranks
@@ -76,6 +76,30 @@ def find_beginning(config: RunConfig) -> Beginning | None:
     if settings.load is not None:
         logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
     return None
+
+
+def refuse_folder_of_another_run(settings: CheckpointConfig, beginning: Beginning | None) -> None:
+    """Refuses to save over checkpoints that the run does not go on from.
+
+    Raises:
+        UserError: ``--save`` holds some.
+    """
+    if settings.save is None or not Path(settings.save).is_dir():
+        return
+    save = Path(settings.save).resolve()
+    if beginning is not None and not beginning.weights_only:
+        if save in (beginning.folder.parent.resolve(), beginning.folder.resolve().parent):
+            return
+    has_latest = (save / LATEST).exists()
+    # Killed while its very first checkpoint appeared, a run begins anew, by the same command.
+    if not has_latest and settings.load is not None and Path(settings.load).resolve() == save:
+        return
+    if has_latest or any(is_iteration_folder(path) for path in save.glob("iter_*")):
+        raise UserError(
+            f"checkpoint.save: {settings.save} holds another run's checkpoints, which this one "
+            f"would replace; go on from them with --load {settings.save}, or give this run another "
+            "--save"
+        )
 
 
 @dataclass(frozen=True)

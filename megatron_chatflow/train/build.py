@@ -106,6 +106,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         hooks=hooks,
         downtime=downtime,
         saver=_saver(config, ranks, progress, watchdog, stack),
+        resumed_from=inputs.checkpoint if inputs.resumed and not inputs.grown else None,
     )
     stack.callback(run.stop_request.close)
     stack.callback(run.collection.close)

@@ -34,7 +34,11 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_choice import Question, read_questions
 from megatron_chatflow.runtime.agreement import gather, name_ranks
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
-from megatron_chatflow.train.beginning import Beginning, find_beginning
+from megatron_chatflow.train.beginning import (
+    Beginning,
+    find_beginning,
+    refuse_folder_of_another_run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +86,7 @@ def open_inputs(config: RunConfig) -> RunInputs:
 
 def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInputs:
     """As `open_inputs`, from a checkpoint that was chosen before; None for a fresh start."""
+    refuse_folder_of_another_run(config.checkpoint, checkpoint)
     tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
     saved = None if checkpoint is None else _saved_state(checkpoint)
     grown = None

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.checkpoint.files import iteration_folder, latest_iteration
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.store import RunState, load_checkpoint
 from megatron_chatflow.config import RunConfig
@@ -94,6 +93,7 @@ class Run:
         stragglers: Compares the ranks; None where that is not asked for.
         downtime: What restarts have cost.
         saver: Writes checkpoints; None where none are asked for.
+        resumed_from: The checkpoint that it went on from; None if it cannot be loaded as it is.
     """
 
     config: RunConfig
@@ -119,6 +119,7 @@ class Run:
     downtime: Downtime = field(default=Downtime())
     hooks: Sequence[Hook] = field(default=())
     saver: CheckpointSaver | None = None
+    resumed_from: Path | None = None
 
 
 def train(run: Run, progress: Progress) -> Progress:
@@ -152,7 +153,7 @@ def train(run: Run, progress: Progress) -> Progress:
         run.watchdog.beat(progress.iteration + 1, "training")
         result = _step(run, batch)
         progress = progress.after(batch)
-        if run.guard.record(result.verdict, result.loss, batch.begin, batch.end):
+        if _is_to_roll_back(run, result, batch):
             _roll_back(run, progress)
         interval.add(time.perf_counter() - begin, data_seconds)
         if _is_due(progress.iteration, config.logging.log_interval, last_iteration):
@@ -185,24 +186,30 @@ def _step(run: Run, batch: GlobalBatch) -> StepResult:
     return result
 
 
+def _is_to_roll_back(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
+    try:
+        return run.guard.record(result.verdict, result.loss, batch.begin, batch.end)
+    except UserError:
+        # Every rank stops here: a save under way is of a healthy iteration, and is worth its time.
+        if run.saver is not None:
+            run.saver.finish()
+        raise
+
+
 def _roll_back(run: Run, progress: Progress) -> None:
     """Takes weights and optimizer of the last checkpoint; the data goes on where it is.
 
     What led to the bad step, the samples since that checkpoint, is thereby left out of the weights.
     """
-    root = run.config.checkpoint.save
+    checkpoint = run.resumed_from
     if run.saver is not None:
         run.saver.finish()
-    latest = None if root is None else latest_iteration(Path(root))
-    # A rank may see the file of another node a moment late; all take the same checkpoint.
-    choice = torch.tensor([-1 if latest is None else latest], device=run.ranks.device)
-    torch.distributed.all_reduce(choice, op=torch.distributed.ReduceOp.MIN)
-    if root is None or choice.item() < 0:
+        checkpoint = run.saver.newest or checkpoint
+    if checkpoint is None:
         raise UserError(
             f"iteration {progress.iteration}: --on-nan rollback finds no checkpoint of this run; "
             "give --save and --save-interval, or use --on-nan skip"
         )
-    checkpoint = iteration_folder(Path(root), int(choice.item()))
     optimization = run.optimization
     load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, run.ranks)
     optimization.set_consumed_samples(progress.consumed_samples)

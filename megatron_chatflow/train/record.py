@@ -4,13 +4,14 @@ In: the configuration and where the run stands. Out: the hooks of the reporting 
 restarts have cost. A folder that cannot be written is a user's mistake; a logger that fails is not.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.checkpoint.files import is_for_want_of_room, write_atomically
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.runtime.ranks import Ranks
@@ -22,6 +23,8 @@ from megatron_chatflow.train.hooks.shield import Shield
 from megatron_chatflow.train.hooks.weights_and_biases import WeightsAndBiases
 from megatron_chatflow.train.restarts import forget_restarts, record_restart
 from megatron_chatflow.train.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 def open_record(
@@ -53,12 +56,11 @@ def open_record(
         stack.callback(RunFolder(folder).close)
         try:
             cut = keep_until(folder / METRICS_FILE, iteration)
-            metrics = MetricsFile(folder)
             downtime = _downtime(config, folder, cut, iteration)
-            write_atomically(folder / "config.yaml", config.to_yaml())
+            _write_config(folder / "config.yaml", config.to_yaml())
+            makers.append(_metrics_maker(folder))
         except OSError as error:
             raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
-        makers.append(lambda: metrics)
         if config.logging.tensorboard:
             makers.append(lambda: _tensorboard(folder, iteration))
         if config.logging.wandb_project is not None:
@@ -79,7 +81,34 @@ def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Down
     if iteration or begins_anew:
         return record_restart(folder, cut, iteration, time.time())
     forget_restarts(folder)
+    if cut.last_dropped is not None:
+        logger.warning(
+            "%s: the iterations of a run that left no checkpoint are dropped, up to %s",
+            folder / METRICS_FILE,
+            cut.last_dropped["iteration"],
+        )
     return Downtime()
+
+
+def _write_config(path: Path, text: str) -> None:
+    """Writes it; a full disk keeps the one before, which every checkpoint has of its own anyway."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if not is_for_want_of_room(error):
+            raise
+        logger.warning("%s: %s; it is not written", path, error.strerror)
+
+
+def _metrics_maker(folder: Path) -> Callable[[], Hook]:
+    """Opens the file now, or where there is no room for it with a later report."""
+    try:
+        metrics = MetricsFile(folder)
+    except OSError as error:
+        if not is_for_want_of_room(error):
+            raise
+        return lambda: MetricsFile(folder)
+    return lambda: metrics
 
 
 def _tensorboard(folder: Path, iteration: int) -> Hook:

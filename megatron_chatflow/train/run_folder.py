@@ -4,6 +4,7 @@ In: the folder. Out: a lock that lasts as long as this process, however it ends.
 the same checkpoints and the same metrics would each undo the other's.
 """
 
+import contextlib
 import fcntl
 import os
 import time
@@ -44,8 +45,10 @@ class RunFolder:
                     "there; stop it, or give this one a folder of its own"
                 )
             time.sleep(0.1)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(self._descriptor, 0)
+            name = f"process {os.getpid()} on {os.uname().nodename}"
+            os.pwrite(self._descriptor, name.encode(), 0)
 
     def _try(self) -> bool:
         try:

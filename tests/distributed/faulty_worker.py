@@ -8,6 +8,7 @@
 - ``{"hang": {"rank": 1, "iteration": 3}}``: that rank sleeps for ever before that iteration's step,
   unless the job was restarted already;
 - ``{"mistake": {"rank": 1, "iteration": 3}}``: there that rank meets what only it can mend;
+- ``{"slow_save": {"rank": 1, "seconds": 3}}``: that rank's checkpoint files take so much longer;
 - ``{"kill": {"rank": 1, "iteration": 3}}``: there that rank is killed.
 
 The faults are planted in the arithmetic of a micro-batch, or before a step; all that answers them
@@ -70,6 +71,17 @@ def plant() -> None:
         return step(batch, optimization, Scaled(), *rest)
 
     loop.train_step = faulty_step
+    slow = FAULT.get("slow_save")
+    if slow and int(os.environ["RANK"]) == slow["rank"]:
+        from megatron_chatflow.checkpoint import saver
+
+        write = saver._write_whole
+
+        def write_late(*arguments: Any) -> Any:
+            time.sleep(slow["seconds"])
+            return write(*arguments)
+
+        saver._write_whole = write_late
 
 
 def _end_this_rank(iteration: int) -> None:

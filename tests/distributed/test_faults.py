@@ -88,6 +88,35 @@ def test_rollback_takes_the_weights_of_the_last_checkpoint(
 
 
 @pytest.mark.distributed
+def test_rollback_takes_no_other_runs_weights(tiny_run: TinyRun, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    flags = ["--config", tiny_run.config, "--train-iters", 4, "--on-nan", "rollback"]
+    jobs.run(jobs.pretrain(*flags, "--save", old, "--save-interval", 2))
+    left = (old / "metrics.jsonl").read_bytes()
+    for begin in ([], ["--pretrained-checkpoint", old], ["--load", old, "--finetune"]):
+        fresh = jobs.pretrain(*flags, *begin, "--save", old, "--seed", 7)
+        output = jobs.run(fresh, expect=2)
+        assert "holds another run's checkpoints" in output and f"--load {old}" in output
+        assert "another run's" in jobs.run([*fresh, "--dry-run"], expect=2)
+    assert (old / "metrics.jsonl").read_bytes() == left
+
+    # What it went on from is its own, wherever that lies.
+    resumed = [*flags, "--load", old / "iter_0000002", "--save", new]
+    output = jobs.run(_faulty({"nan": [3]}, *resumed))
+    assert f"rolled back to the weights of {old / 'iter_0000002'}" in output
+
+
+@pytest.mark.distributed
+def test_a_stop_lets_the_save_under_way_finish(tiny_run: TinyRun, tmp_path: Path) -> None:
+    fault = json.dumps({"nan": [4], "slow_save": {"rank": 1, "seconds": 3}})
+    flags = ["--config", tiny_run.config, "--save", tmp_path, "--save-interval", 3]
+    output = jobs.run([*jobs.torchrun(2), FAULTY, fault, *flags], expect=1)
+    assert output.count("error: samples 24 to 32: the loss is not finite") == 1
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    assert (tmp_path / "iter_0000003" / "state.json").is_file()
+
+
+@pytest.mark.distributed
 def test_stop_is_the_default_and_one_line(tiny_run: TinyRun, tmp_path: Path) -> None:
     flags = ["--config", tiny_run.config, "--save", tmp_path / "run"]
     output = jobs.run(_faulty({"nan": [2]}, *flags), expect=2)

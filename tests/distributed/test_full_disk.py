@@ -111,3 +111,22 @@ def test_a_full_disk_costs_saves_and_nothing_else(
         iteration_folder(run, last).name
     ], "nothing is left of the saves that failed"
     assert num_failures() >= 2
+
+
+@pytest.mark.distributed
+def test_a_full_disk_ends_no_restart(tiny_run: TinyRun, disk: Path) -> None:
+    run, filler = disk / "run", disk / "filler"
+    flags = ["--config", tiny_run.config, "--save", run, "--load", run, "--save-interval", 2]
+    command = jobs.pretrain(*flags, "--no-tensorboard", "--eval-interval", "none")
+    jobs.run([*command, "--exit-interval", "4"])
+    (run / "latest_checkpointed_iteration.txt").write_text("2\n")
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    output = jobs.run([*command, "--train-iters", "6"], expect=2)
+    assert "the last checkpoint could not be written" in output.splitlines()[-1]
+    assert "iteration 6/6" in output and "Traceback" not in output
+    filler.unlink()
+    jobs.run([*command, "--train-iters", "6"])
+    entries, _ = jobs.read_metrics(run)
+    assert [entry["iteration"] for entry in entries] == list(range(1, 7))

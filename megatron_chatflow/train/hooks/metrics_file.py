@@ -7,17 +7,24 @@ that it goes on from, so that every iteration stands in the file once.
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.checkpoint.files import (
+    fsync_path,
+    is_for_want_of_room,
+    write_atomically,
+)
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.train.report import IterationReport, validation_dict
 
 METRICS_FILE = "metrics.jsonl"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,19 +43,23 @@ class Cut:
 
 
 def keep_until(path: Path, iteration: int) -> Cut:
-    """Drops the lines of iterations after ``iteration``, and a last line cut short by a kill."""
+    """Drops the lines of iterations after ``iteration``, and a last line cut short by a kill.
+
+    They stand at the end but for damage in the middle, so that a full disk is no hindrance.
+    """
     if not path.exists():
         return Cut()
-    kept: list[str] = []
+    kept: list[bytes] = []
     last_kept = first_dropped = last_dropped = None
-    for line in path.read_bytes().splitlines():
+    content = path.read_bytes()
+    for line in content.splitlines():
         try:
             entry = json.loads(line)
             stays = entry["iteration"] <= iteration
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if stays:
-            kept.append(line.decode(errors="replace") + "\n")
+            kept.append(line + b"\n")
         if "lm_loss" not in entry:
             continue
         if stays:
@@ -56,8 +67,22 @@ def keep_until(path: Path, iteration: int) -> Cut:
         else:
             first_dropped = first_dropped or entry
             last_dropped = entry
-    write_atomically(path, "".join(kept))
+    whole = b"".join(kept)
+    if content.startswith(whole):
+        os.truncate(path, len(whole))
+        fsync_path(path)
+    else:
+        _replace(path, whole.decode(errors="replace"))
     return Cut(last_kept, first_dropped, last_dropped)
+
+
+def _replace(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if not is_for_want_of_room(error):
+            raise
+        logger.warning("%s: %s; some iterations stand in it twice", path, error.strerror)
 
 
 class MetricsFile:
