@@ -4,7 +4,6 @@ In: a Hugging Face folder or a training checkpoint. Out: a table, and results as
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.corpus.templates import TEMPLATES
 from megatron_chatflow.errors import UserError, run_main
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
 from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, ChoiceSettings
 from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
 from megatron_chatflow.evaluation.evaluate_text import TextSource
@@ -41,7 +40,7 @@ def main() -> None:
         models.insert(0, (args.baseline, choice))
     results = [evaluate(model, settings, tokenizer) for model, tokenizer in models]
     if args.output:
-        write_atomically(args.output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(args.output, to_json(results))
     print(table(results))
 
 

@@ -96,14 +96,19 @@ def compare(
     ids = token_ids(huggingface, texts, shape)
     expected = transformers_logits(huggingface, ids)
     actual = checkpoint_logits(checkpoint, shape, ids)
-    difference = max(float((a - b).abs().max()) for a, b in zip(actual, expected, strict=True))
+    differences = [a - b for a, b in zip(actual, expected, strict=True)]
     return Comparison(
         num_tensors,
         tuple(different),
-        difference,
-        max(float(logits.abs().max()) for logits in expected),
+        largest_magnitude(differences),
+        largest_magnitude(expected),
         sum(len(sequence) for sequence in ids),
     )
+
+
+def largest_magnitude(tensors: Sequence[torch.Tensor]) -> float:
+    """Of any value in any of the tensors; NaN if one of them is NaN, wherever it stands."""
+    return float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
 
 
 def compare_weights(

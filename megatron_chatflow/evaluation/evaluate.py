@@ -4,6 +4,8 @@ In: Hugging Face folders or training checkpoints, and what to evaluate on. Out: 
 dictionary, and as a table.
 """
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +98,19 @@ def evaluate(
     return results
 
 
+def to_json(results: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a results file; a number that is not finite (a loss of no tokens) is null."""
+    return json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Results of one or several models side by side.
 
@@ -128,7 +143,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
     """Labels and one value for each model, in the order in which they first appear."""
-    columns = [_figures(result) for result in results]
+    columns = [_finite(_figures(result)) for result in results]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     return [(label, [column.get(label) for column in columns]) for label in labels]
 

@@ -19,7 +19,7 @@ from megatron_chatflow.corpus.chats import Chat
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.corpus.templates import document_of_chat
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
 from megatron_chatflow.evaluation.evaluate_choice import (
     ChoiceSettings,
     Question,
@@ -31,6 +31,7 @@ from megatron_chatflow.evaluation.evaluate_choice import (
 )
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
 from megatron_chatflow.evaluation.evaluate_text import (
+    TextResult,
     TextSource,
     encode_document,
     evaluate_text,
@@ -274,6 +275,21 @@ def test_table_sets_models_side_by_side() -> None:
     assert lines[1].split() == ["zh", "bits_per_byte", "2.0000", "1.0000", "-50.0%"]
     assert lines[-1].split() == ["t", "acc", "0.5000", "0.2500", "-50.0%"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_source_without_loss_tokens_is_null_in_json() -> None:
+    result = TextResult(num_documents=1)
+    assert math.isnan(result.loss)
+    text = to_json([{"model": "m", "sources": {"chats": result.to_dict()}}])
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    row = next(line for line in table(json.loads(text)).splitlines() if "chats loss" in line)
+    assert row.split() == ["chats", "loss", "-"]
+    values = json.loads(text, parse_constant=refuse)[0]["sources"]["chats"]
+    assert values["loss"] is values["perplexity"] is values["bits_per_byte"] is None
+    assert values["num_tokens"] == 0
 
 
 def test_command_line(random_llama: Path, tmp_path: Path) -> None:
