@@ -30,7 +30,9 @@ def _resident(field: str) -> int:
 def _measure(arguments: list[str], ranks: Ranks) -> int:
     from megatron_chatflow.pretrain import run_training
 
-    run_training(load_config_from_argv([*arguments, *_SMALL])[0], ranks)
+    # A run saves into no other run's folder.
+    folder = ["--save", str(Path(sys.argv[1]) / "small")] if "--save" in arguments else []
+    run_training(load_config_from_argv([*arguments, *_SMALL, *folder])[0], ranks)
     gc.collect()
     # From here on the kernel counts the peak anew.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

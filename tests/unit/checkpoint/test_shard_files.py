@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 import resource
 import zipfile
@@ -65,12 +66,18 @@ def test_a_file_is_what_was_saved(tmp_path: Path, has_copy: bool) -> None:
     image = lay_out("__0_0.distcp", pieces, [])
     assert image.num_bytes > CHUNK_BYTES
     path = tmp_path / "__0_0.distcp"
+    written: list[None] = []
+
+    def progress() -> None:
+        written.append(None)
+
     if has_copy:
         memory, tensor = page_aligned(image.num_bytes)
         image.copy(0, image.num_bytes, tensor)
-        recorded = _write_whole(memoryview(memory), image.num_bytes, path)
+        recorded = _write_whole(memoryview(memory), image.num_bytes, path, progress)
     else:
-        recorded = _write_in_chunks(image, path, CPU)
+        recorded = _write_in_chunks(image, path, CPU, progress)
+    assert len(written) == math.ceil(image.num_bytes / CHUNK_BYTES)
     assert path.stat().st_size == image.num_bytes
     assert hash_file(path) == recorded
     (tmp_path / ".metadata").write_bytes(index_of([image.plan]))
