@@ -42,7 +42,7 @@ if [[ -n $tiny ]]; then
   whole=("${shape[@]}" --recompute)
 else
   step build_kernels 60 csrc/kernels/build.sh megatron_chatflow/native/libchatflow_kernels.so
-  step build 40 "$python" setup.py --quiet build_ext --inplace
+  step build 30 "$python" setup.py --quiet build_ext --inplace
   shape=(--preset 7b --num-rounds 5 --num-steps 2 --profile)
   kernels=(--preset 7b)
   # Weights, gradients and optimizer state of all of 7B take 121 GB.
@@ -52,9 +52,9 @@ else
   fi
 fi
 # The whole suite's conftest.py needs packages that these tests do not.
-step gpu_tests 160 "$python" -m pytest -q -rs --confcutdir=tests/gpu tests/gpu
-step kernels 80 "$python" tools/benchmark.py kernels "${kernels[@]}" --output "$output/kernels.json"
-step train 80 "$python" tools/benchmark.py train "${shape[@]}" --output "$output/train.json"
+step gpu_tests 150 "$python" -m pytest -q -rsP --confcutdir=tests/gpu tests/gpu
+step kernels 90 "$python" tools/benchmark.py kernels "${kernels[@]}" --output "$output/kernels.json"
+step train 90 "$python" tools/benchmark.py train "${shape[@]}" --output "$output/train.json"
 if [[ ${#whole[@]} -gt 0 ]]; then
   step train_whole 80 "$python" tools/benchmark.py train "${whole[@]}" --output "$output/train_whole.json"
 else

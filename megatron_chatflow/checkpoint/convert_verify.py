@@ -188,7 +188,14 @@ def checkpoint_logits(
         from megatron_chatflow.model.packed import pack_tokens
 
         model = ModelConfig(**{n: getattr(shape, n) for n in LlamaShape.__dataclass_fields__})
-        train = TrainConfig(train_iters=1, micro_batch_size=1, global_batch_size=1, bf16=False)
+        train = TrainConfig(
+            train_iters=1,
+            micro_batch_size=1,
+            global_batch_size=1,
+            bf16=False,
+            attention_backend="sdpa",
+            fused_kernels="torch",
+        )
         with device_mode(ranks.device):
             llama = build_llama(model, ParallelConfig(), train, ranks, vocab_size=shape.vocab_size)
         load_weights(checkpoint, llama.chunks, ranks)

@@ -345,7 +345,17 @@ class TrainConfig:
         "cudnn",
         "flash",
         "sdpa",
-    ] = Field(default="auto", description="attention kernels; auto takes the best that is there")
+    ] = Field(
+        default="auto",
+        description="attention kernels; auto measures those that are there at the start of a run "
+        "on GPUs, and takes the first of a list under deterministic_mode or context parallelism",
+    )
+    fused_kernels: Literal["measured", "ours", "torch"] = Field(
+        default="measured",
+        description="norm, RoPE, SwiGLU and loss passes on GPUs; measured: the fastest of all that "
+        "are installed, but csrc/kernels' under deterministic_mode; ours: csrc/kernels'; torch: "
+        "composed",
+    )
     manual_gc_interval: PositiveCount | None = Field(
         default=None, description="iterations between garbage collections; Python's own when unset"
     )

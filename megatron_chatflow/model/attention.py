@@ -74,6 +74,7 @@ class PackedCausalAttention(nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         backend: str = "sdpa",
+        rotation: str = "torch",
         **_: Any,
     ) -> None:
         """Takes what megatron-core gives every core attention.
@@ -85,10 +86,12 @@ class PackedCausalAttention(nn.Module):
             attention_type: Not used: there is self-attention only.
             softmax_scale: Factor on the scores; ``head_dim ** -0.5`` if None.
             backend: One of `attention_backends.BACKENDS`.
+            rotation: Which implementation of `apply_rotary`.
         """
         super().__init__()
         self.softmax_scale = softmax_scale
         self.backend = backend
+        self.rotation = rotation
         self.is_deterministic = bool(config.deterministic_mode)
 
     def forward(
@@ -103,16 +106,15 @@ class PackedCausalAttention(nn.Module):
     ) -> torch.Tensor:
         """Attends; ``attention_mask`` and ``attention_bias`` have to be None."""
         packed = packed_seq_params
-        assert packed is not None and packed.cosines is not None and packed.sines is not None
+        assert packed is not None and packed.rotary is not None
         assert attention_mask is None and attention_bias is None
         is_whole = packed.shard is None or packed.shard.is_whole
         if is_whole and is_composed(query, packed.max_seqlen_q):
-            angles = packed.cosines.squeeze(1), packed.sines.squeeze(1)
+            angles = packed.rotary.cosines.squeeze(1), packed.rotary.sines.squeeze(1)
             return composed_attention(
                 query, key, value, angles, packed.runs, self.softmax_scale
             ).flatten(1)
-        query = apply_rotary(query, packed.cosines, packed.sines)
-        key = apply_rotary(key, packed.cosines, packed.sines)
+        query, key = apply_rotary(query, key, packed.rotary, self.rotation)
         if not is_whole:
             assert packed.shard is not None
             key = gather_context(key, packed.shard)

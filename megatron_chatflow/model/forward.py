@@ -137,6 +137,7 @@ class ForwardStep:
             loss_mask,
             self.rows,
             sequence_parallel=self.llama.config.sequence_parallel,
+            implementation=self.llama.kernels.loss,
         )
         # A number for each sample, or one for each token.
         source = batch.source.reshape(len(batch.source), -1).expand(batch.tokens.shape)

@@ -30,13 +30,14 @@ from torch.nn.functional import silu
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_chatflow.config.model_shape import head_counts, own_sizes, padded_vocab_size
 from megatron_chatflow.config.pipeline import num_model_chunks
-from megatron_chatflow.model.attention import PackedCausalAttention, describe_backend
-from megatron_chatflow.model.attention_backends import choose, gather_facts
+from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
+from megatron_chatflow.model.kernel_operations import StepSizes
+from megatron_chatflow.model.kernels import Kernels, choose_kernels
 from megatron_chatflow.model.norm import RMSNorm
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.model.shared_memory import share
-from megatron_chatflow.model.swiglu import SwiGLUMLP, choose_swiglu
+from megatron_chatflow.model.swiglu import SwiGLUMLP
 from megatron_chatflow.runtime import megatron
 from megatron_chatflow.runtime.ranks import Ranks
 
@@ -49,7 +50,6 @@ def transformer_config(
     num_chunks = num_model_chunks(model, parallel)
     is_interleaved = num_chunks > 1
     counts = head_counts(model, parallel)
-    ffn_width = model.ffn_hidden_size // parallel.tensor_model_parallel_size
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -86,14 +86,19 @@ def transformer_config(
         # Apex's kernel adds weight gradients straight into the fp32 buffer.
         gradient_accumulation_fusion=ranks.is_cuda
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        bias_activation_fusion=choose_swiglu(ranks.device, ffn_width, dtype)[0] == "megatron",
+        # `SwiGLUMLP` activates.
+        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
 
 
-def layer_spec(attention_backend: str) -> ModuleSpec:
+def _norm_spec(kernels: Kernels) -> ModuleSpec:
+    return ModuleSpec(module=RMSNorm, params={"implementation": kernels.norm})
+
+
+def layer_spec(kernels: Kernels) -> ModuleSpec:
     """One LLaMA layer from megatron-core's own parallel linears and our norm and attention."""
     attention = ModuleSpec(
         module=SelfAttention,
@@ -101,7 +106,8 @@ def layer_spec(attention_backend: str) -> ModuleSpec:
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
             core_attention=ModuleSpec(
-                module=PackedCausalAttention, params={"backend": attention_backend}
+                module=PackedCausalAttention,
+                params={"backend": kernels.attention, "rotation": kernels.rope},
             ),
             linear_proj=RowParallelLinear,
         ),
@@ -113,10 +119,10 @@ def layer_spec(attention_backend: str) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=_norm_spec(kernels),
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=_norm_spec(kernels),
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -141,7 +147,7 @@ class Llama:
         vocab_size: Pieces of the tokenizer.
         padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
         rotary: How positions become angles.
-        attention: Which attention it uses, and why, for the log.
+        kernels: Which implementation of each operation it uses.
         collectives: What tensor-parallel ranks exchange through, for the log.
     """
 
@@ -150,7 +156,7 @@ class Llama:
     vocab_size: int
     padded_vocab_size: int
     rotary: Rotary
-    attention: str
+    kernels: Kernels
     collectives: str
 
     @property
@@ -201,13 +207,13 @@ def build_llama(
         setattr(config, name, leave_unset)
     rows = padded_vocab_size(model, parallel, vocab_size)
     num_chunks = num_model_chunks(model, parallel)
-    backend, attention = _attention(config, train, ranks)
+    kernels = _kernels(config, model, train, ranks, rows, sequence_length)
     chunks = []
     for number in range(num_chunks):
         chunk = _build_chunk(
             config,
             model,
-            attention_backend=backend,
+            kernels=kernels,
             rows=rows,
             vp_stage=number if num_chunks > 1 else None,
             is_first=ranks.is_first_stage and number == 0,
@@ -233,7 +239,7 @@ def build_llama(
         vocab_size=vocab_size,
         padded_vocab_size=rows,
         rotary=Rotary.of(model, sequence_length),
-        attention=attention,
+        kernels=kernels,
         collectives=_collectives(parallel, ranks),
     )
 
@@ -252,23 +258,43 @@ def _collectives(parallel: ParallelConfig, ranks: Ranks) -> str:
     )
 
 
-def _attention(config: TransformerConfig, train: TrainConfig, ranks: Ranks) -> tuple[str, str]:
-    """The attention back end, and its description for the log."""
-    facts = gather_facts(
-        ranks.device,
-        config.params_dtype,
-        int(config.kv_channels),
-        deterministic=train.deterministic_mode,
+def _kernels(
+    config: TransformerConfig,
+    model: ModelConfig,
+    train: TrainConfig,
+    ranks: Ranks,
+    rows: int,
+    sequence_length: int | None,
+) -> Kernels:
+    """Chooses at the sizes of a micro-batch on this rank."""
+    length = sequence_length or model.max_position_embeddings
+    tensor_parallel = ranks.tensor_parallel_size
+    num_tokens = train.micro_batch_size * length // config.context_parallel_size
+    sizes = StepSizes(
+        num_tokens=num_tokens,
+        norm_tokens=num_tokens // (tensor_parallel if config.sequence_parallel else 1),
+        hidden_size=model.hidden_size,
+        ffn_width=model.ffn_hidden_size // tensor_parallel,
+        num_heads=config.num_attention_heads // tensor_parallel,
+        num_groups=config.num_query_groups // tensor_parallel,
+        head_dim=int(config.kv_channels),
+        vocab_rows=rows // tensor_parallel,
+        dtype=config.params_dtype,
+        device=ranks.device,
     )
-    backend, reason = choose(facts, train.attention_backend)
-    return backend, describe_backend(reason, ranks.device, config.params_dtype)
+    return choose_kernels(
+        sizes,
+        train,
+        sequence_length=length,
+        context_parallel_size=config.context_parallel_size,
+    )
 
 
 def _build_chunk(
     config: TransformerConfig,
     model: ModelConfig,
     *,
-    attention_backend: str,
+    kernels: Kernels,
     rows: int,
     vp_stage: int | None,
     is_first: bool,
@@ -276,8 +302,8 @@ def _build_chunk(
 ) -> GPTModel:
     """One chunk of layers, with the embedding before the first and the output after the last."""
     spec = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(attention_backend)] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=RMSNorm,
+        layer_specs=[layer_spec(kernels)] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=_norm_spec(kernels),
     )
     chunk = GPTModel(
         config=config,
@@ -297,4 +323,5 @@ def _build_chunk(
     for layer in chunk.decoder.layers:
         # megatron-core builds only its own class by the right arguments.
         layer.mlp.__class__ = SwiGLUMLP
+        layer.mlp.take(kernels.swiglu)
     return chunk

@@ -15,12 +15,7 @@ from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_chatflow.native import cpu_kernels
-from megatron_chatflow.native.cuda_kernels import load_kernels
-from megatron_chatflow.native.softmax import (
-    softmax_gradient_,
-    softmax_statistics,
-    takes_softmax,
-)
+from megatron_chatflow.native.softmax import softmax_gradient_, softmax_statistics
 
 # Logits that are held at a time, in bf16 268 MB: 4,096 tokens of a 32,000-piece vocabulary.
 CHUNK_LOGITS = 1 << 27
@@ -92,7 +87,7 @@ def _exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, 
 
 
 @dataclass(frozen=True)
-class _ChunkLoss:
+class ChunkLoss:
     """A chunk's loss, and the gradient of its sum by the logits as a product.
 
     Attributes:
@@ -106,19 +101,10 @@ class _ChunkLoss:
     scale: torch.Tensor
 
 
-def describe_loss(device: torch.device) -> str:
-    """Which implementation takes the loss, and why, for the log."""
-    ours = "ours, chunked and vocabulary-parallel"
-    if device.type != "cuda":
-        return ours
-    library, reason = load_kernels()
-    return f"{ours}, {reason}" if library is not None else f"{ours}, composed in torch: {reason}"
-
-
 def _chunk_loss_by_kernels(
     logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice
-) -> _ChunkLoss:
-    """`_chunk_loss` in two passes over the logits."""
+) -> ChunkLoss:
+    """`chunk_loss` in two passes over the logits."""
     local = labels - rows.start
     highest, sums, target = softmax_statistics(logits, local, rows.num_pieces)
     overall = highest
@@ -130,12 +116,21 @@ def _chunk_loss_by_kernels(
         sums, target = both.unbind()
     scale = torch.ones_like(sums)
     softmax_gradient_(logits, local, overall, sums.contiguous(), scale, rows.num_pieces)
-    return _ChunkLoss(overall + sums.log() - target, logits, scale)
+    return ChunkLoss(overall + sums.log() - target, logits, scale)
 
 
-def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice) -> _ChunkLoss:
-    """Cross-entropy of one chunk; ``logits`` [tokens, rows] are overwritten."""
-    if logits.is_cuda and load_kernels()[0] is not None and takes_softmax(logits):
+def chunk_loss(
+    logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice, implementation: str
+) -> ChunkLoss:
+    """Cross-entropy of one chunk.
+
+    Args:
+        logits: ``[tokens, rows.num_rows]``, overwritten.
+        labels: int64[tokens], ids in the whole vocabulary.
+        rows: Which part of it the logits are.
+        implementation: ``ours``, by the kernels of ``csrc/kernels``, or ``torch``.
+    """
+    if implementation == "ours":
         return _chunk_loss_by_kernels(logits, labels, rows)
     local = labels - rows.start
     is_here = (local >= 0) & (local < rows.num_pieces)
@@ -157,7 +152,7 @@ def _chunk_loss(logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlic
     # difference of two rounded numbers would be rounding alone.
     difference = ((target - highest).exp() - sums / rescale).to(logits.dtype)
     logits[tokens, local] = torch.where(is_here, difference, logits[tokens, local])
-    return _ChunkLoss(overall + sums.log() - known_target, logits, rescale / sums)
+    return ChunkLoss(overall + sums.log() - known_target, logits, rescale / sums)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -171,6 +166,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
         rows: VocabularySlice,
+        implementation: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -179,7 +175,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens = max(1, CHUNK_LOGITS // len(weight))
         for begin in range(0, len(hidden), chunk_tokens):
             tokens = slice(begin, begin + chunk_tokens)
-            chunk = _chunk_loss(hidden[tokens] @ weight.t(), labels[tokens], rows)
+            logits = hidden[tokens] @ weight.t()
+            chunk = chunk_loss(logits, labels[tokens], rows, implementation)
             losses[tokens] = chunk.losses
             if grad_hidden is None:
                 continue
@@ -195,14 +192,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_sum: torch.Tensor, _grad_losses: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if not grad_sum.is_cuda and float(grad_sum) == 1.0:
             # So megatron-core calls it; the host knows the value, and 16 million products less.
-            return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None
+            return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None, None
         return (
             grad_hidden * grad_sum.to(grad_hidden.dtype),
             (grad_weight * grad_sum).to(grad_hidden.dtype),
+            None,
             None,
             None,
             None,
@@ -210,7 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_gradients(
-    chunk: _ChunkLoss, hidden: torch.Tensor, weight: torch.Tensor, loss_mask: torch.Tensor
+    chunk: ChunkLoss, hidden: torch.Tensor, weight: torch.Tensor, loss_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the masked sum by hidden states and weight.
 
@@ -240,6 +238,7 @@ def linear_cross_entropy(
     rows: VocabularySlice,
     *,
     sequence_parallel: bool,
+    implementation: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of ``hidden @ weight.T`` against ``labels``, never holding all logits.
 
@@ -250,6 +249,7 @@ def linear_cross_entropy(
         loss_mask: float32[tokens], 1 where the token counts.
         rows: Which rows of the vocabulary ``weight`` holds.
         sequence_parallel: Whether the tokens are split over the tensor-parallel group.
+        implementation: As in `chunk_loss`.
 
     Returns:
         The masked sum of losses, a float32 scalar to differentiate, and float32[tokens] of
@@ -261,7 +261,7 @@ def linear_cross_entropy(
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     total, losses = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, loss_mask, rows
+        hidden, weight, labels, loss_mask, rows, implementation
     )
     return total, losses
 

@@ -5,39 +5,39 @@ In: hidden states ``[tokens, batch, hidden]``. Out: the same shape and dtype. Zh
 megatron-core finds the weights whose gradients sequence parallelism leaves in parts.
 """
 
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from megatron_chatflow.model.foreign_kernels import liger_rms_norm, transformer_engine_rms_norm
 from megatron_chatflow.native import cpu_kernels
-from megatron_chatflow.native.cuda_kernels import load_kernels
-from megatron_chatflow.native.rms_norm import rms_norm, takes_rms_norm
+from megatron_chatflow.native.rms_norm import rms_norm
+
+Norm = Callable[[torch.Tensor, nn.Parameter], torch.Tensor]
+"""Of ``[..., hidden]`` and a weight ``[hidden]``; the same shape and dtype."""
 
 
-def choose_norm(device: torch.device, hidden_size: int, dtype: torch.dtype) -> tuple[str, str]:
-    """Which implementation normalises, ``cpu``, ``ours``, ``liger`` or ``torch``, and why."""
-    if device.type != "cuda":
-        description = cpu_kernels.description() if dtype == torch.bfloat16 else None
-        return ("cpu", description) if description else ("torch", "torch's rms_norm: no GPU")
-    library, reason = load_kernels()
-    if library is not None:
-        if takes_rms_norm(hidden_size, dtype):
-            return "ours", f"ours, {reason}"
-        reason = f"csrc/kernels has none for rows of {hidden_size} in {dtype}"
-    if find_spec("liger_kernel") is not None:
-        return "liger", f"liger-kernel's: {reason}"
-    return "torch", f"torch's rms_norm: {reason}; liger-kernel is not installed"
+def _by_ours(epsilon: float) -> Norm:
+    return lambda x, weight: rms_norm(x, weight, epsilon)[0]
 
 
-def liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """liger-kernel's, with the input left alone, because the residual still needs it."""
-    function = import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-    # Offset of the weight, which products are fp32, and whether the gradient may overwrite.
-    normalised: torch.Tensor = function.apply(x, weight, epsilon, 0.0, "gemma", False)
-    return normalised
+def _by_liger(epsilon: float) -> Norm:
+    return lambda x, weight: liger_rms_norm(x, weight, epsilon)
+
+
+def _composed(epsilon: float) -> Norm:
+    return lambda x, weight: nn.functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+
+NORMS: dict[str, Callable[[float], Norm]] = {
+    "ours": _by_ours,
+    "liger": _by_liger,
+    "transformer_engine": transformer_engine_rms_norm,
+    "torch": _composed,
+}
+"""Makes a norm of an epsilon, by implementation."""
 
 
 class _FusedRMSNorm(torch.autograd.Function):
@@ -63,13 +63,16 @@ class _FusedRMSNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight``, the mean taken in fp32."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, config: Any, hidden_size: int, eps: float = 1e-5, implementation: str = "torch"
+    ) -> None:
         """Makes the weight, ones of ``config.params_dtype``.
 
         Args:
             config: megatron-core's ``TransformerConfig``.
             hidden_size: Size of the last axis.
             eps: Added to the mean square.
+            implementation: One of `NORMS`; a CPU takes its own in bf16.
         """
         super().__init__()
         self.eps = eps
@@ -79,7 +82,7 @@ class RMSNorm(nn.Module):
         )
         # megatron-core adds up, over the tensor-parallel group, gradients of weights so marked.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.implementation, _ = choose_norm(self.weight.device, hidden_size, config.params_dtype)
+        self._normalise = NORMS[implementation](eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalises the last axis."""
@@ -88,11 +91,4 @@ class RMSNorm(nn.Module):
                 hidden_states.contiguous(), self.weight, self.eps
             )
             return fused
-        if self.implementation == "ours":
-            normalised: torch.Tensor = rms_norm(hidden_states, self.weight, self.eps)[0]
-            return normalised
-        if self.implementation == "liger":
-            return liger_rms_norm(hidden_states, self.weight, self.eps)
-        return nn.functional.rms_norm(
-            hidden_states, (hidden_states.shape[-1],), self.weight, self.eps
-        )
+        return self._normalise(hidden_states, self.weight)

@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_chatflow.model.context import ContextShard, shard_context, spans_of_documents
-from megatron_chatflow.model.rotary import Rotary, rotary_table, table_dtype
+from megatron_chatflow.model.rotary import Rotary, RotaryTable, rotary_table, table_dtype
 from megatron_chatflow.runtime.transfer import to_device
 
 
@@ -25,16 +25,14 @@ class PackedTokens(PackedSeqParams):  # type: ignore[misc]
     Attributes:
         runs: ``(start, num_documents, length)`` of each run of documents of equal length, as
             Python integers, so that no layer waits for the device to read them.
-        cosines: ``[tokens, 1, head_dim / 2]`` of this rank's tokens.
-        sines: The same shape.
+        rotary: Angles of this rank's tokens.
         shard: Which tokens this context-parallel rank holds.
         pieces: Under context parallelism, the parts of documents that they make up; the cumulative
             lengths are then those of the pieces' queries and of the keys that each piece sees.
     """
 
     runs: tuple[tuple[int, int, int], ...] = ()
-    cosines: torch.Tensor | None = None
-    sines: torch.Tensor | None = None
+    rotary: RotaryTable | None = None
     shard: ContextShard | None = None
     pieces: tuple[tuple[int, int, int], ...] = ()
 
@@ -89,7 +87,7 @@ def pack_tokens(
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
     positions = to_device(shard.take(document_positions(cu_seqlens)), device)
-    cosines, sines = rotary_table(positions, rotary, table_dtype(dtype, device))
+    table = rotary_table(positions, rotary, table_dtype(dtype, device))
     pieces = () if shard.is_whole else spans_of_documents(boundaries, shard)
     if pieces:
         cu_queries, longest_queries = _cumulative([last - first for _, first, last in pieces])
@@ -105,8 +103,7 @@ def pack_tokens(
         max_seqlen_q=longest_queries,
         max_seqlen_kv=longest_keys,
         runs=runs,
-        cosines=cosines,
-        sines=sines,
+        rotary=table,
         shard=shard,
         pieces=pieces,
     )

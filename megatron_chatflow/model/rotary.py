@@ -7,16 +7,18 @@ once, not once a layer.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.config.rope import RopeScaling, dynamic_base
+from megatron_chatflow.model.foreign_kernels import liger_rope, transformer_engine_rope
 from megatron_chatflow.native import cpu_kernels
-from megatron_chatflow.native.cuda_kernels import load_kernels
-from megatron_chatflow.native.rope import rope, takes_rope
+from megatron_chatflow.native.rope import rope
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,45 @@ class Rotary:
         return frequencies
 
 
-def rotary_table(
-    positions: torch.Tensor, rotary: Rotary, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every token's angles.
+@dataclass(frozen=True)
+class RotaryTable:
+    """The angles of a micro-batch's tokens, once for all layers.
+
+    Attributes:
+        angles: float32[tokens, 1, head_dim / 2].
+        cosines: Of them, rounded to `table_dtype`.
+        sines: The same.
+    """
+
+    angles: torch.Tensor
+    cosines: torch.Tensor
+    sines: torch.Tensor
+
+    @cached_property
+    def angles_of_heads(self) -> torch.Tensor:
+        """float32[tokens, 1, 1, head_dim], as transformer-engine reads them."""
+        return torch.cat((self.angles, self.angles), dim=-1).unsqueeze(1)
+
+    @cached_property
+    def tables_of_heads(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, ``[1, tokens, head_dim]``, as liger-kernel reads them."""
+        cosines, sines = (
+            torch.cat((half, half), dim=-1).transpose(0, 1) for half in (self.cosines, self.sines)
+        )
+        return cosines, sines
+
+
+def rotary_table(positions: torch.Tensor, rotary: Rotary, dtype: torch.dtype) -> RotaryTable:
+    """Every token's angles, their cosines and sines.
 
     Args:
         positions: int64[tokens], each token's position in its document.
         rotary: How positions become angles.
-        dtype: What the table is rounded to; angles are computed in float32.
-
-    Returns:
-        Two ``[tokens, 1, head_dim / 2]`` tensors of ``dtype``.
+        dtype: What cosines and sines are rounded to; angles are computed in float32.
     """
     frequencies = rotary.inverse_frequencies(positions.device)
-    angles = positions.float().unsqueeze(-1) * frequencies
-    return angles.cos().to(dtype).unsqueeze(1), angles.sin().to(dtype).unsqueeze(1)
+    angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(1)
+    return RotaryTable(angles, angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 class _Rotate(torch.autograd.Function):
@@ -143,22 +168,62 @@ def _rotate(
     return rotated
 
 
-def describe_rotary(device: torch.device, dtype: torch.dtype) -> str:
-    """Which implementation rotates, and why, for the log."""
-    if device.type != "cuda":
-        description = cpu_kernels.description() if dtype == torch.bfloat16 else None
-        return description or "ours, angles once a micro-batch, composed in torch"
-    library, reason = load_kernels()
-    if library is not None:
-        return f"ours, {reason}, angles once a micro-batch"
-    # The libraries' kernels take positions that run through a batch, not packed documents.
-    return f"ours, angles once a micro-batch, composed in torch: {reason}"
+Rotation = Callable[[torch.Tensor, torch.Tensor, RotaryTable], tuple[torch.Tensor, torch.Tensor]]
+"""Of queries ``[tokens, heads, head_dim]``, keys ``[tokens, groups, head_dim]``, and angles."""
 
 
-def apply_rotary(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotates ``heads`` [tokens, heads, head_dim] by a `rotary_table` of `table_dtype`."""
-    if heads.is_cuda and load_kernels()[0] is not None and takes_rope(heads):
-        turned: torch.Tensor = rope(heads, cosines, sines, 1.0)
-        return turned
-    rotated: torch.Tensor = _Rotate.apply(heads, cosines, sines)  # type: ignore[no-untyped-call]
-    return rotated
+def _by_ours(
+    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        rope(query, table.cosines, table.sines, 1.0),
+        rope(key, table.cosines, table.sines, 1.0),
+    )
+
+
+def _by_liger(
+    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return liger_rope(query, key, *table.tables_of_heads)
+
+
+def _by_transformer_engine(
+    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        transformer_engine_rope(query, table.angles_of_heads),
+        transformer_engine_rope(key, table.angles_of_heads),
+    )
+
+
+def _composed(
+    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Composed in torch; a CPU's own kernel in bf16."""
+    rotated = (
+        _Rotate.apply(heads, table.cosines, table.sines)  # type: ignore[no-untyped-call]
+        for heads in (query, key)
+    )
+    return next(rotated), next(rotated)
+
+
+_ROTATIONS: dict[str, Rotation] = {
+    "ours": _by_ours,
+    "liger": _by_liger,
+    "transformer_engine": _by_transformer_engine,
+    "torch": _composed,
+}
+
+
+def apply_rotary(
+    query: torch.Tensor, key: torch.Tensor, table: RotaryTable, implementation: str = "torch"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates queries and keys.
+
+    Args:
+        query: ``[tokens, heads, head_dim]``.
+        key: ``[tokens, groups, head_dim]``.
+        table: Of `rotary_table`, in `table_dtype`.
+        implementation: ``ours``, ``liger``, ``transformer_engine`` or ``torch``.
+    """
+    return _ROTATIONS[implementation](query, key, table)

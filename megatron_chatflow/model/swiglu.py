@@ -4,36 +4,41 @@ In: ``[..., gate | linear]``. Out: ``silu(gate) * linear``. Shazeer, "GLU Varian
 Transformer", 2020.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.mlp import MLP
+from torch.nn.functional import silu
 
+from megatron_chatflow.model.foreign_kernels import liger_swiglu, transformer_engine_swiglu
 from megatron_chatflow.native import cpu_kernels
-from megatron_chatflow.native.cuda_kernels import load_kernels
-from megatron_chatflow.native.swiglu import swiglu, takes_swiglu
+from megatron_chatflow.native.swiglu import swiglu
 
 
-def choose_swiglu(device: torch.device, width: int, dtype: torch.dtype) -> tuple[str, str]:
-    """Which implementation activates, ``cpu``, ``ours``, ``megatron`` or ``torch``, and why.
+def _by_megatron(rows: torch.Tensor) -> torch.Tensor:
+    """Its own formula, fused by torch's compiler."""
+    activated: torch.Tensor = bias_swiglu_impl(rows, None)
+    return activated
 
-    liger-kernel's is none of them: it takes gate and up part as two tensors, which would first be
-    copied apart.
-    """
-    if device.type != "cuda":
-        description = cpu_kernels.description() if dtype == torch.bfloat16 else None
-        return (
-            ("cpu", description) if description else ("torch", "megatron-core's, unfused: no GPU")
-        )
-    library, reason = load_kernels()
-    if library is None:
-        return "megatron", f"megatron-core's, fused by torch's compiler: {reason}"
-    if not takes_swiglu(width, dtype):
-        return "megatron", (
-            f"megatron-core's, fused by torch's compiler: csrc/kernels has none for {width} in "
-            f"{dtype}"
-        )
-    return "ours", f"ours, {reason}"
+
+def _composed(rows: torch.Tensor) -> torch.Tensor:
+    gate, linear = rows.chunk(2, dim=-1)
+    return silu(gate) * linear
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+"""Of ``[..., gate | linear]``; half as wide."""
+
+ACTIVATIONS: dict[str, Callable[[], Activation]] = {
+    "ours": lambda: swiglu,
+    "liger": lambda: liger_swiglu,
+    "transformer_engine": transformer_engine_swiglu,
+    "megatron": lambda: _by_megatron,
+    "torch": lambda: _composed,
+}
+"""Makes SwiGLU, by implementation."""
 
 
 class _FusedSwiGLU(torch.autograd.Function):
@@ -51,27 +56,26 @@ class _FusedSwiGLU(torch.autograd.Function):
 
 
 class SwiGLUMLP(MLP):  # type: ignore[misc]
-    """megatron-core's MLP, whose activation is one kernel where we have one."""
+    """megatron-core's MLP with one of `ACTIVATIONS`."""
+
+    _activate: Activation = staticmethod(_composed)
+
+    def take(self, implementation: str) -> None:
+        """Activates by another implementation from now on; a CPU takes its own in bf16."""
+        self._activate = ACTIVATIONS[implementation]()
 
     def forward(
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **keys: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps ``[tokens, batch, hidden]`` to the same shape; megatron-core's arguments."""
-        is_on_cpu = cpu_kernels.is_available(hidden_states)
-        if per_token_scale is not None or not (is_on_cpu or self._has_kernel(hidden_states)):
-            output: tuple[torch.Tensor, torch.Tensor | None] = super().forward(
-                hidden_states, per_token_scale, **keys
-            )
+        output: tuple[torch.Tensor, torch.Tensor | None]
+        if per_token_scale is not None:
+            output = super().forward(hidden_states, per_token_scale, **keys)
             return output
         rows, _ = self.linear_fc1(hidden_states)
-        if is_on_cpu:
+        if cpu_kernels.is_available(hidden_states):
             activated: torch.Tensor = _FusedSwiGLU.apply(rows)  # type: ignore[no-untyped-call]
         else:
-            activated = swiglu(rows)
+            activated = self._activate(rows)
         output = self.linear_fc2(activated)
         return output
-
-    def _has_kernel(self, hidden_states: torch.Tensor) -> bool:
-        width = self.linear_fc1.output_size_per_partition // 2
-        chosen, _ = choose_swiglu(hidden_states.device, width, hidden_states.dtype)
-        return chosen == "ours"

@@ -13,14 +13,18 @@ import torch
 from megatron_chatflow.native.cuda_kernels import is_whole_packs, kernels
 
 
+def takes_rope_width(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes heads of ``head_dim`` elements."""
+    return head_dim % 2 == 0 and is_whole_packs(head_dim // 2, dtype)
+
+
 def takes_rope(heads: torch.Tensor) -> bool:
     """Whether the kernel takes these heads as they lie in memory."""
     token_stride, head_stride, stride = heads.stride()
     return (
         stride == 1
         and heads.data_ptr() % 16 == 0
-        and heads.shape[-1] % 2 == 0
-        and is_whole_packs(heads.shape[-1] // 2, heads.dtype)
+        and takes_rope_width(heads.shape[-1], heads.dtype)
         and token_stride * heads.element_size() % 16 == 0
         and head_stride * heads.element_size() % 16 == 0
     )

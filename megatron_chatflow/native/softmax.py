@@ -15,9 +15,9 @@ LOWEST = -1e30
 """Highest logit of a slice that holds none."""
 
 
-def takes_softmax(logits: torch.Tensor) -> bool:
-    """Whether the kernels take these logits."""
-    return logits.is_contiguous() and is_whole_packs(logits.shape[-1], logits.dtype)
+def takes_softmax(num_columns: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take rows of ``num_columns`` logits."""
+    return is_whole_packs(num_columns, dtype)
 
 
 def softmax_statistics_reference(

@@ -28,10 +28,6 @@ from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
-from megatron_chatflow.model.loss import describe_loss
-from megatron_chatflow.model.norm import choose_norm
-from megatron_chatflow.model.rotary import describe_rotary
-from megatron_chatflow.model.swiglu import choose_swiglu
 from megatron_chatflow.runtime.agreement import in_agreement
 from megatron_chatflow.runtime.collection import GarbageCollection
 from megatron_chatflow.runtime.freed_memory import FreedMemory
@@ -246,14 +242,8 @@ def _log_choices(
     config: RunConfig, llama: Llama, optimization: Optimization, ranks: Ranks, peak_source: str
 ) -> None:
     """Says once which implementation each part of the run uses."""
-    device, dtype, shape = ranks.device, llama.dtype, config.model
-    width = shape.ffn_hidden_size // config.parallel.tensor_model_parallel_size
     choices: dict[str, Any] = {
-        "attention": llama.attention,
-        "norm": choose_norm(device, shape.hidden_size, dtype)[1],
-        "rotary embedding": describe_rotary(device, dtype),
-        "SwiGLU": choose_swiglu(device, width, dtype)[1],
-        "cross-entropy": describe_loss(device),
+        **llama.kernels.descriptions,
         "tensor-parallel collectives": llama.collectives,
         "optimizer": optimization.description,
         "peak": peak_source,

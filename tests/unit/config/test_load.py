@@ -140,17 +140,17 @@ FROZEN_FLAGS = """
 --choice-language --choice-num-fewshot --choice-questions --choice-scoring --ckpt-verify
 --clip-grad --config --context-parallel-size --data-retry-seconds --deterministic-mode
 --distributed-timeout-minutes --dry-run --embedding-init --eval-interval --eval-iters
---exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --global-batch-size
---hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std --kv-channels --load
---load-hf --log-interval --log-straggler --loss-spike-factor --loss-spike-window --lr
---lr-decay-iters --lr-decay-style --lr-warmup-iters --make-vocab-size-divisible-by
---manual-gc-interval
---max-bad-steps --max-position-embeddings --micro-batch-size --min-lr --no-async-save --no-bf16
---no-ckpt-verify --no-deterministic-mode --no-finetune --no-log-straggler --no-overlap-grad-reduce
---no-overlap-param-gather --no-pad-attention-heads --no-profile --no-sequence-parallel
---no-shared-memory-collectives --no-tensorboard --no-untie-embeddings-and-output-weights
---no-use-distributed-optimizer --no-use-pytorch-profiler --norm-epsilon --num-attention-heads
---num-layers --num-layers-per-virtual-pipeline-stage --num-prefetch --num-query-groups
+--exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --fused-kernels
+--global-batch-size --hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std
+--kv-channels --load --load-hf --log-interval --log-straggler --loss-spike-factor
+--loss-spike-window --lr --lr-decay-iters --lr-decay-style --lr-warmup-iters
+--make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps --max-position-embeddings
+--micro-batch-size --min-lr --no-async-save --no-bf16 --no-ckpt-verify --no-deterministic-mode
+--no-finetune --no-log-straggler --no-overlap-grad-reduce --no-overlap-param-gather
+--no-pad-attention-heads --no-profile --no-sequence-parallel --no-shared-memory-collectives
+--no-tensorboard --no-untie-embeddings-and-output-weights --no-use-distributed-optimizer
+--no-use-pytorch-profiler --norm-epsilon --num-attention-heads --num-layers
+--num-layers-per-virtual-pipeline-stage --num-prefetch --num-query-groups
 --num-virtual-stages-per-pipeline-rank --old-tokenizer-model --on-nan --overlap-grad-reduce
 --overlap-param-gather --pad-attention-heads --pipeline-model-parallel-size --preset
 --pretrained-checkpoint --profile --profile-ranks --profile-step-end --profile-step-start

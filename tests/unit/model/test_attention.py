@@ -1,6 +1,7 @@
 """Packed causal attention and rotary positions against a dense reference."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,8 +115,10 @@ def test_runs_group_neighbours_of_equal_length_and_skip_empty_documents() -> Non
 
 def test_rotation_keeps_lengths_and_turns_back() -> None:
     torch.manual_seed(0)
-    heads = torch.randn(9, 3, 16)
-    cosines, sines = rotary_table(torch.arange(9) * 1000, Rotary(16, 10000.0), torch.float32)
-    turned = apply_rotary(heads, cosines, sines)
-    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
-    torch.testing.assert_close(apply_rotary(turned, cosines, -sines), heads)
+    query, key = torch.randn(9, 3, 16), torch.randn(9, 1, 16)
+    table = rotary_table(torch.arange(9) * 1000, Rotary(16, 10000.0), torch.float32)
+    turned = apply_rotary(query, key, table)
+    back = apply_rotary(*turned, replace(table, sines=-table.sines))
+    for heads, there, again in zip((query, key), turned, back, strict=True):
+        torch.testing.assert_close(there.norm(dim=-1), heads.norm(dim=-1))
+        torch.testing.assert_close(again, heads)

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_chatflow.model import attention_cpu
 from megatron_chatflow.model.attention_cpu import composed_attention
 from megatron_chatflow.model.packed import document_positions, equal_length_runs
-from megatron_chatflow.model.rotary import Rotary, apply_rotary, rotary_table
+from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, rotary_table
 from megatron_chatflow.native import cpu_kernels
 
 pytestmark = pytest.mark.skipif(
@@ -19,11 +19,11 @@ def in_fp32(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    table: tuple[torch.Tensor, torch.Tensor],
+    table: RotaryTable,
     boundaries: list[int],
 ) -> torch.Tensor:
     """Each document by itself."""
-    query, key = apply_rotary(query, *table), apply_rotary(key, *table)
+    query, key = apply_rotary(query, key, table)
     parts = []
     for begin, end in zip(boundaries, boundaries[1:], strict=False):
         heads = [tensor[begin:end].transpose(0, 1) for tensor in (query, key, value)]
@@ -62,7 +62,7 @@ def test_equals_fp32_within_bf16(
         for tensor in packed.split([num_heads, num_groups, num_groups], dim=1)
     ]
     gradient = torch.randn(num_tokens, num_heads, head_dim).bfloat16()
-    angles = table[0].squeeze(1), table[1].squeeze(1)
+    angles = table.cosines.squeeze(1), table.sines.squeeze(1)
     ours = composed_attention(*inputs, angles, equal_length_runs(boundaries), None)
     our_gradients = torch.autograd.grad(ours, inputs, gradient)
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]

@@ -19,7 +19,7 @@ import torch
 from megatron_chatflow.model import attention_backends
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.attention_backends import KERNELS, Segments
-from megatron_chatflow.model.norm import liger_rms_norm
+from megatron_chatflow.model.foreign_kernels import liger_rms_norm
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.native.rms_norm import rms_norm_reference

@@ -141,8 +141,8 @@ def test_the_kernels_passes_give_the_same_chunk() -> None:
     torch.manual_seed(0)
     rows = loss.VocabularySlice(start=10, num_rows=24, num_pieces=21, group=None)
     logits, labels = torch.randn(40, 24) * 5, torch.randint(10, 31, (40,))
-    composed = loss._chunk_loss(logits.clone(), labels, rows)
-    kernels = loss._chunk_loss_by_kernels(logits.clone(), labels, rows)
+    composed = loss.chunk_loss(logits.clone(), labels, rows, "torch")
+    kernels = loss.chunk_loss(logits.clone(), labels, rows, "ours")
     torch.testing.assert_close(kernels.losses, composed.losses)
     torch.testing.assert_close(
         kernels.differences * kernels.scale.unsqueeze(-1),

@@ -1,4 +1,4 @@
-"""What the benchmark calls of liger-kernel and transformer-engine, against their signatures.
+"""What is called of liger-kernel and transformer-engine, against their signatures.
 
 As in `test_foreign_calls`: each release's function is put in the library's place, refuses arguments
 that the release would refuse, and computes what the release documents.
@@ -16,12 +16,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megatron_chatflow.model import foreign_kernels as foreign
+from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, rotary_table
 from megatron_chatflow.native.rope import rope_reference
-from megatron_chatflow.train import benchmark_foreign as foreign
 
-RECORD = json.loads(
-    (Path(__file__).parents[1] / "model" / "foreign_signatures.json").read_text(encoding="utf-8")
-)
+RECORD = json.loads(Path(__file__).with_name("foreign_signatures.json").read_text(encoding="utf-8"))
 
 
 def signature(parameters: list[str]) -> inspect.Signature:
@@ -69,46 +68,58 @@ def turned(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> t
 
 
 @pytest.fixture
-def angles() -> torch.Tensor:
-    return torch.rand(5, 1, 4)
+def table() -> RotaryTable:
+    return rotary_table(torch.arange(5) * 100, Rotary(8, 10000.0), torch.float32)
 
 
 @pytest.mark.parametrize(
     "release", releases("liger_kernel/ops/rope.py", "LigerRopeFunction.forward")
 )
 def test_liger_rope(
-    release: inspect.Signature, angles: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    release: inspect.Signature, table: RotaryTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compute(given: dict[str, Any]) -> Any:
         assert given["q"].shape == (1, 3, 5, 8) and given["k"].shape == (1, 1, 5, 8)
         assert given["cos"].shape == given["sin"].shape == (1, 5, 8)
-        return turned(given["q"], given["cos"].unsqueeze(1), given["sin"].unsqueeze(1)), None
+        cosines, sines = given["cos"].unsqueeze(1), given["sin"].unsqueeze(1)
+        rotated = []
+        for heads in (given["q"], given["k"]):
+            # It writes where tokens, heads and their values lie one behind the other.
+            memory = heads.transpose(1, 2).contiguous()
+            memory.copy_(turned(heads, cosines, sines).transpose(1, 2))
+            rotated.append(memory.transpose(1, 2))
+        return tuple(rotated)
 
     function = SimpleNamespace(apply=bound(release, compute))
     install(monkeypatch, "liger_kernel.ops.rope", "LigerRopeFunction", function)
-    heads, tables = torch.randn(5, 3, 8), (angles.cos(), angles.sin())
-    actual = foreign.liger_rope(heads, torch.randn(5, 1, 8), *tables)
-    torch.testing.assert_close(actual, rope_reference(heads, *tables, 1.0))
+    query, key = torch.randn(5, 3, 8), torch.randn(5, 2, 8)[:, 1:]
+    before = query.clone(), key.clone()
+    rotated = apply_rotary(query, key, table, "liger")
+    for found, heads in zip(rotated, before, strict=True):
+        torch.testing.assert_close(found, rope_reference(heads, table.cosines, table.sines, 1.0))
+    # Recomputation takes the same tensors once more.
+    assert torch.equal(query, before[0]) and torch.equal(key, before[1])
 
 
 @pytest.mark.parametrize(
     "release", releases("transformer_engine/pytorch/attention/rope.py", "apply_rotary_pos_emb")
 )
 def test_transformer_engine_rope(
-    release: inspect.Signature, angles: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    release: inspect.Signature, table: RotaryTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def compute(given: dict[str, Any]) -> torch.Tensor:
-        assert given["tensor_format"] == "thd" and given["fused"] is True
-        assert given["cu_seqlens"].tolist() == [0, 5] and given["cu_seqlens"].dtype == torch.int32
+        assert given["tensor_format"] == "sbhd" and given["fused"] is True
         freqs = given["freqs"]
+        assert given["t"].shape[:2] == (5, 1) and given["t"].shape[3] == 8
         assert freqs.shape == (5, 1, 1, 8) and freqs.dtype == torch.float32
-        return turned(given["t"], freqs.squeeze(1).cos(), freqs.squeeze(1).sin())
+        return turned(given["t"], freqs.cos(), freqs.sin())
 
     module = "transformer_engine.pytorch.attention.rope"
     install(monkeypatch, module, "apply_rotary_pos_emb", bound(release, compute))
-    heads = torch.randn(5, 3, 8)
-    expected = rope_reference(heads, angles.cos(), angles.sin(), 1.0)
-    torch.testing.assert_close(foreign.transformer_engine_rope(heads, angles), expected)
+    query, key = torch.randn(5, 3, 8), torch.randn(5, 1, 8)
+    rotated = apply_rotary(query, key, table, "transformer_engine")
+    for found, heads in zip(rotated, (query, key), strict=True):
+        torch.testing.assert_close(found, rope_reference(heads, table.cosines, table.sines, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -119,9 +130,26 @@ def test_liger_swiglu(release: inspect.Signature, monkeypatch: pytest.MonkeyPatc
         apply=bound(release, lambda given: functional.silu(given["a"]) * given["b"])
     )
     install(monkeypatch, "liger_kernel.ops.swiglu", "LigerSiLUMulFunction", function)
-    gate, linear = torch.randn(3, 8), torch.randn(3, 8)
-    actual = foreign.liger_swiglu(gate, linear)
-    torch.testing.assert_close(actual, functional.silu(gate) * linear)
+    rows = torch.randn(3, 16)
+    gate, linear = rows.chunk(2, dim=-1)
+    torch.testing.assert_close(foreign.liger_swiglu(rows), functional.silu(gate) * linear)
+
+
+@pytest.mark.parametrize(
+    "release", releases("liger_kernel/ops/swiglu.py", "LigerFusedGateUpSiLUMulFunction.forward")
+)
+def test_liger_swiglu_on_whole_rows(
+    release: inspect.Signature, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(given: dict[str, Any]) -> torch.Tensor:
+        gate, linear = given["y"].chunk(2, dim=-1)
+        return functional.silu(gate) * linear
+
+    function = SimpleNamespace(apply=bound(release, compute))
+    install(monkeypatch, "liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction", function)
+    rows = torch.randn(3, 16)
+    gate, linear = rows.chunk(2, dim=-1)
+    torch.testing.assert_close(foreign.liger_swiglu(rows), functional.silu(gate) * linear)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +184,15 @@ def test_transformer_engine_rms_norm(
         )
 
     install(monkeypatch, "transformer_engine.pytorch", "RMSNorm", bound(release, compute))
-    module = foreign.transformer_engine_rms_norm(8, torch.bfloat16)
-    assert module.weight.dtype == torch.bfloat16 and module.eps == 1e-5
+    weights = [torch.nn.Parameter(torch.rand(8, dtype=torch.bfloat16)) for _ in range(2)]
+    normalise = foreign.transformer_engine_rms_norm(1e-3)
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    for weight in weights:
+        expected = functional.rms_norm(x, (8,), weight, 1e-3)
+        torch.testing.assert_close(normalise(x, weight), expected)
+        # The weight is the run's own: its gradient arrives there.
+        normalise(x, weight).sum().backward()
+        assert weight.grad is not None
 
 
 @pytest.mark.parametrize(
