@@ -105,6 +105,8 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> int
 
     ``6 N + 12 layers heads head_dim seq_length``: Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311),
     appendix B. Recomputed activations do not count, and attention counts as if it were not causal.
+    N holds the input embedding, whose lookup is no product: of a small model with a large
+    vocabulary this counts more than is done.
     """
     attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
     return 6 * num_parameters(model, vocab_size) + attention
