@@ -50,7 +50,8 @@ def test_softmax(device: torch.device, size: tuple[int, int, int], dtype: torch.
     check_softmax(*size, dtype, device)
 
 
-def test_linear_cross_entropy(device: torch.device) -> None:
+@pytest.mark.parametrize("implementation", ["ours", "torch"])
+def test_linear_cross_entropy(device: torch.device, implementation: str) -> None:
     """Loss and gradients of the whole function, over several chunks, a padded vocabulary."""
     torch.manual_seed(0)
     num_tokens, width, pieces, num_rows = 5000, 512, 32003, 32128
@@ -65,7 +66,9 @@ def test_linear_cross_entropy(device: torch.device) -> None:
 
     given = [tensor.requires_grad_() for tensor in (hidden, weight)]
     rows = VocabularySlice(start=0, num_rows=num_rows, num_pieces=pieces, group=None)
-    total, losses = linear_cross_entropy(*given, labels, mask, rows, sequence_parallel=False)
+    total, losses = linear_cross_entropy(
+        *given, labels, mask, rows, sequence_parallel=False, implementation=implementation
+    )
     total.backward()
     torch.testing.assert_close(losses, expected.detach(), rtol=2e-3, atol=2e-2)
     assert float(total.detach()) == pytest.approx(float((expected * mask).sum()), rel=1e-3)
