@@ -32,10 +32,7 @@ WANTED = {
     f"{_TE}/ops/basic/activation.py": ["_ActivationOperation.__init__"],
     f"{_TE}/ops/basic/swiglu.py": ["SwiGLU.__init__"],
     "liger_kernel/ops/rms_norm.py": ["LigerRMSNormFunction.forward"],
-    "liger_kernel/ops/swiglu.py": [
-        "LigerSiLUMulFunction.forward",
-        "LigerFusedGateUpSiLUMulFunction.forward",
-    ],
+    "liger_kernel/ops/swiglu.py": [f"Liger{k}SiLUMulFunction.forward" for k in ("", "FusedGateUp")],
     "liger_kernel/ops/rope.py": ["LigerRopeFunction.forward"],
     "liger_kernel/ops/cross_entropy.py": ["LigerCrossEntropyFunction.forward"],
 }

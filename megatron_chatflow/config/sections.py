@@ -345,16 +345,10 @@ class TrainConfig:
         "cudnn",
         "flash",
         "sdpa",
-    ] = Field(
-        default="auto",
-        description="attention kernels; auto measures those that are there at the start of a run "
-        "on GPUs, and takes the first of a list under deterministic_mode or context parallelism",
-    )
+    ] = Field(default="auto", description="attention kernels; auto: on GPUs the fastest there is")
     fused_kernels: Literal["measured", "ours", "torch"] = Field(
         default="measured",
-        description="norm, RoPE, SwiGLU and loss passes on GPUs; measured: the fastest of all that "
-        "are installed, but csrc/kernels' under deterministic_mode; ours: csrc/kernels'; torch: "
-        "composed",
+        description="norm, RoPE, SwiGLU, loss on GPUs: the fastest here, csrc/kernels', composed",
     )
     manual_gc_interval: PositiveCount | None = Field(
         default=None, description="iterations between garbage collections; Python's own when unset"
