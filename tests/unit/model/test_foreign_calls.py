@@ -6,15 +6,11 @@ release documents, so that what we hand over (segments, masks, groups) is checke
 """
 
 import inspect
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from foreign_releases import RECORD, install, signature
 
 from megatron_chatflow.model import attention_backends
 from megatron_chatflow.model.attention import PackedCausalAttention
@@ -23,20 +19,6 @@ from megatron_chatflow.model.foreign_kernels import liger_rms_norm
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.native.rms_norm import rms_norm_reference
-
-RECORD = json.loads((Path(__file__).parent / "foreign_signatures.json").read_text())
-
-
-def signature(parameters: list[str]) -> inspect.Signature:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    rows = []
-    for name in parameters:
-        if name == "*":
-            kind = inspect.Parameter.KEYWORD_ONLY
-            continue
-        default = None if name.endswith("=") else inspect.Parameter.empty
-        rows.append(inspect.Parameter(name.rstrip("="), kind, default=default))
-    return inspect.Signature(rows)
 
 
 def recorded(file: str, function: str) -> list[Any]:
@@ -65,15 +47,6 @@ def causal_segments(
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, value[keys[i] : keys[i + 1]]))
     return torch.cat(parts)
-
-
-def install(
-    monkeypatch: pytest.MonkeyPatch, module: str, name: str, attribute: Callable[..., Any] | type
-) -> None:
-    for end in range(module.count(".") + 1):
-        package = ".".join(module.split(".")[: end + 1])
-        monkeypatch.setitem(sys.modules, package, ModuleType(package))
-    setattr(sys.modules[module], name, attribute)
 
 
 def check(backend: str) -> None:

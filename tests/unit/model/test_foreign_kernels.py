@@ -5,34 +5,19 @@ that the release would refuse, and computes what the release documents.
 """
 
 import inspect
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from foreign_releases import RECORD, install, signature
 from torch.nn import functional
 
 from megatron_chatflow.model import foreign_kernels as foreign
 from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, rotary_table
 from megatron_chatflow.native.rope import rope_reference
-
-RECORD = json.loads(Path(__file__).with_name("foreign_signatures.json").read_text(encoding="utf-8"))
-
-
-def signature(parameters: list[str]) -> inspect.Signature:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    rows = []
-    for name in parameters:
-        if name == "*":
-            kind = inspect.Parameter.KEYWORD_ONLY
-            continue
-        default = None if name.endswith("=") else inspect.Parameter.empty
-        rows.append(inspect.Parameter(name.rstrip("="), kind, default=default))
-    return inspect.Signature(rows)
 
 
 def releases(file: str, *functions: str) -> list[Any]:
@@ -45,13 +30,6 @@ def releases(file: str, *functions: str) -> list[Any]:
     }
     assert found
     return [pytest.param(release, id=version) for version, release in sorted(found.items())]
-
-
-def install(monkeypatch: pytest.MonkeyPatch, module: str, name: str, attribute: Any) -> None:
-    for end in range(module.count(".") + 1):
-        package = ".".join(module.split(".")[: end + 1])
-        monkeypatch.setitem(sys.modules, package, ModuleType(package))
-    setattr(sys.modules[module], name, attribute)
 
 
 def bound(

@@ -1,0 +1,38 @@
+"""Releases of libraries that need a GPU, put in the libraries' places by their recorded signatures.
+
+`tools/record_signatures.py` makes the record from unpacked sources.
+"""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+RECORD: list[dict[str, Any]] = json.loads(
+    Path(__file__).with_name("foreign_signatures.json").read_text(encoding="utf-8")
+)
+
+
+def signature(parameters: list[str]) -> inspect.Signature:
+    """Of a row of the record: ``=`` behind a name stands for a default."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    rows = []
+    for name in parameters:
+        if name == "*":
+            kind = inspect.Parameter.KEYWORD_ONLY
+            continue
+        default = None if name.endswith("=") else inspect.Parameter.empty
+        rows.append(inspect.Parameter(name.rstrip("="), kind, default=default))
+    return inspect.Signature(rows)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, module: str, name: str, attribute: Any) -> None:
+    """Has ``from module import name`` find the attribute, and nothing else of the library."""
+    for end in range(module.count(".") + 1):
+        package = ".".join(module.split(".")[: end + 1])
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    setattr(sys.modules[module], name, attribute)
