@@ -5,6 +5,7 @@ In: bytes and final names. Out: files and folders under those names only once th
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LATEST = "latest_checkpointed_iteration.txt"
 _MOST_DIGITS = 18
@@ -50,6 +53,22 @@ def write_atomically(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def write_if_there_is_room(path: Path, text: str, *, otherwise: str) -> None:
+    """As `write_atomically`; for want of room the file stays as it is, with a warning.
+
+    Args:
+        path: The file.
+        text: What it is to hold.
+        otherwise: What the warning says of a file that is not written.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if not is_for_want_of_room(error):
+            raise
+        logger.warning("%s: %s; %s", path, error.strerror, otherwise)
 
 
 def fsync_tree(folder: Path) -> None:

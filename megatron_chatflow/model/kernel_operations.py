@@ -90,7 +90,7 @@ class StepSizes:
 
 
 def step_operations(sizes: StepSizes) -> list[Operation]:
-    """Norm, RoPE, SwiGLU and loss passes, in this order."""
+    """``norm``, ``RoPE``, ``SwiGLU`` and ``loss passes``."""
     timed, compared = sizes.on(_TIMED_TOKENS), sizes.on(_COMPARED_TOKENS)
     return [
         _installed(replace(make(timed), smaller=_installed(make(compared), sizes)), sizes)

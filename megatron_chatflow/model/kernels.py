@@ -78,17 +78,20 @@ def choose_kernels(
     backend, reason = choose(facts, train.attention_backend)
     attention = Choice(backend, describe_backend(reason, sizes.device, sizes.dtype))
     if sizes.device.type != "cuda":
-        return _kernels(attention, [_on_a_cpu(sizes, operation) for operation in _COMPOSED])
+        return _kernels(attention, {name: _on_a_cpu(sizes, name) for name in _COMPOSED})
     _refuse_what_is_not_built(train)
     begin = time.perf_counter()
     if train.fused_kernels == "measured" and not train.deterministic_mode:
-        fused = choose_fastest(step_operations(sizes), sizes.device)
+        operations = step_operations(sizes)
+        choices = choose_fastest(operations, sizes.device)
+        fused = {o.name: choice for o, choice in zip(operations, choices, strict=True)}
     else:
-        fused = [_as_asked(sizes, train, operation) for operation in _COMPOSED]
+        fused = {name: _as_asked(sizes, train, name) for name in _COMPOSED}
     # Ranks that share a sample attend to more keys than they have queries, which is not measured.
     is_free = train.attention_backend == "auto" and not train.deterministic_mode
-    if is_free and context_parallel_size == 1:
-        operation = attention_operation(sizes, facts, sequence_length, fused[1].name)
+    # In fp32 there is torch's alone, which may need memory for the scores of all pairs of tokens.
+    if is_free and context_parallel_size == 1 and sizes.dtype != torch.float32:
+        operation = attention_operation(sizes, facts, sequence_length, fused["RoPE"].name)
         (attention,) = choose_fastest([operation], sizes.device)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(sizes.device)
@@ -96,8 +99,9 @@ def choose_kernels(
     return _kernels(attention, fused)
 
 
-def _kernels(attention: Choice, fused: list[Choice]) -> Kernels:
-    norm, rope, swiglu, loss = fused
+def _kernels(attention: Choice, fused: Mapping[str, Choice]) -> Kernels:
+    norm, rope = fused["norm"], fused["RoPE"]
+    swiglu, loss = fused["SwiGLU"], fused["loss passes"]
     descriptions = {
         "attention": attention.description,
         "norm": norm.description,

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.files import is_for_want_of_room, write_atomically
+from megatron_chatflow.checkpoint.files import is_for_want_of_room, write_if_there_is_room
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.runtime.ranks import Ranks
@@ -57,7 +57,10 @@ def open_record(
         try:
             cut = keep_until(folder / METRICS_FILE, iteration)
             downtime = _downtime(config, folder, cut, iteration)
-            _write_config(folder / "config.yaml", config.to_yaml())
+            # Every checkpoint has its own anyway.
+            write_if_there_is_room(
+                folder / "config.yaml", config.to_yaml(), otherwise="it is not written"
+            )
             makers.append(_metrics_maker(folder))
         except OSError as error:
             raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
@@ -88,16 +91,6 @@ def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Down
             cut.last_dropped["iteration"],
         )
     return Downtime()
-
-
-def _write_config(path: Path, text: str) -> None:
-    """Writes it; a full disk keeps the one before, which every checkpoint has of its own anyway."""
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        if not is_for_want_of_room(error):
-            raise
-        logger.warning("%s: %s; it is not written", path, error.strerror)
 
 
 def _metrics_maker(folder: Path) -> Callable[[], Hook]:

@@ -7,24 +7,17 @@ that it goes on from, so that every iteration stands in the file once.
 
 import errno
 import json
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.files import (
-    fsync_path,
-    is_for_want_of_room,
-    write_atomically,
-)
+from megatron_chatflow.checkpoint.files import fsync_path, write_if_there_is_room
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.train.report import IterationReport, validation_dict
 
 METRICS_FILE = "metrics.jsonl"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,17 +65,10 @@ def keep_until(path: Path, iteration: int) -> Cut:
         os.truncate(path, len(whole))
         fsync_path(path)
     else:
-        _replace(path, whole.decode(errors="replace"))
+        write_if_there_is_room(
+            path, whole.decode(errors="replace"), otherwise="some iterations stand in it twice"
+        )
     return Cut(last_kept, first_dropped, last_dropped)
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        if not is_for_want_of_room(error):
-            raise
-        logger.warning("%s: %s; some iterations stand in it twice", path, error.strerror)
 
 
 class MetricsFile:

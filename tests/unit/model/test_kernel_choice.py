@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from megatron_chatflow.model.kernel_operations import (
 )
 
 CPU = torch.device("cpu")
+FUSED = ("norm", "RoPE", "SwiGLU", "loss passes")
 NAMES = ("ours", "library", "torch", "far")
 
 
@@ -227,7 +229,12 @@ def test_what_sizes_rule_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(
-    monkeypatch: pytest.MonkeyPatch, *, is_built: bool = True, context: int = 1, **train: Any
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_built: bool = True,
+    context: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    **train: Any,
 ) -> kernels.Kernels:
     """The choice of a run with a GPU, whose measurements all favour liger-kernel."""
 
@@ -241,14 +248,14 @@ def chosen(
         monkeypatch.setattr(module, "load_kernels", lambda: library)
     for name, function in {
         "choose_fastest": measured,
-        "step_operations": lambda sizes: [None] * 4,
+        "step_operations": lambda sizes: [SimpleNamespace(name=given) for given in FUSED],
         "attention_operation": lambda *_: None,
         "gather_facts": lambda *_, **__: None,
         "choose": lambda *_: ("flash", "torch's flash attention"),
         "describe_backend": lambda reason, *_: reason,
     }.items():
         monkeypatch.setattr(kernels, name, function)
-    given = sizes(torch.bfloat16, device=torch.device("cuda"))
+    given = sizes(dtype, device=torch.device("cuda"))
     config = TrainConfig(micro_batch_size=1, global_batch_size=1, **train)
     return kernels.choose_kernels(given, config, sequence_length=256, context_parallel_size=context)
 
@@ -261,12 +268,14 @@ def test_a_run_on_a_gpu_measures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "train"), [(1, {"attention_backend": "flash"}), (2, {})], ids=["asked", "context"]
+    "run",
+    [{"attention_backend": "flash"}, {"context": 2}, {"dtype": torch.float32}],
+    ids=["asked", "context", "fp32"],
 )
 def test_attention_is_not_always_measured(
-    monkeypatch: pytest.MonkeyPatch, context: int, train: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, run: dict[str, Any]
 ) -> None:
-    found = chosen(monkeypatch, context=context, **train)
+    found = chosen(monkeypatch, **run)
     assert (found.attention, found.norm) == ("flash", "liger")
 
 
