@@ -1,7 +1,7 @@
 """Takes some training steps of a tiny model in a process of its own, on a GPU or a CPU.
 
-In: ``bf16`` or ``fp32``. Out: losses and gradient norms. Weights and tokens come from the CPU's
-generator on every device.
+The arguments are ``bf16`` or ``fp32`` and the micro-batch size; losses and gradient norms are
+printed. Weights and tokens come from the CPU's generator on every device.
 """
 
 import functools
@@ -22,12 +22,12 @@ NUM_STEPS = 4
 
 
 @functools.cache
-def take_steps(dtype: str, *, on_gpu: bool) -> dict[str, Any]:
+def take_steps(dtype: str, *, on_gpu: bool, micro_batch_size: int = 2) -> dict[str, Any]:
     """Runs this file; ``losses`` and ``norms`` of each step."""
     environment = dict(os.environ)
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, __file__, dtype]
+    command = [sys.executable, __file__, dtype, str(micro_batch_size)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
@@ -45,12 +45,13 @@ def set_weights(optimization: Any) -> None:
     optimization.optimizer.reload_model_params()
 
 
-def main(dtype: str) -> None:
+def main(dtype: str, micro_batch_size: int) -> None:
     ranks = initialize()
     from megatron_chatflow.train import benchmark_subjects as subjects
     from megatron_chatflow.train.benchmark_shape import Shape
+    from megatron_chatflow.train.step import train_step
 
-    shape = Shape(2, 128, 352, 4, 2, 96, 2, vocab_size=1000)
+    shape = Shape(2, 128, 352, 4, 2, 96, micro_batch_size, vocab_size=1000)
     config_of = subjects._run_config
 
     def config_in_dtype(*args: Any, **kwargs: Any) -> Any:
@@ -58,10 +59,9 @@ def main(dtype: str) -> None:
         return replace(config, train=replace(config.train, bf16=dtype == "bf16"))
 
     norms = []
-    take_step = subjects.train_step
 
     def step(*args: Any) -> Any:
-        result = take_step(*args)
+        result = train_step(*args)
         norms.append(result.grad_norm)
         return result
 
@@ -75,4 +75,4 @@ def main(dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

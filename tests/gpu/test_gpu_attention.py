@@ -1,7 +1,10 @@
 """Every attention back end that is installed, against fp32, forward and backward."""
 
+from typing import cast
+
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_chatflow.model import attention
 from megatron_chatflow.model.attention import PackedCausalAttention
@@ -84,7 +87,7 @@ def test_fewer_queries_than_keys_equal_fp32(
     torch.manual_seed(0)
     tensors = [torch.randn(1024, heads, 128, device=device).bfloat16() for heads in (8, 2, 2)]
     boundaries = [0, 100, 700, 701, 1024]
-    shard = shard_context(1024, rank=rank, size=2, group=object())
+    shard = shard_context(1024, rank=rank, size=2, group=cast(ProcessGroup, object()))
     expected = attend_as_rank("sdpa", [tensor.float() for tensor in tensors], shard, boundaries)
     actual = attend_as_rank(backend, tensors, shard, boundaries)
     for ours, wanted in zip(actual, expected, strict=True):

@@ -16,6 +16,7 @@ from megatron_chatflow.model.kernel_operations import (
 def test_a_choice_at_the_width_of_7b(device: torch.device, num_groups: int) -> None:
     sizes = StepSizes(
         num_tokens=4096,
+        norm_tokens=4096,
         hidden_size=4096,
         ffn_width=11008,
         num_heads=32,

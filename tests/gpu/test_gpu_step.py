@@ -4,9 +4,13 @@ import pytest
 from step_worker import take_steps
 
 
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
 @pytest.mark.parametrize(("dtype", "rel"), [("fp32", 1e-4), ("bf16", 4e-3)])
-def test_steps_follow_those_of_a_cpu(dtype: str, rel: float) -> None:
-    actual, expected = (take_steps(dtype, on_gpu=on_gpu) for on_gpu in (True, False))
+def test_steps_follow_those_of_a_cpu(dtype: str, rel: float, micro_batch_size: int) -> None:
+    actual, expected = (
+        take_steps(dtype, on_gpu=on_gpu, micro_batch_size=micro_batch_size)
+        for on_gpu in (True, False)
+    )
     assert actual["losses"] == pytest.approx(expected["losses"], rel=rel)
     assert actual["norms"] == pytest.approx(expected["norms"], rel=10 * rel)
     # What the steps change is far more than what is tolerated.

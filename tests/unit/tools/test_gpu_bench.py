@@ -16,7 +16,8 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
     )
     assert script.returncode == 0, script.stderr
     # What may come back from a machine with a GPU is few files.
-    names = {"log.txt", "kernels.json", "train.json", "train_whole.json"}
+    reports = ["train.json", "train_micro_batch_1.json", "train_whole.json"]
+    names = {"log.txt", "kernels.json", *reports}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert "== gpu_tests: " in (tmp_path / "log.txt").read_text()
     kernels = json.loads((tmp_path / "kernels.json").read_text())["rows"]
@@ -28,8 +29,10 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
         "attention",
     }
     assert all(row["microseconds"] > 0 for row in kernels)
-    for name in ("train.json", "train_whole.json"):
-        assert json.loads((tmp_path / name).read_text())["ours"]["tokens_per_second"] > 0
+    for name, micro_batch_size in zip(reports, (2, 1, 2), strict=True):
+        report = json.loads((tmp_path / name).read_text())
+        assert report["ours"]["tokens_per_second"] > 0
+        assert report["arguments"]["micro_batch_size"] == micro_batch_size
 
 
 def test_a_step_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
@@ -38,4 +41,4 @@ def test_a_step_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
         [SCRIPT, "--tiny", tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert script.returncode == 1
-    assert "failed: gpu_tests kernels train train_whole" in script.stderr
+    assert "failed: gpu_tests kernels train train_micro_batch_1 train_whole" in script.stderr
