@@ -11,7 +11,14 @@ from pathlib import Path
 
 from megatron_chatflow.config import RunConfig, load_config, to_plain
 from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.plan import check_epochs, mixture_curve, plan, to_csv, to_table
+from megatron_chatflow.data.plan import (
+    check_epochs,
+    epoch_findings,
+    mixture_curve,
+    plan,
+    to_csv,
+    to_table,
+)
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
@@ -75,6 +82,8 @@ def main() -> None:
     limits = {name: source.max_epochs for name, source in data.sources.items()}
     limited = {name: limit for name, limit in limits.items() if limit is not None and sizes}
     check_epochs(blend, num_samples, sizes, limited, train.global_batch_size)
+    for finding in epoch_findings(blend, num_samples, sizes, limited):
+        print(f"warning: {finding}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.quota_reference import GRID
 
 _LEAST_BIN = 100
+MANY_EPOCHS = 4.0
+"""Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al.,
+"Scaling Data-Constrained Language Models", NeurIPS 2023)."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,34 @@ def check_epochs(
         f"up at iteration {sample // global_batch_size + 1} (sample {sample}): lower its weight in "
         f"data.schedule, or raise max_epochs to the {needed:g} that the whole run needs"
     )
+
+
+def epoch_findings(
+    blend: Blend,
+    num_samples: int,
+    samples_per_epoch: Mapping[str, int],
+    max_epochs: Mapping[str, float],
+) -> list[str]:
+    """Reports the sources that a run repeats more than `MANY_EPOCHS` times.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run.
+        samples_per_epoch: By source; sources that are missing or empty are skipped.
+        max_epochs: By source. A source that is named here has a limit that the user chose and that
+            `check_epochs` enforces, so it is not reported.
+    """
+    findings = []
+    for name, count in zip(blend.schedule.sources, blend.counts(num_samples).tolist(), strict=True):
+        size = samples_per_epoch.get(name)
+        if not size or name in max_epochs or count <= MANY_EPOCHS * size:
+            continue
+        findings.append(
+            f"data.sources.{name}: {count / size:,.1f} epochs in this run ({count:,} samples from "
+            f"{size:,}): lower its weight in data.schedule, add data, or set max_epochs to accept "
+            "the repetition"
+        )
+    return findings
 
 
 def to_csv(rows: Sequence[PlanRow]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
+from megatron_chatflow.data.findings import source_findings
 from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedSamples, cached_packing
@@ -50,6 +51,7 @@ class Source:
         num_samples: In one epoch; 0 if it has none.
         num_tokens: In one epoch.
         rows: Reads the samples in their own order; ValueError if one cannot be.
+        findings: What is suspicious about the data, one line each.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Source:
         split: Split,
         files: Sequence[TokenFile] = (),
         facts: dict[str, Any] | None = None,
+        findings: Sequence[str] = (),
     ) -> None:
         """Puts a source together; `build_sources` makes one from a configuration.
 
@@ -71,11 +74,13 @@ class Source:
             split: Validation keeps the samples in their own order.
             files: Looked after while the run goes on.
             facts: The fingerprint.
+            findings: What is suspicious about the data, one line each.
         """
         self.name = name
         self.num_samples = samples.num_samples
         self.num_tokens = samples.num_tokens
         self.rows = samples.rows
+        self.findings = tuple(findings)
         self._facts = facts or {}
         self._order = None
         if self.num_samples:
@@ -254,4 +259,7 @@ def _build_source(
         "packing": ALGORITHM_VERSION if config.packing == "best_fit" else None,
         "num_samples": samples.num_samples,
     }
-    return Source(name, samples, seed=seed, split=split, files=files, facts=content)
+    findings = source_findings(label, files, facts)
+    return Source(
+        name, samples, seed=seed, split=split, files=files, facts=content, findings=findings
+    )

@@ -115,6 +115,8 @@ def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     beginning = agree_on_beginning(config, ranks)
     inputs = in_agreement(lambda: open_inputs_from(beginning, config))
     refuse_other_inputs(inputs)
+    for finding in inputs.findings:
+        logger.warning("%s", finding)
     return inputs
 
 

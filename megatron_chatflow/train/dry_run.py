@@ -3,6 +3,7 @@
 In: a resolved configuration and a number of processes. Out: text. Needs no GPU and no other rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
@@ -41,11 +42,18 @@ def dry_run(config: RunConfig, world_size: int | None = None) -> str:
         refuse_damage(hashed, damage(hashed))
     return "\n\n".join(
         (
+            _describe_findings(inputs.findings),
             "resolved configuration:\n" + config.to_yaml().rstrip(),
             _describe_data(config, inputs),
             _describe_work(config, inputs, num_processes),
         )
     )
+
+
+def _describe_findings(findings: Sequence[str]) -> str:
+    if not findings:
+        return "no findings"
+    return "\n".join(["findings:", *(f"  - {finding}" for finding in findings)])
 
 
 def _describe_data(config: RunConfig, inputs: RunInputs) -> str:

@@ -27,7 +27,7 @@ from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, to_plain
 from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.plan import check_epochs
+from megatron_chatflow.data.plan import check_epochs, epoch_findings
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
@@ -59,6 +59,8 @@ class RunInputs:
         questions: Choice questions that are put while the run goes on.
         is_huggingface: Whether `checkpoint` is a Hugging Face folder.
         grown: What the vocabulary grows by as the weights are loaded.
+        findings: What the user should know before the run begins, one line each. The dry run
+            prints them and every start logs them as warnings.
     """
 
     tokenizer: Tokenizer
@@ -72,6 +74,7 @@ class RunInputs:
     questions: Sequence[Question] = ()
     is_huggingface: bool = False
     grown: GrownVocabulary | None = None
+    findings: Sequence[str] = ()
 
 
 def open_inputs(config: RunConfig) -> RunInputs:
@@ -137,7 +140,17 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         questions=questions,
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
+        findings=_findings(config, blend, sources, held_out),
     )
+
+
+def _findings(
+    config: RunConfig, blend: Blend, sources: list[Source], held_out: list[Source]
+) -> list[str]:
+    """Collects what the user should know before the run begins, each finding once."""
+    found = [finding for source in [*sources, *held_out] for finding in source.findings]
+    found += epoch_findings(blend, config.num_samples, _epoch_sizes(sources), _max_epochs(config))
+    return list(dict.fromkeys(found))
 
 
 def refuse_other_inputs(inputs: RunInputs) -> None:
@@ -324,11 +337,19 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
 
 
 def _refuse_too_many_epochs(config: RunConfig, blend: Blend, sources: list[Source]) -> None:
-    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     check_epochs(
         blend,
         config.num_samples,
-        {source.name: source.num_samples for source in sources},
-        {name: limit for name, limit in limits.items() if limit is not None},
+        _epoch_sizes(sources),
+        _max_epochs(config),
         config.train.global_batch_size,
     )
+
+
+def _epoch_sizes(sources: list[Source]) -> dict[str, int]:
+    return {source.name: source.num_samples for source in sources}
+
+
+def _max_epochs(config: RunConfig) -> dict[str, float]:
+    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
+    return {name: limit for name, limit in limits.items() if limit is not None}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.plan import check_epochs, mixture_curve, plan, to_csv
+from megatron_chatflow.data.plan import check_epochs, epoch_findings, mixture_curve, plan, to_csv
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.errors import UserError
 
@@ -69,6 +69,19 @@ def test_the_iteration_that_exceeds_max_epochs_is_named() -> None:
     assert later > sample
     with pytest.raises(UserError, match=rf"english.*\(sample {sample}\)"):
         check_epochs(blend(), 800, sizes, {"chat": 2, "english": 1.5}, 20)
+
+
+def test_more_than_four_epochs_are_reported_unless_a_limit_was_chosen() -> None:
+    counts = dict(zip(NAMES, blend().counts(800).tolist(), strict=True))
+    sizes = {"english": counts["english"] // 4, "chinese": 1, "chat": 0}
+    assert counts["english"] % 4 == 0 and counts["chinese"] > 4
+    [finding] = epoch_findings(blend(), 800, sizes, {})
+    assert finding.startswith(
+        f"data.sources.chinese: {counts['chinese']:,}.0 epochs in this run "
+        f"({counts['chinese']:,} samples from 1)"
+    )
+    assert epoch_findings(blend(), 800, sizes, {"chinese": 1000.0}) == []
+    assert epoch_findings(blend(), 800, {}, {}) == []
 
 
 def test_what_is_just_enough_is_allowed() -> None:

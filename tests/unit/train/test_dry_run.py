@@ -15,6 +15,7 @@ from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_c
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.dry_run import dry_run
+from megatron_chatflow.train.inputs import open_inputs
 
 
 def test_it_shows_configuration_blend_epochs_and_sizes(make_config) -> None:
@@ -42,6 +43,19 @@ def test_too_many_epochs_are_foreseen(make_config) -> None:
     )
     with pytest.raises(UserError, match=r"data\.sources\.second\.max_epochs: .* at iteration \d+"):
         dry_run(config)
+
+
+def test_findings_name_repetition_and_unchecked_tokenizers(make_config) -> None:
+    config = make_config(train__train_iters=400, train__eval_interval=None)
+    inputs = open_inputs(config)
+    for name in ("first", "second"):
+        [unchecked] = [f for f in inputs.findings if f.startswith(f"data.sources.{name}: 1 of 1")]
+        assert "has no .json" in unchecked and f"{name}_text_document" in unchecked
+    [epochs] = [finding for finding in inputs.findings if "epochs in this run" in finding]
+    assert epochs.startswith("data.sources.second: ")
+    text = dry_run(config)
+    assert text.index("findings:") < text.index("resolved configuration:")
+    assert all(f"  - {finding}" in text for finding in inputs.findings)
 
 
 def test_beginning_from_a_huggingface_folder(
