@@ -53,7 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     chats = parser.add_argument_group("chats and translation instructions")
     add = chats.add_argument
     add("--template", choices=list(TEMPLATES), default="chatflow")
-    add("--chat-template", metavar="FILE", help="instead: Jinja, or JSON with a chat_template")
+    add(
+        "--chat-template",
+        metavar="PATH",
+        help="or a Jinja file, model's folder or its tokenizer_config.json",
+    )
     add("--loss", choices=["response", "all"], default="response", help="tokens with loss")
     add("--max-tokens", type=int, metavar="N", help="longest document")
     add("--over-long", choices=["truncate", "drop"], default="truncate", help="cut between turns")

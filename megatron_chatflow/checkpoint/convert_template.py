@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.recorded_config import RecordedConfig, read_run_config
+from megatron_chatflow.corpus.jinja_chats import read_chat_template
 from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
@@ -52,13 +53,12 @@ def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) ->
     if asked is not None:
         if asked in JINJA_TEMPLATES:
             return JINJA_TEMPLATES[asked]
-        try:
-            return Path(asked).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        if not Path(asked).exists():
             names = ", ".join(JINJA_TEMPLATES)
             raise UserError(
-                f"--chat-template: {asked} is neither one of {names} nor a text file"
-            ) from None
+                f"--chat-template: {asked} is neither one of {names} nor a file or folder"
+            )
+        return read_chat_template(asked).source
     trained = _template_of_corpus(read_run_config(checkpoint))
     if trained is not None:
         return trained

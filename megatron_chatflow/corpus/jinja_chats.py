@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_chatflow.corpus.chats import Chat
@@ -26,6 +26,13 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps t
 SYSTEM = "Probe of the system text."
 PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
 Message = dict[str, str]
+
+# Where a model's folder keeps its chat templates.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+_DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,19 @@ class JinjaTemplate:
                 "a chat of two answers: mark its answers with {% generation %}"
             )
 
+    def turn_end(self) -> str | None:
+        """The control token with which an answer ends; None if none does, or it cannot be told."""
+        pattern = self._pattern
+        for system in (SYSTEM, None):  # some refuse a system's turn
+            try:
+                text = self._render(self._messages(Chat(system, PROBE), ""), False, {})
+            except DroppedError:
+                continue
+            _, found, behind = text.rpartition(PROBE[-1][1])
+            match = pattern.search(behind) if found and pattern else None
+            return match[0] if match else None
+        return None
+
     def _rendered(self, chat: Chat) -> _Rendered:
         whole = "".join([chat.system or "", *(t or "" for pair in chat.exchanges for t in pair)])
         unused = [c for c in NONCHARACTERS if c not in whole and c not in self.source]
@@ -183,27 +203,124 @@ class JinjaTemplate:
 
 
 def read_chat_template(path: str | Path) -> JinjaTemplate:
-    """Reads a template.
+    """Reads a chat template that the user named.
 
     Args:
-        path: A file of Jinja source, a JSON file with it under `chat_template` (such as
-            `tokenizer_config.json`), or a model's folder with either.
+        path: A file of Jinja source, a JSON file that has it under `chat_template`, or a model's
+            folder. `tokenizer_config.json` stands for its folder, whose template may lie in
+            `chat_template.jinja` instead.
 
     Raises:
-        UserError: It cannot be read, has none, or is not Jinja.
+        UserError: It cannot be read, has no template, or is not Jinja.
     """
     file = Path(path)
-    if file.is_dir():
-        names = ("chat_template.jinja", "tokenizer_config.json")
-        file = next((file / name for name in names if (file / name).exists()), file / names[0])
+    if file.is_dir() or (file.name == _TOKENIZER_CONFIG and file.is_file()):
+        folder = file if file.is_dir() else file.parent
+        found = find_chat_template(folder)
+        if found is None:
+            raise UserError(
+                f"no chat template: {file}: neither {CHAT_TEMPLATE_FILE} nor {_TOKENIZER_CONFIG} "
+                "there has one: name a file of Jinja"
+            )
+        return found
     try:
-        source = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            source = _source_in(json.loads(source))
+        data = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read chat template: {file}: {error.strerror}") from error
+    if file.suffix == ".json":
+        return _checked(file, _default_of(file, _templates_of_json(file, data)))
+    return _checked(file, _decoded(file, data))
+
+
+def find_chat_template(folder: Path) -> JinjaTemplate | None:
+    """A model folder's own chat template, the one that transformers uses; None if it has none.
+
+    Raises:
+        UserError: A file cannot be read, is not Jinja, or names templates without a default.
+    """
+    try:
+        files = {name: (folder / name).read_bytes() for name in chat_template_names(folder)}
+    except OSError as error:
+        raise UserError(f"cannot read chat template: {folder}: {error.strerror}") from error
+    templates = chat_templates_in(files, folder)
+    if not templates:
+        return None
+    is_jinja = CHAT_TEMPLATE_FILE in files
+    file = folder / (CHAT_TEMPLATE_FILE if is_jinja else _TOKENIZER_CONFIG)
+    return _checked(file, _default_of(file, templates))
+
+
+def chat_template_names(folder: Path) -> list[str]:
+    """Names, relative to a model folder, of the files there that may hold chat templates."""
+    names = [CHAT_TEMPLATE_FILE, _TOKENIZER_CONFIG, _PROCESSOR_TEMPLATE]
+    names += sorted(
+        f"{CHAT_TEMPLATE_FOLDER}/{path.name}"
+        for path in (folder / CHAT_TEMPLATE_FOLDER).glob("*.jinja")
+    )
+    return [name for name in names if (folder / name).is_file()]
+
+
+def chat_templates_in(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
+    """Jinja sources by name (`default`, `tool_use`, ...) from the small files of a model folder.
+
+    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace
+    whatever `tokenizer_config.json` holds. `chat_template.json`, which older transformers wrote for
+    processors, comes last.
+
+    Args:
+        files: Contents by name relative to the folder.
+        folder: The folder, for messages.
+
+    Raises:
+        UserError: A file is not UTF-8, or no JSON.
+    """
+    templates: dict[str, str] = {}
+    for name, data in files.items():
+        path = PurePosixPath(name)
+        if name == CHAT_TEMPLATE_FILE:
+            templates[_DEFAULT] = _decoded(folder / name, data)
+        elif str(path.parent) == CHAT_TEMPLATE_FOLDER and path.suffix == ".jinja":
+            templates[path.stem] = _decoded(folder / name, data)
+    for name in (_TOKENIZER_CONFIG, _PROCESSOR_TEMPLATE):
+        if not templates and name in files:
+            templates = _templates_of_json(folder / name, files[name])
+    return templates
+
+
+def _templates_of_json(file: Path, data: bytes) -> dict[str, str]:
+    """The templates under `chat_template` by name; none if the key is missing or null."""
+    try:
+        content = json.loads(data)
+        template = content.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        elif template is not None and not isinstance(template, dict):
+            template = {_DEFAULT: template}
+        template = template or {}
+        if not all(isinstance(text, str) for item in template.items() for text in item):
+            raise TypeError("chat_template is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+    return template
+
+
+def _default_of(file: Path, templates: Mapping[str, str]) -> str:
+    if _DEFAULT in templates:
+        return templates[_DEFAULT]
+    has = (
+        f"has only {', '.join(templates)}, and none is called default" if templates else "has none"
+    )
+    raise UserError(f"no chat template: {file}: {has}: name a file of Jinja")
+
+
+def _decoded(file: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+
+
+def _checked(file: Path, source: str) -> JinjaTemplate:
     try:
         _compiled(source)
     except UserError:
@@ -214,15 +331,6 @@ def read_chat_template(path: str | Path) -> JinjaTemplate:
             error
         )
     return JinjaTemplate(file.name, source)
-
-
-def _source_in(content: Any) -> str:
-    template = content["chat_template"]
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
-    if not isinstance(template, str):
-        raise TypeError("chat_template is not text")
-    return template
 
 
 @cache

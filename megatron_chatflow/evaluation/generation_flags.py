@@ -21,7 +21,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=defaults.top_p, help="nucleus; default: %(default)s")
     add("--seed", type=int, default=defaults.seed, help="of the sampling; default: %(default)s")
     add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
-    add("--chat-template", help="for a checkpoint: chatflow, llama2, chatml, or a Jinja file")
+    add("--chat-template", help="for a checkpoint: chatflow, llama2, chatml, a file, folder")
     add("--tokenizer-model", type=Path, help="for a checkpoint: where its tokenizer lies now")
 
 

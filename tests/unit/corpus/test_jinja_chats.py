@@ -1,5 +1,6 @@
 """Chats by a Jinja template: exact loss spans, or a refusal."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,12 @@ pytest.importorskip("jinja2")
 
 from megatron_chatflow.corpus.chats import Chat
 from megatron_chatflow.corpus.documents import Document, DroppedError
-from megatron_chatflow.corpus.jinja_chats import JinjaTemplate, read_chat_template
+from megatron_chatflow.corpus.jinja_chats import (
+    JinjaTemplate,
+    find_chat_template,
+    read_chat_template,
+)
+from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.errors import UserError
 
 CHATML = (
@@ -89,6 +95,10 @@ def test_reads_a_models_template(tmp_path: Path) -> None:
     assert read_chat_template(tmp_path).source == "{{ messages }}"
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert read_chat_template(tmp_path).source == CHATML
+    # The configuration stands for its folder, and transformers prefers the .jinja in it.
+    assert read_chat_template(tmp_path / "tokenizer_config.json").source == CHATML
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert read_chat_template(tmp_path / "tokenizer_config.json").source == CHATML
     (tmp_path / "bad.jinja").write_text("\n{% if %}")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="no chat template: .*deep.json"):
@@ -96,3 +106,55 @@ def test_reads_a_models_template(tmp_path: Path) -> None:
     for name, message in [("bad.jinja", "bad.jinja:2"), ("absent", "cannot read chat template")]:
         with pytest.raises(UserError, match=message):
             read_chat_template(tmp_path / name)
+
+
+NAMED = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "templates"),
+    [
+        ({"tokenizer_config.json": json.dumps({"chat_template": NAMED})}, "{{ 1 }}"),
+        ({"tokenizer_config.json": json.dumps({"chat_template": None})}, None),
+        ({"tokenizer_config.json": "{}", "chat_template.jinja": "{{ 3 }}"}, "{{ 3 }}"),
+        ({"chat_template.json": json.dumps({"chat_template": "{{ 4 }}"})}, "{{ 4 }}"),
+        ({"additional_chat_templates/default.jinja": "{{ 5 }}"}, "{{ 5 }}"),
+        ({}, None),
+    ],
+)
+def test_a_folders_own_template(
+    files: dict[str, str], templates: str | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = find_chat_template(tmp_path)
+    assert (found and found.source) == templates
+    if found is None:
+        with pytest.raises(UserError, match="no chat template"):
+            read_chat_template(tmp_path)
+
+
+def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": NAMED[1:]}))
+    with pytest.raises(UserError, match="has only tool_use, and none is called default"):
+        find_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "token"),
+    [
+        (CHATML, "<|im_end|>"),
+        (MARKED, "</s>"),
+        (JINJA_TEMPLATES["chatflow"], "</s>"),
+        (JINJA_TEMPLATES["llama2"], "</s>"),
+        (JINJA_TEMPLATES["chatml"], "<|im_end|>"),  # comes before the end of the sequence
+        (FORGETS, None),
+        ("{{ raise_exception('no') }}", None),
+    ],
+)
+def test_the_token_that_ends_a_turn(source: str, token: str | None) -> None:
+    assert template(source).turn_end() == token
+    without = JinjaTemplate("t.jinja", source, ("</s>",), (("eos_token", "</s>"),))
+    assert without.turn_end() == (None if source in (CHATML, FORGETS) else token and "</s>")
