@@ -4,6 +4,7 @@ In: a Hugging Face folder, or a training checkpoint, which is exported to a temp
 way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same machine.
 """
 
+import inspect
 import logging
 import signal
 import sys
@@ -233,11 +234,14 @@ class Generator:
         """Ids one by one until an end token; transformers keeps the keys and values."""
         ends = self._end_ids()
         device = self._model.device
+        # transformers 5.24 renamed the argument and the output `past_key_values`.
+        parameters = inspect.signature(self._model.forward).parameters
+        name = "cache" if "cache" in parameters else "past_key_values"
         cache = None
         ids = torch.tensor([list(prompt)], device=device)
         for _ in range(max_new_tokens):
-            output = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = self._model(input_ids=ids, use_cache=True, **{name: cache})
+            cache = output[name]
             token_id = choose(output.logits[0, -1].float(), sampling, generator)
             if token_id in ends:
                 return

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_greedy_text_is_transformers_own(folder: Path, generator: Generator) -> 
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(ids, skip_special_tokens=True) == "the river" + text
+
+
+def test_transformers_warns_of_nothing(
+    generator: Generator, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert generator.stream(generator.encode("the river"), GREEDY, lambda piece: None)
+    assert not [record for record in caplog.records if "deprecated" in record.getMessage()]
 
 
 def test_seed_decides(generator: Generator) -> None:
