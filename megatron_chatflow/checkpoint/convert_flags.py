@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_shape import DTYPES
 from megatron_chatflow.checkpoint.convert_vocabulary import EMBEDDING_INITS
-from megatron_chatflow.config import parse_count
+from megatron_chatflow.config.units import parse_num_bytes
+from megatron_chatflow.errors import UserError
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py export --checkpoint runs/zh --output exports/zh
@@ -29,9 +30,16 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="checkpoint to Hugging Face folder")
     _add_checkpoint(export)
-    export.add_argument("--max-shard-size", type=_num_bytes, default=5 * 10**9, help="bytes (5B)")
+    export.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="the most bytes of a file, such as 500MB or 2GiB (default: %(default)s)",
+    )
     export.add_argument("--tokenizer-model", type=Path, help="where the run's tokenizer lies now")
-    export.add_argument("--chat-template", help="chatflow, llama2, chatml, or a Jinja file")
+    export.add_argument(
+        "--chat-template", help="chatflow, llama2, chatml, a Jinja file, or a model's folder"
+    )
     export.add_argument("--no-tokenizer", action="store_true", help="export the model alone")
     import_ = commands.add_parser("import", help="Hugging Face folder to checkpoint")
     _add_huggingface(import_)
@@ -65,7 +73,13 @@ def parse_arguments() -> argparse.Namespace:
     _add_checkpoint(verify)
     verify.add_argument("--text", action="append", help="compare logits on this (repeatable)")
     verify.add_argument("--weights-only", action="store_true", help="leave the logits out")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.command == "export":
+        try:
+            args.max_shard_size = parse_num_bytes(args.max_shard_size)
+        except UserError as error:
+            raise UserError(f"--max-shard-size: {error}") from None
+    return args
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +88,3 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def _add_huggingface(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
-
-
-def _num_bytes(text: str) -> int:
-    return int(text) if text.isdecimal() else parse_count(text)

@@ -15,6 +15,7 @@ UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _NUMBER = r"[+-]?[0-9](?:_?[0-9])*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?"
 _COUNT = re.compile(rf"({_NUMBER})\s?([KMBTkmbt]?)")
 _EXPONENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]{1,3}")
+_NUM_BYTES = re.compile(rf"({_NUMBER})\s?([KMGT])(i?)B", re.IGNORECASE)
 _LARGEST_COUNT = 2**63 - 1
 
 _shortener = Repr()
@@ -53,6 +54,33 @@ def parse_count(value: object) -> int:
     if abs(count) > _LARGEST_COUNT:
         raise UserError(f"must be below 2**63, not {shorten(value)}")
     return int(count)
+
+
+def parse_num_bytes(text: str) -> int:
+    """A size in bytes, as Hugging Face spells it: ``5GB``, ``500MB`` or ``2GiB``.
+
+    Args:
+        text: A whole number of bytes, or a number with a unit in upper or lower case: KB, MB, GB
+            and TB are powers of 1000, KiB, MiB, GiB and TiB powers of 1024. The units of
+            `parse_count` are read as well (``5B`` is 5 billion).
+
+    Raises:
+        UserError: It is no such size, not a whole number of bytes, or not above 0.
+    """
+    text = text.strip()
+    match = _NUM_BYTES.fullmatch(text)
+    try:
+        if match:
+            power = "KMGT".index(match[2].upper()) + 1
+            size = Decimal(match[1].replace("_", "")) * (1024 if match[3] else 1000) ** power
+            num_bytes = int(size) if size == size.to_integral_value() else 0
+        else:
+            num_bytes = int(text) if text.isdecimal() else parse_count(text)
+    except UserError:
+        num_bytes = 0
+    if not 0 < num_bytes <= _LARGEST_COUNT:
+        raise UserError(f"must be a size such as 5GB, 500MB or 2GiB, not {shorten(text)}")
+    return num_bytes
 
 
 def parse_number(value: object) -> float:

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.config.units import UNITS, parse_count, parse_number, shorten
+from megatron_chatflow.config.units import (
+    UNITS,
+    parse_count,
+    parse_num_bytes,
+    parse_number,
+    shorten,
+)
 from megatron_chatflow.errors import UserError
 
 
@@ -79,3 +85,27 @@ def test_values_in_messages_are_short() -> None:
         nested = [nested] * 10
     assert len(shorten(nested)) < 2000
     assert len(shorten("y" * 10_000)) < 100
+
+
+@pytest.mark.parametrize(
+    ("written", "num_bytes"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500MB", 5 * 10**8),
+        ("1.5 gb", 1_500_000_000),
+        ("2GiB", 2**31),
+        ("60kb", 60_000),
+        ("1TB", 10**12),
+        ("40000", 40_000),
+        ("5B", 5 * 10**9),  # as earlier versions spelt it
+        ("1e6", 10**6),
+    ],
+)
+def test_sizes_in_bytes(written: str, num_bytes: int) -> None:
+    assert parse_num_bytes(written) == num_bytes
+
+
+@pytest.mark.parametrize("written", ["", "GB", "5 bytes", "0", "0GB", "-1GB", "1.0001KB", "9e10GB"])
+def test_sizes_in_bytes_that_are_none(written: str) -> None:
+    with pytest.raises(UserError, match="must be a size such as 5GB, 500MB or 2GiB, not "):
+        parse_num_bytes(written)
