@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--json-keys", nargs="+", metavar="KEY", help="default: text; of chats: messages")
     add("--tokenizer-type", choices=[*TOKENIZER_TYPES, "auto"], default="auto")
     add("--tokenizer-model", required=True, metavar="M", help="file, or folder with one")
+    add("--append-bos", action="store_true", help="begin every document with the BOS token")
     add("--append-eod", action="store_true", help="end every document with the EOD token")
     add("--workers", type=int, dest="num_workers", metavar="N", help="default: all cores")
     add("--max-bad-lines", type=int, default=100, metavar="N", help="dropped before it is an error")

@@ -125,7 +125,9 @@ def export_checkpoint(
         write_shards(folder, shapes, target, _tensors(reader, shape), max_shard_bytes)
         _write_configs(folder, shape, target, chosen)
         if chosen is not None:
-            chosen.save_pretrained(folder, template)
+            recorded = read_state(checkpoint).get("tokenizer") or {}
+            begins = recorded.get("add_bos_token") is True or chosen.add_bos_token
+            chosen.save_pretrained(folder, template, begins)
     has_masters = stored != reader.dtype(*placements(shape)[0])
     return Converted(output, len(shapes), num_bytes, num_parameters, has_masters)
 

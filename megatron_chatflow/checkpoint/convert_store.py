@@ -147,6 +147,7 @@ def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
             "type": tokenizer.tokenizer_type if tokenizer else None,
             "sha256": tokenizer.fingerprint if tokenizer else None,
             "vocab_size": tokenizer.vocab_size if tokenizer else shape.vocab_size,
+            "add_bos_token": tokenizer.add_bos_token if tokenizer else False,
         },
         "model": shape.recorded(),
     }

@@ -40,7 +40,8 @@ class RunState:
         blend: The blend's state.
         schedule: The schedule, with the number of samples an iteration that it began with.
         sources: Each source's fingerprint by name.
-        tokenizer: ``type``, ``sha256`` and ``vocab_size``.
+        tokenizer: ``type``, ``sha256``, ``vocab_size``, and ``add_bos_token`` (whether the model's
+            texts begin with BOS; earlier versions did not record it).
         model: The model's shape.
         guard: What judging the next steps takes; empty in checkpoints that had none.
     """

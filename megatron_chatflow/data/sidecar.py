@@ -5,6 +5,7 @@ In: the prefix `<prefix>_<key>_document`. Out: the sidecar's content, checked, o
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,27 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         )
     assert isinstance(content, dict)
     return content
+
+
+def appends_bos(sidecar: Mapping[str, Any] | None) -> bool:
+    """Whether a dataset's documents begin with BOS (`--append-bos`), as its sidecar says.
+
+    Earlier versions did not record it, and stored none.
+    """
+    settings = None if sidecar is None else sidecar.get("settings")
+    return isinstance(settings, Mapping) and settings.get("append_bos") is True
+
+
+def settings_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a dataset was made with; those that came later have their defaults."""
+    return {"append_bos": False, **sidecar["settings"]}
+
+
+def writes_bos(sidecar: Mapping[str, Any] | None) -> bool:
+    """As `appends_bos`, or because the chat template of the user writes one."""
+    template = None if sidecar is None else sidecar.get("template")
+    jinja = template.get("jinja") if isinstance(template, Mapping) else None
+    return appends_bos(sidecar) or (isinstance(jinja, str) and "bos_token" in jinja)
 
 
 def sidecar_bytes(content: dict[str, Any]) -> bytes:

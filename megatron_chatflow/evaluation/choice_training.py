@@ -54,24 +54,27 @@ class ChoiceValidator:
         settings: ChoiceSettings,
         *,
         tokenizer: Tokenizer,
+        begins_with_bos: bool,
         seq_length: int,
         micro_batch_size: int,
     ) -> "ChoiceValidator":
-        """Encodes questions, each behind the end-of-document token as texts in training are.
+        """Encodes questions, which begin as the model's texts do.
 
         Args:
             name: Of the questions in the logs.
             questions: The questions; also where solved examples come from.
             settings: How they are put.
             tokenizer: The run's.
+            begins_with_bos: Whether the model's texts begin with BOS.
             seq_length: Tokens that question and choice may have together.
             micro_batch_size: A micro-batch holds this times ``seq_length`` tokens.
         """
+        beginning = [tokenizer.bos_id] if begins_with_bos else []
         rows: list[tuple[list[int], int]] = []
         for number, question in enumerate(questions):
             examples = examples_for(questions, number, questions, settings.num_few_shot)
             prompt, answers = encode_question(
-                *(tokenizer, [tokenizer.eos_id], seq_length, question, examples, settings)
+                *(tokenizer, beginning, seq_length, question, examples, settings)
             )
             rows += [(prompt + ids, len(ids)) for ids in answers]
         num_tokens = micro_batch_size * seq_length

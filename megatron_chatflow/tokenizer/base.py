@@ -4,12 +4,14 @@ In: nothing. Out: the `Tokenizer` protocol, the names of its types, hashing of m
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import tokenizers
 
 from megatron_chatflow.errors import UserError
 
@@ -40,6 +42,10 @@ class Tokenizer(Protocol):
     pad_id: int
     unk_id: int
     fingerprint: str
+
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether the model's own configuration begins every text with BOS (`adds_bos_token`)."""
 
     @property
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
@@ -104,13 +110,67 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
 
-    def save_pretrained(self, folder: str | Path, chat_template: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        chat_template: str | None = None,
+        add_bos_token: bool | None = None,
+    ) -> None:
         """Writes what `transformers.AutoTokenizer.from_pretrained(folder)` reads.
 
         Args:
             folder: Made if it is missing.
             chat_template: Jinja source that turns messages into a prompt.
+            add_bos_token: Whether the folder's tokenizer begins a text with BOS; None keeps this
+                tokenizer's own setting.
         """
+
+
+def adds_bos_token(model_path: Path, bos_id: int) -> bool:
+    """Whether a model's configuration begins every text with BOS.
+
+    `add_bos_token` in the `tokenizer_config.json` beside the model decides. Without it, the
+    post-processor of `tokenizer.json` does, and without that file the default of transformers'
+    `LlamaTokenizer`, which is true. A model file with no configuration has no BOS.
+
+    Args:
+        model_path: The tokenizer's file.
+        bos_id: Its BOS, or -1.
+    """
+    if bos_id < 0:
+        return False
+    config = read_tokenizer_config(model_path.parent)
+    configured = config.get("add_bos_token")
+    if isinstance(configured, bool):
+        return configured
+    json_path = model_path if model_path.suffix == ".json" else model_path.parent / "tokenizer.json"
+    if json_path.is_file():
+        try:
+            opened = tokenizers.Tokenizer.from_file(str(json_path))
+        except Exception:  # the library raises bare Exception; loading the model reports it
+            return False
+        return opened.encode("a").ids[:1] == [bos_id]
+    return config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `tokenizer_config.json`; empty where there is none.
+
+    Raises:
+        UserError: It is not a JSON object.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not a tokenizer configuration: {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"not a tokenizer configuration: {path}: it is no object")
+    return config
 
 
 def read_model_file(path: Path) -> bytes:

@@ -28,7 +28,12 @@ BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 
 
 def save_sentencepiece(
-    model_bytes: bytes, tokenizer: Tokenizer, folder: Path, chat_template: str | None
+    model_bytes: bytes,
+    tokenizer: Tokenizer,
+    folder: Path,
+    chat_template: str | None,
+    *,
+    add_bos_token: bool,
 ) -> None:
     """Writes the folder.
 
@@ -37,6 +42,7 @@ def save_sentencepiece(
         tokenizer: Gives the ids that `tokenizer.json` has to reproduce.
         folder: Made if it is missing.
         chat_template: Jinja source that turns messages into a prompt.
+        add_bos_token: Whether the folder's tokenizer begins a text with BOS.
 
     Raises:
         UserError: The folder cannot be written.
@@ -60,11 +66,15 @@ def save_sentencepiece(
         ]
         if token_id >= 0
     }
+    if exact and converted is not None and add_bos_token:
+        # transformers 5 reads this and not `add_bos_token` where there is a tokenizer.json.
+        bos_id = trainer.bos_id
+        converted["post_processor"] = _beginning_with(model.pieces[bos_id].piece, bos_id, None)
     # The class that takes tokenizer.json as it stands: transformers' own LlamaTokenizer replaces
     # the normaliser, and then puts no space before text that begins with one.
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if exact else "LlamaTokenizer",
-        "add_bos_token": False,  # as in the training data, where no BOS is stored
+        "add_bos_token": add_bos_token,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         **special_tokens,
@@ -82,7 +92,12 @@ def save_sentencepiece(
 
 
 def copy_huggingface(
-    tokenizer_json: Path, special_tokens: dict[str, str], folder: Path, chat_template: str | None
+    tokenizer_json: Path,
+    special_tokens: dict[str, str],
+    folder: Path,
+    chat_template: str | None,
+    *,
+    new_bos: tuple[str, int] | None = None,
 ) -> None:
     """Copies a `tokenizer.json` with what lies beside it into a folder that transformers reads.
 
@@ -91,6 +106,8 @@ def copy_huggingface(
         special_tokens: Names such as "eos_token" to pieces, for a missing configuration.
         folder: Made if it is missing.
         chat_template: Jinja source that turns messages into a prompt; None keeps the file's own.
+        new_bos: A BOS token and its id, for a tokenizer that is to begin a text with it and does
+            not do so yet; None keeps `tokenizer.json` byte for byte.
 
     Raises:
         UserError: The folder cannot be written.
@@ -101,11 +118,44 @@ def copy_huggingface(
         config.update(json.loads(config_path.read_text(encoding="utf-8")))
     if chat_template is not None:
         config["chat_template"] = chat_template
+    data = tokenizer_json.read_bytes()
+    if new_bos is not None:
+        config["add_bos_token"] = True
+        content = json.loads(data)
+        content["post_processor"] = _beginning_with(*new_bos, content.get("post_processor"))
+        data = _json_bytes(content)
     files = {
-        "tokenizer.json": tokenizer_json.read_bytes(),
+        "tokenizer.json": data,
         "tokenizer_config.json": _json_bytes(config),
     }
     write_folder(folder, files)
+
+
+def _beginning_with(token: str, token_id: int, present: dict[str, Any] | None) -> dict[str, Any]:
+    """A post-processor of `tokenizer.json` that does what `present` does, behind a first token."""
+    if present is not None and present["type"] == "Sequence":
+        steps = list(present["processors"])
+    else:
+        steps = [] if present is None else [present]
+    first, second = ({"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB"))
+    template: dict[str, Any] = {
+        "type": "TemplateProcessing",
+        "single": [first],
+        "pair": [first, second],
+        "special_tokens": {},
+    }
+    kinds = [step["type"] for step in steps]
+    if template["type"] in kinds:
+        template = steps.pop(kinds.index(template["type"]))
+    begin = {"SpecialToken": {"id": token, "type_id": 0}}
+    known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    template = {
+        **template,
+        "single": [begin, *template["single"]],
+        "pair": [begin, *template["pair"]],
+        "special_tokens": {**template["special_tokens"], **known},
+    }
+    return {"type": "Sequence", "processors": [*steps, template]} if steps else template
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> None:

@@ -151,7 +151,7 @@ def extend_tokenizer(
     if tokenizer.tokenizer_type == "Llama2Tokenizer":
         write_folder(output, {"tokenizer.model": _extended_model(tokenizer, pieces)})
         extended = load_tokenizer(output / "tokenizer.model")
-        extended.save_pretrained(output)
+        extended.save_pretrained(output, add_bos_token=tokenizer.add_bos_token)
     else:
         tokenizer.save_pretrained(output)
         if addition == "merges":

@@ -17,8 +17,10 @@ import tokenizers
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import (
+    adds_bos_token,
     join_arrays,
     read_model_file,
+    read_tokenizer_config,
     sha256_of,
     without_surrogates,
 )
@@ -77,6 +79,11 @@ class HuggingFaceTokenizer:
     @cached_property
     def _continuing_tokenizer(self) -> tokenizers.Tokenizer:
         return _open(_without_prefix_space(self._content))
+
+    @cached_property
+    def add_bos_token(self) -> bool:
+        """Whether the model's own configuration begins every text with BOS."""
+        return adds_bos_token(self.model_path, self.bos_id)
 
     @cached_property
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
@@ -140,14 +147,28 @@ class HuggingFaceTokenizer:
         """The text of ids; control ids vanish."""
         return self._tokenizer.decode([int(token_id) for token_id in ids])
 
-    def save_pretrained(self, folder: str | Path, chat_template: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        chat_template: str | None = None,
+        add_bos_token: bool | None = None,
+    ) -> None:
         """Copies `tokenizer.json` and its configuration.
 
         Args:
             folder: Made if it is missing.
             chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
+            add_bos_token: Whether the folder's tokenizer begins a text with BOS; None keeps this
+                tokenizer's own setting.
         """
-        copy_huggingface(self.model_path, self._special_tokens, Path(folder), chat_template)
+        begin = add_bos_token and not self.add_bos_token
+        copy_huggingface(
+            self.model_path,
+            self._special_tokens,
+            Path(folder),
+            chat_template,
+            new_bos=(self._special_tokens["bos_token"], self.bos_id) if begin else None,
+        )
 
 
 def _open(content: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -169,15 +190,7 @@ def _encode_batch(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list
 
 def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
     """Control tokens by name, from the configuration beside the model, else by common names."""
-    config_path = path.with_name("tokenizer_config.json")
-    config: dict[str, Any] = {}
-    if config_path.exists():
-        try:
-            config = json.loads(config_path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"not a tokenizer configuration: {config_path}: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"not a tokenizer configuration: {config_path}: it is no object")
+    config = read_tokenizer_config(path.parent)
     found = {}
     for name, candidates in COMMON_NAMES.items():
         value = config.get(name)

@@ -16,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.bpe import CompiledBpeEncoder
 from megatron_chatflow.tokenizer.base import (
+    adds_bos_token,
     join_arrays,
     read_model_file,
     sha256_of,
@@ -61,6 +62,11 @@ class SentencePieceTokenizer:
         model.ParseFromString(self._model_bytes)
         model.normalizer_spec.add_dummy_prefix = False
         return _processor_of(model.SerializeToString(), self.model_path)
+
+    @cached_property
+    def add_bos_token(self) -> bool:
+        """Whether the model's own configuration begins every text with BOS."""
+        return adds_bos_token(self.model_path, self.bos_id)
 
     @cached_property
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
@@ -147,14 +153,24 @@ class SentencePieceTokenizer:
         text: str = self._processor.decode([int(token_id) for token_id in ids])
         return text
 
-    def save_pretrained(self, folder: str | Path, chat_template: str | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        chat_template: str | None = None,
+        add_bos_token: bool | None = None,
+    ) -> None:
         """Writes `tokenizer.model`, `tokenizer.json` and their configuration for transformers.
 
         Args:
             folder: Made if it is missing.
             chat_template: Jinja source that turns messages into a prompt.
+            add_bos_token: Whether the folder's tokenizer begins a text with BOS; None keeps this
+                tokenizer's own setting.
         """
-        save_sentencepiece(self._model_bytes, self, Path(folder), chat_template)
+        begin = self.add_bos_token if add_bos_token is None else add_bos_token
+        save_sentencepiece(
+            self._model_bytes, self, Path(folder), chat_template, add_bos_token=begin
+        )
 
 
 def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:

@@ -235,6 +235,7 @@ def _choices(config: RunConfig, inputs: RunInputs) -> ChoiceValidator | None:
         inputs.questions,
         ChoiceSettings(train.choice_scoring, train.choice_num_fewshot, train.choice_language),
         tokenizer=inputs.tokenizer,
+        begins_with_bos=inputs.state.tokenizer["add_bos_token"],
         seq_length=config.data.seq_length,
         micro_batch_size=train.micro_batch_size,
     )

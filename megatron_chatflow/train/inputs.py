@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from megatron_chatflow.config import RunConfig, to_plain
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.plan import check_epochs, epoch_findings
 from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_choice import Question, read_questions
@@ -107,7 +109,8 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         held_out = build_sources(
             config.data, seed=config.train.seed, tokenizer=tokenizer, split="validation"
         )
-    state = initial_state(config, tokenizer, sources, vocab_size)
+    begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
+    state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
     resumed = None
     if checkpoint is not None and saved is not None:
         _refuse_other_model(saved, state, checkpoint.folder, is_grown=grown is not None)
@@ -195,8 +198,41 @@ def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
     return configured
 
 
+def _begins_with_bos(
+    config: RunConfig, tokenizer: Tokenizer, checkpoint: Beginning | None, saved: RunState | None
+) -> bool:
+    """Whether the model's texts begin with BOS; warns of sources whose documents do not.
+
+    They do where the tokenizer, the weights that the run begins with, or a source says so.
+    """
+    sidecars = {
+        name: [read_sidecar(path) for path in source.paths]
+        for name, source in config.data.sources.items()
+    }
+    begins = tokenizer.add_bos_token or any(map(appends_bos, chain(*sidecars.values())))
+    if saved is not None:
+        begins = begins or saved.tokenizer.get("add_bos_token") is True
+    if checkpoint is not None and checkpoint.is_huggingface and not begins:
+        base = huggingface_tokenizer(checkpoint.folder)
+        begins = base is not None and base.add_bos_token
+    begins = begins and tokenizer.bos_id >= 0
+    without = [name for name, found in sidecars.items() if not all(map(writes_bos, found))]
+    if begins and without:
+        logger.warning(
+            "data.sources: documents of %s do not begin with BOS, but the model's texts do: "
+            "preprocess them with preprocess_data.py --append-bos",
+            ", ".join(without),
+        )
+    return begins
+
+
 def initial_state(
-    config: RunConfig, tokenizer: Tokenizer, sources: list[Source], vocab_size: int
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    sources: list[Source],
+    vocab_size: int,
+    *,
+    add_bos_token: bool,
 ) -> RunState:
     """The state of a run that has not begun."""
     return RunState(
@@ -210,6 +246,7 @@ def initial_state(
             "type": config.tokenizer.tokenizer_type,
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
+            "add_bos_token": add_bos_token,
         },
         model=LlamaShape.of(config.model, vocab_size).recorded(),
     )

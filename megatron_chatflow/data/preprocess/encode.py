@@ -80,13 +80,14 @@ class EncodedChunk:
 
 
 def encode_segments(
-    tokenizer: Tokenizer, segments: Sequence[Segment]
+    tokenizer: Tokenizer, segments: Sequence[Segment], *, append_bos: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
     """Ids and loss mask of a document's segments.
 
     Args:
         tokenizer: The tokenizer.
         segments: In order.
+        append_bos: Begin with BOS, without loss, unless the segments do.
 
     Returns:
         The ids; 1 for each id with loss, else 0; and for each segment, how many ids there are up
@@ -113,6 +114,9 @@ def encode_segments(
         ids += new_ids
         loss_mask += [int(loss)] * len(new_ids)
         ends += [len(ids)] * len(members)
+    if append_bos and ids and ids[0] != tokenizer.bos_id:
+        ids, loss_mask = [tokenizer.bos_id, *ids], [0, *loss_mask]
+        ends = [end + 1 for end in ends]
     return ids, loss_mask, ends
 
 
@@ -151,14 +155,25 @@ class DocumentEncoder:
         if encoded is None:
             return None
         ids, lengths, num_text_bytes = encoded
+        ids, lengths = self._begun(ids, lengths)
         return _packed(ids, lengths, np.array([num_text_bytes]), None)
 
     @property
     def _end_id(self) -> int:
         return self.tokenizer.eos_id if self.settings.append_eod else -1
 
+    def _begun(
+        self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """Ids and lengths of documents with BOS before each that has any ids, if it is wanted."""
+        if not self.settings.append_bos:
+            return ids, lengths
+        has_ids = lengths > 0
+        begins = (np.cumsum(lengths, dtype=np.int64) - lengths)[has_ids]
+        return np.insert(ids, begins, self.tokenizer.bos_id), lengths + has_ids.astype(np.int32)
+
     def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
-        ids, lengths = self.tokenizer.encode_arrays(texts, self._end_id)
+        ids, lengths = self._begun(*self.tokenizer.encode_arrays(texts, self._end_id))
         utf8 = [text.encode() for text, n in zip(texts, lengths.tolist(), strict=True) if n]
         text_bytes = np.array([len(text) for text in utf8], np.int64)
         hashes = hashes_of(utf8) if self.settings.dedup else None
@@ -171,7 +186,9 @@ class DocumentEncoder:
         num_dropped: Counter[str] = Counter()
         num_repaired: Counter[str] = Counter()
         for document in documents:
-            ids, mask, ends = encode_segments(self.tokenizer, document.segments)
+            ids, mask, ends = encode_segments(
+                self.tokenizer, document.segments, append_bos=self.settings.append_bos
+            )
             num_segments = len(document.segments)
             limit = self.settings.max_tokens
             if self.settings.append_eod and ids[-1:] != [self.tokenizer.eos_id]:

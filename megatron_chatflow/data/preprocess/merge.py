@@ -28,6 +28,7 @@ from megatron_chatflow.data.preprocess.merge_parts import (
 from megatron_chatflow.data.preprocess.repeats import Repeats
 from megatron_chatflow.data.sidecar import (
     DOCUMENT_SUFFIX,
+    appends_bos,
     loss_mask_prefix,
     read_sidecar,
     sidecar_bytes,
@@ -180,7 +181,15 @@ def _check_alike(datasets: list[IndexedDataset], sidecars: list[dict[str, Any] |
                 f"different dtypes: {dataset.prefix} has {dataset.dtype}, {first.prefix} "
                 f"{first.dtype}: preprocess them with one tokenizer"
             )
-    known = [(d, s["tokenizer"]) for d, s in zip(datasets, sidecars, strict=True) if s is not None]
+    described = [(d, s) for d, s in zip(datasets, sidecars, strict=True) if s is not None]
+    with_bos = [dataset for dataset, sidecar in described if appends_bos(sidecar)]
+    without = [dataset for dataset, sidecar in described if not appends_bos(sidecar)]
+    if with_bos and without:
+        raise UserError(
+            f"different beginnings: documents of {with_bos[0].prefix} begin with BOS, those of "
+            f"{without[0].prefix} do not: preprocess one again, with or without --append-bos"
+        )
+    known = [(dataset, sidecar["tokenizer"]) for dataset, sidecar in described]
     for dataset, tokenizer in known:
         if tokenizer["sha256"] != known[0][1]["sha256"]:
             raise UserError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_chatflow.data.preprocess.repeats import Repeats
-from megatron_chatflow.data.sidecar import hashes_path
+from megatron_chatflow.data.sidecar import hashes_path, settings_of
 from megatron_chatflow.data.staged_file import told_to_the_user
 from megatron_chatflow.errors import UserError
 
@@ -74,7 +74,7 @@ def are_parts_to_compare(
     first = known[0]
     dedup = any(sidecar["settings"].get("dedup") for sidecar in known)
     same_job = all(
-        part and part[1] == first["part"][1] and sidecar["settings"] == first["settings"]
+        part and part[1] == first["part"][1] and settings_of(sidecar) == settings_of(first)
         for part, sidecar in zip(parts, known, strict=False)
     )
     if len(known) < len(sidecars) or not same_job:

@@ -21,7 +21,13 @@ from megatron_chatflow.data.preprocess.merge import merge_datasets
 from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
 from megatron_chatflow.data.preprocess.output import document_prefix, output_paths
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
-from megatron_chatflow.data.sidecar import hashes_path, loss_mask_prefix, read_sidecar, sha256_of
+from megatron_chatflow.data.sidecar import (
+    hashes_path,
+    loss_mask_prefix,
+    read_sidecar,
+    settings_of,
+    sha256_of,
+)
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -183,7 +189,8 @@ def _finished(
         return None
     content = read_sidecar(prefix)
     inputs = [{"name": file.name, "num_bytes": file.num_bytes} for file in files]
-    if content is None or content["inputs"] != inputs or content["settings"] != settings.record():
+    same_inputs = content is not None and content["inputs"] == inputs
+    if content is None or not same_inputs or settings_of(content) != settings.record():
         if settings.overwrite:
             return None
         raise UserError(

@@ -78,6 +78,7 @@ def preprocess_files(
         UserError: As `preprocess` does.
     """
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    _check_bos(settings, tokenizer)
     settings = _with_control_tokens(settings, tokenizer)
     keys = settings.corpus.json_keys
     outputs: dict[str, KeyOutput] = {}
@@ -89,6 +90,19 @@ def preprocess_files(
     finally:
         for output in outputs.values():
             output.discard()
+
+
+def _check_bos(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+    if settings.append_bos and tokenizer.bos_id < 0:
+        raise UserError(
+            f"--append-bos: tokenizer has no BOS token: {tokenizer.model_path}: leave the flag out"
+        )
+    if tokenizer.add_bos_token and not settings.append_bos:
+        logger.warning(
+            "%s begins texts with BOS (add_bos_token), and these documents do not: --append-bos "
+            "stores it",
+            tokenizer.model_path,
+        )
 
 
 def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> PreprocessSettings:

@@ -26,6 +26,7 @@ class PreprocessSettings:
         tokenizer_model: File or folder.
         tokenizer_type: One of `TOKENIZER_TYPES`, or "auto".
         corpus: What the inputs are.
+        append_bos: Whether every document begins with the beginning-of-sequence token.
         append_eod: Whether every document ends with the end-of-document token.
         max_tokens: Longest document of pairs and chats; None for no limit.
         over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
@@ -44,6 +45,7 @@ class PreprocessSettings:
     tokenizer_model: str
     tokenizer_type: str = "auto"
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    append_bos: bool = False
     append_eod: bool = False
     max_tokens: int | None = None
     over_long: Literal["truncate", "drop"] = "truncate"
@@ -67,8 +69,13 @@ class PreprocessSettings:
             source = self.corpus.chat_template.source.encode()
             corpus["template"] = f"{self.corpus.chat_name} {hashlib.sha256(source).hexdigest()}"
         limit = {} if self.max_tokens is None else {"over_long": self.over_long}
-        options = {"append_eod": self.append_eod, "max_tokens": self.max_tokens, **limit}
-        options["dedup"] = self.dedup
+        options = {
+            "append_bos": self.append_bos,
+            "append_eod": self.append_eod,
+            "max_tokens": self.max_tokens,
+            **limit,
+            "dedup": self.dedup,
+        }
         recorded: dict[str, Any] = json.loads(json.dumps({**corpus, **options}))
         return recorded
 

@@ -195,3 +195,85 @@ def test_unigram_model_is_exported_as_the_model_alone(tmp_path: Path) -> None:
     copy = load_tokenizer(tmp_path / "folder")
     assert copy.fingerprint == tokenizer.fingerprint
     assert np.array_equal(copy.num_bytes_per_id, tokenizer.num_bytes_per_id)
+
+
+def test_add_bos_token_is_read_where_each_kind_of_folder_says_it(
+    tiny_sentencepiece_model: Path, byte_level_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    def folder(name: str, config: dict, *, with_json: bool, processor: bool = False) -> Path:
+        load_tokenizer(tiny_sentencepiece_model).save_pretrained(
+            tmp_path / name, add_bos_token=processor
+        )
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+        if not with_json:
+            (tmp_path / name / "tokenizer.json").unlink()
+        return tmp_path / name
+
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+    cases = {
+        "said": ({**names, "add_bos_token": True}, False, False, True),
+        "denied": ({**names, "add_bos_token": False}, True, True, False),
+        "processor": (names, True, True, True),
+        "no_processor": (names, True, False, False),
+        "default_of_llama": (names, False, False, True),
+        "other_class": ({**names, "tokenizer_class": "OtherTokenizer"}, False, False, False),
+    }
+    for name, (config, with_json, processor, expected) in cases.items():
+        made = folder(name, config, with_json=with_json, processor=processor)
+        assert load_tokenizer(made).add_bos_token is expected, name
+        if with_json:
+            assert load_tokenizer(made / "tokenizer.json").add_bos_token is expected, name
+    assert not load_tokenizer(tiny_sentencepiece_model).add_bos_token  # no configuration at all
+    assert not load_tokenizer(byte_level_model).add_bos_token
+
+    for model, name in ((tiny_sentencepiece_model, "s"), (byte_level_model, "b")):
+        tokenizer = load_tokenizer(model)
+        tokenizer.save_pretrained(tmp_path / name, add_bos_token=True)
+        for path in tmp_path / name, tmp_path / name / "tokenizer.json":
+            copy = load_tokenizer(path)
+            assert copy.add_bos_token
+            assert copy.encode("bana kifu") == tokenizer.encode("bana kifu")  # the caller puts it
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name)
+        expected = [tokenizer.bos_id, *tokenizer.encode("bana kifu")]
+        assert theirs("bana kifu")["input_ids"] == expected
+        # A copy of the copy keeps it, without a second one.
+        load_tokenizer(tmp_path / name).save_pretrained(tmp_path / name / "again")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / name / "again")
+        assert theirs("bana kifu")["input_ids"] == expected
+
+
+def test_a_new_bos_leaves_an_old_post_processor_in_place(
+    byte_level_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    content = json.loads(byte_level_model.read_bytes())
+    end = {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "Sequence",
+        "processors": [
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": False,
+                "use_regex": True,
+            },
+            {
+                "type": "TemplateProcessing",
+                "single": [text, end],
+                "pair": [text, end, {"Sequence": {"id": "B", "type_id": 1}}],
+                "special_tokens": {
+                    "<|im_end|>": {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}
+                },
+            },
+        ],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert not tokenizer.add_bos_token
+    tokenizer.save_pretrained(tmp_path / "copy", add_bos_token=True)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "copy")("bana")["input_ids"]
+    assert ids == [tokenizer.bos_id, *tokenizer.encode("bana"), 2]

@@ -39,6 +39,8 @@ PRINTED_BY = {
 }
 # Flags of another command, which the message is about.
 OF_ANOTHER_STEP = {
+    ("data.preprocess.merge", "--append-bos"),
+    ("train.inputs", "--append-bos"),
     ("data.preprocess.merge_parts", "--dedup"),
     ("data.preprocess.merge_parts", "--shard"),
 }
