@@ -35,6 +35,7 @@ RUN_FIELDS = (
     "num_restarts",
     "seconds_lost",
     "num_skipped",
+    "skipped_no_loss_tokens",
     "num_rollbacks",
 )
 SOURCE_FIELDS = ("loss", "weight", "realised", "tokens", "loss_tokens", "epochs")

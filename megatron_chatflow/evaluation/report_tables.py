@@ -140,6 +140,9 @@ def _operation_tiles(run: RunMetrics) -> list[tuple[str, str, str]]:
     skipped, rollbacks = (_last(run.columns[key]) for key in ("num_skipped", "num_rollbacks"))
     if skipped > 0 or rollbacks > 0:
         entries.append(("Updates left out", f"{skipped:,.0f}", f"{rollbacks:,.0f} rollbacks"))
+    without_loss = _last(run.columns["skipped_no_loss_tokens"])
+    if without_loss > 0:
+        entries.append(("Steps without loss tokens", f"{without_loss:,.0f}", "updates left out"))
     return entries
 
 

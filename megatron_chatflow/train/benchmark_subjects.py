@@ -90,6 +90,7 @@ class Ours:
             self._ranks,
             self._guard,
         )
+        assert result.loss is not None, "every token has a loss"
         return result.loss
 
 

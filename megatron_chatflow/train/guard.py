@@ -1,10 +1,14 @@
 """Judges every step before its update: is its loss finite, its gradient finite, its loss a spike?
 
-In: the loss of each source and the gradient's norm, the same on every rank. Out: a `Verdict`, the
-same on every rank, and what a checkpoint must carry so that a resumed run judges alike.
+Every rank judges by the same numbers, the loss of each source and the norm of the gradient, so all
+ranks reach the same `Verdict`. What later verdicts depend on is part of every checkpoint.
 
 The judgement falls between the gradient's norm and the update, so a bad step leaves weights and
-optimizer state as they were.
+optimizer state as they were. The same holds for a step without loss tokens. Its gradient is zero,
+but its update would still decay the weights and move them by the optimizer's moments. Such a step
+is not a fault: whatever ``--on-nan`` says, its update is left out and counted, and it neither
+counts as one of the bad steps in a row nor enters the losses that a spike is measured against. As
+in every other step, the iteration, the consumed samples and the learning rate's position go on.
 """
 
 import logging
@@ -29,21 +33,24 @@ class Verdict:
 
     Attributes:
         problem: What is wrong with it; None where nothing is.
+        has_loss_tokens: Whether any token of the global batch had a loss.
     """
 
     problem: str | None
+    has_loss_tokens: bool = True
 
     @property
     def is_good(self) -> bool:
         """Whether the update may be made."""
-        return self.problem is None
+        return self.problem is None and self.has_loss_tokens
 
 
 class Guard:
     """Remembers recent losses, judges steps and counts the bad ones.
 
     Attributes:
-        num_skipped: Steps without an update since the run began.
+        num_skipped: Bad steps, whose updates were left out, since the run began.
+        skipped_no_loss_tokens: Steps without loss tokens, whose updates were left out as well.
         num_rollbacks: How often the weights of a checkpoint were taken again.
     """
 
@@ -58,6 +65,7 @@ class Guard:
         self._faults = config.faults
         self._sources = list(sources)
         self.num_skipped = int(state.get("num_skipped", 0))
+        self.skipped_no_loss_tokens = int(state.get("skipped_no_loss_tokens", 0))
         self.num_rollbacks = int(state.get("num_rollbacks", 0))
         self._num_in_a_row = int(state.get("num_in_a_row", 0))
         self._losses = deque(
@@ -68,6 +76,7 @@ class Guard:
         """What a checkpoint carries; JSON can hold it."""
         return {
             "num_skipped": self.num_skipped,
+            "skipped_no_loss_tokens": self.skipped_no_loss_tokens,
             "num_rollbacks": self.num_rollbacks,
             "num_in_a_row": self._num_in_a_row,
             "losses": list(self._losses) if self._faults.loss_spike_factor is not None else [],
@@ -90,9 +99,11 @@ class Guard:
         if not math.isfinite(grad_norm):
             return Verdict(f"the gradient's norm is {grad_norm}")
         num_tokens = sum(row[1] for row in source_sums)
-        loss = sum(row[0] for row in source_sums) / num_tokens if num_tokens else None
+        if not num_tokens:
+            return Verdict(None, has_loss_tokens=False)
+        loss = sum(row[0] for row in source_sums) / num_tokens
         factor = self._faults.loss_spike_factor
-        if factor is not None and loss is not None and len(self._losses) >= _FEWEST_LOSSES:
+        if factor is not None and len(self._losses) >= _FEWEST_LOSSES:
             usual = median(self._losses)
             if loss > factor * usual:
                 return Verdict(
@@ -100,12 +111,12 @@ class Guard:
                 )
         return Verdict(None)
 
-    def record(self, verdict: Verdict, loss: float, begin: int, end: int) -> bool:
+    def record(self, verdict: Verdict, loss: float | None, begin: int, end: int) -> bool:
         """Counts a judged step.
 
         Args:
             verdict: What `judge` found.
-            loss: The step's mean loss; NaN if it had no loss tokens.
+            loss: The step's mean loss; None if it had no loss tokens.
             begin: First global sample of the step.
             end: The one after its last.
 
@@ -117,8 +128,18 @@ class Guard:
         """
         if verdict.is_good:
             self._num_in_a_row = 0
-            if math.isfinite(loss):
+            if loss is not None:
                 self._losses.append(loss)
+            return False
+        if verdict.problem is None:
+            self.skipped_no_loss_tokens += 1
+            if self.skipped_no_loss_tokens == 1:
+                logger.warning(
+                    "samples %d to %d: no loss tokens; the update is left out. Further such steps "
+                    "are counted as skipped_no_loss_tokens",
+                    begin,
+                    end,
+                )
             return False
         where = f"samples {begin} to {end}: {verdict.problem}"
         if self._faults.on_nan == "stop":

@@ -271,6 +271,7 @@ def _report(
         ),
         memory_bytes=peak_memory(run.ranks.device),
         num_skipped=run.guard.num_skipped,
+        skipped_no_loss_tokens=run.guard.skipped_no_loss_tokens,
         num_rollbacks=run.guard.num_rollbacks,
         downtime=run.downtime,
         batch_digest=digest,

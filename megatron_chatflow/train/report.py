@@ -45,7 +45,7 @@ class IterationReport:
         consumed_samples: Samples consumed, this iteration's included.
         consumed_tokens: The same in tokens.
         global_batch_size: Samples of this iteration.
-        lm_loss: Mean loss of its loss tokens in nats.
+        lm_loss: Mean loss of its loss tokens in nats; None if it had none.
         learning_rate: Rate of its update.
         grad_norm: Gradient norm before clipping.
         time: Unix time of the report, in seconds.
@@ -58,7 +58,8 @@ class IterationReport:
         mfu_causal: The same where causal attention counts half.
         memory_bytes: The most that the reporting process has held, of its device's memory.
         batch_digest: Hash of the global batch's tokens and masks in sample order.
-        num_skipped: Updates left out since the run began.
+        num_skipped: Bad steps, whose updates were left out, since the run began.
+        skipped_no_loss_tokens: Steps without loss tokens, whose updates were left out as well.
         num_rollbacks: Returns to a checkpoint's weights since the run began.
         downtime: What restarts have cost.
         sources: By name.
@@ -70,7 +71,7 @@ class IterationReport:
     consumed_samples: int
     consumed_tokens: int
     global_batch_size: int
-    lm_loss: float
+    lm_loss: float | None
     learning_rate: float
     grad_norm: float
     time: float
@@ -84,6 +85,7 @@ class IterationReport:
     memory_bytes: int
     batch_digest: str
     num_skipped: int
+    skipped_no_loss_tokens: int
     num_rollbacks: int
     downtime: Downtime
     sources: Mapping[str, SourceReport]
@@ -111,6 +113,7 @@ class IterationReport:
             "num_restarts": self.downtime.num_restarts,
             "seconds_lost": self.downtime.seconds,
             "num_skipped": self.num_skipped,
+            "skipped_no_loss_tokens": self.skipped_no_loss_tokens,
             "num_rollbacks": self.num_rollbacks,
             "batch_digest": self.batch_digest,
             "sources": {
@@ -139,6 +142,7 @@ class IterationReport:
             "restarts": self.downtime.num_restarts,
             "seconds-lost": self.downtime.seconds,
             "skipped-updates": self.num_skipped,
+            "skipped-no-loss-tokens": self.skipped_no_loss_tokens,
             "rollbacks": self.num_rollbacks,
         }
         for name, source in self.sources.items():

@@ -4,7 +4,6 @@ In: this rank's micro-batches. Out: `StepResult`. The loss is summed over the gl
 tokens and divided by their number, so it does not depend on how the batch was cut.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +37,10 @@ class StepResult:
     verdict: Verdict
 
     @property
-    def loss(self) -> float:
-        """Mean loss of the global batch's loss tokens, in nats; NaN if it had none."""
+    def loss(self) -> float | None:
+        """Mean loss of the global batch's loss tokens, in nats; None if it had none."""
         loss_sum, num_tokens, _ = self.source_sums.sum(dim=0).tolist()
-        return loss_sum / num_tokens if num_tokens else math.nan
+        return loss_sum / num_tokens if num_tokens else None
 
 
 def train_step(
@@ -52,7 +51,11 @@ def train_step(
     guard: Guard,
     mark: Mark = no_mark,
 ) -> StepResult:
-    """Takes one step, or leaves its update out where the guard finds it bad; every rank calls it.
+    """Takes one step, or leaves its update out where the guard says so; every rank calls it.
+
+    Megatron-LM counts a step without an update as an iteration but keeps its learning rate where it
+    was. Here the learning rate goes on with the samples, whatever became of the update, so that it
+    is the same after a resume.
 
     Args:
         batch: This rank's micro-batches of the global batch.

@@ -29,7 +29,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _are_equal(folder: Path, first: int, second: int) -> bool:
+def are_equal(folder: Path, first: int, second: int) -> bool:
     ours, theirs = (_tensors(folder / f"iter_{k:07d}") for k in (first, second))
     return all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -61,9 +61,9 @@ def test_bad_steps_are_skipped_and_counted_across_a_resume(
     assert (restart["attempt"], restart["iteration"], restart["reached"]) == (2, 15, 15)
     assert restart["seconds_lost"] == found[-1]["seconds_lost"]
     assert not (whole / "restarts.jsonl").exists()
-    assert _are_equal(whole, 2, 4)
-    assert not _are_equal(whole, 4, 5)
-    assert _are_equal(whole, 16, 17)
+    assert are_equal(whole, 2, 4)
+    assert not are_equal(whole, 4, 5)
+    assert are_equal(whole, 16, 17)
 
     jobs.run(jobs.pretrain(*flags, "--save", tmp_path / "healthy"))
     healthy, _ = jobs.read_metrics(tmp_path / "healthy")
@@ -81,8 +81,8 @@ def test_rollback_takes_the_weights_of_the_last_checkpoint(
     assert "rolled back to the weights of" in output and "iter_0000003" in output
     entries, _ = jobs.read_metrics(folder)
     assert [entry["num_rollbacks"] for entry in entries] == [0] * 5 + [1] * 4
-    assert _are_equal(folder, 3, 6)
-    assert not _are_equal(folder, 6, 9)
+    assert are_equal(folder, 3, 6)
+    assert not are_equal(folder, 6, 9)
     output = jobs.run(_faulty({"nan": [2]}, *flags, "--save", tmp_path / "none"), expect=2)
     assert "rollback finds no checkpoint of this run" in output.splitlines()[-1]
 

@@ -30,7 +30,7 @@ def iteration_line(report: IterationReport, now: datetime) -> str:
         f"throughput per GPU (TFLOP/s/GPU): {report.tflops_per_gpu:.3f}",
         f"learning rate: {report.learning_rate:.6E}",
         f"global batch size: {report.global_batch_size:5d}",
-        f"lm loss: {report.lm_loss:.6E}",
+        "no loss tokens" if report.lm_loss is None else f"lm loss: {report.lm_loss:.6E}",
         f"grad norm: {report.grad_norm:.3f}",
         f"tokens/s: {report.tokens_per_second:.0f}",
         f"tokens/s per GPU: {report.tokens_per_second_per_gpu:.0f}",
@@ -38,6 +38,7 @@ def iteration_line(report: IterationReport, now: datetime) -> str:
         f"loader wait: {100 * wait:.1f}%",
         f"memory (GiB): {report.memory_bytes / 2**30:.2f}",
         f"skipped: {report.num_skipped}",
+        f"skipped without loss tokens: {report.skipped_no_loss_tokens}",
         f"rollbacks: {report.num_rollbacks}",
         f"restarts: {report.downtime.num_restarts}, {report.downtime.seconds:.0f} s lost",
     ]

@@ -297,6 +297,15 @@ def test_validation_table_compares_first_and_last(tmp_path: Path) -> None:
     assert '<td class="group">2</td><td>2.5</td><td class="bad">▲ +25 %</td>' in page
 
 
+def test_steps_without_loss_tokens_are_counted(tmp_path: Path) -> None:
+    records = [entry for entry in synthetic_records(10) if "lm_loss" in entry]
+    records[4]["lm_loss"] = None
+    for record in records[4:]:
+        record["skipped_no_loss_tokens"] = 1
+    page = build(write_run(tmp_path / "run", records))
+    assert "Steps without loss tokens" in page and "Updates left out" not in page
+
+
 def test_several_runs_on_one_page(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / name, synthetic_records(100, ["english"] if index == 0 else None))

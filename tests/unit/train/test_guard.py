@@ -34,6 +34,30 @@ def test_a_source_without_loss_tokens_is_fine() -> None:
     assert _guard().judge([[20.0, 10, 40], [0.0, 0, 0]], 1.0).is_good
 
 
+@pytest.mark.parametrize("on_nan", ["stop", "skip", "rollback"])
+def test_a_step_without_loss_tokens_makes_no_update_and_is_no_fault(on_nan: str) -> None:
+    guard = _guard(on_nan=on_nan, max_bad_steps=2, loss_spike_factor=2.0)
+    for step in range(12):
+        verdict = guard.judge([[0.0, 0, 0], [0.0, 0, 0]], 0.0)
+        assert not verdict.is_good and verdict.problem is None
+        assert guard.record(verdict, None, step, step + 1) is False
+    assert (guard.skipped_no_loss_tokens, guard.num_skipped, guard.num_rollbacks) == (12, 0, 0)
+    assert _guard(guard.state()).skipped_no_loss_tokens == 12
+    assert guard.state()["losses"] == []
+
+
+def test_steps_without_loss_tokens_do_not_separate_bad_steps() -> None:
+    guard = _guard(on_nan="skip", max_bad_steps=2)
+    guard.record(Verdict("bad"), math.nan, 0, 1)
+    guard.record(Verdict(None, has_loss_tokens=False), None, 1, 2)
+    with pytest.raises(UserError, match="2 bad steps in a row"):
+        guard.record(Verdict("bad"), math.nan, 2, 3)
+
+
+def test_a_loss_that_is_no_number_is_bad_also_without_loss_tokens() -> None:
+    assert _guard().judge([[math.nan, 0, 0], [0.0, 0, 0]], 0.0).problem is not None
+
+
 def test_a_spike_is_measured_against_the_recent_median() -> None:
     guard = _guard(loss_spike_factor=2.0, loss_spike_window=20)
     for step in range(9):
