@@ -4,14 +4,18 @@ In: a folder. Out: a `TinyRun` whose YAML file the real entry point trains withi
 """
 
 import io
+import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import yaml
 
+from megatron_chatflow.checkpoint.files import iteration_folder, write_atomically
+from megatron_chatflow.config import RunConfig
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -131,3 +135,23 @@ def make_tiny_run(folder: Path) -> TinyRun:
         )
     )
     return TinyRun(folder, config, model)
+
+
+def write_checkpoint_state(config: RunConfig, folder: Path, **state: Any) -> None:
+    """Writes what iteration 5 of a run would save beside its tensors, into the run's folder."""
+    from megatron_chatflow.train.inputs import open_inputs
+
+    inputs = open_inputs(config)
+    samples = 5 * config.train.global_batch_size
+    saved = replace(
+        inputs.state,
+        iteration=5,
+        consumed_samples=samples,
+        blend=inputs.blend.state_at(samples),
+        **state,
+    )
+    checkpoint = iteration_folder(folder, 5)
+    checkpoint.mkdir(parents=True)
+    write_atomically(checkpoint / "state.json", json.dumps(vars(saved)))
+    write_atomically(checkpoint / "config.yaml", config.to_yaml())
+    write_atomically(folder / "latest_checkpointed_iteration.txt", "5\n")

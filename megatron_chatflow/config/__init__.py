@@ -8,6 +8,7 @@ from megatron_chatflow.config.flags import RunOptions
 from megatron_chatflow.config.load import load_config, load_config_from_argv
 from megatron_chatflow.config.logging_section import LoggingConfig
 from megatron_chatflow.config.run_config import RunConfig, to_plain
+from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",
+    "RunLength",
     "RunOptions",
     "ScheduleConfig",
     "SourceConfig",

@@ -16,6 +16,7 @@ from megatron_chatflow.config.fault_section import FaultConfig
 from megatron_chatflow.config.fields import CONFIG
 from megatron_chatflow.config.logging_section import LoggingConfig
 from megatron_chatflow.config.problems import describe
+from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -62,21 +63,13 @@ class RunConfig:
 
     @property
     def num_iterations(self) -> int:
-        """Iterations of the whole run; ``train_samples`` counts whole global batches."""
-        if self.train.train_iters is not None:
-            return self.train.train_iters
-        assert self.train.train_samples is not None, "one of the two is checked to be there"
-        return self.train.train_samples // self.train.global_batch_size
+        """Iterations of a run of this global batch size; `RunLength` knows of other ones."""
+        return RunLength.of(self).last_iteration
 
     @property
     def num_samples(self) -> int:
-        """Samples of the whole run."""
-        return self.num_iterations * self.train.global_batch_size
-
-    @property
-    def lr_decay_iters(self) -> int:
-        """Iteration at which the learning rate's decay ends."""
-        return self.optimizer.lr_decay_iters or self.num_iterations
+        """Samples of a run of this global batch size; ``train_samples`` counts whole batches."""
+        return RunLength.of(self).num_samples
 
     @property
     def hang_timeout_minutes(self) -> float:

@@ -271,11 +271,18 @@ class OptimizerConfig:
         default=0.0, description="learning rate at the end of the decay"
     )
     lr_warmup_iters: Count = Field(default=0, description="iterations of linear warmup")
+    lr_warmup_samples: Count = Field(
+        default=0, description="samples of linear warmup, for a run whose length is train_samples"
+    )
     lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="form of the decay"
     )
     lr_decay_iters: PositiveCount | None = Field(
         default=None, description="iteration at which the decay ends; the run's last when unset"
+    )
+    lr_decay_samples: PositiveCount | None = Field(
+        default=None,
+        description="sample at which the decay ends, for a run whose length is train_samples",
     )
     weight_decay: NonNegativeNumber = Field(default=0.1, description="decoupled weight decay")
     adam_beta1: Fraction = Field(default=0.9, description="decay of Adam's first moment")

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.suggest import closest
 from megatron_chatflow.errors import UserError
 
@@ -242,11 +243,22 @@ def _check_learning_rate(config: "RunConfig") -> None:
             f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}; "
             "lower it"
         )
-    if optimizer.lr_warmup_iters >= config.lr_decay_iters:
-        raise UserError(
-            f"optimizer.lr_warmup_iters: {optimizer.lr_warmup_iters} is not below the "
-            f"{config.lr_decay_iters} iterations at whose end the decay is done; lower it"
-        )
+    if config.train.train_iters is not None:
+        for name in ("lr_warmup_samples", "lr_decay_samples"):
+            if getattr(optimizer, name):
+                raise UserError(
+                    f"optimizer.{name}: counts samples, and the run's length is train.train_iters; "
+                    f"set optimizer.{name.replace('samples', 'iters')}, or train.train_samples"
+                )
+    for name in ("lr_warmup", "lr_decay"):
+        if getattr(optimizer, f"{name}_iters") and getattr(optimizer, f"{name}_samples"):
+            raise UserError(
+                f"optimizer.{name}_iters and optimizer.{name}_samples: both are set; leave one of "
+                "them out"
+            )
+    # Samples of a run that a resume goes on with may have begun with another batch size.
+    if config.train.train_iters is not None or config.checkpoint.load is None:
+        RunLength.of(config).check_learning_rate(optimizer)
 
 
 def _check_checkpoint(config: "RunConfig") -> None:

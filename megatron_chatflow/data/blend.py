@@ -140,6 +140,21 @@ class Blend:
             "segments": [segment.to_dict() for segment in segments],
         }
 
+    def knots_before(self, sample: int) -> list[int]:
+        """The samples in (0, ``sample``) at which a knot lies, in order.
+
+        Knots that count iterations lie at other samples once the batch size has changed.
+        """
+        begins = [segment.begin for segment in self._segments]
+        schedules = [*(segment.schedule for segment in self._segments[:-1]), self.schedule]
+        found = {
+            knot.at
+            for begin, end, schedule in zip(begins, [*begins[1:], sample], schedules, strict=True)
+            for knot in schedule.knots
+            if max(begin, 1) <= knot.at < min(end, sample)
+        }
+        return sorted(found)
+
     def error_bound(self) -> float:
         """No count will lie this far from the whole run's quota, in samples: 1 without edits."""
         return float(self._segments[-1].error_bound)

@@ -101,11 +101,14 @@ def next_segment(
         sample: The edit's place, not before the last segment's begin.
         counts: Draws of each source before ``sample``.
     """
-    same_grid = schedule.samples_per_iteration == last.schedule.samples_per_iteration
+    same_grid = _grid(schedule) == _grid(last.schedule)
     origin = last.origin if same_grid else sample
     table = schedule.table(origin)
     if same_grid and not _differs_from(last.table, table, sample):
         return None
+    if not same_grid and _constant_levels(table, sample) == _constant_levels(last.table, sample):
+        if _constant_levels(table, sample) is not None:
+            return None
     quotas = tuple(last.quotas_at(sample))
     offsets = choose_offsets(table, sample, quotas, counts)
     return Segment(sample, origin, schedule, tuple(counts), quotas, tuple(offsets))
@@ -136,8 +139,11 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
         start = max(begin, segment.begin)
         if start >= stop:
             continue
-        batch = segment.schedule.samples_per_iteration
-        table = schedule.table(segment.origin, batch)
+        batch, _ = grid = _grid(segment.schedule)
+        counted = schedule
+        if schedule.unit == "iterations":  # compare with iterations of the size that they had
+            counted = schedule.with_iterations(*grid)
+        table = counted.table(segment.origin, batch)
         sample = first_difference(segment.table, table, start, stop)
         if sample is None:
             continue
@@ -226,6 +232,17 @@ def _first_in_piece(old: WeightTable, new: WeightTable, first: int, last: int) -
             return first + int(np.argmax(differs))
         first = end
     return None
+
+
+def _grid(schedule: Schedule) -> tuple[int, int]:
+    """What decides where iterations begin."""
+    return schedule.samples_per_iteration, schedule.iteration_origin
+
+
+def _constant_levels(table: WeightTable, sample: int) -> tuple[int, ...] | None:
+    """The levels of every sample from ``sample`` on; None if they change."""
+    (first, last, *_), end = _line(table, (sample - table.origin) // table.samples_per_iteration)
+    return first if end == NEVER and first == last else None
 
 
 def _differs_from(old: WeightTable, new: WeightTable, sample: int) -> bool:

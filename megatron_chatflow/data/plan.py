@@ -68,8 +68,7 @@ def plan(
         Rows in the order of phases, then of sources.
     """
     sizes = samples_per_epoch or {}
-    inner = [knot.at for knot in blend.schedule.knots if 0 < knot.at < num_samples]
-    edges = [0, *inner, num_samples]
+    edges = [0, *blend.knots_before(num_samples), num_samples]
     counts = [blend.counts(edge) for edge in edges]
     quotas = [blend.quotas(edge) for edge in edges]
     rows = []
@@ -100,6 +99,7 @@ def check_epochs(
     samples_per_epoch: Mapping[str, int],
     max_epochs: Mapping[str, float],
     global_batch_size: int,
+    consumed: tuple[int, int] = (0, 0),
 ) -> None:
     """Refuses a run that would repeat a source too often.
 
@@ -109,6 +109,8 @@ def check_epochs(
         samples_per_epoch: By source.
         max_epochs: By source; those that are not named may be repeated without end.
         global_batch_size: Samples of an iteration.
+        consumed: Iterations and samples that a resumed run has consumed, perhaps with other batch
+            sizes.
 
     Raises:
         UserError: The first source that would be; the message names the iteration, counted from 1,
@@ -125,11 +127,15 @@ def check_epochs(
     sample, name = min(found)
     size = samples_per_epoch[name]
     k = blend.sources.index(name)
+    iterations, samples = consumed
+    # The iteration of a sample that is consumed already is not known.
+    iteration = iterations + max((sample - samples) // global_batch_size + 1, 0)
     # Rounded up, so that the number in the message is enough.
     needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
     raise UserError(
         f"data.sources.{name}.max_epochs: {max_epochs[name]:g} epochs of {size} samples are used "
-        f"up at iteration {sample // global_batch_size + 1} (sample {sample}): lower its weight in "
+        f"up {'at' if sample >= samples else 'before'} iteration {iteration} (sample {sample}): "
+        f"lower its weight in "
         f"data.schedule, or raise max_epochs to the {needed:g} that the whole run needs"
     )
 

@@ -44,6 +44,8 @@ class Schedule:
     Attributes:
         sources: The names, in the order of `weights`.
         samples_per_iteration: Samples that share one evaluation of the weights.
+        unit: What the knots were written in.
+        iteration_origin: The sample from which knots in iterations count; see `ScheduleBlock`.
         knots: The knots, at samples, with their cumulative integer levels.
     """
 
@@ -52,8 +54,12 @@ class Schedule:
         self._block = block
         self.sources: tuple[str, ...] = block.sources
         self.samples_per_iteration: int = block.samples_per_iteration
+        self.unit: str = block.unit
+        self.iteration_origin: int = block.iteration_origin
         self.knots: tuple[Knot, ...] = block.knots
-        self._quota = Quota(self.table())
+        # Where iterations begin: at 0 as long as all have been of one size.
+        self._origin = block.iteration_origin % block.samples_per_iteration
+        self._quota = Quota(self.table(self._origin), self._origin)
 
     @classmethod
     def from_dict(
@@ -62,15 +68,17 @@ class Schedule:
         sources: Sequence[str] | None = None,
         samples_per_iteration: int | None = None,
         seq_length: int | None = None,
+        iteration_origin: int | None = None,
     ) -> Schedule:
         """Reads a schedule as it stands in YAML, or as `to_dict` wrote it.
 
         Args:
-            block: ``{unit, knots}``; `to_dict` adds the other three arguments to it.
+            block: ``{unit, knots}``; `to_dict` adds the other arguments to it.
             sources: Every source's name, in order. A source that a knot does not name weighs 0.
             samples_per_iteration: Samples that share one evaluation of the weights: the global
                 batch size that the run began with.
             seq_length: Tokens per sample, for knots in tokens.
+            iteration_origin: The sample from which knots in iterations count; 0 when left out.
 
         Returns:
             The schedule.
@@ -82,6 +90,7 @@ class Schedule:
             "sources": sources,
             "samples_per_iteration": samples_per_iteration,
             "seq_length": seq_length,
+            "iteration_origin": iteration_origin,
         }
         return cls(ScheduleBlock.parse(block, given))
 
@@ -89,7 +98,7 @@ class Schedule:
         """The weights of a sample, int64[num_sources]: they sum to 2**32, none is negative."""
         if sample < 0:
             raise ValueError(f"sample {sample}: samples count from 0")
-        return self._quota.weights(sample // self.samples_per_iteration)
+        return self._quota.weights(max(sample - self._origin, 0) // self.samples_per_iteration)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs to create this schedule again, exactly; JSON can hold it."""
@@ -111,6 +120,14 @@ class Schedule:
     def with_sources(self, sources: Sequence[str]) -> Schedule:
         """The same schedule with its sources in another order, or with more of weight 0."""
         return Schedule.from_dict({**self.to_dict(), "sources": list(sources)})
+
+    def with_iterations(self, samples_per_iteration: int, iteration_origin: int) -> Schedule:
+        """The same schedule where iterations have another size; knots in iterations move."""
+        grid = {
+            "samples_per_iteration": samples_per_iteration,
+            "iteration_origin": iteration_origin,
+        }
+        return Schedule.from_dict({**self.to_dict(), **grid})
 
     def table(self, origin: int = 0, samples_per_iteration: int | None = None) -> WeightTable:
         """The weights on a grid of iterations, as the blend reads them.

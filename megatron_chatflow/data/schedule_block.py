@@ -52,6 +52,9 @@ class ScheduleBlock:
         unit: What ``at`` counts in the written knots.
         sources: Names in order.
         samples_per_iteration: Samples that share one evaluation of the weights.
+        iteration_origin: The sample from which knots in iterations count. It is 0 until a resume
+            changes the size of an iteration: then it is where iteration 0 would lie if every
+            iteration had been of the new size, which may be below 0.
         seq_length: Tokens per sample; None where no knot counts tokens.
         knots: The knots at samples, with integer levels.
         written: The knots as numbers in ``unit``, for `to_dict`.
@@ -60,6 +63,7 @@ class ScheduleBlock:
     unit: str
     sources: tuple[str, ...]
     samples_per_iteration: int
+    iteration_origin: int
     seq_length: int | None
     knots: tuple[Knot, ...]
     written: tuple[dict[str, Any], ...]
@@ -70,7 +74,8 @@ class ScheduleBlock:
 
         Args:
             block: ``{unit, knots}`` and whatever of ``arguments`` it carries itself.
-            arguments: ``sources``, ``samples_per_iteration`` and ``seq_length``, None where unset.
+            arguments: ``sources``, ``samples_per_iteration``, ``iteration_origin`` and
+                ``seq_length``, None where unset.
 
         Raises:
             UserError: Something is wrong with the block.
@@ -82,6 +87,10 @@ class ScheduleBlock:
         merged = {name: _merged(name, block, value) for name, value in arguments.items()}
         sources = _sources(merged["sources"])
         batch = _count(merged["samples_per_iteration"], "samples_per_iteration")
+        origin = merged["iteration_origin"] or 0
+        if isinstance(origin, bool) or not isinstance(origin, Integral):
+            raise UserError(f"{PATH}.iteration_origin: {origin!r} is not a whole number")
+        origin = int(origin) if unit == "iterations" else 0
         seq_length = merged["seq_length"]
         if seq_length is not None or unit == "tokens":
             seq_length = _count(seq_length, "seq_length")
@@ -95,7 +104,7 @@ class ScheduleBlock:
             path = f"{PATH}.knots[{number}]"
             _check_keys(entry, {"at", "weights", "ramp"}, path)
             at = _position(entry, path)
-            sample = _sample(at, unit, batch, seq_length, path)
+            sample = _sample(at, unit, batch, origin, seq_length, path)
             if parsed and sample <= parsed[-1].at:
                 raise UserError(
                     f"{path}.at: sample {sample} does not come after the knot before it, at sample "
@@ -109,17 +118,20 @@ class ScheduleBlock:
             weights = _weights(entry.get("weights"), sources, f"{path}.weights")
             parsed.append(Knot(sample, _levels(weights, sources), ramp))
             written.append({"at": at, "weights": weights, "ramp": ramp})
-        return cls(unit, sources, batch, seq_length, tuple(parsed), tuple(written))
+        return cls(unit, sources, batch, origin, seq_length, tuple(parsed), tuple(written))
 
     def to_dict(self) -> dict[str, Any]:
         """A block that `parse` reads back without arguments."""
-        return {
+        block = {
             "unit": self.unit,
             "knots": [{**knot, "weights": dict(knot["weights"])} for knot in self.written],
             "sources": list(self.sources),
             "samples_per_iteration": self.samples_per_iteration,
             "seq_length": self.seq_length,
         }
+        return (
+            {**block, "iteration_origin": self.iteration_origin} if self.iteration_origin else block
+        )
 
 
 def _check_keys(mapping: Any, known: set[str], path: str) -> None:
@@ -194,12 +206,12 @@ def _position(entry: Mapping[str, Any], path: str) -> int:
     return int(number)
 
 
-def _sample(at: int, unit: str, batch: int, seq_length: int | None, path: str) -> int:
-    sample = at * batch if unit == "iterations" else at
+def _sample(at: int, unit: str, batch: int, origin: int, seq_length: int | None, path: str) -> int:
+    sample = origin + at * batch if unit == "iterations" else at
     if unit == "tokens":
         assert seq_length is not None
         sample = -(-at // seq_length)
-    if sample >= MAX_SAMPLE:
+    if abs(sample) >= MAX_SAMPLE:
         raise UserError(f"{path}.at: sample {sample} is too far: stay below {MAX_SAMPLE}")
     return sample
 

@@ -58,8 +58,8 @@ def progress(run: RunMetrics) -> float | None:
     ):
         goal = run.goal(key)
         if goal is not None and np.isfinite(_last(done)):
-            # Whole batches count; what does not fill one is not trained.
-            return min(1.0, _last(done) / max(goal // whole * whole, 1))
+            # Samples that do not fill a global batch are not trained.
+            return 1.0 if goal - _last(done) < whole else _last(done) / goal
     return None
 
 

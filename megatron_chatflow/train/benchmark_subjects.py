@@ -70,7 +70,7 @@ class Ours:
                 config.model, config.parallel, config.train, ranks, vocab_size=shape.vocab_size
             )
         self.optimization = build_optimization(config, llama, ranks)
-        self.optimization.set_consumed_samples(shape.micro_batch_size)
+        self.optimization.set_progress(1, shape.micro_batch_size)
         self._forward_step = ForwardStep.build(
             llama,
             ranks,
@@ -191,7 +191,7 @@ class PlainMegatron:
         kernels = Kernels(**names, descriptions={})
         llama = Llama([model], settings, vocab_size, vocab_size, rotary, kernels, "none")
         self._optimization = build_optimization(config, llama, ranks)
-        self._optimization.set_consumed_samples(shape.micro_batch_size)
+        self._optimization.set_progress(1, shape.micro_batch_size)
         self._device = ranks.device
         self._tokens = tokens[:, :-1].contiguous().to(ranks.device)
         self._labels = tokens[:, 1:].contiguous().to(ranks.device)

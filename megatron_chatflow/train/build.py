@@ -56,22 +56,23 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     """
     inputs = _inputs(config, ranks)
     llama = _model(config, ranks, inputs.vocab_size)
-    optimization = build_optimization(config, llama, ranks)
+    optimization = build_optimization(config, llama, ranks, inputs.length)
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
             logger.info("every file of %s is what was saved", inputs.checkpoint)
         _load(inputs, llama, optimization, ranks)
     progress = _progress(inputs.blend, inputs.resumed)
-    optimization.set_consumed_samples(progress.consumed_samples)
+    optimization.set_progress(progress.iteration, progress.consumed_samples)
 
     watchdog = _watchdog(config, ranks)
     stack.callback(watchdog.close)
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
-    hooks, downtime = in_agreement(lambda: open_record(config, ranks, progress.iteration, stack))
+    hooks, downtime = in_agreement(lambda: open_record(config, ranks, inputs.length, stack))
     run = Run(
         config=config,
+        length=inputs.length,
         ranks=ranks,
         sources=inputs.sources,
         blend=inputs.blend,

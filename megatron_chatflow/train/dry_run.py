@@ -59,7 +59,7 @@ def _describe_findings(findings: Sequence[str]) -> str:
 def _describe_data(config: RunConfig, inputs: RunInputs) -> str:
     rows = plan(
         inputs.blend,
-        config.num_samples,
+        inputs.length.num_samples,
         {source.name: source.num_samples for source in inputs.sources},
     )
     sources: list[Row] = [
@@ -70,13 +70,18 @@ def _describe_data(config: RunConfig, inputs: RunInputs) -> str:
         }
         for source in inputs.sources
     ]
+    length = inputs.length
     begin = "starts fresh"
     if inputs.resumed is not None:
-        begin = f"goes on from {inputs.checkpoint}, sample {inputs.resumed.consumed_samples:,}"
+        begin = (
+            f"goes on from {inputs.checkpoint}, iteration {length.iteration:,} of "
+            f"{length.last_iteration:,}, sample {length.consumed_samples:,} of "
+            f"{length.num_samples:,}"
+        )
     elif inputs.checkpoint is not None:
         begin = f"starts from the weights of {inputs.checkpoint}"
     return (
-        f"{config.num_iterations:,} iterations of {config.train.global_batch_size:,} samples of "
+        f"{length.remaining_iterations():,} iterations of {length.global_batch_size:,} samples of "
         f"{config.data.seq_length:,} tokens; {begin}\n\n{format_table(sources)}\n\n"
         f"blend, planned and realised:\n{format_table(to_table(rows))}"
     )
@@ -84,7 +89,8 @@ def _describe_data(config: RunConfig, inputs: RunInputs) -> str:
 
 def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> str:
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
-    tokens = config.num_samples * config.data.seq_length
+    samples = inputs.length.remaining_iterations() * inputs.length.global_batch_size
+    tokens = samples * config.data.seq_length
     rows = padded_vocab_size(config.model, config.parallel, inputs.vocab_size)
     memory = [_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=False)]
     if not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from megatron_chatflow.checkpoint.convert_vocabulary import (
 )
 from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.config import RunConfig, to_plain
+from megatron_chatflow.config import RunConfig, RunLength, to_plain
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.plan import check_epochs, epoch_findings
 from megatron_chatflow.data.schedule import Schedule
@@ -63,6 +63,7 @@ class RunInputs:
         grown: What the vocabulary grows by as the weights are loaded.
         findings: What the user should know before the run begins, one line each. The dry run
             prints them and every start logs them as warnings.
+        length: How far the run goes.
     """
 
     tokenizer: Tokenizer
@@ -73,6 +74,7 @@ class RunInputs:
     state: RunState
     checkpoint: Path | None
     resumed: RunState | None
+    length: RunLength
     questions: Sequence[Question] = ()
     is_huggingface: bool = False
     grown: GrownVocabulary | None = None
@@ -130,7 +132,8 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     blend = _blend(config, sources, resumed)
     if blend.edit is not None:
         logger.info("%s", blend.edit)
-    _refuse_too_many_epochs(config, blend, sources)
+    length = _run_length(config, resumed)
+    _refuse_too_many_epochs(config, blend, sources, length)
     return RunInputs(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -140,19 +143,31 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         state=replace(state, schedule=blend.schedule.to_dict()),
         checkpoint=None if checkpoint is None else checkpoint.folder,
         resumed=resumed,
+        length=length,
         questions=questions,
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
-        findings=_findings(config, blend, sources, held_out),
+        findings=_findings(config, blend, sources, held_out, length),
     )
 
 
 def _findings(
-    config: RunConfig, blend: Blend, sources: list[Source], held_out: list[Source]
+    config: RunConfig,
+    blend: Blend,
+    sources: list[Source],
+    held_out: list[Source],
+    length: RunLength,
 ) -> list[str]:
     """Collects what the user should know before the run begins, each finding once."""
     found = [finding for source in [*sources, *held_out] for finding in source.findings]
-    found += epoch_findings(blend, config.num_samples, _epoch_sizes(sources), _max_epochs(config))
+    found += epoch_findings(blend, length.num_samples, _epoch_sizes(sources), _max_epochs(config))
+    left_over = (config.train.train_samples or 0) - length.num_samples
+    if left_over > 0:
+        found.append(
+            f"train.train_samples: the run ends at sample {length.num_samples:,}; the last "
+            f"{left_over:,} of {config.train.train_samples:,} do not fill a global batch of "
+            f"{config.train.global_batch_size:,} and are not trained"
+        )
     return list(dict.fromkeys(found))
 
 
@@ -358,28 +373,51 @@ def _refuse_other_data(resumed: RunState, state: RunState, checkpoint: Path) -> 
 
 def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:
     """The blend from the beginning, or as the checkpoint left it."""
-    batch = config.train.global_batch_size
+    batch, origin = config.train.global_batch_size, 0
     if resumed is not None:
-        # The sequence is cut by the batch size that the run began with, whatever it is now.
-        batch = int(resumed.schedule["samples_per_iteration"])
+        if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
+            # Iterations to come have the present batch size; those before keep their samples.
+            origin = resumed.consumed_samples - resumed.iteration * batch
+        else:
+            # The sequence is cut by the batch size that the run began with, whatever it is now.
+            batch = int(resumed.schedule["samples_per_iteration"])
+            origin = int(resumed.schedule.get("iteration_origin", 0))
     schedule = Schedule.from_dict(
         to_plain(config.data.schedule),
         sources=[source.name for source in sources],
         samples_per_iteration=batch,
         seq_length=config.data.seq_length,
+        iteration_origin=origin,
     )
     if resumed is None:
         return Blend(schedule)
     return Blend(schedule, state=resumed.blend)
 
 
-def _refuse_too_many_epochs(config: RunConfig, blend: Blend, sources: list[Source]) -> None:
+def _run_length(config: RunConfig, resumed: RunState | None) -> RunLength:
+    """How far the run goes.
+
+    Raises:
+        UserError: The learning rate's warmup does not end before its decay.
+    """
+    length = RunLength.of(config)
+    if resumed is not None:
+        first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
+        length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, int(first))
+    length.check_learning_rate(config.optimizer)
+    return length
+
+
+def _refuse_too_many_epochs(
+    config: RunConfig, blend: Blend, sources: list[Source], length: RunLength
+) -> None:
     check_epochs(
         blend,
-        config.num_samples,
+        length.num_samples,
         _epoch_sizes(sources),
         _max_epochs(config),
         config.train.global_batch_size,
+        consumed=(length.iteration, length.consumed_samples),
     )
 
 

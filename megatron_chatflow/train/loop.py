@@ -17,7 +17,7 @@ import torch
 
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.store import RunState, load_checkpoint
-from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.digest import combine_digests
 from megatron_chatflow.data.loader import GlobalBatch, Loader
@@ -71,6 +71,7 @@ class Run:
 
     Attributes:
         config: Resolved configuration.
+        length: Where the run ends.
         ranks: This process's place.
         sources: Training sources in the schedule's order.
         blend: Which sample comes when.
@@ -97,6 +98,7 @@ class Run:
     """
 
     config: RunConfig
+    length: RunLength
     ranks: Ranks
     sources: Sequence[Source]
     blend: Blend
@@ -136,7 +138,7 @@ def train(run: Run, progress: Progress) -> Progress:
         UserError: The last checkpoint could not be written, or a bad step ends the run.
     """
     config = run.config
-    last_iteration = config.num_iterations
+    last_iteration = run.length.last_iteration
     first_iteration = progress.iteration + 1
     batches = run.loader.batches(progress.consumed_samples, config.train.global_batch_size)
     if progress.iteration == 0:
@@ -212,7 +214,7 @@ def _roll_back(run: Run, progress: Progress) -> None:
         )
     optimization = run.optimization
     load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, run.ranks)
-    optimization.set_consumed_samples(progress.consumed_samples)
+    optimization.set_progress(progress.iteration, progress.consumed_samples)
     logger.warning(
         "rolled back to the weights of %s; the data goes on from sample %d",
         checkpoint,
@@ -252,7 +254,7 @@ def _report(
     flops_per_process = run.flops_per_token * tokens_per_second / run.ranks.process.world_size
     report = IterationReport(
         iteration=progress.iteration,
-        num_iterations=run.config.num_iterations,
+        num_iterations=run.length.last_iteration,
         consumed_samples=progress.consumed_samples,
         consumed_tokens=progress.consumed_samples * seq_length,
         global_batch_size=num_samples,

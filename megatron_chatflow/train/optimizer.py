@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
@@ -31,9 +31,10 @@ class Optimization:
     Attributes:
         chunks: Model chunks with their gradient buffers.
         optimizer: megatron-core's optimizer over them.
-        scheduler: Its learning rate, counted in samples.
+        scheduler: Its learning rate.
         description: Which optimizer this is, and why.
         update: Takes the optimizer's steps.
+        length: The run's, which says whether the learning rate counts iterations or samples.
         gathers_late: Whether an update reaches the other data-parallel ranks only in the next
             forward pass of training.
     """
@@ -43,6 +44,7 @@ class Optimization:
     scheduler: Any
     description: str
     update: GuardedOptimizer
+    length: RunLength
     gathers_late: bool = False
 
     def learning_rate(self) -> float:
@@ -58,15 +60,29 @@ class Optimization:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def set_consumed_samples(self, consumed_samples: int) -> None:
-        """Puts the learning rate where it stands after so many samples."""
+    def advance(self, num_samples: int) -> None:
+        """Moves the learning rate on by an iteration of ``num_samples`` samples."""
+        self.scheduler.step(increment=self.length.lr_position(1, num_samples))
+
+    def set_progress(self, iteration: int, consumed_samples: int) -> None:
+        """Sets the learning rate to its value after so many iterations and samples."""
         self.scheduler.num_steps = 0
-        self.scheduler.step(increment=consumed_samples)
+        self.scheduler.step(increment=self.length.lr_position(iteration, consumed_samples))
 
 
-def build_optimization(config: RunConfig, llama: Llama, ranks: Ranks) -> Optimization:
-    """Wraps the model's chunks and builds their optimizer."""
+def build_optimization(
+    config: RunConfig, llama: Llama, ranks: Ranks, length: RunLength | None = None
+) -> Optimization:
+    """Wraps the model's chunks and builds their optimizer.
+
+    Args:
+        config: The run's.
+        llama: Its model.
+        ranks: This process's place.
+        length: Of a run that is resumed; that of a run from the beginning when left out.
+    """
     description = install_where_absent()
+    length = length or RunLength.of(config)
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -92,9 +108,10 @@ def build_optimization(config: RunConfig, llama: Llama, ranks: Ranks) -> Optimiz
     return Optimization(
         chunks=chunks,
         optimizer=optimizer,
-        scheduler=_scheduler(config, optimizer),
+        scheduler=_scheduler(config, optimizer, length),
         description=description,
         update=GuardedOptimizer(optimizer),
+        length=length,
         gathers_late=parallel.overlap_param_gather,
     )
 
@@ -117,19 +134,16 @@ def _optimizer_config(config: RunConfig, llama: Llama) -> MegatronOptimizerConfi
     )
 
 
-def _scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+def _scheduler(config: RunConfig, optimizer: Any, length: RunLength) -> OptimizerParamScheduler:
     settings = config.optimizer
-    batch = config.train.global_batch_size
-    decay_iters = settings.lr_decay_iters or config.num_iterations
-    warmup = settings.lr_warmup_iters * batch
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=length.lr_warmup,
         # A warmup as long as the run leaves nothing to decay; megatron-core wants one step of it.
-        lr_decay_steps=max(decay_iters * batch, warmup + 1),
+        lr_decay_steps=max(length.lr_decay, length.lr_warmup + 1),
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.files import is_for_want_of_room, write_if_there_is_room
-from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.downtime import Downtime
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 def open_record(
-    config: RunConfig, ranks: Ranks, iteration: int, stack: ExitStack
+    config: RunConfig, ranks: Ranks, length: RunLength, stack: ExitStack
 ) -> tuple[list[Hook], Downtime]:
     """Opens the run's folder and its watchers, on the reporting rank; others have none.
 
     Args:
         config: The run's.
         ranks: This process's place.
-        iteration: Where it stands.
+        length: Where it stands and ends.
         stack: Closes everything.
 
     Raises:
@@ -47,8 +47,9 @@ def open_record(
         raise LocalError(
             "logging.wandb_project: wandb is not installed; pip install wandb, or leave it out"
         )
+    iteration = length.iteration
     makers: list[Callable[[], Hook]] = [
-        lambda: Console(num_iterations=config.num_iterations, iteration=iteration)
+        lambda: Console(num_iterations=length.last_iteration, iteration=iteration)
     ]
     downtime = Downtime()
     if config.checkpoint.save is not None:

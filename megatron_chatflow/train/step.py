@@ -89,5 +89,5 @@ def train_step(
     learning_rate = optimization.learning_rate()
     with mark("optimizer"), device_mode(ranks.device):
         verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
-    optimization.scheduler.step(increment=batch.end - batch.begin)
+    optimization.advance(batch.end - batch.begin)
     return StepResult(sums, grad_norm, learning_rate, verdict)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.config import KnotConfig, RunConfig, SourceConfig
+from megatron_chatflow.config import KnotConfig, RunConfig, RunLength, SourceConfig
 from megatron_chatflow.config.presets import PRESETS
 from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
@@ -60,8 +60,47 @@ def test_length_in_samples_counts_whole_batches(config) -> None:
 
 
 def test_the_decay_ends_with_the_run_unless_told(config) -> None:
-    assert config().lr_decay_iters == 100
-    assert config({"optimizer.lr_decay_iters": 50}).lr_decay_iters == 50
+    assert RunLength.of(config()).lr_decay == 100
+    assert RunLength.of(config({"optimizer.lr_decay_iters": 50})).lr_decay == 50
+
+
+def test_iterations_count_whatever_their_size(config) -> None:
+    run = config({"optimizer.lr_warmup_iters": 5, "train.global_batch_size": 16})
+    length = RunLength.of(run, iteration=40, consumed_samples=320, initial_batch_size=8)
+    assert (length.lr_warmup, length.lr_decay, length.last_iteration) == (5, 100, 100)
+    assert length.lr_position(40, 320) == 40
+    assert length.num_samples == 320 + 60 * 16
+    assert (length.iteration_of(319), length.iteration_of(320)) == (None, 41)
+    assert length.iteration_of(336) == 42
+
+
+@pytest.mark.parametrize(
+    "batch, remaining, end", [(16, 2, 64), (4, 8, 64), (12, 2, 56), (64, 0, 32)]
+)
+def test_samples_count_whatever_the_batch(config, batch: int, remaining: int, end: int) -> None:
+    changes = {"train.train_iters": None, "train.train_samples": 64, "optimizer.lr_warmup_iters": 1}
+    changes["checkpoint.load"] = "a"  # checks of the warmup wait for the checkpoint
+    run = config({**changes, "train.global_batch_size": batch, "train.micro_batch_size": 4})
+    length = RunLength.of(run, iteration=4, consumed_samples=32, initial_batch_size=8)
+    assert (length.lr_warmup, length.lr_decay) == (8, 64)
+    assert length.lr_position(4, 32) == 32
+    assert (length.last_iteration, length.num_samples) == (4 + remaining, end)
+    assert length.remaining_iterations(5) == max(remaining - 1, 0)
+
+
+def test_learning_rate_in_samples(config) -> None:
+    samples = {"train.train_iters": None, "train.train_samples": 1000}
+    own = {"optimizer.lr_warmup_samples": 20, "optimizer.lr_decay_samples": "0.5K"}
+    length = RunLength.of(config({**samples, **own}))
+    assert (length.lr_warmup, length.lr_decay) == (20, 500)
+    with pytest.raises(UserError, match=r"lr_warmup_samples: counts samples, .*lr_warmup_iters"):
+        config(own)
+    with pytest.raises(UserError, match=r"lr_decay_iters and optimizer.lr_decay_samples: both"):
+        config({**samples, **own, "optimizer.lr_decay_iters": 10})
+    with pytest.raises(
+        UserError, match="lr_warmup_iters: 125, which is 1000 samples, is not below"
+    ):
+        config({**samples, "optimizer.lr_warmup_iters": 125})
 
 
 def test_numbers_that_other_yaml_readers_take_for_text(config) -> None:

@@ -248,3 +248,73 @@ def test_offsets_are_whole_and_balanced(rows: list[list[int]], position: int) ->
         assert not any(offsets)
     for quota, offset, count in zip(quotas, offsets, counts, strict=True):
         assert abs(count * GRID - quota - offset) < GRID
+
+
+def in_iterations(knots: list[tuple[Any, ...]], batch: int, origin: int = 0) -> Schedule:
+    """Two sources; knots are (iteration, weights[, ramp])."""
+    block = {
+        "unit": "iterations",
+        "knots": [
+            {
+                "at": at,
+                "weights": dict(zip("ab", weights, strict=True)),
+                "ramp": ramp[0] if ramp else "step",
+            }
+            for at, weights, *ramp in knots
+        ],
+    }
+    return Schedule.from_dict(block, list("ab"), batch, iteration_origin=origin)
+
+
+@pytest.mark.parametrize("ramp", ["step", "linear", "cosine"])
+def test_knots_in_iterations_follow_the_batch_size(ramp: str) -> None:
+    """Iterations of 16, then 8, then 12, then 16 samples: weights are those of the iteration."""
+    knots = [(2, [9, 1]), (20, [1, 9], ramp), (24, [1, 1])]
+    batches = [16] * 4 + [8] * 5 + [12] * 7 + [16] * 14
+    starts = np.cumsum([0, *batches]).tolist()
+    blend = Blend(in_iterations(knots, 16))
+    expected = in_iterations(knots, 1)
+    for iteration in (4, 9, 16):
+        origin = starts[iteration] - iteration * batches[iteration]
+        drawn = blend.take(0, starts[iteration])
+        resumed_schedule = in_iterations(knots, batches[iteration], origin)
+        blend = resumed(resumed_schedule, blend, starts[iteration])
+        assert blend.edit is not None
+        np.testing.assert_array_equal(blend.take(0, starts[iteration])[0], drawn[0])
+        # A second resume at the same batch size changes nothing.
+        assert resumed(resumed_schedule, blend, starts[iteration + 2]).edit is None
+    for iteration, start in enumerate(starts[:-1]):
+        due = np.subtract(blend.quotas(starts[iteration + 1]), blend.quotas(start))
+        np.testing.assert_array_equal(due, batches[iteration] * expected.weights(iteration))
+        if iteration >= 16:
+            np.testing.assert_array_equal(
+                blend.schedule.weights(start), expected.weights(iteration)
+            )
+    assert worst(blend, starts[-1]) < blend.error_bound()
+    knot_starts = {starts[at] for at in (2, 20, 24)}
+    assert set(blend.knots_before(starts[-1])) == knot_starts
+
+
+def test_a_constant_schedule_has_no_edit_at_another_batch_size() -> None:
+    blend = Blend(in_iterations([(0, [1, 3])], 16))
+    again = resumed(in_iterations([(0, [1, 3])], 8, 32), blend, 64)
+    assert again.edit is None
+    np.testing.assert_array_equal(again.take(0, 200)[0], blend.take(0, 200)[0])
+
+
+def test_another_batch_size_is_no_way_to_change_the_past() -> None:
+    blend = Blend(in_iterations([(0, [1, 3]), (3, [3, 1])], 16))
+    with pytest.raises(UserError, match="sample 48 was drawn with other weights"):
+        resumed(in_iterations([(0, [1, 3]), (6, [3, 1])], 8, 32), blend, 64)
+
+
+def test_a_state_of_an_earlier_version_goes_on_in_iterations() -> None:
+    """Which counted all iterations as 16 samples: four of 16 and four of 8 ended at sample 96."""
+    knots = [(0, [1, 3]), (3, [3, 1]), (12, [1, 1])]
+    blend = Blend(in_iterations(knots, 16))
+    state = blend.state_at(96)
+    assert "iteration_origin" not in state["segments"][-1]["schedule"]
+    again = Blend(in_iterations(knots, 8, 96 - 8 * 8), state)
+    # Iteration 12 begins four iterations of 8 samples after the eighth.
+    assert again.quotas(128)[0] - again.quotas(96)[0] == 24 * GRID
+    assert again.quotas(136)[0] - again.quotas(128)[0] == 4 * GRID

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -102,3 +103,16 @@ def test_the_curve_adds_up() -> None:
     np.testing.assert_allclose(drawn, blend().counts(3000))
     assert len(mixture_curve(blend(), 250).edges) == 3
     assert len(mixture_curve(blend(), 1).edges) == 2
+
+
+def test_the_iteration_of_a_resumed_run_counts_from_its_present_batch_size() -> None:
+    """Ten iterations of 20 samples, then iterations of 50."""
+    sizes = {"english": 200, "chinese": 2, "chat": 100}
+    with pytest.raises(UserError) as fresh:
+        check_epochs(blend(), 800, sizes, {"english": 1.0}, 20)
+    sample = int(re.search(r"sample (\d+)", str(fresh.value))[1])
+    assert sample > 200
+    with pytest.raises(UserError, match=f"used up at iteration {10 + (sample - 200) // 50 + 1} "):
+        check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(10, 200))
+    with pytest.raises(UserError, match="used up before iteration 40 "):
+        check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(40, 790))

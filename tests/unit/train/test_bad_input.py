@@ -5,13 +5,12 @@ import math
 import re
 import shutil
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_run import TinyRun, train_tokenizer
+from tiny_run import TinyRun, train_tokenizer, write_checkpoint_state
 
-from megatron_chatflow.checkpoint.files import iteration_folder, write_atomically
+from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.inputs import open_inputs
@@ -165,14 +164,7 @@ def test_impossible_weights(make_config, weights) -> None:
 
 
 def _checkpoint(make_config, folder: Path, **state) -> None:
-    """A run's folder whose one checkpoint holds the state that this configuration would save."""
-    inputs = open_inputs(make_config())
-    saved = replace(
-        inputs.state, iteration=5, consumed_samples=40, blend=inputs.blend.state_at(40), **state
-    )
-    iteration_folder(folder, 5).mkdir(parents=True)
-    write_atomically(iteration_folder(folder, 5) / "state.json", json.dumps(vars(saved)))
-    write_atomically(folder / "latest_checkpointed_iteration.txt", "5\n")
+    write_checkpoint_state(make_config(), folder, **state)
 
 
 def test_checkpoint_of_another_model(make_config, tmp_path: Path) -> None:

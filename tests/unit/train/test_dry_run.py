@@ -1,15 +1,17 @@
 """A dry run opens everything, trains nothing, and says what the run would do."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import TinyRun
+from tiny_run import TinyRun, write_checkpoint_state
 
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
@@ -35,6 +37,34 @@ def test_more_processes_are_more_copies(make_config) -> None:
 def test_a_world_that_does_not_fit_is_refused(make_config) -> None:
     with pytest.raises(UserError, match="micro_batch_size"):
         dry_run(make_config(), world_size=3)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (
+            {"train__train_iters": 10},
+            "5 iterations of 16 samples of 64 tokens; .*, iteration 5 of 10, sample 40 of 120\n",
+        ),
+        (
+            {"train__train_iters": None, "train__train_samples": 80},
+            "2 iterations of 16 samples of 64 tokens; .*, iteration 5 of 7, sample 40 of 72\n",
+        ),
+    ],
+    ids=["train_iters", "train_samples"],
+)
+def test_a_resume_with_another_batch_size(
+    make_config, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    write_checkpoint_state(make_config(), tmp_path)
+    text = dry_run(
+        make_config(checkpoint__load=str(tmp_path), train__global_batch_size=16, **changes)
+    )
+    assert re.search(expected, text)
+    # The plan ends where the run does.
+    assert re.search(rf"64 to {expected[-4:-1].strip()} ", text)
+    left_over = "the last 8 of 80 do not fill a global batch of 16 and are not trained"
+    assert (left_over in text) == ("train__train_samples" in changes)
 
 
 def test_too_many_epochs_are_foreseen(make_config) -> None:

@@ -1,0 +1,118 @@
+"""A resume with another global batch size: learning rate, length, intervals and blend go on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jobs
+import pytest
+import yaml
+from tiny_run import TinyRun
+
+RATES = [0.0, 3e-3, 2.866e-3, 2.492e-3, 1.95e-3, 1.35e-3, 8.077e-4, 4.337e-4]
+"""Cosine from 3e-3 to 3e-4 over 8 iterations, one of them warmup."""
+
+
+def _stages(config: Path, folder: Path, *stages: list[object]) -> list[list[str]]:
+    base = ["--config", config, "--save", folder, "--load", folder]
+    return [list(map(str, [*base, *stage])) for stage in stages]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run: TinyRun) -> Iterator[Path]:
+    """Runs whose global batch size changes, all in one process."""
+    folder = tiny_run.folder / "batch_size"
+    folder.mkdir()
+    values = yaml.safe_load(tiny_run.config.read_text(encoding="utf-8"))
+    values["optimizer"] = {"lr": 3e-3, "min_lr": 3e-4, "lr_warmup_iters": 1}
+    values["train"] |= {"eval_interval": 3, "train_iters": 8}
+    weights = {"first": 0.9, "second": 0.1}, {"first": 0.2, "second": 0.8}
+    values["data"]["schedule"] = {
+        "unit": "iterations",
+        "knots": [
+            {"at": 0, "weights": weights[0]},
+            {"at": 6, "weights": weights[1], "ramp": "linear"},
+        ],
+    }
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    in_samples = folder / "samples.yaml"
+    values["train"] |= {"train_iters": None, "train_samples": 64}
+    values["data"]["schedule"] = yaml.safe_load(tiny_run.config.read_text())["data"]["schedule"]
+    in_samples.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+    def batch(size: int, exit_interval: int = 1000) -> list[object]:
+        return ["--global-batch-size", size, "--exit-interval", exit_interval]
+
+    commands = [
+        *_stages(config, folder / "constant", batch(8)),
+        *_stages(config, folder / "smaller", batch(16, 4), [*batch(8), "--save-interval", 3]),
+        *_stages(config, folder / "larger", batch(8, 4), batch(16)),
+        *_stages(config, folder / "twice", batch(16, 2), batch(8, 5), batch(12)),
+        *_stages(in_samples, folder / "samples", batch(8)),
+        *_stages(in_samples, folder / "samples_larger", batch(8, 4), batch(16)),
+        *_stages(in_samples, folder / "samples_smaller", batch(8, 4), batch(4)),
+        *_stages(in_samples, folder / "samples_twice", batch(8, 2), batch(16, 3), batch(8)),
+    ]
+    jobs.run_layouts(1, commands, folder)
+    yield folder
+
+
+def _rates(folder: Path) -> list[float]:
+    return [entry["learning_rate"] for entry in jobs.read_metrics(folder)[0]]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["constant", "smaller", "larger", "twice"])
+def test_with_train_iters_everything_counts_iterations(runs: Path, name: str) -> None:
+    iterations, validations = jobs.read_metrics(runs / name)
+    assert _rates(runs / name) == pytest.approx(RATES, rel=1e-3)
+    assert [entry["iteration"] for entry in validations] == [0, 3, 6, 8]
+    # The data's schedule counts iterations too: a ramp over the first six.
+    shares = [entry["sources"]["second"]["weight"] for entry in iterations]
+    assert shares == pytest.approx([0.1 + 0.7 * min(i, 6) / 6 for i in range(8)], abs=1e-6)
+
+
+@pytest.mark.distributed
+def test_samples_and_checkpoints_of_a_run_in_iterations(runs: Path) -> None:
+    consumed: dict[str, Any] = {
+        name: [entry["consumed_samples"] for entry in jobs.read_metrics(runs / name)[0]]
+        for name in ("smaller", "larger", "twice")
+    }
+    assert consumed["smaller"] == [16, 32, 48, 64, 72, 80, 88, 96]
+    assert consumed["larger"] == [8, 16, 24, 32, 48, 64, 80, 96]
+    assert consumed["twice"] == [16, 32, 40, 48, 56, 68, 80, 92]
+    folders = sorted(path.name for path in (runs / "smaller").glob("iter_*"))
+    assert folders == ["iter_0000004", "iter_0000006", "iter_0000008"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name, consumed",
+    [
+        ("samples_larger", [8, 16, 24, 32, 48, 64]),
+        ("samples_smaller", [8, 16, 24, 32, 36, 40, 44, 48, 52, 56, 60, 64]),
+        ("samples_twice", [8, 16, 32, 40, 48, 56, 64]),
+    ],
+)
+def test_with_train_samples_everything_counts_samples(
+    runs: Path, name: str, consumed: list[int]
+) -> None:
+    iterations, validations = jobs.read_metrics(runs / name)
+    assert [entry["consumed_samples"] for entry in iterations] == consumed
+    # The rate of an iteration is that of its first sample, whatever the batches before.
+    constant = dict(zip(range(0, 64, 8), _rates(runs / "samples"), strict=True))
+    rates = dict(zip([0, *consumed], _rates(runs / name), strict=False))
+    shared = constant.keys() & rates.keys()
+    assert len(shared) >= 6
+    assert {at: rates[at] for at in shared} == {at: constant[at] for at in shared}
+    assert list(rates.values())[1:] == sorted(list(rates.values())[1:], reverse=True)
+    last = len(consumed)
+    assert [entry["iteration"] for entry in validations] == sorted({0, *range(3, last, 3), last})
+    # The same draws of each source as without a change.
+    found, expected = (
+        jobs.read_metrics(runs / folder)[0][-1]["sources"] for folder in (name, "samples")
+    )
+    assert {k: v["tokens"] for k, v in found.items()} == {
+        k: v["tokens"] for k, v in expected.items()
+    }
