@@ -5,10 +5,14 @@ mistake of the user's and a traceback for one of ours.
 """
 
 import os
+import resource
 import select
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
+
+_MAX_OPEN_FILES = 1 << 16  # libraries that walk over all descriptors stay fast below it
 
 
 class UserError(ValueError):
@@ -20,7 +24,7 @@ class LocalError(UserError):
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs ``main`` and exits: 0 or its own status.
+    """Runs ``main`` and exits: 0 or its own status. Raises the limit on open files before.
 
     2 stands for a `UserError`, 130 for Ctrl-C, and 141, as of a program that SIGPIPE ended, for
     output that nobody reads on (``| head -1``).
@@ -28,6 +32,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: The program; returns its exit status or None for success.
     """
+    _raise_open_file_limit()
     try:
         try:
             status = main()
@@ -48,6 +53,15 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(status or 0)
+
+
+def _raise_open_file_limit() -> None:
+    """Raises the usual soft limit of 1,024 open files as far as the hard limit allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # a system with a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _has_lost_its_reader() -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_chatflow.data.mapped_file import map_file
 from megatron_chatflow.data.staged_file import Spool, StagedFile, publish_all
 from megatron_chatflow.errors import UserError
 
@@ -33,6 +34,7 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
 # larger one, so that the time to open does not grow with the corpus; `validate` looks at all.
 NUM_CHECKED = 1 << 22
 CHECK_BLOCK = 1 << 16
+WIDENED_BLOCK = 1 << 20  # tokens that are converted at once
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -73,13 +75,9 @@ class IndexedDataset:
             UserError: A file is missing, truncated, not Megatron's, or disagrees with the other.
         """
         self.prefix = Path(prefix)
-        index_path = idx_path(prefix)
-        num_index_bytes = _size_of(index_path)
-        num_bin_bytes = _size_of(bin_path(prefix))
-        self.dtype, num_sequences, num_boundaries = _read_header(index_path, num_index_bytes)
+        buffer, content = _map(idx_path(prefix)), _map(bin_path(prefix))
+        self.dtype, num_sequences, num_boundaries = _read_header(idx_path(prefix), buffer)
 
-        # Plain arrays of the mappings: np.memmap's own indexing costs a microsecond more.
-        buffer = np.asarray(np.memmap(index_path, dtype=np.uint8, mode="r"))
         end_of_lengths = HEADER.size + 4 * num_sequences
         end_of_pointers = end_of_lengths + 8 * num_sequences
         self.sequence_lengths: npt.NDArray[np.int32] = buffer[HEADER.size : end_of_lengths].view(
@@ -90,18 +88,14 @@ class IndexedDataset:
         )
         self.document_indices: npt.NDArray[np.int64] = buffer[end_of_pointers:].view("<i8")
 
-        self.num_tokens = num_bin_bytes // self.dtype.itemsize
-        self._check_ends(num_bin_bytes)
+        self.num_tokens = content.size // self.dtype.itemsize
+        self._check_ends(content.size)
         spread = num_sequences > NUM_CHECKED
         for begin in _block_begins(num_sequences, NUM_CHECKED if spread else num_sequences):
             self._check_block(begin)
         for begin in _block_begins(num_boundaries, NUM_CHECKED if spread else num_boundaries):
             self._check_document_block(begin)
-        self.tokens: npt.NDArray[Any] = (
-            np.asarray(np.memmap(bin_path(prefix), dtype=self.dtype, mode="r"))
-            if num_bin_bytes
-            else np.empty(0, self.dtype)  # an empty file cannot be mapped
-        )
+        self.tokens: npt.NDArray[Any] = content.view(self.dtype)
 
     def __len__(self) -> int:
         """The number of sequences."""
@@ -291,15 +285,22 @@ class IndexedDatasetWriter:
         self.num_tokens += tokens.size
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends all of another dataset of the same dtype, in blocks.
+        """Appends all of another dataset, in blocks.
+
+        Args:
+            dataset: Of the writer's dtype, or of one whose every value that dtype can hold.
 
         Raises:
             UserError: Its tokens changed since it was opened.
         """
-        if dataset.dtype != self.dtype:
+        if not np.can_cast(dataset.dtype, self.dtype, "safe"):
             raise TypeError(f"{dataset.prefix} is {dataset.dtype}, not {self.dtype}")
         path = bin_path(dataset.prefix)
-        if self.bin_file.append_file(path) != dataset.num_tokens * dataset.dtype.itemsize:
+        if dataset.dtype != self.dtype:
+            for begin in range(0, dataset.num_tokens, WIDENED_BLOCK):
+                tokens = dataset.tokens[begin : begin + WIDENED_BLOCK].astype(self.dtype)
+                self.bin_file.write(tokens.view(np.uint8).data)
+        elif self.bin_file.append_file(path) != dataset.num_tokens * dataset.dtype.itemsize:
             raise UserError(f"changed while it was merged: {path}: wait until it is complete")
         for begin in range(0, len(dataset), CHECK_BLOCK):
             self._lengths.write(dataset.sequence_lengths[begin : begin + CHECK_BLOCK].tobytes())
@@ -347,26 +348,22 @@ class IndexedDatasetWriter:
         self.idx_file.discard()
 
 
-def _size_of(path: Path) -> int:
+def _map(path: Path) -> npt.NDArray[np.uint8]:
     try:
-        return path.stat().st_size
+        return map_file(path)
     except OSError as error:
         raise UserError(
             f"cannot open dataset: {path}: {error.strerror}: a path is given without .bin or .idx"
         ) from error
 
 
-def _read_header(path: Path, num_bytes: int) -> tuple[np.dtype[Any], int, int]:
+def _read_header(path: Path, buffer: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
     """The dtype, the number of sequences, and the number of document boundaries."""
 
     def fail(what: str) -> UserError:
         return UserError(f"not a Megatron index: {path}: {what}: copy or preprocess it again")
 
-    try:
-        with path.open("rb") as file:
-            data = file.read(HEADER.size)
-    except OSError as error:
-        raise UserError(f"cannot open dataset: {path}: {error.strerror}") from error
+    data = buffer[: HEADER.size].tobytes()
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise fail(f"begins with {data[: len(MAGIC)]!r} instead of {MAGIC!r}")
     if len(data) < HEADER.size:
@@ -377,10 +374,10 @@ def _read_header(path: Path, num_bytes: int) -> tuple[np.dtype[Any], int, int]:
     if code not in DTYPE_CODES:
         raise fail(f"unknown dtype code {code}")
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
-    if num_bytes != expected:
-        relation = "truncated" if num_bytes < expected else "too long"
+    if buffer.size != expected:
+        relation = "truncated" if buffer.size < expected else "too long"
         raise fail(
-            f"{relation}: {num_bytes} bytes, {expected} expected for {num_sequences} sequences"
+            f"{relation}: {buffer.size} bytes, {expected} expected for {num_sequences} sequences"
         )
     return DTYPE_CODES[code], num_sequences, num_boundaries
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_chatflow.data.mapped_file import map_file
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
 
 _MAGIC = b"MCFPACK1"
@@ -80,8 +81,8 @@ def save_packing(path: Path, key: bytes, packing: Packing) -> None:
 def load_packing(path: Path, key: bytes) -> Packing | None:
     """Maps a packing, if the file is there, whole, and of this key."""
     try:
-        data = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    except (OSError, ValueError):  # missing, unreadable, or empty, which cannot be mapped
+        data = map_file(path)
+    except OSError:  # missing or unreadable
         return None
     if len(data) < _HEADER_BYTES:
         return None

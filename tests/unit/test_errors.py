@@ -1,6 +1,7 @@
 """Exit statuses of real programs: a user's mistake, and output that nobody reads on."""
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,3 +58,16 @@ def test_mistakes_are_one_line() -> None:
     assert done == (2, "error: flag: is wrong\n")
     assert run_program("raise KeyboardInterrupt", subprocess.PIPE) == (130, "interrupted\n")
     assert run_program("return 3", subprocess.PIPE) == (3, "")
+
+
+def test_programs_raise_the_limit_on_open_files() -> None:
+    body = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    program = f"from megatron_chatflow.errors import *\ndef main():\n    {body}\nrun_main(main)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512)),
+    )
+    assert done.stdout == "(512, 512)\n", done.stderr

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_chatflow.data.mapped_file import map_file
+
 HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
 
 
@@ -74,8 +76,7 @@ class SeenHashes:
         with tempfile.TemporaryFile(dir=self._folder) as file:
             file.write(recent[np.argsort(recent[:, 0], kind="stable")].tobytes())
             file.flush()
-            run = np.memmap(file, "<u8", "r", shape=recent.shape)
-        self._runs.append(np.asarray(run))
+            self._runs.append(map_file(file).view("<u8").reshape(-1, 2))
 
 
 def _contained(

@@ -7,8 +7,11 @@ that order; of the parts of a job with `--dedup`, the documents that no earlier 
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_chatflow import __version__
 from megatron_chatflow.data.indexed import (
@@ -39,6 +42,25 @@ from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
 SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num_bad_lines")
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A dataset to merge, as it was found when it was checked.
+
+    Attributes:
+        prefix: Without `.bin` or `.idx`.
+        dtype: Of its ids.
+        num_documents: In it.
+        sidecar: What lies beside it, if anything.
+        has_mask: Whether it has a loss mask.
+    """
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    num_documents: int
+    sidecar: dict[str, Any] | None
+    has_mask: bool
 
 
 def find_datasets(inputs: Sequence[str]) -> list[Path]:
@@ -73,6 +95,9 @@ def merge_datasets(
 ) -> int:
     """Writes all documents of some datasets into one.
 
+    Datasets of different integer types are written as the narrowest type that holds them all. One
+    dataset is open at a time, so their number is not limited.
+
     Args:
         prefixes: The datasets', in order.
         output_prefix: The new dataset's; end it in `_document`.
@@ -83,30 +108,40 @@ def merge_datasets(
         The number of documents.
 
     Raises:
-        UserError: They are of several dtypes or tokenizers, some have a loss mask and some have
-            none, one is damaged, the output exists, or parts of one job are not all there.
+        UserError: They are of several tokenizers, some have a loss mask and some have none, one is
+            damaged, the output exists, or parts of one job are not all there.
     """
     existing = _outputs_to_replace(prefixes, Path(output_prefix), overwrite=overwrite)
     mask_prefix = loss_mask_prefix(output_prefix)
-    datasets, sidecars = [IndexedDataset(p) for p in prefixes], [read_sidecar(p) for p in prefixes]
-    _check_alike(datasets, sidecars)
-    masks = _masks_of(datasets)
+    inputs = [_check_input(prefix) for prefix in prefixes]
+    dtype = _common_dtype(inputs)
+    _check_alike(inputs)
+    _warn_of_repeated(inputs)
+    sidecars = [given.sidecar for given in inputs]
     policy = policy or PartsPolicy()
     if not all(sidecars):
         logger.warning("no sidecar written: not every input has one")
     compare = are_parts_to_compare(prefixes, sidecars, policy)
-    repeats = find_repeats(datasets, Path(output_prefix).parent) if compare else None
+    repeats = None
+    if compare:
+        num_documents = [given.num_documents for given in inputs]
+        repeats = find_repeats(prefixes, num_documents, Path(output_prefix).parent)
 
     staged: list[StagedFile] = []
     try:
         files: list[StagedFile] = []
         hashes: dict[str, str] = {}
         left_out_of_masks: list[LeftOut] = []
-        if masks:
-            mask_files, left_out_of_masks = _write(mask_prefix, masks, staged, repeats)
+        if inputs[0].has_mask:
+            masks = [loss_mask_prefix(prefix) for prefix in prefixes]
+            mask_files, left_out_of_masks = _write(
+                mask_prefix, masks, np.dtype(np.uint8), staged, repeats
+            )
             hashes["loss_mask_bin"] = mask_files[0].sha256
             files += mask_files
-        (bin_file, idx_file), left_out = _write(Path(output_prefix), datasets, staged, repeats)
+        (bin_file, idx_file), left_out = _write(
+            Path(output_prefix), prefixes, dtype, staged, repeats
+        )
         hashes.update(bin=bin_file.sha256, idx=idx_file.sha256)
         files.append(bin_file)
         known = [sidecar for sidecar in sidecars if sidecar is not None]
@@ -122,11 +157,9 @@ def merge_datasets(
             file.discard()
         if repeats is not None:
             repeats.close()
-    return _num_documents(datasets) - _num_documents(left_out)
-
-
-def _num_documents(parts: Sequence[IndexedDataset] | Sequence[LeftOut]) -> int:
-    return sum(part.num_documents for part in parts)
+    return sum(given.num_documents for given in inputs) - sum(
+        part.num_documents for part in left_out
+    )
 
 
 def _sidecar(prefix: str | Path, content: dict[str, Any], staged: list[StagedFile]) -> StagedFile:
@@ -156,15 +189,17 @@ def _outputs_to_replace(
 
 def _write(
     prefix: Path,
-    datasets: list[IndexedDataset],
+    inputs: Sequence[Path],
+    dtype: np.dtype[Any],
     staged: list[StagedFile],
     repeats: Repeats | None,
 ) -> tuple[list[StagedFile], list[LeftOut]]:
     """Writes a dataset; returns its files, and what was left out of each part."""
-    writer = IndexedDatasetWriter(prefix, datasets[0].dtype)
+    writer = IndexedDatasetWriter(prefix, dtype)
     staged += [writer.bin_file, writer.idx_file]
     left_out = []
-    for number, dataset in enumerate(datasets):
+    for number, path in enumerate(inputs):
+        dataset = IndexedDataset(path)
         if repeats is None:
             writer.add_dataset(dataset)
         else:
@@ -172,45 +207,74 @@ def _write(
     return writer.seal(), left_out
 
 
-def _check_alike(datasets: list[IndexedDataset], sidecars: list[dict[str, Any] | None]) -> None:
-    first = datasets[0]
-    for dataset in datasets:
-        dataset.validate()
-        if dataset.dtype != first.dtype:
+def _check_input(prefix: Path) -> _Input:
+    """Checks every offset of a dataset and of its loss mask."""
+    dataset = IndexedDataset(prefix)
+    dataset.validate()
+    has_mask = idx_path(loss_mask_prefix(prefix)).exists()
+    if has_mask:
+        open_mask(dataset)
+    return _Input(prefix, dataset.dtype, dataset.num_documents, read_sidecar(prefix), has_mask)
+
+
+def _common_dtype(inputs: Sequence[_Input]) -> np.dtype[Any]:
+    """The narrowest type that holds the ids of every dataset."""
+    first = inputs[0]
+    for given in inputs:
+        if (given.dtype.kind == "f") != (first.dtype.kind == "f"):
             raise UserError(
-                f"different dtypes: {dataset.prefix} has {dataset.dtype}, {first.prefix} "
-                f"{first.dtype}: preprocess them with one tokenizer"
+                f"not token ids alone: {given.prefix} has {given.dtype}, {first.prefix} "
+                f"{first.dtype}: merge datasets of integers and of floating-point values "
+                "separately"
             )
-    described = [(d, s) for d, s in zip(datasets, sidecars, strict=True) if s is not None]
-    with_bos = [dataset for dataset, sidecar in described if appends_bos(sidecar)]
-    without = [dataset for dataset, sidecar in described if not appends_bos(sidecar)]
+    dtype = np.result_type(*(given.dtype for given in inputs))
+    for given in inputs:
+        if given.dtype != dtype:
+            logger.warning("%s is widened from %s to %s", given.prefix, given.dtype, dtype)
+    return dtype
+
+
+def _check_alike(inputs: Sequence[_Input]) -> None:
+    """Refuses datasets of several tokenizers, and BOS or a loss mask that only some have."""
+    with_bos = [g.prefix for g in inputs if g.sidecar is not None and appends_bos(g.sidecar)]
+    without = [g.prefix for g in inputs if g.sidecar is not None and not appends_bos(g.sidecar)]
     if with_bos and without:
         raise UserError(
-            f"different beginnings: documents of {with_bos[0].prefix} begin with BOS, those of "
-            f"{without[0].prefix} do not: preprocess one again, with or without --append-bos"
+            f"different beginnings: documents of {with_bos[0]} begin with BOS, those of "
+            f"{without[0]} do not: preprocess one again, with or without --append-bos"
         )
-    known = [(dataset, sidecar["tokenizer"]) for dataset, sidecar in described]
-    for dataset, tokenizer in known:
-        if tokenizer["sha256"] != known[0][1]["sha256"]:
+    known = [(g.prefix, g.sidecar["tokenizer"]["sha256"]) for g in inputs if g.sidecar is not None]
+    for prefix, sha256 in known:
+        if sha256 != known[0][1]:
             raise UserError(
-                f"different tokenizers: {dataset.prefix} was made with {tokenizer['sha256'][:12]}, "
-                f"{known[0][0].prefix} with {known[0][1]['sha256'][:12]}: preprocess one again"
+                f"different tokenizers: {prefix} was made with {sha256[:12]}, {known[0][0]} with "
+                f"{known[0][1][:12]}: preprocess one again"
             )
-
-
-def _masks_of(datasets: list[IndexedDataset]) -> list[IndexedDataset]:
-    """Every dataset's loss mask; none if none has one."""
-    prefixes = [loss_mask_prefix(dataset.prefix) for dataset in datasets]
-    present = [idx_path(prefix).exists() for prefix in prefixes]
-    if not any(present):
-        return []
-    if not all(present):
-        without = datasets[present.index(False)].prefix
+    masked = [given.prefix for given in inputs if given.has_mask]
+    unmasked = [given.prefix for given in inputs if not given.has_mask]
+    if masked and unmasked:
         raise UserError(
-            f"no loss mask: {without}, but {datasets[present.index(True)].prefix} has one: "
-            "merge those with a mask and those without into two datasets"
+            f"no loss mask: {unmasked[0]}, but {masked[0]} has one: merge those with a mask and "
+            "those without into two datasets"
         )
-    return [open_mask(dataset) for dataset in datasets]
+
+
+def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
+    """Warns of a dataset that is given twice, under one name or as a copy."""
+    seen: dict[object, Path] = {}
+    for given in inputs:
+        keys: list[object] = [given.prefix.resolve()]
+        if given.sidecar is not None and given.num_documents:
+            keys.append(given.sidecar["sha256"]["bin"])
+        earlier = next((seen[key] for key in keys if key in seen), None)
+        if earlier is not None:
+            logger.warning(
+                "%s holds the same documents as %s: they are in the output twice",
+                given.prefix,
+                "an earlier input" if earlier == given.prefix else earlier,
+            )
+        for key in keys:
+            seen.setdefault(key, given.prefix)
 
 
 def open_mask(dataset: IndexedDataset) -> IndexedDataset:
@@ -221,6 +285,11 @@ def open_mask(dataset: IndexedDataset) -> IndexedDataset:
     """
     mask = IndexedDataset(loss_mask_prefix(dataset.prefix))
     mask.validate()
+    if mask.dtype != np.uint8:
+        raise UserError(
+            f"not a loss mask: {mask.prefix}: holds {mask.dtype}, not uint8: preprocess the data "
+            "again"
+        )
     num_common = min(len(mask), len(dataset))
     agree = mask.sequence_lengths[:num_common] == dataset.sequence_lengths[:num_common]
     if len(mask) != len(dataset) or not agree.all():

@@ -108,11 +108,12 @@ def are_parts_to_compare(
     return dedup
 
 
-def find_repeats(datasets: Sequence[IndexedDataset], folder: Path) -> Repeats:
+def find_repeats(prefixes: Sequence[Path], num_documents: Sequence[int], folder: Path) -> Repeats:
     """The documents of each part that an earlier one has.
 
     Args:
-        datasets: The parts, in order.
+        prefixes: Of the parts, in order.
+        num_documents: Of each part.
         folder: Where temporary files lie.
 
     Raises:
@@ -120,8 +121,7 @@ def find_repeats(datasets: Sequence[IndexedDataset], folder: Path) -> Repeats:
     """
     with told_to_the_user(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    paths = [hashes_path(dataset.prefix) for dataset in datasets]
-    return Repeats(paths, [dataset.num_documents for dataset in datasets], folder)
+    return Repeats([hashes_path(prefix) for prefix in prefixes], num_documents, folder)
 
 
 def copy_new_documents(
@@ -150,7 +150,8 @@ def copy_new_documents(
         num_documents += int(repeated.sum())
         num_tokens += len(left_out)
         num_nonzero += int(np.count_nonzero(left_out))
-        writer.add_documents(tokens[np.repeat(~repeated, lengths)], lengths[~repeated])
+        kept = tokens[np.repeat(~repeated, lengths)].astype(writer.dtype, copy=False)
+        writer.add_documents(kept, lengths[~repeated])
         begin = end
     return LeftOut(num_documents, num_tokens, num_nonzero)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from data_files import write_dataset
 from preprocess_jobs import Jobs
 
 from megatron_chatflow.corpus.parse import CorpusSettings
@@ -86,14 +87,14 @@ def test_refuses_what_does_not_belong_together(
         minloglevel=2,
     )
     other = shard(tmp_path, other_model, "other", ["x"])
-    writer = IndexedDatasetWriter(tmp_path / "wide", np.int32)
+    writer = IndexedDatasetWriter(tmp_path / "fractions", np.float32)
     writer.add_document([1])
     writer.finalize()
     out = tmp_path / "out_text_document"
     for inputs, message in [
         ([text, other], "different tokenizers: .*other_text_document was made with"),
         ([text, pairs], "no loss mask: .*text_text_document"),
-        ([text, tmp_path / "wide"], "different dtypes: .*wide has int32, .* uint16"),
+        ([text, tmp_path / "fractions"], "not token ids alone: .*fractions has float32, .* uint16"),
         ([], "nothing to merge"),
         ([text, tmp_path / "absent"], "absent.idx"),
         ([text, out], "output is also an input"),
@@ -108,6 +109,52 @@ def test_refuses_what_does_not_belong_together(
     assert len(IndexedDataset(out)) == 2
 
 
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_integer_types_are_widened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, with_masks
+) -> None:
+    monkeypatch.setattr(indexed, "WIDENED_BLOCK", 3)
+    documents = {
+        np.uint16: [[1, 2, 65499], [], [7]],
+        np.int32: [[70_000, 3], [5] * 8],
+        np.int16: [[-4, 9]],
+    }
+    for dtype, ids in documents.items():
+        masks = [[1] * len(document) for document in ids] if with_masks else None
+        write_dataset(tmp_path / f"{np.dtype(dtype)}_document", ids, dtype, masks)
+    prefixes = [tmp_path / f"{np.dtype(dtype)}_document" for dtype in documents]
+    merge_datasets(prefixes, tmp_path / "all_document")
+    merged = IndexedDataset(tmp_path / "all_document")
+    expected = sum(documents.values(), [])
+    assert merged.dtype == np.int32
+    assert [merged[k].tolist() for k in range(len(merged))] == expected
+    assert "uint16_document is widened from uint16 to int32" in caplog.text
+    # The bytes are those of a dataset that was int32 from the beginning.
+    write_dataset(tmp_path / "direct", expected, np.int32)
+    for suffix in ("bin", "idx"):
+        written = (tmp_path / f"all_document.{suffix}").read_bytes()
+        assert written == (tmp_path / f"direct.{suffix}").read_bytes()
+    assert (tmp_path / "all_loss_mask.idx").exists() == with_masks
+
+
+def test_a_dataset_given_twice_is_reported(
+    tmp_path: Path, tiny_sentencepiece_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = shard(tmp_path, tiny_sentencepiece_model, "a", ["x", "y"])
+    shard(tmp_path, tiny_sentencepiece_model, "b", ["x", "z"])
+    (tmp_path / "copy").mkdir()
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{first}.{suffix}", tmp_path / "copy")
+    again = tmp_path / "copy" / ".." / first.name
+    copy = tmp_path / "copy" / first.name
+    merge_datasets([first, tmp_path / "b_text_document"], tmp_path / "one_text_document")
+    assert "twice" not in caplog.text
+    merge_datasets([first, again], tmp_path / "two_text_document")
+    assert f"{again} holds the same documents as {first}" in caplog.text
+    merge_datasets([first, copy], tmp_path / "three_text_document")
+    assert f"{copy} holds the same documents as {first}" in caplog.text
+
+
 def test_a_damaged_mask_is_refused(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
     first = shard(tmp_path, tiny_sentencepiece_model, "a", ["x", "y y"], format="pairs")
     shard(tmp_path, tiny_sentencepiece_model, "b", ["x", "y y y y"], format="pairs")
@@ -119,6 +166,9 @@ def test_a_damaged_mask_is_refused(tmp_path: Path, tiny_sentencepiece_model: Pat
         merge_datasets([first], tmp_path / "out_text_document")
     with pytest.raises(UserError, match="loss mask does not fit"):
         Inspection(first)
+    write_dataset(tmp_path / "a_text_loss_mask", IndexedDataset(first), np.int32)
+    with pytest.raises(UserError, match="not a loss mask: .* holds int32, not uint8"):
+        merge_datasets([first], tmp_path / "out_text_document")
 
 
 def test_offsets_past_two_to_the_forty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
