@@ -63,6 +63,7 @@ def _parse() -> argparse.Namespace:
         help="text, pairs or chat",
     )
     add("--template", choices=list(TEMPLATES), default="chatflow", help="of chats")
+    add("--encoding", default="utf-8", metavar="E", help="of sources: gb18030, big5, utf-16 ...")
     add("--max-documents", type=int, help="of each source")
     add("--max-length", type=int, help="tokens read at once (default: the model's longest)")
     add("--choice", action="append", type=Path, default=[], help="file of questions (repeatable)")
@@ -84,7 +85,7 @@ def _settings(args: argparse.Namespace) -> EvaluationSettings:
     shots = args.num_fewshot
     tasks = TaskSettings(args.tasks, shots, args.include_path, args.limit, args.batch_size)
     return EvaluationSettings(
-        sources=tuple(TextSource.parse(text, args.template) for text in args.source),
+        sources=tuple(TextSource.parse(text, args.template, args.encoding) for text in args.source),
         questions={path.name.split(".")[0]: path for path in args.choice},
         choice=ChoiceSettings(args.scoring, shots or 0, args.language),
         few_shot_file=args.few_shot_file,

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.corpus.encodings import canonical_encoding
 from megatron_chatflow.corpus.inputs import find_inputs
 from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
 from megatron_chatflow.corpus.readers import CorpusReader
@@ -75,6 +76,7 @@ def _parse() -> argparse.Namespace:
     add("--list", type=Path, metavar="F", help="file of pieces, one a line, instead of --corpus")
     add("--held-out", nargs="+", default=[], metavar="F", help="text of each language, to compare")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="of the text in JSON")
+    add("--encoding", default="utf-8", metavar="E", help="of the text: gb18030, big5, utf-16 ...")
     add("--num-new", type=int, default=8076, help="pieces to add; default: %(default)s")
     add("--output-dir", type=Path, required=True, help="the new folder")
     add("--method", choices=PIECE_KINDS, default="characters", help="default: %(default)s")
@@ -87,8 +89,9 @@ def _parse() -> argparse.Namespace:
 
 def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
     """The corpus, document by document; lines that are no documents are passed over."""
-    settings = CorpusSettings(json_keys=tuple(args.json_keys))
-    reader = CorpusReader(find_inputs(inputs), "line", settings.columns)
+    encoding = canonical_encoding(args.encoding)
+    settings = CorpusSettings(json_keys=tuple(args.json_keys), encoding=encoding)
+    reader = CorpusReader(find_inputs(inputs), "line", settings.columns, encoding)
     for chunk in reader.chunks():
         for documents in parse_chunk(chunk, settings).documents.values():
             yield from (document for document in documents if isinstance(document, str))

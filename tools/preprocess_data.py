@@ -45,6 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--invalid-utf8", choices=["drop", "replace"], default="drop", help="of lines; txt: replace"
     )
+    add(
+        "--encoding",
+        default="utf-8",
+        metavar="E",
+        help="of txt, tsv and JSON: gb18030, big5, utf-16 ...; default: %(default)s",
+    )
     add("--txt-documents", choices=["file", "line"], default="file", help="what is one, in .txt")
     add("--partitions", type=int, default=1, dest="num_partitions", help="merged; resumes by part")
     add("--shard", type=parse_shard, metavar="I/N", help="make the I-th of N parts alone, I from 0")

@@ -6,12 +6,14 @@ of what was left out or mended. It depends on nothing else, so any process may d
 What is wrong with a line: malformed JSON, bytes that are not UTF-8, or a missing key make it bad;
 it is dropped and counted, and the run ends when there are too many. Half a surrogate pair in a
 JSON escape is mended, to U+FFFD, and counted; so are bytes that are not UTF-8 in a `.txt` file,
-and, with `invalid_utf8="replace"`, in any line.
+and, with `invalid_utf8="replace"`, in any line. Where these are more than a few, the text is in
+another encoding, and is refused.
 """
 
+import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ import orjson
 
 from megatron_chatflow.corpus.chats import chat_of
 from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, ParsedChunk
+from megatron_chatflow.corpus.encodings import check_share_of_invalid, num_invalid_characters
 from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.corpus.pairs import (
     PairSettings,
@@ -28,6 +31,7 @@ from megatron_chatflow.corpus.pairs import (
 )
 from megatron_chatflow.corpus.readers import Chunk, TxtDocuments
 from megatron_chatflow.corpus.templates import document_of_chat
+from megatron_chatflow.errors import UserError
 
 CorpusFormat = Literal["text", "pairs", "chat"]
 
@@ -41,6 +45,7 @@ class CorpusSettings:
         json_keys: Output keys; of text, the JSON keys too; of chats, the key of the messages.
         txt_documents: Whether a `.txt` file is one document or one a line.
         invalid_utf8: What becomes of a line that is not UTF-8.
+        encoding: Of the text in the inputs, as `canonical_encoding` names it.
         template: Chat template, also of translation instructions.
         chat_template: One of the user's own, instead of `template`.
         loss: "response" or "all".
@@ -51,6 +56,7 @@ class CorpusSettings:
     json_keys: tuple[str, ...] = ("text",)
     txt_documents: TxtDocuments = "file"
     invalid_utf8: Literal["drop", "replace"] = "drop"
+    encoding: str = "utf-8"
     template: str = "chatflow"
     chat_template: JinjaTemplate | None = None
     loss: Literal["response", "all"] = "response"
@@ -88,24 +94,33 @@ class _Parser:
         self.result = ParsedChunk({key: [] for key in settings.json_keys})
         self.num_dropped: Counter[str] = Counter()
         self.num_repaired: Counter[str] = Counter()
+        self.num_invalid = 0  # characters that are not UTF-8
+        self.first_invalid = chunk.first_line
+        self.number = chunk.first_line  # of the present record
 
     def parse(self) -> ParsedChunk:
         chunk = self.chunk
         if chunk.kind == "objects":
             self._all(enumerate(chunk.data, chunk.first_line), self._take_record)
         elif chunk.kind == "text":
-            self._all([(chunk.first_line, chunk.data)].__iter__(), self._take_text)
+            self._all([(chunk.first_line, chunk.data)], self._take_text)
         else:
-            lines = enumerate(chunk.data.split(b"\n"), chunk.first_line)
-            kept = (item for item in lines if item[1] and not item[1].isspace())
+            lines = enumerate(io.BytesIO(chunk.data), chunk.first_line)
+            kept = (
+                (number, line.removesuffix(b"\n")) for number, line in lines if not line.isspace()
+            )
             take = self._take_text if chunk.kind == "text_lines" else self._take_line
             self._all(kept, take)
+        if self.num_invalid:
+            where = f"{chunk.name}:{self.first_invalid}"
+            check_share_of_invalid(self.num_invalid, chunk.data, where)
         self.result.num_dropped = dict(self.num_dropped)
         self.result.num_repaired = dict(self.num_repaired)
         return self.result
 
-    def _all(self, items: Iterator[tuple[int, Any]], take: Callable[[Any], None]) -> None:
+    def _all(self, items: Iterable[tuple[int, Any]], take: Callable[[Any], None]) -> None:
         for number, item in items:
+            self.number = number
             try:
                 take(item)
             except BadLineError as error:
@@ -165,11 +180,16 @@ class _Parser:
 
     def _take_text(self, data: bytes) -> None:
         """Text outside JSON: a `.txt` file, or one of its lines."""
+        if b"\0" in data:
+            number = self.number + data.count(b"\n", 0, data.index(b"\0"))
+            raise UserError(
+                f"not text: {self.chunk.name}:{number}: has a NUL character, as binary files and "
+                "UTF-16 have: name its --encoding, or remove it (tr -d '\\0')"
+            )
         try:
             text = data.decode()
-        except UnicodeDecodeError:
-            self.num_repaired["invalid_utf8"] += 1
-            text = data.decode(errors="replace")
+        except UnicodeDecodeError as error:
+            text = self._replaced(data, error)
         if self.chunk.kind == "text_lines":
             text = text.removesuffix("\r")
         self.result.documents[self.settings.json_keys[0]].append(text)
@@ -180,8 +200,16 @@ class _Parser:
         except UnicodeDecodeError as error:
             if self.settings.invalid_utf8 == "drop":
                 raise BadLineError("not_utf8") from error
-            self.num_repaired["invalid_utf8"] += 1
-            return line.decode(errors="replace")
+            return self._replaced(line, error)
+
+    def _replaced(self, data: bytes, error: UnicodeDecodeError) -> str:
+        """A text with U+FFFD for what is not UTF-8, which is counted."""
+        text = data.decode(errors="replace")
+        self.num_repaired["invalid_utf8"] += 1
+        if not self.num_invalid:
+            self.first_invalid = self.number + data.count(b"\n", 0, error.start)
+        self.num_invalid += num_invalid_characters(data, text)
+        return text
 
     def _mended_record(self, line: bytes) -> Any:
         """Second try for a line that the strict parser refused."""

@@ -13,6 +13,8 @@ from typing import IO, Any, Literal
 import orjson
 import zstandard
 
+from megatron_chatflow.corpus.compressed import MAGIC_BYTES, decompress, is_compressed
+from megatron_chatflow.corpus.encodings import guess_encoding, transcode
 from megatron_chatflow.corpus.inputs import InputFile
 from megatron_chatflow.errors import UserError
 
@@ -21,10 +23,6 @@ CHUNK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 1 << 28
 MAX_TXT_FILE_BYTES = 1 << 26
 NUM_OBJECTS_PER_CHUNK = 1000
-BITE_BYTES = 1 << 14
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 TxtDocuments = Literal["file", "line"]
 
@@ -76,6 +74,7 @@ def read_chunks(
     *,
     txt_documents: TxtDocuments | None = "file",
     columns: Sequence[str] | None = None,
+    encoding: str = "utf-8",
 ) -> Iterator[Chunk]:
     """Yields a file's records in chunks of about a mebibyte.
 
@@ -84,6 +83,7 @@ def read_chunks(
         txt_documents: Whether a `.txt` file is one document or one a line; None where its lines
             are records of another format.
         columns: The columns of a parquet file that are wanted; None for all.
+        encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
 
     Raises:
         UserError: The file cannot be read, or is damaged.
@@ -93,7 +93,7 @@ def read_chunks(
         return
     source = _Source(file)
     try:
-        blocks = _without_byte_order_mark(_decompressed(source, file.name))
+        blocks = transcode(_decompressed(source, file.name), file.name, encoding)
         if file.kind == "txt" and txt_documents == "file":
             yield _whole_text(blocks, file.name, source)
         elif file.kind == "txt" and txt_documents == "line":
@@ -102,7 +102,7 @@ def read_chunks(
             yield from _read_json(blocks, file.name, source)
         else:
             yield from _line_chunks(blocks, file.name, source, "lines")
-    except (OSError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
     finally:
         source.close()
@@ -121,11 +121,13 @@ class CorpusReader:
         files: Sequence[InputFile],
         txt_documents: TxtDocuments | None,
         columns: Sequence[str] | None,
+        encoding: str = "utf-8",
     ) -> None:
         """Takes the files, and the options of `read_chunks`."""
         self._files = files
         self._txt_documents: TxtDocuments | None = txt_documents
         self._columns = columns
+        self._encoding = encoding
         self.num_bytes = [file.num_bytes for file in files]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -136,7 +138,12 @@ class CorpusReader:
         """
         num_bytes_before = 0
         for number, file in enumerate(self._files):
-            chunks = read_chunks(file, txt_documents=self._txt_documents, columns=self._columns)
+            chunks = read_chunks(
+                file,
+                txt_documents=self._txt_documents,
+                columns=self._columns,
+                encoding=self._encoding,
+            )
             for chunk in chunks:
                 self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
                 yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
@@ -144,48 +151,15 @@ class CorpusReader:
 
 
 def _decompressed(source: _Source, name: str) -> Iterator[bytes]:
-    """Blocks of a file's content; gzip and zstd are known by their first bytes."""
-    block = source.read()
-    while 0 < len(block) < len(ZSTD_MAGIC) and (more := source.read()):
-        block += more  # a pipe may hand out its first bytes one by one
-    decompressor = _decompressor(block)
-    if decompressor is None:
-        while block:
-            yield block
-            block = source.read()
-        return
-    while block:
-        # Small bites, so that a highly compressed file cannot fill the memory at once.
-        for begin in range(0, len(block), BITE_BYTES):
-            bite = block[begin : begin + (BITE_BYTES)]
-            while bite:
-                if decompressor.eof:
-                    decompressor = _decompressor(bite)  # the next member of a concatenation
-                    if decompressor is None:
-                        raise UserError(f"cannot read: {name}: garbage after its compressed end")
-                yield decompressor.decompress(bite)
-                bite = decompressor.unused_data
-        block = source.read()
-    if not decompressor.eof:
-        raise UserError(f"cannot read: {name}: its compressed content is truncated")
-
-
-def _decompressor(block: bytes) -> Any:
-    if block.startswith(GZIP_MAGIC):
-        return zlib.decompressobj(wbits=31)
-    if block.startswith(ZSTD_MAGIC):
-        return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-    return None
-
-
-def _without_byte_order_mark(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Blocks of a file's content, decompressed if it is gzip or zstd."""
+    blocks = iter(source.read, b"")
     head = b""
     for block in blocks:
         head += block
-        if len(head) >= len(BYTE_ORDER_MARK):
+        if len(head) >= MAGIC_BYTES:  # a pipe may hand out its first bytes one by one
             break
-    yield head.removeprefix(BYTE_ORDER_MARK)
-    yield from blocks
+    whole = _chain(head, blocks)
+    return decompress(whole, name) if is_compressed(head) else whole
 
 
 def _line_chunks(
@@ -203,11 +177,7 @@ def _line_chunks(
         num_pending += len(block)
         if end == 0 or num_pending < CHUNK_BYTES:
             pending.append(block)
-            if num_pending > MAX_RECORD_BYTES:
-                raise UserError(
-                    f"line too long: {name}:{first_line}: more than {MAX_RECORD_BYTES} bytes "
-                    "without a line end: is this a file of lines?"
-                )
+            _check_line(num_pending, name, first_line)
             continue
         data = b"".join([*pending, block[:end]])
         yield Chunk(name, first_line, kind, data, source.num_bytes_read)
@@ -215,7 +185,16 @@ def _line_chunks(
         pending = [block[end:]]
         num_pending = len(block) - end
     if num_pending:
+        _check_line(num_pending, name, first_line)
         yield Chunk(name, first_line, kind, b"".join(pending), source.num_bytes_read)
+
+
+def _check_line(num_bytes: int, name: str, number: int) -> None:
+    if num_bytes > MAX_RECORD_BYTES:
+        raise UserError(
+            f"line too long: {name}:{number}: more than {MAX_RECORD_BYTES} bytes without a line "
+            "end: is this a file of lines?"
+        )
 
 
 def _whole(blocks: Iterator[bytes], limit: int, complaint: str) -> bytes:
@@ -258,10 +237,20 @@ def _read_json(blocks: Iterator[bytes], name: str, source: _Source) -> Iterator[
     try:
         objects = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise UserError(f"malformed JSON array: {name}:{error.lineno}: {error.msg}") from error
+        raise UserError(_complaint_about_array(name, data, error)) from error
     for begin in range(0, len(objects), NUM_OBJECTS_PER_CHUNK):
         part = objects[begin : begin + NUM_OBJECTS_PER_CHUNK]
         yield Chunk(name, begin + 1, "objects", part, source.num_bytes_read)
+
+
+def _complaint_about_array(name: str, data: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        data.decode()
+    except UnicodeDecodeError as undecodable:
+        line = data.count(b"\n", 0, undecodable.start) + 1
+        sample = data[undecodable.start :]
+        return f"not UTF-8: {name}:{line}: {guess_encoding(sample)}"
+    return f"malformed JSON array: {name}:{error.lineno}: {error.msg}"
 
 
 def _chain(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:

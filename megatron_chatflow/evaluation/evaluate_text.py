@@ -13,6 +13,7 @@ from typing import get_args
 from tqdm import tqdm
 
 from megatron_chatflow.corpus.documents import Document, Segment
+from megatron_chatflow.corpus.encodings import canonical_encoding
 from megatron_chatflow.corpus.inputs import find_inputs
 from megatron_chatflow.corpus.parse import CorpusFormat, CorpusSettings, parse_chunk
 from megatron_chatflow.corpus.readers import CorpusReader
@@ -39,15 +40,16 @@ class TextSource:
     settings: CorpusSettings
 
     @classmethod
-    def parse(cls, text: str, template: str) -> "TextSource":
+    def parse(cls, text: str, template: str, encoding: str = "utf-8") -> "TextSource":
         """Reads ``name=path`` or ``name:format=path``.
 
         Args:
             text: As given on the command line.
             template: Chat template of chats.
+            encoding: Of the text in files of text and JSON.
 
         Raises:
-            UserError: It is of another form.
+            UserError: It is of another form, or there is no such encoding.
         """
         left, _, path = text.partition("=")
         name, _, given = left.partition(":")
@@ -58,7 +60,12 @@ class TextSource:
                 f"{', '.join(FORMATS)}"
             )
         keys = ("messages",) if kind == "chat" else ("text",)
-        settings = CorpusSettings(format=kind, json_keys=keys, template=template)
+        settings = CorpusSettings(
+            format=kind,
+            json_keys=keys,
+            template=template,
+            encoding=canonical_encoding(encoding),
+        )
         return cls(name, path, settings)
 
     def documents(self) -> Iterator[Document | str]:
@@ -67,6 +74,7 @@ class TextSource:
             find_inputs([self.path]),
             "line" if self.settings.format == "text" else None,
             self.settings.columns,
+            self.settings.encoding,
         )
         for chunk in reader.chunks():
             for documents in parse_chunk(chunk, self.settings).documents.values():

@@ -166,7 +166,7 @@ def _fill(
 ) -> tuple[list[dict[str, Any]], int]:
     """Writes every chunk's documents, in order; returns name and size of each input, bad lines."""
     corpus = settings.corpus
-    reader = CorpusReader(files, corpus.txt_documents_of_format, corpus.columns)
+    reader = CorpusReader(files, corpus.txt_documents_of_format, corpus.columns, corpus.encoding)
     progress = Progress(sum(file.num_bytes for file in files))
     num_bad = 0
     first_bad: str | None = None

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_chatflow.corpus.encodings import canonical_encoding
 from megatron_chatflow.corpus.jinja_chats import read_chat_template
 from megatron_chatflow.corpus.pair_templates import read_pair_templates
 from megatron_chatflow.corpus.pairs import PairSettings
@@ -63,6 +64,8 @@ class PreprocessSettings:
         if self.corpus.format != "pairs":
             del corpus["pairs"]
         del corpus["chat_template"]
+        if self.corpus.encoding == "utf-8":
+            del corpus["encoding"]  # as in the sidecars of versions that knew no other
         if self.corpus.format == "text":
             del corpus["template"], corpus["loss"]
         elif self.corpus.chat_template is not None:
@@ -88,12 +91,14 @@ def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
             `PairSettings` with `pair_` before them. Missing ones have their defaults.
 
     Raises:
-        UserError: A file of templates cannot be read.
+        UserError: A file of templates cannot be read, or an encoding is not known.
     """
     given = dict(options)
     if given.get("num_workers") is None:
         # On a cluster a part is made by one process unless asked otherwise: parts are many.
         given["num_workers"] = 1 if given.get("ray") else len(os.sched_getaffinity(0))
+    if given.get("encoding") is not None:
+        given["encoding"] = canonical_encoding(given["encoding"])
     if given.get("chat_template") is not None:
         given["chat_template"] = read_chat_template(given["chat_template"])
     default_key = "messages" if given.get("format") == "chat" else "text"

@@ -4,12 +4,13 @@ import gzip
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from megatron_chatflow.corpus import readers
+from megatron_chatflow.corpus import compressed, readers
 from megatron_chatflow.corpus.inputs import InputFile, find_inputs
 from megatron_chatflow.corpus.readers import CorpusReader, read_chunks
 from megatron_chatflow.errors import UserError
@@ -21,7 +22,9 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "CHUNK_BYTES", 700)
-    monkeypatch.setattr(readers, "BITE_BYTES", 64)
+    monkeypatch.setattr(compressed, "INPUT_BLOCK_BYTES", 64)
+    monkeypatch.setattr(compressed, "ZSTD_BITE_BYTES", 48)
+    monkeypatch.setattr(compressed, "MAX_OUTPUT_BYTES", 500)
 
 
 def records_of(path: Path) -> list[dict[str, str]]:
@@ -38,9 +41,29 @@ def records_of(path: Path) -> list[dict[str, str]]:
     return records
 
 
+def skippable(data: bytes, kind: int = 14) -> bytes:
+    """One of zstd's skippable frames, such as the seek table of the seekable format."""
+    return bytes([0x50 + kind]) + b"\x2a\x4d\x18" + len(data).to_bytes(4, "little") + data
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("a.jsonl.zst", skippable(b"x" * 3000, 0) + zstandard.compress(LINES)),
+        ("a.jsonl.zst", zstandard.compress(LINES) + skippable(b"\x8f\x92\xea\xb1")),
+        (
+            "a.jsonl.zst",
+            b"".join(
+                zstandard.compress(LINES[k : k + 7]) + skippable(b"y" * (k % 3))
+                for k in range(0, len(LINES), 7)
+            ),
+        ),
+        (
+            "a.jsonl.gz",
+            b"".join(gzip.compress(LINES[k : k + 7]) for k in range(0, len(LINES), 7)),
+        ),
+        ("a.jsonl.gz", gzip.compress(LINES) + b"\0" * 1500),
+        ("a.jsonl.gz", gzip.compress(LINES[:7000]) + b"\0" * 9 + gzip.compress(LINES[7000:])),
         ("a.jsonl", LINES),
         ("a.ndjson", LINES.removesuffix(b"\n")),
         ("a.jsonl", b"\xef\xbb\xbf" + LINES),
@@ -115,6 +138,11 @@ def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "truncated"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:-5], "truncated"),
         ("a.jsonl.gz", gzip.compress(LINES) + b"tail", "garbage after"),
+        ("a.jsonl.gz", gzip.compress(LINES) + b"\0\0\0tail", "garbage after"),
+        ("a.jsonl.gz", gzip.compress(LINES) + b"\x1f", "truncated"),
+        ("a.jsonl.zst", zstandard.compress(LINES) + skippable(b"x" * 900)[:-1], "truncated"),
+        ("a.jsonl.zst", zstandard.compress(LINES) + skippable(b"")[:6], "truncated"),
+        ("a.jsonl.zst", zstandard.compress(LINES) + b"\0", "garbage after"),
         ("a.jsonl.gz", gzip.compress(LINES)[:40] + b"\xff" * 400, "a.jsonl.gz"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:20] + b"\xff" * 400, "a.jsonl.zst"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', r"a.json:2"),
@@ -124,6 +152,17 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) 
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         records_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_what_expands_a_lot_comes_in_small_blocks(
+    monkeypatch: pytest.MonkeyPatch, compress: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.undo()
+    content = compress(b"\n" * (1 << 28))
+    sizes = [len(block) for block in compressed.decompress(iter([content]), "bomb")]
+    assert sum(sizes) == 1 << 28
+    assert max(sizes) <= 1 << 20
 
 
 def test_empty_files_have_no_records(tmp_path: Path) -> None:

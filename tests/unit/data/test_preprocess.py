@@ -236,3 +236,21 @@ def test_documents_longer_than_a_chunk(jobs: Jobs, monkeypatch: pytest.MonkeyPat
     dataset = IndexedDataset(f"{jobs.prefix}_text_document")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(jobs.model))
     assert [dataset[i].tolist() for i in range(3)] == [reference.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_named_encoding_gives_the_bytes_of_utf8(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 100)
+    lines = "".join(
+        json.dumps({"text": f"\u4e00\u4e25 bana {k}"}, ensure_ascii=False) + "\n" for k in range(99)
+    )
+    written = []
+    for name, encoding in (("a.jsonl", "utf-8"), ("b.jsonl", "gb18030"), ("c.jsonl", "utf-16")):
+        (jobs.folder / name).write_bytes(lines.encode(encoding))
+        corpus = CorpusSettings(encoding=encoding)
+        content = jobs.run(str(jobs.folder / name), corpus=corpus, num_workers=num_workers)
+        assert content["settings"].get("encoding", "utf-8") == encoding
+        written.append(Path(f"{jobs.prefix}_text_document.bin").read_bytes())
+    assert written[0] == written[1] == written[2]

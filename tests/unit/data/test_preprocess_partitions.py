@@ -100,7 +100,11 @@ def test_finished_parts_are_kept_and_verified(jobs: Jobs) -> None:
     path.write_bytes(first[1][:-1] + b"\xff")
     jobs.run(folder, shard=(0, 2), overwrite=False)
     assert path.read_bytes() == first[1]
-    for changes in ({"append_eod": True}, {"corpus": CorpusSettings(invalid_utf8="replace")}):
+    for changes in (
+        {"append_eod": True},
+        {"corpus": CorpusSettings(invalid_utf8="replace")},
+        {"corpus": CorpusSettings(encoding="gb18030")},
+    ):
         with pytest.raises(UserError, match="other data under this name"):
             jobs.run(folder, shard=(0, 2), overwrite=False, **changes)
     jobs.lines("in/0.jsonl", [{"text": "kedo"}] * 3)
