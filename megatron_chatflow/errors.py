@@ -4,7 +4,9 @@ In: a ``main`` function. Out: the process's exit status, with one line on standa
 mistake of the user's and a traceback for one of ours.
 """
 
+import argparse
 import os
+import re
 import resource
 import select
 import sys
@@ -21,6 +23,16 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """What one process of a job meets and the others do not, such as a disk of its node's."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake on the command line in one line, without the usage of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a `UserError`."""
+        # argparse names the function that converts a value, such as `parse_shard`.
+        message = re.sub(r"invalid (?!int\b|float\b)\w+ value: ", "invalid value: ", message)
+        raise UserError(f"{message}; see --help")
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:

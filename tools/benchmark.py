@@ -8,7 +8,7 @@ machine, versions and commit.
 import argparse
 import sys
 
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import ArgumentParser, run_main
 from megatron_chatflow.evaluation.benchmark import has_benchmark, load_benchmark, run_benchmark
 
 SUBJECTS = {
@@ -30,7 +30,7 @@ def main() -> None:
     """Parses the subject, and hands the other arguments to its benchmark."""
     subjects = {name: summary for name, summary in SUBJECTS.items() if has_benchmark(name)}
     listing = "\n".join(f"  {name:<12}{summary}" for name, summary in subjects.items())
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=f"{__doc__}\nsubjects:\n{listing}",
         epilog=EXAMPLES,
         usage="%(prog)s SUBJECT [--peers] [--output R.json] ...",

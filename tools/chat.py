@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
 from megatron_chatflow.evaluation.generation_chat import Conversation
 from megatron_chatflow.evaluation.generation_flags import add_sampling, read_sampling
@@ -28,7 +28,7 @@ while it runs: /reset begins anew, /exit or Ctrl-D leaves, Ctrl-C cuts an answer
 def main() -> None:
     """Parses the command line and answers until there is nothing more to read."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Talk to a model in the terminal.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

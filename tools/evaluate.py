@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.corpus.templates import TEMPLATES
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
 from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, ChoiceSettings
 from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Evaluates a model, beside a base model if one is given.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

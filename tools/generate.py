@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import ArgumentParser, run_main
 from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
 from megatron_chatflow.evaluation.generation_flags import add_sampling, read_prompt, read_sampling
 
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 def main() -> None:
     """Parses the command line and writes one continuation for each prompt."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Continues prompts, or answers them with --chat.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,7 +10,7 @@ import random
 import sys
 
 from megatron_chatflow.data.preprocess.inspect import Inspection, first_difference
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.tokenizer import load_tokenizer
 
 EXAMPLES = """examples:
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 
 def main() -> int:
     """Inspects; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -8,7 +8,7 @@ import argparse
 
 from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
 from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import ArgumentParser, run_main
 
 EXAMPLES = """examples:
   merge_datasets.py --input shards/ --output-prefix data/en_text_document
@@ -18,7 +18,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Merges and says how much."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="or folders")

@@ -22,7 +22,7 @@ from megatron_chatflow.data.plan import (
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.plots import plot_mixture
 from megatron_chatflow.evaluation.report_table import format_table
 from megatron_chatflow.tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ def epoch_sizes(config: RunConfig) -> dict[str, int]:
 
 def main() -> None:
     """Parses the command line, prints the table and writes the files."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

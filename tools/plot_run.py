@@ -6,7 +6,7 @@ In: run folders, as `--save` wrote them. Out: a self-contained page that is read
 import argparse
 from pathlib import Path
 
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.report import write_report
 from megatron_chatflow.evaluation.report_follow import follow_runs
 
@@ -19,7 +19,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Parses the command line and writes the page."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Writes one HTML page with a run's plots, tables and configuration.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,7 +12,7 @@ import time
 from megatron_chatflow.corpus.scripts import SCRIPTS
 from megatron_chatflow.corpus.templates import TEMPLATES
 from megatron_chatflow.data.preprocess import parse_shard, preprocess, settings_of_options
-from megatron_chatflow.errors import run_main
+from megatron_chatflow.errors import ArgumentParser, run_main
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
 EXAMPLES = """examples:
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     add = parser.add_argument
     add(
         "--input", nargs="+", required=True, dest="inputs", metavar="F", help="or folders, globs, -"

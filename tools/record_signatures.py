@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 
 # What is called: file inside the sources, function. A class's `__call__` is its `forward`.
 _TE = "transformer_engine/pytorch"
@@ -83,7 +83,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, help="unpacked sources")

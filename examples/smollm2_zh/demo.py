@@ -6,7 +6,6 @@ run and its export, and ``summary.json`` and ``table.md`` beside them. A step th
 done again, and a run that was stopped goes on from its last checkpoint.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -24,7 +23,7 @@ from smollm2_zh.report import HELD_OUT_FORMATS, hold_out, show, summarise
 from steps import CORPUS, ROOT, SOURCES, announce, fetch_corpus, pretrain, tokenise, tool
 
 from megatron_chatflow.checkpoint.files import write_atomically
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 
 HERE = Path("examples/smollm2_zh")
 WORK = Path(".demo/smollm2")
@@ -90,7 +89,7 @@ class Variant:
 
 def main() -> None:
     """Runs every step and prints what it shows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="few iterations: about 3 minutes")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: both"

@@ -5,7 +5,6 @@ what it needs. In: nothing. Out: ``runs/tiny_cpu/`` with both runs, the exported
 folder, ``report.html`` and ``summary.json``.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -33,7 +32,7 @@ from steps import (
     tool,
 )
 
-from megatron_chatflow.errors import UserError, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 
 HERE = Path("examples/tiny_cpu")
 TOKENS = Path(".demo/tokens")
@@ -68,7 +67,7 @@ SHORT = Length(16, 32, 20, 14, 4, 16)
 
 def main() -> None:
     """Runs every step and prints what it shows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="few iterations: about 5 minutes")
     is_short = parser.parse_args().short
     length = SHORT if is_short else WHOLE

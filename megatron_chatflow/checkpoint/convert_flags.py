@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_chatflow.checkpoint.convert_shape import DTYPES
 from megatron_chatflow.checkpoint.convert_vocabulary import EMBEDDING_INITS
 from megatron_chatflow.config.units import parse_num_bytes
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import ArgumentParser, UserError
 
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py export --checkpoint runs/zh --output exports/zh
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line: a subcommand and its flags."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Converts between Hugging Face folders and training checkpoints.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

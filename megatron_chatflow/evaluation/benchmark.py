@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.evaluation.report_table import Row, format_table
 
 FORMAT_VERSION = 1
@@ -157,7 +157,7 @@ def run_benchmark(
     Raises:
         UserError: An argument is wrong, or the report cannot be written there.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=f"{prog} {name}", description=(benchmark.__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--peers", action="store_true", help="measure installed peers beside ours")

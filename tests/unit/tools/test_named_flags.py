@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from megatron_chatflow.errors import run_main
+
 ROOT = Path(__file__).parents[3]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 PRETRAIN = "megatron_chatflow.pretrain"
@@ -167,3 +169,49 @@ def test_messages_name_flags_that_the_command_has(flags: dict[str, set[str]]) ->
 def test_excepted_modules_are_there() -> None:
     modules = {module.removeprefix("megatron_chatflow.") for module in PATHS}
     assert set(PRINTED_BY) | {module for module, _ in OF_ANOTHER_STEP} <= modules
+
+
+def error_line(
+    path: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """What a tool prints on standard error, and it is one line."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", [path.name, *arguments])
+    with pytest.raises(SystemExit) as left:
+        run_main(tool.main)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tools/*.py")), ids=lambda path: path.stem)
+def test_a_wrong_flag_is_one_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert error_line(path, ["--no-such-flag"], monkeypatch, capsys).startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--format", "csv"], "argument --format: invalid choice: 'csv' (choose from 'text', "),
+        (["--workers", "many"], "argument --workers: invalid int value: 'many'; see --help"),
+        (["--shard", "1"], "argument --shard: invalid value: '1'; see --help"),
+        (["--pair-keys", "en"], "argument --pair-keys: expected 2 arguments; see --help"),
+        ([], "the following arguments are required: --input, --output-prefix, --tokenizer-model"),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    wrong: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = ROOT / "tools" / "preprocess_data.py"
+    assert error_line(path, wrong, monkeypatch, capsys).startswith(f"error: {message}")
