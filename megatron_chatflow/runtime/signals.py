@@ -1,33 +1,56 @@
-"""SIGTERM, SIGUSR1 or a time limit as a request to stop after the iteration at hand.
+"""Requests to stop after the current iteration: SIGTERM, SIGUSR1, Ctrl-C or a time limit."""
 
-In: signals and the clock. Out: `StopRequest.is_made`, the same on every rank.
-"""
-
+import contextlib
 import math
+import os
 import signal
 import time
 from types import FrameType
 
 import torch
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+# A terminal sends SIGINT to the launcher and to its processes, and the launcher passes it on: what
+# comes this soon belongs to the same Ctrl-C.
+_SAME_KEY_SECONDS = 1.0
 
 
 class StopRequest:
-    """Remembers that the job was asked to stop."""
+    """Remembers that the job was asked to stop. A second Ctrl-C ends the process at once."""
 
-    def __init__(self, minutes: float | None = None) -> None:
-        """Installs the handlers of this process.
+    def __init__(self, minutes: float | None = None, *, notice: str | None = None) -> None:
+        """Installs this process's signal handlers.
 
         Args:
             minutes: After which the job asks itself to stop; never if None.
+            notice: Written to standard error at the first Ctrl-C; nothing if None.
         """
         self._is_made = False
+        self._interrupted_at: float | None = None
+        self._notice = notice
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in _SIGNALS
+            # The shell lets jobs in the background ignore Ctrl-C.
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
+        }
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._is_made = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if self._notice is not None:
+                # Unlike `print`, safe while the interrupted code is writing.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{self._notice}\n".encode())
+        elif now - self._interrupted_at > _SAME_KEY_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def is_made(self, device: torch.device) -> bool:
         """Whether any rank was asked; every rank calls it once an iteration."""
@@ -39,6 +62,6 @@ class StopRequest:
         return bool(flag.item())
 
     def close(self) -> None:
-        """Puts the previous handlers back."""
+        """Restores the previous handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -93,7 +93,9 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         ),
         causal_share=causal_share(config.model, inputs.vocab_size, config.data.seq_length),
         peak_flops=peak,
-        stop_request=StopRequest(config.train.exit_duration_in_mins),
+        stop_request=StopRequest(
+            config.train.exit_duration_in_mins, notice=_interrupt_notice(config, ranks)
+        ),
         guard=_guard(config, inputs),
         watchdog=watchdog,
         collection=GarbageCollection(config.train.manual_gc_interval),
@@ -119,6 +121,16 @@ def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     for finding in inputs.findings:
         logger.warning("%s", finding)
     return inputs
+
+
+def _interrupt_notice(config: RunConfig, ranks: Ranks) -> str | None:
+    """What one rank says at the first Ctrl-C."""
+    if ranks.process.rank != 0:
+        return None
+    what = "leaving after this iteration (no --save: nothing is saved)"
+    if config.checkpoint.save is not None:
+        what = "saving and leaving after this iteration"
+    return f"interrupted: {what}; Ctrl-C again ends the run at once"
 
 
 def _stragglers(config: RunConfig, ranks: Ranks, llama: Llama) -> Stragglers | None:

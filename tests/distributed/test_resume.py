@@ -120,8 +120,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run: TinyRun, tmp_pa
     _assert_same_weights(killed / "iter_0000040", whole / "iter_0000040")
 
 
+def _heed_ctrl_c() -> None:
+    """Undoes what a shell does to a test suite that runs in its background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 @pytest.mark.parametrize("launched", ["alone", "train.sh"])
 def test_a_signal_saves_and_leaves(
     tiny_run: TinyRun, tmp_path: Path, name: str, launched: str
@@ -138,6 +143,7 @@ def test_a_signal_saves_and_leaves(
         env={**jobs.environment(), **job},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=_heed_ctrl_c,
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -149,6 +155,51 @@ def test_a_signal_saves_and_leaves(
     assert (status == 0) == (launched == "alone")
     iterations, _ = jobs.read_metrics(folder)
     assert int((folder / "latest_checkpointed_iteration.txt").read_text()) == len(iterations)
+
+
+_WAITS_TO_BE_STOPPED = """
+import sys, time, torch
+from megatron_chatflow.runtime.signals import StopRequest
+request = StopRequest(notice="asked")
+print("ready", flush=True)
+while not request.is_made(torch.device("cpu")):
+    time.sleep(0.01)
+print("stopping", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.distributed
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WAITS_TO_BE_STOPPED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_heed_ctrl_c,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "stopping\n"
+    process.send_signal(signal.SIGINT)  # a launcher passes the same Ctrl-C on
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert errors == "\nasked\n"
+
+
+@pytest.mark.distributed
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """As of a job that a shell started in the background."""
+    script = "import signal\nfrom megatron_chatflow.runtime.signals import StopRequest\n"
+    script += "StopRequest()\nassert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
+    subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
 
 
 @pytest.mark.distributed
