@@ -1,16 +1,25 @@
 #!/usr/bin/env python
 """Shows what a run's schedule will do, before it is trained.
 
-In: a run's configuration. Out: a table of planned against realised mixture per phase with the
-epochs of every source; with --output the same as CSV, and a plot of the whole run as PNG.
+Prints planned against realised mixture per phase with the epochs of every source; with --output it
+writes the same as CSV and a plot of the whole run as PNG. If --load of the run holds a checkpoint,
+the plan goes on from it, as training would. --at prints the weights at one point of the run and the
+knot that keeps the schedule as it is up to there, to be pasted into the YAML file before an edit.
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_chatflow.config import RunConfig, load_config, to_plain
+import numpy as np
+
+from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
+from megatron_chatflow.config import RunConfig, RunLength, load_config
+from megatron_chatflow.config.units import parse_count
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.edits import as_planned_knot, run_schedule
 from megatron_chatflow.data.plan import (
     check_epochs,
     epoch_findings,
@@ -30,6 +39,7 @@ from megatron_chatflow.tokenizer import load_tokenizer
 EXAMPLES = """examples:
   python tools/plan_blend.py --config run.yaml
   python tools/plan_blend.py --config run.yaml --output plans/ --train-iters 20000
+  python tools/plan_blend.py --config run.yaml --at now
 """
 
 
@@ -46,6 +56,99 @@ def epoch_sizes(config: RunConfig) -> dict[str, int]:
     return {source.name: source.num_samples for source in sources}
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from, as far as the blend is concerned."""
+
+    folder: Path
+    iteration: int
+    consumed_samples: int
+    blend: dict[str, Any]
+    schedule: dict[str, Any]
+
+
+def find_resumed(config: RunConfig) -> Resumed | None:
+    """The checkpoint that the run would go on from; None for a run that begins."""
+    settings = config.checkpoint
+    if settings.load is None or settings.finetune:
+        return None
+    folder = resolve_checkpoint(settings.load)
+    state = {} if folder is None else read_state(folder)
+    names = ("iteration", "consumed_samples", "blend", "schedule")
+    if folder is None or not all(name in state for name in names) or not state["blend"]:
+        return None
+    return Resumed(folder, *(state[name] for name in names))
+
+
+def knot_in_numbers(schedule: Schedule, sample: int, unit: str) -> str:
+    """The weights at a sample as a knot that rounds to exactly these weights."""
+    # Rounded up, so that the level, which is rounded down, comes out the same.
+    levels = np.cumsum(schedule.weights_at(sample)).tolist()
+    parts = [-(-level * 10**10 >> 32) for level in levels]
+    weights = {
+        name: (above - below) / 10**10
+        for name, below, above in zip(schedule.sources, [0, *parts[:-1]], parts, strict=True)
+        if above > below
+    }
+    inner = ", ".join(f"{name}: {weight:.10g}" for name, weight in weights.items())
+    text = f"at: {schedule.position(sample, unit)}, weights: {{{inner}}}"
+    following = next((knot for knot in schedule.knots if knot.at >= sample), None)
+    if following is None or following == schedule.knots[0] or following.ramp == "step":
+        return f"{{{text}}}"
+    text = f"{{{text}, ramp: {following.ramp}}}"
+    if following.ramp == "cosine" and (following.at > sample or following.towards):
+        text += "  # no part of the longer cosine: the weights before it change"
+    return text
+
+
+def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
+    """The weights at a sample, and the knot that keeps the schedule up to it.
+
+    Args:
+        blend: The plan so far.
+        sample: Where.
+        unit: Of the knots in the YAML file.
+        folder: The checkpoint that the run goes on from; None for a run that begins.
+    """
+    schedule = blend.schedule
+    shares = zip(schedule.sources, blend.planned_shares(sample).tolist(), strict=True)
+    place = f"sample {sample:,}"
+    if unit != "samples":
+        place += f" ({schedule.position(sample, unit):,} {unit})"
+    lines = [f"weights at {place}: " + ", ".join(f"{name} {part:.6g}" for name, part in shares)]
+    if folder is not None:
+        lines += [
+            f"to keep the schedule of {folder} up to there, put this knot in place of all knots "
+            "up to there:",
+            f"      - {as_planned_knot(schedule, sample, unit)}",
+        ]
+    lines += ["the same in numbers:", f"      - {knot_in_numbers(schedule, sample, unit)}"]
+    if folder is None:
+        lines.append("(a run that goes on from a checkpoint may say `weights: as_planned` instead)")
+    return "\n".join(lines)
+
+
+def place_of(text: str, resumed: Resumed | None) -> int:
+    """The sample that --at names.
+
+    Raises:
+        UserError: It is no number of samples, or there is no run to be at.
+    """
+    if text != "now":
+        try:
+            sample = int(text) if text.isdigit() else parse_count(text)
+        except UserError as error:
+            raise UserError(f"--at: {error}; or now") from None
+        if sample < 0:
+            raise UserError(f"--at: {text} is negative: samples count from 0")
+        return sample
+    if resumed is None:
+        raise UserError(
+            "--at: now needs a run in progress: name its folder with --load, or give a sample"
+        )
+    return resumed.consumed_samples
+
+
 def main() -> None:
     """Parses the command line, prints the table and writes the files."""
     parser = ArgumentParser(
@@ -55,33 +158,80 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--output", type=Path, help="folder for plan.csv and plan.png")
+    parser.add_argument(
+        "--at", metavar="now|SAMPLE", help="print the weights and the knot at this point alone"
+    )
     arguments, flags = parser.parse_known_args()
 
     config = load_config(arguments.config, flags)
-    train, data = config.train, config.data
-    schedule = Schedule.from_dict(
-        to_plain(data.schedule),
-        sources=list(data.sources),
-        samples_per_iteration=train.global_batch_size,
-        seq_length=data.seq_length,
-    )
-    num_samples = train.train_samples or (train.train_iters or 0) * train.global_batch_size
-    blend, sizes = Blend(schedule), epoch_sizes(config)
+    resumed = find_resumed(config)
+    if resumed is None:
+        blend = Blend(run_schedule(config, list(config.data.sources)))
+    elif arguments.at is not None:  # the plan so far, whatever the file has become since
+        schedule, batch = Schedule.from_dict(resumed.schedule), config.train.global_batch_size
+        if schedule.unit == "iterations" and config.train.train_iters is not None:
+            origin = resumed.consumed_samples - resumed.iteration * batch
+            schedule = schedule.with_iterations(batch, origin)
+        blend = Blend(schedule, resumed.blend)
+    else:
+        progress = resumed.iteration, resumed.consumed_samples
+        schedule = run_schedule(config, list(config.data.sources), resumed.schedule, *progress)
+        blend = Blend(schedule, resumed.blend)
+    if arguments.at is not None:
+        folder = None if resumed is None else resumed.folder
+        sample = place_of(arguments.at, resumed)
+        print(describe_place(blend, sample, config.data.schedule.unit, folder))
+        return
+    show_plan(config, blend, resumed, arguments)
+
+
+def show_plan(
+    config: RunConfig,
+    blend: Blend,
+    resumed: Resumed | None,
+    arguments: argparse.Namespace,
+) -> None:
+    """Prints the plan of the whole run and writes its files."""
+    schedule, seq_length = blend.schedule, config.data.seq_length
+    length = RunLength.of(config)
+    if resumed is not None:
+        first = int(resumed.blend["segments"][0]["schedule"]["samples_per_iteration"])
+        length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, first)
+    num_samples = length.num_samples
+    sizes = epoch_sizes(config)
     rows = plan(blend, num_samples, sizes)
-    print(f"{num_samples:,} samples of {data.seq_length:,} tokens, from {arguments.config}\n")
-    print(format_table(to_table(rows)))
+    shown = f"{num_samples:,} samples of {seq_length:,} tokens"
+    if schedule.unit == "tokens":
+        shown = f"{num_samples * seq_length:,} tokens ({shown})"
+    print(f"{shown}, from {arguments.config}")
+    if resumed is not None:
+        print(f"goes on from {resumed.folder}, sample {resumed.consumed_samples:,}")
+    if blend.edit is not None:
+        print(blend.edit)
+    print("\n" + format_table(to_table(rows, blend)))
     if arguments.output is not None:
-        curve = mixture_curve(blend, num_samples)
-        png = plot_mixture(curve, schedule.sources, sizes, title=arguments.config.stem)
+        scale = {"tokens": float(seq_length)}
+        if not schedule.iteration_origin:  # all iterations are of one size
+            scale["iterations"] = 1 / schedule.samples_per_iteration
+        png = plot_mixture(
+            mixture_curve(blend, num_samples),
+            schedule.sources,
+            sizes,
+            title=arguments.config.stem,
+            unit=schedule.unit if schedule.unit in scale else "samples",
+            unit_per_sample=scale.get(schedule.unit, 1),
+        )
         contents = {"plan.csv": to_csv(rows).encode(), "plan.png": png}
         files = [StagedFile(arguments.output / name) for name in contents]
         for file, content in zip(files, contents.values(), strict=True):
             file.write(content)
         publish_all(files)
         print(f"\nwrote {' and '.join(str(file.path) for file in files)}")
-    limits = {name: source.max_epochs for name, source in data.sources.items()}
+    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     limited = {name: limit for name, limit in limits.items() if limit is not None and sizes}
-    check_epochs(blend, num_samples, sizes, limited, train.global_batch_size)
+    progress = length.iteration, length.consumed_samples
+    batch = config.train.global_batch_size
+    check_epochs(blend, num_samples, sizes, limited, batch, consumed=progress)
     for finding in epoch_findings(blend, num_samples, sizes, limited):
         print(f"warning: {finding}", file=sys.stderr)
 

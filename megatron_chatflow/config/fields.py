@@ -4,8 +4,9 @@ In: raw values from YAML, flags or Python. Out: exact Python values; a number is
 text beyond the documented units, nor from a boolean.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +16,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    WrapValidator,
 )
 
 from megatron_chatflow.config.units import parse_count, parse_number, shorten
@@ -35,6 +37,12 @@ def _check_name(value: str) -> str:
     return value
 
 
+def _parse_weights(value: Any, parse_mapping: Callable[[Any], Any]) -> Any:
+    if isinstance(value, str) and value != "as_planned":
+        raise UserError(f"must be a weight for each source, or as_planned, not {shorten(value)}")
+    return value if isinstance(value, str) else parse_mapping(value)
+
+
 Switch = StrictBool
 Name = Annotated[StrictStr, AfterValidator(_check_name)]
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
@@ -53,3 +61,9 @@ NonNegativeNumber = Annotated[
 ]
 PositiveNumber = Annotated[float, BeforeValidator(parse_number), Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1, allow_inf_nan=False)]
+
+if TYPE_CHECKING:
+    KnotWeights = dict[str, float] | Literal["as_planned"]
+else:  # no union, whose arms pydantic would add to the path in messages
+    KnotWeights = Annotated[dict[Name, NonNegativeNumber], WrapValidator(_parse_weights)]
+"""Weights by source, or ``as_planned``: what the schedule of the checkpoint says at the knot."""

@@ -97,3 +97,11 @@ def parse_number(value: object) -> float:
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     raise UserError(f"must be a number, not {shorten(value)}")
+
+
+def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[str, str]:
+    """Two numbers with as few digits as show that they differ, at least ``num_digits``."""
+    digits = num_digits
+    while one != other and f"{one:.{digits}g}" == f"{other:.{digits}g}":
+        digits += 1
+    return f"{one:.{digits}g}", f"{other:.{digits}g}"

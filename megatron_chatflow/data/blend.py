@@ -17,7 +17,7 @@ import operator
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,11 @@ from megatron_chatflow.data.segments import FORMAT_VERSION, first_segment
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.blend import Engine, make_engine
 from megatron_chatflow.native.blend_reference import ROOT_BITS
+from megatron_chatflow.native.quota_reference import GRID
 
 logger = logging.getLogger(__name__)
+
+_Number = TypeVar("_Number", int, float)
 
 MAX_SAMPLES = 1 << ROOT_BITS
 """A run has at most 2**40 samples."""
@@ -112,6 +115,19 @@ class Blend:
         sample = self._check(sample)
         return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
 
+    def planned_shares(self, sample: int) -> npt.NDArray[np.float64]:
+        """What each of ``schedule.sources`` has of the weights at exactly this place of the run."""
+        segment = self._segments[self._segment_of(self._check(sample))]
+        shares = segment.schedule.weights_at(sample) / GRID
+        return np.array(self._of_schedule(shares.tolist()))
+
+    def position(self, sample: int) -> int:
+        """A sample in the unit of the schedule that governed it, rounded up."""
+        number = self._segment_of(sample)
+        if number + 1 == len(self._segments):
+            return self.schedule.position(sample)
+        return self._segments[number].schedule.position(sample, self.schedule.unit)
+
     def first_draw(self, source: int, index: int) -> int | None:
         """The global sample that is the source's ``index``-th; None if there is none in 2**40.
 
@@ -155,13 +171,17 @@ class Blend:
         }
         return sorted(found)
 
+    def edits_before(self, sample: int) -> list[int]:
+        """The samples in (0, ``sample``) at which an edit took effect, in order."""
+        return [one.begin for one in self._segments[1:] if one.begin < sample]
+
     def error_bound(self) -> float:
         """No count will lie this far from the whole run's quota, in samples: 1 without edits."""
         return float(self._segments[-1].error_bound)
 
-    def _of_schedule(self, values: list[int]) -> list[int]:
+    def _of_schedule(self, values: list[_Number]) -> list[_Number]:
         """Values of all sources, in the order of the schedule's."""
-        result = [0] * len(self.sources)
+        result = list(values)
         for number, value in zip(self._public, values, strict=True):
             result[number] = value
         return result[: len(self.schedule.sources)]

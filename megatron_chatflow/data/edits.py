@@ -1,8 +1,13 @@
 """What a resumed run's schedule may change: the future, never the past.
 
-In: the state that a checkpoint carries, and the schedule of the resumed run. Out: the segments of
-the whole run and the `Edit`, if there was one; a `UserError` that names the first sample whose
-weights differ when that sample has been drawn already.
+`resume` compares the schedule of a resumed run with the state in the checkpoint and returns the
+segments of the whole run and the `Edit`, if there was one. It raises a `UserError` that names the
+first sample whose weights differ if that sample was drawn already.
+
+A knot may say ``weights: as_planned``: up to this knot the run's schedule stays as the checkpoint
+records it. `resumed_schedule` replaces such a knot, and every knot before it, by the recorded knots
+up to its sample. If the knot ends a recorded ramp early, the record keeps where that ramp was
+heading (``towards``), so that the part before the knot is the same function, not a rounded copy.
 """
 
 from __future__ import annotations
@@ -14,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.config import RunConfig, to_plain
+from megatron_chatflow.config.units import differing_numbers
 from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.data.schedule_block import (
+    AS_PLANNED,
+    PATH,
+    Knot,
+    position_of,
+    sample_of,
+)
 from megatron_chatflow.data.segments import (
     FORMAT_VERSION,
     Segment,
@@ -53,6 +67,204 @@ class Edit:
         parts += [f"removed {name}" for name in self.removed]
         bound = float(self.error_bound)
         return f"{', '.join(parts)}; every prefix stays within {bound:.4f} samples of its quota"
+
+
+def run_schedule(
+    config: RunConfig,
+    sources: Sequence[str],
+    recorded: Mapping[str, Any] | None = None,
+    iteration: int = 0,
+    consumed_samples: int = 0,
+) -> Schedule:
+    """The schedule of a run that begins, or of one that goes on.
+
+    Args:
+        config: The run's configuration.
+        sources: Every source, in order.
+        recorded: The schedule in the checkpoint that the run goes on from; None if it begins.
+        iteration: Steps that the checkpoint has taken.
+        consumed_samples: Samples that it has consumed.
+
+    Raises:
+        UserError: See `resumed_schedule`.
+    """
+    block, batch, origin = to_plain(config.data.schedule), config.train.global_batch_size, 0
+    if recorded is None:
+        return Schedule.from_dict(block, sources, batch, config.data.seq_length)
+    plan = Schedule.from_dict(recorded)
+    if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
+        # Iterations to come have the present batch size; those before keep their samples.
+        origin = consumed_samples - iteration * batch
+    else:
+        # The sequence is cut by the batch size that the run began with, whatever it is now.
+        batch, origin = plan.samples_per_iteration, plan.iteration_origin
+    arguments = {
+        "sources": list(sources),
+        "samples_per_iteration": batch,
+        "seq_length": config.data.seq_length,
+        "iteration_origin": origin,
+    }
+    return resumed_schedule(block, plan, arguments)
+
+
+def resumed_schedule(
+    block: Mapping[str, Any], recorded: Schedule, arguments: Mapping[str, Any]
+) -> Schedule:
+    """The schedule of a run that goes on, with its ``as_planned`` knots resolved.
+
+    Args:
+        block: ``data.schedule`` of the resumed run.
+        recorded: The schedule in the checkpoint.
+        arguments: Those of `Schedule.from_dict`.
+
+    Raises:
+        UserError: The block is not a schedule, or a knot before one that is ``as_planned`` differs
+            from what was planned.
+    """
+    knots = block.get("knots") or []
+    numbers = {
+        number
+        for number, knot in enumerate(knots)
+        if isinstance(knot, Mapping) and knot.get("weights") == AS_PLANNED
+    }
+    if not numbers:
+        return Schedule.from_dict(block, **arguments)
+    unit = str(block.get("unit", "samples"))
+    batch, origin = arguments["samples_per_iteration"], arguments.get("iteration_origin") or 0
+    if unit == recorded.unit == "iterations":
+        recorded = recorded.with_iterations(batch, origin)
+    in_samples = {**arguments, "iteration_origin": None}
+    resolved: list[dict[str, Any]] = []  # in samples
+    for number, knot in enumerate(knots):
+        path = f"{PATH}.knots[{number}]"
+        at = position_of(knot, path)
+        sample = sample_of(at, unit, batch, origin, arguments.get("seq_length"), path)
+        if number not in numbers:
+            resolved.append({**knot, "at": sample})
+            continue
+        begin, planned = _planned_knots(recorded, sample, arguments["sources"])
+        _check_ramp(knot, planned[-1], path)
+        if resolved:
+            given = Schedule.from_dict({"knots": resolved}, **in_samples)
+            _check_as_planned(recorded, given, begin, min(given.knots[-1].at + 1, sample), path)
+        # What stands before `begin` has no effect, but the same file must give the same schedule.
+        kept = [one for one in resolved if one["at"] < begin]
+        ramps = {one["at"]: one.get("ramp", "step") for one in resolved}
+        if kept and begin in ramps:
+            planned[0]["ramp"] = ramps[begin]
+        resolved = [*kept, *planned]
+    samples = Schedule.from_dict({"knots": resolved}, **in_samples)
+    if unit == "samples":
+        return samples
+    # Keep the unit of the file where it can express every knot.
+    in_unit = []
+    for knot in resolved:
+        moved = _in_unit(knot, unit, arguments)
+        if "towards" in knot:
+            moved["towards"] = _in_unit(knot["towards"], unit, arguments)
+        in_unit.append(moved)
+    converted = Schedule.from_dict({"unit": unit, "knots": in_unit}, **arguments)
+    return converted if converted.fingerprint() == samples.fingerprint() else samples
+
+
+def as_planned_knot(schedule: Schedule, sample: int, unit: str | None = None) -> str:
+    """The knot, as YAML in a unit, that keeps a running schedule as it is up to a sample."""
+    return f"{{at: {schedule.position(sample, unit)}, weights: {AS_PLANNED}}}"
+
+
+def _planned_knots(
+    recorded: Schedule, end: int, sources: Sequence[str]
+) -> tuple[int, list[dict[str, Any]]]:
+    """The recorded knots up to ``end`` and one there; and the sample from which they hold.
+
+    Knots from the time when sources that are gone had weight cannot be written without them.
+    """
+    gone = [k for k, name in enumerate(recorded.sources) if name not in set(sources)]
+    planned: list[Knot] = [knot for knot in recorded.knots if knot.at <= end]
+    if not planned or planned[-1].at < end:
+        following = next((knot for knot in recorded.knots if knot.at > end), None)
+        levels = tuple(np.cumsum(recorded.weights_at(end)).tolist())
+        if following is None or not planned or following.ramp == "step":
+            planned.append(Knot(end, levels, "step"))
+        else:
+            goal = following.towards or following
+            planned.append(Knot(end, levels, following.ramp, goal))
+    begin = 0
+    for k in gone:
+        for number, knot in enumerate(planned):
+            if any(_weight(part, k) for part in (knot, knot.towards) if part is not None):
+                begin = max(begin, number + 1)
+        if begin == len(planned):
+            raise UserError(
+                f"data.sources.{recorded.sources[k]}: is gone, but its weight is still planned at "
+                f"sample {end}, where a knot is {AS_PLANNED}: keep it until a knot has brought its "
+                "weight to 0"
+            )
+    kept = planned[begin:]
+    if begin:  # what comes before cannot be said, so the way to the first of these does not matter
+        kept[0] = Knot(kept[0].at, kept[0].levels, "step")
+    names = list(recorded.sources)
+    return (kept[0].at if begin else 0), [_written(knot, names, set(gone)) for knot in kept]
+
+
+def _weight(knot: Knot, k: int) -> int:
+    return knot.levels[k] - (knot.levels[k - 1] if k else 0)
+
+
+def _written(knot: Knot, names: Sequence[str], gone: set[int]) -> dict[str, Any]:
+    """A knot in samples, with the weights as exact integers of sum 2**32."""
+
+    def weights(part: Knot) -> dict[str, int]:
+        parts = ((name, _weight(part, k)) for k, name in enumerate(names) if k not in gone)
+        return {name: weight for name, weight in parts if weight}
+
+    record: dict[str, Any] = {"at": knot.at, "weights": weights(knot), "ramp": knot.ramp}
+    if knot.towards is not None:
+        record["towards"] = {"at": knot.towards.at, "weights": weights(knot.towards)}
+    return record
+
+
+def _in_unit(knot: Mapping[str, Any], unit: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A knot in samples, converted to tokens or iterations and rounded up."""
+    if unit == "tokens":
+        return {**knot, "at": knot["at"] * arguments["seq_length"]}
+    origin = arguments.get("iteration_origin") or 0
+    return {**knot, "at": -((origin - knot["at"]) // arguments["samples_per_iteration"])}
+
+
+def _check_ramp(knot: Mapping[str, Any], planned: Mapping[str, Any], path: str) -> None:
+    ramp = knot.get("ramp", "step")
+    if ramp not in ("step", planned["ramp"]):
+        raise UserError(
+            f"{path}.ramp: {ramp}, but the way to this knot is {AS_PLANNED}, {planned['ramp']}: "
+            "leave ramp out"
+        )
+
+
+def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int, path: str) -> None:
+    """Refuses knots before one that is ``as_planned`` that say something else than the record."""
+    if begin >= end:
+        return
+    names = recorded.sources + tuple(n for n in given.sources if n not in set(recorded.sources))
+    old, new = recorded.with_sources(names).table(), given.with_sources(names).table()
+    sample = first_difference(old, new, begin, end)
+    if sample is not None:
+        iteration = sample // recorded.samples_per_iteration
+        what = _difference(names, old, new, iteration, "the checkpoint plans")
+        raise UserError(
+            f"{path}: {AS_PLANNED}, but at sample {sample} the knots before it say something else "
+            f"({what}): leave those knots out, or give this one numbers"
+        )
+
+
+def _difference(
+    names: Sequence[str], old: WeightTable, new: WeightTable, iteration: int, verb: str = ""
+) -> str:
+    """The source whose weight differs most, with digits that show it."""
+    was, now = (Quota(table, table.origin).weights(iteration) for table in (old, new))
+    k = int(np.argmax(np.abs(np.subtract(now, was))))
+    before, after = differing_numbers(was[k] / GRID, now[k] / GRID)
+    return f"{names[k]} {after}, {verb} {before}" if verb else f"{names[k]} {before}, now {after}"
 
 
 def resume(schedule: Schedule, state: Mapping[str, Any]) -> tuple[list[Segment], Edit | None]:
@@ -148,12 +360,12 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
         if sample is None:
             continue
         iteration = (sample - segment.origin) // batch
-        was, now = (Quota(t, segment.origin).weights(iteration) for t in (segment.table, table))
-        k = int(np.argmax(np.abs(np.subtract(now, was))))
+        what = _difference(schedule.sources, segment.table, table, iteration)
         raise UserError(
-            f"data.schedule: sample {sample} was drawn with other weights "
-            f"({schedule.sources[k]} {was[k] / GRID:.6g}, now {now[k] / GRID:.6g}): "
-            f"keep the schedule before sample {end} as it was and edit what comes after"
+            f"data.schedule: sample {sample} was drawn with other weights ({what}): keep the "
+            f"schedule before sample {end} as it was and edit what comes after; the knot "
+            f"{as_planned_knot(schedule, end)} in place of all knots up to there does this "
+            f"(unit: {schedule.unit})"
         )
 
 

@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ _LEAST_BIN = 100
 MANY_EPOCHS = 4.0
 """Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al.,
 "Scaling Data-Constrained Language Models", NeurIPS 2023)."""
+_NUM_POINTS_OF_A_PHASE = 1 + 64
+"""A cosine ramp is made of 64 chords."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,12 @@ def check_epochs(
     iteration = iterations + max((sample - samples) // global_batch_size + 1, 0)
     # Rounded up, so that the number in the message is enough.
     needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
+    shown = _decimal(max_epochs[name])
     raise UserError(
-        f"data.sources.{name}.max_epochs: {max_epochs[name]:g} epochs of {size} samples are used "
+        f"data.sources.{name}.max_epochs: {shown} epochs of {size} samples are used "
         f"up {'at' if sample >= samples else 'before'} iteration {iteration} (sample {sample}): "
-        f"lower its weight in "
-        f"data.schedule, or raise max_epochs to the {needed:g} that the whole run needs"
+        "lower its weight in data.schedule, or raise max_epochs to the "
+        f"{_decimal(needed)} that the whole run needs"
     )
 
 
@@ -168,6 +172,11 @@ def epoch_findings(
     return findings
 
 
+def _decimal(value: float) -> str:
+    """A number with all its digits, and no more."""
+    return np.format_float_positional(value, trim="-")
+
+
 def to_csv(rows: Sequence[PlanRow]) -> str:
     """The rows as CSV with a line of column names; an unknown number of epochs is empty."""
     text = io.StringIO()
@@ -178,15 +187,22 @@ def to_csv(rows: Sequence[PlanRow]) -> str:
     return text.getvalue()
 
 
-def to_table(rows: Sequence[PlanRow]) -> list[dict[str, str | int | float | None]]:
-    """The rows as a person reads them, for a table of text."""
+def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int | float | None]]:
+    """The rows for a table of text; phases are in the unit of the schedule.
+
+    Args:
+        rows: From `plan`.
+        blend: The blend that they plan.
+    """
+    unit, seq_length = blend.schedule.unit, blend.schedule.seq_length or 1
     return [
         {
-            "phase": f"{row.begin:,} to {row.end:,}",
+            f"phase ({unit})": f"{blend.position(row.begin):,} to {blend.position(row.end):,}",
             "source": row.source,
             "planned": f"{row.planned_share:.4%}",
             "realised": f"{row.realised_share:.4%}",
             "samples": row.realised,
+            **({"tokens": row.realised * seq_length} if unit == "tokens" else {}),
             "epochs so far": row.epochs,
         }
         for row in rows
@@ -201,11 +217,16 @@ class MixtureCurve:
         edges: int64[num_bins + 1], samples.
         planned: float64[num_bins, num_sources], mean weight in each bin.
         realised: float64[num_bins, num_sources], share of the draws in each bin.
+        points: int64[num_points], ascending samples; one where the weights jump comes twice.
+        shares: float64[num_points, num_sources], the planned weight at each point. Between points
+            it is linear.
     """
 
     edges: npt.NDArray[np.int64]
     planned: npt.NDArray[np.float64]
     realised: npt.NDArray[np.float64]
+    points: npt.NDArray[np.int64]
+    shares: npt.NDArray[np.float64]
 
 
 def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> MixtureCurve:
@@ -227,4 +248,22 @@ def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> Mixtur
         [(after - before) / GRID for before, after in zip(*pair, strict=True)]
         for pair in zip(quotas, quotas[1:], strict=False)
     ]
-    return MixtureCurve(edges, np.array(due) / sizes, np.diff(counts, axis=0) / sizes)
+    points, shares = _planned_line(blend, num_samples)
+    realised = np.diff(counts, axis=0) / sizes
+    return MixtureCurve(edges, np.array(due) / sizes, realised, points, shares)
+
+
+def _planned_line(
+    blend: Blend, num_samples: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The planned weights as a line of points that has every knot and every jump."""
+    knots = sorted({*blend.knots_before(num_samples), *blend.edits_before(num_samples)})
+    points: list[int] = []
+    shares = []
+    for begin, end in pairwise([0, *knots, num_samples]):
+        inner = np.linspace(begin, end, _NUM_POINTS_OF_A_PHASE, dtype=np.int64)[:-1].tolist()
+        inner = list(dict.fromkeys(inner))
+        points += [*inner, end]
+        # The sample before the end stands for the limit there.
+        shares += [blend.planned_shares(sample) for sample in [*inner, end - 1]]
+    return np.array(points, np.int64), np.array(shares)

@@ -44,7 +44,8 @@ class Schedule:
     Attributes:
         sources: The names, in the order of `weights`.
         samples_per_iteration: Samples that share one evaluation of the weights.
-        unit: What the knots were written in.
+        unit: What the written knots count: samples, tokens or iterations.
+        seq_length: Tokens per sample; None where it is not known.
         iteration_origin: The sample from which knots in iterations count; see `ScheduleBlock`.
         knots: The knots, at samples, with their cumulative integer levels.
     """
@@ -55,6 +56,7 @@ class Schedule:
         self.sources: tuple[str, ...] = block.sources
         self.samples_per_iteration: int = block.samples_per_iteration
         self.unit: str = block.unit
+        self.seq_length: int | None = block.seq_length
         self.iteration_origin: int = block.iteration_origin
         self.knots: tuple[Knot, ...] = block.knots
         # Where iterations begin: at 0 as long as all have been of one size.
@@ -100,16 +102,35 @@ class Schedule:
             raise ValueError(f"sample {sample}: samples count from 0")
         return self._quota.weights(max(sample - self._origin, 0) // self.samples_per_iteration)
 
+    def weights_at(self, sample: int) -> npt.NDArray[np.int64]:
+        """The weights at exactly this place, int64[num_sources], wherever iterations begin."""
+        return Quota(self.table(sample, 1), sample).weights(0)
+
+    def position(self, sample: int, unit: str | None = None) -> int:
+        """The first position in a unit, by default the schedule's own, not before a sample.
+
+        Of a knot's sample this is the position that was written.
+        """
+        unit = unit or self.unit
+        if unit == self.unit:
+            for knot, written in zip(self.knots, self._block.written, strict=True):
+                if knot.at == sample:
+                    return int(written["at"])
+        if unit == "iterations":
+            return -((self.iteration_origin - sample) // self.samples_per_iteration)
+        return sample * self.seq_length if unit == "tokens" and self.seq_length else sample
+
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` needs to create this schedule again, exactly; JSON can hold it."""
         return self._block.to_dict()
 
     def fingerprint(self) -> str:
         """SHA-256 in hex of what the weights depend on: the same for 0.5 and 1/2, K and 1000."""
-        knots = [
-            [knot.at, list(knot.levels), knot.ramp if number else "step"]
-            for number, knot in enumerate(self.knots)
-        ]
+        knots: list[list[Any]] = []
+        for number, knot in enumerate(self.knots):
+            knots.append([knot.at, list(knot.levels), knot.ramp if number else "step"])
+            if knot.towards is not None:
+                knots[-1].append([knot.towards.at, list(knot.towards.levels)])
         content = {
             "sources": self.sources,
             "samples_per_iteration": self.samples_per_iteration,
@@ -142,13 +163,16 @@ class Schedule:
         builder = _TableBuilder(origin, samples_per_iteration or self.samples_per_iteration)
         builder.add(None, None, self.knots[0], self.knots[0])
         for first, last in pairwise(self.knots):
+            goal = last.towards or last
             if last.ramp == "step":
                 builder.add(first.at, last.at, first, first)
             elif last.ramp == "linear":
-                builder.add(first.at, last.at, first, last)
+                builder.add(first.at, goal.at, first, goal)
             else:
-                for chord in range(NUM_CHORDS):
-                    builder.add(first.at, last.at, first, last, chord, NUM_CHORDS)
+                # Chords beyond the knot exist only where an edit cut the ramp short.
+                num_chords = -((first.at - last.at) * NUM_CHORDS // (goal.at - first.at))
+                for chord in range(num_chords):
+                    builder.add(first.at, goal.at, first, goal, chord, NUM_CHORDS)
         builder.add(self.knots[-1].at, None, self.knots[-1], self.knots[-1])
         return builder.build()
 
@@ -160,7 +184,7 @@ class _TableBuilder:
         self._origin = origin
         self._batch = samples_per_iteration
         self._rows: dict[tuple[int, ...], int] = {}
-        self._row_of: dict[int, int] = {}
+        self._row_of: dict[int, int] = {}  # by the knot's identity: levels are long to hash
         self._pieces: list[Piece] = []
 
     def add(
@@ -207,9 +231,9 @@ class _TableBuilder:
         self._pieces.append(piece)
 
     def _row(self, knot: Knot) -> int:
-        if knot.at not in self._row_of:
-            self._row_of[knot.at] = self._rows.setdefault((0, *knot.levels), len(self._rows))
-        return self._row_of[knot.at]
+        if id(knot) not in self._row_of:
+            self._row_of[id(knot)] = self._rows.setdefault((0, *knot.levels), len(self._rows))
+        return self._row_of[id(knot)]
 
     def _iteration(self, sample: int) -> int:
         """The first iteration that begins at or after a sample."""

@@ -6,6 +6,7 @@ first thing that is wrong, such as ``data.schedule.knots[1].weights.chinese``.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from megatron_chatflow.native.quota_reference import GRID
 PATH = "data.schedule"
 UNITS = ("samples", "tokens", "iterations")
 RAMPS = ("step", "linear", "cosine")
+AS_PLANNED = "as_planned"
+"""In place of a knot's weights: what the running run's schedule says at that point."""
 MAX_SOURCES = 32767
 """Source numbers are int16."""
 MAX_SAMPLE = 1 << 48
@@ -37,11 +40,13 @@ class Knot:
         at: The sample.
         levels: Cumulative weights of the sources, rising to 2**32.
         ramp: How the interval that ends here is crossed.
+        towards: The knot that the ramp was heading for, where an edit ends it before it gets there.
     """
 
     at: int
     levels: tuple[int, ...]
     ramp: str
+    towards: Knot | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,9 @@ class ScheduleBlock:
         written: list[dict[str, Any]] = []
         for number, entry in enumerate(knots):
             path = f"{PATH}.knots[{number}]"
-            _check_keys(entry, {"at", "weights", "ramp"}, path)
-            at = _position(entry, path)
-            sample = _sample(at, unit, batch, origin, seq_length, path)
+            _check_keys(entry, {"at", "weights", "ramp", "towards"}, path)
+            at = position_of(entry, path)
+            sample = sample_of(at, unit, batch, origin, seq_length, path)
             if parsed and sample <= parsed[-1].at:
                 raise UserError(
                     f"{path}.at: sample {sample} does not come after the knot before it, at sample "
@@ -116,15 +121,27 @@ class ScheduleBlock:
                     f"{path}.ramp: unknown ramp {ramp!r}: use one of {', '.join(RAMPS)}"
                 )
             weights = _weights(entry.get("weights"), sources, f"{path}.weights")
-            parsed.append(Knot(sample, _levels(weights, sources), ramp))
-            written.append({"at": at, "weights": weights, "ramp": ramp})
+            record = {"at": at, "weights": weights, "ramp": ramp}
+            towards = None
+            if (goal := entry.get("towards")) is not None:
+                path = f"{path}.towards"
+                _check_keys(goal, {"at", "weights"}, path)
+                goal_at = position_of(goal, path)
+                goal_sample = sample_of(goal_at, unit, batch, origin, seq_length, path)
+                goal_weights = _weights(goal.get("weights"), sources, f"{path}.weights")
+                if ramp == "step" or not parsed or goal_sample <= sample:
+                    raise UserError(f"{path}: does not go on with a ramp from the knot before it")
+                towards = Knot(goal_sample, _levels(goal_weights, sources), ramp)
+                record["towards"] = {"at": goal_at, "weights": goal_weights}
+            parsed.append(Knot(sample, _levels(weights, sources), ramp, towards))
+            written.append(record)
         return cls(unit, sources, batch, origin, seq_length, tuple(parsed), tuple(written))
 
     def to_dict(self) -> dict[str, Any]:
         """A block that `parse` reads back without arguments."""
         block = {
             "unit": self.unit,
-            "knots": [{**knot, "weights": dict(knot["weights"])} for knot in self.written],
+            "knots": copy.deepcopy(list(self.written)),
             "sources": list(self.sources),
             "samples_per_iteration": self.samples_per_iteration,
             "seq_length": self.seq_length,
@@ -187,8 +204,8 @@ def _rational(value: Any) -> Fraction | None:
     return None
 
 
-def _position(entry: Mapping[str, Any], path: str) -> int:
-    """``at`` in the schedule's unit."""
+def position_of(entry: Mapping[str, Any], path: str) -> int:
+    """``at`` of a knot, in the schedule's unit."""
     if "at" not in entry:
         raise UserError(f"{path}.at: missing: say where the knot stands, such as 5M")
     value = entry["at"]
@@ -206,7 +223,10 @@ def _position(entry: Mapping[str, Any], path: str) -> int:
     return int(number)
 
 
-def _sample(at: int, unit: str, batch: int, origin: int, seq_length: int | None, path: str) -> int:
+def sample_of(
+    at: int, unit: str, batch: int, origin: int, seq_length: int | None, path: str
+) -> int:
+    """The sample at a position in a unit; tokens are rounded up to whole samples."""
     sample = origin + at * batch if unit == "iterations" else at
     if unit == "tokens":
         assert seq_length is not None
@@ -218,6 +238,11 @@ def _sample(at: int, unit: str, batch: int, origin: int, seq_length: int | None,
 
 def _weights(weights: Any, sources: Sequence[str], path: str) -> dict[str, int | float]:
     """The weights of one knot, checked, as they were written."""
+    if weights == AS_PLANNED:
+        raise UserError(
+            f"{path}: {AS_PLANNED} takes the weights from the checkpoint of the run that goes on, "
+            "and this one starts fresh: give numbers"
+        )
     if not isinstance(weights, Mapping):
         raise UserError(f"{path}: {weights!r} is not a mapping: write source: weight")
     known = set(sources)

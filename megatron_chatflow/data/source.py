@@ -210,7 +210,8 @@ def build_sources(
 
 
 def _has_weight(data: DataConfig, name: str) -> bool:
-    return any(float(knot.weights.get(name, 0)) > 0 for knot in data.schedule.knots)
+    given = [knot.weights for knot in data.schedule.knots]
+    return any(not isinstance(part, str) and part.get(name, 0) > 0 for part in given)
 
 
 def _build_source(

@@ -8,7 +8,7 @@ import pytest
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.plan import mixture_curve
 from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.evaluation.plots import plot_mixture
+from megatron_chatflow.evaluation.plots import _readable_labels, plot_mixture
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -33,3 +33,44 @@ def test_every_source_has_its_area(num_sources: int) -> None:
 
 def test_epochs_add_a_second_plot() -> None:
     assert pixels(3, {"s1": 70}).shape[0] > pixels(3, {}).shape[0]
+
+
+def test_a_ramp_is_no_staircase() -> None:
+    """The planned line has the schedule's own points, however coarse the bins of the draws are."""
+    knots = [
+        {"at": 10_000, "weights": {"a": 1}},
+        {"at": 50_000, "weights": {"b": 1}, "ramp": "linear"},
+        {"at": 60_000, "weights": {"a": 3, "b": 1}},
+        {"at": 90_000, "weights": {"b": 1}, "ramp": "cosine"},
+    ]
+    schedule = Schedule.from_dict({"knots": knots}, ["a", "b"], 512)
+    curve = mixture_curve(Blend(schedule), 100_000, num_bins=5)
+    samples = np.arange(0, 100_000, 101)
+    for k in (0, 1):
+        drawn = np.interp(samples, curve.points, curve.shares[:, k])
+        exact = [schedule.weights_at(int(sample))[k] / 2**32 for sample in samples]
+        np.testing.assert_allclose(drawn, exact, atol=1e-3)
+    assert (np.diff(curve.points) >= 0).all()
+    assert (curve.points == 60_000).sum() == 2  # a jump stands upright
+
+
+def test_the_planned_line_includes_an_edit_between_knots() -> None:
+    old = Blend(Schedule.from_dict({"knots": [{"at": 0, "weights": {"a": 1}}]}, ["a", "b"], 8))
+    ramp = [
+        {"at": 0, "weights": {"a": 1}},
+        {"at": 800, "weights": {"a": 1}},
+        {"at": 1600, "weights": {"b": 1}, "ramp": "linear"},
+    ]
+    schedule = Schedule.from_dict({"knots": ramp}, ["a", "b"], 8)
+    curve = mixture_curve(Blend(schedule, old.state_at(400)), 2000)
+    assert {400, 800, 1600} <= set(curve.points.tolist())
+
+
+def test_names_fall_back_to_fonts_that_have_them(caplog: pytest.LogCaptureFixture) -> None:
+    bold = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"  # not in matplotlib's usual font
+    families, labels = _readable_labels(["plain", bold])
+    assert labels == ["plain", bold] and families[0] == "DejaVu Sans" and len(families) > 1
+    assert "Last Resort" not in "".join(families)
+    unknown = "\U0010fffd"  # for private use: no font has it
+    assert _readable_labels(["plain", unknown, "x"])[1] == ["plain", "#2", "x"]
+    assert "no installed font shows \U0010fffd, which is drawn as #2" in caplog.text

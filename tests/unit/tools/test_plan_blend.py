@@ -1,11 +1,18 @@
 """The command line of tools/plan_blend.py."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+
+from megatron_chatflow.checkpoint.files import iteration_folder
+from megatron_chatflow.config import load_config
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.edits import run_schedule
 
 TOOL = Path(__file__).parents[3] / "tools" / "plan_blend.py"
 
@@ -53,3 +60,77 @@ def test_mistakes_are_one_line(tiny_run, tmp_path: Path) -> None:
     assert "at iteration 1 (sample " in errors and errors.count("\n") == 1
     status, _, errors = run("--config", tmp_path / "missing.yaml")
     assert status == 2 and errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def write_checkpoint(config: Path, folder: Path, iteration: int) -> int:
+    """The state that a run saves after so many iterations; returns the samples it has consumed."""
+    settings = load_config(config)
+    blend = Blend(run_schedule(settings, list(settings.data.sources)))
+    samples = iteration * settings.train.global_batch_size
+    state = {
+        "iteration": iteration,
+        "consumed_samples": samples,
+        "blend": blend.state_at(samples),
+        "schedule": blend.schedule.to_dict(),
+    }
+    checkpoint = iteration_folder(folder, iteration)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (folder / "latest_checkpointed_iteration.txt").write_text(f"{iteration}\n")
+    return samples
+
+
+def test_at_prints_the_knot_to_paste(tiny_run, tmp_path: Path) -> None:
+    values = yaml.safe_load(tiny_run.config.read_text())
+    batch, seq_length = values["train"]["global_batch_size"], values["data"]["seq_length"]
+    knots = values["data"]["schedule"]["knots"]
+    values["data"]["schedule"]["unit"] = "tokens"
+    for knot in knots:
+        knot["at"] *= seq_length
+    knots[-1]["ramp"] = "cosine"
+    values["checkpoint"] = {"load": str(tmp_path / "run")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    status, _, errors = run("--config", config, "--at", "now")
+    assert status == 2 and errors.startswith("error: --at: now needs a run in progress")
+    samples = write_checkpoint(config, tmp_path / "run", 3)
+    status, shown, errors = run("--config", config, "--at", "now")
+    assert status == 0, errors
+    knot = f"{{at: {samples * seq_length}, weights: as_planned}}"
+    assert f"      - {knot}\n" in shown
+    assert f"weights at sample {samples} ({samples * seq_length:,} tokens): first 0." in shown
+    status, later, _ = run("--config", config, "--at", samples + batch)
+    assert status == 0 and f"at: {(samples + batch) * seq_length}, weights: as_planned" in later
+    assert run("--config", config, "--at", "soon")[0] == 2
+    # The knot that was printed, and an edit after it.
+    edit = {"at": 100 * seq_length, "weights": {"second": 1}, "ramp": "linear"}
+    values["data"]["schedule"]["knots"] = [yaml.safe_load(knot), edit]
+    config.write_text(yaml.safe_dump(values))
+    status, table, errors = run("--config", config, "--train-iters", 20)
+    assert status == 0, errors
+    assert f"schedule edited at sample {samples}; " in table
+    assert "phase (tokens)" in table and table.startswith(f"{20 * batch * seq_length:,} tokens (")
+    assert f"0 to {samples * seq_length:,} " in table
+    # Before it starts, such a run has no plan.
+    status, _, errors = run("--config", config, "--load", tmp_path / "another")
+    assert status == 2 and "knots[0].weights: as_planned takes the weights from" in errors
+
+
+@pytest.mark.parametrize("ramp", ["step", "linear"])
+def test_the_knot_in_numbers_changes_nothing(tiny_run, tmp_path: Path, ramp: str) -> None:
+    values = yaml.safe_load(tiny_run.config.read_text())
+    values["data"]["schedule"]["knots"][-1] |= {"ramp": ramp, "at": 1000}
+    values["checkpoint"] = {"load": str(tmp_path / "run")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    samples = write_checkpoint(config, tmp_path / "run", 31)
+    status, shown, errors = run("--config", config, "--at", "now")
+    assert status == 0, errors
+    numbers = shown.splitlines()[-1]
+    first = values["data"]["schedule"]["knots"][0]
+    tail = {"at": samples + 100, "weights": {"second": 1}}
+    values["data"]["schedule"]["knots"] = [first, *yaml.safe_load(numbers), tail]
+    config.write_text(yaml.safe_dump(values))
+    status, table, errors = run("--config", config)
+    assert status == 0, errors
+    assert f"schedule edited at sample {samples}" in table
