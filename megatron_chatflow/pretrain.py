@@ -51,7 +51,7 @@ def _run(process: ProcessRank) -> None:
     if options.dry_run:
         from megatron_chatflow.train.dry_run import dry_run
 
-        print(dry_run(config, options.world_size))
+        print(dry_run(config, options.world_size, verbose=options.verbose))
         return
     validate_for_world(config, process.world_size)
     parallel = config.parallel

@@ -36,11 +36,13 @@ class RunOptions:
         config: The YAML file, if there is one.
         dry_run: Check and report, and train nothing.
         world_size: Number of processes that a dry run assumes; the smallest possible when None.
+        verbose: Whether a dry run shows the resolved configuration as well.
     """
 
     config: Path | None = None
     dry_run: bool = False
     world_size: int | None = None
+    verbose: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
         group.add_argument(
             "--world-size", type=int, metavar="N", help="processes that --dry-run plans for"
         )
+        group.add_argument(
+            "--verbose", action="store_true", help="--dry-run shows the resolved configuration too"
+        )
     for section, section_class in get_type_hints(RunConfig).items():
         summary = (section_class.__doc__ or "").splitlines()[0]
         group = parser.add_argument_group(section, summary)
@@ -182,5 +187,6 @@ def parse_arguments(
     for flag in FLAGS:
         if flag.destination in given:
             values.setdefault(flag.section, {})[flag.field] = given[flag.destination]
-    options = {name: given[name] for name in ("config", "dry_run", "world_size") if name in given}
+    names = ("config", "dry_run", "world_size", "verbose")
+    options = {name: given[name] for name in names if name in given}
     return values, RunOptions(**options)

@@ -17,6 +17,7 @@ from megatron_chatflow.config.fields import (
     Count,
     FilePath,
     Fraction,
+    KnotWeights,
     Name,
     NonNegativeNumber,
     PositiveCount,
@@ -219,7 +220,10 @@ class KnotConfig:
     """The weights of every source at one point of the run; a source that is not named has 0."""
 
     at: Count = Field(description="where, in the schedule's unit")
-    weights: dict[Name, NonNegativeNumber] = Field(description="relative weights by source")
+    weights: KnotWeights = Field(
+        description="relative weights by source; or as_planned, in a run that goes on: up to here "
+        "the schedule of its checkpoint"
+    )
     ramp: Literal["step", "linear", "cosine"] = Field(
         default="step", description="how the interval that ends here is crossed"
     )
@@ -404,4 +408,9 @@ class CheckpointConfig:
     )
     finetune: Switch = Field(
         default=False, description="load the weights alone and begin at iteration 0"
+    )
+    from_scratch: Switch = Field(
+        default=False,
+        description="begin with random weights on purpose where --load holds no checkpoint, "
+        "without the warning",
     )

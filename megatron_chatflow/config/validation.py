@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_chatflow.config.pipeline import num_model_chunks
 from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.config.units import differing_numbers
 from megatron_chatflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def _check_rope(model: "ModelConfig") -> None:
         )
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     if low is not None and high is not None and low >= high:
+        shown = differing_numbers(low, high)
         raise UserError(
-            f"model.rope_low_freq_factor: {low:g} is not below model.rope_high_freq_factor "
-            f"{high:g}; lower it"
+            f"model.rope_low_freq_factor: {shown[0]} is not below model.rope_high_freq_factor "
+            f"{shown[1]}; lower it"
         )
 
 
@@ -239,10 +241,8 @@ def _check_choice(config: "RunConfig") -> None:
 def _check_learning_rate(config: "RunConfig") -> None:
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
-        raise UserError(
-            f"optimizer.min_lr: {optimizer.min_lr:g} is above optimizer.lr {optimizer.lr:g}; "
-            "lower it"
-        )
+        low, high = differing_numbers(optimizer.min_lr, optimizer.lr)
+        raise UserError(f"optimizer.min_lr: {low} is above optimizer.lr {high}; lower it")
     if config.train.train_iters is not None:
         for name in ("lr_warmup_samples", "lr_decay_samples"):
             if getattr(optimizer, name):
@@ -271,6 +271,12 @@ def _check_checkpoint(config: "RunConfig") -> None:
         raise UserError(
             "checkpoint.load_hf and checkpoint.pretrained_checkpoint: both are set; leave one out"
         )
+    for name in ("load_hf", "pretrained_checkpoint", "finetune"):
+        if checkpoint.from_scratch and getattr(checkpoint, name):
+            raise UserError(
+                f"checkpoint.from_scratch and checkpoint.{name}: both are set, and the first asks "
+                "for random weights; leave one out"
+            )
     begins = (checkpoint.load, checkpoint.load_hf, checkpoint.pretrained_checkpoint)
     if checkpoint.embedding_init is not None and not any(begins):
         raise UserError(
@@ -284,16 +290,18 @@ def _check_checkpoint(config: "RunConfig") -> None:
 def _check_faults(config: "RunConfig") -> None:
     minutes, limit = config.hang_timeout_minutes, config.parallel.distributed_timeout_minutes
     if minutes >= limit:
+        shown = differing_numbers(minutes, limit)
         raise UserError(
-            f"faults.hang_timeout_minutes: {minutes:g} is not below the {limit} of "
+            f"faults.hang_timeout_minutes: {shown[0]} is not below the {shown[1]} of "
             "parallel.distributed_timeout_minutes, which would end the ranks that wait for a hung "
             "one before that one is named; lower the first or raise the second"
         )
     seconds = config.faults.data_retry_seconds
     if minutes and seconds >= 60 * minutes:
+        shown = differing_numbers(seconds, 60 * minutes)
         raise UserError(
-            f"faults.data_retry_seconds: a rank that waits {seconds:g} s for a source would count "
-            f"as hung after {minutes:g} minutes (faults.hang_timeout_minutes); lower the first or "
+            f"faults.data_retry_seconds: a rank that waits {shown[0]} s for a source would count "
+            f"as hung after {shown[1]} s (faults.hang_timeout_minutes); lower the first or "
             "raise the second"
         )
 
@@ -301,6 +309,8 @@ def _check_faults(config: "RunConfig") -> None:
 def _check_schedule(config: "RunConfig") -> None:
     sources, knots = config.data.sources, config.data.schedule.knots
     for number, knot in enumerate(knots):
+        if isinstance(knot.weights, str):
+            continue  # as_planned: the checkpoint's schedule has these weights
         path = f"data.schedule.knots[{number}].weights"
         for name in knot.weights:
             if name not in sources:

@@ -118,8 +118,10 @@ def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     beginning = agree_on_beginning(config, ranks)
     inputs = in_agreement(lambda: open_inputs_from(beginning, config))
     refuse_other_inputs(inputs)
-    for finding in inputs.findings:
-        logger.warning("%s", finding)
+    if inputs.findings:
+        rule = "*" * 100
+        lines = [rule, *(f"* {finding}" for finding in inputs.findings), rule]
+        logger.warning("%d findings:\n%s", len(inputs.findings), "\n".join(lines))
     return inputs
 
 

@@ -1,9 +1,12 @@
-"""A dry run: what a run would need is opened and checked, and what it would do is printed.
+"""A dry run: opens and checks what a run would need, and prints what the run would do.
 
-In: a resolved configuration and a number of processes. Out: text. Needs no GPU and no other rank.
+Needs no GPU and no other rank. Findings come first, then a summary; the resolved configuration and
+the plan of every phase are printed on request.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -17,51 +20,109 @@ from megatron_chatflow.config.model_shape import (
     padded_vocab_size,
 )
 from megatron_chatflow.data.plan import plan, to_table
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row, format_table
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 
+_MAX_PLAN_ROWS = 24
+"""A longer plan is left out of the summary."""
 
-def dry_run(config: RunConfig, world_size: int | None = None) -> str:
+
+def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool = False) -> str:
     """Checks a run and describes it.
 
     Args:
         config: The run.
         world_size: Processes that it would have; as few as its layout needs if None.
+        verbose: Add the resolved configuration, and the plan however long it is.
 
     Returns:
         The description, to be printed.
 
     Raises:
-        UserError: What would stop the run.
+        UserError: What would stop the run; all that was found, if there is more than one.
     """
     num_processes = world_size or config.model_parallel_size
-    validate_for_world(config, num_processes)
-    inputs = open_inputs(config)
-    hashed = None if inputs.is_huggingface else inputs.checkpoint
-    if config.checkpoint.ckpt_verify and hashed is not None:
-        refuse_damage(hashed, damage(hashed))
-    return "\n\n".join(
-        (
-            _describe_findings(inputs.findings),
-            "resolved configuration:\n" + config.to_yaml().rstrip(),
-            _describe_data(config, inputs),
-            _describe_work(config, inputs, num_processes),
-        )
-    )
+    errors: list[UserError] = []
+    inputs = None
+    with _collected_warnings() as warnings:
+        try:
+            validate_for_world(config, num_processes)
+        except UserError as error:
+            errors.append(error)
+        try:
+            inputs = open_inputs(config)
+            hashed = None if inputs.is_huggingface else inputs.checkpoint
+            if config.checkpoint.ckpt_verify and hashed is not None:
+                refuse_damage(hashed, damage(hashed))
+        except UserError as error:
+            errors.append(error)
+        if errors or inputs is None:
+            _log_again(warnings)
+            if len(errors) == 1:
+                raise errors[0]
+            listing = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
+            raise UserError(f"{len(errors)} errors: {listing}")
+    findings = [record.getMessage() for record in warnings]
+    parts = [
+        _describe_findings(list(dict.fromkeys([*inputs.findings, *findings]))),
+        _describe_data(config, inputs, verbose=verbose),
+        _describe_work(config, inputs, num_processes),
+    ]
+    if verbose:
+        parts.append("resolved configuration:\n" + config.to_yaml().rstrip())
+    else:
+        parts.append("--verbose adds the resolved configuration")
+    return "\n\n".join(parts)
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
+    """Collects what the package logs as warnings, so that it is printed with the findings."""
+    package = logging.getLogger("megatron_chatflow")
+    records: list[logging.LogRecord] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                records.append(record)
+            else:
+                logging.getLogger().handle(record)
+
+    collector = Collector()
+    propagates = package.propagate
+    package.addHandler(collector)
+    package.propagate = False
+    try:
+        yield records
+    finally:
+        package.removeHandler(collector)
+        package.propagate = propagates
+
+
+def _log_again(records: Sequence[logging.LogRecord]) -> None:
+    """Logs the collected warnings of a run that is refused."""
+    for record in records:
+        logging.getLogger().handle(record)
 
 
 def _describe_findings(findings: Sequence[str]) -> str:
     if not findings:
-        return "no findings"
-    return "\n".join(["findings:", *(f"  - {finding}" for finding in findings)])
+        return "no errors, no findings"
+    return "\n".join(["no errors; findings:", *(f"  - {finding}" for finding in findings)])
 
 
-def _describe_data(config: RunConfig, inputs: RunInputs) -> str:
+def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:
     rows = plan(
         inputs.blend,
         inputs.length.num_samples,
         {source.name: source.num_samples for source in inputs.sources},
     )
+    shown = format_table(to_table(rows, inputs.blend))
+    if len(rows) > _MAX_PLAN_ROWS and not verbose:
+        shown = (
+            f"{len(rows)} rows are left out: --verbose shows them, and so does tools/plan_blend.py"
+        )
     sources: list[Row] = [
         {
             "source": source.name,
@@ -80,10 +141,11 @@ def _describe_data(config: RunConfig, inputs: RunInputs) -> str:
         )
     elif inputs.checkpoint is not None:
         begin = f"starts from the weights of {inputs.checkpoint}"
+    edit = "" if inputs.blend.edit is None else f"{inputs.blend.edit}\n"
     return (
         f"{length.remaining_iterations():,} iterations of {length.global_batch_size:,} samples of "
-        f"{config.data.seq_length:,} tokens; {begin}\n\n{format_table(sources)}\n\n"
-        f"blend, planned and realised:\n{format_table(to_table(rows))}"
+        f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
+        f"blend, planned and realised:\n{shown}"
     )
 
 

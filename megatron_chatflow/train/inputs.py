@@ -26,10 +26,10 @@ from megatron_chatflow.checkpoint.convert_vocabulary import (
 )
 from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.config import RunConfig, RunLength, to_plain
+from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.edits import run_schedule
 from megatron_chatflow.data.plan import check_epochs, epoch_findings
-from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
@@ -130,8 +130,6 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
     blend = _blend(config, sources, resumed)
-    if blend.edit is not None:
-        logger.info("%s", blend.edit)
     length = _run_length(config, resumed)
     _refuse_too_many_epochs(config, blend, sources, length)
     return RunInputs(
@@ -147,8 +145,26 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         questions=questions,
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
-        findings=_findings(config, blend, sources, held_out, length),
+        findings=[
+            *_weight_findings(config, checkpoint),
+            *_findings(config, blend, sources, held_out, length),
+        ],
     )
+
+
+def _weight_findings(config: RunConfig, checkpoint: Beginning | None) -> list[str]:
+    """Reports a run that would begin with random weights though nobody asked for them."""
+    settings = config.checkpoint
+    if checkpoint is not None or settings.from_scratch:
+        return []
+    why = "no weights are named"
+    if settings.load is not None:
+        why = f"{settings.load} holds no checkpoint and no other weights are named"
+    return [
+        f"checkpoint: RANDOM WEIGHTS: {why}, so the model is trained from scratch; name the "
+        "weights to begin with (--load-hf, --pretrained-checkpoint or --load), or say "
+        "--from-scratch if this is what you want"
+    ]
 
 
 def _findings(
@@ -373,24 +389,12 @@ def _refuse_other_data(resumed: RunState, state: RunState, checkpoint: Path) -> 
 
 def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:
     """The blend from the beginning, or as the checkpoint left it."""
-    batch, origin = config.train.global_batch_size, 0
-    if resumed is not None:
-        if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
-            # Iterations to come have the present batch size; those before keep their samples.
-            origin = resumed.consumed_samples - resumed.iteration * batch
-        else:
-            # The sequence is cut by the batch size that the run began with, whatever it is now.
-            batch = int(resumed.schedule["samples_per_iteration"])
-            origin = int(resumed.schedule.get("iteration_origin", 0))
-    schedule = Schedule.from_dict(
-        to_plain(config.data.schedule),
-        sources=[source.name for source in sources],
-        samples_per_iteration=batch,
-        seq_length=config.data.seq_length,
-        iteration_origin=origin,
-    )
+    names = [source.name for source in sources]
     if resumed is None:
-        return Blend(schedule)
+        return Blend(run_schedule(config, names))
+    schedule = run_schedule(
+        config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples
+    )
     return Blend(schedule, state=resumed.blend)
 
 

@@ -1,19 +1,25 @@
 """Every layout of the LLaMA-2 page passes its dry run, and fits GPUs of 80 GB."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import TinyRun, write_dataset
 
-from megatron_chatflow.config import load_config_from_argv
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape
+from megatron_chatflow.checkpoint.files import LATEST, iteration_folder
+from megatron_chatflow.checkpoint.store import RunState
+from megatron_chatflow.config import load_config, load_config_from_argv
 from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.train.dry_run import dry_run
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +65,22 @@ def workplace(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 for index in range(len(data)):
                     mask.add_document(np.ones(len(data[index]), np.uint8))
                 mask.finalize()
+    for size in ("7b", "13b", "70b"):
+        write_weights(folder, size)
     return folder
+
+
+def write_weights(folder: Path, size: str) -> None:
+    """The state of the checkpoint that a size begins with; a dry run reads no tensors."""
+    settings = load_config(FOLDER / f"{size}.yaml").checkpoint
+    assert settings.pretrained_checkpoint is not None
+    checkpoint = iteration_folder(folder / settings.pretrained_checkpoint, 0)
+    model = load_config(FOLDER / f"{size}.yaml").model
+    shape = LlamaShape.of(model, load_tokenizer(folder / "data" / "tokenizer.model").vocab_size)
+    checkpoint.mkdir(parents=True)
+    state = RunState(0, 0, 0, {}, {}, {}, {}, shape.recorded())
+    (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+    (checkpoint.parent / LATEST).write_text("0\n")
 
 
 def test_the_page_covers_every_size() -> None:
@@ -82,7 +103,9 @@ def test_a_layout_passes_its_dry_run(
     path = FOLDER / config
     options = ["--dry-run", "--world-size", str(num_gpus)]
     run, given = load_config_from_argv(["--config", str(path), *flags, *options])
-    assert f"{num_gpus} processes" in dry_run(run, given.world_size)
+    text = dry_run(run, given.world_size)
+    assert f"{num_gpus} processes" in text and "RANDOM WEIGHTS" not in text
+    assert f"starts from the weights of ckpt/llama2_{config.partition('.')[0]}/iter_0000000" in text
     memory = estimate_memory(run, VOCAB_SIZE, num_gpus)
     assert memory.total < 72 * 2**30, f"{memory} leaves too little of 80 GB to the libraries"
 

@@ -21,7 +21,7 @@ from megatron_chatflow.train.inputs import open_inputs
 
 
 def test_it_shows_configuration_blend_epochs_and_sizes(make_config) -> None:
-    text = dry_run(make_config())
+    text = dry_run(make_config(), verbose=True)
     assert "resolved configuration:\nmodel:" in text
     assert "10 iterations of 8 samples of 64 tokens; starts fresh" in text
     assert "0 to 64" in text and "64 to 80" in text
@@ -75,6 +75,37 @@ def test_too_many_epochs_are_foreseen(make_config) -> None:
         dry_run(config)
 
 
+def test_every_error_and_every_warning_is_told(make_config, tmp_path: Path) -> None:
+    config = make_config(data__sources__second__max_epochs=1.0, train__train_iters=400)
+    with pytest.raises(UserError) as caught:
+        dry_run(config, world_size=3)
+    text = str(caught.value)
+    assert text.startswith("2 errors: (1) train.global_batch_size: ")
+    assert "; (2) data.sources.second.max_epochs: " in text
+    text = dry_run(make_config(checkpoint__load=str(tmp_path)))
+    findings, _, summary = text.partition("\n\n")
+    assert f"  - checkpoint.load: {tmp_path} holds no checkpoint: starting fresh" in findings
+    assert summary.startswith("10 iterations of ")
+
+
+def test_random_weights_are_a_finding_unless_they_are_asked_for(make_config) -> None:
+    for load in (None, "nowhere"):
+        [first, *_] = open_inputs(make_config(checkpoint__load=load)).findings
+        assert first.startswith("checkpoint: RANDOM WEIGHTS: ") and "--from-scratch" in first
+        asked = make_config(checkpoint__load=load, checkpoint__from_scratch=True)
+        assert not any("RANDOM WEIGHTS" in finding for finding in open_inputs(asked).findings)
+    with pytest.raises(UserError, match="from_scratch and checkpoint.pretrained_checkpoint: both"):
+        make_config(checkpoint__from_scratch=True, checkpoint__pretrained_checkpoint="ckpt")
+
+
+def test_a_long_plan_is_left_out(make_config) -> None:
+    weights = {"first": 1, "second": 1}
+    knots = [{"at": at, "weights": weights} for at in range(15)]
+    config = make_config(data__schedule={"knots": knots})
+    assert "30 rows are left out" in dry_run(config)
+    assert "14 to 80" in dry_run(config, verbose=True)
+
+
 def test_findings_name_repetition_and_unchecked_tokenizers(make_config) -> None:
     config = make_config(train__train_iters=400, train__eval_interval=None)
     inputs = open_inputs(config)
@@ -84,7 +115,9 @@ def test_findings_name_repetition_and_unchecked_tokenizers(make_config) -> None:
     [epochs] = [finding for finding in inputs.findings if "epochs in this run" in finding]
     assert epochs.startswith("data.sources.second: ")
     text = dry_run(config)
-    assert text.index("findings:") < text.index("resolved configuration:")
+    assert text.startswith("no errors; findings:\n") and "resolved configuration:\n" not in text
+    text = dry_run(config, verbose=True)
+    assert text.index("findings:") < text.index("blend") < text.index("resolved configuration:")
     assert all(f"  - {finding}" in text for finding in inputs.findings)
 
 
