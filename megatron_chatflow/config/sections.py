@@ -274,6 +274,9 @@ class OptimizerConfig:
     min_lr: NonNegativeNumber = Field(
         default=0.0, description="learning rate at the end of the decay"
     )
+    lr_warmup_init: NonNegativeNumber = Field(
+        default=0.0, description="learning rate of the first iteration of a warmup"
+    )
     lr_warmup_iters: Count = Field(default=0, description="iterations of linear warmup")
     lr_warmup_samples: Count = Field(
         default=0, description="samples of linear warmup, for a run whose length is train_samples"

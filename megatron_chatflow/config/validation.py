@@ -243,6 +243,9 @@ def _check_learning_rate(config: "RunConfig") -> None:
     if optimizer.min_lr > optimizer.lr:
         low, high = differing_numbers(optimizer.min_lr, optimizer.lr)
         raise UserError(f"optimizer.min_lr: {low} is above optimizer.lr {high}; lower it")
+    if optimizer.lr_warmup_init > optimizer.lr:
+        low, high = differing_numbers(optimizer.lr_warmup_init, optimizer.lr)
+        raise UserError(f"optimizer.lr_warmup_init: {low} is above optimizer.lr {high}; lower it")
     if config.train.train_iters is not None:
         for name in ("lr_warmup_samples", "lr_decay_samples"):
             if getattr(optimizer, name):

@@ -14,7 +14,6 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.model.llama import Llama
@@ -22,6 +21,7 @@ from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.adam import install_where_absent
 from megatron_chatflow.train.guard import GuardedOptimizer
+from megatron_chatflow.train.learning_rate import build_scheduler
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def build_optimization(
     return Optimization(
         chunks=chunks,
         optimizer=optimizer,
-        scheduler=_scheduler(config, optimizer, length),
+        scheduler=build_scheduler(config.optimizer, length, optimizer),
         description=description,
         update=GuardedOptimizer(optimizer),
         length=length,
@@ -131,23 +131,4 @@ def _optimizer_config(config: RunConfig, llama: Llama) -> MegatronOptimizerConfi
         params_dtype=llama.dtype,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_param_gather=config.parallel.overlap_param_gather,
-    )
-
-
-def _scheduler(config: RunConfig, optimizer: Any, length: RunLength) -> OptimizerParamScheduler:
-    settings = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=length.lr_warmup,
-        # A warmup as long as the run leaves nothing to decay; megatron-core wants one step of it.
-        lr_decay_steps=max(length.lr_decay, length.lr_warmup + 1),
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
     )

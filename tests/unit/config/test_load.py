@@ -144,8 +144,9 @@ FROZEN_FLAGS = """
 --exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --from-scratch --fused-kernels
 --global-batch-size --hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std
 --kv-channels --load --load-hf --log-interval --log-straggler --loss-spike-factor
---loss-spike-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-iters
---lr-warmup-samples --make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps
+--loss-spike-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
+--lr-warmup-init --lr-warmup-iters --lr-warmup-samples --make-vocab-size-divisible-by
+--manual-gc-interval --max-bad-steps
 --max-position-embeddings
 --micro-batch-size --min-lr --no-async-save --no-bf16 --no-ckpt-verify --no-deterministic-mode
 --no-finetune --no-from-scratch --no-log-straggler --no-overlap-grad-reduce
