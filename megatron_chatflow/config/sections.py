@@ -417,3 +417,8 @@ class CheckpointConfig:
         description="begin with random weights on purpose where --load holds no checkpoint, "
         "without the warning",
     )
+    load_optim: Switch = Field(
+        default=True,
+        description="resume with the optimizer's state; without it at the same iteration and with "
+        "a fresh optimizer",
+    )

@@ -286,6 +286,10 @@ def _check_checkpoint(config: "RunConfig") -> None:
             "checkpoint.embedding_init: needs weights with a smaller vocabulary; set "
             "checkpoint.load, checkpoint.load_hf or checkpoint.pretrained_checkpoint"
         )
+    if not checkpoint.load_optim and checkpoint.load is None:
+        raise UserError(
+            "checkpoint.load_optim: --no-load-optim needs checkpoint.load, the run to go on with"
+        )
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise UserError("checkpoint.save_interval: needs checkpoint.save, the folder to write to")
 

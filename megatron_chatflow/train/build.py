@@ -61,7 +61,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
             logger.info("every file of %s is what was saved", inputs.checkpoint)
-        _load(inputs, llama, optimization, ranks)
+        _load(config, inputs, llama, optimization, ranks)
     progress = _progress(inputs.blend, inputs.resumed)
     optimization.set_progress(progress.iteration, progress.consumed_samples)
 
@@ -105,7 +105,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         hooks=hooks,
         downtime=downtime,
         saver=_saver(config, ranks, progress, watchdog, stack),
-        resumed_from=inputs.checkpoint if inputs.resumed and not inputs.grown else None,
+        resumed_from=_restorable_checkpoint(config, inputs),
     )
     stack.callback(run.stop_request.close)
     stack.callback(run.collection.close)
@@ -169,10 +169,12 @@ def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
         )
 
 
-def _load(inputs: RunInputs, llama: Llama, optimization: Optimization, ranks: Ranks) -> None:
+def _load(
+    config: RunConfig, inputs: RunInputs, llama: Llama, optimization: Optimization, ranks: Ranks
+) -> None:
     checkpoint = inputs.checkpoint
     assert checkpoint is not None, "the caller has looked"
-    weights_only = inputs.resumed is None
+    weights_only = inputs.resumed is None or not config.checkpoint.load_optim
     chunks, optimizer = optimization.chunks, optimization.optimizer
     reader = None
     if inputs.grown is not None and not inputs.is_huggingface:
@@ -188,6 +190,18 @@ def _load(inputs: RunInputs, llama: Llama, optimization: Optimization, ranks: Ra
             optimizer.reload_model_params()
     what = "weights" if weights_only else "weights and optimizer state"
     logger.info("loaded %s from %s", what, checkpoint)
+    if inputs.resumed is not None and weights_only:
+        logger.warning(
+            "the optimizer begins afresh at iteration %d (--no-load-optim); leave the flag out of "
+            "later restarts, which would reset it again",
+            inputs.resumed.iteration + 1,
+        )
+
+
+def _restorable_checkpoint(config: RunConfig, inputs: RunInputs) -> Path | None:
+    """The checkpoint of this run that can be loaded again as it is, for a rollback."""
+    is_whole = inputs.resumed is not None and not inputs.grown and config.checkpoint.load_optim
+    return inputs.checkpoint if is_whole else None
 
 
 def _progress(blend: Blend, resumed: RunState | None) -> Progress:

@@ -101,6 +101,33 @@ def test_resume_on_another_number_of_ranks_keeps_the_order(runs: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_a_resume_with_a_fresh_optimizer(tiny_run: TinyRun, tmp_path: Path) -> None:
+    base = ["--config", tiny_run.config, "--train-iters", 8]
+    parts = [*base, "--save", tmp_path / "parts", "--load", tmp_path / "parts"]
+    fresh = [*base, "--save", tmp_path / "fresh", "--load", tmp_path / "fresh"]
+    commands = [
+        [*base, "--save", tmp_path / "whole"],
+        [*fresh, "--exit-interval", 4],
+        [*fresh, "--no-load-optim"],
+        [*parts, "--exit-interval", 4],
+        [*parts, "--no-load-optim", "--exit-interval", 5],
+        parts,
+    ]
+    jobs.run_layouts(1, commands, tmp_path)
+    whole, found = (jobs.read_metrics(tmp_path / name)[0] for name in ("whole", "fresh"))
+    for name in ("iteration", "batch_digest", "learning_rate"):
+        assert [entry[name] for entry in found] == [entry[name] for entry in whole]
+    losses = [
+        (ours["lm_loss"], theirs["lm_loss"]) for ours, theirs in zip(found, whole, strict=True)
+    ]
+    # Iteration 5 has the same weights; its update is the first with other moments.
+    assert all(ours == theirs for ours, theirs in losses[:5])
+    assert all(ours != theirs for ours, theirs in losses[5:])
+    # The moments are saved again and resumed as those of any run.
+    _assert_same_weights(tmp_path / "parts" / "iter_0000008", tmp_path / "fresh" / "iter_0000008")
+
+
+@pytest.mark.distributed
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--config", tiny_run.config, "--save-interval", 3, "--train-iters", 40]

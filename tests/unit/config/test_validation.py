@@ -147,6 +147,7 @@ REFUSED = [
     ({"optimizer.min_lr": 1e-3}, "optimizer.min_lr: 0.001 is above optimizer.lr 0.0003"),
     ({"optimizer.lr_warmup_iters": 100}, "optimizer.lr_warmup_iters: 100 is not below the 100"),
     ({"optimizer.lr_warmup_init": 1e-3}, "optimizer.lr_warmup_init: 0.001 is above optimizer.lr"),
+    ({"checkpoint.load_optim": False}, "checkpoint.load_optim: --no-load-optim needs"),
     ({"checkpoint.finetune": True}, "checkpoint.finetune: needs checkpoint.load"),
     ({"faults.hang_timeout_minutes": 20}, "faults.hang_timeout_minutes: 20 is not below the 20 of"),
     ({"parallel.distributed_timeout_minutes": 2}, "faults.data_retry_seconds: a rank that waits"),
