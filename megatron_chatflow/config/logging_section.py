@@ -25,7 +25,12 @@ Rank = Annotated[StrictInt, Field(ge=0)]
 class LoggingConfig:
     """What is written while the run goes on."""
 
-    log_interval: PositiveCount = Field(default=1, description="iterations between log lines")
+    log_interval: PositiveCount = Field(
+        default=1, description="iterations between logs, each a mean over those since the last"
+    )
+    metrics_every_iteration: Switch = Field(
+        default=True, description="a row of metrics.jsonl for every iteration, not for every log"
+    )
     tensorboard: Switch = Field(
         default=True, description="write TensorBoard files beside the metrics"
     )

@@ -1,9 +1,10 @@
-"""Results as a table of plain text.
+"""Tables of plain text for terminals and logs.
 
-In: rows by column name. Out: aligned lines; numbers stand right, with as many digits as say
-something.
+Columns are aligned by the width that a terminal gives each character, so that Chinese names, whose
+characters take two columns, do not shift what follows.
 """
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 Cell = str | int | float | None
@@ -27,6 +28,40 @@ def format_cell(value: Cell) -> str:
     return value
 
 
+def display_width(text: str) -> int:
+    """Columns that a terminal needs for a text: two for a wide character, none for an accent."""
+    return sum(_character_width(character) for character in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """The text, cut to ``width`` columns with an ellipsis where it is longer."""
+    if display_width(text) <= width:
+        return text
+    used = 0
+    for end, character in enumerate(text):
+        used += _character_width(character)
+        if used > width - 1:
+            return text[:end] + "…"
+    return text
+
+
+def align(
+    lines: Sequence[Sequence[str]], is_left: Sequence[bool], min_widths: Sequence[int] = ()
+) -> list[str]:
+    """Lines of cells as lines of text, with two spaces between columns.
+
+    Args:
+        lines: Cells, as many in each line as there are columns.
+        is_left: Of each column whether its cells stand left; others stand right.
+        min_widths: Of each column the least width; 0 if empty.
+    """
+    least = list(min_widths) or [0] * len(is_left)
+    widths = [
+        max(least[k], *(display_width(line[k]) for line in lines)) for k in range(len(is_left))
+    ]
+    return ["  ".join(map(_pad, line, widths, is_left)).rstrip() for line in lines]
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """The rows under a line of column names, columns in the order in which they first come.
 
@@ -38,13 +73,19 @@ def format_table(rows: Sequence[Row]) -> str:
         return ""
     cells = [[format_cell(row.get(name)) for name in columns] for row in rows]
     is_text = [any(isinstance(row.get(name), str) for row in rows) for name in columns]
-    lines = [columns, ["" for _ in columns], *cells]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-    lines[1] = ["-" * width for width in widths]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, is_text, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+    widths = [
+        max(display_width(line[k]) for line in (columns, *cells)) for k in range(len(columns))
+    ]
+    rule = ["-" * width for width in widths]
+    return "\n".join(align([columns, rule, *cells], is_text))
+
+
+def _pad(cell: str, width: int, is_left: bool) -> str:
+    space = " " * (width - display_width(cell))
+    return cell + space if is_left else space + cell
+
+
+def _character_width(character: str) -> int:
+    if unicodedata.combining(character) or unicodedata.category(character) in ("Cf", "Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -39,10 +39,12 @@ from megatron_chatflow.runtime.watchdog import Watchdog
 from megatron_chatflow.train.beginning import agree_on_beginning
 from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.inputs import RunInputs, open_inputs_from, refuse_other_inputs
+from megatron_chatflow.train.interval import IntervalLog
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
 from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.record import open_record
+from megatron_chatflow.train.report import RunFacts
 from megatron_chatflow.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,20 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
     hooks, downtime = in_agreement(lambda: open_record(config, ranks, inputs.length, stack))
+    stragglers = _stragglers(config, ranks, llama)
+    facts = RunFacts(
+        num_iterations=inputs.length.last_iteration,
+        seq_length=config.data.seq_length,
+        world_size=ranks.process.world_size,
+        flops_per_token=float(
+            flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
+        ),
+        causal_share=causal_share(config.model, inputs.vocab_size, config.data.seq_length),
+        peak_flops=peak,
+        sources=[source.name for source in inputs.sources],
+        samples_per_epoch=[source.num_samples for source in inputs.sources],
+        downtime=downtime,
+    )
     run = Run(
         config=config,
         length=inputs.length,
@@ -88,11 +104,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         validator=_validator(config, inputs),
         choices=_choices(config, inputs),
         state=inputs.state,
-        flops_per_token=float(
-            flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
-        ),
-        causal_share=causal_share(config.model, inputs.vocab_size, config.data.seq_length),
-        peak_flops=peak,
+        log=IntervalLog(hooks, facts, ranks, stragglers),
         stop_request=StopRequest(
             config.train.exit_duration_in_mins, notice=_interrupt_notice(config, ranks)
         ),
@@ -101,9 +113,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         collection=GarbageCollection(config.train.manual_gc_interval),
         freed_memory=None if ranks.is_cuda else FreedMemory(),
         profiler=ProfilerWindow(config, ranks),
-        stragglers=_stragglers(config, ranks, llama),
-        hooks=hooks,
-        downtime=downtime,
+        stragglers=stragglers,
         saver=_saver(config, ranks, progress, watchdog, stack),
         resumed_from=_restorable_checkpoint(config, inputs),
     )

@@ -7,7 +7,7 @@ what it calls lies in files of its own.
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,23 @@ from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.store import RunState, load_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.digest import combine_digests
 from megatron_chatflow.data.loader import GlobalBatch, Loader
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice_training import ChoiceValidator
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
-from megatron_chatflow.runtime import megatron
 from megatron_chatflow.runtime.collection import GarbageCollection
 from megatron_chatflow.runtime.freed_memory import FreedMemory
 from megatron_chatflow.runtime.peak import peak_memory
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.watchdog import Watchdog
-from megatron_chatflow.train.downtime import Downtime
 from megatron_chatflow.train.guard import Guard
-from megatron_chatflow.train.hooks import Hook
-from megatron_chatflow.train.interval import Interval
+from megatron_chatflow.train.interval import IntervalLog
 from megatron_chatflow.train.optimizer import Optimization
 from megatron_chatflow.train.profiler import ProfilerWindow
-from megatron_chatflow.train.report import IterationReport, source_reports
+from megatron_chatflow.train.report import IterationRecord
 from megatron_chatflow.train.step import StepResult, train_step
 from megatron_chatflow.train.straggler import Stragglers
 
@@ -80,11 +76,8 @@ class Run:
         optimization: Model chunks, optimizer, learning rate.
         validator: Held-out samples; None where there are none.
         choices: Choice questions; None where there are none.
-        hooks: Watchers; none but on the reporting rank.
+        log: What is reported of iterations, and to whom.
         state: The parts of `RunState` that do not change.
-        flops_per_token: Model FLOPs of a token, forward and backward.
-        causal_share: Of these FLOPs, where attention counts as the causal half that it is.
-        peak_flops: Of one process; None where it is not known.
         stop_request: Signals.
         guard: Judges every step.
         watchdog: Ends a process that hangs.
@@ -92,7 +85,6 @@ class Run:
         freed_memory: Watches what the process keeps of freed memory; None on GPUs.
         profiler: Profiles a window of iterations.
         stragglers: Compares the ranks; None where that is not asked for.
-        downtime: What restarts have cost.
         saver: Writes checkpoints; None where none are asked for.
         resumed_from: The checkpoint that it went on from; None if it cannot be loaded as it is.
     """
@@ -108,9 +100,7 @@ class Run:
     validator: Validator | None
     choices: ChoiceValidator | None
     state: RunState
-    flops_per_token: float
-    causal_share: float
-    peak_flops: float | None
+    log: IntervalLog
     stop_request: StopRequest
     guard: Guard
     watchdog: Watchdog
@@ -118,8 +108,6 @@ class Run:
     freed_memory: FreedMemory | None
     profiler: ProfilerWindow
     stragglers: Stragglers | None = None
-    downtime: Downtime = field(default=Downtime())
-    hooks: Sequence[Hook] = field(default=())
     saver: CheckpointSaver | None = None
     resumed_from: Path | None = None
 
@@ -137,6 +125,18 @@ def train(run: Run, progress: Progress) -> Progress:
     Raises:
         UserError: The last checkpoint could not be written, or a bad step ends the run.
     """
+    try:
+        progress = _train(run, progress)
+        run.log.log()
+    except BaseException:
+        run.log.log_alone()
+        raise
+    _ensure_saved(run, progress)
+    return progress
+
+
+def _train(run: Run, progress: Progress) -> Progress:
+    """The loop of `train`; iterations since the last log are left to the caller."""
     config = run.config
     last_iteration = run.length.last_iteration
     first_iteration = progress.iteration + 1
@@ -144,7 +144,6 @@ def train(run: Run, progress: Progress) -> Progress:
     if progress.iteration == 0:
         _validate(run, progress)
         _put_questions(run, progress)
-    interval = Interval()
     while progress.iteration < last_iteration:
         run.watchdog.beat(progress.iteration + 1, "loading")
         run.profiler.before(progress.iteration)
@@ -157,23 +156,25 @@ def train(run: Run, progress: Progress) -> Progress:
         progress = progress.after(batch)
         if _is_to_roll_back(run, result, batch):
             _roll_back(run, progress)
-        interval.add(time.perf_counter() - begin, data_seconds)
-        if _is_due(progress.iteration, config.logging.log_interval, last_iteration):
-            _report(run, progress, batch, result, interval)
+        _record(run, progress, batch, result, time.perf_counter() - begin, data_seconds)
+        is_save_due = run.saver is not None and _is_due(
+            progress.iteration, config.checkpoint.save_interval
+        )
+        if is_save_due or _is_due(progress.iteration, config.logging.log_interval, last_iteration):
+            run.log.log()
         if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
             _validate(run, progress)
         if _is_due(progress.iteration, config.train.choice_interval, last_iteration):
             _put_questions(run, progress)
         if run.saver is not None and progress.iteration == first_iteration:
             run.saver.prepare(run.optimization.chunks, run.optimization.optimizer)
-        if _is_due(progress.iteration, config.checkpoint.save_interval):
+        if is_save_due:
             _save(run, progress)
         run.collection.after(progress.iteration)
         if run.freed_memory is not None:
             run.freed_memory.after_step()
         if _should_stop(run, progress):
             break
-    _ensure_saved(run, progress)
     return progress
 
 
@@ -233,83 +234,48 @@ def _should_stop(run: Run, progress: Progress) -> bool:
     return _is_due(progress.iteration, run.config.train.exit_interval)
 
 
-def _report(
+def _record(
     run: Run,
     progress: Progress,
     batch: GlobalBatch,
     result: StepResult,
-    interval: Interval,
+    seconds: float,
+    data_seconds: float,
 ) -> None:
-    digest = _batch_digest(batch, run.ranks)
-    num_steps = interval.num_steps
-    seconds, data_seconds = interval.take()
-    stragglers = None
-    if run.stragglers is not None:
-        stragglers = run.stragglers.report(num_steps, data_seconds)
-    if not run.hooks:
-        return
-    seq_length = run.config.data.seq_length
-    num_samples = batch.end - batch.begin
-    tokens_per_second = num_samples * seq_length / seconds
-    flops_per_process = run.flops_per_token * tokens_per_second / run.ranks.process.world_size
-    report = IterationReport(
-        iteration=progress.iteration,
-        num_iterations=run.length.last_iteration,
-        consumed_samples=progress.consumed_samples,
-        consumed_tokens=progress.consumed_samples * seq_length,
-        global_batch_size=num_samples,
-        lm_loss=result.loss,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        time=time.time(),
-        seconds=seconds,
-        data_seconds=data_seconds,
-        tokens_per_second=tokens_per_second,
-        tokens_per_second_per_gpu=tokens_per_second / run.ranks.process.world_size,
-        tflops_per_gpu=flops_per_process / 1e12,
-        mfu=flops_per_process / run.peak_flops if run.peak_flops else None,
-        mfu_causal=(
-            flops_per_process * run.causal_share / run.peak_flops if run.peak_flops else None
-        ),
-        memory_bytes=peak_memory(run.ranks.device),
-        num_skipped=run.guard.num_skipped,
-        skipped_no_loss_tokens=run.guard.skipped_no_loss_tokens,
-        num_rollbacks=run.guard.num_rollbacks,
-        downtime=run.downtime,
-        batch_digest=digest,
-        stragglers=stragglers,
-        sources=source_reports(
-            [source.name for source in run.sources],
-            sums=result.source_sums.tolist(),
-            weights=run.blend.schedule.weights(batch.begin).tolist(),
-            num_drawn=batch.num_drawn.tolist(),
-            counts=progress.counts.tolist(),
-            samples_per_epoch=[source.num_samples for source in run.sources],
-            seq_length=seq_length,
-        ),
-    )
-    for hook in run.hooks:
-        hook.on_iteration(report)
-
-
-def _batch_digest(batch: GlobalBatch, ranks: Ranks) -> str:
-    """Hash of the whole global batch in sample order; every rank of a replica has its part."""
-    local = torch.cat((batch.sample_positions.unsqueeze(-1), batch.sample_digests), dim=-1).to(
-        ranks.device
-    )
-    parts = [torch.empty_like(local) for _ in range(ranks.data_parallel_size)]
-    torch.distributed.all_gather(parts, local, group=megatron.data_parallel_group())
-    rows = torch.cat(parts).cpu()
-    return combine_digests(rows[rows[:, 0].argsort()][:, 1:])
+    """Adds an iteration to the log."""
+    record = None
+    if run.log.hooks:
+        record = IterationRecord(
+            iteration=progress.iteration,
+            consumed_samples=progress.consumed_samples,
+            num_samples=batch.end - batch.begin,
+            source_sums=result.source_sums,
+            weights=run.blend.schedule.weights(batch.begin),
+            num_drawn=batch.num_drawn,
+            counts=progress.counts,
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            is_updated=result.verdict.is_good,
+            time=time.time(),
+            seconds=seconds,
+            data_seconds=data_seconds,
+            memory_bytes=peak_memory(run.ranks.device),
+            num_skipped=run.guard.num_skipped,
+            skipped_no_loss_tokens=run.guard.skipped_no_loss_tokens,
+            num_rollbacks=run.guard.num_rollbacks,
+        )
+    digests = torch.cat((batch.sample_positions.unsqueeze(-1), batch.sample_digests), dim=-1)
+    run.log.add(digests, data_seconds, record)
 
 
 def _validate(run: Run, progress: Progress) -> None:
     if run.validator is None or run.config.train.eval_interval is None:
         return
     run.watchdog.beat(progress.iteration, "validation")
+    run.log.write_iterations()
     run.optimization.gather_parameters()
     losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
-    for hook in run.hooks:
+    for hook in run.log.hooks:
         hook.on_validation(progress.iteration, losses)
 
 
@@ -317,9 +283,10 @@ def _put_questions(run: Run, progress: Progress) -> None:
     if run.choices is None:
         return
     run.watchdog.beat(progress.iteration, "choice questions")
+    run.log.write_iterations()
     run.optimization.gather_parameters()
     result = run.choices.run(run.forward_step, run.optimization.chunks, run.ranks)
-    for hook in run.hooks:
+    for hook in run.log.hooks:
         hook.on_choice(progress.iteration, {run.choices.name: result})
 
 

@@ -62,7 +62,8 @@ def open_record(
             write_if_there_is_room(
                 folder / "config.yaml", config.to_yaml(), otherwise="it is not written"
             )
-            makers.append(_metrics_maker(folder))
+            every_iteration = config.logging.metrics_every_iteration
+            makers.append(_metrics_maker(folder, every_iteration=every_iteration))
         except OSError as error:
             raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
         if config.logging.tensorboard:
@@ -94,14 +95,14 @@ def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Down
     return Downtime()
 
 
-def _metrics_maker(folder: Path) -> Callable[[], Hook]:
+def _metrics_maker(folder: Path, *, every_iteration: bool) -> Callable[[], Hook]:
     """Opens the file now, or where there is no room for it with a later report."""
     try:
-        metrics = MetricsFile(folder)
+        metrics = MetricsFile(folder, every_iteration=every_iteration)
     except OSError as error:
         if not is_for_want_of_room(error):
             raise
-        return lambda: MetricsFile(folder)
+        return lambda: MetricsFile(folder, every_iteration=every_iteration)
     return lambda: metrics
 
 

@@ -25,8 +25,10 @@ def test_a_slow_rank_is_named_and_profiled(tiny_run: TinyRun, tmp_path: Path) ->
     output = jobs.run([*jobs.torchrun(2), FAULTY, fault, *flags])
 
     entries, _ = jobs.read_metrics(folder)
-    assert [entry["iteration"] for entry in entries] == [3, 6, 9]
-    found = [entry["stragglers"] for entry in entries]
+    assert [entry["iteration"] for entry in entries] == list(range(1, 10))
+    compared = [entry for entry in entries if "stragglers" in entry]
+    assert [entry["iteration"] for entry in compared] == [3, 6, 9]
+    found = [entry["stragglers"] for entry in compared]
     assert Counter(one["slowest"][0]["rank"] for one in found).most_common(1)[0][0] == 1
     assert {len(one["slowest"]) for one in found} == {2}
     # Two micro-batches an iteration, each of which the rank sleeps before.
@@ -35,7 +37,7 @@ def test_a_slow_rank_is_named_and_profiled(tiny_run: TinyRun, tmp_path: Path) ->
     for one in found:
         for part in ("forward_seconds", "backward_seconds", "data_seconds"):
             assert 0 <= one[part]["min"] <= one[part]["median"] <= one[part]["max"]
-    assert "stragglers | forward: min" in output and "slowest ranks: 1 on " in output
+    assert "stragglers " in output and "slowest ranks: 1 on " in output
 
     traces = sorted((folder / "profile").iterdir())
     names = [f"rank_{rank}_iterations_3_to_4.json.gz" for rank in (0, 1)]
@@ -62,10 +64,13 @@ def test_loggers_that_fail_end_nothing(tiny_run: TinyRun, tmp_path: Path) -> Non
     assert "the profile of rank 0 is lost" in output
     entries, _ = jobs.read_metrics(folder)
     assert len(entries) == 4
-    line = next(line for line in output.splitlines() if "iteration  2/10" in line or " 2/4" in line)
-    for field in ("tokens/s per GPU: ", "MFU: ", "loader wait: ", "memory (GiB): ", "restarts: 0"):
-        assert field in line
-    assert "first: loss " in output and "% planned, " in output and " epochs" in output
+    lines = output.splitlines()
+    at = next(number for number, line in enumerate(lines) if "  iter 2/4  loss " in line)
+    for field in ("grad ", "lr ", " s  ", " tok/s", "MFU ", "ETA "):
+        assert field in lines[at]
+    head = ["source", "loss", "loss", "tokens", "share", "planned", "tokens", "epochs"]
+    assert lines[at + 1].split() == head
+    assert [line.split()[0] for line in lines[at + 2 : at + 5]] == ["first", "second", "all"]
     assert entries[0]["tokens_per_second_per_gpu"] == entries[0]["tokens_per_second"]
 
 

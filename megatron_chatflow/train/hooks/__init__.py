@@ -1,10 +1,10 @@
 """What watches a run without changing it: one hook a file, all on the reporting rank.
 
-In: `IterationReport`s and validations. Out: lines, files, plots. A hook that raises does not end
-the run: `Shield` logs what it met, and the next report is tried again.
+A hook that raises does not end the run: `Shield` logs the failure, and the next report is tried
+again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_chatflow.evaluation.validation import SourceLoss
@@ -14,8 +14,11 @@ from megatron_chatflow.train.report import IterationReport
 class Hook(Protocol):
     """A watcher of a run."""
 
-    def on_iteration(self, report: IterationReport) -> None:
-        """After each logged iteration."""
+    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
+        """Before each log, validation and save: each iteration since the last call, in order."""
+
+    def on_log(self, report: IterationReport) -> None:
+        """After each log interval: the means and sums over its iterations."""
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """After each validation, with each source's loss."""

@@ -1,14 +1,14 @@
-"""``metrics.jsonl``: one object a logged iteration or validation, in the run's folder.
+"""``metrics.jsonl``: a JSON object per iteration, log interval or validation, in the run's folder.
 
-In: reports. Out: appended lines; those that a full disk refuses are kept and written once there is
-room. A resume first drops what the run had logged after the checkpoint
-that it goes on from, so that every iteration stands in the file once.
+Lines that a full disk refuses are kept and written once there is room. A resume first drops what
+the run had logged after the checkpoint that it resumes from, so that every iteration is in the
+file once.
 """
 
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,17 +74,29 @@ def keep_until(path: Path, iteration: int) -> Cut:
 class MetricsFile:
     """Appends to ``metrics.jsonl``; each line is handed to the system before training goes on."""
 
-    def __init__(self, folder: Path) -> None:
-        """Opens the file in a run's folder; `keep_until` has cut it."""
+    def __init__(self, folder: Path, *, every_iteration: bool) -> None:
+        """Opens the file in a run's folder; `keep_until` has cut it.
+
+        Args:
+            folder: The run's.
+            every_iteration: Whether each iteration is a row, or each log interval.
+        """
+        self._every_iteration = every_iteration
         path = folder / METRICS_FILE
         self._file = open(path, "ab", buffering=0)
         self._backlog: list[bytes] = []
         # Where the last line that is whole ends.
         self._end = self._file.tell()
 
-    def on_iteration(self, report: IterationReport) -> None:
-        """Appends the iteration."""
-        self._append(report.to_dict())
+    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
+        """Appends the iterations."""
+        if self._every_iteration:
+            self._append(*(report.to_dict() for report in reports))
+
+    def on_log(self, report: IterationReport) -> None:
+        """Appends the interval, unless its iterations have been appended."""
+        if not self._every_iteration:
+            self._append(report.to_dict())
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Appends the validation."""
@@ -106,8 +118,8 @@ class MetricsFile:
         finally:
             self._file.close()
 
-    def _append(self, entry: dict[str, object]) -> None:
-        self._backlog.append(json.dumps(entry).encode() + b"\n")
+    def _append(self, *entries: dict[str, object]) -> None:
+        self._backlog += [json.dumps(entry).encode() + b"\n" for entry in entries]
         self._write_backlog()
 
     def _write_backlog(self) -> None:

@@ -4,7 +4,7 @@ In: how to make a hook. Out: the same hook, which no longer raises, not even whi
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_chatflow.evaluation.validation import SourceLoss
@@ -28,9 +28,13 @@ class Shield:
         self._fails = False
         self._try(lambda hook: None)
 
-    def on_iteration(self, report: IterationReport) -> None:
+    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
+        """Hands the iterations on."""
+        self._try(lambda hook: hook.on_iterations(reports))
+
+    def on_log(self, report: IterationReport) -> None:
         """Hands the report on."""
-        self._try(lambda hook: hook.on_iteration(report))
+        self._try(lambda hook: hook.on_log(report))
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Hands the validation on."""

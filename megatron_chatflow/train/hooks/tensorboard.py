@@ -3,7 +3,7 @@
 In: reports. Out: event files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ class TensorBoard:
         """Opens the events of a run that stands at ``iteration``; later ones are hidden."""
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=iteration + 1)
 
-    def on_iteration(self, report: IterationReport) -> None:
-        """Writes the iteration's scalars."""
+    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
+        """Does nothing: only whole intervals are shown."""
+
+    def on_log(self, report: IterationReport) -> None:
+        """Writes the interval's scalars."""
         self._write(report.scalars(), report.iteration)
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:

@@ -5,7 +5,7 @@ is taken up again goes on there as the same one, by the id in its folder.
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,11 @@ class WeightsAndBiases:
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
-    def on_iteration(self, report: IterationReport) -> None:
-        """Sends the iteration."""
+    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
+        """Does nothing: only whole intervals are shown."""
+
+    def on_log(self, report: IterationReport) -> None:
+        """Sends the interval's means."""
         self._run.log({"iteration": report.iteration, **report.scalars()})
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:

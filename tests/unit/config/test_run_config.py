@@ -113,7 +113,7 @@ def test_numbers_that_other_yaml_readers_take_for_text(config) -> None:
         ("modl", {}, "modl: unknown key (did you mean model?)"),
         ("model.num_layer", 3, "model.num_layer: unknown key (did you mean num_layers?)"),
         ("train.lr", 3, "train.lr: unknown key (did you mean optimizer.lr?)"),
-        ("logging.zzz", 3, "logging.zzz: unknown key; known are log_interval, tensorboard"),
+        ("logging.zzz", 3, "logging.zzz: unknown key; known are log_interval, metrics_every"),
         ("data.sources.chat.pahts", [], "data.sources.chat.pahts: unknown key (did you mean paths"),
         (
             "data.schedule.knots.0.rmp",

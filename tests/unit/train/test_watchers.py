@@ -1,4 +1,4 @@
-"""Ranks compared by figures made up, intervals, loggers that raise, the profile's settings."""
+"""Ranks compared by figures made up, loggers that raise, the profile's settings."""
 
 import logging
 import subprocess
@@ -9,7 +9,6 @@ import pytest
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.hooks.shield import Shield
-from megatron_chatflow.train.interval import Interval
 from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.straggler import compare
 
@@ -32,15 +31,6 @@ def test_readings_that_failed_are_left_out() -> None:
     assert len(report.slowest) == 2
 
 
-def test_an_interval_is_the_mean_of_its_steps() -> None:
-    interval = Interval()
-    interval.add(1.0, 0.5)
-    interval.add(3.0, 0.0)
-    assert interval.num_steps == 2 and interval.take() == (2.0, 0.25)
-    interval.add(7.0, 1.0)
-    assert interval.take() == (7.0, 1.0)
-
-
 class Moody:
     """A logger that fails when it is told to."""
 
@@ -54,7 +44,7 @@ class Moody:
         if Moody.fails:
             raise RuntimeError("the disk is full")
 
-    def on_iteration(self, report: object) -> None:
+    def on_log(self, report: object) -> None:
         self._answer()
         self.seen.append(report)
 
@@ -69,15 +59,15 @@ def test_a_logger_is_made_again_once_it_can_be(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.WARNING):
         Moody.fails = True
         shield = Shield(make)  # type: ignore[arg-type]
-        shield.on_iteration(1)  # type: ignore[arg-type]
+        shield.on_log(1)  # type: ignore[arg-type]
         assert not made and caplog.text.count("training goes on without it") == 1
         Moody.fails = False
-        shield.on_iteration(2)  # type: ignore[arg-type]
+        shield.on_log(2)  # type: ignore[arg-type]
         assert made[0].seen == [2] and "works again" in caplog.text
         Moody.fails = True
-        shield.on_iteration(3)  # type: ignore[arg-type]
+        shield.on_log(3)  # type: ignore[arg-type]
         Moody.fails = False
-        shield.on_iteration(4)  # type: ignore[arg-type]
+        shield.on_log(4)  # type: ignore[arg-type]
     assert made[0].seen == [2, 4] and len(made) == 1
 
 
