@@ -41,6 +41,11 @@ from megatron_chatflow.train.beginning import (
     find_beginning,
     refuse_folder_of_another_run,
 )
+from megatron_chatflow.train.resume import (
+    refuse_other_data,
+    refuse_other_length,
+    refuse_other_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +120,7 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
     resumed = None
     if checkpoint is not None and saved is not None:
-        _refuse_other_model(saved, state, checkpoint.folder, is_grown=grown is not None)
+        refuse_other_model(saved, state, checkpoint.folder, is_grown=grown is not None)
         if checkpoint.weights_only and grown is None:
             _refuse_other_pieces(config, checkpoint, saved, tokenizer)
         if not checkpoint.weights_only:
@@ -124,8 +129,9 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
                     f"checkpoint.load: {checkpoint.folder} holds weights alone and no run to go on "
                     "with; add --finetune"
                 )
+            refuse_other_length(config, saved, checkpoint.folder)
             if grown is None:
-                _refuse_other_data(saved, state, checkpoint.folder)
+                refuse_other_data(config, saved, state, checkpoint.folder)
             resumed = saved
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
@@ -352,39 +358,6 @@ def _refuse_other_pieces(
             f"tokenizer.tokenizer_model: has {len(growth.pieces)} pieces more than that of "
             f"{checkpoint.folder}; say with --embedding-init how their rows begin"
         )
-
-
-def _refuse_other_model(
-    resumed: RunState, state: RunState, checkpoint: Path, *, is_grown: bool
-) -> None:
-    for name in {**resumed.model, **state.model}:
-        value, saved = state.model.get(name), resumed.model.get(name)
-        if name == "vocab_size" and is_grown:
-            continue
-        if name == "vocab_size" and isinstance(value, int) and value > int(saved or 0):
-            raise UserError(
-                f"model.vocab_size: {value} here and {saved} in {checkpoint}; if the tokenizer "
-                "goes on from that of the weights, say with --embedding-init how new rows begin"
-            )
-        if saved != value:
-            raise UserError(
-                f"model.{name}: {value} here and {saved} in {checkpoint}; give "
-                "the model the checkpoint's shape"
-            )
-
-
-def _refuse_other_data(resumed: RunState, state: RunState, checkpoint: Path) -> None:
-    if resumed.tokenizer["sha256"] != state.tokenizer["sha256"]:
-        raise UserError(
-            f"tokenizer.tokenizer_model: is not the one that {checkpoint} was trained with; give "
-            "that one, or start from its weights alone with --finetune"
-        )
-    for name, fingerprint in state.sources.items():
-        if name in resumed.sources and resumed.sources[name] != fingerprint:
-            raise UserError(
-                f"data.sources.{name}: is not the data that {checkpoint} was trained on; give the "
-                "same files, or start from its weights alone with --finetune"
-            )
 
 
 def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:

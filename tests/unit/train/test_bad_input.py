@@ -6,13 +6,15 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_run import TinyRun, train_tokenizer, write_checkpoint_state
 
 from megatron_chatflow.checkpoint.files import iteration_folder
-from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.train.inputs import open_inputs
 
 
@@ -93,18 +95,27 @@ def test_tokenizer_that_does_not_fit_the_model(make_config) -> None:
     _refused(r"model\.vocab_size: 599 is below the 600", make_config, model__vocab_size=599)
 
 
+def _write_sidecar(prefix: Path, tokenizer_sha256: str) -> None:
+    dataset = IndexedDataset(prefix)
+    sidecar = {
+        "format_version": 1,
+        "tokenizer": {
+            "type": "Llama2Tokenizer",
+            "sha256": tokenizer_sha256,
+            "vocab_size": 600,
+        },
+        "num_documents": dataset.num_documents,
+        "num_tokens": dataset.num_tokens,
+        "sha256": {"bin": "1" * 64, "idx": "2" * 64},
+    }
+    Path(f"{prefix}.json").write_text(json.dumps(sidecar))
+
+
 def test_tokenizer_other_than_the_corpus_was_made_with(
     make_config, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     prefix = _copy(tiny_run, tmp_path)
-    sidecar = {
-        "format_version": 1,
-        "tokenizer": {"type": "Llama2Tokenizer", "sha256": "0" * 64, "vocab_size": 600},
-        "num_documents": 400,
-        "num_tokens": 1,
-        "sha256": {"bin": "1" * 64, "idx": "2" * 64},
-    }
-    Path(f"{prefix}.json").write_text(json.dumps(sidecar))
+    _write_sidecar(prefix, "0" * 64)
     _refused(
         r"data\.sources\.first\.paths\[0\].*tokenizer",
         make_config,
@@ -179,12 +190,106 @@ def test_checkpoint_of_another_model(make_config, tmp_path: Path) -> None:
 
 def test_checkpoint_of_other_data(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
     _checkpoint(make_config, tmp_path)
+    other = str(tiny_run.folder / "second_text_document")
     _refused(
-        r"data\.sources\.first: is not the data",
+        r"data\.sources\.first\.paths\[0\]: .*second_text_document is not the data that .* \(400 "
+        r"documents and \d+ tokens there, 300 and \d+ here\)",
         make_config,
-        data__sources__first__paths=[str(tiny_run.folder / "second_text_document")],
+        data__sources__first__paths=[other],
         checkpoint__load=str(tmp_path),
     )
+    same = str(tiny_run.folder / "first_text_document")
+    _refused(
+        r"data\.sources\.first\.paths: lists 2 datasets here and 1 in .* into a new source",
+        make_config,
+        data__sources__first__paths=[same, other],
+        checkpoint__load=str(tmp_path),
+    )
+
+
+def test_checkpoint_of_the_same_data_in_another_order(
+    make_config, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    paths = [str(tiny_run.folder / f"{name}_text_document") for name in ("first", "second")]
+    write_checkpoint_state(make_config(data__sources__first__paths=paths), tmp_path)
+    _refused(
+        r"data\.sources\.first\.paths: lists the datasets of .* in another order",
+        make_config,
+        data__sources__first__paths=paths[::-1],
+        checkpoint__load=str(tmp_path),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, cause",
+    [
+        (
+            {"data__seq_length": 32},
+            r"data\.seq_length: 32 here and 64 in .*iter_0000005; .* Give --seq-length 64, or "
+            r"begin a new run of length 32 with these weights: --finetune and another --save",
+        ),
+        (
+            {"data__holdout_every": 40},
+            r"data\.holdout_every: 40 for data\.sources\.first here and 50 in",
+        ),
+        (
+            {"data__sources__first__validation_paths": ["FOLDER/second_text_document"]},
+            r"data\.holdout_every: none for data\.sources\.first here and 50 in",
+        ),
+        (
+            {"data__sources__second__packing": "none"},
+            r"data\.sources\.second\.packing: none here and best_fit in .*; give best_fit",
+        ),
+    ],
+    ids=["sequence length", "holdout", "validation paths", "packing"],
+)
+def test_settings_that_change_the_samples_are_named(
+    make_config, tiny_run: TinyRun, tmp_path: Path, changes: dict[str, Any], cause: str
+) -> None:
+    """Not said to be other data, which the user would look for in vain."""
+    _checkpoint(make_config, tmp_path)
+    given = {
+        name: [path.replace("FOLDER", str(tiny_run.folder)) for path in value]
+        if isinstance(value, list)
+        else value
+        for name, value in changes.items()
+    }
+    _refused(cause, make_config, checkpoint__load=str(tmp_path), **given)
+
+
+def test_another_sequence_length_is_no_obstacle_to_finetuning(make_config, tmp_path: Path) -> None:
+    _checkpoint(make_config, tmp_path)
+    changes = {"checkpoint__load": str(tmp_path), "checkpoint__finetune": True}
+    assert open_inputs(make_config(data__seq_length=32, **changes)).resumed is None
+
+
+def test_another_sequence_length_with_other_sources(
+    make_config, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    """No source is left whose samples could be compared."""
+    _checkpoint(make_config, tmp_path)
+    _refused(
+        r"data\.seq_length: 32 here and 64 in",
+        make_config,
+        data__seq_length=32,
+        data__sources={"third": {"paths": [str(tiny_run.folder / "first_text_document")]}},
+        data__schedule={"knots": [{"at": 0, "weights": {"third": 1}}]},
+        checkpoint__load=str(tmp_path),
+    )
+
+
+def test_a_json_that_came_or_went_is_named(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    prefix = _copy(tiny_run, tmp_path)
+    data = {"data__sources__first__paths": [str(prefix)]}
+    _write_sidecar(prefix, load_tokenizer(tiny_run.tokenizer_model).fingerprint)
+    write_checkpoint_state(make_config(**data), tmp_path / "with")
+    Path(f"{prefix}.json").unlink()
+    load = {"checkpoint__load": str(tmp_path / "with")}
+    _refused(r"paths\[0\]: .* has no \.json beside it, and had one", make_config, **data, **load)
+    write_checkpoint_state(make_config(**data), tmp_path / "without")
+    _write_sidecar(prefix, load_tokenizer(tiny_run.tokenizer_model).fingerprint)
+    load = {"checkpoint__load": str(tmp_path / "without")}
+    _refused(r"paths\[0\]: .* has got a \.json .*take it away", make_config, **data, **load)
 
 
 def test_checkpoint_of_another_tokenizer(make_config, tmp_path: Path) -> None:
