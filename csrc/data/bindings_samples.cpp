@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -222,15 +223,39 @@ py::array_t<int64_t> permute(const py::array& places, int64_t size, const py::ar
   return images;
 }
 
-py::array_t<int64_t> best_fit_of(const py::array& lengths, int64_t capacity) {
-  const Int64Span given = span_of(lengths, "lengths");
-  py::array_t<int64_t> samples(given.size);
-  int64_t* out = samples.mutable_data();
+template <typename Item>
+py::tuple best_fit_in_place(py::array_t<Item>& lengths, int64_t capacity) {
+  Item* items = lengths.mutable_data();
+  const int64_t num_documents = lengths.size();
+  int64_t num_samples = 0;
   {
     py::gil_scoped_release release;
-    best_fit(given.data, given.size, capacity, out);
+    num_samples = best_fit(items, num_documents, capacity);
   }
-  return samples;
+  const auto num_packed =
+      std::count_if(items, items + num_documents, [](Item sample) { return sample >= 0; });
+  py::array_t<int64_t> offsets(num_samples + 1);
+  py::array_t<int64_t> documents(num_packed);
+  int64_t* first = offsets.mutable_data();
+  int64_t* listed = documents.mutable_data();
+  {
+    py::gil_scoped_release release;
+    group_by_sample(items, num_documents, num_samples, first, listed);
+  }
+  return py::make_tuple(offsets, documents);
+}
+
+py::tuple best_fit_of(py::array& lengths, int64_t capacity) {
+  const bool fits = lengths.ndim() == 1 && (lengths.flags() & py::array::c_style) != 0;
+  if (fits && py::isinstance<py::array_t<int32_t>>(lengths)) {
+    auto items = py::reinterpret_borrow<py::array_t<int32_t>>(lengths);
+    return best_fit_in_place(items, capacity);
+  }
+  if (fits && py::isinstance<py::array_t<int64_t>>(lengths)) {
+    auto items = py::reinterpret_borrow<py::array_t<int64_t>>(lengths);
+    return best_fit_in_place(items, capacity);
+  }
+  throw std::invalid_argument("lengths: is not a flat array of int32 or int64");
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 #include "packing.h"
 
 #include <algorithm>
-#include <numeric>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace chatflow {
 namespace {
@@ -60,51 +62,76 @@ class OrderedSet {
 };
 
 /// Samples by the room that is left in them; of equal ones, the latest comes first.
+template <typename Item>
 class OpenSamples {
  public:
-  explicit OpenSamples(int64_t capacity)
-      : rooms_(capacity + 1), latest_(static_cast<size_t>(capacity) + 1, -1) {}
+  /// \param before memory for an item of each sample
+  OpenSamples(int64_t capacity, Item* before)
+      : rooms_(capacity + 1), latest_(static_cast<size_t>(capacity) + 1, -1), before_(before) {}
 
   /// Takes out the fullest sample with room for `length`; -1 if there is none.
-  int64_t take(int64_t length, int64_t* room) {
+  Item take(int64_t length, int64_t* room) {
     *room = rooms_.find(length);
     if (*room < 0) return -1;
-    int64_t& latest = latest_[static_cast<size_t>(*room)];
-    const int64_t sample = latest;
-    latest = before_[static_cast<size_t>(sample)];
+    Item& latest = latest_[static_cast<size_t>(*room)];
+    const Item sample = latest;
+    latest = before_[sample];
     if (latest < 0) rooms_.erase(*room);
     return sample;
   }
 
-  void put(int64_t sample, int64_t room) {
-    if (static_cast<size_t>(sample) >= before_.size()) before_.resize(sample + 1, -1);
-    int64_t& latest = latest_[static_cast<size_t>(room)];
-    before_[static_cast<size_t>(sample)] = latest;
+  void put(Item sample, int64_t room) {
+    Item& latest = latest_[static_cast<size_t>(room)];
+    before_[sample] = latest;
     latest = sample;
     rooms_.insert(room);
   }
 
  private:
   OrderedSet rooms_;
-  std::vector<int64_t> latest_;
-  std::vector<int64_t> before_;
+  std::vector<Item> latest_;
+  Item* before_;  // the sample that had the same room before each
 };
 
-/// Documents by descending length, equal ones in their own order.
-std::vector<int64_t> longest_first(const int64_t* lengths, int64_t num_documents) {
-  std::vector<int64_t> order(static_cast<size_t>(num_documents));
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [lengths](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-  return order;
+/// Memory whose pages count only once they are written to.
+template <typename Item>
+std::unique_ptr<Item[]> uninitialized(int64_t size) {
+  return std::unique_ptr<Item[]>(new Item[static_cast<size_t>(size)]);
 }
 
-void number_by_first_document(int64_t* samples, int64_t num_documents, int64_t num_samples) {
-  std::vector<int64_t> number(static_cast<size_t>(num_samples), -1);
-  int64_t next = 0;
+/// Documents by length, and those of equal length in their own order.
+template <typename Item>
+struct ByLength {
+  std::vector<int64_t> ends;  ///< where the documents of each length end in `order`
+  std::unique_ptr<Item[]> order;
+};
+
+template <typename Item>
+ByLength<Item> sort_by_length(const Item* lengths, int64_t num_documents, int64_t capacity) {
+  ByLength<Item> sorted{std::vector<int64_t>(static_cast<size_t>(capacity) + 1, 0),
+                        uninitialized<Item>(num_documents)};
+  for (int64_t document = 0; document < num_documents; ++document) {
+    ++sorted.ends[static_cast<size_t>(lengths[document])];
+  }
+  int64_t begin = 0;
+  for (int64_t& end : sorted.ends) begin += std::exchange(end, begin);
+  // Each entry is a begin until its documents have been placed.
+  for (int64_t document = 0; document < num_documents; ++document) {
+    int64_t& place = sorted.ends[static_cast<size_t>(lengths[document])];
+    sorted.order[static_cast<size_t>(place++)] = static_cast<Item>(document);
+  }
+  return sorted;
+}
+
+/// \param number memory for an item of each sample
+template <typename Item>
+void number_by_first_document(Item* samples, int64_t num_documents, int64_t num_samples,
+                              Item* number) {
+  std::fill(number, number + num_samples, Item{-1});
+  Item next = 0;
   for (int64_t document = 0; document < num_documents; ++document) {
     if (samples[document] < 0) continue;
-    int64_t& assigned = number[static_cast<size_t>(samples[document])];
+    Item& assigned = number[samples[document]];
     if (assigned < 0) assigned = next++;
     samples[document] = assigned;
   }
@@ -112,7 +139,8 @@ void number_by_first_document(int64_t* samples, int64_t num_documents, int64_t n
 
 }  // namespace
 
-void best_fit(const int64_t* lengths, int64_t num_documents, int64_t capacity, int64_t* samples) {
+template <typename Item>
+int64_t best_fit(Item* lengths, int64_t num_documents, int64_t capacity) {
   if (capacity < 0 || capacity > int64_t{1} << 31) {
     throw std::invalid_argument("packing: capacity " + std::to_string(capacity) +
                                 " is not between 0 and 2^31");
@@ -123,22 +151,52 @@ void best_fit(const int64_t* lengths, int64_t num_documents, int64_t capacity, i
                                   std::to_string(capacity));
     }
   }
-  OpenSamples open(capacity);
-  int64_t num_samples = 0;
-  for (const int64_t document : longest_first(lengths, num_documents)) {
-    const int64_t length = lengths[document];
-    samples[document] = -1;
-    if (length == 0) continue;
-    int64_t room = 0;
-    int64_t sample = open.take(length, &room);
-    if (sample < 0) {
-      room = capacity;
-      sample = num_samples++;
+  const std::unique_ptr<Item[]> of_samples = uninitialized<Item>(num_documents);
+  Item num_samples = 0;
+  {
+    const ByLength<Item> sorted = sort_by_length(lengths, num_documents, capacity);
+    OpenSamples<Item> open(capacity, of_samples.get());
+    for (int64_t length = capacity; length > 0; --length) {
+      const int64_t end = sorted.ends[static_cast<size_t>(length)];
+      for (int64_t k = sorted.ends[static_cast<size_t>(length - 1)]; k < end; ++k) {
+        int64_t room = 0;
+        Item sample = open.take(length, &room);
+        if (sample < 0) {
+          room = capacity;
+          sample = num_samples++;
+        }
+        lengths[sorted.order[static_cast<size_t>(k)]] = sample;
+        if (room > length) open.put(sample, room - length);
+      }
     }
-    samples[document] = sample;
-    if (room > length) open.put(sample, room - length);
+    for (int64_t k = 0; k < sorted.ends[0]; ++k) {
+      lengths[sorted.order[static_cast<size_t>(k)]] = -1;
+    }
   }
-  number_by_first_document(samples, num_documents, num_samples);
+  number_by_first_document(lengths, num_documents, num_samples, of_samples.get());
+  return num_samples;
 }
+
+template <typename Item>
+void group_by_sample(const Item* samples, int64_t num_documents, int64_t num_samples,
+                     int64_t* offsets, int64_t* documents) {
+  std::fill(offsets, offsets + num_samples + 1, int64_t{0});
+  for (int64_t document = 0; document < num_documents; ++document) {
+    if (samples[document] >= 0) ++offsets[samples[document]];
+  }
+  int64_t begin = 0;
+  for (int64_t k = 0; k <= num_samples; ++k) begin += std::exchange(offsets[k], begin);
+  for (int64_t document = 0; document < num_documents; ++document) {
+    if (samples[document] >= 0) documents[offsets[samples[document]]++] = document;
+  }
+  // Each offset has moved to its sample's end, which is where the next sample begins.
+  std::copy_backward(offsets, offsets + num_samples, offsets + num_samples + 1);
+  offsets[0] = 0;
+}
+
+template int64_t best_fit(int32_t*, int64_t, int64_t);
+template int64_t best_fit(int64_t*, int64_t, int64_t);
+template void group_by_sample(const int32_t*, int64_t, int64_t, int64_t*, int64_t*);
+template void group_by_sample(const int64_t*, int64_t, int64_t, int64_t*, int64_t*);
 
 }  // namespace chatflow

@@ -4,17 +4,31 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace chatflow {
 
-/// Packs documents into samples, none of which is cut.
-/// \param lengths tokens in each document, 0 to `capacity`
+/// Assigns documents to samples, none of which is cut.
+///
+/// Works in place, so that besides the caller's array it needs an item for each document and one
+/// for each sample.
+/// \tparam Item int32_t, or int64_t where the capacity or the number of documents needs it
+/// \param lengths in: tokens in each document, 0 to `capacity`; out: its sample, or -1 if it is
+///   empty; samples are numbered in the order of their first documents
 /// \param num_documents number of lengths
 /// \param capacity tokens that a sample holds, 0 to 2^31
-/// \param samples out: the sample of each document, or -1 for an empty one; samples are numbered in
-///   the order of their first documents
+/// \return the number of samples
 /// \throws std::invalid_argument a length or the capacity is out of range
-void best_fit(const int64_t* lengths, int64_t num_documents, int64_t capacity, int64_t* samples);
+template <typename Item>
+int64_t best_fit(Item* lengths, int64_t num_documents, int64_t capacity);
+
+/// Lists the documents of every sample, ascending.
+/// \param samples the sample of each document, or -1 for none
+/// \param num_documents number of entries in `samples`
+/// \param num_samples every sample lies below it
+/// \param offsets out: num_samples + 1 entries, where each sample's documents begin
+/// \param documents out: as many entries as documents have a sample
+template <typename Item>
+void group_by_sample(const Item* samples, int64_t num_documents, int64_t num_samples,
+                     int64_t* offsets, int64_t* documents);
 
 }  // namespace chatflow

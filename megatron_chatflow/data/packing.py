@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_chatflow.data.build_once import build_once
+from megatron_chatflow.data.fingerprint import sampled_hash
+from megatron_chatflow.data.indexed import bin_path
+from megatron_chatflow.data.mapped_file import release_pages
 from megatron_chatflow.data.packing_cache import Packing, load_packing, save_packing
 from megatron_chatflow.data.samples import check_index, document_begins
-from megatron_chatflow.data.split import Split, split_documents
+from megatron_chatflow.data.sidecar import loss_mask_prefix
+from megatron_chatflow.data.split import Split, documents_in_split
 from megatron_chatflow.native.packing import best_fit
 from megatron_chatflow.native.samples import (
     DocumentLists,
@@ -28,60 +33,121 @@ from megatron_chatflow.native.samples import (
 
 logger = logging.getLogger(__name__)
 
-ALGORITHM_VERSION = 1
-"""Raised whenever the same documents would be packed otherwise."""
+ALGORITHM_VERSION = 2
+"""Raised whenever the same documents would be packed differently. Version 1, which resumed runs may
+ask for, packs documents without loss tokens as well; the two agree where there are none."""
+
+_BLOCK = 1 << 14  # documents that are looked at together
 
 
 def pack_documents(
-    files: Sequence[TokenFile], split: Split, holdout_every: int | None, seq_length: int
+    files: Sequence[TokenFile],
+    split: Split,
+    holdout_every: int | None,
+    seq_length: int,
+    version: int = ALGORITHM_VERSION,
 ) -> Packing:
     """Packs the documents of a split into samples of ``seq_length + 1`` tokens.
 
-    A document that is longer than a sample fills one alone, and its rest is cut off.
+    A document that is longer than a sample fills one alone, and its rest is cut off. A document
+    whose kept part has no token with loss is left out: it would only take up room.
+
+    Memory peaks below 24 bytes a document of the files: 4 for its length, which then becomes its
+    sample; 4 for the order of placement, which is freed before the result is made; 8 in the
+    result, and 8 for each sample. Mapped pages are released block by block.
 
     Args:
         files: The token files.
         split: Whose documents.
         holdout_every: Every k-th document of a file is held out; None for all of them.
         seq_length: Inputs of a sample.
+        version: Of the algorithm.
     """
     capacity = seq_length + 1
-    document_parts, length_parts = [], []
-    first_document = 0
+    num_documents = sum(file.num_documents for file in files)
+    # Documents that are not packed have length 0.
+    lengths = np.zeros(
+        num_documents, np.int32 if max(num_documents, capacity) < 2**31 else np.int64
+    )
+    num_tokens = num_truncated = num_truncated_tokens = num_without_loss = first = 0
     for file in files:
-        documents = split_documents(file.num_documents, split, holdout_every)
-        lengths = document_begins(file, documents + 1) - document_begins(file, documents)
-        check_index(file, lengths >= 0)
-        length_parts.append(lengths)
-        document_parts.append(documents + first_document)
-        first_document += file.num_documents
-    documents, lengths = np.concatenate(document_parts), np.concatenate(length_parts)
-    cut = np.minimum(lengths, capacity)
-    samples = best_fit(cut, capacity)
-    num_samples = int(samples.max(initial=-1)) + 1
-    order = np.argsort(samples, kind="stable")[np.count_nonzero(samples < 0) :]
-    sizes = np.bincount(samples[order], minlength=num_samples)
+        for begin in range(0, file.num_documents, _BLOCK):
+            end = min(begin + _BLOCK, file.num_documents)
+            begins = document_begins(file, np.arange(begin, end + 1))
+            whole = np.diff(begins)
+            check_index(file, whole >= 0)
+            kept = np.minimum(whole, capacity)
+            kept[~documents_in_split(begin, end, split, holdout_every)] = 0
+            without_loss = np.zeros(len(kept), np.bool_)
+            if version > 1:
+                without_loss = (kept > 0) & ~_have_loss(file, begins[:-1], kept)
+            kept[without_loss] = 0
+            lengths[first + begin : first + end] = kept
+            rest = (whole - kept)[kept == capacity]
+            num_tokens += int(kept.sum())
+            num_truncated += int(np.count_nonzero(rest))
+            num_truncated_tokens += int(rest.sum())
+            num_without_loss += int(np.count_nonzero(without_loss))
+            for array in (file.document_indices, file.sequence_pointers, file.loss_mask):
+                if array is not None:
+                    release_pages(array)
+        first += file.num_documents
+    offsets, documents = best_fit(lengths, capacity)
     return Packing(
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)]),
-        documents=documents[order],
-        num_tokens=int(cut.sum()),
-        num_truncated=int(np.count_nonzero(lengths > capacity)),
-        num_truncated_tokens=int((lengths - cut).sum()),
+        offsets=offsets,
+        documents=documents,
+        num_tokens=num_tokens,
+        num_truncated=num_truncated,
+        num_truncated_tokens=num_truncated_tokens,
+        num_without_loss=num_without_loss,
     )
 
 
-def packing_key(facts: Sequence[dict[str, Any]], **settings: Any) -> bytes:
+def _have_loss(
+    file: TokenFile, begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Whether each document has a token with loss.
+
+    The first token of a document is no label, since attention and loss do not cross documents.
+
+    Args:
+        file: The token file.
+        begins: int64[n], first tokens of documents, ascending.
+        lengths: int64[n], tokens of each that count.
+    """
+    have_labels = lengths > 1
+    if file.loss_mask is None or not have_labels.any():
+        return np.asarray(have_labels)
+    first, end = begins[have_labels] + 1, (begins + lengths)[have_labels]
+    # The mask's values are combined from each of these places to the next one.
+    edges = np.stack([first, end], axis=1).reshape(-1)[:-1] - first[0]
+    mask = file.loss_mask[first[0] : end[-1]]
+    found = np.zeros(len(lengths), np.bool_)
+    found[have_labels] = np.bitwise_or.reduceat(mask, edges)[::2] != 0
+    return found
+
+
+def packing_key(facts: Sequence[dict[str, Any]], version: int, **settings: Any) -> bytes:
     """Stands for everything that a packing depends on.
 
     Args:
         facts: Content of each dataset.
-        settings: Split, holdout and length of a sample.
+        version: Of the algorithm.
+        settings: Split, holdout and length of a sample, and the loss masks.
 
     Returns:
         16 bytes.
     """
-    content = {"algorithm": ALGORITHM_VERSION, "datasets": list(facts), **settings}
+    content = {"algorithm": version, "datasets": list(facts), **settings}
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def _mask_hash(file: TokenFile, facts: dict[str, Any]) -> str | None:
+    """What a dataset's loss mask is known by; None where every token has loss."""
+    if file.loss_mask is None:
+        return None
+    recorded = facts.get("sha256", {}).get("loss_mask_bin")
+    return recorded or sampled_hash(bin_path(loss_mask_prefix(file.name)))
 
 
 def packing_path(prefix: str | Path, key: bytes) -> Path:
@@ -95,6 +161,7 @@ def cached_packing(
     split: Split,
     holdout_every: int | None,
     seq_length: int,
+    version: int = ALGORITHM_VERSION,
 ) -> Packing:
     """The packing of a split, from the disk if it is there.
 
@@ -106,21 +173,31 @@ def cached_packing(
         split: Whose documents.
         holdout_every: Every k-th document of a file is held out; None for all of them.
         seq_length: Inputs of a sample.
+        version: Of the algorithm.
     """
-    key = packing_key(facts, split=split, holdout_every=holdout_every, seq_length=seq_length)
+    key = packing_key(
+        facts,
+        version,
+        split=split,
+        holdout_every=holdout_every,
+        seq_length=seq_length,
+        loss_masks=[_mask_hash(file, fact) for file, fact in zip(files, facts, strict=True)],
+    )
     path = packing_path(files[0].name, key)
 
     def build() -> Packing:
-        packing = pack_documents(files, split, holdout_every, seq_length)
+        packing = pack_documents(files, split, holdout_every, seq_length, version)
         room = packing.num_samples * (seq_length + 1)
         logger.info(
-            "packed %d documents of %s into %d samples, %.1f%% full; %d documents cut by %d tokens",
+            "packed %d documents of %s into %d samples, %.1f%% full; %d documents cut by %d "
+            "tokens; %d documents without loss tokens left out",
             len(packing.documents),
             files[0].name,
             packing.num_samples,
             100 * packing.num_tokens / max(room, 1),
             packing.num_truncated,
             packing.num_truncated_tokens,
+            packing.num_without_loss,
         )
         return packing
 
@@ -139,6 +216,7 @@ class PackedSamples:
         num_samples: Samples in one epoch.
         num_tokens: Tokens of documents in one epoch, padding not counted.
         rows: Reads any of them.
+        packing: Which documents they hold, and what was left out.
     """
 
     def __init__(
@@ -155,6 +233,7 @@ class PackedSamples:
         num_documents = [file.num_documents for file in files]
         first_documents = np.concatenate([[0], np.cumsum(num_documents)]).astype(np.int64)
         lists = DocumentLists(first_documents, packing.offsets, packing.documents)
+        self.packing = packing
         self.num_samples = packing.num_samples
         self.num_tokens = packing.num_tokens
         self.rows = make_packed_reader(label, files, lists, shape._replace(isolate=True))

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from megatron_chatflow.data.mapped_file import map_file
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
 
-_MAGIC = b"MCFPACK1"
-# magic, key, num_samples, num_documents, num_tokens, num_truncated, num_truncated_tokens
-_FACTS = struct.Struct("<8s16s5Q")
+_MAGIC = b"MCFPACK2"
+# magic, key, num_samples, num_documents, then the counts of `Packing` in their order
+_FACTS = struct.Struct("<8s16s6Q")
 _DIGEST_BYTES = 16
 _HEADER_BYTES = _FACTS.size + _DIGEST_BYTES
 
@@ -36,6 +36,7 @@ class Packing:
         num_tokens: Tokens of documents in all samples.
         num_truncated: Documents longer than a sample.
         num_truncated_tokens: Their tokens that were cut off.
+        num_without_loss: Documents that were left out, as their kept part has no token with loss.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -43,6 +44,7 @@ class Packing:
     num_tokens: int
     num_truncated: int
     num_truncated_tokens: int
+    num_without_loss: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -70,11 +72,16 @@ def save_packing(path: Path, key: bytes, packing: Packing) -> None:
         packing.num_tokens,
         packing.num_truncated,
         packing.num_truncated_tokens,
+        packing.num_without_loss,
     )
-    payload = packing.offsets.astype("<i8").tobytes() + packing.documents.astype("<i8").tobytes()
+    arrays = [
+        np.ascontiguousarray(array, "<i8").view(np.uint8).data
+        for array in (packing.offsets, packing.documents)
+    ]
     with StagedFile(path) as file:
-        file.write(facts + _digest(facts, payload))
-        file.write(payload)
+        file.write(facts + _digest(facts, *arrays))
+        for array in arrays:
+            file.write(array)
         publish_all([file])
 
 
@@ -100,7 +107,8 @@ def load_packing(path: Path, key: bytes) -> Packing | None:
     return Packing(entries[: num_samples + 1], entries[num_samples + 1 :], *counts)
 
 
-def _digest(facts: bytes, payload: bytes | memoryview) -> bytes:
+def _digest(facts: bytes, *payload: memoryview) -> bytes:
     digest = blake2b(facts, digest_size=_DIGEST_BYTES)
-    digest.update(payload)
+    for part in payload:
+        digest.update(part)
     return digest.digest()

@@ -6,7 +6,7 @@ In: a source's configuration, the run's seed and tokenizer. Out: `Source`, which
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
-from megatron_chatflow.data.findings import source_findings
+from megatron_chatflow.data.findings import packing_findings, source_findings
 from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedSamples, cached_packing
+from megatron_chatflow.data.packing_cache import Packing
 from megatron_chatflow.data.permutation import SampleOrder
 from megatron_chatflow.data.samples import Sample, open_token_file
 from megatron_chatflow.data.sidecar import loss_mask_prefix
@@ -52,6 +53,7 @@ class Source:
         num_tokens: In one epoch.
         rows: Reads the samples in their own order; ValueError if one cannot be.
         findings: What is suspicious about the data, one line each.
+        packing: Which documents the samples hold; None where they are windows.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Source:
         files: Sequence[TokenFile] = (),
         facts: dict[str, Any] | None = None,
         findings: Sequence[str] = (),
+        packing: Packing | None = None,
     ) -> None:
         """Puts a source together; `build_sources` makes one from a configuration.
 
@@ -75,12 +78,14 @@ class Source:
             files: Looked after while the run goes on.
             facts: The fingerprint.
             findings: What is suspicious about the data, one line each.
+            packing: Of the samples, where whole documents are packed.
         """
         self.name = name
         self.num_samples = samples.num_samples
         self.num_tokens = samples.num_tokens
         self.rows = samples.rows
         self.findings = tuple(findings)
+        self.packing = packing
         self._facts = facts or {}
         self._order = None
         if self.num_samples:
@@ -179,6 +184,7 @@ def build_sources(
     tokenizer: Vocabulary,
     seq_length: int | None = None,
     split: Split = "train",
+    packing_versions: Mapping[str, int] | None = None,
 ) -> list[Source]:
     """Opens every source of a run, in the order of the configuration.
 
@@ -188,6 +194,8 @@ def build_sources(
         tokenizer: The run's, which must have made the data.
         seq_length: Inputs of a sample; the section's own when left out.
         split: ``validation`` gives the held-out samples; a source without any has 0 of them.
+        packing_versions: By source, the version of the packing algorithm that a resumed run began
+            with; the latest for sources that are not named.
 
     Returns:
         One source for each in ``data.sources``.
@@ -198,12 +206,15 @@ def build_sources(
     """
     sources = []
     for name, config in data.sources.items():
-        source = _build_source(name, config, data, seed, tokenizer, seq_length, split)
+        version = min((packing_versions or {}).get(name, ALGORITHM_VERSION), ALGORITHM_VERSION)
+        source = _build_source(name, config, data, seed, tokenizer, seq_length, split, version)
         if source.num_samples == 0 and split == "train" and _has_weight(data, name):
+            reason = f"{source.num_tokens} tokens make no sample of"
+            if source.packing is not None and source.packing.num_without_loss:
+                reason = f"{source.packing.num_without_loss} documents have no loss token in"
             raise UserError(
-                f"data.sources.{name}: is empty ({source.num_tokens} tokens make no sample of "
-                f"{seq_length or data.seq_length}) and its weight is above 0: give it data or "
-                "weight 0"
+                f"data.sources.{name}: is empty ({reason} {seq_length or data.seq_length} tokens) "
+                "and its weight is above 0: give it data or weight 0"
             )
         sources.append(source)
     return sources
@@ -222,6 +233,7 @@ def _build_source(
     tokenizer: Vocabulary,
     seq_length: int | None,
     split: Split,
+    packing_version: int,
 ) -> Source:
     field, paths = "paths", config.paths
     holdout_every = None if config.validation_paths else data.holdout_every
@@ -246,8 +258,11 @@ def _build_source(
     )
     samples: Samples
     label = f"data.sources.{name}"
+    packing = None
     if config.packing == "best_fit" and files:
-        packing = cached_packing(files, facts, split, holdout_every, shape.seq_length)
+        packing = cached_packing(
+            files, facts, split, holdout_every, shape.seq_length, packing_version
+        )
         samples = PackedSamples(label, files, packing, shape)
     else:
         runs = split_runs(files, split, holdout_every)
@@ -257,10 +272,23 @@ def _build_source(
         "datasets": facts,
         "seq_length": shape.seq_length,
         "holdout_every": holdout_every,
-        "packing": ALGORITHM_VERSION if config.packing == "best_fit" else None,
+        "packing": None,
         "num_samples": samples.num_samples,
     }
+    if config.packing == "best_fit":
+        # Version 1 also stands for what every version packs alike.
+        has_left_out = packing is not None and packing.num_without_loss > 0
+        content["packing"] = packing_version if has_left_out else 1
     findings = source_findings(label, files, facts)
+    if packing is not None:
+        findings += packing_findings(label, packing, shape.seq_length)
     return Source(
-        name, samples, seed=seed, split=split, files=files, facts=content, findings=findings
+        name,
+        samples,
+        seed=seed,
+        split=split,
+        files=files,
+        facts=content,
+        findings=findings,
+        packing=packing,
     )

@@ -57,13 +57,11 @@ def _file_runs(
     return np.concatenate([zero, ends]), np.concatenate([begins, last])
 
 
-def split_documents(
-    num_documents: int, split: Split, holdout_every: int | None
-) -> npt.NDArray[np.int64]:
-    """The documents of one file that a split takes, ascending, int64."""
-    documents: npt.NDArray[np.int64] = np.arange(num_documents, dtype=np.int64)
+def documents_in_split(
+    begin: int, end: int, split: Split, holdout_every: int | None
+) -> npt.NDArray[np.bool_]:
+    """Whether a split takes each of the documents [begin, end) of one file, bool[end - begin]."""
     if holdout_every is None:
-        return documents
-    held_out = documents % holdout_every == holdout_every - 1
-    chosen = held_out if split == "validation" else ~held_out
-    return np.asarray(documents[chosen])
+        return np.ones(end - begin, np.bool_)
+    held_out = np.arange(begin, end) % holdout_every == holdout_every - 1
+    return np.asarray(held_out if split == "validation" else ~held_out)

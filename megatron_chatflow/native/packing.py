@@ -1,8 +1,9 @@
 """Best-fit-decreasing packing of documents into samples: the reference, and the compiled one.
 
-In: lengths of documents, the room of a sample. Out: the sample of each document. The algorithm is
-offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973; for documents: Ding et al.,
-"Fewer Truncations Improve Language Modeling", ICML 2024), made deterministic:
+Takes the lengths of documents and the room of a sample, and lists the documents of every sample.
+The algorithm is offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973; for
+documents: Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024), made
+deterministic:
 
 - documents come longest first, equal ones in their own order;
 - each goes to the sample with the least room that it fits in; of several, to the one that came to
@@ -17,21 +18,35 @@ import numpy.typing as npt
 
 from megatron_chatflow.native.extension import extension
 
+DocumentsOfSamples = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""int64[num_samples + 1], where each sample's documents begin in the list that follows; and
+int64[num_packed], the documents of every sample, ascending."""
 
-def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
+
+def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
     """Packs documents into samples, none of which is cut.
 
     Args:
-        lengths: Integers[num_documents], tokens in each document, 0 to ``capacity``.
+        lengths: Integers[num_documents], tokens in each document, 0 to ``capacity``. Empty
+            documents are left out.
         capacity: Tokens that a sample holds.
 
     Returns:
-        int64[num_documents]: the sample of each document; -1 for an empty one. Samples are numbered
-        0, 1, 2, ... in the order of their first documents.
+        The documents of every sample. Samples are in the order of their first documents.
 
     Raises:
         ValueError: A length is negative or above the capacity.
     """
+    samples = _assign(lengths, capacity)
+    num_samples = int(samples.max(initial=-1)) + 1
+    documents = np.argsort(samples, kind="stable")[np.count_nonzero(samples < 0) :]
+    offsets = np.zeros(num_samples + 1, np.int64)
+    offsets[1:] = np.cumsum(np.bincount(samples[documents], minlength=num_samples))
+    return offsets, documents
+
+
+def _assign(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
+    """The sample of each document, int64[num_documents]; -1 for an empty one."""
     if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
         raise ValueError(f"packing: a length is not between 0 and {capacity}")
     samples = np.full(len(lengths), -1, np.int64)
@@ -70,9 +85,13 @@ def _in_order_of_first(samples: npt.NDArray[np.int64], num_samples: int) -> npt.
     return renumbered
 
 
-def best_fit(lengths: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
-    """The compiled `best_fit_reference`, or the reference itself where nothing is compiled."""
+def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
+    """The compiled `best_fit_reference`, or the reference itself where nothing is compiled.
+
+    ``lengths`` is int32, or int64 where the capacity or the number of documents needs it. It is
+    overwritten: for a large corpus a second array of this size would not fit into memory.
+    """
     if extension is None:
         return best_fit_reference(lengths, capacity)
-    samples: npt.NDArray[np.int64] = extension.best_fit(lengths, capacity)
-    return samples
+    packed: DocumentsOfSamples = extension.best_fit(lengths, capacity)
+    return packed

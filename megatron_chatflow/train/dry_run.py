@@ -19,6 +19,7 @@ from megatron_chatflow.config.model_shape import (
     num_parameters,
     padded_vocab_size,
 )
+from megatron_chatflow.data.packing_cache import Packing
 from megatron_chatflow.data.plan import plan, to_table
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row, format_table
@@ -128,6 +129,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
             "source": source.name,
             "tokens": source.num_tokens,
             "samples an epoch": source.num_samples,
+            **_describe_packing(source.packing),
         }
         for source in inputs.sources
     ]
@@ -147,6 +149,16 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
         f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
         f"blend, planned and realised:\n{shown}"
     )
+
+
+def _describe_packing(packing: Packing | None) -> Row:
+    if packing is None:
+        return {}
+    return {
+        "documents packed": len(packing.documents),
+        "of these cut": packing.num_truncated,
+        "left out, without loss tokens": packing.num_without_loss,
+    }
 
 
 def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> str:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,21 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     elif saved is not None and checkpoint is not None and checkpoint.is_huggingface:
         # Models often have more rows than pieces.
         vocab_size = config.model.vocab_size or max(vocab_size, int(saved.model["vocab_size"]))
-    sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
+    packing_versions = {}
+    if checkpoint is not None and saved is not None and not checkpoint.weights_only:
+        recorded = {name: source.get("packing") for name, source in saved.sources.items()}
+        packing_versions = {name: version for name, version in recorded.items() if version}
+    build = partial(
+        build_sources,
+        config.data,
+        seed=config.train.seed,
+        tokenizer=tokenizer,
+        packing_versions=packing_versions,
+    )
+    sources = build()
     held_out = []
     if config.train.eval_interval is not None:
-        held_out = build_sources(
-            config.data, seed=config.train.seed, tokenizer=tokenizer, split="validation"
-        )
+        held_out = build(split="validation")
     begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
     resumed = None

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,16 +14,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data import build_once as build_once_module
+from megatron_chatflow.data import packing as packing_module
 from megatron_chatflow.data.build_once import build_once
+from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.data.packing import (
     PackedSamples,
     cached_packing,
     pack_documents,
     packing_key,
-    packing_path,
 )
 from megatron_chatflow.data.packing_cache import load_packing, save_packing
 from megatron_chatflow.data.samples import open_token_file
+from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.native.packing import best_fit, best_fit_reference
 from megatron_chatflow.native.samples import DocumentLists, PackedReaderReference, SampleShape
 
@@ -50,25 +54,35 @@ def slow_best_fit(lengths, capacity):
     return [first_seen.setdefault(s, len(first_seen)) if s >= 0 else -1 for s in samples]
 
 
+def samples_of(packed, num_documents):
+    """The sample of each document, -1 for none, of what `best_fit` returns."""
+    offsets, documents = packed
+    samples = np.full(num_documents, -1)
+    samples[documents] = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    assert all(np.diff(part).min(initial=1) > 0 for part in np.split(documents, offsets[1:-1]))
+    return samples
+
+
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(0, 20), max_size=60), slack=st.integers(0, 10))
 @example(lengths=[], slack=1)
 @example(lengths=[0, 0], slack=1)
 def test_best_fit_is_the_rule_as_stated(lengths, slack):
     capacity = max(lengths, default=0) + slack
-    samples = best_fit_reference(np.array(lengths, np.int64), capacity)
-    assert samples.tolist() == slow_best_fit(lengths, capacity)
-    assert best_fit(np.array(lengths, np.int64), capacity).tolist() == samples.tolist()
+    for packed in (best_fit_reference, best_fit):
+        samples = samples_of(packed(np.array(lengths, np.int64), capacity), len(lengths))
+        assert samples.tolist() == slow_best_fit(lengths, capacity)
     filled = np.bincount(samples[samples >= 0], np.array(lengths)[samples >= 0])
     assert filled.max(initial=0) <= capacity
 
 
 def test_best_fit_wastes_little():
     lengths = np.random.default_rng(0).lognormal(5.0, 1.0, 20_000).astype(np.int64).clip(1, 2049)
-    samples = best_fit(lengths, 2049)
-    assert np.array_equal(samples, best_fit_reference(lengths, 2049))
-    num_samples = int(samples.max()) + 1
-    assert num_samples == -(-int(lengths.sum()) // 2049)
+    num_tokens = int(lengths.sum())
+    expected = best_fit_reference(lengths, 2049)
+    offsets, documents = best_fit(lengths.astype(np.int32), 2049)
+    assert np.array_equal(offsets, expected[0]) and np.array_equal(documents, expected[1])
+    assert len(offsets) - 1 == -(-num_tokens // 2049)
 
 
 @pytest.mark.parametrize("lengths", [[5], [-1]])
@@ -101,12 +115,13 @@ def read_both(files, packing):
 def test_packed_samples_by_hand(tmp_path):
     files, documents = open_files(tmp_path, [[3, 9, 4], [0, 2, 1]])
     packing = pack_documents(files, "train", None, seq_length=7)
-    # 8 of the 9 tokens fill a sample; 4 + 3 + 1 and 2 remain.
-    assert (packing.num_samples, packing.num_tokens) == (3, 18)
+    # 8 of the 9 tokens fill a sample; 4 + 3 and 2 remain; a single token is no label of anything.
+    assert (packing.num_samples, packing.num_tokens) == (3, 17)
     assert (packing.num_truncated, packing.num_truncated_tokens) == (1, 1)
+    assert packing.num_without_loss == 1
     reader = read_both(files, packing)
     first, second, third = (reader.read(k) for k in range(3))
-    assert first.tokens.tolist() == [*documents[0], *documents[2], *documents[5]]
+    assert first.tokens.tolist() == [*documents[0], *documents[2], PAD]
     assert first.cu_seqlens.tolist() == [0, 3, 7]
     assert first.loss_mask.tolist() == [1, 0, 0, 1, 0, 1, 0]
     assert second.tokens.tolist() == documents[1][:8].tolist()
@@ -144,11 +159,109 @@ def test_every_document_of_the_split_comes_once(tmp_path_factory, lengths, holdo
     for file_lengths in lengths:
         for local in range(len(file_lengths)):
             held_out = holdout_every is not None and local % holdout_every == holdout_every - 1
-            if holdout_every is None or held_out == (split == "validation"):
+            has_labels = file_lengths[local] > 1
+            if has_labels and (holdout_every is None or held_out == (split == "validation")):
                 expected += documents[number][:8].tolist()
             number += 1
     assert sorted(int(token) for part in found for token in part) == sorted(expected)
     assert reader.num_tokens == len(expected)
+
+
+def documents_with_masks(folder, masks, name="x_document"):
+    """A dataset of numbered documents with these loss masks, opened with and without them."""
+    documents = numbered_documents([len(mask) for mask in masks])
+    prefix = write_dataset(folder / name, documents, masks=masks)
+    return [open_token_file(prefix, with_loss_mask=loss) for loss in (True, False)]
+
+
+def test_documents_without_loss_tokens_are_left_out(tmp_path):
+    masks = [
+        [0, 0, 1, 1],  # kept
+        [0] * 5,  # nothing is trained
+        [1, 0, 0],  # its only loss token begins the document, so it is no label
+        [0] * 8 + [1] * 4,  # a prompt that is longer than a sample
+        [0] * 7 + [1] * 4,  # one that leaves a single loss token
+        [],
+        [1],
+    ]
+    masked, plain = documents_with_masks(tmp_path, masks)
+    packing = pack_documents([masked], "train", None, seq_length=7)
+    assert sorted(packing.documents.tolist()) == [0, 4]
+    assert (packing.num_without_loss, packing.num_tokens) == (4, 12)
+    assert (packing.num_truncated, packing.num_truncated_tokens) == (1, 3)
+    for ordinal in range(packing.num_samples):
+        assert read_both([masked], packing).read(ordinal).loss_mask.any()
+    # With loss on all tokens only the document of a single token has no label.
+    packing = pack_documents([plain], "train", None, seq_length=7)
+    assert sorted(packing.documents.tolist()) == [0, 1, 2, 3, 4]
+    assert packing.num_without_loss == 1
+    # Of two files, and of a split.
+    packing = pack_documents([plain, masked], "validation", 2, seq_length=7)
+    assert sorted(packing.documents.tolist()) == [1, 3]
+    assert packing.num_without_loss == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    masks=st.lists(st.lists(st.integers(0, 1), max_size=12), max_size=12), block=st.integers(1, 5)
+)
+def test_loss_tokens_are_counted_in_blocks(tmp_path_factory, masks, block):
+    masked, _ = documents_with_masks(tmp_path_factory.mktemp("masks"), masks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_module, "_BLOCK", block)
+        packing = pack_documents([masked], "train", None, seq_length=7)
+    expected = [number for number, mask in enumerate(masks) if any(mask[1:8])]
+    assert sorted(packing.documents.tolist()) == expected
+    assert packing.num_without_loss == sum(map(bool, masks)) - len(expected)
+
+
+def test_the_cache_knows_loss_masks(tmp_path):
+    masks = [[0, 1, 1], [0, 0], [0, 1]]
+    masked, plain = documents_with_masks(tmp_path, masks)
+    assert cached_packing([masked], [{}], "train", None, 7).num_without_loss == 1
+    assert cached_packing([plain], [{}], "train", None, 7).num_without_loss == 0
+    [masked, _] = documents_with_masks(tmp_path, [[0, 1, 1], [0, 1], [0, 1]])
+    assert cached_packing([masked], [{}], "train", None, 7).num_without_loss == 0
+    assert cached_packing([masked], [{}], "train", None, 7).num_without_loss == 0
+    assert len(list(tmp_path.glob("*.packing.*"))) == 3
+
+
+@pytest.mark.parametrize("shortest", [2, 34], ids=["many_a_sample", "one_a_sample"])
+def test_planning_takes_less_than_24_bytes_a_document(tmp_path, shortest):
+    """The peak of all memory, mapped files included, in a process of its own."""
+    prefix, num_documents = tmp_path / "x_document", 1_000_000
+    lengths = np.random.default_rng(1).integers(shortest, 66, num_documents).astype(np.int32)
+    for name in (prefix, loss_mask_prefix(prefix)):
+        writer = IndexedDatasetWriter(name, np.uint8)
+        writer.add_documents(np.ones(lengths.sum(), np.uint8), lengths)
+        writer.finalize()
+    script = """
+import sys
+from megatron_chatflow.data.mapped_file import release_pages
+from megatron_chatflow.data.packing import cached_packing
+from megatron_chatflow.data.samples import open_token_file
+
+def memory(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) * 1024
+
+file = open_token_file(sys.argv[1], with_loss_mask=True)
+for split, holdout_every in (("validation", 100), ("train", None)):  # the first loads the code
+    for array in (file.document_indices, file.sequence_pointers, file.loss_mask):
+        release_pages(array)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the peak begins anew
+    before = memory("VmRSS")
+    packing = cached_packing([file], [{}], split, holdout_every, 64)
+print(len(packing.documents), memory("VmHWM") - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(prefix)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    num_packed, peak = map(int, result.stdout.split())
+    assert num_packed == num_documents
+    assert peak / num_documents < 24
 
 
 def test_the_cache_is_read_again_and_rebuilt_when_stale(tmp_path, caplog):
@@ -175,7 +288,7 @@ def test_the_cache_is_read_again_and_rebuilt_when_stale(tmp_path, caplog):
 def test_damaged_caches_count_as_absent(tmp_path):
     files, _ = open_files(tmp_path, [[3, 4, 2]])
     packing = pack_documents(files, "train", None, 7)
-    key, path = packing_key([{}], seq_length=7), tmp_path / "cache"
+    key, path = packing_key([{}], 2, seq_length=7), tmp_path / "cache"
     save_packing(path, key, packing)
     whole = path.read_bytes()
     assert load_packing(path, key) is not None
@@ -189,8 +302,9 @@ def test_damaged_caches_count_as_absent(tmp_path):
 
 def test_a_packing_that_cannot_be_written_is_kept_in_memory(tmp_path, caplog):
     files, _ = open_files(tmp_path, [[3, 4, 2]])
-    key = packing_key([{}], split="train", holdout_every=None, seq_length=7)
-    path = packing_path(files[0].name, key)
+    cached_packing(files, [{}], "train", None, 7)
+    [path] = tmp_path.glob("*.packing.*")
+    path.unlink()
     # A folder in the way stops root too, whom permissions do not.
     path.with_name(path.name + ".partial").mkdir()
     packing = cached_packing(files, [{}], "train", None, 7)

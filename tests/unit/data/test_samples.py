@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.data.samples import open_token_file
 from megatron_chatflow.data.sidecar import loss_mask_prefix
-from megatron_chatflow.data.split import split_documents, split_runs
+from megatron_chatflow.data.split import documents_in_split, split_runs
 from megatron_chatflow.data.windows import Windows
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.samples import SampleShape, WindowReaderReference
@@ -100,7 +100,7 @@ def test_windows_equal_the_joined_documents(tmp_path_factory, data):
         file_masks = [random.integers(0, 2, length) for length in lengths]
         prefix = folder / f"{number}_document"
         prefixes.append(write_dataset(prefix, file_documents, dtype, file_masks))
-        kept = split_documents(len(lengths), split, holdout_every)
+        kept = np.flatnonzero(documents_in_split(0, len(lengths), split, holdout_every))
         documents += [file_documents[k] for k in kept]
         masks += [file_masks[k] if loss else np.ones(lengths[k], np.int64) for k in kept]
     reader = reader_of(

@@ -72,6 +72,8 @@ def test_nothing_comes_twice_before_an_epoch_ends(
             assert len(tokens) == source.num_samples * seq_length
         else:
             assert len(tokens) == source.num_tokens
+            kept = [min(length, seq_length + 1) for length in sum(lengths, []) if length > 1]
+            assert source.num_tokens == sum(kept)
 
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path):
@@ -164,6 +166,53 @@ def test_an_empty_source_may_have_no_weight(tmp_path):
     assert sources[1].epoch_of(0) == 0
     with pytest.raises(UserError, match=r"data\.sources\.b: is empty \(2 tokens make no sample"):
         build(config, weights={"a": 1, "b": 0.5})
+
+
+def write_masked(folder, masks, name="m"):
+    documents = numbered_documents([len(mask) for mask in masks])
+    return write_dataset(folder / f"{name}_document", documents, masks=masks)
+
+
+def build_packed(path, *, loss="response", **arguments):
+    source = {"paths": [path], "loss": loss, "packing": "best_fit", "boundaries": "isolate"}
+    config = data_config({"chat": source}, weights={"chat": 1})
+    return build_sources(config, seed=1, tokenizer=TOKENIZER, **arguments)[0]
+
+
+def test_documents_without_loss_tokens_are_reported_and_keep_old_runs_valid(tmp_path):
+    path = write_masked(tmp_path, [[0, 0, 1, 1], [0] * 6, [0, 1, 1]])
+    source = build_packed(path)
+    assert source.packing.num_without_loss == 1
+    [finding] = [finding for finding in source.findings if "leaves out" in finding]
+    assert "data.sources.chat: packing leaves out 1 of 3 documents" in finding
+    # A run that an earlier version began goes on with the samples that it began with.
+    old = build_packed(path, packing_versions={"chat": 1})
+    assert old.packing.num_without_loss == 0 and len(old.packing.documents) == 3
+    assert (old.fingerprint()["packing"], source.fingerprint()["packing"]) == (1, 2)
+    assert old.fingerprint() == build_packed(path, loss="all").fingerprint()
+    # Where every document has loss tokens, the versions do not differ.
+    path = write_masked(tmp_path, [[0, 0, 1, 1], [0, 1, 0], [0, 1, 1]], "n")
+    assert build_packed(path).fingerprint()["packing"] == 1
+    old = build_packed(path, packing_versions={"chat": 1})
+    assert old.fingerprint() == build_packed(path).fingerprint()
+
+
+def test_a_source_without_any_loss_token_is_empty(tmp_path):
+    path = write_masked(tmp_path, [[0] * 4, [0] * 6])
+    with pytest.raises(UserError, match=r"is empty \(2 documents have no loss token in 8 tokens\)"):
+        build_packed(path)
+
+
+def test_packing_that_cuts_much_is_reported(tmp_path):
+    path = write_dataset(tmp_path / "huge_document", numbered_documents([1009]))
+    source = build_packed(path, loss="all")
+    [finding] = [finding for finding in source.findings if "packing cuts" in finding]
+    assert "packing cuts 1 of 1 documents to 9 tokens and never trains 1,000 tokens" in finding
+    assert "(99.1%)" in finding
+    path = write_dataset(tmp_path / "long_document", numbered_documents([9] * 120 + [10]))
+    source = build_packed(path, loss="all")
+    assert source.packing.num_truncated == 1
+    assert not any("packing cuts" in finding for finding in source.findings)
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):

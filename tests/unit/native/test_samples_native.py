@@ -240,10 +240,18 @@ def test_damaged_packing_caches_count_as_absent(tmp_path):
 @given(
     lengths=st.lists(st.integers(0, 5000), max_size=200),
     capacity=st.one_of(st.integers(5000, 5200), st.integers(5000, 2**14)),
+    dtype=st.sampled_from([np.int32, np.int64]),
 )
-def test_best_fit_equals_the_reference(lengths, capacity):
-    array = np.array(lengths, np.int64)
-    assert np.array_equal(best_fit(array, capacity), best_fit_reference(array, capacity))
+def test_best_fit_equals_the_reference(lengths, capacity, dtype):
+    expected = best_fit_reference(np.array(lengths, dtype), capacity)
+    for found, wanted in zip(best_fit(np.array(lengths, dtype), capacity), expected, strict=True):
+        assert found.dtype == np.int64 and np.array_equal(found, wanted)
+
+
+def test_best_fit_refuses_other_arrays():
+    for lengths in (np.zeros(4, np.uint16), np.zeros((2, 2), np.int32), np.zeros(8, np.int32)[::2]):
+        with pytest.raises(ValueError, match="not a flat array of int32 or int64"):
+            best_fit(lengths, 5)
 
 
 def test_permutation_equals_the_reference_on_all_sizes():

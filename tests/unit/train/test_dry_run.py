@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from tiny_run import TinyRun, write_checkpoint_state
 
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.dry_run import dry_run
 from megatron_chatflow.train.inputs import open_inputs
@@ -119,6 +121,31 @@ def test_findings_name_repetition_and_unchecked_tokenizers(make_config) -> None:
     text = dry_run(config, verbose=True)
     assert text.index("findings:") < text.index("blend") < text.index("resolved configuration:")
     assert all(f"  - {finding}" in text for finding in inputs.findings)
+
+
+def test_packed_documents_are_counted(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
+    documents = [[5, 6, 7], [5, 6, 7, 8], [9] * 100]
+    masks = [[0, 1, 1], [0] * 4, [0] * 10 + [1] * 90]
+    for name, dtype, rows in (("document", np.uint16, documents), ("loss_mask", np.uint8, masks)):
+        writer = IndexedDatasetWriter(tmp_path / f"chat_{name}", dtype)
+        for row in rows:
+            writer.add_document(row)
+        writer.finalize()
+    text = dry_run(
+        make_config(
+            data__sources__second__paths=[str(tmp_path / "chat_document")],
+            data__sources__second__loss="response",
+            train__eval_interval=None,
+            data__holdout_every=None,
+        )
+    )
+    [header, _, _, row] = text[text.index("source  tokens") :].splitlines()[:4]
+    assert header.split("  ")[-3:] == [
+        "documents packed",
+        "of these cut",
+        "left out, without loss tokens",
+    ]
+    assert row.split()[0] == "second" and row.split()[-3:] == ["2", "1", "1"]
 
 
 def test_beginning_from_a_huggingface_folder(
