@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.recorded_config import RecordedConfig, read_run_config
-from megatron_chatflow.corpus.jinja_chats import read_chat_template
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
+from megatron_chatflow.corpus.templates import JINJA_TEMPLATES, template_source
 from megatron_chatflow.data.sidecar import read_sidecar
-from megatron_chatflow.errors import UserError
 
 DEFAULT = "chatflow"
 logger = logging.getLogger(__name__)
@@ -51,14 +49,7 @@ def chat_template(checkpoint: Path, tokenizer_model: Path, asked: str | None) ->
         UserError: Neither a name nor a file.
     """
     if asked is not None:
-        if asked in JINJA_TEMPLATES:
-            return JINJA_TEMPLATES[asked]
-        if not Path(asked).exists():
-            names = ", ".join(JINJA_TEMPLATES)
-            raise UserError(
-                f"--chat-template: {asked} is neither one of {names} nor a file or folder"
-            )
-        return read_chat_template(asked).source
+        return template_source(asked)
     trained = _template_of_corpus(read_run_config(checkpoint))
     if trained is not None:
         return trained

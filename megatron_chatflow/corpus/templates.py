@@ -8,11 +8,12 @@ tokenizer's end-of-sequence token, and no template puts one at the beginning.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.corpus.chats import Chat, chat_of_turns
 from megatron_chatflow.corpus.documents import Document, DroppedError, Segment
-from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate, read_chat_template
 from megatron_chatflow.errors import UserError
 
 Turn = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
@@ -112,6 +113,23 @@ JINJA_TEMPLATES = {
 {%- endif -%}
 {%- endfor -%}""",
 }
+
+
+def template_source(asked: str) -> str:
+    """Jinja source of a template that a command line asks for.
+
+    Args:
+        asked: A name in `JINJA_TEMPLATES`, or a file or folder that `read_chat_template` takes.
+
+    Raises:
+        UserError: It is neither, or cannot be read.
+    """
+    if asked in JINJA_TEMPLATES:
+        return JINJA_TEMPLATES[asked]
+    if not Path(asked).exists():
+        names = ", ".join(JINJA_TEMPLATES)
+        raise UserError(f"no chat template: {asked}: name one of {names}, or a file or folder")
+    return read_chat_template(asked).source
 
 
 def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:

@@ -5,6 +5,7 @@ way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same m
 """
 
 import inspect
+import json
 import logging
 import signal
 import sys
@@ -19,8 +20,17 @@ from typing import NoReturn
 import torch
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.config.huggingface import read_huggingface_config
+from megatron_chatflow.corpus.jinja_chats import (
+    CHAT_TEMPLATE_FOLDER,
+    chat_template_names,
+    find_chat_template,
+)
+from megatron_chatflow.corpus.templates import template_source
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.pretrained import beginning_ids, load_pretrained
+from megatron_chatflow.evaluation.pretrained import beginning_ids, begun, load_pretrained
+from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.base import read_tokenizer_config
 
 logger = logging.getLogger(__name__)
 Write = Callable[[str], None]
@@ -144,7 +154,7 @@ class Generator:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, behind what the model expects at a text's beginning."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return beginning_ids(self._tokenizer) + ids
+        return begun(ids, beginning_ids(self._tokenizer))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation up to where the model is to answer.
@@ -156,9 +166,7 @@ class Generator:
             UserError: The folder has no chat template, or one that refuses the conversation.
         """
         if not self.has_chat_template:
-            raise UserError(
-                f"{self.folder}: has no chat template; export with --chat-template chatflow"
-            )
+            raise UserError(f"{self.folder}: has no chat template; name one with --chat-template")
         try:
             prompt: str = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
@@ -169,7 +177,7 @@ class Generator:
                 "text, or be damaged"
             ) from None
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids
+        return begun(ids, beginning_ids(self._tokenizer))
 
     def room(self, prompt: Sequence[int]) -> int:
         """How many tokens an answer can have behind a prompt.
@@ -298,19 +306,64 @@ def _leaving_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> None:
+    """Makes a folder of links to a model's files, with another tokenizer or chat template.
+
+    Raises:
+        UserError: The tokenizer has ids that the model has not, or something cannot be read.
+    """
+    config = read_tokenizer_config(path)
+    own = find_chat_template(path)
+    template = None if own is None else own.source
+    if choice.chat_template is not None:
+        template = template_source(choice.chat_template)
+    left_out = {"tokenizer_config.json", *chat_template_names(path)}
+    tokenizer = None
+    if choice.model is not None:
+        tokenizer = load_tokenizer(choice.model)
+        num_rows = read_huggingface_config(path).get("vocab_size")
+        if isinstance(num_rows, int) and tokenizer.vocab_size > num_rows:
+            raise UserError(
+                f"{choice.model}: has {tokenizer.vocab_size} ids and the model {num_rows}; "
+                f"{choice.advice}"
+            )
+        left_out |= {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
+        left_out |= {"special_tokens_map.json", "added_tokens.json"}
+    folder.mkdir()
+    for file in path.iterdir():
+        if file.name not in left_out and file.name != CHAT_TEMPLATE_FOLDER:
+            (folder / file.name).symlink_to(file.resolve())
+    if tokenizer is not None:
+        begins = tokenizer.add_bos_token or config.get("add_bos_token") is True
+        tokenizer.save_pretrained(folder, template, begins)
+        return
+    config.pop("chat_template", None)
+    text = json.dumps({**config, "chat_template": template}, ensure_ascii=False)
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Iterator[Path]:
     """The Hugging Face folder of a model, exported for the time of the block where it is not one.
 
     Args:
         path: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
-        choice: Tokenizer and chat template of the export.
+        choice: Tokenizer and chat template instead of the folder's or the run's own.
 
     Raises:
-        UserError: It is neither.
+        UserError: It is neither, or the choice does not fit the model.
     """
     if (path / "config.json").is_file():
-        yield path
+        if choice is None or (choice.model is None and choice.chat_template is None):
+            yield path
+            return
+        with (
+            _leaving_on_sigterm(),
+            tempfile.TemporaryDirectory(prefix="chatflow_model_") as folder,
+        ):
+            changed = Path(folder) / (path.name or "model")
+            _link_with_tokenizer(path, choice, changed)
+            yield changed
         return
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a Hugging Face folder or a run")

@@ -11,6 +11,8 @@ from pathlib import Path
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.generation import Sampling
 
+TEMPLATE_HELP = "instead of the model's own: chatflow, llama2, chatml, or a file or folder with one"
+
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of sampling, and of the export on the way."""
@@ -21,8 +23,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=defaults.top_p, help="nucleus; default: %(default)s")
     add("--seed", type=int, default=defaults.seed, help="of the sampling; default: %(default)s")
     add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
-    add("--chat-template", help="for a checkpoint: chatflow, llama2, chatml, a file, folder")
-    add("--tokenizer-model", type=Path, help="for a checkpoint: where its tokenizer lies now")
+    add("--chat-template", metavar="T", help=TEMPLATE_HELP)
+    add("--tokenizer-model", type=Path, metavar="M", help="instead of the model's own")
 
 
 def read_prompt(text: str) -> str:

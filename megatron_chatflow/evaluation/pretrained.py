@@ -1,9 +1,11 @@
 """Models of Hugging Face folders in memory, by transformers.
 
-In: a folder. Out: its tokenizer and its model; a folder whose tensors are not all there, or not all
-used, is refused, where transformers would go on with random ones.
+A folder whose tensors are not all there, or not all used, is refused, where transformers would go
+on with random ones. The tokenizer begins a text as the folder's configuration says
+(`adds_bos_token`), whatever transformers' version does with `add_bos_token`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import TORCH_NAMES, shape_of_huggingface
 from megatron_chatflow.config.huggingface import ARCHITECTURES, read_huggingface_config
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.base import adds_bos_token
 
 
 def load_pretrained(folder: Path) -> tuple[Any, Any]:
@@ -55,6 +58,7 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         if info[kind]:
             name = min(info[kind])
             raise _refusal(folder, f"{name} {fault}; config.json and weights do not fit together")
+    _begin_texts_as_configured(tokenizer, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return tokenizer, model.to(device=device, dtype=dtype).eval()
 
@@ -82,7 +86,30 @@ def _refusal(folder: Path, reason: str) -> UserError:
     return UserError(f"{folder}: {reason}")
 
 
+def _begin_texts_as_configured(tokenizer: Any, folder: Path) -> None:
+    """Has a tokenizer put BOS before a text where the folder says so, and nothing else anywhere.
+
+    transformers 5 passes over `add_bos_token` where there is a tokenizer.json.
+    """
+    names = ("tokenizer.json", "tokenizer.model")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        return  # vocab.json and merges.txt, which only transformers reads here
+    bos_id = tokenizer.bos_token_id
+    begins = adds_bos_token(path, -1 if bos_id is None else bos_id)
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if tokenizer("a")["input_ids"] != ([bos_id] if begins else []) + text:
+        tokenizer.add_eos_token = False
+        tokenizer.add_bos_token = begins
+
+
 def beginning_ids(tokenizer: Any) -> list[int]:
     """What a tokenizer of transformers puts before every text: BOS for LLaMA-2, often nothing."""
-    ids: list[int] = tokenizer("")["input_ids"]
+    ids: list[int] = tokenizer("a")["input_ids"]
     return [token_id for token_id in ids[:1] if token_id == tokenizer.bos_token_id]
+
+
+def begun(ids: Sequence[int], beginning: Sequence[int]) -> list[int]:
+    """Ids behind what texts begin with, unless they begin so (a chat template may write BOS)."""
+    num_begin = len(beginning)
+    return list(ids) if list(ids[:num_begin]) == list(beginning) else [*beginning, *ids]
