@@ -15,6 +15,7 @@ from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, 
 from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, ChoiceSettings
 from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
 from megatron_chatflow.evaluation.evaluate_text import TextSource
+from megatron_chatflow.evaluation.generation_flags import TEMPLATE_HELP
 
 EXAMPLES = """examples:
   python tools/evaluate.py exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
@@ -33,12 +34,17 @@ def main() -> None:
         raise UserError("nothing to evaluate on: give --source, --choice or --tasks")
     if args.output and not args.output.absolute().parent.is_dir():
         raise UserError(f"--output: {args.output.parent} is no folder; make it first")
-    models = [(args.model, TokenizerChoice(args.tokenizer_model))]
+    if args.template and args.chat_template:
+        raise UserError("--template and --chat-template: give one of the two")
+    if args.apply_chat_template and not args.tasks:
+        raise UserError("--apply-chat-template: is of lm-eval's tasks; name some with --tasks")
+    template = args.template or args.chat_template
+    models = [(args.model, TokenizerChoice(args.tokenizer_model, template))]
     if args.baseline:
         advice = "name the run's own with --baseline-tokenizer-model"
-        choice = TokenizerChoice(args.baseline_tokenizer_model, advice=advice)
+        choice = TokenizerChoice(args.baseline_tokenizer_model, template, advice=advice)
         models.insert(0, (args.baseline, choice))
-    results = [evaluate(model, settings, tokenizer) for model, tokenizer in models]
+    results = [evaluate(model, settings, tokenizer, print) for model, tokenizer in models]
     if args.output:
         write_atomically(args.output, to_json(results))
     print(table(results))
@@ -52,9 +58,9 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", type=Path, help="Hugging Face folder, run or iter_ folder")
-    add("--tokenizer-model", type=Path, help="of a checkpoint: where its tokenizer lies now")
+    add("--tokenizer-model", type=Path, help="instead of the model's own")
     add("--baseline", type=Path, help="another model, shown beside it")
-    add("--baseline-tokenizer-model", type=Path, help="the same of a baseline that is a checkpoint")
+    add("--baseline-tokenizer-model", type=Path, help="the same of the baseline")
     add(
         "--source",
         action="append",
@@ -62,7 +68,8 @@ def _parse() -> argparse.Namespace:
         metavar="NAME[:FORMAT]=FILE",
         help="text, pairs or chat",
     )
-    add("--template", choices=list(TEMPLATES), default="chatflow", help="of chats")
+    add("--chat-template", metavar="T", help=TEMPLATE_HELP)
+    add("--template", choices=list(TEMPLATES), help="the same, by name alone")
     add("--encoding", default="utf-8", metavar="E", help="of sources: gb18030, big5, utf-16 ...")
     add("--max-documents", type=int, help="of each source")
     add("--max-length", type=int, help="tokens read at once (default: the model's longest)")
@@ -75,6 +82,7 @@ def _parse() -> argparse.Namespace:
     add("--language", choices=LANGUAGES, default="en", help="of the words around questions")
     add("--tasks", type=names_of, default=(), help="lm-eval's, and mmlu,ceval-valid,cmmlu,gaokao")
     add("--include-path", type=Path, help="folder of local lm-eval task files")
+    add("--apply-chat-template", action="store_true", help="put lm-eval's questions as chats")
     add("--limit", type=int, help="questions of each lm-eval task")
     add("--batch-size", default="8", help="of lm-eval; default: %(default)s")
     add("--output", type=Path, help="results as JSON")
@@ -83,9 +91,16 @@ def _parse() -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> EvaluationSettings:
     shots = args.num_fewshot
-    tasks = TaskSettings(args.tasks, shots, args.include_path, args.limit, args.batch_size)
+    tasks = TaskSettings(
+        args.tasks,
+        shots,
+        args.include_path,
+        args.limit,
+        args.batch_size,
+        args.apply_chat_template,
+    )
     return EvaluationSettings(
-        sources=tuple(TextSource.parse(text, args.template, args.encoding) for text in args.source),
+        sources=tuple(TextSource.parse(text, encoding=args.encoding) for text in args.source),
         questions={path.name.split(".")[0]: path for path in args.choice},
         choice=ChoiceSettings(args.scoring, shots or 0, args.language),
         few_shot_file=args.few_shot_file,

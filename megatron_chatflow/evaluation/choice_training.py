@@ -19,6 +19,7 @@ from megatron_chatflow.evaluation.evaluate_choice import (
     Question,
     encode_question,
     examples_for,
+    question_row,
     tally,
 )
 from megatron_chatflow.evaluation.validation import reduce_source_sums, whole_groups
@@ -66,7 +67,7 @@ class ChoiceValidator:
             settings: How they are put.
             tokenizer: The run's.
             begins_with_bos: Whether the model's texts begin with BOS.
-            seq_length: Tokens that question and choice may have together.
+            seq_length: Tokens read at once: question and choice, but for the last.
             micro_batch_size: A micro-batch holds this times ``seq_length`` tokens.
         """
         beginning = [tokenizer.bos_id] if begins_with_bos else []
@@ -76,7 +77,7 @@ class ChoiceValidator:
             prompt, answers = encode_question(
                 *(tokenizer, beginning, seq_length, question, examples, settings)
             )
-            rows += [(prompt + ids, len(ids)) for ids in answers]
+            rows += [(question_row(prompt, ids, seq_length), len(ids)) for ids in answers]
         num_tokens = micro_batch_size * seq_length
         bins: list[list[int]] = []
         filled = num_tokens

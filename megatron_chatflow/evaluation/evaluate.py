@@ -5,8 +5,9 @@ dictionary, and as a table.
 """
 
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ from megatron_chatflow.evaluation.evaluate_choice import (
 )
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
 from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks, headline
-from megatron_chatflow.evaluation.evaluate_text import TextSource, evaluate_text
+from megatron_chatflow.evaluation.evaluate_text import (
+    DEFAULT_TEMPLATE,
+    TextSource,
+    evaluate_text,
+)
 from megatron_chatflow.evaluation.generation import huggingface_folder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,17 +70,22 @@ class EvaluationSettings:
 
 
 def evaluate(
-    model: Path, settings: EvaluationSettings, tokenizer: TokenizerChoice | None = None
+    model: Path,
+    settings: EvaluationSettings,
+    tokenizer: TokenizerChoice | None = None,
+    on_open: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Evaluates one model.
 
     Args:
         model: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
         settings: On what.
-        tokenizer: Where a checkpoint's lies now; None takes the one that its run names.
+        tokenizer: Tokenizer and chat template; None takes the model's own.
+        on_open: Is told how the model's texts begin and its chats are written.
 
     Returns:
-        ``model``, ``sources``, ``choice`` and ``tasks``, as far as they were asked for.
+        ``model``, ``tokenizer``, ``begins_with``, ``chat_template``, and ``sources``, ``choice``
+        and ``tasks`` as far as they were asked for.
 
     Raises:
         UserError: The model or what to evaluate on is not there.
@@ -82,20 +94,33 @@ def evaluate(
     pool = read_questions(settings.few_shot_file) if settings.few_shot_file else None
     results: dict[str, Any] = {"model": str(model)}
     with huggingface_folder(model, tokenizer) as folder:
-        if settings.sources or questions:
-            language_model = LanguageModel(folder, settings.max_length)
-            results["sources"] = {
-                source.name: evaluate_text(language_model, source, settings.max_documents).to_dict()
-                for source in settings.sources
-            }
-            results["choice"] = {
-                name: evaluate_choice(language_model, asked, settings.choice, pool)
-                for name, asked in questions.items()
-            }
-            del language_model  # lm-eval loads the model once more
+        language_model = LanguageModel(folder, settings.max_length)
+        results |= language_model.facts()
+        on_open(_describe(results, tokenizer))
+        results["sources"] = {
+            source.name: evaluate_text(language_model, source, settings.max_documents).to_dict()
+            for source in settings.sources
+        }
+        results["choice"] = {
+            name: evaluate_choice(language_model, asked, settings.choice, pool)
+            for name, asked in questions.items()
+        }
         if settings.tasks is not None:
-            results["tasks"] = evaluate_tasks(folder, settings.tasks)
+            results["tasks"] = evaluate_tasks(language_model, settings.tasks)
     return results
+
+
+def _describe(facts: Mapping[str, Any], choice: TokenizerChoice | None) -> str:
+    """One line about how a model's texts begin and its chats are written."""
+    begin = facts["begins_with"] or "nothing"
+    template = facts["chat_template"]
+    if choice is not None and choice.chat_template is not None:
+        chats = f"{choice.chat_template} (as asked)"
+    elif template is not None:
+        chats = f"{template['name']} (the model's own)"
+    else:
+        chats = f"{DEFAULT_TEMPLATE} (the model has none)"
+    return f"{facts['model']}: texts begin with {begin}; chat template: {chats}"
 
 
 def to_json(results: Sequence[Mapping[str, Any]]) -> str:
@@ -118,9 +143,11 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         results: What `evaluate` returned, for the same settings.
 
     Returns:
-        Lines of text; with two models, a last column of relative change against the first.
+        Lines of text; with two models, a last column of relative change against the first, but not
+        of losses per token where the tokens are not the same.
     """
     rows = _rows(results)
+    incomparable = _incomparable(results)
     heads = ["", *(Path(str(result["model"])).name for result in results)]
     if len(results) == 2:
         heads.append("change")
@@ -129,7 +156,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         line = [label, *("-" if value is None else f"{value:.4f}" for value in values)]
         if len(values) == 2:
             first, second = values
-            line.append(f"{100 * (second / first - 1):+.1f}%" if first and second else "-")
+            if first and second and label not in incomparable:
+                line.append(f"{100 * (second / first - 1):+.1f}%")
+            else:
+                line.append("-")
         cells.append(line)
     widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
     return "\n".join(
@@ -139,6 +169,25 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         )
         for line in cells
     )
+
+
+def _incomparable(results: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Labels of figures per token, of sources that two models cut into different tokens."""
+    if len(results) != 2:
+        return set()
+    first, second = results
+    labels = set()
+    for name in first.get("sources", {}).keys() & second.get("sources", {}).keys():
+        hashes = {(result.get("tokenizer") or {}).get("sha256") for result in results}
+        counts = {
+            ((result.get("tokenizer") or {}).get("vocab_size"), counted.get("num_tokens"))
+            for result in results
+            for counted in [result["sources"][name]]
+        }
+        # Another file may hold the same vocabulary.
+        if len(hashes) > 1 and len(counts) > 1:
+            labels |= {f"{name} loss", f"{name} perplexity"}
+    return labels
 
 
 def _rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:

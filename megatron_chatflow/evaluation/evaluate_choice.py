@@ -214,7 +214,8 @@ def tally(
     for question, given in zip(questions, all_scores, strict=True):
         continuations = _continuations(question, settings)
         scores = np.array(given)
-        lengths = np.array([max(1, len(text.encode())) for text in continuations])
+        # As lm-eval's acc_bytes, without the space before an answer.
+        lengths = np.array([len(text.strip().encode()) for text in continuations])
         right.append(int(scores.argmax()) == question.answer)
         right_per_byte.append(int((scores / lengths).argmax()) == question.answer)
     accuracy = float(np.mean(right))
@@ -243,12 +244,12 @@ def encode_question(
     examples: Sequence[Question],
     settings: ChoiceSettings,
 ) -> tuple[list[int], list[list[int]]]:
-    """Ids of a question and of each of its choices; examples that do not fit are left out.
+    """Ids of a question, whole, and of each of its choices; examples that do not fit are left out.
 
     Args:
         tokenizer: The model's.
         beginning: What stands before every text.
-        max_length: Tokens that question and choice may have together.
+        max_length: Tokens that the model reads at once: question and choice, but for the last.
         question: The question.
         examples: Solved questions before it.
         settings: How it is put.
@@ -268,15 +269,23 @@ def encode_question(
     for first in range(len(examples) + 1):
         text = prompt_of(question, examples[first:], settings)
         prompt = [*beginning, *tokenizer.encode(text)]
-        if len(prompt) + longest <= max_length:
+        if len(prompt) + longest - 1 <= max_length:
             break
-    return prompt[-max(1, max_length - longest) :], answers
+    return prompt, answers
+
+
+def question_row(prompt: Sequence[int], answer: Sequence[int], max_length: int) -> list[int]:
+    """The ids of a question and a choice, of a longer one the last: the last id is not read."""
+    return [*prompt, *answer][-(max_length + 1) :]
 
 
 def _scores(model: LanguageModel, prompt: list[int], answers: list[list[int]]) -> list[float]:
     """Log-probability of each answer behind the prompt."""
     if max(map(len, answers)) == 1:
-        scores = model.next_log_probs([prompt], [[ids[0] for ids in answers]])[0]
+        read = prompt[-model.max_length :]
+        scores = model.next_log_probs([read], [[ids[0] for ids in answers]])[0]
         return [float(score) for score in scores]
-    log_probs = model.log_probs([prompt + ids for ids in answers])
-    return [float(values[len(prompt) - 1 :].sum()) for values in log_probs]
+    log_probs = model.log_probs([question_row(prompt, ids, model.max_length) for ids in answers])
+    return [
+        float(values[-len(ids) :].sum()) for values, ids in zip(log_probs, answers, strict=True)
+    ]

@@ -1,17 +1,20 @@
-"""A model that says how likely text is.
-
-In: a Hugging Face folder and token ids. Out: log-probabilities.
-"""
+"""A model that says how likely text is: log-probabilities of token ids, by transformers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate, find_chat_template
+from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.evaluation.pretrained import beginning_ids, load_pretrained
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.base import sha256_of
 
 FloatArray = npt.NDArray[np.float64]
 _MAX_LOGITS = 2**27  # float32 values of one batch's logits: half a gibibyte
@@ -23,9 +26,12 @@ class LanguageModel:
     Attributes:
         folder: The Hugging Face folder.
         tokenizer: Ids as training had them.
-        beginning: What stands before every text: BOS where the model's own tokenizer puts one,
-            otherwise the end-of-document token that stands there in training.
+        beginning: What every text begins with: BOS where the model's tokenizer is configured so,
+            otherwise nothing.
+        chat_template: The folder's own; None if it has none. One of the built-in templates is
+            given by its name.
         max_length: The most tokens that it reads at once.
+        theirs: Tokenizer and model of transformers.
     """
 
     def __init__(self, folder: Path, max_length: int | None = None) -> None:
@@ -39,11 +45,51 @@ class LanguageModel:
             UserError: It is no such folder, or has no tokenizer.
         """
         self.folder = folder
-        theirs, self._model = load_pretrained(folder)
+        self.theirs = load_pretrained(folder)
+        self._model = self.theirs[1]
         self.tokenizer = load_tokenizer(folder)
-        self.beginning = beginning_ids(theirs) or [self.tokenizer.eos_id]
+        self.beginning = beginning_ids(self.theirs[0])
+        self._own_template = find_chat_template(folder)
+        self.chat_template = self._chat_template()
         longest = int(self._model.config.max_position_embeddings)
         self.max_length = longest if max_length is None else min(longest, max_length)
+
+    def _chat_template(self) -> JinjaTemplate | str | None:
+        own = self._own_template
+        if own is None:
+            return None
+        for name, source in JINJA_TEMPLATES.items():
+            if source == own.source:
+                return name
+        names = tuple(sorted(self.tokenizer.special_tokens.items()))
+        return replace(own, control_tokens=self.tokenizer.control_tokens, special_tokens=names)
+
+    @cached_property
+    def num_prefix_bytes(self) -> int:
+        """Bytes that the tokenizer puts before a text: 1 where it writes a space there, else 0."""
+        num_bytes = self.tokenizer.num_bytes_per_id
+        first, other = self.tokenizer.encode("a"), self.tokenizer.encode_continuation("a")
+        return max(0, int(num_bytes[first].sum() - num_bytes[other].sum()))
+
+    def facts(self) -> dict[str, Any]:
+        """What decides about the ids that this model is given, for a results file.
+
+        Returns:
+            ``tokenizer`` (its hash and size), ``begins_with`` (the token that texts begin with, or
+            None) and ``chat_template`` (name or file, and hash; None where there is none).
+        """
+        template, own = None, self._own_template
+        if own is not None:
+            name = self.chat_template if isinstance(self.chat_template, str) else own.name
+            template = {"name": name, "sha256": sha256_of(own.source.encode())}
+        return {
+            "tokenizer": {
+                "sha256": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+            },
+            "begins_with": self.theirs[0].bos_token if self.beginning else None,
+            "chat_template": template,
+        }
 
     def log_probs(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Log-probability of every token but the first, given those before it.

@@ -1,18 +1,19 @@
-"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on an exported folder.
+"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
 
-In: a Hugging Face folder and task names. Out: each task's metrics. lm-eval is an extra; its tasks
-fetch their data from a hub unless a local task file says where it lies.
+lm-eval is an extra; its tasks fetch their data from a hub unless a local task file says where it
+lies. It is handed the loaded model and tokenizer, so that texts begin, and log-probabilities are
+computed, as for local files of questions.
 """
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
 
 # Names of the field, lm-eval's tasks behind them, and the few-shot examples that papers on Chinese
 # LLaMAs use. GAOKAO stands for its multiple-choice subjects as AGIEval publishes them, zero-shot.
@@ -43,6 +44,7 @@ class TaskSettings:
         include_path: A folder of local task files.
         limit: Questions of each task; None takes all.
         batch_size: Of lm-eval: a number, or ``auto``.
+        apply_chat_template: Whether questions are put as chats, in the model's template.
     """
 
     tasks: tuple[str, ...]
@@ -50,6 +52,7 @@ class TaskSettings:
     include_path: Path | None = None
     limit: int | None = None
     batch_size: str = "8"
+    apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -65,37 +68,45 @@ class TaskSettings:
             raise UserError(f"--batch-size: {self.batch_size!r} is neither a number nor auto")
 
 
-def evaluate_tasks(folder: Path, settings: TaskSettings) -> dict[str, dict[str, Any]]:
+def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, dict[str, Any]]:
     """Runs tasks.
 
     Args:
-        folder: A Hugging Face folder.
+        model: The model.
         settings: Which tasks, and how.
 
     Returns:
         Task to metric to value; groups and their parts as lm-eval names them.
 
     Raises:
-        UserError: lm-eval is missing, knows no such task, or cannot run it or reach its data.
+        UserError: lm-eval is missing, knows no such task, or cannot run it or reach its data; or
+            the model has no chat template to apply.
     """
     try:
         lm_eval: Any = importlib.import_module("lm_eval")
         manager_type: Any = importlib.import_module("lm_eval.tasks").TaskManager
+        adapter_type: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
     except ImportError:
         raise UserError(
             "lm-eval is not installed: pip install 'megatron-chatflow[eval]', or score local files "
             "with --choice"
         ) from None
+    if settings.apply_chat_template and model.chat_template is None:
+        raise UserError(
+            f"--apply-chat-template: {model.folder} has no chat template; name one with "
+            "--chat-template"
+        )
     results: dict[str, dict[str, Any]] = {}
-    for name, tasks, few_shot, manager in _chosen(settings, manager_type):
+    chosen = _chosen(settings, manager_type)
+    adapter = _adapter(model, settings, adapter_type)
+    for name, tasks, few_shot, manager in chosen:
         try:
             output = lm_eval.simple_evaluate(
-                model="hf",
-                model_args={"pretrained": str(folder)},
+                model=adapter,
                 tasks=list(tasks),
                 num_fewshot=few_shot,
-                batch_size=settings.batch_size,
-                device=_device(),
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.apply_chat_template,
                 limit=settings.limit,
                 task_manager=manager,
                 log_samples=False,
@@ -155,8 +166,29 @@ def _task_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _adapter(model: LanguageModel, settings: TaskSettings, adapter_type: Any) -> Any:
+    """lm-eval's view of the model.
+
+    Its tokenizer begins texts as the model's do (`load_pretrained`). Names of control tokens stand
+    for them only where a chat template writes them; in the text of tasks they are text.
+    """
+    tokenizer, pretrained = model.theirs
+    tokenizer.split_special_tokens = not settings.apply_chat_template
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns of every model that comes loaded
+    try:
+        return adapter_type(
+            pretrained=pretrained,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=settings.batch_size,
+            max_length=model.max_length,
+            # Log-probabilities of bfloat16 have ties that the logits have not.
+            softmax_dtype="float32",
+        )
+    finally:
+        log.setLevel(level)
 
 
 def _metrics(output: dict[str, Any], few_shot: int | None) -> dict[str, dict[str, Any]]:

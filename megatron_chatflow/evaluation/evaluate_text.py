@@ -4,11 +4,13 @@ In: files as `tools/preprocess_data.py` takes them. Out: sums over the tokens th
 per byte divide by the bytes of the text itself and so compare models of different vocabularies.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import get_args
+from typing import Any, get_args
 
 from tqdm import tqdm
 
@@ -20,7 +22,10 @@ from megatron_chatflow.corpus.readers import CorpusReader
 from megatron_chatflow.data.preprocess.encode import encode_segments
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+from megatron_chatflow.evaluation.pretrained import begun
 
+logger = logging.getLogger(__name__)
+DEFAULT_TEMPLATE = "chatflow"
 FORMATS: tuple[CorpusFormat, ...] = get_args(CorpusFormat)
 _ROWS_AT_A_TIME = 64
 
@@ -33,19 +38,22 @@ class TextSource:
         name: Of the source.
         path: Its file, folder or glob.
         settings: What it holds.
+        uses_own_template: Whether chats are written in the model's own template, if it has one,
+            and not in that of the settings.
     """
 
     name: str
     path: str
     settings: CorpusSettings
+    uses_own_template: bool = False
 
     @classmethod
-    def parse(cls, text: str, template: str, encoding: str = "utf-8") -> "TextSource":
+    def parse(cls, text: str, template: str | None = None, encoding: str = "utf-8") -> "TextSource":
         """Reads ``name=path`` or ``name:format=path``.
 
         Args:
             text: As given on the command line.
-            template: Chat template of chats.
+            template: Chat template of chats; None takes the model's own.
             encoding: Of the text in files of text and JSON.
 
         Raises:
@@ -63,13 +71,31 @@ class TextSource:
         settings = CorpusSettings(
             format=kind,
             json_keys=keys,
-            template=template,
+            template=template or DEFAULT_TEMPLATE,
             encoding=canonical_encoding(encoding),
         )
-        return cls(name, path, settings)
+        return cls(name, path, settings, uses_own_template=template is None)
 
-    def documents(self) -> Iterator[Document | str]:
-        """The documents, one by one; lines that are none are passed over."""
+    def with_template_of(self, model: LanguageModel) -> "TextSource":
+        """The source with the chat template in which a model is asked.
+
+        Raises:
+            UserError: The model's template does not say where answers are.
+        """
+        template = model.chat_template
+        if not self.uses_own_template or self.settings.format != "chat" or template is None:
+            return self
+        if isinstance(template, str):
+            return replace(self, settings=replace(self.settings, template=template))
+        template.check()
+        return replace(self, settings=replace(self.settings, chat_template=template))
+
+    def documents(self, num_dropped: Counter[str] | None = None) -> Iterator[Document | str]:
+        """The documents, one by one.
+
+        Args:
+            num_dropped: Counts, by reason, what was left out so far.
+        """
         reader = CorpusReader(
             find_inputs([self.path]),
             "line" if self.settings.format == "text" else None,
@@ -77,7 +103,10 @@ class TextSource:
             self.settings.encoding,
         )
         for chunk in reader.chunks():
-            for documents in parse_chunk(chunk, self.settings).documents.values():
+            parsed = parse_chunk(chunk, self.settings)
+            if num_dropped is not None:
+                num_dropped.update(parsed.num_dropped)
+            for documents in parsed.documents.values():
                 yield from documents
 
 
@@ -88,14 +117,16 @@ class TextResult:
     Attributes:
         nats: Sum of the negative log-probabilities of the loss tokens.
         num_tokens: Loss tokens.
-        num_bytes: UTF-8 bytes of the text that carries loss.
+        num_bytes: UTF-8 bytes of the text behind the loss tokens.
         num_documents: Documents.
+        num_dropped: Records left out, by reason.
     """
 
     nats: float = 0.0
     num_tokens: int = 0
     num_bytes: int = 0
     num_documents: int = 0
+    num_dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -107,7 +138,7 @@ class TextResult:
         """Loss over the bytes of text, in bits."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
-    def to_dict(self) -> dict[str, float | int]:
+    def to_dict(self) -> dict[str, Any]:
         """The object of a results file."""
         return {
             "loss": self.loss,
@@ -116,6 +147,7 @@ class TextResult:
             "num_tokens": self.num_tokens,
             "num_bytes": self.num_bytes,
             "num_documents": self.num_documents,
+            "num_dropped": dict(self.num_dropped),
         }
 
 
@@ -124,7 +156,9 @@ def evaluate_text(
 ) -> TextResult:
     """Evaluates a model on a source.
 
-    Long documents are read in windows, each beginning with the last token of the one before.
+    Long documents are read in windows, each beginning with the last token of the one before. A
+    document's first token, which nothing precedes unless texts begin with BOS, has no loss, and its
+    bytes are not counted.
 
     Args:
         model: The model.
@@ -137,7 +171,9 @@ def evaluate_text(
     result = TextResult()
     rows: list[list[int]] = []
     masks: list[list[int]] = []
-    documents = islice(source.documents(), max_documents)
+    source = source.with_template_of(model)
+    num_dropped: Counter[str] = Counter()
+    documents = islice(source.documents(num_dropped), max_documents)
     for document in tqdm(documents, desc=source.name, unit="doc", disable=None):
         ids, mask, num_bytes = encode_document(model, document)
         result = replace(
@@ -145,26 +181,41 @@ def evaluate_text(
             num_bytes=result.num_bytes + num_bytes,
             num_documents=result.num_documents + 1,
         )
-        for row, row_mask in _windows(model, ids, mask):
+        for row, row_mask in _windows(model.max_length, ids, mask):
             rows.append(row)
             masks.append(row_mask)
         if len(rows) >= _ROWS_AT_A_TIME:
             result = _add(result, model, rows, masks)
             rows, masks = [], []
+    reasons = ", ".join(f"{count} {reason}" for reason, count in num_dropped.most_common())
     if not result.num_documents:
-        raise UserError(f"--source: {source.path} holds no document of the format that was named")
-    return _add(result, model, rows, masks)
+        raise UserError(
+            f"--source: {source.path} holds no document of the format that was named"
+            + (f" (left out: {reasons})" if reasons else "")
+        )
+    if reasons:
+        logger.warning("%s: records left out: %s", source.name, reasons)
+    return replace(_add(result, model, rows, masks), num_dropped=dict(num_dropped))
 
 
 def encode_document(
     model: LanguageModel, document: Document | str
 ) -> tuple[list[int], list[int], int]:
-    """A document's ids, which of them carry loss, and the bytes of text behind those."""
+    """A document's ids as the model's texts begin, which carry loss, and their bytes of text."""
     if isinstance(document, str):
         ids = model.tokenizer.encode(document)
-        return ids, [1] * len(ids), len(document.encode("utf-8", "replace"))
-    ids, mask, _ = encode_segments(model.tokenizer, document.segments)
-    return ids, mask, sum(map(_num_loss_bytes, document.segments))
+        mask = [1] * len(ids)
+        num_bytes = len(document.encode("utf-8", "replace"))
+    else:
+        ids, mask, _ = encode_segments(model.tokenizer, document.segments)
+        num_bytes = sum(map(_num_loss_bytes, document.segments))
+    whole = begun(ids, model.beginning)
+    mask = [0] * (len(whole) - len(ids)) + mask
+    if mask[:1] == [1]:
+        mask[0] = 0
+        first = int(model.tokenizer.num_bytes_per_id[whole[0]]) - model.num_prefix_bytes
+        num_bytes -= min(num_bytes, max(0, first))
+    return whole, mask, num_bytes
 
 
 def _num_loss_bytes(segment: Segment) -> int:
@@ -174,15 +225,13 @@ def _num_loss_bytes(segment: Segment) -> int:
 
 
 def _windows(
-    model: LanguageModel, ids: list[int], mask: list[int]
+    max_length: int, ids: list[int], mask: list[int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows that the model can read at once, with the loss mask of all but their first tokens."""
-    whole = model.beginning + ids
-    whole_mask = [0] * len(model.beginning) + mask
-    for begin in range(0, len(whole) - 1, model.max_length):
-        row_mask = whole_mask[begin + 1 : begin + 1 + model.max_length]
+    """Rows that a model can read at once, with the loss mask of all but their first tokens."""
+    for begin in range(0, len(ids) - 1, max_length):
+        row_mask = mask[begin + 1 : begin + 1 + max_length]
         if any(row_mask):
-            yield whole[begin : begin + 1 + model.max_length], row_mask
+            yield ids[begin : begin + 1 + max_length], row_mask
 
 
 def _add(

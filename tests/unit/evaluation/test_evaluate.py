@@ -94,19 +94,21 @@ def test_text_is_read_in_windows_that_count_every_token_once(
     result = evaluate_text(model, TextSource("s", str(path), CorpusSettings()))
     ids = [model.tokenizer.encode(text) for text in texts]
     assert len(ids[1]) > 2 * model.max_length
-    assert result.num_tokens == sum(map(len, ids))
-    assert result.num_bytes == len("".join(texts).encode())
+    # Nothing precedes a document's first token, which has no loss.
+    assert model.beginning == [] and ids[2] == []
+    assert result.num_tokens == len(ids[0]) - 1 + len(ids[1]) - 1
+    first = [model.tokenizer.decode(row[:1]) for row in ids[:2]]
+    assert result.num_bytes == len("".join(texts).encode()) - len("".join(first).encode())
     assert result.num_documents == 3
     nats = 0.0
     for row in ids:
-        whole = [model.tokenizer.eos_id, *row]  # no BOS in training: a document follows an end
-        for begin in range(0, len(row), 96):
-            nats -= reference_log_probs(model.folder, whole[begin : begin + 97]).sum()
+        for begin in range(0, len(row) - 1, 96):
+            nats -= reference_log_probs(model.folder, row[begin : begin + 97]).sum()
     assert result.nats == pytest.approx(nats, rel=1e-4)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / result.num_bytes, rel=1e-4)
     assert result.to_dict()["perplexity"] == pytest.approx(math.exp(result.loss))
     first = evaluate_text(model, TextSource("s", str(path), CorpusSettings()), max_documents=1)
-    assert first.num_documents == 1 and first.num_tokens == len(ids[0])
+    assert first.num_documents == 1 and first.num_tokens == len(ids[0]) - 1
 
 
 def test_only_answers_of_chats_count(model: LanguageModel, tmp_path: Path) -> None:
@@ -146,10 +148,9 @@ def test_prompts() -> None:
 @pytest.mark.parametrize("scoring", ["letter", "continuation"])
 def test_the_likeliest_choice_wins(model: LanguageModel, scoring: str) -> None:
     settings = ChoiceSettings(scoring)
-    begin = [model.tokenizer.eos_id]
     best = []
     for question in QUESTIONS:
-        prompt = begin + model.tokenizer.encode(prompt_of(question, [], settings))
+        prompt = model.tokenizer.encode(prompt_of(question, [], settings))
         texts = ["A", "B", "C", "D"][: len(question.choices)]
         texts = texts if scoring == "letter" else list(question.choices)
         scores = []

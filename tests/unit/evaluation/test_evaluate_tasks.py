@@ -10,6 +10,7 @@ import pytest
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate
 from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
+from megatron_chatflow.evaluation.evaluate_model import LanguageModel
 from megatron_chatflow.evaluation.evaluate_tasks import ALIASES, TaskSettings, evaluate_tasks
 
 needs_lm_eval = pytest.mark.skipif(
@@ -55,7 +56,7 @@ def test_a_local_task(random_llama: Path, tmp_path: Path) -> None:
     assert results["local_choice"]["acc"] == 0.5
     assert results["local_choice"]["num_few_shot"] == 0
     with_examples = TaskSettings(("local_choice",), 2, include_path=tmp_path)
-    results = evaluate_tasks(random_llama, with_examples)
+    results = evaluate_tasks(LanguageModel(random_llama), with_examples)
     assert results["local_choice"]["num_few_shot"] == 2
 
 
@@ -64,7 +65,8 @@ def test_gaokao_is_the_mean_over_questions(random_llama: Path, tmp_path: Path) -
     tasks, few_shot = ALIASES["gaokao"]
     for k, task in enumerate(tasks):
         write_task(tmp_path, task, [0] * (k + 1) if k % 2 else [1], [0])
-    results = evaluate_tasks(random_llama, TaskSettings(("gaokao",), include_path=tmp_path))
+    model = LanguageModel(random_llama)
+    results = evaluate_tasks(model, TaskSettings(("gaokao",), include_path=tmp_path))
     assert set(results) == {"gaokao", *tasks}
     right = sum(results[task]["acc"] * (k + 1 if k % 2 else 1) for k, task in enumerate(tasks))
     assert results["gaokao"]["acc"] == pytest.approx(right / 24)
@@ -93,8 +95,10 @@ def test_lm_eval_has_the_tasks_and_their_examples() -> None:
 
 @needs_lm_eval
 def test_bad_input(random_llama: Path, tmp_path: Path) -> None:
+    model = LanguageModel(random_llama)
+
     def run(*tasks: str, include_path: Path = tmp_path) -> None:
-        evaluate_tasks(random_llama, TaskSettings(tasks, include_path=include_path))
+        evaluate_tasks(model, TaskSettings(tasks, include_path=include_path))
 
     with pytest.raises(UserError, match="--include-path: .* is no folder"):
         run("x", include_path=tmp_path / "none")
