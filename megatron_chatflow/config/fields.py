@@ -4,6 +4,7 @@ In: raw values from YAML, flags or Python. Out: exact Python values; a number is
 text beyond the documented units, nor from a boolean.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,9 +26,26 @@ from megatron_chatflow.errors import UserError
 CONFIG = ConfigDict(extra="forbid", validate_default=False)
 
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has only one of two slashes
+
+
+def refuse_url(path: str | Path) -> None:
+    """Refuses ``s3://bucket/name`` and the like where a file's path belongs.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if _URL.match(str(path)):
+        raise UserError(
+            f"{path}: is a URL, and files are read from disks alone: copy it to a disk, or mount "
+            "the bucket, and give the path there"
+        )
+
+
 def _parse_path(value: object) -> Path:
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise UserError(f"must be a path, not {shorten(value)}")
+    refuse_url(value)
     return Path(value).expanduser()
 
 

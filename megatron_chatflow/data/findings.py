@@ -4,47 +4,115 @@ Each finding is one line that names the source, the observation and the remedy. 
 in `RunInputs.findings`, which the dry run prints and every start logs as warnings.
 """
 
+import json
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
+
+from megatron_chatflow.config import DataConfig
+from megatron_chatflow.data.indexed import idx_path
 from megatron_chatflow.data.packing_cache import Packing
+from megatron_chatflow.data.samples import document_begins
+from megatron_chatflow.data.sidecar import appends_eod, loss_mask_prefix, read_sidecar
+from megatron_chatflow.data.source import Source, has_weight
 from megatron_chatflow.native.samples import TokenFile
+from megatron_chatflow.tokenizer import Tokenizer
 
 MANY_CUT_TOKENS = 0.01
 """Share of a source's tokens from which on those that packing cuts off are reported."""
 
+NUM_ENDS = 256
+"""Documents of a source whose ends are looked at, evenly spaced over its datasets."""
 
-def source_findings(
-    label: str, files: Sequence[TokenFile], facts: Sequence[dict[str, Any]]
+END_TOKENS = 4
+"""A control token among so many last ones ends a document: templates may put a newline behind."""
+
+
+def data_findings(
+    data: DataConfig, sources: Sequence[Source], held_out: Sequence[Source], tokenizer: Tokenizer
 ) -> list[str]:
-    """Reports what is suspicious about one source's datasets.
+    """Reports what is suspicious about a run's datasets.
 
     Args:
-        label: Begins every finding, such as ``data.sources.en``.
-        files: The source's datasets.
-        facts: What `dataset_facts` returned for each of them.
+        data: The configuration's section.
+        sources: What is trained on.
+        held_out: What is validated on, if anything.
+        tokenizer: The run's.
+
+    Returns:
+        The findings, one line each.
     """
     findings = []
-    unchecked = [
-        file.name for file, fact in zip(files, facts, strict=True) if not fact["tokenizer"]
+    labelled = [(f"data.sources.{source.name}", source) for source in sources]
+    for source in held_out:
+        if data.sources[
+            source.name
+        ].validation_paths:  # else it has the files of the training split
+            labelled.append((f"data.sources.{source.name}.validation_paths", source))
+    for label, source in labelled:
+        findings += _unchecked_tokenizers(label, source)
+        if data.sources[source.name].loss == "all":
+            findings += _ignored_masks(label, source.files)
+        findings += _missing_ends(label, source.files, tokenizer)
+        if source.packing is not None:
+            findings += _packing_losses(label, source.packing, source.fingerprint()["seq_length"])
+    trained = _datasets([source for source in sources if has_weight(data, source.name)])
+    return findings + _same_data(trained) + _validation_on_training_data(trained, held_out)
+
+
+def _unchecked_tokenizers(label: str, source: Source) -> list[str]:
+    pairs = zip(source.files, source.fingerprint()["datasets"], strict=True)
+    unchecked = [file.name for file, facts in pairs if not facts["tokenizer"]]
+    if not unchecked:
+        return []
+    return [
+        f"{label}: {_count(unchecked, source.files)} no .json (first: {unchecked[0]}.json), so it "
+        "is unchecked which tokenizer made the ids: decode a few documents with "
+        "tools/inspect_dataset.py, or preprocess the data again"
     ]
-    if unchecked:
-        findings.append(
-            f"{label}: {_count(unchecked, files)} no .json (first: {unchecked[0]}.json), so it is "
-            "unchecked which tokenizer made the ids: decode a few documents with "
-            "tools/inspect_dataset.py, or preprocess the data again"
-        )
-    return findings
 
 
-def packing_findings(label: str, packing: Packing, seq_length: int) -> list[str]:
-    """Reports documents that packing leaves out, and a large share of tokens that it cuts off.
+def _ignored_masks(label: str, files: Sequence[TokenFile]) -> list[str]:
+    masked = [file.name for file in files if idx_path(loss_mask_prefix(file.name)).exists()]
+    if not masked:
+        return []
+    return [
+        f"{label}: {_count(masked, files)} loss masks, which loss: all ignores, so prompts are "
+        f"trained like answers: set loss: response (first: {masked[0]})"
+    ]
 
-    Args:
-        label: Begins every finding.
-        packing: The source's.
-        seq_length: Inputs of a sample.
-    """
+
+def _missing_ends(label: str, files: Sequence[TokenFile], tokenizer: Tokenizer) -> list[str]:
+    is_control = tokenizer.num_bytes_per_id == 0
+    num_looked_at = num_ended = 0
+    first = ""
+    for file in files:
+        if appends_eod(read_sidecar(file.name)):
+            continue
+        number = min(file.num_documents, max(NUM_ENDS // len(files), 1))
+        documents = np.linspace(0, file.num_documents - 1, number).astype(np.int64)
+        begins, ends = document_begins(file, documents), document_begins(file, documents + 1)
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            last_ids = file.tokens[max(begin, end - END_TOKENS) : end].astype(np.int64)
+            if len(last_ids) == 0:
+                continue
+            num_looked_at += 1
+            if is_control[last_ids[(last_ids >= 0) & (last_ids < len(is_control))]].any():
+                num_ended += 1
+            else:
+                first = first or file.name
+    if num_ended * 2 >= num_looked_at:
+        return []
+    return [
+        f"{label}: {num_looked_at - num_ended} of {num_looked_at} documents looked at do not end "
+        f"with EOD (id {tokenizer.eos_id}) or another control token, so the model does not learn "
+        f"where text ends: preprocess with --append-eod (first: {first})"
+    ]
+
+
+def _packing_losses(label: str, packing: Packing, seq_length: int) -> list[str]:
     findings = []
     num_packed, num_tokens = len(packing.documents), packing.num_tokens
     if packing.num_without_loss:
@@ -62,6 +130,88 @@ def packing_findings(label: str, packing: Packing, seq_length: int) -> list[str]
             f"({share:.1%}): split long documents, raise data.seq_length, or set packing: none"
         )
     return findings
+
+
+class _Dataset(NamedTuple):
+    """One dataset of a source.
+
+    Attributes:
+        source: The source's name.
+        path: The dataset's, as configured.
+        content: Equal for equal data, whatever it is called.
+        part: Equal where the same documents of the dataset are held out; None if none are.
+    """
+
+    source: str
+    path: str
+    content: str
+    part: str | None
+
+
+def _datasets(sources: Sequence[Source]) -> list[_Dataset]:
+    datasets = []
+    for source in sources:
+        fingerprint = source.fingerprint()
+        held_out = [fingerprint.get(key) for key in ("holdout_every", "split")]
+        part = json.dumps(held_out) if any(held_out) else None
+        for file, facts in zip(source.files, fingerprint["datasets"], strict=True):
+            if facts["num_documents"]:
+                content = json.dumps(facts, sort_keys=True)
+                datasets.append(_Dataset(source.name, file.name, content, part))
+    return datasets
+
+
+def _same_data(trained: Sequence[_Dataset]) -> list[str]:
+    """Reports datasets that are trained on twice."""
+    first: dict[str, _Dataset] = {}
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for dataset in trained:
+        earlier = first.setdefault(dataset.content, dataset)
+        if earlier is not dataset:
+            found[dataset.source, earlier.source].append(_name(dataset, earlier))
+    findings = []
+    for (source, other), names in found.items():
+        if source == other:
+            findings.append(
+                f"data.sources.{source}: {_first_of(names)} is given twice, so its documents come "
+                "more often than others: name it once, and raise the source's weight instead"
+            )
+        else:
+            findings.append(
+                f"data.sources.{source}: {_first_of(names)} is also in data.sources.{other}, so "
+                "its documents come from both and each counts its own epochs: keep it in one"
+            )
+    return findings
+
+
+def _validation_on_training_data(
+    trained: Sequence[_Dataset], held_out: Sequence[Source]
+) -> list[str]:
+    """Reports datasets that are validated on and trained on as well."""
+    of_content: dict[str, list[_Dataset]] = defaultdict(list)
+    for dataset in trained:
+        of_content[dataset.content].append(dataset)
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for dataset in _datasets(held_out):
+        for other in of_content[dataset.content]:
+            # Training leaves out what validation takes if both are of the same part.
+            if dataset.part is None or dataset.part != other.part:
+                found[dataset.source, other.source].append(_name(dataset, other))
+    return [
+        f"data.sources.{source}: validates on {_first_of(names)}, which data.sources.{other} "
+        "trains on, so its validation loss says nothing about unseen text: hold the same documents "
+        "out of both"
+        for (source, other), names in found.items()
+    ]
+
+
+def _name(dataset: _Dataset, other: _Dataset) -> str:
+    same = dataset.path == other.path
+    return dataset.path if same else f"{dataset.path} (the same data as {other.path})"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]
 
 
 def _count(chosen: Sequence[object], files: Sequence[object]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_chatflow.config.fields import refuse_url
 from megatron_chatflow.data.mapped_file import map_file
 from megatron_chatflow.data.staged_file import Spool, StagedFile, publish_all
 from megatron_chatflow.errors import UserError
@@ -349,6 +350,7 @@ class IndexedDatasetWriter:
 
 
 def _map(path: Path) -> npt.NDArray[np.uint8]:
+    refuse_url(path)
     try:
         return map_file(path)
     except OSError as error:
@@ -374,6 +376,11 @@ def _read_header(path: Path, buffer: npt.NDArray[np.uint8]) -> tuple[np.dtype[An
     if code not in DTYPE_CODES:
         raise fail(f"unknown dtype code {code}")
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if num_sequences and buffer.size == expected + num_sequences:
+        raise UserError(
+            f"multimodal dataset: {path}: it holds a mode for each of its {num_sequences} "
+            "sequences: preprocess the text alone"
+        )
     if buffer.size != expected:
         relation = "truncated" if buffer.size < expected else "too long"
         raise fail(

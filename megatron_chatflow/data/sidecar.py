@@ -72,6 +72,12 @@ def appends_bos(sidecar: Mapping[str, Any] | None) -> bool:
     return isinstance(settings, Mapping) and settings.get("append_bos") is True
 
 
+def appends_eod(sidecar: Mapping[str, Any] | None) -> bool:
+    """Whether a dataset's documents end with EOD (`--append-eod`), as its sidecar says."""
+    settings = None if sidecar is None else sidecar.get("settings")
+    return isinstance(settings, Mapping) and settings.get("append_eod") is True
+
+
 def settings_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a dataset was made with; those that came later have their defaults."""
     return {"append_bos": False, **sidecar["settings"]}

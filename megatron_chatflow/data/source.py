@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
-from megatron_chatflow.data.findings import packing_findings, source_findings
 from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedSamples, cached_packing
@@ -52,7 +51,7 @@ class Source:
         num_samples: In one epoch; 0 if it has none.
         num_tokens: In one epoch.
         rows: Reads the samples in their own order; ValueError if one cannot be.
-        findings: What is suspicious about the data, one line each.
+        files: The datasets; none where the samples are not read from any.
         packing: Which documents the samples hold; None where they are windows.
     """
 
@@ -65,7 +64,6 @@ class Source:
         split: Split,
         files: Sequence[TokenFile] = (),
         facts: dict[str, Any] | None = None,
-        findings: Sequence[str] = (),
         packing: Packing | None = None,
     ) -> None:
         """Puts a source together; `build_sources` makes one from a configuration.
@@ -77,22 +75,21 @@ class Source:
             split: Validation keeps the samples in their own order.
             files: Looked after while the run goes on.
             facts: The fingerprint.
-            findings: What is suspicious about the data, one line each.
             packing: Of the samples, where whole documents are packed.
         """
         self.name = name
         self.num_samples = samples.num_samples
         self.num_tokens = samples.num_tokens
         self.rows = samples.rows
-        self.findings = tuple(findings)
         self.packing = packing
         self._facts = facts or {}
         self._order = None
         if self.num_samples:
             shuffle = split == "train"
             self._order = SampleOrder(seed, name, self.num_samples, shuffle=shuffle)
-        self._files = [path for file in files for path in _paths_of(file)]
-        self._sizes = [path.stat().st_size for path in self._files]
+        self.files = tuple(files)
+        self._paths = [path for file in files for path in _paths_of(file)]
+        self._sizes = [path.stat().st_size for path in self._paths]
         self._checked_at = time.monotonic()
 
     def sample(self, index: int) -> Sample:
@@ -155,7 +152,7 @@ class Source:
         now = time.monotonic()
         if now - self._checked_at < _CHECK_SECONDS:
             return
-        for path, num_bytes in zip(self._files, self._sizes, strict=True):
+        for path, num_bytes in zip(self._paths, self._sizes, strict=True):
             try:
                 found = path.stat().st_size
             except OSError as error:
@@ -208,7 +205,7 @@ def build_sources(
     for name, config in data.sources.items():
         version = min((packing_versions or {}).get(name, ALGORITHM_VERSION), ALGORITHM_VERSION)
         source = _build_source(name, config, data, seed, tokenizer, seq_length, split, version)
-        if source.num_samples == 0 and split == "train" and _has_weight(data, name):
+        if source.num_samples == 0 and split == "train" and has_weight(data, name):
             reason = f"{source.num_tokens} tokens make no sample of"
             if source.packing is not None and source.packing.num_without_loss:
                 reason = f"{source.packing.num_without_loss} documents have no loss token in"
@@ -220,7 +217,8 @@ def build_sources(
     return sources
 
 
-def _has_weight(data: DataConfig, name: str) -> bool:
+def has_weight(data: DataConfig, name: str) -> bool:
+    """Whether the schedule gives a source any weight."""
     given = [knot.weights for knot in data.schedule.knots]
     return any(not isinstance(part, str) and part.get(name, 0) > 0 for part in given)
 
@@ -279,9 +277,6 @@ def _build_source(
         # Version 1 also stands for what every version packs alike.
         has_left_out = packing is not None and packing.num_without_loss > 0
         content["packing"] = packing_version if has_left_out else 1
-    findings = source_findings(label, files, facts)
-    if packing is not None:
-        findings += packing_findings(label, packing, shape.seq_length)
     return Source(
         name,
         samples,
@@ -289,6 +284,5 @@ def _build_source(
         split=split,
         files=files,
         facts=content,
-        findings=findings,
         packing=packing,
     )

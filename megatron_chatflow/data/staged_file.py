@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from megatron_chatflow.config.fields import refuse_url
 from megatron_chatflow.data.file_copy import append_file
 from megatron_chatflow.errors import UserError
 
@@ -47,6 +48,7 @@ class StagedFile:
         Raises:
             UserError: The file cannot be made there, or another process is writing it.
         """
+        refuse_url(path)
         self.path = Path(path)
         self.partial_path = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self.num_bytes = 0

@@ -30,6 +30,7 @@ from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.edits import run_schedule
+from megatron_chatflow.data.findings import data_findings
 from megatron_chatflow.data.plan import check_epochs, epoch_findings
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources
@@ -163,7 +164,7 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         grown=grown,
         findings=[
             *_weight_findings(config, checkpoint),
-            *_findings(config, blend, sources, held_out, length),
+            *_findings(config, tokenizer, blend, sources, held_out, length),
         ],
     )
 
@@ -185,13 +186,14 @@ def _weight_findings(config: RunConfig, checkpoint: Beginning | None) -> list[st
 
 def _findings(
     config: RunConfig,
+    tokenizer: Tokenizer,
     blend: Blend,
     sources: list[Source],
     held_out: list[Source],
     length: RunLength,
 ) -> list[str]:
     """Collects what the user should know before the run begins, each finding once."""
-    found = [finding for source in [*sources, *held_out] for finding in source.findings]
+    found = data_findings(config.data, sources, held_out, tokenizer)
     found += epoch_findings(blend, length.num_samples, _epoch_sizes(sources), _max_epochs(config))
     left_over = (config.train.train_samples or 0) - length.num_samples
     if left_over > 0:

@@ -61,6 +61,26 @@ def test_reads_megatrons_documents_of_several_sequences(tmp_path: Path) -> None:
     assert dataset.num_tokens == 13
 
 
+def test_a_multimodal_dataset_is_named(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.int32, multimodal=True)
+    builder.add_document(torch.arange(9), [4, 5], [0, 1])
+    builder.finalize(str(tmp_path / "x.idx"))
+    with pytest.raises(
+        UserError, match=r"multimodal dataset: .*x\.idx: .* each of its 2 sequences"
+    ):
+        IndexedDataset(tmp_path / "x")
+
+
+@pytest.mark.parametrize("prefix", ["s3://bucket/x_document", "https://host/x_document"])
+def test_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for make in (IndexedDataset, lambda path: IndexedDatasetWriter(path, np.int32)):
+        for path in (prefix, Path(prefix)):
+            with pytest.raises(UserError, match=r"^\w+://?\w+/x_document.*: is a URL, and files"):
+                make(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rewriting_sequences_keeps_documents(tmp_path: Path) -> None:
     writer = IndexedDatasetWriter(tmp_path / "x", np.int32)
     for _ in range(2):
