@@ -89,9 +89,12 @@ def _parse() -> argparse.Namespace:
 
 def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
     """The corpus, document by document; lines that are no documents are passed over."""
-    encoding = canonical_encoding(args.encoding)
-    settings = CorpusSettings(json_keys=tuple(args.json_keys), encoding=encoding)
-    reader = CorpusReader(find_inputs(inputs), "line", settings.columns, encoding)
+    settings = CorpusSettings(
+        json_keys=tuple(args.json_keys),
+        txt_documents="line",
+        encoding=canonical_encoding(args.encoding),
+    )
+    reader = CorpusReader(find_inputs(inputs), settings.read_options)
     for chunk in reader.chunks():
         for documents in parse_chunk(chunk, settings).documents.values():
             yield from (document for document in documents if isinstance(document, str))

@@ -71,6 +71,12 @@ def parse_arguments() -> argparse.Namespace:
     pairs = parser.add_argument_group("pairs: en<TAB>zh lines, or JSON with a key for each side")
     add = pairs.add_argument
     add("--pair-keys", nargs=2, default=["en", "zh"])
+    add(
+        "--pair-columns",
+        nargs=2,
+        metavar=("A", "B"),
+        help="of tsv with more than two: numbers from 1, or names in the header",
+    )
     add("--pair-languages", nargs=2, default=["English", "Chinese"])
     add("--pair-scripts", nargs=2, choices=["any", *SCRIPTS], default=["any", "any"])
     add("--pair-template", default="plain", help="plain, translate, or a YAML file")

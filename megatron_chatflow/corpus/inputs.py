@@ -19,11 +19,11 @@ from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-RecordKind = Literal["lines", "json", "txt", "parquet"]
+RecordKind = Literal["lines", "jsonl", "tsv", "json", "txt", "parquet"]
 RECORD_KINDS: dict[str, RecordKind] = {
-    ".jsonl": "lines",
-    ".ndjson": "lines",
-    ".tsv": "lines",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".tsv": "tsv",
     ".json": "json",
     ".txt": "txt",
     ".text": "txt",
@@ -55,7 +55,8 @@ class InputFile:
     Attributes:
         path: None for standard input.
         name: How messages and the sidecar name it.
-        kind: How records lie in it.
+        kind: How records lie in it; "lines" where no name says whether they are JSON or
+            tab-separated.
         num_bytes: Its size on disk; 0 where that cannot be known.
     """
 

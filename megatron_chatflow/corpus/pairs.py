@@ -14,6 +14,7 @@ from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedEr
 from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.corpus.pair_templates import PairText
 from megatron_chatflow.corpus.scripts import is_mostly
+from megatron_chatflow.corpus.tab_separated import TabLayout, TabOptions
 from megatron_chatflow.corpus.templates import document_of_chat
 
 PairDirection = Literal["both", "forward", "backward", "hash"]
@@ -26,6 +27,8 @@ class PairSettings:
 
     Attributes:
         keys: The JSON keys of the first and the second side.
+        columns: Their columns in tab-separated lines, by number from 1 or by name; None where there
+            are two.
         languages: What the translation instruction calls them.
         template: "plain", "translate", or the YAML file that `texts` come from.
         texts: The user's own templates, one of which the hash of the pair chooses.
@@ -39,6 +42,7 @@ class PairSettings:
     """
 
     keys: tuple[str, str] = ("en", "zh")
+    columns: tuple[str, str] | None = None
     languages: tuple[str, str] = ("English", "Chinese")
     template: str = "plain"
     texts: tuple[PairText, ...] = ()
@@ -47,17 +51,26 @@ class PairSettings:
     scripts: tuple[str, str] = ("any", "any")
     level: PairLevel = "sentence"
 
+    @property
+    def tabs(self) -> TabOptions:
+        """How tab-separated lines hold pairs."""
+        first, second = (
+            frozenset(name.lower() for name in names)
+            for names in zip(self.keys, self.languages, strict=True)
+        )
+        return TabOptions(self.columns, (first, second))
 
-def pair_of_line(line: str) -> tuple[str, str]:
-    """The sides of a tab-separated line; columns after the second are left out.
+
+def pair_of_line(line: str, layout: TabLayout) -> tuple[str, str]:
+    """The sides of a tab-separated line.
 
     Raises:
-        BadLineError: There is no tab.
+        BadLineError: It has another number of columns than its file.
     """
-    columns = line.split("\t")
-    if len(columns) < 2:
-        raise BadLineError("no_tab")
-    return columns[0], columns[1]
+    sides = layout.sides(line)
+    if sides is None:
+        raise BadLineError("wrong_number_of_columns" if "\t" in line else "no_tab")
+    return sides
 
 
 def pairs_of_record(

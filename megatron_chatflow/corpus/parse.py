@@ -29,7 +29,8 @@ from megatron_chatflow.corpus.pairs import (
     pair_of_line,
     pairs_of_record,
 )
-from megatron_chatflow.corpus.readers import Chunk, TxtDocuments
+from megatron_chatflow.corpus.readers import Chunk, ReadOptions, TxtDocuments
+from megatron_chatflow.corpus.tab_separated import unquoted
 from megatron_chatflow.corpus.templates import document_of_chat
 from megatron_chatflow.errors import UserError
 
@@ -73,16 +74,19 @@ class CorpusSettings:
         return self.format != "text"
 
     @property
-    def txt_documents_of_format(self) -> TxtDocuments | None:
-        """What a `.txt` file holds in this format; None for records, one a line."""
-        return self.txt_documents if self.format == "text" else None
-
-    @property
-    def columns(self) -> tuple[str, ...] | None:
-        """The parquet columns to read; None for all."""
+    def read_options(self) -> ReadOptions:
+        """What the readers have to know."""
+        columns: tuple[str, ...] | None = None
         if self.format == "text":
-            return self.json_keys
-        return (*self.pairs.keys, "translation") if self.format == "pairs" else None
+            columns = self.json_keys
+        elif self.format == "pairs":
+            columns = (*self.pairs.keys, "translation")
+        return ReadOptions(
+            txt_documents=self.txt_documents if self.format == "text" else None,
+            columns=columns,
+            encoding=self.encoding,
+            tabs=self.pairs.tabs if self.format == "pairs" else None,
+        )
 
 
 class _Parser:
@@ -115,7 +119,7 @@ class _Parser:
             where = f"{chunk.name}:{self.first_invalid}"
             check_share_of_invalid(self.num_invalid, chunk.data, where)
         self.result.num_dropped = dict(self.num_dropped)
-        self.result.num_repaired = dict(self.num_repaired)
+        self.result.num_repaired = dict(+self.num_repaired)
         return self.result
 
     def _all(self, items: Iterable[tuple[int, Any]], take: Callable[[Any], None]) -> None:
@@ -132,9 +136,15 @@ class _Parser:
                 self.num_dropped[error.reason] += 1
 
     def _take_line(self, line: bytes) -> None:
-        if self.settings.format == "pairs" and not line.lstrip().startswith(b"{"):
-            pair = pair_of_line(self._decode(line.rstrip(b"\r")))
-            self._take_pair(*pair)
+        layout = self.chunk.layout
+        if layout is not None:
+            if self.number == layout.header_line:
+                raise DroppedError("header")
+            pair = pair_of_line(self._decode(line.rstrip(b"\r")), layout)
+            texts = [unquoted(side) for side in pair]
+            self.num_repaired["csv_quotes"] += any(text is not None for text in texts)
+            first, second = (t or side for t, side in zip(texts, pair, strict=True))
+            self._take_pair(first, second)
             return
         try:
             record = orjson.loads(line)

@@ -16,6 +16,12 @@ import zstandard
 from megatron_chatflow.corpus.compressed import MAGIC_BYTES, decompress, is_compressed
 from megatron_chatflow.corpus.encodings import guess_encoding, transcode
 from megatron_chatflow.corpus.inputs import InputFile
+from megatron_chatflow.corpus.tab_separated import (
+    TabLayout,
+    TabOptions,
+    are_json_lines,
+    tab_layout,
+)
 from megatron_chatflow.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -38,6 +44,7 @@ class Chunk:
             document), "objects" (parsed JSON).
         data: The bytes, or the list of objects.
         num_bytes_read: How far into the file on disk the reader was.
+        layout: Of tab-separated lines, where the pair lies in them; None for JSON.
     """
 
     name: str
@@ -45,6 +52,25 @@ class Chunk:
     kind: Literal["lines", "text_lines", "text", "objects"]
     data: Any
     num_bytes_read: int
+    layout: TabLayout | None = None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What has to be known to cut files into records.
+
+    Attributes:
+        txt_documents: Whether a `.txt` file is one document or one a line; None where its lines
+            are records of another format.
+        columns: The columns of a parquet file that are wanted; None for all.
+        encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
+        tabs: How tab-separated lines hold pairs; None where records are not pairs.
+    """
+
+    txt_documents: TxtDocuments | None = "file"
+    columns: Sequence[str] | None = None
+    encoding: str = "utf-8"
+    tabs: TabOptions | None = None
 
 
 class _Source:
@@ -69,39 +95,33 @@ class _Source:
             self._stream.close()
 
 
-def read_chunks(
-    file: InputFile,
-    *,
-    txt_documents: TxtDocuments | None = "file",
-    columns: Sequence[str] | None = None,
-    encoding: str = "utf-8",
-) -> Iterator[Chunk]:
+def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterator[Chunk]:
     """Yields a file's records in chunks of about a mebibyte.
 
     Args:
         file: The file.
-        txt_documents: Whether a `.txt` file is one document or one a line; None where its lines
-            are records of another format.
-        columns: The columns of a parquet file that are wanted; None for all.
-        encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
+        options: What its records are.
 
     Raises:
         UserError: The file cannot be read, or is damaged.
     """
     if file.kind == "parquet":
-        yield from _read_parquet(file, columns)
+        yield from _read_parquet(file, options.columns)
         return
+    if file.kind == "tsv" and options.tabs is None:
+        raise UserError(f"tab-separated lines hold pairs: {file.name}: read it in the format pairs")
     source = _Source(file)
     try:
-        blocks = transcode(_decompressed(source, file.name), file.name, encoding)
-        if file.kind == "txt" and txt_documents == "file":
+        blocks = transcode(_decompressed(source, file.name), file.name, options.encoding)
+        if file.kind == "txt" and options.txt_documents == "file":
             yield _whole_text(blocks, file.name, source)
-        elif file.kind == "txt" and txt_documents == "line":
+        elif file.kind == "txt" and options.txt_documents == "line":
             yield from _line_chunks(blocks, file.name, source, "text_lines")
         elif file.kind == "json":
             yield from _read_json(blocks, file.name, source)
         else:
-            yield from _line_chunks(blocks, file.name, source, "lines")
+            chunks = _line_chunks(blocks, file.name, source, "lines")
+            yield from _with_layout(chunks, file, options.tabs)
     except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
     finally:
@@ -116,18 +136,10 @@ class CorpusReader:
             pipe, once it has been read.
     """
 
-    def __init__(
-        self,
-        files: Sequence[InputFile],
-        txt_documents: TxtDocuments | None,
-        columns: Sequence[str] | None,
-        encoding: str = "utf-8",
-    ) -> None:
-        """Takes the files, and the options of `read_chunks`."""
+    def __init__(self, files: Sequence[InputFile], options: ReadOptions) -> None:
+        """Initializes the reader. No file is opened until the first chunk is requested."""
         self._files = files
-        self._txt_documents: TxtDocuments | None = txt_documents
-        self._columns = columns
-        self._encoding = encoding
+        self._options = options
         self.num_bytes = [file.num_bytes for file in files]
 
     def chunks(self) -> Iterator[Chunk]:
@@ -138,13 +150,7 @@ class CorpusReader:
         """
         num_bytes_before = 0
         for number, file in enumerate(self._files):
-            chunks = read_chunks(
-                file,
-                txt_documents=self._txt_documents,
-                columns=self._columns,
-                encoding=self._encoding,
-            )
-            for chunk in chunks:
+            for chunk in read_chunks(file, self._options):
                 self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
                 yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
             num_bytes_before += self.num_bytes[number]
@@ -187,6 +193,28 @@ def _line_chunks(
     if num_pending:
         _check_line(num_pending, name, first_line)
         yield Chunk(name, first_line, kind, b"".join(pending), source.num_bytes_read)
+
+
+def _with_layout(
+    chunks: Iterator[Chunk], file: InputFile, tabs: TabOptions | None
+) -> Iterator[Chunk]:
+    """Chunks of lines, once their beginning has said whether they are JSON or tab-separated."""
+    layout: TabLayout | None = None
+    is_known = False
+    for chunk in chunks:
+        if not is_known and not chunk.data.isspace():
+            is_known = True
+            is_json = file.kind == "jsonl" or (file.kind != "tsv" and are_json_lines(chunk.data))
+            if tabs is not None and not is_json:
+                layout = tab_layout(chunk.data, file.name, chunk.first_line, tabs)
+            elif tabs is not None and tabs.columns is not None:
+                raise UserError(f"--pair-columns: {file.name}: its lines are JSON, without columns")
+            elif chunk.data.lstrip().startswith(b"["):
+                raise UserError(
+                    f"not JSON lines: {file.name}:{chunk.first_line}: begins with [ like a JSON "
+                    "array: give the file a name that ends in .json"
+                )
+        yield chunk if layout is None else replace(chunk, layout=layout)
 
 
 def _check_line(num_bytes: int, name: str, number: int) -> None:

@@ -96,12 +96,8 @@ class TextSource:
         Args:
             num_dropped: Counts, by reason, what was left out so far.
         """
-        reader = CorpusReader(
-            find_inputs([self.path]),
-            "line" if self.settings.format == "text" else None,
-            self.settings.columns,
-            self.settings.encoding,
-        )
+        settings = replace(self.settings, txt_documents="line")
+        reader = CorpusReader(find_inputs([self.path]), settings.read_options)
         for chunk in reader.chunks():
             parsed = parse_chunk(chunk, self.settings)
             if num_dropped is not None:

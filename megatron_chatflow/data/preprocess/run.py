@@ -165,8 +165,7 @@ def _fill(
     num_bad_before: int,
 ) -> tuple[list[dict[str, Any]], int]:
     """Writes every chunk's documents, in order; returns name and size of each input, bad lines."""
-    corpus = settings.corpus
-    reader = CorpusReader(files, corpus.txt_documents_of_format, corpus.columns, corpus.encoding)
+    reader = CorpusReader(files, settings.corpus.read_options)
     progress = Progress(sum(file.num_bytes for file in files))
     num_bad = 0
     first_bad: str | None = None

@@ -63,6 +63,8 @@ class PreprocessSettings:
         corpus = asdict(self.corpus)
         if self.corpus.format != "pairs":
             del corpus["pairs"]
+        elif self.corpus.pairs.columns is None:
+            del corpus["pairs"]["columns"]
         del corpus["chat_template"]
         if self.corpus.encoding == "utf-8":
             del corpus["encoding"]  # as in the sidecars of versions that knew no other

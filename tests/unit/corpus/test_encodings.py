@@ -27,9 +27,7 @@ def texts_of(
     path: Path, encoding: str = "utf-8", txt_documents: TxtDocuments = "line"
 ) -> list[object]:
     settings = CorpusSettings(txt_documents=txt_documents, encoding=canonical_encoding(encoding))
-    reader = CorpusReader(
-        find_inputs([str(path)]), settings.txt_documents, settings.columns, settings.encoding
-    )
+    reader = CorpusReader(find_inputs([str(path)]), settings.read_options)
     texts: list[object] = []
     for chunk in reader.chunks():
         texts += parse_chunk(chunk, settings).documents["text"]
@@ -151,6 +149,8 @@ def test_lines_that_are_replaced_are_refused_when_many(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in LINES)
     (tmp_path / "a.jsonl").write_bytes(lines.encode("gb18030"))
     settings = CorpusSettings(invalid_utf8="replace")
-    (chunk,) = CorpusReader(find_inputs([str(tmp_path / "a.jsonl")]), None, None).chunks()
+    (chunk,) = CorpusReader(
+        find_inputs([str(tmp_path / "a.jsonl")]), settings.read_options
+    ).chunks()
     with pytest.raises(UserError, match=r"not UTF-8: a.jsonl:1: .*gb18030"):
         parse_chunk(chunk, settings)

@@ -9,6 +9,7 @@ from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedEr
 from megatron_chatflow.corpus.pairs import PairSettings, documents_of_pair
 from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
 from megatron_chatflow.corpus.readers import Chunk
+from megatron_chatflow.corpus.tab_separated import TabLayout
 
 
 def parse(data: bytes, **options: Any) -> ParsedChunk:
@@ -72,31 +73,47 @@ def spans(document: Document | str) -> list[tuple[str, bool]]:
     return [(segment.text, segment.loss) for segment in document.segments]
 
 
-def test_pairs_of_lines_and_objects() -> None:
+def test_pairs_of_lines() -> None:
     data = (
         b"one\t\xe4\xb8\x80\n"
-        b'{"en": "two", "zh": "\xe4\xba\x8c"}\n'
-        b'{"translation": {"en": "three", "zh": "\xe4\xb8\x89"}}\n'
+        b"{0} files\t{0} \xe6\x96\x87\xe4\xbb\xb6\n"
         b"no tab here\n"
-        b'{"en": "four"}\n'
         b"five\t\n"
         b"six\tsix\n"
+        b"seven\t\xe4\xb8\x83\thttp://a.b\n"
+        b'"say ""hi"""\t"\xe8\xaf\xb4"\r\n'
     )
+    chunk = Chunk("f.tsv", 11, "lines", data, 0, TabLayout((0, 1), 2))
     settings = PairSettings(direction="forward")
-    result = parse(data, format="pairs", pairs=settings)
+    result = parse_chunk(chunk, CorpusSettings(format="pairs", pairs=settings))
     texts = [spans(document) for document in result.documents["text"]]
     assert texts == [
         [("one\n\u4e00", True)],
-        [("two\n\u4e8c", True)],
-        [("three\n\u4e09", True)],
+        [("{0} files\n{0} \u6587\u4ef6", True)],
+        [('say "hi"\n"\u8bf4"', True)],
     ]
     assert result.num_dropped == {
         "no_tab": 1,
-        "no_key_zh": 1,
+        "wrong_number_of_columns": 1,
         "empty_side": 1,
         "identical_sides": 1,
     }
-    assert (result.num_bad, result.first_bad) == (2, "f.jsonl:14: no_tab")
+    assert result.num_repaired == {"csv_quotes": 1}
+    assert (result.num_bad, result.first_bad) == (2, "f.tsv:13: no_tab")
+
+
+def test_pairs_of_objects() -> None:
+    data = (
+        b'{"en": "two", "zh": "\xe4\xba\x8c"}\n'
+        b'{"translation": {"en": "three", "zh": "\xe4\xb8\x89"}}\n'
+        b'{"en": "four"}\n'
+        b'{"en": "five", "zh": ""}\n'
+    )
+    result = parse(data, format="pairs", pairs=PairSettings(direction="forward"))
+    texts = [spans(document) for document in result.documents["text"]]
+    assert texts == [[("two\n\u4e8c", True)], [("three\n\u4e09", True)]]
+    assert result.num_dropped == {"no_key_zh": 1, "empty_side": 1}
+    assert (result.num_bad, result.first_bad) == (1, "f.jsonl:13: no_key_zh")
 
 
 def test_translation_has_loss_on_the_target_alone() -> None:

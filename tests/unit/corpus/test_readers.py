@@ -12,7 +12,7 @@ import zstandard
 
 from megatron_chatflow.corpus import compressed, readers
 from megatron_chatflow.corpus.inputs import InputFile, find_inputs
-from megatron_chatflow.corpus.readers import CorpusReader, read_chunks
+from megatron_chatflow.corpus.readers import CorpusReader, ReadOptions, read_chunks
 from megatron_chatflow.errors import UserError
 
 RECORDS = [{"text": f"document {k} " + "x" * (k % 50)} for k in range(500)]
@@ -90,10 +90,10 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     assert [r["text"] for r in records_of(tmp_path / "a.parquet")] == [r["text"] for r in RECORDS]
     (file,) = find_inputs([str(tmp_path / "a.parquet")])
-    chunk = next(read_chunks(file, columns=["text", "absent"]))
+    chunk = next(read_chunks(file, ReadOptions(columns=["text", "absent"])))
     assert set(chunk.data[0]) == {"text"}
     with pytest.raises(UserError, match=r"a.parquet: has id, text, but content is wanted"):
-        next(read_chunks(file, columns=["content"]))
+        next(read_chunks(file, ReadOptions(columns=["content"])))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"cannot read: a.parquet"):
         next(read_chunks(file))
@@ -111,10 +111,10 @@ def test_txt_is_one_document_or_one_a_line(tmp_path: Path) -> None:
     (file,) = find_inputs([str(tmp_path / "a.txt")])
     (whole,) = read_chunks(file)
     assert (whole.kind, whole.data) == ("text", b"first\n\nsecond\n" * 100)
-    by_line = list(read_chunks(file, txt_documents="line"))
+    by_line = list(read_chunks(file, ReadOptions("line")))
     assert {chunk.kind for chunk in by_line} == {"text_lines"}
     assert b"".join(chunk.data for chunk in by_line) == whole.data
-    assert {chunk.kind for chunk in read_chunks(file, txt_documents=None)} == {"lines"}
+    assert {chunk.kind for chunk in read_chunks(file, ReadOptions(None))} == {"lines"}
 
 
 def test_txt_too_large_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +146,8 @@ def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("a.jsonl.gz", gzip.compress(LINES)[:40] + b"\xff" * 400, "a.jsonl.gz"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:20] + b"\xff" * 400, "a.jsonl.zst"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', r"a.json:2"),
+        ("a.jsonl", b'\n [\n{"text": "a"}\n]', r"not JSON lines: a.jsonl:1: .* ends in .json"),
+        ("a.tsv", b"bana\tkedo\n", r"tab-separated lines hold pairs: a.tsv"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -181,7 +183,7 @@ def test_standard_input_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stream = io.TextIOWrapper(io.BytesIO(gzip.compress(LINES)))
     monkeypatch.setattr(sys, "stdin", stream)
     files = find_inputs([str(tmp_path / "a.jsonl"), "-"])
-    reader = CorpusReader(files, "file", None)
+    reader = CorpusReader(files, ReadOptions())
     positions = [chunk.num_bytes_read for chunk in reader.chunks()]
     assert positions == sorted(positions)
     assert reader.num_bytes == [len(LINES), len(gzip.compress(LINES))]

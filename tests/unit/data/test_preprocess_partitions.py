@@ -9,6 +9,7 @@ import pytest
 from preprocess_jobs import Jobs
 
 from megatron_chatflow.corpus.inputs import InputFile
+from megatron_chatflow.corpus.pairs import PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.preprocess import partitions
 from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
@@ -104,6 +105,7 @@ def test_finished_parts_are_kept_and_verified(jobs: Jobs) -> None:
         {"append_eod": True},
         {"corpus": CorpusSettings(invalid_utf8="replace")},
         {"corpus": CorpusSettings(encoding="gb18030")},
+        {"corpus": CorpusSettings(format="pairs", pairs=PairSettings(columns=("2", "3")))},
     ):
         with pytest.raises(UserError, match="other data under this name"):
             jobs.run(folder, shard=(0, 2), overwrite=False, **changes)

@@ -28,6 +28,8 @@ PRINTED_BY = {
     "checkpoint.convert_template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
     "checkpoint.optimizer_state": {PRETRAIN},
     "corpus.demo.pins": {"tools.fetch_demo_corpus"},
+    "corpus.readers": {"tools.preprocess_data"},
+    "corpus.tab_separated": {"tools.preprocess_data"},
     "data.preprocess.inspect": {"tools.inspect_dataset"},
     "data.preprocess.merge": {"tools.merge_datasets"},
     "data.preprocess.merge_parts": {"tools.merge_datasets"},

@@ -1,0 +1,171 @@
+"""Tells how the lines of a file of pairs are to be read: as JSON, or which columns of tabs.
+
+The beginning of each file decides for the whole of it, before its chunks go to workers. A line of
+text may begin with a brace, and a file may have more columns than two (an address, a score): which
+of them are the pair has to be said then, and is never guessed.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import orjson
+
+from megatron_chatflow.errors import UserError
+
+SAMPLE_BYTES = 1 << 16
+# What headers call columns, in lower case; a pair of two such words is hardly one of sentences.
+_HEADER_WORDS = frozenset(
+    "id idx index no url url1 url2 source target src tgt trg score scores similarity text text1 "
+    "text2 sentence sentence1 sentence2 sentence_1 sentence_2 lang lang1 lang2 language domain "
+    "src_text tgt_text source_text target_text src_lang tgt_lang translation original "
+    "en zh zh-cn zh-tw zh_cn zh_tw ja ko de fr es it pt ru ar hi vi th ms tr nl pl cs uk fa he "
+    "eng zho cmn jpn kor deu fra spa ita por rus ara hin vie tha ind tur eng_latn zho_hans "
+    "zho_hant english chinese japanese korean german french spanish italian portuguese russian "
+    "arabic hindi vietnamese thai indonesian turkish".split()
+)
+
+
+@dataclass(frozen=True)
+class TabOptions:
+    """What is known of tab-separated files beforehand.
+
+    Attributes:
+        columns: The two columns of the pair, by number from 1 or by their name in the header line;
+            None where lines have to have two columns.
+        names: What a header may call the first and the second side, in lower case.
+    """
+
+    columns: tuple[str, str] | None = None
+    names: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+
+
+@dataclass(frozen=True)
+class TabLayout:
+    """Where the pair lies in the lines of a tab-separated file.
+
+    Attributes:
+        columns: The columns of the two sides, from 0.
+        num_columns: How many columns a line has.
+        header_line: The number of the header line; 0 if there is none.
+    """
+
+    columns: tuple[int, int]
+    num_columns: int
+    header_line: int = 0
+
+    def sides(self, line: str) -> tuple[str, str] | None:
+        """The two sides of a line; None if it has another number of columns."""
+        cells = line.split("\t")
+        if len(cells) != self.num_columns:
+            return None
+        return cells[self.columns[0]], cells[self.columns[1]]
+
+
+def are_json_lines(data: bytes) -> bool:
+    """Whether lines are JSON, by the first of them that is not empty."""
+    line = _first_line(data)
+    if not line.startswith((b"{", b"[")):
+        return False
+    try:
+        return isinstance(orjson.loads(line), dict | list)
+    except orjson.JSONDecodeError:
+        return b"\t" not in line
+
+
+def tab_layout(data: bytes, name: str, first_line: int, options: TabOptions) -> TabLayout:
+    """The layout of a tab-separated file.
+
+    Args:
+        data: Lines from the beginning of the file.
+        name: The file's name, for messages.
+        first_line: The number of the first of the lines.
+        options: What was said about the columns.
+
+    Raises:
+        UserError: There are more than two columns and none were named, a named one is not there, or
+            the cells are quoted as in CSV.
+    """
+    end = data.rfind(b"\n", 0, SAMPLE_BYTES) + 1
+    sample = data[: end or None].decode(errors="replace").split("\n")
+    numbered = [(n, line.rstrip("\r")) for n, line in enumerate(sample, first_line) if line.strip()]
+    rows = [line.split("\t") for _, line in numbered]
+    if not rows:
+        return TabLayout((0, 1), 2)
+    num_columns = Counter(map(len, rows)).most_common(1)[0][0]
+    titles = [title.strip().strip('"').lstrip("#").strip().lower() for title in rows[0]]
+    wanted = None if options.columns is None else tuple(map(_by_number, options.columns))
+    names_title = wanted is not None and any(isinstance(column, str) for column in wanted)
+    words = _HEADER_WORDS.union(*options.names)
+    has_header = names_title or (len(titles) > 1 and all(title in words for title in titles))
+    header_line = numbered[0][0] if has_header else 0
+    if wanted is not None:
+        first, second = (_found(column, titles, num_columns, name) for column in wanted)
+        if first == second:
+            raise UserError(f"--pair-columns: {name}: names the same column twice")
+        columns = (first, second)
+    elif num_columns > 2:
+        shown = ", ".join(cell[:30] for cell in rows[0])
+        raise UserError(
+            f"which columns are the pair: {name}:{numbered[0][0]}: has {num_columns} "
+            f"columns ({shown:.300}): name two with --pair-columns, by number from 1 or by "
+            "the header's names"
+        )
+    else:
+        first_names, second_names = options.names
+        is_reversed = has_header and titles[0] in second_names and titles[1] in first_names
+        columns, num_columns = ((1, 0) if is_reversed else (0, 1)), 2
+    layout = TabLayout(columns, num_columns, header_line)
+    _check_quoting([line for n, line in numbered if n != header_line], name, layout)
+    return layout
+
+
+def unquoted(cell: str) -> str | None:
+    """The text of a cell that is quoted as in CSV, with quotes in it doubled; None for others.
+
+    A cell in quotes without doubled ones may as well be a sentence in quotes, and is none.
+    """
+    if len(cell) < 4 or cell[0] != '"' or cell[-1] != '"':
+        return None
+    inner = cell[1:-1]
+    if '""' not in inner or '"' in inner.replace('""', ""):
+        return None
+    return inner.replace('""', '"')
+
+
+def _first_line(data: bytes) -> bytes:
+    begin = len(data) - len(data.lstrip())
+    end = data.find(b"\n", begin)
+    return data[begin : len(data) if end < 0 else end]
+
+
+def _by_number(column: str) -> int | str:
+    return int(column) - 1 if column.isascii() and column.isdigit() else column.lower()
+
+
+def _found(column: int | str, titles: list[str], num_columns: int, name: str) -> int:
+    """The index of a column."""
+    if isinstance(column, str):
+        if column in titles:
+            return titles.index(column)
+        shown = ", ".join(title[:30] for title in titles)
+        raise UserError(
+            f"--pair-columns: {name}: no column {column} in its first line ({shown:.300})"
+        )
+    if not 0 <= column < num_columns:
+        raise UserError(
+            f"--pair-columns: {name}: column {column + 1} is not there: it has {num_columns}, "
+            "counted from 1"
+        )
+    return column
+
+
+def _check_quoting(lines: list[str], name: str, layout: TabLayout) -> None:
+    pairs = [sides for line in lines if (sides := layout.sides(line)) is not None]
+    num_quoted = sum(
+        all(len(side) > 1 and side[0] == side[-1] == '"' for side in pair) for pair in pairs
+    )
+    if num_quoted * 2 > len(pairs):
+        raise UserError(
+            f"quoted as in CSV: {name}: {num_quoted} of its first {len(pairs)} pairs: write it as "
+            "plain tab-separated lines or as jsonl"
+        )
