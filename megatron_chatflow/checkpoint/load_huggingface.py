@@ -1,11 +1,12 @@
 """A model's weights straight from a Hugging Face folder, at any parallel layout.
 
-In: the folder, and the model's chunks as this process holds them. Out: the chunks with its weights.
 Every process reads the rows and columns that it holds, one tensor at a time, and nothing else; for
-a larger vocabulary it reads the whole tensors of the vocabulary, one after the other.
+a larger vocabulary it reads the whole tensors of the vocabulary, one after the other. A bf16 model
+gets rounded weights, and its optimizer's fp32 master weights the folder's own.
 """
 
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.checkpoint.convert_vocabulary import GrownVocabulary, grow_tensor
+from megatron_chatflow.checkpoint.optimizer_state import master_weights
 from megatron_chatflow.checkpoint.weight_map import WeightRule, rules_of, segments
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
@@ -25,7 +27,11 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
 def load_huggingface(
-    folder: Path, chunks: list[Any], ranks: Ranks, grown: GrownVocabulary | None = None
+    folder: Path,
+    chunks: list[Any],
+    ranks: Ranks,
+    grown: GrownVocabulary | None = None,
+    optimizer: Any = None,
 ) -> None:
     """Fills this process's part of the model.
 
@@ -34,6 +40,7 @@ def load_huggingface(
         chunks: Model chunks, with or without gradient buffers around them.
         ranks: This process's place.
         grown: A larger vocabulary that the model has.
+        optimizer: megatron-core's, whose master weights are filled as well.
 
     Raises:
         UserError: The folder is no LLaMA, damaged or incomplete.
@@ -42,15 +49,31 @@ def load_huggingface(
     weights = HuggingFaceWeights(folder)
     check_weights(weights, shape)
     rules = {rule.megatron.replace("{layer}.", ""): rule for rule in rules_of(shape)}
+    masters = {} if optimizer is None else master_weights(optimizer)
     with torch.no_grad(), device_mode(ranks.device):
-        for shard in megatron.local_shards(getattr(chunks[0], "module", chunks[0])):
-            named = _LAYER.match(shard.name)
-            layer = int(named[1]) if named else shard.layer
-            rule = rules.get(_LAYER.sub("decoder.layers.", shard.name))
-            if rule is None:
-                raise UserError(f"{folder}: has nothing for the model's {shard.name}")
-            part = _read(weights, shape, rule, layer, shard, grown)
-            shard.data.copy_(part)
+        shards = [
+            shard
+            for chunk in chunks
+            for shard in megatron.local_shards(getattr(chunk, "module", chunk))
+        ]
+        for _, of_parameter in groupby(shards, key=lambda shard: id(shard.parameter)):
+            whole: torch.Tensor | None = None
+            for shard in of_parameter:
+                named = _LAYER.match(shard.name)
+                layer = int(named[1]) if named else shard.layer
+                rule = rules.get(_LAYER.sub("decoder.layers.", shard.name))
+                if rule is None:
+                    raise UserError(f"{folder}: has nothing for the model's {shard.name}")
+                part = _read(weights, shape, rule, layer, shard, grown)
+                shard.data.copy_(part)
+                if shard.parameter in masters:
+                    if whole is None:
+                        size = shard.parameter.shape
+                        whole = torch.zeros(size, dtype=torch.float32, device="cpu")
+                    shard.of_copy(whole).copy_(part)
+            if whole is not None:
+                begin, values = masters[shard.parameter]
+                values.view(-1).copy_(whole.view(-1)[begin : begin + values.numel()])
 
 
 def _read(

@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
-    apply_factories,
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -117,28 +116,42 @@ class LocalShard:
         layer: Which layer's it is, where the whole tensor has all layers; None otherwise.
         begin: Where the part begins in the layer's tensor.
         data: The part itself, not a copy.
+        parameter: The parameter that the part is a view of.
     """
 
     name: str
     layer: int | None
     begin: tuple[int, ...]
     data: torch.Tensor
+    parameter: torch.Tensor
+
+    def of_copy(self, copy: torch.Tensor) -> torch.Tensor:
+        """The same part of a contiguous copy of the parameter, of any dtype and device."""
+        offset = int(self.data.storage_offset() - self.parameter.storage_offset())
+        return copy.as_strided(self.data.size(), self.data.stride(), offset)
 
 
 def local_shards(module: Any) -> list[LocalShard]:
-    """Every tensor of a model chunk, as checkpoints name and cut it, without padded heads."""
-    sharded = module.sharded_state_dict()
-    apply_factories(sharded)
+    """Every tensor of a model chunk, as checkpoints name and cut it, without padded heads.
+
+    The shards of a parameter follow each other.
+    """
     shards = []
-    for tensor in nested_values(sharded):
-        if not isinstance(tensor, ShardedTensor):
-            continue
-        layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
-        begin = tuple(tensor.global_offset[tensor.prepend_axis_num :])
-        own = own_part(tensor.key, begin, tensor.data, module.own_sizes)
-        if own is not None:
-            shards.append(LocalShard(tensor.key, layer, begin, own))
+    for entry in nested_values(module.sharded_state_dict()):
+        for tensor in _tensors_of(entry):
+            layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
+            begin = tuple(tensor.global_offset[tensor.prepend_axis_num :])
+            own = own_part(tensor.key, begin, tensor.data, module.own_sizes)
+            if own is not None:
+                shards.append(LocalShard(tensor.key, layer, begin, own, entry.data))
     return shards
+
+
+def _tensors_of(entry: Any) -> list[Any]:
+    """The sharded tensors of an entry: SwiGLU's matrix is two of them."""
+    if isinstance(entry, ShardedTensorFactory):
+        return list(entry.build())
+    return [entry] if isinstance(entry, ShardedTensor) else []
 
 
 @dataclass(frozen=True)
@@ -189,10 +202,9 @@ def parameter_parts(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[Param
     """
     found: dict[torch.Tensor, list[ParameterPart]] = {}
     for entry in nested_values(state_dict):
-        if isinstance(entry, ShardedTensorFactory):
-            found[entry.data] = [_part_of(entry.data, part) for part in entry.build()]
-        elif isinstance(entry, ShardedTensor):
-            found[entry.data] = [_part_of(entry.data, entry)]
+        tensors = _tensors_of(entry)
+        if tensors:
+            found[entry.data] = [_part_of(entry.data, tensor) for tensor in tensors]
     return found
 
 

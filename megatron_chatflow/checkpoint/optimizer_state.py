@@ -98,6 +98,21 @@ def _pairs(groups: list[list[Any]], others: list[list[Any]]) -> Iterator[tuple[A
         yield from zip(group, other, strict=True)
 
 
+def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor]]:
+    """This rank's fp32 master weights by parameter; fp32 parameters are their own and left out.
+
+    Returns:
+        For each parameter the first value of the flattened parameter that this rank's optimizer
+        holds, and its values from there on.
+    """
+    return {
+        parameter: (begin, main.detach())
+        for one in _single(optimizer)
+        for parameter, main, begin, _ in _main_parameters(one)
+        if parameter.dtype != torch.float32
+    }
+
+
 def pieces_of(state: HeldState, parts: list[ParameterPart]) -> list[TensorPiece]:
     """A parameter's state as pieces of the whole model's tensors, not copied.
 
@@ -184,11 +199,59 @@ def load(
         raise UserError(
             f"{folder}: holds no optimizer state; load its weights alone with --finetune"
         )
+    pieces += _fp32_weights(layout, names)
     with torch.no_grad():
         fill(_own(pieces, layout.own_sizes), folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
             group["step"] = int(num_steps)
+
+
+def load_master_weights(
+    optimizer: Any, layout: Layout, folder: Path, reader: FileSystemReader | None
+) -> None:
+    """Fills fp32 weights at the full precision of a checkpoint, with no message to other ranks.
+
+    The weights that a bf16 run begins with are rounded. Its master weights are those of the
+    optimizer in the checkpoint, or where it holds none the checkpoint's weights, unrounded. An fp32
+    run's weights are the master weights of a bf16 run's checkpoint.
+
+    Args:
+        optimizer: megatron-core's.
+        layout: Where the model's parameters lie.
+        folder: An ``iter_`` folder, whose weights the model has been given.
+        reader: Reads it; None for what lies there as it is.
+
+    Raises:
+        UserError: The checkpoint is damaged.
+    """
+    reader = reader or SafeReader(folder)
+    names = reader.read_metadata().state_dict_metadata
+    masters = master_weights(optimizer)
+    pieces = [
+        replace(piece, name=_stored_name(piece.name, names))
+        for parameter, (begin, values) in masters.items()
+        for piece in pieces_of(
+            HeldState(parameter, begin, {MASTER: values}, is_cut=False), layout.parts[parameter]
+        )
+    ]
+    pieces += _fp32_weights(layout, names)
+    with torch.no_grad():
+        fill(_own(pieces, layout.own_sizes), folder, reader)
+
+
+def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorPiece]:
+    """fp32 parameters, whole on every rank, for which a checkpoint has master weights."""
+    found = []
+    for parameter, parts in layout.parts.items():
+        if parameter.dtype != torch.float32:
+            continue
+        held = HeldState(parameter, 0, {MASTER: parameter.detach()}, is_cut=False)
+        for piece in pieces_of(held, parts):
+            name = _stored_name(piece.name, names)
+            if name.startswith(PREFIX):
+                found.append(replace(piece, name=name))
+    return found
 
 
 def _own(pieces: list[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:

@@ -22,6 +22,7 @@ from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
 from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.agreement import in_agreement
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.megatron import data_parallel_group
 from megatron_chatflow.runtime.ranks import Ranks
@@ -173,11 +174,37 @@ def _load_model(
 
 
 def load_weights(
-    checkpoint: Path, chunks: list[Any], ranks: Ranks, reader: FileSystemReader | None = None
+    checkpoint: Path,
+    chunks: list[Any],
+    ranks: Ranks,
+    reader: FileSystemReader | None = None,
+    optimizer: Any = None,
 ) -> None:
-    """Reads the model's weights alone, at whatever layout they were saved; every rank calls it."""
+    """Reads the model's weights alone, at whatever layout they were saved; every rank calls it.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+        chunks: Model chunks, with or without gradient buffers around them.
+        ranks: This process's place.
+        reader: Reads it; None for what lies there as it is.
+        optimizer: megatron-core's, whose master weights become the checkpoint's, unrounded.
+
+    Raises:
+        UserError: On every rank, if one cannot read its part.
+    """
+    bare = unwrapped(chunks)
     with device_mode(ranks.device):
-        _load_model(unwrapped(chunks), checkpoint, reader)
+        _load_model(bare, checkpoint, reader)
+        if optimizer is not None:
+            layout = _layout(bare)
+            in_agreement(
+                lambda: optimizer_state.load_master_weights(optimizer, layout, checkpoint, reader)
+            )
+
+
+def _layout(bare: list[Any]) -> optimizer_state.Layout:
+    parts = megatron.parameter_parts(_model_state(bare))
+    return optimizer_state.Layout(parts, own_sizes_of(bare))
 
 
 def load_checkpoint(
@@ -195,18 +222,9 @@ def load_checkpoint(
     bare = unwrapped(chunks)
     with device_mode(ranks.device):
         common = _load_model(bare, checkpoint, reader)
-        parts = megatron.parameter_parts(_model_state(bare))
-        layout = optimizer_state.Layout(parts, own_sizes_of(bare))
-        problem: str | None = None
-        try:
-            optimizer_state.load(optimizer, layout, common.get("optimizer"), checkpoint, reader)
-        except UserError as error:
-            problem = str(error)
-    problems: list[Any] = [None] * ranks.process.world_size
-    torch.distributed.all_gather_object(problems, problem)
-    for problem in problems:
-        if problem is not None:
-            raise UserError(problem)
+        layout = _layout(bare)
+        state = common.get("optimizer")
+        in_agreement(lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader))
 
 
 def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:

@@ -190,14 +190,11 @@ def _load(
     if inputs.grown is not None and not inputs.is_huggingface:
         reader = GrownReader(checkpoint, inputs.grown, llama.padded_vocab_size)
     if inputs.is_huggingface:
-        load_huggingface(checkpoint, chunks, ranks, inputs.grown)
+        load_huggingface(checkpoint, chunks, ranks, inputs.grown, optimizer)
     elif weights_only:
-        load_weights(checkpoint, chunks, ranks, reader)
+        load_weights(checkpoint, chunks, ranks, reader, optimizer)
     else:
         load_checkpoint(checkpoint, chunks, optimizer, ranks, reader)
-    if weights_only:
-        with device_mode(ranks.device):
-            optimizer.reload_model_params()
     what = "weights" if weights_only else "weights and optimizer state"
     logger.info("loaded %s from %s", what, checkpoint)
     if inputs.resumed is not None and weights_only:

@@ -31,6 +31,10 @@ LAYOUTS: dict[str, list[str]] = {
     "tp1": [],
     "tp2": ["--tensor-model-parallel-size", "2"],
     "pp2": ["--pipeline-model-parallel-size", "2"],
+    "virtual": [
+        *("--pipeline-model-parallel-size", "2"),
+        *("--num-virtual-stages-per-pipeline-rank", "2"),
+    ],
 }
 RESUMED = {
     "tp2": LAYOUTS["tp2"],
