@@ -143,13 +143,8 @@ def write_checkpoint_state(config: RunConfig, folder: Path, **state: Any) -> Non
 
     inputs = open_inputs(config)
     samples = 5 * config.train.global_batch_size
-    saved = replace(
-        inputs.state,
-        iteration=5,
-        consumed_samples=samples,
-        blend=inputs.blend.state_at(samples),
-        **state,
-    )
+    changed = {"blend": inputs.blend.state_at(samples), **state}
+    saved = replace(inputs.state, iteration=5, consumed_samples=samples, **changed)
     checkpoint = iteration_folder(folder, 5)
     checkpoint.mkdir(parents=True)
     write_atomically(checkpoint / "state.json", json.dumps(vars(saved)))

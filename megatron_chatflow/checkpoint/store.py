@@ -45,6 +45,8 @@ class RunState:
             texts begin with BOS; earlier versions did not record it).
         model: The model's shape.
         guard: What judging the next steps takes; empty in checkpoints that had none.
+        data_seeds: The seeds of each source's order by name: pairs of the first epoch and the seed
+            from there on; empty in checkpoints that had none.
     """
 
     iteration: int
@@ -56,6 +58,7 @@ class RunState:
     tokenizer: dict[str, Any]
     model: dict[str, Any]
     guard: dict[str, Any] = field(default_factory=dict)
+    data_seeds: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, checkpoint: Path) -> "RunState":

@@ -313,6 +313,10 @@ class TrainConfig:
     micro_batch_size: Size = Field(description="samples in one forward pass of one process")
     global_batch_size: Size = Field(description="samples in one iteration, over all processes")
     seed: Seed = Field(default=1234, description="seed of the weights and of the data's order")
+    new_data_seed: Switch = Field(
+        default=False,
+        description="let a resume change the seed; each source takes it from its next epoch on",
+    )
     bf16: Switch = Field(default=True, description="compute in bfloat16 over fp32 master weights")
     recompute_granularity: Literal["full", "selective"] | None = Field(
         default=None, description="activations to recompute in the backward pass"

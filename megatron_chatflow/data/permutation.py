@@ -4,6 +4,7 @@ In: the run's seed, the source's name, the epoch. Out: for each place in the epo
 stands there. Nothing else matters to the order: not the number of ranks, nor where a run resumed.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -43,7 +44,15 @@ class SampleOrder:
     epoch ``index // num_samples``; each epoch is a permutation of its own of all samples.
     """
 
-    def __init__(self, seed: int, source: str, num_samples: int, *, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        source: str,
+        num_samples: int,
+        *,
+        shuffle: bool = True,
+        later_seeds: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Fixes the order.
 
         Args:
@@ -51,18 +60,20 @@ class SampleOrder:
             source: Name of the source.
             num_samples: In one epoch, at least 1.
             shuffle: False keeps the samples in their own order (validation).
+            later_seeds: Seeds that replace it: the first epoch of each, rising, and the seed.
         """
         if num_samples < 1:
             raise ValueError(f"order of source {source}: num_samples is {num_samples}")
         self.num_samples = num_samples
-        self._seed = seed
+        self._seeds = [(0, seed), *later_seeds]
         self._source = source
         self._shuffle = shuffle
         # Neighbouring draws share an epoch; the cache is safe to ask from several threads.
         self._keys_of = lru_cache(maxsize=4)(self._derive)
 
     def _derive(self, epoch: int) -> npt.NDArray[np.uint64]:
-        return round_keys(self._seed, self._source, epoch)
+        seed = next(seed for first, seed in reversed(self._seeds) if first <= epoch)
+        return round_keys(seed, self._source, epoch)
 
     def ordinal(self, index: int) -> int:
         """Returns the sample, in [0, num_samples), that the ``index``-th draw gives."""

@@ -92,6 +92,14 @@ class Source:
         self._sizes = [path.stat().st_size for path in self._paths]
         self._checked_at = time.monotonic()
 
+    def use_seeds(self, seeds: Sequence[Sequence[int]]) -> None:
+        """Sets the seeds of a run that has changed its own: pairs of first epoch and seed."""
+        if self._order is not None:
+            (_, first), *later = seeds
+            self._order = SampleOrder(
+                first, self.name, self.num_samples, later_seeds=[(e, seed) for e, seed in later]
+            )
+
     def sample(self, index: int) -> Sample:
         """The ``index``-th sample drawn from this source; the index runs on over epochs.
 

@@ -25,6 +25,7 @@ from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.evaluation.choice_training import ChoiceValidator
 from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
+from megatron_chatflow.evaluation.report_table import format_table
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
@@ -128,6 +129,12 @@ def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     beginning = agree_on_beginning(config, ranks)
     inputs = in_agreement(lambda: open_inputs_from(beginning, config))
     refuse_other_inputs(inputs)
+    if inputs.changes:
+        logger.info(
+            "settings that differ from those of %s:\n%s",
+            inputs.checkpoint,
+            format_table(inputs.changes),
+        )
     if inputs.findings:
         rule = "*" * 100
         lines = [rule, *(f"* {finding}" for finding in inputs.findings), rule]

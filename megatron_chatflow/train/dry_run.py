@@ -67,6 +67,7 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
     findings = [record.getMessage() for record in warnings]
     parts = [
         _describe_findings(list(dict.fromkeys([*inputs.findings, *findings]))),
+        *_describe_changes(inputs),
         _describe_data(config, inputs, verbose=verbose),
         _describe_work(config, inputs, num_processes),
     ]
@@ -111,6 +112,12 @@ def _describe_findings(findings: Sequence[str]) -> str:
     if not findings:
         return "no errors, no findings"
     return "\n".join(["no errors; findings:", *(f"  - {finding}" for finding in findings)])
+
+
+def _describe_changes(inputs: RunInputs) -> list[str]:
+    if not inputs.changes:
+        return []
+    return [f"settings that differ from the checkpoint's:\n{format_table(inputs.changes)}"]
 
 
 def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:

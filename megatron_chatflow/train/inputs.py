@@ -36,6 +36,7 @@ from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_choice import Question, read_questions
+from megatron_chatflow.evaluation.report_table import Row
 from megatron_chatflow.runtime.agreement import gather, name_ranks
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.train.beginning import (
@@ -44,6 +45,8 @@ from megatron_chatflow.train.beginning import (
     refuse_folder_of_another_run,
 )
 from megatron_chatflow.train.resume import (
+    changed_settings,
+    data_seeds,
     refuse_other_data,
     refuse_other_length,
     refuse_other_model,
@@ -71,6 +74,7 @@ class RunInputs:
         findings: What the user should know before the run begins, one line each. The dry run
             prints them and every start logs them as warnings.
         length: How far the run goes.
+        changes: Every setting that differs from the checkpoint's, as rows of a table.
     """
 
     tokenizer: Tokenizer
@@ -86,6 +90,7 @@ class RunInputs:
     is_huggingface: bool = False
     grown: GrownVocabulary | None = None
     findings: Sequence[str] = ()
+    changes: Sequence[Row] = ()
 
 
 def open_inputs(config: RunConfig) -> RunInputs:
@@ -147,21 +152,29 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
     blend = _blend(config, sources, resumed)
+    folder = None if checkpoint is None else checkpoint.folder
+    seeds = data_seeds(config, sources, blend, None if grown else resumed, folder)
+    for source in sources:
+        source.use_seeds(seeds[source.name])
     length = _run_length(config, resumed)
     _refuse_too_many_epochs(config, blend, sources, length)
+    changes: list[Row] = []
+    if resumed is not None and folder is not None:
+        changes = changed_settings(config, folder, resumed, blend, length)
     return RunInputs(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         sources=sources,
         validation_sources=held_out,
         blend=blend,
-        state=replace(state, schedule=blend.schedule.to_dict()),
-        checkpoint=None if checkpoint is None else checkpoint.folder,
+        state=replace(state, schedule=blend.schedule.to_dict(), data_seeds=seeds),
+        checkpoint=folder,
         resumed=resumed,
         length=length,
         questions=questions,
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
+        changes=changes,
         findings=[
             *_weight_findings(config, checkpoint),
             *_findings(config, tokenizer, blend, sources, held_out, length),
@@ -215,6 +228,7 @@ def refuse_other_inputs(inputs: RunInputs) -> None:
     facts: dict[str, Any] = {"tokenizer.tokenizer_model": state.tokenizer["sha256"]}
     facts |= {f"data.sources.{name}": source for name, source in state.sources.items()}
     facts["data.schedule"] = state.schedule
+    facts["train.seed"] = state.data_seeds
     facts["model"] = state.model
     hashes = {
         name: hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).hexdigest()

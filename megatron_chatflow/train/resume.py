@@ -1,15 +1,56 @@
 """What a resume may change, and what it may not.
 
-Model, tokenizer, data and sequence length have to stay; what differs is refused by its cause.
+Model, tokenizer, data, sequence length and the order of the current epoch have to stay: what
+differs is refused by its cause. Everything else may change, and is listed once with what follows
+from it.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
 
 from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config import (
+    OptimizerConfig,
+    RunConfig,
+    RunLength,
+    SourceConfig,
+    TrainConfig,
+    to_plain,
+)
+from megatron_chatflow.config.yaml_file import read_yaml
+from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.train.learning_rate import learning_rate
+
+logger = logging.getLogger(__name__)
+
+_WIDEST_CELL = 40
+
+# These say how a process begins, which differs between a first start and a restart.
+_OF_ONE_START = {
+    "checkpoint.load",
+    "checkpoint.load_hf",
+    "checkpoint.pretrained_checkpoint",
+    "checkpoint.finetune",
+    "checkpoint.from_scratch",
+    "checkpoint.load_optim",
+    "train.new_data_seed",
+}
+_LEARNING_RATE = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
+_LEARNING_RATE |= {f"optimizer.{name}" for name in ("lr", "min_lr", "lr_decay_style")}
+_LEARNING_RATE |= {
+    f"optimizer.lr_{what}_{unit}" for what in ("warmup", "decay") for unit in ("iters", "samples")
+}
+_LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
 
 
 def refuse_other_model(
@@ -126,3 +167,234 @@ def _difference(
         f"and {was.get('num_tokens')} tokens there, {now.get('num_documents')} and "
         f"{now.get('num_tokens')} here); give the same files, {way_out}"
     )
+
+
+def recorded_settings(checkpoint: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was saved with, as it was written; {} if it has none."""
+    path = checkpoint / "config.yaml"
+    return read_yaml(path) if path.is_file() else {}
+
+
+def data_seeds(
+    config: RunConfig,
+    sources: Sequence[Source],
+    blend: Blend,
+    resumed: RunState | None,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """The seeds of each source's order: pairs of the first epoch and the seed from there on.
+
+    Args:
+        config: The run's.
+        sources: Training sources.
+        blend: As the checkpoint left it.
+        resumed: The checkpoint's state; None at the beginning of a run.
+        checkpoint: Where it lies.
+
+    Raises:
+        UserError: The seed has changed and nobody allowed it.
+    """
+    seed = config.train.seed
+    begin: dict[str, Any] = {source.name: [[0, seed]] for source in sources}
+    if resumed is None or checkpoint is None:
+        return begin
+    recorded = resumed.data_seeds
+    if not recorded:  # of an earlier version
+        train = recorded_settings(checkpoint).get("train")
+        first = train.get("seed") if isinstance(train, Mapping) else None
+        if type(first) is not int:
+            logger.warning("%s names no seed: ours cannot be compared", checkpoint)
+            first = seed
+        recorded = {name: [[0, first]] for name in resumed.sources}
+    counts = blend.counts(resumed.consumed_samples).tolist()
+    seeds = {**recorded, **{name: one for name, one in begin.items() if name not in recorded}}
+    for source, count in zip(sources, counts, strict=True):
+        history = seeds[source.name]
+        if history[-1][1] == seed:
+            continue
+        # A source that has not been drawn from has no order to keep.
+        if count and not config.train.new_data_seed:
+            raise UserError(
+                f"train.seed: {seed} here and {history[-1][1]} in {checkpoint}; in another order "
+                f"the current epoch of {source.name} would repeat some documents and leave others "
+                f"out. Give --seed {history[-1][1]}, or --new-data-seed to take the new seed from "
+                "each source's next epoch on"
+            )
+        epoch = -(-count // max(source.num_samples, 1))
+        kept = [pair for pair in history if pair[0] < epoch]
+        seeds[source.name] = kept if kept and kept[-1][1] == seed else [*kept, [epoch, seed]]
+    return seeds
+
+
+def changed_settings(
+    config: RunConfig, checkpoint: Path, resumed: RunState, blend: Blend, length: RunLength
+) -> list[Row]:
+    """Every setting that differs from the checkpoint's, with what follows from it.
+
+    Args:
+        config: The resumed run's.
+        checkpoint: Its ``iter_`` folder.
+        resumed: The checkpoint's state.
+        blend: As it goes on.
+        length: How far the run goes.
+
+    Returns:
+        Rows ``setting``, ``checkpoint``, ``now``, ``consequence``; none where nothing differs.
+    """
+    recorded = recorded_settings(checkpoint)
+    if not recorded:
+        logger.warning("%s has no config.yaml: settings cannot be compared", checkpoint)
+        return []
+    was, now = _flat(recorded), _flat(config.to_dict())
+    names = [
+        set(_section(one, "data").get("sources") or {}) for one in (recorded, config.to_dict())
+    ]
+    rows: list[Row] = []
+    consequences = _Consequences(config, was, blend, length, resumed)
+    for key, value in now.items():
+        source = key.split(".")[2] if key.startswith("data.sources.") else None
+        before = was.get(key, _default(key))
+        if key in _OF_ONE_START or before == value or (source and source not in names[0]):
+            continue
+        shown = _show(key, before), _show(key, value)
+        if shown[0] == shown[1]:
+            shown = shown[0], f"{shown[1]} (edited)"
+        rows.append(_row(key, *shown, consequences.of(key)))
+    for source in sorted(names[1] - names[0]):
+        draw = blend.first_draw(blend.sources.index(source), 0)
+        what = "is not drawn from" if draw is None else f"first drawn from at sample {draw:,}"
+        rows.append(_row(f"data.sources.{source}", "-", "added", what))
+    rows += [_row(f"data.sources.{name}", "there", "-", "") for name in sorted(names[0] - names[1])]
+    return rows
+
+
+def _row(key: str, before: str, after: str, consequence: str) -> Row:
+    return {"setting": key, "checkpoint": before, "now": after, "consequence": consequence}
+
+
+class _Consequences:
+    """What follows from the settings that a resume changed."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        was: Mapping[str, Any],
+        blend: Blend,
+        length: RunLength,
+        resumed: RunState,
+    ) -> None:
+        self._config = config
+        self._was = was
+        self._blend = blend
+        self._length = length
+        self._left = (
+            f"{length.remaining_iterations():,} iterations are left, up to sample "
+            f"{length.num_samples:,}"
+        )
+        self._rate = self._learning_rate(resumed)
+
+    def of(self, key: str) -> str:
+        """The consequence of a setting; empty where it has none to speak of."""
+        parts = []
+        train = self._config.train
+        # Several settings change the length and the rate: the first that is listed says so.
+        if key in _LENGTH and self._left:
+            parts.append(self._left)
+            self._left = ""
+        if key in _LEARNING_RATE and self._rate:
+            parts.append(self._rate)
+            self._rate = ""
+        if key in ("train.global_batch_size", "train.eval_iters") and train.eval_interval:
+            samples = train.eval_iters * train.global_batch_size
+            parts.append(f"a validation reads up to {samples:,} samples of a source")
+        if key == "data.schedule":
+            edit = self._blend.edit
+            parts.append("the same weights" if edit is None else f"edited at sample {edit.begin:,}")
+        if key == "train.seed":
+            parts.append("sources take it from their next epoch on")
+        if key.startswith("data.sources."):
+            field = key.rpartition(".")[2]
+            texts = {
+                "paths": "the same data",
+                "validation_paths": "validation losses are of other samples",
+                "loss": "other tokens count in the loss from here on",
+                "boundaries": "attention sees other tokens from here on",
+            }
+            parts += [texts[field]] if field in texts else []
+        if key == "tokenizer.tokenizer_model":
+            parts.append("the same tokenizer")
+        if key == "train.bf16":
+            parts.append("losses change by rounding")
+        return "; ".join(parts)
+
+    def _learning_rate(self, resumed: RunState) -> str:
+        """How the learning rate goes on; empty where the old settings cannot be read."""
+        new, length = self._config.optimizer, self._length
+        try:
+            old: Any = SimpleNamespace(
+                optimizer=OptimizerConfig(**_fields_of(OptimizerConfig, "optimizer", self._was)),
+                train=TrainConfig(**_fields_of(TrainConfig, "train", self._was)),
+            )
+        except (ValidationError, UserError, TypeError):
+            return ""
+        first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
+        place = (resumed.iteration, resumed.consumed_samples)
+        before = RunLength.of(old, *place, int(first))
+        was, now = learning_rate(old.optimizer, before, *place), learning_rate(new, length, *place)
+        if was != now:
+            return f"learning rate of iteration {place[0] + 1:,}: {now:.4g} instead of {was:.4g}"
+        if (before.lr_decay, before.counts_samples) != (length.lr_decay, length.counts_samples):
+            unit = "sample" if length.counts_samples else "iteration"
+            return f"the learning rate's decay ends at {unit} {length.lr_decay:,}"
+        return ""
+
+
+def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = settings.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted path; a schedule is one setting."""
+    found: dict[str, Any] = {}
+    for section, values in settings.items():
+        for name, value in _section(settings, section).items() if values else ():
+            if (section, name) != ("data", "sources"):
+                found[f"{section}.{name}"] = value
+            elif isinstance(value, Mapping):
+                for source, its in value.items():
+                    if isinstance(its, Mapping):
+                        path = f"data.sources.{source}"
+                        found |= {f"{path}.{field}": one for field, one in its.items()}
+    return found
+
+
+def _fields_of(section_class: Any, section: str, was: Mapping[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in fields(section_class)]
+    return {name: was[f"{section}.{name}"] for name in names if f"{section}.{name}" in was}
+
+
+def _default(key: str) -> Any:
+    """What an earlier version that did not know a setting had in its place."""
+    section, _, name = key.partition(".")
+    if key.startswith("data.sources."):
+        section_class: Any = SourceConfig
+        name = key.rpartition(".")[2]
+    else:
+        section_class = get_type_hints(RunConfig)[section]
+    default = section_class.__pydantic_fields__[name].default
+    return None if default is PydanticUndefined else to_plain(default)
+
+
+def _show(key: str, value: Any) -> str:
+    """A value, short."""
+    if key == "data.schedule" and isinstance(value, Mapping):
+        knots = value.get("knots") or ()
+        return f"{len(knots)} knots in {value.get('unit', 'samples')}"
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    half = _WIDEST_CELL // 2
+    return text if len(text) <= _WIDEST_CELL else f"{text[: half - 2]}...{text[-half + 1 :]}"

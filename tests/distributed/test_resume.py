@@ -3,7 +3,9 @@
 On another layout the data's order is the same and the losses agree to rounding.
 """
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,6 +127,29 @@ def test_a_resume_with_a_fresh_optimizer(tiny_run: TinyRun, tmp_path: Path) -> N
     assert all(ours != theirs for ours, theirs in losses[5:])
     # The moments are saved again and resumed as those of any run.
     _assert_same_weights(tmp_path / "parts" / "iter_0000008", tmp_path / "fresh" / "iter_0000008")
+
+
+@pytest.mark.distributed
+def test_a_new_seed_keeps_the_order_of_the_epoch(tiny_run: TinyRun, tmp_path: Path) -> None:
+    base = ["--config", tiny_run.config]
+    folder = tmp_path / "run"
+    run = [*base, "--save", folder, "--load", folder]
+    commands = [
+        [*base, "--save", tmp_path / "whole"],
+        [*run, "--exit-interval", 4],
+        [*run, "--exit-interval", 7, "--seed", 7, "--new-data-seed"],
+        [*run, "--seed", 7],  # what the checkpoint says by now
+    ]
+    jobs.run_layouts(1, commands, tmp_path)
+    _assert_same_record(folder, tmp_path / "whole")
+    state = json.loads((folder / "iter_0000010" / "state.json").read_text())
+    assert state["data_seeds"] == {name: [[0, 1234], [1, 7]] for name in ("first", "second")}
+    output = jobs.run(jobs.pretrain(*run, "--seed", 8), expect=2)
+    assert "train.seed: 8 here and 7 in" in output
+    output = jobs.run(jobs.pretrain(*run, "--seed", 7, "--lr", "1e-3", "--eval-iters", 2))
+    assert re.search(r"optimizer\.lr +0\.003 +0\.001", output)
+    assert re.search(r"train\.eval_iters +1 +2 +a validation reads up to 16 samples", output)
+    assert output.count("settings that differ") == 1
 
 
 @pytest.mark.distributed
