@@ -1,11 +1,14 @@
 """Chats: OpenAI messages, Alpaca and ShareGPT records, brought to one form.
 
-In: a JSON object. Out: a `Chat` of a system text and exchanges, or the reason why it is left out.
+A record becomes a `Chat` of a system text and exchanges, or a reason why it is left out. Fields
+that choose which answers are learnt (`weight`, `train`, `training`, `loss`) are honoured. Records
+whose meaning would be lost without a field that has no place in a `Chat`, such as calls of tools,
+are left out under the name of that field.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from megatron_chatflow.corpus.documents import BadLineError, DroppedError
 
@@ -22,6 +25,16 @@ ROLES = {
     "model": "assistant",
 }
 
+CHAT_KEYS = ("messages", "conversations", "conversation")
+# Of a message: whether its tokens are learnt, as OpenAI, axolotl and ms-swift spell it.
+LOSS_FIELDS = ("weight", "train", "training", "loss")
+# Without these a message or record would say something else. Empty values count as absent.
+FIELDS_WITHOUT_A_PLACE = {
+    "message": ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    "record": ("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
+}
+_EMPTY_TEXTS = ("", "[]", "{}", "null")
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -31,10 +44,26 @@ class Chat:
         system: The system text, or None.
         exchanges: What the user says and what the assistant answers, in order; an answer of None
             is still to be given, and only the last can be.
+        unlearnt: Numbers of the exchanges whose answers carry no loss.
     """
 
     system: str | None
     exchanges: tuple[tuple[str, str | None], ...]
+    unlearnt: frozenset[int] = frozenset()
+
+
+class Turn(NamedTuple):
+    """What one side says.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        text: What is said.
+        loss: Whether it is learnt, if it is an answer.
+    """
+
+    role: str
+    text: str
+    loss: bool = True
 
 
 def chat_of(record: Mapping[str, Any], key: str) -> Chat:
@@ -48,23 +77,29 @@ def chat_of(record: Mapping[str, Any], key: str) -> Chat:
         BadLineError: None of the formats' keys is there, or its content is of another type.
         DroppedError: Nothing can be learnt from it, or its turns are out of order.
     """
-    for name in (key, "messages", "conversations", "conversation"):
-        if name in record:
-            system = record.get("system")
+    for name in (key, *CHAT_KEYS):
+        if record.get(name) is not None:
+            _refuse_fields_without_a_place(record, "record")
             turns = _turns(record[name])
-            if isinstance(system, str) and system:  # ShareGPT keeps it beside the turns
-                turns.insert(0, ("system", system))
+            system = _text(record, "system")
+            if system and turns and turns[0].role == "system":
+                if turns[0].text.strip() != system.strip():
+                    raise DroppedError("system_field_and_system_turn")
+            elif system:  # ShareGPT keeps it beside the turns
+                turns.insert(0, Turn("system", system))
             return chat_of_turns(turns, complete=True)
-    if "instruction" in record:
+    if record.get("instruction") is not None:
+        _refuse_fields_without_a_place(record, "record")
         return _alpaca(record)
-    raise BadLineError("no_chat_key")
+    keys = ", ".join(sorted(str(name) for name in record))
+    raise BadLineError("no_chat_key", f"no_chat_key (has {keys:.200})")
 
 
-def chat_of_turns(turns: Sequence[tuple[str, str]], *, complete: bool) -> Chat:
+def chat_of_turns(turns: Sequence[Turn], *, complete: bool) -> Chat:
     """Puts turns into exchanges.
 
     Args:
-        turns: Role ("system", "user" or "assistant") and text of each.
+        turns: In order.
         complete: Whether every exchange needs its answer: a last turn of the user is cut off.
             Otherwise the last turn has to be the user's.
 
@@ -73,8 +108,9 @@ def chat_of_turns(turns: Sequence[tuple[str, str]], *, complete: bool) -> Chat:
     """
     system: str | None = None
     exchanges: list[tuple[str, str | None]] = []
+    unlearnt: set[int] = set()
     previous = "begin"
-    for role, text in turns:
+    for role, text, loss in turns:
         if role == "system":
             if previous != "begin":
                 raise DroppedError("system_turn_not_first")
@@ -87,6 +123,8 @@ def chat_of_turns(turns: Sequence[tuple[str, str]], *, complete: bool) -> Chat:
             if previous != "user":
                 raise DroppedError("answer_without_question")
             exchanges[-1] = (exchanges[-1][0], text)
+            if not loss:
+                unlearnt.add(len(exchanges) - 1)
         previous = role
     if complete and exchanges and exchanges[-1][1] is None:
         exchanges.pop()
@@ -98,10 +136,12 @@ def chat_of_turns(turns: Sequence[tuple[str, str]], *, complete: bool) -> Chat:
         raise DroppedError("empty_answer")
     if not complete and exchanges[-1][1] is not None:
         raise DroppedError("no_question")
-    return Chat(system or None, tuple(exchanges))
+    if complete and len(unlearnt) == len(exchanges):
+        raise DroppedError("no_answer_with_loss")
+    return Chat(system or None, tuple(exchanges), frozenset(unlearnt))
 
 
-def _turns(messages: Any) -> list[tuple[str, str]]:
+def _turns(messages: Any) -> list[Turn]:
     """Roles and texts of a list of messages, in OpenAI's or ShareGPT's spelling."""
     if not isinstance(messages, list):
         raise BadLineError("messages_not_a_list")
@@ -109,11 +149,45 @@ def _turns(messages: Any) -> list[tuple[str, str]]:
     for message in messages:
         if not isinstance(message, dict):
             raise BadLineError("message_not_an_object")
-        role = ROLES.get(str(message.get("role", message.get("from"))).lower())
+        _refuse_fields_without_a_place(message, "message")
+        role = ROLES.get(str(_first_given(message, "role", "from")).lower())
         if role is None:
             raise DroppedError("unknown_role")
-        turns.append((role, _content(message.get("content", message.get("value")))))
+        loss = _loss(message, role)
+        turns.append(Turn(role, _content(_first_given(message, "content", "value")), loss))
     return turns
+
+
+def _first_given(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first of some fields that is there; parquet has null in those that are not."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _refuse_fields_without_a_place(
+    fields: Mapping[str, Any], kind: Literal["message", "record"]
+) -> None:
+    for name in FIELDS_WITHOUT_A_PLACE[kind]:
+        value = fields.get(name)
+        if value and not (isinstance(value, str) and value.strip() in _EMPTY_TEXTS):
+            raise DroppedError(name)
+
+
+def _loss(message: Mapping[str, Any], role: str) -> bool:
+    """Whether a message is learnt.
+
+    Raises:
+        DroppedError: Its fields contradict each other, say neither yes nor no, or ask for loss on
+            what is no answer. (A weight of 1 on questions is common, and means nothing.)
+    """
+    given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
+    for name, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise DroppedError(f"{name}_neither_0_nor_1")
+        if role != "assistant" and value and name != "weight":
+            raise DroppedError(f"{name}_on_{role}_turn")
+    if len({bool(value) for value in given.values()}) > 1 and role == "assistant":
+        raise DroppedError("contradicting_loss_fields")
+    return all(given.values())
 
 
 def _content(content: Any) -> str:
@@ -127,20 +201,38 @@ def _content(content: Any) -> str:
     raise DroppedError("content_not_text")
 
 
-def _alpaca(record: Mapping[str, Any]) -> Chat:
-    """Alpaca's keys: instruction, input, output, and at times system and history."""
-    fields = {name: record.get(name) or "" for name in ("instruction", "input", "output", "system")}
-    if not all(isinstance(text, str) for text in fields.values()):
+def _text(record: Mapping[str, Any], *names: str) -> str:
+    """The text of a field, which may have several names but only one value; "" without one.
+
+    Raises:
+        BadLineError: It is not text.
+        DroppedError: Two of the names have different texts.
+    """
+    texts = {name: record[name] for name in names if record.get(name) is not None}
+    if not all(isinstance(text, str) for text in texts.values()):
         raise BadLineError("field_not_text")
-    turns: list[tuple[str, str]] = []
-    if fields["system"]:
-        turns.append(("system", fields["system"]))
+    different = {text: name for name, text in reversed(texts.items()) if text}
+    if len(different) > 1:
+        raise DroppedError("_and_".join(different[text] for text in reversed(different)))
+    return str(next(iter(different), ""))
+
+
+def _alpaca(record: Mapping[str, Any]) -> Chat:
+    """Alpaca's keys: instruction, input, output, and at times system and history.
+
+    Dolly has context and response instead of input and output.
+    """
+    instruction, system = _text(record, "instruction"), _text(record, "system")
+    context, answer = _text(record, "input", "context"), _text(record, "output", "response")
+    turns: list[Turn] = []
+    if system:
+        turns.append(Turn("system", system))
     for pair in record.get("history") or []:
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         ):
             raise BadLineError("history_not_pairs")
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    question = "\n\n".join(text for text in (fields["instruction"], fields["input"]) if text)
-    turns += [("user", question), ("assistant", fields["output"])]
+        turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
+    question = "\n\n".join(text for text in (instruction, context) if text)
+    turns += [Turn("user", question), Turn("assistant", answer)]
     return chat_of_turns(turns, complete=True)

@@ -49,7 +49,16 @@ class DroppedError(Exception):
 
 
 class BadLineError(DroppedError):
-    """A line that is not what its format asks for; too many of them end the run."""
+    """A line that is not what its format asks for; too many of them end the run.
+
+    Attributes:
+        detail: The reason with what was found instead, for messages.
+    """
+
+    def __init__(self, reason: str, detail: str | None = None) -> None:
+        """Takes the name under which it is counted, and what a message says instead of it."""
+        super().__init__(reason)
+        self.detail = detail or reason
 
 
 @dataclass

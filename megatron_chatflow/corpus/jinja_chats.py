@@ -76,6 +76,9 @@ class JinjaTemplate:
             DroppedError: The template refuses the chat, or does not say where its answers are.
         """
         rendered = self._rendered(chat)
+        if chat.unlearnt and len(rendered.spans) != len(chat.exchanges):
+            raise DroppedError("template_inconsistent")  # whose answer a span is, is not known
+        excepted = [rendered.spans[number] for number in sorted(chat.unlearnt)]
         cuts = {0, len(rendered.text), *rendered.borders}
         cuts.update(offset for span in rendered.spans for offset in span)
         offsets = sorted(cuts)
@@ -83,6 +86,7 @@ class JinjaTemplate:
         borders = []
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
             learnt = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
+            learnt = learnt and not any(a <= begin and end <= b for a, b in excepted)
             segments += self._segments(rendered.text[begin:end], rendered.guard, learnt)
             if end in rendered.borders:
                 borders.append(len(segments))

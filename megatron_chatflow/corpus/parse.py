@@ -131,7 +131,7 @@ class _Parser:
                 self.num_dropped[error.reason] += 1
                 self.result.num_bad += 1
                 if self.result.first_bad is None:
-                    self.result.first_bad = f"{self.chunk.name}:{number}: {error.reason}"
+                    self.result.first_bad = f"{self.chunk.name}:{number}: {error.detail}"
             except DroppedError as error:
                 self.num_dropped[error.reason] += 1
 
@@ -250,7 +250,10 @@ def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:
 def _text_at(record: dict[str, Any], key: str) -> str:
     text = record.get(key)
     if type(text) is not str:
-        raise BadLineError(f"not_text_{key}" if key in record else f"no_key_{key}")
+        if key in record:
+            raise BadLineError(f"not_text_{key}")
+        keys = ", ".join(sorted(record))
+        raise BadLineError(f"no_key_{key}", f"no_key_{key} (has {keys:.200})")
     return text
 
 

@@ -8,15 +8,16 @@ tokenizer's end-of-sequence token, and no template puts one at the beginning.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.corpus.chats import Chat, chat_of_turns
+from megatron_chatflow.corpus.chats import Chat, Turn, chat_of_turns
 from megatron_chatflow.corpus.documents import Document, DroppedError, Segment
 from megatron_chatflow.corpus.jinja_chats import JinjaTemplate, read_chat_template
 from megatron_chatflow.errors import UserError
 
-Turn = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
+Exchange = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
 
 
 def _text(text: str, loss: bool = False) -> Segment:
@@ -31,21 +32,21 @@ def _end() -> Segment:
     return Segment("", True, "end")
 
 
-def _chatflow(chat: Chat, number: int) -> Turn:
+def _chatflow(chat: Chat, number: int) -> Exchange:
     question, answer = chat.exchanges[number]
     system = f"{chat.system.strip()}\n\n" if chat.system and number == 0 else ""
     prompt = f"{system}### Instruction:\n{question.strip()}\n\n### Response:\n"
     return [_text(prompt)], [_text((answer or "").strip(), True), _end()]
 
 
-def _llama2(chat: Chat, number: int) -> Turn:
+def _llama2(chat: Chat, number: int) -> Exchange:
     question, answer = chat.exchanges[number]
     system = f"<<SYS>>\n{chat.system.strip()}\n<</SYS>>\n\n" if chat.system and number == 0 else ""
     prompt = f"[INST] {system}{question.strip()} [/INST]"
     return [_text(prompt)], [_text(f" {(answer or '').strip()} ", True), _end()]
 
 
-def _chatml(chat: Chat, number: int) -> Turn:
+def _chatml(chat: Chat, number: int) -> Exchange:
     question, answer = chat.exchanges[number]
     prompt: list[Segment] = []
     if chat.system and number == 0:
@@ -62,7 +63,7 @@ def _chatml_message(role: str, content: str) -> list[Segment]:
     return [*opening, _control("<|im_end|>"), _text("\n")]
 
 
-TEMPLATES: dict[str, Callable[[Chat, int], Turn]] = {
+TEMPLATES: dict[str, Callable[[Chat, int], Exchange]] = {
     "chatflow": _chatflow,
     "llama2": _llama2,
     "chatml": _chatml,
@@ -138,7 +139,8 @@ def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Do
     Args:
         chat: With every answer given.
         template: A name in `TEMPLATES`, or one of the user's own.
-        loss: "response" for the answers with their end tokens, "all" for every token.
+        loss: "response" for the answers with their end tokens, "all" for every token; in both cases
+            without the answers that the chat excepts.
 
     Returns:
         A document that may be cut after each exchange.
@@ -153,10 +155,12 @@ def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Do
     borders = []
     for number in range(len(chat.exchanges)):
         prompt, answer = write(chat, number)
+        if loss == "all":
+            prompt = [replace(segment, loss=True) for segment in prompt]
+        if number in chat.unlearnt:
+            answer = [replace(segment, loss=False) for segment in answer]
         segments += [*prompt, *answer]
         borders.append(len(segments))
-    if loss == "all":
-        segments = [Segment(segment.text, True, segment.kind) for segment in segments]
     return Document(tuple(segments), tuple(borders))
 
 
@@ -173,7 +177,7 @@ def prompt_segments(messages: Sequence[Mapping[str, Any]], template: str) -> tup
     if template not in TEMPLATES:
         raise UserError(f"unknown chat template: {template}: choose one of {', '.join(TEMPLATES)}")
     try:
-        turns = [(str(message["role"]), str(message["content"])) for message in messages]
+        turns = [Turn(str(message["role"]), str(message["content"])) for message in messages]
         chat = chat_of_turns(turns, complete=False)
     except (DroppedError, KeyError) as error:
         raise UserError(

@@ -202,6 +202,9 @@ class DocumentEncoder:
                 num_segments = fitting[-1]
                 del ids[ends[num_segments - 1] :], mask[ends[num_segments - 1] :]
                 num_repaired["truncated"] += 1
+            if not any(mask):  # what was learnt of it has been cut off
+                num_dropped["no_loss_tokens"] += 1
+                continue
             kept.append(ids)
             masks.append(mask)
             kept_segments = document.segments[:num_segments]

@@ -6,10 +6,12 @@ import pytest
 
 from megatron_chatflow.corpus.chats import Chat, chat_of
 from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, ParsedChunk
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.corpus.pairs import PairSettings, documents_of_pair
 from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
 from megatron_chatflow.corpus.readers import Chunk
 from megatron_chatflow.corpus.tab_separated import TabLayout
+from megatron_chatflow.corpus.templates import document_of_chat
 
 
 def parse(data: bytes, **options: Any) -> ParsedChunk:
@@ -200,8 +202,76 @@ def test_a_key_of_its_own() -> None:
     assert chat_of({"dialogue": turns, "messages": 3}, "dialogue").exchanges == (("a", "b"),)
 
 
-def message(role: str, content: Any = "x") -> dict[str, Any]:
-    return {"role": role, "content": content}
+def message(role: str, content: Any = "x", **fields: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **fields}
+
+
+QUESTION = message("user")
+
+
+@pytest.mark.parametrize("field", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("value", [0, False, 0.0])
+def test_answers_without_loss(field: str, value: object) -> None:
+    turns = [QUESTION, message("assistant", "A", **{field: value}), QUESTION]
+    turns += [message("assistant", "B", **{field: True}), {"from": "human", "value": "x"}]
+    turns += [{"from": "gpt", "value": "C", field: None}]
+    chat = chat_of({"messages": turns}, "messages")
+    assert chat.unlearnt == {0}
+    assert [answer for _, answer in chat.exchanges] == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize("template", ["chatflow", "llama2", "chatml", "jinja", "marked"])
+@pytest.mark.parametrize("loss", ["response", "all"])
+def test_answers_without_loss_are_not_learnt(template: str, loss: str) -> None:
+    answer = "{{ message['content'] }}</s>"
+    source = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}ANSWER"
+        "{% else %}[{{ message['content'] }}]{% endif %}{% endfor %}"
+    )
+    marked = "{% generation %}" + answer + "{% endgeneration %}"
+    sources = {
+        "jinja": source.replace("ANSWER", answer),
+        "marked": source.replace("ANSWER", marked),
+    }
+    own = JinjaTemplate("f", sources[template], ("</s>",)) if template in sources else None
+    exchanges = (("one", "ANSWER 1"), ("two", "ANSWER 2"), ("three", "ANSWER 3"))
+    chat = Chat(None, exchanges, frozenset({1}))
+    segments = document_of_chat(chat, own or template, loss).segments
+    learnt = "".join(segment.text for segment in segments if segment.loss)
+    unlearnt = "".join(segment.text for segment in segments if not segment.loss)
+    assert "ANSWER 1" in learnt and "ANSWER 3" in learnt and "ANSWER 2" in unlearnt
+    assert ("two" in learnt) == (loss == "all")
+    ends = [s.loss for s in segments if s.kind == "end" or s.text == "</s>"]
+    assert ends == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"system": "S", "messages": [message("system", "S"), QUESTION, message("assistant")]},
+        {"system": None, "messages": [message("system", "S"), QUESTION, message("assistant")]},
+        {"messages": None, "conversations": None, "system": "S", "instruction": "x", "output": "x"},
+        {
+            "system": "S",
+            "messages": None,
+            "tools": "[]",
+            "images": [],
+            "conversations": [
+                {"from": "human", "value": "x", "role": None, "content": None, "tool_calls": None},
+                {"from": "gpt", "value": "x", "role": None, "weight": 1, "reasoning_content": ""},
+            ],
+        },
+        {"system": "S", "instruction": "x", "context": "", "response": "x"},
+        {"system": "S", "instruction": "", "input": "x", "context": "x", "output": "x"},
+    ],
+)
+def test_null_and_equal_fields_count_as_absent(record: dict[str, Any]) -> None:
+    assert chat_of(record, "messages") == Chat("S", (("x", "x"),))
+
+
+def test_dolly() -> None:
+    record = {"instruction": "Who?", "context": "Bana is.", "response": "Bana.", "category": "qa"}
+    assert chat_of(record, "messages").exchanges == (("Who?\n\nBana is.", "Bana."),)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +293,46 @@ def message(role: str, content: Any = "x") -> dict[str, Any]:
         ({"messages": [message("assistant")]}, "answer_without_question", False),
         ({"messages": [message("user"), message("system")]}, "system_turn_not_first", False),
         ({"instruction": "a", "output": ""}, "empty_answer", False),
+        ({"instruction": "a", "output": 0}, "field_not_text", True),
+        ({"instruction": "a", "input": [], "output": "b"}, "field_not_text", True),
+        ({"system": ["a"], "messages": [QUESTION, message("assistant")]}, "field_not_text", True),
+        (
+            {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+            "input_and_context",
+            False,
+        ),
+        ({"instruction": "a", "output": "b", "response": "c"}, "output_and_response", False),
+        (
+            {"system": "a", "messages": [message("system", "b"), QUESTION, message("assistant")]},
+            "system_field_and_system_turn",
+            False,
+        ),
+        ({"messages": [QUESTION, message("assistant", weight=0)]}, "no_answer_with_loss", False),
+        (
+            {"messages": [QUESTION, message("assistant", weight=0.5)]},
+            "weight_neither_0_nor_1",
+            False,
+        ),
+        ({"messages": [QUESTION, message("assistant", loss="no")]}, "loss_neither_0_nor_1", False),
+        ({"messages": [message("user", train=True)]}, "train_on_user_turn", False),
+        (
+            {"messages": [QUESTION, message("assistant", weight=0, train=True)]},
+            "contradicting_loss_fields",
+            False,
+        ),
+        (
+            {"messages": [QUESTION, message("assistant", None, tool_calls=[{}])]},
+            "tool_calls",
+            False,
+        ),
+        (
+            {"messages": [QUESTION, message("assistant", reasoning_content="so")]},
+            "reasoning_content",
+            False,
+        ),
+        ({"messages": [QUESTION, message("assistant")], "tools": [{"a": 1}]}, "tools", False),
+        ({"messages": [QUESTION, message("assistant")], "tools": '[{"a": 1}]'}, "tools", False),
+        ({"instruction": "a", "output": "b", "images": ["c.png"]}, "images", False),
     ],
 )
 def test_chats_left_out(record: dict[str, Any], reason: str, is_bad: bool) -> None:
@@ -237,4 +347,4 @@ def test_chats_of_lines() -> None:
     result = parse(data, format="chat", json_keys=("messages",))
     assert len(result.documents["messages"]) == 1
     assert result.num_dropped == {"no_chat_key": 1, "no_answer": 1}
-    assert (result.num_bad, result.first_bad) == (1, "f.jsonl:12: no_chat_key")
+    assert (result.num_bad, result.first_bad) == (1, "f.jsonl:12: no_chat_key (has text)")

@@ -189,3 +189,25 @@ def test_a_turn_that_ended_with_the_end_token_gets_no_second(chatml_tokenizer: T
     assert ids[-1] == chatml_tokenizer.eos_id != ids[-2]
     assert [ends[border - 1] for border in document.borders][-1] == len(ids) == len(mask)
     assert sum(mask) == len(chatml_tokenizer.encode("kedo") + chatml_tokenizer.encode("bana")) + 2
+
+
+def test_a_chat_whose_learnt_answers_are_cut_off_is_dropped(jobs: Jobs) -> None:
+    turns = [
+        {"role": "user", "content": "bana"},
+        {"role": "assistant", "content": "kedo", "weight": 0},
+        {"role": "user", "content": "luno " * 40},
+        {"role": "assistant", "content": "rasen"},
+    ]
+    path = jobs.lines("a.jsonl", [{"messages": turns}, {"messages": turns[2:]}])
+    corpus = CorpusSettings(format="chat", json_keys=("messages",))
+    content = jobs.run(path, corpus=corpus)
+    assert (content["num_documents"], content["dropped"]) == (2, {})
+    (first, second) = jobs.masks("messages")
+    assert sum(first) == sum(second) == content["num_loss_tokens"] / 2
+    content = jobs.run(
+        path,
+        jobs.lines("b.jsonl", [{"instruction": "bana", "output": "kedo"}]),
+        corpus=corpus,
+        max_tokens=len(jobs.documents("messages")[1]) - 1,
+    )
+    assert content["dropped"] == {"no_loss_tokens": 1, "too_long": 1}
