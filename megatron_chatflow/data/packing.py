@@ -142,12 +142,16 @@ def packing_key(facts: Sequence[dict[str, Any]], version: int, **settings: Any) 
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
 
 
-def _mask_hash(file: TokenFile, facts: dict[str, Any]) -> str | None:
-    """What a dataset's loss mask is known by; None where every token has loss."""
-    if file.loss_mask is None:
-        return None
-    recorded = facts.get("sha256", {}).get("loss_mask_bin")
-    return recorded or sampled_hash(bin_path(loss_mask_prefix(file.name)))
+def mask_hashes(files: Sequence[TokenFile], facts: Sequence[dict[str, Any]]) -> list[str | None]:
+    """What the loss mask of each dataset is known by; None where every token has loss."""
+    hashes: list[str | None] = []
+    for file, fact in zip(files, facts, strict=True):
+        if file.loss_mask is None:
+            hashes.append(None)
+        else:
+            recorded = fact.get("sha256", {}).get("loss_mask_bin")
+            hashes.append(recorded or sampled_hash(bin_path(loss_mask_prefix(file.name))))
+    return hashes
 
 
 def packing_path(prefix: str | Path, key: bytes) -> Path:
@@ -181,7 +185,7 @@ def cached_packing(
         split=split,
         holdout_every=holdout_every,
         seq_length=seq_length,
-        loss_masks=[_mask_hash(file, fact) for file, fact in zip(files, facts, strict=True)],
+        loss_masks=mask_hashes(files, facts),
     )
     path = packing_path(files[0].name, key)
 

@@ -16,7 +16,12 @@ import numpy.typing as npt
 from megatron_chatflow.config import DataConfig, SourceConfig
 from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
-from megatron_chatflow.data.packing import ALGORITHM_VERSION, PackedSamples, cached_packing
+from megatron_chatflow.data.packing import (
+    ALGORITHM_VERSION,
+    PackedSamples,
+    cached_packing,
+    mask_hashes,
+)
 from megatron_chatflow.data.packing_cache import Packing
 from megatron_chatflow.data.permutation import SampleOrder
 from megatron_chatflow.data.samples import Sample, open_token_file
@@ -283,8 +288,10 @@ def _build_source(
     }
     if config.packing == "best_fit":
         # Version 1 also stands for what every version packs alike.
-        has_left_out = packing is not None and packing.num_without_loss > 0
-        content["packing"] = packing_version if has_left_out else 1
+        content["packing"] = 1
+        if packing is not None and packing.num_without_loss:
+            content["packing"] = packing_version
+            content["loss_masks"] = mask_hashes(files, facts)
     return Source(
         name,
         samples,

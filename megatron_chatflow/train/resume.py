@@ -26,6 +26,7 @@ from megatron_chatflow.config import (
 )
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.packing import ALGORITHM_VERSION
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row
@@ -123,13 +124,14 @@ def _difference(
     path = f"data.sources.{name}"
     if recorded.get("packing") != found["packing"]:
         was, now = recorded.get("packing"), found["packing"]
-        if was is not None and now is not None:
+        if was is not None and now is not None and was > ALGORITHM_VERSION:
             return (
                 f"{path}.packing: best_fit of version {now} here and {was} in {at}; resume with "
                 f"the version of this package that began the run, {way_out}"
             )
-        was, now = ("none" if one is None else "best_fit" for one in (was, now))
-        return f"{path}.packing: {now} here and {was} in {at}; give {was}, {way_out}"
+        if was is None or now is None:
+            was, now = ("none" if one is None else "best_fit" for one in (was, now))
+            return f"{path}.packing: {now} here and {was} in {at}; give {was}, {way_out}"
     if recorded.get("holdout_every") != found["holdout_every"]:
         was, now = (
             "none" if one is None else str(one)
@@ -142,6 +144,12 @@ def _difference(
     before, after = recorded.get("datasets") or [], found["datasets"]
     paths = config.data.sources[name].paths
     if before == after:
+        if recorded.get("loss_masks") != found.get("loss_masks"):
+            return (
+                f"{path}.loss: packing leaves out documents without loss tokens, which are not the "
+                f"same here as in {at}; give the loss and the loss masks that the run began with, "
+                f"{way_out}"
+            )
         return (
             f"{path}: its {found['num_samples']} samples here were {recorded.get('num_samples')} "
             f"in {at}; resume with the version of this package that began the run, {way_out}"

@@ -13,6 +13,7 @@ from tiny_run import TinyRun, train_tokenizer, write_checkpoint_state
 
 from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.train.inputs import open_inputs
@@ -255,6 +256,38 @@ def test_settings_that_change_the_samples_are_named(
         for name, value in changes.items()
     }
     _refused(cause, make_config, checkpoint__load=str(tmp_path), **given)
+
+
+def test_packing_without_loss_tokens_on_resume(make_config, tmp_path: Path) -> None:
+    """Which documents packing leaves out stays, or the resume is refused with the cause."""
+    documents, masks = [[5, 6, 7]] * 6, [[0, 1, 1]] * 4 + [[0, 0, 0]] * 2
+    prefix = tmp_path / "chat_document"
+    for path, dtype, rows in (
+        (prefix, "uint16", documents),
+        (loss_mask_prefix(prefix), "uint8", masks),
+    ):
+        writer = IndexedDatasetWriter(path, dtype)
+        for row in rows:
+            writer.add_document(row)
+        writer.finalize()
+    changes = {"data__sources__second__paths": [str(prefix)], "data__holdout_every": None}
+    changes["train__eval_interval"] = None
+    response, every = (
+        {**changes, "data__sources__second__loss": loss} for loss in ("response", "all")
+    )
+    # Begun with all documents, as by earlier versions of the package: all of them stay.
+    write_checkpoint_state(make_config(**every), tmp_path / "all")
+    inputs = open_inputs(make_config(checkpoint__load=str(tmp_path / "all"), **response))
+    assert len(inputs.sources[1].packing.documents) == 6
+    write_checkpoint_state(make_config(**response), tmp_path / "response")
+    inputs = open_inputs(make_config(checkpoint__load=str(tmp_path / "response"), **response))
+    assert len(inputs.sources[1].packing.documents) == 4
+    _refused(
+        r"data\.sources\.second\.loss: packing leaves out documents without loss tokens",
+        make_config,
+        checkpoint__load=str(tmp_path / "response"),
+        **every,
+    )
 
 
 def test_another_sequence_length_is_no_obstacle_to_finetuning(make_config, tmp_path: Path) -> None:
