@@ -5,6 +5,8 @@ lengths as text, decoded documents with their loss spans marked, the first diffe
 datasets, or a `UserError` that names the first damage.
 """
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ BLOCK = 1 << 22
 BAR_WIDTH = 40
 LEARNT_COLOUR = "\x1b[32m"
 PROMPT_COLOUR = "\x1b[2m"
+CONTROL_COLOUR = "\x1b[4m"
 END_COLOUR = "\x1b[0m"
 
 
@@ -119,26 +122,52 @@ class Inspection:
         return "\n".join(lines)
 
     def sample(self, index: int, tokenizer: Tokenizer, *, coloured: bool) -> str:
-        """One sequence decoded, its loss spans in colour or between marks.
+        """One sequence decoded, control tokens by name, its loss spans in colour or between marks.
 
         Args:
             index: Of the sequence.
             tokenizer: What made it.
-            coloured: For a terminal; otherwise spans stand between ``<<`` and ``>>``.
+            coloured: For a terminal, where control tokens are underlined; otherwise spans stand
+                between ``<<`` and ``>>``.
         """
-        ids = self.dataset[index]
+        ids = self.dataset[index].tolist()
+        learnt = None if self.mask is None else self.mask[index].astype(bool)
+        borders = [] if learnt is None else (np.flatnonzero(np.diff(learnt)) + 1).tolist()
         text = f"--- sequence {index}: {len(ids)} tokens\n"
-        if self.mask is None:
-            return text + tokenizer.decode(ids.tolist())
-        learnt = self.mask[index].astype(bool)
-        borders = np.flatnonzero(np.diff(learnt, prepend=~learnt[:1])).tolist()
-        for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
-            part = tokenizer.decode(ids[begin:end].tolist())
+        was_learnt = False
+        for begin, part, is_control in _decoded(ids, borders, tokenizer):
+            is_learnt = learnt is not None and bool(learnt[begin])
             if coloured:
-                text += (LEARNT_COLOUR if learnt[begin] else PROMPT_COLOUR) + part + END_COLOUR
-            else:
-                text += f"<<{part}>>" if learnt[begin] else part
-        return text
+                colour = LEARNT_COLOUR if is_learnt else "" if learnt is None else PROMPT_COLOUR
+                colour += CONTROL_COLOUR if is_control else ""
+                text += f"{colour}{part}{END_COLOUR}" if colour else part
+                continue
+            text += "<<" * (is_learnt and not was_learnt) + ">>" * (was_learnt and not is_learnt)
+            text += part
+            was_learnt = is_learnt
+        return text + ">>" * was_learnt
+
+
+def _decoded(
+    ids: list[int], borders: list[int], tokenizer: Tokenizer
+) -> Iterator[tuple[int, str, bool]]:
+    """Parts of a sequence: where each begins, its text, and whether it is a control token.
+
+    A tokenizer leaves control tokens out of the text of ids, and the space before their first.
+    """
+    names = {tokenizer.control_id(name): name for name in tokenizer.control_tokens}
+    cuts = {0, len(ids), *borders}
+    for position, token_id in enumerate(ids):
+        if token_id in names:
+            cuts |= {position, position + 1}
+    run = 0  # where the text since the last control token begins
+    for begin, end in pairwise(sorted(cuts)):
+        if ids[begin] in names:
+            yield begin, names[ids[begin]], True
+            run = end
+        else:
+            num_before = len(tokenizer.decode(ids[run:begin]))
+            yield begin, tokenizer.decode(ids[run:end])[num_before:], False
 
 
 def _check_sidecar(prefix: str | Path, sidecar: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The command lines of tools/inspect_dataset.py and tools/merge_datasets.py."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.data.preprocess.inspect import Inspection
+from megatron_chatflow.tokenizer import load_tokenizer
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -38,9 +41,53 @@ def test_shows_counts_and_decoded_spans(chats: Path, tiny_sentencepiece_model: P
     assert status == 0
     assert "documents   3" in output
     assert "every offset, every id" in output
-    assert "### Instruction:\nbana?\n\n### Response:\n<<kedo luno>>" in output
+    assert "### Instruction:\nbana?\n\n### Response:\n<<kedo luno</s>>>" in output
     _, output, _ = run("inspect_dataset.py", chats, *tokenizer, "--color", "always")
-    assert "\x1b[32mkedo luno\x1b[0m" in output
+    assert "\x1b[32mkedo luno\x1b[0m\x1b[32m\x1b[4m</s>\x1b[0m" in output
+
+
+def test_control_tokens_are_shown(
+    tmp_path: Path, tiny_sentencepiece_model: Path, byte_level_model: Path
+) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text('{"text": "bana </s> kedo"}\n')
+    chat = tmp_path / "c.jsonl"
+    turn = {"role": "user", "content": "bana"}, {"role": "assistant", "content": " kedo  luno"}
+    chat.write_text(json.dumps({"messages": [*turn, *turn]}) + "\n")
+    cases = {
+        "text": (tiny_sentencepiece_model, CorpusSettings(), "<s>bana </s> kedo</s>"),
+        "chatml": (
+            byte_level_model,
+            CorpusSettings(format="chat", json_keys=("messages",), template="chatml"),
+            "<|im_start|>user\nbana<|im_end|>\n<|im_start|>assistant\n"
+            "<< kedo  luno<|im_end|>>>\n<|im_start|>user\nbana<|im_end|>\n"
+            "<|im_start|>assistant\n<< kedo  luno<|im_end|>>>",
+        ),
+        # The space before an answer belongs to it and is shown.
+        "llama2": (
+            tiny_sentencepiece_model,
+            CorpusSettings(format="chat", json_keys=("messages",), template="llama2"),
+            "[INST] bana [/INST]<< kedo  luno </s>>>[INST] bana [/INST]<< kedo  luno </s>>>",
+        ),
+    }
+    for name, (model, corpus, expected) in cases.items():
+        settings = PreprocessSettings(
+            inputs=(str(text if corpus.format == "text" else chat),),
+            output_prefix=str(tmp_path / name),
+            tokenizer_model=str(model),
+            corpus=corpus,
+            append_bos=corpus.format == "text",
+            append_eod=True,
+        )
+        preprocess(settings)
+        inspection = Inspection(f"{tmp_path / name}_{corpus.json_keys[0]}_document")
+        shown = inspection.sample(0, load_tokenizer(model), coloured=False)
+        assert shown.split("\n", 1)[1] == expected, name
+    coloured = Inspection(tmp_path / "text_text_document").sample(
+        0, load_tokenizer(tiny_sentencepiece_model), coloured=True
+    )
+    # In a terminal the token is told from text that reads like it.
+    assert coloured.endswith("\x1b[4m<s>\x1b[0mbana </s> kedo\x1b[4m</s>\x1b[0m")
 
 
 def test_compares_two(chats: Path, tmp_path: Path) -> None:
