@@ -138,9 +138,11 @@ class TokenizerConfig:
     """Which tokenizer the corpus was made with."""
 
     tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = Field(
-        default="Llama2Tokenizer", description="kind of tokenizer"
+        default="auto", description="kind of tokenizer; auto: as its files say"
     )
-    tokenizer_model: FilePath = Field(description="SentencePiece model, or tokenizer.json")
+    tokenizer_model: FilePath = Field(
+        description="SentencePiece model, tokenizer.json, or a folder with one"
+    )
     old_tokenizer_model: FilePath | None = Field(
         default=None,
         description="with --embedding-init: where the tokenizer of the weights lies now, if not "

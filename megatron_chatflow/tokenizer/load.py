@@ -1,7 +1,4 @@
-"""Chooses and opens a tokenizer.
-
-In: a path, and a type or "auto". Out: a `Tokenizer`, or a `UserError` that says what is wrong.
-"""
+"""Chooses and opens a tokenizer, by the same rule for every command."""
 
 from pathlib import Path
 
@@ -32,6 +29,15 @@ def load_tokenizer(tokenizer_model: str | Path, tokenizer_type: str = "auto") ->
         is_json = path.suffix == ".json" or (path / "tokenizer.json").exists()
         has_sentencepiece = (path / "tokenizer.model").exists()
         tokenizer_type = TOKENIZER_TYPES[1 if is_json and not has_sentencepiece else 0]
+    wanted, other = ("tokenizer.model", "tokenizer.json")
+    if tokenizer_type == "HuggingFaceTokenizer":
+        wanted, other = other, wanted
+    if path.is_dir() and not (path / wanted).exists():
+        if (path / other).exists():
+            has = f"has {other} and no {wanted}: leave out the tokenizer's type"
+        else:
+            has = f"has neither {wanted} nor {other}: name a folder or file that is a tokenizer"
+        raise UserError(f"tokenizer model not found: {path}: {has}")
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(path / "tokenizer.json" if path.is_dir() else path)
     return SentencePieceTokenizer(path / "tokenizer.model" if path.is_dir() else path)

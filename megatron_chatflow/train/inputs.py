@@ -306,7 +306,7 @@ def initial_state(
         schedule={},
         sources={source.name: source.fingerprint() for source in sources},
         tokenizer={
-            "type": config.tokenizer.tokenizer_type,
+            "type": tokenizer.tokenizer_type,
             "sha256": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
             "add_bos_token": add_bos_token,

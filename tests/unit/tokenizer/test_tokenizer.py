@@ -277,3 +277,15 @@ def test_a_new_bos_leaves_an_old_post_processor_in_place(
     tokenizer.save_pretrained(tmp_path / "copy", add_bos_token=True)
     ids = AutoTokenizer.from_pretrained(tmp_path / "copy")("bana")["input_ids"]
     assert ids == [tokenizer.bos_id, *tokenizer.encode("bana"), 2]
+
+
+def test_a_folder_without_the_file_of_a_type_is_refused_by_name(
+    byte_level_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(byte_level_model.read_bytes())
+    with pytest.raises(UserError, match=r"has tokenizer.json and no tokenizer.model: leave out"):
+        load_tokenizer(tmp_path, "Llama2Tokenizer")
+    (tmp_path / "empty").mkdir()
+    for tokenizer_type in ("auto", "HuggingFaceTokenizer"):
+        with pytest.raises(UserError, match="empty: has neither tokenizer"):
+            load_tokenizer(tmp_path / "empty", tokenizer_type)

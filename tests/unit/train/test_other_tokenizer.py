@@ -102,3 +102,17 @@ def test_an_export_takes_the_runs_own(weights: Path, other: Tokenizer, tmp_path:
             weights / "run", tmp_path / "hf", tokenizer=TokenizerChoice(other.model_path)
         )
     assert not (tmp_path / "hf").exists()
+
+
+def test_training_finds_a_tokenizer_as_the_tools_do(
+    make_config, tiny_run: TinyRun, byte_level_model: Path, tmp_path: Path
+) -> None:
+    """Without a type, a folder of tokenizer.json alone is one of that format, also in training."""
+    folder = tmp_path / "json_alone"
+    enough = [chr(0x6000 + k) for k in range(VOCAB_SIZE)]  # for the ids that the data hold
+    extend_tokenizer(load_tokenizer(byte_level_model), enough, folder)
+    for path in (folder, folder / "tokenizer.json", tiny_run.tokenizer_model):
+        inputs = open_inputs(make_config(tokenizer__tokenizer_model=str(path)))
+        kind = "HuggingFaceTokenizer" if path != tiny_run.tokenizer_model else "Llama2Tokenizer"
+        assert inputs.tokenizer.tokenizer_type == inputs.state.tokenizer["type"] == kind
+        assert inputs.tokenizer.fingerprint == load_tokenizer(path).fingerprint
