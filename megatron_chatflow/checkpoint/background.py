@@ -37,7 +37,7 @@ class Publication:
         beside: The folder that is written.
         final: The name that it gets.
         iteration: Of the checkpoint.
-        small_files: Contents of the files that rank 0 writes, by name.
+        small_files: Contents of the files that rank 0 writes, by name relative to the folder.
         retain: How many checkpoints stay; all if None.
         keep_every: Iterations whose multiples stay besides.
     """
@@ -61,10 +61,16 @@ class Publication:
         for report in reports:
             hashes.update(report.files)
         contents = {**self.small_files, ".metadata": index_of(plans)}
+        folders = set()
         for name, content in contents.items():
-            (self.beside / name).write_bytes(content)
-            fsync_path(self.beside / name)
-            hashes[name] = hash_file(self.beside / name)
+            path = self.beside / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            fsync_path(path)
+            hashes[name] = hash_file(path)
+            folders |= set(path.parents[: name.count("/")])
+        for folder in folders:
+            fsync_path(folder)
         (self.beside / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
         fsync_path(self.beside / MANIFEST)
         fsync_path(self.beside)

@@ -1,11 +1,10 @@
 """A training checkpoint as a Hugging Face folder.
 
-In: a distributed checkpoint of any parallel layout. Out: safetensors, `config.json`,
-`generation_config.json` and the tokenizer, which `transformers` loads as `LlamaForCausalLM`. One
-process reads tensor by tensor; memory holds one tensor.
+From a distributed checkpoint of any parallel layout come safetensors, `config.json`, and the small
+files that travel with the model; `transformers` loads the folder as `LlamaForCausalLM`. One process
+reads tensor by tensor; memory holds one tensor.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,22 +14,24 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_chatflow.checkpoint.carried_files import CARRIED, files_of_export
 from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
 from megatron_chatflow.checkpoint.convert_folder import new_folder
 from megatron_chatflow.checkpoint.convert_safetensors import write_shards
 from megatron_chatflow.checkpoint.convert_shape import (
     DTYPES,
     LlamaShape,
-    huggingface_config,
     trained_shape,
 )
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice, chat_template
+from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.recorded_config import read_run_config
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes, placements, split
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.base import sha256_of
+from megatron_chatflow.tokenizer.small_files import write_small_files
 
 logger = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5 * 10**9
@@ -113,21 +114,14 @@ def export_checkpoint(
         # The weights are these, rounded: another precision than theirs rounds once and not twice.
         reader = DistributedReader(checkpoint, masters=True)
         check_shapes(reader, shape)
-    chosen = run_tokenizer(checkpoint, tokenizer or TokenizerChoice())
-    template = None
-    if chosen is not None:
-        asked = tokenizer.chat_template if tokenizer else None
-        template = chat_template(checkpoint, chosen.model_path, asked)
+    choice = tokenizer or TokenizerChoice()
+    files = files_of_export(checkpoint, choice, run_tokenizer(checkpoint, choice), shape, target)
     shapes = huggingface_shapes(shape)
     num_parameters = sum(torch.Size(size).numel() for size in shapes.values())
     num_bytes = num_parameters * target.itemsize
     with new_folder(output, overwrite=overwrite, mark="config.json", num_bytes=num_bytes) as folder:
         write_shards(folder, shapes, target, _tensors(reader, shape), max_shard_bytes)
-        _write_configs(folder, shape, target, chosen)
-        if chosen is not None:
-            recorded = read_state(checkpoint).get("tokenizer") or {}
-            begins = recorded.get("add_bos_token") is True or chosen.add_bos_token
-            chosen.save_pretrained(folder, template, begins)
+        write_small_files(folder, files)
     has_masters = stored != reader.dtype(*placements(shape)[0])
     return Converted(output, len(shapes), num_bytes, num_parameters, has_masters)
 
@@ -189,7 +183,8 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
         )
     if choice.leave_out:
         return None
-    path = choice.model or read_run_config(checkpoint).tokenizer.tokenizer_model
+    path = choice.model or _carried_tokenizer(checkpoint, recorded)
+    path = path or read_run_config(checkpoint).tokenizer.tokenizer_model
     if path is None:
         logger.warning("%s names no tokenizer: exporting without one", checkpoint)
         return None
@@ -203,29 +198,15 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
     return tokenizer
 
 
+def _carried_tokenizer(checkpoint: Path, recorded: Mapping[str, Any]) -> Path | None:
+    """The copy of the run's tokenizer in the checkpoint itself; None if there is none."""
+    for name in ("tokenizer.model", "tokenizer.json"):
+        path = checkpoint / CARRIED / name
+        if path.is_file() and sha256_of(path.read_bytes()) == recorded.get("sha256"):
+            return path
+    return None
+
+
 def _tensors(reader: DistributedReader, shape: LlamaShape) -> Iterator[tuple[str, torch.Tensor]]:
     for placement in tqdm(placements(shape), unit="tensor", desc="export", disable=None):
         yield from read_weight(reader, shape, placement)
-
-
-def _write_configs(
-    folder: Path, shape: LlamaShape, dtype: torch.dtype, tokenizer: Tokenizer | None
-) -> None:
-    ids: dict[str, int | None] = {}
-    if tokenizer is not None:
-        ids = {
-            "bos_token_id": _known(tokenizer.bos_id),
-            "eos_token_id": _known(tokenizer.eos_id),
-            "pad_token_id": _known(tokenizer.pad_id),
-        }
-    _write_json(folder / "config.json", huggingface_config(shape, dtype, ids))
-    known = {name: token_id for name, token_id in ids.items() if token_id is not None}
-    _write_json(folder / "generation_config.json", {**known, "_from_model_config": False})
-
-
-def _known(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,7 @@ from megatron_chatflow.checkpoint.weight_map import (
 )
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.small_files import read_model_files, replace_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def import_huggingface(
     shape = shape_of_huggingface(source)
     weights = HuggingFaceWeights(source)
     check_weights(weights, shape)
+    files = read_model_files(source)
     tokenizer = huggingface_tokenizer(source)
     if tokenizer is None:
         logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
@@ -82,11 +84,12 @@ def import_huggingface(
             raise UserError(f"{source}: has no tokenizer, from which a larger one could go on")
         read, shape = _grown(read, shape, tokenizer, resize)
         tokenizer = resize.tokenizer
+        files = replace_tokenizer(files, tokenizer)
     chunks = _chunks(shape, target, read)
     num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(shape).values())
     num_bytes = num_parameters * target.itemsize
     with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
-        write_checkpoint(folder, chunks, shape, tokenizer)
+        write_checkpoint(folder, chunks, shape, tokenizer, files)
     return Converted(output, len(huggingface_shapes(shape)), num_bytes, num_parameters)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_chatflow.checkpoint.carried_files import files_of_checkpoint
 from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
 from megatron_chatflow.checkpoint.convert_export import (
     Converted,
@@ -35,6 +36,7 @@ from megatron_chatflow.checkpoint.weight_map import (
     placements,
 )
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.small_files import replace_tokenizer
 
 _ADVICE = "name the run's own with --old-tokenizer-model"
 
@@ -67,6 +69,7 @@ def resize_checkpoint(
     old = run_tokenizer(checkpoint, TokenizerChoice(model=old_tokenizer, advice=_ADVICE))
     if old is None:
         raise UserError(f"{checkpoint}: names no tokenizer; give it as --old-tokenizer-model")
+    files = replace_tokenizer(files_of_checkpoint(checkpoint, old), resize.tokenizer)
     growth = vocabulary_growth(old, resize.tokenizer, shape.vocab_size)
     grown = replace(shape, vocab_size=growth.num_rows)
     target = reader.dtype(*placements(shape)[0])
@@ -89,5 +92,5 @@ def resize_checkpoint(
     num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(grown).values())
     num_bytes = num_parameters * target.itemsize
     with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
-        write_checkpoint(folder, chunks, grown, resize.tokenizer)
+        write_checkpoint(folder, chunks, grown, resize.tokenizer, files)
     return Converted(output, len(huggingface_shapes(grown)), num_bytes, num_parameters)

@@ -6,7 +6,7 @@ megatron-core's distributed format, with the files that a run finds beside its w
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import yaml
 
+from megatron_chatflow.checkpoint.carried_files import CARRIED
 from megatron_chatflow.checkpoint.convert_distributed import ChunkToWrite, write_distributed
 from megatron_chatflow.checkpoint.convert_shape import LlamaShape
 from megatron_chatflow.checkpoint.files import LATEST, iteration_folder
 from megatron_chatflow.checkpoint.weight_map import WeightRule
 from megatron_chatflow.tokenizer import Tokenizer
+from megatron_chatflow.tokenizer.small_files import write_small_files
 
 # Rows of the vocabulary are padded to a multiple of this, the default of --make-vocab-size-
 # divisible-by; a run with another multiple loads the same rows.
@@ -36,7 +38,11 @@ Piece = tuple[int, Callable[[], torch.Tensor]]
 
 
 def write_checkpoint(
-    folder: Path, chunks: Sequence[ChunkToWrite], shape: LlamaShape, tokenizer: Tokenizer | None
+    folder: Path,
+    chunks: Sequence[ChunkToWrite],
+    shape: LlamaShape,
+    tokenizer: Tokenizer | None,
+    files: Mapping[str, bytes],
 ) -> None:
     """Writes a run folder that holds iteration 0.
 
@@ -45,6 +51,7 @@ def write_checkpoint(
         chunks: The model's tensors.
         shape: The model's shape.
         tokenizer: Recorded for the run, if there is one.
+        files: The base model's small files, which the checkpoint carries.
 
     Raises:
         UserError: What making a chunk raised.
@@ -59,6 +66,7 @@ def write_checkpoint(
     (checkpoint / "metadata.json").write_text(json.dumps(form), encoding="utf-8")
     state = json.dumps(_state(shape, tokenizer), indent=1)
     (checkpoint / "state.json").write_text(state, encoding="utf-8")
+    write_small_files(checkpoint / CARRIED, files)
     config: dict[str, Any] = {"model": asdict(shape)}
     config["model"]["make_vocab_size_divisible_by"] = VOCAB_MULTIPLE
     if tokenizer is not None:

@@ -52,7 +52,8 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
 
 
 def _entry(name: str, entry: Any) -> FileHash:
-    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+    parts = name.split("/")
+    if "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{name!r} is no file of the folder")
     num_bytes, digest = entry["bytes"], entry["digest"]
     if type(num_bytes) is not int or not _HEXADECIMAL.fullmatch(digest):
@@ -78,7 +79,11 @@ def damage(
         UserError: The recorded hashes are missing or damaged.
     """
     recorded = read_manifest(checkpoint)
-    present = {path.name for path in checkpoint.iterdir() if part == 0} - {MANIFEST, *recorded}
+    present = {
+        path.relative_to(checkpoint).as_posix()
+        for path in checkpoint.rglob("*")
+        if part == 0 and not path.is_dir()
+    } - {MANIFEST, *recorded}
     found = [f"{MANIFEST} has nothing of {name}" for name in sorted(present)]
     names = [name for name in sorted(recorded) if not (only_small and name.endswith(TENSORS))]
     for name in names[part::num_parts]:

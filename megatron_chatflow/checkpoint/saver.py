@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from megatron_chatflow.checkpoint.background import (
     Write,
     log_failure,
 )
+from megatron_chatflow.checkpoint.carried_files import in_checkpoint
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, FileHash
 from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.checkpoint.reports import ReportBox, name_of_job
@@ -55,6 +56,7 @@ class CheckpointSaver:
         ranks: Ranks,
         *,
         durable_iteration: int | None,
+        carried: Mapping[str, bytes] | None = None,
         on_progress: Progress = _nothing,
     ) -> None:
         """Takes the run's folder.
@@ -64,8 +66,11 @@ class CheckpointSaver:
             config: Resolved configuration, stored beside the weights.
             ranks: This process's place.
             durable_iteration: The checkpoint that the run goes on from; None if it begins.
+            carried: Small files that every checkpoint carries to an export, by name; rank 0 writes
+                them.
             on_progress: Called while training waits for a save that gets on.
         """
+        self._carried = dict(carried or {})
         self._root = root
         self._config = config
         self._ranks = ranks
@@ -214,6 +219,7 @@ class CheckpointSaver:
                 "metadata.json": megatron.format_file(),
                 "config.yaml": self._config.to_yaml().encode(),
                 "state.json": json.dumps(asdict(state), indent=1).encode(),
+                **in_checkpoint(self._carried),
             },
             retain=settings.save_retain,
             keep_every=settings.save_keep_every,

@@ -5,7 +5,7 @@ In: nothing. Out: the `Tokenizer` protocol, the names of its types, hashing of m
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ import tokenizers
 
 from megatron_chatflow.errors import UserError
 
+# transformers' classes that begin a text with BOS unless they are told otherwise.
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKENIZER_TYPES = ("Llama2Tokenizer", "HuggingFaceTokenizer")
 
 
@@ -120,9 +122,9 @@ class Tokenizer(Protocol):
 
         Args:
             folder: Made if it is missing.
-            chat_template: Jinja source that turns messages into a prompt.
-            add_bos_token: Whether the folder's tokenizer begins a text with BOS; None keeps this
-                tokenizer's own setting.
+            chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
+            add_bos_token: True has the folder's tokenizer begin a text with BOS; else it does so
+                where this one does.
         """
 
 
@@ -140,17 +142,23 @@ def adds_bos_token(model_path: Path, bos_id: int) -> bool:
     if bos_id < 0:
         return False
     config = read_tokenizer_config(model_path.parent)
+    json_path = model_path if model_path.suffix == ".json" else model_path.parent / "tokenizer.json"
+    return configured_bos(config, json_path.read_bytes() if json_path.is_file() else None, bos_id)
+
+
+def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_id: int) -> bool:
+    """`adds_bos_token` from the contents of the two files; None where there is no second."""
     configured = config.get("add_bos_token")
     if isinstance(configured, bool):
         return configured
-    json_path = model_path if model_path.suffix == ".json" else model_path.parent / "tokenizer.json"
-    if json_path.is_file():
+    if tokenizer_json is not None:
         try:
-            opened = tokenizers.Tokenizer.from_file(str(json_path))
+            opened = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception:  # the library raises bare Exception; loading the model reports it
             return False
-        return opened.encode("a").ids[:1] == [bos_id]
-    return config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        ids: list[int] = opened.encode("a").ids
+        return ids[:1] == [bos_id]
+    return config.get("tokenizer_class") in LLAMA_CLASSES
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:

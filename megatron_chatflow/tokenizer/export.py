@@ -1,7 +1,4 @@
-"""Writes a SentencePiece model as a folder that `transformers` reads, with the same ids.
-
-In: the model's bytes and its tokenizer. Out: `tokenizer.model`, `tokenizer.json`,
-`tokenizer_config.json`, `special_tokens_map.json`.
+"""A SentencePiece model as the files that `transformers` reads, with the same ids.
 
 `tokenizer.json` is tried on the model's own pieces before it is kept. Where its ids differ (a
 unigram model, a normaliser with a character map, user-defined symbols), only `tokenizer.model` is
@@ -10,15 +7,13 @@ written, which transformers converts or reads itself.
 
 import json
 import logging
-import os
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.base import Tokenizer
+from megatron_chatflow.tokenizer.base import LLAMA_CLASSES, Tokenizer
 
 logger = logging.getLogger(__name__)
 SPACE = "\u2581"
@@ -27,25 +22,21 @@ BYTE = sentencepiece_model_pb2.ModelProto.SentencePiece.BYTE
 BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 
 
-def save_sentencepiece(
+def sentencepiece_files(
     model_bytes: bytes,
     tokenizer: Tokenizer,
-    folder: Path,
-    chat_template: str | None,
-    *,
-    add_bos_token: bool,
-) -> None:
-    """Writes the folder.
+    base: Mapping[str, Any] | None = None,
+    post_processor: dict[str, Any] | None = None,
+) -> dict[str, bytes]:
+    """The files, by name, with which transformers reads a SentencePiece model.
 
     Args:
         model_bytes: The serialized SentencePiece model.
         tokenizer: Gives the ids that `tokenizer.json` has to reproduce.
-        folder: Made if it is missing.
-        chat_template: Jinja source that turns messages into a prompt.
-        add_bos_token: Whether the folder's tokenizer begins a text with BOS.
-
-    Raises:
-        UserError: The folder cannot be written.
+        base: `tokenizer_config.json` of the tokenizer that this one goes on from; its settings
+            stay.
+        post_processor: Of the `tokenizer.json` that this one goes on from; without one, BOS and EOS
+            are put where `base` asks for them.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
@@ -66,108 +57,89 @@ def save_sentencepiece(
         ]
         if token_id >= 0
     }
-    if exact and converted is not None and add_bos_token:
-        # transformers 5 reads this and not `add_bos_token` where there is a tokenizer.json.
-        bos_id = trainer.bos_id
-        converted["post_processor"] = _beginning_with(model.pieces[bos_id].piece, bos_id, None)
+    config: dict[str, Any] = dict(base or {})
+    if not base:
+        config |= {
+            "add_bos_token": False,  # as in the training data, where no BOS is stored
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+        }
+    elif config.get("tokenizer_class") in LLAMA_CLASSES:
+        # That class's defaults, which another one does not have.
+        config.setdefault("padding_side", "left")
+        config.setdefault("add_bos_token", post_processor is None)
+    config = {**special_tokens, **config}
     # The class that takes tokenizer.json as it stands: transformers' own LlamaTokenizer replaces
     # the normaliser, and then puts no space before text that begins with one.
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast" if exact else "LlamaTokenizer",
-        "add_bos_token": add_bos_token,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        **special_tokens,
-    }
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    files: dict[str, bytes] = {
+    config["tokenizer_class"] = "PreTrainedTokenizerFast" if exact else "LlamaTokenizer"
+    files = {
         "tokenizer.model": model_bytes,
         "tokenizer_config.json": _json_bytes(config),
         "special_tokens_map.json": _json_bytes(special_tokens),
     }
-    if exact:
+    if converted is not None and exact:
+        if post_processor is None:
+            # transformers 5 reads this, and not `add_bos_token`, beside a tokenizer.json.
+            bos, eos = trainer.bos_id, trainer.eos_id
+            before = [(special_tokens["bos_token"], bos)] if config.get("add_bos_token") else []
+            behind = [(special_tokens["eos_token"], eos)] if config.get("add_eos_token") else []
+            if before or behind:
+                post_processor = with_special_tokens(None, before, behind)
+        converted["post_processor"] = post_processor
         files["tokenizer.json"] = _json_bytes(converted)
-    write_folder(folder, files)
+    return files
 
 
-def copy_huggingface(
-    tokenizer_json: Path,
-    special_tokens: dict[str, str],
-    folder: Path,
-    chat_template: str | None,
-    *,
-    new_bos: tuple[str, int] | None = None,
-) -> None:
-    """Copies a `tokenizer.json` with what lies beside it into a folder that transformers reads.
+def with_special_tokens(
+    post_processor: dict[str, Any] | None,
+    before: Sequence[tuple[str, int]],
+    behind: Sequence[tuple[str, int]] = (),
+) -> dict[str, Any]:
+    """A post-processor of a `tokenizer.json` that puts tokens around every text.
 
     Args:
-        tokenizer_json: The file; `tokenizer_config.json` beside it is taken over if it is there.
-        special_tokens: Names such as "eos_token" to pieces, for a missing configuration.
-        folder: Made if it is missing.
-        chat_template: Jinja source that turns messages into a prompt; None keeps the file's own.
-        new_bos: A BOS token and its id, for a tokenizer that is to begin a text with it and does
-            not do so yet; None keeps `tokenizer.json` byte for byte.
-
-    Raises:
-        UserError: The folder cannot be written.
+        post_processor: What is done already; None for nothing.
+        before: Names and ids of the tokens before a text.
+        behind: And of those behind it.
     """
-    config_path = tokenizer_json.with_name("tokenizer_config.json")
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}
-    if config_path.exists():
-        config.update(json.loads(config_path.read_text(encoding="utf-8")))
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    data = tokenizer_json.read_bytes()
-    if new_bos is not None:
-        config["add_bos_token"] = True
-        content = json.loads(data)
-        content["post_processor"] = _beginning_with(*new_bos, content.get("post_processor"))
-        data = _json_bytes(content)
-    files = {
-        "tokenizer.json": data,
-        "tokenizer_config.json": _json_bytes(config),
-    }
-    write_folder(folder, files)
-
-
-def _beginning_with(token: str, token_id: int, present: dict[str, Any] | None) -> dict[str, Any]:
-    """A post-processor of `tokenizer.json` that does what `present` does, behind a first token."""
-    if present is not None and present["type"] == "Sequence":
-        steps = list(present["processors"])
-    else:
-        steps = [] if present is None else [present]
-    first, second = ({"Sequence": {"id": name, "type_id": k}} for k, name in enumerate("AB"))
-    template: dict[str, Any] = {
-        "type": "TemplateProcessing",
-        "single": [first],
-        "pair": [first, second],
+    kind = "TemplateProcessing"
+    if post_processor is not None and post_processor["type"] != kind:
+        is_sequence = post_processor["type"] == "Sequence"
+        steps = list(post_processor["processors"]) if is_sequence else [post_processor]
+        templates = [step for step in steps if step["type"] == kind]
+        others = [step for step in steps if step["type"] != kind]
+        added = with_special_tokens(templates[0] if templates else None, before, behind)
+        return {"type": "Sequence", "processors": [*others, added]}
+    base = post_processor or {
+        "single": [_sequence("A", 0)],
+        "pair": [_sequence("A", 0), _sequence("B", 1)],
         "special_tokens": {},
     }
-    kinds = [step["type"] for step in steps]
-    if template["type"] in kinds:
-        template = steps.pop(kinds.index(template["type"]))
-    begin = {"SpecialToken": {"id": token, "type_id": 0}}
-    known = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
-    template = {
-        **template,
-        "single": [begin, *template["single"]],
-        "pair": [begin, *template["pair"]],
-        "special_tokens": {**template["special_tokens"], **known},
+
+    def surrounded(part: dict[str, Any]) -> list[dict[str, Any]]:
+        if "Sequence" not in part:
+            return [part]
+        number = part["Sequence"]["type_id"]
+        tokens = [
+            [{"SpecialToken": {"id": name, "type_id": number}} for name, _ in names]
+            for names in (before, behind)
+        ]
+        return [*tokens[0], part, *tokens[1]]
+
+    known = {
+        name: {"id": name, "ids": [token_id], "tokens": [name]}
+        for name, token_id in (*before, *behind)
     }
-    return {"type": "Sequence", "processors": [*steps, template]} if steps else template
+    return {
+        "type": kind,
+        "single": [part for item in base["single"] for part in surrounded(item)],
+        "pair": [part for item in base["pair"] for part in surrounded(item)],
+        "special_tokens": {**base["special_tokens"], **known},
+    }
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes small files into a folder, each whole under its name or not at all."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            partial = folder / f"{name}.partial"
-            partial.write_bytes(data)
-            os.replace(partial, folder / name)
-    except OSError as error:
-        raise UserError(f"cannot write tokenizer: {folder}: {error.strerror}") from error
+def _sequence(name: str, number: int) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": number}}
 
 
 def _json_bytes(content: Any) -> bytes:

@@ -20,9 +20,16 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import Tokenizer
-from megatron_chatflow.tokenizer.export import SPACE, write_folder
+from megatron_chatflow.tokenizer.export import SPACE
 from megatron_chatflow.tokenizer.extend_merges import with_merges
 from megatron_chatflow.tokenizer.load import load_tokenizer
+from megatron_chatflow.tokenizer.small_files import (
+    TOKENIZER_CONFIG,
+    complete_tokenizer,
+    read_tokenizer_files,
+    replace_tokenizer,
+    write_small_files,
+)
 
 logger = logging.getLogger(__name__)
 Script = Literal["han", "any"]
@@ -148,20 +155,22 @@ def extend_tokenizer(
         UserError: The folder cannot be written, or the tokenizer cannot take these pieces.
     """
     expected = list(range(tokenizer.vocab_size, tokenizer.vocab_size + len(pieces)))
+    name = "tokenizer.json"
     if tokenizer.tokenizer_type == "Llama2Tokenizer":
-        write_folder(output, {"tokenizer.model": _extended_model(tokenizer, pieces)})
-        extended = load_tokenizer(output / "tokenizer.model")
-        extended.save_pretrained(output, add_bos_token=tokenizer.add_bos_token)
+        name, data = "tokenizer.model", _extended_model(tokenizer, pieces)
+    elif addition == "merges":
+        content: dict[str, Any] = json.loads(tokenizer.model_path.read_bytes())
+        content, expected = with_merges(content, pieces, tokenizer.vocab_size)
+        data = json.dumps(content, ensure_ascii=False).encode()
     else:
-        tokenizer.save_pretrained(output)
-        if addition == "merges":
-            content: dict[str, Any] = json.loads(tokenizer.model_path.read_bytes())
-            content, expected = with_merges(content, pieces, tokenizer.vocab_size)
-            data = json.dumps(content, ensure_ascii=False).encode()
-        else:
-            data = _extended_json(tokenizer, pieces)
-        write_folder(output, {"tokenizer.json": data})
-        extended = load_tokenizer(output / "tokenizer.json")
+        data = _extended_json(tokenizer, pieces)
+    old = read_tokenizer_files(tokenizer)
+    write_small_files(output, {name: data})
+    if name == "tokenizer.json":  # is opened with its configuration, which may name the EOS token
+        old = complete_tokenizer(old, tokenizer)
+        write_small_files(output, {TOKENIZER_CONFIG: old[TOKENIZER_CONFIG]})
+    extended = load_tokenizer(output / name)
+    write_small_files(output, complete_tokenizer(replace_tokenizer(old, extended), extended))
     for piece, token_id in zip(pieces, expected, strict=True):
         ids = extended.encode_continuation(piece)
         if ids != [token_id]:

@@ -24,7 +24,7 @@ from megatron_chatflow.tokenizer.base import (
     sha256_of,
     without_surrogates,
 )
-from megatron_chatflow.tokenizer.export import copy_huggingface
+from megatron_chatflow.tokenizer.small_files import save_tokenizer
 
 # Names by which a model without a configuration is asked for its control tokens, best first.
 COMMON_NAMES = {
@@ -158,17 +158,10 @@ class HuggingFaceTokenizer:
         Args:
             folder: Made if it is missing.
             chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
-            add_bos_token: Whether the folder's tokenizer begins a text with BOS; None keeps this
-                tokenizer's own setting.
+            add_bos_token: True has the folder's tokenizer begin a text with BOS; else it does so
+                where this one does.
         """
-        begin = add_bos_token and not self.add_bos_token
-        copy_huggingface(
-            self.model_path,
-            self._special_tokens,
-            Path(folder),
-            chat_template,
-            new_bos=(self._special_tokens["bos_token"], self.bos_id) if begin else None,
-        )
+        save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
 
 def _open(content: dict[str, Any]) -> tokenizers.Tokenizer:

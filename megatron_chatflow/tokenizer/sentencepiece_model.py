@@ -23,8 +23,8 @@ from megatron_chatflow.tokenizer.base import (
     split_arrays,
     without_surrogates,
 )
-from megatron_chatflow.tokenizer.export import save_sentencepiece
 from megatron_chatflow.tokenizer.fast_bpe import fast_encoder
+from megatron_chatflow.tokenizer.small_files import save_tokenizer
 
 SPACE = "\u2581"
 
@@ -159,18 +159,15 @@ class SentencePieceTokenizer:
         chat_template: str | None = None,
         add_bos_token: bool | None = None,
     ) -> None:
-        """Writes `tokenizer.model`, `tokenizer.json` and their configuration for transformers.
+        """Writes `tokenizer.model` and what transformers needs beside it.
 
         Args:
             folder: Made if it is missing.
-            chat_template: Jinja source that turns messages into a prompt.
-            add_bos_token: Whether the folder's tokenizer begins a text with BOS; None keeps this
-                tokenizer's own setting.
+            chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
+            add_bos_token: True has the folder's tokenizer begin a text with BOS; else it does so
+                where this one does.
         """
-        begin = self.add_bos_token if add_bos_token is None else add_bos_token
-        save_sentencepiece(
-            self._model_bytes, self, Path(folder), chat_template, add_bos_token=begin
-        )
+        save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
 
 def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:

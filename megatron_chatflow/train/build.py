@@ -39,7 +39,12 @@ from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.watchdog import Watchdog
 from megatron_chatflow.train.beginning import agree_on_beginning
 from megatron_chatflow.train.guard import Guard
-from megatron_chatflow.train.inputs import RunInputs, open_inputs_from, refuse_other_inputs
+from megatron_chatflow.train.inputs import (
+    RunInputs,
+    carried_files,
+    open_inputs_from,
+    refuse_other_inputs,
+)
 from megatron_chatflow.train.interval import IntervalLog
 from megatron_chatflow.train.loop import Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
@@ -115,7 +120,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
         freed_memory=None if ranks.is_cuda else FreedMemory(),
         profiler=ProfilerWindow(config, ranks),
         stragglers=stragglers,
-        saver=_saver(config, ranks, progress, watchdog, stack),
+        saver=_saver(config, inputs, ranks, progress, watchdog, stack),
         resumed_from=_restorable_checkpoint(config, inputs),
     )
     stack.callback(run.stop_request.close)
@@ -253,16 +258,23 @@ def _validator(config: RunConfig, inputs: RunInputs) -> Validator | None:
 
 
 def _saver(
-    config: RunConfig, ranks: Ranks, progress: Progress, watchdog: Watchdog, stack: ExitStack
+    config: RunConfig,
+    inputs: RunInputs,
+    ranks: Ranks,
+    progress: Progress,
+    watchdog: Watchdog,
+    stack: ExitStack,
 ) -> CheckpointSaver | None:
     if config.checkpoint.save is None:
         return None
+    carried = in_agreement(lambda: carried_files(config, inputs) if ranks.is_reporter else None)
     resumed = progress.iteration if progress.iteration else None
     saver = CheckpointSaver(
         Path(config.checkpoint.save),
         config,
         ranks,
         durable_iteration=resumed,
+        carried=carried,
         on_progress=watchdog.beat_on,
     )
     stack.callback(saver.close)

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.checkpoint.carried_files import files_of_run
 from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_export import run_tokenizer
 from megatron_chatflow.checkpoint.convert_import import huggingface_tokenizer
@@ -39,6 +40,7 @@ from megatron_chatflow.evaluation.evaluate_choice import Question, read_question
 from megatron_chatflow.evaluation.report_table import Row
 from megatron_chatflow.runtime.agreement import gather, name_ranks
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.small_files import SmallFiles
 from megatron_chatflow.train.beginning import (
     Beginning,
     find_beginning,
@@ -216,6 +218,20 @@ def _findings(
             f"{config.train.global_batch_size:,} and are not trained"
         )
     return list(dict.fromkeys(found))
+
+
+def carried_files(config: RunConfig, inputs: RunInputs) -> SmallFiles:
+    """The small files of the base model that the run's checkpoints carry to an export.
+
+    Raises:
+        UserError: One of them is damaged.
+    """
+    return files_of_run(
+        inputs.tokenizer,
+        {name: source.paths for name, source in config.data.sources.items()},
+        inputs.checkpoint,
+        is_huggingface=inputs.is_huggingface,
+    )
 
 
 def refuse_other_inputs(inputs: RunInputs) -> None:

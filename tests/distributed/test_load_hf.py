@@ -1,5 +1,6 @@
 """Training straight from a Hugging Face folder, and vocabularies that grow as weights load."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_run import TinyRun, made_up_sentences, write_dataset
+from safetensors.torch import save_file
+from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences, write_dataset
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -16,6 +18,7 @@ from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
 from megatron_chatflow.checkpoint.convert_export import export_checkpoint
 from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
+from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
 from megatron_chatflow.checkpoint.convert_vocabulary import (
     GrownVocabulary,
     Resize,
@@ -23,7 +26,9 @@ from megatron_chatflow.checkpoint.convert_vocabulary import (
     vocabulary_growth,
 )
 from megatron_chatflow.checkpoint.grown_reader import GrownReader
+from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
@@ -212,3 +217,38 @@ def test_other_dtypes_come_from_the_master_weights(folder: Path, tmp_path: Path)
         assert torch.equal(half.read(name), exact.read(name).half()), name
         finer += not torch.equal(exact.read(name), stored.read(name).float())
     assert finer > len(stored.files) // 2
+
+
+@pytest.mark.distributed
+def test_small_files_travel_through_training_and_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """On two ranks, of which one writes them; verified as every file of a checkpoint is."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
+    base.mkdir()
+    tensors = {name: torch.randn(size) / 50 for name, size in huggingface_shapes(shape).items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(huggingface_config(shape, torch.float32, {})))
+    shutil.copy(tiny_run.tokenizer_model, base)
+    small = {
+        "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}',
+        "generation_config.json": '{"eos_token_id": [2, 7], "top_p": 0.9}',
+        "additional_chat_templates/tool_use.jinja": "{{ messages }}",
+        "chat_template.jinja": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    }
+    for name, text in small.items():
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(text)
+    flags = ["--config", tiny_run.config, "--save", run, "--save-interval", 1]
+    flags += ["--tokenizer-model", base / "tokenizer.model"]
+    jobs.run_layouts(2, [[*flags, "--load-hf", base, "--train-iters", 2]], tmp_path)
+    base.rename(tmp_path / "moved")  # the run goes on by its own checkpoint alone
+    flags[-1] = tiny_run.tokenizer_model
+    resume = [*flags, "--load", run, "--ckpt-verify", "--train-iters", 3]
+    jobs.run_layouts(2, [resume], tmp_path)
+    export_checkpoint(run, tmp_path / "hf")
+    for name, text in small.items():
+        assert (tmp_path / "hf" / name).read_text() == text
+    carried = run / "iter_0000003" / "huggingface" / "chat_template.jinja"
+    carried.write_text("another")
+    with pytest.raises(UserError, match="huggingface/chat_template.jinja has 7 bytes, not "):
+        export_checkpoint(run, tmp_path / "damaged")

@@ -304,7 +304,10 @@ def test_tokenizer_and_chat_template_go_with_the_model(
     ours = load_tokenizer(tokenizer_model)
     recorded = {"type": "Llama2Tokenizer", "sha256": ours.fingerprint, "vocab_size": 301}
     run = with_state(checkpoints / "mha", tmp_path / "run", tokenizer=recorded)
-    export_checkpoint(run, tmp_path / "hf", tokenizer=TokenizerChoice(tokenizer_model))
+    export_checkpoint(run, tmp_path / "plain", tokenizer=TokenizerChoice(tokenizer_model))
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template is None
+    choice = TokenizerChoice(tokenizer_model, "chatflow")
+    export_checkpoint(run, tmp_path / "hf", tokenizer=choice)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "the water 今天 ☃"
     assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
@@ -321,7 +324,7 @@ def test_tokenizer_and_chat_template_go_with_the_model(
     with pytest.raises(UserError, match="is not the tokenizer"):
         other = with_state(run, tmp_path / "other", tokenizer={**recorded, "sha256": "0" * 64})
         export_checkpoint(other, tmp_path / "x", tokenizer=TokenizerChoice(tokenizer_model))
-    with pytest.raises(UserError, match="--chat-template: alpaca"):
+    with pytest.raises(UserError, match="no chat template: alpaca"):
         choice = TokenizerChoice(tokenizer_model, "alpaca")
         export_checkpoint(run, tmp_path / "x", tokenizer=choice)
 

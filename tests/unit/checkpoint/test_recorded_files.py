@@ -122,7 +122,8 @@ def test_configurations_of_other_versions(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["state.json", "config.yaml"])
 def test_recorded_hashes_are_compared_by_every_reader(run: Path, tmp_path: Path, name: str) -> None:
     checkpoint = run / "iter_0000000"
-    hashes = {path.name: hash_file(path) for path in checkpoint.iterdir()}
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    hashes = {path.relative_to(checkpoint).as_posix(): hash_file(path) for path in files}
     (checkpoint / MANIFEST).write_text(manifest_text(hashes))
     export_checkpoint(run, tmp_path / "whole")
     path = checkpoint / name

@@ -43,6 +43,7 @@ PRINTED_BY = {
 }
 # Flags of another command, which the message is about.
 OF_ANOTHER_STEP = {
+    ("checkpoint.carried_files", "--chat-template"),  # of the export
     ("data.preprocess.merge", "--append-bos"),
     ("train.inputs", "--append-bos"),
     ("data.preprocess.merge_parts", "--dedup"),

@@ -1,0 +1,476 @@
+"""The small files of a Hugging Face folder: tokenizer, chat templates, stop tokens, licence.
+
+Everything in a model's folder but its weights has to reach the export, or the exported model stops
+nowhere, begins its texts otherwise, or is written another kind of chat. Conversion and training
+therefore carry these files as they are, and change one only where what it says has changed:
+
+* `replace_tokenizer`: the vocabulary has grown,
+* `with_chat_template`: chats were trained in another template,
+* `with_bos`, `with_stop_tokens`: how texts begin and answers end.
+
+The files are held as a dictionary from names, relative to the folder and with `/` between parts, to
+contents.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+from megatron_chatflow.corpus.jinja_chats import (
+    CHAT_TEMPLATE_FILE,
+    CHAT_TEMPLATE_FOLDER,
+    JinjaTemplate,
+    chat_template_names,
+    chat_templates_in,
+)
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.base import Tokenizer, configured_bos, sha256_of
+from megatron_chatflow.tokenizer.export import sentencepiece_files, with_special_tokens
+
+logger = logging.getLogger(__name__)
+
+SmallFiles = dict[str, bytes]
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MODEL_CONFIG = "config.json"
+_SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+_ADDED_TOKENS = "added_tokens.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+_TEMPLATES = (CHAT_TEMPLATE_FILE, _PROCESSOR_TEMPLATE)
+_MODEL_FILES = {"Llama2Tokenizer": "tokenizer.model", "HuggingFaceTokenizer": "tokenizer.json"}
+# What belongs to a vocabulary and is stale once it has grown.
+_VOCABULARY = (*_MODEL_FILES.values(), "vocab.json", "merges.txt", _ADDED_TOKENS)
+# What may lie beside a tokenizer's file; of a folder with other things in it, only these are taken.
+_BESIDE_TOKENIZER = (TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP, _ADDED_TOKENS, GENERATION_CONFIG)
+_JSON_OBJECTS = (*_BESIDE_TOKENIZER, MODEL_CONFIG)
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_LEFT_OUT = (*_WEIGHTS, ".index.json", ".py", ".distcp", ".partial")  # code is never carried
+_MOST_BYTES = 64 * 2**20  # a tokenizer.json of 250,000 pieces has about 35 MB
+
+_SPECIAL_TOKENS = (
+    *("bos_token", "eos_token", "unk_token", "pad_token"),
+    *("sep_token", "cls_token", "mask_token"),
+)
+_SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Of templates that cannot be rendered here.
+_USUAL_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def read_model_files(folder: Path) -> SmallFiles:
+    """Reads the small files of a model's folder: all but weights, code and hidden files.
+
+    Raises:
+        UserError: A file cannot be read, or is no JSON object where it has to be one.
+    """
+    try:
+        names = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})") from None
+    names = [name for name in names if not name.endswith(_LEFT_OUT)]
+    return _read(folder, list(dict.fromkeys([*names, *chat_template_names(folder)])))
+
+
+def read_tokenizer_files(tokenizer: Tokenizer) -> SmallFiles:
+    """Reads a tokenizer's own file, under transformers' name for it, and what lies beside it.
+
+    Raises:
+        UserError: A file cannot be read, or is no JSON object where it has to be one.
+    """
+    path = tokenizer.model_path
+    name = _MODEL_FILES[tokenizer.tokenizer_type]
+    files = {name: path.read_bytes()}
+    folder = path.parent
+    others = [folder / other for other in _MODEL_FILES.values() if other != path.name]
+    if path.name != name and any(other.is_file() for other in others):
+        return files  # what lies beside belongs to the file of the usual name
+    names = [*_BESIDE_TOKENIZER, *chat_template_names(folder)]
+    if (folder / TOKENIZER_CONFIG).is_file():
+        names += _VOCABULARY  # a whole tokenizer, perhaps in both formats
+    return {**_read(folder, list(dict.fromkeys(names))), **files}
+
+
+def _read(folder: Path, names: list[str]) -> SmallFiles:
+    files: SmallFiles = {}
+    for name in names:
+        path = folder / name
+        try:
+            if not path.is_file():
+                continue
+            if path.stat().st_size > _MOST_BYTES:
+                logger.warning("%s: is above %d MB and is left behind", path, _MOST_BYTES >> 20)
+                continue
+            files[name] = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if name in _JSON_OBJECTS:
+            try:
+                _json_object(files, name)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
+    return files
+
+
+def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a folder, each whole under its name or not at all.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_name(f"{path.name}.partial")
+            partial.write_bytes(data)
+            os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write: {folder}: {error.strerror}") from error
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, chat_template: str | None, add_bos_token: bool | None
+) -> None:
+    """Writes a tokenizer, and what lies beside it, as a folder that transformers reads.
+
+    Args:
+        tokenizer: The tokenizer.
+        folder: Made if it is missing.
+        chat_template: Jinja source that turns messages into a prompt; None keeps its own.
+        add_bos_token: Whether a text is to begin with BOS where the tokenizer does not do so yet.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    files = complete_tokenizer(read_tokenizer_files(tokenizer), tokenizer)
+    if add_bos_token:
+        files = with_bos(files, tokenizer)
+    if chat_template is not None:
+        files = with_chat_template(files, chat_template)
+    write_small_files(folder, files)
+
+
+def has_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> bool:
+    """Whether the files hold this very tokenizer."""
+    data = files.get(_MODEL_FILES[tokenizer.tokenizer_type])
+    return data is not None and sha256_of(data) == tokenizer.fingerprint
+
+
+def complete_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
+    """The files with the configuration that transformers needs, where there is none.
+
+    What a whole model's folder has is kept as it is: there config.json says the rest.
+
+    Args:
+        files: Those of this tokenizer.
+        tokenizer: The tokenizer.
+    """
+    if MODEL_CONFIG in files:
+        return dict(files)
+    config = _json_object(files, TOKENIZER_CONFIG)
+    if tokenizer.tokenizer_type == "Llama2Tokenizer":
+        if config:
+            return dict(files)
+        data = files[_MODEL_FILES[tokenizer.tokenizer_type]]
+        return {**files, **sentencepiece_files(data, tokenizer)}
+    if "tokenizer_class" in config:
+        return dict(files)
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
+    return {**files, TOKENIZER_CONFIG: json_bytes({**defaults, **config})}
+
+
+def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
+    """The files with another tokenizer, most often one whose vocabulary has grown.
+
+    What lies beside the new tokenizer counts before what the old one had; what it does not say,
+    such as the chat template, padding and `model_max_length`, stays the old one's.
+
+    Args:
+        files: As they were; returned unchanged if they hold this tokenizer.
+        tokenizer: The new tokenizer.
+
+    Raises:
+        UserError: A file beside the new tokenizer cannot be read.
+    """
+    if has_tokenizer(files, tokenizer):
+        return dict(files)
+    beside = read_tokenizer_files(tokenizer)
+    is_bare = TOKENIZER_CONFIG not in beside
+    old, new = _json_object(files, TOKENIZER_CONFIG), _json_object(beside, TOKENIZER_CONFIG)
+    if not old and _SPECIAL_TOKENS_MAP not in files:
+        return {**{k: v for k, v in files.items() if k not in _VOCABULARY}, **beside}
+    has_templates = bool(chat_templates_in(beside, tokenizer.model_path.parent))
+    result = {
+        name: data
+        for name, data in files.items()
+        if name not in (*_VOCABULARY, TOKENIZER_CONFIG)
+        and not (
+            has_templates and (name in _TEMPLATES or name.startswith(f"{CHAT_TEMPLATE_FOLDER}/"))
+        )
+    }
+    if has_templates:
+        old.pop("chat_template", None)
+    known = _vocabulary_of(beside[_MODEL_FILES[tokenizer.tokenizer_type]], tokenizer)
+    lost = _drop_unknown_tokens(old, known)
+    special = _json_object(files, _SPECIAL_TOKENS_MAP)
+    lost |= _drop_unknown_tokens(special, known)
+    if special:
+        result[_SPECIAL_TOKENS_MAP] = json_bytes(special)
+    if lost:
+        logger.warning(
+            "%s: has no %s of the old tokenizer, which the export will not name",
+            *(tokenizer.model_path, ", ".join(lost)),
+        )
+        for name in (MODEL_CONFIG, GENERATION_CONFIG):
+            _drop_ids(result, name, set(lost.values()))
+    if is_bare and tokenizer.tokenizer_type == "Llama2Tokenizer":
+        post_processor = _json_object(files, "tokenizer.json").get("post_processor")
+        made = sentencepiece_files(beside["tokenizer.model"], tokenizer, old, post_processor)
+        return {**made, **result, **beside, TOKENIZER_CONFIG: made[TOKENIZER_CONFIG]}
+    config = {**old, **new}
+    if config != new:
+        beside[TOKENIZER_CONFIG] = json_bytes(config)
+    return {**result, **beside}
+
+
+def _drop_ids(files: SmallFiles, name: str, lost: set[int]) -> None:
+    """Removes ids of tokens that are gone from a JSON file's special ids."""
+    content = _json_object(files, name)
+    changed = False
+    for key in SPECIAL_IDS:
+        value = content.get(key)
+        kept = [i for i in value if i not in lost] if isinstance(value, list) else value
+        if kept != value or (isinstance(value, int) and value in lost):
+            content[key] = kept if isinstance(value, list) and kept else None
+            changed = True
+    if changed:
+        files[name] = json_bytes(content)
+
+
+def _drop_unknown_tokens(config: dict[str, Any], known: Mapping[str, int]) -> dict[str, int]:
+    """Removes tokens that a vocabulary does not have from a tokenizer's configuration.
+
+    transformers would add them behind the vocabulary, where the model has no rows. Tokens whose ids
+    lie behind the whole vocabulary stay.
+
+    Returns:
+        The ids of what was removed by name, -1 where none is known.
+    """
+    lost: dict[str, int] = {}
+    present = set(known)
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        for token_id, token in list(decoder.items()):
+            text = _content(token)
+            if known.get(text) == int(token_id):
+                continue
+            if int(token_id) > max(known.values(), default=-1):
+                present.add(text)
+                continue
+            lost[text] = int(token_id)
+            del decoder[token_id]
+    for name in _SPECIAL_TOKENS:
+        text = _content(config.get(name))
+        if text and text not in present:
+            lost.setdefault(text, -1)
+            del config[name]
+    for name in _SPECIAL_LISTS:
+        listed = config.get(name)
+        if isinstance(listed, list):
+            unknown = [_content(token) for token in listed if _content(token) not in present]
+            lost |= {text: lost.get(text, -1) for text in unknown}
+            config[name] = [token for token in listed if _content(token) in present]
+    return lost
+
+
+def _content(token: Any) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
+
+
+def _vocabulary_of(data: bytes, tokenizer: Tokenizer) -> dict[str, int]:
+    """The ids of a tokenizer file's pieces and tokens by name."""
+    if tokenizer.tokenizer_type == "Llama2Tokenizer":
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(data)
+        return {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
+    vocabulary: dict[str, int] = tokenizers.Tokenizer.from_buffer(data).get_vocab()
+    return vocabulary
+
+
+def without_tokenizer(files: Mapping[str, bytes]) -> SmallFiles:
+    """The files without the tokenizer and its chat templates."""
+    names = (*_VOCABULARY, TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP, *_TEMPLATES)
+    return {
+        name: data
+        for name, data in files.items()
+        if name not in names and not name.startswith(f"{CHAT_TEMPLATE_FOLDER}/")
+    }
+
+
+def token_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids by name of all tokens, also of those that only the files beside the tokenizer add."""
+    ids = _vocabulary_of(files[_MODEL_FILES[tokenizer.tokenizer_type]], tokenizer)
+    for text, token_id in _json_object(files, _ADDED_TOKENS).items():
+        ids.setdefault(text, token_id)
+    decoder = _json_object(files, TOKENIZER_CONFIG).get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        for number, token in decoder.items():
+            ids.setdefault(_content(token), int(number))
+    return ids
+
+
+def own_chat_template(files: Mapping[str, bytes], folder: Path) -> str | None:
+    """Jinja source of the default chat template among the files; None if there is none.
+
+    Args:
+        files: The small files of a folder.
+        folder: The folder, for messages.
+
+    Raises:
+        UserError: A file that should hold one is damaged.
+    """
+    return chat_templates_in(files, folder).get("default")
+
+
+def with_chat_template(files: Mapping[str, bytes], source: str) -> SmallFiles:
+    """The files with another default chat template; other named ones stay.
+
+    It is written where the old one is: in a file of its own or in `tokenizer_config.json`. Without
+    either of them it becomes `chat_template.jinja`.
+
+    Args:
+        files: As they were; returned unchanged if this is their template.
+        source: Jinja source.
+    """
+    result = dict(files)
+    if own_chat_template(files, Path()) == source:
+        return result
+    result.pop(_PROCESSOR_TEMPLATE, None)
+    config = _json_object(files, TOKENIZER_CONFIG)
+    in_folder = [name for name in files if name.startswith(f"{CHAT_TEMPLATE_FOLDER}/")]
+    if CHAT_TEMPLATE_FILE in files or in_folder or TOKENIZER_CONFIG not in files:
+        result.pop(f"{CHAT_TEMPLATE_FOLDER}/default.jinja", None)
+        result[CHAT_TEMPLATE_FILE] = source.encode()
+        if config.pop("chat_template", None) is not None:
+            result[TOKENIZER_CONFIG] = json_bytes(config)
+        return result
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        others = [entry for entry in named if entry.get("name") != "default"]
+        config["chat_template"] = [{"name": "default", "template": source}, *others]
+    else:
+        config["chat_template"] = source
+    result[TOKENIZER_CONFIG] = json_bytes(config)
+    return result
+
+
+def with_bos(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
+    """The files with BOS before every text, for a model whose training data had it.
+
+    Args:
+        files: Those of this tokenizer, see `complete_tokenizer`; unchanged if they put it there.
+        tokenizer: The tokenizer.
+    """
+    bos, result = tokenizer.special_tokens.get("bos_token"), dict(files)
+    config, data = _json_object(files, TOKENIZER_CONFIG), files.get("tokenizer.json")
+    if bos is None or configured_bos(config, data, tokenizer.bos_id):
+        return result
+    result[TOKENIZER_CONFIG] = json_bytes({**config, "add_bos_token": True})
+    # transformers 5 reads the post-processor, and not `add_bos_token`, beside a tokenizer.json.
+    if data is not None and not configured_bos({}, data, tokenizer.bos_id):
+        content = json.loads(data)
+        begun = with_special_tokens(content.get("post_processor"), [(bos, tokenizer.bos_id)])
+        content["post_processor"] = begun
+        result["tokenizer.json"] = json.dumps(content, ensure_ascii=False).encode()
+    return result
+
+
+def with_stop_tokens(
+    files: Mapping[str, bytes],
+    ids: Mapping[str, int],
+    tokenizer: Tokenizer | None,
+) -> SmallFiles:
+    """The files with a `generation_config.json` that lists every token that ends an answer.
+
+    The base model's list stays, also where only config.json has it, and the token that ends a turn
+    of the chat template is added.
+
+    Args:
+        files: With the template and the tokenizer of the export.
+        ids: `bos_token_id`, `eos_token_id` and `pad_token_id` for a model without a base.
+        tokenizer: The export's; None if it has none.
+    """
+    config = _json_object(files, GENERATION_CONFIG)
+    if GENERATION_CONFIG not in files:
+        of_model = _json_object(files, MODEL_CONFIG)
+        config = {
+            name: value
+            for name in SPECIAL_IDS
+            if (value := of_model.get(name, None if of_model else ids.get(name))) is not None
+        }
+        config["_from_model_config"] = False
+    stops = _as_list(config.get("eos_token_id"))
+    listed = stops
+    if not listed and "eos_token_id" in ids:
+        listed = [ids["eos_token_id"]]
+    ends = [] if tokenizer is None else _turn_end_ids(files, tokenizer)
+    every = list(dict.fromkeys([*listed, *ends]))
+    if GENERATION_CONFIG in files and every == stops:
+        return dict(files)
+    if every != stops:
+        config["eos_token_id"] = every[0] if len(every) == 1 else every
+    return {**files, GENERATION_CONFIG: json_bytes(config)}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
+    """Ids of the tokens with which the chat template ends an answer."""
+    source = own_chat_template(files, Path())
+    if source is None:
+        return []
+    ids = token_ids(files, tokenizer)
+    config = _json_object(files, TOKENIZER_CONFIG)
+    named = {name: text for name in _SPECIAL_TOKENS if (text := _content(config.get(name)))}
+    decoder = config.get("added_tokens_decoder")
+    added = [_content(token) for token in decoder.values()] if isinstance(decoder, dict) else []
+    control = tuple(dict.fromkeys([*tokenizer.control_tokens, *added, *named.values()]))
+    ends: list[str | None] = []
+    # The tokens' names as training had them, and as transformers takes them from the folder.
+    for special in (tokenizer.special_tokens, {**tokenizer.special_tokens, **named}):
+        template = JinjaTemplate(CHAT_TEMPLATE_FILE, source, control, tuple(special.items()))
+        ends.append(template.turn_end())
+    if not any(ends):  # a template that only transformers can render
+        ends = [name for name in _USUAL_TURN_ENDS if name in source]
+    return list(dict.fromkeys(ids[name] for name in ends if name is not None and name in ids))
+
+
+def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """A JSON file among the files; empty if it is not there.
+
+    Raises:
+        ValueError: It is no JSON object.
+    """
+    if name not in files:
+        return {}
+    content = json.loads(files[name])
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def json_bytes(content: Any) -> bytes:
+    """Content of a JSON file, indented."""
+    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
