@@ -20,7 +20,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from megatron_chatflow.config.units import parse_count, parse_number, shorten
+from megatron_chatflow.config.units import parse_count, parse_number, parse_shares, shorten
 from megatron_chatflow.errors import UserError
 
 CONFIG = ConfigDict(extra="forbid", validate_default=False)
@@ -49,6 +49,11 @@ def _parse_path(value: object) -> Path:
     return Path(value).expanduser()
 
 
+def _check_shares(value: str) -> str:
+    parse_shares(value)
+    return value
+
+
 def _check_name(value: str) -> str:
     if not value.strip() or not value.isprintable():
         raise UserError(f"must be a name that can be printed, not {value!r}")
@@ -63,6 +68,8 @@ def _parse_weights(value: Any, parse_mapping: Callable[[Any], Any]) -> Any:
 
 Switch = StrictBool
 Name = Annotated[StrictStr, AfterValidator(_check_name)]
+Shares = Annotated[StrictStr, AfterValidator(_check_shares)]
+"""Shares of training, validation and test, as `parse_shares` reads them."""
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
 Size = Annotated[StrictInt, Field(ge=1)]

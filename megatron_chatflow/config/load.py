@@ -25,11 +25,15 @@ def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> di
             below = {}
         if isinstance(below, Mapping):  # anything else is refused, by its path, in validation
             merged[section] = {**below, **values}
-    # The length of a run is one setting with two spellings: a flag replaces the file's.
-    given = flags.get("train", {}).keys() & {"train_iters", "train_samples"}
-    if len(given) == 1 and isinstance(merged["train"], Mapping):
-        other = "train_samples" if "train_iters" in given else "train_iters"
-        merged["train"] = {**merged["train"], other: None}
+    # These are one setting with two spellings: a flag replaces the file's.
+    for section, pair in (
+        ("train", ("train_iters", "train_samples")),
+        ("data", ("holdout_every", "split")),
+    ):
+        given = [name for name in pair if name in flags.get(section, {})]
+        if len(given) == 1 and isinstance(merged[section], Mapping):
+            (other,) = set(pair) - set(given)
+            merged[section] = {**merged[section], other: None}
     return merged
 
 

@@ -23,6 +23,7 @@ from megatron_chatflow.config.fields import (
     PositiveCount,
     PositiveNumber,
     Seed,
+    Shares,
     Size,
     Stride,
     Switch,
@@ -254,6 +255,11 @@ class DataConfig:
     holdout_every: Stride | None = Field(
         default=None,
         description="every k-th document of a source without validation_paths is held out",
+    )
+    split: Shares | None = Field(
+        default=None,
+        description="instead: shares of training, validation and test in the documents of each "
+        "dataset, in order, such as 969,30,1",
     )
     num_prefetch: Size = Field(default=2, description="global batches that are prepared ahead")
 

@@ -16,6 +16,7 @@ _NUMBER = r"[+-]?[0-9](?:_?[0-9])*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?"
 _COUNT = re.compile(rf"({_NUMBER})\s?([KMBTkmbt]?)")
 _EXPONENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]{1,3}")
 _NUM_BYTES = re.compile(rf"({_NUMBER})\s?([KMGT])(i?)B", re.IGNORECASE)
+_SHARE = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _LARGEST_COUNT = 2**63 - 1
 
 _shortener = Repr()
@@ -105,3 +106,26 @@ def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[st
     while one != other and f"{one:.{digits}g}" == f"{other:.{digits}g}":
         digits += 1
     return f"{one:.{digits}g}", f"{other:.{digits}g}"
+
+
+def parse_shares(value: object) -> tuple[float, float, float]:
+    """Shares of training, validation and test as Megatron's ``--split`` gives them: ``969,30,1``.
+
+    Returns:
+        The shares as parts of 1; those that are left out at the end are 0.
+
+    Raises:
+        UserError: The text is no list of one to three numbers, or training would get nothing.
+    """
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else []
+    if not 1 <= len(words) <= 3 or not all(_SHARE.fullmatch(word) for word in words):
+        raise UserError(
+            f"must be shares of training, validation and test such as 969,30,1, not "
+            f"{shorten(value)}"
+        )
+    shares = [float(word) for word in words] + [0.0] * (3 - len(words))
+    if not shares[0]:
+        raise UserError(f"must leave something to training, not {shorten(value)}")
+    total = sum(shares)
+    train, validation, test = (share / total for share in shares)
+    return train, validation, test

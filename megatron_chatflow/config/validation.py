@@ -314,6 +314,8 @@ def _check_faults(config: "RunConfig") -> None:
 
 
 def _check_schedule(config: "RunConfig") -> None:
+    if config.data.split is not None and config.data.holdout_every is not None:
+        raise UserError("data.split and data.holdout_every: both are set; leave one out")
     sources, knots = config.data.sources, config.data.schedule.knots
     for number, knot in enumerate(knots):
         if isinstance(knot.weights, str):

@@ -22,7 +22,7 @@ from megatron_chatflow.data.mapped_file import release_pages
 from megatron_chatflow.data.packing_cache import Packing, load_packing, save_packing
 from megatron_chatflow.data.samples import check_index, document_begins
 from megatron_chatflow.data.sidecar import loss_mask_prefix
-from megatron_chatflow.data.split import Split, documents_in_split
+from megatron_chatflow.data.split import Split, document_range, documents_in_split
 from megatron_chatflow.native.packing import best_fit
 from megatron_chatflow.native.samples import (
     DocumentLists,
@@ -46,6 +46,7 @@ def pack_documents(
     holdout_every: int | None,
     seq_length: int,
     version: int = ALGORITHM_VERSION,
+    shares: Sequence[float] | None = None,
 ) -> Packing:
     """Packs the documents of a split into samples of ``seq_length + 1`` tokens.
 
@@ -62,6 +63,7 @@ def pack_documents(
         holdout_every: Every k-th document of a file is held out; None for all of them.
         seq_length: Inputs of a sample.
         version: Of the algorithm.
+        shares: Of training, validation and test, instead of `holdout_every`.
     """
     capacity = seq_length + 1
     num_documents = sum(file.num_documents for file in files)
@@ -71,13 +73,14 @@ def pack_documents(
     )
     num_tokens = num_truncated = num_truncated_tokens = num_without_loss = first = 0
     for file in files:
+        taken = None if shares is None else document_range(file.num_documents, split, shares)
         for begin in range(0, file.num_documents, _BLOCK):
             end = min(begin + _BLOCK, file.num_documents)
             begins = document_begins(file, np.arange(begin, end + 1))
             whole = np.diff(begins)
             check_index(file, whole >= 0)
             kept = np.minimum(whole, capacity)
-            kept[~documents_in_split(begin, end, split, holdout_every)] = 0
+            kept[~documents_in_split(begin, end, split, holdout_every, taken)] = 0
             without_loss = np.zeros(len(kept), np.bool_)
             if version > 1:
                 without_loss = (kept > 0) & ~_have_loss(file, begins[:-1], kept)
@@ -166,6 +169,7 @@ def cached_packing(
     holdout_every: int | None,
     seq_length: int,
     version: int = ALGORITHM_VERSION,
+    shares: Sequence[float] | None = None,
 ) -> Packing:
     """The packing of a split, from the disk if it is there.
 
@@ -178,7 +182,9 @@ def cached_packing(
         holdout_every: Every k-th document of a file is held out; None for all of them.
         seq_length: Inputs of a sample.
         version: Of the algorithm.
+        shares: Of training, validation and test, instead of `holdout_every`.
     """
+    given = {} if shares is None else {"shares": list(shares)}
     key = packing_key(
         facts,
         version,
@@ -186,11 +192,12 @@ def cached_packing(
         holdout_every=holdout_every,
         seq_length=seq_length,
         loss_masks=mask_hashes(files, facts),
+        **given,
     )
     path = packing_path(files[0].name, key)
 
     def build() -> Packing:
-        packing = pack_documents(files, split, holdout_every, seq_length, version)
+        packing = pack_documents(files, split, holdout_every, seq_length, version, shares)
         room = packing.num_samples * (seq_length + 1)
         logger.info(
             "packed %d documents of %s into %d samples, %.1f%% full; %d documents cut by %d "

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
+from megatron_chatflow.config.units import parse_shares
 from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.packing import (
@@ -248,9 +249,10 @@ def _build_source(
 ) -> Source:
     field, paths = "paths", config.paths
     holdout_every = None if config.validation_paths else data.holdout_every
+    shares = parse_shares(data.split) if data.split and not config.validation_paths else None
     if split == "validation" and config.validation_paths:
         field, paths = "validation_paths", config.validation_paths
-    elif split == "validation" and holdout_every is None:
+    elif shares is None and (split == "test" or (split == "validation" and not holdout_every)):
         paths = ()
     files, facts = [], []
     for number, path in enumerate(paths):
@@ -272,19 +274,20 @@ def _build_source(
     packing = None
     if config.packing == "best_fit" and files:
         packing = cached_packing(
-            files, facts, split, holdout_every, shape.seq_length, packing_version
+            files, facts, split, holdout_every, shape.seq_length, packing_version, shares
         )
         samples = PackedSamples(label, files, packing, shape)
     else:
-        runs = split_runs(files, split, holdout_every)
-        samples = Windows(label, files, runs, shape, keep_tail=split == "validation")
+        runs = split_runs(files, split, holdout_every, shares)
+        samples = Windows(label, files, runs, shape, keep_tail=split != "train")
     # What decides which tokens an index stands for; loss and boundaries may change on resume.
-    content = {
+    content: dict[str, Any] = {
         "datasets": facts,
         "seq_length": shape.seq_length,
         "holdout_every": holdout_every,
         "packing": None,
         "num_samples": samples.num_samples,
+        **({} if shares is None else {"split": list(shares)}),
     }
     if config.packing == "best_fit":
         # Version 1 also stands for what every version packs alike.

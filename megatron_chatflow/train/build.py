@@ -23,6 +23,7 @@ from megatron_chatflow.config import RunConfig
 from megatron_chatflow.config.model_shape import causal_share, flops_per_token
 from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
+from megatron_chatflow.data.source import Source
 from megatron_chatflow.evaluation.choice_training import ChoiceValidator
 from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
 from megatron_chatflow.evaluation.report_table import format_table
@@ -107,7 +108,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
             on_micro_batch=watchdog.beat_on,
         ),
         optimization=optimization,
-        validator=_validator(config, inputs),
+        validator=_validator(config, inputs.validation_sources),
+        test_validator=_validator(config, inputs.test_sources),
         choices=_choices(config, inputs),
         state=inputs.state,
         log=IntervalLog(hooks, facts, ranks, stragglers),
@@ -246,11 +248,11 @@ def _loader(config: RunConfig, inputs: RunInputs, ranks: Ranks, stack: ExitStack
     return loader
 
 
-def _validator(config: RunConfig, inputs: RunInputs) -> Validator | None:
-    if config.train.eval_interval is None:
+def _validator(config: RunConfig, sources: list[Source]) -> Validator | None:
+    if config.train.eval_interval is None or not any(one.num_samples for one in sources):
         return None
     return Validator(
-        sources=inputs.validation_sources,
+        sources=sources,
         max_samples=config.train.eval_iters * config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         seq_length=config.data.seq_length,

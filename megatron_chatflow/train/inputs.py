@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -66,6 +66,7 @@ class RunInputs:
         vocab_size: The model's, before padding.
         sources: Training sources in the schedule's order.
         validation_sources: Held-out samples of each; none where nothing is validated.
+        test_sources: The samples of `data.split`'s test; none where nothing is validated.
         blend: From the beginning, or as the checkpoint left it.
         state: The run's state before its first iteration.
         checkpoint: Where weights come from; None for fresh ones.
@@ -93,6 +94,7 @@ class RunInputs:
     grown: GrownVocabulary | None = None
     findings: Sequence[str] = ()
     changes: Sequence[Row] = ()
+    test_sources: list[Source] = field(default_factory=list)
 
 
 def open_inputs(config: RunConfig) -> RunInputs:
@@ -131,9 +133,9 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         packing_versions=packing_versions,
     )
     sources = build()
-    held_out = []
+    held_out, test = [], []
     if config.train.eval_interval is not None:
-        held_out = build(split="validation")
+        held_out, test = build(split="validation"), build(split="test")
     begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
     resumed = None
@@ -168,6 +170,7 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
         vocab_size=vocab_size,
         sources=sources,
         validation_sources=held_out,
+        test_sources=test,
         blend=blend,
         state=replace(state, schedule=blend.schedule.to_dict(), data_seeds=seeds),
         checkpoint=folder,

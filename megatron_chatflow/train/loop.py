@@ -75,6 +75,7 @@ class Run:
         forward_step: How a micro-batch runs.
         optimization: Model chunks, optimizer, learning rate.
         validator: Held-out samples; None where there are none.
+        test_validator: The samples of `data.split`'s test, for the run's end; None without any.
         choices: Choice questions; None where there are none.
         log: What is reported of iterations, and to whom.
         state: The parts of `RunState` that do not change.
@@ -108,6 +109,7 @@ class Run:
     freed_memory: FreedMemory | None
     profiler: ProfilerWindow
     stragglers: Stragglers | None = None
+    test_validator: Validator | None = None
     saver: CheckpointSaver | None = None
     resumed_from: Path | None = None
 
@@ -275,6 +277,10 @@ def _validate(run: Run, progress: Progress) -> None:
     run.log.write_iterations()
     run.optimization.gather_parameters()
     losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
+    if run.test_validator is not None and progress.iteration == run.length.last_iteration:
+        run.watchdog.beat(progress.iteration, "test")
+        test = run.test_validator.run(run.forward_step, run.optimization.chunks, run.ranks)
+        losses |= {f"{name} (test)": loss for name, loss in test.items()}
     for hook in run.log.hooks:
         hook.on_validation(progress.iteration, losses)
 

@@ -45,6 +45,16 @@ def test_flag_values(path, flags, section, field, value) -> None:
     assert getattr(getattr(load_config(path, flags), section), field) == value
 
 
+def test_a_flag_for_what_is_held_out_replaces_the_files_other_spelling(path) -> None:
+    path.write_text(path.read_text().replace("data:\n", "data:\n  holdout_every: 10\n"))
+    run = load_config(path, ["--split", "9,1"])
+    assert (run.data.split, run.data.holdout_every) == ("9,1", None)
+    with pytest.raises(UserError, match=r"data.split and data.holdout_every: both are set"):
+        load_config(path, ["--split", "9,1", "--holdout-every", "5"])
+    with pytest.raises(UserError, match=r"data.split: must be shares of training, validation"):
+        load_config(path, ["--split", "9;1"])
+
+
 def test_a_flag_for_the_length_replaces_the_files_other_spelling(path) -> None:
     run = load_config(path, ["--train-samples", "1.6K"])
     assert run.train.train_iters is None
@@ -160,8 +170,8 @@ FROZEN_FLAGS = """
 --recompute-num-layers --rope-high-freq-factor --rope-low-freq-factor
 --rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base
 --save --save-interval --save-keep-every --save-retain --seed --seq-length --sequence-parallel
---shared-memory-collectives --straggler-minmax-count --tensor-model-parallel-size --tensorboard
---tokenizer-model --tokenizer-type --train-iters --train-samples
+--shared-memory-collectives --split --straggler-minmax-count --tensor-model-parallel-size
+--tensorboard --tokenizer-model --tokenizer-type --train-iters --train-samples
 --untie-embeddings-and-output-weights --use-distributed-optimizer --use-pytorch-profiler --verbose
 --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
 --world-size

@@ -9,6 +9,7 @@ from megatron_chatflow.config.units import (
     parse_count,
     parse_num_bytes,
     parse_number,
+    parse_shares,
     shorten,
 )
 from megatron_chatflow.errors import UserError
@@ -109,3 +110,11 @@ def test_sizes_in_bytes(written: str, num_bytes: int) -> None:
 def test_sizes_in_bytes_that_are_none(written: str) -> None:
     with pytest.raises(UserError, match="must be a size such as 5GB, 500MB or 2GiB, not "):
         parse_num_bytes(written)
+
+
+def test_shares_of_splits() -> None:
+    assert parse_shares("969, 30, 1") == (0.969, 0.03, 0.001)
+    assert parse_shares("3,1") == (0.75, 0.25, 0.0)
+    for wrong in ("", "a", "1,2,3,4", "0,1", "0,0,0", "-1,2", "1;2", "nan", 969, None):
+        with pytest.raises(UserError, match="^must "):
+            parse_shares(wrong)

@@ -18,10 +18,9 @@ from megatron_chatflow.errors import UserError
 TOKENIZER = PlainTokenizer()
 
 
-def build(sources, *, seed=1, split="train", tokenizer=TOKENIZER, **fields):
-    return build_sources(
-        data_config(sources, **fields), seed=seed, tokenizer=tokenizer, split=split
-    )
+def build(sources, *, seed=1, split="train", tokenizer=TOKENIZER, shares=None, **fields):
+    config = data_config(sources, split=shares, **fields)
+    return build_sources(config, seed=seed, tokenizer=tokenizer, split=split)
 
 
 def write_sidecar(prefix, *, num_documents, num_tokens, sha256="f" * 64, hashes=None):
@@ -112,6 +111,43 @@ def test_validation_is_held_out_by_document_and_in_order(tmp_path):
     assert nothing.num_samples == 0
     with pytest.raises(UserError, match="data.sources.a: has no samples"):
         nothing.sample(0)
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+@pytest.mark.parametrize(
+    ("shares", "num_documents", "edges"),
+    [
+        ("969,30,1", 1000, (969, 999, 1000)),
+        ("969, 30, 1", 20, (19, 20, 20)),
+        ("8,1,1", 21, (17, 19, 21)),
+        ("99,1", 250, (248, 250, 250)),  # 247.5 is rounded to the even number
+        ("1", 7, (7, 7, 7)),
+        (".5,.25,.25", 6, (3, 4, 6)),
+    ],
+)
+def test_documents_are_split_by_shares(tmp_path, packing, shares, num_documents, edges):
+    documents = numbered_documents([8] * num_documents)
+    path = write_dataset(tmp_path / "a_document", documents)
+    for split, begin, end in zip(("train", "validation", "test"), (0, *edges), edges, strict=False):
+        [source] = build({"a": {"paths": [path], "packing": packing}}, split=split, shares=shares)
+        samples = [source.sample_in_order(k) for k in range(source.num_samples)]
+        seen = {int(t) for one in samples for t in one.tokens if t >= 10}
+        expected = np.concatenate([*documents[begin:end], np.zeros(0, np.int64)])
+        # The last window of training may lack the token that it would end with.
+        if split == "train" and packing == "none":
+            expected = expected[: source.num_samples * 8 + 1]
+        assert seen == set(expected.tolist())
+
+
+def test_a_source_with_validation_paths_is_not_split(tmp_path):
+    train_path = write_dataset(tmp_path / "a_document", numbered_documents([6] * 20))
+    path = write_dataset(tmp_path / "v_document", numbered_documents([9], first=5000))
+    config = {"a": {"paths": [train_path], "validation_paths": [path]}}
+    sizes = [
+        build(config, split=split, shares="8,1,1")[0].num_tokens
+        for split in ("train", "validation", "test")
+    ]
+    assert sizes == [120, 9, 0]
 
 
 def test_validation_paths_take_the_place_of_holding_out(tmp_path):
