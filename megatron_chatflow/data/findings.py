@@ -188,12 +188,13 @@ def _validation_on_training_data(
     trained: Sequence[_Dataset], held_out: Sequence[Source]
 ) -> list[str]:
     """Reports datasets that are validated on and trained on as well."""
-    of_content: dict[str, list[_Dataset]] = defaultdict(list)
+    # Of equal datasets in one source the first stands for all.
+    of_content: dict[str, dict[str, _Dataset]] = defaultdict(dict)
     for dataset in trained:
-        of_content[dataset.content].append(dataset)
+        of_content[dataset.content].setdefault(dataset.source, dataset)
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for dataset in _datasets(held_out):
-        for other in of_content[dataset.content]:
+        for other in of_content[dataset.content].values():
             # Training leaves out what validation takes if both are of the same part.
             if dataset.part is None or dataset.part != other.part:
                 found[dataset.source, other.source].append(_name(dataset, other))

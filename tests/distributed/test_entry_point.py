@@ -87,7 +87,7 @@ def test_a_run_leaves_what_it_promises(tiny_run: TinyRun, tmp_path: Path) -> Non
     output = jobs.run(
         jobs.pretrain("--config", tiny_run.config, "--save", tmp_path, "--train-iters", "3")
     )
-    assert "WARNING data.sources.first: 1 of 1 datasets has no .json" in output
+    assert "* data.sources.first: 1 of 1 datasets has no .json" in output
     assert (tmp_path / "config.yaml").is_file()
     assert list((tmp_path / "tensorboard").iterdir())
     assert (tmp_path / "iter_0000003" / "config.yaml").is_file()

@@ -149,6 +149,10 @@ def test_validation_on_training_data(tmp_path: Path) -> None:
     # A source of weight 0 is for validation alone.
     sources = {"x": {"paths": [other]}, "y": {"paths": [path], "validation_paths": [path]}}
     assert findings_of(sources, weights={"x": 1, "y": 0}) == []
+    # Copies within a source are one each.
+    sources = {"x": {"paths": [path, copy, path], "validation_paths": [path, copy]}}
+    [finding] = [finding for finding in findings_of(sources) if "validates" in finding]
+    assert f"validates on {path} and 1 others, which data.sources.x trains on" in finding
 
 
 def test_documents_without_loss_tokens(tmp_path: Path) -> None:
