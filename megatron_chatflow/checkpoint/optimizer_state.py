@@ -197,7 +197,8 @@ def load(
     num_steps = next(_numbers_of_steps(common), None)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
         raise UserError(
-            f"{folder}: holds no optimizer state; load its weights alone with --finetune"
+            f"{folder}: holds no optimizer state; go on with a fresh optimizer by --no-load-optim, "
+            "or begin a new run with its weights by --finetune"
         )
     pieces += _fp32_weights(layout, names)
     with torch.no_grad():

@@ -107,10 +107,13 @@ def test_a_resume_with_a_fresh_optimizer(tiny_run: TinyRun, tmp_path: Path) -> N
     base = ["--config", tiny_run.config, "--train-iters", 8]
     parts = [*base, "--save", tmp_path / "parts", "--load", tmp_path / "parts"]
     fresh = [*base, "--save", tmp_path / "fresh", "--load", tmp_path / "fresh"]
+    bf16 = [*base, "--bf16", "--save", tmp_path / "bf16", "--load", tmp_path / "bf16"]
     commands = [
         [*base, "--save", tmp_path / "whole"],
         [*fresh, "--exit-interval", 4],
         [*fresh, "--no-load-optim"],
+        [*bf16, "--exit-interval", 4],
+        [*bf16, "--exit-interval", 5, "--no-load-optim", "--lr", "1e-30"],
         [*parts, "--exit-interval", 4],
         [*parts, "--no-load-optim", "--exit-interval", 5],
         parts,
@@ -125,6 +128,10 @@ def test_a_resume_with_a_fresh_optimizer(tiny_run: TinyRun, tmp_path: Path) -> N
     # Iteration 5 has the same weights; its update is the first with other moments.
     assert all(ours == theirs for ours, theirs in losses[:5])
     assert all(ours != theirs for ours, theirs in losses[5:])
+    # Master weights belong to the weights: they keep their full precision.
+    before, after = (_tensors(tmp_path / "bf16" / f"iter_000000{i}") for i in (4, 5))
+    masters = [name for name in before if ".fp32_param." in name]
+    assert masters and all(torch.equal(before[name], after[name]) for name in masters)
     # The moments are saved again and resumed as those of any run.
     _assert_same_weights(tmp_path / "parts" / "iter_0000008", tmp_path / "fresh" / "iter_0000008")
 
