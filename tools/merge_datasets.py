@@ -26,9 +26,14 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--allow-missing", action="store_true", help="parts of a job array")
     parser.add_argument("--max-bad-lines", type=int, metavar="N", help="in all parts together")
+    parser.add_argument(
+        "--max-dropped-share", type=float, metavar="S", help="in all parts together"
+    )
     arguments = parser.parse_args()
     prefixes = find_datasets(arguments.input)
-    policy = PartsPolicy(arguments.allow_missing, arguments.max_bad_lines)
+    policy = PartsPolicy(
+        arguments.allow_missing, arguments.max_bad_lines, arguments.max_dropped_share
+    )
     num_documents = merge_datasets(
         prefixes, arguments.output_prefix, overwrite=arguments.overwrite, policy=policy
     )

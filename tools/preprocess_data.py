@@ -12,6 +12,7 @@ import time
 from megatron_chatflow.corpus.scripts import SCRIPTS
 from megatron_chatflow.corpus.templates import TEMPLATES
 from megatron_chatflow.data.preprocess import parse_shard, preprocess, settings_of_options
+from megatron_chatflow.data.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.errors import ArgumentParser, run_main
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
@@ -42,6 +43,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--append-eod", action="store_true", help="end every document with the EOD token")
     add("--workers", type=int, dest="num_workers", metavar="N", help="default: all cores")
     add("--max-bad-lines", type=int, default=100, metavar="N", help="dropped before it is an error")
+    add(
+        "--max-dropped-share",
+        type=float,
+        default=DEFAULT_MAX_SHARE,
+        metavar="S",
+        help="of all records, for all reasons, before it is an error; default: %(default)s",
+    )
     add(
         "--invalid-utf8", choices=["drop", "replace"], default="drop", help="of lines; txt: replace"
     )

@@ -309,6 +309,8 @@ def _merged(
     merged.pop("part", None)
     if policy.max_bad_lines is not None:
         merged["max_bad_lines"] = policy.max_bad_lines
+    if policy.max_dropped_share is not None:
+        merged["max_dropped_share"] = policy.max_dropped_share
     if any(sidecar.get("template") != merged.get("template") for sidecar in sidecars):
         logger.warning("written with different templates: the merged sidecar names none")
         merged.pop("template", None)

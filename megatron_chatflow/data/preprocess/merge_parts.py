@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_chatflow.data.preprocess.dropped import check_left_over
 from megatron_chatflow.data.preprocess.repeats import Repeats
 from megatron_chatflow.data.sidecar import hashes_path, settings_of
 from megatron_chatflow.data.staged_file import told_to_the_user
@@ -29,10 +30,12 @@ class PartsPolicy:
     Attributes:
         allow_missing: Whether not every part has to be there.
         max_bad_lines: Of all parts together; None for what the parts were made with.
+        max_dropped_share: Of all records of all parts; None for what the parts were made with.
     """
 
     allow_missing: bool = False
     max_bad_lines: int | None = None
+    max_dropped_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def are_parts_to_compare(
 
     Raises:
         UserError: A part is missing, there twice, or from another job with `--dedup`; or the parts
-            have too many bad lines together.
+            have too many bad lines or left-out records together.
     """
     parts = [None if sidecar is None else sidecar.get("part") for sidecar in sidecars]
     known = [sidecar for sidecar in sidecars if sidecar is not None and sidecar.get("part")]
@@ -105,6 +108,15 @@ def are_parts_to_compare(
             f"too many bad lines: {num_bad} in all parts of {prefixes[0]}, more than {limit}: "
             "mend the input, or raise --max-bad-lines"
         )
+    share = policy.max_dropped_share
+    if share is None:  # parts that an earlier version made have no limit
+        share = max(sidecar.get("max_dropped_share", 1.0) for sidecar in known)
+    dropped: Counter[str] = Counter()
+    for sidecar in known:
+        dropped.update(sidecar["dropped"])
+    num_documents = sum(sidecar["num_documents"] for sidecar in known)
+    counts = {**first, "dropped": dropped, "num_documents": num_documents}
+    check_left_over(counts, prefixes[0], share)
     return dedup
 
 

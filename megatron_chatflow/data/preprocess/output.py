@@ -145,6 +145,7 @@ class KeyOutput:
             "repaired": dict(sorted(self.num_repaired.items())),
             "num_bad_lines": num_bad_lines,
             "max_bad_lines": self.settings.max_bad_lines,
+            "max_dropped_share": self.settings.max_dropped_share,
             "sha256": hashes,
         }
         if self.settings.shard is not None:

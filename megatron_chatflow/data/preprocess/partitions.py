@@ -113,7 +113,9 @@ def run_all_parts(settings: PreprocessSettings, files: Sequence[InputFile], job:
     contents = {key: content for key, content in merged.items() if content is not None}
     if len(contents) < len(merged):
         _make_parts(settings, files, job, set(merged) - set(contents))
-        policy = PartsPolicy(max_bad_lines=settings.max_bad_lines)
+        policy = PartsPolicy(
+            max_bad_lines=settings.max_bad_lines, max_dropped_share=settings.max_dropped_share
+        )
         for key in settings.corpus.json_keys:
             if key not in contents:
                 prefix = document_prefix(settings.output_prefix, key)

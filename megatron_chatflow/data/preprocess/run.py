@@ -19,6 +19,7 @@ from typing import Any
 from megatron_chatflow.corpus.inputs import InputFile, find_inputs
 from megatron_chatflow.corpus.readers import Chunk, CorpusReader
 from megatron_chatflow.data.preprocess.cluster import on_cluster
+from megatron_chatflow.data.preprocess.dropped import check_left_over, hint_of
 from megatron_chatflow.data.preprocess.encode import EncodedChunk
 from megatron_chatflow.data.preprocess.output import KeyOutput, output_paths
 from megatron_chatflow.data.preprocess.partitions import (
@@ -118,6 +119,11 @@ def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> 
 
 def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
     """Refuses before any work what would fail in the end."""
+    if not 0 <= settings.max_dropped_share <= 1:
+        raise UserError(
+            f"max_dropped_share: {settings.max_dropped_share}: must be from 0 to 1, a share of all "
+            "records"
+        )
     for name, smallest in (
         ("num_workers", 1),
         ("max_bad_lines", 0),
@@ -175,9 +181,11 @@ def _fill(
             num_bad += parsed.num_bad
             first_bad = first_bad or parsed.first_bad
             if num_bad_before + num_bad > settings.max_bad_lines:
+                reasons = [hint for name in parsed.num_dropped if (hint := hint_of(name))]
+                advice = "; ".join([*reasons, "mend the input, or raise --max-bad-lines"])
                 raise UserError(
                     f"too many bad lines: {first_bad}: the first of more than "
-                    f"{settings.max_bad_lines}: mend the input, or raise --max-bad-lines"
+                    f"{settings.max_bad_lines}: {advice}"
                 )
             for key, output in outputs.items():
                 output.add(encoded.documents[key])
@@ -259,9 +267,8 @@ def _publish(
     for key, output in outputs.items():
         key_files, contents[key] = output.seal(inputs, num_bad)
         files += key_files
-        if contents[key]["num_documents"] == 0 and settings.shard is None:
-            dropped = ", ".join(f"{n} {reason}" for reason, n in contents[key]["dropped"].items())
-            raise UserError(f"no document left: {output.prefix}: dropped: {dropped or 'nothing'}")
+        if settings.shard is None:
+            check_left_over(contents[key], output.prefix, settings.max_dropped_share)
     for key in outputs:
         for path in output_paths(settings.output_prefix, key):
             path.unlink(missing_ok=True)  # with --overwrite: no new file beside an old one

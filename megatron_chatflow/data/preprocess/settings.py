@@ -15,6 +15,7 @@ from megatron_chatflow.corpus.jinja_chats import read_chat_template
 from megatron_chatflow.corpus.pair_templates import read_pair_templates
 from megatron_chatflow.corpus.pairs import PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.data.preprocess.dropped import DEFAULT_MAX_SHARE
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PreprocessSettings:
         over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
         num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
         max_bad_lines: So many bad lines are dropped before the job, all its parts together, fails.
+        max_dropped_share: Of all records, the largest share that may be left out, whatever the
+            reasons, before the job, all its parts together, fails.
         dedup: Whether of documents with the same text only the first is kept.
         overwrite: Whether outputs that exist are replaced.
         num_partitions: Parts that are made one after the other and then merged, so that a killed
@@ -52,6 +55,7 @@ class PreprocessSettings:
     over_long: Literal["truncate", "drop"] = "truncate"
     num_workers: int = 1
     max_bad_lines: int = 100
+    max_dropped_share: float = DEFAULT_MAX_SHARE
     dedup: bool = False
     overwrite: bool = False
     num_partitions: int = 1

@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDat
 from preprocess_jobs import Jobs
 
 from megatron_chatflow.corpus import readers
+from megatron_chatflow.corpus.pairs import PairDirection, PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import read_sidecar
@@ -254,3 +255,66 @@ def test_a_named_encoding_gives_the_bytes_of_utf8(
         assert content["settings"].get("encoding", "utf-8") == encoding
         written.append(Path(f"{jobs.prefix}_text_document.bin").read_bytes())
     assert written[0] == written[1] == written[2]
+
+
+GOOD, DROPPED = {"en": "bana", "zh": "kedo"}, {"en": "bana", "zh": ""}
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("direction", ["hash", "both"])
+def test_most_records_dropped(jobs: Jobs, num_workers: int, direction: PairDirection) -> None:
+    """Whatever the reason; documents of one record count once, duplicates are not left out."""
+    records = [GOOD] * 30 + [DROPPED] * 27 + [{"en": "x", "zh": "x"}, b"{", b"{", b"{"]
+    path = jobs.lines("a.jsonl", records)
+    corpus = CorpusSettings(format="pairs", pairs=PairSettings(direction=direction))
+    options = {"corpus": corpus, "num_workers": num_workers}
+    with pytest.raises(UserError, match=r"31 of 61, 27 of them empty_side: .*--max-dropped-share"):
+        jobs.run(path, **options)
+    assert [file.name for file in jobs.folder.iterdir()] == ["a.jsonl"]
+    content = jobs.run(path, max_dropped_share=0.51, **options)
+    assert content["max_dropped_share"] == 0.51
+    assert sum(content["dropped"].values()) == 31
+    content = jobs.run(path, jobs.lines("b.jsonl", [GOOD]), dedup=True, **options)
+    assert content["dropped"]["duplicate"] == 30 * (2 if direction == "both" else 1)
+    with pytest.raises(UserError, match=r"max_dropped_share: 1.5: must be from 0 to 1"):
+        jobs.run(path, max_dropped_share=1.5, **options)
+
+
+def test_most_records_of_a_part_may_be_dropped(jobs: Jobs) -> None:
+    """The parts of a job count together, as in the undivided job."""
+    (jobs.folder / "in").mkdir()
+    jobs.lines("in/0.jsonl", [GOOD] * 40)
+    jobs.lines("in/1.jsonl", [DROPPED] * 60)
+    corpus = CorpusSettings(format="pairs")
+    for num_partitions in (1, 3):
+        with pytest.raises(UserError, match=r"60 of 100, 60 of them empty_side"):
+            jobs.run(str(jobs.folder / "in"), corpus=corpus, num_partitions=num_partitions)
+    contents = [
+        jobs.run(
+            str(jobs.folder / "in"),
+            corpus=corpus,
+            num_partitions=num_partitions,
+            max_dropped_share=0.6,
+        )
+        for num_partitions in (1, 3)
+    ]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b'[\n {"text": "bana"},\n {"text": "kedo"}\n]', r"a JSON array: .* ends in .json"),
+        (b'{\n"text": "bana"\n}\n' * 60, r"a.jsonl:1: malformed_json: .*a JSON array has"),
+        (
+            b'{"content": "bana", "id": 1}\n' * 200,
+            r"no_key_text \(has content, id\): .*--json-keys",
+        ),
+        (b'{"content": "bana"}\n' * 50, r"no document left: .*50 no_key_text \(.*--json-keys"),
+        ('{"text": "\u5929\u6c14"}\n'.encode("gbk") * 200, r"a.jsonl:1: not_utf8: .*--encoding"),
+    ],
+)
+def test_advice_about_what_is_dropped(jobs: Jobs, lines: bytes, message: str) -> None:
+    (jobs.folder / "a.jsonl").write_bytes(lines)
+    with pytest.raises(UserError, match=message):
+        jobs.run(str(jobs.folder / "a.jsonl"))

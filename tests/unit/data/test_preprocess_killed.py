@@ -17,7 +17,7 @@ from megatron_chatflow.data.preprocess.output import document_prefix, output_pat
 NUM_PARTS = 13
 JOBS = {
     "text": (["text", "title"], ["--dedup", "--append-eod"]),
-    "chats": (["messages"], ["--format", "chat", "--max-tokens", "40"]),
+    "chats": (["messages"], ["--format", "chat", "--max-tokens", "40", "--max-dropped-share", "1"]),
 }
 
 

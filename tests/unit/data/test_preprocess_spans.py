@@ -158,7 +158,8 @@ def test_pairs_with_translation_instruction(jobs: Jobs) -> None:
     path = jobs.folder / "pairs.tsv"
     path.write_text("bana kedo\t\u4e00\u4e25\nluno\tluno\nno tab\n", encoding="utf-8")
     settings = PairSettings(template="translate", direction="both")
-    content = jobs.run(str(path), corpus=CorpusSettings(format="pairs", pairs=settings))
+    corpus = CorpusSettings(format="pairs", pairs=settings)
+    content = jobs.run(str(path), corpus=corpus, max_dropped_share=0.7)
     assert content["dropped"] == {"identical_sides": 1, "no_tab": 1}
     tokenizer = load_tokenizer(jobs.model)
     spans = [
@@ -166,7 +167,8 @@ def test_pairs_with_translation_instruction(jobs: Jobs) -> None:
     ]
     texts = [[tokenizer.decode(span).strip(" ") for span in spans_of] for spans_of in spans]
     assert texts == [["\u4e00\u4e25"], ["bana kedo"]]
-    jobs.run(str(path), corpus=CorpusSettings(format="pairs"), append_eod=True)
+    corpus = CorpusSettings(format="pairs")
+    jobs.run(str(path), corpus=corpus, append_eod=True, max_dropped_share=0.7)
     (ids,), (mask,) = jobs.documents(), jobs.masks()
     assert (ids[-1], set(mask)) == (2, {1})
 
@@ -209,5 +211,6 @@ def test_a_chat_whose_learnt_answers_are_cut_off_is_dropped(jobs: Jobs) -> None:
         jobs.lines("b.jsonl", [{"instruction": "bana", "output": "kedo"}]),
         corpus=corpus,
         max_tokens=len(jobs.documents("messages")[1]) - 1,
+        max_dropped_share=0.7,
     )
     assert content["dropped"] == {"no_loss_tokens": 1, "too_long": 1}

@@ -30,6 +30,7 @@ PRINTED_BY = {
     "corpus.demo.pins": {"tools.fetch_demo_corpus"},
     "corpus.readers": {"tools.preprocess_data"},
     "corpus.tab_separated": {"tools.preprocess_data"},
+    "data.preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
     "data.preprocess.inspect": {"tools.inspect_dataset"},
     "data.preprocess.merge": {"tools.merge_datasets"},
     "data.preprocess.merge_parts": {"tools.merge_datasets"},

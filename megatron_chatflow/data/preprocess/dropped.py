@@ -1,0 +1,70 @@
+"""How many records a job may leave out, and what to do about the most frequent reason."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_chatflow.errors import UserError
+
+DEFAULT_MAX_SHARE = 0.5
+# What the user asked to leave out, and lines that are no records.
+_NOT_COUNTED = ("duplicate", "header")
+_HINTS = {
+    "malformed_json": "a JSON array has to be named .json, tab-separated pairs .tsv or .txt",
+    "not_an_object": "each line has to be a JSON object",
+    "not_utf8": "name the text's --encoding",
+    "no_key_": "name its keys with --json-keys, or of pairs with --pair-keys",
+    "not_text_": "name another key with --json-keys, or of pairs with --pair-keys",
+    "no_chat_key": "name the key of the messages with --json-keys",
+    "no_tab": "pairs are two columns with a tab between them, or JSON under a name in .jsonl",
+    "wrong_number_of_columns": "texts may hold tabs: write jsonl",
+    "empty": "is this the right key?",
+    "length_ratio": "see --pair-max-length-ratio",
+    "wrong_script": "see --pair-scripts, and whether the sides are the other way round",
+    "identical_sides": "is one side a copy of the other?",
+    "too_long": "see --max-tokens and --over-long",
+    "no_loss_tokens": "see --max-tokens",
+}
+
+
+def hint_of(reason: str) -> str:
+    """Advice about a reason, or the empty string."""
+    for name, hint in _HINTS.items():
+        if reason == name or (name.endswith("_") and reason.startswith(name)):
+            return hint
+    return ""
+
+
+def check_left_over(sidecar: Mapping[str, Any], prefix: object, max_share: float) -> None:
+    """Refuses a job that left out all or too many of its records, whatever the reasons.
+
+    Args:
+        sidecar: Of the job's dataset: counts and settings.
+        prefix: The dataset's, for messages.
+        max_share: The largest share that may be left out. Duplicates are records, but not counted
+            as left out: this was asked for.
+
+    Raises:
+        UserError: No document is left, or more were left out.
+    """
+    dropped: dict[str, int] = sidecar["dropped"]
+    num_kept = sidecar["num_documents"]
+    if num_kept == 0:
+        counts = ", ".join(
+            f"{n} {reason}{(hint := hint_of(reason)) and f' ({hint})'}"
+            for reason, n in sorted(dropped.items(), key=lambda item: -item[1])
+        )
+        raise UserError(f"no document left: {prefix}: dropped: {counts or 'nothing'}")
+    if (sidecar["settings"].get("pairs") or {}).get("direction") == "both":
+        num_kept //= 2  # a record makes two documents
+    counted = {reason: n for reason, n in dropped.items() if reason not in _NOT_COUNTED}
+    num_dropped = sum(counted.values())
+    num_records = num_dropped + num_kept + dropped.get("duplicate", 0)
+    if num_dropped <= max_share * num_records:
+        return
+    reason = max(counted, key=lambda name: counted[name])
+    hint = hint_of(reason)
+    raise UserError(
+        f"too many records dropped: {prefix}: {num_dropped} of {num_records}, "
+        f"{counted[reason]} of them {reason}{hint and f' ({hint})'}: mend the input, or raise "
+        f"--max-dropped-share ({max_share:g})"
+    )
