@@ -105,6 +105,12 @@ class JinjaTemplate:
                 rendered = self._rendered(Chat(None, PROBE))
             except DroppedError as error:
                 why = error.__cause__ or "a chat's text does not begin with its first turns' text"
+                if "strftime_now" in str(why):
+                    raise UserError(
+                        f"chat template cannot be trained on: {self.name}: it writes the day's "
+                        "date (strftime_now) into chats, and a corpus must not depend on the day: "
+                        "put a fixed date in its place in a copy of the template"
+                    ) from error
                 raise UserError(
                     f"chat template cannot be trained on: {self.name}: {why}: mark its answers "
                     "with {% generation %} and {% endgeneration %}"

@@ -158,3 +158,11 @@ def test_the_token_that_ends_a_turn(source: str, token: str | None) -> None:
     assert template(source).turn_end() == token
     without = JinjaTemplate("t.jinja", source, ("</s>",), (("eos_token", "</s>"),))
     assert without.turn_end() == (None if source in (CHATML, FORGETS) else token and "</s>")
+
+
+def test_a_template_that_writes_the_date() -> None:
+    chat = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
+    with pytest.raises(UserError, match=r"the day's date \(strftime_now\).* a fixed date"):
+        template("{{ strftime_now('%Y-%m-%d') }}" + chat).check()
+    guarded = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}"
+    template(guarded + chat + "{% if add_generation_prompt %}[assistant]{% endif %}").check()
