@@ -338,8 +338,8 @@ class TrainConfig:
     eval_interval: PositiveCount | None = Field(
         default=None, description="iterations between validations; none when unset"
     )
-    eval_iters: PositiveCount = Field(
-        default=8, description="global batches of a validation, per source"
+    eval_iters: Count = Field(
+        default=8, description="global batches of a validation, per source; 0 for no validation"
     )
     choice_questions: FilePath | None = Field(
         default=None, description="multiple-choice questions, JSON lines, scored while training"
@@ -382,6 +382,11 @@ class TrainConfig:
     deterministic_mode: Switch = Field(
         default=False, description="only kernels whose result is the same every time"
     )
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run is asked to validate."""
+        return self.eval_interval is not None and self.eval_iters > 0
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

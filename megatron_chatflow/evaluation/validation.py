@@ -1,12 +1,13 @@
-"""Validation loss and bits per byte of each source.
+"""Validation loss of each source in nats per loss token, and in bits per UTF-8 byte of text.
 
-In: held-out samples of each source and the model's chunks. Out: per source, the mean loss of its
-loss tokens in nats, and bits per UTF-8 byte, which compare across vocabularies.
+Bits per byte compare across vocabularies. A source without held-out samples, or whose held-out
+samples have no loss token, is left out of the result and reported once.
 """
 
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime import megatron
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ class Validator:
         max_samples: Samples looked at in each source: its first ones.
         micro_batch_size: Samples at a time.
         seq_length: Tokens of a sample.
+        reported: Sources that were reported to have no loss tokens.
     """
 
     sources: Sequence[Source]
     max_samples: int
     micro_batch_size: int
     seq_length: int
+    reported: set[str] = field(default_factory=set)
 
     def run(
         self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
@@ -64,12 +69,23 @@ class Validator:
                 sums += self._forward(batches, forward_step, chunks, ranks)
         for chunk in chunks:
             chunk.train()
-        sums = reduce_source_sums(sums, ranks)
-        return {
-            source.name: _source_loss(row)
-            for source, row in zip(self.sources, sums.tolist(), strict=True)
-            if row[1] > 0
-        }
+        rows = dict(
+            zip(
+                (source.name for source in self.sources),
+                reduce_source_sums(sums, ranks).tolist(),
+                strict=True,
+            )
+        )
+        for source in self.sources:
+            if source.num_samples and not rows[source.name][1] and source.name not in self.reported:
+                self.reported.add(source.name)
+                logger.warning(
+                    "validation: the first %d held-out samples of %s have no loss token, so it is "
+                    "left out; raise train.eval_iters or hold out other documents",
+                    min(self.max_samples, source.num_samples),
+                    source.name,
+                )
+        return {name: _source_loss(row) for name, row in rows.items() if row[1] > 0}
 
     def _micro_batches(self, number: int, source: Source, ranks: Ranks) -> list[MicroBatch]:
         """This rank's share; short ones are filled with samples that carry no loss."""

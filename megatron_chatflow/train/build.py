@@ -249,7 +249,7 @@ def _loader(config: RunConfig, inputs: RunInputs, ranks: Ranks, stack: ExitStack
 
 
 def _validator(config: RunConfig, sources: list[Source]) -> Validator | None:
-    if config.train.eval_interval is None or not any(one.num_samples for one in sources):
+    if not any(source.num_samples for source in sources):
         return None
     return Validator(
         sources=sources,

@@ -134,7 +134,7 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     )
     sources = build()
     held_out, test = [], []
-    if config.train.eval_interval is not None:
+    if config.train.validates:
         held_out, test = build(split="validation"), build(split="test")
     begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
@@ -213,6 +213,7 @@ def _findings(
     """Collects what the user should know before the run begins, each finding once."""
     found = data_findings(config.data, sources, held_out, tokenizer)
     found += epoch_findings(blend, length.num_samples, _epoch_sizes(sources), _max_epochs(config))
+    found += _validation_findings(config, held_out)
     left_over = (config.train.train_samples or 0) - length.num_samples
     if left_over > 0:
         found.append(
@@ -235,6 +236,22 @@ def carried_files(config: RunConfig, inputs: RunInputs) -> SmallFiles:
         inputs.checkpoint,
         is_huggingface=inputs.is_huggingface,
     )
+
+
+def _validation_findings(config: RunConfig, held_out: list[Source]) -> list[str]:
+    """Sources that a validation that was asked for cannot look at."""
+    if not config.train.validates:
+        return []
+    without = [source.name for source in held_out if source.num_samples == 0]
+    if not without:
+        return []
+    if len(without) == len(held_out):
+        what = "no source has held-out samples, so nothing is validated"
+    else:
+        what = f"no held-out samples of {', '.join(without)}, which validation leaves out"
+    every = config.data.holdout_every
+    fix = "set data.holdout_every" if every is None else f"lower data.holdout_every ({every})"
+    return [f"train.eval_interval: {what}; give validation_paths or {fix}"]
 
 
 def refuse_other_inputs(inputs: RunInputs) -> None:

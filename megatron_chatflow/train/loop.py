@@ -23,7 +23,7 @@ from megatron_chatflow.data.loader import GlobalBatch, Loader
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice_training import ChoiceValidator
-from megatron_chatflow.evaluation.validation import Validator
+from megatron_chatflow.evaluation.validation import SourceLoss, Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.collection import GarbageCollection
 from megatron_chatflow.runtime.freed_memory import FreedMemory
@@ -271,16 +271,19 @@ def _record(
 
 
 def _validate(run: Run, progress: Progress) -> None:
-    if run.validator is None or run.config.train.eval_interval is None:
+    is_end = progress.iteration == run.length.last_iteration
+    validators = {"": run.validator, " (test)": run.test_validator if is_end else None}
+    losses: dict[str, SourceLoss] = {}
+    for suffix, validator in validators.items():
+        if validator is None:
+            continue
+        run.watchdog.beat(progress.iteration, f"validation{suffix}")
+        run.log.write_iterations()
+        run.optimization.gather_parameters()
+        found = validator.run(run.forward_step, run.optimization.chunks, run.ranks)
+        losses |= {f"{name}{suffix}": loss for name, loss in found.items()}
+    if not losses:
         return
-    run.watchdog.beat(progress.iteration, "validation")
-    run.log.write_iterations()
-    run.optimization.gather_parameters()
-    losses = run.validator.run(run.forward_step, run.optimization.chunks, run.ranks)
-    if run.test_validator is not None and progress.iteration == run.length.last_iteration:
-        run.watchdog.beat(progress.iteration, "test")
-        test = run.test_validator.run(run.forward_step, run.optimization.chunks, run.ranks)
-        losses |= {f"{name} (test)": loss for name, loss in test.items()}
     for hook in run.log.hooks:
         hook.on_validation(progress.iteration, losses)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jobs
 import pytest
+import yaml
 from tiny_run import TinyRun
 
 FAULTY = Path(__file__).with_name("faulty_worker.py")
@@ -108,6 +109,20 @@ def test_a_skipped_step_is_left_out_of_the_means(tiny_run: TinyRun, tmp_path: Pa
     total = sum(row["lm_loss"] * _loss_tokens(row) for row in good)
     line = next(line for line in output.splitlines() if "  iter  5/10  " in line)
     assert f"loss {total / sum(map(_loss_tokens, good)):7.4f}" in line and "skipped 1" in line
+
+
+@pytest.mark.distributed
+def test_nothing_is_printed_of_a_validation_without_data(tiny_run: TinyRun, tmp_path: Path) -> None:
+    values = yaml.safe_load(tiny_run.config.read_text())
+    del values["data"]["holdout_every"]
+    values["train"] |= {"train_iters": 2, "eval_interval": 1}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    output = jobs.run(jobs.pretrain("--config", config, "--save", tmp_path / "run"))
+    assert output.count("nothing is validated") == 1
+    assert "validation at iteration" not in output
+    rows, validations = jobs.read_metrics(tmp_path / "run")
+    assert len(rows) == 2 and not validations
 
 
 def _loss_tokens(row: dict[str, Any]) -> int:

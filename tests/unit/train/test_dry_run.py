@@ -148,6 +148,32 @@ def test_packed_documents_are_counted(make_config, tiny_run: TinyRun, tmp_path: 
     assert row.split()[0] == "second" and row.split()[-3:] == ["2", "1", "1"]
 
 
+def test_a_validation_without_data_is_a_finding(make_config, tiny_run: TinyRun) -> None:
+    """One that nobody asked for is not."""
+
+    def findings(**changes: Any) -> list[str]:
+        found = open_inputs(make_config(**changes)).findings
+        return [finding for finding in found if finding.startswith("train.eval_interval")]
+
+    assert findings() == []
+    assert findings(data__holdout_every=None) == [
+        "train.eval_interval: no source has held-out samples, so nothing is validated; give "
+        "validation_paths or set data.holdout_every"
+    ]
+    assert findings(data__holdout_every=None, train__eval_interval=None) == []
+    assert findings(data__holdout_every=None, train__eval_iters=0) == []
+    # The second source has 300 documents, the first 400.
+    assert findings(data__holdout_every=350) == [
+        "train.eval_interval: no held-out samples of second, which validation leaves out; give "
+        "validation_paths or lower data.holdout_every (350)"
+    ]
+    paths = [str(tiny_run.folder / "first_text_document")]
+    changes = {"data__holdout_every": None, "data__sources__first__validation_paths": paths}
+    (finding,) = findings(**changes)
+    assert "no held-out samples of second" in finding
+    assert open_inputs(make_config(train__eval_iters=0)).validation_sources == []
+
+
 def test_beginning_from_a_huggingface_folder(
     make_config, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
