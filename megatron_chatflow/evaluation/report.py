@@ -23,6 +23,13 @@ from megatron_chatflow.evaluation.report_scale import format_duration
 from megatron_chatflow.evaluation.report_style import SCRIPT, STYLE
 from megatron_chatflow.evaluation.report_svg import Chart, render
 
+_STATES = {
+    "running": "running or killed",
+    "exit_interval": "left at its exit interval",
+    "stop_requested": "stopped as asked",
+    "failed": "failed",
+}
+
 
 def write_report(folders: Sequence[Path], output: Path) -> list[RunMetrics]:
     """Reads the runs and writes the page.
@@ -158,7 +165,7 @@ def _state(run: RunMetrics, now: datetime) -> str:
         logged = run.columns["time"][-1:]
         age = now.timestamp() - float(logged[0]) if len(logged) else float("nan")
         ago = f", last logged {format_duration(age)} ago" if age >= 0 else ""
-        parts.append(f"running or stopped{ago}")
+        parts.append(f"{_STATES.get(run.status, 'running or stopped')}{ago}")
     if run.restarts:
         parts.append(report_charts.describe_restarts(run.restarts))
     return " · ".join(parts)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
-from megatron_chatflow.evaluation.report_lines import Restart
+from megatron_chatflow.evaluation.report_lines import PLANNED, Restart
 from megatron_chatflow.evaluation.report_marks import INK, REST
 from megatron_chatflow.evaluation.report_reduce import (
     ITERATION,
@@ -22,7 +22,7 @@ from megatron_chatflow.evaluation.report_reduce import (
     smoothing_window,
 )
 from megatron_chatflow.evaluation.report_scale import format_duration
-from megatron_chatflow.evaluation.report_svg import Chart, Line
+from megatron_chatflow.evaluation.report_svg import Chart, Line, Mark
 
 MAX_SOURCES = 12
 OTHERS = "others"
@@ -167,7 +167,7 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
     return charts + _speed_charts(run, axis, restarts)
 
 
-def _speed_charts(run: RunMetrics, axis: Axis, restarts: list[tuple[float, str]]) -> list[Chart]:
+def _speed_charts(run: RunMetrics, axis: Axis, restarts: list[Mark]) -> list[Chart]:
     note = _smoothing_note(len(axis.x))
     charts = []
     if np.isfinite(run.columns["tokens_per_second"]).any():
@@ -297,24 +297,65 @@ def _smoothing_note(num_records: int) -> str:
     return f"Bold: mean over {num_mean} logged iterations; thin: {thin}."
 
 
-def marks(run: RunMetrics, axis: Axis) -> list[tuple[float, str]]:
-    """Where the run was taken up again, on its axis; restarts at one place share a mark."""
+def marks(run: RunMetrics, axis: Axis) -> list[Mark]:
+    """Where the run was restarted and its blend edited; what happened at one place is one mark."""
     at: dict[int, list[Restart]] = {}
     for restart in run.restarts:
         at.setdefault(restart.iteration, []).append(restart)
     # A run that was restarted hundreds of times shows those that cost the most.
     cost = {k: sum(np.nan_to_num(one.seconds_lost) for one in some) for k, some in at.items()}
     shown = sorted(sorted(at, key=lambda k: -cost[k])[:MAX_MARKS])
-    places = axis.at(np.array(shown, dtype=np.float64))
-    return [
-        (place, f"{describe_restarts(at[iteration])} at iteration {iteration:,}")
-        for place, iteration in zip(places.tolist(), shown, strict=True)
+    found = [
+        Mark(
+            iteration,
+            f"{describe_restarts(at[iteration])} at iteration {iteration:,}",
+            "planned" if all(one.is_planned for one in at[iteration]) else "restart",
+        )
+        for iteration in shown
     ]
+    edits = blend_edits(run)
+    found += [
+        Mark(iteration, f"{', '.join(edits[iteration])} at iteration {iteration:,}", "edit")
+        for iteration in sorted(edits)[:MAX_MARKS]
+    ]
+    places = axis.at(np.array([mark.x for mark in found], dtype=np.float64))
+    return [replace(mark, x=place) for mark, place in zip(found, places.tolist(), strict=True)]
+
+
+def blend_edits(run: RunMetrics) -> dict[int, list[str]]:
+    """What changed of schedule and sources, by the iteration after which it did.
+
+    A source that first appears in the middle of the log was added, even if no record says so.
+    """
+    edits: dict[int, list[str]] = {}
+    for restart in run.restarts:
+        if restart.changes:
+            known = edits.setdefault(restart.iteration, [])
+            known += [change for change in restart.changes if change not in known]
+    told = {change for changes in edits.values() for change in changes}
+    for name, block in run.sources.items():
+        first = np.flatnonzero(np.isfinite(block["weight"]))[:1].tolist()
+        change = f"source {name} added"
+        if first and first[0] > 0 and change not in told:
+            edits.setdefault(int(run.iteration[first[0] - 1]), []).append(change)
+    return edits
 
 
 def describe_restarts(restarts: Sequence[Restart]) -> str:
-    """How many there were, and what they cost."""
-    count = len(restarts)
-    lost = [one.seconds_lost for one in restarts if np.isfinite(one.seconds_lost)]
-    cost = f" ({format_duration(sum(lost))} lost)" if lost else ""
-    return f"{count} restart{'s' if count > 1 else ''}{cost}"
+    """How many there were, after what, and what failures have cost."""
+    planned = [one for one in restarts if one.is_planned]
+    others = [one for one in restarts if not one.is_planned]
+    parts = []
+    if others:
+        count = len(others)
+        lost = [one.seconds_lost for one in others if np.isfinite(one.seconds_lost)]
+        cost = f" ({format_duration(sum(lost))} lost)" if lost else ""
+        after = ""
+        if all(one.cause == "failed" for one in others):
+            after = " after failures" if count > 1 else " after a failure"
+        parts.append(f"{count} restart{'s' if count > 1 else ''}{after}{cost}")
+    if planned:
+        causes = list(dict.fromkeys(PLANNED[one.cause] for one in planned))
+        count = len(planned)
+        parts.append(f"{count} planned restart{'s' if count > 1 else ''} ({', '.join(causes)})")
+    return ", ".join(parts)

@@ -1,8 +1,9 @@
 """Reads what a run left behind into arrays that the report draws.
 
-In: a run's folder (`metrics.jsonl`, `restarts.jsonl`, `config.yaml`), finished or still running.
-Out: a `RunMetrics` with one entry per logged iteration and one per validation, in order, without
-repetitions. Reading again reads what is new, so that a page can follow a run of a million lines.
+A run's folder has `metrics.jsonl`, `restarts.jsonl`, `status.json` and `config.yaml`, whether it is
+finished or still running. A `RunMetrics` has one entry per logged iteration and one per validation,
+in order, without repetitions. Reading again reads what is new, so that a page can follow a run of a
+million lines.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from megatron_chatflow.evaluation.report_lines import (
     Records,
     Restart,
     read_restarts,
+    read_status,
 )
 
 FloatArray = npt.NDArray[np.float64]
@@ -41,6 +43,7 @@ class RunMetrics:
         validation_iteration: float64[m], ascending.
         validation: Source to `VALIDATION_FIELDS` to float64[m].
         restarts: When the run was taken up again, in that order.
+        status: How it stands or ended, as `train.restarts.Status` names it; "" if unknown.
         num_unreadable_lines: Torn or foreign lines that were passed over.
         config: The resolved configuration, {} where there is none.
         config_text: The same as it stands in the file.
@@ -54,6 +57,7 @@ class RunMetrics:
     validation_iteration: FloatArray
     validation: Mapping[str, Mapping[str, FloatArray]]
     restarts: tuple[Restart, ...]
+    status: str
     num_unreadable_lines: int
     config: Mapping[str, Any]
     config_text: str
@@ -91,6 +95,7 @@ class RunReader:
         try:
             lines.read_on()
             restarts, num_unreadable = read_restarts(folder / "restarts.jsonl")
+            status = read_status(folder / "status.json")
         except OSError as error:
             raise UserError(f"cannot read {lines.path}: {error.strerror}") from None
         training, validation = lines.training, lines.validation
@@ -110,6 +115,7 @@ class RunReader:
             validation_iteration=np.array(validation.iteration, dtype=np.float64),
             validation=_by_source(validation, VALIDATION_FIELDS),
             restarts=restarts or _counted(iteration, columns) or lines.repeats(),
+            status=status,
             num_unreadable_lines=lines.num_unreadable + num_unreadable,
             config=config,
             config_text=config_text,

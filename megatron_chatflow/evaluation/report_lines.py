@@ -16,9 +16,19 @@ import orjson
 
 LARGEST_NUMBER = 1e100
 """What lies beyond is no measurement, and would overflow where it is drawn."""
+PLANNED = {
+    "finished": "extended after its end",
+    "exit_interval": "exit interval",
+    "stop_requested": "asked to stop",
+    "another_folder": "continued from another folder",
+}
+"""Causes of a restart that are no failure, and what the page calls them."""
+MAX_CHANGES = 20
+"""Changes of one restart that are shown."""
 MAX_SOURCES = 1024
 """A blend has 512 at most; a file from elsewhere shall not fill the memory."""
 RUN_FIELDS = (
+    "interval",
     "consumed_samples",
     "consumed_tokens",
     "lm_loss",
@@ -51,12 +61,21 @@ class Restart:
         attempt: Which start of the run this was; the first restart is the second. 0 if unknown.
         seconds_lost: Wall time that it cost; NaN if unknown.
         reached: The last iteration that had been logged before; the same as ``iteration`` or later.
+        cause: Why the run had ended, as `train.restarts.Cause` names it; "unknown" if unknown.
+        changes: What the resume changed in the schedule and its sources.
     """
 
     iteration: int
     attempt: int = 0
     seconds_lost: float = math.nan
     reached: int = 0
+    cause: str = "unknown"
+    changes: tuple[str, ...] = ()
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the run had ended because it was asked to."""
+        return self.cause in PLANNED
 
 
 class Records:
@@ -236,10 +255,40 @@ def read_restarts(path: Path) -> tuple[tuple[Restart, ...], int]:
         if len(counts) == len(whole):
             lost = record.get("seconds_lost")
             seconds = _number(lost) if isinstance(lost, int | float) else math.nan
-            restarts.append(Restart(counts[0], counts[1], seconds, counts[2]))
+            cause = record.get("cause")
+            changes = record.get("changes")
+            texts = (
+                [one for one in changes if isinstance(one, str)]
+                if isinstance(changes, list)
+                else []
+            )
+            restarts.append(
+                Restart(
+                    iteration=counts[0],
+                    attempt=counts[1],
+                    seconds_lost=seconds,
+                    reached=counts[2],
+                    cause=cause if cause in ("failed", *PLANNED) else "unknown",
+                    changes=tuple(texts[:MAX_CHANGES]),
+                )
+            )
         elif line.strip():
             num_unreadable += 1
     return tuple(restarts), num_unreadable
+
+
+def read_status(path: Path) -> str:
+    """How a run stands, as `train.restarts.Status` names it; "" where nothing readable tells.
+
+    Raises:
+        OSError: The file is there and cannot be read.
+    """
+    try:
+        record = parse_object(path.read_bytes()) or {}
+    except FileNotFoundError:
+        return ""
+    status = record.get("status")
+    return status if isinstance(status, str) else ""
 
 
 def _number(value: float) -> float:

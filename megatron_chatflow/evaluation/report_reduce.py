@@ -114,7 +114,8 @@ def samples_per_record(run: RunMetrics) -> FloatArray:
     if not len(consumed):
         return consumed
     steps = np.diff(consumed, prepend=0.0)
-    if run.iteration[0] != 1 and len(consumed) > 1:
+    covered = float(np.nan_to_num(run.columns["interval"][0], nan=1.0))
+    if run.iteration[0] != covered and len(consumed) > 1:
         steps[0] = steps[1]  # the file begins later than the run
     return np.asarray(steps, dtype=np.float64)
 
@@ -143,7 +144,7 @@ def realised_shares(run: RunMetrics) -> dict[str, FloatArray]:
 def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
     """Samples drawn minus samples planned, per source, after every iteration.
 
-    Only a log of every iteration from the first on tells: the weights change within an interval.
+    Only a log without holes tells: one whose rows cover every iteration from the first on.
 
     Args:
         run: The run.
@@ -151,8 +152,9 @@ def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
     Returns:
         Source to float64[n], in samples; {} where the log has holes.
     """
-    every = np.arange(1, len(run.iteration) + 1, dtype=np.float64)
-    if not len(every) or not np.array_equal(run.iteration, every):
+    interval = run.columns["interval"]
+    covered = np.cumsum(np.where(np.isfinite(interval), interval, 1.0))
+    if not len(covered) or not np.array_equal(run.iteration, covered):
         return {}
     drawn, shares = samples_per_record(run), realised_shares(run)
     return {

@@ -48,7 +48,10 @@ font-size:13px;max-height:6.4em;overflow:auto}
 .legend button[aria-pressed=false]{opacity:.4;text-decoration:line-through}
 .swatch{width:22px;height:12px;flex:none}
 .swatch.dashed{height:0;border-top:2px dashed var(--ink)}
-.swatch.mark{width:10px;height:8px;background:var(--ink);clip-path:polygon(0 0,100% 0,50% 100%)}
+.swatch.mark{width:10px;height:8px;background:var(--bad);clip-path:polygon(0 0,100% 0,50% 100%)}
+.swatch.mark.planned{background:var(--faint)}
+.swatch.mark.edit{height:10px;background:var(--accent);
+clip-path:polygon(50% 0,100% 50%,50% 100%,0 50%)}
 .defs{position:absolute}
 .ink{--s:var(--ink)}.rest{--s:var(--faint)}.c0{--s:var(--c0)}.c1{--s:var(--c1)}.c2{--s:var(--c2)}.c3{--s:var(--c3)}
 .c4{--s:var(--c4)}.c5{--s:var(--c5)}.c6{--s:var(--c6)}.c7{--s:var(--c7)}
@@ -76,7 +79,9 @@ stroke:#0009;stroke-width:3px;stroke-linejoin:round}
 .plan,.plan-under{fill:none;stroke-linejoin:round}
 .plan-under{stroke:var(--card);stroke-width:3.4;opacity:.75}
 .plan{stroke:var(--ink);stroke-width:1.6;stroke-dasharray:7 5}
-.mark line{stroke:var(--ink);stroke-dasharray:2 4;opacity:.75}.mark path{fill:var(--ink)}
+.mark line{stroke:var(--bad);stroke-dasharray:2 4;opacity:.75}.mark path{fill:var(--bad)}
+.mark.planned line{stroke:var(--faint)}.mark.planned path{fill:var(--faint)}
+.mark.edit line{stroke:var(--accent);stroke-dasharray:none}.mark.edit path{fill:var(--accent)}
 .cursor line{stroke:var(--ink);stroke-width:1;opacity:.55}
 .cursor circle{stroke:var(--card);stroke-width:2;fill:var(--s)}
 .hit{fill:transparent}

@@ -8,6 +8,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -46,6 +47,28 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A labelled vertical line.
+
+    Attributes:
+        x: Where it stands.
+        label: What happened there.
+        kind: ``restart`` after a failure, ``planned`` after a planned end, ``edit`` of the blend.
+    """
+
+    x: float
+    label: str
+    kind: Literal["restart", "planned", "edit"] = "restart"
+
+
+MARK_NAMES = {
+    "restart": "restarted",
+    "planned": "restarted as planned",
+    "edit": "schedule or sources edited",
+}
+
+
+@dataclass(frozen=True)
 class Chart:
     """What line and stacked charts share.
 
@@ -62,7 +85,7 @@ class Chart:
         percent: Whether values are fractions to show as percentages.
         thin: Whether curves are thin, for values that jump back and forth.
         markers: Whether each point gets a dot.
-        marks: Labelled vertical lines as (x, label).
+        marks: Labelled vertical lines.
         levels: y of horizontal dashed reference lines.
         wide: Whether it takes the page's full width.
     """
@@ -79,7 +102,7 @@ class Chart:
     percent: bool = False
     thin: bool = False
     markers: bool = False
-    marks: Sequence[tuple[float, str]] = ()
+    marks: Sequence[Mark] = ()
     levels: Sequence[float] = ()
     wide: bool = False
 
@@ -246,15 +269,20 @@ def _axes(chart: Chart, x_scale: Scale, y_scale: Scale) -> str:
 
 def _marks(chart: Chart, x_scale: Scale) -> str:
     _, height = chart.size
+    base = height - BOTTOM
     out: list[str] = []
-    for value, label in chart.marks:
-        px = float(x_scale.pixels(np.array([value]))[0])
+    for mark in chart.marks:
+        px = float(x_scale.pixels(np.array([mark.x]))[0])
         if not np.isfinite(px):
             continue
+        # Two marks at one place stay apart: restarts at the top, edits at the bottom.
+        if mark.kind == "edit":
+            path = f"M{px:.1f} {base - 10}l5 5-5 5-5-5z"
+        else:
+            path = f"M{px - 5:.1f} {TOP - 8}h10l-5 8z"
         out.append(
-            f'<g class="mark"><line x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
-            f'<path d="M{px - 5:.1f} {TOP - 8}h10l-5 8z"/>'
-            f"<title>{html.escape(label)}</title></g>"
+            f'<g class="mark {mark.kind}"><line x1="{px:.1f}" x2="{px:.1f}" y1="{TOP}"'
+            f' y2="{base}"/><path d="{path}"/><title>{html.escape(mark.label)}</title></g>'
         )
     return "".join(out)
 
@@ -278,8 +306,12 @@ def _legend(chart: Chart) -> str:
             )
     if chart.planned:
         items.append('<li><i class="swatch dashed"></i><span>planned</span></li>')
-    if chart.marks:
-        items.append('<li><i class="swatch mark"></i><span>restarted</span></li>')
+    shown = {mark.kind for mark in chart.marks}
+    items += [
+        f'<li><i class="swatch mark {kind}"></i><span>{name}</span></li>'
+        for kind, name in MARK_NAMES.items()
+        if kind in shown
+    ]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 

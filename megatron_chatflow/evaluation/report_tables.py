@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_chatflow.evaluation.report_data import FloatArray, RunMetrics
+from megatron_chatflow.evaluation.report_lines import PLANNED
 from megatron_chatflow.evaluation.report_reduce import realised_shares, samples_per_record
 from megatron_chatflow.evaluation.report_scale import (
     format_duration,
@@ -64,23 +65,27 @@ def progress(run: RunMetrics) -> float | None:
 
 
 def restarts_table(run: RunMetrics) -> str:
-    """Every restart with what it cost, the last ones of many; "" without any."""
+    """Every restart with its cause and cost, the last ones of many; "" without any."""
     if not run.restarts:
         return ""
     shown = run.restarts[-MAX_RESTARTS:]
+    causes = {"failed": "failed or killed", "unknown": "–", **PLANNED}
     rows = [
         f"<tr><td>{one.attempt or '–'}</td><td>{one.iteration:,}</td>"
         f"<td>{max(one.reached - one.iteration, 0):,}</td>"
-        f"<td>{format_duration(one.seconds_lost)}</td></tr>"
+        f"<td>{format_duration(one.seconds_lost)}</td>"
+        f'<td class="text">{causes[one.cause]}</td>'
+        f'<td class="text">{html.escape(", ".join(one.changes)) or "–"}</td></tr>'
         for one in shown
     ]
     left_out = len(run.restarts) - len(shown)
     note = f" The last {len(shown)}; {left_out:,} came before." if left_out else ""
     return (
-        '<div class="table"><table><caption>Lost: from the last iteration that counts to the '
-        f"moment when training went on.{note}</caption><thead><tr><th>Attempt</th>"
-        "<th>Went on from iteration</th><th>Iterations trained again</th><th>Time lost</th>"
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<div class="table"><table><caption>Pause: from the last iteration that counts to the '
+        "moment when training went on, which after a failure is time lost."
+        f"{note}</caption><thead><tr><th>Attempt</th><th>Went on from iteration</th>"
+        '<th>Iterations trained again</th><th>Pause</th><th class="text">Why it had ended</th>'
+        f'<th class="text">Changed</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
@@ -135,8 +140,13 @@ def _operation_tiles(run: RunMetrics) -> list[tuple[str, str, str]]:
         entries.append(("Memory", f"{memory / 2**30:.3g} <i>GiB</i>", "peak, reporting rank"))
     lost = _last(run.columns["seconds_lost"])
     count = max(len(run.restarts), int(np.nan_to_num(_last(run.columns["num_restarts"]))))
-    if count:
-        entries.append(("Restarts", f"{count:,}", f"{format_duration(lost)} lost"))
+    planned = [one for one in run.restarts if one.is_planned]
+    if planned:
+        lost = float(np.nansum([one.seconds_lost for one in run.restarts if not one.is_planned]))
+    if count > len(planned):
+        entries.append(("Restarts", f"{count - len(planned):,}", f"{format_duration(lost)} lost"))
+    if planned:
+        entries.append(("Planned restarts", f"{len(planned):,}", "after a planned end"))
     skipped, rollbacks = (_last(run.columns[key]) for key in ("num_skipped", "num_rollbacks"))
     if skipped > 0 or rollbacks > 0:
         entries.append(("Updates left out", f"{skipped:,.0f}", f"{rollbacks:,.0f} rollbacks"))

@@ -78,7 +78,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     stack.callback(watchdog.close)
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
-    hooks, downtime = in_agreement(lambda: open_record(config, ranks, inputs.length, stack))
+    edit = inputs.blend.edit
+    hooks, downtime = in_agreement(lambda: open_record(config, ranks, inputs.length, edit, stack))
     stragglers = _stragglers(config, ranks, llama)
     facts = RunFacts(
         num_iterations=inputs.length.last_iteration,

@@ -36,6 +36,7 @@ from megatron_chatflow.train.interval import IntervalLog
 from megatron_chatflow.train.optimizer import Optimization
 from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.report import IterationRecord
+from megatron_chatflow.train.restarts import Status, write_status
 from megatron_chatflow.train.step import StepResult, train_step
 from megatron_chatflow.train.straggler import Stragglers
 
@@ -130,11 +131,26 @@ def train(run: Run, progress: Progress) -> Progress:
     try:
         progress = _train(run, progress)
         run.log.log()
+        _ensure_saved(run, progress)
     except BaseException:
         run.log.log_alone()
+        _write_status(run, "failed")
         raise
-    _ensure_saved(run, progress)
+    _write_status(run, _status(run, progress))
     return progress
+
+
+def _status(run: Run, progress: Progress) -> Status:
+    """Why the loop ended."""
+    if progress.iteration >= run.length.last_iteration:
+        return "finished"
+    is_exit = _is_due(progress.iteration, run.config.train.exit_interval)
+    return "exit_interval" if is_exit else "stop_requested"
+
+
+def _write_status(run: Run, status: Status) -> None:
+    if run.ranks.is_reporter and run.config.checkpoint.save is not None:
+        write_status(Path(run.config.checkpoint.save), status)
 
 
 def _train(run: Run, progress: Progress) -> Progress:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_chatflow.checkpoint.files import is_for_want_of_room, write_if_there_is_room
 from megatron_chatflow.config import RunConfig, RunLength
+from megatron_chatflow.data.edits import Edit
 from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.downtime import Downtime
@@ -21,14 +22,14 @@ from megatron_chatflow.train.hooks.console import Console
 from megatron_chatflow.train.hooks.metrics_file import METRICS_FILE, Cut, MetricsFile, keep_until
 from megatron_chatflow.train.hooks.shield import Shield
 from megatron_chatflow.train.hooks.weights_and_biases import WeightsAndBiases
-from megatron_chatflow.train.restarts import forget_restarts, record_restart
+from megatron_chatflow.train.restarts import forget_restarts, record_restart, write_status
 from megatron_chatflow.train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
 def open_record(
-    config: RunConfig, ranks: Ranks, length: RunLength, stack: ExitStack
+    config: RunConfig, ranks: Ranks, length: RunLength, edit: Edit | None, stack: ExitStack
 ) -> tuple[list[Hook], Downtime]:
     """Opens the run's folder and its watchers, on the reporting rank; others have none.
 
@@ -36,6 +37,7 @@ def open_record(
         config: The run's.
         ranks: This process's place.
         length: Where it stands and ends.
+        edit: What this resume changed in the schedule; None if nothing.
         stack: Closes everything.
 
     Raises:
@@ -57,7 +59,8 @@ def open_record(
         stack.callback(RunFolder(folder).close)
         try:
             cut = keep_until(folder / METRICS_FILE, iteration)
-            downtime = _downtime(config, folder, cut, iteration)
+            downtime = _downtime(config, folder, cut, iteration, edit)
+            write_status(folder, "running")
             # Every checkpoint has its own anyway.
             write_if_there_is_room(
                 folder / "config.yaml", config.to_yaml(), otherwise="it is not written"
@@ -76,7 +79,9 @@ def open_record(
     return hooks, downtime
 
 
-def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Downtime:
+def _downtime(
+    config: RunConfig, folder: Path, cut: Cut, iteration: int, edit: Edit | None
+) -> Downtime:
     """What restarts have cost, this one included if it is one."""
     checkpoint = config.checkpoint
     # A run that was killed before its first checkpoint begins anew, by the same command.
@@ -84,7 +89,7 @@ def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Down
         checkpoint.load == checkpoint.save and not checkpoint.finetune and cut.first_dropped
     )
     if iteration or begins_anew:
-        return record_restart(folder, cut, iteration, time.time())
+        return record_restart(folder, cut, iteration, time.time(), _changes(edit))
     forget_restarts(folder)
     if cut.last_dropped is not None:
         logger.warning(
@@ -93,6 +98,17 @@ def _downtime(config: RunConfig, folder: Path, cut: Cut, iteration: int) -> Down
             cut.last_dropped["iteration"],
         )
     return Downtime()
+
+
+def _changes(edit: Edit | None) -> list[str]:
+    """What an edit changed, an entry for each source that it added or removed."""
+    if edit is None:
+        return []
+    return [
+        "schedule edited",
+        *(f"source {name} added" for name in edit.added),
+        *(f"source {name} removed" for name in edit.removed),
+    ]
 
 
 def _metrics_maker(folder: Path, *, every_iteration: bool) -> Callable[[], Hook]:

@@ -15,6 +15,7 @@ from megatron_chatflow.evaluation.report_compare import comparison_charts, run_n
 from megatron_chatflow.evaluation.report_data import RunReader, read_run
 from megatron_chatflow.evaluation.report_follow import follow_runs
 from megatron_chatflow.evaluation.report_lines import Records
+from megatron_chatflow.evaluation.report_reduce import deviation_from_plan, samples_per_record
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{constructor}}"
 
@@ -56,8 +57,61 @@ def test_restarts_are_marked_and_listed(tmp_path: Path) -> None:
     assert page.count("2 restarts (2 min 0 s lost) at iteration 20") == 9, "a mark in each chart"
     assert "1 restart (7.5 s lost) at iteration 40" in page
     assert "3 restarts (2 min 7 s lost)" in page or "3 restarts (2 min 8 s lost)" in page
-    assert "<tr><td>3</td><td>20</td><td>2</td><td>30 s</td></tr>" in page
+    assert "<tr><td>3</td><td>20</td><td>2</td><td>30 s</td>" in page
     assert "1 unreadable line passed over" in page
+
+
+def test_planned_ends_are_no_failures(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", synthetic_records(60), train_iters=100)
+    records = [
+        {**restart(2, 20, 20, 900.0), "cause": "exit_interval"},
+        {**restart(3, 30, 35, 60.0), "cause": "failed"},
+        {**restart(4, 40, 40, 500.0), "cause": "stop_requested"},
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "restarts.jsonl").write_text(text)
+    (folder / "status.json").write_text('{"status": "exit_interval"}')
+    page = build(folder)
+    check_page(page)
+    assert "1 restart after a failure (1 min 0 s lost) at iteration 30" in page
+    assert "1 planned restart (exit interval) at iteration 20" in page
+    assert '<div class="tile"><dt>Restarts</dt><dd>1<small>1 min 0 s lost</small>' in page
+    assert "<dt>Planned restarts</dt><dd>2<small>" in page
+    assert page.count('<g class="mark planned">') == 2 * page.count('<g class="mark restart">')
+    assert "left at its exit interval" in page and "running or stopped" not in page
+    assert "<td>1 min 0 s</td>" in page and ">failed or killed</td>" in page
+
+
+def test_edits_of_the_blend_are_marked(tmp_path: Path) -> None:
+    records = synthetic_records(60)
+    for entry in records:
+        if "lm_loss" in entry and entry["iteration"] <= 45:
+            del entry["sources"]["instruction"]
+    folder = write_run(tmp_path / "run", records)
+    edit = {**restart(2, 20, 20, 5.0), "cause": "exit_interval", "changes": ["schedule edited"]}
+    (folder / "restarts.jsonl").write_text(json.dumps(edit) + "\n")
+    page = build(folder)
+    check_page(page)
+    num_charts = page.count("<span>schedule or sources edited</span>")
+    assert num_charts > 5 and page.count('<g class="mark edit">') == 2 * num_charts
+    assert page.count("<title>schedule edited at iteration 20</title>") == num_charts
+    assert page.count("<title>source instruction added at iteration 45</title>") == num_charts
+    # The record that names the source is enough; it is not marked twice.
+    edit["changes"].append("source instruction added")
+    (folder / "restarts.jsonl").write_text(json.dumps(edit) + "\n")
+    page = build(folder)
+    assert "source instruction added at iteration 45" not in page
+    assert "schedule edited, source instruction added at iteration 20" in page
+
+
+def test_rows_per_log_tell_of_the_deviation_from_the_plan(tmp_path: Path) -> None:
+    fine = [entry for entry in synthetic_records(40) if "lm_loss" in entry]
+    coarse = [{**entry, "interval": 4} for entry in fine[3::4]]
+    for rows, has_deviation in ((coarse, True), (fine[3::4], False), (coarse[1:], False)):
+        run = read_run(write_run(tmp_path / str(len(rows)) / str(has_deviation), rows))
+        assert bool(deviation_from_plan(run)) == has_deviation
+    run = read_run(write_run(tmp_path / "run", coarse))
+    assert samples_per_record(run).tolist() == [4 * 16] * 10
 
 
 def test_restarts_that_only_the_metrics_count(tmp_path: Path) -> None:

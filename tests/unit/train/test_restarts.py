@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.train.hooks.metrics_file import keep_until
-from megatron_chatflow.train.restarts import RESTARTS_FILE, record_restart
+from megatron_chatflow.train.restarts import RESTARTS_FILE, record_restart, write_status
 
 
 def log(folder: Path, iterations: range, *, begin: float, **more: float) -> None:
@@ -66,3 +66,28 @@ def test_a_folder_that_takes_no_record_is_a_warning(
         cost = restart(tmp_path, 2, 1030.0)
     assert (cost.num_restarts, cost.seconds) == (1, 20.0)
     assert "the restart is not recorded" in caplog.text
+
+
+def test_only_failures_count_as_failures(tmp_path: Path) -> None:
+    log(tmp_path, range(1, 6), begin=1000.0)
+    causes = []
+    for number, status in enumerate((None, "exit_interval", "running", "finished", "failed")):
+        if status is not None:
+            write_status(tmp_path, status)
+        cost = restart(tmp_path, 5, 1050.0 + 10.0 * number)
+        causes.append(records(tmp_path)[-1]["cause"])
+    assert causes == ["unknown", "exit_interval", "failed", "finished", "failed"]
+    assert (cost.num_restarts, cost.seconds) == (5, 50.0)
+    assert (cost.num_failures, cost.failure_seconds) == (2, 20.0)
+
+
+def test_a_run_continued_from_another_folder_has_not_failed(tmp_path: Path) -> None:
+    assert restart(tmp_path, 5, 1000.0).num_failures == 0
+    assert records(tmp_path)[0]["cause"] == "another_folder"
+
+
+def test_changes_of_a_resume_are_recorded(tmp_path: Path) -> None:
+    log(tmp_path, range(1, 6), begin=1000.0)
+    cut = keep_until(tmp_path / "metrics.jsonl", 5)
+    record_restart(tmp_path, cut, 5, 1050.0, ["schedule edited", "source math added"])
+    assert records(tmp_path)[0]["changes"] == ["schedule edited", "source math added"]
