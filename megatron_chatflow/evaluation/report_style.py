@@ -8,11 +8,11 @@ The eight series colours keep a contrast of 3:1 against both backgrounds; shapes
 STYLE = """
 :root{color-scheme:light dark;
 --page:#f4f5f7;--card:#ffffff;--ink:#16202c;--soft:#556170;--faint:#8b96a3;--grid:#e7eaee;
---edge:#dde1e6;--accent:#1f5fbf;--good:#0b7a4b;--bad:#b3372b;
+--edge:#dde1e6;--shade:#16202c38;--accent:#1f5fbf;--good:#0b7a4b;--bad:#b3372b;
 --c0:#2a6fdb;--c1:#d96a0b;--c2:#0c8f76;--c3:#b83a8c;--c4:#8a7200;--c5:#6a4fd0;--c6:#0f86a8;--c7:#c8323c}
 @media (prefers-color-scheme:dark){:root{
 --page:#10151b;--card:#181f27;--ink:#e8edf2;--soft:#a6b1bd;--faint:#7b8794;--grid:#262f39;
---edge:#2b3541;--accent:#7fb0ff;--good:#4fce95;--bad:#ff8b7d;
+--edge:#2b3541;--shade:#000a;--accent:#7fb0ff;--good:#4fce95;--bad:#ff8b7d;
 --c0:#5b9bff;--c1:#f5964a;--c2:#2fc3a2;--c3:#ee79c0;--c4:#d0b02f;--c5:#a48dff;--c6:#43bfe2;--c7:#ff737a}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
@@ -42,7 +42,8 @@ article+article{margin-top:56px;border-top:1px solid var(--edge);padding-top:36p
 figcaption p{color:var(--soft);font-size:13px}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:2px 16px;margin:8px 0 6px;padding:0;
 font-size:13px;max-height:6.4em;overflow:auto}
-.legend li,.legend button{display:inline-flex;align-items:center;gap:6px}
+.legend li,.legend button{display:inline-flex;align-items:center;gap:6px;min-width:0}
+.legend span{overflow-wrap:anywhere;text-align:left}.legend b{white-space:nowrap}
 .legend b{font-weight:600;font-variant-numeric:tabular-nums}
 .legend button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
 .legend button[aria-pressed=false]{opacity:.4;text-decoration:line-through}
@@ -56,6 +57,12 @@ clip-path:polygon(50% 0,100% 50%,50% 100%,0 50%)}
 .ink{--s:var(--ink)}.rest{--s:var(--faint)}.c0{--s:var(--c0)}.c1{--s:var(--c1)}.c2{--s:var(--c2)}.c3{--s:var(--c3)}
 .c4{--s:var(--c4)}.c5{--s:var(--c5)}.c6{--s:var(--c6)}.c7{--s:var(--c7)}
 .plot{position:relative;overflow-x:auto;overflow-y:hidden;margin-top:auto}
+/* What scrolls has a shadow at the side where more follows. */
+.plot,.table,pre{background:linear-gradient(90deg,var(--card) 30%,transparent) 0/44px 100% local,
+linear-gradient(270deg,var(--card) 30%,transparent) 100%/44px 100% local,
+linear-gradient(90deg,var(--shade),transparent) 0/14px 100% scroll,
+linear-gradient(270deg,var(--shade),transparent) 100%/14px 100% scroll;
+background-color:var(--card);background-repeat:no-repeat}
 .plot>svg{display:block;width:100%;min-width:470px;height:auto}
 .wide .plot>svg{min-width:760px}
 svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
@@ -101,6 +108,7 @@ vertical-align:middle}
 white-space:nowrap}
 .table thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;vertical-align:bottom}
 .table .name{text-align:left;padding-left:0}
+.table .text{text-align:left;white-space:normal}
 .table thead .span{text-align:center;border-bottom:1px solid var(--grid);padding-bottom:3px}
 .table tbody th{font-weight:600}
 .table .group{border-left:1px solid var(--edge)}
@@ -115,7 +123,16 @@ footer{color:var(--soft);font-size:13px;margin-top:36px}
 @media print{body{background:#fff}.chart,.table,details{break-inside:avoid}}
 @media (max-width:560px){main{padding:18px 12px 32px}
 .plot>svg{min-width:0}.wide .plot>svg{min-width:640px}
-svg text{font-size:18px}svg .inside{font-size:20px}.label.y{display:none}}
+svg text{font-size:18px}svg .inside{font-size:20px}.label.y{display:none}
+.legend{max-height:none}}
+@media (max-width:760px){
+.table table,.table caption,.table tbody,.table tr,.table tbody th,.table td{display:block}
+.table thead{display:none}
+.table tr{border-top:1px solid var(--grid);padding:8px 0}
+.table tbody th,.table td{border:0;padding:1px 0;white-space:normal;overflow-wrap:anywhere}
+.table td{display:flex;justify-content:space-between;gap:16px;text-align:right}
+.table td::before{content:attr(data-label);color:var(--soft);text-align:left}
+.table .group{border-left:0}}
 """
 
 SCRIPT = """

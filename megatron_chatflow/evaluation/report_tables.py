@@ -18,6 +18,25 @@ from megatron_chatflow.evaluation.report_scale import (
 )
 
 MAX_RESTARTS = 50
+_BEFORE_AFTER = ("before", "after", "change")
+_RESTART_HEADS = (
+    "Attempt",
+    "Went on from iteration",
+    "Iterations trained again",
+    "Pause",
+    "Why it had ended",
+    "Changed",
+)
+_SOURCE_HEADS = (
+    "Source",
+    "Samples drawn",
+    "Realised share",
+    "Planned share",
+    "Weight first",
+    "Weight last",
+    "Epochs",
+    "Last loss",
+)
 
 
 def lead(run: RunMetrics) -> str:
@@ -71,21 +90,26 @@ def restarts_table(run: RunMetrics) -> str:
     shown = run.restarts[-MAX_RESTARTS:]
     causes = {"failed": "failed or killed", "unknown": "–", **PLANNED}
     rows = [
-        f"<tr><td>{one.attempt or '–'}</td><td>{one.iteration:,}</td>"
-        f"<td>{max(one.reached - one.iteration, 0):,}</td>"
-        f"<td>{format_duration(one.seconds_lost)}</td>"
-        f'<td class="text">{causes[one.cause]}</td>'
-        f'<td class="text">{html.escape(", ".join(one.changes)) or "–"}</td></tr>'
+        _row(
+            ("", f"{one.attempt or '–'}"),
+            ("", f"{one.iteration:,}"),
+            ("", f"{max(one.reached - one.iteration, 0):,}"),
+            ("", format_duration(one.seconds_lost)),
+            ("text", causes[one.cause]),
+            ("text", html.escape(", ".join(one.changes)) or "–"),
+            labels=_RESTART_HEADS,
+        )
         for one in shown
     ]
     left_out = len(run.restarts) - len(shown)
     note = f" The last {len(shown)}; {left_out:,} came before." if left_out else ""
-    return (
-        '<div class="table"><table><caption>Pause: from the last iteration that counts to the '
-        "moment when training went on, which after a failure is time lost."
-        f"{note}</caption><thead><tr><th>Attempt</th><th>Went on from iteration</th>"
-        '<th>Iterations trained again</th><th>Pause</th><th class="text">Why it had ended</th>'
-        f'<th class="text">Changed</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    head = "".join(f"<th>{text}</th>" for text in _RESTART_HEADS[:4])
+    head += "".join(f'<th class="text">{text}</th>' for text in _RESTART_HEADS[4:])
+    return _table(
+        "Pause: from the last iteration that counts to the moment when training went on, which "
+        f"after a failure is time lost.{note}",
+        f"<tr>{head}</tr>",
+        rows,
     )
 
 
@@ -160,19 +184,25 @@ def validation_table(run: RunMetrics) -> str:
     """First against last validation of every source, "" without a validation."""
     if not len(run.validation_iteration):
         return ""
-    rows = []
-    for name, block in run.validation.items():
-        cells = _before_after(block["loss"]) + _before_after(block["bits_per_byte"])
-        rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{cells}</tr>')
+    labels = [f"{kind} {when}" for kind in ("Loss", "Bits/byte") for when in _BEFORE_AFTER]
+    rows = [
+        _row(
+            *_before_after(block["loss"]),
+            *_before_after(block["bits_per_byte"]),
+            name=name,
+            labels=labels,
+        )
+        for name, block in run.validation.items()
+    ]
     first, last = run.validation_iteration[0], run.validation_iteration[-1]
-    return (
-        f'<div class="table"><table><caption>Before: iteration {first:,.0f}. '
-        f"After: iteration {last:,.0f}. Lower is better.</caption>"
-        '<thead><tr><th rowspan="2" class="name">Source</th>'
+    before, *rest = _BEFORE_AFTER
+    heads = f'<th class="group">{before}</th>' + "".join(f"<th>{text}</th>" for text in rest)
+    return _table(
+        f"Before: iteration {first:,.0f}. After: iteration {last:,.0f}. Lower is better.",
+        '<tr><th rowspan="2" class="name">Source</th>'
         '<th colspan="3" class="group span">Loss (nats per token)</th>'
-        '<th colspan="3" class="group span">Bits per byte</th></tr><tr>'
-        + 2 * '<th class="group">before</th><th>after</th><th>change</th>'
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<th colspan="3" class="group span">Bits per byte</th></tr><tr>{2 * heads}</tr>',
+        rows,
     )
 
 
@@ -195,23 +225,10 @@ def sources_table(run: RunMetrics) -> str:
             format_value(_last(block["epochs"]), 3),
             format_value(_last(block["loss"])),
         )
-        body = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{body}</tr>')
-    heads = (
-        "Source",
-        "Samples drawn",
-        "Realised share",
-        "Planned share",
-        "Weight first",
-        "Weight last",
-        "Epochs",
-        "Last loss",
-    )
-    head = f'<th class="name">{heads[0]}</th>' + "".join(f"<th>{text}</th>" for text in heads[1:])
-    return (
-        '<div class="table"><table><caption>Over the whole log.</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        rows.append(_row(*(("", cell) for cell in cells), name=name, labels=_SOURCE_HEADS[1:]))
+    head = f'<th class="name">{_SOURCE_HEADS[0]}</th>'
+    head += "".join(f"<th>{text}</th>" for text in _SOURCE_HEADS[1:])
+    return _table("Over the whole log.", f"<tr>{head}</tr>", rows)
 
 
 def comparison_table(runs: Sequence[RunMetrics], run_names: Sequence[str]) -> str:
@@ -220,39 +237,70 @@ def comparison_table(runs: Sequence[RunMetrics], run_names: Sequence[str]) -> st
     names = list(dict.fromkeys(name for run in with_validation for name in run.validation))
     if not names:
         return ""
-    rows = []
-    for name in names:
-        cells = "".join(
-            f"<td>{format_value(_last(run.validation[name]['bits_per_byte']))}</td>"
-            if name in run.validation
-            else "<td>–</td>"
-            for run in with_validation
-        )
-        rows.append(f'<tr><th scope="row" class="name">{html.escape(name)}</th>{cells}</tr>')
     heads = [
         name for run, name in zip(runs, run_names, strict=True) if len(run.validation_iteration)
     ]
+    rows = [
+        _row(
+            *(
+                ("", format_value(_last(run.validation[name]["bits_per_byte"])))
+                if name in run.validation
+                else ("", "–")
+                for run in with_validation
+            ),
+            name=name,
+            labels=heads,
+        )
+        for name in names
+    ]
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    return _table(
+        "Last validation of every run, bits per byte. Lower is better.",
+        f'<tr><th class="name">Source</th>{head}</tr>',
+        rows,
+    )
+
+
+def _table(caption: str, head: str, rows: Sequence[str]) -> str:
+    """A table, whose rows a narrow screen shows as blocks of labelled values."""
     return (
-        '<div class="table"><table><caption>Last validation of every run, bits per byte. '
-        'Lower is better.</caption><thead><tr><th class="name">Source</th>'
-        f"{head}</tr></thead>"
+        f'<div class="table"><table><caption>{caption}</caption><thead>{head}</thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _before_after(values: FloatArray) -> str:
+def _row(*cells: tuple[str, str], labels: Sequence[str], name: str | None = None) -> str:
+    """A row of a table.
+
+    Args:
+        cells: CSS class and HTML of each.
+        labels: The head of each cell's column, shown beside it on a narrow screen.
+        name: Of the row, if it has a head.
+    """
+    head = f'<th scope="row" class="name">{html.escape(name)}</th>' if name is not None else ""
+    body = "".join(
+        f'<td{_class(kind)} data-label="{html.escape(label)}">{text}</td>'
+        for (kind, text), label in zip(cells, labels, strict=True)
+    )
+    return f"<tr>{head}{body}</tr>"
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
+
+
+def _before_after(values: FloatArray) -> list[tuple[str, str]]:
     """Three cells: first value, last value, relative change with an arrow."""
     before, after = float(values[0]), float(values[-1])
-    change = '<td class="same">–</td>'
+    change = ("same", "–")
     if len(values) > 1 and np.isfinite(before) and np.isfinite(after) and before:
         relative = after / before - 1
         kind, arrow = ("good", "▼") if relative < 0 else ("bad", "▲")
         sign = "−" if relative < 0 else "+"
         text = f"{arrow} {sign}{format_percent(abs(relative))}"
-        change = f'<td class="{kind}">{text}</td>' if relative else "<td>0 %</td>"
+        change = (kind, text) if relative else ("", "0 %")
     start = format_value(before) if len(values) > 1 else "–"
-    return f'<td class="group">{start}</td><td>{format_value(after)}</td>{change}'
+    return [("group", start), ("", format_value(after)), change]
 
 
 def _consumed(run: RunMetrics) -> FloatArray:

@@ -1,5 +1,6 @@
 """A schedule that is edited in a running run: from the command line to the checkpoint and back."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def test_a_source_joins_in_mid_run(tiny_run: TinyRun, tmp_path: Path) -> None:
     iterations, _ = jobs.read_metrics(folder)
     assert len(iterations) == 10
     assert "second" not in iterations[3]["sources"]
+    (restart,) = map(json.loads, (folder / "restarts.jsonl").read_text().splitlines())
+    assert restart["changes"] == ["schedule edited", "source second added"]
     drawn = sum(entry["sources"]["second"]["realised"] for entry in iterations[4:])
     assert drawn == pytest.approx(3.0, abs=0.25)
 

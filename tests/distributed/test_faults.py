@@ -60,6 +60,8 @@ def test_bad_steps_are_skipped_and_counted_across_a_resume(
     (restart,) = map(json.loads, (parts / "restarts.jsonl").read_text().splitlines())
     assert (restart["attempt"], restart["iteration"], restart["reached"]) == (2, 15, 15)
     assert restart["seconds_lost"] == found[-1]["seconds_lost"]
+    assert restart["cause"] == "exit_interval"
+    assert json.loads((parts / "status.json").read_text())["status"] == "finished"
     assert not (whole / "restarts.jsonl").exists()
     assert are_equal(whole, 2, 4)
     assert not are_equal(whole, 4, 5)
@@ -121,6 +123,7 @@ def test_stop_is_the_default_and_one_line(tiny_run: TinyRun, tmp_path: Path) -> 
     flags = ["--config", tiny_run.config, "--save", tmp_path / "run"]
     output = jobs.run(_faulty({"nan": [2]}, *flags), expect=2)
     assert output.splitlines()[-1].startswith("error: samples 8 to 16: the loss is not finite")
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
     assert "Traceback" not in output
 
 
@@ -138,3 +141,6 @@ def test_a_hung_rank_is_named_and_the_job_restarts_by_itself(
     entries, _ = jobs.read_metrics(folder)
     assert [entry["iteration"] for entry in entries] == list(range(1, 11))
     assert entries[-1]["num_restarts"] == 1
+    assert "failures 1 (" in output
+    (restart,) = map(json.loads, (folder / "restarts.jsonl").read_text().splitlines())
+    assert restart["cause"] == "failed"

@@ -59,6 +59,11 @@ def validation_block(names: list[str], drawn: np.ndarray) -> dict[str, dict[str,
     return block
 
 
+def without_labels(page: str) -> str:
+    """The page without what narrow screens show beside each cell."""
+    return re.sub(r' data-label="[^"]*"', "", page)
+
+
 def synthetic_records(
     num_iterations: int, names: list[str] | None = None, batch: int = 16, eval_interval: int = 50
 ) -> list[dict]:
@@ -293,6 +298,7 @@ def test_validation_table_compares_first_and_last(tmp_path: Path) -> None:
         {"iteration": 9, "validation": {"zh": {"loss": 3.0, "bits_per_byte": 2.5}}},
     ]
     page = build(write_run(tmp_path / "run", blocks))
+    page = without_labels(page)
     assert '<td class="group">4</td><td>3</td><td class="good">▼ −25 %</td>' in page
     assert '<td class="group">2</td><td>2.5</td><td class="bad">▲ +25 %</td>' in page
 
@@ -358,3 +364,22 @@ def test_command_line(tmp_path: Path) -> None:
     failed = subprocess.run([*command, str(tmp_path / "x")], capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: no such run") and failed.stderr.count("\n") == 1
+
+
+def test_every_cell_names_its_column_for_narrow_screens(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, synthetic_records(60)) for name in ("one", 'two<"')]
+    (folders[0] / "restarts.jsonl").write_text(
+        '{"attempt": 2, "iteration": 20, "reached": 20, "seconds_lost": 1.0}\n'
+    )
+    page = build(*folders)
+    check_page(page)
+    tables = page.split('<div class="table">')[1:]
+    assert len(tables) == 6
+    for table in tables:
+        body = table.split("</table>")[0].split("<tbody>")[1]
+        num_cells = body.count("<td")
+        assert num_cells > 0 and body.count(' data-label="') == num_cells
+    assert 'data-label="Bits/byte change"' in page
+    assert 'data-label="two&lt;&quot;"' in page
+    narrow = page.split("@media (max-width:760px){")[1].split("\n@media")[0]
+    assert "content:attr(data-label)" in narrow and ".table thead{display:none}" in narrow
