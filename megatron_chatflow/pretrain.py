@@ -48,6 +48,8 @@ def _run(process: ProcessRank) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     # megatron-core logs every configuration that it is handed; ours is printed once, below.
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    for note in options.notes:
+        logger.info("Megatron-LM's %s", note)
     if options.dry_run:
         from megatron_chatflow.train.dry_run import dry_run
 

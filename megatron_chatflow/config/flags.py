@@ -5,7 +5,7 @@ belong to the call and not to the run.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 
 from pydantic.fields import FieldInfo
 
+from megatron_chatflow.config.megatron_flags import PAGE, TABLE, Translation, translate
 from megatron_chatflow.config.run_config import RunConfig
 from megatron_chatflow.config.suggest import closest
 from megatron_chatflow.errors import UserError
@@ -37,12 +38,14 @@ class RunOptions:
         dry_run: Check and report, and train nothing.
         world_size: Number of processes that a dry run assumes; the smallest possible when None.
         verbose: Whether a dry run shows the resolved configuration as well.
+        notes: What became of flags of Megatron-LM's, a line for each.
     """
 
     config: Path | None = None
     dry_run: bool = False
     world_size: int | None = None
     verbose: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -172,21 +175,33 @@ def parse_arguments(
         Raw values by section and field, of the flags that are there alone; and the options.
 
     Raises:
-        UserError: A flag is unknown or lacks its value.
+        UserError: Flags are unknown, or belong to Megatron-LM and cannot be honoured: all of them
+            are named; or one lacks its value.
     """
     parser = build_parser(with_options=with_options)
-    namespace, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        word = unknown[0].split("=")[0]
-        if not word.startswith("-"):
-            raise UserError(f"{word}: a value without a flag; see --help")
-        known = [name for action in parser._actions for name in action.option_strings]
-        raise UserError(f"{word}: unknown flag{closest(word, known)}; see --help")
+    known = {name for action in parser._actions for name in action.option_strings}
+    translation = translate(arguments, known)
+    _refuse(translation, known)
+    namespace, stray = parser.parse_known_args(translation.arguments)
+    if stray:
+        raise UserError(f"{stray[0]}: a value without a flag; see --help")
     given = vars(namespace)
-    values: dict[str, dict[str, Any]] = {}
+    values = translation.values
     for flag in FLAGS:
         if flag.destination in given:
             values.setdefault(flag.section, {})[flag.field] = given[flag.destination]
     names = ("config", "dry_run", "world_size", "verbose")
     options = {name: given[name] for name in names if name in given}
-    return values, RunOptions(**options)
+    return values, RunOptions(**options, notes=tuple(translation.notes))
+
+
+def _refuse(translation: Translation, known: Iterable[str]) -> None:
+    """Refuses every flag that cannot be honoured, all of them at once."""
+    names = [*known, *(name for name in TABLE if not name.endswith("*"))]
+    problems = [f"{flag}: unknown flag{closest(flag, names)}" for flag in translation.unknown]
+    problems += [f"{flag}: not available here ({text})" for flag, text in translation.refused]
+    if not problems:
+        return
+    where = f"see {PAGE}" if translation.refused else "see --help"
+    count = f"{len(problems)} flags: " if len(problems) > 1 else ""
+    raise UserError(f"{count}{'; '.join(problems)}; {where}")

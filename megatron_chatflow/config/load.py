@@ -12,6 +12,7 @@ from megatron_chatflow.config.huggingface import model_of_huggingface
 from megatron_chatflow.config.presets import PRESETS
 from megatron_chatflow.config.rope import ROPE_FIELDS
 from megatron_chatflow.config.run_config import RunConfig
+from megatron_chatflow.config.units import parse_count
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.errors import UserError
 
@@ -19,6 +20,11 @@ from megatron_chatflow.errors import UserError
 def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """``base`` with the flags' values over it; neither is changed."""
     merged = dict(base)
+    given_flags = {section: dict(values) for section, values in flags.items()}
+    data, optimizer = given_flags.get("data", {}), given_flags.get("optimizer", {})
+    boundaries, split = data.pop("boundaries", None), data.pop("default_split", None)
+    fraction = optimizer.pop("lr_warmup_fraction", None)
+    flags = given_flags
     for section, values in flags.items():
         below = merged.get(section)
         if below is None:
@@ -34,7 +40,36 @@ def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> di
         if len(given) == 1 and isinstance(merged[section], Mapping):
             (other,) = set(pair) - set(given)
             merged[section] = {**merged[section], other: None}
+    if split is not None and not any(merged["data"].get(k) for k in ("split", "holdout_every")):
+        merged["data"] = {**merged["data"], "split": split}
+    if boundaries is not None:
+        _isolate_documents(merged)
+    if fraction is not None:
+        _set_warmup(merged, fraction)
     return merged
+
+
+def _isolate_documents(values: dict[str, Any]) -> None:
+    """Sets ``boundaries: isolate`` in every source that says nothing about it."""
+    data = values.get("data")
+    sources = data.get("sources") if isinstance(data, Mapping) else None
+    if isinstance(data, Mapping) and isinstance(sources, Mapping):
+        isolated = {
+            name: {"boundaries": "isolate", **source} if isinstance(source, Mapping) else source
+            for name, source in sources.items()
+        }
+        values["data"] = {**data, "sources": isolated}
+
+
+def _set_warmup(values: dict[str, Any], fraction: float) -> None:
+    """The warmup of Megatron-LM's --lr-warmup-fraction: a part of the decay's length."""
+    optimizer, train = values.get("optimizer") or {}, values.get("train") or {}
+    for unit in ("iters", "samples"):
+        length = optimizer.get(f"lr_decay_{unit}") or train.get(f"train_{unit}")
+        if length is not None:
+            warmup = round(fraction * parse_count(length))
+            values["optimizer"] = {**optimizer, f"lr_warmup_{unit}": warmup}
+            return
 
 
 def _load(path: Path | None, flags: Mapping[str, Mapping[str, Any]]) -> RunConfig:
@@ -116,7 +151,7 @@ def load_config_from_argv(arguments: Sequence[str]) -> tuple[RunConfig, RunOptio
         SystemExit: ``--help`` was among the arguments and has been answered.
     """
     flags, options = parse_arguments(arguments)
-    if options.config is None:
+    if options.config is None and "sources" not in flags.get("data", {}):
         raise UserError("--config: is missing; give the run's YAML file, see --help")
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size: must be at least 1, not {options.world_size}")

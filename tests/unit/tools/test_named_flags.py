@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_chatflow.config.megatron_flags import TABLE, Mapped
 from megatron_chatflow.errors import run_main
 
 ROOT = Path(__file__).parents[3]
@@ -23,6 +24,7 @@ BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
 # Modules that more commands import than call: whose messages these are.
 PRINTED_BY = {
     "config.load": {PRETRAIN},
+    "config.megatron_flags": {PRETRAIN},
     "config.validation": {PRETRAIN, "tools.plan_blend"},
     "checkpoint.convert_folder": {"tools.convert_checkpoint", "tools.extend_vocab"},
     "checkpoint.convert_template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
@@ -139,6 +141,10 @@ def flags() -> dict[str, set[str]]:
                 with pytest.raises(_ParsedError) as parsed:
                     tool.main()
                 found[name] = parsed.value.args[0]
+    # It also takes what Megatron-LM calls otherwise.
+    found[PRETRAIN] |= {
+        name for name, entries in TABLE.items() if any(isinstance(e, Mapped) for e in entries)
+    }
     found["tools.plan_blend"] |= found[PRETRAIN]  # it hands the rest to the run's parser
     return found
 
