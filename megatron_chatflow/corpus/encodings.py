@@ -119,6 +119,7 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
     Raises:
         UserError: It is not text, or in another encoding than the one named.
     """
+    head = head[:HEAD_BYTES]
     marked = next((names for mark, names in _MARKS.items() if head.startswith(mark)), None)
     if marked is not None and encoding not in marked:
         raise UserError(
@@ -148,8 +149,10 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
                 f"not text: {name}: {num_zeros} of its first {len(head)} bytes are NUL, as in "
                 "UTF-16 without a mark (--encoding utf-16-le or utf-16-be) or in a binary file"
             )
+        if encoding in _MARKS[UTF8_MARK]:
+            return
         is_utf8 = sum(byte >= 0x80 for byte in head) >= _MIN_TELLING_BYTES and _is_utf8(head)
-    if is_utf8 and encoding not in _MARKS[UTF8_MARK]:
+    if is_utf8:
         raise UserError(f"not {encoding}: {name}: is UTF-8: leave --encoding out")
 
 
