@@ -97,8 +97,12 @@ class _Lock:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return None
-        with open(descriptor, "w") as file:
-            json.dump(_owner(), file)
+        try:
+            with open(descriptor, "w") as file:
+                json.dump(_owner(), file)
+        except OSError:
+            path.unlink(missing_ok=True)  # without an owner, the others would wait for it
+            raise
         return cls(path, stale_seconds)
 
     def _touch(self) -> None:

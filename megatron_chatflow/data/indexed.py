@@ -11,6 +11,7 @@ end). The header has 34 bytes, so the mapped arrays are not aligned to their ite
 
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +224,17 @@ class IndexedDatasetWriter:
         if not codes:
             raise UserError(f"no such dtype in an indexed dataset: {self.dtype}: use int32")
         self._dtype_code = codes[0]
-        self.bin_file = StagedFile(bin_path(prefix))
-        try:
+        with ExitStack() as stack:
+            self.bin_file = StagedFile(bin_path(prefix))
+            stack.callback(self.bin_file.discard)
             self.idx_file = StagedFile(idx_path(prefix))
-        except UserError:
-            self.bin_file.discard()
-            raise
-        self._lengths = Spool(self.prefix.parent)
-        self._boundaries = Spool(self.prefix.parent)
-        self._boundaries.write(np.zeros(1, "<i8").tobytes())
+            stack.callback(self.idx_file.discard)
+            self._lengths = Spool(self.prefix.parent)
+            stack.callback(self._lengths.close)
+            self._boundaries = Spool(self.prefix.parent)
+            stack.callback(self._boundaries.close)
+            self._boundaries.write(np.zeros(1, "<i8").tobytes())
+            stack.pop_all()
         self.num_sequences = 0
         self.num_documents = 0
         self.num_tokens = 0

@@ -4,6 +4,7 @@ In: bytes, in order. Out: a file beside its target (`<name>.partial`), then, aft
 file under its own name. A killed job leaves at most `.partial` files; the next one overwrites them.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,7 +30,19 @@ def told_to_the_user(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write: {path}: {error.strerror}") from error
+        raise UserError(f"cannot write: {path}: {error.strerror or error}") from error
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file, if it is there.
+
+    Raises:
+        UserError: It cannot be removed, as on a read-only disk.
+    """
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot remove: {path}: {error.strerror}") from error
 
 
 class StagedFile:
@@ -59,7 +72,8 @@ class StagedFile:
         except OSError as error:
             raise UserError(f"cannot write: {self.partial_path}: {error.strerror}") from error
         self._lock()
-        self._file.truncate(0)
+        with told_to_the_user(self.partial_path):
+            self._file.truncate(0)
 
     def _lock(self) -> None:
         try:
@@ -132,14 +146,20 @@ class StagedFile:
             os.fsync(self._file.fileno())
 
     def publish(self) -> None:
-        """Gives the file its final name; nothing may be written after it."""
-        os.replace(self.partial_path, self.path)
+        """Gives the file its final name; nothing may be written after it.
+
+        Raises:
+            UserError: The name cannot be given, as when a folder has it.
+        """
+        with told_to_the_user(self.path):
+            os.replace(self.partial_path, self.path)
         self._file.close()
 
     def discard(self) -> None:
         """Removes the file, unless it has been published."""
         if not self._file.closed:
-            self.partial_path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that has become read-only keeps the file
+                self.partial_path.unlink(missing_ok=True)
             with suppress(OSError):  # what is still buffered may not fit on the disk
                 self._file.close()
 
@@ -197,15 +217,38 @@ def publish_all(files: Iterable[StagedFile]) -> None:
 
     Args:
         files: In the order in which the names may appear: what others are found by goes last.
+
+    Raises:
+        UserError: A file cannot be written or renamed; or all of them have their names, but the
+            disk fails to make the names durable.
     """
     files = list(files)
     for file in files:
         file.seal()
     for file in files:
         file.publish()
-    for folder in {file.path.parent for file in files}:
-        descriptor = os.open(folder, os.O_RDONLY)
+    for folder in dict.fromkeys(file.path.parent for file in files):
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            _sync_folder(folder)
+        except OSError as error:
+            first = next(file.path for file in files if file.path.parent == folder)
+            raise UserError(
+                f"cannot sync the folder of {first}: {folder}: {error.strerror}: the files are "
+                "complete under their names, which a crash of the machine may undo: check the "
+                "disk, then run this again"
+            ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, where its file system can do that for folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written to but not listed
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)

@@ -7,6 +7,7 @@ file that is mapped to be searched. What is held in memory is at most one such r
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.data.mapped_file import map_file
+from megatron_chatflow.data.staged_file import told_to_the_user
 
 HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
 
@@ -58,6 +60,9 @@ class SeenHashes:
 
         Returns:
             bool[n], whether each is new; of equal ones in one call only the first is.
+
+        Raises:
+            UserError: The disk has no room for a run.
         """
         is_new = np.ones(len(hashes), np.bool_)
         for run in self._runs:
@@ -73,10 +78,25 @@ class SeenHashes:
     def _write_run(self) -> None:
         recent = np.frombuffer(b"".join(self._recent), "<u8").reshape(-1, 2)
         self._recent.clear()
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            file.write(recent[np.argsort(recent[:, 0], kind="stable")].tobytes())
-            file.flush()
+        # Unbuffered: a buffer whose bytes do not fit on the disk raises once more when it closes.
+        with (
+            told_to_the_user(self._folder),
+            tempfile.TemporaryFile(dir=self._folder, buffering=0) as file,
+        ):
+            write_at(file.fileno(), recent[np.argsort(recent[:, 0], kind="stable")].tobytes(), 0)
             self._runs.append(map_file(file).view("<u8").reshape(-1, 2))
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Writes all of ``data`` at a position of a file.
+
+    Raises:
+        OSError: The disk is full or failing.
+    """
+    view = memoryview(data)
+    while view:
+        num_written = os.pwrite(descriptor, view, offset)
+        view, offset = view[num_written:], offset + num_written
 
 
 def _contained(

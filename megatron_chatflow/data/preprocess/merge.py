@@ -37,7 +37,7 @@ from megatron_chatflow.data.sidecar import (
     sidecar_bytes,
     sidecar_path,
 )
-from megatron_chatflow.data.staged_file import StagedFile, publish_all
+from megatron_chatflow.data.staged_file import StagedFile, publish_all, remove_file
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def merge_datasets(
         if len(known) == len(sidecars):
             files.append(_sidecar(output_prefix, _merged(known, hashes, policy), staged))
         for path in existing:
-            path.unlink()
+            remove_file(path)
         publish_all([*files, idx_file])
     finally:
         for file in staged:

@@ -29,7 +29,6 @@ from megatron_chatflow.data.sidecar import (
     sidecar_path,
 )
 from megatron_chatflow.data.staged_file import StagedFile
-from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer
 
 
@@ -83,7 +82,7 @@ class KeyOutput:
                 self.mask = IndexedDatasetWriter(loss_mask_prefix(self.prefix), np.uint8)
             if settings.dedup and settings.shard is not None:
                 self._hashes = StagedFile(hashes_path(self.prefix))
-        except UserError:
+        except BaseException:
             self.discard()
             raise
 

@@ -28,6 +28,7 @@ from megatron_chatflow.data.sidecar import (
     settings_of,
     sha256_of,
 )
+from megatron_chatflow.data.staged_file import remove_file
 from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def run_all_parts(settings: PreprocessSettings, files: Sequence[InputFile], job:
                 merge_datasets(parts, prefix, overwrite=True, policy=policy)
                 contents[key] = read_sidecar(prefix) or {}
     for path in _part_files(settings):
-        path.unlink(missing_ok=True)
+        remove_file(path)
     return {key: contents[key] for key in settings.corpus.json_keys}
 
 
@@ -207,6 +208,6 @@ def _finished(
             logger.warning("made again: %s is not what its sidecar says", paths[name])
             if settings.shard is not None:
                 for path in output_paths(settings.output_prefix, key):
-                    path.unlink(missing_ok=True)
+                    remove_file(path)
             return None
     return content

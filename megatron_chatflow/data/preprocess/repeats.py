@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.preprocess.duplicates import HASH_RECORD
+from megatron_chatflow.data.preprocess.duplicates import HASH_RECORD, write_at
 from megatron_chatflow.data.staged_file import told_to_the_user
 from megatron_chatflow.errors import UserError
 
@@ -51,10 +51,15 @@ class Repeats:
                     f"no hashes of {number} documents: {path}: parts of a job with --dedup are "
                     "merged with the .hashes that lie beside them: make this part again"
                 )
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
         with told_to_the_user(folder):
-            self._file.truncate(max(self._begins[-1], 1))
-            self._mark(folder)
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)
+        try:
+            with told_to_the_user(folder):
+                self._file.truncate(max(self._begins[-1], 1))
+                self._mark(folder)
+        except BaseException:
+            self._file.close()
+            raise
 
     def of_part(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
         """Whether each document of a part, from ``begin`` up to ``end``, is a repetition."""
@@ -105,7 +110,8 @@ class Repeats:
                 begin = 0
                 for bucket in np.flatnonzero(counts).tolist():
                     end = begin + int(counts[bucket])
-                    _write(placed, given[begin:end].tobytes(), positions[bucket] * _PLACED.itemsize)
+                    offset = int(positions[bucket]) * _PLACED.itemsize
+                    write_at(placed, given[begin:end].tobytes(), offset)
                     begin = end
                 positions = positions + counts
 
@@ -115,7 +121,7 @@ class Repeats:
         same = (hashes[1:] == hashes[:-1]).all(axis=1)
         repeated = bucket["index"][order[1:][same]]
         for index in repeated.tolist():
-            os.pwrite(self._file.fileno(), b"\1", index)
+            write_at(self._file.fileno(), b"\1", index)
 
 
 def _buckets(hashes: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.int64]:
@@ -126,16 +132,12 @@ def _buckets(hashes: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.int64]
 
 
 def _blocks(path: Path) -> Iterator[npt.NDArray[np.void]]:
-    with path.open("rb") as file:
-        while data := file.read(BLOCK * HASH_RECORD.itemsize):
-            yield np.frombuffer(data, HASH_RECORD)
-
-
-def _write(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, int(offset))
-        view, offset = view[written:], offset + written
+    try:
+        with path.open("rb") as file:
+            while data := file.read(BLOCK * HASH_RECORD.itemsize):
+                yield np.frombuffer(data, HASH_RECORD)
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror}") from error
 
 
 def _read(descriptor: int, size: int, offset: int) -> bytes:

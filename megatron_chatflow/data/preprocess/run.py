@@ -30,7 +30,7 @@ from megatron_chatflow.data.preprocess.partitions import (
 from megatron_chatflow.data.preprocess.progress import Progress
 from megatron_chatflow.data.preprocess.settings import PreprocessSettings
 from megatron_chatflow.data.preprocess.worker import ChunkWorker, encode_in_worker, start_worker
-from megatron_chatflow.data.staged_file import PARTIAL_SUFFIX, publish_all
+from megatron_chatflow.data.staged_file import PARTIAL_SUFFIX, publish_all, remove_file
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
@@ -271,6 +271,6 @@ def _publish(
             check_left_over(contents[key], output.prefix, settings.max_dropped_share)
     for key in outputs:
         for path in output_paths(settings.output_prefix, key):
-            path.unlink(missing_ok=True)  # with --overwrite: no new file beside an old one
+            remove_file(path)  # with --overwrite: no new file beside an old one
     publish_all(files)
     return contents

@@ -1,0 +1,139 @@
+"""Full and failing disks: one line, no temporary file left, nothing published by halves."""
+
+import errno
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_files import write_dataset
+from preprocess_jobs import Jobs
+
+from megatron_chatflow.data.build_once import build_once
+from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.data.preprocess import duplicates
+from megatron_chatflow.data.preprocess.duplicates import HASH_RECORD, SeenHashes
+from megatron_chatflow.data.preprocess.merge import merge_datasets
+from megatron_chatflow.data.preprocess.repeats import Repeats
+from megatron_chatflow.data.staged_file import StagedFile, publish_all
+from megatron_chatflow.errors import UserError
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond ``num_bytes``, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_hashes_that_do_not_fit_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "HASHES_PER_RUN", 100)
+    hashes = np.arange(400, dtype=np.uint64).reshape(-1, 2)
+    for limit in (0, 1000):
+        with largest_file(limit), pytest.raises(UserError, match=f"cannot write: {tmp_path}: "):
+            SeenHashes(tmp_path).add(hashes)
+    assert SeenHashes(tmp_path).add(hashes).all()
+    with pytest.raises(UserError, match="cannot write: .*gone: No such file"):
+        SeenHashes(tmp_path / "gone").add(hashes)
+
+
+def test_repeats_that_do_not_fit_on_the_disk(tmp_path: Path) -> None:
+    records = np.zeros(2000, HASH_RECORD)
+    records["hash"][:, 0] = np.arange(2000)
+    path, folder = tmp_path / "a.hashes", tmp_path / "temporary"
+    path.write_bytes(records.tobytes())
+    for limit in (0, 100, 30_000):  # the marks, or the buckets
+        folder.mkdir()
+        with largest_file(limit), pytest.raises(UserError, match=f"cannot write: {folder}: "):
+            Repeats([path], [2000], folder)
+        folder.rmdir()
+    with pytest.raises(UserError, match=f"cannot write: {folder}: No such file"):
+        Repeats([path], [2000], folder)
+
+
+def test_a_dedup_job_on_a_full_disk(
+    tmp_path: Path, tiny_sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "HASHES_PER_RUN", 50)
+    jobs = Jobs(tmp_path, tiny_sentencepiece_model)
+    path = jobs.lines("a.jsonl", [{"text": f"bana {k}"} for k in range(200)])
+    with largest_file(400), pytest.raises(UserError, match="cannot write: "):
+        jobs.run(path, dedup=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_writer_that_cannot_spool_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # a full disk still makes empty files
+    with pytest.raises(UserError, match="cannot write: .*No space left"):
+        IndexedDatasetWriter(tmp_path / "a_document", np.uint16)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
+def test_a_folder_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    sync = os.fsync
+
+    def sync_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    with StagedFile(tmp_path / "a") as file:
+        file.write(b"bytes")
+        if code == errno.EINVAL:  # a file system that syncs no folders
+            publish_all([file])
+        else:
+            message = f"cannot sync the folder of {tmp_path}/a: .*error: the files are complete"
+            with pytest.raises(UserError, match=message):
+                publish_all([file])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"bytes"
+
+
+def test_a_name_that_a_folder_has(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with StagedFile(tmp_path / "a") as file:
+        with pytest.raises(UserError, match="cannot write: .*/a: Is a directory"):
+            publish_all([file])
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_old_outputs_that_cannot_be_removed(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
+    jobs = Jobs(tmp_path, tiny_sentencepiece_model)
+    path = jobs.lines("a.jsonl", [{"text": "bana"}])
+    (tmp_path / "out_text_document.idx").mkdir()
+    with pytest.raises(UserError, match="cannot remove: .*out_text_document.idx: Is a directory"):
+        jobs.run(path)
+    given = write_dataset(tmp_path / "b_document", [[1, 2]])
+    output = tmp_path / "out_text_document"
+    with pytest.raises(UserError, match="cannot remove: .*out_text_document.idx: Is a directory"):
+        merge_datasets([Path(given)], output, overwrite=True)
+    left = {"a.jsonl", "b_document.bin", "b_document.idx", "out_text_document.idx"}
+    assert {file.name for file in tmp_path.iterdir()} == left
+
+
+def test_a_lock_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+    with largest_file(0):
+        content = build_once(
+            tmp_path / "a", load=lambda: None, build=lambda: 5, save=lambda _: None
+        )
+    assert content == 5
+    assert list(tmp_path.iterdir()) == []  # else the next process would wait for a minute
