@@ -28,6 +28,8 @@ from megatron_chatflow.tokenizer.extend import (
 )
 from megatron_chatflow.tokenizer.extend_report import growth_lines
 
+logger = logging.getLogger(__name__)
+
 EXAMPLES = """examples:
   python tools/extend_vocab.py --tokenizer-model tokenizer.model --corpus 'zh/*.jsonl.zst' \\
       --num-new 8076 --output-dir tokenizers/zh
@@ -48,7 +50,8 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_model)
     held_out = {Path(name).name: list(islice(_texts(args, [name]), 500)) for name in args.held_out}
     if args.list is not None:
-        pieces = listed_pieces(tokenizer, args.list, args.num_new)
+        encoding = canonical_encoding(args.encoding)
+        pieces = listed_pieces(tokenizer, args.list, args.num_new, encoding)
     else:
         every = 0 if held_out else HELD_OUT_EVERY
         texts = (t for k, t in enumerate(_texts(args, args.corpus)) if not every or (k + 1) % every)
@@ -88,16 +91,33 @@ def _parse() -> argparse.Namespace:
 
 
 def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
-    """The corpus, document by document; lines that are no documents are passed over."""
+    """The corpus, document by document; lines that are no documents are counted and left out.
+
+    Raises:
+        UserError: They are more than the documents.
+    """
     settings = CorpusSettings(
         json_keys=tuple(args.json_keys),
         txt_documents="line",
         encoding=canonical_encoding(args.encoding),
     )
     reader = CorpusReader(find_inputs(inputs), settings.read_options)
+    num_documents = num_bad = 0
+    first_bad: str | None = None
     for chunk in reader.chunks():
-        for documents in parse_chunk(chunk, settings).documents.values():
-            yield from (document for document in documents if isinstance(document, str))
+        parsed = parse_chunk(chunk, settings)
+        num_bad += parsed.num_bad
+        first_bad = first_bad or parsed.first_bad
+        for documents in parsed.documents.values():
+            texts = [document for document in documents if isinstance(document, str)]
+            num_documents += len(texts)
+            yield from texts
+    if not num_bad:
+        return
+    found = f"{num_bad} lines are no documents, {num_documents} are; the first is {first_bad}"
+    if num_bad > num_documents:
+        raise UserError(f"{' '.join(inputs)}: {found} (see --encoding and --json-keys)")
+    logger.warning("%s: %s", " ".join(inputs), found)
 
 
 if __name__ == "__main__":

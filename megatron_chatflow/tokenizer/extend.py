@@ -18,6 +18,7 @@ import sentencepiece
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_chatflow.corpus.encodings import guess_encoding
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import Tokenizer
 from megatron_chatflow.tokenizer.export import SPACE
@@ -111,22 +112,31 @@ def is_han(character: str) -> bool:
     return any(begin <= code <= end for begin, end in _HAN_BLOCKS + _PUNCTUATION_BLOCKS)
 
 
-def listed_pieces(tokenizer: Tokenizer, path: Path, num_new: int) -> list[str]:
+def listed_pieces(
+    tokenizer: Tokenizer, path: Path, num_new: int, encoding: str = "utf-8"
+) -> list[str]:
     """The first pieces of a list that the tokenizer has not.
 
     Args:
         tokenizer: What is extended.
         path: A file with a piece in each line.
         num_new: The most pieces.
+        encoding: Of the file.
 
     Raises:
         UserError: There is none, or the file cannot be read.
     """
     try:
-        # Not `splitlines`: a piece may hold U+2028 or U+0085, which that takes for ends of lines.
-        listed = dict.fromkeys(path.read_text(encoding="utf-8").split("\n"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--list: cannot read: {path}: {error}") from error
+        data = path.read_bytes()
+        text = data.decode(encoding).removeprefix("\ufeff")
+    except OSError as error:
+        raise UserError(f"--list: cannot read: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--list: not {encoding}: {path}: byte {error.start}: {guess_encoding(data)}"
+        ) from error
+    # Not `splitlines`: a piece may hold U+2028 or U+0085, which that takes for ends of lines.
+    listed = dict.fromkeys(text.replace("\r\n", "\n").split("\n"))
     new = [p for p in listed if p and len(tokenizer.encode_continuation(p)) > 1]
     if not new:
         raise UserError("--list: holds no piece that the tokenizer lacks; one stands in each line")

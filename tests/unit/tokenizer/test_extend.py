@@ -171,6 +171,28 @@ def test_a_list_of_pieces(old: Tokenizer, tmp_path: Path) -> None:
         listed_pieces(old, path, 2)
     with pytest.raises(UserError, match="cannot read"):
         listed_pieces(old, tmp_path / "absent", 2)
+    path.write_bytes("龍\n鳳\n".encode("gb18030"))
+    assert listed_pieces(old, path, 2, "gb18030") == ["龍", "鳳"]
+    with pytest.raises(UserError, match="--list: not utf-8: .*name its encoding with --encoding"):
+        listed_pieces(old, path, 2)
+
+
+@pytest.mark.parametrize("name", ["zh.txt", "zh.jsonl"])
+def test_text_in_another_encoding(
+    name: str, tiny_sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    lines = [line.strip() for line in new_language(50)]
+    if name.endswith("jsonl"):
+        lines = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
+    (tmp_path / name).write_bytes("\n".join(lines).encode("gb18030"))
+    command = [sys.executable, str(ROOT / "tools" / "extend_vocab.py"), "--num-new", "20"]
+    command += ["--corpus", str(tmp_path / name), "--output-dir", str(tmp_path / "out")]
+    command += ["--tokenizer-model", str(tiny_sentencepiece_model)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--encoding" in done.stderr and not (tmp_path / "out").exists()
+    done = subprocess.run([*command, "--encoding", "gb18030"], capture_output=True, text=True)
+    assert "added 20 pieces: 512 -> 532" in done.stdout, done.stderr
 
 
 def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
