@@ -23,6 +23,12 @@ from megatron_chatflow.checkpoint.convert_shape import DTYPES, LlamaShape, huggi
 from megatron_chatflow.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
 from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.small_files import (
+    read_model_files,
+    with_stop_tokens,
+    write_small_files,
+)
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -77,8 +83,10 @@ def convert_gguf(
         write_shards(folder, shapes, target, weights, MAX_SHARD_BYTES)
         ids = special_ids(fields)
         _write_json(folder / "config.json", huggingface_config(shape, target, ids))
-        _write_json(folder / "generation_config.json", ids)
         write_tokenizer(path, fields, folder, shape.max_position_embeddings)
+        known = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        files = with_stop_tokens(read_model_files(folder), known, load_tokenizer(folder))
+        write_small_files(folder, files)
     return Converted(output, len(shapes), num_bytes, num_parameters)
 
 

@@ -232,6 +232,14 @@ def test_file_without_a_template_gets_chatml(small, tmp_path):
     assert text.endswith("<|im_start|>user\nhot?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_the_end_of_a_turn_is_a_stop_token(small, tmp_path):
+    fields, tensors, path = small
+    fields["tokenizer.ggml.eos_token_id"] = 0
+    convert_gguf(write_gguf(path, fields, tensors), tmp_path / "hf")
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert config.eos_token_id == [0, 2]  # the file's own, and <|im_end|>
+
+
 def test_begin_token_is_put_first_where_the_file_says_so(small, tmp_path):
     fields, _, path = small
     assert build_tokenizer(path, fields).encode("hot").ids[0] != 1
