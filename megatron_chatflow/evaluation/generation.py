@@ -5,7 +5,6 @@ way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same m
 """
 
 import inspect
-import json
 import logging
 import signal
 import sys
@@ -21,16 +20,17 @@ import torch
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.config.huggingface import read_huggingface_config
-from megatron_chatflow.corpus.jinja_chats import (
-    CHAT_TEMPLATE_FOLDER,
-    chat_template_names,
-    find_chat_template,
-)
 from megatron_chatflow.corpus.templates import template_source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.pretrained import beginning_ids, begun, load_pretrained
 from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.tokenizer.base import read_tokenizer_config
+from megatron_chatflow.tokenizer.small_files import (
+    is_weights,
+    read_model_files,
+    replace_tokenizer,
+    with_chat_template,
+    write_small_files,
+)
 
 logger = logging.getLogger(__name__)
 Write = Callable[[str], None]
@@ -312,13 +312,7 @@ def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> N
     Raises:
         UserError: The tokenizer has ids that the model has not, or something cannot be read.
     """
-    config = read_tokenizer_config(path)
-    own = find_chat_template(path)
-    template = None if own is None else own.source
-    if choice.chat_template is not None:
-        template = template_source(choice.chat_template)
-    left_out = {"tokenizer_config.json", *chat_template_names(path)}
-    tokenizer = None
+    files = read_model_files(path)
     if choice.model is not None:
         tokenizer = load_tokenizer(choice.model)
         num_rows = read_huggingface_config(path).get("vocab_size")
@@ -327,19 +321,13 @@ def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> N
                 f"{choice.model}: has {tokenizer.vocab_size} ids and the model {num_rows}; "
                 f"{choice.advice}"
             )
-        left_out |= {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}
-        left_out |= {"special_tokens_map.json", "added_tokens.json"}
-    folder.mkdir()
+        files = replace_tokenizer(files, tokenizer)
+    if choice.chat_template is not None:
+        files = with_chat_template(files, template_source(choice.chat_template))
+    write_small_files(folder, files)
     for file in path.iterdir():
-        if file.name not in left_out and file.name != CHAT_TEMPLATE_FOLDER:
+        if is_weights(file.name):
             (folder / file.name).symlink_to(file.resolve())
-    if tokenizer is not None:
-        begins = tokenizer.add_bos_token or config.get("add_bos_token") is True
-        tokenizer.save_pretrained(folder, template, begins)
-        return
-    config.pop("chat_template", None)
-    text = json.dumps({**config, "chat_template": template}, ensure_ascii=False)
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 @contextmanager

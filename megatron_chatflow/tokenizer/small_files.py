@@ -51,8 +51,11 @@ _VOCABULARY = (*_MODEL_FILES.values(), "vocab.json", "merges.txt", _ADDED_TOKENS
 _BESIDE_TOKENIZER = (TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP, _ADDED_TOKENS, GENERATION_CONFIG)
 _JSON_OBJECTS = (*_BESIDE_TOKENIZER, MODEL_CONFIG)
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-_LEFT_OUT = (*_WEIGHTS, ".index.json", ".py", ".distcp", ".partial")  # code is never carried
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
+    *(".index.json", ".distcp"),
+)
+_LEFT_OUT = (*_WEIGHTS, ".py", ".partial")  # code is never carried
 _MOST_BYTES = 64 * 2**20  # a tokenizer.json of 250,000 pieces has about 35 MB
 
 _SPECIAL_TOKENS = (
@@ -63,6 +66,11 @@ _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Of templates that cannot be rendered here.
 _USUAL_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a model's folder holds weights, or says where they lie."""
+    return name.endswith(_WEIGHTS)
 
 
 def read_model_files(folder: Path) -> SmallFiles:
