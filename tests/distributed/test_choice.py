@@ -1,6 +1,7 @@
 """Choice questions while training: the same answers at every layout, and a run left as it was."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jobs
@@ -40,7 +41,12 @@ def folder(tiny_run: TinyRun) -> Path:
     asked = [*base, "--choice-questions", root / "quiz.jsonl", "--choice-interval", 2]
     asked += ["--choice-scoring", "continuation", "--choice-num-fewshot", 1]
     plain: list[list[object]] = [[*base, "--save", root / "plain"]]
-    jobs.run_layouts(1, [*plain, [*asked, "--save", root / "asked"]], root)  # type: ignore[list-item]
+    # The same model file, with a configuration that begins texts with BOS.
+    (root / "llama").mkdir()
+    shutil.copy(tiny_run.tokenizer_model, root / "llama")
+    (root / "llama" / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    begun = [*asked, "--tokenizer-model", root / "llama", "--save", root / "begun"]
+    jobs.run_layouts(1, [*plain, [*asked, "--save", root / "asked"], begun], root)  # type: ignore[list-item]
     (root / "few.jsonl").write_text(lines[0])
     few = [*asked, *LAYOUTS["overlap"], "--choice-questions", root / "few.jsonl"]
     few += ["--choice-num-fewshot", 0, "--save", root / "few"]
@@ -65,11 +71,13 @@ def test_questions_leave_the_run_as_it_was(folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_results_are_those_of_an_export(folder: Path) -> None:
-    logged = choices_of(folder / "asked")
+@pytest.mark.parametrize("run", ["asked", "begun"])
+def test_results_are_those_of_an_export(folder: Path, run: str) -> None:
+    logged = choices_of(folder / run)
     assert [entry["iteration"] for entry in logged] == [0, 2, 4]
-    export_checkpoint(folder / "asked", folder / "hf")
-    model = LanguageModel(folder / "hf", max_length=64)
+    export_checkpoint(folder / run, folder / f"{run}_hf")
+    model = LanguageModel(folder / f"{run}_hf", max_length=64)
+    assert model.beginning == ([model.tokenizer.bos_id] if run == "begun" else [])
     expected = evaluate_choice(model, read_questions(folder / "quiz.jsonl"), SETTINGS)
     assert logged[-1]["choice"] == {"quiz": expected}
     assert 0 < expected["accuracy"] < 1

@@ -328,11 +328,15 @@ def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) 
     shutil.copytree(random_llama, source)
     import_huggingface(source, tmp_path / "run")
     moved = source.rename(tmp_path / "moved")
+    expected = evaluate(random_llama, settings)["sources"]
+    assert evaluate(tmp_path / "run", settings)["sources"] == expected  # it carries its own
+    # Earlier versions wrote only where the tokenizer lay.
+    shutil.rmtree(tmp_path / "run" / "iter_0000000" / "huggingface")
     advice = "name the run's own with --tokenizer-model"
     with pytest.raises(UserError, match=f"the run's tokenizer is not there; {advice}$"):
         evaluate(tmp_path / "run", settings)
     results = evaluate(tmp_path / "run", settings, TokenizerChoice(moved))
-    assert results["sources"] == evaluate(random_llama, settings)["sources"]
+    assert results["sources"] == expected
     other = extend_tokenizer(load_tokenizer(moved), ["龍"], tmp_path / "other")
     with pytest.raises(UserError, match=f"is not the tokenizer that .* trained with; {advice}$"):
         evaluate(tmp_path / "run", settings, TokenizerChoice(other.model_path))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chatflow.checkpoint.convert_import import import_huggingface
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.errors import UserError
@@ -65,6 +66,9 @@ def test_the_template_of_the_folder_is_the_default(
     name = "chat_template.jinja" if in_file else "tokenizer_config.json"
     assert lines == [f"{folder}: texts begin with nothing; chat template: {name} (the model's own)"]
     assert result["chat_template"]["name"] == name
+    import_huggingface(folder, tmp_path / "run")
+    checkpoint = evaluate(tmp_path / "run", EvaluationSettings(sources=(chats,)))
+    assert checkpoint["sources"] == result["sources"]
 
 
 def test_another_template_is_taken_when_asked_for(
