@@ -290,4 +290,6 @@ def _input_file(path: Path, name: str) -> InputFile:
         )
     if not os.access(path, os.R_OK):
         raise UserError(f"cannot read: {path}: permission denied")
+    # JSON has no bytes that are not UTF-8: the sidecar gets them as \xff.
+    name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return InputFile(path, name, kind, path.stat().st_size)

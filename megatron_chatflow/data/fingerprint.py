@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_chatflow.data.indexed import bin_path, idx_path
-from megatron_chatflow.data.sidecar import read_sidecar
+from megatron_chatflow.data.sidecar import read_sidecar, refuse_other_counts
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.samples import TokenFile
 
@@ -47,7 +47,7 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
     With a sidecar they take its hashes; else sizes and hashes of sampled blocks.
 
     Raises:
-        UserError: The sidecar describes another dataset.
+        UserError: The sidecar is damaged or describes another dataset.
     """
     counts = {"num_documents": file.num_documents, "num_tokens": len(file.tokens)}
     sidecar = read_sidecar(file.name)
@@ -57,19 +57,8 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
             "idx": sampled_hash(idx_path(file.name)),
         }
         return {**counts, "sampled_hash": hashes, "tokenizer": None}
-    for key, count in counts.items():
-        if sidecar.get(key) != count:
-            raise UserError(
-                f"{file.name}.json describes another dataset: {key} is {sidecar.get(key)} there "
-                f"and {count} in the .idx: copy both again, or remove the .json"
-            )
-    try:
-        hashes = {key: str(value) for key, value in sidecar["sha256"].items()}
-        return {**counts, "sha256": hashes, "tokenizer": str(sidecar["tokenizer"]["sha256"])}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file.name}.json has no {error} where one belongs: copy it again or remove it"
-        ) from error
+    refuse_other_counts(file.name, sidecar, **counts)
+    return {**counts, "sha256": sidecar["sha256"], "tokenizer": sidecar["tokenizer"]["sha256"]}
 
 
 def sampled_hash(path: Path) -> str:

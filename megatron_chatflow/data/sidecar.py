@@ -1,20 +1,111 @@
-"""The JSON beside a dataset that says what made it, and where its loss mask lies.
+"""The JSON file beside a dataset that records what made it, its counts and its files' hashes.
 
-In: the prefix `<prefix>_<key>_document`. Out: the sidecar's content, checked, or None.
+`read_sidecar` is the only reader. It validates the whole file against the schema below, so that
+training, merging, inspection, planning and export rely on the types and ranges of what it returns.
+Keys that the schema does not name are kept as they are: a later version may have written them.
 """
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json
+from typing_extensions import NotRequired, TypedDict
+
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
 
 FORMAT_VERSION = 1
 DOCUMENT_SUFFIX = "_document"
 LOSS_MASK_SUFFIX = "_loss_mask"
 HASHES_SUFFIX = ".hashes"
+
+
+MAX_SIDECAR_BYTES = 1 << 26
+"""A sidecar has about 100 bytes for each input file; parsed, it takes about 25 times its size."""
+
+_DEFAULTS: dict[str, Any] = {"settings": {}, "repaired": {}, "num_bad_lines": 0}
+"""What the first version did not record."""
+
+
+def _check_part(part: list[int]) -> list[int]:
+    if part[0] >= part[1]:
+        raise ValueError(f"part {part[0]} of {part[1]}")
+    return part
+
+
+_OPEN = ConfigDict(strict=True, extra="allow")
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Part = Annotated[list[_Count], Field(min_length=2, max_length=2), AfterValidator(_check_part)]
+
+
+@with_config(_OPEN)
+class _Tokenizer(TypedDict):
+    type: str
+    sha256: _Digest
+    vocab_size: Annotated[int, Field(ge=1, lt=2**31)]
+
+
+@with_config(_OPEN)
+class _Input(TypedDict):
+    name: str
+    num_bytes: _Count
+
+
+@with_config(_OPEN)
+class _Template(TypedDict):
+    format: NotRequired[str]
+    name: NotRequired[str]
+    loss: NotRequired[str]
+    direction: NotRequired[str]
+    texts: NotRequired[list[dict[str, str]]]
+    chat_template: NotRequired[str]
+    jinja: NotRequired[str]
+    sha256: NotRequired[_Digest]
+
+
+@with_config(_OPEN)
+class _Settings(TypedDict):
+    append_bos: NotRequired[bool]
+    append_eod: NotRequired[bool]
+    max_tokens: NotRequired[_Count | None]
+    dedup: NotRequired[bool]
+
+
+@with_config(_OPEN)
+class _Hashes(TypedDict):
+    bin: _Digest
+    idx: _Digest
+    loss_mask_bin: NotRequired[_Digest]
+    hashes: NotRequired[_Digest]
+
+
+@with_config(_OPEN)
+class _Sidecar(TypedDict):
+    tool_version: str
+    tokenizer: _Tokenizer
+    template: NotRequired[_Template]
+    settings: NotRequired[_Settings]
+    inputs: list[_Input]
+    num_documents: _Count
+    num_tokens: _Count
+    num_loss_tokens: _Count
+    num_text_bytes: _Count
+    dropped: dict[str, _Count]
+    repaired: NotRequired[dict[str, _Count]]
+    num_bad_lines: NotRequired[_Count]
+    max_bad_lines: NotRequired[_Count]
+    max_dropped_share: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    sha256: _Hashes
+    part: NotRequired[_Part]
+
+
+_SCHEMA = TypeAdapter(_Sidecar)
 
 
 def sidecar_path(prefix: str | Path) -> Path:
@@ -39,28 +130,83 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
         prefix: The dataset's, without `.bin` or `.idx`.
 
     Returns:
-        Its content, or None if there is none, as for a dataset that Megatron-LM wrote.
+        Its content, or None if there is none, as for a dataset that Megatron-LM wrote. What the
+        first version did not record has its default.
 
     Raises:
         UserError: It is damaged, or of a later format.
     """
     path = sidecar_path(prefix)
     try:
-        content = json.loads(path.read_bytes())
+        data = _read_small_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"cannot read: {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"damaged sidecar: {path}: {error}: preprocess the data again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
+    try:
+        content = from_json(data)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(content, dict):
+        raise _damaged(path, "is no JSON object")
+    version = content.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"unknown sidecar: {path}: format_version {version} instead of {FORMAT_VERSION}: "
-            "read it with the version of this package that wrote it"
+            f"unknown sidecar: {path}: format_version {shorten(version)} instead of "
+            f"{FORMAT_VERSION}: read it with the version of this package that wrote it"
         )
-    assert isinstance(content, dict)
-    return content
+    try:
+        _SCHEMA.validate_python(content)
+    except ValidationError as error:
+        raise _damaged(path, _first_problem(error)) from error
+    if content["num_loss_tokens"] > content["num_tokens"]:
+        raise _damaged(path, "num_loss_tokens: is larger than num_tokens")
+    return content | {key: value for key, value in _DEFAULTS.items() if key not in content}
+
+
+def refuse_other_counts(
+    prefix: str | Path, sidecar: Mapping[str, Any], num_documents: int, num_tokens: int
+) -> None:
+    """Refuses a sidecar whose counts are not those of the dataset that it lies beside.
+
+    Raises:
+        UserError: It belongs to another dataset.
+    """
+    counts = {"num_documents": num_documents, "num_tokens": num_tokens}
+    for key, count in counts.items():
+        if sidecar[key] != count:
+            raise UserError(
+                f"{sidecar_path(prefix)} describes another dataset: {key} is {sidecar[key]} there "
+                f"and {count} in the .idx: copy both again, or remove the .json"
+            )
+
+
+def _read_small_file(path: Path) -> bytes:
+    """Reads a sidecar without waiting for a named pipe or filling the memory."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise UserError(f"cannot read: {path}: is {kind}")
+    with path.open("rb") as file:
+        data = file.read(MAX_SIDECAR_BYTES + 1)
+    if len(data) > MAX_SIDECAR_BYTES:
+        raise _damaged(path, f"is larger than {MAX_SIDECAR_BYTES >> 20} MiB")
+    return data
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(
+        f"damaged sidecar: {path}: {what}: copy the dataset with its .json again, or preprocess "
+        "the data again"
+    )
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Where the first problem lies and what it is, cut: keys and values are of any length."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    keys = [str(key) if len(str(key)) <= 40 else f"{str(key)[:37]}..." for key in problem["loc"]]
+    path = ".".join(key if key.isprintable() else ascii(key) for key in keys)
+    return f"{path}: {problem['msg'][:120]}"
 
 
 def appends_bos(sidecar: Mapping[str, Any] | None) -> bool:
@@ -91,7 +237,7 @@ def writes_bos(sidecar: Mapping[str, Any] | None) -> bool:
 
 
 def sidecar_bytes(content: dict[str, Any]) -> bytes:
-    """The file's content."""
+    """The file's content, for `read_sidecar`."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -15,7 +15,12 @@ import numpy.typing as npt
 
 from megatron_chatflow.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_chatflow.data.preprocess.merge import open_mask
-from megatron_chatflow.data.sidecar import loss_mask_prefix, read_sidecar, sha256_of, sidecar_path
+from megatron_chatflow.data.sidecar import (
+    loss_mask_prefix,
+    read_sidecar,
+    refuse_other_counts,
+    sha256_of,
+)
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer
 
@@ -42,7 +47,9 @@ class Inspection:
         has_mask = idx_path(loss_mask_prefix(prefix)).exists()
         self.mask = open_mask(self.dataset) if has_mask else None
         if self.sidecar is not None:
-            _check_sidecar(prefix, self.sidecar)
+            refuse_other_counts(
+                prefix, self.sidecar, self.dataset.num_documents, self.dataset.num_tokens
+            )
             if self.mask is None and "loss_mask_bin" in self.sidecar["sha256"]:
                 raise UserError(
                     f"no loss mask: {loss_mask_prefix(prefix)}.idx: the sidecar of {prefix} tells "
@@ -168,24 +175,6 @@ def _decoded(
         else:
             num_before = len(tokenizer.decode(ids[run:begin]))
             yield begin, tokenizer.decode(ids[run:end])[num_before:], False
-
-
-def _check_sidecar(prefix: str | Path, sidecar: dict[str, Any]) -> None:
-    """Refuses a sidecar that lacks what an inspection shows."""
-    known: dict[str, type] = {"tokenizer": dict, "inputs": list, "sha256": dict}
-    known |= {"num_tokens": int, "num_text_bytes": int}
-    bad = [name for name, kind in known.items() if not isinstance(sidecar.get(name), kind)]
-    if not bad:
-        kinds = {"type": str, "sha256": str, "vocab_size": int}
-        tokenizer = sidecar["tokenizer"]
-        bad = [f"tokenizer.{n}" for n, k in kinds.items() if not isinstance(tokenizer.get(n), k)]
-        named = all(isinstance(given, dict) and "name" in given for given in sidecar["inputs"])
-        bad += [] if named else ["inputs"]
-    if bad:
-        raise UserError(
-            f"damaged sidecar: {sidecar_path(prefix)}: {bad[0]}: missing or of another kind: copy "
-            "or preprocess it again"
-        )
 
 
 def first_difference(first: IndexedDataset, second: IndexedDataset) -> str | None:

@@ -34,6 +34,7 @@ from megatron_chatflow.data.sidecar import (
     appends_bos,
     loss_mask_prefix,
     read_sidecar,
+    refuse_other_counts,
     sidecar_bytes,
     sidecar_path,
 )
@@ -146,7 +147,9 @@ def merge_datasets(
         files.append(bin_file)
         known = [sidecar for sidecar in sidecars if sidecar is not None]
         if repeats is not None:
-            known = without_repeats(known, repeats, left_out, left_out_of_masks or left_out)
+            known = without_repeats(
+                prefixes, known, repeats, left_out, left_out_of_masks or left_out
+            )
         if len(known) == len(sidecars):
             files.append(_sidecar(output_prefix, _merged(known, hashes, policy), staged))
         for path in existing:
@@ -208,13 +211,16 @@ def _write(
 
 
 def _check_input(prefix: Path) -> _Input:
-    """Checks every offset of a dataset and of its loss mask."""
+    """Checks every offset of a dataset and of its loss mask, and what its sidecar counts."""
     dataset = IndexedDataset(prefix)
     dataset.validate()
     has_mask = idx_path(loss_mask_prefix(prefix)).exists()
     if has_mask:
         open_mask(dataset)
-    return _Input(prefix, dataset.dtype, dataset.num_documents, read_sidecar(prefix), has_mask)
+    sidecar = read_sidecar(prefix)
+    if sidecar is not None:
+        refuse_other_counts(prefix, sidecar, dataset.num_documents, dataset.num_tokens)
+    return _Input(prefix, dataset.dtype, dataset.num_documents, sidecar, has_mask)
 
 
 def _common_dtype(inputs: Sequence[_Input]) -> np.dtype[Any]:

@@ -101,7 +101,7 @@ def are_parts_to_compare(
             )
     limit = policy.max_bad_lines
     if limit is None:
-        limit = max(sidecar["max_bad_lines"] for sidecar in known)
+        limit = max(sidecar.get("max_bad_lines", 0) for sidecar in known)
     num_bad = sum(sidecar["num_bad_lines"] for sidecar in known)
     if num_bad > limit:
         raise UserError(
@@ -169,6 +169,7 @@ def copy_new_documents(
 
 
 def without_repeats(
+    prefixes: Sequence[Path],
     sidecars: Sequence[dict[str, Any]],
     repeats: Repeats,
     left_out: Sequence[LeftOut],
@@ -177,10 +178,14 @@ def without_repeats(
     """The parts' sidecars, less what was left out of each.
 
     Args:
+        prefixes: The parts', for messages.
         sidecars: Of the parts.
         repeats: Of all parts.
         left_out: Of each part's documents.
         left_out_of_masks: Of each part's loss mask; of text, which has none, the same.
+
+    Raises:
+        UserError: More is left out of a part than its sidecar says that it has.
     """
     counted = []
     for number, sidecar in enumerate(sidecars):
@@ -195,5 +200,11 @@ def without_repeats(
             "num_text_bytes": repeats.num_repeated_bytes(number),
         }
         kept = {name: sidecar[name] - n for name, n in less.items()}
+        wrong = next((name for name, n in kept.items() if n < 0), None)
+        if wrong is not None:
+            raise UserError(
+                f"damaged part: {prefixes[number]}: its .hashes count more {wrong} as repeated "
+                "than its .json counts in all: make this part again"
+            )
         counted.append({**sidecar, **kept, "dropped": dict(+dropped)})
     return counted

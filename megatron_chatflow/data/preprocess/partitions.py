@@ -203,11 +203,12 @@ def _finished(
     paths = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
     paths["loss_mask_bin"] = bin_path(loss_mask_prefix(prefix))
     paths["hashes"] = hashes_path(prefix)
-    for name, digest in content["sha256"].items():
-        if not paths[name].exists() or sha256_of(paths[name]) != digest:
-            logger.warning("made again: %s is not what its sidecar says", paths[name])
+    for name, path in paths.items():
+        digest = content["sha256"].get(name)
+        if digest is not None and (not path.exists() or sha256_of(path) != digest):
+            logger.warning("made again: %s is not what its sidecar says", path)
             if settings.shard is not None:
-                for path in output_paths(settings.output_prefix, key):
-                    remove_file(path)
+                for output in output_paths(settings.output_prefix, key):
+                    remove_file(output)
             return None
     return content
