@@ -145,23 +145,25 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
 
     After Korthikanti et al. 2022 (arXiv 2205.05198), section 4, with SwiGLU and grouped queries in
     place of their feed-forward block and heads, without dropout, and with attention that writes no
-    scores. Norms keep what they get and what they give; attention keeps the projection, the rotated
-    queries and keys, and the context; SwiGLU keeps both halves, the activated one, and the product.
+    scores. Norms keep what they get and what they give; attention keeps rotated queries and keys,
+    values, and the context; SwiGLU keeps both halves, the activated one, and the product. Where
+    attention is computed again, the product of which queries, keys and values are views is kept,
+    which is no less.
     """
     model, train = config.model, config.train
     counts, context = head_counts(model, config.parallel), _context_size(config)
     query, key_value = counts.query_size, counts.key_value_size
     is_fused = on_cpu and train.bf16
-    projected, attended = counts.projected_size, query + key_value
+    projected, attended = 0, query + 2 * key_value
     if context > 1:
         # Keys and values of all tokens; torch's kernels have queries filled up to their keys.
         attended = 2 * context * key_value + (2 * context if on_cpu else 1) * query
     elif is_fused and config.data.seq_length <= _LONGEST_COMPOSED:
         # The composition keeps copies instead of the projection, and scores below the diagonal.
         scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
-        attended = counts.heads * scores
+        projected, attended = counts.projected_size, counts.heads * scores
     if train.recompute_granularity == "selective":
-        attended = 0
+        projected, attended = counts.projected_size, 0
     num_ffn = 3 if is_fused else 4
     # torch's norm on CPUs keeps the normalised states besides.
     num_whole = 6 if on_cpu and not is_fused else 4
@@ -190,8 +192,9 @@ def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_
         else:
             kept = residual_bytes(config) * number + (layers - number) * layer_bytes(config, on_cpu)
             once = layer_bytes(config, on_cpu)
-    # Stages keep what they have sent on; the last one has the final norm's input and output.
-    sent = residual_bytes(config) if stage < stages - 1 or chunks > 1 else 0
+    # Interleaved stages keep what they have sent on; the last stage has the final norm's input and
+    # output.
+    sent = residual_bytes(config) if chunks > 1 else 0
     final = 2 * residual_bytes(config) if stage == stages - 1 else 0
     return (kept + sent) * in_flight + once + final
 

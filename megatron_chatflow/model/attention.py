@@ -115,7 +115,11 @@ class PackedCausalAttention(nn.Module):
                 query, key, value, angles, packed.runs, self.softmax_scale
             ).flatten(1)
         query, key = apply_rotary(query, key, packed.rotary, self.rotation)
-        if not is_whole:
+        if is_whole:
+            # Values are a view of the product of queries, keys and values. Saved for the backward
+            # pass it would keep all of that, beside the rotated queries and keys.
+            value = value.contiguous()
+        else:
             assert packed.shard is not None
             key = gather_context(key, packed.shard)
             value = gather_context(value, packed.shard)

@@ -72,6 +72,11 @@ def transformer_config(
         # batched, nothing would say which message is which.
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
+        # Works around a fault of torch before 2.0 by a device synchronization at each exchange.
+        batch_p2p_sync=False,
+        # Outputs are freed once they are sent. The interleaved schedule frees them while the send
+        # is under way, which neither gloo nor NCCL notices: both keep the tensor and not its data.
+        deallocate_pipeline_outputs=not is_interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         bf16=train.bf16,

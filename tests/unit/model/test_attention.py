@@ -122,3 +122,37 @@ def test_rotation_keeps_lengths_and_turns_back() -> None:
     for heads, there, again in zip((query, key), turned, back, strict=True):
         torch.testing.assert_close(there.norm(dim=-1), heads.norm(dim=-1))
         torch.testing.assert_close(again, heads)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 64], [0, 10, 64]])
+@pytest.mark.parametrize("num_groups", [4, 2])
+def test_the_product_of_queries_keys_and_values_is_not_kept(
+    single_rank: Ranks, boundaries: list[int], num_groups: int
+) -> None:
+    """Views of it would keep all of it until the backward pass."""
+    num_tokens, num_heads, head_dim = 64, 4, 16
+    per_group = num_heads // num_groups + 2
+    product = torch.randn(num_tokens, num_groups, per_group * head_dim, requires_grad=True)
+    projected = product * 1.0
+    widths = [(per_group - 2) * head_dim, head_dim, head_dim]
+    query, key, value = (
+        part.reshape(num_tokens, -1, head_dim) for part in projected.split(widths, dim=-1)
+    )
+    packed = pack_tokens(
+        torch.tensor(boundaries, dtype=torch.int32),
+        rotary=Rotary(head_dim, 100.0),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    kept: set[int] = set()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention = PackedCausalAttention(_Settings(), 1, None, "self")
+        context = attention(query, key, value, None, packed_seq_params=packed)
+    assert kept and projected.untyped_storage().data_ptr() not in kept
+    context.sum().backward()
+    assert product.grad is not None and product.grad.any()
