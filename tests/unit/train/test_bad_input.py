@@ -100,6 +100,11 @@ def _write_sidecar(prefix: Path, tokenizer_sha256: str) -> None:
     dataset = IndexedDataset(prefix)
     sidecar = {
         "format_version": 1,
+        "tool_version": "0",
+        "inputs": [],
+        "dropped": {},
+        "num_loss_tokens": dataset.num_tokens,
+        "num_text_bytes": 0,
         "tokenizer": {
             "type": "Llama2Tokenizer",
             "sha256": tokenizer_sha256,
