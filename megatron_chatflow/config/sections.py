@@ -262,6 +262,10 @@ class DataConfig:
         "dataset, in order, such as 969,30,1",
     )
     num_prefetch: Size = Field(default=2, description="global batches that are prepared ahead")
+    data_verify: Switch = Field(
+        default=False,
+        description="compare every dataset whole with its .json before training, not in samples",
+    )
 
     @model_validator(mode="before")
     @classmethod

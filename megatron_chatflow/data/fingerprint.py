@@ -1,10 +1,12 @@
 """What is in a dataset, whatever it is called and wherever it lies.
 
-In: an open dataset and its sidecar, if it has one. Out: facts that two copies of the same data
-share and that other data does not: they go into checkpoints and into the packing cache's key.
+`dataset_facts` are what two copies of the same data share and other data does not; they go into
+checkpoints and into the packing cache's key. They rely on the hashes in the sidecar, if there is
+one; `block_hash` shows whether the files still are what these hashes were made of.
 """
 
 import os
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,14 +14,24 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_chatflow.data.indexed import bin_path, idx_path
-from megatron_chatflow.data.sidecar import read_sidecar, refuse_other_counts
+from megatron_chatflow.data.sidecar import (
+    loss_mask_prefix,
+    read_sidecar,
+    refuse_other_counts,
+    sidecar_path,
+)
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.samples import TokenFile
 
 _NUM_BLOCKS = 64
 _BLOCK_BYTES = 1 << 18
 """Without a sidecar, files up to 16 MiB are hashed whole, and larger ones in evenly spaced blocks,
-so that the time to start does not grow with the corpus."""
+so that the time to start does not grow with the corpus. Checkpoints hold these hashes, so neither
+number may change."""
+
+_SAMPLE_BYTES = 1 << 12
+"""Of each block of `block_hash`: a page, the least that a disk reads. Sidecars hold these hashes,
+so this number may not change either."""
 
 _NUM_CHECKED_BLOCKS = 16
 _CHECKED_BLOCK_TOKENS = 1 << 15
@@ -61,21 +73,76 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
     return {**counts, "sha256": sidecar["sha256"], "tokenizer": sidecar["tokenizer"]["sha256"]}
 
 
-def sampled_hash(path: Path) -> str:
-    """blake2b-128 of a file's size and of up to 64 blocks of it, hex.
+def files_of(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path]:
+    """The files of a dataset whose contents are compared, by their names in the sidecar."""
+    files = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
+    if with_loss_mask:
+        files["loss_mask_bin"] = bin_path(loss_mask_prefix(prefix))
+    return files
+
+
+def refuse_other_hash(
+    prefix: str | Path, sidecar: Mapping[str, Any], key: str, name: str, path: Path, found: str
+) -> None:
+    """Refuses a file that its sidecar was not written for.
+
+    Args:
+        prefix: The dataset's.
+        sidecar: What lies beside it.
+        key: Of the sidecar, that holds hashes of this kind: ``block_hash`` or ``sha256``. A
+            sidecar of an earlier version may lack them.
+        name: Of the file there.
+        path: The file.
+        found: Its hash.
+
+    Raises:
+        UserError: The sidecar has another hash.
+    """
+    recorded = sidecar.get(key, {}).get(name)
+    if recorded not in (None, found):
+        raise UserError(
+            f"other contents: {path}: not the bytes that {sidecar_path(prefix)} was written for, "
+            "though as many: copy the dataset with its .json again, or preprocess the data again"
+        )
+
+
+def block_hash(path: Path) -> str:
+    """blake2b-128 of a file's size and of 64 evenly spaced pages of it, hex.
+
+    The number of pages bounds the cost of a start, which reads them on every node: 64 pages are
+    256 KiB a file, whatever its size. 500 datasets of three files (96,000 reads, 375 MiB) took
+    0.5 s of a processor's time from the page cache and 1.2 s from a disk. Files up to 256 KiB are
+    read whole. The first and the last page are among them, so a file that was cut and filled up, a
+    change of more than 1/63 of a file in one piece, and, at 99 %, one that touches 7 % of its pages
+    are seen. A single changed document is not: ``--data-verify`` and ``tools/inspect_dataset.py``
+    compare all bytes.
 
     Raises:
         UserError: The file cannot be read.
     """
+    return _hash_blocks(path, _SAMPLE_BYTES)
+
+
+def sampled_hash(path: Path) -> str:
+    """blake2b-128 of a file's size and of up to 64 blocks of 256 KiB of it, hex.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    return _hash_blocks(path, _BLOCK_BYTES)
+
+
+def _hash_blocks(path: Path, block_bytes: int) -> str:
     digest = blake2b(digest_size=16)
     try:
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
+        with path.open("rb", buffering=0) as file:
+            descriptor = file.fileno()
+            num_bytes = os.fstat(descriptor).st_size
             digest.update(num_bytes.to_bytes(8, "little"))
-            last = max(num_bytes - _BLOCK_BYTES, 0)
+            last = max(num_bytes - block_bytes, 0)
             for block in range(_NUM_BLOCKS):
-                file.seek(last * block // (_NUM_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
+                begin = last * block // (_NUM_BLOCKS - 1)
+                digest.update(os.pread(descriptor, block_bytes, begin))
     except OSError as error:
         raise UserError(f"cannot read: {path}: {error.strerror}") from error
     return digest.hexdigest()

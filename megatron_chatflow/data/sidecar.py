@@ -41,6 +41,7 @@ def _check_part(part: list[int]) -> list[int]:
 _OPEN = ConfigDict(strict=True, extra="allow")
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_BlockHash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 _Part = Annotated[list[_Count], Field(min_length=2, max_length=2), AfterValidator(_check_part)]
 
 
@@ -86,6 +87,13 @@ class _Hashes(TypedDict):
 
 
 @with_config(_OPEN)
+class _BlockHashes(TypedDict):
+    bin: _BlockHash
+    idx: _BlockHash
+    loss_mask_bin: NotRequired[_BlockHash]
+
+
+@with_config(_OPEN)
 class _Sidecar(TypedDict):
     tool_version: str
     tokenizer: _Tokenizer
@@ -102,6 +110,7 @@ class _Sidecar(TypedDict):
     max_bad_lines: NotRequired[_Count]
     max_dropped_share: NotRequired[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     sha256: _Hashes
+    block_hash: NotRequired[_BlockHashes]
     part: NotRequired[_Part]
 
 

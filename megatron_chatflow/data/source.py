@@ -8,15 +8,20 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
 from megatron_chatflow.config.units import parse_shares
-from megatron_chatflow.data.fingerprint import Vocabulary, check_tokenizer, dataset_facts
-from megatron_chatflow.data.indexed import bin_path, idx_path
+from megatron_chatflow.data.fingerprint import (
+    Vocabulary,
+    block_hash,
+    check_tokenizer,
+    dataset_facts,
+    files_of,
+)
 from megatron_chatflow.data.packing import (
     ALGORITHM_VERSION,
     PackedSamples,
@@ -26,7 +31,6 @@ from megatron_chatflow.data.packing import (
 from megatron_chatflow.data.packing_cache import Packing
 from megatron_chatflow.data.permutation import SampleOrder
 from megatron_chatflow.data.samples import Sample, open_token_file
-from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.split import Split, split_runs
 from megatron_chatflow.data.windows import Windows
 from megatron_chatflow.errors import LocalError, UserError
@@ -94,8 +98,9 @@ class Source:
             shuffle = split == "train"
             self._order = SampleOrder(seed, name, self.num_samples, shuffle=shuffle)
         self.files = tuple(files)
-        self._paths = [path for file in files for path in _paths_of(file)]
-        self._sizes = [path.stat().st_size for path in self._paths]
+        self._hashes: dict[Path, str] = {}
+        self._paths = [path for file in files for path in _paths_of(file).values()]
+        self._states = [_state_of(path) for path in self._paths]
         self._checked_at = time.monotonic()
 
     def use_seeds(self, seeds: Sequence[Sequence[int]]) -> None:
@@ -153,12 +158,23 @@ class Source:
 
     def fingerprint(self) -> dict[str, Any]:
         """What is in the source, whatever its files are called; JSON can hold it."""
-        return self._facts
+        if not self._hashes:
+            return self._facts
+        hashes = [
+            {name: self._hashes[path] for name, path in _paths_of(file).items()}
+            for file in self.files
+        ]
+        return {**self._facts, "block_hash": hashes}
+
+    def record_contents(self, hashes: Mapping[Path, str]) -> None:
+        """Sets the `block_hash` of every file, which the fingerprint then has as well."""
+        self._hashes = {path: hashes[path] for path in self._paths}
 
     def check_files(self) -> None:
-        """Looks, at most twice a minute, whether the files are still there and as long as before.
+        """Checks, at most twice a minute, that the files are still there and unchanged.
 
         A mapping outlives its file's name: without a look nobody would notice until the next start.
+        Sample blocks are read again only where a file has been written to or replaced.
 
         Raises:
             SourceUnavailableError: One is not; the next call looks again.
@@ -166,26 +182,44 @@ class Source:
         now = time.monotonic()
         if now - self._checked_at < _CHECK_SECONDS:
             return
-        for path, num_bytes in zip(self._paths, self._sizes, strict=True):
+        for number, path in enumerate(self._paths):
+            before = self._states[number]
             try:
-                found = path.stat().st_size
+                found = _state_of(path)
             except OSError as error:
                 raise SourceUnavailableError(
                     f"data.sources.{self.name}: {path}: {error.strerror}"
                 ) from error
-            if found != num_bytes:
+            if found.num_bytes != before.num_bytes:
                 raise SourceUnavailableError(
-                    f"data.sources.{self.name}: {path}: changed during the run, from {num_bytes} "
-                    f"to {found} bytes"
+                    f"data.sources.{self.name}: {path}: changed during the run, from "
+                    f"{before.num_bytes} to {found.num_bytes} bytes"
                 )
+            if found != before and path in self._hashes:
+                if block_hash(path) != self._hashes[path]:
+                    raise SourceUnavailableError(
+                        f"data.sources.{self.name}: {path}: changed during the run, to other bytes "
+                        "of the same number"
+                    )
+                self._states[number] = found
         self._checked_at = now
 
 
-def _paths_of(file: TokenFile) -> list[Path]:
-    paths = [bin_path(file.name), idx_path(file.name)]
-    if file.loss_mask is not None:
-        paths.append(bin_path(loss_mask_prefix(file.name)))
-    return paths
+class _FileState(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    num_bytes: int
+    modified_ns: int
+    inode: int
+
+
+def _state_of(path: Path) -> _FileState:
+    status = path.stat()
+    return _FileState(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _paths_of(file: TokenFile) -> dict[str, Path]:
+    return files_of(file.name, with_loss_mask=file.loss_mask is not None)
 
 
 def build_sources(

@@ -45,6 +45,7 @@ from megatron_chatflow.train.inputs import (
     carried_files,
     open_inputs_from,
     refuse_other_inputs,
+    verify_data,
 )
 from megatron_chatflow.train.interval import IntervalLog
 from megatron_chatflow.train.loop import Progress, Run
@@ -137,6 +138,11 @@ def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     beginning = agree_on_beginning(config, ranks)
     inputs = in_agreement(lambda: open_inputs_from(beginning, config))
     refuse_other_inputs(inputs)
+    if config.data.data_verify:
+        # Every node compares the files that it sees itself: they may be copies of its own.
+        part, num_parts = ranks.process.local_rank, ranks.process.local_world_size
+        in_agreement(lambda: verify_data(config, inputs, part=part, num_parts=num_parts))
+        logger.info("every dataset that has a .json is what was made")
     if inputs.changes:
         logger.info(
             "settings that differ from those of %s:\n%s",

@@ -23,7 +23,7 @@ from megatron_chatflow.data.packing_cache import Packing
 from megatron_chatflow.data.plan import plan, to_table
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row, format_table
-from megatron_chatflow.train.inputs import RunInputs, open_inputs
+from megatron_chatflow.train.inputs import RunInputs, open_inputs, verify_data
 
 _MAX_PLAN_ROWS = 24
 """A longer plan is left out of the summary."""
@@ -56,6 +56,8 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
             hashed = None if inputs.is_huggingface else inputs.checkpoint
             if config.checkpoint.ckpt_verify and hashed is not None:
                 refuse_damage(hashed, damage(hashed))
+            if config.data.data_verify:
+                verify_data(config, inputs)
         except UserError as error:
             errors.append(error)
         if errors or inputs is None:

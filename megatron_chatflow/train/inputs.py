@@ -30,6 +30,7 @@ from megatron_chatflow.checkpoint.manifest import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.contents import check_contents, verify_contents
 from megatron_chatflow.data.edits import run_schedule
 from megatron_chatflow.data.findings import data_findings
 from megatron_chatflow.data.plan import check_epochs, epoch_findings
@@ -136,6 +137,7 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     held_out, test = [], []
     if config.train.validates:
         held_out, test = build(split="validation"), build(split="test")
+    check_contents(config.data, (sources, held_out, test))
     begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
     resumed = None
@@ -222,6 +224,12 @@ def _findings(
             f"{config.train.global_batch_size:,} and are not trained"
         )
     return list(dict.fromkeys(found))
+
+
+def verify_data(config: RunConfig, inputs: RunInputs, *, part: int = 0, num_parts: int = 1) -> None:
+    """Compares the run's datasets whole with their sidecars, as `verify_contents` does."""
+    splits = (inputs.sources, inputs.validation_sources, inputs.test_sources)
+    verify_contents(config.data, splits, part=part, num_parts=num_parts)
 
 
 def carried_files(config: RunConfig, inputs: RunInputs) -> SmallFiles:

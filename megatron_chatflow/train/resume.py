@@ -26,6 +26,7 @@ from megatron_chatflow.config import (
 )
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.fingerprint import files_of
 from megatron_chatflow.data.packing import ALGORITHM_VERSION
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
@@ -35,6 +36,7 @@ from megatron_chatflow.train.learning_rate import learning_rate
 logger = logging.getLogger(__name__)
 
 _WIDEST_CELL = 40
+_HASHES = "block_hash"  # of a source's fingerprint: what each file's sample blocks hash to
 
 # These say how a process begins, which differs between a first start and a restart.
 _OF_ONE_START = {
@@ -93,8 +95,31 @@ def refuse_other_data(
         )
     for name, found in state.sources.items():
         recorded = resumed.sources.get(name)
-        if recorded is not None and recorded != found:
-            raise UserError(_difference(config, name, recorded, found, checkpoint))
+        if recorded is None:
+            continue
+        # Hashes of sample blocks came later, and those of loss masks come and go with the loss.
+        before, after = ({k: v for k, v in s.items() if k != _HASHES} for s in (recorded, found))
+        if before != after:
+            raise UserError(_difference(config, name, before, after, checkpoint))
+        _refuse_other_contents(config, name, recorded, found, checkpoint)
+
+
+def _refuse_other_contents(
+    config: RunConfig, name: str, recorded: Mapping[str, Any], found: Mapping[str, Any], at: Path
+) -> None:
+    """Refuses files of the same size whose sample blocks are not those that `at` recorded."""
+    for number, (was, now) in enumerate(
+        zip(recorded.get(_HASHES) or (), found.get(_HASHES) or (), strict=False)
+    ):
+        for kind, hash_now in now.items():
+            if was.get(kind, hash_now) != hash_now:
+                prefix = config.data.sources[name].paths[number]
+                path = files_of(prefix, with_loss_mask=True)[kind]
+                raise UserError(
+                    f"data.sources.{name}.paths[{number}]: {path}: does not hold what it held when "
+                    f"{at} was saved, though as many bytes; give the same files, or start from its "
+                    "weights alone with --finetune"
+                )
 
 
 def refuse_other_length(config: RunConfig, resumed: RunState, checkpoint: Path) -> None:

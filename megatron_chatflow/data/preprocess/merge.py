@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow import __version__
+from megatron_chatflow.data.fingerprint import block_hash, files_of, refuse_other_hash
 from megatron_chatflow.data.indexed import (
     IndexedDataset,
     IndexedDatasetWriter,
@@ -131,19 +132,19 @@ def merge_datasets(
     staged: list[StagedFile] = []
     try:
         files: list[StagedFile] = []
-        hashes: dict[str, str] = {}
+        named: dict[str, StagedFile] = {}
         left_out_of_masks: list[LeftOut] = []
         if inputs[0].has_mask:
             masks = [loss_mask_prefix(prefix) for prefix in prefixes]
             mask_files, left_out_of_masks = _write(
                 mask_prefix, masks, np.dtype(np.uint8), staged, repeats
             )
-            hashes["loss_mask_bin"] = mask_files[0].sha256
+            named["loss_mask_bin"] = mask_files[0]
             files += mask_files
         (bin_file, idx_file), left_out = _write(
             Path(output_prefix), prefixes, dtype, staged, repeats
         )
-        hashes.update(bin=bin_file.sha256, idx=idx_file.sha256)
+        named |= {"bin": bin_file, "idx": idx_file}
         files.append(bin_file)
         known = [sidecar for sidecar in sidecars if sidecar is not None]
         if repeats is not None:
@@ -151,7 +152,7 @@ def merge_datasets(
                 prefixes, known, repeats, left_out, left_out_of_masks or left_out
             )
         if len(known) == len(sidecars):
-            files.append(_sidecar(output_prefix, _merged(known, hashes, policy), staged))
+            files.append(_sidecar(output_prefix, _merged(known, named, policy), staged))
         for path in existing:
             remove_file(path)
         publish_all([*files, idx_file])
@@ -211,7 +212,7 @@ def _write(
 
 
 def _check_input(prefix: Path) -> _Input:
-    """Checks every offset of a dataset and of its loss mask, and what its sidecar counts."""
+    """Checks every offset of a dataset and of its loss mask, and compares it with its sidecar."""
     dataset = IndexedDataset(prefix)
     dataset.validate()
     has_mask = idx_path(loss_mask_prefix(prefix)).exists()
@@ -220,6 +221,8 @@ def _check_input(prefix: Path) -> _Input:
     sidecar = read_sidecar(prefix)
     if sidecar is not None:
         refuse_other_counts(prefix, sidecar, dataset.num_documents, dataset.num_tokens)
+        for name, path in files_of(prefix, with_loss_mask=has_mask).items():
+            refuse_other_hash(prefix, sidecar, "block_hash", name, path, block_hash(path))
     return _Input(prefix, dataset.dtype, dataset.num_documents, sidecar, has_mask)
 
 
@@ -308,7 +311,7 @@ def open_mask(dataset: IndexedDataset) -> IndexedDataset:
 
 
 def _merged(
-    sidecars: list[dict[str, Any]], hashes: dict[str, str], policy: PartsPolicy
+    sidecars: list[dict[str, Any]], named: dict[str, StagedFile], policy: PartsPolicy
 ) -> dict[str, Any]:
     """One sidecar for all."""
     merged = dict(sidecars[0])
@@ -329,5 +332,6 @@ def _merged(
         for sidecar in sidecars:
             counts.update(sidecar.get(name, {}))
         merged[name] = dict(sorted(counts.items()))
-    merged["sha256"] = hashes
+    merged["sha256"] = {name: file.sha256 for name, file in named.items()}
+    merged["block_hash"] = {name: block_hash(file.partial_path) for name, file in named.items()}
     return merged

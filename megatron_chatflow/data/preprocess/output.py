@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow import __version__
+from megatron_chatflow.data.fingerprint import block_hash
 from megatron_chatflow.data.indexed import (
     IndexedDatasetWriter,
     bin_path,
@@ -118,9 +119,10 @@ class KeyOutput:
         """
         files = [] if self.mask is None else self.mask.seal()
         bin_file, idx_file = self.documents.seal()
-        hashes = {"bin": bin_file.sha256, "idx": idx_file.sha256}
+        named = {"bin": bin_file, "idx": idx_file}
         if self.mask is not None:
-            hashes["loss_mask_bin"] = self.mask.bin_file.sha256
+            named["loss_mask_bin"] = self.mask.bin_file
+        hashes = {name: file.sha256 for name, file in named.items()}
         if self._hashes is not None:
             self._hashes.seal()
             hashes["hashes"] = self._hashes.sha256
@@ -146,6 +148,7 @@ class KeyOutput:
             "max_bad_lines": self.settings.max_bad_lines,
             "max_dropped_share": self.settings.max_dropped_share,
             "sha256": hashes,
+            "block_hash": {name: block_hash(file.partial_path) for name, file in named.items()},
         }
         if self.settings.shard is not None:
             content["part"] = list(self.settings.shard)

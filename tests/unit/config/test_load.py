@@ -149,7 +149,7 @@ def test_what_was_resolved_can_be_loaded_again(path, tmp_path) -> None:
 FROZEN_FLAGS = """
 --adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --bf16 --choice-interval
 --choice-language --choice-num-fewshot --choice-questions --choice-scoring --ckpt-verify --clip-grad
---config --context-parallel-size --data-retry-seconds --deterministic-mode
+--config --context-parallel-size --data-retry-seconds --data-verify --deterministic-mode
 --distributed-timeout-minutes --dry-run --embedding-init --eval-interval --eval-iters
 --exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --from-scratch --fused-kernels
 --global-batch-size --hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std
@@ -157,7 +157,8 @@ FROZEN_FLAGS = """
 --loss-spike-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-init
 --lr-warmup-iters --lr-warmup-samples --make-vocab-size-divisible-by --manual-gc-interval
 --max-bad-steps --max-position-embeddings --metrics-every-iteration --micro-batch-size --min-lr
---new-data-seed --no-async-save --no-bf16 --no-ckpt-verify --no-deterministic-mode --no-finetune
+--new-data-seed --no-async-save --no-bf16 --no-ckpt-verify --no-data-verify --no-deterministic-mode
+--no-finetune
 --no-from-scratch --no-load-optim --no-log-straggler --no-metrics-every-iteration --no-new-data-seed
 --no-overlap-grad-reduce --no-overlap-param-gather --no-pad-attention-heads --no-profile
 --no-sequence-parallel --no-shared-memory-collectives --no-tensorboard

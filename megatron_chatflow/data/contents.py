@@ -1,0 +1,125 @@
+"""Checks that the files of a run's datasets still hold what was recorded when they were made.
+
+Sizes and counts do not show that bytes were exchanged in place, as by a copy that was interrupted
+and resumed at the wrong offset, or a corpus that was made again under the same name. So every start
+hashes sample blocks of each `.bin`, `.idx` and loss mask (`fingerprint.block_hash`) and compares
+them with the sidecar, and a resume compares them with what the run's checkpoint recorded.
+`verify_contents` compares whole files instead.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_chatflow.config import DataConfig
+from megatron_chatflow.data.fingerprint import block_hash, files_of, refuse_other_hash
+from megatron_chatflow.data.sidecar import read_sidecar, sha256_of
+from megatron_chatflow.data.source import Source
+from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_NUM_THREADS = 16
+"""Sample blocks are scattered, so a start waits for the file server, not for the processor."""
+
+
+class _File(NamedTuple):
+    """One file of a dataset, and where the configuration names it."""
+
+    label: str
+    prefix: str
+    name: str
+    path: Path
+
+
+def check_contents(data: DataConfig, splits: Iterable[Sequence[Source]]) -> None:
+    """Compares sample blocks of every file with its sidecar, and gives the sources their hashes.
+
+    Files that several sources or splits share are read once. Reading takes 64 pages a file,
+    whatever its size; see `block_hash` for what that can and cannot see.
+
+    Args:
+        data: The configuration's section.
+        splits: The sources that `build_sources` made for each split.
+
+    Raises:
+        UserError: A file is not the one that its sidecar was written for; the message begins with
+            the configuration's path.
+    """
+    splits = [list(sources) for sources in splits]
+    files = list(_files(data, splits))
+    hashes = _hash_files(block_hash, files)
+    _compare(files, hashes, "block_hash")
+    for sources in splits:
+        for source in sources:
+            source.record_contents(hashes)
+
+
+def verify_contents(
+    data: DataConfig, splits: Iterable[Sequence[Source]], *, part: int = 0, num_parts: int = 1
+) -> None:
+    """Compares whole files with the SHA-256 in their sidecars.
+
+    Args:
+        data: The configuration's section.
+        splits: As for `check_contents`.
+        part: Which share of the files is read here.
+        num_parts: Shares that the processes of a node divide the files into.
+
+    Raises:
+        UserError: A file holds other bytes.
+    """
+    files = list(_files(data, splits))
+    unknown = dict.fromkeys(file.prefix for file in files if read_sidecar(file.prefix) is None)
+    if unknown and part == 0:
+        logger.warning(
+            "--data-verify: %d datasets have no .json, so their contents are compared with the "
+            "checkpoint's sample blocks alone (first: %s)",
+            *(len(unknown), next(iter(unknown))),
+        )
+    share = [file for file in files if file.prefix not in unknown][part::num_parts]
+    _compare(share, _hash_files(sha256_of, share), "sha256")
+
+
+def _files(data: DataConfig, splits: Iterable[Sequence[Source]]) -> Iterator[_File]:
+    """Every file of the sources once, with the first place that names it."""
+    seen: set[Path] = set()
+    for number, sources in enumerate(splits):
+        for source in sources:
+            config = data.sources[source.name]
+            field = "validation_paths" if number and config.validation_paths else "paths"
+            for index, dataset in enumerate(source.files):
+                label = f"data.sources.{source.name}.{field}[{index}]"
+                has_mask = dataset.loss_mask is not None
+                for name, path in files_of(dataset.name, with_loss_mask=has_mask).items():
+                    if path not in seen:
+                        seen.add(path)
+                        yield _File(label, dataset.name, name, path)
+
+
+def _hash_files(digest: Callable[[Path], str], files: Sequence[_File]) -> dict[Path, str]:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        pending = [(file, pool.submit(digest, file.path)) for file in files]
+        hashes = {}
+        try:
+            for file, future in pending:
+                hashes[file.path] = future.result()
+        except (UserError, OSError) as error:
+            pool.shutdown(cancel_futures=True)
+            reason = error if isinstance(error, UserError) else f"{file.path}: {error.strerror}"
+            raise UserError(f"{file.label}: {reason}") from error
+    return hashes
+
+
+def _compare(files: Sequence[_File], hashes: Mapping[Path, str], key: str) -> None:
+    sidecars = {prefix: read_sidecar(prefix) for prefix in {file.prefix for file in files}}
+    for file in files:
+        sidecar = sidecars[file.prefix]
+        if sidecar is None:
+            continue
+        try:
+            refuse_other_hash(file.prefix, sidecar, key, file.name, file.path, hashes[file.path])
+        except UserError as error:
+            raise UserError(f"{file.label}: {error}") from error
