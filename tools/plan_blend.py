@@ -30,10 +30,10 @@ from megatron_chatflow.data.plan import (
 )
 from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import build_sources
-from megatron_chatflow.data.staged_file import StagedFile, publish_all
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.plots import plot_mixture
 from megatron_chatflow.evaluation.report_table import format_table
+from megatron_chatflow.files import write_output_file
 from megatron_chatflow.tokenizer import load_tokenizer
 
 EXAMPLES = """examples:
@@ -222,11 +222,9 @@ def show_plan(
             unit_per_sample=scale.get(schedule.unit, 1),
         )
         contents = {"plan.csv": to_csv(rows).encode(), "plan.png": png}
-        files = [StagedFile(arguments.output / name) for name in contents]
-        for file, content in zip(files, contents.values(), strict=True):
-            file.write(content)
-        publish_all(files)
-        print(f"\nwrote {' and '.join(str(file.path) for file in files)}")
+        for name, content in contents.items():
+            write_output_file(arguments.output / name, content)
+        print(f"\nwrote {' and '.join(str(arguments.output / name) for name in contents)}")
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     limited = {name: limit for name, limit in limits.items() if limit is not None and sizes}
     progress = length.iteration, length.consumed_samples

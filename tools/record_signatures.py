@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.files import write_output_file
 
 # What is called: file inside the sources, function. A class's `__call__` is its `forward`.
 _TE = "transformer_engine/pytorch"
@@ -90,7 +91,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="R.json", help="the record")
     arguments = parser.parse_args()
     rows = [row for folder in arguments.folders for row in record(folder)]
-    arguments.output.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    write_output_file(arguments.output, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(f"{len(rows)} signatures")
     return 0
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from smollm2_zh.report import HELD_OUT_FORMATS, hold_out, show, summarise
 from steps import CORPUS, ROOT, SOURCES, announce, fetch_corpus, pretrain, tokenise, tool
 
-from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.files import write_atomically
 
 HERE = Path("examples/smollm2_zh")
 WORK = Path(".demo/smollm2")

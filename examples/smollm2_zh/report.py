@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.files import write_atomically
 
 HELD_OUT_FORMATS = {
     "english": "text",

@@ -33,6 +33,7 @@ from steps import (
 )
 
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.files import write_output_file
 
 HERE = Path("examples/tiny_cpu")
 TOKENS = Path(".demo/tokens")
@@ -208,7 +209,7 @@ def summarise(killed_at: int, resumed_at: int) -> dict[str, Any]:
         "resumed_at": resumed_at,
         "tokens_per_second": speeds[len(speeds) // 2],
     }
-    (RUNS / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_output_file(RUNS / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.checkpoint.direct_file import FileHash, hash_file, yield_to_training
-from megatron_chatflow.checkpoint.files import LATEST, fsync_path, prune, write_atomically
+from megatron_chatflow.checkpoint.files import LATEST, prune
 from megatron_chatflow.checkpoint.manifest import MANIFEST, manifest_text
 from megatron_chatflow.checkpoint.reports import Report, ReportBox
 from megatron_chatflow.checkpoint.shard_plan import Plan, index_of
+from megatron_chatflow.files import fsync_path, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +71,17 @@ class Publication:
             hashes[name] = hash_file(path)
             folders |= set(path.parents[: name.count("/")])
         for folder in folders:
-            fsync_path(folder)
+            sync_folder(folder)
         (self.beside / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
         fsync_path(self.beside / MANIFEST)
-        fsync_path(self.beside)
+        sync_folder(self.beside)
         replaced = self.root / f".{self.final.name}.removed"
         if self.final.exists():
             # The same iteration saved again, after a resume from an earlier one.
             shutil.rmtree(replaced, ignore_errors=True)
             self.final.rename(replaced)
         self.beside.rename(self.final)
-        fsync_path(self.root)
+        sync_folder(self.root)
         shutil.rmtree(replaced, ignore_errors=True)
         write_atomically(self.root / LATEST, f"{self.iteration}\n")
 

@@ -1,18 +1,14 @@
-"""Files that appear whole or not at all, and the folder names of a run's checkpoints.
+"""The folder names of a run's checkpoints, and which of them is the latest."""
 
-In: bytes and final names. Out: files and folders under those names only once they are on the disk.
-"""
-
-import errno
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import is_for_want_of_room, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -24,35 +20,6 @@ _ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
 def iteration_folder(root: Path, iteration: int) -> Path:
     """``root/iter_0000100`` for iteration 100, as Megatron names it."""
     return root / f"iter_{iteration:07d}"
-
-
-def fsync_path(path: Path) -> None:
-    """Flushes a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_for_want_of_room(error: OSError) -> bool:
-    """Whether a disk, a quota or a limit on files is exhausted, which may pass."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside, flushes, renames: a reader sees the old text or the new, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    fsync_path(path.parent)
 
 
 def write_if_there_is_room(path: Path, text: str, *, otherwise: str) -> None:
@@ -69,14 +36,6 @@ def write_if_there_is_room(path: Path, text: str, *, otherwise: str) -> None:
         if not is_for_want_of_room(error):
             raise
         logger.warning("%s: %s; %s", path, error.strerror, otherwise)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Flushes every file below ``folder`` and every folder's entries."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            fsync_path(Path(parent) / name)
-        fsync_path(Path(parent))
 
 
 def latest_iteration(root: Path) -> int | None:

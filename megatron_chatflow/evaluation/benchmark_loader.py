@@ -8,7 +8,6 @@ Samples come in the order of training: a few of them while the file is not in me
 
 import argparse
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,6 +29,7 @@ from megatron_chatflow.evaluation.benchmark_loader_corpus import (
     write_sparse_corpus,
 )
 from megatron_chatflow.evaluation.report_table import Cell, Row
+from megatron_chatflow.files import scratch_folder
 
 _NUM_ROUNDS = 20
 _NUM_COLD_SAMPLES = 128
@@ -79,15 +79,15 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         UserError: The corpus has no samples, or cannot be read or written.
     """
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="benchmark_loader_") as folder:
+    with scratch_folder("benchmark_loader_") as folder:
         prefix = arguments.data
         if prefix is None:
-            prefix = Path(folder) / "made_up_document"
+            prefix = folder / "made_up_document"
             write_corpus(prefix, arguments.num_tokens)
         rows += _fetch_rows(prefix, arguments)
         rows += _batch_rows(prefix, arguments)
         if arguments.scaling:
-            rows += _scaling_rows(Path(folder) / "sparse_document", arguments)
+            rows += _scaling_rows(folder / "sparse_document", arguments)
     return rows
 
 

@@ -13,7 +13,6 @@ and what that flatters, says `benchmark_preprocess_corpus`; rows "as it is" are 
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +42,7 @@ from megatron_chatflow.evaluation.benchmark_preprocess_jobs import (
     sentencepiece_loop,
 )
 from megatron_chatflow.evaluation.report_table import Cell, Row
+from megatron_chatflow.files import scratch_folder
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("text", "roofs", "merge")
@@ -84,8 +84,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if min(arguments.megabytes, arguments.rounds, *arguments.workers) < 1:
         raise UserError("--megabytes, --rounds and --workers: must be at least 1")
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="benchmark", dir=arguments.scratch) as scratch:
-        folder = Path(scratch)
+    with scratch_folder("benchmark_", arguments.scratch) as folder:
         if {"text", "roofs"} & set(arguments.parts):
             tokenizer = load_tokenizer(arguments.tokenizer_model)
             for language in arguments.languages:

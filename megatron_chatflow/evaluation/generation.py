@@ -8,7 +8,6 @@ import inspect
 import logging
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron_chatflow.config.huggingface import read_huggingface_config
 from megatron_chatflow.corpus.templates import template_source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.pretrained import beginning_ids, begun, load_pretrained
+from megatron_chatflow.files import scratch_folder
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.small_files import (
     is_weights,
@@ -347,9 +347,9 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
             return
         with (
             _leaving_on_sigterm(),
-            tempfile.TemporaryDirectory(prefix="chatflow_model_") as folder,
+            scratch_folder("chatflow_model_") as folder,
         ):
-            changed = Path(folder) / (path.name or "model")
+            changed = folder / (path.name or "model")
             _link_with_tokenizer(path, choice, changed)
             yield changed
         return
@@ -360,8 +360,8 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
 
     with (
         _leaving_on_sigterm(),
-        tempfile.TemporaryDirectory(prefix="chatflow_export_") as folder,
+        scratch_folder("chatflow_export_") as folder,
     ):
         logger.info("exporting %s to a temporary folder (TMPDIR says where)", path)
-        export_checkpoint(path, Path(folder) / "model", tokenizer=choice)
-        yield Path(folder) / "model"
+        export_checkpoint(path, folder / "model", tokenizer=choice)
+        yield folder / "model"

@@ -4,9 +4,7 @@ In: run folders. Out: a self-contained page: inline SVG, CSS and a little script
 from anywhere.
 """
 
-import contextlib
 import html
-import os
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -14,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation import report_charts, report_tables
 from megatron_chatflow.evaluation.report_compare import comparison_charts, run_names
 from megatron_chatflow.evaluation.report_data import RunMetrics, read_run
@@ -22,6 +19,7 @@ from megatron_chatflow.evaluation.report_marks import hatch_definitions
 from megatron_chatflow.evaluation.report_scale import format_duration
 from megatron_chatflow.evaluation.report_style import SCRIPT, STYLE
 from megatron_chatflow.evaluation.report_svg import Chart, render
+from megatron_chatflow.files import write_output_file
 
 _STATES = {
     "running": "running or killed",
@@ -63,19 +61,8 @@ def write_page(
         UserError: If it cannot be written.
     """
     page = build_page(runs, datetime.now(timezone.utc), refresh_seconds)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        # A folder's name may hold bytes that are no UTF-8.
-        with partial.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {output}: {error.strerror}: name another --output") from None
+    # A folder's name may hold bytes that are no UTF-8.
+    write_output_file(output, page.encode("utf-8", errors="replace"))
 
 
 def build_page(

@@ -14,7 +14,6 @@ contents.
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from megatron_chatflow.corpus.jinja_chats import (
     chat_templates_in,
 )
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import write_atomically
 from megatron_chatflow.tokenizer.base import Tokenizer, configured_bos, sha256_of
 from megatron_chatflow.tokenizer.export import sentencepiece_files, with_special_tokens
 
@@ -138,11 +138,9 @@ def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             path = folder / name
             path.parent.mkdir(exist_ok=True)
-            partial = path.with_name(f"{path.name}.partial")
-            partial.write_bytes(data)
-            os.replace(partial, path)
+            write_atomically(path, data)
     except OSError as error:
-        raise UserError(f"cannot write: {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write: {folder}: {error.strerror or error}") from error
 
 
 def save_tokenizer(

@@ -10,7 +10,6 @@ processes are data-parallel, each saves its part, and the slowest counts.
 import argparse
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -21,12 +20,12 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
-from megatron_chatflow.checkpoint.files import fsync_tree
 from megatron_chatflow.checkpoint.saver import CheckpointSaver
 from megatron_chatflow.checkpoint.staging import page_aligned
 from megatron_chatflow.checkpoint.store import RunState, parts_to_save
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.files import scratch_folder, sync_tree
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.benchmark_shape import Shape
@@ -81,7 +80,7 @@ def _shared_folder(folder: Path, ranks: Ranks, stack: ExitStack) -> Path:
     """A new folder, the same for every process; the first one removes it."""
     name: list[Any] = [None]
     if ranks.process.rank == 0:
-        name = [stack.enter_context(tempfile.TemporaryDirectory(dir=folder))]
+        name = [str(stack.enter_context(scratch_folder("benchmark_", folder)))]
     torch.distributed.broadcast_object_list(name, src=0)
     return Path(name[0])
 
@@ -182,7 +181,7 @@ def _disk_alone(path: Path, num_bytes: int) -> Callable[[int], Timing]:
 def _time_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
     begin = time.perf_counter()
     save(dict(tensors), checkpoint_id=folder)
-    fsync_tree(folder)
+    sync_tree(folder)
     seconds = time.perf_counter() - begin
     return seconds, seconds
 
@@ -192,7 +191,7 @@ def _time_async_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
     future: Any = async_save(dict(tensors), checkpoint_id=folder)
     blocked = time.perf_counter() - begin
     future.result()
-    fsync_tree(folder)
+    sync_tree(folder)
     return blocked, time.perf_counter() - begin
 
 

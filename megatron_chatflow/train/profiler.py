@@ -104,7 +104,8 @@ def _write(recorder: profile, path: Path) -> None:
     """Ends the recording; the trace appears whole."""
     recorder.stop()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    # Its fixed name is reused after a kill; torch compresses where a name ends with .gz.
+    beside = path.with_name(f".partial.{path.name}")
     try:
         recorder.export_chrome_trace(str(beside))
         os.replace(beside, path)

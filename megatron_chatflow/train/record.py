@@ -11,10 +11,11 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.files import is_for_want_of_room, write_if_there_is_room
+from megatron_chatflow.checkpoint.files import write_if_there_is_room
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.edits import Edit
 from megatron_chatflow.errors import LocalError, UserError
+from megatron_chatflow.files import is_for_want_of_room
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.downtime import Downtime
 from megatron_chatflow.train.hooks import Hook

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_chatflow.checkpoint.files import write_atomically
+from megatron_chatflow.files import write_atomically
 from megatron_chatflow.train.downtime import Downtime
 from megatron_chatflow.train.hooks.metrics_file import Cut
 

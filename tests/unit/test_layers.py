@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAYERS = ("errors", "config", "runtime", "native", "corpus", "tokenizer", "data", "model") + (
+LAYERS = ("errors", "files", "config", "runtime", "native", "corpus", "tokenizer", "data") + (
+    "model",
     "checkpoint",
     "evaluation",
     "train",

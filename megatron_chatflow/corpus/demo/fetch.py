@@ -22,6 +22,7 @@ from megatron_chatflow.corpus.demo.index import Link, UnreachableError, find_lin
 from megatron_chatflow.corpus.demo.pins import Pin
 from megatron_chatflow.corpus.demo.pip_settings import PipSettings, read_pip_settings
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import is_for_want_of_room
 
 _NUM_CONNECTIONS = 4
 _CHUNK_BYTES = 1 << 18
@@ -56,6 +57,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder}: another run is writing there: wait for it") from error
+        except OSError:
+            pass  # a file system without locks: a second run is not noticed
         yield
 
 
@@ -159,7 +162,10 @@ def _download(
             continue
         if found == pin.sha256:
             target = folder / pin.file_name
-            os.replace(part, target)
+            try:
+                os.replace(part, target)
+            except OSError as error:
+                raise UserError(f"cannot write: {target}: {error.strerror}") from error
             return target
         part.unlink(missing_ok=True)
         wrong = wrong or _mismatch(pin, "the file fetched", found)
@@ -192,6 +198,11 @@ def _download_link(
         except (OSError, HTTPException) as error:
             if isinstance(error, FileNotFoundError):
                 raise
+            if isinstance(error, OSError) and is_for_want_of_room(error):
+                raise UserError(
+                    f"{part.parent}: {pin.file_name} does not fit ({error.strerror}): make room "
+                    "and run this again, which goes on where it stopped"
+                ) from error
             reason = str(error) or type(error).__name__
             continue
         found = sha256_of(part)

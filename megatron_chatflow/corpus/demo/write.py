@@ -5,7 +5,6 @@ to its final name when complete, `manifest.json` last: where it is, the corpus i
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from megatron_chatflow.corpus.demo.fetch import fetch, locked, sha256_of
 from megatron_chatflow.corpus.demo.pins import SOURCES, TOKENIZER, Pin
 from megatron_chatflow.corpus.demo.pip_settings import PipSettings
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import write_output_file
 
 FORMAT_VERSION = 1
 _TOKENIZER_MEMBER = "mistral_common/data/tokenizer.model.v1"
@@ -63,7 +63,10 @@ def make_demo_corpus(
             raise UserError(f"--archive-dir {place}: no such folder: name one with the archives")
     with locked(folder):
         downloads = folder / "archives"
-        downloads.mkdir(exist_ok=True)
+        try:
+            downloads.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{downloads}: cannot be made ({error.strerror})") from error
         archives = fetch(
             pins, downloads, archive_folders=archive_folders, settings=settings, console=console
         )
@@ -174,17 +177,8 @@ def _write(
 
 
 def _put(path: Path, content: bytes) -> dict[str, Any]:
-    """Writes a file beside its place and renames it; returns its size and hash."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}): make room") from error
+    """Writes a file, complete or not at all; returns its size and hash."""
+    write_output_file(path, content)
     return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.files import fsync_path, write_if_there_is_room
+from megatron_chatflow.checkpoint.files import write_if_there_is_room
 from megatron_chatflow.evaluation.validation import SourceLoss
+from megatron_chatflow.files import fsync_path
 from megatron_chatflow.train.report import IterationReport, validation_dict
 
 METRICS_FILE = "metrics.jsonl"

@@ -10,9 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.files import write_atomically
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.evaluation.validation import SourceLoss
+from megatron_chatflow.files import write_atomically
 from megatron_chatflow.train.report import IterationReport, choice_scalars, validation_scalars
 
 ID_FILE = "wandb_id.txt"

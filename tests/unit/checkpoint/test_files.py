@@ -9,9 +9,9 @@ from megatron_chatflow.checkpoint.files import (
     latest_iteration,
     prune,
     resolve_checkpoint,
-    write_atomically,
 )
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import write_atomically
 
 
 def test_a_failed_write_leaves_the_old_text(tmp_path: Path) -> None:

@@ -37,6 +37,18 @@ def test_table_csv_and_png(tiny_run, tmp_path: Path) -> None:
     assert sorted(path.name for path in output.iterdir()) == ["plan.csv", "plan.png"]
 
 
+def test_a_full_disk_is_told_in_one_line_and_leaves_no_part(tiny_run, tmp_path: Path) -> None:
+    output = tmp_path / "plans"
+    command = [sys.executable, str(TOOL), "--config", str(tiny_run.config), "--output", str(output)]
+    limited = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "bash", *command]  # KiB a file
+    done = subprocess.run(limited, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last == f"error: cannot write: {output}/plan.png: File too large"
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in output.iterdir()] == ["plan.csv"]
+
+
 def test_without_data_the_epochs_are_left_out(tiny_run, tmp_path: Path) -> None:
     values = yaml.safe_load(tiny_run.config.read_text())
     for source in values["data"]["sources"].values():

@@ -2,6 +2,7 @@
 
 import base64
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +45,19 @@ def test_fetches_what_is_missing_and_nothing_else(index, publish, folder, says_j
     fetch(pins, folder, settings=settings_for(index.url), console=QUIET)
     assert [path for path, _ in index.requests[2:]] == [f"/files/prose/{pins[0].file_name}"]
     assert sorted(os.listdir(folder)) == sorted(pin.file_name for pin in pins)
+
+
+def test_a_full_disk_is_not_the_networks_fault(index, publish, folder):
+    pin = publish("prose")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"archives: .* does not fit \(File too large\): make"):
+            fetch([pin], folder, settings=settings_for(index.url), console=QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    fetch([pin], folder, settings=settings_for(index.url), console=QUIET)
+    assert os.listdir(folder) == [pin.file_name], "the download went on where it stopped"
 
 
 @pytest.mark.parametrize("declares_hashes", [False, True])
