@@ -10,6 +10,15 @@
 #   GRACE_SECONDS   for saving after SIGTERM or SIGUSR1 (100)
 #   LAUNCHER        torchrun, or another that takes its arguments, such as "ft_launcher ..."
 #
+# A node that was lost may come back: start the script on it again. The node of RDZV_ENDPOINT holds
+# the rendezvous; without it the job ends and is started anew. Where hosts have no DNS names, set on
+# each node
+#
+#   PET_RDZV_CONF   is_host=1 on the node of RDZV_ENDPOINT, is_host=0 on the others (of torchrun,
+#                   which otherwise looks up by name whether the endpoint is this node)
+#   PET_LOCAL_ADDR  the node's own address
+#   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   the network interface with that address
+#
 # With --dry-run among the arguments the job is checked here and nothing is launched.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,6 +41,10 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 # Where torch is too old to know of them, SIGUSR1 ends the job at once and SIGTERM grants 30 s.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export PET_SHUTDOWN_TIMEOUT=${GRACE_SECONDS:-100}
+
+# Of torchrun: a store for each attempt. The agents' shared store, the default, keeps the address of
+# the first attempt, and a node that comes back waits for one until the whole job ends.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # shellcheck disable=SC2086  # a launcher may carry arguments of its own
 exec ${LAUNCHER:-torchrun} \
