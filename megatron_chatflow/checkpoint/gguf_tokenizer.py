@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.tokenizer_json import error_text, is_library_error
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 _SPECIAL_NAMES = ("bos", "eos", "pad", "unk")
@@ -88,8 +89,11 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeniz
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: its merges do not fit its vocabulary ({error})") from None
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        text = error_text(error)
+        raise UserError(f"{path}: its merges do not fit its vocabulary ({text})") from None
     tokenizer.pre_tokenizer = _pre_tokenizer(path, str(fields.get("tokenizer.ggml.pre")))
     tokenizer.decoder = decoders.ByteLevel()
     types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)

@@ -16,7 +16,14 @@ from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import TORCH_NAMES, shape_of_huggingface
 from megatron_chatflow.config.huggingface import ARCHITECTURES, read_huggingface_config
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.base import adds_bos_token
+from megatron_chatflow.tokenizer.base import adds_bos_token, read_bounded
+from megatron_chatflow.tokenizer.tokenizer_json import (
+    error_text,
+    is_library_error,
+    parse_tokenizer_json,
+)
+
+TOKENIZER_JSON = "tokenizer.json"
 
 
 def load_pretrained(folder: Path) -> tuple[Any, Any]:
@@ -45,14 +52,18 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
     flags: Any = {"local_files_only": True, "trust_remote_code": False}
     what = "its tokenizer files"
     try:
+        if (folder / TOKENIZER_JSON).is_file():
+            parse_tokenizer_json(read_bounded(folder / TOKENIZER_JSON))
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **flags)
         what = "it"
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **flags
         )
-    except Exception as error:  # whatever a damaged folder makes it raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise _refusal(folder, f"transformers cannot load {what} ({lines[0]})") from None
+    except BaseException as error:  # whatever a damaged folder makes it raise
+        if not is_library_error(error):
+            raise
+        text = error_text(error) or type(error).__name__
+        raise _refusal(folder, f"transformers cannot load {what} ({text})") from None
     model, info = loaded
     for kind, fault in (("missing_keys", "is missing"), ("unexpected_keys", "is not its own")):
         if info[kind]:

@@ -4,16 +4,21 @@ In: nothing. Out: the `Tokenizer` protocol, the names of its types, hashing of m
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.tokenizer_json import (
+    MAX_MODEL_BYTES,
+    is_library_error,
+    open_tokenizer_json,
+    parse_json,
+    parse_tokenizer_json,
+)
 
 # transformers' classes that begin a text with BOS unless they are told otherwise.
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
@@ -153,10 +158,12 @@ def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_
         return configured
     if tokenizer_json is not None:
         try:
-            opened = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-        except Exception:  # the library raises bare Exception; loading the model reports it
+            opened = open_tokenizer_json(parse_tokenizer_json(tokenizer_json))
+            ids: list[int] = opened.encode("a").ids
+        except BaseException as error:  # loading the model reports it
+            if not is_library_error(error):
+                raise
             return False
-        ids: list[int] = opened.encode("a").ids
         return ids[:1] == [bos_id]
     return config.get("tokenizer_class") in LLAMA_CLASSES
 
@@ -169,12 +176,12 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
+        if not path.exists():
+            return {}
+        config = parse_json(read_bounded(path))
     except OSError as error:
         raise UserError(f"cannot read: {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"not a tokenizer configuration: {path}: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"not a tokenizer configuration: {path}: it is no object")
@@ -188,11 +195,29 @@ def read_model_file(path: Path) -> bytes:
         UserError: It cannot be read, or is empty.
     """
     try:
-        data = path.read_bytes()
+        data = read_bounded(path)
     except OSError as error:
         raise UserError(f"cannot read tokenizer model: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"cannot read tokenizer model: {path}: {error}") from error
     if not data:
         raise UserError(f"cannot read tokenizer model: {path}: the file is empty")
+    return data
+
+
+def read_bounded(path: Path) -> bytes:
+    """The bytes of a file of no more than `MAX_MODEL_BYTES`.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is longer, or no file.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is a folder or a device, not a file")
+    with open(path, "rb") as file:
+        data = file.read(MAX_MODEL_BYTES + 1)
+    if len(data) > MAX_MODEL_BYTES:
+        raise ValueError(f"it is longer than {MAX_MODEL_BYTES >> 20} MiB")
     return data
 
 

@@ -10,10 +10,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.tokenizer.base import LLAMA_CLASSES, Tokenizer
+from megatron_chatflow.tokenizer.tokenizer_json import library_errors, open_tokenizer_json
 
 logger = logging.getLogger(__name__)
 SPACE = "\u2581"
@@ -40,20 +40,20 @@ def sentencepiece_files(
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
-    converted = _tokenizer_json(model)
+    converted = _tokenizer_json(model, tokenizer.unk_id)
     exact = converted is not None and _gives_same_ids(converted, tokenizer, model)
     if not exact:
         logger.warning(
             "tokenizer.json would not give this model's ids: only tokenizer.model written"
         )
-    trainer = model.trainer_spec
+    # sentencepiece finds these by their names; the ids in the trainer's settings may be wrong.
     special_tokens = {
         name: model.pieces[token_id].piece
         for name, token_id in [
-            ("bos_token", trainer.bos_id),
-            ("eos_token", trainer.eos_id),
-            ("unk_token", trainer.unk_id),
-            ("pad_token", trainer.pad_id),
+            ("bos_token", tokenizer.bos_id),
+            ("eos_token", tokenizer.eos_id),
+            ("unk_token", tokenizer.unk_id),
+            ("pad_token", -1 if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id),
         ]
         if token_id >= 0
     }
@@ -80,8 +80,9 @@ def sentencepiece_files(
     if converted is not None and exact:
         if post_processor is None:
             # transformers 5 reads this, and not `add_bos_token`, beside a tokenizer.json.
-            bos, eos = trainer.bos_id, trainer.eos_id
-            before = [(special_tokens["bos_token"], bos)] if config.get("add_bos_token") else []
+            bos, eos = tokenizer.bos_id, tokenizer.eos_id
+            adds_bos = config.get("add_bos_token") and bos >= 0
+            before = [(special_tokens["bos_token"], bos)] if adds_bos else []
             behind = [(special_tokens["eos_token"], eos)] if config.get("add_eos_token") else []
             if before or behind:
                 post_processor = with_special_tokens(None, before, behind)
@@ -146,7 +147,7 @@ def _json_bytes(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, indent=2).encode()
 
 
-def _tokenizer_json(model: Any) -> dict[str, Any] | None:
+def _tokenizer_json(model: Any, unk_id: int) -> dict[str, Any] | None:
     """The `tokenizer.json` of a byte-pair model, or None where the format cannot express it."""
     spec = model.normalizer_spec
     kinds = {piece.type for piece in model.pieces}
@@ -184,7 +185,7 @@ def _tokenizer_json(model: Any) -> dict[str, Any] | None:
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": model.pieces[model.trainer_spec.unk_id].piece,
+            "unk_token": model.pieces[unk_id].piece if unk_id >= 0 else None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -233,11 +234,14 @@ def _merges(model: Any) -> list[list[str]]:
 
 def _gives_same_ids(converted: dict[str, Any], tokenizer: Tokenizer, model: Any) -> bool:
     """Tries the conversion on the model's pieces, alone and strung together."""
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(converted))
-    theirs.encode_special_tokens = True
+    try:
+        theirs = open_tokenizer_json(converted)
+    except ValueError:
+        return False
     pieces = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type == NORMAL]
     probes = ["", " ", "  a\t\nb\x00", "<s></s>", "\ue000\U0001f9ff", *pieces]
     probes += ["".join(pieces[k : k + 64]) for k in range(0, len(pieces), 61)]
-    encodings = theirs.encode_batch(probes, add_special_tokens=False)
+    with library_errors("cannot encode text"):
+        encodings = theirs.encode_batch(probes, add_special_tokens=False)
     ours = tokenizer.encode_batch(probes)
     return all(encoding.ids == ids for encoding, ids in zip(encodings, ours, strict=True))

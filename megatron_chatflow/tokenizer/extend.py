@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import sentencepiece
-import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.corpus.encodings import guess_encoding
@@ -31,6 +30,7 @@ from megatron_chatflow.tokenizer.small_files import (
     replace_tokenizer,
     write_small_files,
 )
+from megatron_chatflow.tokenizer.tokenizer_json import open_tokenizer_json
 
 logger = logging.getLogger(__name__)
 Script = Literal["han", "any"]
@@ -203,9 +203,10 @@ def _extended_model(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     model.ParseFromString(tokenizer.model_path.read_bytes())
     normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
     # LLaMA's runs of spaces score -1e9, a size at which float32 tells no ranks apart.
-    lowest = min(
-        piece.score for piece in model.pieces if piece.type == normal and piece.piece.strip(SPACE)
-    )
+    scores = [p.score for p in model.pieces if p.type == normal and p.piece.strip(SPACE)]
+    if not scores:
+        raise UserError(f"{tokenizer.model_path}: has no pieces of text; it cannot be extended")
+    lowest = min(scores)
     # In a byte-pair model scores are ranks; in a unigram model they are log-probabilities.
     is_ranked = model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
     for number, text in enumerate(pieces, start=1):
@@ -242,7 +243,10 @@ def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
         ),
     ]
     text = json.dumps(content, ensure_ascii=False)
-    opened = tokenizers.Tokenizer.from_str(text)
+    try:
+        opened = open_tokenizer_json(content)
+    except ValueError as error:
+        raise UserError(f"{tokenizer.model_path}: it cannot be extended: {error}") from error
     if opened.get_vocab_size() != tokenizer.vocab_size + len(pieces):
         raise UserError(f"{tokenizer.model_path}: has ids without a piece; it cannot be extended")
     return text.encode()

@@ -5,7 +5,6 @@ In: a `tokenizer.json`, with `tokenizer_config.json` beside it if there is one. 
 `<s>` or `<|endoftext|>` in raw text is text.
 """
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,11 @@ from megatron_chatflow.tokenizer.base import (
     without_surrogates,
 )
 from megatron_chatflow.tokenizer.small_files import save_tokenizer
+from megatron_chatflow.tokenizer.tokenizer_json import (
+    library_errors,
+    open_tokenizer_json,
+    parse_tokenizer_json,
+)
 
 # Names by which a model without a configuration is asked for its control tokens, best first.
 COMMON_NAMES = {
@@ -53,10 +57,10 @@ class HuggingFaceTokenizer:
         data = read_model_file(path)
         self.fingerprint = sha256_of(data)
         try:
-            self._content: dict[str, Any] = json.loads(data)
-            self._tokenizer = _open(self._content)
-        except Exception as error:  # the library raises bare Exception, json its own
-            raise UserError(f"not a tokenizer.json: {path}: {error}") from error
+            self._content = parse_tokenizer_json(data)
+            self._tokenizer = open_tokenizer_json(self._content)
+        except ValueError as error:
+            raise UserError(f"not a tokenizer.json: {path}: {error}; fetch it again") from error
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self._special_tokens = _special_tokens(path, self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -78,7 +82,8 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _continuing_tokenizer(self) -> tokenizers.Tokenizer:
-        return _open(_without_prefix_space(self._content))
+        with library_errors(f"not a tokenizer.json: {self.model_path}"):
+            return open_tokenizer_json(_without_prefix_space(self._content))
 
     @cached_property
     def add_bos_token(self) -> bool:
@@ -109,11 +114,23 @@ class HuggingFaceTokenizer:
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that follows other text: with no space put first."""
-        return _encode_batch(self._continuing_tokenizer, [text])[0]
+        return self._encode_batch(self._continuing_tokenizer, [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text."""
-        return _encode_batch(self._tokenizer, texts)
+        return self._encode_batch(self._tokenizer, texts)
+
+    def _encode_batch(
+        self, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
+    ) -> list[list[int]]:
+        with library_errors(f"cannot encode text: {self.model_path}"):
+            try:
+                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            # Which of the two depends on the library's version.
+            except (UnicodeEncodeError, TypeError):
+                cleaned = [without_surrogates(text) for text in texts]
+                encodings = tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def encode_arrays(
         self, texts: Sequence[str], end_id: int = -1
@@ -145,7 +162,8 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids vanish."""
-        return self._tokenizer.decode([int(token_id) for token_id in ids])
+        with library_errors(f"cannot decode ids: {self.model_path}"):
+            return self._tokenizer.decode([int(token_id) for token_id in ids])
 
     def save_pretrained(
         self,
@@ -162,23 +180,6 @@ class HuggingFaceTokenizer:
                 where this one does.
         """
         save_tokenizer(self, Path(folder), chat_template, add_bos_token)
-
-
-def _open(content: dict[str, Any]) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def _encode_batch(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    try:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except (UnicodeEncodeError, TypeError):  # which of the two depends on the library's version
-        cleaned = [without_surrogates(text) for text in texts]
-        encodings = tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
 
 
 def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:

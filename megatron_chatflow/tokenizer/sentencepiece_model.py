@@ -3,6 +3,7 @@
 In: a `.model` file. Out: ids exactly as the sentencepiece library gives them.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.bpe import CompiledBpeEncoder
 from megatron_chatflow.tokenizer.base import (
@@ -25,6 +28,7 @@ from megatron_chatflow.tokenizer.base import (
 )
 from megatron_chatflow.tokenizer.fast_bpe import fast_encoder
 from megatron_chatflow.tokenizer.small_files import save_tokenizer
+from megatron_chatflow.tokenizer.tokenizer_json import error_text
 
 SPACE = "\u2581"
 
@@ -46,6 +50,7 @@ class SentencePieceTokenizer:
         self.model_path = path
         self._model_bytes = read_model_file(path)
         self._processor = _processor_of(self._model_bytes, path)
+        _check_pieces(self._model_bytes, path)
         self.fingerprint = sha256_of(self._model_bytes)
         self.vocab_size = int(self._processor.vocab_size())
         self.bos_id = int(self._processor.bos_id())
@@ -174,11 +179,46 @@ def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = processor.LoadFromSerializedProto(data)
+    except UnicodeDecodeError as error:  # of a message that quotes the model
+        raise UserError(f"not a SentencePiece model: {path}: its text is not UTF-8") from error
     except (RuntimeError, OSError, TypeError) as error:
-        raise UserError(f"not a SentencePiece model: {path}: {error}") from error
+        raise UserError(f"not a SentencePiece model: {path}: {error_text(error)}") from error
     if not loaded or processor.vocab_size() == 0:
         raise UserError(f"not a SentencePiece model: {path}: name a tokenizer.model")
     return processor
+
+
+def _check_pieces(data: bytes, path: Path) -> None:
+    """Refuses what sentencepiece accepts and encoding, extension or export cannot use."""
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise UserError(f"not a SentencePiece model: {path}: {error}") from error
+    num_pieces = len(model.pieces)
+    for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        if getattr(model.trainer_spec, name) >= num_pieces:
+            raise UserError(
+                f"damaged SentencePiece model: {path}: {name} is "
+                f"{getattr(model.trainer_spec, name)} and it has {num_pieces} pieces; "
+                "fetch it again"
+            )
+    reserved = (sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL,)
+    texts: set[str] = set()
+    for token_id, piece in enumerate(model.pieces):
+        text: Any = piece.piece
+        problem = None
+        if not isinstance(text, str):  # protobuf gives bytes where they are no UTF-8
+            problem = "is not UTF-8"
+        elif text in texts:
+            problem = f"repeats {shorten(text)}"
+        elif not math.isfinite(piece.score) and piece.type not in reserved:
+            problem = f"has the score {piece.score}"
+        if problem:
+            raise UserError(
+                f"damaged SentencePiece model: {path}: piece {token_id} {problem}; fetch it again"
+            )
+        texts.add(text)
 
 
 def _encode(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:

@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.corpus.jinja_chats import (
@@ -32,6 +31,11 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import write_atomically
 from megatron_chatflow.tokenizer.base import Tokenizer, configured_bos, sha256_of
 from megatron_chatflow.tokenizer.export import sentencepiece_files, with_special_tokens
+from megatron_chatflow.tokenizer.tokenizer_json import (
+    open_tokenizer_json,
+    parse_json,
+    parse_tokenizer_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +126,7 @@ def _read(folder: Path, names: list[str]) -> SmallFiles:
         if name in _JSON_OBJECTS:
             try:
                 _json_object(files, name)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
     return files
 
@@ -309,7 +313,7 @@ def _vocabulary_of(data: bytes, tokenizer: Tokenizer) -> dict[str, int]:
         model = sentencepiece_model_pb2.ModelProto()
         model.ParseFromString(data)
         return {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
-    vocabulary: dict[str, int] = tokenizers.Tokenizer.from_buffer(data).get_vocab()
+    vocabulary: dict[str, int] = open_tokenizer_json(parse_tokenizer_json(data)).get_vocab()
     return vocabulary
 
 
@@ -471,7 +475,7 @@ def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """
     if name not in files:
         return {}
-    content = json.loads(files[name])
+    content = parse_json(files[name])
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content

@@ -1,0 +1,227 @@
+"""Opens a `tokenizer.json` with the `tokenizers` library without trusting the file.
+
+The library checks little. A chain of normalizers that multiply the text, padding to a length of
+billions, or a damaged character map make it ask for more memory than there is, and then Rust ends
+the process, which Python cannot catch. `parse_tokenizer_json` therefore bounds what the file may
+ask for before the library sees it. Everything else that the library finds wrong is an exception or
+a panic, and `library_errors` turns both into a `UserError`.
+
+A check in a child process would need no bounds, but costs 0.2 s to start and doubles the time of
+loading, for every process; these checks take 5 ms for 100,000 tokens.
+"""
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import tokenizers
+
+from megatron_chatflow.config.units import shorten
+from megatron_chatflow.errors import UserError
+
+MAX_MODEL_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens has about 35 MB
+_MAX_VALUES = 16_000_000  # 500,000 merges have 1.5 million; Python needs up to 100 bytes for each
+_MAX_GROWTH = 256  # LLaMA's normalizer grows text 12 times at most
+_MAX_NORMALIZED_BYTES = 64 << 20  # of all added tokens together
+_MAX_TOKEN_LENGTH = 1 << 14  # characters of an added token
+_MAX_AFFIX_LENGTH = 256  # characters put before or behind a word
+_MAX_TEMPLATE_TOKENS = 1 << 16  # put around a text
+_MAX_DEPTH = 100  # the library stops at 128 levels of JSON
+# Ids need not be dense, but memory is needed for every id up to the largest.
+_MAX_SPARE_IDS = 1_000_000
+_MAX_IDS_PER_TOKEN = 8
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_json(data: bytes) -> Any:
+    """Parses JSON whose values fit in a bounded amount of memory.
+
+    Raises:
+        ValueError: It is no JSON, is nested too deeply, holds too many values, or a lone surrogate.
+    """
+    num_values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if len(data) > MAX_MODEL_BYTES or num_values > _MAX_VALUES:
+        raise ValueError(f"{num_values:,} values in {len(data):,} bytes are too many")
+    try:
+        content = json.loads(data)
+        if _SURROGATE.search(data):  # one alone is no text that could be written again
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return content
+
+
+def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
+    """The content of a `tokenizer.json`, checked and without truncation and padding.
+
+    Raises:
+        ValueError: It is no JSON object, or asks the library for more than it may.
+    """
+    content = parse_json(data)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError("it is no JSON object with a model")
+    content |= {"truncation": None, "padding": None}
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        for component in _components(content.get(name)):
+            _check_component(component)
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(str(content["model"].get(name) or "")) > _MAX_AFFIX_LENGTH:
+            raise ValueError(f"its {name} is longer than {_MAX_AFFIX_LENGTH} characters")
+    growth = max(_text_growth(content.get("normalizer")), _text_growth(content.get("decoder")))
+    if growth > _MAX_GROWTH:
+        raise ValueError(
+            f"its normalizer or decoder can make text {growth:.3g} times longer; at most "
+            f"{_MAX_GROWTH} times is allowed"
+        )
+    _check_added_tokens(content.get("added_tokens"), growth)
+    num_around = _template_growth(content.get("post_processor"))
+    if num_around > _MAX_TEMPLATE_TOKENS:
+        raise ValueError(f"its post-processor puts {num_around:.3g} tokens around a text")
+    return content
+
+
+def open_tokenizer_json(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """The library's tokenizer, which takes control tokens in text for text.
+
+    Args:
+        content: What `parse_tokenizer_json` returned.
+
+    Raises:
+        ValueError: The library refuses it, or its ids are too sparse.
+    """
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        vocabulary = tokenizer.get_vocab()
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise ValueError(error_text(error)) from error
+    largest = max(vocabulary.values(), default=-1)
+    if largest >= _MAX_SPARE_IDS + _MAX_IDS_PER_TOKEN * len(vocabulary):
+        raise ValueError(f"it has an id of {largest} and only {len(vocabulary)} tokens")
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def is_library_error(error: BaseException) -> bool:
+    """Whether a Rust library raised an error or panicked.
+
+    A panic arrives as a `PanicException`, which derives from `BaseException` and whose class each
+    library defines for itself.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def error_text(error: BaseException) -> str:
+    """What an error of a Rust library says, in one short line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turns errors and panics of a Rust library into a `UserError`.
+
+    Args:
+        what: What failed, and where; begins the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        raise UserError(f"{what}: {error_text(error)}") from error
+
+
+def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """A component and all that are nested in it, in the order in which they run."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    if isinstance(part, dict):
+        yield part
+        part = list(part.values())
+    if isinstance(part, list):
+        for item in part:
+            yield from _components(item, depth + 1)
+
+
+def _check_component(component: Mapping[str, Any]) -> None:
+    if "precompiled_charsmap" in component:
+        try:
+            trie = base64.b64decode(component["precompiled_charsmap"] or "", validate=True)
+        except (TypeError, ValueError, binascii.Error):
+            raise ValueError("its character map is damaged") from None
+        # The library reserves memory for a trie of the size that stands first.
+        if len(trie) < 4 or int.from_bytes(trie[:4], "little") > len(trie) - 4:
+            raise ValueError("its character map is damaged")
+
+
+def _text_growth(part: Any) -> float:
+    """The most times that a chain of normalizers or decoders makes a text longer, in bytes.
+
+    Replacements multiply only where one finds what another has written. So a bound is kept for
+    every character that replacements write, and one for all other characters.
+    """
+    written: dict[str, float] = {}
+    others = 1.0
+    for component in _components(part):
+        is_prepend = "prepend" in component
+        if is_prepend or "pattern" in component:
+            text = component.get("prepend" if is_prepend else "content")
+            text = text if isinstance(text, str) else ""
+            num_bytes = len(text.encode("utf-8", "surrogatepass"))
+            most = max([others, *written.values()])
+            pattern = component.get("pattern")
+            found = pattern.get("String") if isinstance(pattern, dict) else None
+            if is_prepend:
+                growth = others = most + num_bytes
+                written = {}
+            elif isinstance(found, str) and found:
+                before = max(written.get(character, others) for character in found)
+                growth = before * num_bytes / len(found.encode("utf-8", "surrogatepass"))
+            else:  # a regular expression, which may match nothing before every character
+                growth = others = most * (num_bytes + 1)
+                written = {}
+            for character in set(text):
+                written[character] = max(growth, written.get(character, others))
+        elif component.get("type") not in ("Sequence", None):  # it may write any character
+            others = max([others, *written.values()])
+            written = {}
+        if others == math.inf:
+            break
+    return max([others, *written.values()])
+
+
+def _check_added_tokens(tokens: Any, growth: float) -> None:
+    lengths = [0]
+    for token in tokens if isinstance(tokens, list) else []:
+        text = token.get("content") if isinstance(token, dict) else None
+        if isinstance(text, str):
+            if len(text) > _MAX_TOKEN_LENGTH:
+                raise ValueError(f"an added token is too long: {shorten(text)}")
+            lengths.append(4 * len(text))
+    if sum(lengths) * growth > _MAX_NORMALIZED_BYTES:
+        raise ValueError("its normalizer makes the added tokens too long")
+
+
+def _template_growth(part: Any) -> float:
+    """An upper bound of the number of tokens that post-processors make of one token."""
+    growth = 1.0
+    for component in _components(part):
+        if component.get("type") == "TemplateProcessing":
+            named = component.get("special_tokens")
+            tokens = named.values() if isinstance(named, dict) else []
+            listed = [token.get("ids") for token in tokens if isinstance(token, dict)]
+            longest = max([1, *(len(ids) for ids in listed if isinstance(ids, list))])
+            parts = [component.get(name) for name in ("single", "pair")]
+            growth *= longest * max([1, *(len(p) for p in parts if isinstance(p, list))])
+            if growth > _MAX_TEMPLATE_TOKENS:
+                break
+    return growth
