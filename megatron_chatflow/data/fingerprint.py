@@ -6,7 +6,9 @@ one; `block_hash` shows whether the files still are what these hashes were made 
 """
 
 import os
+import time
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +34,8 @@ number may change."""
 _SAMPLE_BYTES = 1 << 12
 """Of each block of `block_hash`: a page, the least that a disk reads. Sidecars hold these hashes,
 so this number may not change either."""
+
+_SETTLED_NS = 5_000_000_000
 
 _NUM_CHECKED_BLOCKS = 16
 _CHECKED_BLOCK_TOKENS = 1 << 15
@@ -126,9 +130,25 @@ def block_hash(path: Path) -> str:
 def sampled_hash(path: Path) -> str:
     """blake2b-128 of a file's size and of up to 64 blocks of 256 KiB of it, hex.
 
+    A file that has not been written to since it was hashed is not read again, because training,
+    validation and test of a source have the same files. Clocks of file systems are coarse: a file
+    that was written to just now is always read.
+
     Raises:
         UserError: The file cannot be read.
     """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror}") from error
+    if time.time_ns() - status.st_mtime_ns < _SETTLED_NS:
+        return _hash_blocks(path, _BLOCK_BYTES)
+    return _sampled_hash(path, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=1 << 14)
+def _sampled_hash(path: Path, state: tuple[int, ...]) -> str:
+    del state  # part of the cache's key
     return _hash_blocks(path, _BLOCK_BYTES)
 
 

@@ -6,7 +6,9 @@ In: a source's configuration, the run's seed and tokenizer. Out: `Source`, which
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -38,6 +40,7 @@ from megatron_chatflow.native.samples import RowReader, SampleShape, TokenFile
 
 logger = logging.getLogger(__name__)
 
+_NUM_THREADS = 16  # that wait for a file server more than they compute
 _CHECK_SECONDS = 30.0  # thousands of ranks ask the same file server
 
 
@@ -265,6 +268,15 @@ def build_sources(
     return sources
 
 
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Begins the message of a user's mistake with its place in the configuration."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
+
+
 def has_weight(data: DataConfig, name: str) -> bool:
     """Whether the schedule gives a source any weight."""
     given = [knot.weights for knot in data.schedule.knots]
@@ -289,14 +301,20 @@ def _build_source(
     elif shares is None and (split == "test" or (split == "validation" and not holdout_every)):
         paths = ()
     files, facts = [], []
-    for number, path in enumerate(paths):
-        try:
-            file = open_token_file(path, with_loss_mask=config.loss == "response")
-            facts.append(dataset_facts(file))
-            check_tokenizer(file, facts[-1], tokenizer)
-        except UserError as error:
-            raise UserError(f"data.sources.{name}.{field}[{number}]: {error}") from error
-        files.append(file)
+    labels = [f"data.sources.{name}.{field}[{number}]" for number in range(len(paths))]
+    for label, path in zip(labels, paths, strict=True):
+        with _named(label):
+            files.append(open_token_file(path, with_loss_mask=config.loss == "response"))
+    # Without sidecars, facts are hashes of sample blocks, which threads read and compute.
+    pool = ThreadPoolExecutor(_NUM_THREADS)
+    try:
+        pending = [pool.submit(dataset_facts, file) for file in files]
+        for label, file, future in zip(labels, files, pending, strict=True):
+            with _named(label):
+                facts.append(future.result())
+                check_tokenizer(file, facts[-1], tokenizer)
+    finally:
+        pool.shutdown(cancel_futures=True)
     shape = SampleShape(
         seq_length=seq_length or data.seq_length,
         pad_id=tokenizer.pad_id,

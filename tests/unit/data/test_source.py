@@ -291,6 +291,16 @@ def test_sampled_hash_sees_size_ends_and_middle(tmp_path):
         sampled_hash(tmp_path / "missing")
 
 
+def test_sampled_hash_reads_a_file_again_once_it_is_written_to(tmp_path):
+    path = tmp_path / "file"
+    hashes = []
+    for content, modified_ns in ((b"ab", 10), (b"ab", 10), (b"ba", 11)):
+        path.write_bytes(content)
+        os.utime(path, ns=(modified_ns, modified_ns))
+        hashes.append(sampled_hash(path))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_files_that_change_during_the_run_are_named(tmp_path, monkeypatch):
     path = write_dataset(tmp_path / "a_document", numbered_documents([50]))
     [source] = build({"a": {"paths": [path]}})
