@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_chatflow.data.preprocess.merge import open_mask
+from megatron_chatflow.data.preprocess.merge import find_mask
 from megatron_chatflow.data.sidecar import (
     loss_mask_prefix,
     read_sidecar,
@@ -44,17 +44,11 @@ class Inspection:
         self.dataset = IndexedDataset(prefix)
         self.dataset.validate()
         self.sidecar = read_sidecar(prefix)
-        has_mask = idx_path(loss_mask_prefix(prefix)).exists()
-        self.mask = open_mask(self.dataset) if has_mask else None
+        self.mask = find_mask(self.dataset, self.sidecar)
         if self.sidecar is not None:
             refuse_other_counts(
                 prefix, self.sidecar, self.dataset.num_documents, self.dataset.num_tokens
             )
-            if self.mask is None and "loss_mask_bin" in self.sidecar["sha256"]:
-                raise UserError(
-                    f"no loss mask: {loss_mask_prefix(prefix)}.idx: the sidecar of {prefix} tells "
-                    "of one: copy or preprocess it again"
-                )
 
     def check_hashes(self) -> None:
         """Compares what lies on the disk with the hashes in the sidecar, if there is one.

@@ -6,7 +6,7 @@ that order; of the parts of a job with `--dedup`, the documents that no earlier 
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,10 +215,8 @@ def _check_input(prefix: Path) -> _Input:
     """Checks every offset of a dataset and of its loss mask, and compares it with its sidecar."""
     dataset = IndexedDataset(prefix)
     dataset.validate()
-    has_mask = idx_path(loss_mask_prefix(prefix)).exists()
-    if has_mask:
-        open_mask(dataset)
     sidecar = read_sidecar(prefix)
+    has_mask = find_mask(dataset, sidecar) is not None
     if sidecar is not None:
         refuse_other_counts(prefix, sidecar, dataset.num_documents, dataset.num_tokens)
         for name, path in files_of(prefix, with_loss_mask=has_mask).items():
@@ -286,13 +284,27 @@ def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
             seen.setdefault(key, given.prefix)
 
 
-def open_mask(dataset: IndexedDataset) -> IndexedDataset:
-    """The loss mask of a dataset.
+def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> IndexedDataset | None:
+    """Opens the loss mask of a dataset, if it has one.
+
+    Args:
+        dataset: The dataset.
+        sidecar: What lies beside it, if anything.
 
     Raises:
-        UserError: It is damaged, or has other sequences than the dataset.
+        UserError: The mask is damaged or has other sequences than the dataset; or half of it, or
+            the whole mask that the sidecar tells of, is missing.
     """
-    mask = IndexedDataset(loss_mask_prefix(dataset.prefix))
+    prefix = loss_mask_prefix(dataset.prefix)
+    missing = [path for path in (idx_path(prefix), bin_path(prefix)) if not path.exists()]
+    if missing and sidecar is not None and "loss_mask_bin" in sidecar["sha256"]:
+        raise UserError(
+            f"no loss mask: {missing[0]}: the sidecar of {dataset.prefix} tells of one: copy or "
+            "preprocess it again"
+        )
+    if len(missing) == 2:
+        return None
+    mask = IndexedDataset(prefix)
     mask.validate()
     if mask.dtype != np.uint8:
         raise UserError(

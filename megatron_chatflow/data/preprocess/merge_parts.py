@@ -146,7 +146,15 @@ def copy_new_documents(
         dataset: A part, or its loss mask.
         repeats: Of all parts.
         number: Of this part among them.
+
+    Raises:
+        UserError: Its documents are not of one sequence each.
     """
+    if dataset.num_documents != len(dataset):
+        raise UserError(
+            f"not a part of a job: {dataset.prefix}: has {len(dataset)} sequences in "
+            f"{dataset.num_documents} documents: make this part again"
+        )
     num_documents = num_tokens = num_nonzero = 0
     begin, count = 0, len(dataset)
     while begin < count:
