@@ -2,16 +2,19 @@
 #
 #   PYTHON               the interpreter that .venv is made with (default: python3)
 #   PYTEST_ARGS          further arguments of `make test`, such as PYTEST_ARGS="-k blend"
+#   SECONDS, SEED        how long and from which seed `make fuzz` runs
 #   PIP_EXTRA_INDEX_URL  on a machine without a GPU: the PyTorch CPU wheel index, see CONTRIBUTING.md
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test lint format demo demo-short smollm2 sanitize chaos clean
+.PHONY: help venv build test lint format demo demo-short smollm2 sanitize chaos fuzz clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+SECONDS ?= 120
+SEED ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -64,6 +67,10 @@ sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefi
 
 chaos: $(BUILT) ## thirty kills of one run, which has to end where an undisturbed one ends (about 6 minutes)
 	PYTHONPATH=tests:tests/distributed $(BIN)/python tests/distributed/chaos.py runs/chaos --kills 30
+
+fuzz: $(BUILT) ## damaged files of every kind, for SECONDS=120 from SEED=1 (ONLY=kinds, REPLAY=finding)
+	PYTHONPATH=$(CURDIR)/tests $(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED) \
+	$(addprefix --only ,$(ONLY)) $(if $(REPLAY),--replay $(REPLAY))
 
 clean: ## remove .venv, build outputs and caches; runs and downloaded text stay
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
