@@ -9,9 +9,11 @@ import os
 import re
 import resource
 import select
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import NoReturn
 
 _MAX_OPEN_FILES = 1 << 16  # libraries that walk over all descriptors stay fast below it
@@ -45,6 +47,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         main: The program; returns its exit status or None for success.
     """
     _raise_open_file_limit()
+    if signal.getsignal(signal.SIGINT) is _exit_interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
             status = main()
@@ -65,6 +69,21 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     sys.exit(status or 0)
+
+
+def exit_on_interrupt() -> None:
+    """Makes Ctrl-C end the process with status 130 until `run_main` takes over.
+
+    A program calls it before imports that take seconds. Nothing has to be cleaned up by then, while
+    a KeyboardInterrupt raised inside an import would end in a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        signal.signal(signal.SIGINT, _exit_interrupted)
+
+
+def _exit_interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def _raise_open_file_limit() -> None:

@@ -5,6 +5,11 @@
 In: the command line. Out: a run's folder with checkpoints, metrics and TensorBoard events.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import logging
 import sys
 import warnings

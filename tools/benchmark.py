@@ -5,6 +5,11 @@ In: what to measure, and its arguments. Out: a table, and with --output the same
 machine, versions and commit.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import sys
 

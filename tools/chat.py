@@ -3,6 +3,11 @@
 In: a training checkpoint or a Hugging Face folder, and what is typed. Out: answers, as they come.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import contextlib
 import logging

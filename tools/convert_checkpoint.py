@@ -4,6 +4,11 @@ In: a checkpoint of any parallel layout, or a Hugging Face folder. Out: the othe
 tensor in memory at a time.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import logging
 

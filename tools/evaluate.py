@@ -3,6 +3,11 @@
 In: a Hugging Face folder or a training checkpoint. Out: a table, and results as JSON.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import logging
 from pathlib import Path

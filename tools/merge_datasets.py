@@ -4,6 +4,11 @@
 In: prefixes, or folders with `*_document.idx`. Out: one dataset, complete or not at all.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 
 from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets

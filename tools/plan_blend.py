@@ -7,6 +7,11 @@ the plan goes on from it, as training would. --at prints the weights at one poin
 knot that keeps the schedule as it is up to there, to be pasted into the YAML file before an edit.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import sys
 from dataclasses import dataclass

@@ -3,6 +3,11 @@
 In: run folders, as `--save` wrote them. Out: a self-contained page that is read offline.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 from pathlib import Path
 

@@ -5,6 +5,11 @@ In: text, sentence pairs or chats (jsonl, parquet, txt, tsv; plain, .gz or .zst)
 `<prefix>_<key>_document.{bin,idx,json}`, and a loss mask beside them for pairs and chats.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import logging
 import time

@@ -8,6 +8,11 @@ Examples:
   tools/record_signatures.py flash_attn-2.8.3 liger_kernel-0.8.5 --output R.json
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import argparse
 import ast
 import json

@@ -6,6 +6,11 @@ run and its export, and ``summary.json`` and ``table.md`` beside them. A step th
 done again, and a run that was stopped goes on from its last checkpoint.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import json
 import os
 import shlex

@@ -5,6 +5,11 @@ what it needs. In: nothing. Out: ``runs/tiny_cpu/`` with both runs, the exported
 folder, ``report.html`` and ``summary.json``.
 """
 
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 import json
 import os
 import shutil

@@ -2,12 +2,15 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from megatron_chatflow.errors import exit_on_interrupt
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,3 +74,51 @@ def test_programs_raise_the_limit_on_open_files() -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512)),
     )
     assert done.stdout == "(512, 512)\n", done.stderr
+
+
+INTERRUPTING_SITE = """
+import os, signal, sys
+def before(event, arguments):
+    if event == "import" and arguments[0].startswith(("megatron_chatflow.", "steps")):
+        if arguments[0] != "megatron_chatflow.errors":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(before)
+"""
+PROGRAMS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "examples").glob("*/demo.py")])
+
+
+@pytest.mark.parametrize("path", [*PROGRAMS, None], ids=lambda path: path.stem if path else "train")
+def test_ctrl_c_during_imports_is_one_line(tmp_path: Path, path: Path | None) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING_SITE)
+    command = [str(path)] if path else ["-m", "megatron_chatflow.pretrain"]
+    python_path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *command, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": python_path},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_after_the_imports_cleans_up() -> None:
+    body = (
+        "import signal, time\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('cleaned up', file=sys.stderr)\n"
+        "exit_on_interrupt()"
+    )
+    assert run_program(body, subprocess.PIPE) == (130, "cleaned up\ninterrupted\n")
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        exit_on_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
