@@ -121,13 +121,15 @@ def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) ->
     if unit != "samples":
         place += f" ({schedule.position(sample, unit):,} {unit})"
     lines = [f"weights at {place}: " + ", ".join(f"{name} {part:.6g}" for name, part in shares)]
+    kept = ""
     if folder is not None:
         lines += [
             f"to keep the schedule of {folder} up to there, put this knot in place of all knots "
             "up to there:",
             f"      - {as_planned_knot(schedule, sample, unit)}",
         ]
-    lines += ["the same in numbers:", f"      - {knot_in_numbers(schedule, sample, unit)}"]
+        kept = " (the knots before it have to stay)"
+    lines += [f"the same in numbers{kept}:", f"      - {knot_in_numbers(schedule, sample, unit)}"]
     if folder is None:
         lines.append("(a run that goes on from a checkpoint may say `weights: as_planned` instead)")
     return "\n".join(lines)

@@ -166,6 +166,15 @@ def _difference(
             f"data.holdout_every: {now} for {path} here and {was} in {at}, which decides what is "
             f"trained on (validation_paths make it none); give what the run began with, {way_out}"
         )
+    if recorded.get("split") != found.get("split"):
+        was, now = (
+            "none" if one is None else ",".join(f"{100 * share:g}" for share in one)
+            for one in (recorded.get("split"), found.get("split"))
+        )
+        return (
+            f"data.split: {now} (in percent) for {path} here and {was} in {at}, which decides what "
+            f"is trained on; give what the run began with, {way_out}"
+        )
     before, after = recorded.get("datasets") or [], found["datasets"]
     paths = config.data.sources[name].paths
     if before == after:

@@ -98,7 +98,9 @@ def _check_bos(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
         raise UserError(
             f"--append-bos: tokenizer has no BOS token: {tokenizer.model_path}: leave the flag out"
         )
-    if tokenizer.add_bos_token and not settings.append_bos:
+    template = settings.corpus.chat_template
+    is_written = template is not None and "bos_token" in template.source
+    if tokenizer.add_bos_token and not settings.append_bos and not is_written:
         logger.warning(
             "%s begins texts with BOS (add_bos_token), and these documents do not: --append-bos "
             "stores it",

@@ -68,7 +68,9 @@ def test_bos_has_no_loss_and_counts_as_a_token(jobs: Jobs, loss: str) -> None:
     assert load_tokenizer(jobs.model).eos_id == cut[-1]
 
 
-def test_a_template_that_writes_bos_gets_no_second(jobs: Jobs) -> None:
+def test_a_template_that_writes_bos_gets_no_second(
+    jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
     source = (
         "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
         "[Q]{{ message.content }}[A]{% else %}{{ message.content + eos_token }}"
@@ -82,7 +84,14 @@ def test_a_template_that_writes_bos_gets_no_second(jobs: Jobs) -> None:
     plain = jobs.documents("messages")
     jobs.run(path, corpus=corpus, append_bos=True)
     assert jobs.documents("messages") == plain
-    assert plain[0].count(load_tokenizer(jobs.model).bos_id) == 1
+    tokenizer = load_tokenizer(jobs.model)
+    assert plain[0].count(tokenizer.bos_id) == 1
+    # Nor is the flag recommended for it.
+    tokenizer.save_pretrained(jobs.folder / "llama", add_bos_token=True)
+    jobs.model = jobs.folder / "llama"
+    jobs.run(path, corpus=corpus)
+    assert jobs.documents("messages") == plain
+    assert "--append-bos" not in caplog.text
 
 
 def test_packed_documents_keep_their_bos(jobs: Jobs) -> None:

@@ -138,7 +138,8 @@ def test_the_knot_in_numbers_changes_nothing(tiny_run, tmp_path: Path, ramp: str
     samples = write_checkpoint(config, tmp_path / "run", 31)
     status, shown, errors = run("--config", config, "--at", "now")
     assert status == 0, errors
-    numbers = shown.splitlines()[-1]
+    hint, numbers = shown.splitlines()[-2:]
+    assert hint == "the same in numbers (the knots before it have to stay):"
     first = values["data"]["schedule"]["knots"][0]
     tail = {"at": samples + 100, "weights": {"second": 1}}
     values["data"]["schedule"]["knots"] = [first, *yaml.safe_load(numbers), tail]

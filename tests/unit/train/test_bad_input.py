@@ -243,11 +243,15 @@ def test_checkpoint_of_the_same_data_in_another_order(
             r"data\.holdout_every: none for data\.sources\.first here and 50 in",
         ),
         (
+            {"data__holdout_every": None, "data__split": "9,1"},
+            r"data\.holdout_every: none for data\.sources\.first here and 50 in",
+        ),
+        (
             {"data__sources__second__packing": "none"},
             r"data\.sources\.second\.packing: none here and best_fit in .*; give best_fit",
         ),
     ],
-    ids=["sequence length", "holdout", "validation paths", "packing"],
+    ids=["sequence length", "holdout", "validation paths", "split for holdout", "packing"],
 )
 def test_settings_that_change_the_samples_are_named(
     make_config, tiny_run: TinyRun, tmp_path: Path, changes: dict[str, Any], cause: str
@@ -261,6 +265,16 @@ def test_settings_that_change_the_samples_are_named(
         for name, value in changes.items()
     }
     _refused(cause, make_config, checkpoint__load=str(tmp_path), **given)
+
+
+def test_another_split_on_resume(make_config, tmp_path: Path) -> None:
+    common = {"data__holdout_every": None}
+    write_checkpoint_state(make_config(data__split="90,8,2", **common), tmp_path)
+    for split, cause in {
+        "8,2": r"data\.split: 80,20,0 \(in percent\) for data\.sources\.first here and 90,8,2 in",
+        None: r"data\.split: none .* here and 90,8,2 in",
+    }.items():
+        _refused(cause, make_config, data__split=split, checkpoint__load=str(tmp_path), **common)
 
 
 def test_packing_without_loss_tokens_on_resume(make_config, tmp_path: Path) -> None:
