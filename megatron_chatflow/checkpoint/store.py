@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from typing_extensions import TypedDict
 
 from megatron_chatflow.checkpoint import megatron, optimizer_state
 from megatron_chatflow.checkpoint.background import reason
@@ -28,6 +30,21 @@ from megatron_chatflow.runtime.megatron import data_parallel_group
 from megatron_chatflow.runtime.ranks import Ranks
 
 _COUNTS = ("iteration", "consumed_samples", "consumed_tokens")
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class _RecordedSource(TypedDict, total=False):
+    """What a resume reads of a source's fingerprint; versions recorded more and more of it."""
+
+    datasets: list[dict[str, Any]] | None
+    block_hash: list[dict[str, str]]
+    packing: int | None
+    seq_length: int | None
+    holdout_every: int | None
+    num_samples: int
+
+
+_SOURCES = TypeAdapter(dict[str, _RecordedSource])
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,15 @@ class RunState:
                     f"{checkpoint / 'state.json'}: {name} is {shorten(value)} and no "
                     f"{'number' if kind is int else 'object'}; load another checkpoint"
                 )
+        try:
+            _SOURCES.validate_python(state.get("sources", {}))
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(key)[:40] for key in ("sources", *problem["loc"]))
+            raise UserError(
+                f"{checkpoint / 'state.json'}: {place}: {problem['msg'][:120]}; load another "
+                "checkpoint"
+            ) from error
         try:
             return cls(**state)
         except TypeError as error:

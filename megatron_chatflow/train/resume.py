@@ -88,7 +88,7 @@ def refuse_other_data(
     Raises:
         UserError: The message names the setting or the dataset that differs.
     """
-    if resumed.tokenizer["sha256"] != state.tokenizer["sha256"]:
+    if resumed.tokenizer.get("sha256") != state.tokenizer["sha256"]:
         raise UserError(
             f"tokenizer.tokenizer_model: is not the one that {checkpoint} was trained with; give "
             "that one, or start from its weights alone with --finetune"

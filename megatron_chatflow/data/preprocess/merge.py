@@ -127,7 +127,7 @@ def merge_datasets(
     repeats = None
     if compare:
         num_documents = [given.num_documents for given in inputs]
-        repeats = find_repeats(prefixes, num_documents, Path(output_prefix).parent)
+        repeats = find_repeats(prefixes, sidecars, num_documents, Path(output_prefix).parent)
 
     staged: list[StagedFile] = []
     try:

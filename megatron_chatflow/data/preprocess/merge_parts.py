@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.data.fingerprint import refuse_other_hash
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_chatflow.data.preprocess.dropped import check_left_over
 from megatron_chatflow.data.preprocess.repeats import Repeats
-from megatron_chatflow.data.sidecar import hashes_path, settings_of
+from megatron_chatflow.data.sidecar import hashes_path, settings_of, sha256_of
 from megatron_chatflow.data.staged_file import told_to_the_user
 from megatron_chatflow.errors import UserError
 
@@ -120,11 +121,17 @@ def are_parts_to_compare(
     return dedup
 
 
-def find_repeats(prefixes: Sequence[Path], num_documents: Sequence[int], folder: Path) -> Repeats:
+def find_repeats(
+    prefixes: Sequence[Path],
+    sidecars: Sequence[dict[str, Any] | None],
+    num_documents: Sequence[int],
+    folder: Path,
+) -> Repeats:
     """The documents of each part that an earlier one has.
 
     Args:
         prefixes: Of the parts, in order.
+        sidecars: What lies beside them.
         num_documents: Of each part.
         folder: Where temporary files lie.
 
@@ -133,7 +140,16 @@ def find_repeats(prefixes: Sequence[Path], num_documents: Sequence[int], folder:
     """
     with told_to_the_user(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return Repeats([hashes_path(prefix) for prefix in prefixes], num_documents, folder)
+    paths = [hashes_path(prefix) for prefix in prefixes]
+    repeats = Repeats(paths, num_documents, folder)
+    try:
+        for prefix, sidecar, path in zip(prefixes, sidecars, paths, strict=True):
+            if sidecar is not None:
+                refuse_other_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))
+    except BaseException:
+        repeats.close()
+        raise
+    return repeats
 
 
 def copy_new_documents(

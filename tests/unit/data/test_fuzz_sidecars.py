@@ -171,6 +171,11 @@ def test_hashes_that_repeat_more_than_there_is(parts: list[Path]) -> None:
     records = np.frombuffer(hashes.read_bytes(), np.uint8).copy()
     records.reshape(-1, 24)[:, 16:] = 1
     hashes.write_bytes(records.tobytes())
+    with pytest.raises(UserError, match=f"other contents: {hashes}: not the bytes"):
+        merge_datasets(parts, parts[0].with_name("merged_document"))
+    content = json.loads(sidecar_path(parts[1]).read_bytes())
+    del content["sha256"]["hashes"]
+    sidecar_path(parts[1]).write_text(json.dumps(content))
     with pytest.raises(UserError, match="damaged part: .*num_text_bytes"):
         merge_datasets(parts, parts[0].with_name("merged_document"))
 

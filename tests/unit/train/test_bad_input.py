@@ -366,6 +366,30 @@ def test_edited_past(make_config, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (None, 5),
+        ("datasets", [1]),
+        ("block_hash", {"bin": "0"}),
+        ("block_hash", [{"bin": [0]}]),
+        ("packing", "1"),
+        ("seq_length", [64]),
+    ],
+)
+def test_damaged_fingerprints_in_a_checkpoint(
+    make_config, tmp_path: Path, key: str | None, value: object
+) -> None:
+    _checkpoint(make_config, tmp_path)
+    state = iteration_folder(tmp_path, 5) / "state.json"
+    content = json.loads(state.read_bytes())
+    source = content["sources"]["first"]
+    content["sources"]["first"] = value if key is None else {**source, key: value}
+    state.write_text(json.dumps(content))
+    place = "first" if key is None else rf"first\.{key}"
+    _refused(rf"state\.json: sources\.{place}", make_config, checkpoint__load=str(tmp_path))
+
+
 def test_damaged_checkpoint_records(make_config, tmp_path: Path) -> None:
     _checkpoint(make_config, tmp_path)
     state = iteration_folder(tmp_path, 5) / "state.json"
