@@ -103,7 +103,10 @@ class FileLock:
             OSError: The file cannot be opened.
         """
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            except PermissionError:  # another user's, which can be locked all the same
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -137,21 +140,22 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a small file: a reader sees the old content or the new, never a part.
 
-    What is written beside it has a fixed name on each host, so that the next process reuses what a
-    killed one left. Two processes of a host that write one file take turns.
+    What is written beside it has a fixed name for each user of a host, so that the next process
+    reuses what a killed one left. Two processes that have the name in common take turns.
 
     Raises:
         OSError: It cannot be written; `path` is then as it was, unless only the sync of its folder
             failed, as `sync_folder` says.
     """
     data = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{host_name()}.partial")
+    owner = f"{host_name()}-{os.geteuid()}"
+    beside = path.with_name(f".{path.name}.{owner}.partial")
     lock = FileLock.acquire(beside, wait=True)
     assert lock is not None
     try:
         if not lock.is_effective:  # others may be writing into it: take a file of our own
             lock.release(remove=False)
-            beside = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.partial")
+            beside = path.with_name(f".{path.name}.{owner}.{os.getpid()}.partial")
             descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             lock = FileLock(beside, descriptor, is_effective=False)
         with open(lock.descriptor, "wb", closefd=False) as file:

@@ -6,11 +6,14 @@ the same checkpoints and the same metrics would each undo the other's.
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from pathlib import Path
 
 from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # A job that was just killed may take a moment to be gone.
 PATIENCE_SECONDS = 20.0
@@ -55,6 +58,12 @@ class RunFolder:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:  # a file system without locks
+            logger.warning(
+                "checkpoint.save: no locks there (%s); a second run in the same folder will not be "
+                "noticed",
+                error.strerror,
+            )
         return True
 
     def close(self) -> None:

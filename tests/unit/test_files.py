@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,28 @@ def test_processes_that_write_one_file_take_turns(tmp_path: Path) -> None:
             assert len(set(path.read_text())) == 1
     assert [ended(writer) for writer in writers] == [0, 0, 0]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_what_another_user_left_is_no_hindrance() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        file, output = folder / "file", folder / "output"
+        for kill_at in (1, 2, 3, 4):
+            ended(start(lambda: write_atomically(file, "root"), kill_at))
+            ended(start(lambda: write_folder(output, b"root"), kill_at))
+        assert any(path.name.endswith(".lock") for path in folder.iterdir())
+
+        def as_nobody() -> None:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            write_atomically(file, "nobody")
+            write_folder(output, b"nobody")
+
+        assert ended(start(as_nobody)) == 0
+        assert file.read_text() == "nobody" and (output / "a").read_text() == "nobody"
 
 
 def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
-"""Who waits for a save says that it gets on while parts of it are written, and not otherwise."""
+"""Saves in the background: the progress they report, and what a failing disk leaves."""
 
+import errno
+import os
+import stat
 import threading
 import time
+from pathlib import Path
 
+import pytest
 import torch
 
-from megatron_chatflow.checkpoint.background import BackgroundSave, Progress
+from megatron_chatflow.checkpoint.background import BackgroundSave, Progress, Publication
 from megatron_chatflow.checkpoint.direct_file import FileHash
+from megatron_chatflow.checkpoint.files import LATEST
+from megatron_chatflow.checkpoint.manifest import damage
 from megatron_chatflow.checkpoint.reports import ReportBox
 
 
@@ -47,3 +54,29 @@ def _until(is_true) -> None:
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOTSUP])
+def test_a_run_folder_that_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    (tmp_path / LATEST).write_text("10\n")
+    final, beside = tmp_path / "iter_0000020", tmp_path / ".iter_0000020.saving"
+    beside.mkdir()
+    files = {"state.json": b"{}", "tokenizer/model": b"model"}
+    publication = Publication(tmp_path, beside, final, 20, files, None, None)
+    sync = os.fsync
+
+    def sync_files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_files_only)
+    if code == errno.ENOTSUP:  # a file system that syncs no folders
+        publication.run([], [])
+        assert damage(final) == []
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            publication.run([], [])
+    assert (tmp_path / LATEST).read_text() == ("20\n" if code == errno.ENOTSUP else "10\n")
