@@ -16,11 +16,30 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
+MAX_MESSAGE_CHARACTERS = 2000  # more than any message of ours without a file's content
 _MAX_OPEN_FILES = 1 << 16  # libraries that walk over all descriptors stay fast below it
 
 
 class UserError(ValueError):
-    """A mistake in the input; its message says what is wrong, where, and what to do, in a line."""
+    """A mistake in the input; its message says what is wrong, where, and what to do, in a line.
+
+    Messages quote files, and a file may hold anything: the middle of a message of more than
+    `MAX_MESSAGE_CHARACTERS` is left out, so that its cause and its advice remain.
+    """
+
+    def __init__(self, message: str = "", *details: object) -> None:
+        """Takes the message."""
+        super().__init__(shorten(message), *details)
+
+
+def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
+    """The message, or its beginning and end with the number of characters left out between."""
+    if len(message) <= limit:
+        return message
+    num_last = limit // 4
+    num_first = limit - num_last - 40  # for the note, so that the result is not cut once more
+    num_cut = len(message) - num_first - num_last
+    return f"{message[:num_first]} [... {num_cut} characters ...] {message[-num_last:]}"
 
 
 class LocalError(UserError):

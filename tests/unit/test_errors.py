@@ -1,6 +1,7 @@
 """Exit statuses of real programs: a user's mistake, and output that nobody reads on."""
 
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.errors import exit_on_interrupt
+from megatron_chatflow.errors import LocalError, UserError, exit_on_interrupt
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,15 @@ def test_mistakes_are_one_line() -> None:
     assert done == (2, "error: flag: is wrong\n")
     assert run_program("raise KeyboardInterrupt", subprocess.PIPE) == (130, "interrupted\n")
     assert run_program("return 3", subprocess.PIPE) == (3, "")
+
+
+def test_long_messages_keep_their_cause_and_their_advice() -> None:
+    error = UserError("no number: f.json: " + "9" * 70_000 + ": write one")
+    assert len(str(error)) <= 2000
+    assert str(error).startswith("no number: f.json: 99") and str(error).endswith("99: write one")
+    assert "[... 68070 characters ...]" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(LocalError("a" * 1999)) == "a" * 1999
 
 
 def test_programs_raise_the_limit_on_open_files() -> None:
