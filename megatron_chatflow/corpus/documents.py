@@ -61,6 +61,15 @@ class BadLineError(DroppedError):
         self.detail = detail or reason
 
 
+class TemplateLimitError(BadLineError):
+    """A chat for which its template runs for too long, or makes too much text."""
+
+    def __init__(self, limit: str) -> None:
+        """Takes the limit that was reached, such as "takes more than 10 seconds"."""
+        super().__init__("template_limit", f"template_limit: the template {limit} for this chat")
+        self.limit = limit
+
+
 @dataclass
 class ParsedChunk:
     """The documents of one chunk of input, and what was left out.

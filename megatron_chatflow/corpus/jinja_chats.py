@@ -19,10 +19,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_chatflow.corpus.chats import Chat
-from megatron_chatflow.corpus.documents import Document, DroppedError, Segment
+from megatron_chatflow.corpus.documents import (
+    Document,
+    DroppedError,
+    Segment,
+    TemplateLimitError,
+)
 from megatron_chatflow.errors import UserError
 
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for such uses
+MAX_SOURCE_CHARACTERS = 1 << 20
 SYSTEM = "Probe of the system text."
 PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
 Message = dict[str, str]
@@ -100,12 +106,19 @@ class JinjaTemplate:
         """
         try:
             rendered = self._rendered(Chat(SYSTEM, PROBE))
+        except TemplateLimitError as error:
+            raise self._stopped(error) from error
         except DroppedError:  # some refuse a system's turn
             try:
                 rendered = self._rendered(Chat(None, PROBE))
+            except TemplateLimitError as error:
+                raise self._stopped(error) from error
             except DroppedError as error:
-                why = error.__cause__ or "a chat's text does not begin with its first turns' text"
-                if "strftime_now" in str(why):
+                why = (
+                    _reason(error.__cause__)
+                    or "a chat's text does not begin with its first turns' text"
+                )
+                if "strftime_now" in why:
                     raise UserError(
                         f"chat template cannot be trained on: {self.name}: it writes the day's "
                         "date (strftime_now) into chats, and a corpus must not depend on the day: "
@@ -127,17 +140,29 @@ class JinjaTemplate:
             )
 
     def turn_end(self) -> str | None:
-        """The control token with which an answer ends; None if none does, or it cannot be told."""
+        """The control token with which an answer ends; None if none does, or it cannot be told.
+
+        Raises:
+            UserError: The template reaches a limit.
+        """
         pattern = self._pattern
         for system in (SYSTEM, None):  # some refuse a system's turn
             try:
                 text = self._render(self._messages(Chat(system, PROBE), ""), False, {})
+            except TemplateLimitError as error:
+                raise self._stopped(error) from error
             except DroppedError:
                 continue
             _, found, behind = text.rpartition(PROBE[-1][1])
             match = pattern.search(behind) if found and pattern else None
             return match[0] if match else None
         return None
+
+    def _stopped(self, error: TemplateLimitError) -> UserError:
+        return UserError(
+            f"chat template cannot be used: {self.name}: it {error.limit} for a chat of two "
+            "answers: mend it, or name another one"
+        )
 
     def _rendered(self, chat: Chat) -> _Rendered:
         whole = "".join([chat.system or "", *(t or "" for pair in chat.exchanges for t in pair)])
@@ -148,13 +173,13 @@ class JinjaTemplate:
         messages = self._messages(chat, guard)
         is_marked = "generation" in _tags(self.source)
 
-        def render(count: int, ask: bool = False) -> str:
+        def part_of(count: int, ask: bool = False) -> str:
             marks = {"generation_begin": begin, "generation_end": end}
             return self._render(messages[:count], ask, marks if is_marked else {})
 
-        text = render(len(messages))
+        text = part_of(len(messages))
         asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        upto = [render(k + 1) for k in asked[:-1]] + [text]
+        upto = [part_of(k + 1) for k in asked[:-1]] + [text]
         if is_marked:
             plain, spans = _without_marks(text, begin, end)
             beginnings = [_without_marks(part, begin, end)[0] for part in upto]
@@ -163,7 +188,7 @@ class JinjaTemplate:
             return _Rendered(plain, guard, spans, borders)
         spans = []
         for k, part in zip(asked, upto, strict=True):
-            prompt = render(k, ask=True)
+            prompt = part_of(k, ask=True)
             if not (text.startswith(part) and part.startswith(prompt)):
                 raise DroppedError("template_inconsistent")
             spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
@@ -183,13 +208,13 @@ class JinjaTemplate:
         return [{"role": role, "content": guarded(text or "")} for role, text in turns]
 
     def _render(self, messages: list[Message], ask: bool, marks: Mapping[str, str]) -> str:
+        variables = {"messages": messages, "add_generation_prompt": ask}
         try:
-            text: str = _compiled(self.source).render(
-                messages=messages, add_generation_prompt=ask, **dict(self.special_tokens), **marks
-            )
+            return render(self.source, {**variables, **dict(self.special_tokens), **marks})
+        except (DroppedError, UserError):
+            raise
         except Exception as error:  # a template may do, and fail with, anything
             raise DroppedError("template_refused") from error
-        return text
 
     def _end_of_answer(self, text: str, begin: int) -> int:
         """Where an answer ends: white space behind its last control token is not learnt."""
@@ -210,6 +235,23 @@ class JinjaTemplate:
             position = match.end()
         segments.append(Segment(text[position:].replace(guard, ""), loss))
         return [segment for segment in segments if segment.text]
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """Renders a chat template within its limits of time, steps and characters.
+
+    Args:
+        source: Jinja source.
+        variables: `messages`, `add_generation_prompt`, and the special tokens by name.
+
+    Raises:
+        UserError: jinja2 is missing, or the source is too large.
+        TemplateLimitError: It reaches a limit.
+        Exception: Whatever else the template fails with.
+    """
+    template = _compiled(source)
+    text: str = template.environment.render(template, variables)
+    return text
 
 
 def read_chat_template(path: str | Path) -> JinjaTemplate:
@@ -345,11 +387,20 @@ def _checked(file: Path, source: str) -> JinjaTemplate:
 
 @cache
 def _compiled(source: str) -> Any:
+    if len(source) > MAX_SOURCE_CHARACTERS:
+        raise UserError(
+            f"chat template too large: {len(source)} characters: {MAX_SOURCE_CHARACTERS} are the "
+            "most that are compiled"
+        )
     try:
-        from megatron_chatflow.corpus.jinja_environment import environment
+        from megatron_chatflow.corpus.jinja_environment import LimitedEnvironment
     except ImportError as error:
         raise UserError("a chat template needs jinja2: pip install jinja2") from error
-    return environment().from_string(source)
+    return LimitedEnvironment().from_string(source)
+
+
+def _reason(error: BaseException | None) -> str:
+    return "" if error is None else str(error) or type(error).__name__
 
 
 @cache

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate_model import LanguageModel
 
@@ -80,7 +81,7 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
 
     Raises:
         UserError: lm-eval is missing, knows no such task, or cannot run it or reach its data; or
-            the model has no chat template to apply.
+            the model has no chat template to apply, or one that reaches its limits.
     """
     try:
         lm_eval: Any = importlib.import_module("lm_eval")
@@ -96,6 +97,8 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
             f"--apply-chat-template: {model.folder} has no chat template; name one with "
             "--chat-template"
         )
+    if settings.apply_chat_template and isinstance(model.chat_template, JinjaTemplate):
+        model.chat_template.turn_end()  # lm-eval renders it without limits: try them here
     results: dict[str, dict[str, Any]] = {}
     chosen = _chosen(settings, manager_type)
     adapter = _adapter(model, settings, adapter_type)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -19,6 +20,8 @@ import torch
 
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
 from megatron_chatflow.config.huggingface import read_huggingface_config
+from megatron_chatflow.corpus.documents import TemplateLimitError
+from megatron_chatflow.corpus.jinja_chats import render
 from megatron_chatflow.corpus.templates import template_source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.pretrained import beginning_ids, begun, load_pretrained
@@ -168,12 +171,27 @@ class Generator:
         if not self.has_chat_template:
             raise UserError(f"{self.folder}: has no chat template; name one with --chat-template")
         try:
-            prompt: str = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+            # Not apply_chat_template, which has no limits of time and memory.
+            prompt = render(
+                self._tokenizer.get_chat_template(),
+                {
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": True,
+                    "tools": None,
+                    "documents": None,
+                    "strftime_now": lambda form: datetime.now().strftime(form),
+                    **self._tokenizer.special_tokens_map,
+                },
             )
-        except Exception as error:  # Jinja's own, or what the template makes Python raise
+        except TemplateLimitError as error:
             raise UserError(
-                f"{self.folder}: its chat template refuses this ({error}); it may know no system "
+                f"{self.folder}: its chat template {error.limit} for this conversation: name "
+                "another one with --chat-template"
+            ) from None
+        except Exception as error:  # Jinja's own, or what the template makes Python raise
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"{self.folder}: its chat template refuses this ({reason}); it may know no system "
                 "text, or be damaged"
             ) from None
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
