@@ -19,6 +19,8 @@ from pathlib import Path
 
 from megatron_chatflow.errors import UserError
 
+_PROBE_BYTES = 4096
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has only one of two slashes
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -135,6 +137,71 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
+
+
+def refuse_url(path: str | Path) -> None:
+    """Refuses ``s3://bucket/name`` and the like where a file's path belongs.
+
+    Raises:
+        UserError: It is a URL.
+    """
+    if _URL.match(str(path)):
+        raise UserError(
+            f"{path}: is a URL, and files are read from and written to disks alone: copy it to a "
+            "disk, or mount the bucket, and give the path there"
+        )
+
+
+def check_output_file(path: Path) -> None:
+    """Checks, before any work, that a file can be written; leaves nothing behind.
+
+    Raises:
+        UserError: It is a folder or a device, or its folder cannot be made or written.
+    """
+    refuse_url(path)
+    refuse_other_than_file(path)
+    _try_to_write(path, path.absolute().parent)
+
+
+def check_output_folder(path: Path) -> None:
+    """As `check_output_file`, for a folder, which may be there already.
+
+    Raises:
+        UserError: It is a file, or cannot be made or written.
+    """
+    refuse_url(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot write: {path}: is a file; name a folder")
+    _try_to_write(path, path.absolute())
+
+
+def refuse_other_than_file(path: Path) -> None:
+    """Refuses a name that a file could not get by renaming, or only in place of a device.
+
+    Raises:
+        UserError: It is a folder, a device or the like.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write: {path}: is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write: {path}: is a device or a pipe; name a file")
+
+
+def _try_to_write(path: Path, folder: Path) -> None:
+    """Writes into a file without a name in a folder, or in the one in which it would be made."""
+    while not folder.exists() and folder != folder.parent:
+        if folder.is_symlink():
+            raise UserError(f"cannot write: {path}: {folder} is a link to nothing; name another")
+        folder = folder.parent
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_PROBE_BYTES))
+    except OSError as error:
+        raise UserError(
+            f"cannot write: {path}: {folder}: {error.strerror or error}; name another place"
+        ) from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

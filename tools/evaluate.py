@@ -20,7 +20,7 @@ from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, Ch
 from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
 from megatron_chatflow.evaluation.evaluate_text import TextSource
 from megatron_chatflow.evaluation.generation_flags import TEMPLATE_HELP
-from megatron_chatflow.files import write_output_file
+from megatron_chatflow.files import check_output_file, write_output_file
 
 EXAMPLES = """examples:
   python tools/evaluate.py exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\
@@ -37,8 +37,8 @@ def main() -> None:
     settings = _settings(args)
     if not (settings.sources or settings.questions or settings.tasks):
         raise UserError("nothing to evaluate on: give --source, --choice or --tasks")
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise UserError(f"--output: {args.output.parent} is no folder; make it first")
+    if args.output:
+        check_output_file(args.output)
     if args.template and args.chat_template:
         raise UserError("--template and --chat-template: give one of the two")
     if args.apply_chat_template and not args.tasks:

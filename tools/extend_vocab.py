@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
 from megatron_chatflow.corpus.encodings import canonical_encoding
 from megatron_chatflow.corpus.inputs import find_inputs
 from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
@@ -41,6 +41,7 @@ EXAMPLES = """examples:
   python tools/extend_vocab.py --tokenizer-model tokenizer.model --corpus zh.txt \\
       --num-new 20000 --method pieces --output-dir tokenizers/zh-bpe
 """
+MARK = "tokenizer_config.json"
 HELD_OUT_EVERY = 20  # of the corpus's documents one is kept for the comparison, if none are given
 
 
@@ -52,6 +53,7 @@ def main() -> None:
         raise UserError(f"--num-new: {args.num_new} is below 1; ask for some")
     if (args.corpus is None) == (args.list is None):
         raise UserError("give either --corpus or --list: pieces come from one of them")
+    check_new_folder(args.output_dir, overwrite=args.overwrite, mark=MARK)
     tokenizer = load_tokenizer(args.tokenizer_model)
     held_out = {Path(name).name: list(islice(_texts(args, [name]), 500)) for name in args.held_out}
     if args.list is not None:
@@ -66,7 +68,7 @@ def main() -> None:
             kept = (t for k, t in enumerate(_texts(args, args.corpus)) if (k + 1) % every == 0)
             held_out["corpus, held out"] = list(islice(kept, 500))
     with new_folder(
-        args.output_dir, overwrite=args.overwrite, mark="tokenizer_config.json", num_bytes=10**8
+        args.output_dir, overwrite=args.overwrite, mark=MARK, num_bytes=10**8
     ) as folder:
         extended = extend_tokenizer(tokenizer, pieces, folder, args.add_as)
     for line in growth_lines(tokenizer, extended, pieces, held_out):

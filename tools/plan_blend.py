@@ -38,9 +38,10 @@ from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.plots import plot_mixture
 from megatron_chatflow.evaluation.report_table import format_table
-from megatron_chatflow.files import write_output_file
+from megatron_chatflow.files import check_output_file, write_output_file
 from megatron_chatflow.tokenizer import load_tokenizer
 
+OUTPUTS = ("plan.csv", "plan.png")
 EXAMPLES = """examples:
   python tools/plan_blend.py --config run.yaml
   python tools/plan_blend.py --config run.yaml --output plans/ --train-iters 20000
@@ -170,6 +171,9 @@ def main() -> None:
     )
     arguments, flags = parser.parse_known_args()
 
+    if arguments.output is not None:
+        for name in OUTPUTS:
+            check_output_file(arguments.output / name)
     config = load_config(arguments.config, flags)
     resumed = find_resumed(config)
     if resumed is None:
@@ -228,7 +232,7 @@ def show_plan(
             unit=schedule.unit if schedule.unit in scale else "samples",
             unit_per_sample=scale.get(schedule.unit, 1),
         )
-        contents = {"plan.csv": to_csv(rows).encode(), "plan.png": png}
+        contents = dict(zip(OUTPUTS, (to_csv(rows).encode(), png), strict=True))
         for name, content in contents.items():
             write_output_file(arguments.output / name, content)
         print(f"\nwrote {' and '.join(str(arguments.output / name) for name in contents)}")

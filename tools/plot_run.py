@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.report import write_report
 from megatron_chatflow.evaluation.report_follow import follow_runs
+from megatron_chatflow.files import check_output_file
 
 EXAMPLES = """examples:
   python tools/plot_run.py runs/tiny_cpu/chatflow
@@ -45,6 +46,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     output = args.output or args.run_dirs[0] / "report.html"
+    check_output_file(output)
     if args.follow is None:
         runs = write_report(args.run_dirs, output)
     elif 1 <= args.follow <= 86400:

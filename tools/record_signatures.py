@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
-from megatron_chatflow.files import write_output_file
+from megatron_chatflow.files import check_output_file, write_output_file
 
 # What is called: file inside the sources, function. A class's `__call__` is its `forward`.
 _TE = "transformer_engine/pytorch"
@@ -95,6 +95,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="unpacked sources")
     parser.add_argument("--output", type=Path, required=True, metavar="R.json", help="the record")
     arguments = parser.parse_args()
+    check_output_file(arguments.output)
     rows = [row for folder in arguments.folders for row in record(folder)]
     write_output_file(arguments.output, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     print(f"{len(rows)} signatures")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_chatflow.checkpoint.carried_files import CARRIED, files_of_export
 from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
-from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
 from megatron_chatflow.checkpoint.convert_safetensors import write_shards
 from megatron_chatflow.checkpoint.convert_shape import (
     DTYPES,
@@ -104,6 +104,7 @@ def export_checkpoint(
         UserError: The checkpoint is damaged or of another model, the tokenizer is not the run's,
             or the folder cannot be written.
     """
+    check_new_folder(output, overwrite=overwrite, mark="config.json")
     checkpoint = find_checkpoint(checkpoint)
     shape = trained_shape(checkpoint)
     reader = DistributedReader(checkpoint)

@@ -15,13 +15,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import FileLock, host_name, sync_folder, sync_tree
+from megatron_chatflow.files import (
+    FileLock,
+    check_output_folder,
+    host_name,
+    refuse_url,
+    sync_folder,
+    sync_tree,
+)
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL, _OLD = "partial", "old"
 _LEFTOVER = re.compile(rf"\.(.+)\.([\w-]+)\.([0-9a-f]{{8}})\.({_PARTIAL}|{_OLD})")
 _EARLIER_LEFTOVER = re.compile(rf"\.(.+)\.\d+\.({_PARTIAL}|{_OLD})")  # named by process id
+
+
+def check_new_folder(output: Path, *, overwrite: bool, mark: str) -> None:
+    """Refuses, before any work, what `new_folder` would refuse; leaves nothing behind.
+
+    Args:
+        output: The final name.
+        overwrite: Whether a folder of that name is replaced.
+        mark: A file by which a folder of the kind that is written is known.
+
+    Raises:
+        UserError: The folder is there already, or cannot be written.
+    """
+    refuse_url(output)
+    _refuse_existing(output, overwrite=overwrite, mark=mark)
+    check_output_folder(output.absolute().parent)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from megatron_chatflow.checkpoint.convert_check import check_weights
 from megatron_chatflow.checkpoint.convert_distributed import ChunkToWrite
 from megatron_chatflow.checkpoint.convert_export import Converted
-from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
 from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
 from megatron_chatflow.checkpoint.convert_shape import DTYPES, LlamaShape, shape_of_huggingface
 from megatron_chatflow.checkpoint.convert_store import Piece, stored_chunks, write_checkpoint
@@ -60,6 +60,7 @@ def import_huggingface(
         UserError: The folder is no LLaMA, or is damaged or incomplete, or the checkpoint cannot be
             written.
     """
+    check_new_folder(output, overwrite=overwrite, mark=LATEST)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; name a Hugging Face model folder")
     shape = shape_of_huggingface(source)

@@ -20,7 +20,7 @@ from megatron_chatflow.checkpoint.convert_export import (
     find_checkpoint,
     run_tokenizer,
 )
-from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
 from megatron_chatflow.checkpoint.convert_shape import shape_of_checkpoint
 from megatron_chatflow.checkpoint.convert_store import stored_chunks, write_checkpoint
 from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
@@ -62,6 +62,7 @@ def resize_checkpoint(
         UserError: The checkpoint is damaged, the tokenizer does not go on from the run's, or the
             new one cannot be written.
     """
+    check_new_folder(output, overwrite=overwrite, mark=LATEST)
     checkpoint = find_checkpoint(checkpoint)
     shape = shape_of_checkpoint(checkpoint)
     reader = DistributedReader(checkpoint)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_chatflow.checkpoint.convert_export import MAX_SHARD_BYTES, Converted
-from megatron_chatflow.checkpoint.convert_folder import new_folder
+from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
 from megatron_chatflow.checkpoint.convert_safetensors import write_shards
 from megatron_chatflow.checkpoint.convert_shape import DTYPES, LlamaShape, huggingface_config
 from megatron_chatflow.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
@@ -69,6 +69,7 @@ def convert_gguf(
         UserError: The `gguf` package is missing, the file is damaged, of another architecture or
             with parts that this LLaMA does not have, or the folder cannot be written.
     """
+    check_new_folder(output, overwrite=overwrite, mark="config.json")
     reader = open_gguf(path)
     fields = read_fields(reader)
     tensors = {str(tensor.name): tensor for tensor in reader.tensors}

@@ -4,7 +4,6 @@ In: raw values from YAML, flags or Python. Out: exact Python values; a number is
 text beyond the documented units, nor from a boolean.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,24 +21,9 @@ from pydantic import (
 
 from megatron_chatflow.config.units import parse_count, parse_number, parse_shares, shorten
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import refuse_url
 
 CONFIG = ConfigDict(extra="forbid", validate_default=False)
-
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has only one of two slashes
-
-
-def refuse_url(path: str | Path) -> None:
-    """Refuses ``s3://bucket/name`` and the like where a file's path belongs.
-
-    Raises:
-        UserError: It is a URL.
-    """
-    if _URL.match(str(path)):
-        raise UserError(
-            f"{path}: is a URL, and files are read from disks alone: copy it to a disk, or mount "
-            "the bucket, and give the path there"
-        )
 
 
 def _parse_path(value: object) -> Path:

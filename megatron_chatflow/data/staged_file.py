@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from megatron_chatflow.config.fields import refuse_url
 from megatron_chatflow.data.file_copy import append_file
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import refuse_other_than_file, refuse_url
 
 PARTIAL_SUFFIX = ".partial"
 LARGE_BYTES = 1 << 22  # from here on a thread of its own hashes while the bytes are being written
@@ -63,6 +63,7 @@ class StagedFile:
         """
         refuse_url(path)
         self.path = Path(path)
+        refuse_other_than_file(self.path)
         self.partial_path = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self.num_bytes = 0
         self._hash = hashlib.sha256()

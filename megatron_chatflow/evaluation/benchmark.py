@@ -25,6 +25,7 @@ import torch
 from megatron_chatflow.data.staged_file import StagedFile, publish_all
 from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.evaluation.report_table import Row, format_table
+from megatron_chatflow.files import check_output_file
 
 FORMAT_VERSION = 1
 
@@ -169,6 +170,8 @@ def run_benchmark(
         # Under torchrun the first process reports.
         is_first = os.environ.get("RANK", "0") == "0"
         has_file = arguments.output is not None and is_first
+        if has_file:
+            check_output_file(arguments.output)
         file = stack.enter_context(StagedFile(arguments.output)) if has_file else None
         rows = benchmark.run(arguments)
         if not rows:

@@ -23,7 +23,7 @@ from megatron_chatflow.corpus.demo.fetch import fetch, locked, sha256_of
 from megatron_chatflow.corpus.demo.pins import SOURCES, TOKENIZER, Pin
 from megatron_chatflow.corpus.demo.pip_settings import PipSettings
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import write_output_file
+from megatron_chatflow.files import check_output_folder, write_output_file
 
 FORMAT_VERSION = 1
 _TOKENIZER_MEMBER = "mistral_common/data/tokenizer.model.v1"
@@ -61,6 +61,7 @@ def make_demo_corpus(
     for place in archive_folders:
         if not place.is_dir():
             raise UserError(f"--archive-dir {place}: no such folder: name one with the archives")
+    check_output_folder(folder)
     with locked(folder):
         downloads = folder / "archives"
         try:

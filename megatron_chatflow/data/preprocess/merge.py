@@ -41,6 +41,7 @@ from megatron_chatflow.data.sidecar import (
 )
 from megatron_chatflow.data.staged_file import StagedFile, publish_all, remove_file
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import check_output_file
 
 logger = logging.getLogger(__name__)
 SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num_bad_lines")
@@ -183,7 +184,10 @@ def _outputs_to_replace(
     outputs = [idx_path, bin_path, sidecar_path]
     mask_prefix = loss_mask_prefix(output_prefix)
     existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
-    existing = [path for path in [*existing, bin_path(mask_prefix)] if path.exists()]
+    existing.append(bin_path(mask_prefix))
+    for path in existing:
+        check_output_file(path)
+    existing = [path for path in existing if path.exists()]
     if existing and not overwrite:
         raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
     if any(output_prefix.resolve() == prefix.resolve() for prefix in prefixes):

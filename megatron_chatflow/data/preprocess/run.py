@@ -32,6 +32,7 @@ from megatron_chatflow.data.preprocess.settings import PreprocessSettings
 from megatron_chatflow.data.preprocess.worker import ChunkWorker, encode_in_worker, start_worker
 from megatron_chatflow.data.staged_file import PARTIAL_SUFFIX, publish_all, remove_file
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import check_output_file
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
 def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str) -> None:
     """Refuses to replace an output, but not what a killed job of this kind left of its own."""
     paths = output_paths(settings.output_prefix, key)
+    for path in paths:
+        check_output_file(path)
     existing = [path for path in paths if path.exists()]
     if settings.overwrite or not existing:
         return

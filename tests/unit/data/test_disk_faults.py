@@ -109,22 +109,24 @@ def test_a_folder_that_cannot_be_synced(
 
 
 def test_a_name_that_a_folder_has(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
     with StagedFile(tmp_path / "a") as file:
+        (tmp_path / "a").mkdir()
         with pytest.raises(UserError, match="cannot write: .*/a: Is a directory"):
             publish_all([file])
+    with pytest.raises(UserError, match="cannot write: .*/a: is a folder; name a file"):
+        StagedFile(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_old_outputs_that_cannot_be_removed(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
+def test_folders_in_place_of_outputs(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
     jobs = Jobs(tmp_path, tiny_sentencepiece_model)
     path = jobs.lines("a.jsonl", [{"text": "bana"}])
     (tmp_path / "out_text_document.idx").mkdir()
-    with pytest.raises(UserError, match="cannot remove: .*out_text_document.idx: Is a directory"):
+    with pytest.raises(UserError, match="cannot write: .*out_text_document.idx: is a folder"):
         jobs.run(path)
     given = write_dataset(tmp_path / "b_document", [[1, 2]])
     output = tmp_path / "out_text_document"
-    with pytest.raises(UserError, match="cannot remove: .*out_text_document.idx: Is a directory"):
+    with pytest.raises(UserError, match="cannot write: .*out_text_document.idx: is a folder"):
         merge_datasets([Path(given)], output, overwrite=True)
     left = {"a.jsonl", "b_document.bin", "b_document.idx", "out_text_document.idx"}
     assert {file.name for file in tmp_path.iterdir()} == left
