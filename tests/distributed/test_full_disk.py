@@ -125,7 +125,7 @@ def test_a_full_disk_ends_no_restart(tiny_run: TinyRun, disk: Path) -> None:
             file.write(bytes(1 << 12))
     output = jobs.run([*command, "--train-iters", "6"], expect=2)
     assert "the last checkpoint could not be written" in output.splitlines()[-1]
-    assert "iteration 6/6" in output and "Traceback" not in output
+    assert "iter 6/6" in output and "Traceback" not in output
     filler.unlink()
     jobs.run([*command, "--train-iters", "6"])
     entries, _ = jobs.read_metrics(run)
