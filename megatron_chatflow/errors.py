@@ -5,6 +5,7 @@ mistake of the user's and a traceback for one of ours.
 """
 
 import argparse
+import errno
 import os
 import re
 import resource
@@ -17,6 +18,9 @@ from types import FrameType
 from typing import NoReturn
 
 MAX_MESSAGE_CHARACTERS = 2000  # more than any message of ours without a file's content
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk, a quota or a limit on files is exhausted, which may pass."""
+
 _MAX_OPEN_FILES = 1 << 16  # libraries that walk over all descriptors stay fast below it
 
 
@@ -59,8 +63,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Runs ``main`` and exits: 0 or its own status. Raises the limit on open files before.
 
-    2 stands for a `UserError`, 130 for Ctrl-C, and 141, as of a program that SIGPIPE ended, for
-    output that nobody reads on (``| head -1``).
+    2 stands for a `UserError` or a full disk, 130 for Ctrl-C, and 141, as of a program that SIGPIPE
+    ended, for output that nobody reads on (``| head -1``).
 
     Args:
         main: The program; returns its exit status or None for success.
@@ -84,10 +88,22 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         if not _has_lost_its_reader():
             raise  # a socket, or a pipe between processes
-        # What is still buffered goes nowhere; Python would complain about it at the very end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or "the output, or a temporary file"
+        print(f"error: cannot write: {where}: {error.strerror}; make room", file=sys.stderr)
+        _discard_output()
+        sys.exit(2)
     sys.exit(status or 0)
+
+
+def _discard_output() -> None:
+    """Sends what is still buffered nowhere; Python would complain about it at the very end."""
+    with suppress(AttributeError, OSError, ValueError):  # no standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_on_interrupt() -> None:
@@ -101,7 +117,8 @@ def exit_on_interrupt() -> None:
 
 
 def _exit_interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    os.write(2, b"interrupted\n")
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
     os._exit(130)
 
 

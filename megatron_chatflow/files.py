@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import DISK_FULL, UserError
 
 _PROBE_BYTES = 4096
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has only one of two slashes
@@ -74,7 +74,7 @@ def sync_tree(folder: Path) -> None:
 
 def is_for_want_of_room(error: OSError) -> bool:
     """Whether a disk, a quota or a limit on files is exhausted, which may pass."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in DISK_FULL
 
 
 class FileLock:

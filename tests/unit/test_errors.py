@@ -57,6 +57,19 @@ def test_other_broken_pipes_keep_their_traceback() -> None:
     assert "Traceback" in complaint and "of a worker" in complaint
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "body", ["print('buffered until the end')", "for i in range(100000): print(i)"]
+)
+def test_output_to_a_full_disk_is_one_line(body: str) -> None:
+    with open("/dev/full", "w") as full:
+        status, complaint = run_program(body, full.fileno())
+    assert status == 2
+    assert complaint == (
+        "error: cannot write: the output, or a temporary file: No space left on device; make room\n"
+    )
+
+
 def test_mistakes_are_one_line() -> None:
     done = run_program("raise UserError('flag: is\\n   wrong')", subprocess.PIPE)
     assert done == (2, "error: flag: is wrong\n")
