@@ -17,7 +17,7 @@ from megatron_chatflow.checkpoint.direct_file import FileHash, hash_file, yield_
 from megatron_chatflow.checkpoint.files import LATEST, prune
 from megatron_chatflow.checkpoint.manifest import MANIFEST, manifest_text
 from megatron_chatflow.checkpoint.reports import Report, ReportBox
-from megatron_chatflow.checkpoint.shard_plan import Plan, index_of
+from megatron_chatflow.checkpoint.shard_plan import Plan, index_files
 from megatron_chatflow.files import fsync_path, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Publication:
         hashes: dict[str, FileHash] = {}
         for report in reports:
             hashes.update(report.files)
-        contents = {**self.small_files, ".metadata": index_of(plans)}
+        contents = {**self.small_files, **index_files(plans)}
         folders = set()
         for name, content in contents.items():
             path = self.beside / name

@@ -2,12 +2,9 @@
 
 In: a checkpoint folder in torch's distributed format. Out: its tensors, one at a time, whatever
 parallel layout wrote them; or a new such folder from tensors that are made when their turn comes.
-Memory holds one tensor. Nothing in a file is executed: the index is unpickled with a list of
-allowed classes, tensors are read as weights only.
+Memory holds one tensor. Nothing in a file is executed, see `safe_index` and `safe_reader`.
 """
 
-import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,28 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    BytesIOWriteData,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.state_dict_saver import save
 
+from megatron_chatflow.checkpoint.convert_shape import TORCH_NAMES
 from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.safe_reader import first_line, read_record
+from megatron_chatflow.checkpoint.shard_plan import Plan, index_files, plan_tensor
+from megatron_chatflow.checkpoint.tensor_records import ALIGNMENT, frame
 from megatron_chatflow.checkpoint.weight_map import WeightRule
 from megatron_chatflow.errors import UserError
 
@@ -99,8 +85,18 @@ class DistributedReader:
         return size if index is None else size[1:]
 
     def dtype(self, rule: WeightRule, layer: int | None) -> torch.dtype:
-        """Dtype of a rule's tensor as stored."""
-        dtype: torch.dtype = self.tensors[self.find(rule, layer)[0]].properties.dtype
+        """Dtype of a rule's tensor as stored.
+
+        Raises:
+            UserError: It is none of fp32, bf16 and fp16.
+        """
+        name, _ = self.find(rule, layer)
+        dtype: torch.dtype = self.tensors[name].properties.dtype
+        if dtype not in TORCH_NAMES:
+            raise UserError(
+                f"{self.folder}: {name} is {dtype} and neither fp32, bf16 nor fp16; use another "
+                "checkpoint"
+            )
         return dtype
 
     def read(self, rule: WeightRule, layer: int | None) -> torch.Tensor:
@@ -115,8 +111,9 @@ class DistributedReader:
         if index is None:
             begin, end = [0] * len(size), list(size)
         else:
-            if index >= size[0]:
-                raise UserError(f"{self.folder}: {name} has {size[0]} layers, not {index + 1}")
+            num_layers = size[0] if size else 0
+            if index >= num_layers:
+                raise UserError(f"{self.folder}: {name} has {num_layers} layers, not {index + 1}")
             begin, end = [index] + [0] * (len(size) - 1), [index + 1, *size[1:]]
         box = self._read_box(name, begin, end)
         return box if index is None else box[0]
@@ -135,11 +132,8 @@ class DistributedReader:
         box = torch.empty(
             [e - b for b, e in zip(begin, end, strict=True)], dtype=entry.properties.dtype
         )
-        num_filled = 0
-        for chunk in entry.chunks:
-            num_filled += self._copy_overlap(name, chunk, begin, end, box)
-        if num_filled != box.numel():
-            raise UserError(f"{self.folder}: {name} has holes; use another checkpoint")
+        for chunk in entry.chunks:  # which cover the tensor exactly, as `read_index` has checked
+            self._copy_overlap(name, chunk, begin, end, box)
         return box
 
     def _copy_overlap(
@@ -149,42 +143,31 @@ class DistributedReader:
         begin: Sequence[int],
         end: Sequence[int],
         box: torch.Tensor,
-    ) -> int:
-        """Copies what a stored chunk holds of the box; returns the number of values."""
+    ) -> None:
+        """Copies what a stored chunk holds of the box."""
         source, target = [], []
         for b, e, offset, length in zip(begin, end, chunk.offsets, chunk.sizes, strict=True):
             first, last = max(b, offset), min(e, offset + length)
             if first >= last:
-                return 0
+                return
             source.append(slice(first - offset, last - offset))
             target.append(slice(first - b, last - b))
         stored = self._load_chunk(name, chunk)
-        view = box[tuple(target)]
-        view.copy_(stored[tuple(source)])
-        return view.numel()
+        box[tuple(target)].copy_(stored[tuple(source)])
 
     def _load_chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        place = self._places.get(MetadataIndex(name, chunk.offsets))
-        if place is None:
-            raise UserError(f"{self.folder}: a shard of {name} is not in the index")
-        if getattr(place, "transform_descriptors", None):
-            raise UserError(f"{self.folder}: {name} is stored compressed, which is not supported")
+        place = self._places[MetadataIndex(name, chunk.offsets)]
         path = self.folder / place.relative_path
-        if path.parent != self.folder:
-            raise UserError(f"{self.folder}: {name} lies outside the folder; do not trust it")
+        dtype = self.tensors[name].properties.dtype
         try:
             with open(path, "rb") as file:
-                file.seek(place.offset)
-                raw = file.read(place.length)
-            tensor = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+                return read_record(file, place, chunk.sizes, dtype)
         except FileNotFoundError:
             raise UserError(f"{path}: is missing; use another checkpoint") from None
         except Exception as error:  # a cut or damaged shard fails in any of torch's readers
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: is damaged at {name} ({reason})") from None
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != tuple(chunk.sizes):
-            raise UserError(f"{path}: is damaged at {name}; use another checkpoint")
-        return tensor
+            raise UserError(
+                f"{path}: is damaged at {name} ({first_line(error)}); use another checkpoint"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -208,64 +191,12 @@ class ChunkToWrite:
     make: Callable[[], torch.Tensor]
 
 
-class _LazySavePlanner(SavePlanner):
-    """Saves chunks that do not exist until they are asked for."""
-
-    def __init__(self, chunks: Sequence[ChunkToWrite], objects: Mapping[str, bytes]) -> None:
-        self._chunks = {(chunk.name, chunk.offsets): chunk for chunk in chunks}
-        self._objects = objects
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, Any],
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,
-    ) -> None:
-        """Nothing to set up: the plan is given."""
-
-    def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(
-                index=MetadataIndex(chunk.name, torch.Size(chunk.offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(
-                        offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes)
-                    ),
-                    properties=TensorProperties(dtype=chunk.dtype),
-                    size=torch.Size(chunk.global_shape),
-                ),
-            )
-            for chunk in self._chunks.values()
-        ]
-        items += [
-            WriteItem(
-                index=MetadataIndex(name),
-                type=WriteItemType.BYTE_IO,
-                bytes_io_data=BytesIOWriteData(nbytes=len(data)),
-            )
-            for name, data in self._objects.items()
-        ]
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        index = write_item.index
-        if write_item.type is WriteItemType.BYTE_IO:
-            return io.BytesIO(self._objects[index.fqn])
-        assert index.offset is not None
-        return self._chunks[index.fqn, tuple(index.offset)].make()
-
-
 def write_distributed(
     folder: Path, chunks: Sequence[ChunkToWrite], objects: Mapping[str, bytes]
 ) -> None:
     """Writes a distributed checkpoint's tensors and index, one chunk in memory at a time.
+
+    The same chunks give the same bytes; torch's own writer adds a random id and the folder's path.
 
     Args:
         folder: An existing folder.
@@ -276,10 +207,20 @@ def write_distributed(
         UserError: What making a chunk raised.
         OSError: The disk is full or not writable.
     """
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            save({}, storage_writer=writer, planner=_LazySavePlanner(chunks, objects), no_dist=True)
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+    plan: Plan = {"file": "__0_0.distcp", "tensors": [], "objects": []}
+    with open(folder / plan["file"], "wb") as file:
+        for chunk in chunks:
+            begin = file.tell()
+            around = frame(chunk.dtype, chunk.sizes, begin % ALIGNMENT)
+            values = chunk.make().contiguous()
+            assert values.dtype == chunk.dtype and tuple(values.shape) == chunk.sizes, chunk.name
+            file.write(around.head)
+            file.write(values.view(-1).view(torch.uint8).numpy().data)
+            file.write(around.tail)
+            box = (chunk.global_shape, chunk.offsets, chunk.sizes)
+            plan_tensor(plan, chunk.name, chunk.dtype, box, begin, around.length)
+        for name, content in objects.items():
+            plan["objects"].append([name, file.tell(), len(content)])
+            file.write(content)
+    for name, content in index_files([plan]).items():
+        (folder / name).write_bytes(content)

@@ -131,12 +131,18 @@ def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:
     """Compares stored shapes with the model's; vocabulary rows may be padded.
 
     Raises:
-        UserError: A tensor is missing or has another shape.
+        UserError: A tensor is missing, or has another shape or a dtype that no weight has.
     """
     for rule, layer in placements(shape):
         stored, expected = reader.shape(rule, layer), rule.shape(shape)
-        is_padded = rule.has_vocabulary_rows and stored[0] >= expected[0]
-        if stored[1:] != expected[1:] or not (is_padded or stored[0] == expected[0]):
+        reader.dtype(rule, layer)  # refuses what is no dtype of weights
+        is_padded = (
+            rule.has_vocabulary_rows
+            and len(stored) == len(expected)
+            and stored[0] >= expected[0]
+            and stored[1:] == expected[1:]
+        )
+        if not (is_padded or stored == expected):
             raise UserError(
                 f"{reader.folder}: {rule.megatron.format(layer=layer)} is {list(stored)} and the "
                 f"model's is {list(expected)}; state.json belongs to another checkpoint"

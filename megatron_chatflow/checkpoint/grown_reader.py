@@ -28,6 +28,7 @@ from megatron_chatflow.checkpoint.convert_vocabulary import GrownVocabulary, gro
 from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.safe_reader import SafeReader
 from megatron_chatflow.checkpoint.weight_map import LLAMA_RULES
+from megatron_chatflow.errors import UserError
 
 # Names of the tensors whose rows are pieces, and Hugging Face's names of them.
 _VOCABULARY = {
@@ -94,6 +95,7 @@ class GrownReader(SafeReader):
         masters = [m + megatron for m in MASTER_PREFIXES if m + megatron in reader.tensors]
         is_weight = prefix in ("", *MASTER_PREFIXES)
         source = masters[0] if is_weight and masters else name
+        self._check_rows(reader, source, name)
         rows = reader.read_whole(source)[: self._grown.num_old_rows]
         if is_weight:
             made = grow_tensor(_VOCABULARY[megatron], rows, growth, self._grown.resize)
@@ -112,6 +114,27 @@ class GrownReader(SafeReader):
             known = reader.read_whole(name)[: growth.num_old]
             whole[: growth.num_old] = known
         return whole
+
+    def _check_rows(self, reader: DistributedReader, source: str, name: str) -> None:
+        """Compares stored tensors with the vocabulary that the checkpoint had.
+
+        Raises:
+            UserError: One has too few rows, rows of another length, or no floating-point numbers.
+        """
+        row = reader.tensors[name].size[1:]
+        for stored in (source, name):
+            entry = reader.tensors[stored]
+            is_whole = len(entry.size) > 0 and entry.size[0] >= self._grown.num_old_rows
+            if not is_whole or entry.size[1:] != row:
+                raise UserError(
+                    f"{self._folder}: {stored} is {list(entry.size)} and the vocabulary has "
+                    f"{self._grown.num_old_rows} rows; load another checkpoint"
+                )
+            if not entry.properties.dtype.is_floating_point:
+                raise UserError(
+                    f"{self._folder}: {stored} is {entry.properties.dtype} and no floating-point "
+                    "tensor; load another checkpoint"
+                )
 
 
 def _piece_tensor(name: str) -> tuple[str, str] | None:

@@ -194,7 +194,7 @@ def load(
         for held in held_states(optimizer)
         for piece in pieces_of(held, layout.parts[held.parameter])
     ]
-    num_steps = next(_numbers_of_steps(common), None)
+    num_steps = _num_steps(common, folder)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
         raise UserError(
             f"{folder}: holds no optimizer state; go on with a fresh optimizer by --no-load-optim, "
@@ -205,7 +205,7 @@ def load(
         fill(_own(pieces, layout.own_sizes), folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
-            group["step"] = int(num_steps)
+            group["step"] = num_steps
 
 
 def load_master_weights(
@@ -274,6 +274,25 @@ def _stored_name(name: str, names: Mapping[str, Any]) -> str:
         return name
     older = f"{PREFIX}param.{weight}"
     return older if older in names else weight
+
+
+def _num_steps(common: Any, folder: Path) -> int | None:
+    """Steps that the saved optimizer had taken; None where it does not say.
+
+    Raises:
+        UserError: It says something else than a number of steps.
+    """
+    try:
+        found = next(_numbers_of_steps(common), None)
+        num_steps = None if found is None else int(found)
+        is_number = num_steps is None or num_steps >= 0
+    except (RuntimeError, ValueError, OverflowError, NotImplementedError):
+        is_number = False  # NaN, a tensor of several or no values, a structure without an end
+    if not is_number:
+        raise UserError(
+            f"{folder / 'common.pt'}: the optimizer's step is no number; load another checkpoint"
+        )
+    return num_steps
 
 
 def _numbers_of_steps(common: Any) -> Iterator[Any]:

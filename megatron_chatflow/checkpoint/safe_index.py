@@ -1,95 +1,524 @@
-"""The index of a distributed checkpoint, read without trusting it.
+"""The index of a distributed checkpoint: which part of which tensor lies where, and its checks.
 
-In: a checkpoint folder. Out: torch's `Metadata`. torch itself unpickles the file as it is, which
-runs whatever somebody put there; here a class that does not belong in an index is refused.
+Two files hold it. `.metadata` is torch's own pickle, which every checkpoint has and which torch,
+megatron-core and earlier versions read. `tensor_index.json` says the same in JSON; checkpoints of
+this version have both, and `read_index` unpickles nothing then. The JSON records the hash of the
+`.metadata` that it was written with: if another program has rewritten `.metadata`, neither file is
+believed. Checkpoints of other programs and earlier versions have `.metadata` alone. It is unpickled
+into classes of this module, so that a pickle can neither call nor change anything else.
+
+Whichever file is read, every tensor has to be covered exactly by its chunks, and every chunk has to
+have a place of sufficient length in a file of the folder.
 """
 
+import hashlib
 import io
+import json
+import math
 import pickle
 import pickletools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
+    ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
+    TensorProperties,
     TensorStorageMetadata,
 )
 
 from megatron_chatflow.errors import UserError
 
+METADATA = ".metadata"
+TENSOR_INDEX = "tensor_index.json"
+
 # Scanning takes a second for each 5 MB; larger indices are those of large runs, not of fuzzers.
 _LARGEST_SCANNED = 4 * 2**20
-_ALLOWED_MODULES = (
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.filesystem",
-)
-_ALLOWED_NAMES = {
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    *(("torch", str(dtype).removeprefix("torch.")) for dtype in (torch.float32, torch.float16)),
-    *(("torch", name) for name in ("bfloat16", "float64", "int64", "int32", "int16", "int8")),
-    *(("torch", name) for name in ("uint8", "bool", "strided", "contiguous_format")),
-}
-_ALLOWED_CLASSES = {
-    "Metadata",
-    "TensorStorageMetadata",
-    "BytesStorageMetadata",
-    "ChunkStorageMetadata",
-    "TensorProperties",
-    "MetadataIndex",
-    "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-    "_StorageInfo",
+_MAX_CUT_AXES = 6  # the cost of the coverage check doubles with each
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
 }
 
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles a checkpoint's index and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_class = module in _ALLOWED_MODULES and name in _ALLOWED_CLASSES
-        if is_class or (module, name) in _ALLOWED_NAMES:
-            return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+From = TypeVar("From")
+To = TypeVar("To")
+Box = tuple[Sequence[int], Sequence[int]]
+"""Where a chunk begins in its tensor, and its shape."""
+Place = tuple[str, int, int]
+"""A file's name, and the offset and length of a record in it, in bytes."""
 
 
-def _memory_format(owner: Any, name: Any) -> _MEM_FORMAT_ENCODING:
-    """What stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of an enum."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
-        raise pickle.UnpicklingError("builtins.getattr does not belong there")
-    return _MEM_FORMAT_ENCODING[name]
+def coverage_fault(size: Sequence[int], boxes: Iterable[Box]) -> str | None:
+    """What is wrong with the chunks of a tensor, unless they hold every element exactly once.
+
+    Comparing all pairs of chunks would take minutes for the index of a large job. Instead, every
+    chunk adds +1 or -1 at each of its corners, with opposite signs at neighbouring corners. This is
+    the mixed difference of the function that counts by how many chunks an element is held, and
+    determines it: chunks cover the tensor exactly if and only if the sums equal the tensor's own
+    corners. It takes 2^a dictionary updates for each of n chunks, where a is the number of axes
+    along which the tensor is cut, usually 1 or 2.
+
+    Args:
+        size: Shape of the tensor.
+        boxes: Offsets and shape of each chunk; empty ones are ignored.
+
+    Returns:
+        The fault, or None.
+    """
+    held = 0
+    filled: list[Box] = []
+    for offsets, sizes in boxes:
+        if not len(offsets) == len(sizes) == len(size):
+            return "has a chunk with another number of axes"
+        for offset, length, limit in zip(offsets, sizes, size, strict=True):
+            if offset < 0 or length < 0 or offset + length > limit:
+                return "has a chunk outside of its shape"
+        num_values = math.prod(sizes)
+        if num_values:
+            held += num_values
+            filled.append((offsets, sizes))
+    num_values = math.prod(size)
+    if held != num_values:
+        return f"has {num_values} values, of which its chunks hold {held}"
+    if len(filled) <= 1:
+        return None
+    cut = [a for a, limit in enumerate(size) if any(sizes[a] != limit for _, sizes in filled)]
+    if len(cut) > _MAX_CUT_AXES:
+        return f"is cut along more than {_MAX_CUT_AXES} axes"
+    # A corner is numbered like an element of a tensor that is longer by one along each axis.
+    strides: list[tuple[int, int]] = []
+    stride = 1
+    for axis in cut:
+        strides.append((axis, stride))
+        stride *= size[axis] + 1
+    sums: dict[int, int] = {}
+    for offsets, sizes in [([0] * len(size), size), *filled]:
+        corners = [(sum(offsets[axis] * stride for axis, stride in strides), 1)]
+        for axis, stride in strides:
+            step = sizes[axis] * stride
+            corners += [(number + step, -sign) for number, sign in corners]
+        for number, sign in corners:
+            sums[number] = sums.get(number, 0) + sign
+    # The tensor's own corners came first and the chunks' sums have to be the same: twice those.
+    whole = [(0, 1)]
+    for axis, stride in strides:
+        whole += [(number + size[axis] * stride, -sign) for number, sign in whole]
+    for number, sign in whole:
+        sums[number] -= 2 * sign
+    return "has chunks that overlap and others that are missing" if any(sums.values()) else None
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Counts = list[_Count]
+
+
+class _TensorEntry(_Entry):
+    """A tensor: for each chunk its offsets, sizes, number of its file, offset and length there."""
+
+    dtype: str
+    shape: _Counts
+    chunks: list[tuple[_Counts, _Counts, _Count, _Count, _Count]]
+
+
+class _IndexFile(_Entry):
+    """What `tensor_index.json` holds."""
+
+    version: Literal[1]
+    metadata_sha256: str
+    files: list[str]
+    tensors: dict[str, _TensorEntry]
+    objects: dict[str, tuple[_Count, _Count, _Count]]
+
+
+def index_json(index: Metadata, metadata: bytes) -> bytes:
+    """What `tensor_index.json` holds.
+
+    Args:
+        index: The index.
+        metadata: The same as `.metadata` holds it.
+    """
+    numbers: dict[str, int] = {}
+
+    def place(name: str, offsets: torch.Size | None) -> list[int]:
+        stored = index.storage_data[MetadataIndex(name, offsets)]
+        number = numbers.setdefault(stored.relative_path, len(numbers))
+        return [number, stored.offset, stored.length]
+
+    tensors, objects = {}, {}
+    for name, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[name] = {
+                "dtype": str(entry.properties.dtype).removeprefix("torch."),
+                "shape": list(entry.size),
+                "chunks": [
+                    [list(c.offsets), list(c.sizes), *place(name, c.offsets)] for c in entry.chunks
+                ],
+            }
+        else:
+            objects[name] = place(name, None)
+    content = {
+        "version": 1,
+        "metadata_sha256": hashlib.sha256(metadata).hexdigest(),
+        "files": list(numbers),
+        "tensors": tensors,
+        "objects": objects,
+    }
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
 
 
 def read_index(folder: Path) -> Metadata:
-    """Reads ``.metadata``.
+    """Reads and checks the index of a checkpoint.
 
     Args:
         folder: An ``iter_`` folder.
 
     Raises:
-        UserError: There is none, it is damaged, or it holds something else than an index.
+        UserError: There is none, it is damaged, its two files do not belong together, or chunks of
+            a tensor overlap or are missing.
     """
-    path = folder / ".metadata"
+    path = folder / METADATA
     try:
         content = path.read_bytes()
-        _check_sizes(content)
-        index = _IndexUnpickler(io.BytesIO(content)).load()
-        _check_places(index)
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no distributed checkpoint (no .metadata)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        text = (folder / TENSOR_INDEX).read_bytes()
+    except FileNotFoundError:
+        return _read(path, _unpickled, content)
+    except OSError as error:
+        raise UserError(f"{folder / TENSOR_INDEX}: cannot be read ({error.strerror})") from None
+    file = _read(folder / TENSOR_INDEX, _IndexFile.model_validate_json, text)
+    if file.metadata_sha256 != hashlib.sha256(content).hexdigest():
+        raise UserError(
+            f"{folder}: .metadata is not the one that {TENSOR_INDEX} was written with; load "
+            f"another checkpoint or, if a program that you trust changed it, remove {TENSOR_INDEX}"
+        )
+    return _read(folder / TENSOR_INDEX, _index_of_json, file)
+
+
+def _read(path: Path, parse: Callable[[From], To], content: From) -> To:
+    """Calls a parser.
+
+    Raises:
+        UserError: It fails, with the first line of its reason.
+    """
+    try:
+        return parse(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ascii(".".join(map(str, first["loc"])))[1:-1][:200]
+        reason = f"{where}: {first['msg']}".removeprefix(": ")
     except Exception as error:  # what a damaged pickle raises is anybody's guess
-        raise UserError(f"{path}: is damaged ({error}); use another checkpoint") from None
-    assert isinstance(index, Metadata)
-    return index
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    raise UserError(f"{path}: is damaged ({reason}); use another checkpoint")
+
+
+def _index_of_json(file: _IndexFile) -> Metadata:
+    def place(number: int, offset: int, length: int) -> Place:
+        if number >= len(file.files):
+            raise ValueError(f"there is no file {number}")
+        return file.files[number], offset, length
+
+    tensors = {}
+    for name, entry in file.tensors.items():
+        chunks = [(tuple(c[0]), tuple(c[1]), place(*c[2:])) for c in entry.chunks]
+        tensors[name] = (entry.dtype, tuple(entry.shape), chunks)
+    return _checked(tensors, {name: place(*where) for name, where in file.objects.items()})
+
+
+def _checked(
+    tensors: Mapping[str, tuple[Any, Any, Sequence[tuple[Any, Any, Place | None]]]],
+    objects: Mapping[str, Place | None],
+) -> Metadata:
+    """Makes torch's index of entries, the numbers among which are known to be counts.
+
+    Raises:
+        ValueError: A tensor is not covered exactly, or a place is none in a file of the folder.
+    """
+    for file in {place[0] for _, _, chunks in tensors.values() for *_, place in chunks if place}:
+        _check_file(file)
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for name, (dtype_name, size, chunks) in tensors.items():
+        dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+        if dtype is None:
+            raise ValueError(f"{name} is of no dtype that is read")
+        fault = coverage_fault(size, [(offsets, sizes) for offsets, sizes, _ in chunks])
+        if fault is not None:
+            raise ValueError(f"{name} {fault}")
+        kept: list[ChunkStorageMetadata] = []
+        for offsets, sizes, place in chunks:
+            num_bytes = math.prod(sizes) * dtype.itemsize
+            if num_bytes == 0:
+                continue
+            if place is None:
+                raise ValueError(f"a chunk of {name} is nowhere")
+            if place[2] < num_bytes:
+                raise ValueError(f"{name} has a chunk that is larger than its record")
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            places[MetadataIndex(name, chunk.offsets, len(kept))] = _StorageInfo(*place)
+            kept.append(chunk)
+        entries[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), kept)
+    for name, place in objects.items():
+        if place is None:
+            raise ValueError(f"{name} is nowhere")
+        _check_file(place[0])
+        entries[name] = BytesStorageMetadata()
+        places[MetadataIndex(name)] = _StorageInfo(*place)
+    return Metadata(state_dict_metadata=entries, storage_data=places)
+
+
+def _check_file(file: str) -> None:
+    if Path(file).name != file or file in ("", "..") or "\0" in file:
+        raise ValueError(f"{file[:80]!r} is no file of the folder")
+
+
+class _StandIn:
+    """An instance of a class that an index names, of which only the state is kept.
+
+    It has no ``__dict__``, and pickle's BUILD calls ``__setstate__``: of an instance it works once,
+    and of the class itself it lacks an argument.
+    """
+
+    __slots__ = ("state",)
+
+    state: Any
+
+    def __new__(cls) -> "_StandIn":
+        made = super().__new__(cls)
+        made.state = None
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        if self.state is not None or type(state) not in (dict, tuple):
+            raise pickle.UnpicklingError("an entry has no state, or two")
+        self.state = state
+
+    def get(self, name: str) -> Any:
+        """A value of the state; None where there is none."""
+        return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+class _Index(_StandIn):
+    __slots__ = ()
+
+
+class _Tensor(_StandIn):
+    __slots__ = ()
+
+
+class _Object(_StandIn):
+    __slots__ = ()
+
+
+class _Chunk(_StandIn):
+    __slots__ = ()
+
+
+class _Properties(_StandIn):
+    __slots__ = ()
+
+
+class _Stored(_StandIn):
+    __slots__ = ()
+
+
+class _Other(_StandIn):
+    """Something that is not needed."""
+
+    __slots__ = ()
+
+
+class _Key(_StandIn):
+    """A `MetadataIndex`, which is a key of a dictionary and therefore stays as it is."""
+
+    __slots__ = ("key",)
+
+    key: tuple[str, tuple[int, ...] | None]
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        name, offset = self.get("fqn"), self.get("offset")
+        if type(name) is not str or not (offset is None or _are_counts(offset)):
+            raise pickle.UnpicklingError("a place has no name")
+        self.key = (name, offset)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.key == other.key
+
+
+class _Function:
+    """A function or constant that an index calls; it has no attributes that BUILD could set."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function has no state")
+
+
+class _Size(_Function):
+    __slots__ = ()
+
+    def __call__(self, values: Any = ()) -> tuple[int, ...]:
+        counts = tuple(values) if type(values) in (list, tuple) else (None,)
+        if not _are_counts(counts):
+            raise pickle.UnpicklingError("a size consists of whole numbers, none negative")
+        return counts
+
+
+class _Mapping(_Function):
+    __slots__ = ()
+
+    def __call__(self) -> dict[Any, Any]:
+        return {}
+
+
+class _Nothing(_Function):
+    """A value that is not needed."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Path(_Function):
+    __slots__ = ()
+
+    def __call__(self, *parts: Any) -> str:
+        if not all(type(part) is str for part in parts):
+            raise pickle.UnpicklingError("a path consists of texts")
+        return "/".join(parts)
+
+
+class _MemoryFormats(_Nothing):
+    __slots__ = ()
+
+
+class _Getattr(_Function):
+    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of an enum."""
+
+    __slots__ = ()
+
+    def __call__(self, owner: Any, name: Any) -> None:
+        names = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
+        if type(owner) is not _MemoryFormats or name not in names:
+            raise pickle.UnpicklingError("builtins.getattr does not belong there")
+
+
+def _are_counts(values: Any) -> bool:
+    """Whether this is a tuple of whole numbers, none negative."""
+    return type(values) is tuple and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+_STORAGE_MODULE = "torch.distributed.checkpoint.filesystem"
+_STAND_INS: dict[tuple[str, str], Any] = {
+    (_METADATA_MODULE, "Metadata"): _Index,
+    (_METADATA_MODULE, "TensorStorageMetadata"): _Tensor,
+    (_METADATA_MODULE, "BytesStorageMetadata"): _Object,
+    (_METADATA_MODULE, "ChunkStorageMetadata"): _Chunk,
+    (_METADATA_MODULE, "TensorProperties"): _Properties,
+    (_METADATA_MODULE, "MetadataIndex"): _Key,
+    (_METADATA_MODULE, "StorageMeta"): _Other,
+    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): _MemoryFormats(),
+    (_STORAGE_MODULE, "_StorageInfo"): _Stored,
+    ("torch", "Size"): _Size(),
+    ("torch", "device"): _Nothing(),
+    ("torch.serialization", "_get_layout"): _Nothing(),
+    ("torch", "strided"): _Nothing(),
+    ("torch", "contiguous_format"): _Nothing(),
+    ("collections", "OrderedDict"): _Mapping(),
+    ("pathlib", "PosixPath"): _Path(),
+    ("pathlib._local", "PosixPath"): _Path(),
+    ("builtins", "getattr"): _Getattr(),
+    **{("torch", name): name for name in _DTYPES},
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles a checkpoint's index into stand-ins; no class or function of anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+        return _STAND_INS[module, name]
+
+
+def _unpickled(content: bytes) -> Metadata:
+    _check_sizes(content)
+    index = _IndexUnpickler(io.BytesIO(content)).load()
+    entries = _part(index, _Index, "state_dict_metadata", dict)
+    stored = _part(index, _Index, "storage_data", dict)
+    places: dict[tuple[str, tuple[int, ...] | None], Place] = {}
+    for key, place in stored.items():
+        if type(key) is not _Key:
+            raise ValueError("a place has no name")
+        name = key.key[0]
+        file = _part(place, _Stored, "relative_path", str)
+        offset: int = _part(place, _Stored, "offset", int)
+        length: int = _part(place, _Stored, "length", int)
+        if not _are_counts((offset, length)):
+            raise ValueError(f"the place of {name} is none in a file")
+        if place.get("transform_descriptors"):
+            raise ValueError(f"{name} is stored compressed, which is not read")
+        places[key.key] = (file, offset, length)
+    for file in {place[0] for place in places.values()}:  # also where no entry refers to it
+        _check_file(file)
+    tensors: dict[str, Any] = {}
+    objects: dict[str, Place | None] = {}
+    for name, entry in entries.items():
+        if type(name) is not str or type(entry) not in (_Tensor, _Object):
+            raise ValueError("an entry is none of an index")
+        if type(entry) is _Object:
+            objects[name] = places.get((name, None))
+            continue
+        properties = _part(entry, _Tensor, "properties", _Properties).state
+        dtype = properties[0] if type(properties) is tuple and properties else None
+        if type(properties) is dict:
+            dtype = properties.get("dtype")
+        chunks = []
+        for chunk in _part(entry, _Tensor, "chunks", list):
+            offsets = _part(chunk, _Chunk, "offsets", tuple)
+            sizes = _part(chunk, _Chunk, "sizes", tuple)
+            if not (_are_counts(offsets) and _are_counts(sizes)):
+                raise ValueError(f"{name} has a chunk without a shape")
+            chunks.append((offsets, sizes, places.get((name, offsets))))
+        size = _part(entry, _Tensor, "size", tuple)
+        if not _are_counts(size):
+            raise ValueError(f"{name} has no shape")
+        tensors[name] = (dtype, size, chunks)
+    return _checked(tensors, objects)
+
+
+def _part(owner: object, kind: type[_StandIn], name: str, expected: type) -> Any:
+    """A value of a stand-in's state.
+
+    Raises:
+        ValueError: The owner is of another kind, or the value of another type.
+    """
+    value = owner.get(name) if isinstance(owner, kind) else None
+    if type(value) is not expected:
+        raise ValueError(f"{name} is missing or of another type")
+    return value
 
 
 def _check_sizes(content: bytes) -> None:
@@ -102,17 +531,3 @@ def _check_sizes(content: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
             raise ValueError("a value's number is too large")
-
-
-def _check_places(index: Any) -> None:
-    """Refuses an index that is none, or whose parts lie anywhere else than in the folder."""
-    if not isinstance(index, Metadata) or not isinstance(index.storage_data, dict):
-        raise ValueError("no index")
-    for place in index.storage_data.values():
-        name = place.relative_path
-        is_file = Path(name).name == name and name not in ("", "..") and "\0" not in name
-        if not is_file or place.offset < 0 or place.length < 0:
-            raise ValueError(f"{name!r} is no part of a file of the folder")
-    for entry in index.state_dict_metadata.values():
-        if not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
-            raise ValueError("an entry is none of an index")

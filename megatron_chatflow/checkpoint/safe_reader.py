@@ -6,6 +6,8 @@ or damaged is an error that names it.
 """
 
 import io
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -25,6 +28,67 @@ from megatron_chatflow.checkpoint.safe_index import read_index
 from megatron_chatflow.checkpoint.shard_plan import TensorPiece
 from megatron_chatflow.errors import UserError
 
+# What zip calls entries that are as long in the file as in memory, as torch writes them.
+_IS_STORED = zipfile.ZIP_STORED
+
+
+def read_record(
+    file: io.BufferedReader, place: Any, sizes: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Reads a chunk of a tensor.
+
+    Args:
+        file: A file of the checkpoint.
+        place: Where the chunk's record lies in it, as the index says.
+        sizes: Shape of the chunk, as the index says.
+        dtype: Its dtype, as the index says.
+
+    Raises:
+        ValueError: The record is no tensor of this shape and dtype. Reading it may raise anything.
+    """
+    record = _read_bytes(file, place)
+    if zipfile.is_zipfile(record):  # a few bytes may otherwise become gigabytes
+        with zipfile.ZipFile(record) as archive:
+            if any(entry.compress_type != _IS_STORED for entry in archive.infolist()):
+                raise ValueError("a tensor is compressed, which is not read")
+    record.seek(0)
+    tensor: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
+    fault = tensor_fault(tensor)
+    if fault is not None:
+        raise ValueError(fault)
+    tensor = tensor.detach()
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(sizes):
+        raise ValueError(
+            f"a tensor is {tensor.dtype} of shape {list(tensor.shape)} and not {dtype} of shape "
+            f"{list(sizes)}, as the index says"
+        )
+    return tensor
+
+
+def tensor_fault(value: Any) -> str | None:
+    """Why a loaded value is no ordinary tensor in this process's memory; None if it is one."""
+    if not isinstance(value, torch.Tensor):
+        return "something that is no tensor stands for one"
+    if value.is_nested or value.layout != torch.strided:
+        return "a tensor is sparse or nested"
+    if value.is_quantized:
+        return "a tensor is quantised"
+    if value.device.type != "cpu":
+        return f"a tensor's values are missing (its device is {value.device.type})"
+    return None
+
+
+def _read_bytes(file: io.BufferedReader, place: Any) -> io.BytesIO:
+    if place.offset + place.length > os.fstat(file.fileno()).st_size:
+        raise ValueError("it ends too early")
+    file.seek(place.offset)
+    return io.BytesIO(file.read(place.length))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
 
 class SafeReader(FileSystemReader):
     """torch's reader with an index that is not trusted, and errors that name the file."""
@@ -32,6 +96,16 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Reads the index through the allow-list."""
         return read_index(Path(self.path))
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        """Takes the index."""
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._chunks = {
+            MetadataIndex(name, chunk.offsets): (chunk.sizes, entry.properties.dtype)
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            for chunk in entry.chunks
+        }
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         """Reads what a plan asks for.
@@ -47,40 +121,37 @@ class SafeReader(FileSystemReader):
             by_file.setdefault(place.relative_path, []).append((place.offset, item))
         for name, items in by_file.items():
             path = Path(self.path) / name
+            where = ""
             try:
                 with open(path, "rb") as file:
                     for _, item in sorted(items, key=lambda entry: entry[0]):
+                        where = f" at {item.storage_index.fqn}"
                         self._read_item(file, item, planner)
             except FileNotFoundError:
                 raise UserError(f"{path}: is missing; load another checkpoint") from None
             except Exception as error:  # a damaged record fails in any of torch's readers
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(f"{path}: is damaged ({line}); load another checkpoint") from None
+                raise UserError(
+                    f"{path}: is damaged{where} ({first_line(error)}); load another checkpoint"
+                ) from None
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def _read_item(self, file: io.BufferedReader, item: ReadItem, planner: LoadPlanner) -> None:
         place = self.storage_data[item.storage_index]
-        if getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{item.storage_index.fqn} is stored compressed, which is not read")
-        file.seek(place.offset)
-        record = io.BytesIO(file.read(place.length))
-        if record.getbuffer().nbytes != place.length:
-            raise ValueError(f"it ends within {item.storage_index.fqn}")
         if item.type is LoadItemType.BYTE_IO:
-            planner.load_bytes(item, record)
+            planner.load_bytes(item, _read_bytes(file, place))
             return
-        stored = torch.load(record, map_location="cpu", weights_only=True)
-        if not isinstance(stored, torch.Tensor):
-            raise ValueError(f"no tensor where {item.storage_index.fqn} has to be")
+        stored = read_record(file, place, *self._chunks[item.storage_index])
         for axis, (first, length) in enumerate(
             zip(item.storage_offsets, item.lengths, strict=True)
         ):
             stored = stored.narrow(axis, first, length)
         target = planner.resolve_tensor(item).detach()
         if target.shape != stored.shape:
-            raise ValueError(f"{item.storage_index.fqn} has another shape than the index says")
+            raise ValueError("a tensor has another shape than the model's")
+        if target.is_floating_point() != stored.is_floating_point():
+            raise ValueError(f"a tensor is {stored.dtype} and the model's is {target.dtype}")
         target.copy_(stored)
         planner.commit_tensor(item, target)
 
@@ -98,12 +169,9 @@ class _PiecePlanner(LoadPlanner):
             entry = index.state_dict_metadata.get(name)
             if not isinstance(entry, TensorStorageMetadata):
                 raise UserError(f"{folder}: has no tensor {name}; load another checkpoint")
-            items = create_read_items_for_chunk_list(name, entry, [_box(p) for p in wanted])
             _check_shape(folder, wanted[0], tuple(entry.size))
-            expected = sum(_num_stored(piece, tuple(entry.size)) for piece in wanted)
-            if sum(torch.Size(item.lengths).numel() for item in items) != expected:
-                raise UserError(f"{folder}: {name} has holes; load another checkpoint")
-            self.items += items
+            # Chunks cover the tensor exactly, as `read_index` has checked.
+            self.items += create_read_items_for_chunk_list(name, entry, [_box(p) for p in wanted])
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         number = read_item.dest_index.index
@@ -154,14 +222,6 @@ def _check_shape(folder: Path, piece: TensorPiece, stored: tuple[int, ...]) -> N
             f"{folder}: {piece.name} has shape {stored}, and this model's is {wanted}; load a "
             "checkpoint of this model"
         )
-
-
-def _num_stored(piece: TensorPiece, stored: tuple[int, ...]) -> int:
-    """How many of a piece's values lie within the stored tensor."""
-    return torch.Size(
-        max(0, min(first + length, limit) - first)
-        for first, length, limit in zip(piece.offsets, piece.sizes, stored, strict=True)
-    ).numel()
 
 
 def fill(pieces: Sequence[TensorPiece], folder: Path, reader: FileSystemReader) -> None:

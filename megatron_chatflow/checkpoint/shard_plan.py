@@ -5,10 +5,9 @@ by range, and torch's index (`Metadata`) of every rank's. The format is torch's 
 which torch, megatron-core and this package's converter read at any parallel layout.
 """
 
-import io
 import pickle
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_chatflow.checkpoint.safe_index import (
+    METADATA,
+    TENSOR_INDEX,
+    coverage_fault,
+    index_json,
+)
 from megatron_chatflow.checkpoint.tensor_records import ALIGNMENT, frame
 
 Plan = dict[str, Any]
@@ -110,6 +115,23 @@ class FileImage:
                 place.copy_(flat[first - offset : last - offset], non_blocking=True)
 
 
+def plan_tensor(
+    plan: Plan, name: str, dtype: torch.dtype, box: Sequence[Sequence[int]], begin: int, length: int
+) -> None:
+    """Adds a tensor's piece to a plan.
+
+    Args:
+        plan: What is in a file.
+        name: The global tensor's.
+        dtype: Its dtype.
+        box: Shape of the global tensor, offsets and shape of the piece.
+        begin: Where the piece's record begins in the file, in bytes.
+        length: The record's length in bytes.
+    """
+    parts = [list(part) for part in box]
+    plan["tensors"].append([name, str(dtype).removeprefix("torch."), *parts, begin, length])
+
+
 def lay_out(
     file_name: str, pieces: Sequence[TensorPiece], objects: Sequence[StoredObject]
 ) -> FileImage:
@@ -125,26 +147,29 @@ def lay_out(
         around = frame(piece.values.dtype, piece.sizes, begin % ALIGNMENT)
         for part in (around.head, piece.values.detach(), around.tail):
             image._append(part)
-        dtype = str(piece.values.dtype).removeprefix("torch.")
-        box = [list(piece.global_shape), list(piece.offsets), list(piece.sizes)]
-        plan["tensors"].append([piece.name, dtype, *box, begin, around.length])
+        box = (piece.global_shape, piece.offsets, piece.sizes)
+        plan_tensor(plan, piece.name, piece.values.dtype, box, begin, around.length)
     for stored in objects:
         plan["objects"].append([stored.name, image.num_bytes, len(stored.content)])
         image._append(stored.content)
     return image
 
 
-def index_of(plans: Sequence[Plan]) -> bytes:
-    """The index of every rank's file, as ``.metadata`` holds it.
+def index_files(plans: Sequence[Plan]) -> dict[str, bytes]:
+    """The index of every rank's file: the contents of ``.metadata`` and ``tensor_index.json``.
+
+    They depend on what the plans say alone, not on which of their texts are the same object, which
+    pickle would write once.
 
     Raises:
         ValueError: A tensor is not covered exactly, or a piece is there twice.
     """
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    num_values: dict[str, int] = {}
+    names: dict[str, str] = {}
     for plan in plans:
-        for name, dtype, shape, offsets, sizes, begin, length in plan["tensors"]:
+        for given, dtype, shape, offsets, sizes, begin, length in plan["tensors"]:
+            name = names.setdefault(given, given)
             entry = tensors.setdefault(
                 name,
                 TensorStorageMetadata(
@@ -157,18 +182,15 @@ def index_of(plans: Sequence[Plan]) -> bytes:
                 raise ValueError(f"{name} at {offsets} is saved by two ranks")
             entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
             places[key] = _StorageInfo(plan["file"], begin, length)
-            num_values[name] = num_values.get(name, 0) + torch.Size(sizes).numel()
-        for name, begin, length in plan["objects"]:
+        for given, begin, length in plan["objects"]:
+            name = names.setdefault(given, given)
             tensors[name] = BytesStorageMetadata()
             places[MetadataIndex(name)] = _StorageInfo(plan["file"], begin, length)
-    _check_covered(tensors, num_values)
-    file = io.BytesIO()
-    pickle.dump(Metadata(state_dict_metadata=tensors, storage_data=places), file, protocol=4)
-    return file.getvalue()
-
-
-def _check_covered(tensors: Mapping[str, Any], num_values: Mapping[str, int]) -> None:
-    for name, expected in num_values.items():
-        size = tensors[name].size.numel()
-        if expected != size:
-            raise ValueError(f"{name} has {size} values, of which the ranks hold {expected}")
+    for name, entry in tensors.items():
+        if isinstance(entry, TensorStorageMetadata):
+            fault = coverage_fault(entry.size, ((c.offsets, c.sizes) for c in entry.chunks))
+            if fault is not None:
+                raise ValueError(f"{name} {fault}")
+    index = Metadata(state_dict_metadata=tensors, storage_data=places)
+    content = pickle.dumps(index, protocol=4)
+    return {METADATA: content, TENSOR_INDEX: index_json(index, content)}

@@ -70,7 +70,7 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     from megatron_chatflow.checkpoint import megatron
     from megatron_chatflow.checkpoint.division import share_of
     from megatron_chatflow.checkpoint.own_heads import own_pieces
-    from megatron_chatflow.checkpoint.shard_plan import index_of, lay_out
+    from megatron_chatflow.checkpoint.shard_plan import index_files, lay_out
     from megatron_chatflow.runtime.megatron import data_parallel_group
 
     folder = Path(task["folder"])
@@ -89,7 +89,8 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     plans: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(plans, image.plan)
     if torch.distributed.get_rank() == 0:
-        (folder / ".metadata").write_bytes(index_of(plans))
+        for name, content in index_files(plans).items():
+            (folder / name).write_bytes(content)
         (folder / "common.pt").write_bytes(common)
         (folder / "metadata.json").write_bytes(megatron.format_file())
         shape = {**SHAPE, **task["model"]}

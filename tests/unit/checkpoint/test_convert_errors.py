@@ -178,6 +178,9 @@ def test_pickles_are_never_executed(
     torch.save({"lm_head.weight": _Harmful()}, source / "pytorch_model.bin")
     refused(source, tmp_path, "cannot be loaded safely")
     (run / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(_Harmful()))
+    with pytest.raises(UserError, match=r"\.metadata is not the one that tensor_index\.json was"):
+        export_checkpoint(run, tmp_path / "hf")
+    (run / "iter_0000000" / "tensor_index.json").unlink()
     with pytest.raises(UserError, match="does not belong there"):
         export_checkpoint(run, tmp_path / "hf")
     assert not (tmp_path / "harmed").exists()

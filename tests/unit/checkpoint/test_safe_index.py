@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -38,7 +40,8 @@ def _write(folder: Path, memory_format: Any) -> None:
 
     chunk = ChunkStorageMetadata(offsets=torch.Size((0,)), sizes=size)
     entry = TensorStorageMetadata(Properties(dtype=torch.float32), size, [chunk])
-    index = Metadata(state_dict_metadata={"weight": entry}, storage_data={})
+    places = {MetadataIndex("weight", (0,)): _StorageInfo("__0_0.distcp", 0, 8)}
+    index = Metadata(state_dict_metadata={"weight": entry}, storage_data=places)
     (folder / ".metadata").write_bytes(pickle.dumps(index, protocol=4))
 
 

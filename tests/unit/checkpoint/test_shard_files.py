@@ -17,7 +17,7 @@ from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, hash_file
 from megatron_chatflow.checkpoint.manifest import MANIFEST, damage, manifest_text, read_manifest
 from megatron_chatflow.checkpoint.saver import _write_in_chunks, _write_whole
-from megatron_chatflow.checkpoint.shard_plan import TensorPiece, index_of, lay_out
+from megatron_chatflow.checkpoint.shard_plan import TensorPiece, index_files, lay_out
 from megatron_chatflow.checkpoint.staging import page_aligned
 from megatron_chatflow.checkpoint.tensor_records import ALIGNMENT, frame
 from megatron_chatflow.errors import UserError
@@ -80,7 +80,8 @@ def test_a_file_is_what_was_saved(tmp_path: Path, has_copy: bool) -> None:
     assert len(written) == math.ceil(image.num_bytes / CHUNK_BYTES)
     assert path.stat().st_size == image.num_bytes
     assert hash_file(path) == recorded
-    (tmp_path / ".metadata").write_bytes(index_of([image.plan]))
+    for name, content in index_files([image.plan]).items():
+        (tmp_path / name).write_bytes(content)
     reader = DistributedReader(tmp_path)
     for piece in pieces:
         chunk = reader.tensors[piece.name].chunks[0]
@@ -91,10 +92,10 @@ def test_parts_that_make_no_whole_are_refused() -> None:
     values = torch.zeros(2, 3)
     half = TensorPiece("a", (4, 3), (0, 0), (2, 3), values)
     plan = lay_out("__0_0.distcp", [half], []).plan
-    with pytest.raises(ValueError, match="a has 12 values, of which the ranks hold 6"):
-        index_of([plan])
+    with pytest.raises(ValueError, match="a has 12 values, of which its chunks hold 6"):
+        index_files([plan])
     with pytest.raises(ValueError, match="saved by two ranks"):
-        index_of([plan, lay_out("__1_0.distcp", [half], []).plan])
+        index_files([plan, lay_out("__1_0.distcp", [half], []).plan])
 
 
 @pytest.fixture
