@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_chatflow.checkpoint.safe_reader import tensor_fault
 from megatron_chatflow.errors import UserError
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -43,7 +44,7 @@ class SafetensorsFile:
                 length = int.from_bytes(file.read(8), "little")
                 raw = file.read(min(length, _MAX_HEADER_BYTES))
             self._begin = 8 + length
-            header: Any = json.loads(raw)
+            header: Any = json.loads(raw, object_pairs_hook=_without_repeats)
             num_bytes = path.stat().st_size - self._begin
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -60,6 +61,12 @@ class SafetensorsFile:
                 raise UserError(
                     f"{path}: is damaged at {name or 'its header'} ({fault}); fetch it again"
                 )
+        place = _misplaced(self.entries, num_bytes)
+        if place is not None:
+            raise UserError(
+                f"{path}: is damaged at {place} (values overlap or belong to no tensor); fetch it "
+                "again"
+            )
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
@@ -121,6 +128,32 @@ def _fault(entry: Any, num_bytes: int) -> str | None:
     return None
 
 
+def _misplaced(entries: Mapping[str, Mapping[str, Any]], num_bytes: int) -> str | None:
+    """The first tensor whose values do not begin where the last one's end; None if all do.
+
+    The format wants every byte behind the header to be exactly one tensor's.
+    """
+    end = 0
+    for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+        begin, next_begin = entries[name]["data_offsets"]
+        if begin != end:
+            return name
+        end = next_begin
+    return None if end == num_bytes else "its end"
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file.
+
+    Raises:
+        ValueError: A key is in it twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
 def _are_counts(values: Any) -> bool:
     """Whether these are whole numbers, none negative."""
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
@@ -180,7 +213,7 @@ class HuggingFaceWeights:
         path = self.files[name]
         if self._is_safe(name):
             return self._safe(path).read(name, rows, columns)
-        whole = self._pickled(path)[name]
+        whole = self._pickled(path)[name].detach()
         return whole[rows] if whole.dim() == 1 else whole[rows, columns]
 
     def _find_files(self) -> dict[str, Path]:
@@ -188,7 +221,13 @@ class HuggingFaceWeights:
             index = self.folder / f"{stem}.{suffix}.index.json"
             single = self.folder / f"{stem}.{suffix}"
             if index.is_file():
-                return self._read_index(index)
+                files = self._read_index(index)
+                if single.is_file() and single not in files.values():
+                    raise UserError(
+                        f"{self.folder}: has {single.name} and {index.name}, which does not name "
+                        "it, so there are two models; remove one of the two files"
+                    )
+                return files
             if single.is_file():
                 return dict.fromkeys(self._names(single), single)
         raise UserError(
@@ -198,11 +237,15 @@ class HuggingFaceWeights:
 
     def _read_index(self, index: Path) -> dict[str, Path]:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            content = json.loads(
+                index.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats
+            )
+            weight_map = content["weight_map"]
             files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
             listed = {path.name for path in self.folder.iterdir() if path.is_file()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{index}: is damaged; fetch it again") from None
+        found: dict[str, Path] = {}
         for path in sorted(set(files.values())):
             if path.parent != self.folder or path.name not in listed:
                 shown = repr(str(path))[1:-1]  # the name may hold anything
@@ -211,7 +254,14 @@ class HuggingFaceWeights:
             lost = [name for name, file in files.items() if file == path and name not in held]
             if lost:
                 raise UserError(f"{path}: lacks {lost[0]}, which {index.name} places there")
-        return files
+            twice = next((name for name in sorted(held) if name in found), None)
+            if twice is not None:
+                raise UserError(
+                    f"{path}: has {ascii(twice)[1:-1]}, as has {found[twice].name}; fetch the "
+                    "folder again"
+                )
+            found |= dict.fromkeys(held, path)
+        return found  # with tensors that only the files themselves name, as transformers does
 
     def _names(self, path: Path) -> Iterable[str]:
         is_safe = path.suffix == ".safetensors"
@@ -236,17 +286,26 @@ class HuggingFaceWeights:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{path}: cannot be loaded safely ({reason})") from None
             loaded: Any = self._maps[path]
-            if not isinstance(loaded, dict) or not all(map(_is_named_tensor, loaded.items())):
+            fault = _pickled_fault(loaded)
+            if fault is not None:
                 raise UserError(
-                    f"{path}: holds more than tensors by name; save the model's state_dict alone"
+                    f"{path}: holds more than tensors by name ({fault}); save the model's "
+                    "state_dict alone"
                 )
         return self._maps[path]
 
 
-def _is_named_tensor(item: tuple[Any, Any]) -> bool:
-    name, value = item
-    is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return isinstance(name, str) and is_dense
+def _pickled_fault(loaded: Any) -> str | None:
+    """What a `.bin` file holds besides ordinary tensors by name; None if nothing."""
+    if not isinstance(loaded, dict):
+        return "no dictionary"
+    for name, value in loaded.items():
+        if not isinstance(name, str):
+            return "a name that is no text"
+        fault = tensor_fault(value)
+        if fault is not None:
+            return f"at {ascii(name)[1:-1][:200]} {fault}"
+    return None
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:

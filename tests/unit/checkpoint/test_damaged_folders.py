@@ -1,6 +1,7 @@
 """Hugging Face folders with well-formed files that say something impossible."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,131 @@ def test_bin_files_hold_tensors_by_name(folder: Path) -> None:
     refused(folder, "pytorch_model.bin: cannot be loaded safely")
     path.write_bytes(b"")
     refused(folder, "pytorch_model.bin: cannot be loaded safely")
+
+
+def as_shards(folder: Path, suffix: str) -> Path:
+    """Makes two shards of the weights; returns their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for number, shard in enumerate((names[::2], names[1::2])):
+        file = f"part-{number}.{suffix}"
+        save_shard({name: tensors[name] for name in shard}, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index
+
+
+def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    if path.suffix == ".safetensors":
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        torch.save(tensors, path)
+
+
+def load_shard(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_hold_every_tensor_once(folder: Path, suffix: str) -> None:
+    index = as_shards(folder, suffix)
+    check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = [folder / f"part-{number}.{suffix}" for number in range(2)]
+    contents = [load_shard(path) for path in shards]
+    other = next(name for name, file in weight_map.items() if file == shards[1].name)
+    # A tensor in both shards, with other values in the one that the index does not name.
+    save_shard({**contents[0], other: contents[1][other] + 1}, shards[0])
+    refused(folder, f"part-1.{suffix}: has {other}, as has part-0.{suffix}")
+    save_shard(contents[0], shards[0])
+    # A tensor that the index names and no shard holds.
+    save_shard({n: t for n, t in contents[1].items() if n != other}, shards[1])
+    refused(folder, f"part-1.{suffix}: lacks {other}")
+    save_shard(contents[1], shards[1])
+    # One that the index leaves out lies in a shard all the same; and one that belongs nowhere.
+    del weight_map[other]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
+    save_shard({**contents[0], "extra": torch.ones(2)}, shards[0])
+    refused(folder, "extra is no tensor of this LLaMA")
+    save_shard(contents[0], shards[0])
+    # The index names a tensor twice, in two places.
+    text = index.read_text()
+    index.write_text(text.replace("{", '{"weight_map": {}, ', 1))
+    refused(folder, "index.json: is damaged")
+    # A second model beside the shards.
+    index.write_text(text)
+    single = folder / index.name.removesuffix(".index.json")
+    save_shard({**contents[0], **contents[1]}, single)
+    refused(folder, "so there are two models")
+
+
+def test_values_of_safetensors_overlap_nowhere(folder: Path) -> None:
+    first, second = "model.layers.0.input_layernorm.weight", "model.norm.weight"
+
+    def shared(header: dict[str, Any]) -> dict[str, Any]:
+        offsets = header[first]["data_offsets"]
+        return {**header, second: {**header[second], "data_offsets": offsets}}
+
+    good = (folder / "model.safetensors").read_bytes()
+    change_header(folder, shared)
+    refused(
+        folder, r"model.safetensors: is damaged at .* \(values overlap or belong to no tensor\)"
+    )
+    (folder / "model.safetensors").write_bytes(good)
+    change_header(folder, lambda header: {n: e for n, e in header.items() if n != second})
+    refused(folder, r"values overlap or belong to no tensor")
+    (folder / "model.safetensors").write_bytes(good + b"\0\0")
+    refused(folder, r"damaged at its end \(values overlap or belong to no tensor")
+    length = int.from_bytes(good[:8], "little")
+    header = good[8 : 8 + length].rstrip()
+    twice = header[:-1] + b"," + header[1:]
+    content = len(twice).to_bytes(8, "little") + twice + good[8 + length :]
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, "its header cannot be read")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_bin_files_with_values_of_other_kinds(folder: Path) -> None:
+    """Whatever stands where a tensor has to be is refused, or read as what it is."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    norm = tensors[NORM]
+    kinds: dict[str, tuple[Any, str]] = {
+        "meta": (norm.to("meta"), "values are missing"),
+        "sparse": (norm.to_sparse(), "sparse or nested"),
+        "csr": (tensors["lm_head.weight"].to_sparse_csr(), "sparse or nested"),
+        "nested": (torch.nested.nested_tensor([norm]), "sparse or nested"),
+        "quantized": (torch.quantize_per_tensor(norm, 0.1, 0, torch.qint8), "is quantised"),
+        "list": ([norm], "no tensor stands for one"),
+        "nothing": (None, "no tensor stands for one"),
+        "int8": (norm.to(torch.int8), "neither fp32, bf16 nor fp16"),
+        "float64": (norm.double(), "neither fp32, bf16 nor fp16"),
+        "float8": (norm.to(torch.float8_e4m3fn), "neither fp32, bf16 nor fp16"),
+        "complex": (norm.to(torch.complex64), "neither fp32, bf16 nor fp16"),
+        "scalar": (torch.tensor(1.0), r"is \[\]"),
+        "other shape": (norm.unsqueeze(0).clone(), r"is \[1, 16\]"),
+    }
+    for value, message in kinds.values():
+        torch.save({**tensors, NORM: value}, path)
+        refused(folder, f"pytorch_model.bin: .*{message}")
+    rng = random.Random(0)
+    for _ in range(40):  # several at once, in any place
+        content: dict[Any, Any] = dict(tensors)
+        for name in rng.sample(sorted(tensors), rng.randrange(1, 4)):
+            content[rng.choice([name, name, name, 3, None])] = rng.choice(list(kinds.values()))[0]
+        torch.save(content, path)
+        refused(folder, "pytorch_model.bin: ")
+    # Parameters, and views with strides of their own, are tensors.
+    odd = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    odd[NORM] = torch.ones(1).expand(16)  # type: ignore[assignment]
+    torch.save(odd, path)
+    weights = HuggingFaceWeights(folder)
+    check_weights(weights, shape_of_huggingface(folder))
+    for name, tensor in tensors.items():
+        found = weights.read(name)
+        assert not found.requires_grad and torch.equal(found, tensor)
