@@ -71,6 +71,12 @@ def failures(run: Any, root: Path, ranks: Ranks) -> None:
     if ranks.is_reporter:
         # What an earlier job left is gone, and only what is durable counts as retained.
         assert checkpoints(root) == ["iter_0000003", "iter_0000006"]
+        # The model did not change: only what counts iterations differs.
+        one, other = root / "iter_0000003", root / "iter_0000006"
+        names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
+        assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
+        changed = {str(n) for n in names if (one / n).read_bytes() != (other / n).read_bytes()}
+        assert changed == {"state.json", MANIFEST}, changed
     saver.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
@@ -82,7 +88,7 @@ def damage(run: Any, root: Path, ranks: Ranks) -> None:
     see, a clean load; always the same on every rank.
     """
     good, bad = root / "iter_0000002", root / "iter_0000009"
-    names = sorted(path.name for path in good.iterdir())
+    names = [path.relative_to(good).as_posix() for path in _files(good)]
     # One for what all ranks choose alike, one for the damage that the first rank does.
     choice, rng = random.Random(0), random.Random(1)
     is_first = ranks.process.rank == 0
@@ -149,6 +155,10 @@ def _resume(run: Any, checkpoint: Path, ranks: Ranks, *, verify: bool) -> str | 
     return error
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _flip(path: Path, _: Path, rng: random.Random) -> None:
     content = bytearray(path.read_bytes())
     for _number in range(rng.choice((1, 1, 20))):
@@ -169,7 +179,7 @@ def _zero(path: Path, _: Path, rng: random.Random) -> None:
 
 
 def _swap(path: Path, good: Path, rng: random.Random) -> None:
-    path.write_bytes(rng.choice(sorted(good.iterdir())).read_bytes())
+    path.write_bytes(rng.choice(_files(good)).read_bytes())
 
 
 DAMAGE: dict[str, Callable[[Path, Path, random.Random], None]] = {
