@@ -220,6 +220,7 @@ class MixtureCurve:
         points: int64[num_points], ascending samples; one where the weights jump comes twice.
         shares: float64[num_points, num_sources], the planned weight at each point. Between points
             it is linear.
+        drawn: int64[num_points, num_sources], draws of each source before each point.
     """
 
     edges: npt.NDArray[np.int64]
@@ -227,6 +228,7 @@ class MixtureCurve:
     realised: npt.NDArray[np.float64]
     points: npt.NDArray[np.int64]
     shares: npt.NDArray[np.float64]
+    drawn: npt.NDArray[np.int64]
 
 
 def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> MixtureCurve:
@@ -250,7 +252,8 @@ def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> Mixtur
     ]
     points, shares = _planned_line(blend, num_samples)
     realised = np.diff(counts, axis=0) / sizes
-    return MixtureCurve(edges, np.array(due) / sizes, realised, points, shares)
+    drawn = np.array([blend.counts(sample) for sample in points.tolist()])
+    return MixtureCurve(edges, np.array(due) / sizes, realised, points, shares, drawn)
 
 
 def _planned_line(

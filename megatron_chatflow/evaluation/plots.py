@@ -168,11 +168,10 @@ def _draw_epochs(
     colors: Sequence[tuple[float, ...]],
     unit_per_sample: float,
 ) -> None:
-    drawn = np.cumsum(curve.realised * np.diff(curve.edges)[:, None], axis=0)
-    edges = curve.edges * unit_per_sample
+    points = curve.points * unit_per_sample
     for k, name in enumerate(sources):
         if size := samples_per_epoch.get(name):
-            axes.plot(edges, np.append(0, drawn[:, k]) / size, color=colors[k])
+            axes.plot(points, curve.drawn[:, k] / size, color=colors[k])
     axes.set_ylabel("epochs of the source")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
