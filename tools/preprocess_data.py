@@ -14,6 +14,7 @@ import argparse
 import logging
 import time
 
+from megatron_chatflow.corpus.readers import MAX_RECORD_BYTES
 from megatron_chatflow.corpus.scripts import SCRIPTS
 from megatron_chatflow.corpus.templates import TEMPLATES
 from megatron_chatflow.data.preprocess import parse_shard, preprocess, settings_of_options
@@ -65,6 +66,13 @@ def parse_arguments() -> argparse.Namespace:
         help="of txt, tsv and JSON: gb18030, big5, utf-16 ...; default: %(default)s",
     )
     add("--txt-documents", choices=["file", "line"], default="file", help="what is one, in .txt")
+    add(
+        "--max-record-bytes",
+        type=int,
+        default=MAX_RECORD_BYTES,
+        metavar="N",
+        help="largest line, row or text file; larger ones are bad lines; default: %(default)s",
+    )
     add("--partitions", type=int, default=1, dest="num_partitions", help="merged; resumes by part")
     add("--shard", type=parse_shard, metavar="I/N", help="make the I-th of N parts alone, I from 0")
     add("--ray", metavar="ADDRESS", help="make the parts on this Ray cluster; auto: the one here")

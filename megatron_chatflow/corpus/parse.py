@@ -29,7 +29,15 @@ from megatron_chatflow.corpus.pairs import (
     pair_of_line,
     pairs_of_record,
 )
-from megatron_chatflow.corpus.readers import Chunk, ReadOptions, TxtDocuments
+from megatron_chatflow.corpus.readers import (
+    MAX_RECORD_BYTES,
+    RECORD_BYTES_PER_VALUE,
+    Chunk,
+    OversizedRecord,
+    ReadOptions,
+    TxtDocuments,
+    num_json_values,
+)
 from megatron_chatflow.corpus.tab_separated import unquoted
 from megatron_chatflow.corpus.templates import document_of_chat
 from megatron_chatflow.errors import UserError
@@ -47,6 +55,7 @@ class CorpusSettings:
         txt_documents: Whether a `.txt` file is one document or one a line.
         invalid_utf8: What becomes of a line that is not UTF-8.
         encoding: Of the text in the inputs, as `canonical_encoding` names it.
+        max_record_bytes: What a record may have, in bytes; a larger one is a bad line.
         template: Chat template, also of translation instructions.
         chat_template: One of the user's own, instead of `template`.
         loss: "response" or "all".
@@ -58,6 +67,7 @@ class CorpusSettings:
     txt_documents: TxtDocuments = "file"
     invalid_utf8: Literal["drop", "replace"] = "drop"
     encoding: str = "utf-8"
+    max_record_bytes: int = MAX_RECORD_BYTES
     template: str = "chatflow"
     chat_template: JinjaTemplate | None = None
     loss: Literal["response", "all"] = "response"
@@ -85,6 +95,7 @@ class CorpusSettings:
             txt_documents=self.txt_documents if self.format == "text" else None,
             columns=columns,
             encoding=self.encoding,
+            max_record_bytes=self.max_record_bytes,
             tabs=self.pairs.tabs if self.format == "pairs" else None,
         )
 
@@ -113,7 +124,11 @@ class _Parser:
             kept = (
                 (number, line.removesuffix(b"\n")) for number, line in lines if not line.isspace()
             )
-            take = self._take_text if chunk.kind == "text_lines" else self._take_line
+            take: Callable[[bytes], None] = self._take_line
+            if chunk.kind == "text_lines":
+                take = self._take_text
+            if len(chunk.data) > self.settings.max_record_bytes // RECORD_BYTES_PER_VALUE:
+                take = self._take_bounded(take)
             self._all(kept, take)
         if self.num_invalid:
             where = f"{chunk.name}:{self.first_invalid}"
@@ -135,6 +150,32 @@ class _Parser:
             except DroppedError as error:
                 self.num_dropped[error.reason] += 1
 
+    def _take_bounded(self, take: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """The same for lines that may be beyond the bound."""
+        limit = self.settings.max_record_bytes
+        is_json = self.chunk.kind == "lines" and self.chunk.layout is None
+
+        def take_bounded(line: bytes) -> None:
+            if len(line) > limit:
+                raise self._too_large()
+            num_values = limit // RECORD_BYTES_PER_VALUE
+            if is_json and len(line) > num_values and num_json_values(line) > num_values:
+                raise BadLineError(
+                    "record_too_large",
+                    f"record_too_large: more than {num_values} values: raise --max-record-bytes",
+                )
+            take(line)
+
+        return take_bounded
+
+    def _too_large(self) -> BadLineError:
+        limit = self.settings.max_record_bytes
+        return BadLineError(
+            "record_too_large",
+            f"record_too_large: more than {limit} bytes: is this a file of lines? "
+            "--max-record-bytes raises the bound",
+        )
+
     def _take_line(self, line: bytes) -> None:
         layout = self.chunk.layout
         if layout is not None:
@@ -155,6 +196,8 @@ class _Parser:
     def _take_record(self, record: Any) -> None:
         settings = self.settings
         if type(record) is not dict:
+            if isinstance(record, OversizedRecord):
+                raise self._too_large()
             raise BadLineError("not_an_object")
         if settings.format == "text":
             texts = [_text_at(record, key) for key in settings.json_keys]

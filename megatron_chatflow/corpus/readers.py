@@ -4,12 +4,16 @@ In: `InputFile`s. Out: `Chunk`s, each with whole records, its place in the file,
 file has been read. What a chunk holds does not depend on who will parse it.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 import zstandard
 
@@ -25,10 +29,25 @@ from megatron_chatflow.corpus.tab_separated import (
 from megatron_chatflow.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-# A line, a text file that is one document, or a JSON array has to fit into memory.
-MAX_RECORD_BYTES = 1 << 28
-MAX_TXT_FILE_BYTES = 1 << 26
+# What one record may have: a line, a row, or a text file that is one document.
+MAX_RECORD_BYTES = 1 << 26
+# A value of parsed JSON takes up to 100 bytes and may be written with two. With this many bytes of
+# the bound for each value, a parsed record takes at most about seven times the bound.
+RECORD_BYTES_PER_VALUE = 16
+NUM_RECORDS_OF_ARRAY = 4  # a JSON array, which is parsed as a whole, may be as large as so many
 NUM_OBJECTS_PER_CHUNK = 1000
+NUM_ROWS_PER_BATCH = 256
+MAX_BATCH_BYTES = 1 << 28  # of rows that are decoded together
+MAX_ROW_GROUP_BYTES = 1 << 30  # from which on fewer rows are decoded together
+_DICTIONARY_PAGE = 2
+_SEPARATORS = (b",", b":", b"[", b"{")
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class OversizedRecord:
+    """Stands for a record that was passed over because of its size."""
+
 
 TxtDocuments = Literal["file", "line"]
 
@@ -41,7 +60,7 @@ class Chunk:
         name: The file's.
         first_line: Number of its first record, counted from 1.
         kind: "lines" (JSON or tab-separated), "text_lines" (a document each), "text" (one
-            document), "objects" (parsed JSON).
+            document), "objects" (parsed JSON, or `OversizedRecord`).
         data: The bytes, or the list of objects.
         num_bytes_read: How far into the file on disk the reader was.
         layout: Of tab-separated lines, where the pair lies in them; None for JSON.
@@ -65,12 +84,14 @@ class ReadOptions:
         columns: The columns of a parquet file that are wanted; None for all.
         encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
         tabs: How tab-separated lines hold pairs; None where records are not pairs.
+        max_record_bytes: What a record may have, in bytes.
     """
 
     txt_documents: TxtDocuments | None = "file"
     columns: Sequence[str] | None = None
     encoding: str = "utf-8"
     tabs: TabOptions | None = None
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 class _Source:
@@ -106,7 +127,7 @@ def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterat
         UserError: The file cannot be read, or is damaged.
     """
     if file.kind == "parquet":
-        yield from _read_parquet(file, options.columns)
+        yield from _read_parquet(file, options.columns, options.max_record_bytes)
         return
     if file.kind == "tsv" and options.tabs is None:
         raise UserError(f"tab-separated lines hold pairs: {file.name}: read it in the format pairs")
@@ -114,13 +135,15 @@ def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterat
     try:
         blocks = transcode(_decompressed(source, file.name), file.name, options.encoding)
         if file.kind == "txt" and options.txt_documents == "file":
-            yield _whole_text(blocks, file.name, source)
+            yield _whole_text(blocks, file.name, source, options.max_record_bytes)
         elif file.kind == "txt" and options.txt_documents == "line":
-            yield from _line_chunks(blocks, file.name, source, "text_lines")
+            yield from _line_chunks(
+                blocks, file.name, source, "text_lines", options.max_record_bytes
+            )
         elif file.kind == "json":
-            yield from _read_json(blocks, file.name, source)
+            yield from _read_json(blocks, file.name, source, options.max_record_bytes)
         else:
-            chunks = _line_chunks(blocks, file.name, source, "lines")
+            chunks = _line_chunks(blocks, file.name, source, "lines", options.max_record_bytes)
             yield from _with_layout(chunks, file, options.tabs)
     except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
@@ -173,25 +196,44 @@ def _line_chunks(
     name: str,
     source: _Source,
     kind: Literal["lines", "text_lines"],
+    max_record_bytes: int,
 ) -> Iterator[Chunk]:
-    """Chunks that end at line ends."""
+    """Chunks that end at line ends. A line that goes on beyond the bound is not kept in memory."""
     first_line = 1
     pending: list[bytes] = []
     num_pending = 0
+    is_passing_over = False
     for block in blocks:
+        if is_passing_over:
+            end = block.find(b"\n") + 1
+            if not end:
+                continue
+            yield Chunk(name, first_line, "objects", [OversizedRecord()], source.num_bytes_read)
+            first_line += 1
+            is_passing_over = False
+            block = block[end:]
         end = block.rfind(b"\n") + 1
         num_pending += len(block)
         if end == 0 or num_pending < CHUNK_BYTES:
             pending.append(block)
-            _check_line(num_pending, name, first_line)
+            if num_pending > max(max_record_bytes, CHUNK_BYTES):
+                data = b"".join(pending)
+                end = data.rfind(b"\n") + 1
+                if end:
+                    yield Chunk(name, first_line, kind, data[:end], source.num_bytes_read)
+                    first_line += data.count(b"\n")
+                pending, num_pending = [data[end:]], len(data) - end
+                if num_pending > max_record_bytes:
+                    pending, num_pending, is_passing_over = [], 0, True
             continue
         data = b"".join([*pending, block[:end]])
         yield Chunk(name, first_line, kind, data, source.num_bytes_read)
         first_line += data.count(b"\n")
         pending = [block[end:]]
         num_pending = len(block) - end
+    if is_passing_over:
+        yield Chunk(name, first_line, "objects", [OversizedRecord()], source.num_bytes_read)
     if num_pending:
-        _check_line(num_pending, name, first_line)
         yield Chunk(name, first_line, kind, b"".join(pending), source.num_bytes_read)
 
 
@@ -202,7 +244,7 @@ def _with_layout(
     layout: TabLayout | None = None
     is_known = False
     for chunk in chunks:
-        if not is_known and not chunk.data.isspace():
+        if not is_known and chunk.kind == "lines" and not chunk.data.isspace():
             is_known = True
             is_json = file.kind == "jsonl" or (file.kind != "tsv" and are_json_lines(chunk.data))
             if tabs is not None and not is_json:
@@ -217,12 +259,11 @@ def _with_layout(
         yield chunk if layout is None else replace(chunk, layout=layout)
 
 
-def _check_line(num_bytes: int, name: str, number: int) -> None:
-    if num_bytes > MAX_RECORD_BYTES:
-        raise UserError(
-            f"line too long: {name}:{number}: more than {MAX_RECORD_BYTES} bytes without a line "
-            "end: is this a file of lines?"
-        )
+def num_json_values(data: bytes) -> int:
+    """How many values some JSON has at most, without parsing it."""
+    if sum(map(data.count, _SEPARATORS)) * RECORD_BYTES_PER_VALUE > len(data):
+        data = _STRING.sub(b"", data)  # texts may have commas of their own
+    return 1 + sum(map(data.count, _SEPARATORS))
 
 
 def _whole(blocks: Iterator[bytes], limit: int, complaint: str) -> bytes:
@@ -236,17 +277,19 @@ def _whole(blocks: Iterator[bytes], limit: int, complaint: str) -> bytes:
     return b"".join(parts)
 
 
-def _whole_text(blocks: Iterator[bytes], name: str, source: _Source) -> Chunk:
+def _whole_text(blocks: Iterator[bytes], name: str, source: _Source, limit: int) -> Chunk:
     data = _whole(
         blocks,
-        MAX_TXT_FILE_BYTES,
-        f"text file too large: {name}: more than {MAX_TXT_FILE_BYTES} bytes as one document: "
-        "use --txt-documents line, or jsonl",
+        limit,
+        f"text file too large: {name}: more than {limit} bytes as one document: use "
+        "--txt-documents line, or jsonl, or raise --max-record-bytes",
     )
     return Chunk(name, 1, "text", data, source.num_bytes_read)
 
 
-def _read_json(blocks: Iterator[bytes], name: str, source: _Source) -> Iterator[Chunk]:
+def _read_json(
+    blocks: Iterator[bytes], name: str, source: _Source, max_record_bytes: int
+) -> Iterator[Chunk]:
     """A `.json` file: one array of records, or a record on each line."""
     head = b""
     for block in blocks:
@@ -255,13 +298,14 @@ def _read_json(blocks: Iterator[bytes], name: str, source: _Source) -> Iterator[
             break
     rest = _chain(head, blocks)
     if not head.lstrip().startswith(b"["):
-        yield from _line_chunks(rest, name, source, "lines")
+        yield from _line_chunks(rest, name, source, "lines", max_record_bytes)
         return
-    data = _whole(
-        rest,
-        MAX_RECORD_BYTES,
-        f"JSON array too large: {name}: more than {MAX_RECORD_BYTES} bytes: convert it to jsonl",
-    )
+    limit = NUM_RECORDS_OF_ARRAY * max_record_bytes
+    advice = "convert it to jsonl, or raise --max-record-bytes"
+    data = _whole(rest, limit, f"JSON array too large: {name}: more than {limit} bytes: {advice}")
+    num_values = limit // RECORD_BYTES_PER_VALUE
+    if len(data) > num_values and num_json_values(data) > num_values:
+        raise UserError(f"JSON array too large: {name}: more than {num_values} values: {advice}")
     try:
         objects = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -286,8 +330,15 @@ def _chain(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def _read_parquet(file: InputFile, columns: Sequence[str] | None) -> Iterator[Chunk]:
-    """Rows as objects; a row's number stands for the line number."""
+def _read_parquet(
+    file: InputFile, columns: Sequence[str] | None, max_record_bytes: int
+) -> Iterator[Chunk]:
+    """Rows as objects; a row's number stands for the line number.
+
+    A file of a kilobyte may hold any amount of text, as one value of a dictionary in many rows.
+    Only so many rows are decoded at once as fit into memory by the sizes that the file gives, and
+    they become objects in chunks of about `CHUNK_BYTES` of content.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -304,11 +355,115 @@ def _read_parquet(file: InputFile, columns: Sequence[str] | None) -> Iterator[Ch
                     f"no such column: {file.name}: has {', '.join(names)}, "
                     f"but {', '.join(columns or ())} is wanted"
                 )
+            num_rows, shared = _decoding(file.path, content.metadata, wanted)
+        with parquet.ParquetFile(file.path, read_dictionary=shared) as content:
             first_row = 1
-            for batch in content.iter_batches(batch_size=256, columns=wanted):
-                rows = batch.to_pylist()
+            for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
                 position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
-                yield Chunk(file.name, first_row, "objects", rows, position)
-                first_row += len(rows)
+                for rows in _rows(batch, max_record_bytes):
+                    yield Chunk(file.name, first_row, "objects", rows, position)
+                    first_row += len(rows)
     except (ArrowException, OSError) as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
+
+
+def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple[int, list[str]]:
+    """How many rows to decode at once, and the columns whose dictionary to keep as one.
+
+    A dictionary is kept where a row may refer to it any number of times, from a list. Keeping all
+    would cost time: text that hardly repeats has a small dictionary and goes on without.
+    """
+    num_rows = NUM_ROWS_PER_BATCH
+    shared: set[str] = set()
+    with path.open("rb") as stream:
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for k in range(group.num_columns):
+                column = group.column(k)
+                name = column.path_in_schema
+                if column.physical_type != "BYTE_ARRAY" or (
+                    columns is not None and name.split(".")[0] not in columns
+                ):
+                    continue
+                size = max(column.total_uncompressed_size, 1)
+                num_rows = min(
+                    num_rows,
+                    MAX_BATCH_BYTES * group.num_rows // size,
+                    NUM_ROWS_PER_BATCH * MAX_ROW_GROUP_BYTES // size,
+                )
+                dictionary = _dictionary_bytes(stream, column)
+                if metadata.schema.column(k).max_repetition_level == 0:
+                    num_rows = min(num_rows, MAX_BATCH_BYTES // max(dictionary, 1))
+                elif dictionary * column.num_values > MAX_BATCH_BYTES:
+                    shared.add(name)
+    return max(num_rows, 1), sorted(shared)
+
+
+def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
+    """The size of a column's dictionary, as the header of its first page gives it; 0 without one.
+
+    The header is in Thrift's compact protocol. It begins with the page's kind and size, both
+    integers in zigzag form.
+    """
+    has_dictionary = column.has_dictionary_page and column.dictionary_page_offset is not None
+    stream.seek(column.dictionary_page_offset if has_dictionary else column.data_page_offset)
+    header = stream.read(16)
+    values: list[int] = []
+    position = 0
+    while len(values) < 2 and header[position : position + 1] == b"\x15":
+        value = shift = 0
+        while True:
+            position += 1
+            if position >= len(header):
+                return 0  # it is damaged, which its reader reports
+            value |= (header[position] & 0x7F) << shift
+            shift += 7
+            if header[position] < 0x80:
+                break
+        values.append(value >> 1)
+        position += 1
+    return values[1] if len(values) == 2 and values[0] == _DICTIONARY_PAGE else 0
+
+
+def _rows(batch: Any, max_record_bytes: int) -> Iterator[list[Any]]:
+    """The rows of a batch as objects, about `CHUNK_BYTES` of content at a time."""
+    sizes = sum(
+        (_sizes(column) for column in batch.columns),
+        np.zeros(batch.num_rows, np.int64),
+    )
+    begin = 0
+    while begin < batch.num_rows:
+        if sizes[begin] > max_record_bytes:
+            yield [OversizedRecord()]
+            begin += 1
+            continue
+        ends = np.cumsum(sizes[begin:])
+        end = begin + max(1, int(np.searchsorted(ends, CHUNK_BYTES, "right")))
+        yield batch.slice(begin, end - begin).to_pylist()
+        begin = end
+
+
+def _sizes(array: Any) -> npt.NDArray[np.int64]:
+    """Bytes of content in each row of an array, with a pointer for each element of a list."""
+    from pyarrow import compute, types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        of_values = _sizes(array.dictionary)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        return np.asarray(of_values[indices] if len(of_values) else np.zeros(len(array), np.int64))
+    if types.is_struct(kind):
+        fields = [_sizes(array.field(k)) for k in range(kind.num_fields)]
+        return np.asarray(np.sum([np.full(len(array), 8, np.int64), *fields], axis=0))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        values = array.keys if types.is_map(kind) else array.values
+        of_values = _sizes(values) + 8
+        if types.is_map(kind):
+            of_values += _sizes(array.items)
+        ends = np.concatenate([[0], np.cumsum(of_values)])
+        offsets = array.offsets.to_numpy()
+        return np.asarray(ends[offsets[1:]] - ends[offsets[:-1]])
+    if types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind):
+        lengths = compute.binary_length(array).fill_null(0)
+        return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
+    return np.full(len(array), 8, np.int64)

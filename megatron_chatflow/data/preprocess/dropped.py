@@ -21,6 +21,8 @@ _HINTS = {
     "length_ratio": "see --pair-max-length-ratio",
     "wrong_script": "see --pair-scripts, and whether the sides are the other way round",
     "identical_sides": "is one side a copy of the other?",
+    "record_too_large": "see --max-record-bytes",
+    "template_limit": "mend the chat template",
     "too_long": "see --max-tokens and --over-long",
     "no_loss_tokens": "see --max-tokens",
 }

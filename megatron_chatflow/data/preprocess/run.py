@@ -127,6 +127,10 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
             f"max_dropped_share: {settings.max_dropped_share}: must be from 0 to 1, a share of all "
             "records"
         )
+    if settings.corpus.max_record_bytes < 1:
+        raise UserError(
+            f"--max-record-bytes: {settings.corpus.max_record_bytes}: must be at least 1"
+        )
     for name, smallest in (
         ("num_workers", 1),
         ("max_bad_lines", 0),

@@ -15,6 +15,7 @@ from megatron_chatflow.corpus.jinja_chats import read_chat_template
 from megatron_chatflow.corpus.pair_templates import read_pair_templates
 from megatron_chatflow.corpus.pairs import PairSettings
 from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.corpus.readers import MAX_RECORD_BYTES
 from megatron_chatflow.data.preprocess.dropped import DEFAULT_MAX_SHARE
 
 
@@ -72,6 +73,8 @@ class PreprocessSettings:
         del corpus["chat_template"]
         if self.corpus.encoding == "utf-8":
             del corpus["encoding"]  # as in the sidecars of versions that knew no other
+        if self.corpus.max_record_bytes == MAX_RECORD_BYTES:
+            del corpus["max_record_bytes"]
         if self.corpus.format == "text":
             del corpus["template"], corpus["loss"]
         elif self.corpus.chat_template is not None:

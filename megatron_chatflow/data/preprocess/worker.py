@@ -27,7 +27,8 @@ class ChunkWorker:
     def encode(self, chunk: Chunk) -> EncodedChunk:
         """One chunk."""
         corpus = self.settings.corpus
-        if corpus.format == "text" and chunk.kind == "lines" and len(corpus.json_keys) == 1:
+        is_bounded = chunk.kind == "lines" and len(chunk.data) <= corpus.max_record_bytes
+        if corpus.format == "text" and is_bounded and len(corpus.json_keys) == 1:
             (key,) = corpus.json_keys
             encoded = self.encoder.encode_lines(chunk.data, key)
             if encoded is not None:

@@ -117,19 +117,11 @@ def test_txt_is_one_document_or_one_a_line(tmp_path: Path) -> None:
     assert {chunk.kind for chunk in read_chunks(file, ReadOptions(None))} == {"lines"}
 
 
-def test_txt_too_large_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_TXT_FILE_BYTES", 1000)
+def test_txt_too_large_for_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"word " * 300)
     (file,) = find_inputs([str(tmp_path / "a.txt")])
     with pytest.raises(UserError, match="--txt-documents line"):
-        list(read_chunks(file))
-
-
-def test_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 5000)
-    (tmp_path / "a.jsonl").write_bytes(LINES[: LINES.index(b"\n") + 1] + b"x" * 9000)
-    with pytest.raises(UserError, match=r"line too long: a.jsonl:2"):
-        records_of(tmp_path / "a.jsonl")
+        list(read_chunks(file, ReadOptions(max_record_bytes=1000)))
 
 
 @pytest.mark.parametrize(

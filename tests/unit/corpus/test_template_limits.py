@@ -85,7 +85,7 @@ OTHERS = {
     "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "recursion",
 }
 PROGRAM = """
-import json, resource, sys
+import json, re, sys
 from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
 for source in json.load(sys.stdin):
     try:
@@ -93,7 +93,9 @@ for source in json.load(sys.stdin):
         reason = "none"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    print(json.dumps([reason, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+    # Not ru_maxrss, which a child takes over from its parent.
+    max_kib = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+    print(json.dumps([reason, max_kib]))
 """
 
 
