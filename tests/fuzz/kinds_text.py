@@ -735,9 +735,9 @@ _RUN: dict[str, Any] = {
         "seq_length": 32,
         "holdout_every": 10,
         "sources": {
-            "first": {"paths": ["out_text_document"]},
+            "first": {"paths": ["corpus_text_document"]},
             "second": {
-                "paths": ["out_text_document"],
+                "paths": ["corpus_text_document"],
                 "packing": "best_fit",
                 "boundaries": "isolate",
             },
@@ -795,7 +795,8 @@ def _make_yaml(folder: Path) -> None:
     write_lines(folder / "pairs.jsonl", PAIRS)
     (folder / "run.yaml").write_text(yaml.safe_dump(_RUN))
     (folder / "pairs.yaml").write_text(yaml.safe_dump(_PAIR_TEMPLATES))
-    Command("", preprocess("--input", "long.jsonl", "--append-eod")).call_to_end()
+    job = preprocess("--input", "long.jsonl", "--append-eod")
+    Command("", (*job, "--output-prefix", "corpus")).call_to_end()
 
 
 def _damage_yaml(folder: Path, rng: random.Random) -> Damage:

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import itertools
 import json
 import pkgutil
 import random
@@ -138,18 +137,18 @@ class Fuzzer:
         return run_command(command, damage, folder, self._work / "logs", kind.limits)
 
     def run(self, kinds: Sequence[Kind], seconds: float) -> int:
-        """Runs cases of each kind in turn.
+        """Runs cases, each of the kind that has had the least time so far.
 
         Returns:
             1 if there is a finding, else 0.
         """
         begin = time.monotonic()
-        for number in itertools.count():
-            for kind in kinds:
-                if time.monotonic() - begin >= seconds:
-                    return self._report()
-                self.run_case(kind, number)
-        raise AssertionError("unreachable")
+        for kind in kinds:
+            self.counts.setdefault(kind.name, Counts())
+        while time.monotonic() - begin < seconds:
+            kind = min(kinds, key=lambda kind: self.counts[kind.name].seconds)
+            self.run_case(kind, self.counts[kind.name].num_cases)
+        return self._report()
 
     def run_case(self, kind: Kind, number: int) -> str | None:
         """Runs the ``number``-th case of a kind; returns the finding, if it is one."""
