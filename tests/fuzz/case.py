@@ -2,7 +2,8 @@
 
 A finding is any of these:
 
-- a traceback, an exit status other than 0 and 2, or a signal;
+- a traceback, an exit status other than 0 and 2, or a signal; what Rust prints of a panic before
+  it becomes an error of one line is none;
 - memory or time above the limits;
 - a message that is not one line of at most 1,000 characters;
 - after an error, a file under its final name or a leftover; after success, an output that is not
@@ -203,7 +204,7 @@ def judge(
         return f"ended by signal {-outcome.status}: {_last_line(told)}"
     if PLANTED in {Path(name).name for name in result.written}:
         return "ran code of a file"
-    if "Traceback (most recent call last)" in told or "panicked at" in told:
+    if "Traceback (most recent call last)" in told:
         return f"traceback: {_last_line(told)}"
     if outcome.status not in command.statuses:
         return f"exit status {outcome.status}: {_last_line(told)}"
