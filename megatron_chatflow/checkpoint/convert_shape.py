@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_chatflow.checkpoint.files import read_state
 from megatron_chatflow.checkpoint.recorded_config import read_run_config
 from megatron_chatflow.config import ModelConfig
-from megatron_chatflow.config.huggingface import CONFIG_NAMES, MOST_LAYERS, model_of_huggingface
+from megatron_chatflow.config.huggingface import CONFIG_NAMES, model_of_huggingface
 from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.rope import RopeScaling, dynamic_base, huggingface_rope
 from megatron_chatflow.config.validation import check_model
@@ -120,8 +120,6 @@ def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
         )
     try:
         model = _adapter.validate_python(known)
-        if model.num_layers > MOST_LAYERS:
-            raise UserError(f"model.num_layers: is {model.num_layers}")
         check_model(model)
     except ValidationError as error:
         reason = f"model.{describe(error, ModelConfig)}"

@@ -40,7 +40,7 @@ def _check_shares(value: str) -> str:
 
 def _check_name(value: str) -> str:
     if not value.strip() or not value.isprintable():
-        raise UserError(f"must be a name that can be printed, not {value!r}")
+        raise UserError(f"must be a name that can be printed, not {shorten(value)}")
     return value
 
 
@@ -56,9 +56,11 @@ Shares = Annotated[StrictStr, AfterValidator(_check_shares)]
 """Shares of training, validation and test, as `parse_shares` reads them."""
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
-Size = Annotated[StrictInt, Field(ge=1)]
+Size = Annotated[StrictInt, Field(ge=1, lt=2**31)]
 """A dimension or a number of parts: at least 1, written plainly."""
-Stride = Annotated[StrictInt, Field(ge=2)]
+MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
+NumLayers = Annotated[StrictInt, Field(ge=1, le=MOST_LAYERS)]
+Stride = Annotated[StrictInt, Field(ge=2, lt=2**62)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]

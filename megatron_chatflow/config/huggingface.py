@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.config.fields import MOST_LAYERS
 from megatron_chatflow.config.rope import is_positive_number, rope_of_huggingface
 from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
@@ -25,7 +26,6 @@ CONFIG_NAMES = {
     "rms_norm_eps": "norm_epsilon",
     "initializer_range": "init_method_std",
 }
-MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
 _LARGEST_SIZE = 2**31 - 1
 # Of each model_type: its architecture, and its own defaults, which a config.json may leave out.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}

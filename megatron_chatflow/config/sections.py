@@ -20,6 +20,7 @@ from megatron_chatflow.config.fields import (
     KnotWeights,
     Name,
     NonNegativeNumber,
+    NumLayers,
     PositiveCount,
     PositiveNumber,
     Seed,
@@ -59,7 +60,7 @@ class ModelConfig:
     preset: Name | None = Field(
         default=None, description="published shape that fills what is unset: " + ", ".join(PRESETS)
     )
-    num_layers: Size = Field(description="transformer layers")
+    num_layers: NumLayers = Field(description="transformer layers")
     hidden_size: Size = Field(description="width of the residual stream")
     ffn_hidden_size: Size = Field(description="width inside the SwiGLU feed-forward block")
     num_attention_heads: Size = Field(description="attention heads")

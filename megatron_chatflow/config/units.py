@@ -46,7 +46,9 @@ def parse_count(value: object) -> int:
         count = Decimal(value)
     elif isinstance(value, str) and (match := _COUNT.fullmatch(value)):
         if value.lstrip("+-").isdigit():
-            raise UserError(f"must be a number, not the text {value!r}; write it without quotes")
+            raise UserError(
+                f"must be a number, not the text {shorten(value)}; write it without quotes"
+            )
         count = Decimal(match[1].replace("_", "")) * UNITS.get(match[2].upper(), 1)
     else:
         raise UserError(f"must be a count such as 500, 8K, 5M, 1.5B or 1T, not {shorten(value)}")

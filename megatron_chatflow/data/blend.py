@@ -137,6 +137,8 @@ class Blend:
         """
         if not 0 <= source < len(self.sources) or index < 0:
             raise UserError(f"first_draw({source}, {index}): no such source or index")
+        if index >= MAX_SAMPLES:
+            return None
         column = int(np.flatnonzero(self._public == source)[0])
         ends = [segment.counts[column] for segment in self._segments[1:]]
         with self._lock:

@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.data.blend import MAX_SAMPLES, Blend
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.native.quota_reference import GRID
 
@@ -121,7 +121,7 @@ def check_epochs(
     """
     found = []
     for name, limit in max_epochs.items():
-        allowed = int(limit * samples_per_epoch[name])
+        allowed = int(min(limit * samples_per_epoch[name], MAX_SAMPLES))
         sample = blend.first_draw(blend.sources.index(name), allowed)
         if sample is not None and sample < num_samples:
             found.append((sample, name))

@@ -23,6 +23,7 @@ import tokenizers
 
 from megatron_chatflow.config.units import shorten
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import shorten as shorten_message
 
 MAX_MODEL_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens has about 35 MB
 _MAX_VALUES = 16_000_000  # 500,000 merges have 1.5 million; Python needs up to 100 bytes for each
@@ -119,8 +120,7 @@ def is_library_error(error: BaseException) -> bool:
 
 def error_text(error: BaseException) -> str:
     """What an error of a Rust library says, in one short line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}"
+    return shorten_message(" ".join(str(error).split()), 300)
 
 
 @contextmanager

@@ -72,6 +72,12 @@ def test_the_iteration_that_exceeds_max_epochs_is_named() -> None:
         check_epochs(blend(), 800, sizes, {"chat": 2, "english": 1.5}, 20)
 
 
+@pytest.mark.parametrize("limit", [1e308, 2.0**63, 1e18])
+def test_a_huge_limit_is_none(limit: float) -> None:
+    check_epochs(blend(), 800, {"english": 60}, {"english": limit}, 20)
+    assert blend().first_draw(0, 2**63) is None
+
+
 def test_more_than_four_epochs_are_reported_unless_a_limit_was_chosen() -> None:
     counts = dict(zip(NAMES, blend().counts(800).tolist(), strict=True))
     sizes = {"english": counts["english"] // 4, "chinese": 1, "chat": 0}
