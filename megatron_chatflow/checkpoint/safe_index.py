@@ -38,8 +38,8 @@ from megatron_chatflow.errors import UserError
 METADATA = ".metadata"
 TENSOR_INDEX = "tensor_index.json"
 
-# Scanning takes a second for each 5 MB; larger indices are those of large runs, not of fuzzers.
-_LARGEST_SCANNED = 4 * 2**20
+_MAX_NESTED = 20  # torch's own: 2
+_scanned: set[bytes] = set()  # SHA-256 of pickles that `_check_opcodes` has passed
 _MAX_CUT_AXES = 6  # the cost of the coverage check doubles with each
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -464,7 +464,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def _unpickled(content: bytes) -> Metadata:
-    _check_sizes(content)
+    _check_opcodes(content)
     index = _IndexUnpickler(io.BytesIO(content)).load()
     entries = _part(index, _Index, "state_dict_metadata", dict)
     stored = _part(index, _Index, "storage_data", dict)
@@ -521,13 +521,52 @@ def _part(owner: object, kind: type[_StandIn], name: str, expected: type) -> Any
     return value
 
 
-def _check_sizes(content: bytes) -> None:
-    """Refuses what makes an unpickler take memory beyond all bounds: a place far off in its memo.
+def _check_opcodes(content: bytes) -> None:
+    """Refuses a pickle on which the unpickler itself fails, after which this process would end.
 
-    torch's own indices, of pickle's fourth protocol, number no places.
+    A place far off in its memo takes memory beyond all bounds, and a tuple that is nested deeply
+    and used as a key overflows the stack of C. Scanning takes a second for each 3 MB, so that
+    contents are scanned once.
     """
-    if len(content) > _LARGEST_SCANNED:
+    digest = hashlib.sha256(content).digest()
+    if digest in _scanned:
         return
+    # How deeply tuples are nested in each value on the unpickler's stack and in its memo.
+    stack: list[int] = []
+    marks: list[int] = []
+    memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
-            raise ValueError("a value's number is too large")
+        name = opcode.name
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if argument is None else int(argument)
+            if place > len(content):
+                raise ValueError("a value's number is too large")
+            memo[place] = stack[-1] if stack else 0
+            continue
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo.get(int(argument or 0), 0))
+            continue
+        taken: list[int] = []
+        if pickletools.markobject in opcode.stack_before:
+            begin = marks.pop() if marks else 0
+            taken, stack[begin:] = stack[begin:], []
+            num_below = opcode.stack_before.index(pickletools.markobject)
+        elif name == "POP" and marks and marks[-1] == len(stack):
+            marks.pop()
+            continue
+        else:
+            num_below = len(opcode.stack_before)
+        if num_below:
+            taken, stack[-num_below:] = stack[-num_below:] + taken, []
+        depth = 0
+        if name in ("DUP", "BUILD"):
+            depth = taken[0] if taken else 0
+        elif name.startswith("TUPLE"):
+            depth = 1 + max(taken, default=0)
+        if depth > _MAX_NESTED:
+            raise ValueError("tuples are nested too deeply")
+        stack += [depth] * len(opcode.stack_after)
+    _scanned.add(digest)

@@ -67,3 +67,25 @@ def test_nothing_else_is_got_by_name(tmp_path: Path, owner: Any, name: str) -> N
     _write(tmp_path, _ByName(owner, name))
     with pytest.raises(UserError, match="does not belong there"):
         read_index(tmp_path)
+
+
+DEEP = 100_000
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b")" + b"\x85" * DEEP,
+        b")" + b"\x94\x85" * DEEP,
+        b")" + b"K\x01\x86" * DEEP,
+        b")" + b"2\x86" * DEEP,
+        b")" + b"q\x07h\x07\x86" * DEEP,
+        b"(" * DEEP + b")" + b"t" * DEEP,
+    ],
+    ids=["one", "memoized", "two", "twice", "from the memo", "marked"],
+)
+def test_tuples_nested_deeply_do_not_end_the_process(tmp_path: Path, key: bytes) -> None:
+    """Their hash, which a dictionary takes of its keys, overflows the stack."""
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04}" + key + b"K\x01s.")
+    with pytest.raises(UserError, match="tuples are nested too deeply"):
+        read_index(tmp_path)
