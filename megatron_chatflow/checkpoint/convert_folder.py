@@ -142,7 +142,11 @@ def _remove_leftovers(output: Path) -> None:
     hosts, whose locks may not be seen here, are only reported.
     """
     foreign = []
-    for path in sorted(output.parent.iterdir()):
+    try:
+        paths = sorted(output.parent.iterdir())
+    except PermissionError:  # a folder that may be written to but not listed
+        return
+    for path in paths:
         match = _LEFTOVER.fullmatch(path.name)
         if match is None or match[2] != host_name():
             known = match or _EARLIER_LEFTOVER.fullmatch(path.name)
