@@ -224,7 +224,8 @@ _MAPPED: tuple[tuple[str, str, str | None], ...] = (
     ),
     (
         "--data-path",
-        "sources with constant weights; `--split 969,30,1` unless it is given",
+        "sources with constant weights, instead of the YAML file's; `--split 969,30,1` unless "
+        "something is held out",
         None,
     ),
     ("--data-args-path", "--data-path, read from the file", None),

@@ -97,6 +97,9 @@ def test_flags_of_data_are_stronger_than_the_file(path) -> None:
     pairs = ["--train-data-path", "1", "a", "2", "b", "--valid-data-path", "1", "v", "1", "w"]
     run = load_config(path, pairs)
     assert [str(p) for p in run.data.sources["b"].validation_paths] == ["w"]
+    path.write_text("data: 5\n")
+    with pytest.raises(UserError, match="^data: must be a mapping of keys, not 5"):
+        load_config(path, ["--data-path", "a/b_document"])
 
 
 def test_datasets_without_weights_are_one_source(path, tmp_path) -> None:
