@@ -502,7 +502,7 @@ def _damage_compressed(folder: Path, rng: random.Random) -> Damage:
 
 def _write_bomb(path: Path, rng: random.Random) -> str:
     """Writes a small file that expands to hundreds of megabytes, or to very many records."""
-    size = rng.choice([8, 64, 300]) << 20
+    size = rng.choice([8, 32, 128]) << 20
     if path.suffix == ".parquet":
         return _write_parquet_bomb(path, rng)
     unit, begin, end = rng.choice(
@@ -647,7 +647,7 @@ _BOMBS = [
     "{{ 'a' | replace('', 'b' * 1000) | replace('', 'b' * 1000) | replace('', 'c' * 1000) }}",
     "{{ (messages * 100000000) | length }}",
     "{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' | wordwrap(1) }}",
-    "{{ '\ud800'.encode('utf-16') if false else 'x' }}",
+    "{{ '\\ud800'.encode('utf-16') if false else 'x' }}",
     "{% generation %}{{ 'x' }}{% endgeneration %}",
 ]
 _TEMPLATE_TOKENS = [
