@@ -20,6 +20,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_chatflow.config.units import shorten
 from megatron_chatflow.corpus.jinja_chats import (
     CHAT_TEMPLATE_FILE,
     CHAT_TEMPLATE_FOLDER,
@@ -125,10 +126,26 @@ def _read(folder: Path, names: list[str]) -> SmallFiles:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         if name in _JSON_OBJECTS:
             try:
-                _json_object(files, name)
+                _check_added_tokens(name, _json_object(files, name))
             except ValueError as error:
                 raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
     return files
+
+
+def _check_added_tokens(name: str, content: Mapping[str, Any]) -> None:
+    """Refuses tokens whose ids are no numbers.
+
+    Raises:
+        ValueError: One is not.
+    """
+    ids: list[Any] = []
+    if name == TOKENIZER_CONFIG and isinstance(content.get("added_tokens_decoder"), dict):
+        ids = [int(k) if k.isdecimal() else k for k in content["added_tokens_decoder"]]
+    elif name == _ADDED_TOKENS:
+        ids = list(content.values())
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < 2**31:
+            raise ValueError(f"an added token has the id {shorten(token_id)}")
 
 
 def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -393,7 +410,7 @@ def with_bos(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
     """
     bos, result = tokenizer.special_tokens.get("bos_token"), dict(files)
     config, data = _json_object(files, TOKENIZER_CONFIG), files.get("tokenizer.json")
-    if bos is None or configured_bos(config, data, tokenizer.bos_id):
+    if bos is None or tokenizer.bos_id < 0 or configured_bos(config, data, tokenizer.bos_id):
         return result
     result[TOKENIZER_CONFIG] = json_bytes({**config, "add_bos_token": True})
     # transformers 5 reads the post-processor, and not `add_bos_token`, beside a tokenizer.json.
@@ -456,7 +473,9 @@ def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]
     named = {name: text for name in _SPECIAL_TOKENS if (text := _content(config.get(name)))}
     decoder = config.get("added_tokens_decoder")
     added = [_content(token) for token in decoder.values()] if isinstance(decoder, dict) else []
-    control = tuple(dict.fromkeys([*tokenizer.control_tokens, *added, *named.values()]))
+    control = tuple(
+        filter(None, dict.fromkeys([*tokenizer.control_tokens, *added, *named.values()]))
+    )
     ends: list[str | None] = []
     # The tokens' names as training had them, and as transformers takes them from the folder.
     for special in (tokenizer.special_tokens, {**tokenizer.special_tokens, **named}):

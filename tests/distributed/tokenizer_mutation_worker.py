@@ -22,6 +22,14 @@ from typing import Any
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
+from megatron_chatflow.tokenizer.small_files import (
+    read_tokenizer_files,
+    replace_tokenizer,
+    token_ids,
+    with_bos,
+    with_chat_template,
+    with_stop_tokens,
+)
 
 MAX_BYTES = 2 << 30
 MAX_SECONDS = 20
@@ -149,7 +157,12 @@ def use(folder: Path, name: str) -> None:
     assert isinstance(tokenizer.add_bos_token, bool)
     tokenizer.decode(tokenizer.encode(TEXT) + [tokenizer.eos_id])
     tokenizer.save_pretrained(folder / "saved", add_bos_token=True)
-    extend_tokenizer(tokenizer, ["\u4e02", "\u4e03"], folder / "extended")
+    extended = extend_tokenizer(tokenizer, ["\u4e02", "\u4e03"], folder / "extended")
+    files = replace_tokenizer(read_tokenizer_files(tokenizer), extended)
+    files = with_chat_template(files, "{{ messages[0]['content'] }}")
+    ids = {"bos_token_id": 1, "eos_token_id": tokenizer.eos_id, "pad_token_id": 0}
+    with_stop_tokens(with_bos(files, extended), ids, extended)
+    token_ids(files, extended)
 
 
 def run(original: Path, name: str, data: bytes) -> int:
