@@ -58,7 +58,10 @@ def parse_json(data: bytes) -> Any:
 
 
 def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
-    """The content of a `tokenizer.json`, checked and without truncation and padding.
+    """The content of a `tokenizer.json`, checked and without truncation, padding and dropout.
+
+    BPE dropout (Provilkov et al. 2020) leaves merges out at random, so that the same text would
+    have other ids in every run.
 
     Raises:
         ValueError: It is no JSON object, or asks the library for more than it may.
@@ -67,6 +70,8 @@ def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("it is no JSON object with a model")
     content |= {"truncation": None, "padding": None}
+    if content["model"].get("dropout"):
+        content["model"] = {**content["model"], "dropout": None}
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for component in _components(content.get(name)):
             _check_component(component)

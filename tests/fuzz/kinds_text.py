@@ -280,6 +280,8 @@ def _reference_ids(name: str) -> list[list[int]] | None:
     model = tokenizers.Tokenizer.from_file(str(path))
     model.no_truncation()
     model.no_padding()
+    if hasattr(model.model, "dropout"):
+        model.model.dropout = None
     return [model.encode(text, add_special_tokens=False).ids for text in TEXTS]
 
 

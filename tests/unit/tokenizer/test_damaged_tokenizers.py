@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_text import made_up_sentences
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import UserError
@@ -247,3 +248,15 @@ def test_a_json_tokenizer_opens_as_before(byte_level_model: Path) -> None:
     content = parse_tokenizer_json(byte_level_model.read_bytes())
     tokenizer = open_tokenizer_json(content)
     assert tokenizer.get_vocab() == json.loads(byte_level_model.read_bytes())["model"]["vocab"]
+
+
+def test_dropout_of_merges_is_left_out(byte_level_model: Path, tmp_path: Path) -> None:
+    content = json.loads(byte_level_model.read_bytes())
+    content["model"]["dropout"] = 0.5
+    texts = made_up_sentences(20, seed=7)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    expected = load_tokenizer(byte_level_model).encode_batch(texts)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts] == expected
+    assert [tokenizer.encode_continuation(text) for text in texts] == expected
