@@ -91,6 +91,8 @@ def _damage_checkpoint(folder: Path, rng: random.Random) -> Damage:
     path.write_bytes(changed)
     if rng.random() < 0.6 and path.name != "hashes.json":
         (checkpoint / "hashes.json").unlink()
+        if path.name != "tensor_index.json" and rng.random() < 0.8:
+            (checkpoint / "tensor_index.json").unlink()  # else it guards the index
         how = _REHASHED + how
     return Damage(name, how)
 
