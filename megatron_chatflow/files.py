@@ -107,8 +107,11 @@ class FileLock:
         while True:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            except PermissionError:  # another user's, which can be locked all the same
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            except PermissionError as error:
+                try:  # another user's, which can be locked all the same
+                    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+                except FileNotFoundError:  # there is none, and none may be made
+                    raise error from None
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

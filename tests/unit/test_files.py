@@ -19,6 +19,7 @@ import pytest
 from megatron_chatflow.checkpoint.convert_folder import new_folder
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import (
+    FileLock,
     host_name,
     scratch_folder,
     write_atomically,
@@ -107,6 +108,22 @@ def test_what_another_user_left_is_no_hindrance() -> None:
 
         assert ended(start(as_nobody)) == 0
         assert file.read_text() == "nobody" and (output / "a").read_text() == "nobody"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_a_folder_of_another_user_is_named_as_the_reason() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+
+        def as_nobody() -> None:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            for write in (write_atomically, lambda path, _: FileLock.acquire(path)):
+                with pytest.raises(PermissionError):
+                    write(Path(name) / "file", "nobody")
+
+        assert ended(start(as_nobody)) == 0
 
 
 def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
