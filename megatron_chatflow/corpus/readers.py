@@ -4,7 +4,6 @@ In: `InputFile`s. Out: `Chunk`s, each with whole records, its place in the file,
 file has been read. What a chunk holds does not depend on who will parse it.
 """
 
-import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ MAX_BATCH_BYTES = 1 << 28  # of rows that are decoded together
 MAX_ROW_GROUP_BYTES = 1 << 30  # from which on fewer rows are decoded together
 _DICTIONARY_PAGE = 2
 _SEPARATORS = (b",", b":", b"[", b"{")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_COUNT_BYTES = 1 << 20  # of JSON whose values are counted at once
 
 
 @dataclass(frozen=True)
@@ -261,9 +260,26 @@ def _with_layout(
 
 def num_json_values(data: bytes) -> int:
     """How many values some JSON has at most, without parsing it."""
-    if sum(map(data.count, _SEPARATORS)) * RECORD_BYTES_PER_VALUE > len(data):
-        data = _STRING.sub(b"", data)  # texts may have commas of their own
-    return 1 + sum(map(data.count, _SEPARATORS))
+    num_separators = sum(map(data.count, _SEPARATORS))
+    if num_separators * RECORD_BYTES_PER_VALUE > len(data):  # texts may have commas of their own
+        num_separators = _num_separators_outside_texts(data)
+    return 1 + num_separators
+
+
+def _num_separators_outside_texts(data: bytes) -> int:
+    # Without escapes, every second quotation mark ends a text. Backslashes stand in pairs or
+    # before what they escape.
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    separators = np.zeros(256, np.bool_)
+    separators[list(b"".join(_SEPARATORS))] = True
+    num_separators = 0
+    is_inside = False
+    for begin in range(0, len(data), _COUNT_BYTES):
+        block = np.frombuffer(data, np.uint8)[begin : begin + _COUNT_BYTES]
+        inside = np.logical_xor.accumulate(block == ord('"')) ^ is_inside
+        num_separators += int(np.count_nonzero(separators[block] & ~inside))
+        is_inside = bool(inside[-1])
+    return num_separators
 
 
 def _whole(blocks: Iterator[bytes], limit: int, complaint: str) -> bytes:
@@ -378,6 +394,8 @@ def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple
     with path.open("rb") as stream:
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
+            if group.num_rows == 0:
+                continue
             for k in range(group.num_columns):
                 column = group.column(k)
                 name = column.path_in_schema
@@ -463,7 +481,14 @@ def _sizes(array: Any) -> npt.NDArray[np.int64]:
         ends = np.concatenate([[0], np.cumsum(of_values)])
         offsets = array.offsets.to_numpy()
         return np.asarray(ends[offsets[1:]] - ends[offsets[:-1]])
-    if types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind):
+    if types.is_fixed_size_list(kind):
+        of_values = _sizes(array.flatten()) + 8
+        lengths = np.where(array.is_valid().to_numpy(zero_copy_only=False), kind.list_size, 0)
+        ends = np.concatenate([[0], np.cumsum(of_values)])
+        last = np.cumsum(lengths)
+        return np.asarray(ends[last] - ends[last - lengths])
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    if is_text or types.is_binary(kind) or types.is_large_binary(kind):
         lengths = compute.binary_length(array).fill_null(0)
         return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
     return np.full(len(array), 8, np.int64)

@@ -1,8 +1,11 @@
 """Rules that a linter does not check: the order of imports and module docstrings."""
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +49,23 @@ def imported_layers(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
             name = layer(module)
             if module[0] == "megatron_chatflow" and name and not name.startswith("__"):
                 yield node.lineno, name
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="knows no such patterns")
+def test_patterns_are_read_by_the_oldest_python() -> None:
+    """Python 3.10, which is not run here, refuses atomic groups and possessive repeats."""
+    parser: Any = re._parser  # type: ignore[attr-defined]
+    wrong = []
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            given = node.args[:1] if isinstance(node, ast.Call) and name.startswith("re.") else []
+            if not given or not isinstance(given[0], ast.Constant):
+                continue
+            parsed = repr(parser.parse(given[0].value))
+            if "POSSESSIVE" in parsed or "ATOMIC" in parsed:
+                wrong.append(f"{relative(path)}:{node.lineno}")
+    assert not wrong
 
 
 def test_a_layer_imports_only_those_above_it() -> None:

@@ -1,6 +1,7 @@
 """Small files whose records expand to gigabytes are read within bounds, or dropped and counted."""
 
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
 from megatron_chatflow.corpus.readers import (
     MAX_RECORD_BYTES,
     RECORD_BYTES_PER_VALUE,
+    OversizedRecord,
+    ReadOptions,
     num_json_values,
     read_chunks,
 )
@@ -94,6 +97,50 @@ def test_values_are_counted_outside_of_texts() -> None:
     assert num_json_values(text) == 3
     assert num_json_values(b'{"a": "\\\\", "b": "\\",,,,"}') == 5
     assert num_json_values(b'"' + b"," * 1000) == 1
+    assert num_json_values(b"") == 1
+
+
+@pytest.mark.parametrize("block", [1, 3, 1 << 20])
+def test_counts_do_not_depend_on_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_chatflow.corpus.readers._COUNT_BYTES", block)
+    texts = ["\\", '",', ',\\"', "[{:,", '\\\\",', "", "\n,", "é,,,"]
+    rng = random.Random(1)
+    for _ in range(50):
+        some = rng.choices(texts, k=rng.randrange(6))
+        record = {str(k): [text, k] for k, text in enumerate(some)}
+        # A separator for the object, and of each entry its colon, bracket and comma, and its comma.
+        expected = 1 + 1 + 3 * len(some) + max(len(some) - 1, 0)
+        data = json.dumps({"x": ",,,,", **record}, separators=(",", ":")).encode()
+        assert num_json_values(data) == expected + 1 + min(len(some), 1)
+
+
+def test_an_empty_row_group_does_not_slow_down_the_others(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pa.table({"text": [f"text {n}" for n in range(500)]})
+    with parquet.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for part in (table[:300], table[:0], table[300:]):
+            writer.write_table(part)
+    assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
+    (file,) = find_inputs([str(tmp_path / "a.parquet")])
+    chunks = list(read_chunks(file))
+    assert [row for chunk in chunks for row in chunk.data] == table.to_pylist()
+    assert len(chunks) <= 4
+
+
+@pytest.mark.parametrize("kind", ["large_binary", "pairs"])
+def test_rows_of_every_type_have_a_size(tmp_path: Path, kind: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values, of = [b"x" * 9000, None, b"y"], pa.large_binary()
+    if kind == "pairs":
+        values, of = [["x" * 4500, "y" * 4500], None, ["a", "b"]], pa.list_(pa.string(), 2)
+    parquet.write_table(pa.table({"a": pa.array(values, of)}), tmp_path / "a.parquet")
+    (file,) = find_inputs([str(tmp_path / "a.parquet")])
+    chunks = list(read_chunks(file, ReadOptions(max_record_bytes=5000)))
+    assert [type(row) for chunk in chunks for row in chunk.data] == [OversizedRecord, dict, dict]
 
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 20])
