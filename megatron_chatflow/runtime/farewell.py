@@ -122,7 +122,9 @@ class Farewell:
 
     def _say(self, what: str, line: str) -> None:
         """Prints a line unless ``what`` was said on this node; without a store it is said."""
-        key = hashlib.sha256(f"{self._node}\0{what}".encode()).hexdigest()[:32]
+        # A message may name a file whose name is no UTF-8.
+        said = f"{self._node}\0{what}".encode(errors="surrogatepass")
+        key = hashlib.sha256(said).hexdigest()[:32]
         is_first = True
         with contextlib.suppress(Exception):
             is_first = self._store is None or self._store.add(f"said/{key}", 1) == 1

@@ -1,0 +1,19 @@
+"""What a rank says when it ends."""
+
+import io
+import sys
+
+import pytest
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.farewell import Farewell
+from megatron_chatflow.runtime.ranks import ProcessRank
+
+
+def test_a_message_that_is_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of files and damaged JSON may hold lone surrogates."""
+    output = io.BytesIO()
+    stream = io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace")  # as Python's
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert Farewell(ProcessRank.from_environment()).say(UserError("a\udcff.json: is damaged"))
+    assert output.getvalue() == b"error: a\\udcff.json: is damaged\n"
