@@ -40,10 +40,10 @@ def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> di
         if len(given) == 1 and isinstance(merged[section], Mapping):
             (other,) = set(pair) - set(given)
             merged[section] = {**merged[section], other: None}
-    data = merged.get("data")
-    if split is not None and isinstance(data, Mapping):
-        if not any(data.get(name) for name in ("split", "holdout_every")):
-            merged["data"] = {**data, "split": split}
+    given_data = merged.get("data")
+    if split is not None and isinstance(given_data, Mapping):
+        if not any(given_data.get(name) for name in ("split", "holdout_every")):
+            merged["data"] = {**given_data, "split": split}
     if boundaries is not None:
         _isolate_documents(merged)
     if fraction is not None:
