@@ -223,8 +223,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     lock = FileLock.acquire(beside, wait=True)
     assert lock is not None
     try:
-        if not lock.is_effective:  # others may be writing into it: take a file of our own
-            lock.release(remove=False)
+        if not lock.is_effective:  # nothing keeps others out: take a file of our own
+            lock.release()
             beside = path.with_name(f".{path.name}.{owner}.{os.getpid()}.partial")
             descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             lock = FileLock(beside, descriptor, is_effective=False)

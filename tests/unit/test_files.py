@@ -110,6 +110,16 @@ def test_what_another_user_left_is_no_hindrance() -> None:
         assert file.read_text() == "nobody" and (output / "a").read_text() == "nobody"
 
 
+def test_without_locks_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for content in ("first", "second"):
+        write_atomically(tmp_path / "file", content)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["second"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 def test_a_folder_of_another_user_is_named_as_the_reason() -> None:
     with tempfile.TemporaryDirectory() as name:
