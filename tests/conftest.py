@@ -3,6 +3,7 @@
 Its text is made of random syllables and characters, so that nothing of it is anybody's.
 """
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from hypothesis import settings
 # The machines that run the suite are shared: how long an example takes says nothing about it.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# A shell starts background jobs with Ctrl-C ignored, and the programs that tests interrupt would
+# inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -78,10 +78,18 @@ def run_limited(
     logs.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    resident, address = _memory_bytes()
+    reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
+        # Pages of mapped files are not copied, so it begins with less than its parent has.
+        resident, address = _memory_bytes()
+        os.write(writer, b"%d" % resident)
+        os.close(reader)
+        os.close(writer)
         _run_child(target, folder, logs, limits, address)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        resident = int(pipe.read(32))
     status, usage, is_late = _wait(process, limits.wall_seconds)
     return Outcome(
         status=os.waitstatus_to_exitcode(status),

@@ -48,7 +48,7 @@ def refused(call: Callable[[], object], message: str) -> None:
         ({"model": None}, "model is missing or no object"),
         ({"model": [1]}, "model is missing or no object"),
         ({"model": {"num_layers": "x"}}, "model.num_layers: must be a whole number, not 'x'"),
-        ({"model": {"num_layers": 10**9}}, "model.num_layers: is 1000000000"),
+        ({"model": {"num_layers": 10**9}}, "num_layers: must be at most 10000, not 1000000000"),
         ({"model": {"num_attention_heads": 0}}, "num_attention_heads: must be at least 1, not 0"),
         ({"model": {"num_attention_heads": 3}}, "3 does not divide model.hidden_size 16"),
         ({"model": {"num_query_groups": 1.5}}, "num_query_groups: must be a whole number"),
