@@ -3,12 +3,14 @@
 Everything is written beside its final name, flushed to the disk and renamed. What is being written
 is locked with `flock`. The kernel releases the lock when its process ends, however it ends, so what
 a killed process left is told by a lock that can be taken: process ids, which are reused and which
-differ between containers, play no part. On a shared file system `flock` may be local to each host,
-so names carry the host, and only this host's leftovers are removed.
+differ between containers, play no part. On a shared file system `flock` may be local to each
+machine, so names carry the machine, and only this machine's leftovers are removed.
 """
 
 import errno
 import fcntl
+import functools
+import hashlib
 import os
 import re
 import shutil
@@ -24,9 +26,21 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has only one 
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
-def host_name() -> str:
-    """The name of this host, without dots, as temporary names carry it."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", os.uname().nodename) or "host"
+@functools.cache
+def host_name(
+    id_files: tuple[str, ...] = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"),
+) -> str:
+    """A name of this machine, without dots, as temporary names carry it.
+
+    Machines that share a file system may have one host name in common (``localhost``, containers),
+    so eight digits of a hash of the machine's id follow it; where it has none, of its boot's id.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", os.uname().nodename) or "host"
+    for path in id_files:
+        with suppress(OSError):
+            if machine := Path(path).read_bytes().strip():
+                return f"{name}-{hashlib.sha256(machine).hexdigest()[:8]}"
+    return name
 
 
 def fsync_path(path: Path) -> None:

@@ -136,6 +136,17 @@ def test_a_folder_of_another_user_is_named_as_the_reason() -> None:
         assert ended(start(as_nobody)) == 0
 
 
+def test_machines_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = []
+    for machine in ("1f", "2f"):
+        (tmp_path / machine).write_text(f"{machine}\n")
+        (tmp_path / "empty").write_text("\n")
+        files = ("gone", "empty", machine)
+        names.append(host_name(tuple(str(tmp_path / file) for file in files)))
+    assert names[0] != names[1] and names[0].rpartition("-")[0] == names[1].rpartition("-")[0]
+    assert "." not in names[0] and host_name((str(tmp_path / "gone"),)) in names[0]
+
+
 def test_scratch_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     def begin() -> None:
         with scratch_folder("scratch_", tmp_path) as folder:
