@@ -54,6 +54,13 @@ class SafetensorsFile:
                 "again"
             ) from None
         entries: dict[str, Any] = header if isinstance(header, dict) else {"": None}
+        metadata = entries.get("__metadata__")
+        if metadata is not None and not (
+            isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
+        ):
+            raise UserError(
+                f"{path}: is damaged at __metadata__ (no object of texts); fetch it again"
+            )
         self.entries = {name: entries[name] for name in entries if name != "__metadata__"}
         for name, entry in self.entries.items():
             fault = _fault(entry, num_bytes)

@@ -72,6 +72,12 @@ def change_header(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
 
 
+def test_metadata_that_safetensors_refuses(folder: Path) -> None:
+    for metadata in ([{"format": "pt"}], "pt", 3, {"format": 1}, {"format": None}):
+        change_header(folder, lambda header, found=metadata: {**header, "__metadata__": found})  # type: ignore[misc]
+        refused(folder, "is damaged at __metadata__")
+
+
 def test_headers_that_are_none(folder: Path) -> None:
     for header in ([1, 2], None, 3, "x"):
         change_header(folder, lambda _, header=header: header)  # type: ignore[misc]
