@@ -70,7 +70,8 @@ def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("it is no JSON object with a model")
     content |= {"truncation": None, "padding": None}
-    if content["model"].get("dropout"):
+    dropout = content["model"].get("dropout")
+    if type(dropout) in (int, float) and 0 < dropout <= 1:  # the library refuses other values
         content["model"] = {**content["model"], "dropout": None}
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for component in _components(content.get(name)):

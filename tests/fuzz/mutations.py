@@ -223,7 +223,11 @@ def vary(value: Any, rng: random.Random) -> Any:
         piece = rng.choice([rng.choice(string.printable), "\u00e9", "", value[:at], "名"])
         return value[:at] + piece + value[at + rng.randrange(2) :]
     if isinstance(value, tuple):
-        return type(value)(mutate_object(list(value), rng)[0])
+        changed = mutate_object(list(value), rng)[0]
+        try:
+            return type(value)(changed)
+        except TypeError:  # a torch.Size holds whole numbers alone
+            return tuple(changed)
     if isinstance(value, list):
         return rng.sample(value, len(value))
     return [value]

@@ -260,3 +260,8 @@ def test_dropout_of_merges_is_left_out(byte_level_model: Path, tmp_path: Path) -
     tokenizer = load_tokenizer(path)
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts] == expected
     assert [tokenizer.encode_continuation(text) for text in texts] == expected
+    for dropout in (True, "x", 1.5, -0.5):
+        content["model"]["dropout"] = dropout
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"tokenizer\.json"):
+            load_tokenizer(path)
