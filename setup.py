@@ -45,7 +45,7 @@ else:
 
         def build_kernels(self) -> None:
             """The library lies beside the extension."""
-            folder = Path(self.get_ext_fullpath("megatron_chatflow.native._data")).parent
+            folder = Path(self.get_ext_fullpath("megatron_chatflow.kernels._cpu")).parent
             build = ["csrc/kernels/build.sh", folder / "libchatflow_kernels.so"]
             if subprocess.run(build, check=False).returncode:
                 raise SystemExit("error: csrc/kernels/build.sh failed, see above")
@@ -53,7 +53,7 @@ else:
     def extension(name: str, folder: str, *options: str) -> Pybind11Extension:
         """The module that the sources of one folder make up."""
         return Pybind11Extension(
-            f"megatron_chatflow.native.{name}",
+            f"megatron_chatflow.{name}",
             sorted(str(path) for path in Path(folder).glob("*.cpp")),
             include_dirs=[folder],
             cxx_std=17,
@@ -65,9 +65,11 @@ else:
     openmp = ["-fopenmp"] if sys.platform == "linux" else []
     setup(
         ext_modules=[
-            extension("_data", "csrc/data"),
+            extension("blend._native", "csrc/blend"),
+            extension("tokenizer._native", "csrc/tokenizer"),
+            extension("data._native", "csrc/data"),
             extension(
-                "_kernels_cpu", "csrc/kernels/cpu", "-ffp-contract=fast", "-Wno-psabi", *openmp
+                "kernels._cpu", "csrc/kernels/cpu", "-ffp-contract=fast", "-Wno-psabi", *openmp
             ),
         ],
         cmdclass={"build_ext": BuildExtensions},

@@ -6,7 +6,7 @@
 #
 # Environment: CXX (default: g++).
 set -euo pipefail
-cd "$(dirname "$0")/data"
+cd "$(dirname "$0")/blend"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 "${CXX:-g++}" -std=c++17 -O1 -g -Wall -Wextra -fno-omit-frame-pointer \

@@ -17,11 +17,10 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
-from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.errors import run_main
-from megatron_chatflow.runtime.determinism import use_deterministic_algorithms
-from megatron_chatflow.runtime.farewell import Farewell
-from megatron_chatflow.runtime.launch import finalize, initialize
+from megatron_chatflow.runtime.exit_reporter import Farewell
+from megatron_chatflow.runtime.launch import finalize, initialize, use_deterministic_algorithms
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 
 logger = logging.getLogger("megatron_chatflow")

@@ -6,7 +6,7 @@ references run in fp32 on what the kernel was given; what it returns is at most 
 
 import torch
 
-from megatron_chatflow.native import rms_norm, rope, softmax, swiglu
+from megatron_chatflow.kernels import rms_norm, rope, softmax, swiglu
 
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -49,7 +49,7 @@ def main(dtype: str, micro_batch_size: int) -> None:
     ranks = initialize()
     from megatron_chatflow.train import benchmark_subjects as subjects
     from megatron_chatflow.train.benchmark_shape import Shape
-    from megatron_chatflow.train.step import train_step
+    from megatron_chatflow.train.loop import train_step
 
     shape = Shape(2, 128, 352, 4, 2, 96, micro_batch_size, vocab_size=1000)
     config_of = subjects._run_config

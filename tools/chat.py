@@ -15,11 +15,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.convert.huggingface_folder import huggingface_folder
+from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
-from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
-from megatron_chatflow.evaluation.generation_chat import Conversation
-from megatron_chatflow.evaluation.generation_flags import add_sampling, read_sampling
+from megatron_chatflow.generation.chat import Conversation
+from megatron_chatflow.generation.generate import Generator, add_sampling, read_sampling
 
 EXAMPLES = """examples:
   python tools/chat.py exports/zh

@@ -12,8 +12,8 @@ if __name__ == "__main__":
 import argparse
 import logging
 
-from megatron_chatflow.checkpoint.convert_flags import parse_arguments
-from megatron_chatflow.checkpoint.convert_vocabulary import Resize
+from megatron_chatflow.convert.flags import parse_arguments
+from megatron_chatflow.convert.vocabulary import Resize
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -28,8 +28,8 @@ def main() -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-    from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+    from megatron_chatflow.convert.export import export_checkpoint
+    from megatron_chatflow.convert.template import TokenizerChoice
 
     done = export_checkpoint(
         args.checkpoint,
@@ -49,7 +49,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from megatron_chatflow.checkpoint.convert_import import import_huggingface
+    from megatron_chatflow.convert.import_ import import_huggingface
 
     done = import_huggingface(
         args.hf,
@@ -63,7 +63,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _resize(args: argparse.Namespace) -> int:
-    from megatron_chatflow.checkpoint.convert_resize import resize_checkpoint
+    from megatron_chatflow.convert.resize import resize_checkpoint
 
     done = resize_checkpoint(
         args.checkpoint,
@@ -77,7 +77,7 @@ def _resize(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from megatron_chatflow.checkpoint.convert_verify import TEXTS, compare, describe
+    from megatron_chatflow.convert.verify import TEXTS, compare, describe
 
     result = compare(args.hf, args.checkpoint, args.text or TEXTS, weights_only=args.weights_only)
     print(describe(result))

@@ -12,15 +12,15 @@ import argparse
 import logging
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.corpus.templates import TEMPLATES
+from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.evaluation.choice import LANGUAGES, SCORINGS, ChoiceSettings
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
-from megatron_chatflow.evaluation.evaluate_choice import LANGUAGES, SCORINGS, ChoiceSettings
-from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, names_of
-from megatron_chatflow.evaluation.evaluate_text import TextSource
-from megatron_chatflow.evaluation.generation_flags import TEMPLATE_HELP
+from megatron_chatflow.evaluation.tasks import TaskSettings, names_of
+from megatron_chatflow.evaluation.text import TextSource
 from megatron_chatflow.files import check_output_file, write_output_file
+from megatron_chatflow.generation.generate import TEMPLATE_HELP
+from megatron_chatflow.preprocess.templates import TEMPLATES
 
 EXAMPLES = """examples:
   python tools/evaluate.py exports/zh --baseline Llama-2-7b-hf --source zh=zh.valid.jsonl \\

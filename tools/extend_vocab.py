@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
-from megatron_chatflow.corpus.encodings import canonical_encoding
-from megatron_chatflow.corpus.inputs import find_inputs
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import CorpusReader
+from megatron_chatflow.convert.export import check_new_folder, new_folder
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
     ADDITIONS,
@@ -29,9 +27,10 @@ from megatron_chatflow.tokenizer.extend import (
     Choice,
     choose_pieces,
     extend_tokenizer,
+    growth_lines,
     listed_pieces,
 )
-from megatron_chatflow.tokenizer.extend_report import growth_lines
+from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_folder import check_new_folder
+from megatron_chatflow.convert.export import check_new_folder
 from megatron_chatflow.corpus.demo.archive import read_member
 from megatron_chatflow.corpus.demo.console import Console
 from megatron_chatflow.corpus.demo.fetch import fetch, locked

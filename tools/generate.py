@@ -12,10 +12,15 @@ import argparse
 import logging
 from pathlib import Path
 
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.convert.huggingface_folder import huggingface_folder
+from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, run_main
-from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
-from megatron_chatflow.evaluation.generation_flags import add_sampling, read_prompt, read_sampling
+from megatron_chatflow.generation.generate import (
+    Generator,
+    add_sampling,
+    read_prompt,
+    read_sampling,
+)
 
 EXAMPLES = """examples:
   python tools/generate.py exports/zh --prompt "Once upon a time" --max-new-tokens 100

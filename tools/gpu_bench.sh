@@ -41,7 +41,7 @@ if [[ -n $tiny ]]; then
   kernels=(--preset 58m --num-tokens 64 --num-rounds 1)
   whole=("${shape[@]}" --recompute)
 else
-  step build_kernels 60 csrc/kernels/build.sh megatron_chatflow/native/libchatflow_kernels.so
+  step build_kernels 60 csrc/kernels/build.sh megatron_chatflow/kernels/libchatflow_kernels.so
   step build 30 "$python" setup.py --quiet build_ext --inplace
   shape=(--preset 7b --num-rounds 5 --num-steps 2 --profile)
   kernels=(--preset 7b)

@@ -14,8 +14,8 @@ import argparse
 import random
 import sys
 
-from megatron_chatflow.data.preprocess.inspect import Inspection, first_difference
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.preprocess.inspect import Inspection, first_difference
 from megatron_chatflow.tokenizer import load_tokenizer
 
 EXAMPLES = """examples:

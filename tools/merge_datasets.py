@@ -11,9 +11,8 @@ if __name__ == "__main__":
 
 import argparse
 
-from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
-from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
 from megatron_chatflow.errors import ArgumentParser, run_main
+from megatron_chatflow.preprocess.merge import PartsPolicy, find_datasets, merge_datasets
 
 EXAMPLES = """examples:
   merge_datasets.py --input shards/ --output-prefix data/en_text_document

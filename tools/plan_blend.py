@@ -20,12 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
-from megatron_chatflow.config import RunConfig, RunLength, load_config
-from megatron_chatflow.config.units import parse_count
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.edits import as_planned_knot, run_schedule
-from megatron_chatflow.data.plan import (
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.edits import as_planned_knot, run_schedule
+from megatron_chatflow.blend.plan import (
     check_epochs,
     epoch_findings,
     mixture_curve,
@@ -33,12 +30,15 @@ from megatron_chatflow.data.plan import (
     to_csv,
     to_table,
 )
-from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
+from megatron_chatflow.config import RunConfig, RunLength, load_config
+from megatron_chatflow.config.fields import parse_count
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
-from megatron_chatflow.evaluation.plots import plot_mixture
-from megatron_chatflow.evaluation.report_table import format_table
 from megatron_chatflow.files import check_output_file, write_output_file
+from megatron_chatflow.report.plots import plot_mixture
+from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.tokenizer import load_tokenizer
 
 OUTPUTS = ("plan.csv", "plan.png")

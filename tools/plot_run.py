@@ -12,9 +12,8 @@ import argparse
 from pathlib import Path
 
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
-from megatron_chatflow.evaluation.report import write_report
-from megatron_chatflow.evaluation.report_follow import follow_runs
 from megatron_chatflow.files import check_output_file
+from megatron_chatflow.report.page import follow_runs, write_report
 
 EXAMPLES = """examples:
   python tools/plot_run.py runs/tiny_cpu/chatflow

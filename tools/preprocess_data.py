@@ -14,12 +14,12 @@ import argparse
 import logging
 import time
 
-from megatron_chatflow.corpus.readers import MAX_RECORD_BYTES
-from megatron_chatflow.corpus.scripts import SCRIPTS
-from megatron_chatflow.corpus.templates import TEMPLATES
-from megatron_chatflow.data.preprocess import parse_shard, preprocess, settings_of_options
-from megatron_chatflow.data.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.errors import ArgumentParser, run_main
+from megatron_chatflow.preprocess import parse_shard, preprocess, settings_of_options
+from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
+from megatron_chatflow.preprocess.pairs import SCRIPTS
+from megatron_chatflow.preprocess.readers import MAX_RECORD_BYTES
+from megatron_chatflow.preprocess.templates import TEMPLATES
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
 EXAMPLES = """examples:

@@ -1,6 +1,6 @@
 /// \file
 /// Rows of a batch, read from many sources into given buffers.
-/// `megatron_chatflow/native/loader.py` defines it.
+/// `megatron_chatflow/data/loader.py` defines it.
 #pragma once
 
 #include <cstdint>

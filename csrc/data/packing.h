@@ -1,6 +1,6 @@
 /// \file
 /// Best-fit-decreasing packing of documents into samples.
-/// `megatron_chatflow/native/packing.py` defines it.
+/// `megatron_chatflow/data/packing.py` defines it.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 /// \file
 /// A keyed permutation of 0..size-1 that needs no memory: a Feistel network on a near-square
-/// rectangle with cycle walking. `megatron_chatflow/native/permutation.py` defines it and says why.
+/// rectangle with cycle walking. `megatron_chatflow/data/permutation.py` defines it and says why.
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
 /// \file
-/// Samples cut from flat token files. `megatron_chatflow/native/samples.py` defines them.
+/// Samples cut from flat token files. `megatron_chatflow/data/samples.py` defines them.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chatflow.native.tree_hash import DIGEST_BYTES, LEAF_BYTES, hash_leaves, root_digest
+from megatron_chatflow.data.fingerprint import DIGEST_BYTES, LEAF_BYTES, hash_leaves, root_digest
 
 CHUNK_BYTES = 16 * 2**20
 BLOCK_BYTES = 4096

@@ -16,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.checkpoint.convert_export import MAX_SHARD_BYTES, Converted
-from megatron_chatflow.checkpoint.convert_folder import check_new_folder, new_folder
-from megatron_chatflow.checkpoint.convert_safetensors import write_shards
-from megatron_chatflow.checkpoint.convert_shape import DTYPES, LlamaShape, huggingface_config
 from megatron_chatflow.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.export import (
+    MAX_SHARD_BYTES,
+    Converted,
+    check_new_folder,
+    new_folder,
+)
+from megatron_chatflow.convert.safetensors import write_shards
+from megatron_chatflow.convert.shape import DTYPES, LlamaShape, huggingface_config
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.small_files import (

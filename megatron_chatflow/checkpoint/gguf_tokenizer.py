@@ -12,8 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer.tokenizer_json import error_text, is_library_error
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types

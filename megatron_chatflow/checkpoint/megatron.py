@@ -38,9 +38,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_chatflow.checkpoint.own_heads import own_part
-from megatron_chatflow.checkpoint.safe_reader import SafeReader
-from megatron_chatflow.checkpoint.shard_plan import StoredObject, TensorPiece
+from megatron_chatflow.checkpoint.layout import StoredObject, TensorPiece, own_part
+from megatron_chatflow.checkpoint.reader import SafeReader
 
 __all__ = [
     "CheckpointException",

@@ -3,16 +3,16 @@
 In: a YAML file and command-line flags. Out: a frozen `RunConfig`.
 """
 
-from megatron_chatflow.config.fault_section import FaultConfig
+from megatron_chatflow.config.fields import parse_count, parse_number
 from megatron_chatflow.config.flags import RunOptions
 from megatron_chatflow.config.load import load_config, load_config_from_argv
-from megatron_chatflow.config.logging_section import LoggingConfig
-from megatron_chatflow.config.run_config import RunConfig, to_plain
 from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
     DataConfig,
+    FaultConfig,
     KnotConfig,
+    LoggingConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -21,8 +21,7 @@ from megatron_chatflow.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
-from megatron_chatflow.config.units import parse_count, parse_number
-from megatron_chatflow.config.validation import validate_for_world
+from megatron_chatflow.config.validation import RunConfig, to_plain, validate_for_world
 
 __all__ = [
     "CheckpointConfig",

@@ -1,11 +1,19 @@
-"""The types that the configuration's fields are made of, strict about what they accept.
+"""Numbers as people write them in a configuration: counts with units, and floats.
+
+In: a value from YAML, from a flag or from Python. Out: an exact ``int`` or a ``float``, or a
+`UserError` that says how the number should be written.
+
+The types that the configuration's fields are made of, strict about what they accept.
 
 In: raw values from YAML, flags or Python. Out: exact Python values; a number is never made from
 text beyond the documented units, nor from a boolean.
 """
 
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from reprlib import Repr
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -19,9 +27,131 @@ from pydantic import (
     WrapValidator,
 )
 
-from megatron_chatflow.config.units import parse_count, parse_number, parse_shares, shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import refuse_url
+
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+_NUMBER = r"[+-]?[0-9](?:_?[0-9])*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})?"
+_COUNT = re.compile(rf"({_NUMBER})\s?([KMBTkmbt]?)")
+_EXPONENT = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][+-]?[0-9]{1,3}")
+_NUM_BYTES = re.compile(rf"({_NUMBER})\s?([KMGT])(i?)B", re.IGNORECASE)
+_SHARE = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
+_LARGEST_COUNT = 2**63 - 1
+
+_shortener = Repr()
+_shortener.maxlevel = 2
+_shortener.maxstring = _shortener.maxother = 60
+
+
+def shorten(value: object) -> str:
+    """``value`` as a message shows it: short and on one line, whatever the input held."""
+    return _shortener.repr(value)
+
+
+def parse_count(value: object) -> int:
+    """A count of samples, tokens or iterations.
+
+    Args:
+        value: An ``int``; a whole ``float``; or text with a unit (``5M``, ``1.5B``, ``8K``,
+            ``1T``; powers of 1000), an exponent (``1e6``) or underscores (``1_000_000``). Text
+            without any of these, such as ``'3'``, is a string where a number belongs.
+
+    Raises:
+        UserError: The value is none of these, is not whole, or does not fit 64 bits.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        count = Decimal(value)
+    elif isinstance(value, float):
+        count = Decimal(value)
+    elif isinstance(value, str) and (match := _COUNT.fullmatch(value)):
+        if value.lstrip("+-").isdigit():
+            raise UserError(
+                f"must be a number, not the text {shorten(value)}; write it without quotes"
+            )
+        count = Decimal(match[1].replace("_", "")) * UNITS.get(match[2].upper(), 1)
+    else:
+        raise UserError(f"must be a count such as 500, 8K, 5M, 1.5B or 1T, not {shorten(value)}")
+    if not count.is_finite() or count != count.to_integral_value():
+        raise UserError(f"must be a whole number, not {shorten(value)}")
+    if abs(count) > _LARGEST_COUNT:
+        raise UserError(f"must be below 2**63, not {shorten(value)}")
+    return int(count)
+
+
+def parse_num_bytes(text: str) -> int:
+    """A size in bytes, as Hugging Face spells it: ``5GB``, ``500MB`` or ``2GiB``.
+
+    Args:
+        text: A whole number of bytes, or a number with a unit in upper or lower case: KB, MB, GB
+            and TB are powers of 1000, KiB, MiB, GiB and TiB powers of 1024. The units of
+            `parse_count` are read as well (``5B`` is 5 billion).
+
+    Raises:
+        UserError: It is no such size, not a whole number of bytes, or not above 0.
+    """
+    text = text.strip()
+    match = _NUM_BYTES.fullmatch(text)
+    try:
+        if match:
+            power = "KMGT".index(match[2].upper()) + 1
+            size = Decimal(match[1].replace("_", "")) * (1024 if match[3] else 1000) ** power
+            num_bytes = int(size) if size == size.to_integral_value() else 0
+        else:
+            num_bytes = int(text) if text.isdecimal() else parse_count(text)
+    except UserError:
+        num_bytes = 0
+    if not 0 < num_bytes <= _LARGEST_COUNT:
+        raise UserError(f"must be a size such as 5GB, 500MB or 2GiB, not {shorten(text)}")
+    return num_bytes
+
+
+def parse_number(value: object) -> float:
+    """A real number; ``3e-4`` counts as one though common YAML readers take it for text.
+
+    Raises:
+        UserError: The value is no number.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"must be a number of ordinary size, not {shorten(value)}") from None
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
+    raise UserError(f"must be a number, not {shorten(value)}")
+
+
+def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[str, str]:
+    """Two numbers with as few digits as show that they differ, at least ``num_digits``."""
+    digits = num_digits
+    while one != other and f"{one:.{digits}g}" == f"{other:.{digits}g}":
+        digits += 1
+    return f"{one:.{digits}g}", f"{other:.{digits}g}"
+
+
+def parse_shares(value: object) -> tuple[float, float, float]:
+    """Shares of training, validation and test as Megatron's ``--split`` gives them: ``969,30,1``.
+
+    Returns:
+        The shares as parts of 1; those that are left out at the end are 0.
+
+    Raises:
+        UserError: The text is no list of one to three numbers, or training would get nothing.
+    """
+    words = [word.strip() for word in value.split(",")] if isinstance(value, str) else []
+    if not 1 <= len(words) <= 3 or not all(_SHARE.fullmatch(word) for word in words):
+        raise UserError(
+            f"must be shares of training, validation and test such as 969,30,1, not "
+            f"{shorten(value)}"
+        )
+    shares = [float(word) for word in words] + [0.0] * (3 - len(words))
+    if not shares[0]:
+        raise UserError(f"must leave something to training, not {shorten(value)}")
+    total = sum(shares)
+    train, validation, test = (share / total for share in shares)
+    return train, validation, test
+
 
 CONFIG = ConfigDict(extra="forbid", validate_default=False)
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic.fields import FieldInfo
 
 from megatron_chatflow.config.megatron_flags import PAGE, TABLE, Translation, translate
-from megatron_chatflow.config.run_config import RunConfig
-from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.config.problems import closest
+from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.errors import UserError
 
 _EXAMPLES = """examples:

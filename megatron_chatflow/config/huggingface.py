@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.config.fields import MOST_LAYERS
-from megatron_chatflow.config.rope import is_positive_number, rope_of_huggingface
-from megatron_chatflow.config.units import shorten
+from megatron_chatflow.config.architectures import is_positive_number, rope_of_huggingface
+from megatron_chatflow.config.fields import MOST_LAYERS, shorten
 from megatron_chatflow.errors import UserError
 
 # Names of Hugging Face's LlamaConfig, and ours.

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.config.architectures import PRESETS, ROPE_FIELDS
+from megatron_chatflow.config.fields import parse_count
 from megatron_chatflow.config.flags import RunOptions, parse_arguments
 from megatron_chatflow.config.huggingface import model_of_huggingface
-from megatron_chatflow.config.presets import PRESETS
-from megatron_chatflow.config.rope import ROPE_FIELDS
-from megatron_chatflow.config.run_config import RunConfig
-from megatron_chatflow.config.units import parse_count
+from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.errors import UserError
 

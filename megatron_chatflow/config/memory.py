@@ -7,13 +7,13 @@ context and the libraries take some more. `tests/distributed/test_memory.py` hol
 
 from dataclasses import dataclass
 
-from megatron_chatflow.config.model_shape import (
+from megatron_chatflow.config.shape import (
     head_counts,
     num_layer_parameters,
+    num_model_chunks,
     padded_vocab_size,
 )
-from megatron_chatflow.config.pipeline import num_model_chunks
-from megatron_chatflow.config.run_config import RunConfig
+from megatron_chatflow.config.validation import RunConfig
 
 # Logits that the loss holds at a time, as in `model.loss`.
 _CHUNK_LOGITS = 1 << 27

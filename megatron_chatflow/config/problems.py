@@ -1,8 +1,12 @@
-"""pydantic's validation errors in one line that names the path, as a user wants them.
+"""The known name that a misspelt one probably meant.
+
+pydantic's validation errors in one line that names the path, as a user wants them.
 
 In: a `ValidationError`. Out: a message such as ``train.seed: must be at least 0, not -1``.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -10,9 +14,22 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_chatflow.config.suggest import closest
-from megatron_chatflow.config.units import shorten
+from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
+
+_CUTOFF = 0.8
+"""Below this likeness a name is another one, not a misspelt one."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)``, or nothing where no known word is spelt nearly like it.
+
+    Dashes in front do not count: they would make all flags alike.
+    """
+    names = {name.lstrip("-"): name for name in known}
+    matches = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=_CUTOFF)
+    return f" (did you mean {names[matches[0]]}?)" if matches else ""
+
 
 _EXPECTED = {
     "bool_type": "true or false",

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from megatron_chatflow.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_chatflow.config.run_config import RunConfig
     from megatron_chatflow.config.sections import OptimizerConfig
+    from megatron_chatflow.config.validation import RunConfig
 
 
 @dataclass(frozen=True)

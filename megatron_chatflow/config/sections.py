@@ -1,17 +1,26 @@
-"""The sections of a run's configuration, one frozen dataclass each, strictly typed.
+"""What a run shows of itself: the ``logging`` section of its configuration.
+
+In: mappings as YAML gives them. Out: an immutable object, like those of `sections`.
+
+The sections of a run's configuration, one frozen dataclass each, strictly typed.
 
 In: mappings as YAML gives them. Out: immutable objects whose every field is filled and in range by
 itself; how fields of several sections go together is checked in `validation`. A field's description
 is also its flag's help text, and the fields' order is the order of ``--help``.
+
+What a run does when something goes wrong: the ``faults`` section of its configuration.
+
+In: mappings as YAML gives them. Out: an immutable object, like those of `sections`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from megatron_chatflow.config.architectures import PRESETS, RopeScaling
 from megatron_chatflow.config.fields import (
     CONFIG,
     Count,
@@ -28,10 +37,9 @@ from megatron_chatflow.config.fields import (
     Size,
     Stride,
     Switch,
+    parse_number,
 )
-from megatron_chatflow.config.presets import PRESETS
-from megatron_chatflow.config.rope import RopeScaling
-from megatron_chatflow.config.suggest import closest
+from megatron_chatflow.config.problems import closest
 from megatron_chatflow.errors import UserError
 
 # How rows of new pieces begin; `checkpoint/convert_vocabulary.py` says what each does.
@@ -443,4 +451,87 @@ class CheckpointConfig:
         default=True,
         description="resume with the optimizer's state; without it at the same iteration and with "
         "a fresh optimizer",
+    )
+
+
+Factor = Annotated[float, BeforeValidator(parse_number), Field(gt=1, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class FaultConfig:
+    """How a run answers bad steps, hung ranks and data that goes away."""
+
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
+        default="stop",
+        description=(
+            "what a step whose loss or gradient is not finite, or whose loss is a spike, leads to: "
+            "end the run; leave the update out; or take the weights of the last checkpoint and go "
+            "on with the data that follows"
+        ),
+    )
+    loss_spike_factor: Factor | None = Field(
+        default=None,
+        description="a loss above this multiple of the recent median is a spike; none when unset",
+    )
+    loss_spike_window: Size = Field(
+        default=100, description="good steps whose median a spike is measured against"
+    )
+    max_bad_steps: Size = Field(
+        default=10, description="bad steps in a row after which the run ends whatever --on-nan says"
+    )
+    hang_timeout_minutes: NonNegativeNumber | None = Field(
+        default=None,
+        description=(
+            "minutes without progress after which a rank ends, its stacks written; 0: never; half "
+            "of the distributed timeout when unset, which would end the healthy ranks first"
+        ),
+    )
+    data_retry_seconds: NonNegativeNumber = Field(
+        default=60.0, description="seconds in which a source that went away may come back"
+    )
+
+
+Rank = Annotated[StrictInt, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
+class LoggingConfig:
+    """What is written while the run goes on."""
+
+    log_interval: PositiveCount = Field(
+        default=1, description="iterations between logs, each a mean over those since the last"
+    )
+    metrics_every_iteration: Switch = Field(
+        default=True, description="a row of metrics.jsonl for every iteration, not for every log"
+    )
+    tensorboard: Switch = Field(
+        default=True, description="write TensorBoard files beside the metrics"
+    )
+    log_straggler: Switch = Field(
+        default=False, description="time every rank's computing and waiting, and name the slowest"
+    )
+    straggler_minmax_count: Size = Field(default=1, description="ranks that are named as slowest")
+    profile: Switch = Field(
+        default=False,
+        description="profile some iterations: NVTX ranges between cudaProfilerStart and -Stop",
+    )
+    use_pytorch_profiler: Switch = Field(
+        default=False, description="profile by torch's profiler, into a trace in the run's folder"
+    )
+    profile_step_start: Count = Field(default=10, description="iterations before the profile")
+    profile_step_end: PositiveCount = Field(
+        default=12, description="the last iteration of the profile"
+    )
+    profile_ranks: tuple[Rank, ...] = Field(
+        default=(0,), min_length=1, description="ranks that are profiled"
+    )
+    wandb_project: Name | None = Field(
+        default=None, description="project at Weights & Biases; nothing is sent when unset"
+    )
+    wandb_exp_name: Name | None = Field(
+        default=None, description="name of the run there; that of checkpoint.save when unset"
+    )
+    wandb_entity: Name | None = Field(default=None, description="team or user there")
+    wandb_save_dir: FilePath | None = Field(
+        default=None, description="folder of its local files; that of checkpoint.save when unset"
     )

@@ -13,11 +13,10 @@ import numpy as np
 
 from megatron_chatflow.config import DataConfig
 from megatron_chatflow.data.indexed import idx_path
-from megatron_chatflow.data.packing_cache import Packing
-from megatron_chatflow.data.samples import document_begins
+from megatron_chatflow.data.packing import Packing
+from megatron_chatflow.data.samples import TokenFile, document_begins
 from megatron_chatflow.data.sidecar import appends_eod, loss_mask_prefix, read_sidecar
 from megatron_chatflow.data.source import Source, has_weight
-from megatron_chatflow.native.samples import TokenFile
 from megatron_chatflow.tokenizer import Tokenizer
 
 MANY_CUT_TOKENS = 0.01

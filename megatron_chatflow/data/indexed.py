@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.data.mapped_file import map_file
-from megatron_chatflow.data.staged_file import Spool, StagedFile, publish_all
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import refuse_url
+from megatron_chatflow.files import Spool, StagedFile, publish_all, refuse_url
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -1,4 +1,25 @@
-"""Samples of whole documents: chats and pairs packed by best fit, never cut across samples.
+"""Packings on disk, beside the data that they belong to.
+
+In: a packing and the key of what it was computed from. Out: a file that all processes of a node map
+and share. A file with another key, another length or another digest than its own counts as absent:
+the packing is then computed anew.
+
+Layout, little endian: the header below, int64[num_samples + 1] first places of the samples in the
+list that follows, int64[num_documents] documents.
+
+Best-fit-decreasing packing of documents into samples: the reference, and the compiled one.
+
+Takes the lengths of documents and the room of a sample, and lists the documents of every sample.
+The algorithm is offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973; for
+documents: Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024), made
+deterministic:
+
+- documents come longest first, equal ones in their own order;
+- each goes to the sample with the least room that it fits in; of several, to the one that came to
+  have that room last; to a new sample if it fits in none;
+- samples are then numbered by their first document, so that their order is the corpus's own.
+
+Samples of whole documents: chats and pairs packed by best fit, never cut across samples.
 
 In: token files, the split, the length of a sample. Out: any packed sample, read where its documents
 lie. The packing is computed once and kept beside the data under the fingerprint of what it depends
@@ -7,7 +28,9 @@ on; a change of the data or of the sample's length makes another file.
 
 import json
 import logging
+import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,18 +41,198 @@ import numpy.typing as npt
 from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.fingerprint import sampled_hash
 from megatron_chatflow.data.indexed import bin_path
-from megatron_chatflow.data.mapped_file import release_pages
-from megatron_chatflow.data.packing_cache import Packing, load_packing, save_packing
-from megatron_chatflow.data.samples import check_index, document_begins
-from megatron_chatflow.data.sidecar import loss_mask_prefix
-from megatron_chatflow.data.split import Split, document_range, documents_in_split
-from megatron_chatflow.native.packing import best_fit
-from megatron_chatflow.native.samples import (
+from megatron_chatflow.data.mapped_file import map_file, release_pages
+from megatron_chatflow.data.samples import (
     DocumentLists,
     SampleShape,
+    Split,
     TokenFile,
+    check_index,
+    document_begins,
+    document_range,
+    documents_in_split,
     make_packed_reader,
 )
+from megatron_chatflow.data.sidecar import loss_mask_prefix
+from megatron_chatflow.files import StagedFile, publish_all
+from megatron_chatflow.runtime.extension import load_extension
+
+extension = load_extension("data")
+
+
+DocumentsOfSamples = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""int64[num_samples + 1], where each sample's documents begin in the list that follows; and
+int64[num_packed], the documents of every sample, ascending."""
+
+
+def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
+    """Packs documents into samples, none of which is cut.
+
+    Args:
+        lengths: Integers[num_documents], tokens in each document, 0 to ``capacity``. Empty
+            documents are left out.
+        capacity: Tokens that a sample holds.
+
+    Returns:
+        The documents of every sample. Samples are in the order of their first documents.
+
+    Raises:
+        ValueError: A length is negative or above the capacity.
+    """
+    samples = _assign(lengths, capacity)
+    num_samples = int(samples.max(initial=-1)) + 1
+    documents = np.argsort(samples, kind="stable")[np.count_nonzero(samples < 0) :]
+    offsets = np.zeros(num_samples + 1, np.int64)
+    offsets[1:] = np.cumsum(np.bincount(samples[documents], minlength=num_samples))
+    return offsets, documents
+
+
+def _assign(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
+    """The sample of each document, int64[num_documents]; -1 for an empty one."""
+    if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
+        raise ValueError(f"packing: a length is not between 0 and {capacity}")
+    samples = np.full(len(lengths), -1, np.int64)
+    open_samples: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room, latest last
+    rooms = 0  # bit r is set where open_samples[r] holds any
+    num_samples = 0
+    for document in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
+        length = int(lengths[document])
+        if length == 0:
+            break
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            sample = open_samples[room].pop()
+            if not open_samples[room]:
+                rooms ^= 1 << room
+        else:
+            room, sample = capacity, num_samples
+            num_samples += 1
+        samples[document] = sample
+        room -= length
+        if room:
+            open_samples[room].append(sample)
+            rooms |= 1 << room
+    return _in_order_of_first(samples, num_samples)
+
+
+def _in_order_of_first(samples: npt.NDArray[np.int64], num_samples: int) -> npt.NDArray[np.int64]:
+    """Numbers the samples anew, by the first document of each."""
+    packed = np.flatnonzero(samples >= 0)
+    _, first = np.unique(samples[packed], return_index=True)
+    rank = np.empty(num_samples, np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(num_samples)
+    renumbered = samples.copy()
+    renumbered[packed] = rank[samples[packed]]
+    return renumbered
+
+
+def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
+    """The compiled `best_fit_reference`, or the reference itself where nothing is compiled.
+
+    ``lengths`` is int32, or int64 where the capacity or the number of documents needs it. It is
+    overwritten: for a large corpus a second array of this size would not fit into memory.
+    """
+    if extension is None:
+        return best_fit_reference(lengths, capacity)
+    packed: DocumentsOfSamples = extension.best_fit(lengths, capacity)
+    return packed
+
+
+_MAGIC = b"MCFPACK2"
+# magic, key, num_samples, num_documents, then the counts of `Packing` in their order
+_FACTS = struct.Struct("<8s16s6Q")
+_DIGEST_BYTES = 16
+_HEADER_BYTES = _FACTS.size + _DIGEST_BYTES
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which documents each sample holds.
+
+    Attributes:
+        offsets: int64[num_samples + 1], where each sample's documents begin in ``documents``.
+        documents: int64[num_documents], numbered over all files of the source.
+        num_tokens: Tokens of documents in all samples.
+        num_truncated: Documents longer than a sample.
+        num_truncated_tokens: Their tokens that were cut off.
+        num_without_loss: Documents that were left out, as their kept part has no token with loss.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int64]
+    num_tokens: int
+    num_truncated: int
+    num_truncated_tokens: int
+    num_without_loss: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples."""
+        return len(self.offsets) - 1
+
+
+def save_packing(path: Path, key: bytes, packing: Packing) -> None:
+    """Writes a packing, whole or not at all.
+
+    Args:
+        path: The file.
+        key: 16 bytes that stand for what it was computed from.
+        packing: What to write.
+
+    Raises:
+        OSError: The disk is full or failing.
+        UserError: The folder cannot be written to.
+    """
+    facts = _FACTS.pack(
+        _MAGIC,
+        key,
+        packing.num_samples,
+        len(packing.documents),
+        packing.num_tokens,
+        packing.num_truncated,
+        packing.num_truncated_tokens,
+        packing.num_without_loss,
+    )
+    arrays = [
+        np.ascontiguousarray(array, "<i8").view(np.uint8).data
+        for array in (packing.offsets, packing.documents)
+    ]
+    with StagedFile(path) as file:
+        file.write(facts + _digest(facts, *arrays))
+        for array in arrays:
+            file.write(array)
+        publish_all([file])
+
+
+def load_packing(path: Path, key: bytes) -> Packing | None:
+    """Maps a packing, if the file is there, whole, and of this key."""
+    try:
+        data = map_file(path)
+    except OSError:  # missing or unreadable
+        return None
+    if len(data) < _HEADER_BYTES:
+        return None
+    facts = data[: _FACTS.size].tobytes()
+    magic, found_key, num_samples, num_documents, *counts = _FACTS.unpack(facts)
+    payload = data[_HEADER_BYTES:]
+    if (
+        magic != _MAGIC
+        or found_key != key
+        or len(payload) != 8 * (num_samples + 1 + num_documents)
+        or data[_FACTS.size : _HEADER_BYTES].tobytes() != _digest(facts, payload.data)
+    ):
+        return None
+    entries = payload.view("<i8")
+    return Packing(entries[: num_samples + 1], entries[num_samples + 1 :], *counts)
+
+
+def _digest(facts: bytes, *payload: memoryview) -> bytes:
+    digest = blake2b(facts, digest_size=_DIGEST_BYTES)
+    for part in payload:
+        digest.update(part)
+    return digest.digest()
+
 
 logger = logging.getLogger(__name__)
 

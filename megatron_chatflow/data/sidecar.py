@@ -16,7 +16,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic_core import from_json
 from typing_extensions import NotRequired, TypedDict
 
-from megatron_chatflow.config.units import shorten
+from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
 
 FORMAT_VERSION = 1

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.config import DataConfig, SourceConfig
-from megatron_chatflow.config.units import parse_shares
+from megatron_chatflow.config.fields import parse_shares
 from megatron_chatflow.data.fingerprint import (
     Vocabulary,
     block_hash,
@@ -27,16 +27,22 @@ from megatron_chatflow.data.fingerprint import (
 from megatron_chatflow.data.packing import (
     ALGORITHM_VERSION,
     PackedSamples,
+    Packing,
     cached_packing,
     mask_hashes,
 )
-from megatron_chatflow.data.packing_cache import Packing
 from megatron_chatflow.data.permutation import SampleOrder
-from megatron_chatflow.data.samples import Sample, open_token_file
-from megatron_chatflow.data.split import Split, split_runs
-from megatron_chatflow.data.windows import Windows
+from megatron_chatflow.data.samples import (
+    RowReader,
+    Sample,
+    SampleShape,
+    Split,
+    TokenFile,
+    Windows,
+    open_token_file,
+    split_runs,
+)
 from megatron_chatflow.errors import LocalError, UserError
-from megatron_chatflow.native.samples import RowReader, SampleShape, TokenFile
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,9 @@ from typing import Any, Protocol
 import psutil
 import torch
 
-from megatron_chatflow.data.staged_file import StagedFile, publish_all
 from megatron_chatflow.errors import ArgumentParser, UserError
-from megatron_chatflow.evaluation.report_table import Row, format_table
-from megatron_chatflow.files import check_output_file
+from megatron_chatflow.files import StagedFile, check_output_file, publish_all
+from megatron_chatflow.runtime.table import Row, format_table
 
 FORMAT_VERSION = 1
 

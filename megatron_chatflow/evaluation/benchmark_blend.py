@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.evaluation.report_table import Row
-from megatron_chatflow.native.blend import make_engine
-from megatron_chatflow.native.extension import extension
-from megatron_chatflow.native.quota_reference import GRID
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.engine import make_engine
+from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime.table import Row
+
+extension = load_extension("blend")
 
 OURS, PEER = "megatron_chatflow", "megatron-core"
 RAMPS = ("constant", "linear", "cosine")

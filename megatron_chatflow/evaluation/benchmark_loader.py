@@ -16,20 +16,20 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.config import DataConfig, KnotConfig, ScheduleConfig, SourceConfig
-from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.indexed import bin_path
 from megatron_chatflow.data.loader import GlobalBatch, Loader
 from megatron_chatflow.data.samples import Sample
-from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.evaluation.benchmark_loader_corpus import (
     BenchmarkVocabulary,
     write_corpus,
     write_sparse_corpus,
 )
-from megatron_chatflow.evaluation.report_table import Cell, Row
 from megatron_chatflow.files import scratch_folder
+from megatron_chatflow.runtime.table import Cell, Row
 
 _NUM_ROUNDS = 20
 _NUM_COLD_SAMPLES = 128

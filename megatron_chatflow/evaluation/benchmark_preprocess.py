@@ -41,8 +41,8 @@ from megatron_chatflow.evaluation.benchmark_preprocess_jobs import (
     our_tool,
     sentencepiece_loop,
 )
-from megatron_chatflow.evaluation.report_table import Cell, Row
 from megatron_chatflow.files import scratch_folder
+from megatron_chatflow.runtime.table import Cell, Row
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("text", "roofs", "merge")

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_chatflow.data.indexed import IndexedDatasetWriter, bin_path
-from megatron_chatflow.data.preprocess.merge import merge_datasets
-from megatron_chatflow.evaluation.report_table import Cell, Row
+from megatron_chatflow.preprocess.merge import merge_datasets
+from megatron_chatflow.runtime.table import Cell, Row
 
 _BLOCK = 1 << 23
 _NUM_SHARDS = 4

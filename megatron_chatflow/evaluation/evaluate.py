@@ -12,21 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
+from megatron_chatflow.convert.huggingface_folder import huggingface_folder
+from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate_choice import (
-    ChoiceSettings,
-    evaluate_choice,
-    read_questions,
-)
-from megatron_chatflow.evaluation.evaluate_model import LanguageModel
-from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks, headline
-from megatron_chatflow.evaluation.evaluate_text import (
-    DEFAULT_TEMPLATE,
-    TextSource,
-    evaluate_text,
-)
-from megatron_chatflow.evaluation.generation import huggingface_folder
+from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice, read_questions
+from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks, headline
+from megatron_chatflow.evaluation.text import DEFAULT_TEMPLATE, TextSource, evaluate_text
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_chatflow.data.loader import MicroBatch, collate
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.model.forward import ForwardStep
-from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime import ranks as megatron
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 

@@ -15,16 +15,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_chatflow.model.attention_backends import KERNELS, Segments
-from megatron_chatflow.model.attention_cpu import (
+from megatron_chatflow.kernels import cpu as cpu_kernels
+from megatron_chatflow.kernels.attention import (
+    KERNELS,
     MAX_LENGTH,
+    Segments,
     composed_attention,
     is_composed,
 )
-from megatron_chatflow.model.context import gather_context
-from megatron_chatflow.model.packed import PackedTokens
+from megatron_chatflow.model.packed import PackedTokens, gather_context
 from megatron_chatflow.model.rotary import apply_rotary
-from megatron_chatflow.native import cpu_kernels
 
 
 def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -15,7 +15,6 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_chatflow.data.loader import MicroBatch
-from megatron_chatflow.model.context import ContextShard, shard_context
 from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.model.loss import (
     VocabularySlice,
@@ -23,10 +22,10 @@ from megatron_chatflow.model.loss import (
     source_sums,
     vocabulary_slice,
 )
-from megatron_chatflow.model.packed import pack_tokens
-from megatron_chatflow.runtime import megatron
+from megatron_chatflow.model.packed import ContextShard, pack_tokens, shard_context
+from megatron_chatflow.runtime import ranks as megatron
+from megatron_chatflow.runtime.device import to_device
 from megatron_chatflow.runtime.ranks import Ranks
-from megatron_chatflow.runtime.transfer import to_device
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 

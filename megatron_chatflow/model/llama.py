@@ -28,17 +28,20 @@ from megatron.core.transformer.transformer_layer import (
 from torch.nn.functional import silu
 
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_chatflow.config.model_shape import head_counts, own_sizes, padded_vocab_size
-from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.shape import (
+    head_counts,
+    num_model_chunks,
+    own_sizes,
+    padded_vocab_size,
+)
+from megatron_chatflow.kernels.rms_norm import RMSNorm
+from megatron_chatflow.kernels.shared_group import share
+from megatron_chatflow.kernels.swiglu import SwiGLUMLP
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
-from megatron_chatflow.model.kernel_operations import StepSizes
-from megatron_chatflow.model.kernels import Kernels, choose_kernels
-from megatron_chatflow.model.norm import RMSNorm
+from megatron_chatflow.model.kernel_choice import Kernels, StepSizes, choose_kernels
 from megatron_chatflow.model.rotary import Rotary
-from megatron_chatflow.model.shared_memory import share
-from megatron_chatflow.model.swiglu import SwiGLUMLP
-from megatron_chatflow.runtime import megatron
+from megatron_chatflow.runtime import ranks as megatron
 from megatron_chatflow.runtime.ranks import Ranks
 
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup, ReduceOp
 
-from megatron_chatflow.native import cpu_kernels
-from megatron_chatflow.native.softmax import softmax_gradient_, softmax_statistics
+from megatron_chatflow.kernels import cpu as cpu_kernels
+from megatron_chatflow.kernels.softmax import softmax_gradient_, softmax_statistics
 
 # Logits that are held at a time, in bf16 268 MB: 4,096 tokens of a 32,000-piece vocabulary.
 CHUNK_LOGITS = 1 << 27

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from megatron_chatflow.config import ModelConfig
-from megatron_chatflow.config.rope import RopeScaling, dynamic_base
-from megatron_chatflow.model.foreign_kernels import liger_rope, transformer_engine_rope
-from megatron_chatflow.native import cpu_kernels
-from megatron_chatflow.native.rope import rope
+from megatron_chatflow.config.architectures import RopeScaling, dynamic_base
+from megatron_chatflow.kernels import cpu as cpu_kernels
+from megatron_chatflow.kernels.foreign import liger_rope, transformer_engine_rope
+from megatron_chatflow.kernels.rope import rope
 
 
 @dataclass(frozen=True)

@@ -2,26 +2,185 @@
 
 In: the parallel sizes of a run's configuration and the launcher's environment. Out: `Ranks`.
 CUDA and NCCL where a GPU is there, CPU and gloo elsewhere.
+
+How many queues a GPU takes work from: one, where overlapped collectives need their order kept.
+
+In: the environment before CUDA starts. Out: ``CUDA_DEVICE_MAX_CONNECTIONS`` in it, where nobody has
+set it. CUDA reads it when it starts, so the driver's own library is asked for the architecture.
+
+Runs whose every bit is the same each time, as far as kernels go.
+
+In: the environment before CUDA starts. Out: torch, cuBLAS, NCCL and transformer-engine set so that
+they choose deterministic kernels; flash-attn is told call by call. What is set is tested; that the
+bits are the same has not been seen on a GPU yet.
+
+A part of torchrun's store that only the workers of one attempt know.
+
+In: the store that the agents keep for all attempts of a job. Out: the same store behind a prefix
+that these very workers have agreed upon.
+
+Since torch 2.5 the agents hand the same store to every restart and to every change of membership.
+gloo finds the addresses of workers that are dead there, and the restarted job ends with "connection
+refused". Neither the number of restarts nor the world's size tells two attempts apart (a change of
+membership moves neither), so the workers make a name up: each writes a fresh random number, rank 0
+reads all of them out as a roll, and only when every worker has signed one and the same roll, which
+holds its own number, is that roll's hash the name. What a dead worker left behind can be read into
+a roll, but a roll with a dead worker's number is never signed by all.
 """
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import random
 import signal
 import sys
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.connections import keep_queue_order
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
-from megatron_chatflow.runtime.rendezvous import agree_on_prefix
+
+VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
+_FIRST_WITHOUT = (10, 0)
+
+
+def first_gpu_capability() -> tuple[int, int] | None:
+    """Compute capability of this node's first GPU; None without a driver. Does not start CUDA."""
+    try:
+        driver = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if driver.nvmlInit_v2():
+        return None
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    has_failed = driver.nvmlDeviceGetHandleByIndex_v2(
+        ctypes.c_uint(0), ctypes.byref(device)
+    ) or driver.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    driver.nvmlShutdown()
+    return None if has_failed else (major.value, minor.value)
+
+
+def keep_queue_order(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Makes kernels start in the order in which they were queued.
+
+    For tensor and context parallelism: megatron-core queues a collective ahead of the product that
+    it is to overlap with, and asks for one connection, so that the product does not fill the GPU
+    first. From sm_100 on it does not ask.
+    """
+    capability = first_gpu_capability()
+    if capability is not None and capability < _FIRST_WITHOUT:
+        environment.setdefault(VARIABLE, "1")
+
+
+# cuBLAS is deterministic with workspaces of fixed size; NCCL with one algorithm for all sizes.
+_REQUIRED = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
+}
+
+
+def use_deterministic_algorithms(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Sets everything; has to come before the process's first use of CUDA.
+
+    Raises:
+        UserError: CUDA has started, or a variable is set to something else.
+    """
+    has_started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if has_started:
+        raise UserError(
+            "train.deterministic_mode: CUDA has started already, and cuBLAS with it; ask for it "
+            "before anything else"
+        )
+    for name, values in _REQUIRED.items():
+        given = environment.setdefault(name, values[0])
+        if given not in values:
+            raise UserError(
+                f"environment variable {name}: {given!r} is not deterministic; use "
+                f"{' or '.join(values)}, or leave it out"
+            )
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+_PAUSE_SECONDS = 0.02
+_PREFIX = "megatron_chatflow"
+
+
+def agree_on_prefix(store: Store, rank: int, world_size: int, timeout: timedelta) -> PrefixStore:
+    """Waits for all workers of this attempt and gives them a part of the store of their own.
+
+    Args:
+        store: Shared with all workers, and with those of earlier attempts.
+        rank: Of this worker.
+        world_size: Workers of this attempt.
+        timeout: For the slowest to arrive.
+
+    Raises:
+        UserError: Not all workers came in time.
+    """
+    common = PrefixStore(_PREFIX, store)
+    number = uuid.uuid4().hex
+    common.set(f"signature/{rank}", "")
+    common.set(f"number/{rank}", number)
+    deadline = time.monotonic() + timeout.total_seconds()
+    caller = _Caller(common, world_size) if rank == 0 else None
+    signed = ""
+    while time.monotonic() < deadline:
+        if caller is not None:
+            caller.call()
+        roll = _read(common, "roll").split(",")
+        if len(roll) == world_size and roll[rank] == number:
+            name = _name(roll)
+            if name != signed:
+                common.set(f"signature/{rank}", name)
+                signed = name
+        if signed and _read(common, "agreed") == signed:
+            return PrefixStore(f"{_PREFIX}/{signed}", store)
+        time.sleep(_PAUSE_SECONDS)
+    raise UserError(
+        f"rank {rank}: not all {world_size} processes came within {timeout}; see the logs of the "
+        "other nodes (--distributed-timeout-minutes)"
+    )
+
+
+class _Caller:
+    """Rank 0's part: reads the numbers out, and says when all have signed."""
+
+    def __init__(self, store: Store, world_size: int) -> None:
+        self._store = store
+        self._numbers = [f"number/{rank}" for rank in range(world_size)]
+        self._signatures = [f"signature/{rank}" for rank in range(world_size)]
+        self._called: list[str] = []
+
+    def call(self) -> None:
+        if not self._store.check(self._numbers):
+            return
+        roll = [value.decode() for value in self._store.multi_get(self._numbers)]
+        if roll != self._called:
+            self._store.set("roll", ",".join(roll))
+            self._called = roll
+        name = _name(roll)
+        if all(value.decode() == name for value in self._store.multi_get(self._signatures)):
+            self._store.set("agreed", name)
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _name(roll: list[str]) -> str:
+    return hashlib.sha256(",".join(roll).encode()).hexdigest()[:32]
+
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -102,7 +261,8 @@ def initialize(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        from megatron_chatflow.runtime import cpu, freed_memory
+        from megatron_chatflow.runtime import cpu
+        from megatron_chatflow.runtime import host_memory as freed_memory
 
         cpu.install()
         if keep_freed_memory:
@@ -112,7 +272,7 @@ def initialize(
         _join(process, device, timeout)
 
     # megatron-core is imported only now: on CPUs it has to find the replaced entry points.
-    from megatron_chatflow.runtime import megatron
+    from megatron_chatflow.runtime import ranks as megatron
 
     ranks = megatron.initialize_groups(
         process=process,
@@ -169,7 +329,7 @@ def device_mode(device: torch.device) -> AbstractContextManager[object]:
 def finalize() -> None:
     """Leaves the job; safe to call when `initialize` failed halfway."""
     if torch.distributed.is_initialized():
-        from megatron_chatflow.runtime import megatron
+        from megatron_chatflow.runtime import ranks as megatron
 
         megatron.destroy_groups()
         torch.distributed.destroy_process_group()

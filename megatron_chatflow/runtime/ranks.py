@@ -1,14 +1,28 @@
-"""Rank facts as one value: who this process is, and its place in every parallel group.
+"""What every rank does by itself and all have to succeed in, and how ranks are named together.
+
+In: a step of this rank's own, such as opening its data. Out: its result, once every rank has one;
+else a mistake is raised on every rank, so that none goes on alone into a collective.
+
+Rank facts as one value: who this process is, and its place in every parallel group.
 
 In: the environment that ``torchrun`` sets. Out: `ProcessRank` before the groups exist and `Ranks`
 after. Both are frozen; nothing else in the package asks a global for a rank.
+
+The typed boundary between the runtime and megatron-core's parallel state.
+
+In: sizes. Out: `Ranks`, and the process groups that other layers reduce over. megatron-core ships
+no types; this module states them.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
 
 from megatron_chatflow.errors import UserError
 
@@ -87,3 +101,121 @@ class Ranks:
     def is_reporter(self) -> bool:
         """Whether this process writes the log, the metrics and the checkpoint's own files."""
         return self.process.rank == 0
+
+
+def initialize_groups(
+    *,
+    process: ProcessRank,
+    device: torch.device,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    num_model_chunks: int,
+    context_parallel_size: int,
+    timeout: timedelta,
+) -> Ranks:
+    """Makes megatron-core's process groups and says where this process stands in them."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
+        context_parallel_size=context_parallel_size,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        # gloo copies of the groups are for CPU tensors beside NCCL; over gloo they are the same.
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    return Ranks(
+        process=process,
+        device=device,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_parallel_size=tensor_model_parallel_size,
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_parallel_size=pipeline_model_parallel_size,
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=context_parallel_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def seed_model_parallel(seed: int) -> None:
+    """Seeds megatron-core's random tracker, each tensor-parallel rank with its own stream."""
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def tensor_parallel_group() -> ProcessGroup:
+    """Ranks that hold slices of the same layers."""
+    group: ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
+
+
+def pipeline_parallel_group() -> ProcessGroup:
+    """Ranks that hold consecutive layers of one replica."""
+    group: ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
+    return group
+
+
+def context_parallel_group() -> ProcessGroup:
+    """Ranks that hold different tokens of the same samples."""
+    group: ProcessGroup = parallel_state.get_context_parallel_group()
+    return group
+
+
+def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
+    """Ranks that hold the same weights and read different samples (or parts of samples)."""
+    group: ProcessGroup = parallel_state.get_data_parallel_group(
+        with_context_parallel=with_context_parallel
+    )
+    return group
+
+
+def destroy_groups() -> None:
+    """Forgets megatron-core's groups, so that a process may make others."""
+    parallel_state.destroy_model_parallel()
+
+
+_Result = TypeVar("_Result")
+_MOST_NAMED = 8
+
+
+class PeerError(UserError):
+    """Other ranks met a mistake and this one did not; they say it."""
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, by rank; every rank calls it."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def in_agreement(step: Callable[[], _Result]) -> _Result:
+    """Takes a step that calls no collective; every rank calls it.
+
+    Raises:
+        UserError: This rank's own mistake, with the ranks that met the same where not all did.
+        PeerError: Others met one.
+    """
+    error: UserError | None = None
+    try:
+        result = step()
+    except UserError as caught:
+        error = caught
+    mistakes = gather(None if error is None else str(error))
+    if not any(mistakes):
+        return result
+    if error is None:
+        first = next(mistake for mistake in mistakes if mistake)
+        those = [rank for rank, mistake in enumerate(mistakes) if mistake]
+        raise PeerError(f"{name_ranks(those)}: {first}")
+    same = [rank for rank, mistake in enumerate(mistakes) if mistake == str(error)]
+    if len(same) == len(mistakes):
+        raise error
+    raise UserError(f"{name_ranks(same)}: {error}") from error
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """``rank 3``, or ``ranks 0, 3, 4``, or the first few of many."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+    return f"ranks {', '.join(map(str, ranks[:_MOST_NAMED]))}{more}"

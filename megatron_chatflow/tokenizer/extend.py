@@ -1,4 +1,21 @@
-"""Adds a language's pieces to a tokenizer; the old pieces keep their ids.
+"""What an extended vocabulary gains, and out of what its new pieces were made before.
+
+In: the tokenizer before and after, and text that had no part in the choice of pieces. Out: lines to
+print.
+
+Adds pieces to a byte-level `tokenizer.json` as merges, as if its training had gone on.
+
+In: the file's content and pieces. Out: the content with them in vocabulary and merges, behind all
+that is there. A piece is joined from left to right out of what the tokenizer so far makes of it;
+what comes about on the way and is in no vocabulary (the first bytes of a character) gets an id too.
+
+Old ids stay, and so does old text, unless it holds the same bytes: a character that shares its
+first bytes with a new one may become that part and its last byte. Against tokens that are found
+before text is cut, merges make longer pieces possible, cost nothing when there are thousands of
+them, and never cut a word that the pre-tokenizer leaves whole. Where old merges join the bytes of
+neighbouring characters, those keep the old ids.
+
+Adds a language's pieces to a tokenizer; the old pieces keep their ids.
 
 In: a tokenizer and text of the language. Out: a folder with the extended tokenizer. Pieces are the
 language's most frequent characters, as in ChatFlow (arXiv 2405.10626: 8,076 characters added to
@@ -8,7 +25,7 @@ LLaMA's 32,000 pieces), or characters and the longer pieces that a byte-pair mod
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -17,11 +34,9 @@ from typing import Any, Literal, get_args
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.corpus.encodings import guess_encoding
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import Tokenizer
 from megatron_chatflow.tokenizer.export import SPACE
-from megatron_chatflow.tokenizer.extend_merges import with_merges
 from megatron_chatflow.tokenizer.load import load_tokenizer
 from megatron_chatflow.tokenizer.small_files import (
     TOKENIZER_CONFIG,
@@ -30,7 +45,70 @@ from megatron_chatflow.tokenizer.small_files import (
     replace_tokenizer,
     write_small_files,
 )
+from megatron_chatflow.tokenizer.text_encoding import guess_encoding
 from megatron_chatflow.tokenizer.tokenizer_json import open_tokenizer_json
+
+
+def with_merges(
+    content: dict[str, Any], pieces: Sequence[str], first_id: int
+) -> tuple[dict[str, Any], list[int]]:
+    """Adds pieces.
+
+    Args:
+        content: Of a `tokenizer.json`; it is left as it is.
+        pieces: Text.
+        first_id: Behind all ids that there are.
+
+    Returns:
+        The new content, and the id of each piece.
+
+    Raises:
+        UserError: It is not a byte-level byte-pair model.
+    """
+    model = content["model"]
+    if model.get("type") != "BPE" or "ByteLevel" not in str(content.get("pre_tokenizer")):
+        raise UserError("merges can be added to byte-level byte-pair models alone; add tokens")
+    vocabulary: dict[str, int] = dict(model["vocab"])
+    are_lists = not model["merges"] or isinstance(model["merges"][0], list)
+    merges = [tuple(m) if are_lists else tuple(m.split(" ")) for m in model["merges"]]
+    ranks = {merge: rank for rank, merge in enumerate(merges)}
+    alphabet = byte_alphabet()
+    next_id = first_id
+    ids = []
+    for piece in pieces:
+        spelt = "".join(alphabet[byte] for byte in piece.encode())
+        while len(symbols := _merged(spelt, ranks)) > 1:
+            left, right = symbols[:2]
+            if left + right not in vocabulary:
+                vocabulary[left + right] = next_id
+                next_id += 1
+            ranks[left, right] = len(ranks)
+        ids.append(vocabulary[spelt])
+    written = [list(m) if are_lists else " ".join(m) for m in ranks]
+    return {**content, "model": {**model, "vocab": vocabulary, "merges": written}}, ids
+
+
+def byte_alphabet() -> list[str]:
+    """The character that byte-level models write for each byte: itself where it is printable.
+
+    (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, its encoder.)
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _merged(text: str, ranks: dict[tuple[str, ...], int]) -> list[str]:
+    """What merges make of a text: the earliest joins first."""
+    symbols = list(text)
+    while len(symbols) > 1:
+        pairs = list(zip(symbols, symbols[1:], strict=False))
+        rank, at = min((ranks.get(pair, len(ranks)), k) for k, pair in enumerate(pairs))
+        if rank == len(ranks):
+            break
+        symbols[at : at + 2] = ["".join(pairs[at])]
+    return symbols
+
 
 logger = logging.getLogger(__name__)
 Script = Literal["han", "any"]
@@ -299,3 +377,33 @@ def _runs(texts: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[st
                 run = []
         if run:
             yield "".join(run)
+
+
+_NUM_SHOWN = 8
+
+
+def growth_lines(
+    old: Tokenizer, new: Tokenizer, pieces: Sequence[str], held_out: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    """Lines about an extension.
+
+    Args:
+        old: The tokenizer before.
+        new: After.
+        pieces: What was added.
+        held_out: Documents by name, of a language each.
+    """
+    num_parts = new.vocab_size - old.vocab_size - len(pieces)
+    parts = f" and {num_parts} parts of them" if num_parts > 0 else ""
+    yield f"added {len(pieces)} pieces{parts}: {old.vocab_size} -> {new.vocab_size}"
+    for name, texts in held_out.items():
+        if not texts:
+            continue
+        before, after = (tokens_per_character(tokenizer, texts) for tokenizer in (old, new))
+        yield f"tokens a character, {name} ({len(texts)} documents): {before:.3f} -> {after:.3f}"
+    decompositions = [old.encode_continuation(piece) for piece in pieces]
+    mean = sum(map(len, decompositions)) / max(1, len(pieces))
+    yield f"a new piece was {mean:.2f} old ones, whose embeddings its own can begin with, such as"
+    for piece, ids in list(zip(pieces, decompositions, strict=True))[:_NUM_SHOWN]:
+        spelt = " ".join(f"{token_id}:{old.decode([token_id])!r}" for token_id in ids)
+        yield f"  {piece} = {spelt}"

@@ -15,9 +15,8 @@ import sentencepiece
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.config.units import shorten
+from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.native.bpe import CompiledBpeEncoder
 from megatron_chatflow.tokenizer.base import (
     adds_bos_token,
     join_arrays,
@@ -26,7 +25,7 @@ from megatron_chatflow.tokenizer.base import (
     split_arrays,
     without_surrogates,
 )
-from megatron_chatflow.tokenizer.fast_bpe import fast_encoder
+from megatron_chatflow.tokenizer.bpe import CompiledBpeEncoder, fast_encoder
 from megatron_chatflow.tokenizer.small_files import save_tokenizer
 from megatron_chatflow.tokenizer.tokenizer_json import error_text
 

@@ -20,17 +20,17 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.config.units import shorten
-from megatron_chatflow.corpus.jinja_chats import (
+from megatron_chatflow.config.fields import shorten
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import write_atomically
+from megatron_chatflow.tokenizer.base import Tokenizer, configured_bos, sha256_of
+from megatron_chatflow.tokenizer.chat_template import (
     CHAT_TEMPLATE_FILE,
     CHAT_TEMPLATE_FOLDER,
     JinjaTemplate,
     chat_template_names,
     chat_templates_in,
 )
-from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import write_atomically
-from megatron_chatflow.tokenizer.base import Tokenizer, configured_bos, sha256_of
 from megatron_chatflow.tokenizer.export import sentencepiece_files, with_special_tokens
 from megatron_chatflow.tokenizer.tokenizer_json import (
     open_tokenizer_json,

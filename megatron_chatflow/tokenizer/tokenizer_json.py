@@ -21,7 +21,7 @@ from typing import Any
 
 import tokenizers
 
-from megatron_chatflow.config.units import shorten
+from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.errors import shorten as shorten_message
 

@@ -21,12 +21,12 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_chatflow.config.model_shape import flops_per_token
+from megatron_chatflow.config.shape import flops_per_token
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.runtime.device import peak_flops
 from megatron_chatflow.runtime.launch import finalize, initialize
-from megatron_chatflow.runtime.peak import peak_flops
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.train.benchmark_peer import PeerProcess
 from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, SUBJECT_SEED, Shape
 

@@ -20,14 +20,13 @@ import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
-from megatron_chatflow.checkpoint.saver import CheckpointSaver
-from megatron_chatflow.checkpoint.staging import page_aligned
-from megatron_chatflow.checkpoint.store import RunState, parts_to_save
+from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, parts_to_save
+from megatron_chatflow.checkpoint.writer import page_aligned
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report_table import Row
 from megatron_chatflow.files import scratch_folder, sync_tree
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.train.benchmark_shape import Shape
 
 OURS, DISK, SAVE, ASYNC_SAVE = "ours", "disk_alone", "dcp_save", "dcp_async_save"

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.config import DataConfig, KnotConfig, ScheduleConfig, SourceConfig
-from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.loader import Loader
-from megatron_chatflow.data.schedule import Schedule
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.benchmark_loader_corpus import BenchmarkVocabulary, write_corpus

@@ -14,15 +14,16 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_chatflow.evaluation.report_table import Row
-from megatron_chatflow.model import foreign_kernels as foreign
-from megatron_chatflow.model.attention_backends import gather_facts
-from megatron_chatflow.model.kernel_choice import Operation, median_seconds
-from megatron_chatflow.model.kernel_operations import (
+from megatron_chatflow.kernels import foreign
+from megatron_chatflow.kernels.attention import gather_facts
+from megatron_chatflow.model.kernel_choice import (
+    Operation,
     StepSizes,
     attention_operation,
+    median_seconds,
     step_operations,
 )
+from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.train.benchmark_shape import SHAPES
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.benchmark_shape import Shape
 from megatron_chatflow.train.guard import Guard
+from megatron_chatflow.train.loop import train_step
 from megatron_chatflow.train.optimizer import build_optimization
-from megatron_chatflow.train.step import train_step
 
 LEARNING_RATE = 1e-4
 _RECOMPUTED = {
@@ -168,7 +168,7 @@ class PlainMegatron:
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-        from megatron_chatflow.model.kernels import Kernels
+        from megatron_chatflow.model.kernel_choice import Kernels
         from megatron_chatflow.model.llama import Llama, transformer_config
         from megatron_chatflow.model.rotary import Rotary
 

@@ -10,35 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.checkpoint.grown_reader import GrownReader
-from megatron_chatflow.checkpoint.load_huggingface import load_huggingface
-from megatron_chatflow.checkpoint.saver import CheckpointSaver
+from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.checkpoint.store import (
+    CheckpointSaver,
     RunState,
     load_checkpoint,
     load_weights,
     verify_checkpoint,
 )
 from megatron_chatflow.config import RunConfig
-from megatron_chatflow.config.model_shape import causal_share, flops_per_token
-from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.config.shape import causal_share, flops_per_token
+from megatron_chatflow.convert.grown_reader import GrownReader
+from megatron_chatflow.convert.load_huggingface import load_huggingface
 from megatron_chatflow.data.loader import Loader
 from megatron_chatflow.data.source import Source
-from megatron_chatflow.evaluation.choice_training import ChoiceValidator
-from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
-from megatron_chatflow.evaluation.report_table import format_table
+from megatron_chatflow.evaluation.choice import ChoiceSettings, ChoiceValidator
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
-from megatron_chatflow.runtime.agreement import in_agreement
-from megatron_chatflow.runtime.collection import GarbageCollection
-from megatron_chatflow.runtime.freed_memory import FreedMemory
+from megatron_chatflow.runtime.device import peak_flops
+from megatron_chatflow.runtime.host_memory import FreedMemory, GarbageCollection
 from megatron_chatflow.runtime.launch import device_mode
-from megatron_chatflow.runtime.peak import peak_flops
-from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.runtime.ranks import Ranks, in_agreement
 from megatron_chatflow.runtime.signals import StopRequest
+from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.runtime.watchdog import Watchdog
-from megatron_chatflow.train.beginning import agree_on_beginning
 from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.inputs import (
     RunInputs,
@@ -47,12 +43,12 @@ from megatron_chatflow.train.inputs import (
     refuse_other_inputs,
     verify_data,
 )
-from megatron_chatflow.train.interval import IntervalLog
-from megatron_chatflow.train.loop import Progress, Run
+from megatron_chatflow.train.loop import IntervalLog, Progress, Run
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
 from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.record import open_record
 from megatron_chatflow.train.report import RunFacts
+from megatron_chatflow.train.start import agree_on_beginning
 from megatron_chatflow.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)

@@ -11,18 +11,14 @@ from dataclasses import asdict
 
 import torch
 
-from megatron_chatflow.checkpoint.manifest import damage, refuse_damage
+from megatron_chatflow.blend.plan import plan, to_table
+from megatron_chatflow.checkpoint.files import damage, refuse_damage
 from megatron_chatflow.config import RunConfig, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory, saving_copy_bytes
-from megatron_chatflow.config.model_shape import (
-    flops_per_token,
-    num_parameters,
-    padded_vocab_size,
-)
-from megatron_chatflow.data.packing_cache import Packing
-from megatron_chatflow.data.plan import plan, to_table
+from megatron_chatflow.config.shape import flops_per_token, num_parameters, padded_vocab_size
+from megatron_chatflow.data.packing import Packing
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report_table import Row, format_table
+from megatron_chatflow.runtime.table import Row, format_table
 from megatron_chatflow.train.inputs import RunInputs, open_inputs, verify_data
 
 _MAX_PLAN_ROWS = 24

@@ -14,39 +14,28 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.carried_files import files_of_run
-from megatron_chatflow.checkpoint.convert_check import check_weights
-from megatron_chatflow.checkpoint.convert_export import run_tokenizer
-from megatron_chatflow.checkpoint.convert_import import huggingface_tokenizer
-from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, shape_of_huggingface
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.convert_vocabulary import (
-    GrownVocabulary,
-    Resize,
-    vocabulary_growth,
-)
-from megatron_chatflow.checkpoint.manifest import refuse_small_damage
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.edits import run_schedule
+from megatron_chatflow.blend.plan import check_epochs, epoch_findings
+from megatron_chatflow.checkpoint.files import refuse_small_damage
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, RunLength
-from megatron_chatflow.data.blend import Blend
+from megatron_chatflow.convert.export import run_tokenizer
+from megatron_chatflow.convert.import_ import check_weights, huggingface_tokenizer
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
+from megatron_chatflow.convert.template import TokenizerChoice, files_of_run
+from megatron_chatflow.convert.vocabulary import GrownVocabulary, Resize, vocabulary_growth
 from megatron_chatflow.data.contents import check_contents, verify_contents
-from megatron_chatflow.data.edits import run_schedule
 from megatron_chatflow.data.findings import data_findings
-from megatron_chatflow.data.plan import check_epochs, epoch_findings
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate_choice import Question, read_questions
-from megatron_chatflow.evaluation.report_table import Row
-from megatron_chatflow.runtime.agreement import gather, name_ranks
+from megatron_chatflow.evaluation.choice import Question, read_questions
+from megatron_chatflow.runtime.ranks import gather, name_ranks
+from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.small_files import SmallFiles
-from megatron_chatflow.train.beginning import (
-    Beginning,
-    find_beginning,
-    refuse_folder_of_another_run,
-)
 from megatron_chatflow.train.resume import (
     changed_settings,
     data_seeds,
@@ -54,6 +43,7 @@ from megatron_chatflow.train.resume import (
     refuse_other_length,
     refuse_other_model,
 )
+from megatron_chatflow.train.start import Beginning, find_beginning, refuse_folder_of_another_run
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,25 @@
 
 In: everything that a run is made of, in a `Run`. Out: the last `Progress`. It reads straight down;
 what it calls lies in files of its own.
+
+Collects iterations and reports them: each by itself, and means over each log interval.
+
+`IntervalLog.add` waits neither for a device nor for another rank, so an iteration that is not
+logged costs nothing. What needs other ranks, the hash of each global batch, is exchanged for all
+iterations at once, before a log, a validation or a save.
+
+A log precedes every save. So a resumed run begins with an empty interval and logs the same means as
+one that was never interrupted, and ``metrics.jsonl`` always reaches up to the last checkpoint.
+
+One training step: gradients of a global batch, the update, and the sums that the log reports.
+
+In: this rank's micro-batches. Out: `StepResult`. The loss is summed over the global batch's loss
+tokens and divided by their number, so it does not depend on how the batch was cut.
 """
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,31 +29,268 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_chatflow.checkpoint.saver import CheckpointSaver
-from megatron_chatflow.checkpoint.store import RunState, load_checkpoint
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, load_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.loader import GlobalBatch, Loader
+from megatron_chatflow.data.loader import GlobalBatch, Loader, combine_digests
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.choice_training import ChoiceValidator
-from megatron_chatflow.evaluation.validation import SourceLoss, Validator
+from megatron_chatflow.evaluation.choice import ChoiceValidator
+from megatron_chatflow.evaluation.validation import SourceLoss, Validator, reduce_source_sums
 from megatron_chatflow.model.forward import ForwardStep
-from megatron_chatflow.runtime.collection import GarbageCollection
-from megatron_chatflow.runtime.freed_memory import FreedMemory
-from megatron_chatflow.runtime.peak import peak_memory
+from megatron_chatflow.runtime import ranks as megatron
+from megatron_chatflow.runtime.device import peak_memory
+from megatron_chatflow.runtime.host_memory import FreedMemory, GarbageCollection
+from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.watchdog import Watchdog
-from megatron_chatflow.train.guard import Guard
-from megatron_chatflow.train.interval import IntervalLog
+from megatron_chatflow.train.callbacks import Hook
+from megatron_chatflow.train.guard import Guard, Verdict
 from megatron_chatflow.train.optimizer import Optimization
-from megatron_chatflow.train.profiler import ProfilerWindow
-from megatron_chatflow.train.report import IterationRecord
+from megatron_chatflow.train.profiler import Mark, ProfilerWindow, no_mark
+from megatron_chatflow.train.report import IterationRecord, RunFacts, summarize
 from megatron_chatflow.train.restarts import Status, write_status
-from megatron_chatflow.train.step import StepResult, train_step
-from megatron_chatflow.train.straggler import Stragglers
+from megatron_chatflow.train.straggler import StragglerReport, Stragglers
+
+RECENT_ITERATIONS = 100
+
+
+class IntervalLog:
+    """Iterations until they are reported, and the hooks that they are reported to.
+
+    Attributes:
+        hooks: Watchers; none but on the reporting rank.
+    """
+
+    def __init__(
+        self, hooks: Sequence[Hook], facts: RunFacts, ranks: Ranks, stragglers: Stragglers | None
+    ) -> None:
+        """Starts with an empty interval.
+
+        Args:
+            hooks: Watchers; none but on the reporting rank.
+            facts: What reports need to know of the run.
+            ranks: This process's place.
+            stragglers: Compares the ranks at each log; None where that is not asked for.
+        """
+        self.hooks = hooks
+        self._facts = facts
+        self._ranks = ranks
+        self._stragglers = stragglers
+        self._remaining = RemainingTime()
+        self._records: list[IterationRecord] = []
+        self._num_steps = 0
+        self._data_seconds = 0.0
+        # Of the iterations that the hooks have not seen: this rank's rows of sample and digest.
+        self._digests: list[torch.Tensor] = []
+        self._last_hash: str | None = None
+
+    def add(
+        self, digests: torch.Tensor, data_seconds: float, record: IterationRecord | None
+    ) -> None:
+        """Adds an iteration.
+
+        Args:
+            digests: int64[num_local_samples, 3], global sample number and digest of this rank's.
+            data_seconds: This rank's wait for its batch.
+            record: What is reported of it; None on ranks without hooks.
+        """
+        self._digests.append(digests)
+        self._num_steps += 1
+        self._data_seconds += data_seconds
+        if record is not None:
+            self._records.append(record)
+            self._remaining.add(record.seconds, time.perf_counter())
+
+    def write_iterations(self, stragglers: StragglerReport | None = None) -> None:
+        """Hands the iterations since the last call to the hooks; every rank calls it.
+
+        Args:
+            stragglers: The ranks compared, reported with the last iteration.
+        """
+        if self._digests:
+            hashes = batch_digests(self._digests, self._ranks)
+            self._hand_on(hashes, stragglers)
+
+    def log(self) -> None:
+        """Reports the iterations since the last log and begins anew; every rank calls it."""
+        if self._num_steps == 0:
+            return
+        stragglers = None
+        if self._stragglers is not None:
+            mean_wait = self._data_seconds / self._num_steps
+            stragglers = self._stragglers.report(self._num_steps, mean_wait)
+        self.write_iterations(stragglers)
+        self._show(stragglers)
+
+    def log_alone(self) -> None:
+        """Reports what is pending when a failure ends the run, without other ranks or hashes."""
+        if self._num_steps:
+            self._hand_on([None] * len(self._digests), None)
+            self._show(None)
+
+    def _hand_on(self, hashes: Sequence[str | None], stragglers: StragglerReport | None) -> None:
+        self._digests.clear()
+        if not hashes or not self._records:
+            return
+        self._last_hash = hashes[-1]
+        records = self._records[-len(hashes) :]
+        reports = [
+            summarize(
+                [record],
+                self._facts,
+                batch_digest=digest,
+                stragglers=stragglers if record is records[-1] else None,
+            )
+            for record, digest in zip(records, hashes, strict=True)
+        ]
+        for hook in self.hooks:
+            hook.on_iterations(reports)
+
+    def _show(self, stragglers: StragglerReport | None) -> None:
+        if self._records:
+            remaining = self._facts.num_iterations - self._records[-1].iteration
+            report = summarize(
+                self._records,
+                self._facts,
+                batch_digest=self._last_hash,
+                stragglers=stragglers,
+                seconds_left=self._remaining.estimate(remaining, time.perf_counter()),
+            )
+            for hook in self.hooks:
+                hook.on_log(report)
+        self._records = []
+        self._num_steps = 0
+        self._data_seconds = 0.0
+
+
+class RemainingTime:
+    """Estimates how long the rest of a run takes.
+
+    The time of an iteration is the mean of the last `RECENT_ITERATIONS`. Validations and saves
+    between iterations count by their share of the time since this process began to train.
+    """
+
+    def __init__(self) -> None:
+        """Starts without any iteration."""
+        self._begin = 0.0
+        self._recent: deque[float] = deque(maxlen=RECENT_ITERATIONS)
+        self._seconds = 0.0
+        self._num_iterations = 0
+
+    def add(self, seconds: float, now: float) -> None:
+        """Adds an iteration that took ``seconds`` and ended at ``now``, by any clock."""
+        if self._num_iterations == 0:
+            self._begin = now - seconds
+        elif self._num_iterations == 1:
+            # The first iteration allocates and compiles; it counts only while it is the only one.
+            self._recent.clear()
+        self._num_iterations += 1
+        self._seconds += seconds
+        self._recent.append(seconds)
+
+    def estimate(self, num_iterations: int, now: float) -> float:
+        """Seconds that ``num_iterations`` more will take; at least one iteration was added."""
+        between = max(now - self._begin - self._seconds, 0.0) / self._num_iterations
+        return num_iterations * (sum(self._recent) / len(self._recent) + between)
+
+
+def batch_digests(digests: Sequence[torch.Tensor], ranks: Ranks) -> list[str]:
+    """Hashes whole global batches in sample order, with one exchange for all of them.
+
+    Args:
+        digests: For each iteration int64[num_local_samples, 3]: this rank's global sample numbers
+            and digests. The data-parallel ranks hold equally many samples of each.
+        ranks: This process's place.
+    """
+    local = torch.cat(list(digests)).to(ranks.device)
+    parts = [torch.empty_like(local) for _ in range(ranks.data_parallel_size)]
+    torch.distributed.all_gather(parts, local, group=megatron.data_parallel_group())
+    sizes = [len(rows) for rows in digests]
+    batches = zip(*(torch.split(part.cpu(), sizes) for part in parts), strict=True)
+    return [_combine(torch.cat(batch)) for batch in batches]
+
+
+def _combine(rows: torch.Tensor) -> str:
+    return combine_digests(rows[rows[:, 0].argsort()][:, 1:])
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        source_sums: float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each
+            source over the global batch; the same on every rank.
+        grad_norm: Norm of the whole gradient before clipping.
+        learning_rate: The rate that the update used.
+        verdict: Whether the update was made; the same on every rank.
+    """
+
+    source_sums: torch.Tensor
+    grad_norm: float
+    learning_rate: float
+    verdict: Verdict
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the global batch's loss tokens, in nats; None if it had none."""
+        loss_sum, num_tokens, _ = self.source_sums.sum(dim=0).tolist()
+        return loss_sum / num_tokens if num_tokens else None
+
+
+def train_step(
+    batch: GlobalBatch,
+    optimization: Optimization,
+    forward_step: ForwardStep,
+    ranks: Ranks,
+    guard: Guard,
+    mark: Mark = no_mark,
+) -> StepResult:
+    """Takes one step, or leaves its update out where the guard says so; every rank calls it.
+
+    Megatron-LM counts a step without an update as an iteration but keeps its learning rate where it
+    was. Here the learning rate goes on with the samples, whatever became of the update, so that it
+    is the same after a resume.
+
+    Args:
+        batch: This rank's micro-batches of the global batch.
+        optimization: Chunks, optimizer and learning rate; all change.
+        forward_step: How a micro-batch runs.
+        ranks: This process's place.
+        guard: Judges the step before its update.
+        mark: Names the step's parts for a profile.
+    """
+    for chunk in optimization.chunks:
+        chunk.zero_grad_buffer()
+    optimization.optimizer.zero_grad()
+    with mark("forward and backward"), device_mode(ranks.device):
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            # Every model chunk runs every micro-batch.
+            data_iterator=[iter(batch.micro_batches) for _ in optimization.chunks],
+            model=optimization.chunks,
+            num_microbatches=len(batch.micro_batches),
+            # A micro-batch is one row of packed tokens.
+            seq_length=batch.micro_batches[0].tokens.numel(),
+            micro_batch_size=1,
+            forward_only=False,
+        )
+    if ranks.is_last_stage:
+        sums = torch.stack(results).sum(dim=0)
+    else:
+        sums = torch.zeros(forward_step.num_sources, 3, dtype=torch.float64, device=ranks.device)
+    sums = reduce_source_sums(sums, ranks).cpu()
+    rows = sums.tolist()
+    learning_rate = optimization.learning_rate()
+    with mark("optimizer"), device_mode(ranks.device):
+        verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
+    optimization.advance(batch.end - batch.begin)
+    return StepResult(sums, grad_norm, learning_rate, verdict)
+
 
 logger = logging.getLogger(__name__)
 

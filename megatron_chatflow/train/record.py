@@ -11,18 +11,23 @@ from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_chatflow.blend.edits import Edit
 from megatron_chatflow.checkpoint.files import write_if_there_is_room
 from megatron_chatflow.config import RunConfig, RunLength
-from megatron_chatflow.data.edits import Edit
 from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.files import is_for_want_of_room
 from megatron_chatflow.runtime.ranks import Ranks
-from megatron_chatflow.train.downtime import Downtime
-from megatron_chatflow.train.hooks import Hook
-from megatron_chatflow.train.hooks.console import Console
-from megatron_chatflow.train.hooks.metrics_file import METRICS_FILE, Cut, MetricsFile, keep_until
-from megatron_chatflow.train.hooks.shield import Shield
-from megatron_chatflow.train.hooks.weights_and_biases import WeightsAndBiases
+from megatron_chatflow.train.callbacks import Hook
+from megatron_chatflow.train.callbacks.console import Console
+from megatron_chatflow.train.callbacks.metrics_file import (
+    METRICS_FILE,
+    Cut,
+    MetricsFile,
+    keep_until,
+)
+from megatron_chatflow.train.callbacks.shield import Shield
+from megatron_chatflow.train.callbacks.weights_and_biases import WeightsAndBiases
+from megatron_chatflow.train.report import Downtime
 from megatron_chatflow.train.restarts import forget_restarts, record_restart, write_status
 from megatron_chatflow.train.run_folder import RunFolder
 
@@ -124,6 +129,6 @@ def _metrics_maker(folder: Path, *, every_iteration: bool) -> Callable[[], Hook]
 
 
 def _tensorboard(folder: Path, iteration: int) -> Hook:
-    from megatron_chatflow.train.hooks.tensorboard import TensorBoard
+    from megatron_chatflow.train.callbacks.tensorboard import TensorBoard
 
     return TensorBoard(folder, iteration=iteration)

@@ -3,6 +3,8 @@
 The loop keeps an `IterationRecord` of every iteration. `summarize` turns one record into the row of
 ``metrics.jsonl`` and the records of an interval into what the log, TensorBoard and Weights & Biases
 show: losses are means over loss tokens, shares and speed are sums over the whole interval.
+
+What restarts have cost, as one value that every report carries; `restarts` keeps the records.
 """
 
 import math
@@ -15,8 +17,24 @@ import numpy.typing as npt
 import torch
 
 from megatron_chatflow.evaluation.validation import SourceLoss
-from megatron_chatflow.train.downtime import Downtime
 from megatron_chatflow.train.straggler import StragglerReport
+
+
+@dataclass(frozen=True)
+class Downtime:
+    """What restarts have cost.
+
+    Attributes:
+        num_restarts: How often the run was resumed, for whatever reason.
+        seconds: Wall time between the last iteration that counts and each resume.
+        num_failures: Those after the run was killed or failed, rather than stopped on request.
+        failure_seconds: The wall time of these.
+    """
+
+    num_restarts: int = 0
+    seconds: float = 0.0
+    num_failures: int = 0
+    failure_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

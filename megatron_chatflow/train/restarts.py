@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_chatflow.files import write_atomically
-from megatron_chatflow.train.downtime import Downtime
-from megatron_chatflow.train.hooks.metrics_file import Cut
+from megatron_chatflow.train.callbacks.metrics_file import Cut
+from megatron_chatflow.train.report import Downtime
 
 RESTARTS_FILE = "restarts.jsonl"
 STATUS_FILE = "status.json"

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
+from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import (
     OptimizerConfig,
@@ -25,12 +26,11 @@ from megatron_chatflow.config import (
     to_plain,
 )
 from megatron_chatflow.config.yaml_file import read_yaml
-from megatron_chatflow.data.blend import Blend
 from megatron_chatflow.data.fingerprint import files_of
 from megatron_chatflow.data.packing import ALGORITHM_VERSION
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report_table import Row
+from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.train.learning_rate import learning_rate
 
 logger = logging.getLogger(__name__)

@@ -73,7 +73,7 @@ def plant() -> None:
     loop.train_step = faulty_step
     slow = FAULT.get("slow_save")
     if slow and int(os.environ["RANK"]) == slow["rank"]:
-        from megatron_chatflow.checkpoint import saver
+        from megatron_chatflow.checkpoint import store as saver
 
         write = saver._write_whole
 

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 from megatron_chatflow.config import load_config_from_argv
-from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.runtime.launch import initialize, running
 from megatron_chatflow.runtime.ranks import Ranks
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.checkpoint.manifest import MANIFEST
+from megatron_chatflow.checkpoint.files import MANIFEST
 from megatron_chatflow.config import RunConfig, load_config_from_argv
-from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import Ranks
@@ -218,7 +218,7 @@ def resave(jobs: Path) -> None:
             context_parallel_size=config.parallel.context_parallel_size,
             seed=config.train.seed,
         )
-        from megatron_chatflow.runtime.megatron import destroy_groups
+        from megatron_chatflow.runtime.ranks import destroy_groups
         from megatron_chatflow.train.build import build_run
         from megatron_chatflow.train.loop import _save
 

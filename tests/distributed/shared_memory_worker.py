@@ -14,8 +14,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_chatflow.model import shared_memory
-from megatron_chatflow.native import cpu_kernels, shared_group
+from megatron_chatflow.kernels import cpu as cpu_kernels
+from megatron_chatflow.kernels import shared_group
+from megatron_chatflow.kernels import shared_group as shared_memory
 
 SIZES = (1, 7, 5000)
 LARGE = 300_001  # more than a chunk in each lane

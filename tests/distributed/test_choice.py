@@ -8,13 +8,9 @@ import jobs
 import pytest
 from tiny_run import TinyRun, made_up_sentences
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.evaluation.evaluate_choice import (
-    ChoiceSettings,
-    evaluate_choice,
-    read_questions,
-)
-from megatron_chatflow.evaluation.evaluate_model import LanguageModel
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice, read_questions
+from megatron_chatflow.evaluation.models import LanguageModel
 
 LAYOUTS: dict[str, list[str]] = {
     "tp2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],

@@ -20,8 +20,7 @@ import psutil
 import pytest
 from tiny_run import TinyRun
 
-from megatron_chatflow.checkpoint.files import iteration_folder, latest_iteration
-from megatron_chatflow.checkpoint.manifest import damage
+from megatron_chatflow.checkpoint.files import damage, iteration_folder, latest_iteration
 
 # Room for three checkpoints of a tiny run.
 DISK = "size=16m"

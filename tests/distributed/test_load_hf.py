@@ -14,19 +14,19 @@ from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences, write_dataset
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.convert_vocabulary import (
+from megatron_chatflow.convert.distributed import DistributedReader
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.grown_reader import GrownReader
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.vocabulary import (
     GrownVocabulary,
     Resize,
     grow_rows,
     vocabulary_growth,
 )
-from megatron_chatflow.checkpoint.grown_reader import GrownReader
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer

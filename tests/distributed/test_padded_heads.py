@@ -12,7 +12,7 @@ import jobs
 import pytest
 from tiny_run import TinyRun
 
-from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.index import read_index
 
 TOLERANCE = 2e-5
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jobs
 import pytest
 
-from megatron_chatflow.native import shared_group
+from megatron_chatflow.kernels import shared_group
 
 pytestmark = pytest.mark.skipif(
     shared_group.MAX_SIZE == 0 or sys.platform != "linux",

@@ -8,7 +8,7 @@ import jobs
 import pytest
 from tiny_run import TinyRun
 
-from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.index import read_index
 from megatron_chatflow.errors import UserError
 
 

@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from megatron_chatflow.config import load_config_from_argv, validate_for_world
-from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.pretrain import run_training
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank
@@ -31,7 +31,7 @@ def main() -> None:
         )
         run_training(config, ranks)
         # The process group stays; only megatron-core's groups are made anew.
-        from megatron_chatflow.runtime.megatron import destroy_groups
+        from megatron_chatflow.runtime.ranks import destroy_groups
 
         destroy_groups()
     finalize()

@@ -88,7 +88,7 @@ def _is_hashed(damage: Damage) -> bool:
 
 def _check_merged(folder: Path, damage: Damage) -> None:
     """What was merged passes the inspection that reads all of it."""
-    from megatron_chatflow.data.preprocess.inspect import Inspection
+    from megatron_chatflow.preprocess.inspect import Inspection
 
     Inspection(folder / "all_messages_document").check_hashes()
 

@@ -438,7 +438,7 @@ def _check_import(folder: Path, damage: Damage) -> None:
     if name.endswith(".safetensors"):
         with safe_open(folder / damage.file, "pt"):
             pass
-    from megatron_chatflow.checkpoint.convert_verify import compare
+    from megatron_chatflow.convert.verify import compare
 
     if not compare(folder / (model or "one"), folder / "new", [], weights_only=True).is_same:
         raise AssertionError("the import differs from its folder")

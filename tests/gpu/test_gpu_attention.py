@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_chatflow.kernels.attention import BACKENDS, gather_facts, obstacle
 from megatron_chatflow.model import attention
 from megatron_chatflow.model.attention import PackedCausalAttention
-from megatron_chatflow.model.attention_backends import BACKENDS, gather_facts, obstacle
-from megatron_chatflow.model.context import ContextShard, shard_context
-from megatron_chatflow.model.packed import pack_tokens
+from megatron_chatflow.model.packed import ContextShard, pack_tokens, shard_context
 from megatron_chatflow.model.rotary import Rotary
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from megatron_chatflow.model.attention_backends import gather_facts
-from megatron_chatflow.model.kernel_choice import choose_fastest
-from megatron_chatflow.model.kernel_operations import (
+from megatron_chatflow.kernels.attention import gather_facts
+from megatron_chatflow.model.kernel_choice import (
     StepSizes,
     attention_operation,
+    choose_fastest,
     step_operations,
 )
 

@@ -12,8 +12,9 @@ from kernel_checks import (
 )
 from torch.library import opcheck
 
+from megatron_chatflow.kernels import cuda as cuda_kernels
+from megatron_chatflow.kernels import rms_norm, rope, swiglu
 from megatron_chatflow.model.loss import VocabularySlice, linear_cross_entropy
-from megatron_chatflow.native import cuda_kernels, rms_norm, rope, swiglu
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,23 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAYERS = ("errors", "files", "config", "runtime", "native", "corpus", "tokenizer", "data") + (
+LAYERS = (
+    "errors",
+    "files",
+    "config",
+    "runtime",
+    "blend",
+    "tokenizer",
+    "data",
+    "preprocess",
+    "kernels",
     "model",
     "checkpoint",
+    "convert",
     "evaluation",
     "train",
+    "generation",
+    "report",
     "pretrain",
 )  # each imports itself and what stands before it
 PACKAGE = sorted((ROOT / "megatron_chatflow").rglob("*.py"))

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from tiny_run import TinyRun, write_dataset
 
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape
 from megatron_chatflow.checkpoint.files import LATEST, iteration_folder
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import load_config, load_config_from_argv
 from megatron_chatflow.config.memory import estimate_memory
+from megatron_chatflow.convert.shape import LlamaShape
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.train.dry_run import dry_run

@@ -1,7 +1,7 @@
 /// \file
-/// The extension module `megatron_chatflow.native._kernels_cpu`.
+/// The extension module `megatron_chatflow.kernels._cpu`.
 ///
-/// In: addresses of tensors, whose dtypes, shapes and strides `native/cpu_kernels.py` has checked,
+/// In: addresses of tensors, whose dtypes, shapes and strides `kernels/cpu.py` has checked,
 /// and sizes. Out: results in place. The interpreter lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
@@ -154,9 +154,9 @@ void bind_shared_group(py::module_& module) {
 }  // namespace
 }  // namespace chatflow::cpu
 
-PYBIND11_MODULE(_kernels_cpu, module) {
+PYBIND11_MODULE(_cpu, module) {
   using namespace chatflow::cpu;
-  module.doc() = "CPU kernels for bf16; each equals its reference in native/cpu_reference.py.";
+  module.doc() = "CPU kernels for bf16; each equals its reference in kernels/cpu_reference.py.";
   module.attr("MAX_KEYS") = kMaxKeys;
   module.def("instruction_set", [] { return kernels().name; });
   module.def("instruction_sets", [] {

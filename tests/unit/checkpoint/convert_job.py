@@ -68,10 +68,8 @@ def spread_norms(chunk: Any) -> None:
 
 def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     from megatron_chatflow.checkpoint import megatron
-    from megatron_chatflow.checkpoint.division import share_of
-    from megatron_chatflow.checkpoint.own_heads import own_pieces
-    from megatron_chatflow.checkpoint.shard_plan import index_files, lay_out
-    from megatron_chatflow.runtime.megatron import data_parallel_group
+    from megatron_chatflow.checkpoint.layout import index_files, lay_out, own_pieces, share_of
+    from megatron_chatflow.runtime.ranks import data_parallel_group
 
     folder = Path(task["folder"])
     if torch.distributed.get_rank() == 0:
@@ -104,7 +102,7 @@ def logits_of(llama: Any, ranks: Any, vocab_size: int) -> torch.Tensor:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_chatflow.model.packed import pack_tokens
-    from megatron_chatflow.runtime import megatron
+    from megatron_chatflow.runtime import ranks as megatron
 
     ids = token_ids(vocab_size)
     packed = pack_tokens(
@@ -143,7 +141,7 @@ def main() -> None:
             tensor_model_parallel_size=task["tp"], pipeline_model_parallel_size=task["pp"], seed=1
         )
         from megatron_chatflow.checkpoint.store import load_weights
-        from megatron_chatflow.runtime import megatron
+        from megatron_chatflow.runtime import ranks as megatron
 
         llama = build(task, ranks)
         if task["do"] == "save":

@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.background import BackgroundSave, Progress, Publication
 from megatron_chatflow.checkpoint.direct_file import FileHash
-from megatron_chatflow.checkpoint.files import LATEST
-from megatron_chatflow.checkpoint.manifest import damage
-from megatron_chatflow.checkpoint.reports import ReportBox
+from megatron_chatflow.checkpoint.files import LATEST, damage
+from megatron_chatflow.checkpoint.writer import BackgroundSave, Progress, Publication, ReportBox
 
 
 def test_waiting_tells_of_every_part(monkeypatch) -> None:
     store = torch.distributed.HashStore()
-    monkeypatch.setattr("megatron_chatflow.checkpoint.reports._get_default_store", lambda: store)
+    monkeypatch.setattr("megatron_chatflow.checkpoint.writer._get_default_store", lambda: store)
     gates = [threading.Event() for _ in range(3)]
 
     def write(progress: Progress) -> dict[str, FileHash]:

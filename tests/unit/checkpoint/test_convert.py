@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.convert_vocabulary import Resize
-from megatron_chatflow.checkpoint.weight_map import LLAMA_RULES
+from megatron_chatflow.convert.distributed import DistributedReader
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.vocabulary import Resize
+from megatron_chatflow.convert.weight_map import LLAMA_RULES
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer

@@ -14,12 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_folder import new_folder
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.export import export_checkpoint, new_folder
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 
 TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"

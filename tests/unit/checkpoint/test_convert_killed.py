@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 
 JOB = Path(__file__).with_name("killed_conversion.py")
 SHAPE = LlamaShape(

@@ -5,18 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.convert_distributed import (
-    ChunkToWrite,
-    DistributedReader,
-    write_distributed,
-)
-from megatron_chatflow.checkpoint.convert_safetensors import (
-    SafetensorsFile,
-    plan_shards,
-    write_shards,
-)
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape
-from megatron_chatflow.checkpoint.weight_map import (
+from megatron_chatflow.convert.distributed import ChunkToWrite, DistributedReader, write_distributed
+from megatron_chatflow.convert.safetensors import SafetensorsFile, plan_shards, write_shards
+from megatron_chatflow.convert.shape import LlamaShape
+from megatron_chatflow.convert.weight_map import (
     LLAMA_RULES,
     Join,
     huggingface_shapes,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.convert_safetensors import plan_shards
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes, placements
+from megatron_chatflow.convert.safetensors import plan_shards
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 
 SHARD_BYTES = 4_000_000
 # Beside a tensor and a shard: its copy in another dtype or order, pickled, and the allocator's.
@@ -22,8 +22,8 @@ PROGRAM = """
 import gc, sys
 from pathlib import Path
 import torch
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
 
 torch.set_num_threads(1)
 folder, which, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.convert_shape import shape_of_huggingface
+from megatron_chatflow.convert.shape import shape_of_huggingface
 from megatron_chatflow.errors import UserError
 
 ROOT = Path(__file__).parents[3]

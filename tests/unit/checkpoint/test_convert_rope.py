@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_shape import (
+from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.shape import (
     LlamaShape,
     huggingface_config,
     shape_of_checkpoint,
     shape_of_huggingface,
     trained_shape,
 )
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
-from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.rotary import Rotary
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.convert_verify import Comparison, describe, largest_magnitude
+from megatron_chatflow.convert.verify import Comparison, describe, largest_magnitude
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -6,9 +6,8 @@ import random
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint import division
-from megatron_chatflow.checkpoint.division import boxes_of_range, share_of
-from megatron_chatflow.checkpoint.shard_plan import TensorPiece
+from megatron_chatflow.checkpoint import layout as division
+from megatron_chatflow.checkpoint.layout import TensorPiece, boxes_of_range, share_of
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (1, 9), (8, 1), (3, 4, 5), (2, 1, 3, 4)])

@@ -12,10 +12,10 @@ import tokenizers
 from fuzz_text import fuzz_documents
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 

@@ -11,10 +11,10 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers, trainers
 
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.checkpoint.gguf import convert_gguf, gguf_name, unpermute
 from megatron_chatflow.checkpoint.gguf_tokenizer import build_tokenizer
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 

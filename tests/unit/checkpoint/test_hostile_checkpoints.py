@@ -26,22 +26,18 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint, read_weight
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.convert_vocabulary import (
-    GrownVocabulary,
-    Resize,
-    VocabularyGrowth,
-)
-from megatron_chatflow.checkpoint.grown_reader import GrownReader
-from megatron_chatflow.checkpoint.optimizer_state import _num_steps
-from megatron_chatflow.checkpoint.safe_index import TENSOR_INDEX, coverage_fault, read_index
-from megatron_chatflow.checkpoint.safe_reader import SafeReader, fill
-from megatron_chatflow.checkpoint.shard_plan import TensorPiece, index_files, lay_out, plan_tensor
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes, placements
+from megatron_chatflow.checkpoint.index import TENSOR_INDEX, coverage_fault, read_index
+from megatron_chatflow.checkpoint.layout import TensorPiece, index_files, lay_out, plan_tensor
+from megatron_chatflow.checkpoint.reader import SafeReader, fill
+from megatron_chatflow.checkpoint.state import _num_steps
+from megatron_chatflow.convert.distributed import DistributedReader
+from megatron_chatflow.convert.export import export_checkpoint, read_weight
+from megatron_chatflow.convert.grown_reader import GrownReader
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.vocabulary import GrownVocabulary, Resize, VocabularyGrowth
+from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 from megatron_chatflow.errors import UserError
 
 SHAPE = LlamaShape(1, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)

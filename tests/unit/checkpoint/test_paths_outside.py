@@ -10,10 +10,16 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from megatron_chatflow.checkpoint.convert_safetensors import HuggingFaceWeights
-from megatron_chatflow.checkpoint.files import latest_iteration, resolve_checkpoint
-from megatron_chatflow.checkpoint.manifest import ALGORITHM, MANIFEST, hash_file, read_manifest
-from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.files import (
+    ALGORITHM,
+    MANIFEST,
+    hash_file,
+    latest_iteration,
+    read_manifest,
+    resolve_checkpoint,
+)
+from megatron_chatflow.checkpoint.index import read_index
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.errors import UserError
 
 OUTSIDE = (

@@ -10,15 +10,15 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_resize import resize_checkpoint
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.convert_verify import compare
 from megatron_chatflow.checkpoint.direct_file import hash_file
-from megatron_chatflow.checkpoint.manifest import MANIFEST, manifest_text
+from megatron_chatflow.checkpoint.files import MANIFEST, manifest_text
 from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.resize import resize_checkpoint
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.verify import compare
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 
 SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_chatflow.checkpoint.safe_index import read_index
+from megatron_chatflow.checkpoint.index import read_index
 from megatron_chatflow.errors import UserError
 
 

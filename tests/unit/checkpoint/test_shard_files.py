@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.convert_distributed import DistributedReader
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, hash_file
-from megatron_chatflow.checkpoint.manifest import MANIFEST, damage, manifest_text, read_manifest
-from megatron_chatflow.checkpoint.saver import _write_in_chunks, _write_whole
-from megatron_chatflow.checkpoint.shard_plan import TensorPiece, index_files, lay_out
-from megatron_chatflow.checkpoint.staging import page_aligned
-from megatron_chatflow.checkpoint.tensor_records import ALIGNMENT, frame
+from megatron_chatflow.checkpoint.files import MANIFEST, damage, manifest_text, read_manifest
+from megatron_chatflow.checkpoint.layout import ALIGNMENT, TensorPiece, frame, index_files, lay_out
+from megatron_chatflow.checkpoint.store import _write_in_chunks, _write_whole
+from megatron_chatflow.checkpoint.writer import page_aligned
+from megatron_chatflow.convert.distributed import DistributedReader
 from megatron_chatflow.errors import UserError
 
 CPU = torch.device("cpu")

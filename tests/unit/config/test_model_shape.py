@@ -4,7 +4,7 @@ import pytest
 
 from megatron_chatflow.config import ParallelConfig
 from megatron_chatflow.config.memory import estimate_memory
-from megatron_chatflow.config.model_shape import (
+from megatron_chatflow.config.shape import (
     flops_per_token,
     head_counts,
     num_layer_parameters,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.config import KnotConfig, RunConfig, RunLength, SourceConfig
-from megatron_chatflow.config.presets import PRESETS
+from megatron_chatflow.config.architectures import PRESETS
 from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.config.units import (
+from megatron_chatflow.config.fields import (
     UNITS,
     parse_count,
     parse_num_bytes,

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_chatflow.corpus import readers
-from megatron_chatflow.corpus.encodings import canonical_encoding
-from megatron_chatflow.corpus.inputs import find_inputs
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import CorpusReader, TxtDocuments
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import readers
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import CorpusReader, TxtDocuments, find_inputs
+from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
 SENTENCE = "\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb\u516c\u56ed\u3002"
 TRADITIONAL = "\u5929\u6c23\u5f88\u597d\uff0c\u6211\u5011\u53bb\u516c\u5712\u3002"

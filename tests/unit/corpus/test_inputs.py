@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.inputs import InputFile, find_inputs
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.readers import InputFile, find_inputs
 
 LINE = b'{"text": "a"}\n'
 Write = Callable[..., None]
@@ -149,8 +149,8 @@ def test_redirected_descriptors(tmp_path: Path, write: Write) -> None:
     """`tool --input /dev/fd/5 5< file`: the name has no ending that would say what is in it."""
     write("a.jsonl")
     program = (
-        "from megatron_chatflow.corpus.inputs import find_inputs\n"
-        "from megatron_chatflow.corpus.readers import read_chunks\n"
+        "from megatron_chatflow.preprocess.readers import find_inputs\n"
+        "from megatron_chatflow.preprocess.readers import read_chunks\n"
         "(file,) = find_inputs(['/dev/fd/5'])\n"
         "print(next(read_chunks(file)).data.decode(), end='')"
     )

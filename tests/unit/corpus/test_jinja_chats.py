@@ -7,15 +7,15 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from megatron_chatflow.corpus.chats import Chat
-from megatron_chatflow.corpus.documents import Document, DroppedError
-from megatron_chatflow.corpus.jinja_chats import (
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
+from megatron_chatflow.tokenizer.chat_template import (
+    Chat,
     JinjaTemplate,
     find_chat_template,
     read_chat_template,
 )
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.documents import Document, DroppedError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"

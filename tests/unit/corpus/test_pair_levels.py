@@ -2,10 +2,10 @@
 
 import pytest
 
-from megatron_chatflow.corpus.documents import BadLineError, ParsedChunk
-from megatron_chatflow.corpus.pairs import PairSettings, pairs_of_record
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import Chunk
+from megatron_chatflow.preprocess.pairs import PairSettings, pairs_of_record
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.tokenizer.documents import BadLineError, ParsedChunk
 
 KEYS = ("en", "zh")
 RECORD = {"en": ["One.", "Two.", "Same"], "zh": ["\u4e00\u3002", "\u4e8c\u3002", "Same"]}

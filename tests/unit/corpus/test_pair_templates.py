@@ -4,11 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.documents import DroppedError, Segment
-from megatron_chatflow.corpus.pair_templates import PairText, read_pair_templates
-from megatron_chatflow.corpus.pairs import PairSettings, documents_of_pair
-from megatron_chatflow.corpus.scripts import SCRIPTS, is_mostly
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.pairs import (
+    SCRIPTS,
+    PairSettings,
+    PairText,
+    documents_of_pair,
+    is_mostly,
+    read_pair_templates,
+)
+from megatron_chatflow.tokenizer.documents import DroppedError, Segment
 
 
 def write(folder: Path, text: str) -> Path:

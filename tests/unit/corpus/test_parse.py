@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from megatron_chatflow.corpus.chats import Chat, chat_of
-from megatron_chatflow.corpus.documents import BadLineError, Document, DroppedError, ParsedChunk
-from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
-from megatron_chatflow.corpus.pairs import PairSettings, documents_of_pair
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import Chunk
-from megatron_chatflow.corpus.tab_separated import TabLayout
-from megatron_chatflow.corpus.templates import document_of_chat
+from megatron_chatflow.preprocess.chats import chat_of
+from megatron_chatflow.preprocess.pairs import PairSettings, documents_of_pair
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.preprocess.tab_separated import TabLayout
+from megatron_chatflow.preprocess.templates import document_of_chat
+from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate
+from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, ParsedChunk
 
 
 def parse(data: bytes, **options: Any) -> ParsedChunk:

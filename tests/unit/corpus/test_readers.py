@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_chatflow.corpus import compressed, readers
-from megatron_chatflow.corpus.inputs import InputFile, find_inputs
-from megatron_chatflow.corpus.readers import CorpusReader, ReadOptions, read_chunks
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import compressed, readers
+from megatron_chatflow.preprocess.readers import (
+    CorpusReader,
+    InputFile,
+    ReadOptions,
+    find_inputs,
+    read_chunks,
+)
 
 RECORDS = [{"text": f"document {k} " + "x" * (k % 50)} for k in range(500)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

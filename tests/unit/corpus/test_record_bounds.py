@@ -11,24 +11,24 @@ from typing import Any
 import pytest
 import zstandard
 
-from megatron_chatflow.corpus.inputs import find_inputs
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import (
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import (
     MAX_RECORD_BYTES,
     RECORD_BYTES_PER_VALUE,
     OversizedRecord,
     ReadOptions,
+    find_inputs,
     num_json_values,
     read_chunks,
 )
-from megatron_chatflow.errors import UserError
 
 CHAT = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]})
 PROGRAM = """
 import json, re, sys
-from megatron_chatflow.corpus.inputs import find_inputs
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import read_chunks
+from megatron_chatflow.preprocess.readers import find_inputs
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import read_chunks
 from megatron_chatflow.errors import UserError
 path, settings = sys.argv[1], CorpusSettings(**json.loads(sys.argv[2]))
 num_documents, num_dropped, error = 0, {}, None
@@ -102,7 +102,7 @@ def test_values_are_counted_outside_of_texts() -> None:
 
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_counts_do_not_depend_on_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_chatflow.corpus.readers._COUNT_BYTES", block)
+    monkeypatch.setattr("megatron_chatflow.preprocess.readers._COUNT_BYTES", block)
     texts = ["\\", '",', ',\\"', "[{:,", '\\\\",', "", "\n,", "é,,,"]
     rng = random.Random(1)
     for _ in range(50):
@@ -147,7 +147,7 @@ def test_rows_of_every_type_have_a_size(tmp_path: Path, kind: str) -> None:
 def test_lines_beyond_the_bound_are_counted_and_the_others_kept(
     tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_chatflow.corpus.readers.CHUNK_BYTES", block)
+    monkeypatch.setattr("megatron_chatflow.preprocess.readers.CHUNK_BYTES", block)
     lines = [json.dumps({"text": "x" * n}) for n in (5, 5000, 7, 100_000, 8, 9000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     settings = CorpusSettings(max_record_bytes=2000)

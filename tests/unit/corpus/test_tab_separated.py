@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_chatflow.corpus import readers
-from megatron_chatflow.corpus.inputs import find_inputs
-from megatron_chatflow.corpus.pairs import PairSettings
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import CorpusReader
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import readers
+from megatron_chatflow.preprocess.pairs import PairSettings
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
 
 PAIRS = [(f"bana {k}", f"\u53e5 {k}") for k in range(60)]
 

@@ -10,12 +10,16 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from megatron_chatflow.corpus.chats import Chat
-from megatron_chatflow.corpus.documents import TemplateLimitError
-from megatron_chatflow.corpus.jinja_chats import JinjaTemplate, read_chat_template, render
-from megatron_chatflow.corpus.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.corpus.readers import Chunk
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.tokenizer.chat_template import (
+    Chat,
+    JinjaTemplate,
+    read_chat_template,
+    render,
+)
+from megatron_chatflow.tokenizer.documents import TemplateLimitError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
@@ -86,7 +90,7 @@ OTHERS = {
 }
 PROGRAM = """
 import json, re, sys
-from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
+from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
 for source in json.load(sys.stdin):
     try:
         JinjaTemplate("t.jinja", source).check()

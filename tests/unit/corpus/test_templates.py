@@ -2,16 +2,16 @@
 
 import pytest
 
-from megatron_chatflow.corpus.chats import Chat
-from megatron_chatflow.corpus.documents import Segment
-from megatron_chatflow.corpus.templates import (
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.templates import (
     JINJA_TEMPLATES,
     TEMPLATES,
     document_of_chat,
     prompt_segments,
     render_prompt,
 )
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.chat_template import Chat
+from megatron_chatflow.tokenizer.documents import Segment
 
 MESSAGES = [
     {"role": "system", "content": " Be brief. "},

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.data.sidecar import loss_mask_prefix
+from megatron_chatflow.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.preprocess.parse import CorpusSettings
 
 
 class Jobs:

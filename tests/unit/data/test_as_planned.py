@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.config.units import differing_numbers
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.edits import as_planned_knot, resumed_schedule
-from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.edits import as_planned_knot, resumed_schedule
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.config.fields import differing_numbers
 from megatron_chatflow.errors import UserError
 
 A, B, C = ({"en": 9, "zh": 1}, {"en": 1, "zh": 4}, {"en": 1, "zh": 1})

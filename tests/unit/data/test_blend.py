@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_chatflow.data.blend import MAX_SAMPLES, Blend
-from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
+from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.errors import UserError
 
 GRID = 1 << 32

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.adaptive import AdaptiveBlend, draw_horizon
+from megatron_chatflow.blend.adaptive import AdaptiveBlend, draw_horizon
 from megatron_chatflow.errors import UserError
 
 GRID = 1 << 32

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.data.segments import choose_offsets
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.edits import choose_offsets
+from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.errors import UserError
 
 GRID = 1 << 32

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from megatron_chatflow.data.digest import combine_digests, sample_digest
+from megatron_chatflow.data.loader import combine_digests, sample_digest
 
 TOKENS = np.arange(9, dtype=np.int32)
 MASK = np.ones(8, np.uint8)

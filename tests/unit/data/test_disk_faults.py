@@ -15,12 +15,11 @@ from preprocess_jobs import Jobs
 
 from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
-from megatron_chatflow.data.preprocess import duplicates
-from megatron_chatflow.data.preprocess.duplicates import HASH_RECORD, SeenHashes
-from megatron_chatflow.data.preprocess.merge import merge_datasets
-from megatron_chatflow.data.preprocess.repeats import Repeats
-from megatron_chatflow.data.staged_file import StagedFile, publish_all
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import StagedFile, publish_all
+from megatron_chatflow.preprocess import dedup as duplicates
+from megatron_chatflow.preprocess.dedup import HASH_RECORD, Repeats, SeenHashes
+from megatron_chatflow.preprocess.merge import merge_datasets
 
 
 @contextmanager

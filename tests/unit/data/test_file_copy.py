@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.data import file_copy
+from megatron_chatflow import files as file_copy
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
-from megatron_chatflow.data.staged_file import StagedFile, publish_all
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import StagedFile, publish_all
 
 SIZES = [0, 1, 4095, 4096, 4097, 3 * 4096, 100_000, 2 * 65536, 2 * 65536 + 5, 300_001]
 

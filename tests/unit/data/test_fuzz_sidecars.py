@@ -14,12 +14,8 @@ import pytest
 from data_files import data_config
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.checkpoint.convert_template import trained_chat_template
-from megatron_chatflow.corpus.parse import CorpusSettings
+from megatron_chatflow.convert.template import trained_chat_template
 from megatron_chatflow.data.findings import data_findings
-from megatron_chatflow.data.preprocess.inspect import Inspection
-from megatron_chatflow.data.preprocess.merge import merge_datasets
-from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
 from megatron_chatflow.data.sidecar import (
     MAX_SIDECAR_BYTES,
     appends_bos,
@@ -29,6 +25,9 @@ from megatron_chatflow.data.sidecar import (
 )
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.inspect import Inspection
+from megatron_chatflow.preprocess.merge import PartsPolicy, merge_datasets
+from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 NUM_MUTATIONS = int(os.environ.get("NUM_SIDECAR_MUTATIONS", "300"))

@@ -11,11 +11,10 @@ from data_files import PlainTokenizer, data_config, numbered_documents, write_da
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.data import source as source_module
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.digest import combine_digests, sample_digest
-from megatron_chatflow.data.loader import Loader, collate
-from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.data.loader import Loader, collate, combine_digests, sample_digest
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
 

@@ -9,13 +9,13 @@ import pytest
 from data_files import PlainTokenizer, data_config, write_dataset
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import DTYPE_CODES, IndexedDatasetWriter
-from megatron_chatflow.data.preprocess.inspect import Inspection
-from megatron_chatflow.data.preprocess.merge import merge_datasets
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.inspect import Inspection
+from megatron_chatflow.preprocess.merge import merge_datasets
+from megatron_chatflow.preprocess.parse import CorpusSettings
 
 DOCUMENTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
 

@@ -14,12 +14,12 @@ from preprocess_jobs import Jobs
 from tiny_run import TinyRun
 
 from megatron_chatflow.config import RunConfig
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.mapped_file import map_file, release_pages
-from megatron_chatflow.data.preprocess import duplicates
-from megatron_chatflow.data.preprocess.merge import merge_datasets
 from megatron_chatflow.data.source import build_sources
+from megatron_chatflow.preprocess import dedup as duplicates
+from megatron_chatflow.preprocess.merge import merge_datasets
+from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.train.dry_run import dry_run
 
 NUM_DATASETS = 60

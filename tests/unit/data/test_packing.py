@@ -19,15 +19,21 @@ from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.data.packing import (
     PackedSamples,
+    best_fit,
+    best_fit_reference,
     cached_packing,
+    load_packing,
     pack_documents,
     packing_key,
+    save_packing,
 )
-from megatron_chatflow.data.packing_cache import load_packing, save_packing
-from megatron_chatflow.data.samples import open_token_file
+from megatron_chatflow.data.samples import (
+    DocumentLists,
+    PackedReaderReference,
+    SampleShape,
+    open_token_file,
+)
 from megatron_chatflow.data.sidecar import loss_mask_prefix
-from megatron_chatflow.native.packing import best_fit, best_fit_reference
-from megatron_chatflow.native.samples import DocumentLists, PackedReaderReference, SampleShape
 
 PAD = 3
 SHAPE = SampleShape(seq_length=7, pad_id=PAD, vocab_size=1 << 20, isolate=True)

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.permutation import SampleOrder, round_keys
-from megatron_chatflow.native.permutation import (
+from megatron_chatflow.data.permutation import (
     MAX_SIZE,
+    SampleOrder,
     domain_shape,
     permute,
     permute_one,
     permute_one_reference,
     permute_reference,
+    round_keys,
 )
 
 GOLDEN_10 = [8, 3, 0, 5, 4, 6, 2, 7, 1, 9]

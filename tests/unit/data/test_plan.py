@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.plan import check_epochs, epoch_findings, mixture_curve, plan, to_csv
-from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.plan import check_epochs, epoch_findings, mixture_curve, plan, to_csv
+from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.errors import UserError
 
 NAMES = ["english", "chinese", "chat"]

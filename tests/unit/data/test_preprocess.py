@@ -15,12 +15,12 @@ import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus import readers
-from megatron_chatflow.corpus.pairs import PairDirection, PairSettings
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import readers
+from megatron_chatflow.preprocess.pairs import PairDirection, PairSettings
+from megatron_chatflow.preprocess.parse import CorpusSettings
 
 TEXTS = ["Bana kedo.", "  luno <s>x</s>\n\n", "\u4e00\u4e25 sanka", "ban\x00 \U0001f9ff", "rasen"]
 
@@ -207,8 +207,8 @@ def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\n"
         "from preprocess_jobs import Jobs\n"
-        "from megatron_chatflow.corpus.parse import CorpusSettings\n"
-        "from megatron_chatflow.data.preprocess import run\n"
+        "from megatron_chatflow.preprocess.parse import CorpusSettings\n"
+        "from megatron_chatflow.preprocess import run\n"
         "from megatron_chatflow.errors import run_main\n"
         "def start(settings):\n"
         "    import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n"

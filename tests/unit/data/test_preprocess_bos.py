@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus.jinja_chats import JinjaTemplate
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.packing import PackedSamples, pack_documents
-from megatron_chatflow.data.preprocess.merge import merge_datasets
-from megatron_chatflow.data.samples import open_token_file
+from megatron_chatflow.data.samples import SampleShape, open_token_file
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, sidecar_path
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.native.samples import SampleShape
+from megatron_chatflow.preprocess.merge import merge_datasets
+from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
 
 TEXTS = ["bana kifu", "", "luno <s> sanka", "今 rasen"]
 

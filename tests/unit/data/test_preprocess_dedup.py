@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus import readers
-from megatron_chatflow.corpus.parse import CorpusSettings
-from megatron_chatflow.data.preprocess import duplicates
-from megatron_chatflow.data.preprocess.duplicates import SeenHashes, hashes_of
+from megatron_chatflow.preprocess import dedup as duplicates
+from megatron_chatflow.preprocess import readers
+from megatron_chatflow.preprocess.dedup import SeenHashes, hashes_of
+from megatron_chatflow.preprocess.parse import CorpusSettings
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from killed_job import TOOL
 from made_up_text import made_up_sentences
 
 from megatron_chatflow.data.indexed import idx_path
-from megatron_chatflow.data.preprocess.output import document_prefix, output_paths
+from megatron_chatflow.preprocess.output import document_prefix, output_paths
 
 NUM_PARTS = 13
 JOBS = {

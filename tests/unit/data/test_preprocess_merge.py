@@ -11,13 +11,13 @@ import sentencepiece
 from data_files import write_dataset
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data import indexed
 from megatron_chatflow.data.indexed import HEADER, IndexedDataset, IndexedDatasetWriter
-from megatron_chatflow.data.preprocess.inspect import Inspection, first_difference
-from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
 from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.inspect import Inspection, first_difference
+from megatron_chatflow.preprocess.merge import find_datasets, merge_datasets
+from megatron_chatflow.preprocess.parse import CorpusSettings
 
 TEXTS = ["bana kedo", "luno", "", "\u4e00\u4e25 sanka rasen"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus.inputs import InputFile
-from megatron_chatflow.corpus.pairs import PairSettings
-from megatron_chatflow.corpus.parse import CorpusSettings
-from megatron_chatflow.data.preprocess import partitions
-from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
-from megatron_chatflow.data.preprocess.partitions import split_files
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import partitions
+from megatron_chatflow.preprocess.merge import find_datasets, merge_datasets
+from megatron_chatflow.preprocess.pairs import PairSettings
+from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.partitions import split_files
+from megatron_chatflow.preprocess.readers import InputFile
 
 CORPORA = [
     CorpusSettings(json_keys=("text", "title")),

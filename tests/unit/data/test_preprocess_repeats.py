@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus.parse import CorpusSettings
-from megatron_chatflow.data.preprocess import merge_parts, repeats
-from megatron_chatflow.data.preprocess.duplicates import hash_records, hashes_of
-from megatron_chatflow.data.preprocess.merge import find_datasets, merge_datasets
-from megatron_chatflow.data.preprocess.merge_parts import PartsPolicy
-from megatron_chatflow.data.preprocess.repeats import Repeats
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import dedup as repeats
+from megatron_chatflow.preprocess import merge as merge_parts
+from megatron_chatflow.preprocess.dedup import Repeats, hash_records, hashes_of
+from megatron_chatflow.preprocess.merge import PartsPolicy, find_datasets, merge_datasets
+from megatron_chatflow.preprocess.parse import CorpusSettings
 
 CHATS = CorpusSettings(format="chat", json_keys=("messages",))
 

@@ -7,18 +7,18 @@ import pytest
 import tokenizers
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.corpus.chats import Chat
-from megatron_chatflow.corpus.documents import Segment
-from megatron_chatflow.corpus.pairs import PairSettings
-from megatron_chatflow.corpus.parse import CorpusSettings
-from megatron_chatflow.corpus.templates import (
+from megatron_chatflow.preprocess.encode import encode_segments
+from megatron_chatflow.preprocess.pairs import PairSettings
+from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.templates import (
     JINJA_TEMPLATES,
     TEMPLATES,
     document_of_chat,
     prompt_segments,
 )
-from megatron_chatflow.data.preprocess.encode import encode_segments
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.chat_template import Chat
+from megatron_chatflow.tokenizer.documents import Segment
 
 ANSWERS = ["kedo  luno\n", "\u4e00\u4e25\u3002", "<s>bana</s>", "\U0001f9ff 12", "Sanka."]
 

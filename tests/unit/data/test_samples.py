@@ -7,12 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
-from megatron_chatflow.data.samples import open_token_file
+from megatron_chatflow.data.samples import (
+    SampleShape,
+    WindowReaderReference,
+    Windows,
+    documents_in_split,
+    open_token_file,
+    split_runs,
+)
 from megatron_chatflow.data.sidecar import loss_mask_prefix
-from megatron_chatflow.data.split import documents_in_split, split_runs
-from megatron_chatflow.data.windows import Windows
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.native.samples import SampleShape, WindowReaderReference
 
 PAD = 3
 

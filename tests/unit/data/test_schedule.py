@@ -11,8 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.cosine import COSINE_PORTIONS, NUM_CHORDS
-from megatron_chatflow.data.schedule import Schedule
+from megatron_chatflow.blend.schedule import COSINE_PORTIONS, NUM_CHORDS, Schedule
 from megatron_chatflow.errors import UserError
 
 GRID = 1 << 32

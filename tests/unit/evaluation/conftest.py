@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer
 
 

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.corpus.parse import CorpusSettings
-from megatron_chatflow.evaluation.choice_training import ChoiceValidator
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate
-from megatron_chatflow.evaluation.evaluate_choice import (
+from megatron_chatflow.evaluation.choice import (
     ChoiceSettings,
+    ChoiceValidator,
     encode_question,
     evaluate_choice,
     prompt_of,
     read_questions,
 )
-from megatron_chatflow.evaluation.evaluate_model import LanguageModel
-from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks
-from megatron_chatflow.evaluation.evaluate_text import TextSource, encode_document, evaluate_text
-from megatron_chatflow.evaluation.generation import Generator
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate
+from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks
+from megatron_chatflow.evaluation.text import TextSource, encode_document, evaluate_text
+from megatron_chatflow.generation.generate import Generator
+from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(
@@ -210,8 +210,8 @@ def test_lm_eval_has_the_same_log_probabilities(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from megatron_chatflow.evaluation.evaluate_choice import _continuations, _scores
-    from megatron_chatflow.evaluation.evaluate_tasks import _adapter
+    from megatron_chatflow.evaluation.choice import _continuations, _scores
+    from megatron_chatflow.evaluation.tasks import _adapter
 
     model, settings = models[kind], ChoiceSettings("continuation")
     adapter = _adapter(model, TaskSettings(("x",)), HFLM)
@@ -233,8 +233,8 @@ def test_lm_eval_has_the_same_log_probabilities(
 def test_a_base_beside_its_export(
     folders: dict[str, Path], random_llama: Path, tmp_path: Path
 ) -> None:
-    from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-    from megatron_chatflow.checkpoint.convert_import import import_huggingface
+    from megatron_chatflow.convert.export import export_checkpoint
+    from megatron_chatflow.convert.import_ import import_huggingface
 
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"text": made_up_sentences(1)[0]}) + "\n")

@@ -12,7 +12,7 @@ import pytest
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation import benchmark
 from megatron_chatflow.evaluation.benchmark import commit, has_benchmark, run_benchmark
-from megatron_chatflow.evaluation.report_table import Row, format_cell, format_table
+from megatron_chatflow.runtime.table import Row, format_cell, format_table
 
 TOOL = Path(__file__).parents[3] / "tools" / "benchmark.py"
 

@@ -13,7 +13,9 @@ from megatron_chatflow.evaluation.benchmark_blend import (
     run,
     worst_error,
 )
-from megatron_chatflow.native.extension import extension
+from megatron_chatflow.runtime.extension import load_extension
+
+extension = load_extension("blend")
 
 
 def rows_of(*flags: str) -> list[dict[str, object]]:

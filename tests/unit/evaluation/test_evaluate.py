@@ -13,14 +13,10 @@ import pytest
 import torch
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.corpus.chats import Chat
-from megatron_chatflow.corpus.parse import CorpusSettings
-from megatron_chatflow.corpus.templates import document_of_chat
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
-from megatron_chatflow.evaluation.evaluate_choice import (
+from megatron_chatflow.evaluation.choice import (
     ChoiceSettings,
     Question,
     encode_question,
@@ -29,14 +25,13 @@ from megatron_chatflow.evaluation.evaluate_choice import (
     prompt_of,
     read_questions,
 )
-from megatron_chatflow.evaluation.evaluate_model import LanguageModel
-from megatron_chatflow.evaluation.evaluate_text import (
-    TextResult,
-    TextSource,
-    encode_document,
-    evaluate_text,
-)
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
+from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.text import TextResult, TextSource, encode_document, evaluate_text
+from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.chat_template import Chat
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -75,7 +70,7 @@ def test_log_probs_do_not_depend_on_the_batch(
     rows = [model.tokenizer.encode(text) for text in made_up_sentences(9)] + [[5]]
     expected = [reference_log_probs(model.folder, row) for row in rows]
     for limit in (1, 20_000, 2**27):
-        monkeypatch.setattr("megatron_chatflow.evaluation.evaluate_model._MAX_LOGITS", limit)
+        monkeypatch.setattr("megatron_chatflow.evaluation.models._MAX_LOGITS", limit)
         for values, known in zip(model.log_probs(rows), expected, strict=True):
             assert values.dtype == np.float64
             np.testing.assert_allclose(values, known, rtol=1e-4, atol=1e-5)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.choice import ChoiceSettings
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate
-from megatron_chatflow.evaluation.evaluate_choice import ChoiceSettings
-from megatron_chatflow.evaluation.evaluate_model import LanguageModel
-from megatron_chatflow.evaluation.evaluate_tasks import ALIASES, TaskSettings, evaluate_tasks
+from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.tasks import ALIASES, TaskSettings, evaluate_tasks
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra"

@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
+from megatron_chatflow.convert.huggingface_folder import huggingface_folder
+from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.generation import (
+from megatron_chatflow.generation.chat import Conversation
+from megatron_chatflow.generation.generate import (
     Generator,
     Sampling,
     TextStream,
     choose,
-    huggingface_folder,
+    read_prompt,
 )
-from megatron_chatflow.evaluation.generation_chat import Conversation
-from megatron_chatflow.evaluation.generation_flags import read_prompt
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 
 ROOT = Path(__file__).parents[3]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)

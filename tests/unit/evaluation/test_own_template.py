@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
+from megatron_chatflow.convert.huggingface_folder import huggingface_folder
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
-from megatron_chatflow.evaluation.evaluate_model import LanguageModel
-from megatron_chatflow.evaluation.evaluate_tasks import TaskSettings, evaluate_tasks
-from megatron_chatflow.evaluation.evaluate_text import TextSource, evaluate_text
-from megatron_chatflow.evaluation.generation import Generator, huggingface_folder
+from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks
+from megatron_chatflow.evaluation.text import TextSource, evaluate_text
+from megatron_chatflow.generation.generate import Generator
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 

@@ -5,10 +5,10 @@ import io
 import numpy as np
 import pytest
 
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.plan import mixture_curve
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.evaluation.plots import _readable_labels, plot_mixture
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.plan import mixture_curve
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.report.plots import _readable_labels, plot_mixture
 
 image = pytest.importorskip("matplotlib.image")
 

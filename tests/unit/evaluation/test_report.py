@@ -14,13 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report import build_page, write_report
-from megatron_chatflow.evaluation.report_charts import blend_charts, source_colors
-from megatron_chatflow.evaluation.report_data import read_run
-from megatron_chatflow.evaluation.report_reduce import (
-    deviation_from_plan,
-    realised_shares,
-)
+from megatron_chatflow.report.charts import blend_charts, source_colors
+from megatron_chatflow.report.data import deviation_from_plan, read_run, realised_shares
+from megatron_chatflow.report.page import build_page, write_report
 
 ROOT = Path(__file__).parents[3]
 FLOORS = {"english": 2.9, "chinese": 3.4, "parallel": 2.3, "instruction": 1.9}

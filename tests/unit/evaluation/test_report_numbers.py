@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from megatron_chatflow.evaluation.report_reduce import condense, smooth
-from megatron_chatflow.evaluation.report_scale import Scale, fit, format_percent, format_value
+from megatron_chatflow.report.charts import Scale, fit
+from megatron_chatflow.report.data import condense, smooth
+from megatron_chatflow.runtime.table import format_percent, format_value
 
 
 def test_condense_keeps_means_ends_and_extremes() -> None:

@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from test_report import build, check_page, synthetic_records, without_labels, write_run
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report_compare import comparison_charts, run_names
-from megatron_chatflow.evaluation.report_data import RunReader, read_run
-from megatron_chatflow.evaluation.report_follow import follow_runs
-from megatron_chatflow.evaluation.report_lines import Records
-from megatron_chatflow.evaluation.report_reduce import deviation_from_plan, samples_per_record
+from megatron_chatflow.report.data import (
+    Records,
+    RunReader,
+    deviation_from_plan,
+    read_run,
+    samples_per_record,
+)
+from megatron_chatflow.report.page import comparison_charts, follow_runs, run_names
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{constructor}}"
 

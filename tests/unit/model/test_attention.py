@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from megatron_chatflow.model.attention import PackedCausalAttention
-from megatron_chatflow.model.context import shard_context, spans_of_documents
-from megatron_chatflow.model.packed import document_positions, equal_length_runs, pack_tokens
+from megatron_chatflow.model.packed import (
+    document_positions,
+    equal_length_runs,
+    pack_tokens,
+    shard_context,
+    spans_of_documents,
+)
 from megatron_chatflow.model.rotary import Rotary, apply_rotary, rotary_table
 from megatron_chatflow.runtime.ranks import Ranks
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.model import attention
-from megatron_chatflow.model.attention_backends import (
+from megatron_chatflow.kernels.attention import (
     BACKENDS,
     KERNELS,
     Facts,
@@ -18,6 +17,7 @@ from megatron_chatflow.model.attention_backends import (
     import_error,
     preference,
 )
+from megatron_chatflow.model import attention
 
 EVERYTHING = {
     "transformer_engine": "2.8.0",

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_chatflow.model import attention_cpu
-from megatron_chatflow.model.attention_cpu import composed_attention
+from megatron_chatflow.kernels import attention as attention_cpu
+from megatron_chatflow.kernels import cpu as cpu_kernels
+from megatron_chatflow.kernels.attention import composed_attention
 from megatron_chatflow.model.packed import document_positions, equal_length_runs
 from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, rotary_table
-from megatron_chatflow.native import cpu_kernels
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels.is_available(), reason="csrc/kernels/cpu is not built: make build"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from foreign_releases import RECORD, install, signature
 
-from megatron_chatflow.model import attention_backends
+from megatron_chatflow.kernels import attention as attention_backends
+from megatron_chatflow.kernels.attention import KERNELS, Segments
+from megatron_chatflow.kernels.foreign import liger_rms_norm
+from megatron_chatflow.kernels.rms_norm import rms_norm_reference
 from megatron_chatflow.model.attention import PackedCausalAttention
-from megatron_chatflow.model.attention_backends import KERNELS, Segments
-from megatron_chatflow.model.foreign_kernels import liger_rms_norm
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
-from megatron_chatflow.native.rms_norm import rms_norm_reference
 
 
 def recorded(file: str, function: str) -> list[Any]:

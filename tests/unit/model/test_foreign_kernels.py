@@ -15,9 +15,9 @@ import torch
 from foreign_releases import RECORD, install, signature
 from torch.nn import functional
 
-from megatron_chatflow.model import foreign_kernels as foreign
+from megatron_chatflow.kernels import foreign
+from megatron_chatflow.kernels.rope import rope_reference
 from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, rotary_table
-from megatron_chatflow.native.rope import rope_reference
 
 
 def releases(file: str, *functions: str) -> list[Any]:

@@ -11,18 +11,17 @@ import torch
 
 from megatron_chatflow.config import TrainConfig
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.model import kernel_operations, kernels
-from megatron_chatflow.model.attention_backends import gather_facts
+from megatron_chatflow.kernels.attention import gather_facts
+from megatron_chatflow.model import kernel_choice as kernel_operations
+from megatron_chatflow.model import kernel_choice as kernels
 from megatron_chatflow.model.kernel_choice import (
     Choice,
     Operation,
-    choose_fastest,
-    median_seconds,
-)
-from megatron_chatflow.model.kernel_operations import (
     StepSizes,
     attention_operation,
+    choose_fastest,
     document_ends,
+    median_seconds,
     step_operations,
 )
 

@@ -8,7 +8,7 @@ from megatron.core.pipeline_parallel.schedules import get_schedule_table
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_chatflow.config import RunConfig, validate_for_world
-from megatron_chatflow.config.pipeline import num_model_chunks
+from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.llama import transformer_config
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.native.quota_reference import GRID
+from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.blend.schedule import Schedule
 
 RAMPS = ("step", "linear", "cosine")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.native.bpe import BpePieces
+from megatron_chatflow.tokenizer.bpe import BpePieces
 
 
 def pieces_of(path: Path) -> BpePieces:

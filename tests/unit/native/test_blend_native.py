@@ -9,13 +9,14 @@ from blend_cases import brute_index, schedules, weights_matrix, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.native.blend import native_engine, window_ends
-from megatron_chatflow.native.blend_reference import ReferenceEngine
-from megatron_chatflow.native.extension import extension
-from megatron_chatflow.native.quota_reference import GRID, GRID_BITS, Piece, Quota, WeightTable
+from megatron_chatflow.blend.engine import ReferenceEngine, native_engine, window_ends
+from megatron_chatflow.blend.quota import GRID, GRID_BITS, Piece, Quota, WeightTable
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.runtime.extension import load_extension
 
-pytestmark = pytest.mark.skipif(extension is None, reason="csrc/data is not built")
+extension = load_extension("blend")
+
+pytestmark = pytest.mark.skipif(extension is None, reason="csrc/blend is not built")
 
 CONSTANT = Piece(0, 0, 0, 0, 0, 0, 0, 1)
 

@@ -8,9 +8,9 @@ from blend_cases import brute_index, schedules, weights_matrix, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.data.schedule import Schedule
-from megatron_chatflow.native.blend_reference import ReferenceEngine, leaf_bits
-from megatron_chatflow.native.quota_reference import GRID
+from megatron_chatflow.blend.engine import ReferenceEngine, leaf_bits
+from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.blend.schedule import Schedule
 
 
 def engine_of(schedule: Schedule, num_leaf_bits: int | None = None) -> ReferenceEngine:

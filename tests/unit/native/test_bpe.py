@@ -10,10 +10,12 @@ import pytest
 import sentencepiece
 from bpe_models import pieces_of
 
-from megatron_chatflow.native.bpe import BpePieces, ReferenceBpeEncoder, compiled_bpe_encoder
-from megatron_chatflow.native.extension import extension
+from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.tokenizer.bpe import BpePieces, ReferenceBpeEncoder, compiled_bpe_encoder
 
-pytestmark = pytest.mark.skipif(extension is None, reason="csrc/data is not built")
+extension = load_extension("tokenizer")
+
+pytestmark = pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not built")
 
 ALPHABETS = [
     "ab",

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_chatflow.native import cpu_kernels as kernels
-from megatron_chatflow.native import cpu_reference as reference
+from megatron_chatflow.kernels import cpu as kernels
+from megatron_chatflow.kernels import cpu_reference as reference
 
 pytestmark = pytest.mark.skipif(
     not kernels.is_available(), reason="csrc/kernels/cpu is not built: make build"

@@ -8,10 +8,12 @@ import orjson
 import pytest
 from bpe_models import pieces_of
 
-from megatron_chatflow.native.bpe import CompiledBpeEncoder, compiled_bpe_encoder
-from megatron_chatflow.native.extension import extension
+from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.tokenizer.bpe import CompiledBpeEncoder, compiled_bpe_encoder
 
-pytestmark = pytest.mark.skipif(extension is None, reason="csrc/data is not built")
+extension = load_extension("tokenizer")
+
+pytestmark = pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not built")
 
 
 @pytest.fixture(scope="module")

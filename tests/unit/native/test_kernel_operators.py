@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional
 
-from megatron_chatflow.native import rms_norm, rope, softmax, swiglu
+from megatron_chatflow.kernels import rms_norm, rope, softmax, swiglu
 
 
 def _randn(*shape: int) -> torch.Tensor:

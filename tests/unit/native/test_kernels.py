@@ -16,7 +16,8 @@ import pytest
 import torch
 from kernel_checks import DTYPES, check_rms_norm, check_rope, check_softmax, check_swiglu
 
-from megatron_chatflow.native import cuda_kernels, rms_norm, rope, softmax, swiglu
+from megatron_chatflow.kernels import cuda as cuda_kernels
+from megatron_chatflow.kernels import rms_norm, rope, softmax, swiglu
 
 CSRC = Path(__file__).parents[3] / "csrc" / "kernels"
 CPU = torch.device("cpu")

@@ -12,26 +12,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
-from megatron_chatflow.data.packing import PackedSamples, pack_documents
-from megatron_chatflow.data.packing_cache import Packing, load_packing, save_packing
-from megatron_chatflow.data.samples import open_token_file
-from megatron_chatflow.data.split import split_runs
-from megatron_chatflow.data.windows import Windows
-from megatron_chatflow.errors import UserError
-from megatron_chatflow.native.extension import extension
-from megatron_chatflow.native.loader import Buffers, read_rows, read_rows_reference
-from megatron_chatflow.native.packing import best_fit, best_fit_reference
-from megatron_chatflow.native.permutation import permute, permute_reference
-from megatron_chatflow.native.samples import (
+from megatron_chatflow.data.loader import Buffers, read_rows, read_rows_reference
+from megatron_chatflow.data.packing import (
+    PackedSamples,
+    Packing,
+    best_fit,
+    best_fit_reference,
+    load_packing,
+    pack_documents,
+    save_packing,
+)
+from megatron_chatflow.data.permutation import permute, permute_reference
+from megatron_chatflow.data.samples import (
     DocumentLists,
     PackedReaderReference,
     Runs,
     SampleShape,
     TokenFile,
     WindowReaderReference,
+    Windows,
     make_packed_reader,
     make_window_reader,
+    open_token_file,
+    split_runs,
 )
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.extension import load_extension
+
+extension = load_extension("data")
 
 SHAPE = SampleShape(seq_length=7, pad_id=3, vocab_size=50_000, isolate=True)
 EDGES = [-(2**63), -(2**31), -1, 0, 1, 7, 34, 2**31, 2**40, 2**62, 2**63 - 1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_chatflow.native.tree_hash import (
+from megatron_chatflow.data.fingerprint import (
     DIGEST_BYTES,
     LEAF_BYTES,
     hash_leaves,

@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from megatron_chatflow.runtime.collection import GarbageCollection
+from megatron_chatflow.runtime.host_memory import GarbageCollection
 
 
 class _Cycle:

@@ -28,7 +28,7 @@ int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
 """
 SET = """
 import os
-from megatron_chatflow.runtime.connections import keep_queue_order
+from megatron_chatflow.runtime.launch import keep_queue_order
 keep_queue_order()
 print(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
 """

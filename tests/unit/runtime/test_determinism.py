@@ -6,11 +6,11 @@ import sys
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.determinism import use_deterministic_algorithms
+from megatron_chatflow.runtime.launch import use_deterministic_algorithms
 
 SETTINGS = """
 import os, torch
-from megatron_chatflow.runtime.determinism import use_deterministic_algorithms
+from megatron_chatflow.runtime.launch import use_deterministic_algorithms
 use_deterministic_algorithms()
 assert torch.are_deterministic_algorithms_enabled()
 assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.farewell import Farewell
+from megatron_chatflow.runtime.exit_reporter import Farewell
 from megatron_chatflow.runtime.ranks import ProcessRank
 
 

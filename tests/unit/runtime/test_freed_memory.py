@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_chatflow.runtime.freed_memory import FreedMemory
+from megatron_chatflow.runtime.host_memory import FreedMemory
 
 MIB = 1 << 20
 
@@ -14,7 +14,7 @@ MIB = 1 << 20
 # them is in memory before and after the look that follows a step, in bytes.
 FREE_BETWEEN_KEPT = """
 import torch
-from megatron_chatflow.runtime.freed_memory import (
+from megatron_chatflow.runtime.host_memory import (
     FreedMemory, keep_freed_memory, resident_bytes)
 keep_freed_memory()
 watch = FreedMemory()

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.rendezvous import agree_on_prefix
+from megatron_chatflow.runtime.launch import agree_on_prefix
 
 _TIMEOUT = timedelta(minutes=10)
 

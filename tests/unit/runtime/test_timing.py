@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_chatflow.runtime.timing import call_seconds, copy_rate, product_rate
+from megatron_chatflow.runtime.device import call_seconds, copy_rate, product_rate
 
 CPU = torch.device("cpu")
 

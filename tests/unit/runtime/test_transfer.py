@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chatflow.runtime.transfer import to_device
+from megatron_chatflow.runtime.device import to_device
 
 CUDA = torch.device("cuda", 0)
 BASE = torch.arange(24).reshape(4, 6)

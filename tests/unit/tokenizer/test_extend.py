@@ -12,7 +12,7 @@ import tokenizers
 from fuzz_text import fuzz_documents
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.checkpoint.convert_vocabulary import vocabulary_growth
+from megatron_chatflow.convert.vocabulary import vocabulary_growth
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
@@ -22,8 +22,8 @@ from megatron_chatflow.tokenizer.extend import (
     is_han,
     listed_pieces,
     tokens_per_character,
+    with_merges,
 )
-from megatron_chatflow.tokenizer.extend_merges import with_merges
 
 ROOT = Path(__file__).parents[3]
 NEW = [chr(0x6000 + 13 * k) for k in range(40)]  # characters that the tiny model has not

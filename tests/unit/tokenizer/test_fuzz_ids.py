@@ -23,9 +23,9 @@ import tokenizers
 from fuzz_text import careless_lines, fuzz_documents
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 BATCH = 2000

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.parse import CorpusSettings
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
-from megatron_chatflow.data.preprocess.inspect import Inspection
+from megatron_chatflow.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.preprocess.inspect import Inspection
+from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 TOOLS = Path(__file__).parents[3] / "tools"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.edits import run_schedule
 from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.config import load_config
-from megatron_chatflow.data.blend import Blend
-from megatron_chatflow.data.edits import run_schedule
 
 TOOL = Path(__file__).parents[3] / "tools" / "plan_blend.py"
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_chatflow.train.adam import FusedAdamW, _l2_norm
+from megatron_chatflow.train.optimizer import FusedAdamW, _l2_norm
 
 
 def test_equals_torch_bit_for_bit() -> None:

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import VOCAB_SIZE, TinyRun
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
-from megatron_chatflow.data.preprocess import PreprocessSettings, preprocess
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.weight_map import huggingface_shapes
+from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 from megatron_chatflow.train.inputs import RunInputs, open_inputs

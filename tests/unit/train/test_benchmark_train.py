@@ -11,12 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.benchmark_peer import PeerProcess
-from megatron_chatflow.train.benchmark_profile import (
-    OUTSIDE,
-    least_bytes,
-    part_of,
-    time_and_flops,
-)
+from megatron_chatflow.train.benchmark_profile import OUTSIDE, least_bytes, part_of, time_and_flops
 from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, Shape
 
 

@@ -15,10 +15,10 @@ from megatron_chatflow.data import source as source_module
 from megatron_chatflow.data.contents import check_contents
 from megatron_chatflow.data.fingerprint import block_hash
 from megatron_chatflow.data.indexed import HEADER
-from megatron_chatflow.data.preprocess import preprocess, settings_of_options
-from megatron_chatflow.data.preprocess.merge import merge_datasets
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import preprocess, settings_of_options
+from megatron_chatflow.preprocess.merge import merge_datasets
 from megatron_chatflow.train.dry_run import dry_run
 from megatron_chatflow.train.inputs import open_inputs, verify_data
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import TinyRun, write_checkpoint_state
 
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.train.dry_run import dry_run

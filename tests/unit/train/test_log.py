@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_chatflow.evaluation.report_table import display_width, format_table, shorten
 from megatron_chatflow.evaluation.validation import SourceLoss
-from megatron_chatflow.train.downtime import Downtime
-from megatron_chatflow.train.hooks.console import (
+from megatron_chatflow.runtime.table import display_width, format_table, shorten
+from megatron_chatflow.train.callbacks.console import (
     MAX_SOURCES,
     Console,
     iteration_line,
     source_lines,
     validation_lines,
 )
-from megatron_chatflow.train.hooks.metrics_file import MetricsFile
-from megatron_chatflow.train.interval import RemainingTime
-from megatron_chatflow.train.report import IterationRecord, RunFacts, summarize
+from megatron_chatflow.train.callbacks.metrics_file import MetricsFile
+from megatron_chatflow.train.loop import RemainingTime
+from megatron_chatflow.train.report import Downtime, IterationRecord, RunFacts, summarize
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 

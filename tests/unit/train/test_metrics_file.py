@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_chatflow.train.hooks.metrics_file import keep_until
+from megatron_chatflow.train.callbacks.metrics_file import keep_until
 
 
 def test_lines_after_the_checkpoint_and_torn_lines_go(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences
 
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.train.hooks.metrics_file import keep_until
+from megatron_chatflow.train.callbacks.metrics_file import keep_until
 from megatron_chatflow.train.restarts import RESTARTS_FILE, record_restart, write_status
 
 

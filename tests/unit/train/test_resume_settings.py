@@ -13,7 +13,7 @@ from tiny_run import TinyRun, write_checkpoint_state
 from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.data.permutation import SampleOrder
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.report_table import format_table
+from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.train.dry_run import dry_run
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 

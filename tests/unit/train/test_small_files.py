@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import VOCAB_SIZE, TinyRun
 
-from megatron_chatflow.checkpoint.carried_files import CARRIED
-from megatron_chatflow.checkpoint.convert_export import export_checkpoint
-from megatron_chatflow.checkpoint.convert_import import import_huggingface
-from megatron_chatflow.checkpoint.convert_resize import resize_checkpoint
-from megatron_chatflow.checkpoint.convert_shape import LlamaShape, huggingface_config
-from megatron_chatflow.checkpoint.convert_template import TokenizerChoice
-from megatron_chatflow.checkpoint.convert_vocabulary import Resize
-from megatron_chatflow.checkpoint.weight_map import huggingface_shapes
-from megatron_chatflow.corpus.jinja_chats import find_chat_template
-from megatron_chatflow.corpus.templates import JINJA_TEMPLATES
-from megatron_chatflow.data.preprocess import preprocess
-from megatron_chatflow.data.preprocess.settings import settings_of_options
+from megatron_chatflow.checkpoint.files import CARRIED
+from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.resize import resize_checkpoint
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.vocabulary import Resize
+from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import preprocess
+from megatron_chatflow.preprocess.settings import settings_of_options
+from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.chat_template import find_chat_template
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 from megatron_chatflow.tokenizer.small_files import write_small_files
 from megatron_chatflow.train.inputs import carried_files, open_inputs

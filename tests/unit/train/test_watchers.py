@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.train.hooks.shield import Shield
+from megatron_chatflow.train.callbacks.shield import Shield
 from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.straggler import compare
 
@@ -74,8 +74,8 @@ def test_a_logger_is_made_again_once_it_can_be(caplog: pytest.LogCaptureFixture)
 FULL = """
 import logging, resource, sys
 from pathlib import Path
-from megatron_chatflow.train.hooks.shield import Shield
-from megatron_chatflow.train.hooks.tensorboard import TensorBoard
+from megatron_chatflow.train.callbacks.shield import Shield
+from megatron_chatflow.train.callbacks.tensorboard import TensorBoard
 logging.basicConfig(level=logging.WARNING)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -1,0 +1,190 @@
+"""A blend whose weights are decided while the run goes on, one horizon ahead.
+
+In: a `WeightsProvider`, asked once for every horizon of samples, in order. Out: draws with the
+interface of `megatron_chatflow.blend.blend.Blend`. There is no controller here: this is the place
+where one that sets weights from losses is plugged in.
+
+Nothing is known of the weights beyond the present horizon, so no tree can be built; instead the
+present weights are taken to hold for ever, until the next answer. Each draw j of source k may
+happen from the slot in which the quota exceeds j until the quota reaches j + 1. A slot goes to
+the source that lags a whole sample behind, to the one that lags most if there are several; else
+to the open draw whose quota is complete first; ties go to the lower source.
+
+**Bounds, for any weights whatever.** No source is ever a whole sample ahead, because only draws
+whose quota has begun are made. None is ``H_n = 1 + 1/2 + ... + 1/n`` samples behind: let ``A_j`` be
+the largest mean lag of any j sources. A slot in which some source lags a sample serves the largest
+lag, which gives ``A_j(t + 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``; in any other slot all lags
+are below 1. So ``A_j < 1 + H_n - H_j``, and j = 1 is the claim. No rule that sees nothing ahead can
+do better than ``H_n - 1``. Where weights change moderately the error stays below 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.blend.engine import occurrences
+from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+class WeightsProvider(Protocol):
+    """Decides weights one horizon ahead.
+
+    Attributes:
+        horizon: Samples for which one answer holds, at least 1.
+    """
+
+    horizon: int
+
+    def weights(self, begin: int, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Weights of the samples ``[begin, begin + horizon)``.
+
+        Args:
+            begin: A multiple of ``horizon``; each is asked for once, in order.
+            counts: int64[num_sources], draws before ``begin``.
+
+        Returns:
+            int64[num_sources], none negative, of sum 2**32.
+        """
+
+
+class AdaptiveBlend:
+    """Draws that follow a `WeightsProvider`.
+
+    Every answer is recorded, so that any part that was drawn can be drawn again.
+
+    Attributes:
+        sources: The names that `take` numbers.
+        horizon: Samples per answer.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        provider: WeightsProvider,
+        state: Mapping[str, Any] | None = None,
+    ):
+        """Starts a run, or goes on with one.
+
+        Args:
+            sources: Every source's name.
+            provider: Asked for weights that the state does not hold.
+            state: What `state_at` returned, perhaps through JSON; None for a new run.
+
+        Raises:
+            UserError: The state is another run's.
+        """
+        self.sources = tuple(sources)
+        self.horizon = provider.horizon
+        self._provider = provider
+        self._weights: list[npt.NDArray[np.int64]] = []
+        # Counts and lags (quota minus count, in units of 2**-32) at the begin of each horizon.
+        self._counts = [np.zeros(len(sources), np.int64)]
+        self._lags = [np.zeros(len(sources), np.int64)]
+        self._drawn: tuple[int, npt.NDArray[np.int16]] = (-1, np.empty(0, np.int16))
+        if state is not None:
+            self._restore(state)
+
+    def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """Draws the samples ``[begin, end)``; asks the provider where they lie ahead.
+
+        Returns:
+            ``(source, index)``: int16[end - begin] and int64[end - begin].
+        """
+        if not 0 <= begin <= end:
+            raise UserError(f"take({begin}, {end}): the samples end before they begin")
+        sources, indices = [np.empty(0, np.int16)], [np.empty(0, np.int64)]
+        while begin < end:
+            number, offset = divmod(begin, self.horizon)
+            drawn = self._horizon(number)
+            stop = min(self.horizon, offset + end - begin)
+            indices.append(occurrences(drawn, self._counts[number])[offset:stop])
+            sources.append(drawn[offset:stop])
+            begin += stop - offset
+        return np.concatenate(sources), np.concatenate(indices)
+
+    def counts(self, sample: int) -> npt.NDArray[np.int64]:
+        """Draws of each source before ``sample``, int64[num_sources]."""
+        number, offset = divmod(sample, self.horizon)
+        if offset == 0 and number < len(self._counts):
+            return self._counts[number].copy()
+        drawn = self._horizon(number)[:offset]
+        return self._counts[number] + np.bincount(drawn, minlength=len(self.sources))
+
+    def state_at(self, sample: int) -> dict[str, Any]:
+        """What a checkpoint carries: JSON, every answer up to ``sample``."""
+        answers = self._weights[: -(-sample // self.horizon)]
+        return {
+            "format_version": FORMAT_VERSION,
+            "position": sample,
+            "sources": list(self.sources),
+            "horizon": self.horizon,
+            "weights": [weights.tolist() for weights in answers],
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if state.get("format_version") != FORMAT_VERSION or "weights" not in state:
+            raise UserError("adaptive blend state: not one that this version reads")
+        if list(state["sources"]) != list(self.sources) or state["horizon"] != self.horizon:
+            raise UserError("adaptive blend state: recorded with other sources or another horizon")
+        for number, weights in enumerate(state["weights"]):
+            self._weights.append(np.array(weights, np.int64))
+            self._horizon(number)
+
+    def _horizon(self, number: int) -> npt.NDArray[np.int16]:
+        """The draws of one horizon, int16[horizon]; those before it are drawn first."""
+        while len(self._counts) <= number:
+            self._horizon(len(self._counts) - 1)
+        if self._drawn[0] == number:
+            return self._drawn[1]
+        if number == len(self._weights):
+            answer = self._provider.weights(number * self.horizon, self._counts[number].copy())
+            self._weights.append(np.array(answer, np.int64))
+        weights = self._weights[number]
+        if weights.shape != (len(self.sources),) or weights.min() < 0 or weights.sum() != GRID:
+            raise UserError(
+                f"weights of sample {number * self.horizon}: not {len(self.sources)} integers of "
+                f"0 or more with the sum {GRID}"
+            )
+        drawn, lags = draw_horizon(weights, self._lags[number], self.horizon)
+        if number + 1 == len(self._counts):
+            added = np.bincount(drawn, minlength=len(self.sources))
+            self._counts.append(self._counts[number] + added)
+            self._lags.append(lags)
+        self._drawn = (number, drawn)
+        return drawn
+
+
+def draw_horizon(
+    weights: npt.NDArray[np.int64], lags: npt.NDArray[np.int64], num_samples: int
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+    """Draws samples of constant weights.
+
+    Args:
+        weights: int64[num_sources], of sum 2**32.
+        lags: int64[num_sources], quota minus count in units of 2**-32 before the first sample.
+        num_samples: How many to draw.
+
+    Returns:
+        ``(source, lags)``: int16[num_samples], and the lags after the last sample.
+    """
+    never = np.int64(1) << 62
+    lags = lags.copy()
+    divisor = np.maximum(weights, 1)
+    source = np.empty(num_samples, np.int16)
+    for slot in range(num_samples):
+        lags += weights
+        chosen = int(lags.argmax())
+        if lags[chosen] < GRID:
+            # Slots until the quota of the draw that is open is complete.
+            left = np.where(weights > 0, -((lags - GRID) // divisor), never - 1)
+            chosen = int(np.where(lags > 0, left, never).argmin())
+        lags[chosen] -= GRID
+        source[slot] = chosen
+    return source, lags

@@ -1,0 +1,214 @@
+"""The blend: the schedule turned into an exact sequence of draws.
+
+In: a `Schedule`, and on resuming the state that a checkpoint carries. Out: for every global sample
+its source and which of the source's samples it is, so that for every prefix and every source
+``|count - sum of weights| < 1``, checked in integers.
+
+The sequence is a function of the schedule and its recorded edits alone, and any part of it can be
+computed without the parts before. How it is made stands in
+`megatron_chatflow.blend.engine`; how a schedule may be edited in a running run, in
+`megatron_chatflow.blend.edits` and `megatron_chatflow.blend.edits`.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.blend.edits import FORMAT_VERSION, Edit, first_segment, resume
+from megatron_chatflow.blend.engine import ROOT_BITS, Engine, make_engine
+from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_Number = TypeVar("_Number", int, float)
+
+MAX_SAMPLES = 1 << ROOT_BITS
+"""A run has at most 2**40 samples."""
+
+
+class Blend:
+    """The draws of a run.
+
+    Attributes:
+        schedule: The schedule that governs the samples to come.
+        sources: The names that `take` numbers: the schedule's, then those that were removed.
+        edit: What the schedule changed of the recorded state's; None when nothing.
+    """
+
+    def __init__(self, schedule: Schedule, state: Mapping[str, Any] | None = None):
+        """Starts a run, or goes on with one.
+
+        Args:
+            schedule: The weights. On resuming it may differ from the recorded one in samples that
+                have not been drawn yet: that is an edit and begins a segment.
+            state: What `state_at` returned, perhaps through JSON; None for a new run.
+
+        Raises:
+            UserError: The schedule changes samples that were drawn already, or removes a source
+                that is still in use, or the state is not one.
+        """
+        self.schedule = schedule
+        self.edit: Edit | None = None
+        if state is None or state.get("position") == 0:
+            self._segments = [first_segment(schedule)]
+        else:
+            self._segments, self.edit = resume(schedule, state)
+        columns = self._segments[-1].schedule.sources
+        removed = set(columns) - set(schedule.sources)
+        self.sources = schedule.sources + tuple(name for name in columns if name in removed)
+        number = {name: k for k, name in enumerate(self.sources)}
+        self._public = np.array([number[name] for name in columns], np.int16)
+        self._is_identity = columns == self.sources
+        self._engines: dict[int, Engine] = {}
+        self._lock = threading.Lock()  # a loader draws ahead while a checkpoint asks for counts
+        if self.edit is not None:
+            logger.info("%s", self.edit)
+
+    def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """Draws the samples ``[begin, end)``.
+
+        Returns:
+            ``(source, index)``: int16[end - begin], positions in `sources`, and
+            int64[end - begin], which of the source's samples each is, counting from 0.
+        """
+        begin, end = self._check(begin), self._check(end)
+        if begin > end:
+            raise UserError(f"take({begin}, {end}): the samples end before they begin")
+        parts = []
+        with self._lock:
+            for number in range(self._segment_of(begin), len(self._segments)):
+                stop = end
+                if number + 1 < len(self._segments):
+                    stop = min(end, self._segments[number + 1].begin)
+                parts.append(self._engine(number).take(begin, stop))
+                begin = stop
+                if begin >= end:
+                    break
+        source, index = parts[0]
+        if len(parts) > 1:
+            source = np.concatenate([part[0] for part in parts])
+            index = np.concatenate([part[1] for part in parts])
+        return (source if self._is_identity else self._public[source]), index
+
+    def counts(self, sample: int) -> npt.NDArray[np.int64]:
+        """Draws of each source in the samples before ``sample``, int64[num_sources].
+
+        In the order of ``schedule.sources``; draws of sources that were removed are not in it.
+        """
+        counts = self._column_counts(self._check(sample))
+        return np.array(self._of_schedule(counts.tolist()), np.int64)
+
+    def quotas(self, sample: int) -> list[int]:
+        """The sums of weights that `counts` follows, in units of 2**-32 samples."""
+        sample = self._check(sample)
+        return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
+
+    def planned_shares(self, sample: int) -> npt.NDArray[np.float64]:
+        """What each of ``schedule.sources`` has of the weights at exactly this place of the run."""
+        segment = self._segments[self._segment_of(self._check(sample))]
+        shares = segment.schedule.weights_at(sample) / GRID
+        return np.array(self._of_schedule(shares.tolist()))
+
+    def position(self, sample: int) -> int:
+        """A sample in the unit of the schedule that governed it, rounded up."""
+        number = self._segment_of(sample)
+        if number + 1 == len(self._segments):
+            return self.schedule.position(sample)
+        return self._segments[number].schedule.position(sample, self.schedule.unit)
+
+    def first_draw(self, source: int, index: int) -> int | None:
+        """The global sample that is the source's ``index``-th; None if there is none in 2**40.
+
+        Args:
+            source: Position in `sources`.
+            index: Which of its samples, from 0.
+        """
+        if not 0 <= source < len(self.sources) or index < 0:
+            raise UserError(f"first_draw({source}, {index}): no such source or index")
+        if index >= MAX_SAMPLES:
+            return None
+        column = int(np.flatnonzero(self._public == source)[0])
+        ends = [segment.counts[column] for segment in self._segments[1:]]
+        with self._lock:
+            sample = self._engine(bisect_right(ends, index)).find(column, index)
+        return sample if 0 <= sample < MAX_SAMPLES else None
+
+    def state_at(self, sample: int) -> dict[str, Any]:
+        """What a checkpoint carries after ``sample`` samples: JSON, O(num_sources) per edit."""
+        sample = self._check(sample)
+        counts = self._column_counts(sample)
+        segments = self._segments[: self._segment_of(max(sample - 1, 0)) + 1]
+        return {
+            "format_version": FORMAT_VERSION,
+            "position": sample,
+            "sources": list(self.schedule.sources),
+            "counts": [int(count) for count in counts],
+            "segments": [segment.to_dict() for segment in segments],
+        }
+
+    def knots_before(self, sample: int) -> list[int]:
+        """The samples in (0, ``sample``) at which a knot lies, in order.
+
+        Knots that count iterations lie at other samples once the batch size has changed.
+        """
+        begins = [segment.begin for segment in self._segments]
+        schedules = [*(segment.schedule for segment in self._segments[:-1]), self.schedule]
+        found = {
+            knot.at
+            for begin, end, schedule in zip(begins, [*begins[1:], sample], schedules, strict=True)
+            for knot in schedule.knots
+            if max(begin, 1) <= knot.at < min(end, sample)
+        }
+        return sorted(found)
+
+    def edits_before(self, sample: int) -> list[int]:
+        """The samples in (0, ``sample``) at which an edit took effect, in order."""
+        return [one.begin for one in self._segments[1:] if one.begin < sample]
+
+    def error_bound(self) -> float:
+        """No count will lie this far from the whole run's quota, in samples: 1 without edits."""
+        return float(self._segments[-1].error_bound)
+
+    def _of_schedule(self, values: list[_Number]) -> list[_Number]:
+        """Values of all sources, in the order of the schedule's."""
+        result = list(values)
+        for number, value in zip(self._public, values, strict=True):
+            result[number] = value
+        return result[: len(self.schedule.sources)]
+
+    def _column_counts(self, sample: int) -> npt.NDArray[np.int64]:
+        number = self._segment_of(sample)
+        if sample == self._segments[number].begin:
+            return np.array(self._segments[number].counts, np.int64)
+        with self._lock:
+            return self._engine(number).counts(sample)
+
+    def _segment_of(self, sample: int) -> int:
+        return bisect_right([segment.begin for segment in self._segments], sample) - 1
+
+    def _engine(self, number: int) -> Engine:
+        """The engine of a segment; the last two that were used are kept."""
+        engine = self._engines.pop(number, None)
+        if engine is None:
+            segment = self._segments[number]
+            engine = make_engine(segment.table, segment.begin, segment.base, segment.counts)
+        self._engines[number] = engine
+        if len(self._engines) > 2:
+            del self._engines[next(iter(self._engines))]
+        return engine
+
+    def _check(self, sample: int) -> int:
+        sample = operator.index(sample)
+        if not 0 <= sample <= MAX_SAMPLES:
+            raise UserError(f"sample {sample}: a run's samples lie between 0 and {MAX_SAMPLES}")
+        return sample

@@ -1,0 +1,423 @@
+"""The engine that draws one segment of a blend: C++ where it is built, else the reference.
+
+In: a `WeightTable`, the segment's first sample, its quotas and counts there. Out: an `Engine`.
+`csrc/blend/blend.cpp` and `megatron_chatflow.blend.engine` draw the same sequence.
+
+The blend of one segment: which source every sample comes from, as an exact integer reference.
+
+In: a `Quota` (how many samples of each source are due before every sample) and the counts drawn
+when the segment begins. Out: the source of every sample, so that at each sample ``i`` and for each
+source ``k`` the count drawn lies less than one from ``W_k(i) / 2**32``. That such a sequence exists
+is known (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980). The
+construction, which gives random access without replay, is this project's own.
+
+**Jobs.** An error below one means: at every ``i`` the count is the quota rounded down or up. So
+source k's draw number j is a job for one slot ``i`` with ``W_k(i + 1) > j`` and ``W_k(i) < j + 1``
+(in samples): its release is the last ``i`` with ``W_k(i) <= j``, its deadline the first with
+``W_k(i) >= j + 1``. A state at a boundary is a set U: the sources whose quota is not whole and
+whose count is the quota rounded up. The fractions sum to a whole number, ``m``, which is U's size.
+
+**Select.** Given states at L and R that some such sequence joins, `select` finds one at T between
+that is joined to both, by looking at T alone. A source whose job of T's window was done before L
+must be in U, one whose job is still open at R must not. For every deadline d, sources of U with
+windows that end at d or later must not outnumber the fractions that such windows have gathered at
+T, rounded up (the caps). Sources enter in the order of their release while the caps allow.
+
+*Why it works.* Joining L to R is a matching of unit jobs to slots, so Hall's theorem on intervals
+decides it: no interval inside is ever short of slots or of jobs, so only intervals that touch L or
+R can fail. Jobs due before b fit after L exactly if the open jobs of U that end after b are at most
+the fractions at b of the windows that span it; fractions only grow inside a window, so the caps at
+T imply this for [T, R], and for every later b. Jobs available before R fill the slots from a on if
+not too many sources released before a are outside U; choosing by release keeps their number at most
+``|X outside U_R|`` or the sum of what those windows still lack at T, whichever is larger, and both
+are within what is allowed at a. Choosing by deadline or by fraction fails: with weights
+(0, 0, 1/2, 1/2) then (1/2, 1/2, 0, 0) the first sample must not be drawn from source 0 or 1.
+
+**Tree.** The root is 2**40 samples from the segment's begin, its right end selected with nothing
+known to its right. It is halved down to leaves of 2**p samples; within a leaf the earliest deadline
+is drawn first, which meets all deadlines if anything can. Sizes and tie-breaks are part of the
+sequence's definition. The state is a count per source for each of at most 27 boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import pairwise
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.blend.quota import GRID, GRID_BITS, NEVER, Quota, WeightTable
+from megatron_chatflow.runtime.extension import load_extension
+
+extension = load_extension("blend")
+
+
+ROOT_BITS = 40
+"""A segment's tree, and so a run, spans at most 2**40 samples."""
+
+
+def leaf_bits(num_sources: int) -> int:
+    """Binary logarithm of the number of samples in a leaf."""
+    if num_sources <= 128:
+        return 14
+    return 16 if num_sources <= 2048 else 20
+
+
+class Caps:
+    """At most so many sources may be ahead of their quota in windows that end late.
+
+    Args:
+        deadlines: End of the current window of every source with a fraction.
+        fractions: Their quotas' fractions, in units of 2**-32; the sum is whole.
+    """
+
+    def __init__(self, deadlines: Sequence[int], fractions: Sequence[int]):
+        """Counts what each window's end allows."""
+        ends = sorted(set(deadlines))
+        group_of = {end: group for group, end in enumerate(ends)}
+        self._group = [group_of[end] for end in deadlines]
+        gathered = [0] * (len(ends) + 1)
+        for group, fraction in zip(self._group, fractions, strict=True):
+            gathered[group] += fraction
+        for group in range(len(ends) - 1, -1, -1):
+            gathered[group] += gathered[group + 1]
+        caps = [-(-fraction >> GRID_BITS) for fraction in gathered]
+        self._free = [cap - later for cap, later in pairwise(caps)]
+        self._next = list(range(len(ends) + 1))
+
+    def admit(self, member: int) -> bool:
+        """Takes the first free slot at or after the member's own group, if there is one."""
+        group, path = self._group[member], []
+        while True:
+            while self._next[group] != group:
+                path.append(group)
+                group = self._next[group]
+            for passed in path:
+                self._next[passed] = group
+            if group == len(self._free):
+                return False
+            if self._free[group] > 0:
+                self._free[group] -= 1
+                return True
+            self._next[group] = group + 1
+
+
+def select(
+    quota: Quota, left: int, before: Sequence[int], right: int, after: Sequence[int] | None, at: int
+) -> list[int]:
+    """Counts of every source at the sample ``at`` that are joined to both neighbours.
+
+    Args:
+        quota: The quotas.
+        left: A sample before ``at``; ``before`` are the counts there.
+        before: Counts at ``left``, each its quota rounded down or up.
+        right: A sample after ``at``, or `NEVER` when nothing is known to the right.
+        after: Counts at ``right``; None when nothing is known there.
+        at: The sample, ``left < at < right``.
+
+    Returns:
+        The counts at ``at``, each the quota rounded down or up.
+    """
+    quotas = quota.quotas(at)
+    counts = [value >> GRID_BITS for value in quotas]
+    members = [k for k, value in enumerate(quotas) if value & (GRID - 1)]
+    deadlines = [min(quota.first_at_least(k, counts[k] + 1 << GRID_BITS), right) for k in members]
+    releases = [max(quota.last_at_most(k, counts[k] << GRID_BITS), left) for k in members]
+    fractions = [quotas[k] & (GRID - 1) for k in members]
+    caps = Caps(deadlines, fractions)
+    wanted = sum(fractions) >> GRID_BITS
+
+    forced, free = [], []
+    for member, k in enumerate(members):
+        if before[k] == counts[k] + 1:  # drawn already in the window that contains `at`
+            forced.append(member)
+        elif after is None or after[k] != counts[k]:  # else it is still not drawn at `right`
+            free.append((releases[member], deadlines[member], member))
+    for member in forced + [entry[2] for entry in sorted(free)]:
+        if wanted == 0:
+            break
+        if caps.admit(member):
+            counts[members[member]] += 1
+            wanted -= 1
+    assert wanted == 0, "no state joins the two boundaries"
+    return counts
+
+
+class ReferenceEngine:
+    """Draws of one segment, from any sample on.
+
+    Args:
+        table: The weights.
+        begin: The segment's first sample.
+        base: ``Z_k(begin)``: quotas, offsets included, in units of 2**-32 samples.
+        counts: Samples drawn of each source before ``begin``; each ``base`` rounded down or up.
+        num_leaf_bits: Another leaf size than the sequence's own, to test with.
+    """
+
+    def __init__(
+        self,
+        table: WeightTable,
+        begin: int,
+        base: Sequence[int],
+        counts: Sequence[int],
+        num_leaf_bits: int | None = None,
+    ):
+        """Selects the root's right end; draws nothing yet."""
+        self.num_sources = table.num_sources
+        self.begin = begin
+        self._quota = Quota(table, begin, base)
+        if num_leaf_bits is None:
+            num_leaf_bits = leaf_bits(self.num_sources)
+        self._leaf_size = 1 << num_leaf_bits
+        end = begin + (1 << ROOT_BITS)
+        root = select(self._quota, begin, counts, NEVER, None, end)
+        self._root = ((begin, list(counts)), (end, root))
+        self._left: tuple[int, list[int]]
+        self._stack: list[tuple[int, list[int]]]  # right ends of the nodes above, nearest last
+        self._source: npt.NDArray[np.int16]
+        self._index: npt.NDArray[np.int64]
+        self._reset()
+
+    def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """Sources (int16) and their sample indices (int64) of the samples ``[begin, end)``."""
+        source = np.empty(end - begin, np.int16)
+        index = np.empty(end - begin, np.int64)
+        at = begin
+        while at < end:
+            self._seek(at)
+            leaf = self._left[0]
+            stop = min(end, leaf + self._leaf_size)
+            source[at - begin : stop - begin] = self._source[at - leaf : stop - leaf]
+            index[at - begin : stop - begin] = self._index[at - leaf : stop - leaf]
+            at = stop
+        return source, index
+
+    def counts(self, sample: int) -> npt.NDArray[np.int64]:
+        """Draws of each source before ``sample``, int64[num_sources]."""
+        end, at_end = self._root[1]
+        if sample == end:
+            return np.array(at_end, np.int64)
+        self._seek(sample)
+        drawn = self._source[: sample - self._left[0]]
+        return np.asarray(self._left[1], np.int64) + np.bincount(drawn, minlength=self.num_sources)
+
+    def find(self, source: int, index: int) -> int:
+        """The sample that is the source's ``index``-th, or -1 where the tree has none.
+
+        ``index`` is at least the source's count at the segment's begin.
+        """
+        (left, _), (right, after) = self._root
+        if after[source] <= index:
+            return -1
+        self._reset()
+        while right - left > self._leaf_size:
+            at = (left + right) // 2
+            counts = self._split(left, right, at)
+            if counts[source] > index:
+                right = at
+                self._stack.append((at, counts))
+            else:
+                left = at
+                self._left = (at, counts)
+        self._draw_leaf()
+        here = (self._source == source) & (self._index == index)
+        return left + int(np.flatnonzero(here)[0])
+
+    def _reset(self) -> None:
+        """Forgets the leaf: the next `_seek` starts at the root."""
+        self._left = self._root[0]
+        self._stack = [self._root[1]]
+        self._source = np.empty(0, np.int16)
+        self._index = np.empty(0, np.int64)
+
+    def _seek(self, sample: int) -> None:
+        """Moves to the leaf that contains ``sample``."""
+        if sample < self._left[0]:
+            self._reset()
+        if sample < self._left[0] + len(self._source):
+            return
+        while self._stack[-1][0] <= sample:
+            self._left = self._stack.pop()
+        while self._stack[-1][0] - self._left[0] > self._leaf_size:
+            at = (self._left[0] + self._stack[-1][0]) // 2
+            state = (at, self._split(self._left[0], self._stack[-1][0], at))
+            if sample < at:
+                self._stack.append(state)
+            else:
+                self._left = state
+        self._draw_leaf()
+
+    def _split(self, left: int, right: int, at: int) -> list[int]:
+        return select(self._quota, left, self._left[1], right, self._stack[-1][1], at)
+
+    def _draw_leaf(self) -> None:
+        """Draws the leaf between the current boundaries by earliest deadline."""
+        left, before = self._left
+        right, after = self._stack[-1]
+        release, deadline, owner = self._leaf_jobs(left, right, before, after)
+        order = np.argsort(release, kind="stable")
+        releases = [*release[order].tolist(), right]
+        bits = 15  # a source is an int16
+        keys = (deadline[order] << bits | owner[order]).tolist()
+        heap: list[int] = []
+        drawn = np.empty(right - left, np.int16)
+        job = 0
+        for slot in range(right - left):
+            while releases[job] <= slot:
+                heappush(heap, keys[job])
+                job += 1
+            assert heap, "a slot without a job"
+            key = heappop(heap)
+            assert key >> bits > slot, "a job after its deadline"
+            drawn[slot] = key & ((1 << bits) - 1)
+        self._source = drawn
+        self._index = occurrences(drawn, before)
+
+    def _leaf_jobs(
+        self, left: int, right: int, before: Sequence[int], after: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Release, deadline (relative to ``left``) and source of every job of a leaf."""
+        table = self._quota.table
+        first = (left - table.origin) // table.samples_per_iteration
+        last = -(-(right - table.origin) // table.samples_per_iteration)
+        edges = table.origin + np.arange(first, last + 1) * table.samples_per_iteration - left
+        edges = np.clip(edges, 0, right - left)
+        lengths = np.diff(edges)
+        releases, deadlines, owners = [], [], []
+        below = self._quota.level_array(0, first, last)
+        for k, value in enumerate(self._quota.quotas(left)):
+            above = self._quota.level_array(k + 1, first, last)
+            weights, below = above - below, above
+            if after[k] == before[k]:
+                continue
+            floor = value >> GRID_BITS  # everything is relative to it, which keeps within int64
+            due = (value & (GRID - 1)) + np.concatenate(([0], np.cumsum(weights * lengths)))
+            job = np.arange(before[k] - floor, after[k] - floor, dtype=np.int64) << GRID_BITS
+            deadlines.append(_first_at_least(due, weights, edges, job + GRID))
+            releases.append(np.maximum(_first_at_least(due, weights, edges, job + 1) - 1, 0))
+            owners.append(np.full(len(job), k, np.int64))
+        return np.concatenate(releases), np.concatenate(deadlines), np.concatenate(owners)
+
+
+def occurrences(
+    source: npt.NDArray[np.int16], before: Sequence[int] | npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Index of every draw within its source, given the counts ``before`` the first; int64[n]."""
+    order = np.argsort(source, kind="stable")
+    counts = np.bincount(source, minlength=len(before))
+    rank = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = np.empty(len(source), np.int64)
+    index[order] = rank + np.asarray(before, np.int64)[source[order]]
+    return index
+
+
+def _first_at_least(
+    due: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.int64],
+    edges: npt.NDArray[np.int64],
+    target: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """First samples at which a piecewise linear quota reaches ``target``, within a leaf's ends.
+
+    Args:
+        due: int64[p + 1], the quota at every edge.
+        weights: int64[p], its slope between edges.
+        edges: int64[p + 1], from 0 to the leaf's size.
+        target: int64[n].
+
+    Returns:
+        int64[n], from 0 to the leaf's size.
+    """
+    at = np.searchsorted(due, target, side="left")
+    inside = (at > 0) & (at < len(due))
+    piece = np.where(inside, at, 1) - 1
+    missing = target - due[piece]
+    steps = -(-missing // np.maximum(weights[piece], 1))
+    return np.where(inside, edges[piece] + steps, np.where(at == 0, 0, edges[-1]))
+
+
+class Engine(Protocol):
+    """Draws of one segment; see `megatron_chatflow.blend.engine.ReferenceEngine`."""
+
+    def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
+        """Sources (int16) and their sample indices (int64) of the samples ``[begin, end)``."""
+
+    def counts(self, sample: int) -> npt.NDArray[np.int64]:
+        """Draws of each source before ``sample``, int64[num_sources]."""
+
+    def find(self, source: int, index: int) -> int:
+        """The sample that is the source's ``index``-th, or -1 where there is none."""
+
+
+def make_engine(
+    table: WeightTable, begin: int, base: Sequence[int], counts: Sequence[int]
+) -> Engine:
+    """Builds the engine of a segment.
+
+    Args:
+        table: The weights.
+        begin: The segment's first sample.
+        base: Quotas at ``begin``, in units of 2**-32 samples, offsets included.
+        counts: Draws of each source before ``begin``; each ``base`` rounded down or up.
+    """
+    if extension is None:
+        return ReferenceEngine(table, begin, base, counts)
+    return native_engine(table, begin, base, counts)
+
+
+def native_engine(
+    table: WeightTable,
+    begin: int,
+    base: Sequence[int],
+    counts: Sequence[int],
+    num_leaf_bits: int = -1,
+) -> Engine:
+    """The engine in C++; see `make_engine`.
+
+    Args:
+        table: The weights.
+        begin: The segment's first sample.
+        base: Quotas at ``begin``.
+        counts: Draws of each source before ``begin``.
+        num_leaf_bits: Another leaf size than the sequence's own, to test with.
+    """
+    assert extension is not None
+    arguments = (*_arguments(table, begin, base), np.array(counts, np.int64), num_leaf_bits)
+    return cast(Engine, extension.BlendEngine(*arguments))
+
+
+def window_ends(table: WeightTable, begin: int, base: Sequence[int]) -> list[int]:
+    """The first sample at which each source's quota reaches its next whole number.
+
+    Args:
+        table: The weights.
+        begin: The sample from which they govern.
+        base: Quotas at ``begin``.
+
+    Returns:
+        A sample for each source, `megatron_chatflow.blend.quota.NEVER` if there is none.
+    """
+    if extension is not None:
+        ends: list[int] = extension.window_ends(*_arguments(table, begin, base)).tolist()
+        return ends
+    quota = Quota(table, begin, base)
+    return [
+        quota.first_at_least(k, ((value >> GRID_BITS) + 1) << GRID_BITS)
+        for k, value in enumerate(base)
+    ]
+
+
+def _arguments(table: WeightTable, begin: int, base: Sequence[int]) -> tuple[Any, ...]:
+    """A table and quotas as the extension takes them."""
+    return (
+        table.origin,
+        table.samples_per_iteration,
+        np.array(table.levels, np.int64),
+        np.array(table.pieces, np.int64),
+        begin,
+        np.array([value >> GRID_BITS for value in base], np.int64),
+        np.array([value & (GRID - 1) for value in base], np.int64),
+    )

@@ -1,0 +1,272 @@
+"""What a schedule will do: planned against realised mixture, epochs per source, limits.
+
+In: a blend, the run's length, and how many samples an epoch of each source has. Out: a `PlanRow`
+for each source in each phase, as a table or CSV, and a `UserError` where a source would be repeated
+more often than its ``max_epochs`` allows. A phase is what lies between two knots.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
+from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.errors import UserError
+
+_LEAST_BIN = 100
+MANY_EPOCHS = 4.0
+"""Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al.,
+"Scaling Data-Constrained Language Models", NeurIPS 2023)."""
+_NUM_POINTS_OF_A_PHASE = 1 + 64
+"""A cosine ramp is made of 64 chords."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One source in one phase.
+
+    Attributes:
+        phase: Its number, from 1.
+        begin: The phase's first sample.
+        end: The first sample after it.
+        source: The name.
+        planned: Sum of the source's weights over the phase, in samples.
+        realised: Samples drawn from it in the phase.
+        planned_share: ``planned`` as a share of the phase.
+        realised_share: ``realised`` as a share of the phase.
+        epochs: Epochs of the source that the run has drawn by the phase's end; None if the size
+            of an epoch is not known.
+    """
+
+    phase: int
+    begin: int
+    end: int
+    source: str
+    planned: float
+    realised: int
+    planned_share: float
+    realised_share: float
+    epochs: float | None
+
+
+def plan(
+    blend: Blend, num_samples: int, samples_per_epoch: Mapping[str, int] | None = None
+) -> list[PlanRow]:
+    """Planned against realised mixture for every phase and source.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run.
+        samples_per_epoch: By source; sources that are not named get no epochs.
+
+    Returns:
+        Rows in the order of phases, then of sources.
+    """
+    sizes = samples_per_epoch or {}
+    edges = [0, *blend.knots_before(num_samples), num_samples]
+    counts = [blend.counts(edge) for edge in edges]
+    quotas = [blend.quotas(edge) for edge in edges]
+    rows = []
+    for phase, (begin, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        for k, name in enumerate(blend.schedule.sources):
+            planned = (quotas[phase][k] - quotas[phase - 1][k]) / GRID
+            realised = int(counts[phase][k] - counts[phase - 1][k])
+            size = sizes.get(name)
+            rows.append(
+                PlanRow(
+                    phase=phase,
+                    begin=begin,
+                    end=end,
+                    source=name,
+                    planned=planned,
+                    realised=realised,
+                    planned_share=planned / (end - begin),
+                    realised_share=realised / (end - begin),
+                    epochs=int(counts[phase][k]) / size if size else None,
+                )
+            )
+    return rows
+
+
+def check_epochs(
+    blend: Blend,
+    num_samples: int,
+    samples_per_epoch: Mapping[str, int],
+    max_epochs: Mapping[str, float],
+    global_batch_size: int,
+    consumed: tuple[int, int] = (0, 0),
+) -> None:
+    """Refuses a run that would repeat a source too often.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run.
+        samples_per_epoch: By source.
+        max_epochs: By source; those that are not named may be repeated without end.
+        global_batch_size: Samples of an iteration.
+        consumed: Iterations and samples that a resumed run has consumed, perhaps with other batch
+            sizes.
+
+    Raises:
+        UserError: The first source that would be; the message names the iteration, counted from 1,
+            and two ways out.
+    """
+    found = []
+    for name, limit in max_epochs.items():
+        allowed = int(min(limit * samples_per_epoch[name], MAX_SAMPLES))
+        sample = blend.first_draw(blend.sources.index(name), allowed)
+        if sample is not None and sample < num_samples:
+            found.append((sample, name))
+    if not found:
+        return
+    sample, name = min(found)
+    size = samples_per_epoch[name]
+    k = blend.sources.index(name)
+    iterations, samples = consumed
+    # The iteration of a sample that is consumed already is not known.
+    iteration = iterations + max((sample - samples) // global_batch_size + 1, 0)
+    # Rounded up, so that the number in the message is enough.
+    needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
+    shown = _decimal(max_epochs[name])
+    raise UserError(
+        f"data.sources.{name}.max_epochs: {shown} epochs of {size} samples are used "
+        f"up {'at' if sample >= samples else 'before'} iteration {iteration} (sample {sample}): "
+        "lower its weight in data.schedule, or raise max_epochs to the "
+        f"{_decimal(needed)} that the whole run needs"
+    )
+
+
+def epoch_findings(
+    blend: Blend,
+    num_samples: int,
+    samples_per_epoch: Mapping[str, int],
+    max_epochs: Mapping[str, float],
+) -> list[str]:
+    """Reports the sources that a run repeats more than `MANY_EPOCHS` times.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run.
+        samples_per_epoch: By source; sources that are missing or empty are skipped.
+        max_epochs: By source. A source that is named here has a limit that the user chose and that
+            `check_epochs` enforces, so it is not reported.
+    """
+    findings = []
+    for name, count in zip(blend.schedule.sources, blend.counts(num_samples).tolist(), strict=True):
+        size = samples_per_epoch.get(name)
+        if not size or name in max_epochs or count <= MANY_EPOCHS * size:
+            continue
+        findings.append(
+            f"data.sources.{name}: {count / size:,.1f} epochs in this run ({count:,} samples from "
+            f"{size:,}): lower its weight in data.schedule, add data, or set max_epochs to accept "
+            "the repetition"
+        )
+    return findings
+
+
+def _decimal(value: float) -> str:
+    """A number with all its digits, and no more."""
+    return np.format_float_positional(value, trim="-")
+
+
+def to_csv(rows: Sequence[PlanRow]) -> str:
+    """The rows as CSV with a line of column names; an unknown number of epochs is empty."""
+    text = io.StringIO()
+    names = [field.name for field in fields(PlanRow)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()
+
+
+def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int | float | None]]:
+    """The rows for a table of text; phases are in the unit of the schedule.
+
+    Args:
+        rows: From `plan`.
+        blend: The blend that they plan.
+    """
+    unit, seq_length = blend.schedule.unit, blend.schedule.seq_length or 1
+    return [
+        {
+            f"phase ({unit})": f"{blend.position(row.begin):,} to {blend.position(row.end):,}",
+            "source": row.source,
+            "planned": f"{row.planned_share:.4%}",
+            "realised": f"{row.realised_share:.4%}",
+            "samples": row.realised,
+            **({"tokens": row.realised * seq_length} if unit == "tokens" else {}),
+            "epochs so far": row.epochs,
+        }
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class MixtureCurve:
+    """The mixture over the run, in equal bins.
+
+    Attributes:
+        edges: int64[num_bins + 1], samples.
+        planned: float64[num_bins, num_sources], mean weight in each bin.
+        realised: float64[num_bins, num_sources], share of the draws in each bin.
+        points: int64[num_points], ascending samples; one where the weights jump comes twice.
+        shares: float64[num_points, num_sources], the planned weight at each point. Between points
+            it is linear.
+        drawn: int64[num_points, num_sources], draws of each source before each point.
+    """
+
+    edges: npt.NDArray[np.int64]
+    planned: npt.NDArray[np.float64]
+    realised: npt.NDArray[np.float64]
+    points: npt.NDArray[np.int64]
+    shares: npt.NDArray[np.float64]
+    drawn: npt.NDArray[np.int64]
+
+
+def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> MixtureCurve:
+    """Planned and realised mixture over a run, for a plot.
+
+    Args:
+        blend: The blend.
+        num_samples: Samples of the whole run, at least 1.
+        num_bins: At most so many bins of equal size; fewer where they would hold too few samples
+            to show a share.
+    """
+    num_bins = max(1, min(num_bins, num_samples // _LEAST_BIN))
+    edges = np.array([num_samples * part // num_bins for part in range(num_bins + 1)], np.int64)
+    counts = np.array([blend.counts(int(edge)) for edge in edges])
+    quotas = [blend.quotas(int(edge)) for edge in edges]
+    sizes = np.diff(edges)[:, None]
+    # Quotas outgrow int64 in a long run, their differences do not outgrow float64's precision.
+    due = [
+        [(after - before) / GRID for before, after in zip(*pair, strict=True)]
+        for pair in zip(quotas, quotas[1:], strict=False)
+    ]
+    points, shares = _planned_line(blend, num_samples)
+    realised = np.diff(counts, axis=0) / sizes
+    drawn = np.array([blend.counts(sample) for sample in points.tolist()])
+    return MixtureCurve(edges, np.array(due) / sizes, realised, points, shares, drawn)
+
+
+def _planned_line(
+    blend: Blend, num_samples: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The planned weights as a line of points that has every knot and every jump."""
+    knots = sorted({*blend.knots_before(num_samples), *blend.edits_before(num_samples)})
+    points: list[int] = []
+    shares = []
+    for begin, end in pairwise([0, *knots, num_samples]):
+        inner = np.linspace(begin, end, _NUM_POINTS_OF_A_PHASE, dtype=np.int64)[:-1].tolist()
+        inner = list(dict.fromkeys(inner))
+        points += [*inner, end]
+        # The sample before the end stands for the limit there.
+        shares += [blend.planned_shares(sample) for sample in [*inner, end - 1]]
+    return np.array(points, np.int64), np.array(shares)

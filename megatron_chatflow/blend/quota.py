@@ -1,0 +1,269 @@
+"""Quotas of a piecewise linear weight schedule in closed form: the exact integer reference.
+
+In: a `WeightTable`, which holds every source's weight at every iteration as integers on a grid of
+2**32. Out: the quota ``W_k(i)``, which is the sum of source k's weights over the samples before
+``i``, and its inverse, each in a few integer operations wherever ``i`` lies.
+
+Weights are kept as cumulative levels ``C_0 = 0 <= C_1 <= ... <= C_n = 2**32``; the weight of
+source k is ``C_{k+1} - C_k`` (sources count from 0). A convex combination of two monotone rows,
+rounded down, is monotone again, so on a ramp no weight is negative and all sum to 2**32 exactly.
+The sum of a rounded linear function is a floor sum, which Euclid's algorithm evaluates.
+
+Everything here is Python integers: it is the definition that the C++ in ``csrc/blend`` must equal.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+GRID_BITS = 32
+GRID = 1 << GRID_BITS
+"""The sum of all weights of one sample: weights are multiples of 2**-32."""
+
+NEVER = 1 << 62
+"""A sample number beyond every run: the answer of an inverse that is never reached."""
+
+
+class Piece(NamedTuple):
+    """One linear piece of the levels, up to the iteration at which the next piece begins.
+
+    At iteration ``t`` the level of a source is ``a + floor((e - a) * (step * (t - begin) + phase)
+    / span)``, where ``a`` and ``e`` lie between the rows ``row_begin`` and ``row_end`` of the table
+    at the portions ``portion_begin`` and ``portion_end`` of 2**32, rounded down.
+    """
+
+    begin: int
+    row_begin: int
+    row_end: int
+    portion_begin: int
+    portion_end: int
+    step: int
+    phase: int
+    span: int
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the levels stay the same throughout the piece."""
+        return self.row_begin == self.row_end
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """Every weight of a schedule on a grid of iterations.
+
+    Attributes:
+        origin: The sample with which iteration 0 begins.
+        samples_per_iteration: Samples that share one evaluation of the weights.
+        levels: Rows of cumulative levels, each of ``num_sources + 1`` integers from 0 to 2**32.
+        pieces: Consecutive pieces; the first begins at iteration 0, the last never ends.
+    """
+
+    origin: int
+    samples_per_iteration: int
+    levels: tuple[tuple[int, ...], ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_sources(self) -> int:
+        """Number of sources."""
+        return len(self.levels[0]) - 1
+
+
+def floor_sum(num_terms: int, modulus: int, factor: int, shift: int) -> int:
+    """Sum of ``floor((factor * x + shift) / modulus)`` over ``0 <= x < num_terms``.
+
+    Args:
+        num_terms: At least 0.
+        modulus: At least 1.
+        factor: At least 0.
+        shift: At least 0.
+
+    Returns:
+        The exact sum, by Euclid's algorithm: the number of lattice points under a line, counted by
+        columns, then by rows of what is left, in turn.
+    """
+    total = 0
+    while True:
+        if factor >= modulus:
+            total += num_terms * (num_terms - 1) // 2 * (factor // modulus)
+            factor %= modulus
+        if shift >= modulus:
+            total += num_terms * (shift // modulus)
+            shift %= modulus
+        last = factor * num_terms + shift
+        if last < modulus:
+            return total
+        num_terms, shift = divmod(last, modulus)
+        modulus, factor = factor, modulus
+
+
+class Quota:
+    """Quotas ``W_k(i)`` of every source from the sample ``begin`` on.
+
+    Args:
+        table: The weights.
+        begin: The first sample that the quotas count; at least ``table.origin``.
+        base: ``W_k(begin)`` in units of 2**-32 samples; zeros when left out.
+    """
+
+    def __init__(self, table: WeightTable, begin: int = 0, base: Sequence[int] | None = None):
+        """Sums nothing yet: that waits for the first quota."""
+        self.table = table
+        self.begin = begin
+        self.num_sources = table.num_sources
+        self._starts = [piece.begin for piece in table.pieces]
+        self._at_begin = list(base or [0] * self.num_sources)
+        # The piece that `weights` was last asked about, and its levels' begins and rises.
+        self._lines: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty((2, 0), np.int64))
+
+    def quotas(self, sample: int) -> list[int]:
+        """``W_k(sample)`` of every source, in units of 2**-32 samples."""
+        grown = self._sums_before(sample)
+        return [base + due for base, due in zip(self._base, grown, strict=True)]
+
+    def weights(self, iteration: int) -> npt.NDArray[np.int64]:
+        """The weights of the samples of one iteration, int64[num_sources], on the grid of 2**32."""
+        number = bisect_right(self._starts, iteration) - 1
+        if number != self._lines[0]:
+            lines = [self._line(number, k) for k in range(self.num_sources + 1)]
+            self._lines = (number, np.array(lines, np.int64).T)
+        begins, rises = self._lines[1]
+        piece = self.table.pieces[number]
+        place = piece.step * (iteration - piece.begin) + piece.phase
+        if place >> (62 - GRID_BITS):  # products that int64 cannot hold
+            rises = rises.astype(object)
+        levels = np.asarray(begins + rises * place // piece.span, np.int64)
+        return levels[1:] - levels[:-1]
+
+    def level_array(self, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Levels ``C_k`` of the iterations ``first <= t < last``, an int64 array."""
+        parts = []
+        piece = bisect_right(self._starts, first) - 1
+        while first < last:
+            end = self._starts[piece + 1] if piece + 1 < len(self._starts) else last
+            end = min(end, last)
+            parts.append(self._level_part(piece, k, first, end))
+            first, piece = end, piece + 1
+        return np.concatenate(parts)
+
+    def first_at_least(self, k: int, quota: int) -> int:
+        """The least sample ``i >= begin`` with ``W_k(i) >= quota``, or `NEVER`."""
+        if self._quota(k, self.begin) >= quota:
+            return self.begin
+        batch = self.table.samples_per_iteration
+        first = max((self.begin - self.table.origin) // batch, 0)
+        low = bisect_right(self._starts, first) - 1
+        high = len(self._starts)
+        while high - low > 1:  # the last piece that begins below the quota
+            middle = (low + high) // 2
+            if self._at_iteration(k, self._starts[middle]) < quota:
+                low = middle
+            else:
+                high = middle
+        start = max(self._starts[low], first)
+        if self.table.pieces[low].is_constant:
+            return self._within(k, start, quota)
+        stop = self._starts[low + 1]
+        while stop - start > 1:  # the last iteration that begins below the quota
+            middle = (start + stop) // 2
+            if self._at_iteration(k, middle) < quota:
+                start = middle
+            else:
+                stop = middle
+        return self._within(k, start, quota)
+
+    def last_at_most(self, k: int, quota: int) -> int:
+        """The last sample ``i`` with ``W_k(i) <= quota``; ``begin - 1`` where there is none."""
+        return self.first_at_least(k, quota + 1) - 1
+
+    def _within(self, k: int, iteration: int, quota: int) -> int:
+        """The inverse among samples that share the weight of ``iteration``."""
+        piece = bisect_right(self._starts, iteration) - 1
+        weight = self._level(piece, k + 1, iteration) - self._level(piece, k, iteration)
+        if weight == 0:
+            return NEVER
+        missing = quota - self._at_iteration(k, iteration)
+        first = self.table.origin + iteration * self.table.samples_per_iteration
+        return first - (-missing // weight)
+
+    def _at_iteration(self, k: int, iteration: int) -> int:
+        return self._quota(k, self.table.origin + iteration * self.table.samples_per_iteration)
+
+    def _quota(self, k: int, sample: int) -> int:
+        iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
+        piece = bisect_right(self._starts, iteration) - 1
+        above = self._level_sum(piece, k + 1, iteration, rest)
+        return self._base[k] + above - self._level_sum(piece, k, iteration, rest)
+
+    def _level_sum(self, piece: int, k: int, iteration: int, rest: int) -> int:
+        """Sum of ``C_k`` over the samples from the origin to ``rest`` samples into an iteration."""
+        whole = self._sums[piece][k] + self._piece_sum(piece, k, iteration - self._starts[piece])
+        batch = self.table.samples_per_iteration
+        return batch * whole + (rest * self._level(piece, k, iteration) if rest else 0)
+
+    def _level(self, piece: int, k: int, iteration: int) -> int:
+        part = self.table.pieces[piece]
+        a, rise = self._line(piece, k)
+        return a + rise * (part.step * (iteration - part.begin) + part.phase) // part.span
+
+    def _level_part(self, piece: int, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
+        part = self.table.pieces[piece]
+        a, rise = self._line(piece, k)
+        if rise == 0:
+            return np.full(last - first, a, np.int64)
+        top = part.step * (last - part.begin) + part.phase
+        # Products that int64 cannot hold are rare and go through Python integers.
+        dtype: type = np.int64 if abs(rise) * top < 1 << 63 else object
+        place: npt.NDArray[Any] = np.arange(first - part.begin, last - part.begin).astype(dtype)
+        return np.asarray(a + rise * (part.step * place + part.phase) // part.span, np.int64)
+
+    def _piece_sum(self, piece: int, k: int, num_iterations: int) -> int:
+        """Sum of ``C_k`` over the first iterations of a piece."""
+        part = self.table.pieces[piece]
+        a, rise = self._line(piece, k)
+        total = a * num_iterations
+        if rise > 0:
+            total += floor_sum(num_iterations, part.span, rise * part.step, rise * part.phase)
+        elif rise < 0:  # floor(-x / m) is -floor((x + m - 1) / m)
+            shift = -rise * part.phase + part.span - 1
+            total -= floor_sum(num_iterations, part.span, -rise * part.step, shift)
+        return total
+
+    def _line(self, piece: int, k: int) -> tuple[int, int]:
+        """A level at a piece's begin, and how far it rises."""
+        part = self.table.pieces[piece]
+        first = self.table.levels[part.row_begin][k]
+        difference = self.table.levels[part.row_end][k] - first
+        begin = first + (difference * part.portion_begin >> GRID_BITS)
+        return begin, first + (difference * part.portion_end >> GRID_BITS) - begin
+
+    def _sums_before(self, sample: int) -> list[int]:
+        """Sum of each source's weights from the table's origin to a sample."""
+        iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
+        piece = bisect_right(self._starts, iteration) - 1
+        levels = range(self.num_sources + 1)
+        sums = [self._level_sum(piece, k, iteration, rest) for k in levels]
+        return [above - below for below, above in pairwise(sums)]
+
+    @cached_property
+    def _base(self) -> list[int]:
+        """What quotas exceed the sums from the table's origin by."""
+        before = self._sums_before(self.begin)
+        return [base - due for base, due in zip(self._at_begin, before, strict=True)]
+
+    @cached_property
+    def _sums(self) -> list[list[int]]:
+        """Sums of every level over all iterations before each piece."""
+        sums = [[0] * (self.num_sources + 1)]
+        for piece in range(len(self._starts) - 1):
+            length = self._starts[piece + 1] - self._starts[piece]
+            sums.append([s + self._piece_sum(piece, k, length) for k, s in enumerate(sums[piece])])
+        return sums

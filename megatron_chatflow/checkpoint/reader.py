@@ -1,0 +1,244 @@
+"""A checkpoint's files read without trusting them, and boxes of its tensors read in place.
+
+In: a checkpoint folder, and pieces of tensors that are to be filled. Out: the pieces, filled. The
+index is read through an allow-list and tensors as weights only; a file that is missing, cut short
+or damaged is an error that names it.
+"""
+
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
+
+from megatron_chatflow.checkpoint.index import read_index
+from megatron_chatflow.checkpoint.layout import TensorPiece
+from megatron_chatflow.errors import UserError
+
+# What zip calls entries that are as long in the file as in memory, as torch writes them.
+_IS_STORED = zipfile.ZIP_STORED
+
+
+def read_record(
+    file: io.BufferedReader, place: Any, sizes: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Reads a chunk of a tensor.
+
+    Args:
+        file: A file of the checkpoint.
+        place: Where the chunk's record lies in it, as the index says.
+        sizes: Shape of the chunk, as the index says.
+        dtype: Its dtype, as the index says.
+
+    Raises:
+        ValueError: The record is no tensor of this shape and dtype. Reading it may raise anything.
+    """
+    record = _read_bytes(file, place)
+    if zipfile.is_zipfile(record):  # a few bytes may otherwise become gigabytes
+        with zipfile.ZipFile(record) as archive:
+            if any(entry.compress_type != _IS_STORED for entry in archive.infolist()):
+                raise ValueError("a tensor is compressed, which is not read")
+    record.seek(0)
+    tensor: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
+    fault = tensor_fault(tensor)
+    if fault is not None:
+        raise ValueError(fault)
+    tensor = tensor.detach()
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(sizes):
+        raise ValueError(
+            f"a tensor is {tensor.dtype} of shape {list(tensor.shape)} and not {dtype} of shape "
+            f"{list(sizes)}, as the index says"
+        )
+    return tensor
+
+
+def tensor_fault(value: Any) -> str | None:
+    """Why a loaded value is no ordinary tensor in this process's memory; None if it is one."""
+    if not isinstance(value, torch.Tensor):
+        return "something that is no tensor stands for one"
+    if value.is_nested or value.layout != torch.strided:
+        return "a tensor is sparse or nested"
+    if value.is_quantized:
+        return "a tensor is quantised"
+    if value.device.type != "cpu":
+        return f"a tensor's values are missing (its device is {value.device.type})"
+    return None
+
+
+def _read_bytes(file: io.BufferedReader, place: Any) -> io.BytesIO:
+    if place.offset + place.length > os.fstat(file.fileno()).st_size:
+        raise ValueError("it ends too early")
+    file.seek(place.offset)
+    return io.BytesIO(file.read(place.length))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader with an index that is not trusted, and errors that name the file."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Reads the index through the allow-list."""
+        return read_index(Path(self.path))
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        """Takes the index."""
+        super().set_up_storage_reader(metadata, *args, **kwargs)
+        self._chunks = {
+            MetadataIndex(name, chunk.offsets): (chunk.sizes, entry.properties.dtype)
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            for chunk in entry.chunks
+        }
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
+        """Reads what a plan asks for.
+
+        Raises:
+            UserError: A file is missing, cut short or damaged.
+        """
+        by_file: dict[str, list[tuple[int, ReadItem]]] = {}
+        for item in plan.items:
+            place = self.storage_data.get(item.storage_index)
+            if place is None:
+                raise UserError(f"{self.path}: .metadata lacks a part of {item.storage_index.fqn}")
+            by_file.setdefault(place.relative_path, []).append((place.offset, item))
+        for name, items in by_file.items():
+            path = Path(self.path) / name
+            where = ""
+            try:
+                with open(path, "rb") as file:
+                    for _, item in sorted(items, key=lambda entry: entry[0]):
+                        where = f" at {item.storage_index.fqn}"
+                        self._read_item(file, item, planner)
+            except FileNotFoundError:
+                raise UserError(f"{path}: is missing; load another checkpoint") from None
+            except Exception as error:  # a damaged record fails in any of torch's readers
+                raise UserError(
+                    f"{path}: is damaged{where} ({first_line(error)}); load another checkpoint"
+                ) from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_item(self, file: io.BufferedReader, item: ReadItem, planner: LoadPlanner) -> None:
+        place = self.storage_data[item.storage_index]
+        if item.type is LoadItemType.BYTE_IO:
+            planner.load_bytes(item, _read_bytes(file, place))
+            return
+        stored = read_record(file, place, *self._chunks[item.storage_index])
+        for axis, (first, length) in enumerate(
+            zip(item.storage_offsets, item.lengths, strict=True)
+        ):
+            stored = stored.narrow(axis, first, length)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != stored.shape:
+            raise ValueError("a tensor has another shape than the model's")
+        if target.is_floating_point() != stored.is_floating_point():
+            raise ValueError(f"a tensor is {stored.dtype} and the model's is {target.dtype}")
+        target.copy_(stored)
+        planner.commit_tensor(item, target)
+
+
+class _PiecePlanner(LoadPlanner):
+    """Reads boxes into the tensors of pieces."""
+
+    def __init__(self, folder: Path, pieces: Sequence[TensorPiece], index: Metadata) -> None:
+        """Plans; see `fill`."""
+        self._by_name: dict[str, list[TensorPiece]] = {}
+        for piece in pieces:
+            self._by_name.setdefault(piece.name, []).append(piece)
+        self.items: list[ReadItem] = []
+        for name, wanted in self._by_name.items():
+            entry = index.state_dict_metadata.get(name)
+            if not isinstance(entry, TensorStorageMetadata):
+                raise UserError(f"{folder}: has no tensor {name}; load another checkpoint")
+            _check_shape(folder, wanted[0], tuple(entry.size))
+            # Chunks cover the tensor exactly, as `read_index` has checked.
+            self.items += create_read_items_for_chunk_list(name, entry, [_box(p) for p in wanted])
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        number = read_item.dest_index.index
+        assert number is not None
+        piece = self._by_name[read_item.dest_index.fqn][number]
+        target = piece.values.view(piece.sizes)
+        for axis, (first, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(axis, first, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """The tensor is the piece's own."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError("pieces are tensors")
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, Any],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """The plan is made."""
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(self.items)
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+
+def _box(piece: TensorPiece) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+
+
+def _check_shape(folder: Path, piece: TensorPiece, stored: tuple[int, ...]) -> None:
+    wanted = piece.global_shape
+    is_same = stored == wanted
+    if piece.may_differ:  # only in rows
+        is_same = len(stored) == len(wanted) and stored[1:] == wanted[1:]
+    if not is_same:
+        raise UserError(
+            f"{folder}: {piece.name} has shape {stored}, and this model's is {wanted}; load a "
+            "checkpoint of this model"
+        )
+
+
+def fill(pieces: Sequence[TensorPiece], folder: Path, reader: FileSystemReader) -> None:
+    """Fills pieces with what a checkpoint holds of them; rows that it lacks become 0.
+
+    Args:
+        pieces: What to fill, in place; with no message to other ranks.
+        folder: An ``iter_`` folder.
+        reader: Reads it.
+
+    Raises:
+        UserError: The checkpoint lacks something, or is damaged.
+    """
+    index = reader.read_metadata()
+    planner = _PiecePlanner(folder, pieces, index)
+    for piece in pieces:
+        if piece.may_differ:
+            piece.values.zero_()
+    reader.set_up_storage_reader(index, True)
+    reader.read_data(LoadPlan(planner.items), planner).wait()

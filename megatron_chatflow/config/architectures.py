@@ -1,0 +1,155 @@
+"""Published model shapes by name.
+
+In: the name of a preset. Out: the fields of the model section that it fills where they are unset.
+
+Rotary scaling as a configuration states it, here and in Hugging Face's config.json.
+
+In: a config.json's ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5), or
+the model section's ``rope_`` fields. Out: the other side's form. Kinds: linear, dynamic (NTK),
+llama3.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_chatflow.config.fields import shorten
+from megatron_chatflow.errors import UserError
+
+RopeScaling = Literal["linear", "dynamic", "llama3"]
+ROPE_SCALINGS: tuple[RopeScaling, ...] = get_args(RopeScaling)
+# Names of Hugging Face, and ours; which of them a kind has besides its factor.
+_FACTORS = {
+    "factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_max_position_embeddings",
+}
+ROPE_FIELDS = ("rope_scaling_type", *_FACTORS.values())
+_NAMES_OF_KIND = {"linear": ("factor",), "dynamic": ("factor",), "llama3": tuple(_FACTORS)}
+
+
+def is_positive_number(value: object) -> bool:
+    """Whether it is a number above 0 that is finite as a float; JSON may hold others."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
+def dynamic_base(base: float, head_dim: int, factor: float, original: int, length: int) -> float:
+    """The base that dynamic NTK scaling takes for a text, as transformers computes it.
+
+    Args:
+        base: Of texts up to the original length.
+        head_dim: Size of an attention head.
+        factor: The scaling's.
+        original: Tokens that the model read before.
+        length: Tokens of the text; a shorter one than `original` has the base itself.
+    """
+    stretch = factor * max(length, original) / original - (factor - 1)
+    return float(base * stretch ** (head_dim / (head_dim - 2)))
+
+
+def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The model section's rotary fields.
+
+    Args:
+        path: Of the config.json, for messages.
+        config: Its content.
+
+    Returns:
+        ``rotary_base``, and the fields of a scaling where there is one.
+
+    Raises:
+        UserError: A kind that the model does not have, or one without its numbers.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{path}: rope_scaling is {rope!r} and no object; correct it")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if not is_positive_number(theta):
+        raise UserError(
+            f"{path}: rope_theta is {shorten(theta)} and no positive number; correct it"
+        )
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(f"{path}: has rotary parameters by kind of layer; LLaMA has one kind")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise UserError(f"{path}: partial_rotary_factor is {partial!r}; LLaMA rotates whole heads")
+    if kind == "default":
+        return {"rotary_base": float(theta)}
+    if kind not in ROPE_SCALINGS:
+        raise UserError(
+            f"{path}: rotary scaling of type {kind!r} is not among {', '.join(ROPE_SCALINGS)}; "
+            "such a model cannot be converted"
+        )
+    fallback = config.get("original_max_position_embeddings", config["max_position_embeddings"])
+    given = {"original_max_position_embeddings": fallback, **rope}
+    if kind == "llama3" and "original_max_position_embeddings" in config:
+        given["original_max_position_embeddings"] = fallback  # transformers prefers it
+    values: dict[str, Any] = {"rotary_base": float(theta), "rope_scaling_type": kind}
+    for name in _NAMES_OF_KIND[kind]:
+        number: Any = given.get(name)
+        if not is_positive_number(number):
+            raise UserError(
+                f"{path}: rotary scaling of type {kind!r} needs a positive {name}, not "
+                f"{shorten(number)}"
+            )
+        is_length = name == "original_max_position_embeddings"
+        values[_FACTORS[name]] = int(number) if is_length else float(number)
+    if kind == "llama3" and values["rope_low_freq_factor"] >= values["rope_high_freq_factor"]:
+        raise UserError(f"{path}: low_freq_factor is not below high_freq_factor; correct the two")
+    return values
+
+
+def huggingface_rope(model: Any) -> dict[str, Any] | None:
+    """The ``rope_scaling`` of a config.json; None without scaling.
+
+    Args:
+        model: Anything with the model section's ``rope_`` fields.
+    """
+    kind = model.rope_scaling_type
+    if kind is None:
+        return None
+    numbers = {name: getattr(model, _FACTORS[name]) for name in _NAMES_OF_KIND[kind]}
+    return {"rope_type": kind, **numbers}
+
+
+# Touvron et al. 2023, "Llama 2" (arXiv 2307.09288), and the released parameter files.
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama2-7b": {
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 11008,
+        "num_attention_heads": 32,
+        "num_query_groups": 32,
+        "max_position_embeddings": 4096,
+    },
+    "llama2-13b": {
+        "num_layers": 40,
+        "hidden_size": 5120,
+        "ffn_hidden_size": 13824,
+        "num_attention_heads": 40,
+        "num_query_groups": 40,
+        "max_position_embeddings": 4096,
+    },
+    "llama2-70b": {
+        "num_layers": 80,
+        "hidden_size": 8192,
+        "ffn_hidden_size": 28672,
+        "num_attention_heads": 64,
+        "num_query_groups": 8,
+        "max_position_embeddings": 4096,
+    },
+    # Small enough for a CPU, and grouped queries so that every code path of the large ones runs.
+    "tiny": {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "ffn_hidden_size": 688,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "max_position_embeddings": 2048,
+    },
+}

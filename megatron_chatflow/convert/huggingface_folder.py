@@ -1,0 +1,105 @@
+"""A model as a Hugging Face folder: the folder itself, or a temporary export of a checkpoint."""
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from megatron_chatflow.config.huggingface import read_huggingface_config
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import scratch_folder
+from megatron_chatflow.preprocess.templates import template_source
+from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.small_files import (
+    is_weights,
+    read_model_files,
+    replace_tokenizer,
+    with_chat_template,
+    write_small_files,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Has SIGTERM end the program as an error would, so that what is temporary is removed."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread, which alone may say so
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> None:
+    """Makes a folder of links to a model's files, with another tokenizer or chat template.
+
+    Raises:
+        UserError: The tokenizer has ids that the model has not, or something cannot be read.
+    """
+    files = read_model_files(path)
+    if choice.model is not None:
+        tokenizer = load_tokenizer(choice.model)
+        num_rows = read_huggingface_config(path).get("vocab_size")
+        if isinstance(num_rows, int) and tokenizer.vocab_size > num_rows:
+            raise UserError(
+                f"{choice.model}: has {tokenizer.vocab_size} ids and the model {num_rows}; "
+                f"{choice.advice}"
+            )
+        files = replace_tokenizer(files, tokenizer)
+    if choice.chat_template is not None:
+        files = with_chat_template(files, template_source(choice.chat_template))
+    write_small_files(folder, files)
+    for file in path.iterdir():
+        if is_weights(file.name):
+            (folder / file.name).symlink_to(file.resolve())
+
+
+@contextmanager
+def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Iterator[Path]:
+    """The Hugging Face folder of a model, exported for the time of the block where it is not one.
+
+    Args:
+        path: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
+        choice: Tokenizer and chat template instead of the folder's or the run's own.
+
+    Raises:
+        UserError: It is neither, or the choice does not fit the model.
+    """
+    if (path / "config.json").is_file():
+        if choice is None or (choice.model is None and choice.chat_template is None):
+            yield path
+            return
+        with (
+            _leaving_on_sigterm(),
+            scratch_folder("chatflow_model_") as folder,
+        ):
+            changed = folder / (path.name or "model")
+            _link_with_tokenizer(path, choice, changed)
+            yield changed
+        return
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; name a Hugging Face folder or a run")
+    # Distributed checkpoints take seconds to import, which a Hugging Face folder need not wait for.
+    from megatron_chatflow.convert.export import export_checkpoint
+
+    with (
+        _leaving_on_sigterm(),
+        scratch_folder("chatflow_export_") as folder,
+    ):
+        logger.info("exporting %s to a temporary folder (TMPDIR says where)", path)
+        export_checkpoint(path, folder / "model", tokenizer=choice)
+        yield folder / "model"

@@ -1,0 +1,337 @@
+"""A Hugging Face LLaMA folder as a checkpoint that training loads at any parallel layout.
+
+In: a folder with config.json and weights; for a larger vocabulary, its tokenizer and how new rows
+begin. Out: a run's folder with iteration 0 in megatron-core's distributed format, from which
+``--load CKPT --finetune`` starts. One process; memory holds one tensor.
+
+Whether a Hugging Face folder holds the tensors that its config.json promises.
+
+In: the folder's headers and the model's shape. Out: nothing, or what does not fit, by name.
+
+Writes a run folder that holds a model before its first iteration.
+
+In: what makes each tensor, the model's shape, the tokenizer. Out: ``iter_0000000`` in
+megatron-core's distributed format, with the files that a run finds beside its weights.
+"""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from megatron_chatflow.checkpoint.files import CARRIED, LATEST, iteration_folder
+from megatron_chatflow.convert.distributed import ChunkToWrite, write_distributed
+from megatron_chatflow.convert.export import Converted, check_new_folder, new_folder
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.shape import DTYPES, LlamaShape, shape_of_huggingface
+from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
+from megatron_chatflow.convert.weight_map import (
+    Join,
+    WeightRule,
+    huggingface_shapes,
+    join,
+    placements,
+)
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.small_files import (
+    read_model_files,
+    replace_tokenizer,
+    write_small_files,
+)
+
+# Buffers that older transformers stored and that follow from the configuration.
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+_TIED = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
+    """Compares a folder's tensors with what config.json promises.
+
+    Raises:
+        UserError: A tensor is missing or quantised, has another shape, or is none of a LLaMA's.
+    """
+    expected = huggingface_shapes(shape)
+    missing = [name for name in expected if name not in weights.files]
+    if missing:
+        raise UserError(
+            f"{weights.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
+        )
+    for name, size in expected.items():
+        weights.dtype(name)  # refuses what is quantised
+        if weights.shape(name) != size:
+            raise UserError(
+                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
+                f"makes it {list(size)}; the two belong to different models"
+            )
+    for name in weights.files:
+        if name in expected or name.endswith(_DERIVED_SUFFIXES):
+            continue
+        if name == _TIED and _is_embedding(weights, name):
+            continue  # tied, and stored all the same
+        raise UserError(
+            f"{weights.files[name]}: {name} is no tensor of this LLaMA; config.json leaves it out"
+        )
+
+
+def _is_embedding(weights: HuggingFaceWeights, name: str) -> bool:
+    """Whether a tensor holds the embedding's values; refuses what is quantised."""
+    is_alike = weights.dtype(name) == weights.dtype(_EMBEDDING) and (
+        weights.shape(name) == weights.shape(_EMBEDDING)
+    )
+    return is_alike and torch.equal(weights.read(name), weights.read(_EMBEDDING))
+
+
+# Rows of the vocabulary are padded to a multiple of this, the default of --make-vocab-size-
+# divisible-by; a run with another multiple loads the same rows.
+VOCAB_MULTIPLE = 128
+# megatron-core's linears keep an object beside their weight, empty without Transformer Engine.
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+# Rows, and what gives them.
+Piece = tuple[int, Callable[[], torch.Tensor]]
+
+
+def write_checkpoint(
+    folder: Path,
+    chunks: Sequence[ChunkToWrite],
+    shape: LlamaShape,
+    tokenizer: Tokenizer | None,
+    files: Mapping[str, bytes],
+) -> None:
+    """Writes a run folder that holds iteration 0.
+
+    Args:
+        folder: An existing folder.
+        chunks: The model's tensors.
+        shape: The model's shape.
+        tokenizer: Recorded for the run, if there is one.
+        files: The base model's small files, which the checkpoint carries.
+
+    Raises:
+        UserError: What making a chunk raised.
+        OSError: The disk is full or not writable.
+    """
+    checkpoint = iteration_folder(folder, 0)
+    checkpoint.mkdir()
+    write_distributed(checkpoint, chunks, _empty_objects(shape.num_layers))
+    torch.save({}, checkpoint / "common.pt")
+    form = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    form |= {"common_backend": "torch", "common_backend_version": 1}
+    (checkpoint / "metadata.json").write_text(json.dumps(form), encoding="utf-8")
+    state = json.dumps(_state(shape, tokenizer), indent=1)
+    (checkpoint / "state.json").write_text(state, encoding="utf-8")
+    write_small_files(checkpoint / CARRIED, files)
+    config: dict[str, Any] = {"model": asdict(shape)}
+    config["model"]["make_vocab_size_divisible_by"] = VOCAB_MULTIPLE
+    if tokenizer is not None:
+        config["tokenizer"] = {
+            "tokenizer_type": tokenizer.tokenizer_type,
+            "tokenizer_model": str(tokenizer.model_path.resolve()),
+        }
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (checkpoint / "config.yaml").write_text(text, encoding="utf-8")
+    (folder / LATEST).write_text("0\n", encoding="utf-8")
+
+
+def stored_chunks(
+    rule: WeightRule,
+    layer: int | None,
+    shape: LlamaShape,
+    dtype: torch.dtype,
+    pieces: Sequence[Piece],
+) -> list[ChunkToWrite]:
+    """How a tensor is stored: each piece a chunk, then padding rows of the vocabulary as zeros.
+
+    Args:
+        rule: Which tensor.
+        layer: Its layer, or None.
+        shape: The model's shape.
+        dtype: Stored dtype.
+        pieces: The tensor's rows from top to bottom.
+    """
+    rows, *columns = rule.shape(shape)
+    padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if rule.has_vocabulary_rows else rows
+    assert sum(count for count, _ in pieces) == rows, f"{rule.megatron} has other rows"
+    if padded > rows:
+        size = (padded - rows, *columns)
+        pieces = [*pieces, (padded - rows, lambda: torch.zeros(size))]
+    chunks, first = [], 0
+    for count, make in pieces:
+        chunks.append(_chunk(rule, layer, shape, dtype, (padded, *columns), first, count, make))
+        first += count
+    return chunks
+
+
+def _chunk(
+    rule: WeightRule,
+    layer: int | None,
+    shape: LlamaShape,
+    dtype: torch.dtype,
+    whole: tuple[int, ...],
+    first: int,
+    count: int,
+    make: Callable[[], torch.Tensor],
+) -> ChunkToWrite:
+    offsets, sizes = (first, *(0 for _ in whole[1:])), (count, *whole[1:])
+    if layer is None:
+        return ChunkToWrite(rule.megatron, whole, offsets, sizes, dtype, lambda: make().to(dtype))
+    return ChunkToWrite(  # a layer is a slice of one tensor over all layers
+        name=rule.megatron.replace("{layer}.", ""),
+        global_shape=(shape.num_layers, *whole),
+        offsets=(layer, *offsets),
+        sizes=(1, *sizes),
+        dtype=dtype,
+        make=lambda: make().to(dtype).unsqueeze(0),
+    )
+
+
+def _empty_objects(num_layers: int) -> dict[str, bytes]:
+    """What megatron-core's linears expect beside their weights."""
+    buffer = io.BytesIO()
+    torch.save([None], buffer)
+    return {
+        f"decoder.layers.{linear}._extra_state/shard_{layer}_{num_layers}": buffer.getvalue()
+        for linear in LINEARS
+        for layer in range(num_layers)
+    }
+
+
+def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A run's state before its first iteration, of which ``--finetune`` reads the model alone."""
+    return {
+        "iteration": 0,
+        "consumed_samples": 0,
+        "consumed_tokens": 0,
+        "blend": {},
+        "schedule": {},
+        "sources": {},
+        "tokenizer": {
+            "type": tokenizer.tokenizer_type if tokenizer else None,
+            "sha256": tokenizer.fingerprint if tokenizer else None,
+            "vocab_size": tokenizer.vocab_size if tokenizer else shape.vocab_size,
+            "add_bos_token": tokenizer.add_bos_token if tokenizer else False,
+        },
+        "model": shape.recorded(),
+    }
+
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[str], torch.Tensor]
+
+
+def import_huggingface(
+    source: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    resize: Resize | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes a Hugging Face folder's model as a checkpoint.
+
+    Args:
+        source: The Hugging Face folder.
+        output: The new run folder; it appears when it is complete.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own.
+        resize: A larger vocabulary for the model.
+        overwrite: Whether an earlier checkpoint folder of that name is replaced.
+
+    Raises:
+        UserError: The folder is no LLaMA, or is damaged or incomplete, or the checkpoint cannot be
+            written.
+    """
+    check_new_folder(output, overwrite=overwrite, mark=LATEST)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; name a Hugging Face model folder")
+    shape = shape_of_huggingface(source)
+    weights = HuggingFaceWeights(source)
+    check_weights(weights, shape)
+    files = read_model_files(source)
+    tokenizer = huggingface_tokenizer(source)
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
+    elif tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding "
+            f"{shape.vocab_size} rows; give the folder its own tokenizer"
+        )
+    # A tensor over all layers has one dtype, so a folder of mixed ones takes the widest.
+    stored = {weights.dtype(name) for name in huggingface_shapes(shape)}
+    narrow = stored.pop() if len(stored) == 1 else torch.float32
+    target = narrow if dtype is None else DTYPES[dtype]
+    read: Read = weights.read
+    if resize is not None:
+        if tokenizer is None:
+            raise UserError(f"{source}: has no tokenizer, from which a larger one could go on")
+        read, shape = _grown(read, shape, tokenizer, resize)
+        tokenizer = resize.tokenizer
+        files = replace_tokenizer(files, tokenizer)
+    chunks = _chunks(shape, target, read)
+    num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(shape).values())
+    num_bytes = num_parameters * target.itemsize
+    with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
+        write_checkpoint(folder, chunks, shape, tokenizer, files)
+    return Converted(output, len(huggingface_shapes(shape)), num_bytes, num_parameters)
+
+
+def _grown(
+    read: Read, shape: LlamaShape, tokenizer: Tokenizer, resize: Resize
+) -> tuple[Read, LlamaShape]:
+    """A way to read the model with the larger vocabulary, and its shape."""
+    growth = vocabulary_growth(tokenizer, resize.tokenizer, shape.vocab_size)
+
+    def read_grown(name: str) -> torch.Tensor:
+        return grow_tensor(name, read(name), growth, resize)
+
+    return read_grown, replace(shape, vocab_size=growth.num_rows)
+
+
+def _chunks(shape: LlamaShape, dtype: torch.dtype, read: Read) -> list[ChunkToWrite]:
+    bar = tqdm(total=len(huggingface_shapes(shape)), unit="tensor", desc="import", disable=None)
+
+    def read_counted(name: str) -> torch.Tensor:
+        bar.update()
+        return read(name)
+
+    return [
+        chunk
+        for rule, layer in placements(shape)
+        for chunk in stored_chunks(
+            rule, layer, shape, dtype, _pieces(rule, layer, shape, read_counted)
+        )
+    ]
+
+
+def _pieces(rule: WeightRule, layer: int | None, shape: LlamaShape, read: Read) -> list[Piece]:
+    """Rows of a megatron-core tensor; those that lie below each other are read one by one."""
+    names = [part.name.format(layer=layer) for part in rule.parts]
+    if rule.join is Join.QUERY_GROUPS:
+        return [(rule.shape(shape)[0], lambda: join(rule, shape, [read(name) for name in names]))]
+    return [
+        (part.shape(shape)[0], partial(read, name))
+        for part, name in zip(rule.parts, names, strict=True)
+    ]
+
+
+def huggingface_tokenizer(source: Path) -> Tokenizer | None:
+    """A folder's or file's tokenizer; None where a folder has none."""
+    names = ("tokenizer.model", "tokenizer.json")
+    if source.is_dir() and not any((source / name).is_file() for name in names):
+        return None
+    return load_tokenizer(source)

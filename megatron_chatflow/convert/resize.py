@@ -1,0 +1,89 @@
+"""A training checkpoint with a larger vocabulary.
+
+In: a checkpoint of any parallel layout, and a tokenizer that goes on from its own. Out: a run's
+folder with iteration 0 that holds the same weights and rows for the new pieces, from which
+``--load CKPT --finetune`` starts. One process; memory holds one tensor.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_chatflow.checkpoint.files import LATEST
+from megatron_chatflow.convert.distributed import DistributedReader
+from megatron_chatflow.convert.export import (
+    Converted,
+    check_new_folder,
+    check_shapes,
+    find_checkpoint,
+    new_folder,
+    run_tokenizer,
+)
+from megatron_chatflow.convert.import_ import stored_chunks, write_checkpoint
+from megatron_chatflow.convert.shape import shape_of_checkpoint
+from megatron_chatflow.convert.template import TokenizerChoice, files_of_checkpoint
+from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
+from megatron_chatflow.convert.weight_map import WeightRule, huggingface_shapes, placements
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.small_files import replace_tokenizer
+
+_ADVICE = "name the run's own with --old-tokenizer-model"
+
+
+def resize_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    resize: Resize,
+    *,
+    old_tokenizer: Path | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes a checkpoint's weights with rows for new pieces.
+
+    Args:
+        checkpoint: A run's folder, or one of its ``iter_`` folders.
+        output: The new run folder; it appears when it is complete.
+        resize: The larger vocabulary.
+        old_tokenizer: Where the run's tokenizer lies now; None takes the configuration's path.
+        overwrite: Whether an earlier checkpoint folder of that name is replaced.
+
+    Raises:
+        UserError: The checkpoint is damaged, the tokenizer does not go on from the run's, or the
+            new one cannot be written.
+    """
+    check_new_folder(output, overwrite=overwrite, mark=LATEST)
+    checkpoint = find_checkpoint(checkpoint)
+    shape = shape_of_checkpoint(checkpoint)
+    reader = DistributedReader(checkpoint)
+    check_shapes(reader, shape)
+    old = run_tokenizer(checkpoint, TokenizerChoice(model=old_tokenizer, advice=_ADVICE))
+    if old is None:
+        raise UserError(f"{checkpoint}: names no tokenizer; give it as --old-tokenizer-model")
+    files = replace_tokenizer(files_of_checkpoint(checkpoint, old), resize.tokenizer)
+    growth = vocabulary_growth(old, resize.tokenizer, shape.vocab_size)
+    grown = replace(shape, vocab_size=growth.num_rows)
+    target = reader.dtype(*placements(shape)[0])
+    bar = tqdm(total=len(placements(shape)), unit="tensor", desc="resize", disable=None)
+
+    def make(rule: WeightRule, layer: int | None) -> torch.Tensor:
+        bar.update()
+        whole = reader.read(rule, layer)
+        if rule.has_vocabulary_rows:
+            whole = whole[: shape.vocab_size]
+        return grow_tensor(rule.parts[0].name, whole, growth, resize)
+
+    chunks = [
+        chunk
+        for rule, layer in placements(grown)
+        for chunk in stored_chunks(
+            rule, layer, grown, target, [(rule.shape(grown)[0], partial(make, rule, layer))]
+        )
+    ]
+    num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(grown).values())
+    num_bytes = num_parameters * target.itemsize
+    with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
+        write_checkpoint(folder, chunks, grown, resize.tokenizer, files)
+    return Converted(output, len(huggingface_shapes(grown)), num_bytes, num_parameters)

@@ -1,0 +1,181 @@
+"""A LLaMA's shape, as a checkpoint's state and as Hugging Face's config.json state it.
+
+In: `state.json` and `config.yaml` of a checkpoint, or `config.json` of a Hugging Face folder. Out:
+a `LlamaShape`, and the other side's form of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_chatflow.checkpoint.files import read_state
+from megatron_chatflow.checkpoint.recorded_config import read_run_config
+from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.config.architectures import RopeScaling, dynamic_base, huggingface_rope
+from megatron_chatflow.config.huggingface import CONFIG_NAMES, model_of_huggingface
+from megatron_chatflow.config.problems import describe
+from megatron_chatflow.config.validation import check_model
+from megatron_chatflow.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """What tensors a LLaMA has and how they are used; the names are `ModelConfig`'s."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_base: float
+    norm_epsilon: float
+    init_method_std: float
+    untie_embeddings_and_output_weights: bool
+    rope_scaling_type: RopeScaling | None = None
+    rope_scaling_factor: float | None = None
+    rope_low_freq_factor: float | None = None
+    rope_high_freq_factor: float | None = None
+    rope_original_max_position_embeddings: int | None = None
+    kv_channels: int | None = None
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> "LlamaShape":
+        """The shape that a run's configuration states, with a vocabulary of ``vocab_size``."""
+        values = {field.name: getattr(model, field.name) for field in fields(cls)}
+        return cls(**{**values, "vocab_size": vocab_size})
+
+    def recorded(self) -> dict[str, Any]:
+        """What a checkpoint's state holds: all that changes the tensors or how they are used."""
+        left_out = {"init_method_std"}
+        if self.rope_scaling_type != "dynamic":  # the one kind that begins where this ends
+            left_out.add("max_position_embeddings")
+        if self.rope_scaling_type is None:
+            left_out |= {field.name for field in fields(self) if field.name.startswith("rope_")}
+        if self.kv_channels is None:
+            left_out.add("kv_channels")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model reads at once, with what dynamic rotary scaling adds."""
+        is_dynamic = self.rope_scaling_type == "dynamic"
+        factor = self.rope_scaling_factor or 1.0 if is_dynamic else 1.0
+        return int(self.max_position_embeddings * factor)
+
+    def trained_at(self, length: int) -> "LlamaShape":
+        """The shape after training on samples of ``length`` tokens.
+
+        Training under dynamic rotary scaling takes the base of its own sequence length for all
+        texts. Beyond the original length that is another model than the one before, whose form for
+        every text is the new base itself, without any scaling.
+        """
+        if self.rope_scaling_type != "dynamic" or length <= self.max_position_embeddings:
+            return self
+        factor, original = self.rope_scaling_factor or 1.0, self.max_position_embeddings
+        return replace(
+            self,
+            rotary_base=dynamic_base(self.rotary_base, self.head_dim, factor, original, length),
+            max_position_embeddings=length,
+            rope_scaling_type=None,
+            rope_scaling_factor=None,
+        )
+
+
+def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
+    """Reads a checkpoint's model shape, as a run's configuration states it.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+
+    Raises:
+        UserError: `state.json` is missing, lacks a part of the shape, or states an impossible one.
+    """
+    path = checkpoint / "state.json"
+    recorded = read_state(checkpoint).get("model")
+    if not isinstance(recorded, Mapping):
+        raise UserError(f"{path}: model is missing or no object; load another checkpoint")
+    # What does not change the tensors is the configuration's alone.
+    values = {**asdict(read_run_config(checkpoint).model), **recorded}
+    known: dict[str, Any] = {
+        field.name: values.get(field.name, _DEFAULTS.get(field.name)) for field in _FIELDS
+    }
+    missing = [name for name, value in known.items() if value is None and name not in _DEFAULTS]
+    if missing:
+        raise UserError(
+            f"{path}: model.{missing[0]} is missing; the checkpoint is of another version"
+        )
+    try:
+        model = _adapter.validate_python(known)
+        check_model(model)
+    except ValidationError as error:
+        reason = f"model.{describe(error, ModelConfig)}"
+    except UserError as error:
+        reason = str(error)
+    else:
+        return LlamaShape.of(model, known["vocab_size"])
+    raise UserError(f"{path}: {reason}; load another checkpoint")
+
+
+def trained_shape(checkpoint: Path) -> LlamaShape:
+    """A checkpoint's model shape as Hugging Face would state it, see `LlamaShape.trained_at`."""
+    length = read_run_config(checkpoint).data.seq_length
+    shape = shape_of_checkpoint(checkpoint)
+    return shape if length is None else shape.trained_at(length)
+
+
+def shape_of_huggingface(folder: Path) -> LlamaShape:
+    """Reads a Hugging Face folder's model shape.
+
+    Raises:
+        UserError: It is no LLaMA, or one with parts that this model does not have.
+    """
+    return LlamaShape(**model_of_huggingface(folder))
+
+
+def huggingface_config(
+    shape: LlamaShape, dtype: torch.dtype, special_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """The config.json of a model.
+
+    Args:
+        shape: The model's shape.
+        dtype: Of the exported weights.
+        special_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+    """
+    theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **theirs,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "rope_theta": shape.rotary_base,
+        "rope_scaling": huggingface_rope(shape),
+        "tie_word_embeddings": not shape.untie_embeddings_and_output_weights,
+        **special_ids,
+        "torch_dtype": TORCH_NAMES[dtype],
+        "use_cache": True,
+    }
+
+
+_FIELDS = fields(LlamaShape)
+_DEFAULTS = {field.name: field.default for field in _FIELDS if field.default is not MISSING}
+_adapter = TypeAdapter(ModelConfig)

@@ -1,0 +1,249 @@
+"""Which tokenizer and chat template an exported folder carries.
+
+The small files of a base model's folder on their way through checkpoints to an export.
+
+Every checkpoint has them in its folder ``huggingface/``: those of the folder that the weights came
+from, with the tokenizer and the chat template that the run trained. An export writes them back byte
+for byte, except where what they say has changed. Checkpoints of earlier versions have no such
+folder; for them the files beside the run's tokenizer and the datasets' sidecars are read.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.checkpoint.files import CARRIED, read_state
+from megatron_chatflow.checkpoint.recorded_config import read_run_config
+from megatron_chatflow.convert.shape import (
+    TORCH_NAMES,
+    LlamaShape,
+    huggingface_config,
+    shape_of_huggingface,
+)
+from megatron_chatflow.data.sidecar import read_sidecar
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.templates import template_source
+from megatron_chatflow.tokenizer import Tokenizer
+from megatron_chatflow.tokenizer.small_files import (
+    MODEL_CONFIG,
+    SPECIAL_IDS,
+    SmallFiles,
+    complete_tokenizer,
+    json_bytes,
+    own_chat_template,
+    read_model_files,
+    read_tokenizer_files,
+    replace_tokenizer,
+    with_bos,
+    with_chat_template,
+    with_stop_tokens,
+    without_tokenizer,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Which tokenizer goes into an export.
+
+    Attributes:
+        model: Its file or folder; None takes the run's own.
+        chat_template: Name of a template, or a path that `read_chat_template` takes; None takes the
+            run's.
+        leave_out: Export without any.
+        advice: What to do where it is not found, as the command says it that was called.
+    """
+
+    model: Path | None = None
+    chat_template: str | None = None
+    leave_out: bool = False
+    advice: str = "name the run's own with --tokenizer-model"
+
+
+def trained_chat_template(
+    sources: Mapping[str, Iterable[str | Path]], own: str | None
+) -> str | None:
+    """Jinja source of what a run's chats are written with, as far as their sidecars are here.
+
+    Chats count before translations that are written as chats. Of several templates the base
+    model's own is taken, else the first, with a warning.
+
+    Args:
+        sources: Prefixes of datasets by the source's name.
+        own: The base model's template; None if it has none.
+
+    Returns:
+        None where no chats are trained.
+    """
+    chats: dict[str, dict[str, str]] = {}  # Jinja source to the template's name by source
+    pairs: dict[str, dict[str, str]] = {}
+    for source, prefixes in sources.items():
+        for prefix in prefixes:
+            record = (read_sidecar(prefix) or {}).get("template")
+            if isinstance(record, dict) and isinstance(record.get("jinja"), str):
+                of_format = pairs if record.get("format") == "pairs" else chats
+                name = str(record.get("chat_template") or record.get("name"))
+                of_format.setdefault(record["jinja"], {})[source] = name
+    templates = chats or pairs
+    if not templates:
+        return None
+    chosen = own if own in templates else next(iter(templates))
+    every = {jinja: {**pairs.get(jinja, {}), **chats.get(jinja, {})} for jinja in [*chats, *pairs]}
+    if len(every) > 1:
+        listing = [f"{next(iter(uses.values()))} in {', '.join(uses)}" for uses in every.values()]
+        logger.warning(
+            "the run's chats are written in different templates (%s): exports get the one of %s; "
+            "preprocess all chats with one template, or name another to the export as "
+            "--chat-template",
+            *("; ".join(listing), next(iter(every[chosen]))),
+        )
+    return chosen
+
+
+def read_carried(checkpoint: Path) -> SmallFiles | None:
+    """The small files that a checkpoint carries; None if an earlier version saved it.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+
+    Raises:
+        UserError: A file cannot be read, or is damaged.
+    """
+    folder = checkpoint / CARRIED
+    return read_model_files(folder) if folder.is_dir() and not folder.is_symlink() else None
+
+
+def files_of_run(
+    tokenizer: Tokenizer,
+    sources: Mapping[str, Iterable[str | Path]],
+    base: Path | None,
+    *,
+    is_huggingface: bool,
+) -> SmallFiles:
+    """The small files that the checkpoints of a run carry.
+
+    Args:
+        tokenizer: The run's.
+        sources: Prefixes of its datasets by the source's name.
+        base: The folder that its weights come from; None for fresh ones.
+        is_huggingface: Whether that is a Hugging Face folder.
+
+    Raises:
+        UserError: One of the files is damaged.
+    """
+    files: SmallFiles | None = None
+    if base is not None:
+        if is_huggingface:
+            files = read_model_files(base)
+        else:
+            recorded = read_state(base).get("tokenizer") or {}
+            is_same = recorded.get("sha256") == tokenizer.fingerprint
+            files = files_of_checkpoint(base, tokenizer if is_same else None)
+    files = replace_tokenizer(files or {}, tokenizer)
+    template = trained_chat_template(sources, own_chat_template(files, base or Path()))
+    return files if template is None else with_chat_template(files, template)
+
+
+def files_of_checkpoint(checkpoint: Path, tokenizer: Tokenizer | None = None) -> SmallFiles:
+    """The small files of a checkpoint, also of one that an earlier version saved.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+        tokenizer: Its tokenizer, if it is known.
+
+    Raises:
+        UserError: One of the files is damaged.
+    """
+    files = read_carried(checkpoint)
+    if files is not None:
+        return files if tokenizer is None else replace_tokenizer(files, tokenizer)
+    if tokenizer is None:
+        return {}
+    files = read_tokenizer_files(tokenizer)
+    sources = read_run_config(checkpoint).data.sources
+    template = trained_chat_template(
+        {name: source.paths for name, source in sources.items()},
+        own_chat_template(files, tokenizer.model_path.parent),
+    )
+    return files if template is None else with_chat_template(files, template)
+
+
+def files_of_export(
+    checkpoint: Path,
+    choice: TokenizerChoice,
+    tokenizer: Tokenizer | None,
+    shape: LlamaShape,
+    dtype: torch.dtype,
+) -> SmallFiles:
+    """The small files of an exported folder.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+        choice: What the user asked for.
+        tokenizer: The export's; None if it has none.
+        shape: The model's.
+        dtype: Of the exported weights.
+
+    Raises:
+        UserError: One of the files is damaged, or there is no such chat template.
+    """
+    files = files_of_checkpoint(checkpoint, tokenizer)
+    if choice.leave_out:
+        files = without_tokenizer(files)
+    elif tokenizer is not None:
+        files = complete_tokenizer(files, tokenizer)
+        recorded = read_state(checkpoint).get("tokenizer") or {}
+        if recorded.get("add_bos_token") is True:
+            files = with_bos(files, tokenizer)
+    if choice.chat_template is not None:
+        files = with_chat_template(files, template_source(choice.chat_template))
+    if tokenizer is not None and own_chat_template(files, checkpoint / CARRIED) is None:
+        logger.warning(
+            "no chat template is known: neither the base model nor the run's data has one, and the "
+            "export gets none; a model that chats needs one (convert_checkpoint.py export "
+            "--chat-template)"
+        )
+    ids = {}
+    if tokenizer is not None:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        ids = {**ids, "pad_token_id": tokenizer.pad_id}
+        ids = {name: token_id for name, token_id in ids.items() if token_id >= 0}
+    files = with_stop_tokens(files, ids, tokenizer)
+    files[MODEL_CONFIG] = _model_config(files, checkpoint / CARRIED, shape, dtype, ids)
+    return files
+
+
+def _model_config(
+    files: Mapping[str, bytes],
+    folder: Path,
+    shape: LlamaShape,
+    dtype: torch.dtype,
+    ids: Mapping[str, int],
+) -> bytes:
+    """config.json: the base model's, with what is no longer so."""
+    if MODEL_CONFIG not in files:
+        special = {name: ids.get(name) for name in SPECIAL_IDS} if ids else {}
+        return json_bytes(huggingface_config(shape, dtype, special))
+    base: dict[str, Any] = json.loads(files[MODEL_CONFIG])
+    special = {name: base[name] for name in SPECIAL_IDS if name in base}
+    try:
+        before = shape_of_huggingface(folder)
+    except UserError:
+        before = None
+    if before is None or base.get("model_type") != "llama":  # a Mistral becomes a LLaMA
+        return json_bytes(huggingface_config(shape, dtype, special))
+    old, new = (huggingface_config(of, dtype, {}) for of in (before, shape))
+    changes = {name: value for name, value in new.items() if value != old[name]}
+    if {"rope_theta", "rope_scaling"} & changes.keys():
+        base.pop("rope_parameters", None)  # transformers 5 holds both there
+        changes |= {name: new[name] for name in ("rope_theta", "rope_scaling")}
+    key = "dtype" if "dtype" in base else "torch_dtype"
+    if base.get(key, "float32") != TORCH_NAMES[dtype]:
+        changes[key] = TORCH_NAMES[dtype]
+    return json_bytes({**base, **changes}) if changes else files[MODEL_CONFIG]

@@ -1,0 +1,222 @@
+"""Which megatron-core tensor is which Hugging Face LLaMA tensor: the one place, for both ways.
+
+In: a rule, a model's shape, tensors. Out: the megatron-core tensor that joins a rule's Hugging Face
+tensors, or the Hugging Face tensors that a megatron-core tensor splits into. Every value is moved,
+none is computed, so a round trip is exact.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from megatron_chatflow.convert.shape import LlamaShape
+
+
+class Join(Enum):
+    """How a rule's Hugging Face tensors make up its megatron-core tensor."""
+
+    SAME = "the tensor itself"
+    ROWS = "one below the other: gate, then up"
+    QUERY_GROUPS = "group by group: its query heads, its key head, its value head"
+
+
+@dataclass(frozen=True)
+class HuggingFaceTensor:
+    """A tensor of `LlamaForCausalLM`.
+
+    Attributes:
+        name: Its name, with ``{layer}`` where it has one.
+        axes: Names of its axes, see `axis_size`.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+
+    def shape(self, model: LlamaShape) -> tuple[int, ...]:
+        """Its shape in a model."""
+        return tuple(axis_size(axis, model) for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class WeightRule:
+    """One megatron-core tensor and what it consists of.
+
+    Attributes:
+        megatron: Its name, with ``{layer}`` where it has one.
+        parts: The Hugging Face tensors in the order in which they are joined.
+        join: How.
+        aliases: Other names of the same tensor: fused layers keep a norm inside the next linear.
+    """
+
+    megatron: str
+    parts: tuple[HuggingFaceTensor, ...]
+    join: Join = Join.SAME
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def is_per_layer(self) -> bool:
+        """Whether every layer has one."""
+        return "{layer}" in self.megatron
+
+    @property
+    def has_vocabulary_rows(self) -> bool:
+        """Whether its rows are the vocabulary's pieces and so may be padded."""
+        return self.parts[0].axes[0] == "vocabulary"
+
+    def shape(self, model: LlamaShape) -> tuple[int, ...]:
+        """Shape of the megatron-core tensor, without padding rows."""
+        rows = sum(part.shape(model)[0] for part in self.parts)
+        return (rows, *self.parts[0].shape(model)[1:])
+
+
+def _layer(name: str, *axes: str) -> HuggingFaceTensor:
+    return HuggingFaceTensor(f"model.layers.{{layer}}.{name}.weight", axes)
+
+
+LLAMA_RULES: tuple[WeightRule, ...] = (
+    WeightRule(
+        "embedding.word_embeddings.weight",
+        (HuggingFaceTensor("model.embed_tokens.weight", ("vocabulary", "hidden")),),
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.input_layernorm.weight",
+        (_layer("input_layernorm", "hidden"),),
+        aliases=("decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",),
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.self_attention.linear_qkv.weight",
+        (
+            _layer("self_attn.q_proj", "queries", "hidden"),
+            _layer("self_attn.k_proj", "keys", "hidden"),
+            _layer("self_attn.v_proj", "keys", "hidden"),
+        ),
+        Join.QUERY_GROUPS,
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.self_attention.linear_proj.weight",
+        (_layer("self_attn.o_proj", "hidden", "queries"),),
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        (_layer("post_attention_layernorm", "hidden"),),
+        aliases=("decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",),
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.mlp.linear_fc1.weight",
+        (_layer("mlp.gate_proj", "ffn", "hidden"), _layer("mlp.up_proj", "ffn", "hidden")),
+        Join.ROWS,
+    ),
+    WeightRule(
+        "decoder.layers.{layer}.mlp.linear_fc2.weight",
+        (_layer("mlp.down_proj", "hidden", "ffn"),),
+    ),
+    WeightRule(
+        "decoder.final_layernorm.weight", (HuggingFaceTensor("model.norm.weight", ("hidden",)),)
+    ),
+    WeightRule(
+        "output_layer.weight",
+        (HuggingFaceTensor("lm_head.weight", ("vocabulary", "hidden")),),
+    ),
+)
+
+
+def axis_size(axis: str, model: LlamaShape) -> int:
+    """Length of a named axis."""
+    sizes = {
+        "vocabulary": model.vocab_size,
+        "hidden": model.hidden_size,
+        "ffn": model.ffn_hidden_size,
+        "queries": model.num_attention_heads * model.head_dim,
+        "keys": model.num_query_groups * model.head_dim,
+    }
+    return sizes[axis]
+
+
+def rules_of(model: LlamaShape) -> tuple[WeightRule, ...]:
+    """The rules that a model has: one with tied embeddings has no output layer of its own."""
+    if model.untie_embeddings_and_output_weights:
+        return LLAMA_RULES
+    return tuple(rule for rule in LLAMA_RULES if rule.megatron != "output_layer.weight")
+
+
+def placements(model: LlamaShape) -> list[tuple[WeightRule, int | None]]:
+    """Every megatron-core tensor of a model as (rule, layer), from the embedding to the output."""
+    rules = rules_of(model)
+    first = next(i for i, rule in enumerate(rules) if rule.is_per_layer)
+    per_layer = [rule for rule in rules if rule.is_per_layer]
+    before: list[tuple[WeightRule, int | None]] = [(rule, None) for rule in rules[:first]]
+    layers = [(rule, layer) for layer in range(model.num_layers) for rule in per_layer]
+    after = [(rule, None) for rule in rules[first:] if not rule.is_per_layer]
+    return [*before, *layers, *after]
+
+
+def huggingface_shapes(model: LlamaShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every Hugging Face tensor of a model."""
+    return {
+        part.name.format(layer=layer): part.shape(model)
+        for rule, layer in placements(model)
+        for part in rule.parts
+    }
+
+
+def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Hugging Face tensors to the megatron-core tensor.
+
+    Args:
+        rule: Which tensor.
+        model: The model's shape.
+        parts: In the rule's order and shapes.
+
+    Returns:
+        A tensor of `rule.shape(model)`.
+    """
+    if rule.join is Join.SAME:
+        return parts[0]
+    if rule.join is Join.ROWS:
+        return torch.cat(list(parts))
+    groups = model.num_query_groups
+    cut = [part.reshape(groups, -1, part.shape[-1]) for part in parts]
+    return torch.cat(cut, dim=1).reshape(-1, parts[0].shape[-1])
+
+
+def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
+    """Which rows of which parts lie below each other in the megatron-core tensor: `join` in rows.
+
+    Args:
+        rule: Which tensor.
+        model: The model's shape.
+
+    Returns:
+        ``(number of the part, its first row, number of rows)``, from top to bottom.
+    """
+    rows = [part.shape(model)[0] for part in rule.parts]
+    if rule.join is not Join.QUERY_GROUPS:
+        return [(number, 0, count) for number, count in enumerate(rows)]
+    groups = model.num_query_groups
+    return [
+        (number, group * (count // groups), count // groups)
+        for group in range(groups)
+        for number, count in enumerate(rows)
+    ]
+
+
+def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torch.Tensor]:
+    """The megatron-core tensor to Hugging Face tensors; the inverse of `join`.
+
+    Args:
+        rule: Which tensor.
+        model: The model's shape.
+        whole: A tensor of `rule.shape(model)`.
+
+    Returns:
+        Tensors in the rule's order and shapes, contiguous.
+    """
+    rows = [part.shape(model)[0] for part in rule.parts]
+    if rule.join is not Join.QUERY_GROUPS:
+        return [part.contiguous() for part in torch.split(whole, rows)]
+    groups = model.num_query_groups
+    by_group = whole.reshape(groups, -1, whole.shape[-1])
+    cut = torch.split(by_group, [count // groups for count in rows], dim=1)
+    return [part.reshape(-1, whole.shape[-1]) for part in cut]

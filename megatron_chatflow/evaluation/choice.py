@@ -1,0 +1,429 @@
+"""Multiple-choice questions put to a model while it trains, at any parallel layout.
+
+In: questions, and the model's chunks. Out: accuracies as `evaluate_choice` gives them for an
+export. Each choice behind its question is a document of its own in a packed micro-batch, and a
+source of its own in the sums that the model's forward pass takes: the negative sum of a choice's
+losses is its log-probability. Nothing random is drawn and no weight changes.
+
+Multiple-choice questions from local files, scored as MMLU's and C-Eval's authors score them.
+
+In: JSON lines of questions and a model. Out: accuracies. ``letter`` compares the probabilities of
+the letters behind "Answer:" (Hendrycks et al., "Measuring Massive Multitask Language
+Understanding", 2021); ``continuation`` those of the whole choices, as they are and per byte.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from tqdm import tqdm
+
+from megatron_chatflow.config.fields import shorten
+from megatron_chatflow.data.loader import MicroBatch
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.models import LanguageModel
+from megatron_chatflow.evaluation.validation import reduce_source_sums, whole_groups
+from megatron_chatflow.model.forward import ForwardStep
+from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.tokenizer import Tokenizer
+
+Scoring = Literal["letter", "continuation"]
+Language = Literal["en", "zh"]
+SCORINGS: tuple[Scoring, ...] = get_args(Scoring)
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+LETTERS = "ABCDEFGHIJ"
+
+_HEADS = {
+    "en": "The following are multiple choice questions (with answers){about}.\n\n",
+    "zh": "以下是{about}单项选择题，请选出其中的正确答案。\n\n",
+}
+_ABOUT = {"en": " about {subject}", "zh": "关于{subject}的"}
+_ANSWER = {"en": "Answer:", "zh": "答案："}
+_BEFORE_ANSWER = {"en": " ", "zh": ""}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+        subject: What it is about; "" where the file does not say.
+        question: The question.
+        choices: What to choose from.
+        answer: Index of the right one.
+        place: File and line that it stands in, for messages; "" where it was not read.
+    """
+
+    subject: str
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    place: str = field(default="", compare=False)  # the same question stands in several files
+
+
+@dataclass(frozen=True)
+class ChoiceSettings:
+    """How questions are put.
+
+    Attributes:
+        scoring: Letters, or whole choices.
+        num_few_shot: Solved questions before each one, of its subject where there are enough.
+        language: Of the words around the questions.
+    """
+
+    scoring: Scoring = "letter"
+    num_few_shot: int = 0
+    language: Language = "en"
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Reads JSON lines with ``question``, ``choices`` (or ``A``, ``B``, ...) and ``answer``.
+
+    Args:
+        path: The file; ``answer`` is an index or a letter, ``subject`` may be missing.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no question.
+    """
+    try:
+        # Not `splitlines`: JSON's texts may hold U+2028 and U+0085, which that takes for ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    questions = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(json.loads(line), f"{path}: line {number}"))
+        except (ValueError, KeyError, RecursionError) as error:
+            raise UserError(
+                f"{path}: line {number} is no question ({type(error).__name__}: {error}); it needs "
+                "question, choices and answer"
+            ) from None
+    if not questions:
+        raise UserError(f"{path}: holds no question; write one JSON object a line")
+    return questions
+
+
+def _question(record: Any, place: str) -> Question:
+    if not isinstance(record, Mapping):
+        raise ValueError("no JSON object")
+    given = record.get("choices")
+    if given is None:
+        given = [record[letter] for letter in LETTERS if letter in record]
+    if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
+        raise ValueError(f"choices are no list of 2 to {len(LETTERS)}")
+    for letter, choice in zip(LETTERS, given, strict=False):
+        # One without any text would be certain: nothing is all that may follow.
+        if not isinstance(choice, str | int | float) or not str(choice).strip():
+            raise ValueError(f"choice {letter} is empty or no text")
+    index = _index(record["answer"])
+    if not 0 <= index < len(given):
+        raise ValueError(f"answer {shorten(record['answer'])} of {len(given)} choices")
+    subject = str(record.get("subject", "")).replace("_", " ")
+    question, choices = str(record["question"]), tuple(map(str, given))
+    "".join((subject, question, *choices)).encode()  # half a surrogate pair is no text
+    return Question(subject, question, choices, index, place)
+
+
+def _index(answer: Any) -> int:
+    """Which choice an answer means; -1 if none."""
+    if isinstance(answer, str):
+        letter = answer.strip()
+        return LETTERS.find(letter) if len(letter) == 1 else -1
+    is_whole = type(answer) is int or (type(answer) is float and answer.is_integer())
+    return int(answer) if is_whole else -1
+
+
+def examples_for(
+    questions: Sequence[Question], number: int, pool: Sequence[Question], count: int
+) -> list[Question]:
+    """Solved questions to show before one: the first others of its subject, then of any.
+
+    Args:
+        questions: The questions.
+        number: Which one is put.
+        pool: Where examples come from; may be the questions themselves.
+        count: How many.
+    """
+    asked = questions[number]
+    others = [q for q in pool if q != asked]
+    same = [q for q in others if q.subject == asked.subject]
+    rest = [q for q in others if q.subject != asked.subject]
+    return (same + rest)[:count]
+
+
+def prompt_of(question: Question, examples: Sequence[Question], settings: ChoiceSettings) -> str:
+    """The text up to where the answer is to come."""
+    language = settings.language
+    about = _ABOUT[language].format(subject=question.subject) if question.subject else ""
+    text = _HEADS[language].format(about=about)
+    for example in examples:
+        text += _put(example, settings) + _continuations(example, settings)[example.answer] + "\n\n"
+    return text + _put(question, settings)
+
+
+def _put(question: Question, settings: ChoiceSettings) -> str:
+    lines = [question.question.strip()]
+    if settings.scoring == "letter":
+        lines += [
+            f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)
+        ]
+    return "\n".join([*lines, _ANSWER[settings.language]])
+
+
+def _continuations(question: Question, settings: ChoiceSettings) -> list[str]:
+    """What may follow the prompt, one for each choice."""
+    texts = (
+        list(LETTERS[: len(question.choices)])
+        if settings.scoring == "letter"
+        else [choice.strip() for choice in question.choices]
+    )
+    return [_BEFORE_ANSWER[settings.language] + text for text in texts]
+
+
+def evaluate_choice(
+    model: LanguageModel,
+    questions: Sequence[Question],
+    settings: ChoiceSettings,
+    pool: Sequence[Question] | None = None,
+) -> dict[str, Any]:
+    """Puts every question to a model.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        settings: How they are put.
+        pool: Where solved examples come from; None takes the other questions.
+
+    Returns:
+        ``accuracy`` with its ``standard_error``, ``accuracy_per_byte`` of whole choices,
+        ``chance``, ``num_questions``, and ``subjects`` with the accuracy of each.
+    """
+    counted = tqdm(questions, desc="choice", unit="question", disable=None)
+    scores = []
+    for number, question in enumerate(counted):
+        examples = examples_for(questions, number, pool or questions, settings.num_few_shot)
+        prompt, answers = encode_question(
+            *(model.tokenizer, model.beginning, model.max_length, question, examples, settings)
+        )
+        scores.append(_scores(model, prompt, answers))
+    return tally(questions, scores, settings)
+
+
+def tally(
+    questions: Sequence[Question], all_scores: Sequence[Sequence[float]], settings: ChoiceSettings
+) -> dict[str, Any]:
+    """What `evaluate_choice` returns, from the log-probability of each choice of each question."""
+    right: list[bool] = []
+    right_per_byte: list[bool] = []
+    for question, given in zip(questions, all_scores, strict=True):
+        continuations = _continuations(question, settings)
+        scores = np.array(given)
+        # As lm-eval's acc_bytes, without the space before an answer.
+        lengths = np.array([len(text.strip().encode()) for text in continuations])
+        right.append(int(scores.argmax()) == question.answer)
+        right_per_byte.append(int((scores / lengths).argmax()) == question.answer)
+    accuracy = float(np.mean(right))
+    result: dict[str, Any] = {
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(accuracy * (1 - accuracy) / len(right)),
+        "chance": float(np.mean([1 / len(question.choices) for question in questions])),
+        "num_questions": len(questions),
+        "num_few_shot": settings.num_few_shot,
+        "scoring": settings.scoring,
+    }
+    if settings.scoring == "continuation":
+        result["accuracy_per_byte"] = float(np.mean(right_per_byte))
+    by_subject: dict[str, list[bool]] = {}
+    for question, is_right in zip(questions, right, strict=True):
+        by_subject.setdefault(question.subject, []).append(is_right)
+    result["subjects"] = {name: float(np.mean(values)) for name, values in by_subject.items()}
+    return result
+
+
+def encode_question(
+    tokenizer: Tokenizer,
+    beginning: Sequence[int],
+    max_length: int,
+    question: Question,
+    examples: Sequence[Question],
+    settings: ChoiceSettings,
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of a question, whole, and of each of its choices; examples that do not fit are left out.
+
+    Args:
+        tokenizer: The model's.
+        beginning: What stands before every text.
+        max_length: Tokens that the model reads at once: question and choice, but for the last.
+        question: The question.
+        examples: Solved questions before it.
+        settings: How it is put.
+
+    Raises:
+        UserError: The tokenizer makes no token of a choice.
+    """
+    continuations = _continuations(question, settings)
+    answers = [tokenizer.encode_continuation(text)[:max_length] for text in continuations]
+    for letter, ids in zip(LETTERS, answers, strict=False):
+        if not ids:
+            raise UserError(
+                f"{question.place}: choice {letter} has no token in this model's tokenizer; "
+                "leave the question out"
+            )
+    longest = max(map(len, answers))
+    for first in range(len(examples) + 1):
+        text = prompt_of(question, examples[first:], settings)
+        prompt = [*beginning, *tokenizer.encode(text)]
+        if len(prompt) + longest - 1 <= max_length:
+            break
+    return prompt, answers
+
+
+def question_row(prompt: Sequence[int], answer: Sequence[int], max_length: int) -> list[int]:
+    """The ids of a question and a choice, of a longer one the last: the last id is not read."""
+    return [*prompt, *answer][-(max_length + 1) :]
+
+
+def _scores(model: LanguageModel, prompt: list[int], answers: list[list[int]]) -> list[float]:
+    """Log-probability of each answer behind the prompt."""
+    if max(map(len, answers)) == 1:
+        read = prompt[-model.max_length :]
+        scores = model.next_log_probs([read], [[ids[0] for ids in answers]])[0]
+        return [float(score) for score in scores]
+    log_probs = model.log_probs([question_row(prompt, ids, model.max_length) for ids in answers])
+    return [
+        float(values[-len(ids) :].sum()) for values, ids in zip(log_probs, answers, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class ChoiceValidator:
+    """Questions, encoded and packed once for the whole run.
+
+    Attributes:
+        name: Of the questions in the logs.
+        questions: The questions.
+        settings: How they are put.
+        batches: All micro-batches, in order.
+        num_choices: Choices of all questions together.
+    """
+
+    name: str
+    questions: Sequence[Question]
+    settings: ChoiceSettings
+    batches: Sequence[MicroBatch]
+    num_choices: int
+
+    @classmethod
+    def build(
+        cls,
+        name: str,
+        questions: Sequence[Question],
+        settings: ChoiceSettings,
+        *,
+        tokenizer: Tokenizer,
+        begins_with_bos: bool,
+        seq_length: int,
+        micro_batch_size: int,
+    ) -> "ChoiceValidator":
+        """Encodes questions, which begin as the model's texts do.
+
+        Args:
+            name: Of the questions in the logs.
+            questions: The questions; also where solved examples come from.
+            settings: How they are put.
+            tokenizer: The run's.
+            begins_with_bos: Whether the model's texts begin with BOS.
+            seq_length: Tokens read at once: question and choice, but for the last.
+            micro_batch_size: A micro-batch holds this times ``seq_length`` tokens.
+        """
+        beginning = [tokenizer.bos_id] if begins_with_bos else []
+        rows: list[tuple[list[int], int]] = []
+        for number, question in enumerate(questions):
+            examples = examples_for(questions, number, questions, settings.num_few_shot)
+            prompt, answers = encode_question(
+                *(tokenizer, beginning, seq_length, question, examples, settings)
+            )
+            rows += [(question_row(prompt, ids, seq_length), len(ids)) for ids in answers]
+        num_tokens = micro_batch_size * seq_length
+        bins: list[list[int]] = []
+        filled = num_tokens
+        for number, (ids, _) in enumerate(rows):
+            if filled + len(ids) - 1 > num_tokens:
+                bins.append([])
+                filled = 0
+            bins[-1].append(number)
+            filled += len(ids) - 1
+        batches = [_pack(rows, held, num_tokens, tokenizer.eos_id) for held in bins]
+        return cls(name, questions, settings, batches, len(rows))
+
+    def run(self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks) -> dict[str, Any]:
+        """Puts every question; every rank calls it and gets the same result."""
+        sums = torch.zeros(self.num_choices, 3, dtype=torch.float64, device=ranks.device)
+        mine = list(self.batches[ranks.data_parallel_rank :: ranks.data_parallel_size])
+        if mine:
+            for chunk in chunks:
+                chunk.eval()
+            results = self._forward(mine, forward_step, chunks, ranks)
+            for chunk in chunks:
+                chunk.train()
+            if ranks.is_last_stage:
+                sums = torch.stack(results).sum(dim=0)
+        log_probs = iter((-reduce_source_sums(sums, ranks)[:, 0]).tolist())
+        scores = [[next(log_probs) for _ in question.choices] for question in self.questions]
+        return tally(self.questions, scores, self.settings)
+
+    def _forward(
+        self, batches: list[MicroBatch], forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
+    ) -> list[torch.Tensor]:
+        batches = whole_groups(batches, len(chunks), ranks)
+        with torch.no_grad(), device_mode(ranks.device):
+            results: list[torch.Tensor] = get_forward_backward_func()(
+                forward_step_func=replace(forward_step, num_sources=self.num_choices),
+                data_iterator=[iter(batches) for _ in chunks],
+                model=chunks,
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens.numel(),
+                micro_batch_size=1,
+                forward_only=True,
+            )
+        return results
+
+
+def _pack(
+    rows: Sequence[tuple[list[int], int]], held: Sequence[int], num_tokens: int, fill: int
+) -> MicroBatch:
+    """A micro-batch of documents; what is left over is a document without loss."""
+    tokens = torch.full((1, num_tokens), fill, dtype=torch.int64)
+    labels = torch.full_like(tokens, fill)
+    loss_mask = torch.zeros(1, num_tokens)
+    source = torch.zeros_like(tokens)
+    bounds = [0]
+    for number in held:
+        ids, num_answer = rows[number]
+        begin, end = bounds[-1], bounds[-1] + len(ids) - 1
+        tokens[0, begin:end] = torch.tensor(ids[:-1])
+        labels[0, begin:end] = torch.tensor(ids[1:])
+        loss_mask[0, end - num_answer : end] = 1.0
+        source[0, begin:end] = number
+        bounds.append(end)
+    if bounds[-1] < num_tokens:
+        bounds.append(num_tokens)
+    return MicroBatch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=loss_mask,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
+        source=source,
+        sample_index=torch.zeros(1, dtype=torch.int64),
+    )

@@ -1,0 +1,336 @@
+"""Text from a model, through transformers: one prompt or a conversation, streamed as it comes.
+
+In: a Hugging Face folder, or a training checkpoint, which is exported to a temporary folder on the
+way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same machine.
+
+The command-line flags that every tool that generates has.
+
+In: a parser, and what it parsed. Out: a `Sampling`, and prompts.
+"""
+
+import argparse
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.evaluation.models import beginning_ids, begun, load_pretrained
+from megatron_chatflow.tokenizer.chat_template import render
+from megatron_chatflow.tokenizer.documents import TemplateLimitError
+
+logger = logging.getLogger(__name__)
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: The most tokens of an answer.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Of the sampling; None draws one.
+        stop: Texts at which the answer ends; they are not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int | None = 0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: A value is out of range.
+        """
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens: {self.max_new_tokens} is below 1; ask for some")
+        if not 0 <= self.temperature <= 100:
+            raise UserError(f"--temperature: {self.temperature} is not between 0 and 100")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p: {self.top_p} is not above 0 and at most 1")
+
+
+class TextStream:
+    """Turns ids that come one by one into text that can be shown.
+
+    A token may end within a character, and a stop text may come in pieces: what could still change
+    is held back.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str], write: Write):
+        """Begins an empty text.
+
+        Args:
+            decode: Text of ids.
+            stop: Texts at which the stream ends.
+            write: Takes each new piece of text.
+        """
+        self.text = ""
+        self.is_stopped = False
+        self._decode = decode
+        self._stop = [text for text in stop if text]
+        self._write = write
+        self._ids: list[int] = []
+
+    def put(self, token_id: int) -> None:
+        """Takes the next id."""
+        if self.is_stopped:
+            return
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        cut = min((at for stop in self._stop if (at := text.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self.is_stopped = True
+            self._show(text[:cut])
+        else:
+            self._show(text[: len(text) - self._num_unsure(text)])
+
+    def end(self) -> str:
+        """Shows what was held back and returns all that was shown."""
+        if not self.is_stopped:
+            self._show(self._decode(self._ids))
+        return self.text
+
+    def _show(self, text: str) -> None:
+        if len(text) > len(self.text):
+            # Added up, not replaced: bytes that make no character can change what stands before.
+            piece = text[len(self.text) :]
+            self.text += piece
+            self._write(piece)
+
+    def _num_unsure(self, text: str) -> int:
+        """Characters at the end that belong to an unfinished character or a begun stop text."""
+        num_broken = len(text) - len(text.rstrip("\ufffd"))
+        begun = [
+            length
+            for stop in self._stop
+            for length in range(1, len(stop))
+            if text.endswith(stop[:length])
+        ]
+        return max([num_broken, *begun])
+
+
+class Generator:
+    """A model and its tokenizer, ready to write.
+
+    Attributes:
+        folder: The Hugging Face folder.
+        max_length: Tokens that prompt and answer may have together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Loads a Hugging Face folder, on a GPU where one is there.
+
+        Raises:
+            UserError: It is no such folder, has no tokenizer, or transformers is missing.
+        """
+        self.folder = folder
+        self._tokenizer, self._model = load_pretrained(folder)
+        self.max_length = int(self._model.config.max_position_embeddings)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer knows how a conversation is written down."""
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, behind what the model expects at a text's beginning."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return begun(ids, beginning_ids(self._tokenizer))
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation up to where the model is to answer.
+
+        Args:
+            messages: OpenAI messages; the last one the user's.
+
+        Raises:
+            UserError: The folder has no chat template, or one that refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise UserError(f"{self.folder}: has no chat template; name one with --chat-template")
+        try:
+            # Not apply_chat_template, which has no limits of time and memory.
+            prompt = render(
+                self._tokenizer.get_chat_template(),
+                {
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": True,
+                    "tools": None,
+                    "documents": None,
+                    "strftime_now": lambda form: datetime.now().strftime(form),
+                    **self._tokenizer.special_tokens_map,
+                },
+            )
+        except TemplateLimitError as error:
+            raise UserError(
+                f"{self.folder}: its chat template {error.limit} for this conversation: name "
+                "another one with --chat-template"
+            ) from None
+        except Exception as error:  # Jinja's own, or what the template makes Python raise
+            reason = str(error) or type(error).__name__
+            raise UserError(
+                f"{self.folder}: its chat template refuses this ({reason}); it may know no system "
+                "text, or be damaged"
+            ) from None
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return begun(ids, beginning_ids(self._tokenizer))
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens an answer can have behind a prompt.
+
+        Raises:
+            UserError: The prompt is empty, or leaves no room.
+        """
+        if not prompt:
+            raise UserError("the prompt is empty; write something to go on from")
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and the model reads {self.max_length}; "
+                "shorten it"
+            )
+        return room
+
+    @torch.no_grad()
+    def stream(self, prompt: Sequence[int], sampling: Sampling, write: Write) -> str:
+        """Continues a prompt.
+
+        Args:
+            prompt: Its ids, at least one.
+            sampling: How.
+            write: Takes each new piece of text as it comes.
+
+        Returns:
+            The whole continuation.
+
+        Raises:
+            UserError: The prompt is empty, or too long for the model.
+        """
+        room = self.room(prompt)
+        # Decoded behind the prompt's end, so that a leading space is kept as one.
+        tail = list(prompt[-8:])
+        num_known = len(self._decode(tail))
+        stream = TextStream(lambda ids: self._decode(tail + ids)[num_known:], sampling.stop, write)
+        generator = torch.Generator(self._model.device)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed)
+        for token_id in self._ids(prompt, min(sampling.max_new_tokens, room), sampling, generator):
+            stream.put(token_id)
+            if stream.is_stopped:
+                break
+        return stream.end()
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _ids(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> Iterator[int]:
+        """Ids one by one until an end token; transformers keeps the keys and values."""
+        ends = self._end_ids()
+        device = self._model.device
+        # transformers 5.24 renamed the argument and the output `past_key_values`.
+        parameters = inspect.signature(self._model.forward).parameters
+        name = "cache" if "cache" in parameters else "past_key_values"
+        cache = None
+        ids = torch.tensor([list(prompt)], device=device)
+        for _ in range(max_new_tokens):
+            output = self._model(input_ids=ids, use_cache=True, **{name: cache})
+            cache = output[name]
+            token_id = choose(output.logits[0, -1].float(), sampling, generator)
+            if token_id in ends:
+                return
+            yield token_id
+            ids = torch.tensor([[token_id]], device=device)
+
+    def _end_ids(self) -> set[int]:
+        """What ends an answer: the model's end tokens, and the one that ends a chat's turn."""
+        configured = self._model.generation_config.eos_token_id
+        ends = set(configured if isinstance(configured, list) else [configured])
+        ends |= {self._tokenizer.eos_token_id}
+        template = self._tokenizer.chat_template or ""
+        for token in ("<|im_end|>", "<|eot_id|>"):
+            if token in template:
+                ends.add(self._tokenizer.convert_tokens_to_ids(token))
+        return ends - {None, self._tokenizer.unk_token_id}
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Samples the next token.
+
+    Args:
+        logits: float32[vocab_size].
+        sampling: Temperature and nucleus (Holtzman et al., "The Curious Case of Neural Text
+            Degeneration", 2020).
+        generator: Draws.
+
+    Returns:
+        Its id.
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ordered, ids = torch.sort((logits / sampling.temperature).softmax(-1), descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.where(before < sampling.top_p, ordered, 0.0)  # the likeliest is always kept
+    return int(ids[torch.multinomial(kept, 1, generator=generator)])
+
+
+TEMPLATE_HELP = "instead of the model's own: chatflow, llama2, chatml, or a file or folder with one"
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of sampling, and of the export on the way."""
+    defaults = Sampling()
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")
+    add("--temperature", type=float, default=defaults.temperature, help="0: the likeliest token")
+    add("--top-p", type=float, default=defaults.top_p, help="nucleus; default: %(default)s")
+    add("--seed", type=int, default=defaults.seed, help="of the sampling; default: %(default)s")
+    add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
+    add("--chat-template", metavar="T", help=TEMPLATE_HELP)
+    add("--tokenizer-model", type=Path, metavar="M", help="instead of the model's own")
+
+
+def read_prompt(text: str) -> str:
+    """A prompt as it was given, or from standard input for ``-``.
+
+    Raises:
+        UserError: It is not UTF-8.
+    """
+    raw = sys.stdin.buffer.read() if text == "-" else os.fsencode(text)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt: is not UTF-8 at byte {error.start}; convert it") from None
+
+
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """The flags as a value."""
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )

@@ -1,0 +1,269 @@
+"""Fused bf16 kernels on the CPU: the compiled ones of `csrc/kernels/cpu`.
+
+In: contiguous bf16 tensors on the CPU. Out: the same, computed in fp32 and rounded once; the sums
+that a backward pass needs, in fp32. A result does not depend on the number of threads.
+`cpu_reference.py` defines each function; `is_available` says where callers have to use PyTorch's
+own operations instead.
+"""
+
+import importlib
+import logging
+from types import ModuleType
+
+import torch
+
+
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("megatron_chatflow.kernels._cpu")
+    except ImportError as error:
+        logging.getLogger(__name__).debug("csrc/kernels/cpu is not built: %s", error)
+        return None
+
+
+extension = _load()
+
+# Keys that a row of `causal_softmax` may have.
+MAX_KEYS: int = extension.MAX_KEYS if extension is not None else 0
+
+
+def is_available(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels are built and all ``tensors`` are bf16 on the CPU."""
+    return extension is not None and all(
+        tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors
+    )
+
+
+def description() -> str | None:
+    """Which kernels a bf16 run on a CPU uses, for the log; None where they are not built."""
+    if extension is None:
+        return None
+    return f"ours, fused bf16 kernel for the CPU, {extension.instruction_set()}"
+
+
+def instruction_sets() -> list[str]:
+    """Names of the versions that this processor can run, the one in use by default first."""
+    return [] if extension is None else list(extension.instruction_sets())
+
+
+def use_instruction_set(name: str) -> None:
+    """Runs every kernel in the version ``name`` from now on, for tests.
+
+    Raises:
+        ValueError: This processor does not run it.
+    """
+    assert extension is not None
+    extension.use_instruction_set(name)
+
+
+def _kernels(*tensors: torch.Tensor) -> ModuleType:
+    """The compiled module, once the tensors are what it reads without looking."""
+    assert extension is not None
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
+            raise ValueError(
+                f"CPU kernels: a tensor is {tensor.dtype} on {tensor.device}, not bf16"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"CPU kernels: a tensor of strides {tensor.stride()} has gaps")
+    return extension
+
+
+def exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns logits into ``exp(logit - row's highest)`` in place; padding becomes 0.
+
+    Args:
+        logits: ``[tokens, rows]``, overwritten.
+        num_pieces: Entries of a row that count; the others are padding.
+
+    Returns:
+        Each row's highest logit, and the sum of its exponentials before they are rounded:
+        float32[tokens].
+    """
+    num_tokens, num_rows = logits.shape
+    highest = torch.empty(num_tokens, dtype=torch.float32)
+    sums = torch.empty(num_tokens, dtype=torch.float32)
+    _kernels(logits).exponentiate(
+        logits.data_ptr(),
+        highest.data_ptr(),
+        sums.data_ptr(),
+        num_tokens,
+        num_rows,
+        num_pieces,
+        torch.get_num_threads(),
+    )
+    return highest, sums
+
+
+def rms_norm(
+    rows: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm over the last axis.
+
+    Args:
+        rows: ``[..., size]``.
+        weight: ``[size]``.
+        epsilon: Added to the mean square.
+
+    Returns:
+        The normalised rows, and their scales, float32[...], for `rms_norm_backward`.
+    """
+    if weight.shape != rows.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} for rows {tuple(rows.shape)}")
+    output = torch.empty_like(rows)
+    scales = torch.empty(rows.shape[:-1], dtype=torch.float32)
+    _kernels(rows, weight).rms_norm(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        output.data_ptr(),
+        scales.data_ptr(),
+        scales.numel(),
+        len(weight),
+        epsilon,
+        torch.get_num_threads(),
+    )
+    return output, scales
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `rms_norm` by its rows, in bf16, and by its weight, in float32[size]."""
+    if gradient.shape != rows.shape or scales.shape != rows.shape[:-1]:
+        raise ValueError(f"rms_norm: gradient {tuple(gradient.shape)} of {tuple(rows.shape)}")
+    grad_rows = torch.empty_like(rows)
+    grad_weight = torch.empty(len(weight), dtype=torch.float32)
+    _kernels(gradient, rows, weight).rms_norm_backward(
+        gradient.data_ptr(),
+        rows.data_ptr(),
+        weight.data_ptr(),
+        scales.data_ptr(),
+        grad_rows.data_ptr(),
+        grad_weight.data_ptr(),
+        scales.numel(),
+        len(weight),
+        torch.get_num_threads(),
+    )
+    return grad_rows, grad_weight
+
+
+def swiglu(rows: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * linear`` of rows ``[..., gate | linear]``: half as wide."""
+    size = rows.shape[-1] // 2
+    output = rows.new_empty((*rows.shape[:-1], size))
+    _kernels(rows).swiglu(
+        rows.data_ptr(),
+        output.data_ptr(),
+        rows.numel() // (2 * size),
+        size,
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def swiglu_backward(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Gradient of `swiglu` by its rows."""
+    size = rows.shape[-1] // 2
+    if gradient.shape != (*rows.shape[:-1], size):
+        raise ValueError(f"swiglu: gradient {tuple(gradient.shape)} of {tuple(rows.shape)}")
+    grad_rows = torch.empty_like(rows)
+    _kernels(gradient, rows).swiglu_backward(
+        gradient.data_ptr(),
+        rows.data_ptr(),
+        grad_rows.data_ptr(),
+        rows.numel() // (2 * size),
+        size,
+        torch.get_num_threads(),
+    )
+    return grad_rows
+
+
+def rotate(
+    heads: torch.Tensor,
+    output: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor] | None,
+    direction: float = 1.0,
+) -> torch.Tensor:
+    """Rotates every token's heads and writes them where ``output`` has them.
+
+    Args:
+        heads: ``[documents, length, heads, head_dim]``; any strides, the last one 1.
+        output: The same shape; any strides, the last one 1. Overwritten.
+        angles: Cosines and sines, float32[documents * length, head_dim / 2]; None moves the heads
+            and rotates nothing.
+        direction: 1, or -1 for the opposite angle.
+
+    Returns:
+        ``output``.
+    """
+    num_documents, length, num_heads, head_dim = heads.shape
+    kernels = _kernels()
+    for tensor in (heads, output):
+        if tensor.dtype != torch.bfloat16 or tensor.stride(-1) != 1 or tensor.shape != heads.shape:
+            raise ValueError("rotate: heads and output are bf16 of one shape, dense in a head")
+    shape = (num_documents * length, head_dim // 2)
+    for angle in angles or ():
+        if angle.dtype != torch.float32 or angle.shape != shape or not angle.is_contiguous():
+            raise ValueError(f"rotate: angles {tuple(angle.shape)} are not float32{list(shape)}")
+    cosines, sines = (angle.data_ptr() for angle in angles) if angles else (0, 0)
+    kernels.rotate(
+        heads.data_ptr(),
+        heads.stride()[:3],
+        output.data_ptr(),
+        output.stride()[:3],
+        cosines,
+        sines,
+        direction,
+        num_documents * length,
+        length,
+        num_heads,
+        head_dim,
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def causal_softmax(scores: torch.Tensor, first_query: int, scale: float) -> torch.Tensor:
+    """Softmax of ``scores * scale`` in place, where query q sees keys 0 to ``first_query + q``.
+
+    Args:
+        scores: ``[heads, queries, keys]``, at most `MAX_KEYS` keys.
+        first_query: Position of the first query among the keys.
+        scale: Factor on the scores.
+
+    Returns:
+        ``scores``, now probabilities; 0 where a query does not look.
+    """
+    num_heads, num_queries, num_keys = scores.shape
+    _kernels(scores).causal_softmax(
+        scores.data_ptr(),
+        num_heads * num_queries,
+        num_keys,
+        num_queries,
+        first_query,
+        scale,
+        torch.get_num_threads(),
+    )
+    return scores
+
+
+def causal_softmax_backward(
+    probabilities: torch.Tensor, gradient: torch.Tensor, first_query: int, scale: float
+) -> torch.Tensor:
+    """Turns the gradient by probabilities into that by scores, in place; see `causal_softmax`."""
+    if gradient.shape != probabilities.shape:
+        raise ValueError(
+            f"causal_softmax: gradient {tuple(gradient.shape)} of {tuple(probabilities.shape)}"
+        )
+    num_heads, num_queries, num_keys = probabilities.shape
+    _kernels(probabilities, gradient).causal_softmax_backward(
+        probabilities.data_ptr(),
+        gradient.data_ptr(),
+        num_heads * num_queries,
+        num_keys,
+        num_queries,
+        first_query,
+        scale,
+        torch.get_num_threads(),
+    )
+    return gradient

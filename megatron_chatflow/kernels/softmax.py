@@ -1,0 +1,159 @@
+"""The two passes over logits of a vocabulary-parallel cross-entropy: reference, operators, kernels.
+
+In: a chunk of logits, ``[tokens, columns]`` in bf16 or fp32, of one slice of the vocabulary, and
+labels counted from the slice's first column. Out: each row's highest logit, sum of exponentials and
+label's logit; and, once those are reduced over the slices, the gradient in the logits' place. The
+operators are ``torch.ops.megatron_chatflow.softmax_statistics`` and ``softmax_gradient_``; on a GPU
+they run ``csrc/kernels/cross_entropy.cuh``.
+"""
+
+import torch
+
+from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
+
+LOWEST = -1e30
+"""Highest logit of a slice that holds none."""
+
+
+def takes_softmax(num_columns: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels take rows of ``num_columns`` logits."""
+    return is_whole_packs(num_columns, dtype)
+
+
+def softmax_statistics_reference(
+    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each row contributes to the softmax.
+
+    Args:
+        logits: ``[tokens, columns]``.
+        labels: int64[tokens]; in another slice if not in [0, num_pieces).
+        num_pieces: Columns that take part; those behind are padding.
+
+    Returns:
+        float32[tokens] each: highest logit, sum of ``exp(logit - highest)``, and the label's logit,
+        0 if it lies in another slice.
+    """
+    values = logits[:, :num_pieces].float()
+    lowest = values.new_full((len(values), 1), LOWEST)
+    highest = torch.cat((values, lowest), dim=-1).amax(dim=-1)
+    sums = (values - highest.unsqueeze(-1)).exp().sum(dim=-1)
+    is_here = (labels >= 0) & (labels < num_pieces)
+    place = labels.masked_fill(~is_here, 0).unsqueeze(-1)
+    target = logits.gather(-1, place).squeeze(-1).float().masked_fill(~is_here, 0.0)
+    return highest, sums, target
+
+
+def softmax_gradient_reference(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    highest: torch.Tensor,
+    sums: torch.Tensor,
+    scale: torch.Tensor,
+    num_pieces: int,
+) -> None:
+    """Overwrites logits by ``scale * (softmax - onehot(label))``, 0 in the padding.
+
+    Args:
+        logits: ``[tokens, columns]``.
+        labels: As above.
+        highest: float32[tokens], of the whole vocabulary.
+        sums: float32[tokens], of the whole vocabulary.
+        scale: float32[tokens].
+        num_pieces: As above.
+    """
+    share = (logits.float() - highest.unsqueeze(-1)).exp() / sums.unsqueeze(-1)
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    share -= (columns == labels.unsqueeze(-1)).float()
+    share *= scale.unsqueeze(-1)
+    logits.copy_(share.masked_fill_(columns >= num_pieces, 0.0))
+
+
+@torch.library.custom_op("megatron_chatflow::softmax_statistics", mutates_args=())
+def softmax_statistics(
+    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator of `softmax_statistics_reference`."""
+    return softmax_statistics_reference(logits, labels, num_pieces)
+
+
+@torch.library.custom_op("megatron_chatflow::softmax_gradient_", mutates_args=("logits",))
+def softmax_gradient_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    highest: torch.Tensor,
+    sums: torch.Tensor,
+    scale: torch.Tensor,
+    num_pieces: int,
+) -> None:
+    """The operator of `softmax_gradient_reference`."""
+    softmax_gradient_reference(logits, labels, highest, sums, scale, num_pieces)
+
+
+def _check(logits: torch.Tensor, labels: torch.Tensor, *rows: torch.Tensor) -> None:
+    if not logits.is_contiguous() or labels.dtype != torch.int64:
+        raise ValueError("softmax: logits have to be contiguous, and labels int64")
+    for row in (labels, *rows):
+        if row.shape != logits.shape[:1] or not row.is_contiguous():
+            raise ValueError(
+                f"softmax: {tuple(row.shape)} values do not fit logits of {tuple(logits.shape)}"
+            )
+    if any(row.dtype != torch.float32 for row in rows):
+        raise ValueError("softmax: highest, sums and scale have to be float32")
+
+
+@softmax_statistics.register_kernel("cuda")
+def softmax_statistics_kernel(
+    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`softmax_statistics` by the compiled kernel."""
+    _check(logits, labels)
+    shape = labels.shape
+    highest = torch.empty(shape, dtype=torch.float32, device=logits.device)
+    sums, target = torch.empty_like(highest), torch.empty_like(highest)
+    if len(logits):
+        kernels().launch(
+            "softmax_statistics",
+            logits.dtype,
+            *(logits, labels, highest, sums, target, *logits.shape, num_pieces),
+        )
+    return highest, sums, target
+
+
+@softmax_gradient_.register_kernel("cuda")
+def softmax_gradient_kernel(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    highest: torch.Tensor,
+    sums: torch.Tensor,
+    scale: torch.Tensor,
+    num_pieces: int,
+) -> None:
+    """`softmax_gradient_` by the compiled kernel."""
+    _check(logits, labels, highest, sums, scale)
+    if len(logits):
+        kernels().launch(
+            "softmax_gradient",
+            logits.dtype,
+            *(logits, labels, highest, sums, scale, *logits.shape, num_pieces),
+        )
+
+
+@softmax_statistics.register_fake
+def _(
+    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    row = logits.new_empty(logits.shape[:1], dtype=torch.float32)
+    return row, torch.empty_like(row), torch.empty_like(row)
+
+
+@softmax_gradient_.register_fake
+def _(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    highest: torch.Tensor,
+    sums: torch.Tensor,
+    scale: torch.Tensor,
+    num_pieces: int,
+) -> None:
+    return None

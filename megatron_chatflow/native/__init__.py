@@ -1,4 +1,0 @@
-"""Bindings of `csrc`, each beside the NumPy or torch reference that defines it.
-
-In: arrays. Out: arrays, the same ones from both.
-"""

@@ -1,0 +1,254 @@
+"""Finds the documents of a job's parts that an earlier part has already.
+
+In: the hashes that each part notes beside its dataset. Out: for each part a mark on every document
+that has been there before. The hashes of all parts are dealt to buckets in an unnamed file, and
+each bucket is sorted by itself, so memory depends neither on the documents nor on the parts.
+
+Knows which documents have been there before, exactly, in memory that does not grow with them.
+
+In: 128-bit hashes of documents, in order. Out: for each whether it is the first of its kind.
+
+New hashes gather in memory; when there are many they become a sorted run on disk, in an unnamed
+file that is mapped to be searched. What is held in memory is at most one such run.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.mapped_file import map_file
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import told_to_the_user
+
+HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
+
+
+HASH_RECORD = np.dtype([("hash", "<u8", (2,)), ("num_text_bytes", "<i8")])  # of one document
+
+
+def hash_records(
+    hashes: npt.NDArray[np.uint64], num_text_bytes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.void]:
+    """What a part notes about its documents: `HASH_RECORD`[num_documents]."""
+    records = np.empty(len(hashes), HASH_RECORD)
+    records["hash"], records["num_text_bytes"] = hashes, num_text_bytes
+    return records
+
+
+def hashes_of(texts: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """128-bit BLAKE2b of each text, as uint64[num_texts, 2]."""
+    digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
+    return np.frombuffer(digests, "<u8").reshape(-1, 2)
+
+
+class SeenHashes:
+    """The set of all hashes so far."""
+
+    def __init__(self, folder: Path) -> None:
+        """Begins empty.
+
+        Args:
+            folder: Where runs lie; their files have no names, and vanish with this object.
+        """
+        self._folder = folder
+        self._recent: set[bytes] = set()
+        self._runs: list[npt.NDArray[np.uint64]] = []  # [length, 2], sorted by the first column
+
+    def add(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Adds hashes.
+
+        Args:
+            hashes: uint64[n, 2].
+
+        Returns:
+            bool[n], whether each is new; of equal ones in one call only the first is.
+
+        Raises:
+            UserError: The disk has no room for a run.
+        """
+        is_new = np.ones(len(hashes), np.bool_)
+        for run in self._runs:
+            is_new &= ~_contained(hashes, run)
+        for k in np.flatnonzero(is_new).tolist():
+            digest = hashes[k].tobytes()
+            is_new[k] = digest not in self._recent
+            self._recent.add(digest)
+        if len(self._recent) >= HASHES_PER_RUN:
+            self._write_run()
+        return is_new
+
+    def _write_run(self) -> None:
+        recent = np.frombuffer(b"".join(self._recent), "<u8").reshape(-1, 2)
+        self._recent.clear()
+        # Unbuffered: a buffer whose bytes do not fit on the disk raises once more when it closes.
+        with (
+            told_to_the_user(self._folder),
+            tempfile.TemporaryFile(dir=self._folder, buffering=0) as file,
+        ):
+            write_at(file.fileno(), recent[np.argsort(recent[:, 0], kind="stable")].tobytes(), 0)
+            self._runs.append(map_file(file).view("<u8").reshape(-1, 2))
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Writes all of ``data`` at a position of a file.
+
+    Raises:
+        OSError: The disk is full or failing.
+    """
+    view = memoryview(data)
+    while view:
+        num_written = os.pwrite(descriptor, view, offset)
+        view, offset = view[num_written:], offset + num_written
+
+
+def _contained(
+    hashes: npt.NDArray[np.uint64], run: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.bool_]:
+    """Which hashes a sorted run has."""
+    first = run[:, 0]
+    position = np.searchsorted(first, hashes[:, 0])
+    found = np.zeros(len(hashes), np.bool_)
+    while True:  # more than once only where two hashes share their first half
+        inside = position < len(run)
+        at = np.where(inside, position, 0)
+        same_half = inside & (first[at] == hashes[:, 0])
+        found |= same_half & (run[at, 1] == hashes[:, 1])
+        if not (same_half & ~found).any():
+            return found
+        position = position + 1
+
+
+BLOCK = 1 << 17  # hashes that are read at once, 3 MB
+HASHES_PER_BUCKET = 1 << 19  # about 40 MB while a bucket is sorted
+MAX_BUCKET_BITS = 12
+_PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
+
+
+class Repeats:
+    """Marks on the documents of all parts; they lie on the disk.
+
+    Attributes:
+        num_documents: Of each part.
+    """
+
+    def __init__(self, paths: Sequence[Path], num_documents: Sequence[int], folder: Path) -> None:
+        """Reads every part's hashes twice and marks what an earlier part, or the same, has.
+
+        Args:
+            paths: The parts' files of `HASH_RECORD`, in order.
+            num_documents: How many documents each part has.
+            folder: On whose disk there is room for 25 bytes a document.
+
+        Raises:
+            UserError: A file is missing or of another length, or the disk is full.
+        """
+        self.num_documents = list(num_documents)
+        self._paths = list(paths)
+        self._begins = np.concatenate([[0], np.cumsum(self.num_documents)]).tolist()
+        for path, number in zip(paths, num_documents, strict=True):
+            if not path.exists() or path.stat().st_size != number * HASH_RECORD.itemsize:
+                raise UserError(
+                    f"no hashes of {number} documents: {path}: parts of a job with --dedup are "
+                    "merged with the .hashes that lie beside them: make this part again"
+                )
+        with told_to_the_user(folder):
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)
+        try:
+            with told_to_the_user(folder):
+                self._file.truncate(max(self._begins[-1], 1))
+                self._mark(folder)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def of_part(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
+        """Whether each document of a part, from ``begin`` up to ``end``, is a repetition."""
+        data = os.pread(self._file.fileno(), end - begin, self._begins[number] + begin)
+        return np.frombuffer(data, np.bool_)
+
+    def num_repeated_bytes(self, number: int) -> int:
+        """UTF-8 bytes of text in the repetitions of a part."""
+        total = begin = 0
+        for records in _blocks(self._paths[number]):
+            marks = self.of_part(number, begin, begin + len(records))
+            total += int(records["num_text_bytes"][marks].sum())
+            begin += len(records)
+        return total
+
+    def close(self) -> None:
+        """Gives the space back."""
+        self._file.close()
+
+    def _mark(self, folder: Path) -> None:
+        bits = 0
+        while self._begins[-1] >> bits > HASHES_PER_BUCKET and bits < MAX_BUCKET_BITS:
+            bits += 1
+        sizes = np.zeros(1 << bits, np.int64)
+        for path in self._paths:
+            for records in _blocks(path):
+                sizes += np.bincount(_buckets(records["hash"], bits), minlength=len(sizes))
+        ends = np.cumsum(sizes)
+        with tempfile.TemporaryFile(dir=folder) as placed:
+            self._deal(placed.fileno(), bits, ends - sizes)
+            for begin, end in zip((ends - sizes).tolist(), ends.tolist(), strict=True):
+                size, offset = (end - begin) * _PLACED.itemsize, begin * _PLACED.itemsize
+                bucket = np.frombuffer(_read(placed.fileno(), size, offset), _PLACED)
+                self._mark_bucket(bucket)
+
+    def _deal(self, placed: int, bits: int, positions: npt.NDArray[np.int64]) -> None:
+        """Writes each hash, with the number of its document, to where its bucket lies."""
+        index = 0
+        for path in self._paths:
+            for records in _blocks(path):
+                given = np.empty(len(records), _PLACED)
+                given["hash"] = records["hash"]
+                given["index"] = np.arange(index, index + len(records))
+                index += len(records)
+                buckets = _buckets(given["hash"], bits)
+                given = given[np.argsort(buckets, kind="stable")]
+                counts = np.bincount(buckets, minlength=len(positions))
+                begin = 0
+                for bucket in np.flatnonzero(counts).tolist():
+                    end = begin + int(counts[bucket])
+                    offset = int(positions[bucket]) * _PLACED.itemsize
+                    write_at(placed, given[begin:end].tobytes(), offset)
+                    begin = end
+                positions = positions + counts
+
+    def _mark_bucket(self, bucket: npt.NDArray[np.void]) -> None:
+        order = np.lexsort((bucket["index"], bucket["hash"][:, 1], bucket["hash"][:, 0]))
+        hashes = bucket["hash"][order]
+        same = (hashes[1:] == hashes[:-1]).all(axis=1)
+        repeated = bucket["index"][order[1:][same]]
+        for index in repeated.tolist():
+            write_at(self._file.fileno(), b"\1", index)
+
+
+def _buckets(hashes: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.int64]:
+    """The bucket of each hash: its top bits."""
+    if bits == 0:
+        return np.zeros(len(hashes), np.int64)
+    return (hashes[:, 0] >> np.uint64(64 - bits)).astype(np.int64)
+
+
+def _blocks(path: Path) -> Iterator[npt.NDArray[np.void]]:
+    try:
+        with path.open("rb") as file:
+            while data := file.read(BLOCK * HASH_RECORD.itemsize):
+                yield np.frombuffer(data, HASH_RECORD)
+    except OSError as error:
+        raise UserError(f"cannot read: {path}: {error.strerror}") from error
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    parts = []
+    while size and (part := os.pread(descriptor, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)

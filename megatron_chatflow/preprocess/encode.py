@@ -1,0 +1,297 @@
+"""What a thread or process does to turn chunks of input into token ids.
+
+In: the job's settings, once; then chunks. Out: for each chunk an `EncodedChunk`.
+
+Documents to token ids and loss masks.
+
+In: the documents of a chunk. Out: their ids one after the other, lengths, masks, and counts.
+
+A segment is encoded by itself, so that no token lies in two of them: its text goes on from the
+text before it without a space of its own, and begins afresh after a control token. Neighbouring
+texts that are both with loss, or both without, are encoded as one.
+"""
+
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_chatflow.data.indexed import optimal_dtype
+from megatron_chatflow.preprocess.dedup import hashes_of
+from megatron_chatflow.preprocess.parse import parse_chunk
+from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.preprocess.settings import PreprocessSettings
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.documents import Document, ParsedChunk, Segment
+
+
+@dataclass
+class EncodedDocuments:
+    """Documents of one output key.
+
+    Attributes:
+        tokens: 1-D, in the dataset's dtype, the documents one after the other.
+        lengths: int32[num_documents].
+        loss_mask: uint8 like tokens, or None.
+        text_bytes: int64[num_documents], UTF-8 bytes of each document's text, or, where nobody asks
+            for each, int64[1], those of all.
+        hashes: uint64[num_documents, 2] of the documents' text, or None where nobody asks.
+        num_dropped: Documents left out, by reason.
+        num_repaired: Documents kept after a change, by kind.
+    """
+
+    tokens: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8] | None
+    text_bytes: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64] | None
+    num_dropped: dict[str, int]
+    num_repaired: dict[str, int]
+
+    def keep(self, kept: npt.NDArray[np.bool_], reason: str) -> None:
+        """Leaves documents out.
+
+        Args:
+            kept: bool[num_documents].
+            reason: Under which the others are counted.
+        """
+        if kept.all():
+            return
+        of_tokens = np.repeat(kept, self.lengths)
+        self.tokens = self.tokens[of_tokens]
+        if self.loss_mask is not None:
+            self.loss_mask = self.loss_mask[of_tokens]
+        self.lengths, self.text_bytes = self.lengths[kept], self.text_bytes[kept]
+        self.hashes = None if self.hashes is None else self.hashes[kept]
+        self.num_dropped[reason] = self.num_dropped.get(reason, 0) + int((~kept).sum())
+
+
+@dataclass
+class EncodedChunk:
+    """What a worker hands back.
+
+    Attributes:
+        documents: By output key.
+        parsed: The parser's counts; its documents are taken out.
+        num_bytes_read: How far into its file the chunk reaches.
+    """
+
+    documents: dict[str, EncodedDocuments]
+    parsed: ParsedChunk
+    num_bytes_read: int
+
+
+def encode_segments(
+    tokenizer: Tokenizer, segments: Sequence[Segment], *, append_bos: bool = False
+) -> tuple[list[int], list[int], list[int]]:
+    """Ids and loss mask of a document's segments.
+
+    Args:
+        tokenizer: The tokenizer.
+        segments: In order.
+        append_bos: Begin with BOS, without loss, unless the segments do.
+
+    Returns:
+        The ids; 1 for each id with loss, else 0; and for each segment, how many ids there are up
+        to its end, or to the end of the texts that are encoded as one with it. An "end" after the
+        very token that ends sequences adds nothing.
+    """
+    ids: list[int] = []
+    loss_mask: list[int] = []
+    ends: list[int] = []
+    follows_text = False
+    resolved = [(segment, _token_id(tokenizer, segment)) for segment in segments]
+    for (token_id, loss), group in groupby(resolved, lambda item: (item[1], item[0].loss)):
+        members = [segment for segment, _ in group]
+        if token_id is None:
+            encode = tokenizer.encode_continuation if follows_text else tokenizer.encode
+            new_ids = encode("".join(segment.text for segment in members))
+            follows_text = follows_text or bool(new_ids)
+        else:
+            new_ids = [token_id] * sum(
+                not (segment.kind == "end" and (ids[-1:] == [token_id] or number > 0))
+                for number, segment in enumerate(members)
+            )
+            follows_text = False
+        ids += new_ids
+        loss_mask += [int(loss)] * len(new_ids)
+        ends += [len(ids)] * len(members)
+    if append_bos and ids and ids[0] != tokenizer.bos_id:
+        ids, loss_mask = [tokenizer.bos_id, *ids], [0, *loss_mask]
+        ends = [end + 1 for end in ends]
+    return ids, loss_mask, ends
+
+
+def _token_id(tokenizer: Tokenizer, segment: Segment) -> int | None:
+    """The control token that a segment stands for; None if it is text to this tokenizer."""
+    if segment.kind == "end":
+        return tokenizer.eos_id
+    return tokenizer.control_id(segment.text) if segment.kind == "control" else None
+
+
+class DocumentEncoder:
+    """Encodes the documents of one output key."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: PreprocessSettings) -> None:
+        """Takes the tokenizer and the job."""
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.dtype = optimal_dtype(tokenizer.vocab_size)
+
+    def encode(self, documents: Sequence[str | Document]) -> EncodedDocuments:
+        """Encodes documents of one kind: all text, or all in segments."""
+        if self.settings.corpus.has_loss_mask:
+            return self._encode_segmented([d for d in documents if isinstance(d, Document)])
+        return self._encode_texts([d for d in documents if isinstance(d, str)])
+
+    def encode_lines(self, data: bytes, key: str) -> EncodedDocuments | None:
+        """Encodes the text under a key of every JSON line, without building the documents.
+
+        Returns:
+            The same as from parsing the lines first, or None where that has to be done.
+        """
+        if self.settings.dedup:
+            return None  # which needs the documents
+        narrow = self.dtype == np.uint16
+        encoded = self.tokenizer.encode_json_lines(data, key, self._end_id, narrow)
+        if encoded is None:
+            return None
+        ids, lengths, num_text_bytes = encoded
+        ids, lengths = self._begun(ids, lengths)
+        return _packed(ids, lengths, np.array([num_text_bytes]), None)
+
+    @property
+    def _end_id(self) -> int:
+        return self.tokenizer.eos_id if self.settings.append_eod else -1
+
+    def _begun(
+        self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """Ids and lengths of documents with BOS before each that has any ids, if it is wanted."""
+        if not self.settings.append_bos:
+            return ids, lengths
+        has_ids = lengths > 0
+        begins = (np.cumsum(lengths, dtype=np.int64) - lengths)[has_ids]
+        return np.insert(ids, begins, self.tokenizer.bos_id), lengths + has_ids.astype(np.int32)
+
+    def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
+        ids, lengths = self._begun(*self.tokenizer.encode_arrays(texts, self._end_id))
+        utf8 = [text.encode() for text, n in zip(texts, lengths.tolist(), strict=True) if n]
+        text_bytes = np.array([len(text) for text in utf8], np.int64)
+        hashes = hashes_of(utf8) if self.settings.dedup else None
+        return _packed(ids.astype(self.dtype), lengths, text_bytes, hashes)
+
+    def _encode_segmented(self, documents: list[Document]) -> EncodedDocuments:
+        kept: list[list[int]] = []
+        masks: list[list[int]] = []
+        texts: list[bytes] = []
+        num_dropped: Counter[str] = Counter()
+        num_repaired: Counter[str] = Counter()
+        for document in documents:
+            ids, mask, ends = encode_segments(
+                self.tokenizer, document.segments, append_bos=self.settings.append_bos
+            )
+            num_segments = len(document.segments)
+            limit = self.settings.max_tokens
+            if self.settings.append_eod and ids[-1:] != [self.tokenizer.eos_id]:
+                ids.append(self.tokenizer.eos_id)
+                mask.append(1)
+            if limit is not None and len(ids) > limit:
+                fitting = [border for border in document.borders if ends[border - 1] <= limit]
+                if not fitting or self.settings.over_long == "drop":
+                    num_dropped["too_long"] += 1
+                    continue
+                num_segments = fitting[-1]
+                del ids[ends[num_segments - 1] :], mask[ends[num_segments - 1] :]
+                num_repaired["truncated"] += 1
+            if not any(mask):  # what was learnt of it has been cut off
+                num_dropped["no_loss_tokens"] += 1
+                continue
+            kept.append(ids)
+            masks.append(mask)
+            kept_segments = document.segments[:num_segments]
+            texts.append("".join(segment.text for segment in kept_segments).encode())
+        return EncodedDocuments(
+            tokens=_concatenate(kept, self.dtype),
+            lengths=np.array([len(ids) for ids in kept], np.int32),
+            loss_mask=_concatenate(masks, np.dtype(np.uint8)),
+            text_bytes=np.array([len(text) for text in texts], np.int64),
+            hashes=hashes_of(texts) if self.settings.dedup else None,
+            num_dropped=dict(num_dropped),
+            num_repaired=dict(num_repaired),
+        )
+
+
+def _packed(
+    ids: npt.NDArray[Any],
+    lengths: npt.NDArray[np.int32],
+    text_bytes: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64] | None,
+) -> EncodedDocuments:
+    """Documents of text, without those that have no ids."""
+    kept = lengths[lengths > 0]  # a text without ids leaves nothing in them
+    num_dropped = {"empty": len(lengths) - len(kept)} if len(kept) < len(lengths) else {}
+    return EncodedDocuments(ids, kept, None, text_bytes, hashes, num_dropped, {})
+
+
+def _concatenate(sequences: list[list[int]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    arrays = [np.array(sequence, dtype) for sequence in sequences]
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)
+
+
+class ChunkWorker:
+    """Parses and encodes chunks."""
+
+    def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+        """Takes the job and its tokenizer."""
+        self.settings = settings
+        self.encoder = DocumentEncoder(tokenizer, settings)
+
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """One chunk."""
+        corpus = self.settings.corpus
+        is_bounded = chunk.kind == "lines" and len(chunk.data) <= corpus.max_record_bytes
+        if corpus.format == "text" and is_bounded and len(corpus.json_keys) == 1:
+            (key,) = corpus.json_keys
+            encoded = self.encoder.encode_lines(chunk.data, key)
+            if encoded is not None:
+                return EncodedChunk({key: encoded}, ParsedChunk(), chunk.num_bytes_read)
+        parsed = parse_chunk(chunk, corpus)
+        documents = {key: self.encoder.encode(docs) for key, docs in parsed.documents.items()}
+        parsed.documents = {}
+        return EncodedChunk(documents, parsed, chunk.num_bytes_read)
+
+
+_worker: ChunkWorker | None = None
+
+
+def start_worker(settings: PreprocessSettings) -> None:
+    """Makes this process a worker that ends when its parent does, however that ends."""
+    global _worker
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+
+    def end_with_parent() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # One of several workers: the library's own threads would compete with the others.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    _worker = ChunkWorker(settings, tokenizer)
+
+
+def encode_in_worker(chunk: Chunk) -> EncodedChunk:
+    """One chunk, in a process that `start_worker` has prepared."""
+    assert _worker is not None
+    return _worker.encode(chunk)

@@ -1,0 +1,338 @@
+"""Runs a preprocessing job.
+
+In: `PreprocessSettings`. Out: the datasets, and what their sidecars say.
+
+The parent reads chunks and writes results, the workers parse and encode. Results are written in
+the order of the chunks, and only so many chunks are under way at once, so that the output does not
+depend on the number of workers and memory does not depend on the corpus.
+
+Progress of a job: a bar on a terminal, a plain line now and then elsewhere.
+
+In: bytes read and documents written so far. Out: lines on standard error.
+"""
+
+import logging
+import multiprocessing
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import PARTIAL_SUFFIX, check_output_file, publish_all, remove_file
+from megatron_chatflow.preprocess.dropped import check_left_over, hint_of
+from megatron_chatflow.preprocess.encode import (
+    ChunkWorker,
+    EncodedChunk,
+    encode_in_worker,
+    start_worker,
+)
+from megatron_chatflow.preprocess.output import KeyOutput, output_paths
+from megatron_chatflow.preprocess.partitions import (
+    merged_already,
+    on_cluster,
+    run_all_parts,
+    run_part,
+)
+from megatron_chatflow.preprocess.readers import Chunk, CorpusReader, InputFile, find_inputs
+from megatron_chatflow.preprocess.settings import PreprocessSettings
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Shows how far a job is."""
+
+    def __init__(self, num_total_bytes: int) -> None:
+        """Begins at nothing of so many bytes; 0 if their number is not known."""
+        self._num_total_bytes = num_total_bytes
+        self._num_bytes = 0
+        self._begin = self._last_line = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            total = num_total_bytes or None
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)
+
+    def update(self, num_bytes: int, num_documents: int) -> None:
+        """Shows the state.
+
+        Args:
+            num_bytes: Read so far, on disk.
+            num_documents: Written so far.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix(documents=num_documents, refresh=False)
+            self._bar.update(num_bytes - self._num_bytes)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            seconds = self._last_line - self._begin
+            share = f" of {self._num_total_bytes / 1e6:.1f}" if self._num_total_bytes else ""
+            print(
+                f"{num_bytes / 1e6:.1f}{share} MB, {num_documents} documents, "
+                f"{num_bytes / 1e6 / seconds:.1f} MB/s",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._num_bytes = num_bytes
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+logger = logging.getLogger(__name__)
+NUM_CHUNKS_UNDER_WAY = 3  # for each worker: one in it, and no waiting at either side
+
+
+def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
+    """Makes the datasets of a job.
+
+    Args:
+        settings: The job.
+
+    Returns:
+        For each output key what its sidecar says.
+
+    Raises:
+        UserError: An input cannot be read or has too many bad lines, an output exists or cannot be
+            written, the tokenizer cannot be loaded, or no document is left.
+    """
+    files = find_inputs(settings.inputs)
+    if settings.ray is not None:
+        settings = on_cluster(settings, files)
+    _check(settings, files)
+    if settings.shard is not None:
+        return run_part(settings, files, preprocess_files)
+    if settings.num_partitions > 1 or settings.ray is not None:
+        return run_all_parts(settings, files, preprocess_files)
+    return preprocess_files(settings, files)
+
+
+def preprocess_files(
+    settings: PreprocessSettings, files: Sequence[InputFile], num_bad_before: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Makes the datasets of some files.
+
+    Args:
+        settings: The job; with a shard, its output prefix is the part's, which may be empty.
+        files: The files.
+        num_bad_before: Bad lines of the parts before, which count as well.
+
+    Returns:
+        For each output key what its sidecar says.
+
+    Raises:
+        UserError: As `preprocess` does.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
+    _check_bos(settings, tokenizer)
+    settings = _with_control_tokens(settings, tokenizer)
+    keys = settings.corpus.json_keys
+    outputs: dict[str, KeyOutput] = {}
+    try:
+        for key in keys:
+            outputs[key] = KeyOutput(settings, key, tokenizer)
+        inputs, num_bad = _fill(settings, files, tokenizer, outputs, num_bad_before)
+        return _publish(outputs, inputs, settings, num_bad)
+    finally:
+        for output in outputs.values():
+            output.discard()
+
+
+def _check_bos(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+    if settings.append_bos and tokenizer.bos_id < 0:
+        raise UserError(
+            f"--append-bos: tokenizer has no BOS token: {tokenizer.model_path}: leave the flag out"
+        )
+    template = settings.corpus.chat_template
+    is_written = template is not None and "bos_token" in template.source
+    if tokenizer.add_bos_token and not settings.append_bos and not is_written:
+        logger.warning(
+            "%s begins texts with BOS (add_bos_token), and these documents do not: --append-bos "
+            "stores it",
+            tokenizer.model_path,
+        )
+
+
+def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> PreprocessSettings:
+    """The job, with a chat template that knows the tokenizer's control tokens, and is tried."""
+    template = settings.corpus.chat_template
+    if template is None:
+        return settings
+    names = tuple(sorted(tokenizer.special_tokens.items()))
+    template = replace(template, control_tokens=tokenizer.control_tokens, special_tokens=names)
+    template.check()
+    return replace(settings, corpus=replace(settings.corpus, chat_template=template))
+
+
+def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
+    """Refuses before any work what would fail in the end."""
+    if not 0 <= settings.max_dropped_share <= 1:
+        raise UserError(
+            f"max_dropped_share: {settings.max_dropped_share}: must be from 0 to 1, a share of all "
+            "records"
+        )
+    if settings.corpus.max_record_bytes < 1:
+        raise UserError(
+            f"--max-record-bytes: {settings.corpus.max_record_bytes}: must be at least 1"
+        )
+    for name, smallest in (
+        ("num_workers", 1),
+        ("max_bad_lines", 0),
+        ("max_tokens", 1),
+        ("num_partitions", 1),
+    ):
+        value = getattr(settings, name)
+        if value is not None and value < smallest:
+            raise UserError(f"{name}: {value}: must be at least {smallest}")
+    if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
+        number, num_parts = settings.shard
+        raise UserError(f"--shard {number}/{num_parts}: shards count from 0/{num_parts}")
+    if settings.shard is not None and (settings.num_partitions > 1 or settings.ray is not None):
+        raise UserError("--shard makes one part alone: not with --partitions or --ray")
+    keys = settings.corpus.json_keys
+    if len(set(keys)) != len(keys) or not keys:
+        raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")
+    if settings.corpus.format != "text" and len(keys) > 1:
+        raise UserError(f"--json-keys: {' '.join(keys)}: pairs and chats have one output key")
+    if len(keys) > 1 and any(file.kind == "txt" for file in files):
+        raise UserError("--json-keys: .txt files have no keys: name one, for the output")
+    for key in keys:
+        _check_output(settings, files, key)
+
+
+def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str) -> None:
+    """Refuses to replace an output, but not what a killed job of this kind left of its own."""
+    paths = output_paths(settings.output_prefix, key)
+    for path in paths:
+        check_output_file(path)
+    existing = [path for path in paths if path.exists()]
+    if settings.overwrite or not existing:
+        return
+    index = paths[0]  # the last to get its name: without it, a killed job was giving out names
+    if not index.exists() and index.with_name(index.name + PARTIAL_SUFFIX).exists():
+        return
+    if settings.num_partitions > 1 and merged_already(settings, files, key) is not None:
+        return
+    raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
+
+
+def _fill(
+    settings: PreprocessSettings,
+    files: Sequence[InputFile],
+    tokenizer: Tokenizer,
+    outputs: dict[str, KeyOutput],
+    num_bad_before: int,
+) -> tuple[list[dict[str, Any]], int]:
+    """Writes every chunk's documents, in order; returns name and size of each input, bad lines."""
+    reader = CorpusReader(files, settings.corpus.read_options)
+    progress = Progress(sum(file.num_bytes for file in files))
+    num_bad = 0
+    first_bad: str | None = None
+    try:
+        for encoded in _encoded_chunks(settings, reader.chunks(), tokenizer):
+            parsed = encoded.parsed
+            num_bad += parsed.num_bad
+            first_bad = first_bad or parsed.first_bad
+            if num_bad_before + num_bad > settings.max_bad_lines:
+                reasons = [hint for name in parsed.num_dropped if (hint := hint_of(name))]
+                advice = "; ".join([*reasons, "mend the input, or raise --max-bad-lines"])
+                raise UserError(
+                    f"too many bad lines: {first_bad}: the first of more than "
+                    f"{settings.max_bad_lines}: {advice}"
+                )
+            for key, output in outputs.items():
+                output.add(encoded.documents[key])
+                output.num_dropped.update(parsed.num_dropped)
+                output.num_repaired.update(parsed.num_repaired)
+            num_documents = max(output.documents.num_documents for output in outputs.values())
+            progress.update(encoded.num_bytes_read, num_documents)
+    finally:
+        progress.close()
+    if first_bad is not None:
+        logger.warning("%d bad lines dropped, the first at %s", num_bad, first_bad)
+    inputs = [
+        {"name": file.name, "num_bytes": num_bytes}
+        for file, num_bytes in zip(files, reader.num_bytes, strict=True)
+    ]
+    return inputs, num_bad
+
+
+def _encoded_chunks(
+    settings: PreprocessSettings, chunks: Iterator[Chunk], tokenizer: Tokenizer
+) -> Iterator[EncodedChunk]:
+    """Encodes chunks, in this process or in workers, and yields them in their order."""
+    if settings.num_workers == 1:
+        worker = ChunkWorker(settings, tokenizer)
+        for chunk in chunks:
+            yield worker.encode(chunk)
+        return
+    executor, encode = _executor(settings, tokenizer)
+    pending: deque[Future[EncodedChunk]] = deque()
+    failure: UserError | None = None
+    exhausted = False
+    try:
+        while True:
+            while not exhausted and len(pending) < NUM_CHUNKS_UNDER_WAY * settings.num_workers:
+                try:
+                    pending.append(executor.submit(encode, next(chunks)))
+                except StopIteration:
+                    exhausted = True
+                except UserError as error:  # raised in its turn, after what was read before it
+                    failure, exhausted = error, True
+            if not pending:
+                break
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died: the system may have run out of memory: use fewer --workers"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    if failure is not None:
+        raise failure
+
+
+def _executor(
+    settings: PreprocessSettings, tokenizer: Tokenizer
+) -> tuple[Executor, Callable[[Chunk], EncodedChunk]]:
+    """The workers, and what they do: threads where these do not wait for each other."""
+    if settings.corpus.format == "text" and tokenizer.runs_in_threads:
+        return ThreadPoolExecutor(settings.num_workers), ChunkWorker(settings, tokenizer).encode
+    executor = ProcessPoolExecutor(
+        settings.num_workers,
+        # Not fork: a parent that has threads (the bar's, a tokenizer's) may fork into a deadlock.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=start_worker,
+        initargs=(settings,),
+    )
+    return executor, encode_in_worker
+
+
+def _publish(
+    outputs: dict[str, KeyOutput],
+    inputs: list[dict[str, Any]],
+    settings: PreprocessSettings,
+    num_bad: int,
+) -> dict[str, dict[str, Any]]:
+    """Completes the outputs and gives all of them their final names."""
+    files = []
+    contents = {}
+    for key, output in outputs.items():
+        key_files, contents[key] = output.seal(inputs, num_bad)
+        files += key_files
+        if settings.shard is None:
+            check_left_over(contents[key], output.prefix, settings.max_dropped_share)
+    for key in outputs:
+        for path in output_paths(settings.output_prefix, key):
+            remove_file(path)  # with --overwrite: no new file beside an old one
+    publish_all(files)
+    return contents

@@ -1,0 +1,568 @@
+"""Joins datasets into one, with their loss masks and sidecars.
+
+In: prefixes of datasets that the same tokenizer made. Out: one dataset with their documents in
+that order; of the parts of a job with `--dedup`, the documents that no earlier part has.
+
+Whether datasets are the parts of one job, and what that asks of merging them.
+
+In: their sidecars. Out: a `UserError` where parts are missing or have too many bad lines together,
+and the repetitions between parts that a job with `--dedup` leaves to the merge.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_chatflow import __version__
+from megatron_chatflow.data.fingerprint import block_hash, files_of, refuse_other_hash
+from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megatron_chatflow.data.sidecar import (
+    DOCUMENT_SUFFIX,
+    appends_bos,
+    hashes_path,
+    loss_mask_prefix,
+    read_sidecar,
+    refuse_other_counts,
+    settings_of,
+    sha256_of,
+    sidecar_bytes,
+    sidecar_path,
+)
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import (
+    StagedFile,
+    check_output_file,
+    publish_all,
+    remove_file,
+    told_to_the_user,
+)
+from megatron_chatflow.preprocess.dedup import Repeats
+from megatron_chatflow.preprocess.dropped import check_left_over
+
+COPY_TOKENS = 1 << 22  # that are held in memory at once
+COPY_SEQUENCES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PartsPolicy:
+    """What is let pass when the parts of one job are merged.
+
+    Attributes:
+        allow_missing: Whether not every part has to be there.
+        max_bad_lines: Of all parts together; None for what the parts were made with.
+        max_dropped_share: Of all records of all parts; None for what the parts were made with.
+    """
+
+    allow_missing: bool = False
+    max_bad_lines: int | None = None
+    max_dropped_share: float | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What was not taken over from a part.
+
+    Attributes:
+        num_documents: Repetitions of earlier parts' documents.
+        num_tokens: In these.
+        num_nonzero: Tokens of these that are not 0; of a loss mask, those with loss.
+    """
+
+    num_documents: int
+    num_tokens: int
+    num_nonzero: int
+
+
+def are_parts_to_compare(
+    prefixes: Sequence[Path], sidecars: Sequence[dict[str, Any] | None], policy: PartsPolicy
+) -> bool:
+    """Checks datasets that are parts of one job, and says whether they may repeat each other.
+
+    Args:
+        prefixes: The datasets', for messages.
+        sidecars: What lies beside them.
+        policy: What is let pass.
+
+    Returns:
+        Whether the job was to drop duplicates. False for datasets that are not parts of one job.
+
+    Raises:
+        UserError: A part is missing, there twice, or from another job with `--dedup`; or the parts
+            have too many bad lines or left-out records together.
+    """
+    parts = [None if sidecar is None else sidecar.get("part") for sidecar in sidecars]
+    known = [sidecar for sidecar in sidecars if sidecar is not None and sidecar.get("part")]
+    if not known:
+        return False
+    first = known[0]
+    dedup = any(sidecar["settings"].get("dedup") for sidecar in known)
+    same_job = all(
+        part and part[1] == first["part"][1] and settings_of(sidecar) == settings_of(first)
+        for part, sidecar in zip(parts, known, strict=False)
+    )
+    if len(known) < len(sidecars) or not same_job:
+        if dedup:
+            raise UserError(
+                f"not one job: {prefixes[0]} and the others: documents of parts that were made "
+                "with --dedup are compared when they are merged: merge each job's parts by "
+                "themselves, all made with the same options"
+            )
+        return False
+    numbers = [sidecar["part"][0] for sidecar in known]
+    count = first["part"][1]
+    for number in range(count):
+        found = [str(prefix) for n, prefix in zip(numbers, prefixes, strict=True) if n == number]
+        if len(found) > 1:
+            raise UserError(f"the same part twice: {' and '.join(found)}: merge each key by itself")
+        if not found and not policy.allow_missing:
+            raise UserError(
+                f"part {number}/{count} is missing beside {prefixes[0]}: make it with "
+                f"--shard {number}/{count}, or merge with --allow-missing"
+            )
+    limit = policy.max_bad_lines
+    if limit is None:
+        limit = max(sidecar.get("max_bad_lines", 0) for sidecar in known)
+    num_bad = sum(sidecar["num_bad_lines"] for sidecar in known)
+    if num_bad > limit:
+        raise UserError(
+            f"too many bad lines: {num_bad} in all parts of {prefixes[0]}, more than {limit}: "
+            "mend the input, or raise --max-bad-lines"
+        )
+    share = policy.max_dropped_share
+    if share is None:  # parts that an earlier version made have no limit
+        share = max(sidecar.get("max_dropped_share", 1.0) for sidecar in known)
+    dropped: Counter[str] = Counter()
+    for sidecar in known:
+        dropped.update(sidecar["dropped"])
+    num_documents = sum(sidecar["num_documents"] for sidecar in known)
+    counts = {**first, "dropped": dropped, "num_documents": num_documents}
+    check_left_over(counts, prefixes[0], share)
+    return dedup
+
+
+def find_repeats(
+    prefixes: Sequence[Path],
+    sidecars: Sequence[dict[str, Any] | None],
+    num_documents: Sequence[int],
+    folder: Path,
+) -> Repeats:
+    """The documents of each part that an earlier one has.
+
+    Args:
+        prefixes: Of the parts, in order.
+        sidecars: What lies beside them.
+        num_documents: Of each part.
+        folder: Where temporary files lie.
+
+    Raises:
+        UserError: The hashes beside a part are missing or damaged.
+    """
+    with told_to_the_user(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = [hashes_path(prefix) for prefix in prefixes]
+    repeats = Repeats(paths, num_documents, folder)
+    try:
+        for prefix, sidecar, path in zip(prefixes, sidecars, paths, strict=True):
+            if sidecar is not None:
+                refuse_other_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))
+    except BaseException:
+        repeats.close()
+        raise
+    return repeats
+
+
+def copy_new_documents(
+    writer: IndexedDatasetWriter, dataset: IndexedDataset, repeats: Repeats, number: int
+) -> LeftOut:
+    """Appends what no earlier part has, of documents of one sequence each.
+
+    Args:
+        writer: Of the merged dataset.
+        dataset: A part, or its loss mask.
+        repeats: Of all parts.
+        number: Of this part among them.
+
+    Raises:
+        UserError: Its documents are not of one sequence each.
+    """
+    if dataset.num_documents != len(dataset):
+        raise UserError(
+            f"not a part of a job: {dataset.prefix}: has {len(dataset)} sequences in "
+            f"{dataset.num_documents} documents: make this part again"
+        )
+    num_documents = num_tokens = num_nonzero = 0
+    begin, count = 0, len(dataset)
+    while begin < count:
+        offset = int(dataset.sequence_pointers[begin])
+        limit = offset + COPY_TOKENS * dataset.dtype.itemsize
+        end = min(int(dataset.sequence_pointers.searchsorted(limit)), begin + COPY_SEQUENCES)
+        end = min(max(end, begin + 1), count)
+        lengths = dataset.sequence_lengths[begin:end]
+        first = offset // dataset.dtype.itemsize
+        tokens = dataset.tokens[first : first + int(lengths.sum(dtype=np.int64))]
+        repeated = repeats.of_part(number, begin, end)
+        left_out = tokens[np.repeat(repeated, lengths)]
+        num_documents += int(repeated.sum())
+        num_tokens += len(left_out)
+        num_nonzero += int(np.count_nonzero(left_out))
+        kept = tokens[np.repeat(~repeated, lengths)].astype(writer.dtype, copy=False)
+        writer.add_documents(kept, lengths[~repeated])
+        begin = end
+    return LeftOut(num_documents, num_tokens, num_nonzero)
+
+
+def without_repeats(
+    prefixes: Sequence[Path],
+    sidecars: Sequence[dict[str, Any]],
+    repeats: Repeats,
+    left_out: Sequence[LeftOut],
+    left_out_of_masks: Sequence[LeftOut],
+) -> list[dict[str, Any]]:
+    """The parts' sidecars, less what was left out of each.
+
+    Args:
+        prefixes: The parts', for messages.
+        sidecars: Of the parts.
+        repeats: Of all parts.
+        left_out: Of each part's documents.
+        left_out_of_masks: Of each part's loss mask; of text, which has none, the same.
+
+    Raises:
+        UserError: More is left out of a part than its sidecar says that it has.
+    """
+    counted = []
+    for number, sidecar in enumerate(sidecars):
+        part, mask = left_out[number], left_out_of_masks[number]
+        num_loss_tokens = part.num_tokens if mask is part else mask.num_nonzero
+        dropped = Counter(sidecar["dropped"])
+        dropped["duplicate"] += part.num_documents
+        less = {
+            "num_documents": part.num_documents,
+            "num_tokens": part.num_tokens,
+            "num_loss_tokens": num_loss_tokens,
+            "num_text_bytes": repeats.num_repeated_bytes(number),
+        }
+        kept = {name: sidecar[name] - n for name, n in less.items()}
+        wrong = next((name for name, n in kept.items() if n < 0), None)
+        if wrong is not None:
+            raise UserError(
+                f"damaged part: {prefixes[number]}: its .hashes count more {wrong} as repeated "
+                "than its .json counts in all: make this part again"
+            )
+        counted.append({**sidecar, **kept, "dropped": dict(+dropped)})
+    return counted
+
+
+logger = logging.getLogger(__name__)
+SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num_bad_lines")
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A dataset to merge, as it was found when it was checked.
+
+    Attributes:
+        prefix: Without `.bin` or `.idx`.
+        dtype: Of its ids.
+        num_documents: In it.
+        sidecar: What lies beside it, if anything.
+        has_mask: Whether it has a loss mask.
+    """
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    num_documents: int
+    sidecar: dict[str, Any] | None
+    has_mask: bool
+
+
+def find_datasets(inputs: Sequence[str]) -> list[Path]:
+    """The prefixes of datasets, in order.
+
+    Args:
+        inputs: Prefixes (or names of their `.bin` or `.idx`), or folders, of which every
+            `*_document.idx` counts, by name.
+
+    Raises:
+        UserError: A folder has none.
+    """
+    prefixes = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(path.glob(f"*{DOCUMENT_SUFFIX}.idx"))
+            if not found:
+                raise UserError(f"no dataset in folder: {path}: no *{DOCUMENT_SUFFIX}.idx")
+            prefixes += [file.with_suffix("") for file in found]
+        else:
+            prefixes.append(path.with_suffix("") if path.suffix in (".bin", ".idx") else path)
+    return prefixes
+
+
+def merge_datasets(
+    prefixes: Sequence[Path],
+    output_prefix: str | Path,
+    *,
+    overwrite: bool = False,
+    policy: PartsPolicy | None = None,
+) -> int:
+    """Writes all documents of some datasets into one.
+
+    Datasets of different integer types are written as the narrowest type that holds them all. One
+    dataset is open at a time, so their number is not limited.
+
+    Args:
+        prefixes: The datasets', in order.
+        output_prefix: The new dataset's; end it in `_document`.
+        overwrite: Whether a dataset of that name is replaced.
+        policy: What is let pass where they are the parts of one job.
+
+    Returns:
+        The number of documents.
+
+    Raises:
+        UserError: They are of several tokenizers, some have a loss mask and some have none, one is
+            damaged, the output exists, or parts of one job are not all there.
+    """
+    existing = _outputs_to_replace(prefixes, Path(output_prefix), overwrite=overwrite)
+    mask_prefix = loss_mask_prefix(output_prefix)
+    inputs = [_check_input(prefix) for prefix in prefixes]
+    dtype = _common_dtype(inputs)
+    _check_alike(inputs)
+    _warn_of_repeated(inputs)
+    sidecars = [given.sidecar for given in inputs]
+    policy = policy or PartsPolicy()
+    if not all(sidecars):
+        logger.warning("no sidecar written: not every input has one")
+    compare = are_parts_to_compare(prefixes, sidecars, policy)
+    repeats = None
+    if compare:
+        num_documents = [given.num_documents for given in inputs]
+        repeats = find_repeats(prefixes, sidecars, num_documents, Path(output_prefix).parent)
+
+    staged: list[StagedFile] = []
+    try:
+        files: list[StagedFile] = []
+        named: dict[str, StagedFile] = {}
+        left_out_of_masks: list[LeftOut] = []
+        if inputs[0].has_mask:
+            masks = [loss_mask_prefix(prefix) for prefix in prefixes]
+            mask_files, left_out_of_masks = _write(
+                mask_prefix, masks, np.dtype(np.uint8), staged, repeats
+            )
+            named["loss_mask_bin"] = mask_files[0]
+            files += mask_files
+        (bin_file, idx_file), left_out = _write(
+            Path(output_prefix), prefixes, dtype, staged, repeats
+        )
+        named |= {"bin": bin_file, "idx": idx_file}
+        files.append(bin_file)
+        known = [sidecar for sidecar in sidecars if sidecar is not None]
+        if repeats is not None:
+            known = without_repeats(
+                prefixes, known, repeats, left_out, left_out_of_masks or left_out
+            )
+        if len(known) == len(sidecars):
+            files.append(_sidecar(output_prefix, _merged(known, named, policy), staged))
+        for path in existing:
+            remove_file(path)
+        publish_all([*files, idx_file])
+    finally:
+        for file in staged:
+            file.discard()
+        if repeats is not None:
+            repeats.close()
+    return sum(given.num_documents for given in inputs) - sum(
+        part.num_documents for part in left_out
+    )
+
+
+def _sidecar(prefix: str | Path, content: dict[str, Any], staged: list[StagedFile]) -> StagedFile:
+    """Writes a sidecar beside its name."""
+    file = StagedFile(sidecar_path(prefix))
+    staged.append(file)
+    file.write(sidecar_bytes(content))
+    return file
+
+
+def _outputs_to_replace(
+    prefixes: Sequence[Path], output_prefix: Path, *, overwrite: bool
+) -> list[Path]:
+    """The files of an older dataset of the output's name; refuses what may not be replaced."""
+    if not prefixes:
+        raise UserError("nothing to merge: name at least one dataset after --input")
+    outputs = [idx_path, bin_path, sidecar_path]
+    mask_prefix = loss_mask_prefix(output_prefix)
+    existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
+    existing.append(bin_path(mask_prefix))
+    for path in existing:
+        check_output_file(path)
+    existing = [path for path in existing if path.exists()]
+    if existing and not overwrite:
+        raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
+    if any(output_prefix.resolve() == prefix.resolve() for prefix in prefixes):
+        raise UserError(f"output is also an input: {output_prefix}: choose another prefix")
+    return existing
+
+
+def _write(
+    prefix: Path,
+    inputs: Sequence[Path],
+    dtype: np.dtype[Any],
+    staged: list[StagedFile],
+    repeats: Repeats | None,
+) -> tuple[list[StagedFile], list[LeftOut]]:
+    """Writes a dataset; returns its files, and what was left out of each part."""
+    writer = IndexedDatasetWriter(prefix, dtype)
+    staged += [writer.bin_file, writer.idx_file]
+    left_out = []
+    for number, path in enumerate(inputs):
+        dataset = IndexedDataset(path)
+        if repeats is None:
+            writer.add_dataset(dataset)
+        else:
+            left_out.append(copy_new_documents(writer, dataset, repeats, number))
+    return writer.seal(), left_out
+
+
+def _check_input(prefix: Path) -> _Input:
+    """Checks every offset of a dataset and of its loss mask, and compares it with its sidecar."""
+    dataset = IndexedDataset(prefix)
+    dataset.validate()
+    sidecar = read_sidecar(prefix)
+    has_mask = find_mask(dataset, sidecar) is not None
+    if sidecar is not None:
+        refuse_other_counts(prefix, sidecar, dataset.num_documents, dataset.num_tokens)
+        for name, path in files_of(prefix, with_loss_mask=has_mask).items():
+            refuse_other_hash(prefix, sidecar, "block_hash", name, path, block_hash(path))
+    return _Input(prefix, dataset.dtype, dataset.num_documents, sidecar, has_mask)
+
+
+def _common_dtype(inputs: Sequence[_Input]) -> np.dtype[Any]:
+    """The narrowest type that holds the ids of every dataset."""
+    first = inputs[0]
+    for given in inputs:
+        if (given.dtype.kind == "f") != (first.dtype.kind == "f"):
+            raise UserError(
+                f"not token ids alone: {given.prefix} has {given.dtype}, {first.prefix} "
+                f"{first.dtype}: merge datasets of integers and of floating-point values "
+                "separately"
+            )
+    dtype = np.result_type(*(given.dtype for given in inputs))
+    for given in inputs:
+        if given.dtype != dtype:
+            logger.warning("%s is widened from %s to %s", given.prefix, given.dtype, dtype)
+    return dtype
+
+
+def _check_alike(inputs: Sequence[_Input]) -> None:
+    """Refuses datasets of several tokenizers, and BOS or a loss mask that only some have."""
+    with_bos = [g.prefix for g in inputs if g.sidecar is not None and appends_bos(g.sidecar)]
+    without = [g.prefix for g in inputs if g.sidecar is not None and not appends_bos(g.sidecar)]
+    if with_bos and without:
+        raise UserError(
+            f"different beginnings: documents of {with_bos[0]} begin with BOS, those of "
+            f"{without[0]} do not: preprocess one again, with or without --append-bos"
+        )
+    known = [(g.prefix, g.sidecar["tokenizer"]["sha256"]) for g in inputs if g.sidecar is not None]
+    for prefix, sha256 in known:
+        if sha256 != known[0][1]:
+            raise UserError(
+                f"different tokenizers: {prefix} was made with {sha256[:12]}, {known[0][0]} with "
+                f"{known[0][1][:12]}: preprocess one again"
+            )
+    masked = [given.prefix for given in inputs if given.has_mask]
+    unmasked = [given.prefix for given in inputs if not given.has_mask]
+    if masked and unmasked:
+        raise UserError(
+            f"no loss mask: {unmasked[0]}, but {masked[0]} has one: merge those with a mask and "
+            "those without into two datasets"
+        )
+
+
+def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
+    """Warns of a dataset that is given twice, under one name or as a copy."""
+    seen: dict[object, Path] = {}
+    for given in inputs:
+        keys: list[object] = [given.prefix.resolve()]
+        if given.sidecar is not None and given.num_documents:
+            keys.append(given.sidecar["sha256"]["bin"])
+        earlier = next((seen[key] for key in keys if key in seen), None)
+        if earlier is not None:
+            logger.warning(
+                "%s holds the same documents as %s: they are in the output twice",
+                given.prefix,
+                "an earlier input" if earlier == given.prefix else earlier,
+            )
+        for key in keys:
+            seen.setdefault(key, given.prefix)
+
+
+def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> IndexedDataset | None:
+    """Opens the loss mask of a dataset, if it has one.
+
+    Args:
+        dataset: The dataset.
+        sidecar: What lies beside it, if anything.
+
+    Raises:
+        UserError: The mask is damaged or has other sequences than the dataset; or half of it, or
+            the whole mask that the sidecar tells of, is missing.
+    """
+    prefix = loss_mask_prefix(dataset.prefix)
+    missing = [path for path in (idx_path(prefix), bin_path(prefix)) if not path.exists()]
+    if missing and sidecar is not None and "loss_mask_bin" in sidecar["sha256"]:
+        raise UserError(
+            f"no loss mask: {missing[0]}: the sidecar of {dataset.prefix} tells of one: copy or "
+            "preprocess it again"
+        )
+    if len(missing) == 2:
+        return None
+    mask = IndexedDataset(prefix)
+    mask.validate()
+    if mask.dtype != np.uint8:
+        raise UserError(
+            f"not a loss mask: {mask.prefix}: holds {mask.dtype}, not uint8: preprocess the data "
+            "again"
+        )
+    num_common = min(len(mask), len(dataset))
+    agree = mask.sequence_lengths[:num_common] == dataset.sequence_lengths[:num_common]
+    if len(mask) != len(dataset) or not agree.all():
+        bad = num_common if agree.all() else int(agree.argmin())
+        raise UserError(
+            f"loss mask does not fit: {mask.prefix}: differs from {dataset.prefix} at sequence "
+            f"{bad}: preprocess the data again"
+        )
+    return mask
+
+
+def _merged(
+    sidecars: list[dict[str, Any]], named: dict[str, StagedFile], policy: PartsPolicy
+) -> dict[str, Any]:
+    """One sidecar for all."""
+    merged = dict(sidecars[0])
+    merged.pop("part", None)
+    if policy.max_bad_lines is not None:
+        merged["max_bad_lines"] = policy.max_bad_lines
+    if policy.max_dropped_share is not None:
+        merged["max_dropped_share"] = policy.max_dropped_share
+    if any(sidecar.get("template") != merged.get("template") for sidecar in sidecars):
+        logger.warning("written with different templates: the merged sidecar names none")
+        merged.pop("template", None)
+    merged["tool_version"] = __version__
+    merged["inputs"] = [given for sidecar in sidecars for given in sidecar["inputs"]]
+    for name in SUMS:
+        merged[name] = sum(sidecar.get(name, 0) for sidecar in sidecars)
+    for name in ("dropped", "repaired"):
+        counts: Counter[str] = Counter()
+        for sidecar in sidecars:
+            counts.update(sidecar.get(name, {}))
+        merged[name] = dict(sorted(counts.items()))
+    merged["sha256"] = {name: file.sha256 for name, file in named.items()}
+    merged["block_hash"] = {name: block_hash(file.partial_path) for name, file in named.items()}
+    return merged

@@ -1,0 +1,289 @@
+r"""Sentence pairs: `en<TAB>zh` lines or JSON objects with a key for each language.
+
+In: the two sides of a pair. Out: documents (a translation instruction with loss on the target, or
+both sides one after the other with loss on all), or the reason why the pair is left out.
+
+Which writing system a text is in, for filters.
+
+In: text and the name of a script. Out: whether its letters are mostly of that script.
+
+Pair templates of the user's own, from a YAML file.
+
+In: a file such as ::
+
+    templates:                     # a hash of the pair chooses one
+      - prompt: "Put this into {target_language}: {source}\n"
+        response: "{target}"
+      - text: "{source} = {target}"    # no prompt: loss on all of it
+
+Out: `PairText`s, checked.
+"""
+
+import hashlib
+import string
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.tab_separated import TabLayout, TabOptions
+from megatron_chatflow.preprocess.templates import document_of_chat
+from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate
+from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, Segment
+
+# Unicode blocks whose letters belong to each script: first and last code point.
+SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "latin": ((0x41, 0x24F), (0x1E00, 0x1EFF), (0x2C60, 0x2C7F), (0xFF21, 0xFF5A)),
+    "greek": ((0x370, 0x3FF), (0x1F00, 0x1FFF)),
+    "cyrillic": ((0x400, 0x52F),),
+    "hebrew": ((0x590, 0x5FF),),
+    "arabic": ((0x600, 0x6FF), (0x750, 0x77F), (0x8A0, 0x8FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF)),
+    "devanagari": ((0x900, 0x97F),),
+    "thai": ((0xE00, 0xE7F),),
+    "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)),
+    "kana": ((0x3040, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F)),
+    "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
+}
+ANY_SCRIPT = "any"
+
+
+def is_mostly(text: str, script: str) -> bool:
+    """Whether letters of a script make up at least half of a text's letters, in UTF-8 bytes.
+
+    In bytes, since a character of Chinese says as much as several Latin letters.
+
+    Args:
+        text: The text; one without letters is of every script.
+        script: A key of `SCRIPTS`, or "any".
+    """
+    if script == ANY_SCRIPT:
+        return True
+    borders = [border for first, last in SCRIPTS[script] for border in (first, last + 1)]
+    num_bytes = num_inside = 0
+    for character in text:
+        if character.isalpha():
+            letter = ord(character)
+            weight = 1 if letter < 0x80 else 2 if letter < 0x800 else 3
+            num_bytes += weight
+            num_inside += weight * (bisect_right(borders, letter) % 2)
+    return 2 * num_inside >= num_bytes
+
+
+NAMES = {"source", "target", "source_language", "target_language"}
+
+
+@dataclass(frozen=True)
+class PairText:
+    """One template, with `{source}` and the other names in braces.
+
+    Attributes:
+        prompt: Without loss; empty for none.
+        response: With loss; after a prompt it ends with the end-of-sequence token.
+    """
+
+    prompt: str
+    response: str
+
+
+def read_pair_templates(path: str | Path) -> tuple[PairText, ...]:
+    """Reads a file of templates.
+
+    Args:
+        path: The YAML file.
+
+    Raises:
+        UserError: It cannot be read, or is not as described above.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"cannot read pair template: {path}: {error.strerror}: name plain, translate or a file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"not YAML: {path}: {error}") from error
+    entries = content.get("templates") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"no templates: {path}: has to have a list called templates")
+    return tuple(_pair_text(entry, f"{path}: templates[{k}]") for k, entry in enumerate(entries))
+
+
+def _pair_text(entry: Any, where: str) -> PairText:
+    keys = set(entry) if isinstance(entry, dict) else set()
+    if keys not in ({"text"}, {"prompt", "response"}):
+        raise UserError(f"{where}: has to have either text, or prompt and response")
+    for key in keys:
+        try:
+            names = {
+                name for _, name, _, _ in string.Formatter().parse(entry[key]) if name is not None
+            }
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}.{key}: {error}: write a brace of your own as two") from error
+        if names - NAMES:
+            unknown = ", ".join(sorted(names - NAMES))
+            raise UserError(
+                f"{where}.{key}: no such name: {unknown}: use {', '.join(sorted(NAMES))}"
+            )
+    if "{target}" not in entry.get("text", entry.get("response")):
+        raise UserError(f"{where}: nothing to learn: name {{target}} in text or response")
+    return PairText(entry.get("prompt", ""), entry.get("text", entry.get("response")))
+
+
+PairDirection = Literal["both", "forward", "backward", "hash"]
+PairLevel = Literal["sentence", "document"]
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How pairs become documents.
+
+    Attributes:
+        keys: The JSON keys of the first and the second side.
+        columns: Their columns in tab-separated lines, by number from 1 or by name; None where there
+            are two.
+        languages: What the translation instruction calls them.
+        template: "plain", "translate", or the YAML file that `texts` come from.
+        texts: The user's own templates, one of which the hash of the pair chooses.
+        direction: "forward" has the first side first, "backward" the second, "both" makes two
+            documents, "hash" lets a hash of the pair choose, so that a corpus has as many of each.
+        max_length_ratio: Longer over shorter side, in UTF-8 bytes (in which languages differ less
+            than in characters), above which a pair is left out; 0 for no limit.
+        scripts: The script that each side has to be in; "any" for no filter.
+        level: What becomes of a JSON object whose sides are lists of sentences: "sentence" makes a
+            pair of each two, "document" one pair of all, a sentence a line.
+    """
+
+    keys: tuple[str, str] = ("en", "zh")
+    columns: tuple[str, str] | None = None
+    languages: tuple[str, str] = ("English", "Chinese")
+    template: str = "plain"
+    texts: tuple[PairText, ...] = ()
+    direction: PairDirection = "hash"
+    max_length_ratio: float = 9.0
+    scripts: tuple[str, str] = ("any", "any")
+    level: PairLevel = "sentence"
+
+    @property
+    def tabs(self) -> TabOptions:
+        """How tab-separated lines hold pairs."""
+        first, second = (
+            frozenset(name.lower() for name in names)
+            for names in zip(self.keys, self.languages, strict=True)
+        )
+        return TabOptions(self.columns, (first, second))
+
+
+def pair_of_line(line: str, layout: TabLayout) -> tuple[str, str]:
+    """The sides of a tab-separated line.
+
+    Raises:
+        BadLineError: It has another number of columns than its file.
+    """
+    sides = layout.sides(line)
+    if sides is None:
+        raise BadLineError("wrong_number_of_columns" if "\t" in line else "no_tab")
+    return sides
+
+
+def pairs_of_record(
+    record: Mapping[str, Any], keys: tuple[str, str], level: PairLevel
+) -> list[tuple[str, str]]:
+    """The pairs of a JSON object; its sides may be one level down, as in `{"translation": {}}`.
+
+    Args:
+        record: A side is text, or a list of sentences.
+        keys: Of the two sides.
+        level: What becomes of lists, as in `PairSettings`.
+
+    Raises:
+        BadLineError: A side is missing, is neither text nor a list of it, or the sides are not
+            alike: one a list and one text, or lists of different length of which sentence pairs
+            are to be made.
+    """
+    nested = record.get("translation")
+    sides = nested if isinstance(nested, dict) and keys[0] not in record else record
+    for key in keys:
+        if key not in sides:
+            raise BadLineError(f"no_key_{key}")
+        sentences = sides[key] if isinstance(sides[key], list) else [sides[key]]
+        if not all(isinstance(sentence, str) for sentence in sentences):
+            raise BadLineError(f"not_text_{key}")
+    first, second = sides[keys[0]], sides[keys[1]]
+    if isinstance(first, str) and isinstance(second, str):
+        return [(first, second)]
+    if isinstance(first, str) or isinstance(second, str):
+        raise BadLineError("list_beside_text")
+    if level == "document":
+        return [("\n".join(first), "\n".join(second))]
+    if len(first) != len(second):
+        raise BadLineError("unaligned_sentences")
+    return list(zip(first, second, strict=True))
+
+
+def documents_of_pair(
+    first: str, second: str, settings: PairSettings, chat_template: str | JinjaTemplate, loss: str
+) -> list[Document]:
+    """The one or two documents of a pair.
+
+    Args:
+        first: The first side.
+        second: The second side.
+        settings: Direction, template, filters.
+        chat_template: The template of the translation instruction.
+        loss: "response" or "all", for the translation instruction.
+
+    Raises:
+        DroppedError: A filter leaves the pair out.
+    """
+    first, second = first.strip(), second.strip()
+    if not first or not second:
+        raise DroppedError("empty_side")
+    if first == second:
+        raise DroppedError("identical_sides")
+    lengths = sorted((len(first.encode()), len(second.encode())))
+    if settings.max_length_ratio and lengths[1] > settings.max_length_ratio * lengths[0]:
+        raise DroppedError("length_ratio")
+    scripts = settings.scripts
+    if not (is_mostly(first, scripts[0]) and is_mostly(second, scripts[1])):
+        raise DroppedError("wrong_script")
+    digest = hashlib.blake2b(f"{first}\t{second}".encode(), digest_size=3).digest()
+    choice = int.from_bytes(digest[1:], "little")
+    forward = settings.direction in ("forward", "both")
+    backward = settings.direction in ("backward", "both")
+    if settings.direction == "hash":
+        forward = digest[0] % 2 == 0
+        backward = not forward
+    names = settings.languages
+    sides = [(first, second, *names)] if forward else []
+    sides += [(second, first, *names[::-1])] if backward else []
+    return [_document(*side, settings, choice, chat_template, loss) for side in sides]
+
+
+def _document(
+    source: str,
+    target: str,
+    source_language: str,
+    target_language: str,
+    settings: PairSettings,
+    choice: int,
+    chat_template: str | JinjaTemplate,
+    loss: str,
+) -> Document:
+    if settings.texts:
+        text = settings.texts[choice % len(settings.texts)]
+        names = {"source": source, "target": target}
+        names |= {"source_language": source_language, "target_language": target_language}
+        response = Segment(text.response.format_map(names), True)
+        if not text.prompt:
+            return Document((response,))
+        prompt = Segment(text.prompt.format_map(names), loss == "all")
+        return Document((prompt, response, Segment("", True, "end")))
+    if settings.template == "plain":
+        return Document((Segment(f"{source}\n{target}", True),))
+    question = f"Translate the following text into {target_language}.\n\n{source}"
+    document = document_of_chat(Chat(None, ((question, target),)), chat_template, loss)
+    return Document(document.segments)  # half a translation teaches nothing: not to be cut

@@ -1,0 +1,310 @@
+"""Turns chunks of input into documents.
+
+In: a `Chunk` and the `CorpusSettings`. Out: a `ParsedChunk`: documents by output key, with counts
+of what was left out or mended. It depends on nothing else, so any process may do it.
+
+What is wrong with a line: malformed JSON, bytes that are not UTF-8, or a missing key make it bad;
+it is dropped and counted, and the run ends when there are too many. Half a surrogate pair in a
+JSON escape is mended, to U+FFFD, and counted; so are bytes that are not UTF-8 in a `.txt` file,
+and, with `invalid_utf8="replace"`, in any line. Where these are more than a few, the text is in
+another encoding, and is refused.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.chats import chat_of
+from megatron_chatflow.preprocess.pairs import (
+    PairSettings,
+    documents_of_pair,
+    pair_of_line,
+    pairs_of_record,
+)
+from megatron_chatflow.preprocess.readers import (
+    MAX_RECORD_BYTES,
+    RECORD_BYTES_PER_VALUE,
+    Chunk,
+    OversizedRecord,
+    ReadOptions,
+    TxtDocuments,
+    num_json_values,
+)
+from megatron_chatflow.preprocess.tab_separated import unquoted
+from megatron_chatflow.preprocess.templates import document_of_chat
+from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
+from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, ParsedChunk
+from megatron_chatflow.tokenizer.text_encoding import check_share_of_invalid, num_invalid_characters
+
+CorpusFormat = Literal["text", "pairs", "chat"]
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """What the input is and what becomes of it.
+
+    Attributes:
+        format: "text", "pairs" or "chat".
+        json_keys: Output keys; of text, the JSON keys too; of chats, the key of the messages.
+        txt_documents: Whether a `.txt` file is one document or one a line.
+        invalid_utf8: What becomes of a line that is not UTF-8.
+        encoding: Of the text in the inputs, as `canonical_encoding` names it.
+        max_record_bytes: What a record may have, in bytes; a larger one is a bad line.
+        template: Chat template, also of translation instructions.
+        chat_template: One of the user's own, instead of `template`.
+        loss: "response" or "all".
+        pairs: For pairs.
+    """
+
+    format: CorpusFormat = "text"
+    json_keys: tuple[str, ...] = ("text",)
+    txt_documents: TxtDocuments = "file"
+    invalid_utf8: Literal["drop", "replace"] = "drop"
+    encoding: str = "utf-8"
+    max_record_bytes: int = MAX_RECORD_BYTES
+    template: str = "chatflow"
+    chat_template: JinjaTemplate | None = None
+    loss: Literal["response", "all"] = "response"
+    pairs: PairSettings = field(default_factory=PairSettings)
+
+    @property
+    def chat_name(self) -> str:
+        """The name of the chat template."""
+        return self.template if self.chat_template is None else self.chat_template.name
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether documents come with loss spans."""
+        return self.format != "text"
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """What the readers have to know."""
+        columns: tuple[str, ...] | None = None
+        if self.format == "text":
+            columns = self.json_keys
+        elif self.format == "pairs":
+            columns = (*self.pairs.keys, "translation")
+        return ReadOptions(
+            txt_documents=self.txt_documents if self.format == "text" else None,
+            columns=columns,
+            encoding=self.encoding,
+            max_record_bytes=self.max_record_bytes,
+            tabs=self.pairs.tabs if self.format == "pairs" else None,
+        )
+
+
+class _Parser:
+    """The state of one chunk's parsing."""
+
+    def __init__(self, chunk: Chunk, settings: CorpusSettings) -> None:
+        self.chunk = chunk
+        self.settings = settings
+        self.result = ParsedChunk({key: [] for key in settings.json_keys})
+        self.num_dropped: Counter[str] = Counter()
+        self.num_repaired: Counter[str] = Counter()
+        self.num_invalid = 0  # characters that are not UTF-8
+        self.first_invalid = chunk.first_line
+        self.number = chunk.first_line  # of the present record
+
+    def parse(self) -> ParsedChunk:
+        chunk = self.chunk
+        if chunk.kind == "objects":
+            self._all(enumerate(chunk.data, chunk.first_line), self._take_record)
+        elif chunk.kind == "text":
+            self._all([(chunk.first_line, chunk.data)], self._take_text)
+        else:
+            lines = enumerate(io.BytesIO(chunk.data), chunk.first_line)
+            kept = (
+                (number, line.removesuffix(b"\n")) for number, line in lines if not line.isspace()
+            )
+            take: Callable[[bytes], None] = self._take_line
+            if chunk.kind == "text_lines":
+                take = self._take_text
+            if len(chunk.data) > self.settings.max_record_bytes // RECORD_BYTES_PER_VALUE:
+                take = self._take_bounded(take)
+            self._all(kept, take)
+        if self.num_invalid:
+            where = f"{chunk.name}:{self.first_invalid}"
+            check_share_of_invalid(self.num_invalid, chunk.data, where)
+        self.result.num_dropped = dict(self.num_dropped)
+        self.result.num_repaired = dict(+self.num_repaired)
+        return self.result
+
+    def _all(self, items: Iterable[tuple[int, Any]], take: Callable[[Any], None]) -> None:
+        for number, item in items:
+            self.number = number
+            try:
+                take(item)
+            except BadLineError as error:
+                self.num_dropped[error.reason] += 1
+                self.result.num_bad += 1
+                if self.result.first_bad is None:
+                    self.result.first_bad = f"{self.chunk.name}:{number}: {error.detail}"
+            except DroppedError as error:
+                self.num_dropped[error.reason] += 1
+
+    def _take_bounded(self, take: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """The same for lines that may be beyond the bound."""
+        limit = self.settings.max_record_bytes
+        is_json = self.chunk.kind == "lines" and self.chunk.layout is None
+
+        def take_bounded(line: bytes) -> None:
+            if len(line) > limit:
+                raise self._too_large()
+            num_values = limit // RECORD_BYTES_PER_VALUE
+            if is_json and len(line) > num_values and num_json_values(line) > num_values:
+                raise BadLineError(
+                    "record_too_large",
+                    f"record_too_large: more than {num_values} values: raise --max-record-bytes",
+                )
+            take(line)
+
+        return take_bounded
+
+    def _too_large(self) -> BadLineError:
+        limit = self.settings.max_record_bytes
+        return BadLineError(
+            "record_too_large",
+            f"record_too_large: more than {limit} bytes: is this a file of lines? "
+            "--max-record-bytes raises the bound",
+        )
+
+    def _take_line(self, line: bytes) -> None:
+        layout = self.chunk.layout
+        if layout is not None:
+            if self.number == layout.header_line:
+                raise DroppedError("header")
+            pair = pair_of_line(self._decode(line.rstrip(b"\r")), layout)
+            texts = [unquoted(side) for side in pair]
+            self.num_repaired["csv_quotes"] += any(text is not None for text in texts)
+            first, second = (t or side for t, side in zip(texts, pair, strict=True))
+            self._take_pair(first, second)
+            return
+        try:
+            record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            record = self._mended_record(line)
+        self._take_record(record)
+
+    def _take_record(self, record: Any) -> None:
+        settings = self.settings
+        if type(record) is not dict:
+            if isinstance(record, OversizedRecord):
+                raise self._too_large()
+            raise BadLineError("not_an_object")
+        if settings.format == "text":
+            texts = [_text_at(record, key) for key in settings.json_keys]
+            for key, text in zip(settings.json_keys, texts, strict=True):
+                self.result.documents[key].append(text)
+        elif settings.format == "pairs":
+            self._take_pairs(pairs_of_record(record, settings.pairs.keys, settings.pairs.level))
+        else:
+            key = settings.json_keys[0]
+            chat = chat_of(record, key)
+            template = settings.chat_template or settings.template
+            document = document_of_chat(chat, template, settings.loss)
+            self.result.documents[key].append(document)
+
+    def _take_pairs(self, pairs: list[tuple[str, str]]) -> None:
+        """Every pair of a line; a filter leaves out the one and not the others."""
+        for pair in pairs:
+            try:
+                self._take_pair(*pair)
+            except DroppedError as error:
+                self.num_dropped[error.reason] += 1
+
+    def _take_pair(self, first: str, second: str) -> None:
+        settings = self.settings
+        documents: list[Document] = documents_of_pair(
+            first,
+            second,
+            settings.pairs,
+            settings.chat_template or settings.template,
+            settings.loss,
+        )
+        self.result.documents[settings.json_keys[0]].extend(documents)
+
+    def _take_text(self, data: bytes) -> None:
+        """Text outside JSON: a `.txt` file, or one of its lines."""
+        if b"\0" in data:
+            number = self.number + data.count(b"\n", 0, data.index(b"\0"))
+            raise UserError(
+                f"not text: {self.chunk.name}:{number}: has a NUL character, as binary files and "
+                "UTF-16 have: name its --encoding, or remove it (tr -d '\\0')"
+            )
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            text = self._replaced(data, error)
+        if self.chunk.kind == "text_lines":
+            text = text.removesuffix("\r")
+        self.result.documents[self.settings.json_keys[0]].append(text)
+
+    def _decode(self, line: bytes) -> str:
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            if self.settings.invalid_utf8 == "drop":
+                raise BadLineError("not_utf8") from error
+            return self._replaced(line, error)
+
+    def _replaced(self, data: bytes, error: UnicodeDecodeError) -> str:
+        """A text with U+FFFD for what is not UTF-8, which is counted."""
+        text = data.decode(errors="replace")
+        self.num_repaired["invalid_utf8"] += 1
+        if not self.num_invalid:
+            self.first_invalid = self.number + data.count(b"\n", 0, error.start)
+        self.num_invalid += num_invalid_characters(data, text)
+        return text
+
+    def _mended_record(self, line: bytes) -> Any:
+        """Second try for a line that the strict parser refused."""
+        text = self._decode(line)
+        try:
+            record = json.loads(text)
+            mended = _without_surrogates(record)
+        except (ValueError, RecursionError) as error:
+            raise BadLineError("malformed_json") from error
+        if mended != record:
+            self.num_repaired["lone_surrogate"] += 1
+        return mended
+
+
+def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:
+    """Parses every record of a chunk.
+
+    Args:
+        chunk: The input.
+        settings: What the input is.
+
+    Returns:
+        Its documents in order, and the counts of what was left out or mended.
+    """
+    return _Parser(chunk, settings).parse()
+
+
+def _text_at(record: dict[str, Any], key: str) -> str:
+    text = record.get(key)
+    if type(text) is not str:
+        if key in record:
+            raise BadLineError(f"not_text_{key}")
+        keys = ", ".join(sorted(record))
+        raise BadLineError(f"no_key_{key}", f"no_key_{key} (has {keys:.200})")
+    return text
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(v) for key, v in value.items()}
+    return value

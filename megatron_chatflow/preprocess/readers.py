@@ -1,0 +1,782 @@
+"""Reads input files in chunks of bounded size.
+
+In: `InputFile`s. Out: `Chunk`s, each with whole records, its place in the file, and how far the
+file has been read. What a chunk holds does not depend on who will parse it.
+
+Finds the input files that the user named: paths, globs, folders, or `-` for standard input.
+
+The files come in a fixed order, each with how its records lie in it. What a folder or glob holds
+beside them is reported with counts, and data of a kind that cannot be read is an error, so that no
+part of a corpus is left out unnoticed.
+"""
+
+import glob
+import logging
+import os
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import zstandard
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.compressed import MAGIC_BYTES, decompress, is_compressed
+from megatron_chatflow.preprocess.tab_separated import (
+    TabLayout,
+    TabOptions,
+    are_json_lines,
+    tab_layout,
+)
+from megatron_chatflow.tokenizer.text_encoding import guess_encoding, transcode
+
+logger = logging.getLogger(__name__)
+
+RecordKind = Literal["lines", "jsonl", "tsv", "json", "txt", "parquet"]
+RECORD_KINDS: dict[str, RecordKind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".txt": "txt",
+    ".text": "txt",
+    ".parquet": "parquet",
+}
+COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
+# Kinds of files that hold text, and that no reader is there for.
+UNREADABLE_SUFFIXES = frozenset(
+    ".csv .arrow .feather .avro .orc .xls .xlsx .ods .tfrecord .tfrecords .h5 .hdf5 .warc .wet "
+    ".wat .lmdb .xml .tmx .xlf .doc .docx .odt .epub "
+    ".bz2 .xz .lzma .lz4 .br .snappy .sz .z .zip .7z .rar .tar .tgz .tbz2 .txz".split()
+)
+STANDARD_INPUT_NAMES = frozenset(["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
+# Text about a corpus, and no part of it.
+_ABOUT_A_CORPUS = re.compile(
+    r"readme([-._].*)?|licen[cs]es?([-._](mit|apache|bsd|l?gpl|cc|odc).*)?|copying|notice|authors|"
+    r"change(log|s)|citation|contributing|requirements|(sha\d*|md5)(sums?)?|checksums?",
+    re.IGNORECASE,
+)
+_DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_NUM_NAMED = 3  # files that a message names
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One input.
+
+    Attributes:
+        path: None for standard input.
+        name: How messages and the sidecar name it.
+        kind: How records lie in it; "lines" where no name says whether they are JSON or
+            tab-separated.
+        num_bytes: Its size on disk; 0 where that cannot be known.
+    """
+
+    path: Path | None
+    name: str
+    kind: RecordKind
+    num_bytes: int
+
+
+def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """Expands the inputs, each in the order given, files of a folder or glob by name.
+
+    Folders are searched to the bottom for known endings. Links are followed, and a file or folder
+    that several paths lead to is read once. Hidden files, documentation and files of other kinds
+    are left out and logged with their counts.
+
+    Args:
+        inputs: Files, globs, folders, `-`.
+
+    Raises:
+        UserError: Nothing matches, a file is given twice or cannot be read, or its kind is not
+            known.
+    """
+    try:
+        files = [file for name in inputs for file in _expand(name)]
+    except OSError as error:
+        raise UserError(f"cannot read: {error.filename}: {error.strerror}") from error
+    if not files:
+        raise UserError("no input: name at least one file, folder or glob")
+    given: dict[str, str] = {}
+    for file in files:
+        real = "-" if file.path is None else os.path.realpath(file.path)
+        name = file.name if file.path is None else str(file.path)
+        if real in given:
+            raise UserError(
+                f"input given twice: {given[real]} and {name}: name it once; how often data is "
+                "seen is up to its weight in training"
+            )
+        given[real] = name
+    return files
+
+
+@dataclass
+class _Found:
+    """The files below a folder, or of a glob, sorted by what becomes of them."""
+
+    files: list[Path] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def sort_in(self, path: Path) -> bool:
+        """Decides on one file by its name; returns whether it is read."""
+        kind = _kind_of(path)
+        ending = path.suffix.lower()
+        if kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
+            self.skipped[ending or "without an ending"] += 1
+        elif kind is not None and _is_about_a_corpus(path):
+            self.skipped[path.name] += 1
+        elif not path.exists():
+            raise UserError(f"cannot read: {path}: the link leads to no file")
+        elif not path.is_file():
+            self.skipped["neither files nor folders"] += 1
+        elif kind is None:
+            self.unreadable.append(path)
+        else:
+            self.files.append(path)
+            return True
+        return False
+
+    def report(self, name: str) -> None:
+        """Logs what is left out, and refuses to leave out data."""
+        if self.unreadable:
+            endings = Counter("".join(path.suffixes[-2:]).lower() for path in self.unreadable)
+            named = ", ".join(str(path) for path in sorted(self.unreadable)[:_NUM_NAMED])
+            others = ", ..." if len(self.unreadable) > _NUM_NAMED else ""
+            raise UserError(
+                f"cannot read: {len(self.unreadable)} files in {name}: {_counts(endings)} "
+                f"({named}{others}): convert them to jsonl or parquet, decompress or compress them "
+                "as .gz or .zst, or name what to read with a glob such as "
+                f"'{name.rstrip('/')}/**/*.jsonl'"
+            )
+        if self.skipped:
+            logger.warning("left out of %s: %s", name, _counts(self.skipped))
+
+
+def _expand(name: str) -> list[InputFile]:
+    if name in STANDARD_INPUT_NAMES:
+        return [InputFile(None, "<stdin>", "lines", 0)]
+    if _URL.match(name):
+        raise UserError(
+            f"not a local path: {name}: download it first, or pipe its lines in and name - as the "
+            "input"
+        )
+    path = Path(name)
+    if path.is_dir():
+        found = _search(path)
+        found.report(name)
+        if not found.files:
+            endings = " ".join(RECORD_KINDS)
+            raise UserError(f"no input in folder: {path}: none of its files ends in {endings}")
+        return [_input_file(file, file.relative_to(path).as_posix()) for file in found.files]
+    if path.exists():
+        return [_input_file(path, path.name)]
+    if not glob.has_magic(name):
+        raise UserError(f"no input: {name}: no such file or folder")
+    found = _matches(name)
+    found.report(name)
+    if not found.files:
+        raise UserError(f"no input: {name}: the glob matches no file")
+    return [_input_file(match, match.name) for match in found.files]
+
+
+def _matches(pattern: str) -> _Found:
+    """The files of a glob; an ending that is not known is an error when the file is opened."""
+    found = _Found()
+    matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
+    folders = [match for match in matches if match.is_dir()]
+    if folders and "**" not in pattern:
+        found.skipped["folders"] = len(folders)
+    seen: set[str] = set()
+    for match in sorted(set(matches) - set(folders), key=lambda path: (path.is_symlink(), path)):
+        real = os.path.realpath(match)
+        if real in seen:
+            found.skipped["other links to the same files"] += 1
+        elif not match.exists():
+            raise UserError(f"cannot read: {match}: the link leads to no file")
+        elif _kind_of(match) is not None and _is_about_a_corpus(match):
+            found.skipped[match.name] += 1
+        else:
+            seen.add(real)
+            found.files.append(match)
+    found.files.sort()
+    return found
+
+
+def _search(folder: Path) -> _Found:
+    """Everything below a folder.
+
+    Folders that are links are entered after all others, so that a folder with several names is read
+    under its own; every folder is entered once, which also ends cycles.
+    """
+    found = _Found()
+    top = os.path.realpath(folder)
+    entered: set[str] = set()
+    seen: set[str] = set()
+    linked_files: list[Path] = []
+    waiting = [folder]
+    while waiting:
+        links: list[Path] = []
+        for start in waiting:
+            real_start = os.path.realpath(start)
+            if real_start != top and f"{top}/".startswith(f"{real_start.rstrip('/')}/"):
+                found.skipped["links to a folder above"] += 1
+                continue
+            for parent, folders, names in os.walk(start, onerror=_raise):
+                real = os.path.realpath(parent)
+                if real in entered:
+                    found.skipped["other links to the same folders"] += 1
+                    folders.clear()
+                    continue
+                entered.add(real)
+                num_all = len(folders) + len(names)
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                kept = sorted(name for name in names if not name.startswith("."))
+                if num_hidden := num_all - len(folders) - len(kept):
+                    found.skipped["hidden"] += num_hidden
+                links += [Path(parent, name) for name in folders if _is_link(parent, name)]
+                linked_files += [Path(parent, name) for name in kept if _is_link(parent, name)]
+                for name in kept:
+                    if not _is_link(parent, name) and found.sort_in(Path(parent, name)):
+                        seen.add(os.path.join(real, name))
+        waiting = sorted(links)
+    for path in sorted(linked_files):
+        real = os.path.realpath(path)
+        if real in seen:
+            found.skipped["other links to the same files"] += 1
+        elif found.sort_in(path):
+            seen.add(real)
+    found.files.sort()
+    return found
+
+
+def _is_link(parent: str, name: str) -> bool:
+    return os.path.islink(os.path.join(parent, name))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _is_about_a_corpus(path: Path) -> bool:
+    """Whether a file is documentation, or describes datasets that lie beside it."""
+    name = path.name
+    while Path(name).suffix.lower() in (*RECORD_KINDS, *COMPRESSION_SUFFIXES):
+        name = Path(name).stem
+    if path.suffix == ".json" and (
+        path.name in _DATASETS_METADATA or path.with_suffix(".idx").exists()
+    ):
+        return True
+    return _kind_of(path) == "txt" and _ABOUT_A_CORPUS.fullmatch(name) is not None
+
+
+def _counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in _by_number(counts.items()))
+
+
+def _by_number(items: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    return sorted(items, key=lambda item: (-item[1], item[0]))
+
+
+def _kind_of(path: Path) -> RecordKind | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
+        suffixes.pop()
+    return RECORD_KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def _input_file(path: Path, name: str) -> InputFile:
+    kind = _kind_of(path)
+    if (
+        path.is_fifo()
+        or path.is_char_device()
+        or path.parent.as_posix() in ("/dev/fd", "/proc/self/fd")
+    ):
+        return InputFile(path, str(path), kind or "lines", 0)
+    if kind is None:
+        endings = " ".join(RECORD_KINDS)
+        raise UserError(
+            f"unknown kind of input: {path}: its name should end in one of {endings}, "
+            "optionally followed by .gz or .zst"
+        )
+    if not os.access(path, os.R_OK):
+        raise UserError(f"cannot read: {path}: permission denied")
+    # JSON has no bytes that are not UTF-8: the sidecar gets them as \xff.
+    name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return InputFile(path, name, kind, path.stat().st_size)
+
+
+CHUNK_BYTES = 1 << 20
+# What one record may have: a line, a row, or a text file that is one document.
+MAX_RECORD_BYTES = 1 << 26
+# A value of parsed JSON takes up to 100 bytes and may be written with two. With this many bytes of
+# the bound for each value, a parsed record takes at most about seven times the bound.
+RECORD_BYTES_PER_VALUE = 16
+NUM_RECORDS_OF_ARRAY = 4  # a JSON array, which is parsed as a whole, may be as large as so many
+NUM_OBJECTS_PER_CHUNK = 1000
+NUM_ROWS_PER_BATCH = 256
+MAX_BATCH_BYTES = 1 << 28  # of rows that are decoded together
+MAX_ROW_GROUP_BYTES = 1 << 30  # from which on fewer rows are decoded together
+_DICTIONARY_PAGE = 2
+_SEPARATORS = (b",", b":", b"[", b"{")
+_COUNT_BYTES = 1 << 20  # of JSON whose values are counted at once
+
+
+@dataclass(frozen=True)
+class OversizedRecord:
+    """Stands for a record that was passed over because of its size."""
+
+
+TxtDocuments = Literal["file", "line"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some records of one file.
+
+    Attributes:
+        name: The file's.
+        first_line: Number of its first record, counted from 1.
+        kind: "lines" (JSON or tab-separated), "text_lines" (a document each), "text" (one
+            document), "objects" (parsed JSON, or `OversizedRecord`).
+        data: The bytes, or the list of objects.
+        num_bytes_read: How far into the file on disk the reader was.
+        layout: Of tab-separated lines, where the pair lies in them; None for JSON.
+    """
+
+    name: str
+    first_line: int
+    kind: Literal["lines", "text_lines", "text", "objects"]
+    data: Any
+    num_bytes_read: int
+    layout: TabLayout | None = None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What has to be known to cut files into records.
+
+    Attributes:
+        txt_documents: Whether a `.txt` file is one document or one a line; None where its lines
+            are records of another format.
+        columns: The columns of a parquet file that are wanted; None for all.
+        encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
+        tabs: How tab-separated lines hold pairs; None where records are not pairs.
+        max_record_bytes: What a record may have, in bytes.
+    """
+
+    txt_documents: TxtDocuments | None = "file"
+    columns: Sequence[str] | None = None
+    encoding: str = "utf-8"
+    tabs: TabOptions | None = None
+    max_record_bytes: int = MAX_RECORD_BYTES
+
+
+class _Source:
+    """A file on disk or standard input, that knows how much of it has been read."""
+
+    def __init__(self, file: InputFile) -> None:
+        self.num_bytes_read = 0
+        try:
+            self._stream: IO[bytes] = (
+                sys.stdin.buffer if file.path is None else file.path.open("rb", buffering=0)
+            )
+        except OSError as error:
+            raise UserError(f"cannot read: {file.path}: {error.strerror}") from error
+
+    def read(self) -> bytes:
+        block = self._stream.read(CHUNK_BYTES)
+        self.num_bytes_read += len(block)
+        return block
+
+    def close(self) -> None:
+        if self._stream is not sys.stdin.buffer:
+            self._stream.close()
+
+
+def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterator[Chunk]:
+    """Yields a file's records in chunks of about a mebibyte.
+
+    Args:
+        file: The file.
+        options: What its records are.
+
+    Raises:
+        UserError: The file cannot be read, or is damaged.
+    """
+    if file.kind == "parquet":
+        yield from _read_parquet(file, options.columns, options.max_record_bytes)
+        return
+    if file.kind == "tsv" and options.tabs is None:
+        raise UserError(f"tab-separated lines hold pairs: {file.name}: read it in the format pairs")
+    source = _Source(file)
+    try:
+        blocks = transcode(_decompressed(source, file.name), file.name, options.encoding)
+        if file.kind == "txt" and options.txt_documents == "file":
+            yield _whole_text(blocks, file.name, source, options.max_record_bytes)
+        elif file.kind == "txt" and options.txt_documents == "line":
+            yield from _line_chunks(
+                blocks, file.name, source, "text_lines", options.max_record_bytes
+            )
+        elif file.kind == "json":
+            yield from _read_json(blocks, file.name, source, options.max_record_bytes)
+        else:
+            chunks = _line_chunks(blocks, file.name, source, "lines", options.max_record_bytes)
+            yield from _with_layout(chunks, file, options.tabs)
+    except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
+        raise UserError(f"cannot read: {file.name}: {error}") from error
+    finally:
+        source.close()
+
+
+class CorpusReader:
+    """Reads all inputs of a job.
+
+    Attributes:
+        num_bytes: For each file, how much of it there is on disk: known in advance, or, for a
+            pipe, once it has been read.
+    """
+
+    def __init__(self, files: Sequence[InputFile], options: ReadOptions) -> None:
+        """Initializes the reader. No file is opened until the first chunk is requested."""
+        self._files = files
+        self._options = options
+        self.num_bytes = [file.num_bytes for file in files]
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Every file's chunks, with `num_bytes_read` counted over all files.
+
+        Raises:
+            UserError: A file cannot be read, or is damaged.
+        """
+        num_bytes_before = 0
+        for number, file in enumerate(self._files):
+            for chunk in read_chunks(file, self._options):
+                self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
+                yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
+            num_bytes_before += self.num_bytes[number]
+
+
+def _decompressed(source: _Source, name: str) -> Iterator[bytes]:
+    """Blocks of a file's content, decompressed if it is gzip or zstd."""
+    blocks = iter(source.read, b"")
+    head = b""
+    for block in blocks:
+        head += block
+        if len(head) >= MAGIC_BYTES:  # a pipe may hand out its first bytes one by one
+            break
+    whole = _chain(head, blocks)
+    return decompress(whole, name) if is_compressed(head) else whole
+
+
+def _line_chunks(
+    blocks: Iterator[bytes],
+    name: str,
+    source: _Source,
+    kind: Literal["lines", "text_lines"],
+    max_record_bytes: int,
+) -> Iterator[Chunk]:
+    """Chunks that end at line ends. A line that goes on beyond the bound is not kept in memory."""
+    first_line = 1
+    pending: list[bytes] = []
+    num_pending = 0
+    is_passing_over = False
+    for block in blocks:
+        if is_passing_over:
+            end = block.find(b"\n") + 1
+            if not end:
+                continue
+            yield Chunk(name, first_line, "objects", [OversizedRecord()], source.num_bytes_read)
+            first_line += 1
+            is_passing_over = False
+            block = block[end:]
+        end = block.rfind(b"\n") + 1
+        num_pending += len(block)
+        if end == 0 or num_pending < CHUNK_BYTES:
+            pending.append(block)
+            if num_pending > max(max_record_bytes, CHUNK_BYTES):
+                data = b"".join(pending)
+                end = data.rfind(b"\n") + 1
+                if end:
+                    yield Chunk(name, first_line, kind, data[:end], source.num_bytes_read)
+                    first_line += data.count(b"\n")
+                pending, num_pending = [data[end:]], len(data) - end
+                if num_pending > max_record_bytes:
+                    pending, num_pending, is_passing_over = [], 0, True
+            continue
+        data = b"".join([*pending, block[:end]])
+        yield Chunk(name, first_line, kind, data, source.num_bytes_read)
+        first_line += data.count(b"\n")
+        pending = [block[end:]]
+        num_pending = len(block) - end
+    if is_passing_over:
+        yield Chunk(name, first_line, "objects", [OversizedRecord()], source.num_bytes_read)
+    if num_pending:
+        yield Chunk(name, first_line, kind, b"".join(pending), source.num_bytes_read)
+
+
+def _with_layout(
+    chunks: Iterator[Chunk], file: InputFile, tabs: TabOptions | None
+) -> Iterator[Chunk]:
+    """Chunks of lines, once their beginning has said whether they are JSON or tab-separated."""
+    layout: TabLayout | None = None
+    is_known = False
+    for chunk in chunks:
+        if not is_known and chunk.kind == "lines" and not chunk.data.isspace():
+            is_known = True
+            is_json = file.kind == "jsonl" or (file.kind != "tsv" and are_json_lines(chunk.data))
+            if tabs is not None and not is_json:
+                layout = tab_layout(chunk.data, file.name, chunk.first_line, tabs)
+            elif tabs is not None and tabs.columns is not None:
+                raise UserError(f"--pair-columns: {file.name}: its lines are JSON, without columns")
+            elif chunk.data.lstrip().startswith(b"["):
+                raise UserError(
+                    f"not JSON lines: {file.name}:{chunk.first_line}: begins with [ like a JSON "
+                    "array: give the file a name that ends in .json"
+                )
+        yield chunk if layout is None else replace(chunk, layout=layout)
+
+
+def num_json_values(data: bytes) -> int:
+    """How many values some JSON has at most, without parsing it."""
+    num_separators = sum(map(data.count, _SEPARATORS))
+    if num_separators * RECORD_BYTES_PER_VALUE > len(data):  # texts may have commas of their own
+        num_separators = _num_separators_outside_texts(data)
+    return 1 + num_separators
+
+
+def _num_separators_outside_texts(data: bytes) -> int:
+    # Without escapes, every second quotation mark ends a text. Backslashes stand in pairs or
+    # before what they escape.
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    separators = np.zeros(256, np.bool_)
+    separators[list(b"".join(_SEPARATORS))] = True
+    num_separators = 0
+    is_inside = False
+    for begin in range(0, len(data), _COUNT_BYTES):
+        block = np.frombuffer(data, np.uint8)[begin : begin + _COUNT_BYTES]
+        inside = np.logical_xor.accumulate(block == ord('"')) ^ is_inside
+        num_separators += int(np.count_nonzero(separators[block] & ~inside))
+        is_inside = bool(inside[-1])
+    return num_separators
+
+
+def _whole(blocks: Iterator[bytes], limit: int, complaint: str) -> bytes:
+    parts: list[bytes] = []
+    num_bytes = 0
+    for block in blocks:
+        parts.append(block)
+        num_bytes += len(block)
+        if num_bytes > limit:
+            raise UserError(complaint)
+    return b"".join(parts)
+
+
+def _whole_text(blocks: Iterator[bytes], name: str, source: _Source, limit: int) -> Chunk:
+    data = _whole(
+        blocks,
+        limit,
+        f"text file too large: {name}: more than {limit} bytes as one document: use "
+        "--txt-documents line, or jsonl, or raise --max-record-bytes",
+    )
+    return Chunk(name, 1, "text", data, source.num_bytes_read)
+
+
+def _read_json(
+    blocks: Iterator[bytes], name: str, source: _Source, max_record_bytes: int
+) -> Iterator[Chunk]:
+    """A `.json` file: one array of records, or a record on each line."""
+    head = b""
+    for block in blocks:
+        head += block
+        if head.strip():
+            break
+    rest = _chain(head, blocks)
+    if not head.lstrip().startswith(b"["):
+        yield from _line_chunks(rest, name, source, "lines", max_record_bytes)
+        return
+    limit = NUM_RECORDS_OF_ARRAY * max_record_bytes
+    advice = "convert it to jsonl, or raise --max-record-bytes"
+    data = _whole(rest, limit, f"JSON array too large: {name}: more than {limit} bytes: {advice}")
+    num_values = limit // RECORD_BYTES_PER_VALUE
+    if len(data) > num_values and num_json_values(data) > num_values:
+        raise UserError(f"JSON array too large: {name}: more than {num_values} values: {advice}")
+    try:
+        objects = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise UserError(_complaint_about_array(name, data, error)) from error
+    for begin in range(0, len(objects), NUM_OBJECTS_PER_CHUNK):
+        part = objects[begin : begin + NUM_OBJECTS_PER_CHUNK]
+        yield Chunk(name, begin + 1, "objects", part, source.num_bytes_read)
+
+
+def _complaint_about_array(name: str, data: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        data.decode()
+    except UnicodeDecodeError as undecodable:
+        line = data.count(b"\n", 0, undecodable.start) + 1
+        sample = data[undecodable.start :]
+        return f"not UTF-8: {name}:{line}: {guess_encoding(sample)}"
+    return f"malformed JSON array: {name}:{error.lineno}: {error.msg}"
+
+
+def _chain(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield head
+    yield from blocks
+
+
+def _read_parquet(
+    file: InputFile, columns: Sequence[str] | None, max_record_bytes: int
+) -> Iterator[Chunk]:
+    """Rows as objects; a row's number stands for the line number.
+
+    A file of a kilobyte may hold any amount of text, as one value of a dictionary in many rows.
+    Only so many rows are decoded at once as fit into memory by the sizes that the file gives, and
+    they become objects in chunks of about `CHUNK_BYTES` of content.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(
+            f"cannot read: {file.name}: parquet needs pyarrow: pip install pyarrow"
+        ) from (error)
+    assert file.path is not None  # standard input is lines
+    try:
+        with parquet.ParquetFile(file.path) as content:
+            names = content.schema_arrow.names
+            wanted = None if columns is None else [name for name in columns if name in names]
+            if wanted == []:
+                raise UserError(
+                    f"no such column: {file.name}: has {', '.join(names)}, "
+                    f"but {', '.join(columns or ())} is wanted"
+                )
+            num_rows, shared = _decoding(file.path, content.metadata, wanted)
+        with parquet.ParquetFile(file.path, read_dictionary=shared) as content:
+            first_row = 1
+            for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
+                position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
+                for rows in _rows(batch, max_record_bytes):
+                    yield Chunk(file.name, first_row, "objects", rows, position)
+                    first_row += len(rows)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"cannot read: {file.name}: {error}") from error
+
+
+def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple[int, list[str]]:
+    """How many rows to decode at once, and the columns whose dictionary to keep as one.
+
+    A dictionary is kept where a row may refer to it any number of times, from a list. Keeping all
+    would cost time: text that hardly repeats has a small dictionary and goes on without.
+    """
+    num_rows = NUM_ROWS_PER_BATCH
+    shared: set[str] = set()
+    with path.open("rb") as stream:
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            if group.num_rows == 0:
+                continue
+            for k in range(group.num_columns):
+                column = group.column(k)
+                name = column.path_in_schema
+                if column.physical_type != "BYTE_ARRAY" or (
+                    columns is not None and name.split(".")[0] not in columns
+                ):
+                    continue
+                size = max(column.total_uncompressed_size, 1)
+                num_rows = min(
+                    num_rows,
+                    MAX_BATCH_BYTES * group.num_rows // size,
+                    NUM_ROWS_PER_BATCH * MAX_ROW_GROUP_BYTES // size,
+                )
+                dictionary = _dictionary_bytes(stream, column)
+                if metadata.schema.column(k).max_repetition_level == 0:
+                    num_rows = min(num_rows, MAX_BATCH_BYTES // max(dictionary, 1))
+                elif dictionary * column.num_values > MAX_BATCH_BYTES:
+                    shared.add(name)
+    return max(num_rows, 1), sorted(shared)
+
+
+def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
+    """The size of a column's dictionary, as the header of its first page gives it; 0 without one.
+
+    The header is in Thrift's compact protocol. It begins with the page's kind and size, both
+    integers in zigzag form.
+    """
+    has_dictionary = column.has_dictionary_page and column.dictionary_page_offset is not None
+    stream.seek(column.dictionary_page_offset if has_dictionary else column.data_page_offset)
+    header = stream.read(16)
+    values: list[int] = []
+    position = 0
+    while len(values) < 2 and header[position : position + 1] == b"\x15":
+        value = shift = 0
+        while True:
+            position += 1
+            if position >= len(header):
+                return 0  # it is damaged, which its reader reports
+            value |= (header[position] & 0x7F) << shift
+            shift += 7
+            if header[position] < 0x80:
+                break
+        values.append(value >> 1)
+        position += 1
+    return values[1] if len(values) == 2 and values[0] == _DICTIONARY_PAGE else 0
+
+
+def _rows(batch: Any, max_record_bytes: int) -> Iterator[list[Any]]:
+    """The rows of a batch as objects, about `CHUNK_BYTES` of content at a time."""
+    sizes = sum(
+        (_sizes(column) for column in batch.columns),
+        np.zeros(batch.num_rows, np.int64),
+    )
+    begin = 0
+    while begin < batch.num_rows:
+        if sizes[begin] > max_record_bytes:
+            yield [OversizedRecord()]
+            begin += 1
+            continue
+        ends = np.cumsum(sizes[begin:])
+        end = begin + max(1, int(np.searchsorted(ends, CHUNK_BYTES, "right")))
+        yield batch.slice(begin, end - begin).to_pylist()
+        begin = end
+
+
+def _sizes(array: Any) -> npt.NDArray[np.int64]:
+    """Bytes of content in each row of an array, with a pointer for each element of a list."""
+    from pyarrow import compute, types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        of_values = _sizes(array.dictionary)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        return np.asarray(of_values[indices] if len(of_values) else np.zeros(len(array), np.int64))
+    if types.is_struct(kind):
+        fields = [_sizes(array.field(k)) for k in range(kind.num_fields)]
+        return np.asarray(np.sum([np.full(len(array), 8, np.int64), *fields], axis=0))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        values = array.keys if types.is_map(kind) else array.values
+        of_values = _sizes(values) + 8
+        if types.is_map(kind):
+            of_values += _sizes(array.items)
+        ends = np.concatenate([[0], np.cumsum(of_values)])
+        offsets = array.offsets.to_numpy()
+        return np.asarray(ends[offsets[1:]] - ends[offsets[:-1]])
+    if types.is_fixed_size_list(kind):
+        of_values = _sizes(array.flatten()) + 8
+        lengths = np.where(array.is_valid().to_numpy(zero_copy_only=False), kind.list_size, 0)
+        ends = np.concatenate([[0], np.cumsum(of_values)])
+        last = np.cumsum(lengths)
+        return np.asarray(ends[last] - ends[last - lengths])
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    if is_text or types.is_binary(kind) or types.is_large_binary(kind):
+        lengths = compute.binary_length(array).fill_null(0)
+        return np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
+    return np.full(len(array), 8, np.int64)

@@ -1,0 +1,125 @@
+"""What a preprocessing job is asked to do.
+
+In: nothing. Out: `PreprocessSettings`, which workers receive whole.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
+from megatron_chatflow.preprocess.pairs import PairSettings, read_pair_templates
+from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.readers import MAX_RECORD_BYTES
+from megatron_chatflow.tokenizer.chat_template import read_chat_template
+from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """A job.
+
+    Attributes:
+        inputs: Files, globs, folders, or `-` for standard input.
+        output_prefix: Path that the outputs' names begin with.
+        tokenizer_model: File or folder.
+        tokenizer_type: One of `TOKENIZER_TYPES`, or "auto".
+        corpus: What the inputs are.
+        append_bos: Whether every document begins with the beginning-of-sequence token.
+        append_eod: Whether every document ends with the end-of-document token.
+        max_tokens: Longest document of pairs and chats; None for no limit.
+        over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
+        num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
+        max_bad_lines: So many bad lines are dropped before the job, all its parts together, fails.
+        max_dropped_share: Of all records, the largest share that may be left out, whatever the
+            reasons, before the job, all its parts together, fails.
+        dedup: Whether of documents with the same text only the first is kept.
+        overwrite: Whether outputs that exist are replaced.
+        num_partitions: Parts that are made one after the other and then merged, so that a killed
+            job loses one part at most.
+        shard: Number and count, to make one part alone, for job arrays.
+        ray: Address of a Ray cluster that makes the parts; None for this machine.
+    """
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer_model: str
+    tokenizer_type: str = "auto"
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    append_bos: bool = False
+    append_eod: bool = False
+    max_tokens: int | None = None
+    over_long: Literal["truncate", "drop"] = "truncate"
+    num_workers: int = 1
+    max_bad_lines: int = 100
+    max_dropped_share: float = DEFAULT_MAX_SHARE
+    dedup: bool = False
+    overwrite: bool = False
+    num_partitions: int = 1
+    shard: tuple[int, int] | None = None
+    ray: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What the outputs depend on besides inputs and tokenizer, for the sidecar."""
+        corpus = asdict(self.corpus)
+        if self.corpus.format != "pairs":
+            del corpus["pairs"]
+        elif self.corpus.pairs.columns is None:
+            del corpus["pairs"]["columns"]
+        del corpus["chat_template"]
+        if self.corpus.encoding == "utf-8":
+            del corpus["encoding"]  # as in the sidecars of versions that knew no other
+        if self.corpus.max_record_bytes == MAX_RECORD_BYTES:
+            del corpus["max_record_bytes"]
+        if self.corpus.format == "text":
+            del corpus["template"], corpus["loss"]
+        elif self.corpus.chat_template is not None:
+            source = self.corpus.chat_template.source.encode()
+            corpus["template"] = f"{self.corpus.chat_name} {hashlib.sha256(source).hexdigest()}"
+        limit = {} if self.max_tokens is None else {"over_long": self.over_long}
+        options = {
+            "append_bos": self.append_bos,
+            "append_eod": self.append_eod,
+            "max_tokens": self.max_tokens,
+            **limit,
+            "dedup": self.dedup,
+        }
+        recorded: dict[str, Any] = json.loads(json.dumps({**corpus, **options}))
+        return recorded
+
+
+def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
+    """The job that a command line asks for.
+
+    Args:
+        options: By the names of the fields of `PreprocessSettings` and `CorpusSettings`; those of
+            `PairSettings` with `pair_` before them. Missing ones have their defaults.
+
+    Raises:
+        UserError: A file of templates cannot be read, or an encoding is not known.
+    """
+    given = dict(options)
+    if given.get("num_workers") is None:
+        # On a cluster a part is made by one process unless asked otherwise: parts are many.
+        given["num_workers"] = 1 if given.get("ray") else len(os.sched_getaffinity(0))
+    if given.get("encoding") is not None:
+        given["encoding"] = canonical_encoding(given["encoding"])
+    if given.get("chat_template") is not None:
+        given["chat_template"] = read_chat_template(given["chat_template"])
+    default_key = "messages" if given.get("format") == "chat" else "text"
+    given["json_keys"] = given.get("json_keys") or [default_key]
+    if given.get("pair_template", "plain") not in ("plain", "translate"):
+        given["pair_texts"] = read_pair_templates(given["pair_template"])
+    given["pairs"] = _build(PairSettings, given, "pair_")
+    given["corpus"] = _build(CorpusSettings, given)
+    settings: PreprocessSettings = _build(PreprocessSettings, given)
+    return settings
+
+
+def _build(settings_type: type, given: Mapping[str, Any], prefix: str = "") -> Any:
+    names = [field.name for field in fields(settings_type) if prefix + field.name in given]
+    values = {name: given[prefix + name] for name in names}
+    return settings_type(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})

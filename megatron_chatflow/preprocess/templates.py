@@ -1,0 +1,214 @@
+"""How a chat is written down for the model: `chatflow`, `llama2` and `chatml`.
+
+In: a `Chat` or OpenAI messages. Out: segments (prompts without loss, answers with), the prompt as
+text, and the same template as Jinja source for `transformers`.
+
+`chatflow` is the paper's `### Instruction:` / `### Response:`. Every answer ends with the
+tokenizer's end-of-sequence token, and no template puts one at the beginning.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.chats import Turn, chat_of_turns
+from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate, read_chat_template
+from megatron_chatflow.tokenizer.documents import Document, DroppedError, Segment
+
+Exchange = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
+
+
+def _text(text: str, loss: bool = False) -> Segment:
+    return Segment(text, loss)
+
+
+def _control(name: str, loss: bool = False) -> Segment:
+    return Segment(name, loss, "control")
+
+
+def _end() -> Segment:
+    return Segment("", True, "end")
+
+
+def _chatflow(chat: Chat, number: int) -> Exchange:
+    question, answer = chat.exchanges[number]
+    system = f"{chat.system.strip()}\n\n" if chat.system and number == 0 else ""
+    prompt = f"{system}### Instruction:\n{question.strip()}\n\n### Response:\n"
+    return [_text(prompt)], [_text((answer or "").strip(), True), _end()]
+
+
+def _llama2(chat: Chat, number: int) -> Exchange:
+    question, answer = chat.exchanges[number]
+    system = f"<<SYS>>\n{chat.system.strip()}\n<</SYS>>\n\n" if chat.system and number == 0 else ""
+    prompt = f"[INST] {system}{question.strip()} [/INST]"
+    return [_text(prompt)], [_text(f" {(answer or '').strip()} ", True), _end()]
+
+
+def _chatml(chat: Chat, number: int) -> Exchange:
+    question, answer = chat.exchanges[number]
+    prompt: list[Segment] = []
+    if chat.system and number == 0:
+        prompt += _chatml_message("system", chat.system)
+    if number > 0:
+        prompt.append(_text("\n"))
+    prompt += _chatml_message("user", question)
+    prompt += [_control("<|im_start|>"), _text("assistant\n")]
+    return prompt, [_text(answer or "", True), _control("<|im_end|>", True), _end()]
+
+
+def _chatml_message(role: str, content: str) -> list[Segment]:
+    opening = [_control("<|im_start|>"), _text(f"{role}\n{content}")]
+    return [*opening, _control("<|im_end|>"), _text("\n")]
+
+
+TEMPLATES: dict[str, Callable[[Chat, int], Exchange]] = {
+    "chatflow": _chatflow,
+    "llama2": _llama2,
+    "chatml": _chatml,
+}
+
+# The same as Jinja source, with the names that transformers gives: `messages`, `eos_token`.
+_JINJA_HEAD = """\
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
+{%- else -%}
+{%- set system = '' -%}{%- set turns = messages -%}
+{%- endif -%}
+"""
+JINJA_TEMPLATES = {
+    "chatflow": _JINJA_HEAD
+    + """\
+{%- if system -%}{{ system | trim + '\\n\\n' }}{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{ '### Instruction:\\n' + message['content'] | trim + '\\n\\n### Response:\\n' }}
+{%- else -%}
+{{ message['content'] | trim + eos_token }}
+{%- endif -%}
+{%- endfor -%}""",
+    "llama2": _JINJA_HEAD
+    + """\
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{ '[INST] ' }}
+{%- if loop.first and system -%}
+{{ '<<SYS>>\\n' + system | trim + '\\n<</SYS>>\\n\\n' }}
+{%- endif -%}
+{{ message['content'] | trim + ' [/INST]' }}
+{%- else -%}
+{{ ' ' + message['content'] | trim + ' ' + eos_token }}
+{%- endif -%}
+{%- endfor -%}""",
+    "chatml": _JINJA_HEAD
+    + """\
+{%- if system -%}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{%- if not loop.first -%}{{ '\\n' }}{%- endif -%}
+{{ '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n<|im_start|>assistant\\n' }}
+{%- else -%}
+{{ message['content'] + '<|im_end|>' }}
+{%- if eos_token != '<|im_end|>' -%}{{ eos_token }}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}""",
+}
+
+
+def template_source(asked: str) -> str:
+    """Jinja source of a template that a command line asks for.
+
+    Args:
+        asked: A name in `JINJA_TEMPLATES`, or a file or folder that `read_chat_template` takes.
+
+    Raises:
+        UserError: It is neither, or cannot be read.
+    """
+    if asked in JINJA_TEMPLATES:
+        return JINJA_TEMPLATES[asked]
+    if not Path(asked).exists():
+        names = ", ".join(JINJA_TEMPLATES)
+        raise UserError(f"no chat template: {asked}: name one of {names}, or a file or folder")
+    return read_chat_template(asked).source
+
+
+def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:
+    """Writes a chat down.
+
+    Args:
+        chat: With every answer given.
+        template: A name in `TEMPLATES`, or one of the user's own.
+        loss: "response" for the answers with their end tokens, "all" for every token; in both cases
+            without the answers that the chat excepts.
+
+    Returns:
+        A document that may be cut after each exchange.
+
+    Raises:
+        DroppedError: The user's template refuses it.
+    """
+    if isinstance(template, JinjaTemplate):
+        return template.document(chat, loss)
+    write = TEMPLATES[template]
+    segments: list[Segment] = []
+    borders = []
+    for number in range(len(chat.exchanges)):
+        prompt, answer = write(chat, number)
+        if loss == "all":
+            prompt = [replace(segment, loss=True) for segment in prompt]
+        if number in chat.unlearnt:
+            answer = [replace(segment, loss=False) for segment in answer]
+        segments += [*prompt, *answer]
+        borders.append(len(segments))
+    return Document(tuple(segments), tuple(borders))
+
+
+def prompt_segments(messages: Sequence[Mapping[str, Any]], template: str) -> tuple[Segment, ...]:
+    """The segments up to where the model is to answer.
+
+    Args:
+        messages: OpenAI messages; the last one the user's.
+        template: A name in `TEMPLATES`.
+
+    Raises:
+        UserError: No such template, or messages that are out of order.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"unknown chat template: {template}: choose one of {', '.join(TEMPLATES)}")
+    try:
+        turns = [Turn(str(message["role"]), str(message["content"])) for message in messages]
+        chat = chat_of_turns(turns, complete=False)
+    except (DroppedError, KeyError) as error:
+        raise UserError(
+            f"not a chat: {error}: messages have a role and content, begin with the system's or "
+            "the user's, alternate, and end with the user's"
+        ) from error
+    segments: list[Segment] = []
+    for number, (_, answer) in enumerate(chat.exchanges):
+        prompt, response = TEMPLATES[template](chat, number)
+        segments += prompt if answer is None else [*prompt, *response]
+    return tuple(segments)
+
+
+def render_prompt(
+    messages: Sequence[Mapping[str, Any]], template: str, eos_token: str = "</s>"
+) -> str:
+    """The prompt as one text, for people and for engines that read control tokens in text.
+
+    Args:
+        messages: OpenAI messages; the last one the user's.
+        template: A name in `TEMPLATES`.
+        eos_token: Stands where earlier answers end. To a `Tokenizer` of ours it would be text:
+            give it `prompt_segments` when there are several turns.
+
+    Raises:
+        UserError: No such template, or messages that are out of order.
+    """
+    texts: list[str] = []
+    for segment in prompt_segments(messages, template):
+        if segment.kind != "end":
+            texts.append(segment.text)
+        elif texts[-1:] != [eos_token]:  # a chatml turn may have ended with that very token
+            texts.append(eos_token)
+    return "".join(texts)

@@ -1,0 +1,215 @@
+"""Decides whether a SentencePiece model may be encoded by the compiled encoder.
+
+In: a model and its sentencepiece processor. Out: the compiled encoder, where its ids are shown to
+be the processor's: the model is of the kind that it is defined for, and both agree on the model's
+own pieces. Otherwise None, with the reason in the log.
+
+SentencePiece's byte-pair encoding: reference and compiled encoder.
+
+In: the pieces of a model, with ids and scores, and the ids of the 256 bytes. Out: the ids of texts.
+
+The definition, for a model with byte fallback whose pieces are all ordinary ones: every space
+becomes U+2581 (and one is put first if asked for), the text is cut into characters, and of all
+neighbours that together are a piece those with the highest score are joined, the leftmost if there
+are several, until there are none. What is then no piece becomes the pieces of its UTF-8 bytes.
+(Sennrich, Haddow and Birch, ACL 2016; Kudo and Richardson, EMNLP 2018.)
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from sentencepiece import sentencepiece_model_pb2
+
+from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.tokenizer.base import split_arrays
+
+extension = load_extension("tokenizer")
+
+
+SPACE = "\u2581"
+
+
+@dataclass(frozen=True)
+class BpePieces:
+    """A byte-pair model.
+
+    Attributes:
+        pieces: Text of the ordinary pieces, each once.
+        ids: The id of each.
+        scores: The score of each.
+        byte_ids: The ids of the bytes 0 to 255.
+    """
+
+    pieces: tuple[str, ...]
+    ids: tuple[int, ...]
+    scores: tuple[float, ...]
+    byte_ids: tuple[int, ...]
+
+
+class ReferenceBpeEncoder:
+    """The definition, read aloud: quadratic in the length of a text."""
+
+    def __init__(self, model: BpePieces) -> None:
+        """Takes the model."""
+        numbered = zip(model.pieces, model.ids, model.scores, strict=True)
+        self._pieces = {piece: (token_id, score) for piece, token_id, score in numbered}
+        self._byte_ids = model.byte_ids
+
+    def encode_batch(
+        self, texts: Sequence[str], with_prefix: bool, end_id: int = -1
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """Encodes texts.
+
+        Args:
+            texts: Without lone surrogates.
+            with_prefix: Whether a text that is not empty gets a space put before it.
+            end_id: Put behind the ids of every text that has any; -1 for nothing.
+
+        Returns:
+            int32: the ids of all texts one after the other, and int32: the number of each.
+        """
+        sequences = [self._encode(text, with_prefix) for text in texts]
+        for sequence in sequences:
+            if sequence and end_id >= 0:
+                sequence.append(end_id)
+        flat = [token_id for sequence in sequences for token_id in sequence]
+        return np.array(flat, np.int32), np.array([len(s) for s in sequences], np.int32)
+
+    def _encode(self, text: str, with_prefix: bool) -> list[int]:
+        if not text:
+            return []
+        symbols = list(((" " if with_prefix else "") + text).replace(" ", SPACE))
+        while True:
+            joints = [
+                (-self._pieces[left + right][1], k)
+                for k, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
+                if left + right in self._pieces
+            ]
+            if not joints:
+                break
+            k = min(joints)[1]
+            symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
+        ids: list[int] = []
+        for symbol in symbols:
+            if symbol in self._pieces:
+                ids.append(self._pieces[symbol][0])
+            else:
+                ids += [self._byte_ids[byte] for byte in symbol.encode()]
+        return ids
+
+
+class CompiledBpeEncoder(Protocol):
+    """What csrc offers; any number of threads may call it at once."""
+
+    def encode_batch(
+        self, texts: Sequence[str], with_prefix: bool, end_id: int = -1, narrow: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """As the reference; `narrow` for ids in uint16."""
+
+    def encode_json_lines(
+        self, data: bytes, key: str, with_prefix: bool, end_id: int = -1, narrow: bool = False
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
+        """The same of the string under the key of every line, and the strings' UTF-8 bytes.
+
+        None if a line is not an object with such a string, or takes a full parser to tell.
+        """
+
+
+def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
+    """The compiled encoder; None if it is not built.
+
+    Raises:
+        ValueError: A piece is empty, given twice, or not text.
+    """
+    encoder_type = getattr(extension, "BpeEncoder", None)  # a build of before lacks it
+    if encoder_type is None:
+        return None
+    pieces = [piece.encode() for piece in model.pieces]
+    encoder: CompiledBpeEncoder = encoder_type(pieces, model.ids, model.scores, model.byte_ids)
+    return encoder
+
+
+logger = logging.getLogger(__name__)
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+NUM_PROBED_PIECES = 2000
+
+
+def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | None:
+    """The compiled encoder for a model.
+
+    Args:
+        model_bytes: The serialized model.
+        processor: The `SentencePieceProcessor` that it has to agree with.
+
+    Returns:
+        The encoder, or None where sentencepiece has to do the work.
+    """
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(model_bytes)
+    reason = _why_not(model)
+    encoder: CompiledBpeEncoder | None = None
+    if reason is None:
+        encoder = compiled_bpe_encoder(_pieces_of(model))
+        if encoder is None:
+            reason = "csrc/tokenizer is not built"
+        elif not _agree(encoder, processor, model):
+            encoder, reason = None, "its ids differ from sentencepiece's"
+    if encoder is None:
+        logger.info("encoding with sentencepiece, not the compiled encoder: %s", reason)
+    else:
+        logger.info("encoding with the compiled byte-pair encoder, ids are sentencepiece's")
+    return encoder
+
+
+def _why_not(model: Any) -> str | None:
+    """What keeps a model from the compiled encoder; None if nothing does."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    is_bpe = trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+    kinds = {piece.type for piece in model.pieces}
+    ordinary = [piece for piece in model.pieces if piece.type == Piece.NORMAL]
+    reserved = [piece for piece in model.pieces if piece.type not in (Piece.NORMAL, Piece.BYTE)]
+    obstacles = {
+        "it is not a byte-pair model": not is_bpe,
+        "it has user-defined pieces": Piece.USER_DEFINED in kinds,
+        "it has unused pieces": Piece.UNUSED in kinds,
+        "it has no byte fallback": not trainer.byte_fallback,
+        "its bytes are not 256 pieces": len(_byte_ids(model)) != 256,
+        "it normalizes characters": bool(normalizer.precompiled_charsmap),
+        "it removes spaces": normalizer.remove_extra_whitespaces,
+        "it does not escape spaces": not normalizer.escape_whitespaces,
+        "it puts spaces last": trainer.treat_whitespace_as_suffix,
+        "a control piece is one character": any(len(piece.piece) == 1 for piece in reserved),
+        "a piece is empty": any(not piece.piece for piece in ordinary),
+        "a piece is given twice": len({piece.piece for piece in ordinary}) != len(ordinary),
+        "a score is not a number": any(math.isnan(piece.score) for piece in ordinary),
+    }
+    return next((name for name, stands in obstacles.items() if stands), None)
+
+
+def _byte_ids(model: Any) -> dict[str, int]:
+    return {p.piece: i for i, p in enumerate(model.pieces) if p.type == Piece.BYTE}
+
+
+def _pieces_of(model: Any) -> BpePieces:
+    byte_ids = _byte_ids(model)
+    ordinary = [(p.piece, i, p.score) for i, p in enumerate(model.pieces) if p.type == Piece.NORMAL]
+    pieces, ids, scores = zip(*ordinary, strict=True) if ordinary else ((), (), ())
+    return BpePieces(pieces, ids, scores, tuple(byte_ids[f"<0x{b:02X}>"] for b in range(256)))
+
+
+def _agree(encoder: CompiledBpeEncoder, processor: Any, model: Any) -> bool:
+    """Tries both on pieces strung together, with what models stumble over in between."""
+    pieces = [piece.piece for piece in model.pieces if piece.type == Piece.NORMAL]
+    step = max(1, len(pieces) // NUM_PROBED_PIECES)
+    probed = [piece.replace("\u2581", " ") for piece in pieces[::step]]
+    probes = ["", " ", "  a\t\nb\x00 ", "<s></s><unk>", "\ue000\U0001f9ff\u2581", *probed[:200]]
+    probes += ["".join(probed[k : k + 20]) for k in range(0, len(probed), 20)]
+    probes.append("".join(piece.strip() for piece in probed))
+    ids, lengths = encoder.encode_batch(probes, model.normalizer_spec.add_dummy_prefix)
+    expected: list[list[int]] = [processor.encode(probe.encode()) for probe in probes]
+    return split_arrays(ids, lengths) == expected

@@ -1,0 +1,443 @@
+"""Chats written down by a Jinja template of the user's own, as `transformers` would.
+
+In: the template's source and a `Chat`. Out: segments with exact loss spans, or the reason why the
+template cannot be trained on.
+
+Where an answer lies in the text is known in one of two ways. A template may mark its answers with
+`{% generation %}`. Otherwise the chat is rendered up to each answer, with the prompt that asks for
+it, and up to its end; both have to be beginnings of the whole text, or the template is refused.
+Templates run in jinja2's sandbox. Names of control tokens that stand in a chat's texts, and not in
+the template, stay text: they are broken with a character of which the chat has none.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer.documents import (
+    Document,
+    DroppedError,
+    Segment,
+    TemplateLimitError,
+)
+
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for such uses
+MAX_SOURCE_CHARACTERS = 1 << 20
+SYSTEM = "Probe of the system text."
+PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
+Message = dict[str, str]
+
+# Where a model's folder keeps its chat templates.
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+_DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation.
+
+    Attributes:
+        system: The system text, or None.
+        exchanges: What the user says and what the assistant answers, in order; an answer of None
+            is still to be given, and only the last can be.
+        unlearnt: Numbers of the exchanges whose answers carry no loss.
+    """
+
+    system: str | None
+    exchanges: tuple[tuple[str, str | None], ...]
+    unlearnt: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A chat as text, in which `guard` breaks the names of control tokens in its content."""
+
+    text: str
+    guard: str
+    spans: list[tuple[int, int]]
+    borders: list[int]
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A chat template.
+
+    Attributes:
+        name: Of the file that it comes from.
+        source: Jinja source.
+        control_tokens: Those of the tokenizer; in the template they are tokens and not text.
+        special_tokens: What the template knows as `bos_token`, `eos_token` and so on.
+    """
+
+    name: str
+    source: str
+    control_tokens: tuple[str, ...] = ()
+    special_tokens: tuple[tuple[str, str], ...] = ()
+
+    def document(self, chat: Chat, loss: str) -> Document:
+        """Writes a chat down.
+
+        Args:
+            chat: With every answer given.
+            loss: "response" for the answers and their ends, "all" for every token.
+
+        Returns:
+            A document that may be cut after each exchange, where the text up to there is what the
+            template writes for that much of the chat.
+
+        Raises:
+            DroppedError: The template refuses the chat, or does not say where its answers are.
+        """
+        rendered = self._rendered(chat)
+        if chat.unlearnt and len(rendered.spans) != len(chat.exchanges):
+            raise DroppedError("template_inconsistent")  # whose answer a span is, is not known
+        excepted = [rendered.spans[number] for number in sorted(chat.unlearnt)]
+        cuts = {0, len(rendered.text), *rendered.borders}
+        cuts.update(offset for span in rendered.spans for offset in span)
+        offsets = sorted(cuts)
+        segments: list[Segment] = []
+        borders = []
+        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+            learnt = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
+            learnt = learnt and not any(a <= begin and end <= b for a, b in excepted)
+            segments += self._segments(rendered.text[begin:end], rendered.guard, learnt)
+            if end in rendered.borders:
+                borders.append(len(segments))
+        return Document(tuple(segments), tuple(borders))
+
+    def check(self) -> None:
+        """Tries the template on a chat of two exchanges.
+
+        Raises:
+            UserError: It fails, or does not say where the answers are.
+        """
+        try:
+            rendered = self._rendered(Chat(SYSTEM, PROBE))
+        except TemplateLimitError as error:
+            raise self._stopped(error) from error
+        except DroppedError:  # some refuse a system's turn
+            try:
+                rendered = self._rendered(Chat(None, PROBE))
+            except TemplateLimitError as error:
+                raise self._stopped(error) from error
+            except DroppedError as error:
+                why = (
+                    _reason(error.__cause__)
+                    or "a chat's text does not begin with its first turns' text"
+                )
+                if "strftime_now" in why:
+                    raise UserError(
+                        f"chat template cannot be trained on: {self.name}: it writes the day's "
+                        "date (strftime_now) into chats, and a corpus must not depend on the day: "
+                        "put a fixed date in its place in a copy of the template"
+                    ) from error
+                raise UserError(
+                    f"chat template cannot be trained on: {self.name}: {why}: mark its answers "
+                    "with {% generation %} and {% endgeneration %}"
+                ) from error
+        learnt = [rendered.text[begin:end] for begin, end in rendered.spans]
+        fits = len(learnt) == len(PROBE) and all(
+            answer in text and question not in "".join(learnt)
+            for text, (question, answer) in zip(learnt, PROBE, strict=True)
+        )
+        if not fits:
+            raise UserError(
+                f"chat template cannot be trained on: {self.name}: it learns {learnt!r:.200} of "
+                "a chat of two answers: mark its answers with {% generation %}"
+            )
+
+    def turn_end(self) -> str | None:
+        """The control token with which an answer ends; None if none does, or it cannot be told.
+
+        Raises:
+            UserError: The template reaches a limit.
+        """
+        pattern = self._pattern
+        for system in (SYSTEM, None):  # some refuse a system's turn
+            try:
+                text = self._render(self._messages(Chat(system, PROBE), ""), False, {})
+            except TemplateLimitError as error:
+                raise self._stopped(error) from error
+            except DroppedError:
+                continue
+            _, found, behind = text.rpartition(PROBE[-1][1])
+            match = pattern.search(behind) if found and pattern else None
+            return match[0] if match else None
+        return None
+
+    def _stopped(self, error: TemplateLimitError) -> UserError:
+        return UserError(
+            f"chat template cannot be used: {self.name}: it {error.limit} for a chat of two "
+            "answers: mend it, or name another one"
+        )
+
+    def _rendered(self, chat: Chat) -> _Rendered:
+        whole = "".join([chat.system or "", *(t or "" for pair in chat.exchanges for t in pair)])
+        unused = [c for c in NONCHARACTERS if c not in whole and c not in self.source]
+        if len(unused) < 3:
+            raise DroppedError("noncharacters")
+        guard, begin, end = unused[:3]
+        messages = self._messages(chat, guard)
+        is_marked = "generation" in _tags(self.source)
+
+        def part_of(count: int, ask: bool = False) -> str:
+            marks = {"generation_begin": begin, "generation_end": end}
+            return self._render(messages[:count], ask, marks if is_marked else {})
+
+        text = part_of(len(messages))
+        asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+        upto = [part_of(k + 1) for k in asked[:-1]] + [text]
+        if is_marked:
+            plain, spans = _without_marks(text, begin, end)
+            beginnings = [_without_marks(part, begin, end)[0] for part in upto]
+            consistent = all(plain.startswith(part) for part in beginnings)
+            borders = [len(part) for part in beginnings] if consistent else []
+            return _Rendered(plain, guard, spans, borders)
+        spans = []
+        for k, part in zip(asked, upto, strict=True):
+            prompt = part_of(k, ask=True)
+            if not (text.startswith(part) and part.startswith(prompt)):
+                raise DroppedError("template_inconsistent")
+            spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
+        return _Rendered(text, guard, spans, [len(part) for part in upto])
+
+    def _messages(self, chat: Chat, guard: str) -> list[Message]:
+        pattern = self._pattern
+
+        def guarded(text: str) -> str:
+            if pattern is None:
+                return text
+            return pattern.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", text)
+
+        turns = [("system", chat.system)] if chat.system else []
+        for question, answer in chat.exchanges:
+            turns += [("user", question), ("assistant", answer or "")]
+        return [{"role": role, "content": guarded(text or "")} for role, text in turns]
+
+    def _render(self, messages: list[Message], ask: bool, marks: Mapping[str, str]) -> str:
+        variables = {"messages": messages, "add_generation_prompt": ask}
+        try:
+            return render(self.source, {**variables, **dict(self.special_tokens), **marks})
+        except (DroppedError, UserError):
+            raise
+        except Exception as error:  # a template may do, and fail with, anything
+            raise DroppedError("template_refused") from error
+
+    def _end_of_answer(self, text: str, begin: int) -> int:
+        """Where an answer ends: white space behind its last control token is not learnt."""
+        pattern = self._pattern
+        ends = [match.end() for match in pattern.finditer(text, begin)] if pattern else []
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    @property
+    def _pattern(self) -> re.Pattern[str] | None:
+        return _pattern_of(self.control_tokens)
+
+    def _segments(self, text: str, guard: str, loss: bool) -> list[Segment]:
+        segments: list[Segment] = []
+        position = 0
+        for match in self._pattern.finditer(text) if self._pattern else ():
+            segments.append(Segment(text[position : match.start()].replace(guard, ""), loss))
+            segments.append(Segment(match[0], loss, "control"))
+            position = match.end()
+        segments.append(Segment(text[position:].replace(guard, ""), loss))
+        return [segment for segment in segments if segment.text]
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """Renders a chat template within its limits of time, steps and characters.
+
+    Args:
+        source: Jinja source.
+        variables: `messages`, `add_generation_prompt`, and the special tokens by name.
+
+    Raises:
+        UserError: jinja2 is missing, or the source is too large.
+        TemplateLimitError: It reaches a limit.
+        Exception: Whatever else the template fails with.
+    """
+    template = _compiled(source)
+    text: str = template.environment.render(template, variables)
+    return text
+
+
+def read_chat_template(path: str | Path) -> JinjaTemplate:
+    """Reads a chat template that the user named.
+
+    Args:
+        path: A file of Jinja source, a JSON file that has it under `chat_template`, or a model's
+            folder. `tokenizer_config.json` stands for its folder, whose template may lie in
+            `chat_template.jinja` instead.
+
+    Raises:
+        UserError: It cannot be read, has no template, or is not Jinja.
+    """
+    file = Path(path)
+    if file.is_dir() or (file.name == _TOKENIZER_CONFIG and file.is_file()):
+        folder = file if file.is_dir() else file.parent
+        found = find_chat_template(folder)
+        if found is None:
+            raise UserError(
+                f"no chat template: {file}: neither {CHAT_TEMPLATE_FILE} nor {_TOKENIZER_CONFIG} "
+                "there has one: name a file of Jinja"
+            )
+        return found
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read chat template: {file}: {error.strerror}") from error
+    if file.suffix == ".json":
+        return _checked(file, _default_of(file, _templates_of_json(file, data)))
+    return _checked(file, _decoded(file, data))
+
+
+def find_chat_template(folder: Path) -> JinjaTemplate | None:
+    """A model folder's own chat template, the one that transformers uses; None if it has none.
+
+    Raises:
+        UserError: A file cannot be read, is not Jinja, or names templates without a default.
+    """
+    try:
+        files = {name: (folder / name).read_bytes() for name in chat_template_names(folder)}
+    except OSError as error:
+        raise UserError(f"cannot read chat template: {folder}: {error.strerror}") from error
+    templates = chat_templates_in(files, folder)
+    if not templates:
+        return None
+    is_jinja = CHAT_TEMPLATE_FILE in files
+    file = folder / (CHAT_TEMPLATE_FILE if is_jinja else _TOKENIZER_CONFIG)
+    return _checked(file, _default_of(file, templates))
+
+
+def chat_template_names(folder: Path) -> list[str]:
+    """Names, relative to a model folder, of the files there that may hold chat templates."""
+    names = [CHAT_TEMPLATE_FILE, _TOKENIZER_CONFIG, _PROCESSOR_TEMPLATE]
+    names += sorted(
+        f"{CHAT_TEMPLATE_FOLDER}/{path.name}"
+        for path in (folder / CHAT_TEMPLATE_FOLDER).glob("*.jinja")
+    )
+    return [name for name in names if (folder / name).is_file()]
+
+
+def chat_templates_in(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
+    """Jinja sources by name (`default`, `tool_use`, ...) from the small files of a model folder.
+
+    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace
+    whatever `tokenizer_config.json` holds. `chat_template.json`, which older transformers wrote for
+    processors, comes last.
+
+    Args:
+        files: Contents by name relative to the folder.
+        folder: The folder, for messages.
+
+    Raises:
+        UserError: A file is not UTF-8, or no JSON.
+    """
+    templates: dict[str, str] = {}
+    for name, data in files.items():
+        path = PurePosixPath(name)
+        if name == CHAT_TEMPLATE_FILE:
+            templates[_DEFAULT] = _decoded(folder / name, data)
+        elif str(path.parent) == CHAT_TEMPLATE_FOLDER and path.suffix == ".jinja":
+            templates[path.stem] = _decoded(folder / name, data)
+    for name in (_TOKENIZER_CONFIG, _PROCESSOR_TEMPLATE):
+        if not templates and name in files:
+            templates = _templates_of_json(folder / name, files[name])
+    return templates
+
+
+def _templates_of_json(file: Path, data: bytes) -> dict[str, str]:
+    """The templates under `chat_template` by name; none if the key is missing or null."""
+    try:
+        content = json.loads(data)
+        template = content.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        elif template is not None and not isinstance(template, dict):
+            template = {_DEFAULT: template}
+        template = template or {}
+        if not all(isinstance(text, str) for item in template.items() for text in item):
+            raise TypeError("chat_template is not text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+    return template
+
+
+def _default_of(file: Path, templates: Mapping[str, str]) -> str:
+    if _DEFAULT in templates:
+        return templates[_DEFAULT]
+    has = (
+        f"has only {', '.join(templates)}, and none is called default" if templates else "has none"
+    )
+    raise UserError(f"no chat template: {file}: {has}: name a file of Jinja")
+
+
+def _decoded(file: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+
+
+def _checked(file: Path, source: str) -> JinjaTemplate:
+    try:
+        _compiled(source)
+    except UserError:
+        raise
+    except Exception as error:  # jinja2's own, and Python's for what nests too deeply
+        line = getattr(error, "lineno", None)
+        raise UserError(f"not a Jinja template: {file}{line and f':{line}' or ''}: {error}") from (
+            error
+        )
+    return JinjaTemplate(file.name, source)
+
+
+@cache
+def _compiled(source: str) -> Any:
+    if len(source) > MAX_SOURCE_CHARACTERS:
+        raise UserError(
+            f"chat template too large: {len(source)} characters: {MAX_SOURCE_CHARACTERS} are the "
+            "most that are compiled"
+        )
+    try:
+        from megatron_chatflow.tokenizer.template_sandbox import LimitedEnvironment
+    except ImportError as error:
+        raise UserError("a chat template needs jinja2: pip install jinja2") from error
+    return LimitedEnvironment().from_string(source)
+
+
+def _reason(error: BaseException | None) -> str:
+    return "" if error is None else str(error) or type(error).__name__
+
+
+@cache
+def _tags(source: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\{%[-+]?\s*(\w+)", source))
+
+
+@cache
+def _pattern_of(names: tuple[str, ...]) -> re.Pattern[str] | None:
+    ordered = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _without_marks(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without the marks of answers, and where the answers lie in it."""
+    plain = ""
+    spans: list[tuple[int, int]] = []
+    for piece in re.split(f"([{begin}{end}])", text):
+        if piece == begin:
+            spans.append((len(plain), len(plain)))
+        elif piece == end and spans:
+            spans[-1] = (spans[-1][0], len(plain))
+        else:
+            plain += piece
+    return plain, [span for span in spans if span[0] < span[1]]

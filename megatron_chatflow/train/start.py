@@ -1,0 +1,202 @@
+"""The checkpoint that a run begins with: chosen by rank 0, and the same one on every rank.
+
+In: a resolved configuration. Out: `Beginning`, or None for a fresh start. Folders may lie on each
+node's own disk, and on a shared one a node may see the file that names the latest checkpoint a
+moment late: so rank 0 chooses, and each rank looks for that very checkpoint where its own
+configuration points.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.checkpoint.files import (
+    LATEST,
+    identity,
+    is_iteration_folder,
+    resolve_checkpoint,
+)
+from megatron_chatflow.config import CheckpointConfig, RunConfig
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.ranks import Ranks, gather, name_ranks
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_TO_APPEAR = 5.0  # on a shared file system that caches what it showed before
+_PAUSE_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The checkpoint that a run begins with, whole or its weights alone.
+
+    Attributes:
+        folder: Where this rank reads it.
+        option: Of the section ``checkpoint``, that named it.
+        weights_only: Whether a new run begins with its weights.
+    """
+
+    folder: Path
+    option: str
+    weights_only: bool
+
+    @property
+    def is_huggingface(self) -> bool:
+        """Whether it is a Hugging Face folder."""
+        return self.option == "load_hf"
+
+
+def find_beginning(config: RunConfig) -> Beginning | None:
+    """What this process alone would begin with.
+
+    Raises:
+        UserError: What has to be there is not.
+    """
+    settings = config.checkpoint
+    if settings.load is not None:
+        checkpoint = resolve_checkpoint(Path(settings.load))
+        if checkpoint is not None:
+            return Beginning(checkpoint, "load", weights_only=settings.finetune)
+        if settings.finetune:
+            raise UserError(
+                f"checkpoint.load: {settings.load} holds no checkpoint, and --finetune needs its "
+                "weights; name a run's folder or one of its iter_ folders"
+            )
+    if settings.pretrained_checkpoint is not None:
+        checkpoint = resolve_checkpoint(Path(settings.pretrained_checkpoint))
+        if checkpoint is None:
+            raise UserError(
+                f"checkpoint.pretrained_checkpoint: {settings.pretrained_checkpoint} holds no "
+                "checkpoint; name a run's folder or one of its iter_ folders"
+            )
+        return Beginning(checkpoint, "pretrained_checkpoint", weights_only=True)
+    if settings.load_hf is not None:
+        return Beginning(Path(settings.load_hf), "load_hf", weights_only=True)
+    if settings.load is not None:
+        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
+    return None
+
+
+def refuse_folder_of_another_run(settings: CheckpointConfig, beginning: Beginning | None) -> None:
+    """Refuses to save over checkpoints that the run does not go on from.
+
+    Raises:
+        UserError: ``--save`` holds some.
+    """
+    if settings.save is None or not Path(settings.save).is_dir():
+        return
+    save = Path(settings.save).resolve()
+    if beginning is not None and not beginning.weights_only:
+        if save in (beginning.folder.parent.resolve(), beginning.folder.resolve().parent):
+            return
+    has_latest = (save / LATEST).exists()
+    # Killed while its very first checkpoint appeared, a run begins anew, by the same command.
+    if not has_latest and settings.load is not None and Path(settings.load).resolve() == save:
+        return
+    if has_latest or any(is_iteration_folder(path) for path in save.glob("iter_*")):
+        raise UserError(
+            f"checkpoint.save: {settings.save} holds another run's checkpoints, which this one "
+            f"would replace; go on from them with --load {settings.save}, or give this run another "
+            "--save"
+        )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What rank 0 begins with; the text says it, or what is wrong with it."""
+
+    text: str
+    option: str | None = None
+    name: str = ""
+    identity: str = ""
+    problem: bool = False
+
+
+def agree_on_beginning(config: RunConfig, ranks: Ranks) -> Beginning | None:
+    """What every rank begins with; every rank calls it.
+
+    Raises:
+        UserError: On every rank, if one of them does not see what rank 0 begins with.
+    """
+    if ranks.process.world_size == 1:
+        return find_beginning(config)
+    own, problem = None, ""
+    try:
+        own = find_beginning(config)
+    except UserError as error:
+        problem = str(error)
+    chosen: list[Any] = [_choice(own, problem) if ranks.process.rank == 0 else None]
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    choice: _Choice = chosen[0]
+    if choice.problem:
+        raise UserError(choice.text)
+    found, sight = _look_for(choice, config, own, problem)
+    _refuse_other_sights(choice, gather(sight))
+    return found
+
+
+def _choice(own: Beginning | None, problem: str) -> _Choice:
+    if problem:
+        return _Choice(problem, problem=True)
+    if own is None:
+        return _Choice("sees no checkpoint and would start fresh")
+    try:
+        what = identity(own.folder, is_huggingface=own.is_huggingface)
+    except (UserError, OSError):
+        what = ""  # opening it says what is wrong with it
+    return _Choice(f"begins with {own.folder}", own.option, own.folder.name, what)
+
+
+def _look_for(
+    choice: _Choice, config: RunConfig, own: Beginning | None, problem: str
+) -> tuple[Beginning | None, str | None]:
+    """This rank's place of what rank 0 chose, and what it sees there instead, if it does."""
+    if choice.option is None:
+        return None, problem or (None if own is None else f"sees {own.folder}")
+    named = getattr(config.checkpoint, choice.option)
+    if named is None:
+        return None, f"is not given --{choice.option.replace('_', '-')}"
+    folder = Path(named)
+    is_huggingface = choice.option == "load_hf"
+    if not is_huggingface and not is_iteration_folder(folder):
+        folder = folder / choice.name
+    weights_only = choice.option != "load" or config.checkpoint.finetune
+    beginning = Beginning(folder, choice.option, weights_only)
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while True:
+        sight = _other_sight(folder, choice, is_huggingface=is_huggingface)
+        if sight is None or time.monotonic() >= deadline:
+            return beginning, sight
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _other_sight(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str | None:
+    """What is wrong with this rank's folder; None if it holds what rank 0 chose."""
+    if not folder.is_dir():
+        return f"sees no {folder}"
+    if not choice.identity:
+        return None
+    try:
+        what = identity(folder, is_huggingface=is_huggingface)
+    except (UserError, OSError) as error:
+        return f"does not see it whole ({error})"
+    return None if what == choice.identity else f"sees another checkpoint as {folder}"
+
+
+def _refuse_other_sights(choice: _Choice, sights: list[str | None]) -> None:
+    others: dict[str, list[int]] = {}
+    for rank, sight in enumerate(sights):
+        if sight is not None:
+            others.setdefault(sight, []).append(rank)
+    if not others:
+        return
+    listing = "; ".join(f"{name_ranks(ranks)} {sight}" for sight, ranks in others.items())
+    option = choice.option or "load"
+    raise UserError(
+        f"checkpoint.{option}: the ranks do not begin alike: rank 0 {choice.text}; {listing}; name "
+        "a folder that every node sees, or copy the whole checkpoint to each node"
+    )
