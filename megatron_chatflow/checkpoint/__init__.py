@@ -1,1 +1,1 @@
-"""Checkpoints: the distributed store, and conversion to and from Hugging Face."""
+"""Checkpoints: a training state in a distributed store, written while training goes on."""

@@ -1,1 +1,1 @@
-"""Loss per source, reports, generation and benchmark harness."""
+"""Validation loss per source, held-out text, multiple choice, and lm-eval tasks."""

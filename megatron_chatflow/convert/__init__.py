@@ -1,0 +1,1 @@
+"""Conversion from and to Hugging Face folders, between vocabularies, and its verification."""
