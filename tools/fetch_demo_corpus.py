@@ -11,10 +11,13 @@ if __name__ == "__main__":
     exit_on_interrupt()  # the imports below take seconds
 
 import argparse
+import sys
 from pathlib import Path
 
-from megatron_chatflow.corpus.demo.pins import PINS, select_pins
-from megatron_chatflow.corpus.demo.write import make_demo_corpus
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.corpus.pins import PINS, select_pins
+from examples.corpus.write import make_demo_corpus
 from megatron_chatflow.errors import ArgumentParser, run_main
 
 _EPILOG = """examples:

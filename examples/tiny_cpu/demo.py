@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from steps import (
+from examples.steps import (
     CORPUS,
     ROOT,
     SOURCES,
@@ -36,7 +36,6 @@ from steps import (
     tokenise,
     tool,
 )
-
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import write_output_file
 

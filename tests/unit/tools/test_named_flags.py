@@ -29,7 +29,7 @@ PRINTED_BY = {
     "checkpoint.convert_folder": {"tools.convert_checkpoint", "tools.extend_vocab"},
     "checkpoint.convert_template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
     "checkpoint.optimizer_state": {PRETRAIN},
-    "corpus.demo.pins": {"tools.fetch_demo_corpus"},
+    "examples.corpus.pins": {"tools.fetch_demo_corpus"},
     "corpus.readers": {"tools.preprocess_data"},
     "corpus.tab_separated": {"tools.preprocess_data"},
     "data.preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
@@ -61,7 +61,11 @@ def name_of(path: Path) -> str:
 
 PATHS = {
     name_of(path): path
-    for path in (*ROOT.glob("megatron_chatflow/**/*.py"), *ROOT.glob("tools/*.py"))
+    for path in (
+        *ROOT.glob("megatron_chatflow/**/*.py"),
+        *ROOT.glob("examples/corpus/*.py"),
+        *ROOT.glob("tools/*.py"),
+    )
 }
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in PATHS.items()}
 

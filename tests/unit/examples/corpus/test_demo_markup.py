@@ -1,7 +1,7 @@
 """Markup strippers and the tidying of text."""
 
-from megatron_chatflow.corpus.demo import markdown, rst, wikitext
-from megatron_chatflow.corpus.demo.text import tidy, tidy_code, to_chinese_marks, to_half_width
+from examples.corpus import markdown, rst, wikitext
+from examples.corpus.text import tidy, tidy_code, to_chinese_marks, to_half_width
 
 RST = """\
 =========

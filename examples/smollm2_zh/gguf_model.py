@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_chatflow.checkpoint.gguf_tokenizer import special_ids, write_tokenizer
+from examples.smollm2_zh.gguf_tokenizer import special_ids, write_tokenizer
 from megatron_chatflow.convert.export import (
     MAX_SHARD_BYTES,
     Converted,

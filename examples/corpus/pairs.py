@@ -6,7 +6,7 @@ translation: too short, the wrong language, lengths or numbers that do not fit.
 
 import re
 
-from megatron_chatflow.corpus.demo.text import num_han, tidy, to_chinese_marks, to_half_width
+from examples.corpus.text import num_han, tidy, to_chinese_marks, to_half_width
 
 _NUMBER = re.compile(r"\d[\d,]*\d")
 _MARKUP = re.compile(

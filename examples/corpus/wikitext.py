@@ -8,7 +8,7 @@ import html
 import re
 from collections.abc import Callable
 
-from megatron_chatflow.corpus.demo.text import tidy
+from examples.corpus.text import tidy
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _REFERENCE = re.compile(r"<ref\b[^>/]*/>|<ref\b[^>]*>.*?</ref\s*>", re.DOTALL | re.IGNORECASE)

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_chatflow.corpus.demo.archive import read_members
-from megatron_chatflow.corpus.demo.markdown import Block, parse_blocks, to_plain_text
-from megatron_chatflow.corpus.demo.pairs import make_pair
-from megatron_chatflow.corpus.demo.text import Document, num_han, to_chinese_marks
+from examples.corpus.archive import read_members
+from examples.corpus.markdown import Block, parse_blocks, to_plain_text
+from examples.corpus.pairs import make_pair
+from examples.corpus.text import Document, num_han, to_chinese_marks
 
 _PAGE = re.compile(r"docs/(en|zh)/docs/(.+)\.md$")
 # Lists of people, links and changes, and templates: not prose.

@@ -21,7 +21,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import IO
 
-from megatron_chatflow.corpus.demo.pip_settings import PipSettings, make_opener, split_credentials
+from examples.corpus.pip_settings import PipSettings, make_opener, split_credentials
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.2"
 _MAX_PAGE_BYTES = 1 << 28

@@ -10,11 +10,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megatron_chatflow.corpus.demo import build, write
-from megatron_chatflow.corpus.demo.build import Extractor, extract_corpus, num_characters, split
-from megatron_chatflow.corpus.demo.console import Console
-from megatron_chatflow.corpus.demo.pins import PINS, SMALL, SOURCES, select_pins
-from megatron_chatflow.corpus.demo.text import Document
+from examples.corpus import build, write
+from examples.corpus.build import Extractor, extract_corpus, num_characters, split
+from examples.corpus.console import Console
+from examples.corpus.pins import PINS, SMALL, SOURCES, select_pins
+from examples.corpus.text import Document
 from megatron_chatflow.errors import UserError
 
 QUIET = Console(quiet=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.demo.pins import Pin
+from examples.corpus.pins import Pin
 
 INCOMPRESSIBLE = "\n".join(hashlib.sha256(bytes([i])).hexdigest() for i in range(200))
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from megatron_chatflow.corpus.demo import rst, wikitext
-from megatron_chatflow.corpus.demo.archive import decompress_bz2, read_member, read_members
-from megatron_chatflow.corpus.demo.text import Document, tidy, tidy_line
+from examples.corpus import rst, wikitext
+from examples.corpus.archive import decompress_bz2, read_member, read_members
+from examples.corpus.text import Document, tidy, tidy_line
 
 _MIN_CHARACTERS = 200
 _DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from megatron_chatflow.corpus.demo.archive import read_member, read_members
-from megatron_chatflow.corpus.demo.text import HAN, Document, num_han, tidy_code
+from examples.corpus.archive import read_member, read_members
+from examples.corpus.text import HAN, Document, num_han, tidy_code
 
 ASSISTANT_NAME = "ChatFlow"
 """What the demo's assistant calls itself."""

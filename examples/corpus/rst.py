@@ -7,7 +7,7 @@ list items as plain text; code, tables, images, comments and link targets are le
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from megatron_chatflow.corpus.demo.text import cut_last_sentence
+from examples.corpus.text import cut_last_sentence
 
 _DIRECTIVE = re.compile(r"\.\. (?:\|[^|]+\| )?([\w:+-]+)::(?:\s+(.*))?$")
 _EXPLICIT = re.compile(r"\.\.(?:\s|$)")

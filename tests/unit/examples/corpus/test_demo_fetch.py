@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.demo.console import Console
-from megatron_chatflow.corpus.demo.fetch import fetch, locked
-from megatron_chatflow.corpus.demo.pins import Pin
-from megatron_chatflow.corpus.demo.pip_settings import PipSettings
+from examples.corpus.console import Console
+from examples.corpus.fetch import fetch, locked
+from examples.corpus.pins import Pin
+from examples.corpus.pip_settings import PipSettings
 from megatron_chatflow.errors import UserError
 
 QUIET = Console(quiet=True)
@@ -174,7 +174,7 @@ def test_credentials_go_to_index_and_files(index, publish, folder):
 def test_folder_takes_one_run_at_a_time(folder):
     code = (
         "import sys; from pathlib import Path\n"
-        "from megatron_chatflow.corpus.demo.fetch import locked\n"
+        "from examples.corpus.fetch import locked\n"
         "with locked(Path(sys.argv[1])): print('in')"
     )
     command = [sys.executable, "-c", code, str(folder)]

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_chatflow.corpus.demo.archive import read_member
-from megatron_chatflow.corpus.demo.text import (
+from examples.corpus.archive import read_member
+from examples.corpus.text import (
     HAN,
     Document,
     num_han,

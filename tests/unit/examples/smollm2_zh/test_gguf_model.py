@@ -11,8 +11,8 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers, trainers
 
-from megatron_chatflow.checkpoint.gguf import convert_gguf, gguf_name, unpermute
-from megatron_chatflow.checkpoint.gguf_tokenizer import build_tokenizer
+from examples.smollm2_zh.gguf_model import convert_gguf, gguf_name, unpermute
+from examples.smollm2_zh.gguf_tokenizer import build_tokenizer
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
@@ -21,7 +21,7 @@ from megatron_chatflow.tokenizer import load_tokenizer
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[4]
 CONTROLS = ("<|end|>", "<|im_start|>", "<|im_end|>")
 TEXT = ["the kiln is hot", "the clay in the kiln 1234", "窑里的泥土很热", "it's the potter's wheel"]
 

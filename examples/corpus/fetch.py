@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
-from megatron_chatflow.corpus.demo.console import Console
-from megatron_chatflow.corpus.demo.index import Link, UnreachableError, find_links, open_url
-from megatron_chatflow.corpus.demo.pins import Pin
-from megatron_chatflow.corpus.demo.pip_settings import PipSettings, read_pip_settings
+from examples.corpus.console import Console
+from examples.corpus.index import Link, UnreachableError, find_links, open_url
+from examples.corpus.pins import Pin
+from examples.corpus.pip_settings import PipSettings, read_pip_settings
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import is_for_want_of_room
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import orjson
 
-from megatron_chatflow.corpus.demo.archive import read_member
-from megatron_chatflow.corpus.demo.build import (
+from examples.corpus.archive import read_member
+from examples.corpus.build import (
     HOLDOUT_EVERY,
     Corpus,
     extract_corpus,
     num_characters,
 )
-from megatron_chatflow.corpus.demo.console import Console
-from megatron_chatflow.corpus.demo.fetch import fetch, locked, sha256_of
-from megatron_chatflow.corpus.demo.pins import SOURCES, TOKENIZER, Pin
-from megatron_chatflow.corpus.demo.pip_settings import PipSettings
+from examples.corpus.console import Console
+from examples.corpus.fetch import fetch, locked, sha256_of
+from examples.corpus.pins import SOURCES, TOKENIZER, Pin
+from examples.corpus.pip_settings import PipSettings
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import check_output_folder, write_output_file
 

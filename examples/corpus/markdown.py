@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_chatflow.corpus.demo.text import cut_last_sentence, tidy_line
+from examples.corpus.text import cut_last_sentence, tidy_line
 
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)

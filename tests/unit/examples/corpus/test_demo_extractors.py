@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from megatron_chatflow.corpus.demo import (
+from examples.corpus import (
     chinese,
     choice,
     english,
@@ -16,7 +16,7 @@ from megatron_chatflow.corpus.demo import (
     instruction,
     parallel,
 )
-from megatron_chatflow.corpus.demo.pairs import make_pair
+from examples.corpus.pairs import make_pair
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 6
 

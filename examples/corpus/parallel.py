@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.corpus.demo import markdown
-from megatron_chatflow.corpus.demo.archive import read_member, read_members
-from megatron_chatflow.corpus.demo.pairs import make_pair
-from megatron_chatflow.corpus.demo.text import Document
+from examples.corpus import markdown
+from examples.corpus.archive import read_member, read_members
+from examples.corpus.pairs import make_pair
+from examples.corpus.text import Document
 
 _SDK_MODULE = re.compile(r"tencentcloud/(\w+/v\d+)/(?:models|\w+_client)\.py$")
 _CLASS = re.compile(

@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from megatron_chatflow.corpus.demo import (
+from examples.corpus import (
     chinese,
     choice,
     english,
@@ -28,8 +28,8 @@ from megatron_chatflow.corpus.demo import (
     instruction,
     parallel,
 )
-from megatron_chatflow.corpus.demo.console import Console
-from megatron_chatflow.corpus.demo.text import Document
+from examples.corpus.console import Console
+from examples.corpus.text import Document
 from megatron_chatflow.errors import UserError
 
 HOLDOUT_EVERY = 50

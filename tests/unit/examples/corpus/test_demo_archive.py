@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.demo.archive import decompress_bz2, read_member, read_members
+from examples.corpus.archive import decompress_bz2, read_member, read_members
 from megatron_chatflow.errors import UserError
 
 MEMBERS = {"docs/b.txt": "second", "docs/a.txt": "first", "code.py": "raise SystemExit"}

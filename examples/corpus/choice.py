@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megatron_chatflow.corpus.demo.archive import read_member
-from megatron_chatflow.corpus.demo.text import Document, tidy
+from examples.corpus.archive import read_member
+from examples.corpus.text import Document, tidy
 
 _PROMPTS = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
 _QUESTION = re.compile(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.corpus.demo import pip_settings
-from megatron_chatflow.corpus.demo.pip_settings import PipSettings, make_opener, parse_config
+from examples.corpus import pip_settings
+from examples.corpus.pip_settings import PipSettings, make_opener, parse_config
 from megatron_chatflow.errors import UserError
 
 
