@@ -215,7 +215,7 @@ def sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
-def is_for_want_of_room(error: OSError) -> bool:
+def is_disk_full(error: OSError) -> bool:
     """Whether a disk, a quota or a limit on files is exhausted, which may pass."""
     return error.errno in DISK_FULL
 
@@ -464,7 +464,7 @@ LARGE_BYTES = 1 << 22  # from here on a thread of its own hashes while the bytes
 
 
 @contextmanager
-def told_to_the_user(path: Path) -> Iterator[None]:
+def as_user_error(path: Path) -> Iterator[None]:
     """Turns the system's refusal to write a file into a `UserError`."""
     try:
         yield
@@ -512,7 +512,7 @@ class StagedFile:
         except OSError as error:
             raise UserError(f"cannot write: {self.partial_path}: {error.strerror}") from error
         self._lock()
-        with told_to_the_user(self.partial_path):
+        with as_user_error(self.partial_path):
             self._file.truncate(0)
 
     def _lock(self) -> None:
@@ -541,13 +541,13 @@ class StagedFile:
         """
         if len(data) < LARGE_BYTES:
             self._hash.update(data)
-            with told_to_the_user(self.partial_path):
+            with as_user_error(self.partial_path):
                 self._file.write(data)
         else:
             hashing = threading.Thread(target=self._hash.update, args=(data,))
             hashing.start()
             try:
-                with told_to_the_user(self.partial_path):
+                with as_user_error(self.partial_path):
                     self._file.write(data)
             finally:
                 hashing.join()
@@ -562,7 +562,7 @@ class StagedFile:
         Raises:
             UserError: It cannot be read, or these bytes cannot be written.
         """
-        with told_to_the_user(self.partial_path):
+        with as_user_error(self.partial_path):
             self._file.flush()
             num_bytes = append_file(
                 source, self.partial_path, self.num_bytes, self._append, self._hash.update
@@ -581,7 +581,7 @@ class StagedFile:
 
     def seal(self) -> None:
         """Brings every byte written so far to the disk."""
-        with told_to_the_user(self.partial_path):
+        with as_user_error(self.partial_path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -591,7 +591,7 @@ class StagedFile:
         Raises:
             UserError: The name cannot be given, as when a folder has it.
         """
-        with told_to_the_user(self.path):
+        with as_user_error(self.path):
             os.replace(self.partial_path, self.path)
         self._file.close()
 
@@ -627,7 +627,7 @@ class Spool:
             folder: On whose disk it lies.
         """
         self._folder = folder
-        with told_to_the_user(folder):
+        with as_user_error(folder):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
 
     def write(self, data: bytes) -> None:
@@ -636,12 +636,12 @@ class Spool:
         Raises:
             UserError: They cannot be written, as when the disk is full.
         """
-        with told_to_the_user(self._folder):
+        with as_user_error(self._folder):
             self._file.write(data)
 
     def blocks(self) -> Iterator[bytes]:
         """Everything from the beginning, a mebibyte at a time."""
-        with told_to_the_user(self._folder):
+        with as_user_error(self._folder):
             self._file.seek(0)
             while block := self._file.read(1 << 20):
                 yield block

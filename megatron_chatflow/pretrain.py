@@ -19,7 +19,7 @@ from datetime import timedelta
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.errors import run_main
-from megatron_chatflow.runtime.exit_reporter import Farewell
+from megatron_chatflow.runtime.exit_reporter import ExitReporter
 from megatron_chatflow.runtime.launch import finalize, initialize, use_deterministic_algorithms
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 
@@ -29,16 +29,16 @@ logger = logging.getLogger("megatron_chatflow")
 def main() -> int:
     """Runs the command line; returns the exit status."""
     process = ProcessRank.from_environment()
-    farewell = Farewell(process)
+    exit_reporter = ExitReporter(process)
     try:
         _run(process)
     except Exception as error:
-        if not farewell.say(error):
+        if not exit_reporter.report(error):
             raise
         return 2
     finally:
         finalize()
-        farewell.wait()
+        exit_reporter.wait()
     return 0
 
 

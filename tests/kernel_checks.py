@@ -95,15 +95,15 @@ def check_swiglu(num_rows: int, width: int, dtype: torch.dtype, device: torch.de
 
 
 def check_softmax(
-    num_rows: int, num_columns: int, num_pieces: int, dtype: torch.dtype, device: torch.device
+    num_rows: int, num_columns: int, num_valid_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Labels run from before the slice to behind its pieces; some logits are far apart."""
     torch.manual_seed(0)
     logits = randn(num_rows, num_columns, dtype=dtype, device=device) * 20
-    labels = torch.randint(-2, num_pieces + 2, (num_rows,), device=device)
+    labels = torch.randint(-2, num_valid_tokens + 2, (num_rows,), device=device)
     scale = torch.rand(num_rows, device=device)
-    statistics = softmax.softmax_statistics_kernel(logits, labels, num_pieces)
-    expected = softmax.softmax_statistics_reference(logits.float(), labels, num_pieces)
+    statistics = softmax.softmax_statistics_kernel(logits, labels, num_valid_tokens)
+    expected = softmax.softmax_statistics_reference(logits.float(), labels, num_valid_tokens)
     assert torch.equal(statistics[0], expected[0])
     assert torch.equal(statistics[2], expected[2])
     assert_rounded(statistics[1], expected[1])
@@ -111,8 +111,8 @@ def check_softmax(
     # As if other slices had higher logits and more of them.
     highest, sums = expected[0].clamp(min=-50.0) + 1, expected[1] + 1
     gradient, expected_gradient = logits.clone(), logits.float()
-    arguments = (labels, highest, sums, scale, num_pieces)
+    arguments = (labels, highest, sums, scale, num_valid_tokens)
     softmax.softmax_gradient_kernel(gradient, *arguments)
     softmax.softmax_gradient_reference(expected_gradient, *arguments)
-    assert not gradient[:, num_pieces:].any()
+    assert not gradient[:, num_valid_tokens:].any()
     assert_rounded(gradient, expected_gradient, slack=1.0)

@@ -19,7 +19,11 @@ from megatron_chatflow.convert.huggingface_folder import huggingface_folder
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.generation.chat import Conversation
-from megatron_chatflow.generation.generate import Generator, add_sampling, read_sampling
+from megatron_chatflow.generation.generate import (
+    Generator,
+    add_sampling_arguments,
+    sampling_from_args,
+)
 
 EXAMPLES = """examples:
   python tools/chat.py exports/zh
@@ -40,10 +44,10 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
     parser.add_argument("--system", help="system text")
-    add_sampling(parser)
+    add_sampling_arguments(parser)
     args = parser.parse_args()
     choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
-    sampling = read_sampling(args)
+    sampling = sampling_from_args(args)
     with huggingface_folder(args.model, choice) as folder:
         conversation = Conversation(Generator(folder), sampling, args.system)
         for line in _lines():

@@ -15,8 +15,13 @@ from pathlib import Path
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.evaluation.choice import LANGUAGES, SCORINGS, ChoiceSettings
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
-from megatron_chatflow.evaluation.tasks import TaskSettings, names_of
+from megatron_chatflow.evaluation.evaluate import (
+    EvaluationSettings,
+    evaluate,
+    format_results,
+    to_json,
+)
+from megatron_chatflow.evaluation.tasks import TaskSettings, parse_task_names
 from megatron_chatflow.evaluation.text import TextSource
 from megatron_chatflow.files import check_output_file, write_output_file
 from megatron_chatflow.generation.generate import TEMPLATE_HELP
@@ -52,7 +57,7 @@ def main() -> None:
     results = [evaluate(model, settings, tokenizer, print) for model, tokenizer in models]
     if args.output:
         write_output_file(args.output, to_json(results))
-    print(table(results))
+    print(format_results(results))
 
 
 def _parse() -> argparse.Namespace:
@@ -85,7 +90,12 @@ def _parse() -> argparse.Namespace:
     )
     add("--few-shot-file", type=Path, help="where they come from (default: the file itself)")
     add("--language", choices=LANGUAGES, default="en", help="of the words around questions")
-    add("--tasks", type=names_of, default=(), help="lm-eval's, and mmlu,ceval-valid,cmmlu,gaokao")
+    add(
+        "--tasks",
+        type=parse_task_names,
+        default=(),
+        help="lm-eval's, and mmlu,ceval-valid,cmmlu,gaokao",
+    )
     add("--include-path", type=Path, help="folder of local lm-eval task files")
     add("--apply-chat-template", action="store_true", help="put lm-eval's questions as chats")
     add("--limit", type=int, help="questions of each lm-eval task")

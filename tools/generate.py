@@ -17,9 +17,9 @@ from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, run_main
 from megatron_chatflow.generation.generate import (
     Generator,
-    add_sampling,
+    add_sampling_arguments,
     read_prompt,
-    read_sampling,
+    sampling_from_args,
 )
 
 EXAMPLES = """examples:
@@ -43,9 +43,9 @@ def main() -> None:
     )
     parser.add_argument("--chat", action="store_true", help="put it as a question in the template")
     parser.add_argument("--system", help="system text of --chat")
-    add_sampling(parser)
+    add_sampling_arguments(parser)
     args = parser.parse_args()
-    sampling = read_sampling(args)
+    sampling = sampling_from_args(args)
     prompts = [read_prompt(text) for text in args.prompt]
     choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
     with huggingface_folder(args.model, choice) as folder:

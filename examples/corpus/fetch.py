@@ -22,7 +22,7 @@ from examples.corpus.index import Link, UnreachableError, find_links, open_url
 from examples.corpus.pins import Pin
 from examples.corpus.pip_settings import PipSettings, read_pip_settings
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import is_for_want_of_room
+from megatron_chatflow.files import is_disk_full
 
 _NUM_CONNECTIONS = 4
 _CHUNK_BYTES = 1 << 18
@@ -198,7 +198,7 @@ def _download_link(
         except (OSError, HTTPException) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            if isinstance(error, OSError) and is_for_want_of_room(error):
+            if isinstance(error, OSError) and is_disk_full(error):
                 raise UserError(
                     f"{part.parent}: {pin.file_name} does not fit ({error.strerror}): make room "
                     "and run this again, which goes on where it stopped"

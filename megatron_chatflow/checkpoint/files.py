@@ -23,7 +23,7 @@ from typing import Any
 from megatron_chatflow.checkpoint.direct_file import FileHash, hash_file
 from megatron_chatflow.data.fingerprint import sampled_hash
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import is_for_want_of_room, write_atomically
+from megatron_chatflow.files import is_disk_full, write_atomically
 
 MANIFEST = "hashes.json"
 ALGORITHM = "blake2b-128 of the length and of each 64 KiB leaf's blake2b-128"
@@ -177,7 +177,7 @@ def iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def write_if_there_is_room(path: Path, text: str, *, otherwise: str) -> None:
+def write_unless_disk_full(path: Path, text: str, *, otherwise: str) -> None:
     """As `write_atomically`; for want of room the file stays as it is, with a warning.
 
     Args:
@@ -188,7 +188,7 @@ def write_if_there_is_room(path: Path, text: str, *, otherwise: str) -> None:
     try:
         write_atomically(path, text)
     except OSError as error:
-        if not is_for_want_of_room(error):
+        if not is_disk_full(error):
             raise
         logger.warning("%s: %s; %s", path, error.strerror, otherwise)
 

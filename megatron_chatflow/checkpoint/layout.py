@@ -396,7 +396,7 @@ def _inside_row(number: int, begin: int, end: int, shape: Sequence[int]) -> list
     return [((number, *offsets), (1, *sizes)) for offsets, sizes in inner]
 
 
-def share_of(pieces: Sequence[TensorPiece], rank: int, num_replicas: int) -> list[TensorPiece]:
+def assign_shards(pieces: Sequence[TensorPiece], rank: int, num_replicas: int) -> list[TensorPiece]:
     """What one of several replicas writes of the pieces that all of them hold.
 
     Large pieces are cut by rows; then each goes, the largest first, to whoever has least.
@@ -479,7 +479,7 @@ def own_part(
     return data.narrow(axis, 0, length) if length > 0 else None
 
 
-def own_piece(piece: TensorPiece, own_sizes: OwnSizes) -> TensorPiece | None:
+def unpadded_shard(piece: TensorPiece, own_sizes: OwnSizes) -> TensorPiece | None:
     """What of a piece is the model's own: itself where nothing is padded, None if nothing is."""
     found = _find(piece.name, own_sizes)
     if found is None:
@@ -493,9 +493,9 @@ def own_piece(piece: TensorPiece, own_sizes: OwnSizes) -> TensorPiece | None:
     return replace(piece, global_shape=whole, sizes=tuple(own.shape), values=own)
 
 
-def own_pieces(pieces: Sequence[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:
+def unpadded_shards(pieces: Sequence[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:
     """What of pieces is the model's own."""
-    own = [own_piece(piece, own_sizes) for piece in pieces]
+    own = [unpadded_shard(piece, own_sizes) for piece in pieces]
     return [piece for piece in own if piece is not None]
 
 

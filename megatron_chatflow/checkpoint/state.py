@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from megatron_chatflow.checkpoint.layout import OwnSizes, TensorPiece, boxes_of_range, own_piece
+from megatron_chatflow.checkpoint.layout import (
+    OwnSizes,
+    TensorPiece,
+    boxes_of_range,
+    unpadded_shard,
+)
 from megatron_chatflow.checkpoint.megatron import ParameterPart
 from megatron_chatflow.checkpoint.reader import SafeReader, fill
 from megatron_chatflow.errors import UserError
@@ -257,7 +262,7 @@ def _own(pieces: list[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:
     """What a checkpoint holds of pieces; padded heads become 0."""
     found = []
     for piece in pieces:
-        own = own_piece(piece, own_sizes)
+        own = unpadded_shard(piece, own_sizes)
         if own is not piece:
             piece.values.zero_()
         if own is not None:

@@ -44,17 +44,17 @@ from megatron_chatflow.checkpoint.layout import (
     Plan,
     StoredObject,
     TensorPiece,
+    assign_shards,
     expect_own_heads,
     lay_out,
-    own_pieces,
     own_sizes_of,
-    share_of,
+    unpadded_shards,
 )
 from megatron_chatflow.checkpoint.writer import (
     BackgroundSave,
-    Progress,
+    OnProgress,
     Publication,
-    ReportBox,
+    SaveReports,
     StagingBuffer,
     Write,
     log_failure,
@@ -66,7 +66,7 @@ from megatron_chatflow.config import RunConfig
 from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
-from megatron_chatflow.runtime.ranks import Ranks, data_parallel_group, in_agreement
+from megatron_chatflow.runtime.ranks import Ranks, data_parallel_group, run_on_all_ranks
 
 _COUNTS = ("iteration", "consumed_samples", "consumed_tokens")
 
@@ -186,8 +186,8 @@ def parts_to_save(
             (cut if held.is_cut else alike).extend(optimizer_state.pieces_of(held, to_save))
     own_sizes = own_sizes_of(bare)
     group = data_parallel_group(with_context_parallel=True)
-    mine = share_of(own_pieces(alike, own_sizes), group.rank(), group.size())
-    return [*mine, *own_pieces(cut, own_sizes)], objects, common
+    mine = assign_shards(unpadded_shards(alike, own_sizes), group.rank(), group.size())
+    return [*mine, *unpadded_shards(cut, own_sizes)], objects, common
 
 
 def _chunk_names(chunks: list[Any]) -> list[str]:
@@ -265,7 +265,7 @@ def load_weights(
         _load_model(bare, checkpoint, reader)
         if optimizer is not None:
             layout = _layout(bare)
-            in_agreement(
+            run_on_all_ranks(
                 lambda: optimizer_state.load_master_weights(optimizer, layout, checkpoint, reader)
             )
 
@@ -292,7 +292,7 @@ def load_checkpoint(
         common = _load_model(bare, checkpoint, reader)
         layout = _layout(bare)
         state = common.get("optimizer")
-        in_agreement(lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader))
+        run_on_all_ranks(lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader))
 
 
 def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:
@@ -328,7 +328,7 @@ class CheckpointSaver:
         *,
         durable_iteration: int | None,
         carried: Mapping[str, bytes] | None = None,
-        on_progress: Progress = _nothing,
+        on_progress: OnProgress = _nothing,
     ) -> None:
         """Takes the run's folder.
 
@@ -475,7 +475,7 @@ class CheckpointSaver:
         plan = image.plan if image.plan != self._sent_plan else None
         self._sent_plan = image.plan
         process = self._ranks.process
-        box = ReportBox(f"{self._job}/{self._num_saves}")
+        box = SaveReports(f"{self._job}/{self._num_saves}")
         self._pending = BackgroundSave(state.iteration, write, box, process.rank, plan)
         if not self._ranks.is_reporter:
             return
@@ -520,21 +520,21 @@ class CheckpointSaver:
         return False
 
 
-def _written_now(write: Write, on_progress: Progress) -> Write:
+def _written_now(write: Write, on_progress: OnProgress) -> Write:
     """Writes while training waits; returns what tells of it, or fails as the write did."""
     try:
         hashes = write(on_progress)
     except Exception as caught:
         error = caught
 
-        def fail(_: Progress) -> dict[str, FileHash]:
+        def fail(_: OnProgress) -> dict[str, FileHash]:
             raise error
 
         return fail
     return lambda _: hashes
 
 
-def _write_whole(data: memoryview, num_bytes: int, path: Path, progress: Progress) -> FileHash:
+def _write_whole(data: memoryview, num_bytes: int, path: Path, progress: OnProgress) -> FileHash:
     with contextlib.closing(DirectFile(path, num_bytes)) as file:
         chunks = [
             file.submit(begin, data[begin : begin + CHUNK_BYTES])
@@ -547,7 +547,7 @@ def _write_whole(data: memoryview, num_bytes: int, path: Path, progress: Progres
 
 
 def _write_in_chunks(
-    image: FileImage, path: Path, device: torch.device, progress: Progress
+    image: FileImage, path: Path, device: torch.device, progress: OnProgress
 ) -> FileHash:
     """Writes a file from its tensors through a few chunks of memory."""
     slots = [page_aligned(CHUNK_BYTES) for _ in range(_NUM_SLOTS)]

@@ -174,7 +174,7 @@ class Report:
         return cls(content["error"], files, content["plan"])
 
 
-class ReportBox:
+class SaveReports:
     """Where the ranks of one save put their reports."""
 
     def __init__(self, name: str) -> None:
@@ -265,8 +265,8 @@ def _unseeded() -> torch.Generator:
     return generator
 
 
-Progress = Callable[[], None]
-Write = Callable[[Progress], dict[str, FileHash]]
+OnProgress = Callable[[], None]
+Write = Callable[[OnProgress], dict[str, FileHash]]
 """Writes this rank's files, calls back after each part, and returns the files' hashes."""
 
 _PAUSE_SECONDS = 0.2
@@ -345,7 +345,7 @@ class BackgroundSave:
         self,
         iteration: int,
         write: Write,
-        box: ReportBox,
+        box: SaveReports,
         rank: int,
         plan: Plan | None,
     ) -> None:
@@ -386,7 +386,7 @@ class BackgroundSave:
         """Whether this rank has nothing left to do."""
         return not any(thread.is_alive() for thread in self._threads)
 
-    def wait(self, on_progress: Progress) -> bool:
+    def wait(self, on_progress: OnProgress) -> bool:
         """Waits until it is done; says whether it went well, on rank 0 for all ranks.
 
         Args:

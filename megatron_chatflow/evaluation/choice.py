@@ -28,7 +28,7 @@ from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.data.loader import MicroBatch
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.models import LanguageModel
-from megatron_chatflow.evaluation.validation import reduce_source_sums, whole_groups
+from megatron_chatflow.evaluation.validation import pad_to_pipeline_groups, reduce_source_sums
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
@@ -143,7 +143,7 @@ def _index(answer: Any) -> int:
     return int(answer) if is_whole else -1
 
 
-def examples_for(
+def select_few_shot_examples(
     questions: Sequence[Question], number: int, pool: Sequence[Question], count: int
 ) -> list[Question]:
     """Solved questions to show before one: the first others of its subject, then of any.
@@ -161,7 +161,7 @@ def examples_for(
     return (same + rest)[:count]
 
 
-def prompt_of(question: Question, examples: Sequence[Question], settings: ChoiceSettings) -> str:
+def build_prompt(question: Question, examples: Sequence[Question], settings: ChoiceSettings) -> str:
     """The text up to where the answer is to come."""
     language = settings.language
     about = _ABOUT[language].format(subject=question.subject) if question.subject else ""
@@ -211,15 +211,17 @@ def evaluate_choice(
     counted = tqdm(questions, desc="choice", unit="question", disable=None)
     scores = []
     for number, question in enumerate(counted):
-        examples = examples_for(questions, number, pool or questions, settings.num_few_shot)
+        examples = select_few_shot_examples(
+            questions, number, pool or questions, settings.num_few_shot
+        )
         prompt, answers = encode_question(
-            *(model.tokenizer, model.beginning, model.max_length, question, examples, settings)
+            *(model.tokenizer, model.prefix_ids, model.max_length, question, examples, settings)
         )
         scores.append(_scores(model, prompt, answers))
-    return tally(questions, scores, settings)
+    return summarize_choice(questions, scores, settings)
 
 
-def tally(
+def summarize_choice(
     questions: Sequence[Question], all_scores: Sequence[Sequence[float]], settings: ChoiceSettings
 ) -> dict[str, Any]:
     """What `evaluate_choice` returns, from the log-probability of each choice of each question."""
@@ -252,7 +254,7 @@ def tally(
 
 def encode_question(
     tokenizer: Tokenizer,
-    beginning: Sequence[int],
+    prefix_ids: Sequence[int],
     max_length: int,
     question: Question,
     examples: Sequence[Question],
@@ -262,7 +264,7 @@ def encode_question(
 
     Args:
         tokenizer: The model's.
-        beginning: What stands before every text.
+        prefix_ids: What stands before every text.
         max_length: Tokens that the model reads at once: question and choice, but for the last.
         question: The question.
         examples: Solved questions before it.
@@ -281,8 +283,8 @@ def encode_question(
             )
     longest = max(map(len, answers))
     for first in range(len(examples) + 1):
-        text = prompt_of(question, examples[first:], settings)
-        prompt = [*beginning, *tokenizer.encode(text)]
+        text = build_prompt(question, examples[first:], settings)
+        prompt = [*prefix_ids, *tokenizer.encode(text)]
         if len(prompt) + longest - 1 <= max_length:
             break
     return prompt, answers
@@ -346,12 +348,12 @@ class ChoiceValidator:
             seq_length: Tokens read at once: question and choice, but for the last.
             micro_batch_size: A micro-batch holds this times ``seq_length`` tokens.
         """
-        beginning = [tokenizer.bos_id] if begins_with_bos else []
+        prefix_ids = [tokenizer.bos_id] if begins_with_bos else []
         rows: list[tuple[list[int], int]] = []
         for number, question in enumerate(questions):
-            examples = examples_for(questions, number, questions, settings.num_few_shot)
+            examples = select_few_shot_examples(questions, number, questions, settings.num_few_shot)
             prompt, answers = encode_question(
-                *(tokenizer, beginning, seq_length, question, examples, settings)
+                *(tokenizer, prefix_ids, seq_length, question, examples, settings)
             )
             rows += [(question_row(prompt, ids, seq_length), len(ids)) for ids in answers]
         num_tokens = micro_batch_size * seq_length
@@ -380,12 +382,12 @@ class ChoiceValidator:
                 sums = torch.stack(results).sum(dim=0)
         log_probs = iter((-reduce_source_sums(sums, ranks)[:, 0]).tolist())
         scores = [[next(log_probs) for _ in question.choices] for question in self.questions]
-        return tally(self.questions, scores, self.settings)
+        return summarize_choice(self.questions, scores, self.settings)
 
     def _forward(
         self, batches: list[MicroBatch], forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
     ) -> list[torch.Tensor]:
-        batches = whole_groups(batches, len(chunks), ranks)
+        batches = pad_to_pipeline_groups(batches, len(chunks), ranks)
         with torch.no_grad(), device_mode(ranks.device):
             results: list[torch.Tensor] = get_forward_backward_func()(
                 forward_step_func=replace(forward_step, num_sources=self.num_choices),

@@ -17,7 +17,7 @@ from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice, read_questions
 from megatron_chatflow.evaluation.models import LanguageModel
-from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks, headline
+from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks, headline_metric
 from megatron_chatflow.evaluation.text import DEFAULT_TEMPLATE, TextSource, evaluate_text
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
+def format_results(results: Sequence[Mapping[str, Any]]) -> str:
     """Results of one or several models side by side.
 
     Args:
@@ -199,7 +199,7 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
             if field_name in values:
                 figures[f"{name} {field_name}"] = values[field_name]
     for name, values in result.get("tasks", {}).items():
-        shown = headline(values)
+        shown = headline_metric(values)
         if shown is not None:
             figures[f"{name} {shown[0]}"] = shown[1]
     return figures

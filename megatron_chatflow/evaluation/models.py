@@ -123,16 +123,16 @@ def _begin_texts_as_configured(tokenizer: Any, folder: Path) -> None:
         tokenizer.add_bos_token = begins
 
 
-def beginning_ids(tokenizer: Any) -> list[int]:
+def bos_prefix(tokenizer: Any) -> list[int]:
     """What a tokenizer of transformers puts before every text: BOS for LLaMA-2, often nothing."""
     ids: list[int] = tokenizer("a")["input_ids"]
     return [token_id for token_id in ids[:1] if token_id == tokenizer.bos_token_id]
 
 
-def begun(ids: Sequence[int], beginning: Sequence[int]) -> list[int]:
+def with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
     """Ids behind what texts begin with, unless they begin so (a chat template may write BOS)."""
-    num_begin = len(beginning)
-    return list(ids) if list(ids[:num_begin]) == list(beginning) else [*beginning, *ids]
+    num_prefix = len(prefix)
+    return list(ids) if list(ids[:num_prefix]) == list(prefix) else [*prefix, *ids]
 
 
 FloatArray = npt.NDArray[np.float64]
@@ -145,7 +145,7 @@ class LanguageModel:
     Attributes:
         folder: The Hugging Face folder.
         tokenizer: Ids as training had them.
-        beginning: What every text begins with: BOS where the model's tokenizer is configured so,
+        prefix_ids: What every text begins with: BOS where the model's tokenizer is configured so,
             otherwise nothing.
         chat_template: The folder's own; None if it has none. One of the built-in templates is
             given by its name.
@@ -167,7 +167,7 @@ class LanguageModel:
         self.theirs = load_pretrained(folder)
         self._model = self.theirs[1]
         self.tokenizer = load_tokenizer(folder)
-        self.beginning = beginning_ids(self.theirs[0])
+        self.prefix_ids = bos_prefix(self.theirs[0])
         self._own_template = find_chat_template(folder)
         self.chat_template = self._chat_template()
         longest = int(self._model.config.max_position_embeddings)
@@ -206,7 +206,7 @@ class LanguageModel:
                 "sha256": self.tokenizer.fingerprint,
                 "vocab_size": self.tokenizer.vocab_size,
             },
-            "begins_with": self.theirs[0].bos_token if self.beginning else None,
+            "begins_with": self.theirs[0].bos_token if self.prefix_ids else None,
             "chat_template": template,
         }
 

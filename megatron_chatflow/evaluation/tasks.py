@@ -214,12 +214,12 @@ def _mean(output: dict[str, Any], tasks: Sequence[str], few_shot: int | None) ->
     return {"acc": right / sum(counts.values()), "num_few_shot": few_shot}
 
 
-def names_of(text: str) -> tuple[str, ...]:
+def parse_task_names(text: str) -> tuple[str, ...]:
     """Task names from a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def headline(metrics: dict[str, Any]) -> tuple[str, float] | None:
+def headline_metric(metrics: dict[str, Any]) -> tuple[str, float] | None:
     """The metric that stands for a task in a table."""
     order: Sequence[str] = ("acc", "exact_match", "acc_norm", "bits_per_byte", "word_perplexity")
     for name in order:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.models import LanguageModel, begun
+from megatron_chatflow.evaluation.models import LanguageModel, with_prefix
 from megatron_chatflow.preprocess.encode import encode_segments
 from megatron_chatflow.preprocess.parse import CorpusFormat, CorpusSettings, parse_chunk
 from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
@@ -203,7 +203,7 @@ def encode_document(
     else:
         ids, mask, _ = encode_segments(model.tokenizer, document.segments)
         num_bytes = sum(map(_num_loss_bytes, document.segments))
-    whole = begun(ids, model.beginning)
+    whole = with_prefix(ids, model.prefix_ids)
     mask = [0] * (len(whole) - len(ids)) + mask
     if mask[:1] == [1]:
         mask[0] = 0

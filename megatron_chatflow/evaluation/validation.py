@@ -113,7 +113,7 @@ class Validator:
         chunks: list[Any],
         ranks: Ranks,
     ) -> torch.Tensor:
-        batches = whole_groups(batches, len(chunks), ranks)
+        batches = pad_to_pipeline_groups(batches, len(chunks), ranks)
         with torch.no_grad(), device_mode(ranks.device):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
@@ -130,7 +130,9 @@ class Validator:
         return torch.stack(results).sum(dim=0)
 
 
-def whole_groups(batches: list[MicroBatch], num_chunks: int, ranks: Ranks) -> list[MicroBatch]:
+def pad_to_pipeline_groups(
+    batches: list[MicroBatch], num_chunks: int, ranks: Ranks
+) -> list[MicroBatch]:
     """Fills up with micro-batches without loss: interleaved schedules take one for each stage."""
     group = ranks.pipeline_parallel_size if num_chunks > 1 else 1
     return batches + [_without_loss(batches[-1])] * (-len(batches) % group)

@@ -59,7 +59,7 @@ class Conversation:
         while len(messages) > 1 and len(ids) + room > self._generator.max_length:
             del messages[:2]
             ids = self._generator.encode_chat(self._system + messages)
-        self._generator.room(ids)
+        self._generator.num_free_tokens(ids)
         num_forgotten = len(self.messages) + 1 - len(messages)
         self.messages = messages
         pieces: list[str] = []

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.models import beginning_ids, begun, load_pretrained
+from megatron_chatflow.evaluation.models import bos_prefix, load_pretrained, with_prefix
 from megatron_chatflow.tokenizer.chat_template import render
 from megatron_chatflow.tokenizer.documents import TemplateLimitError
 
@@ -94,7 +94,7 @@ class TextStream:
             self.is_stopped = True
             self._show(text[:cut])
         else:
-            self._show(text[: len(text) - self._num_unsure(text)])
+            self._show(text[: len(text) - self._num_unstable(text)])
 
     def end(self) -> str:
         """Shows what was held back and returns all that was shown."""
@@ -109,7 +109,7 @@ class TextStream:
             self.text += piece
             self._write(piece)
 
-    def _num_unsure(self, text: str) -> int:
+    def _num_unstable(self, text: str) -> int:
         """Characters at the end that belong to an unfinished character or a begun stop text."""
         num_broken = len(text) - len(text.rstrip("\ufffd"))
         begun = [
@@ -147,7 +147,7 @@ class Generator:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, behind what the model expects at a text's beginning."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return begun(ids, beginning_ids(self._tokenizer))
+        return with_prefix(ids, bos_prefix(self._tokenizer))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Ids of a conversation up to where the model is to answer.
@@ -185,9 +185,9 @@ class Generator:
                 "text, or be damaged"
             ) from None
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return begun(ids, beginning_ids(self._tokenizer))
+        return with_prefix(ids, bos_prefix(self._tokenizer))
 
-    def room(self, prompt: Sequence[int]) -> int:
+    def num_free_tokens(self, prompt: Sequence[int]) -> int:
         """How many tokens an answer can have behind a prompt.
 
         Raises:
@@ -218,7 +218,7 @@ class Generator:
         Raises:
             UserError: The prompt is empty, or too long for the model.
         """
-        room = self.room(prompt)
+        room = self.num_free_tokens(prompt)
         # Decoded behind the prompt's end, so that a leading space is kept as one.
         tail = list(prompt[-8:])
         num_known = len(self._decode(tail))
@@ -258,7 +258,7 @@ class Generator:
         for _ in range(max_new_tokens):
             output = self._model(input_ids=ids, use_cache=True, **{name: cache})
             cache = output[name]
-            token_id = choose(output.logits[0, -1].float(), sampling, generator)
+            token_id = sample_token(output.logits[0, -1].float(), sampling, generator)
             if token_id in ends:
                 return
             yield token_id
@@ -276,7 +276,7 @@ class Generator:
         return ends - {None, self._tokenizer.unk_token_id}
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Samples the next token.
 
     Args:
@@ -299,7 +299,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 TEMPLATE_HELP = "instead of the model's own: chatflow, llama2, chatml, or a file or folder with one"
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of sampling, and of the export on the way."""
     defaults = Sampling()
     add = parser.add_argument
@@ -325,7 +325,7 @@ def read_prompt(text: str) -> str:
         raise UserError(f"--prompt: is not UTF-8 at byte {error.start}; convert it") from None
 
 
-def read_sampling(args: argparse.Namespace) -> Sampling:
+def sampling_from_args(args: argparse.Namespace) -> Sampling:
     """The flags as a value."""
     return Sampling(
         max_new_tokens=args.max_new_tokens,

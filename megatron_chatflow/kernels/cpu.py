@@ -69,12 +69,12 @@ def _kernels(*tensors: torch.Tensor) -> ModuleType:
     return extension
 
 
-def exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
+def exponentiate(logits: torch.Tensor, num_valid_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns logits into ``exp(logit - row's highest)`` in place; padding becomes 0.
 
     Args:
         logits: ``[tokens, rows]``, overwritten.
-        num_pieces: Entries of a row that count; the others are padding.
+        num_valid_tokens: Entries of a row that count; the others are padding.
 
     Returns:
         Each row's highest logit, and the sum of its exponentials before they are rounded:
@@ -89,7 +89,7 @@ def exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, t
         sums.data_ptr(),
         num_tokens,
         num_rows,
-        num_pieces,
+        num_valid_tokens,
         torch.get_num_threads(),
     )
     return highest, sums

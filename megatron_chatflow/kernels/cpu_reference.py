@@ -8,13 +8,13 @@ import torch
 
 
 def exponentiate(
-    logits: torch.Tensor, num_pieces: int
+    logits: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``exp(logit - row's highest)``, each row's highest logit, and its sum; see the kernel."""
-    pieces = logits[:, :num_pieces].float()
-    highest = pieces.amax(dim=-1) if num_pieces else torch.full((len(logits),), -1e30)
+    pieces = logits[:, :num_valid_tokens].float()
+    highest = pieces.amax(dim=-1) if num_valid_tokens else torch.full((len(logits),), -1e30)
     powers = torch.zeros(logits.shape)
-    powers[:, :num_pieces] = (pieces - highest.unsqueeze(-1)).exp()
+    powers[:, :num_valid_tokens] = (pieces - highest.unsqueeze(-1)).exp()
     return powers, highest, powers.sum(dim=-1)
 
 

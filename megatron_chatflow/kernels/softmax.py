@@ -21,24 +21,24 @@ def takes_softmax(num_columns: int, dtype: torch.dtype) -> bool:
 
 
 def softmax_statistics_reference(
-    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+    logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What each row contributes to the softmax.
 
     Args:
         logits: ``[tokens, columns]``.
-        labels: int64[tokens]; in another slice if not in [0, num_pieces).
-        num_pieces: Columns that take part; those behind are padding.
+        labels: int64[tokens]; in another slice if not in [0, num_valid_tokens).
+        num_valid_tokens: Columns that take part; those behind are padding.
 
     Returns:
         float32[tokens] each: highest logit, sum of ``exp(logit - highest)``, and the label's logit,
         0 if it lies in another slice.
     """
-    values = logits[:, :num_pieces].float()
+    values = logits[:, :num_valid_tokens].float()
     lowest = values.new_full((len(values), 1), LOWEST)
     highest = torch.cat((values, lowest), dim=-1).amax(dim=-1)
     sums = (values - highest.unsqueeze(-1)).exp().sum(dim=-1)
-    is_here = (labels >= 0) & (labels < num_pieces)
+    is_here = (labels >= 0) & (labels < num_valid_tokens)
     place = labels.masked_fill(~is_here, 0).unsqueeze(-1)
     target = logits.gather(-1, place).squeeze(-1).float().masked_fill(~is_here, 0.0)
     return highest, sums, target
@@ -50,7 +50,7 @@ def softmax_gradient_reference(
     highest: torch.Tensor,
     sums: torch.Tensor,
     scale: torch.Tensor,
-    num_pieces: int,
+    num_valid_tokens: int,
 ) -> None:
     """Overwrites logits by ``scale * (softmax - onehot(label))``, 0 in the padding.
 
@@ -60,21 +60,21 @@ def softmax_gradient_reference(
         highest: float32[tokens], of the whole vocabulary.
         sums: float32[tokens], of the whole vocabulary.
         scale: float32[tokens].
-        num_pieces: As above.
+        num_valid_tokens: As above.
     """
     share = (logits.float() - highest.unsqueeze(-1)).exp() / sums.unsqueeze(-1)
     columns = torch.arange(logits.shape[-1], device=logits.device)
     share -= (columns == labels.unsqueeze(-1)).float()
     share *= scale.unsqueeze(-1)
-    logits.copy_(share.masked_fill_(columns >= num_pieces, 0.0))
+    logits.copy_(share.masked_fill_(columns >= num_valid_tokens, 0.0))
 
 
 @torch.library.custom_op("megatron_chatflow::softmax_statistics", mutates_args=())
 def softmax_statistics(
-    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+    logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator of `softmax_statistics_reference`."""
-    return softmax_statistics_reference(logits, labels, num_pieces)
+    return softmax_statistics_reference(logits, labels, num_valid_tokens)
 
 
 @torch.library.custom_op("megatron_chatflow::softmax_gradient_", mutates_args=("logits",))
@@ -84,10 +84,10 @@ def softmax_gradient_(
     highest: torch.Tensor,
     sums: torch.Tensor,
     scale: torch.Tensor,
-    num_pieces: int,
+    num_valid_tokens: int,
 ) -> None:
     """The operator of `softmax_gradient_reference`."""
-    softmax_gradient_reference(logits, labels, highest, sums, scale, num_pieces)
+    softmax_gradient_reference(logits, labels, highest, sums, scale, num_valid_tokens)
 
 
 def _check(logits: torch.Tensor, labels: torch.Tensor, *rows: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, *rows: torch.Tensor) -> N
 
 @softmax_statistics.register_kernel("cuda")
 def softmax_statistics_kernel(
-    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+    logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`softmax_statistics` by the compiled kernel."""
     _check(logits, labels)
@@ -115,7 +115,7 @@ def softmax_statistics_kernel(
         kernels().launch(
             "softmax_statistics",
             logits.dtype,
-            *(logits, labels, highest, sums, target, *logits.shape, num_pieces),
+            *(logits, labels, highest, sums, target, *logits.shape, num_valid_tokens),
         )
     return highest, sums, target
 
@@ -127,7 +127,7 @@ def softmax_gradient_kernel(
     highest: torch.Tensor,
     sums: torch.Tensor,
     scale: torch.Tensor,
-    num_pieces: int,
+    num_valid_tokens: int,
 ) -> None:
     """`softmax_gradient_` by the compiled kernel."""
     _check(logits, labels, highest, sums, scale)
@@ -135,13 +135,13 @@ def softmax_gradient_kernel(
         kernels().launch(
             "softmax_gradient",
             logits.dtype,
-            *(logits, labels, highest, sums, scale, *logits.shape, num_pieces),
+            *(logits, labels, highest, sums, scale, *logits.shape, num_valid_tokens),
         )
 
 
 @softmax_statistics.register_fake
 def _(
-    logits: torch.Tensor, labels: torch.Tensor, num_pieces: int
+    logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     row = logits.new_empty(logits.shape[:1], dtype=torch.float32)
     return row, torch.empty_like(row), torch.empty_like(row)
@@ -154,6 +154,6 @@ def _(
     highest: torch.Tensor,
     sums: torch.Tensor,
     scale: torch.Tensor,
-    num_pieces: int,
+    num_valid_tokens: int,
 ) -> None:
     return None

@@ -151,7 +151,7 @@ class SwiGLUMLP(MLP):  # type: ignore[misc]
 
     _activate: Activation = staticmethod(_composed)
 
-    def take(self, implementation: str) -> None:
+    def set_activation(self, implementation: str) -> None:
         """Activates by another implementation from now on; a CPU takes its own in bf16."""
         self._activate = ACTIVATIONS[implementation]()
 

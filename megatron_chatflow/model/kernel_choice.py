@@ -462,8 +462,8 @@ def _swiglu(sizes: StepSizes) -> Operation:
 def _loss(sizes: StepSizes) -> Operation:
     num_tokens = min(sizes.num_tokens, _TIMED_LOSS_TOKENS)
     # Some columns are padding, and some labels lie before or behind this slice.
-    num_pieces = sizes.vocab_rows - sizes.vocab_rows // 16
-    rows = VocabularySlice(sizes.vocab_rows // 16, sizes.vocab_rows, num_pieces, None)
+    num_valid_tokens = sizes.vocab_rows - sizes.vocab_rows // 16
+    rows = VocabularySlice(sizes.vocab_rows // 16, sizes.vocab_rows, num_valid_tokens, None)
 
     def inputs() -> tuple[torch.Tensor, ...]:
         (logits,) = _random(sizes, (num_tokens, sizes.vocab_rows))

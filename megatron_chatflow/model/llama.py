@@ -331,5 +331,5 @@ def _build_chunk(
     for layer in chunk.decoder.layers:
         # megatron-core builds only its own class by the right arguments.
         layer.mlp.__class__ = SwiGLUMLP
-        layer.mlp.take(kernels.swiglu)
+        layer.mlp.set_activation(kernels.swiglu)
     return chunk

@@ -32,13 +32,13 @@ class VocabularySlice:
     Attributes:
         start: Id of the first row.
         num_rows: Rows held, padding included.
-        num_pieces: Rows held that stand for a piece; the others are padding and get no probability.
+        num_valid_tokens: Rows held that stand for a token; padding rows get no probability.
         group: Ranks that hold the other rows, or None if this one holds all.
     """
 
     start: int
     num_rows: int
-    num_pieces: int
+    num_valid_tokens: int
     group: ProcessGroup | None
 
 
@@ -51,24 +51,24 @@ def vocabulary_slice(
     return VocabularySlice(
         start=start,
         num_rows=num_rows,
-        num_pieces=min(max(vocab_size - start, 0), num_rows),
+        num_valid_tokens=min(max(vocab_size - start, 0), num_rows),
         group=group if size > 1 else None,
     )
 
 
-def _exponentiate(logits: torch.Tensor, num_pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _exponentiate(logits: torch.Tensor, num_valid_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Turns logits into ``exp(logits - row's highest)`` in place, computing in fp32.
 
     Args:
         logits: ``[tokens, rows]``, changed.
-        num_pieces: Entries of a row that stand for a piece; the others become 0.
+        num_valid_tokens: Entries of a row that stand for a piece; the others become 0.
 
     Returns:
         Each row's highest logit and its sum of exponentials, float32[tokens].
     """
     if cpu_kernels.is_available(logits):
-        return cpu_kernels.exponentiate(logits, num_pieces)
-    logits[:, num_pieces:] = float("-inf")
+        return cpu_kernels.exponentiate(logits, num_valid_tokens)
+    logits[:, num_valid_tokens:] = float("-inf")
     num_tokens, num_rows = logits.shape
     highest = torch.empty(num_tokens, dtype=torch.float32, device=logits.device)
     sums = torch.empty_like(highest)
@@ -106,7 +106,7 @@ def _chunk_loss_by_kernels(
 ) -> ChunkLoss:
     """`chunk_loss` in two passes over the logits."""
     local = labels - rows.start
-    highest, sums, target = softmax_statistics(logits, local, rows.num_pieces)
+    highest, sums, target = softmax_statistics(logits, local, rows.num_valid_tokens)
     overall = highest
     if rows.group is not None:
         overall = highest.clone()
@@ -115,7 +115,7 @@ def _chunk_loss_by_kernels(
         dist.all_reduce(both, group=rows.group)
         sums, target = both.unbind()
     scale = torch.ones_like(sums)
-    softmax_gradient_(logits, local, overall, sums.contiguous(), scale, rows.num_pieces)
+    softmax_gradient_(logits, local, overall, sums.contiguous(), scale, rows.num_valid_tokens)
     return ChunkLoss(overall + sums.log() - target, logits, scale)
 
 
@@ -133,11 +133,11 @@ def chunk_loss(
     if implementation == "ours":
         return _chunk_loss_by_kernels(logits, labels, rows)
     local = labels - rows.start
-    is_here = (local >= 0) & (local < rows.num_pieces)
+    is_here = (local >= 0) & (local < rows.num_valid_tokens)
     local = local.masked_fill(~is_here, 0)
     tokens = torch.arange(len(logits), device=logits.device)
     target = logits[tokens, local].float()
-    highest, sums = _exponentiate(logits, rows.num_pieces)
+    highest, sums = _exponentiate(logits, rows.num_valid_tokens)
     rescale = torch.ones_like(highest)
     overall, known_target = highest, target.masked_fill(~is_here, 0.0)
     if rows.group is not None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from megatron_chatflow.data.mapped_file import map_file
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import told_to_the_user
+from megatron_chatflow.files import as_user_error
 
 HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
 
@@ -88,7 +88,7 @@ class SeenHashes:
         self._recent.clear()
         # Unbuffered: a buffer whose bytes do not fit on the disk raises once more when it closes.
         with (
-            told_to_the_user(self._folder),
+            as_user_error(self._folder),
             tempfile.TemporaryFile(dir=self._folder, buffering=0) as file,
         ):
             write_at(file.fileno(), recent[np.argsort(recent[:, 0], kind="stable")].tobytes(), 0)
@@ -157,10 +157,10 @@ class Repeats:
                     f"no hashes of {number} documents: {path}: parts of a job with --dedup are "
                     "merged with the .hashes that lie beside them: make this part again"
                 )
-        with told_to_the_user(folder):
+        with as_user_error(folder):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)
         try:
-            with told_to_the_user(folder):
+            with as_user_error(folder):
                 self._file.truncate(max(self._begins[-1], 1))
                 self._mark(folder)
         except BaseException:

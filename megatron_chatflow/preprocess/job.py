@@ -47,7 +47,7 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class Progress:
+class ProgressBar:
     """Shows how far a job is."""
 
     def __init__(self, num_total_bytes: int) -> None:
@@ -234,7 +234,7 @@ def _fill(
 ) -> tuple[list[dict[str, Any]], int]:
     """Writes every chunk's documents, in order; returns name and size of each input, bad lines."""
     reader = CorpusReader(files, settings.corpus.read_options)
-    progress = Progress(sum(file.num_bytes for file in files))
+    progress = ProgressBar(sum(file.num_bytes for file in files))
     num_bad = 0
     first_bad: str | None = None
     try:

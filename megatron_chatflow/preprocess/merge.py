@@ -36,10 +36,10 @@ from megatron_chatflow.data.sidecar import (
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import (
     StagedFile,
+    as_user_error,
     check_output_file,
     publish_all,
     remove_file,
-    told_to_the_user,
 )
 from megatron_chatflow.preprocess.dedup import Repeats
 from megatron_chatflow.preprocess.dropped import check_left_over
@@ -162,7 +162,7 @@ def find_repeats(
     Raises:
         UserError: The hashes beside a part are missing or damaged.
     """
-    with told_to_the_user(folder):
+    with as_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = [hashes_path(prefix) for prefix in prefixes]
     repeats = Repeats(paths, num_documents, folder)

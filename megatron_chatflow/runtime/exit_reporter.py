@@ -25,7 +25,7 @@ from megatron_chatflow.runtime.ranks import PeerError, ProcessRank
 _SECONDS_FOR_NOTES = 3.0
 _SECONDS_FOR_OTHERS = 3.0
 _PAUSE_SECONDS = 0.02
-_PREFIX = "megatron_chatflow/farewell"
+_PREFIX = "megatron_chatflow/exit"
 # What gloo, NCCL, the store and our shared memory say of a process that is gone.
 _LOST = (
     "Connection closed by peer",
@@ -50,7 +50,7 @@ class _Note:
     text: str
 
 
-class Farewell:
+class ExitReporter:
     """The last words of this process."""
 
     def __init__(self, process: ProcessRank) -> None:
@@ -62,7 +62,7 @@ class Farewell:
         self._store: Any = None
         self._has_left = False
 
-    def say(self, error: BaseException) -> bool:
+    def report(self, error: BaseException) -> bool:
         """Says why this rank ends, unless another of its node has said just that.
 
         Args:
@@ -78,17 +78,17 @@ class Farewell:
             note = self._find_note(_SECONDS_FOR_NOTES if lost.is_certain else 0.0)
             if note is None and not lost.is_certain:
                 return self._leave_fault(error)
-            self._say("lost", self._whom(note, lost.text))
+            self._print_once("lost", self._whom(note, lost.text))
             return True
         if not isinstance(error, UserError):
             return self._leave_fault(error)
         text = " ".join(str(error).split())
         if isinstance(error, PeerError):
-            self._say("lost", self._whom(self._find_note(_SECONDS_FOR_NOTES), text))
+            self._print_once("lost", self._whom(self._find_note(_SECONDS_FOR_NOTES), text))
             return True
         rank = f"rank {self._process.rank}: " if isinstance(error, LocalError) else ""
         self._leave_note(text)
-        self._say(text, rank + text)
+        self._print_once(text, rank + text)
         return True
 
     def wait(self) -> None:
@@ -119,7 +119,7 @@ class Farewell:
                 return PrefixStore(f"{_PREFIX}/{attempt}", agent)
         return None
 
-    def _say(self, what: str, line: str) -> None:
+    def _print_once(self, what: str, line: str) -> None:
         """Prints a line unless ``what`` was said on this node; without a store it is said."""
         # A message may name a file whose name is no UTF-8.
         said = f"{self._node}\0{what}".encode(errors="surrogatepass")
@@ -150,9 +150,9 @@ class Farewell:
             # The first alone is kept: what came later may follow from it.
             self._store.compare_set("note", "", json.dumps(note))
 
-    def _find_note(self, patience: float) -> _Note | None:
+    def _find_note(self, timeout_seconds: float) -> _Note | None:
         """The first note of another rank; waits for one to be written."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout_seconds
         with contextlib.suppress(Exception):
             while not self._store.check(["note"]):
                 if time.monotonic() >= deadline:

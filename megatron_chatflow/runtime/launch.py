@@ -69,7 +69,7 @@ def first_gpu_capability() -> tuple[int, int] | None:
     return None if has_failed else (major.value, minor.value)
 
 
-def keep_queue_order(environment: MutableMapping[str, str] = os.environ) -> None:
+def limit_cuda_connections(environment: MutableMapping[str, str] = os.environ) -> None:
     """Makes kernels start in the order in which they were queued.
 
     For tensor and context parallelism: megatron-core queues a collective ahead of the product that
@@ -116,7 +116,9 @@ _PAUSE_SECONDS = 0.02
 _PREFIX = "megatron_chatflow"
 
 
-def agree_on_prefix(store: Store, rank: int, world_size: int, timeout: timedelta) -> PrefixStore:
+def resolve_attempt_store(
+    store: Store, rank: int, world_size: int, timeout: timedelta
+) -> PrefixStore:
     """Waits for all workers of this attempt and gives them a part of the store of their own.
 
     Args:
@@ -133,7 +135,7 @@ def agree_on_prefix(store: Store, rank: int, world_size: int, timeout: timedelta
     common.set(f"signature/{rank}", "")
     common.set(f"number/{rank}", number)
     deadline = time.monotonic() + timeout.total_seconds()
-    caller = _Caller(common, world_size) if rank == 0 else None
+    caller = _Coordinator(common, world_size) if rank == 0 else None
     signed = ""
     while time.monotonic() < deadline:
         if caller is not None:
@@ -153,7 +155,7 @@ def agree_on_prefix(store: Store, rank: int, world_size: int, timeout: timedelta
     )
 
 
-class _Caller:
+class _Coordinator:
     """Rank 0's part: reads the numbers out, and says when all have signed."""
 
     def __init__(self, store: Store, world_size: int) -> None:
@@ -216,7 +218,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def die_with_launcher() -> None:
+def exit_with_launcher() -> None:
     """Asks Linux to kill this worker when torchrun's agent dies.
 
     The agent starts its workers in sessions of their own. Killed hard, it would leave them
@@ -245,7 +247,7 @@ def initialize(
         UserError: The world size is no multiple of the model-parallel size, or a node has fewer
             GPUs than processes.
     """
-    die_with_launcher()
+    exit_with_launcher()
     process = ProcessRank.from_environment()
     model_parallel_size = (
         tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
@@ -256,7 +258,7 @@ def initialize(
             f"divide the number of processes {process.world_size}; start a multiple of it"
         )
     if tensor_model_parallel_size > 1 or context_parallel_size > 1:
-        keep_queue_order()
+        limit_cuda_connections()
     device = _choose_device(process)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -313,7 +315,7 @@ def _store_of_this_attempt(process: ProcessRank, timeout: timedelta) -> dict[str
         is_master=False,
         timeout=timeout,
     )
-    store = agree_on_prefix(shared, process.rank, process.world_size, timeout)
+    store = resolve_attempt_store(shared, process.rank, process.world_size, timeout)
     return {"store": store, "rank": process.rank, "world_size": process.world_size}
 
 

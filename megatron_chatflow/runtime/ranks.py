@@ -181,14 +181,14 @@ class PeerError(UserError):
     """Other ranks met a mistake and this one did not; they say it."""
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, by rank; every rank calls it."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
-def in_agreement(step: Callable[[], _Result]) -> _Result:
+def run_on_all_ranks(step: Callable[[], _Result]) -> _Result:
     """Takes a step that calls no collective; every rank calls it.
 
     Raises:
@@ -200,20 +200,20 @@ def in_agreement(step: Callable[[], _Result]) -> _Result:
         result = step()
     except UserError as caught:
         error = caught
-    mistakes = gather(None if error is None else str(error))
+    mistakes = gather_objects(None if error is None else str(error))
     if not any(mistakes):
         return result
     if error is None:
         first = next(mistake for mistake in mistakes if mistake)
         those = [rank for rank, mistake in enumerate(mistakes) if mistake]
-        raise PeerError(f"{name_ranks(those)}: {first}")
+        raise PeerError(f"{format_ranks(those)}: {first}")
     same = [rank for rank, mistake in enumerate(mistakes) if mistake == str(error)]
     if len(same) == len(mistakes):
         raise error
-    raise UserError(f"{name_ranks(same)}: {error}") from error
+    raise UserError(f"{format_ranks(same)}: {error}") from error
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """``rank 3``, or ``ranks 0, 3, 4``, or the first few of many."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"

@@ -26,7 +26,7 @@ class StopRequest:
             minutes: After which the job asks itself to stop; never if None.
             notice: Written to standard error at the first Ctrl-C; nothing if None.
         """
-        self._is_made = False
+        self._is_set = False
         self._interrupted_at: float | None = None
         self._notice = notice
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -38,7 +38,7 @@ class StopRequest:
         }
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._is_made = True
+        self._is_set = True
         if number != signal.SIGINT:
             return
         now = time.monotonic()
@@ -52,12 +52,12 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def is_made(self, device: torch.device) -> bool:
+    def is_set(self, device: torch.device) -> bool:
         """Whether any rank was asked; every rank calls it once an iteration."""
-        is_made = self._is_made or time.monotonic() >= self._deadline
+        is_set = self._is_set or time.monotonic() >= self._deadline
         if not torch.distributed.is_initialized():
-            return is_made
-        flag = torch.tensor([int(is_made)], device=device)
+            return is_set
+        flag = torch.tensor([int(is_set)], device=device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 

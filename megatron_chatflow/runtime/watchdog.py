@@ -1,12 +1,13 @@
-"""Notices a rank that no longer gets on, says where every thread of it stands, and ends it.
+"""Detects a hung rank, reports where its threads are, and ends the process.
 
-In: a beat at every phase of the training loop, and one within a phase at every micro-batch and
-every written part of a checkpoint. Out: nothing while beats come; when none came for
-too long, the stacks of all threads on standard error and in the run's folder, one line that names
-the ranks which hang, and the end of the process, upon which torchrun ends or restarts the job.
+The training loop sends a heartbeat at the start of every phase; micro-batches and checkpoint writes
+send more within a phase. If none arrives for too long, the watchdog writes the stacks of all
+threads to standard error and to the run's folder, logs one line that names the hung ranks, and ends
+the process, so that torchrun ends or restarts the job.
 
-Where one rank hangs, the others wait for it in a collective and hang as well. So each writes a
-report, and the line names those that wrote none or stand in another phase than most.
+When one rank hangs, the others wait for it in a collective and hang as well. Every rank therefore
+writes a report, and the log line names the ranks that wrote none or are in a different phase from
+most.
 """
 
 import faulthandler
@@ -27,7 +28,7 @@ _SECONDS_FOR_OTHERS = 3.0
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rank stands."""
+    """The iteration and phase that a rank is in."""
 
     iteration: int
     phase: str
@@ -37,84 +38,85 @@ class _Place:
 
 
 def _innermost_call() -> str:
-    """The function that the main thread is in."""
+    """Returns the name of the function that the main thread is executing."""
     frame = sys._current_frames().get(main_thread().ident or 0)
     if frame is None:
         return "nowhere"
     return f"{frame.f_globals.get('__name__', '?')}.{frame.f_code.co_name}"
 
 
-class Patience:
-    """Counts for how long no beat has come.
+class Deadline:
+    """Measures the time since the last heartbeat.
 
     Attributes:
-        waited: Seconds since the last beat.
+        waited: Seconds since the last heartbeat.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        """Begins to wait; none has come yet."""
+        """Starts with no heartbeat received."""
         self._timeout = timeout_seconds
         self._seen = 0
         self.waited = 0.0
 
-    def is_over(self, seconds: float, num_beats: int) -> bool:
-        """Whether it is over.
+    def has_passed(self, seconds: float, num_heartbeats: int) -> bool:
+        """Returns whether the timeout has passed.
 
         Args:
-            seconds: Waited since the last call.
-            num_beats: That have come so far.
+            seconds: Time since the last call.
+            num_heartbeats: Heartbeats received so far.
         """
-        self.waited = self.waited + seconds if num_beats == self._seen else 0.0
-        self._seen = num_beats
+        self.waited = self.waited + seconds if num_heartbeats == self._seen else 0.0
+        self._seen = num_heartbeats
         return self.waited >= self._timeout
 
 
 class Watchdog:
-    """Ends this process when no beat comes for too long.
+    """Ends this process when no heartbeat arrives for too long.
 
-    Time counts by the thread's own short sleeps: a job that was suspended as a whole, and its
-    clock not, does not take itself for hung.
+    Time is the sum of the thread's own short sleeps, so the time during which a job was suspended
+    as a whole is not counted.
     """
 
     def __init__(
         self, *, timeout_seconds: float, rank: int, world_size: int, folder: Path | None
     ) -> None:
-        """Starts watching.
+        """Starts the watchdog thread.
 
         Args:
-            timeout_seconds: Without a beat, after which the process ends; 0 watches nothing.
-            rank: Of this process.
-            world_size: Processes of the job.
-            folder: Where reports go; none are written if None.
+            timeout_seconds: Time without a heartbeat after which the process ends; 0 disables the
+                watchdog.
+            rank: Rank of this process.
+            world_size: Number of processes in the job.
+            folder: Run folder for the reports; None writes none.
         """
         self._timeout = timeout_seconds
         self._rank = rank
         self._world_size = world_size
         self._folder = None if folder is None else folder / "hangs"
         self._place = _Place(0, "starting")
-        self._num_beats = 0
+        self._num_heartbeats = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if timeout_seconds:
             self._remove_report()
             self._thread.start()
 
-    def beat(self, iteration: int, phase: str) -> None:
-        """Says that this rank gets on.
+    def enter_phase(self, iteration: int, phase: str) -> None:
+        """Starts a phase, which counts as a heartbeat.
 
         Args:
-            iteration: At hand.
-            phase: What it does next, such as ``loading``.
+            iteration: Current iteration.
+            phase: What this rank does next, such as ``loading``.
         """
         self._place = _Place(iteration, phase)
-        self._num_beats += 1
+        self._num_heartbeats += 1
 
-    def beat_on(self) -> None:
-        """Says that this rank gets on within its phase."""
-        self._num_beats += 1
+    def heartbeat(self) -> None:
+        """Reports progress within the current phase."""
+        self._num_heartbeats += 1
 
     def close(self) -> None:
-        """Watches no longer."""
+        """Stops the watchdog thread."""
         self._closed.set()
         if self._timeout:
             self._thread.join()
@@ -122,16 +124,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(self._timeout / 10, 5.0)
-        patience = Patience(self._timeout)
+        deadline = Deadline(self._timeout)
         while not self._closed.wait(pause):
-            # For a thread that holds the interpreter's lock and never lets go of it, so that this
-            # loop stands still as well.
+            # Covers a thread that holds the interpreter lock forever, which stops this loop too.
             faulthandler.dump_traceback_later(max(2 * self._timeout, 10 * pause), exit=True)
-            if patience.is_over(pause, self._num_beats):
-                self._end(patience.waited)
+            if deadline.has_passed(pause, self._num_heartbeats):
+                self._end(deadline.waited)
 
     def _end(self, waited: float) -> None:
-        # What follows takes seconds on a slow disk, and has a time limit of its own.
+        # Writing the report may take seconds on a slow disk; limit that time as well.
         faulthandler.dump_traceback_later(60 + _SECONDS_FOR_OTHERS, exit=True)
         place = self._place
         print(
@@ -155,7 +156,7 @@ class Watchdog:
             if path is not None:
                 path.unlink(missing_ok=True)
         except OSError:
-            pass  # a folder that cannot be written is the checkpoint's to complain of
+            pass  # the checkpoint reports a folder that cannot be written
 
     def _write_report(self, place: _Place) -> None:
         path = self._report_path(self._rank)

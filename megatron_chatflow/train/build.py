@@ -1,6 +1,6 @@
 """Puts a run together from its configuration, and takes it up where a checkpoint left it.
 
-In: a resolved configuration and this process's ranks. Out: a `Run` and its `Progress`.
+In: a resolved configuration and this process's ranks. Out: a `Run` and its `TrainState`.
 """
 
 import logging
@@ -31,7 +31,7 @@ from megatron_chatflow.model.llama import Llama, build_llama
 from megatron_chatflow.runtime.device import peak_flops
 from megatron_chatflow.runtime.host_memory import FreedMemory, GarbageCollection
 from megatron_chatflow.runtime.launch import device_mode
-from megatron_chatflow.runtime.ranks import Ranks, in_agreement
+from megatron_chatflow.runtime.ranks import Ranks, run_on_all_ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.runtime.watchdog import Watchdog
@@ -39,22 +39,22 @@ from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.inputs import (
     RunInputs,
     carried_files,
+    check_same_inputs_on_all_ranks,
     open_inputs_from,
-    refuse_other_inputs,
     verify_data,
 )
-from megatron_chatflow.train.loop import IntervalLog, Progress, Run
+from megatron_chatflow.train.loop import IntervalLog, Run, TrainState
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
 from megatron_chatflow.train.profiler import ProfilerWindow
 from megatron_chatflow.train.record import open_record
 from megatron_chatflow.train.report import RunFacts
-from megatron_chatflow.train.start import agree_on_beginning
+from megatron_chatflow.train.start import resolve_initial_checkpoint
 from megatron_chatflow.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)
 
 
-def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, Progress]:
+def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, TrainState]:
     """Builds every part; ``stack`` closes what has to be closed.
 
     Raises:
@@ -76,7 +76,9 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_choices(config, llama, optimization, ranks, peak_source)
     edit = inputs.blend.edit
-    hooks, downtime = in_agreement(lambda: open_record(config, ranks, inputs.length, edit, stack))
+    hooks, downtime = run_on_all_ranks(
+        lambda: open_record(config, ranks, inputs.length, edit, stack)
+    )
     stragglers = _stragglers(config, ranks, llama)
     facts = RunFacts(
         num_iterations=inputs.length.last_iteration,
@@ -103,7 +105,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
             ranks,
             num_bytes_per_id=inputs.tokenizer.num_bytes_per_id,
             num_sources=len(inputs.sources),
-            on_micro_batch=watchdog.beat_on,
+            on_micro_batch=watchdog.heartbeat,
         ),
         optimization=optimization,
         validator=_validator(config, inputs.validation_sources),
@@ -131,13 +133,13 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, P
 
 def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
     """What the run reads, the same on every rank."""
-    beginning = agree_on_beginning(config, ranks)
-    inputs = in_agreement(lambda: open_inputs_from(beginning, config))
-    refuse_other_inputs(inputs)
+    beginning = resolve_initial_checkpoint(config, ranks)
+    inputs = run_on_all_ranks(lambda: open_inputs_from(beginning, config))
+    check_same_inputs_on_all_ranks(inputs)
     if config.data.data_verify:
         # Every node compares the files that it sees itself: they may be copies of its own.
         part, num_parts = ranks.process.local_rank, ranks.process.local_world_size
-        in_agreement(lambda: verify_data(config, inputs, part=part, num_parts=num_parts))
+        run_on_all_ranks(lambda: verify_data(config, inputs, part=part, num_parts=num_parts))
         logger.info("every dataset that has a .json is what was made")
     if inputs.changes:
         logger.info(
@@ -228,10 +230,10 @@ def _restorable_checkpoint(config: RunConfig, inputs: RunInputs) -> Path | None:
     return inputs.checkpoint if is_whole else None
 
 
-def _progress(blend: Blend, resumed: RunState | None) -> Progress:
+def _progress(blend: Blend, resumed: RunState | None) -> TrainState:
     if resumed is None:
-        return Progress(0, 0, np.zeros(len(blend.schedule.sources), dtype=np.int64))
-    return Progress(
+        return TrainState(0, 0, np.zeros(len(blend.schedule.sources), dtype=np.int64))
+    return TrainState(
         resumed.iteration, resumed.consumed_samples, blend.counts(resumed.consumed_samples)
     )
 
@@ -266,13 +268,13 @@ def _saver(
     config: RunConfig,
     inputs: RunInputs,
     ranks: Ranks,
-    progress: Progress,
+    progress: TrainState,
     watchdog: Watchdog,
     stack: ExitStack,
 ) -> CheckpointSaver | None:
     if config.checkpoint.save is None:
         return None
-    carried = in_agreement(lambda: carried_files(config, inputs) if ranks.is_reporter else None)
+    carried = run_on_all_ranks(lambda: carried_files(config, inputs) if ranks.is_reporter else None)
     resumed = progress.iteration if progress.iteration else None
     saver = CheckpointSaver(
         Path(config.checkpoint.save),
@@ -280,7 +282,7 @@ def _saver(
         ranks,
         durable_iteration=resumed,
         carried=carried,
-        on_progress=watchdog.beat_on,
+        on_progress=watchdog.heartbeat,
     )
     stack.callback(saver.close)
     return saver

@@ -32,18 +32,22 @@ from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
 from megatron_chatflow.data.source import Source, build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import Question, read_questions
-from megatron_chatflow.runtime.ranks import gather, name_ranks
+from megatron_chatflow.runtime.ranks import format_ranks, gather_objects
 from megatron_chatflow.runtime.table import Row
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.small_files import SmallFiles
 from megatron_chatflow.train.resume import (
     changed_settings,
+    check_same_data,
+    check_same_model,
+    check_same_seq_length,
     data_seeds,
-    refuse_other_data,
-    refuse_other_length,
-    refuse_other_model,
 )
-from megatron_chatflow.train.start import Beginning, find_beginning, refuse_folder_of_another_run
+from megatron_chatflow.train.start import (
+    InitialCheckpoint,
+    check_save_folder,
+    find_initial_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +99,12 @@ def open_inputs(config: RunConfig) -> RunInputs:
         UserError: Something is missing or damaged, or data, tokenizer, model and checkpoint do not
             fit together.
     """
-    return open_inputs_from(find_beginning(config), config)
+    return open_inputs_from(find_initial_checkpoint(config), config)
 
 
-def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInputs:
+def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) -> RunInputs:
     """As `open_inputs`, from a checkpoint that was chosen before; None for a fresh start."""
-    refuse_folder_of_another_run(config.checkpoint, checkpoint)
+    check_save_folder(config.checkpoint, checkpoint)
     tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
     saved = None if checkpoint is None else _saved_state(checkpoint)
     grown = None
@@ -132,18 +136,18 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
     resumed = None
     if checkpoint is not None and saved is not None:
-        refuse_other_model(saved, state, checkpoint.folder, is_grown=grown is not None)
+        check_same_model(saved, state, checkpoint.folder, is_grown=grown is not None)
         if checkpoint.weights_only and grown is None:
-            _refuse_other_pieces(config, checkpoint, saved, tokenizer)
+            _check_same_pieces(config, checkpoint, saved, tokenizer)
         if not checkpoint.weights_only:
             if "samples_per_iteration" not in saved.schedule:
                 raise UserError(
                     f"checkpoint.load: {checkpoint.folder} holds weights alone and no run to go on "
                     "with; add --finetune"
                 )
-            refuse_other_length(config, saved, checkpoint.folder)
+            check_same_seq_length(config, saved, checkpoint.folder)
             if grown is None:
-                refuse_other_data(config, saved, state, checkpoint.folder)
+                check_same_data(config, saved, state, checkpoint.folder)
             resumed = saved
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
@@ -179,7 +183,7 @@ def open_inputs_from(checkpoint: Beginning | None, config: RunConfig) -> RunInpu
     )
 
 
-def _weight_findings(config: RunConfig, checkpoint: Beginning | None) -> list[str]:
+def _weight_findings(config: RunConfig, checkpoint: InitialCheckpoint | None) -> list[str]:
     """Reports a run that would begin with random weights though nobody asked for them."""
     settings = config.checkpoint
     if checkpoint is not None or settings.from_scratch:
@@ -252,7 +256,7 @@ def _validation_findings(config: RunConfig, held_out: list[Source]) -> list[str]
     return [f"train.eval_interval: {what}; give validation_paths or {fix}"]
 
 
-def refuse_other_inputs(inputs: RunInputs) -> None:
+def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
     """Refuses ranks that would train on other data than rank 0; every rank calls it.
 
     Raises:
@@ -268,12 +272,12 @@ def refuse_other_inputs(inputs: RunInputs) -> None:
         name: hashlib.sha256(json.dumps(fact, sort_keys=True, default=str).encode()).hexdigest()
         for name, fact in facts.items()
     }
-    gathered = gather(hashes)
+    gathered = gather_objects(hashes)
     for name, expected in gathered[0].items():
         others = [rank for rank, found in enumerate(gathered) if found.get(name) != expected]
         if others:
             raise UserError(
-                f"{name}: is another on {name_ranks(others)} than on rank 0; give every node the "
+                f"{name}: is another on {format_ranks(others)} than on rank 0; give every node the "
                 "same files (a dataset's .json beside its .bin and .idx), flags and YAML file"
             )
 
@@ -296,7 +300,10 @@ def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
 
 
 def _begins_with_bos(
-    config: RunConfig, tokenizer: Tokenizer, checkpoint: Beginning | None, saved: RunState | None
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    checkpoint: InitialCheckpoint | None,
+    saved: RunState | None,
 ) -> bool:
     """Whether the model's texts begin with BOS; warns of sources whose documents do not.
 
@@ -349,7 +356,7 @@ def initial_state(
     )
 
 
-def _saved_state(checkpoint: Beginning) -> RunState:
+def _saved_state(checkpoint: InitialCheckpoint) -> RunState:
     """What a checkpoint says of itself; of a Hugging Face folder, its model alone."""
     if not checkpoint.is_huggingface:
         refuse_small_damage(checkpoint.folder)
@@ -360,7 +367,7 @@ def _saved_state(checkpoint: Beginning) -> RunState:
 
 
 def _growth(
-    config: RunConfig, checkpoint: Beginning, saved: RunState, tokenizer: Tokenizer
+    config: RunConfig, checkpoint: InitialCheckpoint, saved: RunState, tokenizer: Tokenizer
 ) -> GrownVocabulary | None:
     """What the vocabulary grows by; None where it stays, or where nobody asked for it."""
     init = config.checkpoint.embedding_init
@@ -383,7 +390,7 @@ def _growth(
     return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
 
 
-def _old_tokenizer(config: RunConfig, checkpoint: Beginning) -> Tokenizer | None:
+def _old_tokenizer(config: RunConfig, checkpoint: InitialCheckpoint) -> Tokenizer | None:
     """The tokenizer that the weights were trained with; None where nothing names it."""
     named = config.tokenizer.old_tokenizer_model
     if checkpoint.is_huggingface:
@@ -398,8 +405,8 @@ def _old_tokenizer(config: RunConfig, checkpoint: Beginning) -> Tokenizer | None
         ) from None
 
 
-def _refuse_other_pieces(
-    config: RunConfig, checkpoint: Beginning, saved: RunState, tokenizer: Tokenizer
+def _check_same_pieces(
+    config: RunConfig, checkpoint: InitialCheckpoint, saved: RunState, tokenizer: Tokenizer
 ) -> None:
     """Weights alone may begin any run, but each row belongs to the piece that it was trained for.
 

@@ -1,8 +1,5 @@
 """The training loop: batch, step, report, validate, save, until the run's last iteration.
 
-In: everything that a run is made of, in a `Run`. Out: the last `Progress`. It reads straight down;
-what it calls lies in files of its own.
-
 Collects iterations and reports them: each by itself, and means over each log interval.
 
 `IntervalLog.add` waits neither for a device nor for another rank, so an iteration that is not
@@ -296,7 +293,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """How far a run is.
 
     Attributes:
@@ -309,9 +306,9 @@ class Progress:
     consumed_samples: int
     counts: npt.NDArray[np.int64]
 
-    def after(self, batch: GlobalBatch) -> "Progress":
+    def after(self, batch: GlobalBatch) -> "TrainState":
         """The progress once ``batch`` is consumed."""
-        return Progress(self.iteration + 1, batch.end, self.counts + batch.num_drawn)
+        return TrainState(self.iteration + 1, batch.end, self.counts + batch.num_drawn)
 
 
 @dataclass(frozen=True)
@@ -367,7 +364,7 @@ class Run:
     resumed_from: Path | None = None
 
 
-def train(run: Run, progress: Progress) -> Progress:
+def train(run: Run, progress: TrainState) -> TrainState:
     """Trains until the last iteration, the exit interval, or a signal; saves at the end.
 
     Args:
@@ -392,7 +389,7 @@ def train(run: Run, progress: Progress) -> Progress:
     return progress
 
 
-def _status(run: Run, progress: Progress) -> Status:
+def _status(run: Run, progress: TrainState) -> Status:
     """Why the loop ended."""
     if progress.iteration >= run.length.last_iteration:
         return "finished"
@@ -405,7 +402,7 @@ def _write_status(run: Run, status: Status) -> None:
         write_status(Path(run.config.checkpoint.save), status)
 
 
-def _train(run: Run, progress: Progress) -> Progress:
+def _train(run: Run, progress: TrainState) -> TrainState:
     """The loop of `train`; iterations since the last log are left to the caller."""
     config = run.config
     last_iteration = run.length.last_iteration
@@ -413,18 +410,18 @@ def _train(run: Run, progress: Progress) -> Progress:
     batches = run.loader.batches(progress.consumed_samples, config.train.global_batch_size)
     if progress.iteration == 0:
         _validate(run, progress)
-        _put_questions(run, progress)
+        _run_choice_eval(run, progress)
     while progress.iteration < last_iteration:
-        run.watchdog.beat(progress.iteration + 1, "loading")
+        run.watchdog.enter_phase(progress.iteration + 1, "loading")
         run.profiler.before(progress.iteration)
         begin = time.perf_counter()
         with run.profiler.mark("loading"):
             batch = next(batches)
         data_seconds = time.perf_counter() - begin
-        run.watchdog.beat(progress.iteration + 1, "training")
+        run.watchdog.enter_phase(progress.iteration + 1, "training")
         result = _step(run, batch)
         progress = progress.after(batch)
-        if _is_to_roll_back(run, result, batch):
+        if _record_step_verdict(run, result, batch):
             _roll_back(run, progress)
         _record(run, progress, batch, result, time.perf_counter() - begin, data_seconds)
         is_save_due = run.saver is not None and _is_due(
@@ -435,7 +432,7 @@ def _train(run: Run, progress: Progress) -> Progress:
         if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
             _validate(run, progress)
         if _is_due(progress.iteration, config.train.choice_interval, last_iteration):
-            _put_questions(run, progress)
+            _run_choice_eval(run, progress)
         if run.saver is not None and progress.iteration == first_iteration:
             run.saver.prepare(run.optimization.chunks, run.optimization.optimizer)
         if is_save_due:
@@ -459,7 +456,7 @@ def _step(run: Run, batch: GlobalBatch) -> StepResult:
     return result
 
 
-def _is_to_roll_back(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
+def _record_step_verdict(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
     try:
         return run.guard.record(result.verdict, result.loss, batch.begin, batch.end)
     except UserError:
@@ -469,7 +466,7 @@ def _is_to_roll_back(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
         raise
 
 
-def _roll_back(run: Run, progress: Progress) -> None:
+def _roll_back(run: Run, progress: TrainState) -> None:
     """Takes weights and optimizer of the last checkpoint; the data goes on where it is.
 
     What led to the bad step, the samples since that checkpoint, is thereby left out of the weights.
@@ -497,8 +494,8 @@ def _is_due(iteration: int, interval: int | None, last_iteration: int | None = N
     return interval is not None and (iteration % interval == 0 or iteration == last_iteration)
 
 
-def _should_stop(run: Run, progress: Progress) -> bool:
-    if run.stop_request.is_made(run.ranks.device):
+def _should_stop(run: Run, progress: TrainState) -> bool:
+    if run.stop_request.is_set(run.ranks.device):
         logger.info("asked to stop: leaving after iteration %d", progress.iteration)
         return True
     return _is_due(progress.iteration, run.config.train.exit_interval)
@@ -506,7 +503,7 @@ def _should_stop(run: Run, progress: Progress) -> bool:
 
 def _record(
     run: Run,
-    progress: Progress,
+    progress: TrainState,
     batch: GlobalBatch,
     result: StepResult,
     seconds: float,
@@ -538,14 +535,14 @@ def _record(
     run.log.add(digests, data_seconds, record)
 
 
-def _validate(run: Run, progress: Progress) -> None:
+def _validate(run: Run, progress: TrainState) -> None:
     is_end = progress.iteration == run.length.last_iteration
     validators = {"": run.validator, " (test)": run.test_validator if is_end else None}
     losses: dict[str, SourceLoss] = {}
     for suffix, validator in validators.items():
         if validator is None:
             continue
-        run.watchdog.beat(progress.iteration, f"validation{suffix}")
+        run.watchdog.enter_phase(progress.iteration, f"validation{suffix}")
         run.log.write_iterations()
         run.optimization.gather_parameters()
         found = validator.run(run.forward_step, run.optimization.chunks, run.ranks)
@@ -556,10 +553,10 @@ def _validate(run: Run, progress: Progress) -> None:
         hook.on_validation(progress.iteration, losses)
 
 
-def _put_questions(run: Run, progress: Progress) -> None:
+def _run_choice_eval(run: Run, progress: TrainState) -> None:
     if run.choices is None:
         return
-    run.watchdog.beat(progress.iteration, "choice questions")
+    run.watchdog.enter_phase(progress.iteration, "choice questions")
     run.log.write_iterations()
     run.optimization.gather_parameters()
     result = run.choices.run(run.forward_step, run.optimization.chunks, run.ranks)
@@ -567,10 +564,10 @@ def _put_questions(run: Run, progress: Progress) -> None:
         hook.on_choice(progress.iteration, {run.choices.name: result})
 
 
-def _save(run: Run, progress: Progress) -> None:
+def _save(run: Run, progress: TrainState) -> None:
     if run.saver is None:
         return
-    run.watchdog.beat(progress.iteration, "saving")
+    run.watchdog.enter_phase(progress.iteration, "saving")
     run.optimization.gather_parameters()
     state: dict[str, Any] = run.blend.state_at(progress.consumed_samples)
     run.saver.save(
@@ -587,13 +584,13 @@ def _save(run: Run, progress: Progress) -> None:
     )
 
 
-def _ensure_saved(run: Run, progress: Progress) -> None:
+def _ensure_saved(run: Run, progress: TrainState) -> None:
     """Returns once the progress is on the disk; one more attempt if the last save failed.
 
     Raises:
         UserError: That failed too.
     """
-    run.watchdog.beat(progress.iteration, "saving")
+    run.watchdog.enter_phase(progress.iteration, "saving")
     if run.saver is None or run.saver.finish() == progress.iteration:
         return
     _save(run, progress)

@@ -144,8 +144,8 @@ class Optimization:
         description: Which optimizer this is, and why.
         update: Takes the optimizer's steps.
         length: The run's, which says whether the learning rate counts iterations or samples.
-        gathers_late: Whether an update reaches the other data-parallel ranks only in the next
-            forward pass of training.
+        overlaps_param_gather: Whether updated parameters are gathered only in the next forward
+            pass of training.
     """
 
     chunks: list[Any]
@@ -154,7 +154,7 @@ class Optimization:
     description: str
     update: GuardedOptimizer
     length: RunLength
-    gathers_late: bool = False
+    overlaps_param_gather: bool = False
 
     def learning_rate(self) -> float:
         """The rate that the next step uses."""
@@ -165,7 +165,7 @@ class Optimization:
 
         Every rank calls it before a validation and before a save.
         """
-        if self.gathers_late:
+        if self.overlaps_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
@@ -221,7 +221,7 @@ def build_optimization(
         description=description,
         update=GuardedOptimizer(optimizer),
         length=length,
-        gathers_late=parallel.overlap_param_gather,
+        overlaps_param_gather=parallel.overlap_param_gather,
     )
 
 

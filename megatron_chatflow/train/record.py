@@ -12,23 +12,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_chatflow.blend.edits import Edit
-from megatron_chatflow.checkpoint.files import write_if_there_is_room
+from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.errors import LocalError, UserError
-from megatron_chatflow.files import is_for_want_of_room
+from megatron_chatflow.files import is_disk_full
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.callbacks import Hook
 from megatron_chatflow.train.callbacks.console import Console
 from megatron_chatflow.train.callbacks.metrics_file import (
     METRICS_FILE,
-    Cut,
     MetricsFile,
-    keep_until,
+    Truncation,
+    truncate_metrics,
 )
 from megatron_chatflow.train.callbacks.shield import Shield
 from megatron_chatflow.train.callbacks.weights_and_biases import WeightsAndBiases
 from megatron_chatflow.train.report import Downtime
-from megatron_chatflow.train.restarts import forget_restarts, record_restart, write_status
+from megatron_chatflow.train.restarts import delete_restarts, record_restart, write_status
 from megatron_chatflow.train.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -64,11 +64,11 @@ def open_record(
         folder = Path(config.checkpoint.save)
         stack.callback(RunFolder(folder).close)
         try:
-            cut = keep_until(folder / METRICS_FILE, iteration)
+            cut = truncate_metrics(folder / METRICS_FILE, iteration)
             downtime = _downtime(config, folder, cut, iteration, edit)
             write_status(folder, "running")
             # Every checkpoint has its own anyway.
-            write_if_there_is_room(
+            write_unless_disk_full(
                 folder / "config.yaml", config.to_yaml(), otherwise="it is not written"
             )
             every_iteration = config.logging.metrics_every_iteration
@@ -86,7 +86,7 @@ def open_record(
 
 
 def _downtime(
-    config: RunConfig, folder: Path, cut: Cut, iteration: int, edit: Edit | None
+    config: RunConfig, folder: Path, cut: Truncation, iteration: int, edit: Edit | None
 ) -> Downtime:
     """What restarts have cost, this one included if it is one."""
     checkpoint = config.checkpoint
@@ -96,7 +96,7 @@ def _downtime(
     )
     if iteration or begins_anew:
         return record_restart(folder, cut, iteration, time.time(), _changes(edit))
-    forget_restarts(folder)
+    delete_restarts(folder)
     if cut.last_dropped is not None:
         logger.warning(
             "%s: the iterations of a run that left no checkpoint are dropped, up to %s",
@@ -122,7 +122,7 @@ def _metrics_maker(folder: Path, *, every_iteration: bool) -> Callable[[], Hook]
     try:
         metrics = MetricsFile(folder, every_iteration=every_iteration)
     except OSError as error:
-        if not is_for_want_of_room(error):
+        if not is_disk_full(error):
             raise
         return lambda: MetricsFile(folder, every_iteration=every_iteration)
     return lambda: metrics

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_chatflow.files import write_atomically
-from megatron_chatflow.train.callbacks.metrics_file import Cut
+from megatron_chatflow.train.callbacks.metrics_file import Truncation
 from megatron_chatflow.train.report import Downtime
 
 RESTARTS_FILE = "restarts.jsonl"
@@ -46,13 +46,13 @@ def read_status(folder: Path) -> Status | None:
     return status if status in get_args(Status) else None
 
 
-def forget_restarts(folder: Path) -> None:
+def delete_restarts(folder: Path) -> None:
     """Removes the record of a run whose place a fresh one takes."""
     (folder / RESTARTS_FILE).unlink(missing_ok=True)
 
 
 def record_restart(
-    folder: Path, cut: Cut, iteration: int, now: float, changes: Sequence[str] = ()
+    folder: Path, cut: Truncation, iteration: int, now: float, changes: Sequence[str] = ()
 ) -> Downtime:
     """Adds the restart at hand to those before, also in the run's folder.
 
@@ -98,7 +98,7 @@ def record_restart(
     return Downtime(num_restarts, lost, len(failures), failure_seconds)
 
 
-def _cause(folder: Path, cut: Cut, earlier: Sequence[Mapping[str, Any]]) -> Cause:
+def _cause(folder: Path, cut: Truncation, earlier: Sequence[Mapping[str, Any]]) -> Cause:
     """Why the run had ended before this restart."""
     status = read_status(folder)
     if status is None:

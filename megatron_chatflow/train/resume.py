@@ -56,7 +56,7 @@ _LEARNING_RATE |= {
 _LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
 
 
-def refuse_other_model(
+def check_same_model(
     resumed: RunState, state: RunState, checkpoint: Path, *, is_grown: bool
 ) -> None:
     """Refuses a checkpoint of a model of another shape.
@@ -80,7 +80,7 @@ def refuse_other_model(
             )
 
 
-def refuse_other_data(
+def check_same_data(
     config: RunConfig, resumed: RunState, state: RunState, checkpoint: Path
 ) -> None:
     """Refuses a resume whose samples are not those that the run has been trained on.
@@ -101,10 +101,10 @@ def refuse_other_data(
         before, after = ({k: v for k, v in s.items() if k != _HASHES} for s in (recorded, found))
         if before != after:
             raise UserError(_difference(config, name, before, after, checkpoint))
-        _refuse_other_contents(config, name, recorded, found, checkpoint)
+        _check_same_contents(config, name, recorded, found, checkpoint)
 
 
-def _refuse_other_contents(
+def _check_same_contents(
     config: RunConfig, name: str, recorded: Mapping[str, Any], found: Mapping[str, Any], at: Path
 ) -> None:
     """Refuses files of the same size whose sample blocks are not those that `at` recorded."""
@@ -122,7 +122,7 @@ def _refuse_other_contents(
                 )
 
 
-def refuse_other_length(config: RunConfig, resumed: RunState, checkpoint: Path) -> None:
+def check_same_seq_length(config: RunConfig, resumed: RunState, checkpoint: Path) -> None:
     """Refuses a resume with another sequence length.
 
     Raises:

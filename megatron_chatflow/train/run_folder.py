@@ -16,18 +16,18 @@ from megatron_chatflow.errors import UserError
 logger = logging.getLogger(__name__)
 
 # A job that was just killed may take a moment to be gone.
-PATIENCE_SECONDS = 20.0
+LOCK_TIMEOUT_SECONDS = 20.0
 
 
 class RunFolder:
     """A run's folder, locked for this process."""
 
-    def __init__(self, folder: Path, *, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, folder: Path, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
         """Makes the folder and takes its lock.
 
         Args:
             folder: The run's folder.
-            patience: Seconds to wait for another process to let go.
+            timeout_seconds: Seconds to wait for another process to let go.
 
         Raises:
             UserError: It cannot be made or written, or another process trains into it.
@@ -38,7 +38,7 @@ class RunFolder:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout_seconds
         while not self._try():
             if time.monotonic() >= deadline:
                 owner = os.pread(self._descriptor, 64, 0).decode(errors="replace").strip()

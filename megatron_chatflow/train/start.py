@@ -1,9 +1,8 @@
-"""The checkpoint that a run begins with: chosen by rank 0, and the same one on every rank.
+"""Selects the checkpoint that a run starts from, the same one on every rank.
 
-In: a resolved configuration. Out: `Beginning`, or None for a fresh start. Folders may lie on each
-node's own disk, and on a shared one a node may see the file that names the latest checkpoint a
-moment late: so rank 0 chooses, and each rank looks for that very checkpoint where its own
-configuration points.
+Checkpoints may lie on each node's local disk, and on a shared file system a node may see the file
+that names the latest checkpoint with a delay. Therefore rank 0 selects a checkpoint, and every rank
+looks for that same checkpoint in the folder that its own configuration names.
 """
 
 import logging
@@ -22,7 +21,7 @@ from megatron_chatflow.checkpoint.files import (
 )
 from megatron_chatflow.config import CheckpointConfig, RunConfig
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.ranks import Ranks, gather, name_ranks
+from megatron_chatflow.runtime.ranks import Ranks, format_ranks, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ _PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Beginning:
+class InitialCheckpoint:
     """The checkpoint that a run begins with, whole or its weights alone.
 
     Attributes:
@@ -50,7 +49,7 @@ class Beginning:
         return self.option == "load_hf"
 
 
-def find_beginning(config: RunConfig) -> Beginning | None:
+def find_initial_checkpoint(config: RunConfig) -> InitialCheckpoint | None:
     """What this process alone would begin with.
 
     Raises:
@@ -60,7 +59,7 @@ def find_beginning(config: RunConfig) -> Beginning | None:
     if settings.load is not None:
         checkpoint = resolve_checkpoint(Path(settings.load))
         if checkpoint is not None:
-            return Beginning(checkpoint, "load", weights_only=settings.finetune)
+            return InitialCheckpoint(checkpoint, "load", weights_only=settings.finetune)
         if settings.finetune:
             raise UserError(
                 f"checkpoint.load: {settings.load} holds no checkpoint, and --finetune needs its "
@@ -73,15 +72,15 @@ def find_beginning(config: RunConfig) -> Beginning | None:
                 f"checkpoint.pretrained_checkpoint: {settings.pretrained_checkpoint} holds no "
                 "checkpoint; name a run's folder or one of its iter_ folders"
             )
-        return Beginning(checkpoint, "pretrained_checkpoint", weights_only=True)
+        return InitialCheckpoint(checkpoint, "pretrained_checkpoint", weights_only=True)
     if settings.load_hf is not None:
-        return Beginning(Path(settings.load_hf), "load_hf", weights_only=True)
+        return InitialCheckpoint(Path(settings.load_hf), "load_hf", weights_only=True)
     if settings.load is not None:
         logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
     return None
 
 
-def refuse_folder_of_another_run(settings: CheckpointConfig, beginning: Beginning | None) -> None:
+def check_save_folder(settings: CheckpointConfig, beginning: InitialCheckpoint | None) -> None:
     """Refuses to save over checkpoints that the run does not go on from.
 
     Raises:
@@ -116,17 +115,17 @@ class _Choice:
     problem: bool = False
 
 
-def agree_on_beginning(config: RunConfig, ranks: Ranks) -> Beginning | None:
+def resolve_initial_checkpoint(config: RunConfig, ranks: Ranks) -> InitialCheckpoint | None:
     """What every rank begins with; every rank calls it.
 
     Raises:
         UserError: On every rank, if one of them does not see what rank 0 begins with.
     """
     if ranks.process.world_size == 1:
-        return find_beginning(config)
+        return find_initial_checkpoint(config)
     own, problem = None, ""
     try:
-        own = find_beginning(config)
+        own = find_initial_checkpoint(config)
     except UserError as error:
         problem = str(error)
     chosen: list[Any] = [_choice(own, problem) if ranks.process.rank == 0 else None]
@@ -135,11 +134,11 @@ def agree_on_beginning(config: RunConfig, ranks: Ranks) -> Beginning | None:
     if choice.problem:
         raise UserError(choice.text)
     found, sight = _look_for(choice, config, own, problem)
-    _refuse_other_sights(choice, gather(sight))
+    _raise_if_ranks_differ(choice, gather_objects(sight))
     return found
 
 
-def _choice(own: Beginning | None, problem: str) -> _Choice:
+def _choice(own: InitialCheckpoint | None, problem: str) -> _Choice:
     if problem:
         return _Choice(problem, problem=True)
     if own is None:
@@ -152,8 +151,8 @@ def _choice(own: Beginning | None, problem: str) -> _Choice:
 
 
 def _look_for(
-    choice: _Choice, config: RunConfig, own: Beginning | None, problem: str
-) -> tuple[Beginning | None, str | None]:
+    choice: _Choice, config: RunConfig, own: InitialCheckpoint | None, problem: str
+) -> tuple[InitialCheckpoint | None, str | None]:
     """This rank's place of what rank 0 chose, and what it sees there instead, if it does."""
     if choice.option is None:
         return None, problem or (None if own is None else f"sees {own.folder}")
@@ -165,7 +164,7 @@ def _look_for(
     if not is_huggingface and not is_iteration_folder(folder):
         folder = folder / choice.name
     weights_only = choice.option != "load" or config.checkpoint.finetune
-    beginning = Beginning(folder, choice.option, weights_only)
+    beginning = InitialCheckpoint(folder, choice.option, weights_only)
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     while True:
         sight = _other_sight(folder, choice, is_huggingface=is_huggingface)
@@ -187,14 +186,14 @@ def _other_sight(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str 
     return None if what == choice.identity else f"sees another checkpoint as {folder}"
 
 
-def _refuse_other_sights(choice: _Choice, sights: list[str | None]) -> None:
+def _raise_if_ranks_differ(choice: _Choice, sights: list[str | None]) -> None:
     others: dict[str, list[int]] = {}
     for rank, sight in enumerate(sights):
         if sight is not None:
             others.setdefault(sight, []).append(rank)
     if not others:
         return
-    listing = "; ".join(f"{name_ranks(ranks)} {sight}" for sight, ranks in others.items())
+    listing = "; ".join(f"{format_ranks(ranks)} {sight}" for sight, ranks in others.items())
     option = choice.option or "load"
     raise UserError(
         f"checkpoint.{option}: the ranks do not begin alike: rank 0 {choice.text}; {listing}; name "

@@ -73,7 +73,7 @@ def test_results_are_those_of_an_export(folder: Path, run: str) -> None:
     assert [entry["iteration"] for entry in logged] == [0, 2, 4]
     export_checkpoint(folder / run, folder / f"{run}_hf")
     model = LanguageModel(folder / f"{run}_hf", max_length=64)
-    assert model.beginning == ([model.tokenizer.bos_id] if run == "begun" else [])
+    assert model.prefix_ids == ([model.tokenizer.bos_id] if run == "begun" else [])
     expected = evaluate_choice(model, read_questions(folder / "quiz.jsonl"), SETTINGS)
     assert logged[-1]["choice"] == {"quiz": expected}
     assert 0 < expected["accuracy"] < 1

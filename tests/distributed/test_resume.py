@@ -221,7 +221,7 @@ import sys, time, torch
 from megatron_chatflow.runtime.signals import StopRequest
 request = StopRequest(notice="asked")
 print("ready", flush=True)
-while not request.is_made(torch.device("cpu")):
+while not request.is_set(torch.device("cpu")):
     time.sleep(0.01)
 print("stopping", flush=True)
 time.sleep(60)

@@ -66,7 +66,7 @@ def test_linear_cross_entropy(device: torch.device, implementation: str) -> None
     (expected * mask).sum().backward()
 
     given = [tensor.requires_grad_() for tensor in (hidden, weight)]
-    rows = VocabularySlice(start=0, num_rows=num_rows, num_pieces=pieces, group=None)
+    rows = VocabularySlice(start=0, num_rows=num_rows, num_valid_tokens=pieces, group=None)
     total, losses = linear_cross_entropy(
         given[0],
         given[1],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.files import write_if_there_is_room
+from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.files import fsync_path
 from megatron_chatflow.train.report import IterationReport, validation_dict
@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncation:
     """What became of a file's iterations.
 
     Attributes:
@@ -36,13 +36,13 @@ class Cut:
     last_dropped: dict[str, Any] | None = None
 
 
-def keep_until(path: Path, iteration: int) -> Cut:
+def truncate_metrics(path: Path, iteration: int) -> Truncation:
     """Drops the lines of iterations after ``iteration``, and a last line cut short by a kill.
 
     They stand at the end but for damage in the middle, so that a full disk is no hindrance.
     """
     if not path.exists():
-        return Cut()
+        return Truncation()
     kept: list[bytes] = []
     last_kept = first_dropped = last_dropped = None
     content = path.read_bytes()
@@ -66,17 +66,17 @@ def keep_until(path: Path, iteration: int) -> Cut:
         os.truncate(path, len(whole))
         fsync_path(path)
     else:
-        write_if_there_is_room(
+        write_unless_disk_full(
             path, whole.decode(errors="replace"), otherwise="some iterations stand in it twice"
         )
-    return Cut(last_kept, first_dropped, last_dropped)
+    return Truncation(last_kept, first_dropped, last_dropped)
 
 
 class MetricsFile:
     """Appends to ``metrics.jsonl``; each line is handed to the system before training goes on."""
 
     def __init__(self, folder: Path, *, every_iteration: bool) -> None:
-        """Opens the file in a run's folder; `keep_until` has cut it.
+        """Opens the file in a run's folder; `truncate_metrics` has cut it.
 
         Args:
             folder: The run's.

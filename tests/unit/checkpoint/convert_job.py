@@ -68,7 +68,12 @@ def spread_norms(chunk: Any) -> None:
 
 def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     from megatron_chatflow.checkpoint import megatron
-    from megatron_chatflow.checkpoint.layout import index_files, lay_out, own_pieces, share_of
+    from megatron_chatflow.checkpoint.layout import (
+        assign_shards,
+        index_files,
+        lay_out,
+        unpadded_shards,
+    )
     from megatron_chatflow.runtime.ranks import data_parallel_group
 
     folder = Path(task["folder"])
@@ -79,7 +84,9 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
         state = {"model": llama.chunks[0].sharded_state_dict()}
         pieces, objects, common = megatron.sharded_parts(state, {})
     group = data_parallel_group()
-    pieces = share_of(own_pieces(pieces, llama.chunks[0].own_sizes), group.rank(), group.size())
+    pieces = assign_shards(
+        unpadded_shards(pieces, llama.chunks[0].own_sizes), group.rank(), group.size()
+    )
     image = lay_out(f"__{torch.distributed.get_rank()}_0.distcp", pieces, objects)
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
     image.copy(0, image.num_bytes, content)

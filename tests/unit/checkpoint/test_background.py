@@ -12,7 +12,7 @@ import torch
 
 from megatron_chatflow.checkpoint.direct_file import FileHash
 from megatron_chatflow.checkpoint.files import LATEST, damage
-from megatron_chatflow.checkpoint.writer import BackgroundSave, Progress, Publication, ReportBox
+from megatron_chatflow.checkpoint.writer import BackgroundSave, OnProgress, Publication, SaveReports
 
 
 def test_waiting_tells_of_every_part(monkeypatch) -> None:
@@ -20,13 +20,13 @@ def test_waiting_tells_of_every_part(monkeypatch) -> None:
     monkeypatch.setattr("megatron_chatflow.checkpoint.writer._get_default_store", lambda: store)
     gates = [threading.Event() for _ in range(3)]
 
-    def write(progress: Progress) -> dict[str, FileHash]:
+    def write(progress: OnProgress) -> dict[str, FileHash]:
         for gate in gates:
             gate.wait()
             progress()
         return {}
 
-    box = ReportBox("a save")
+    box = SaveReports("a save")
     save = BackgroundSave(7, write, box, 1, None)
     told = []
     results = []

@@ -15,9 +15,9 @@ from made_up_text import made_up_sentences
 from megatron_chatflow.evaluation.choice import (
     ChoiceSettings,
     ChoiceValidator,
+    build_prompt,
     encode_question,
     evaluate_choice,
-    prompt_of,
     read_questions,
 )
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate
@@ -71,7 +71,7 @@ def test_every_command_begins_a_text_alike(
     model = models[kind]
     tokenizer = model.tokenizer
     begin = [tokenizer.bos_id] if KINDS[kind] else []
-    assert model.beginning == begin
+    assert model.prefix_ids == begin
     assert model.facts()["begins_with"] == ("<s>" if begin else None)
     text = "bana kifu"
     expected = begin + tokenizer.encode(text)
@@ -82,7 +82,7 @@ def test_every_command_begins_a_text_alike(
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"question": "bana", "choices": ["kifu", "luno"], "answer": 0}))
     questions, settings = read_questions(path), ChoiceSettings("continuation")
-    prompt = begin + tokenizer.encode(prompt_of(questions[0], [], settings))
+    prompt = begin + tokenizer.encode(build_prompt(questions[0], [], settings))
     validator = ChoiceValidator.build(
         *("q", questions, settings),
         tokenizer=tokenizer,
@@ -91,7 +91,7 @@ def test_every_command_begins_a_text_alike(
         micro_batch_size=1,
     )
     assert validator.batches[0].tokens[0, : len(prompt)].tolist() == prompt
-    encoded, _ = encode_question(tokenizer, model.beginning, 96, questions[0], [], settings)
+    encoded, _ = encode_question(tokenizer, model.prefix_ids, 96, questions[0], [], settings)
     assert encoded == prompt
 
 
@@ -216,7 +216,7 @@ def test_lm_eval_has_the_same_log_probabilities(
     model, settings = models[kind], ChoiceSettings("continuation")
     adapter = _adapter(model, TaskSettings(("x",)), HFLM)
     for question in read_questions(write_questions(tmp_path)):
-        prompt = prompt_of(question, [], settings)
+        prompt = build_prompt(question, [], settings)
         requests = [
             SimpleNamespace(args=(prompt, text)) for text in _continuations(question, settings)
         ]
@@ -224,7 +224,7 @@ def test_lm_eval_has_the_same_log_probabilities(
         ours = _scores(
             model,
             *encode_question(
-                *(model.tokenizer, model.beginning, model.max_length, question, [], settings)
+                *(model.tokenizer, model.prefix_ids, model.max_length, question, [], settings)
             ),
         )
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)

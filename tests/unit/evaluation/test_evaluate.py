@@ -19,13 +19,18 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import (
     ChoiceSettings,
     Question,
+    build_prompt,
     encode_question,
     evaluate_choice,
-    examples_for,
-    prompt_of,
     read_questions,
+    select_few_shot_examples,
 )
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table, to_json
+from megatron_chatflow.evaluation.evaluate import (
+    EvaluationSettings,
+    evaluate,
+    format_results,
+    to_json,
+)
 from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.evaluation.text import TextResult, TextSource, encode_document, evaluate_text
 from megatron_chatflow.preprocess.parse import CorpusSettings
@@ -90,7 +95,7 @@ def test_text_is_read_in_windows_that_count_every_token_once(
     ids = [model.tokenizer.encode(text) for text in texts]
     assert len(ids[1]) > 2 * model.max_length
     # Nothing precedes a document's first token, which has no loss.
-    assert model.beginning == [] and ids[2] == []
+    assert model.prefix_ids == [] and ids[2] == []
     assert result.num_tokens == len(ids[0]) - 1 + len(ids[1]) - 1
     first = [model.tokenizer.decode(row[:1]) for row in ids[:2]]
     assert result.num_bytes == len("".join(texts).encode()) - len("".join(first).encode())
@@ -127,17 +132,17 @@ def test_only_answers_of_chats_count(model: LanguageModel, tmp_path: Path) -> No
 
 def test_prompts() -> None:
     letter = ChoiceSettings("letter", 1)
-    assert prompt_of(QUESTIONS[1], [QUESTIONS[0]], letter) == (
+    assert build_prompt(QUESTIONS[1], [QUESTIONS[0]], letter) == (
         "The following are multiple choice questions (with answers) about rivers.\n\n"
         "Which is wet?\nA. sand\nB. water\nC. salt\nAnswer: B\n\n"
         "Which flows?\nA. river\nB. stone\nAnswer:"
     )
     whole = ChoiceSettings("continuation", 0, "zh")
-    assert prompt_of(QUESTIONS[1], [], whole) == (
+    assert build_prompt(QUESTIONS[1], [], whole) == (
         "以下是关于rivers的单项选择题，请选出其中的正确答案。\n\nWhich flows?\n答案："
     )
-    assert examples_for(QUESTIONS, 0, QUESTIONS, 5) == [QUESTIONS[1], QUESTIONS[2]]
-    assert examples_for(QUESTIONS, 2, QUESTIONS, 1) == [QUESTIONS[0]]
+    assert select_few_shot_examples(QUESTIONS, 0, QUESTIONS, 5) == [QUESTIONS[1], QUESTIONS[2]]
+    assert select_few_shot_examples(QUESTIONS, 2, QUESTIONS, 1) == [QUESTIONS[0]]
 
 
 @pytest.mark.parametrize("scoring", ["letter", "continuation"])
@@ -145,7 +150,7 @@ def test_the_likeliest_choice_wins(model: LanguageModel, scoring: str) -> None:
     settings = ChoiceSettings(scoring)
     best = []
     for question in QUESTIONS:
-        prompt = model.tokenizer.encode(prompt_of(question, [], settings))
+        prompt = model.tokenizer.encode(build_prompt(question, [], settings))
         texts = ["A", "B", "C", "D"][: len(question.choices)]
         texts = texts if scoring == "letter" else list(question.choices)
         scores = []
@@ -266,7 +271,7 @@ def test_table_sets_models_side_by_side() -> None:
         values = {"loss": 1.0, "perplexity": math.e, "bits_per_byte": bits}
         return {"model": f"x/{name}", "sources": {"zh": values}, "tasks": {"t": {"acc": bits / 4}}}
 
-    lines = table([results("base", 2.0), results("ours", 1.0)]).splitlines()
+    lines = format_results([results("base", 2.0), results("ours", 1.0)]).splitlines()
     assert lines[0].split() == ["base", "ours", "change"]
     assert lines[1].split() == ["zh", "bits_per_byte", "2.0000", "1.0000", "-50.0%"]
     assert lines[-1].split() == ["t", "acc", "0.5000", "0.2500", "-50.0%"]
@@ -281,7 +286,9 @@ def test_a_source_without_loss_tokens_is_null_in_json() -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    row = next(line for line in table(json.loads(text)).splitlines() if "chats loss" in line)
+    row = next(
+        line for line in format_results(json.loads(text)).splitlines() if "chats loss" in line
+    )
     assert row.split() == ["chats", "loss", "-"]
     values = json.loads(text, parse_constant=refuse)[0]["sources"]["chats"]
     assert values["loss"] is values["perplexity"] is values["bits_per_byte"] is None

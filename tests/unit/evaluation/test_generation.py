@@ -20,8 +20,8 @@ from megatron_chatflow.generation.generate import (
     Generator,
     Sampling,
     TextStream,
-    choose,
     read_prompt,
+    sample_token,
 )
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 
@@ -78,7 +78,7 @@ def test_nucleus_and_temperature() -> None:
     def drawn(temperature: float, top_p: float) -> set[int]:
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(temperature=temperature, top_p=top_p)
-        return {choose(logits, sampling, generator) for _ in range(300)}
+        return {sample_token(logits, sampling, generator) for _ in range(300)}
 
     assert drawn(1.0, 1.0) == {0, 1, 2, 3}
     assert drawn(1.0, 0.75) == {0, 1}

@@ -11,7 +11,7 @@ from megatron_chatflow.convert.huggingface_folder import huggingface_folder
 from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, table
+from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, format_results
 from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks
 from megatron_chatflow.evaluation.text import TextSource, evaluate_text
@@ -216,7 +216,7 @@ def test_no_change_per_token_across_vocabularies(random_llama: Path, tmp_path: P
     larger = {**base, "tokenizer": {"sha256": other.fingerprint, "vocab_size": other.vocab_size}}
 
     def changes(first: dict, second: dict) -> dict[str, str]:
-        rows = [line.split() for line in table([first, second]).splitlines()[1:]]
+        rows = [line.split() for line in format_results([first, second]).splitlines()[1:]]
         return {row[1]: row[-1] for row in rows}
 
     assert changes(base, larger) == {"bits_per_byte": "+0.0%", "loss": "-", "perplexity": "-"}

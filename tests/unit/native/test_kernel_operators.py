@@ -83,17 +83,17 @@ def test_rope_is_a_complex_product() -> None:
 def test_softmax_of_slices_is_the_whole_softmax(num_slices: int) -> None:
     """Slices of a padded vocabulary, reduced as tensor-parallel ranks do."""
     torch.manual_seed(0)
-    num_pieces, columns = 50, 64
+    num_valid_tokens, columns = 50, 64
     logits = torch.randn(7, columns) * 5
-    labels = torch.randint(0, num_pieces, (7,))
-    whole = logits[:, :num_pieces].clone().requires_grad_()
+    labels = torch.randint(0, num_valid_tokens, (7,))
+    whole = logits[:, :num_valid_tokens].clone().requires_grad_()
     losses = functional.cross_entropy(whole, labels, reduction="none")
     scale = torch.rand(7)
     (expected,) = torch.autograd.grad((losses * scale).sum(), whole)
 
     width = columns // num_slices
     slices = [
-        (part.contiguous(), labels - i * width, min(max(num_pieces - i * width, 0), width))
+        (part.contiguous(), labels - i * width, min(max(num_valid_tokens - i * width, 0), width))
         for i, part in enumerate(logits.split(width, -1))
     ]
     tops, sums, targets = zip(*(softmax.softmax_statistics(*each) for each in slices), strict=True)
@@ -103,5 +103,5 @@ def test_softmax_of_slices_is_the_whole_softmax(num_slices: int) -> None:
     for part, local, pieces in slices:
         softmax.softmax_gradient_(part, local, top, total, scale, pieces)
     gradient = torch.cat([part for part, _, _ in slices], -1)
-    torch.testing.assert_close(gradient[:, :num_pieces], expected)
-    assert not gradient[:, num_pieces:].any()
+    torch.testing.assert_close(gradient[:, :num_valid_tokens], expected)
+    assert not gradient[:, num_valid_tokens:].any()

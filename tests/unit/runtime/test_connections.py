@@ -28,8 +28,8 @@ int nvmlDeviceGetCudaComputeCapability(void* device, int* major, int* minor) {
 """
 SET = """
 import os
-from megatron_chatflow.runtime.launch import keep_queue_order
-keep_queue_order()
+from megatron_chatflow.runtime.launch import limit_cuda_connections
+limit_cuda_connections()
 print(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
 """
 

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.launch import agree_on_prefix
+from megatron_chatflow.runtime.launch import resolve_attempt_store
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -21,7 +21,7 @@ def _attempt(port: int, delays: list[float]) -> list[str]:
     def join(rank: int) -> None:
         store = TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
         time.sleep(delays[rank])
-        own = agree_on_prefix(store, rank, len(delays), _TIMEOUT)
+        own = resolve_attempt_store(store, rank, len(delays), _TIMEOUT)
         assert not own.check([f"from {rank}"]), "an earlier attempt wrote there"
         own.set(f"from {rank}", uuid.uuid4().hex)
         own.wait([f"from {k}" for k in range(len(delays))], _TIMEOUT)
@@ -55,6 +55,6 @@ def test_workers_of_an_attempt_that_died_halfway_do_no_harm(server: TCPStore) ->
     store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=_TIMEOUT)
     for rank in (0, 2):  # rank 1 never came
         with pytest.raises(UserError, match="not all 3 processes came"):
-            agree_on_prefix(store, rank, 3, timedelta(seconds=0.2))
+            resolve_attempt_store(store, rank, 3, timedelta(seconds=0.2))
     found = _attempt(server.port, [0.2, 0.0, 0.1])
     assert len(set(found)) == 1 and found[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.runtime.watchdog import Patience, Watchdog
+from megatron_chatflow.runtime.watchdog import Deadline, Watchdog
 
 _HANGS = """
 import logging, sys, threading, time
@@ -20,7 +20,7 @@ Path(sys.argv[1], f"ready_{rank}").touch()
 while len(list(Path(sys.argv[1]).glob("ready_*"))) < 2:
     time.sleep(0.01)
 watchdog = Watchdog(timeout_seconds=1.0, rank=rank, world_size=3, folder=Path(sys.argv[1]))
-watchdog.beat(7, "loading" if rank else "training")
+watchdog.enter_phase(7, "loading" if rank else "training")
 
 def stuck_here():
     threading.Event().wait()
@@ -35,7 +35,7 @@ from pathlib import Path
 from megatron_chatflow.runtime.watchdog import Watchdog
 
 watchdog = Watchdog(timeout_seconds=0.5, rank=0, world_size=1, folder=Path("{folder}"))
-watchdog.beat(1, "training")
+watchdog.enter_phase(1, "training")
 watchdog.close()
 time.sleep(1.5)
 """
@@ -61,11 +61,11 @@ def test_a_hung_process_ends_and_says_where_it_stood(tmp_path: Path) -> None:
 
 
 def test_patience_ends_without_beats_alone() -> None:
-    patience = Patience(1.0)
-    assert not any(patience.is_over(0.4, beat // 2) for beat in range(2, 99))
-    assert [patience.is_over(0.4, 49) for _ in range(3)] == [False, False, True]
-    assert patience.waited == pytest.approx(1.2)
-    assert not patience.is_over(0.4, 50)
+    deadline = Deadline(1.0)
+    assert not any(deadline.has_passed(0.4, call // 2) for call in range(2, 99))
+    assert [deadline.has_passed(0.4, 49) for _ in range(3)] == [False, False, True]
+    assert deadline.waited == pytest.approx(1.2)
+    assert not deadline.has_passed(0.4, 50)
 
 
 def test_a_watch_that_is_over_ends_nothing(tmp_path: Path) -> None:
@@ -76,5 +76,5 @@ def test_a_watch_that_is_over_ends_nothing(tmp_path: Path) -> None:
 
 def test_no_timeout_watches_nothing() -> None:
     watchdog = Watchdog(timeout_seconds=0, rank=0, world_size=1, folder=None)
-    watchdog.beat(1, "training")
+    watchdog.enter_phase(1, "training")
     watchdog.close()

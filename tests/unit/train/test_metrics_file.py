@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_chatflow.train.callbacks.metrics_file import keep_until
+from megatron_chatflow.train.callbacks.metrics_file import truncate_metrics
 
 
 def test_lines_after_the_checkpoint_and_torn_lines_go(tmp_path: Path) -> None:
@@ -12,12 +12,12 @@ def test_lines_after_the_checkpoint_and_torn_lines_go(tmp_path: Path) -> None:
     path.write_text(
         "\n".join([*lines[:3], '{"iteration": 3, "validation": {}}', *lines[3:]]) + '\n{"iter'
     )
-    keep_until(path, 3)
+    truncate_metrics(path, 3)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert [entry["iteration"] for entry in kept] == [1, 2, 3, 3]
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_run_without_a_record_is_fine(tmp_path: Path) -> None:
-    keep_until(tmp_path / "metrics.jsonl", 3)
+    truncate_metrics(tmp_path / "metrics.jsonl", 3)
     assert not list(tmp_path.iterdir())

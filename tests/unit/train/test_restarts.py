@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_chatflow.train.callbacks.metrics_file import keep_until
+from megatron_chatflow.train.callbacks.metrics_file import truncate_metrics
 from megatron_chatflow.train.restarts import RESTARTS_FILE, record_restart, write_status
 
 
@@ -19,7 +19,9 @@ def log(folder: Path, iterations: range, *, begin: float, **more: float) -> None
 
 
 def restart(folder: Path, iteration: int, now: float):
-    return record_restart(folder, keep_until(folder / "metrics.jsonl", iteration), iteration, now)
+    return record_restart(
+        folder, truncate_metrics(folder / "metrics.jsonl", iteration), iteration, now
+    )
 
 
 def records(folder: Path) -> list[dict]:
@@ -88,6 +90,6 @@ def test_a_run_continued_from_another_folder_has_not_failed(tmp_path: Path) -> N
 
 def test_changes_of_a_resume_are_recorded(tmp_path: Path) -> None:
     log(tmp_path, range(1, 6), begin=1000.0)
-    cut = keep_until(tmp_path / "metrics.jsonl", 5)
+    cut = truncate_metrics(tmp_path / "metrics.jsonl", 5)
     record_restart(tmp_path, cut, 5, 1050.0, ["schedule edited", "source math added"])
     assert records(tmp_path)[0]["changes"] == ["schedule edited", "source math added"]

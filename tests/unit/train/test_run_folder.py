@@ -26,12 +26,12 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"another run .process {holder.pid} on"):
-        RunFolder(tmp_path, patience=0.0)
+        RunFolder(tmp_path, timeout_seconds=0.0)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    RunFolder(tmp_path, patience=0.0).close()
-    RunFolder(tmp_path, patience=0.0).close()
+    RunFolder(tmp_path, timeout_seconds=0.0).close()
+    RunFolder(tmp_path, timeout_seconds=0.0).close()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.exit_reporter import Farewell
+from megatron_chatflow.runtime.exit_reporter import ExitReporter
 from megatron_chatflow.runtime.ranks import ProcessRank
 
 
@@ -15,5 +15,7 @@ def test_a_message_that_is_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.BytesIO()
     stream = io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace")  # as Python's
     monkeypatch.setattr(sys, "stderr", stream)
-    assert Farewell(ProcessRank.from_environment()).say(UserError("a\udcff.json: is damaged"))
+    assert ExitReporter(ProcessRank.from_environment()).report(
+        UserError("a\udcff.json: is damaged")
+    )
     assert output.getvalue() == b"error: a\\udcff.json: is damaged\n"

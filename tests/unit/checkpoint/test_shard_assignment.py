@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_chatflow.checkpoint import layout as division
-from megatron_chatflow.checkpoint.layout import TensorPiece, boxes_of_range, share_of
+from megatron_chatflow.checkpoint.layout import TensorPiece, assign_shards, boxes_of_range
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (1, 9), (8, 1), (3, 4, 5), (2, 1, 3, 4)])
@@ -43,7 +43,7 @@ def test_replicas_share_every_value_once(monkeypatch: pytest.MonkeyPatch) -> Non
         whole = {piece.name: torch.full(piece.global_shape, torch.nan) for piece in pieces}
         loads = []
         for rank in range(num_replicas):
-            share = share_of(pieces, rank, num_replicas)
+            share = assign_shards(pieces, rank, num_replicas)
             loads.append(sum(piece.values.numel() for piece in share))
             for piece in share:
                 place = whole[piece.name][
