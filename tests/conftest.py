@@ -22,6 +22,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))
+# For `import benchmarks`. Last, because names in tools/ such as `evaluate` are also packages.
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 from made_up_text import made_up_sentences  # noqa: E402  (the path is set just above)
 from tiny_run import TinyRun, make_tiny_run  # noqa: E402

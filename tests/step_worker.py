@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -47,8 +48,9 @@ def set_weights(optimization: Any) -> None:
 
 def main(dtype: str, micro_batch_size: int) -> None:
     ranks = initialize()
-    from megatron_chatflow.train import benchmark_subjects as subjects
-    from megatron_chatflow.train.benchmark_shape import Shape
+    sys.path.append(str(Path(__file__).parents[1] / "tools"))
+    from benchmarks import training_steps as subjects
+    from benchmarks.shapes import Shape
     from megatron_chatflow.train.loop import train_step
 
     shape = Shape(2, 128, 352, 4, 2, 96, micro_batch_size, vocab_size=1000)

@@ -1,8 +1,7 @@
 #!/usr/bin/env python
-"""Measures throughput, beside peers where they are installed.
+"""Measures the throughput of one part of the project, and of installed peers with --peers.
 
-In: what to measure, and its arguments. Out: a table, and with --output the same as JSON with
-machine, versions and commit.
+Prints a table, and writes the same rows with machine, versions and commit as JSON to --output.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -13,8 +12,8 @@ if __name__ == "__main__":
 import argparse
 import sys
 
+from benchmarks.harness import load_benchmark, run_benchmark
 from megatron_chatflow.errors import ArgumentParser, run_main
-from megatron_chatflow.evaluation.benchmark import has_benchmark, load_benchmark, run_benchmark
 
 SUBJECTS = {
     "preprocess": "corpus to .bin/.idx: bytes a second, CPU-seconds, memory",
@@ -32,16 +31,15 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """Parses the subject, and hands the other arguments to its benchmark."""
-    subjects = {name: summary for name, summary in SUBJECTS.items() if has_benchmark(name)}
-    listing = "\n".join(f"  {name:<12}{summary}" for name, summary in subjects.items())
+    """Parses the subject and runs its benchmark with the remaining arguments."""
+    listing = "\n".join(f"  {name:<12}{summary}" for name, summary in SUBJECTS.items())
     parser = ArgumentParser(
         description=f"{__doc__}\nsubjects:\n{listing}",
         epilog=EXAMPLES,
         usage="%(prog)s SUBJECT [--peers] [--output R.json] ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("subject", choices=list(subjects), help="what to measure")
+    parser.add_argument("subject", choices=list(SUBJECTS), help="what to measure")
     arguments = parser.parse_args(sys.argv[1:2])
     benchmark = load_benchmark(arguments.subject)
     run_benchmark(arguments.subject, benchmark, sys.argv[2:], prog=parser.prog)

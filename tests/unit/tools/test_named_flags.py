@@ -56,7 +56,7 @@ OF_ANOTHER_STEP = {
 
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts).removesuffix(".__init__")
+    return ".".join(parts).removesuffix(".__init__").replace("tools.benchmarks", "benchmarks")
 
 
 PATHS = {
@@ -64,7 +64,7 @@ PATHS = {
     for path in (
         *ROOT.glob("megatron_chatflow/**/*.py"),
         *ROOT.glob("examples/corpus/*.py"),
-        *ROOT.glob("tools/*.py"),
+        *ROOT.glob("tools/**/*.py"),
     )
 }
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in PATHS.items()}
@@ -121,7 +121,7 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
     """Flags by command, from the parsers that the commands themselves build."""
-    from megatron_chatflow.evaluation.benchmark import load_benchmark
+    from benchmarks.harness import load_benchmark
 
     def stop(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _ParsedError(_flags(parser))

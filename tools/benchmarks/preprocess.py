@@ -20,16 +20,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation.benchmark_preprocess_corpus import (
-    MadeCorpus,
-    read_texts,
-    write_as_it_is,
-    write_recombined,
-)
-from megatron_chatflow.evaluation.benchmark_preprocess_disk import disk_rows, merge_rows
-from megatron_chatflow.evaluation.benchmark_preprocess_jobs import (
+from benchmarks.contenders import (
     FAST,
     OURS,
     SENTENCEPIECE,
@@ -41,6 +32,15 @@ from megatron_chatflow.evaluation.benchmark_preprocess_jobs import (
     our_tool,
     sentencepiece_loop,
 )
+from benchmarks.corpora import (
+    MadeCorpus,
+    read_texts,
+    write_as_it_is,
+    write_recombined,
+)
+from benchmarks.disk import disk_rows, merge_rows
+from megatron_chatflow.data.indexed import IndexedDataset
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import scratch_folder
 from megatron_chatflow.runtime.table import Cell, Row
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer

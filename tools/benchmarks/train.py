@@ -14,23 +14,32 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 
+from benchmarks.corpora import BenchmarkVocabulary, write_corpus
+from benchmarks.peer_process import PeerProcess
+from benchmarks.shapes import OURS, SHAPES, SUBJECT_SEED, Shape
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.config import DataConfig, KnotConfig, ScheduleConfig, SourceConfig
 from megatron_chatflow.config.shape import flops_per_token
+from megatron_chatflow.data.loader import Loader
+from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.device import peak_flops
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 from megatron_chatflow.runtime.table import Row
-from megatron_chatflow.train.benchmark_peer import PeerProcess
-from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, SUBJECT_SEED, Shape
 
 ON_DATA = "ours, on data"
+_SOURCE = "mock"  # the name that the guard of `training_steps.Ours` knows
+_NUM_TOKENS = 20_000_000  # of a made-up dataset: 40 MB
 AS_IT_COMES = ", as it comes"
 
 
@@ -94,7 +103,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     ranks = initialize(tensor_model_parallel_size=num_processes)
     with ExitStack() as stack:
         stack.callback(finalize)
-        from megatron_chatflow.train import benchmark_subjects as subjects
+        from benchmarks import training_steps as subjects
 
         tokens = shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED))
         ours = subjects.Ours(shape, tokens, ranks, sequence_parallel=arguments.sequence_parallel)
@@ -108,7 +117,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         if not arguments.mock_data:
             rows.append(_on_data(ours, shape, arguments, ranks))
         if arguments.profile:
-            from megatron_chatflow.train.benchmark_profile import profile_rows
+            from benchmarks.step_profile import profile_rows
 
             rows += profile_rows(ours.step, shape, ranks)
     if ranks.process.rank:
@@ -128,8 +137,6 @@ def _check_tensor_parallel(size: int, shape: Shape, num_processes: int) -> None:
 
 def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Ranks) -> Row:
     """The row of our step on data from files, whose rounds alternate with those on mock data."""
-    from megatron_chatflow.train.benchmark_data import OnData
-
     with (
         tempfile.TemporaryDirectory() as folder,
         OnData(ours, shape, arguments.data, Path(folder)) as on_data,
@@ -143,6 +150,71 @@ def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Rank
         "loader_wait_ms": 1000 * wait,
         "loader_stall": wait / statistics.median(seconds[ON_DATA]),
     }
+
+
+class OnData(AbstractContextManager["OnData"]):
+    """Our training step on batches from files.
+
+    Attributes:
+        waits: Seconds that each step waited for its batch.
+    """
+
+    def __init__(self, ours: Any, shape: Shape, prefix: Path | None, folder: Path) -> None:
+        """Opens the dataset, or makes one up in ``folder``.
+
+        Raises:
+            UserError: The dataset cannot be read, or has pieces that the shape has not.
+        """
+        if prefix is None:
+            prefix = folder / "corpus"
+            write_corpus(prefix, max(_NUM_TOKENS, 64 * shape.num_tokens))
+        config = DataConfig(
+            seq_length=shape.seq_length,
+            sources={_SOURCE: SourceConfig(paths=(prefix,))},
+            schedule=ScheduleConfig(knots=(KnotConfig(at=0, weights={_SOURCE: 1.0}),)),
+        )
+        vocabulary = BenchmarkVocabulary(vocab_size=shape.vocab_size)
+        sources = build_sources(config, seed=1, tokenizer=vocabulary)
+        schedule = Schedule.from_dict(
+            {"knots": [{"at": 0, "weights": {_SOURCE: 1.0}}]},
+            sources=[_SOURCE],
+            samples_per_iteration=shape.micro_batch_size,
+            seq_length=shape.seq_length,
+        )
+        self.waits: list[float] = []
+        self._ours, self._vocab_size = ours, shape.vocab_size
+        self._loader = Loader(
+            sources,
+            Blend(schedule),
+            seq_length=shape.seq_length,
+            micro_batch_size=shape.micro_batch_size,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+        )
+        self._batches = self._loader.batches(0, shape.micro_batch_size)
+
+    def step(self) -> float:
+        """Takes one step."""
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self.waits.append(time.perf_counter() - begin)
+        highest = int(max(micro_batch.tokens.max() for micro_batch in batch.micro_batches))
+        if highest >= self._vocab_size:
+            raise UserError(f"--data: piece {highest} is none of the shape's {self._vocab_size}")
+        return self._ours.step(batch)
+
+    def median_wait(self) -> float:
+        """Seconds; the first batch, which nothing was there to prepare, is left out."""
+        return statistics.median(self.waits[1:])
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        """Ends the loader's threads."""
+        self._loader.close()
 
 
 def _beside_peers(

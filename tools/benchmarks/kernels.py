@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.shapes import SHAPES
 from megatron_chatflow.kernels import foreign
 from megatron_chatflow.kernels.attention import gather_facts
 from megatron_chatflow.model.kernel_choice import (
@@ -24,7 +25,6 @@ from megatron_chatflow.model.kernel_choice import (
     step_operations,
 )
 from megatron_chatflow.runtime.table import Row
-from megatron_chatflow.train.benchmark_shape import SHAPES
 
 logger = logging.getLogger(__name__)
 

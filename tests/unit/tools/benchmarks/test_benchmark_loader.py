@@ -2,23 +2,22 @@
 
 import argparse
 
+from benchmarks import loader
+from benchmarks.corpora import write_corpus, write_sparse_corpus
+from benchmarks.loader import OURS, PEER, OurBatches, OurDataset, PeerDataset
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.evaluation import benchmark_loader
-from megatron_chatflow.evaluation.benchmark_loader import OURS, PEER, OurBatches, OurDataset
-from megatron_chatflow.evaluation.benchmark_loader_corpus import write_corpus, write_sparse_corpus
-from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
 
 
 def parse(*flags):
     parser = argparse.ArgumentParser()
     parser.add_argument("--peers", action="store_true")
-    benchmark_loader.add_arguments(parser)
+    loader.add_arguments(parser)
     return parser.parse_args(flags)
 
 
 def test_every_contender_has_a_row(tmp_path):
     small = ["--num-tokens", "200000", "--seq-length", "32", "--num-samples", "128"]
-    rows = benchmark_loader.run(parse("--peers", *small))
+    rows = loader.run(parse("--peers", *small))
     whats = ["window", "window, documents isolated", "packed documents"]
     assert [row["what"] for row in rows if row["by"] == OURS] == [
         *whats,

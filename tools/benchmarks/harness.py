@@ -1,13 +1,12 @@
-"""The harness that every benchmark runs in: arguments, machine, versions, JSON and a table.
+"""Runs one benchmark: parses its arguments, prints its rows as a table and writes them as JSON.
 
-In: a module ``benchmark_<name>`` of this package, which measures and says nothing. Out: its rows as
-a table, and as JSON with what they were measured on, so that two files can be compared.
+The JSON report also holds the arguments, the machine, package versions and the commit, so that two
+reports can be compared.
 """
 
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import json
 import os
 import platform
@@ -28,13 +27,6 @@ from megatron_chatflow.runtime.table import Row, format_table
 
 FORMAT_VERSION = 1
 
-# Where a subject's benchmark lies if not here: with what it measures.
-_MODULES = {
-    "checkpoint": "megatron_chatflow.train.benchmark_checkpoint",
-    "kernels": "megatron_chatflow.train.benchmark_kernels",
-    "train": "megatron_chatflow.train.benchmark",
-}
-
 _PACKAGES = (
     ("megatron-chatflow", "torch", "megatron-core", "numpy", "sentencepiece", "tokenizers")
     + ("transformers", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "apex")
@@ -43,38 +35,32 @@ _PACKAGES = (
 
 
 class Benchmark(Protocol):
-    """What a benchmark's module offers; one with ``summary(rows)`` adds its keys to the JSON."""
+    """The interface of a benchmark module.
+
+    A module may also define ``summary(rows)``, whose dict is merged into the JSON report.
+    """
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Adds what can be chosen; ``--peers`` and ``--output`` are there already."""
+        """Adds the benchmark's own flags; ``--peers`` and ``--output`` are already defined."""
 
     def run(self, arguments: argparse.Namespace) -> Sequence[Row]:
-        """Measures; with ``arguments.peers`` set, the installed peers too, in the same run.
+        """Runs the measurement, including the installed peers if ``arguments.peers`` is set.
 
         Returns:
-            A row for each thing measured: text columns say what, numeric ones end in their unit
-            (``samples_per_second``, ``rss_bytes``).
+            One row per measurement. Text columns identify it; names of numeric columns end in
+            their unit (``samples_per_second``, ``rss_bytes``).
         """
 
 
-def _module_name(name: str) -> str:
-    return _MODULES.get(name, f"{__package__}.benchmark_{name}")
-
-
-def has_benchmark(name: str) -> bool:
-    """Whether there is a module ``benchmark_<name>``; it is not imported."""
-    return importlib.util.find_spec(_module_name(name)) is not None
-
-
 def load_benchmark(name: str) -> Benchmark:
-    """The module ``benchmark_<name>``."""
-    module: Any = importlib.import_module(_module_name(name))
+    """Imports the module of a subject."""
+    module: Any = importlib.import_module(f"{__package__}.{name}")
     benchmark: Benchmark = module
     return benchmark
 
 
 def machine() -> dict[str, Any]:
-    """What the measurement ran on."""
+    """Describes the machine: CPU, cores, threads, memory, GPUs and operating system."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -93,7 +79,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the package, and of what it or its peers rest on, where installed."""
+    """Returns the versions of Python, the package, its dependencies and the installed peers."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -102,10 +88,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the working tree that the package lies in, ``+`` behind it if it was changed.
+    """Returns the commit of the working tree, with ``+`` appended if tracked files were changed.
 
-    Outside a working tree it is what ``MEGATRON_CHATFLOW_COMMIT`` says. None without either, or
-    where git is missing.
+    Outside of a git working tree the environment variable ``MEGATRON_CHATFLOW_COMMIT`` is
+    returned, or None if it is unset. None is also returned if git is not installed.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
@@ -131,7 +117,7 @@ def _report(name: str, arguments: Mapping[str, Any], rows: Sequence[Row]) -> dic
         "arguments": {
             key: value if isinstance(value, int | float | str | None) else str(value)
             for key, value in arguments.items()
-            if key != "output" and not isinstance(value, Path)  # whose names say nothing elsewhere
+            if key != "output" and not isinstance(value, Path)  # paths differ between machines
         },
         "machine": machine(),
         "versions": versions(),
@@ -146,27 +132,27 @@ def run_benchmark(
     """Runs one benchmark, prints its table and writes its report.
 
     Args:
-        name: The subcommand.
-        benchmark: What measures.
-        command_line: The arguments behind the subcommand.
-        prog: How the program was called, for ``--help``.
+        name: The subject.
+        benchmark: The module of the subject.
+        command_line: The arguments after the subject.
+        prog: The program name shown by ``--help``.
 
     Returns:
-        The report, as ``--output`` holds it.
+        The report, as written to ``--output``.
 
     Raises:
-        UserError: An argument is wrong, or the report cannot be written there.
+        UserError: An argument is invalid, or the report cannot be written.
     """
     parser = ArgumentParser(
         prog=f"{prog} {name}", description=(benchmark.__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--peers", action="store_true", help="measure installed peers beside ours")
-    parser.add_argument("--output", type=Path, metavar="R.json", help="where the report goes")
+    parser.add_argument("--output", type=Path, metavar="R.json", help="where to write the report")
     benchmark.add_arguments(parser)
     arguments = parser.parse_args(list(command_line))
     with contextlib.ExitStack() as stack:
-        # Opened before anything is measured: a mistyped path costs nothing.
-        # Under torchrun the first process reports.
+        # The file is opened before the measurement, so that a mistyped path fails at once.
+        # Under torchrun only the first process writes the report.
         is_first = os.environ.get("RANK", "0") == "0"
         has_file = arguments.output is not None and is_first
         if has_file:

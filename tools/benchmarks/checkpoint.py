@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from benchmarks.shapes import Shape
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
 from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, parts_to_save
 from megatron_chatflow.checkpoint.writer import page_aligned
@@ -27,7 +28,6 @@ from megatron_chatflow.files import scratch_folder, sync_tree
 from megatron_chatflow.runtime.launch import finalize, initialize
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.table import Row
-from megatron_chatflow.train.benchmark_shape import Shape
 
 OURS, DISK, SAVE, ASYNC_SAVE = "ours", "disk_alone", "dcp_save", "dcp_async_save"
 _STEP_ROUNDS = 3
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     with ExitStack() as stack:
         stack.callback(finalize)
         # The training step imports megatron-core, which on CPUs has to come after `initialize`.
-        from megatron_chatflow.train.benchmark_subjects import Ours
+        from benchmarks.training_steps import Ours
 
         root = _shared_folder(arguments.folder, ranks, stack)
         shape = Shape(arguments.num_layers, 1024, 2816, 16, 16, 128, 1)

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 
-from megatron_chatflow.evaluation.benchmark_blend import (
+from benchmarks.blend import (
     OURS,
     PEER,
     add_arguments,

@@ -9,13 +9,16 @@ Samples come in the order of training: a few of them while the file is not in me
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
+from torch.utils.data import default_collate
 
+from benchmarks.corpora import VOCAB_SIZE, BenchmarkVocabulary, write_corpus, write_sparse_corpus
 from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.config import DataConfig, KnotConfig, ScheduleConfig, SourceConfig
@@ -23,11 +26,6 @@ from megatron_chatflow.data.indexed import bin_path
 from megatron_chatflow.data.loader import GlobalBatch, Loader
 from megatron_chatflow.data.samples import Sample
 from megatron_chatflow.data.source import build_sources
-from megatron_chatflow.evaluation.benchmark_loader_corpus import (
-    BenchmarkVocabulary,
-    write_corpus,
-    write_sparse_corpus,
-)
 from megatron_chatflow.files import scratch_folder
 from megatron_chatflow.runtime.table import Cell, Row
 
@@ -169,6 +167,88 @@ class OurBatches:
         return batch
 
 
+class _Tokenizer:
+    """What `GPTDataset` asks of a tokenizer."""
+
+    vocab_size = VOCAB_SIZE
+    eod = 0
+    pad = -1
+    unique_identifiers = {"class": "benchmark"}
+
+
+class PeerDataset:
+    """One epoch of a `GPTDataset` without a dense mask, or with one that isolates documents.
+
+    Attributes:
+        num_samples: In the epoch.
+        num_index_bytes: Of the index that it built.
+    """
+
+    def __init__(self, prefix: Path, seq_length: int, *, isolate: bool = False) -> None:
+        """Builds the index, in memory."""
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from megatron.core.datasets.utils import Split
+
+        indexed = IndexedDataset(str(prefix), multimodal=False, mmap=True)
+        self.config = GPTDatasetConfig(
+            random_seed=1,
+            sequence_length=seq_length,
+            split="1",
+            tokenizer=_Tokenizer(),
+            reset_position_ids=isolate,
+            reset_attention_mask=isolate,
+            eod_mask_loss=False,
+            create_attention_mask=isolate,
+        )
+        documents = np.arange(len(indexed.document_indices) - 1, dtype=np.int32)
+        self.dataset: Any = GPTDataset(
+            indexed, str(prefix), documents, None, Split.train, self.config
+        )
+        self.num_samples = len(self.dataset)
+        self.num_index_bytes = sum(
+            int(index.nbytes)
+            for index in (
+                self.dataset.document_index,
+                self.dataset.sample_index,
+                self.dataset.shuffle_index,
+            )
+        )
+
+    def sample(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample."""
+        sample: dict[str, torch.Tensor] = self.dataset[index]
+        return sample
+
+
+class PeerBatches:
+    """Batches of a `BlendedDataset` over one corpus, taken as two sources.
+
+    Attributes:
+        num_index_bytes: Of the indices of the blend and of its datasets.
+    """
+
+    def __init__(
+        self, prefix: Path, seq_length: int, weights: Sequence[float], num_samples: int
+    ) -> None:
+        """Builds the indices."""
+        from megatron.core.datasets.blended_dataset import BlendedDataset
+
+        parts = [PeerDataset(prefix, seq_length) for _ in weights]
+        datasets = [part.dataset for part in parts]
+        self._blended: Any = BlendedDataset(datasets, list(weights), num_samples, parts[0].config)
+        self.num_index_bytes = sum(part.num_index_bytes for part in parts) + int(
+            self._blended.dataset_index.nbytes + self._blended.dataset_sample_index.nbytes
+        )
+
+    def batch(self, begin: int, end: int, micro_batch_size: int) -> list[Any]:
+        """Micro-batches of the samples [begin, end)."""
+        return [
+            default_collate([self._blended[k] for k in range(first, first + micro_batch_size)])
+            for first in range(begin, end, micro_batch_size)
+        ]
+
+
 def _fetch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     length, num_samples = arguments.seq_length, arguments.num_samples
     ours, isolated = partial(OurDataset, prefix, length), "window, documents isolated"
@@ -177,8 +257,6 @@ def _fetch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     packed = partial(ours, packing="best_fit")
     yield _fetch_row("packed documents", OURS, prefix, packed, num_samples)
     if arguments.peers:
-        from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
-
         peer = partial(PeerDataset, prefix, length)
         yield _fetch_row("window", PEER, prefix, peer, num_samples)
         # It isolates by a dense mask of seq_length squared: a few samples say enough.
@@ -251,8 +329,6 @@ def _batch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     num_batches = max(arguments.num_samples // _GLOBAL_BATCH_SIZE, 1)
     yield _batch_row(OURS, prefix, partial(OurBatches, prefix, arguments.seq_length), num_batches)
     if arguments.peers:
-        from megatron_chatflow.evaluation.benchmark_loader_peer import PeerBatches
-
         num_samples = num_batches * _GLOBAL_BATCH_SIZE
         peer = partial(PeerBatches, prefix, arguments.seq_length, _WEIGHTS, num_samples)
         yield _batch_row(PEER, prefix, peer, num_batches)
@@ -284,6 +360,4 @@ def _scaling_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
         length, num_samples = arguments.seq_length, min(arguments.num_samples, 10 * _NUM_ROUNDS)
         yield _fetch_row(what, OURS, prefix, partial(OurDataset, prefix, length), num_samples)
         if arguments.peers and num_tokens <= _LARGEST_OF_PEER:
-            from megatron_chatflow.evaluation.benchmark_loader_peer import PeerDataset
-
             yield _fetch_row(what, PEER, prefix, partial(PeerDataset, prefix, length), num_samples)

@@ -1,13 +1,11 @@
-"""Text of a given size for the preprocessing benchmark, out of a smaller corpus's sentences.
+"""Makes the corpora that benchmarks read: datasets of random token ids, and text of a given size.
 
-In: a corpus as JSON lines, a size, a seed. Out: a file of JSON lines, the same for the same seed,
-in which no document occurs twice.
-
-What recombination keeps: sentences, and the distribution of documents' lengths in sentences. What
-it changes: a sentence comes back size/corpus times, in other company, and words that a larger real
-corpus would bring are missing. Encoders that remember words see fewer new ones than in text that
-large; `num_distinct_words` says how many there are, and the benchmark measures the corpus as it
-stands, where every sentence is new, beside it.
+Text of a given size consists of documents that recombine the sentences of a smaller corpus. No
+document occurs twice, and equal seeds give equal files. Recombination keeps the sentences and the
+distribution of document lengths in sentences. It repeats each sentence about size / corpus size
+times and adds none of the new words that a larger real corpus would have, so an encoder that caches
+words has fewer misses than on real text of that size. ``MadeCorpus.num_distinct_words`` reports
+their number, and the preprocessing benchmark also measures the corpus as it is.
 """
 
 import hashlib
@@ -19,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from megatron_chatflow.data.indexed import HEADER, MAGIC, IndexedDatasetWriter, bin_path, idx_path
 from megatron_chatflow.errors import UserError
+
+VOCAB_SIZE = 32_000  # of the datasets of random ids
 
 # A sentence runs to its mark, with the quotes and blanks behind it, or to the line's end.
 _SENTENCE = re.compile(r".+?(?:[。！？；]+[”』」）]*\n*|[.!?]+[\"')\]]*\s+|\n+|\Z)|\n+", re.DOTALL)
@@ -125,3 +126,46 @@ def _write(texts: Iterator[str] | list[str], path: Path, facts: tuple[int, int])
             num_documents += 1
             num_text_bytes += len(text.encode())
     return MadeCorpus(path, num_documents, num_text_bytes, *facts)
+
+
+@dataclass(frozen=True)
+class BenchmarkVocabulary:
+    """Stands for a tokenizer where ids are only copied."""
+
+    vocab_size: int = VOCAB_SIZE
+    pad_id: int = 0
+    fingerprint: str = ""
+
+
+def write_corpus(prefix: Path, num_tokens: int) -> None:
+    """Writes random ids in documents of lognormal length, about 660 tokens."""
+    random = np.random.default_rng(0)
+    writer = IndexedDatasetWriter(prefix, np.uint16)
+    while writer.num_tokens < num_tokens:
+        lengths = random.lognormal(6.0, 1.0, 4096).astype(np.int32).clip(1, 1 << 15)
+        # Id 0 is the peer's end of a document, so it ends ours too.
+        ids = random.integers(1, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16)
+        ids[np.cumsum(lengths) - 1] = 0
+        writer.add_documents(ids, lengths)
+    writer.finalize()
+
+
+def write_sparse_corpus(prefix: Path, num_tokens: int) -> None:
+    """Writes a million documents of zeros that take no room on the disk.
+
+    Raises:
+        UserError: The file system has no files of that size.
+    """
+    num_documents = min(num_tokens, 1 << 20)
+    ends = np.linspace(0, num_tokens, num_documents + 1).astype(np.int64)
+    uint16_code = 8
+    try:
+        with idx_path(prefix).open("wb") as file:
+            file.write(HEADER.pack(MAGIC, 1, uint16_code, num_documents, num_documents + 1))
+            file.write(np.diff(ends).astype("<i4").tobytes())
+            file.write((2 * ends[:-1]).astype("<i8").tobytes())
+            file.write(np.arange(num_documents + 1, dtype="<i8").tobytes())
+        with bin_path(prefix).open("wb") as file:
+            file.truncate(2 * num_tokens)
+    except OSError as error:
+        raise UserError(f"cannot make a sparse file: {prefix}: {error.strerror}") from error

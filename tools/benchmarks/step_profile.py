@@ -14,11 +14,11 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.shapes import Shape
 from megatron_chatflow.config.shape import num_parameters
 from megatron_chatflow.runtime.device import copy_rate, peak_flops, product_rate
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.table import Row
-from megatron_chatflow.train.benchmark_shape import Shape
 
 # The first part whose words occur in an operation's name has its time.
 _PARTS = (

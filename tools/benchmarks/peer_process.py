@@ -13,13 +13,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.shapes import OURS, SUBJECT_SEED, Shape
 from megatron_chatflow.errors import UserError, run_main
 from megatron_chatflow.runtime.ranks import ProcessRank
-from megatron_chatflow.train.benchmark_shape import OURS, SUBJECT_SEED, Shape
 
 _READY = "ready"
 _SECONDS_TO_END = 60.0
@@ -48,6 +49,8 @@ class PeerProcess:
         """
         order = {"name": name, "keep_freed_memory": keep_freed_memory, "switches": switches}
         command = [sys.executable, "-m", __name__, json.dumps({**order, "shape": vars(shape)})]
+        path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[1])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
         # A file, because a pipe that nobody reads fills up.
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
         self._processes = [
@@ -57,7 +60,7 @@ class PeerProcess:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 text=True,
-                env={**os.environ, **variables},
+                env={**environment, **variables},
             )
             for variables in _ranks(num_processes)
         ]
@@ -140,7 +143,7 @@ def main() -> None:
         tensor_model_parallel_size=ProcessRank.from_environment().world_size,
         keep_freed_memory=order["keep_freed_memory"],
     )
-    from megatron_chatflow.train.benchmark_subjects import PEERS, Ours
+    from benchmarks.training_steps import PEERS, Ours
 
     tokens = shape.tokens(torch.Generator().manual_seed(SUBJECT_SEED))
     subject: Any

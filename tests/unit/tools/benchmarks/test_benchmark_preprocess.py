@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.errors import UserError
-from megatron_chatflow.evaluation import benchmark_preprocess
-from megatron_chatflow.evaluation.benchmark_preprocess_corpus import (
-    read_texts,
-    split_sentences,
-    write_recombined,
-)
-from megatron_chatflow.evaluation.benchmark_preprocess_jobs import (
+from benchmarks import preprocess
+from benchmarks.contenders import (
     OURS,
     SENTENCEPIECE,
     Usage,
     measure_job,
     megatrons_fast_tool,
 )
+from benchmarks.corpora import (
+    read_texts,
+    split_sentences,
+    write_recombined,
+)
+from megatron_chatflow.errors import UserError
 
 TEXTS = [" ".join(made_up_sentences(9, seed)) + "\n\n“四。”五！" for seed in range(40)]
 
@@ -59,12 +59,10 @@ def test_every_contender_and_every_roof_has_a_row(
 ) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peers", action="store_true")
-    benchmark_preprocess.add_arguments(parser)
+    preprocess.add_arguments(parser)
     flags = ["--peers", "--corpus", str(corpus), "--languages", "english", "--megabytes", "1"]
     flags += ["--tokenizer-model", str(tiny_sentencepiece_model), "--workers", "1"]
-    rows = benchmark_preprocess.run(
-        parser.parse_args([*flags, "--rounds", "1", "--scratch", str(corpus)])
-    )
+    rows = preprocess.run(parser.parse_args([*flags, "--rounds", "1", "--scratch", str(corpus)]))
     for kind in ("as it is", "recombined"):
         of_kind = {row["by"]: row for row in rows if row["what"] == f"english, {kind}"}
         assert {"input", OURS, SENTENCEPIECE} <= of_kind.keys()
@@ -95,7 +93,7 @@ def test_start_up_is_deducted_and_what_is_lost_in_it_has_no_speed() -> None:
     def cost(seconds: float) -> dict[str, object]:
         starts = [Usage(2.0, 1.0, 5, 4), Usage(2.5, 1.5, 5, 4)]
         usages = [Usage(seconds + 1, 9.0, 7, 6), Usage(seconds, 11.0, 8, 3)]
-        return dict(benchmark_preprocess._cost(starts, usages, 16_000_000))
+        return dict(preprocess._cost(starts, usages, 16_000_000))
 
     found = cost(6.0)
     assert (found["seconds"], found["start_seconds"], found["mb_per_second"]) == (4.0, 2.0, 4.0)
@@ -103,14 +101,14 @@ def test_start_up_is_deducted_and_what_is_lost_in_it_has_no_speed() -> None:
     assert (found["rss_bytes"], found["pss_bytes"]) == (8, 6)
     assert cost(2.1)["seconds"] is None and cost(2.1)["mb_per_second"] is None
     ours = {"seconds": 1.0, "cpu_seconds": 1.0}
-    peer = benchmark_preprocess._ratios(found, ours, "preprocess_data.py", "english")
+    peer = preprocess._ratios(found, ours, "preprocess_data.py", "english")
     assert peer == {
         "times_our_seconds": 4.0,
         "times_our_cpu_seconds": 8.0,
         "target": "8 times our cpu_seconds",
         "met": True,
     }
-    missed = benchmark_preprocess._ratios(cost(2.1), ours, "preprocess_data_fast.py", "english")
+    missed = preprocess._ratios(cost(2.1), ours, "preprocess_data_fast.py", "english")
     assert missed["met"] is False and "times_our_seconds" not in missed
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.shapes import Shape
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.data.loader import GlobalBatch, collate
 from megatron_chatflow.data.samples import Sample
@@ -17,7 +18,6 @@ from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import build_llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
-from megatron_chatflow.train.benchmark_shape import Shape
 from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.loop import train_step
 from megatron_chatflow.train.optimizer import build_optimization

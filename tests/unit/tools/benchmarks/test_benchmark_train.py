@@ -9,10 +9,10 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.peer_process import PeerProcess
+from benchmarks.shapes import OURS, SHAPES, Shape
+from benchmarks.step_profile import OUTSIDE, least_bytes, part_of, time_and_flops
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.train.benchmark_peer import PeerProcess
-from megatron_chatflow.train.benchmark_profile import OUTSIDE, least_bytes, part_of, time_and_flops
-from megatron_chatflow.train.benchmark_shape import OURS, SHAPES, Shape
 
 
 @pytest.mark.parametrize(
