@@ -12,7 +12,7 @@ if __name__ == "__main__":
 import argparse
 
 from megatron_chatflow.errors import ArgumentParser, run_main
-from megatron_chatflow.preprocess.merge import PartsPolicy, find_datasets, merge_datasets
+from megatron_chatflow.preprocess.merge import PartitionPolicy, find_datasets, merge_datasets
 
 EXAMPLES = """examples:
   merge_datasets.py --input shards/ --output-prefix data/en_text_document
@@ -35,7 +35,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     prefixes = find_datasets(arguments.input)
-    policy = PartsPolicy(
+    policy = PartitionPolicy(
         arguments.allow_missing, arguments.max_bad_lines, arguments.max_dropped_share
     )
     num_documents = merge_datasets(

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.blend.engine import occurrences
+from megatron_chatflow.blend.engine import index_within_source
 from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.errors import UserError
 
@@ -104,7 +104,7 @@ class AdaptiveBlend:
             number, offset = divmod(begin, self.horizon)
             drawn = self._horizon(number)
             stop = min(self.horizon, offset + end - begin)
-            indices.append(occurrences(drawn, self._counts[number])[offset:stop])
+            indices.append(index_within_source(drawn, self._counts[number])[offset:stop])
             sources.append(drawn[offset:stop])
             begin += stop - offset
         return np.concatenate(sources), np.concatenate(indices)

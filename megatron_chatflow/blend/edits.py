@@ -611,14 +611,14 @@ def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -
         lines = [_line(table, iteration) for table in (old, new)]
         following = min(stop, *(line[1] for line in lines))
         if lines[0][0] != lines[1][0]:
-            found = _first_in_piece(old, new, iteration, following)
+            found = _first_in_interval(old, new, iteration, following)
             if found is not None:
                 return max(begin, old.origin + found * batch)
         iteration = following
     return None
 
 
-def _first_in_piece(old: WeightTable, new: WeightTable, first: int, last: int) -> int | None:
+def _first_in_interval(old: WeightTable, new: WeightTable, first: int, last: int) -> int | None:
     """The first iteration of ``[first, last)`` whose weights differ by more than rounding."""
     quotas = Quota(old, old.origin), Quota(new, new.origin)
     size = 64
@@ -663,9 +663,9 @@ def _differs_from(old: WeightTable, new: WeightTable, sample: int) -> bool:
 
 def _line(table: WeightTable, iteration: int) -> tuple[tuple[Any, ...], int]:
     """The line that the levels follow at an iteration, and the iteration at which it ends."""
-    number = max(n for n, piece in enumerate(table.pieces) if piece.begin <= iteration)
-    piece = table.pieces[number]
-    end = table.pieces[number + 1].begin if number + 1 < len(table.pieces) else NEVER
-    place = (piece.step, piece.phase - piece.step * piece.begin, piece.span)
-    first, last = table.levels[piece.row_begin], table.levels[piece.row_end]
-    return (first, last, piece.portion_begin, piece.portion_end, *place), end
+    number = max(n for n, interval in enumerate(table.intervals) if interval.begin <= iteration)
+    interval = table.intervals[number]
+    end = table.intervals[number + 1].begin if number + 1 < len(table.intervals) else NEVER
+    place = (interval.step, interval.phase - interval.step * interval.begin, interval.span)
+    first, last = table.levels[interval.row_begin], table.levels[interval.row_end]
+    return (first, last, interval.portion_begin, interval.portion_end, *place), end

@@ -274,7 +274,7 @@ class ReferenceEngine:
             assert key >> bits > slot, "a job after its deadline"
             drawn[slot] = key & ((1 << bits) - 1)
         self._source = drawn
-        self._index = occurrences(drawn, before)
+        self._index = index_within_source(drawn, before)
 
     def _leaf_jobs(
         self, left: int, right: int, before: Sequence[int], after: Sequence[int]
@@ -302,7 +302,7 @@ class ReferenceEngine:
         return np.concatenate(releases), np.concatenate(deadlines), np.concatenate(owners)
 
 
-def occurrences(
+def index_within_source(
     source: npt.NDArray[np.int16], before: Sequence[int] | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
     """Index of every draw within its source, given the counts ``before`` the first; int64[n]."""
@@ -333,10 +333,10 @@ def _first_at_least(
     """
     at = np.searchsorted(due, target, side="left")
     inside = (at > 0) & (at < len(due))
-    piece = np.where(inside, at, 1) - 1
-    missing = target - due[piece]
-    steps = -(-missing // np.maximum(weights[piece], 1))
-    return np.where(inside, edges[piece] + steps, np.where(at == 0, 0, edges[-1]))
+    interval = np.where(inside, at, 1) - 1
+    missing = target - due[interval]
+    steps = -(-missing // np.maximum(weights[interval], 1))
+    return np.where(inside, edges[interval] + steps, np.where(at == 0, 0, edges[-1]))
 
 
 class Engine(Protocol):
@@ -416,7 +416,7 @@ def _arguments(table: WeightTable, begin: int, base: Sequence[int]) -> tuple[Any
         table.origin,
         table.samples_per_iteration,
         np.array(table.levels, np.int64),
-        np.array(table.pieces, np.int64),
+        np.array(table.intervals, np.int64),
         begin,
         np.array([value >> GRID_BITS for value in base], np.int64),
         np.array([value & (GRID - 1) for value in base], np.int64),

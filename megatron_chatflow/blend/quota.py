@@ -32,8 +32,8 @@ NEVER = 1 << 62
 """A sample number beyond every run: the answer of an inverse that is never reached."""
 
 
-class Piece(NamedTuple):
-    """One linear piece of the levels, up to the iteration at which the next piece begins.
+class Interval(NamedTuple):
+    """Iterations on which every level is linear, up to the begin of the next interval.
 
     At iteration ``t`` the level of a source is ``a + floor((e - a) * (step * (t - begin) + phase)
     / span)``, where ``a`` and ``e`` lie between the rows ``row_begin`` and ``row_end`` of the table
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        """Whether the levels stay the same throughout the piece."""
+        """Whether the levels stay the same throughout the interval."""
         return self.row_begin == self.row_end
 
 
@@ -63,13 +63,13 @@ class WeightTable:
         origin: The sample with which iteration 0 begins.
         samples_per_iteration: Samples that share one evaluation of the weights.
         levels: Rows of cumulative levels, each of ``num_sources + 1`` integers from 0 to 2**32.
-        pieces: Consecutive pieces; the first begins at iteration 0, the last never ends.
+        intervals: Consecutive intervals; the first begins at iteration 0, the last never ends.
     """
 
     origin: int
     samples_per_iteration: int
     levels: tuple[tuple[int, ...], ...]
-    pieces: tuple[Piece, ...]
+    intervals: tuple[Interval, ...]
 
     @property
     def num_sources(self) -> int:
@@ -119,9 +119,9 @@ class Quota:
         self.table = table
         self.begin = begin
         self.num_sources = table.num_sources
-        self._starts = [piece.begin for piece in table.pieces]
+        self._starts = [interval.begin for interval in table.intervals]
         self._at_begin = list(base or [0] * self.num_sources)
-        # The piece that `weights` was last asked about, and its levels' begins and rises.
+        # The interval that `weights` last read, and its levels' begins and rises.
         self._lines: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty((2, 0), np.int64))
 
     def quotas(self, sample: int) -> list[int]:
@@ -136,22 +136,22 @@ class Quota:
             lines = [self._line(number, k) for k in range(self.num_sources + 1)]
             self._lines = (number, np.array(lines, np.int64).T)
         begins, rises = self._lines[1]
-        piece = self.table.pieces[number]
-        place = piece.step * (iteration - piece.begin) + piece.phase
+        interval = self.table.intervals[number]
+        place = interval.step * (iteration - interval.begin) + interval.phase
         if place >> (62 - GRID_BITS):  # products that int64 cannot hold
             rises = rises.astype(object)
-        levels = np.asarray(begins + rises * place // piece.span, np.int64)
+        levels = np.asarray(begins + rises * place // interval.span, np.int64)
         return levels[1:] - levels[:-1]
 
     def level_array(self, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
         """Levels ``C_k`` of the iterations ``first <= t < last``, an int64 array."""
         parts = []
-        piece = bisect_right(self._starts, first) - 1
+        number = bisect_right(self._starts, first) - 1
         while first < last:
-            end = self._starts[piece + 1] if piece + 1 < len(self._starts) else last
+            end = self._starts[number + 1] if number + 1 < len(self._starts) else last
             end = min(end, last)
-            parts.append(self._level_part(piece, k, first, end))
-            first, piece = end, piece + 1
+            parts.append(self._level_interval(number, k, first, end))
+            first, number = end, number + 1
         return np.concatenate(parts)
 
     def first_at_least(self, k: int, quota: int) -> int:
@@ -162,14 +162,14 @@ class Quota:
         first = max((self.begin - self.table.origin) // batch, 0)
         low = bisect_right(self._starts, first) - 1
         high = len(self._starts)
-        while high - low > 1:  # the last piece that begins below the quota
+        while high - low > 1:  # the last interval that begins below the quota
             middle = (low + high) // 2
             if self._at_iteration(k, self._starts[middle]) < quota:
                 low = middle
             else:
                 high = middle
         start = max(self._starts[low], first)
-        if self.table.pieces[low].is_constant:
+        if self.table.intervals[low].is_constant:
             return self._within(k, start, quota)
         stop = self._starts[low + 1]
         while stop - start > 1:  # the last iteration that begins below the quota
@@ -186,8 +186,8 @@ class Quota:
 
     def _within(self, k: int, iteration: int, quota: int) -> int:
         """The inverse among samples that share the weight of ``iteration``."""
-        piece = bisect_right(self._starts, iteration) - 1
-        weight = self._level(piece, k + 1, iteration) - self._level(piece, k, iteration)
+        number = bisect_right(self._starts, iteration) - 1
+        weight = self._level(number, k + 1, iteration) - self._level(number, k, iteration)
         if weight == 0:
             return NEVER
         missing = quota - self._at_iteration(k, iteration)
@@ -199,58 +199,71 @@ class Quota:
 
     def _quota(self, k: int, sample: int) -> int:
         iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
-        piece = bisect_right(self._starts, iteration) - 1
-        above = self._level_sum(piece, k + 1, iteration, rest)
-        return self._base[k] + above - self._level_sum(piece, k, iteration, rest)
+        number = bisect_right(self._starts, iteration) - 1
+        above = self._level_sum(number, k + 1, iteration, rest)
+        return self._base[k] + above - self._level_sum(number, k, iteration, rest)
 
-    def _level_sum(self, piece: int, k: int, iteration: int, rest: int) -> int:
+    def _level_sum(self, number: int, k: int, iteration: int, rest: int) -> int:
         """Sum of ``C_k`` over the samples from the origin to ``rest`` samples into an iteration."""
-        whole = self._sums[piece][k] + self._piece_sum(piece, k, iteration - self._starts[piece])
+        whole = self._sums[number][k] + self._interval_sum(
+            number, k, iteration - self._starts[number]
+        )
         batch = self.table.samples_per_iteration
-        return batch * whole + (rest * self._level(piece, k, iteration) if rest else 0)
+        return batch * whole + (rest * self._level(number, k, iteration) if rest else 0)
 
-    def _level(self, piece: int, k: int, iteration: int) -> int:
-        part = self.table.pieces[piece]
-        a, rise = self._line(piece, k)
-        return a + rise * (part.step * (iteration - part.begin) + part.phase) // part.span
+    def _level(self, number: int, k: int, iteration: int) -> int:
+        interval = self.table.intervals[number]
+        a, rise = self._line(number, k)
+        return (
+            a
+            + rise
+            * (interval.step * (iteration - interval.begin) + interval.phase)
+            // interval.span
+        )
 
-    def _level_part(self, piece: int, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
-        part = self.table.pieces[piece]
-        a, rise = self._line(piece, k)
+    def _level_interval(self, number: int, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
+        interval = self.table.intervals[number]
+        a, rise = self._line(number, k)
         if rise == 0:
             return np.full(last - first, a, np.int64)
-        top = part.step * (last - part.begin) + part.phase
+        top = interval.step * (last - interval.begin) + interval.phase
         # Products that int64 cannot hold are rare and go through Python integers.
         dtype: type = np.int64 if abs(rise) * top < 1 << 63 else object
-        place: npt.NDArray[Any] = np.arange(first - part.begin, last - part.begin).astype(dtype)
-        return np.asarray(a + rise * (part.step * place + part.phase) // part.span, np.int64)
+        place: npt.NDArray[Any] = np.arange(first - interval.begin, last - interval.begin).astype(
+            dtype
+        )
+        return np.asarray(
+            a + rise * (interval.step * place + interval.phase) // interval.span, np.int64
+        )
 
-    def _piece_sum(self, piece: int, k: int, num_iterations: int) -> int:
-        """Sum of ``C_k`` over the first iterations of a piece."""
-        part = self.table.pieces[piece]
-        a, rise = self._line(piece, k)
+    def _interval_sum(self, number: int, k: int, num_iterations: int) -> int:
+        """Sum of ``C_k`` over the first iterations of an interval."""
+        interval = self.table.intervals[number]
+        a, rise = self._line(number, k)
         total = a * num_iterations
         if rise > 0:
-            total += floor_sum(num_iterations, part.span, rise * part.step, rise * part.phase)
+            total += floor_sum(
+                num_iterations, interval.span, rise * interval.step, rise * interval.phase
+            )
         elif rise < 0:  # floor(-x / m) is -floor((x + m - 1) / m)
-            shift = -rise * part.phase + part.span - 1
-            total -= floor_sum(num_iterations, part.span, -rise * part.step, shift)
+            shift = -rise * interval.phase + interval.span - 1
+            total -= floor_sum(num_iterations, interval.span, -rise * interval.step, shift)
         return total
 
-    def _line(self, piece: int, k: int) -> tuple[int, int]:
-        """A level at a piece's begin, and how far it rises."""
-        part = self.table.pieces[piece]
-        first = self.table.levels[part.row_begin][k]
-        difference = self.table.levels[part.row_end][k] - first
-        begin = first + (difference * part.portion_begin >> GRID_BITS)
-        return begin, first + (difference * part.portion_end >> GRID_BITS) - begin
+    def _line(self, number: int, k: int) -> tuple[int, int]:
+        """A level at an interval's begin, and how far it rises."""
+        interval = self.table.intervals[number]
+        first = self.table.levels[interval.row_begin][k]
+        difference = self.table.levels[interval.row_end][k] - first
+        begin = first + (difference * interval.portion_begin >> GRID_BITS)
+        return begin, first + (difference * interval.portion_end >> GRID_BITS) - begin
 
     def _sums_before(self, sample: int) -> list[int]:
         """Sum of each source's weights from the table's origin to a sample."""
         iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
-        piece = bisect_right(self._starts, iteration) - 1
+        number = bisect_right(self._starts, iteration) - 1
         levels = range(self.num_sources + 1)
-        sums = [self._level_sum(piece, k, iteration, rest) for k in levels]
+        sums = [self._level_sum(number, k, iteration, rest) for k in levels]
         return [above - below for below, above in pairwise(sums)]
 
     @cached_property
@@ -261,9 +274,11 @@ class Quota:
 
     @cached_property
     def _sums(self) -> list[list[int]]:
-        """Sums of every level over all iterations before each piece."""
+        """Sums of every level over all iterations before each interval."""
         sums = [[0] * (self.num_sources + 1)]
-        for piece in range(len(self._starts) - 1):
-            length = self._starts[piece + 1] - self._starts[piece]
-            sums.append([s + self._piece_sum(piece, k, length) for k, s in enumerate(sums[piece])])
+        for number in range(len(self._starts) - 1):
+            length = self._starts[number + 1] - self._starts[number]
+            sums.append(
+                [s + self._interval_sum(number, k, length) for k, s in enumerate(sums[number])]
+            )
         return sums

@@ -53,7 +53,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.blend.quota import GRID, Piece, Quota, WeightTable
+from megatron_chatflow.blend.quota import GRID, Interval, Quota, WeightTable
 from megatron_chatflow.errors import UserError
 
 NUM_CHORDS = 64
@@ -479,7 +479,7 @@ class Schedule:
             samples_per_iteration: The grid's step; the schedule's own when left out.
 
         Returns:
-            Pieces on which every level is linear in the iteration.
+            Intervals on which every level is linear in the iteration.
         """
         builder = _TableBuilder(origin, samples_per_iteration or self.samples_per_iteration)
         builder.add(None, None, self.knots[0], self.knots[0])
@@ -499,14 +499,14 @@ class Schedule:
 
 
 class _TableBuilder:
-    """Collects pieces in order of their samples; pieces that hold no iteration's begin vanish."""
+    """Collects intervals in order of their samples and drops those in which no iteration begins."""
 
     def __init__(self, origin: int, samples_per_iteration: int):
         self._origin = origin
         self._batch = samples_per_iteration
         self._rows: dict[tuple[int, ...], int] = {}
         self._row_of: dict[int, int] = {}  # by the knot's identity: levels are long to hash
-        self._pieces: list[Piece] = []
+        self._intervals: list[Interval] = []
 
     def add(
         self,
@@ -529,7 +529,7 @@ class _TableBuilder:
         else:
             start = self._iteration(begin - (begin - end) * chord // num_chords)
         if row == last_row:
-            self._append(Piece(start, row, row, 0, 0, 0, 0, 1))
+            self._append(Interval(start, row, row, 0, 0, 0, 0, 1))
             return
         assert begin is not None and end is not None
         # Place within the chord at iteration t: ((x_t - begin) * num_chords / span - chord).
@@ -538,18 +538,18 @@ class _TableBuilder:
         phase = (self._origin + start * self._batch - begin) * num_chords - chord * span
         shared = gcd(step, phase, span)
         place = (step // shared, phase // shared, span // shared)
-        self._append(Piece(start, row, last_row, *portions, *place))
+        self._append(Interval(start, row, last_row, *portions, *place))
 
     def build(self) -> WeightTable:
         """The table."""
-        return WeightTable(self._origin, self._batch, tuple(self._rows), tuple(self._pieces))
+        return WeightTable(self._origin, self._batch, tuple(self._rows), tuple(self._intervals))
 
-    def _append(self, piece: Piece) -> None:
-        if self._pieces and self._pieces[-1].begin >= piece.begin:
-            self._pieces.pop()
-        if self._pieces and self._pieces[-1][1:] == piece[1:] and piece.is_constant:
+    def _append(self, interval: Interval) -> None:
+        if self._intervals and self._intervals[-1].begin >= interval.begin:
+            self._intervals.pop()
+        if self._intervals and self._intervals[-1][1:] == interval[1:] and interval.is_constant:
             return
-        self._pieces.append(piece)
+        self._intervals.append(interval)
 
     def _row(self, knot: Knot) -> int:
         if id(knot) not in self._row_of:

@@ -450,17 +450,17 @@ def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
 
 
 OwnSizes = Mapping[str, tuple[int, int]]
-"""As `config.model_shape.own_sizes` gives them."""
+"""As `config.model_shape.unpadded_sizes` gives them."""
 
 
 def own_sizes_of(chunks: list[Any]) -> OwnSizes:
     """Of model chunks as `model.llama.build_llama` built them."""
-    sizes: OwnSizes = chunks[0].own_sizes
+    sizes: OwnSizes = chunks[0].unpadded_sizes
     return sizes
 
 
 def own_part(
-    name: str, begin: Sequence[int], data: torch.Tensor, own_sizes: OwnSizes
+    name: str, begin: Sequence[int], data: torch.Tensor, unpadded_sizes: OwnSizes
 ) -> torch.Tensor | None:
     """What of a matrix's slice is the model's own: a view, or None if nothing is.
 
@@ -468,9 +468,9 @@ def own_part(
         name: Whose end tells which matrix it is.
         begin: Where the slice begins, an offset an axis.
         data: The slice, of any number of axes before the last two.
-        own_sizes: What is padded.
+        unpadded_sizes: What is padded.
     """
-    found = _find(name, own_sizes)
+    found = _find(name, unpadded_sizes)
     if found is None:
         return data
     axis, size = found
@@ -479,12 +479,12 @@ def own_part(
     return data.narrow(axis, 0, length) if length > 0 else None
 
 
-def unpadded_shard(piece: TensorPiece, own_sizes: OwnSizes) -> TensorPiece | None:
+def unpadded_shard(piece: TensorPiece, unpadded_sizes: OwnSizes) -> TensorPiece | None:
     """What of a piece is the model's own: itself where nothing is padded, None if nothing is."""
-    found = _find(piece.name, own_sizes)
+    found = _find(piece.name, unpadded_sizes)
     if found is None:
         return piece
-    own = own_part(piece.name, piece.offsets, piece.values.view(piece.sizes), own_sizes)
+    own = own_part(piece.name, piece.offsets, piece.values.view(piece.sizes), unpadded_sizes)
     if own is None:
         return None
     # Where all layers are one tensor, the axes of layers come first.
@@ -493,18 +493,18 @@ def unpadded_shard(piece: TensorPiece, own_sizes: OwnSizes) -> TensorPiece | Non
     return replace(piece, global_shape=whole, sizes=tuple(own.shape), values=own)
 
 
-def unpadded_shards(pieces: Sequence[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:
+def unpadded_shards(pieces: Sequence[TensorPiece], unpadded_sizes: OwnSizes) -> list[TensorPiece]:
     """What of pieces is the model's own."""
-    own = [unpadded_shard(piece, own_sizes) for piece in pieces]
+    own = [unpadded_shard(piece, unpadded_sizes) for piece in pieces]
     return [piece for piece in own if piece is not None]
 
 
-def expect_own_heads(state: dict[str, Any], own_sizes: OwnSizes) -> None:
+def expect_own_heads(state: dict[str, Any], unpadded_sizes: OwnSizes) -> None:
     """Lets padded tensors of a sharded state be loaded from the model's own, zeros behind them."""
     for tensor in nested_values(state):
-        if isinstance(tensor, ShardedTensor) and _find(tensor.key, own_sizes) is not None:
+        if isinstance(tensor, ShardedTensor) and _find(tensor.key, unpadded_sizes) is not None:
             tensor.allow_shape_mismatch = True
 
 
-def _find(name: str, own_sizes: OwnSizes) -> tuple[int, int] | None:
-    return next((found for end, found in own_sizes.items() if name.endswith(end)), None)
+def _find(name: str, unpadded_sizes: OwnSizes) -> tuple[int, int] | None:
+    return next((found for end, found in unpadded_sizes.items() if name.endswith(end)), None)

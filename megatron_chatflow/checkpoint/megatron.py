@@ -140,7 +140,7 @@ def local_shards(module: Any) -> list[LocalShard]:
         for tensor in _tensors_of(entry):
             layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
             begin = tuple(tensor.global_offset[tensor.prepend_axis_num :])
-            own = own_part(tensor.key, begin, tensor.data, module.own_sizes)
+            own = own_part(tensor.key, begin, tensor.data, module.unpadded_sizes)
             if own is not None:
                 shards.append(LocalShard(tensor.key, layer, begin, own, entry.data))
     return shards

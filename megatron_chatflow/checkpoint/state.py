@@ -162,11 +162,11 @@ class Layout:
 
     Attributes:
         parts: By parameter.
-        own_sizes: Of matrices with padded heads, which are not in it.
+        unpadded_sizes: Of matrices with padded heads, which are not in it.
     """
 
     parts: Mapping[torch.Tensor, list[ParameterPart]]
-    own_sizes: OwnSizes
+    unpadded_sizes: OwnSizes
 
 
 def load(
@@ -205,7 +205,7 @@ def load(
         )
     pieces += _fp32_weights(layout, names)
     with torch.no_grad():
-        fill(_own(pieces, layout.own_sizes), folder, reader)
+        fill(_own(pieces, layout.unpadded_sizes), folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
             group["step"] = num_steps
@@ -241,7 +241,7 @@ def load_master_weights(
     ]
     pieces += _fp32_weights(layout, names)
     with torch.no_grad():
-        fill(_own(pieces, layout.own_sizes), folder, reader)
+        fill(_own(pieces, layout.unpadded_sizes), folder, reader)
 
 
 def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorPiece]:
@@ -258,11 +258,11 @@ def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorPiece]
     return found
 
 
-def _own(pieces: list[TensorPiece], own_sizes: OwnSizes) -> list[TensorPiece]:
+def _own(pieces: list[TensorPiece], unpadded_sizes: OwnSizes) -> list[TensorPiece]:
     """What a checkpoint holds of pieces; padded heads become 0."""
     found = []
     for piece in pieces:
-        own = unpadded_shard(piece, own_sizes)
+        own = unpadded_shard(piece, unpadded_sizes)
         if own is not piece:
             piece.values.zero_()
         if own is not None:

@@ -184,10 +184,10 @@ def parts_to_save(
         for held in optimizer_state.held_states(optimizer):
             to_save = [part for part in parts[held.parameter] if part.is_main]
             (cut if held.is_cut else alike).extend(optimizer_state.pieces_of(held, to_save))
-    own_sizes = own_sizes_of(bare)
+    unpadded_sizes = own_sizes_of(bare)
     group = data_parallel_group(with_context_parallel=True)
-    mine = assign_shards(unpadded_shards(alike, own_sizes), group.rank(), group.size())
-    return [*mine, *unpadded_shards(cut, own_sizes)], objects, common
+    mine = assign_shards(unpadded_shards(alike, unpadded_sizes), group.rank(), group.size())
+    return [*mine, *unpadded_shards(cut, unpadded_sizes)], objects, common
 
 
 def _chunk_names(chunks: list[Any]) -> list[str]:

@@ -188,8 +188,8 @@ FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
 Size = Annotated[StrictInt, Field(ge=1, lt=2**31)]
 """A dimension or a number of parts: at least 1, written plainly."""
-MOST_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
-NumLayers = Annotated[StrictInt, Field(ge=1, le=MOST_LAYERS)]
+MAX_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
+NumLayers = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 Stride = Annotated[StrictInt, Field(ge=2, lt=2**62)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origi
 from pydantic.fields import FieldInfo
 
 from megatron_chatflow.config.megatron_flags import PAGE, TABLE, Translation, translate
-from megatron_chatflow.config.problems import closest
+from megatron_chatflow.config.problems import did_you_mean
 from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.errors import UserError
 
@@ -198,7 +198,7 @@ def parse_arguments(
 def _refuse(translation: Translation, known: Iterable[str]) -> None:
     """Refuses every flag that cannot be honoured, all of them at once."""
     names = [*known, *(name for name in TABLE if not name.endswith("*"))]
-    problems = [f"{flag}: unknown flag{closest(flag, names)}" for flag in translation.unknown]
+    problems = [f"{flag}: unknown flag{did_you_mean(flag, names)}" for flag in translation.unknown]
     problems += [f"{flag}: not available here ({text})" for flag, text in translation.refused]
     if not problems:
         return

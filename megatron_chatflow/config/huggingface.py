@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.config.architectures import is_positive_number, rope_of_huggingface
-from megatron_chatflow.config.fields import MOST_LAYERS, shorten
+from megatron_chatflow.config.fields import MAX_LAYERS, shorten
 from megatron_chatflow.errors import UserError
 
 # Names of Hugging Face's LlamaConfig, and ours.
@@ -88,7 +88,7 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         is_size = ours not in ("norm_epsilon", "init_method_std")
         if not is_positive_number(value) or (is_size and not isinstance(value, int)):
             raise UserError(f"{path}: {name} is missing or not a positive number; complete it")
-        largest = MOST_LAYERS if ours == "num_layers" else _LARGEST_SIZE
+        largest = MAX_LAYERS if ours == "num_layers" else _LARGEST_SIZE
         if is_size and value > largest:
             raise UserError(f"{path}: {name} is {shorten(value)}; correct it")
     _refuse_variants(path, config)

@@ -21,7 +21,7 @@ _CUTOFF = 0.8
 """Below this likeness a name is another one, not a misspelt one."""
 
 
-def closest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean X?)``, or nothing where no known word is spelt nearly like it.
 
     Dashes in front do not count: they would make all flags alike.
@@ -122,7 +122,7 @@ def _suggest(root: type, location: tuple[int | str, ...]) -> str:
     if known is None:
         return ""
     names = [field.name for field in fields(known)]
-    if suggestion := closest(key, names):
+    if suggestion := did_you_mean(key, names):
         return suggestion
     sections = {
         f"{section}.{field.name}"

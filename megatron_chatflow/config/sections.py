@@ -39,7 +39,7 @@ from megatron_chatflow.config.fields import (
     Switch,
     parse_number,
 )
-from megatron_chatflow.config.problems import closest
+from megatron_chatflow.config.problems import did_you_mean
 from megatron_chatflow.errors import UserError
 
 # How rows of new pieces begin; `checkpoint/convert_vocabulary.py` says what each does.
@@ -117,7 +117,7 @@ class ModelConfig:
         if isinstance(preset, str):
             if preset not in PRESETS:
                 raise UserError(
-                    f"model.preset: there is no {preset!r}{closest(preset, PRESETS)}; "
+                    f"model.preset: there is no {preset!r}{did_you_mean(preset, PRESETS)}; "
                     f"use one of {', '.join(PRESETS)}"
                 )
             # Another number of heads than the preset's makes its number of groups void.

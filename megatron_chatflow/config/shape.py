@@ -105,7 +105,7 @@ def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> H
     )
 
 
-def own_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
+def unpadded_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
     """What of padded matrices is the model's own.
 
     Returns:

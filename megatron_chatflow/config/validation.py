@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from megatron_chatflow.config.fields import CONFIG, differing_numbers
-from megatron_chatflow.config.problems import closest, describe
+from megatron_chatflow.config.problems import describe, did_you_mean
 from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
@@ -345,8 +345,8 @@ def _check_schedule(config: "RunConfig") -> None:
         for name in knot.weights:
             if name not in sources:
                 raise UserError(
-                    f"{path}.{name}: is not among data.sources{closest(name, sources)}; known are "
-                    f"{', '.join(sources)}"
+                    f"{path}.{name}: is not among data.sources{did_you_mean(name, sources)}; "
+                    f"known are {', '.join(sources)}"
                 )
         if not any(knot.weights.values()):
             raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")

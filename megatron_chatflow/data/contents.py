@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_chatflow.config import DataConfig
-from megatron_chatflow.data.fingerprint import block_hash, files_of, refuse_other_hash
+from megatron_chatflow.data.fingerprint import block_hash, check_recorded_hash, dataset_files
 from megatron_chatflow.data.sidecar import read_sidecar, sha256_of
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
@@ -93,7 +93,7 @@ def _files(data: DataConfig, splits: Iterable[Sequence[Source]]) -> Iterator[_Fi
             for index, dataset in enumerate(source.files):
                 label = f"data.sources.{source.name}.{field}[{index}]"
                 has_mask = dataset.loss_mask is not None
-                for name, path in files_of(dataset.name, with_loss_mask=has_mask).items():
+                for name, path in dataset_files(dataset.name, with_loss_mask=has_mask).items():
                     if path not in seen:
                         seen.add(path)
                         yield _File(label, dataset.name, name, path)
@@ -120,6 +120,6 @@ def _compare(files: Sequence[_File], hashes: Mapping[Path, str], key: str) -> No
         if sidecar is None:
             continue
         try:
-            refuse_other_hash(file.prefix, sidecar, key, file.name, file.path, hashes[file.path])
+            check_recorded_hash(file.prefix, sidecar, key, file.name, file.path, hashes[file.path])
         except UserError as error:
             raise UserError(f"{file.label}: {error}") from error

@@ -24,9 +24,9 @@ import numpy as np
 from megatron_chatflow.data.indexed import bin_path, idx_path
 from megatron_chatflow.data.samples import TokenFile
 from megatron_chatflow.data.sidecar import (
+    check_counts,
     loss_mask_prefix,
     read_sidecar,
-    refuse_other_counts,
     sidecar_path,
 )
 from megatron_chatflow.errors import UserError
@@ -113,11 +113,11 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
             "idx": sampled_hash(idx_path(file.name)),
         }
         return {**counts, "sampled_hash": hashes, "tokenizer": None}
-    refuse_other_counts(file.name, sidecar, **counts)
+    check_counts(file.name, sidecar, **counts)
     return {**counts, "sha256": sidecar["sha256"], "tokenizer": sidecar["tokenizer"]["sha256"]}
 
 
-def files_of(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path]:
+def dataset_files(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path]:
     """The files of a dataset whose contents are compared, by their names in the sidecar."""
     files = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
     if with_loss_mask:
@@ -125,7 +125,7 @@ def files_of(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path]:
     return files
 
 
-def refuse_other_hash(
+def check_recorded_hash(
     prefix: str | Path, sidecar: Mapping[str, Any], key: str, name: str, path: Path, found: str
 ) -> None:
     """Refuses a file that its sidecar was not written for.

@@ -173,7 +173,7 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     return content | {key: value for key, value in _DEFAULTS.items() if key not in content}
 
 
-def refuse_other_counts(
+def check_counts(
     prefix: str | Path, sidecar: Mapping[str, Any], num_documents: int, num_tokens: int
 ) -> None:
     """Refuses a sidecar whose counts are not those of the dataset that it lies beside.

@@ -22,7 +22,7 @@ from megatron_chatflow.data.fingerprint import (
     block_hash,
     check_tokenizer,
     dataset_facts,
-    files_of,
+    dataset_files,
 )
 from megatron_chatflow.data.packing import (
     ALGORITHM_VERSION,
@@ -228,7 +228,7 @@ def _state_of(path: Path) -> _FileState:
 
 
 def _paths_of(file: TokenFile) -> dict[str, Path]:
-    return files_of(file.name, with_loss_mask=file.loss_mask is not None)
+    return dataset_files(file.name, with_loss_mask=file.loss_mask is not None)
 
 
 def build_sources(

@@ -33,7 +33,7 @@ def draw_weights(
     std: float,
     tensor_parallel_rank: int,
     tensor_parallel_size: int,
-    own_sizes: Mapping[str, tuple[int, int]],
+    unpadded_sizes: Mapping[str, tuple[int, int]],
 ) -> None:
     """Draws every matrix of a `GPTModel`; norms keep their ones.
 
@@ -44,8 +44,8 @@ def draw_weights(
         std: Spread of the normal distribution.
         tensor_parallel_rank: This process's slice.
         tensor_parallel_size: Number of slices.
-        own_sizes: Of matrices with heads of zeros behind the model's own, as
-            `config.model_shape.own_sizes` gives them.
+        unpadded_sizes: Of matrices with heads of zeros behind the model's own, as
+            `config.model_shape.unpadded_sizes` gives them.
     """
     for name, parameter in chunk.named_parameters():
         if parameter.dim() == 1:
@@ -61,7 +61,7 @@ def draw_weights(
             std=spread,
             axis=int(parameter.partition_dim),
             own_size=next(
-                (size for end, (_, size) in own_sizes.items() if name.endswith(end)), None
+                (size for end, (_, size) in unpadded_sizes.items() if name.endswith(end)), None
             ),
             num_parts=num_parts,
             rank=tensor_parallel_rank,

@@ -31,8 +31,8 @@ from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_chatflow.config.shape import (
     head_counts,
     num_model_chunks,
-    own_sizes,
     padded_vocab_size,
+    unpadded_sizes,
 )
 from megatron_chatflow.kernels.rms_norm import RMSNorm
 from megatron_chatflow.kernels.shared_group import share
@@ -228,7 +228,7 @@ def build_llama(
             is_last=ranks.is_last_stage and number == num_chunks - 1,
         )
         # Checkpoints hold the model's own heads only.
-        chunk.own_sizes = own_sizes(model, parallel)
+        chunk.unpadded_sizes = unpadded_sizes(model, parallel)
         if ranks.is_cuda:
             chunk.cuda(ranks.device)
         draw_weights(
@@ -238,7 +238,7 @@ def build_llama(
             std=model.init_method_std,
             tensor_parallel_rank=ranks.tensor_parallel_rank,
             tensor_parallel_size=ranks.tensor_parallel_size,
-            own_sizes=chunk.own_sizes,
+            unpadded_sizes=chunk.unpadded_sizes,
         )
         chunks.append(chunk)
     return Llama(

@@ -92,7 +92,7 @@ def chat_of_turns(turns: Sequence[Turn], *, complete: bool) -> Chat:
     """
     system: str | None = None
     exchanges: list[tuple[str, str | None]] = []
-    unlearnt: set[int] = set()
+    untrained_answers: set[int] = set()
     previous = "begin"
     for role, text, loss in turns:
         if role == "system":
@@ -108,7 +108,7 @@ def chat_of_turns(turns: Sequence[Turn], *, complete: bool) -> Chat:
                 raise DroppedError("answer_without_question")
             exchanges[-1] = (exchanges[-1][0], text)
             if not loss:
-                unlearnt.add(len(exchanges) - 1)
+                untrained_answers.add(len(exchanges) - 1)
         previous = role
     if complete and exchanges and exchanges[-1][1] is None:
         exchanges.pop()
@@ -120,9 +120,9 @@ def chat_of_turns(turns: Sequence[Turn], *, complete: bool) -> Chat:
         raise DroppedError("empty_answer")
     if not complete and exchanges[-1][1] is not None:
         raise DroppedError("no_question")
-    if complete and len(unlearnt) == len(exchanges):
+    if complete and len(untrained_answers) == len(exchanges):
         raise DroppedError("no_answer_with_loss")
-    return Chat(system or None, tuple(exchanges), frozenset(unlearnt))
+    return Chat(system or None, tuple(exchanges), frozenset(untrained_answers))
 
 
 def _turns(messages: Any) -> list[Turn]:

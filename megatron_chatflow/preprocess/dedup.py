@@ -130,7 +130,7 @@ MAX_BUCKET_BITS = 12
 _PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
 
 
-class Repeats:
+class DuplicateMarks:
     """Marks on the documents of all parts; they lie on the disk.
 
     Attributes:
@@ -167,7 +167,7 @@ class Repeats:
             self._file.close()
             raise
 
-    def of_part(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
+    def of_partition(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
         """Whether each document of a part, from ``begin`` up to ``end``, is a repetition."""
         data = os.pread(self._file.fileno(), end - begin, self._begins[number] + begin)
         return np.frombuffer(data, np.bool_)
@@ -176,7 +176,7 @@ class Repeats:
         """UTF-8 bytes of text in the repetitions of a part."""
         total = begin = 0
         for records in _blocks(self._paths[number]):
-            marks = self.of_part(number, begin, begin + len(records))
+            marks = self.of_partition(number, begin, begin + len(records))
             total += int(records["num_text_bytes"][marks].sum())
             begin += len(records)
         return total

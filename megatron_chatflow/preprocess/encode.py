@@ -205,7 +205,7 @@ class DocumentEncoder:
                 ids.append(self.tokenizer.eos_id)
                 mask.append(1)
             if limit is not None and len(ids) > limit:
-                fitting = [border for border in document.borders if ends[border - 1] <= limit]
+                fitting = [cut for cut in document.cut_points if ends[cut - 1] <= limit]
                 if not fitting or self.settings.over_long == "drop":
                     num_dropped["too_long"] += 1
                     continue

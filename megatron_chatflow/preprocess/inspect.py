@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from megatron_chatflow.data.indexed import IndexedDataset, bin_path, idx_path
 from megatron_chatflow.data.sidecar import (
+    check_counts,
     loss_mask_prefix,
     read_sidecar,
-    refuse_other_counts,
     sha256_of,
 )
 from megatron_chatflow.errors import UserError
@@ -46,9 +46,7 @@ class Inspection:
         self.sidecar = read_sidecar(prefix)
         self.mask = find_mask(self.dataset, self.sidecar)
         if self.sidecar is not None:
-            refuse_other_counts(
-                prefix, self.sidecar, self.dataset.num_documents, self.dataset.num_tokens
-            )
+            check_counts(prefix, self.sidecar, self.dataset.num_documents, self.dataset.num_tokens)
 
     def check_hashes(self) -> None:
         """Compares what lies on the disk with the hashes in the sidecar, if there is one.
@@ -133,10 +131,10 @@ class Inspection:
         """
         ids = self.dataset[index].tolist()
         learnt = None if self.mask is None else self.mask[index].astype(bool)
-        borders = [] if learnt is None else (np.flatnonzero(np.diff(learnt)) + 1).tolist()
+        boundaries = [] if learnt is None else (np.flatnonzero(np.diff(learnt)) + 1).tolist()
         text = f"--- sequence {index}: {len(ids)} tokens\n"
         was_learnt = False
-        for begin, part, is_control in _decoded(ids, borders, tokenizer):
+        for begin, part, is_control in _decoded(ids, boundaries, tokenizer):
             is_learnt = learnt is not None and bool(learnt[begin])
             if coloured:
                 colour = LEARNT_COLOUR if is_learnt else "" if learnt is None else PROMPT_COLOUR
@@ -150,14 +148,14 @@ class Inspection:
 
 
 def _decoded(
-    ids: list[int], borders: list[int], tokenizer: Tokenizer
+    ids: list[int], boundaries: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[int, str, bool]]:
     """Parts of a sequence: where each begins, its text, and whether it is a control token.
 
     A tokenizer leaves control tokens out of the text of ids, and the space before their first.
     """
     names = {tokenizer.control_id(name): name for name in tokenizer.control_tokens}
-    cuts = {0, len(ids), *borders}
+    cuts = {0, len(ids), *boundaries}
     for position, token_id in enumerate(ids):
         if token_id in names:
             cuts |= {position, position + 1}

@@ -36,9 +36,9 @@ from megatron_chatflow.preprocess.encode import (
 from megatron_chatflow.preprocess.output import KeyOutput, output_paths
 from megatron_chatflow.preprocess.partitions import (
     merged_already,
-    on_cluster,
-    run_all_parts,
-    run_part,
+    run_all_partitions,
+    run_partition,
+    with_cluster_defaults,
 )
 from megatron_chatflow.preprocess.readers import Chunk, CorpusReader, InputFile, find_inputs
 from megatron_chatflow.preprocess.settings import PreprocessSettings
@@ -89,7 +89,7 @@ class ProgressBar:
 
 
 logger = logging.getLogger(__name__)
-NUM_CHUNKS_UNDER_WAY = 3  # for each worker: one in it, and no waiting at either side
+MAX_PENDING_CHUNKS = 3  # for each worker: one in it, and no waiting at either side
 
 
 def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
@@ -107,12 +107,12 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
     """
     files = find_inputs(settings.inputs)
     if settings.ray is not None:
-        settings = on_cluster(settings, files)
+        settings = with_cluster_defaults(settings, files)
     _check(settings, files)
     if settings.shard is not None:
-        return run_part(settings, files, preprocess_files)
+        return run_partition(settings, files, preprocess_files)
     if settings.num_partitions > 1 or settings.ray is not None:
-        return run_all_parts(settings, files, preprocess_files)
+        return run_all_partitions(settings, files, preprocess_files)
     return preprocess_files(settings, files)
 
 
@@ -194,8 +194,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         if value is not None and value < smallest:
             raise UserError(f"{name}: {value}: must be at least {smallest}")
     if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
-        number, num_parts = settings.shard
-        raise UserError(f"--shard {number}/{num_parts}: shards count from 0/{num_parts}")
+        number, num_partitions = settings.shard
+        raise UserError(f"--shard {number}/{num_partitions}: shards count from 0/{num_partitions}")
     if settings.shard is not None and (settings.num_partitions > 1 or settings.ray is not None):
         raise UserError("--shard makes one part alone: not with --partitions or --ray")
     keys = settings.corpus.json_keys
@@ -281,7 +281,7 @@ def _encoded_chunks(
     exhausted = False
     try:
         while True:
-            while not exhausted and len(pending) < NUM_CHUNKS_UNDER_WAY * settings.num_workers:
+            while not exhausted and len(pending) < MAX_PENDING_CHUNKS * settings.num_workers:
                 try:
                     pending.append(executor.submit(encode, next(chunks)))
                 except StopIteration:

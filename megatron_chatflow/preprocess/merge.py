@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow import __version__
-from megatron_chatflow.data.fingerprint import block_hash, files_of, refuse_other_hash
+from megatron_chatflow.data.fingerprint import block_hash, check_recorded_hash, dataset_files
 from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
 from megatron_chatflow.data.sidecar import (
     DOCUMENT_SUFFIX,
     appends_bos,
+    check_counts,
     hashes_path,
     loss_mask_prefix,
     read_sidecar,
-    refuse_other_counts,
     settings_of,
     sha256_of,
     sidecar_bytes,
@@ -41,7 +41,7 @@ from megatron_chatflow.files import (
     publish_all,
     remove_file,
 )
-from megatron_chatflow.preprocess.dedup import Repeats
+from megatron_chatflow.preprocess.dedup import DuplicateMarks
 from megatron_chatflow.preprocess.dropped import check_left_over
 
 COPY_TOKENS = 1 << 22  # that are held in memory at once
@@ -49,7 +49,7 @@ COPY_SEQUENCES = 1 << 20
 
 
 @dataclass(frozen=True)
-class PartsPolicy:
+class PartitionPolicy:
     """What is let pass when the parts of one job are merged.
 
     Attributes:
@@ -78,8 +78,8 @@ class LeftOut:
     num_nonzero: int
 
 
-def are_parts_to_compare(
-    prefixes: Sequence[Path], sidecars: Sequence[dict[str, Any] | None], policy: PartsPolicy
+def check_partitions(
+    prefixes: Sequence[Path], sidecars: Sequence[dict[str, Any] | None], policy: PartitionPolicy
 ) -> bool:
     """Checks datasets that are parts of one job, and says whether they may repeat each other.
 
@@ -145,12 +145,12 @@ def are_parts_to_compare(
     return dedup
 
 
-def find_repeats(
+def find_duplicates(
     prefixes: Sequence[Path],
     sidecars: Sequence[dict[str, Any] | None],
     num_documents: Sequence[int],
     folder: Path,
-) -> Repeats:
+) -> DuplicateMarks:
     """The documents of each part that an earlier one has.
 
     Args:
@@ -165,11 +165,11 @@ def find_repeats(
     with as_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
     paths = [hashes_path(prefix) for prefix in prefixes]
-    repeats = Repeats(paths, num_documents, folder)
+    repeats = DuplicateMarks(paths, num_documents, folder)
     try:
         for prefix, sidecar, path in zip(prefixes, sidecars, paths, strict=True):
             if sidecar is not None:
-                refuse_other_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))
+                check_recorded_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))
     except BaseException:
         repeats.close()
         raise
@@ -177,7 +177,7 @@ def find_repeats(
 
 
 def copy_new_documents(
-    writer: IndexedDatasetWriter, dataset: IndexedDataset, repeats: Repeats, number: int
+    writer: IndexedDatasetWriter, dataset: IndexedDataset, repeats: DuplicateMarks, number: int
 ) -> LeftOut:
     """Appends what no earlier part has, of documents of one sequence each.
 
@@ -205,7 +205,7 @@ def copy_new_documents(
         lengths = dataset.sequence_lengths[begin:end]
         first = offset // dataset.dtype.itemsize
         tokens = dataset.tokens[first : first + int(lengths.sum(dtype=np.int64))]
-        repeated = repeats.of_part(number, begin, end)
+        repeated = repeats.of_partition(number, begin, end)
         left_out = tokens[np.repeat(repeated, lengths)]
         num_documents += int(repeated.sum())
         num_tokens += len(left_out)
@@ -219,7 +219,7 @@ def copy_new_documents(
 def without_repeats(
     prefixes: Sequence[Path],
     sidecars: Sequence[dict[str, Any]],
-    repeats: Repeats,
+    repeats: DuplicateMarks,
     left_out: Sequence[LeftOut],
     left_out_of_masks: Sequence[LeftOut],
 ) -> list[dict[str, Any]]:
@@ -309,7 +309,7 @@ def merge_datasets(
     output_prefix: str | Path,
     *,
     overwrite: bool = False,
-    policy: PartsPolicy | None = None,
+    policy: PartitionPolicy | None = None,
 ) -> int:
     """Writes all documents of some datasets into one.
 
@@ -336,14 +336,14 @@ def merge_datasets(
     _check_alike(inputs)
     _warn_of_repeated(inputs)
     sidecars = [given.sidecar for given in inputs]
-    policy = policy or PartsPolicy()
+    policy = policy or PartitionPolicy()
     if not all(sidecars):
         logger.warning("no sidecar written: not every input has one")
-    compare = are_parts_to_compare(prefixes, sidecars, policy)
+    compare = check_partitions(prefixes, sidecars, policy)
     repeats = None
     if compare:
         num_documents = [given.num_documents for given in inputs]
-        repeats = find_repeats(prefixes, sidecars, num_documents, Path(output_prefix).parent)
+        repeats = find_duplicates(prefixes, sidecars, num_documents, Path(output_prefix).parent)
 
     staged: list[StagedFile] = []
     try:
@@ -415,7 +415,7 @@ def _write(
     inputs: Sequence[Path],
     dtype: np.dtype[Any],
     staged: list[StagedFile],
-    repeats: Repeats | None,
+    repeats: DuplicateMarks | None,
 ) -> tuple[list[StagedFile], list[LeftOut]]:
     """Writes a dataset; returns its files, and what was left out of each part."""
     writer = IndexedDatasetWriter(prefix, dtype)
@@ -437,9 +437,9 @@ def _check_input(prefix: Path) -> _Input:
     sidecar = read_sidecar(prefix)
     has_mask = find_mask(dataset, sidecar) is not None
     if sidecar is not None:
-        refuse_other_counts(prefix, sidecar, dataset.num_documents, dataset.num_tokens)
-        for name, path in files_of(prefix, with_loss_mask=has_mask).items():
-            refuse_other_hash(prefix, sidecar, "block_hash", name, path, block_hash(path))
+        check_counts(prefix, sidecar, dataset.num_documents, dataset.num_tokens)
+        for name, path in dataset_files(prefix, with_loss_mask=has_mask).items():
+            check_recorded_hash(prefix, sidecar, "block_hash", name, path, block_hash(path))
     return _Input(prefix, dataset.dtype, dataset.num_documents, sidecar, has_mask)
 
 
@@ -542,7 +542,7 @@ def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> Ind
 
 
 def _merged(
-    sidecars: list[dict[str, Any]], named: dict[str, StagedFile], policy: PartsPolicy
+    sidecars: list[dict[str, Any]], named: dict[str, StagedFile], policy: PartitionPolicy
 ) -> dict[str, Any]:
     """One sidecar for all."""
     merged = dict(sidecars[0])

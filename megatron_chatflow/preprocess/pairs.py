@@ -62,14 +62,14 @@ def is_mostly(text: str, script: str) -> bool:
     """
     if script == ANY_SCRIPT:
         return True
-    borders = [border for first, last in SCRIPTS[script] for border in (first, last + 1)]
+    block_edges = [edge for first, last in SCRIPTS[script] for edge in (first, last + 1)]
     num_bytes = num_inside = 0
     for character in text:
         if character.isalpha():
             letter = ord(character)
             weight = 1 if letter < 0x80 else 2 if letter < 0x800 else 3
             num_bytes += weight
-            num_inside += weight * (bisect_right(borders, letter) % 2)
+            num_inside += weight * (bisect_right(block_edges, letter) % 2)
     return 2 * num_inside >= num_bytes
 
 

@@ -1,15 +1,12 @@
-"""Makes the parts of a job on a Ray cluster.
+"""Splits a preprocessing job into partitions that are built independently and then merged.
 
-In: the address of a cluster, and the job. Out: every part's datasets, in the folder that all
-machines share, as `run_part` makes them here.
+A partition is a consecutive run of the job's input files, so merging all partitions in order gives
+the same bytes as the undivided job. Partitions serve three purposes: job arrays (`--shard I/N`
+builds one), restarts (`--partitions N` continues after the last finished partition), and Ray
+clusters (`--ray`, where every machine sees the same paths).
 
-Jobs in parts: for job arrays, and so that a killed job goes on where it stopped.
-
-In: the input files of a job. Out: the files of a part, datasets of parts, or all parts merged.
-
-A part is a run of input files that follow each other, so parts merged in order hold the bytes of
-the undivided job. A part is finished when its files lie under their final names; before it is
-kept, its sidecar is compared with what the job asks for, and its hashes with its content.
+A partition is finished once its files have their final names. Before a finished partition is
+reused, its sidecar is compared with the job's settings and its files with the recorded hashes.
 """
 
 import logging
@@ -31,64 +28,69 @@ from megatron_chatflow.data.sidecar import (
 )
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import remove_file
-from megatron_chatflow.preprocess.merge import PartsPolicy, merge_datasets
+from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
 from megatron_chatflow.preprocess.output import document_prefix, output_paths
 from megatron_chatflow.preprocess.readers import InputFile
 from megatron_chatflow.preprocess.settings import PreprocessSettings
 
 logger = logging.getLogger(__name__)
 Contents = dict[str, dict[str, Any]]
-MakePart = Callable[[PreprocessSettings, Sequence[InputFile]], Contents]
+"""Sidecars by output key."""
+MakePartition = Callable[[PreprocessSettings, Sequence[InputFile]], Contents]
+Job = Callable[[PreprocessSettings, Sequence[InputFile], int], Contents]
 
 
-def on_cluster(settings: PreprocessSettings, files: Sequence[InputFile]) -> PreprocessSettings:
-    """The job with paths that hold on every machine, and as many parts as a cluster can use.
+def with_cluster_defaults(
+    settings: PreprocessSettings, files: Sequence[InputFile]
+) -> PreprocessSettings:
+    """Returns the job with absolute paths and enough partitions to occupy a cluster.
 
-    Without `num_partitions` there are as many parts as files, up to one for 4 GiB or 256: they do
-    not depend on the cluster, so that a killed job goes on elsewhere.
+    If `num_partitions` is 1, it becomes the number of files, limited to the
+    larger of 256 and one per 4 GiB. It does not depend on the cluster, so that a killed job can
+    continue on another one.
     """
-    num_parts = settings.num_partitions
-    if num_parts == 1:
+    num_partitions = settings.num_partitions
+    if num_partitions == 1:
         num_bytes = sum(file.num_bytes for file in files)
-        num_parts = max(1, min(len(files), max(256, num_bytes >> 32)))
+        num_partitions = max(1, min(len(files), max(256, num_bytes >> 32)))
     return replace(
         settings,
         output_prefix=os.path.abspath(settings.output_prefix),
         tokenizer_model=os.path.abspath(settings.tokenizer_model),
-        num_partitions=num_parts,
+        num_partitions=num_partitions,
     )
 
 
-def make_parts(
-    settings: PreprocessSettings, files: Sequence[InputFile], make_part: MakePart
+def make_partitions(
+    settings: PreprocessSettings, files: Sequence[InputFile], make_partition: MakePartition
 ) -> list[Contents]:
-    """Makes every part of a job, each in a task of its own.
+    """Builds every partition of a job in one Ray task each.
 
     Args:
-        settings: The job; `num_workers` is for each part, and what a task asks of the cluster.
-        files: The job's inputs, which every machine finds under the same absolute paths.
-        make_part: Makes the part that the settings' shard names, unless it is there already.
+        settings: The job. Every task asks for `num_workers` CPUs.
+        files: The job's inputs, at the same absolute paths on every machine.
+        make_partition: Builds the partition selected by `settings.shard` if it does not exist yet.
 
     Returns:
-        The parts' sidecars, in order.
+        The partitions' sidecars, in order.
 
     Raises:
-        UserError: Ray or the cluster is not there, or a part fails; the others are given up, those
-            that are finished stay.
+        UserError: Ray or the cluster is not available, or a partition failed. Unfinished partitions
+            are cancelled, finished ones are kept.
     """
     assert settings.ray is not None
-    with _connected(settings.ray) as ray:
-        most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=0)
-        if settings.num_workers > most:
+    with _ray_session(settings.ray) as ray:
+        max_cpus = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=0)
+        if settings.num_workers > max_cpus:
             raise UserError(
-                f"--workers {settings.num_workers}: of each part, and no machine of the cluster "
-                f"has more than {most} CPUs"
+                f"--workers {settings.num_workers}: a partition needs that many CPUs, and the "
+                f"largest machine of the cluster has {max_cpus}; use fewer"
             )
-        task = ray.remote(num_cpus=settings.num_workers, max_retries=2)(_made)
+        task = ray.remote(num_cpus=settings.num_workers, max_retries=2)(_run_task)
         count = settings.num_partitions
         shards = [replace(settings, shard=(number, count)) for number in range(count)]
         everywhere = [replace(file, path=file.path and file.path.absolute()) for file in files]
-        references = [task.remote(make_part, shard, everywhere) for shard in shards]
+        references = [task.remote(make_partition, shard, everywhere) for shard in shards]
         numbers = {reference: number for number, reference in enumerate(references)}
         contents: list[Contents] = [{} for _ in references]
         waiting = references
@@ -96,39 +98,39 @@ def make_parts(
             (done, *_), waiting = ray.wait(waiting, num_returns=1)
             number = numbers[done]
             try:
-                made = ray.get(done)
+                result = ray.get(done)
             except ray.exceptions.RayError as error:
-                _give_up(ray, waiting)
+                _cancel(ray, waiting)
                 raise UserError(
-                    f"part {number} of {count} failed on the cluster: {error}"
+                    f"partition {number} of {count} failed on the cluster: {error}"
                 ) from error
-            if isinstance(made, UserError):
-                _give_up(ray, waiting)
-                raise made
-            contents[number] = made
-            logger.info("%d of %d parts are there", count - len(waiting), count)
+            if isinstance(result, UserError):
+                _cancel(ray, waiting)
+                raise result
+            contents[number] = result
+            logger.info("%d of %d partitions are finished", count - len(waiting), count)
     return contents
 
 
-def _made(
-    make_part: MakePart, settings: PreprocessSettings, files: list[InputFile]
+def _run_task(
+    make_partition: MakePartition, settings: PreprocessSettings, files: list[InputFile]
 ) -> Contents | UserError:
-    """A part; an error of the user's comes back as a value, with its message as it is."""
+    """Builds a partition in a Ray task; returns a `UserError` so that Ray does not wrap it."""
     try:
-        return make_part(settings, files)
+        return make_partition(settings, files)
     except UserError as error:
         return error
 
 
-def _give_up(ray: Any, references: Sequence[Any]) -> None:
+def _cancel(ray: Any, references: Sequence[Any]) -> None:
     for reference in references:
         ray.cancel(reference, force=True)
 
 
 @contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """Ray, joined to a cluster."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing phones home
+def _ray_session(address: str) -> Iterator[Any]:
+    """Connects to a Ray cluster and yields the ``ray`` module."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray
     except ImportError as error:
@@ -136,167 +138,179 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"--ray {address}: no cluster there: {error}") from error
+        raise UserError(f"--ray {address}: cannot connect to a cluster: {error}") from error
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-Job = Callable[[PreprocessSettings, Sequence[InputFile], int], Contents]
-
-
 def parse_shard(text: str) -> tuple[int, int]:
-    """Number and count of a shard, from text such as `3/16`.
+    """Parses a shard's index and count from text such as ``3/16``.
 
     Raises:
-        ValueError: It is not two whole numbers.
+        ValueError: The text is not two integers separated by a slash.
     """
     number, count = text.split("/")
     return int(number), int(count)
 
 
-def split_files(files: Sequence[InputFile], num_parts: int) -> list[list[InputFile]]:
-    """Cuts the list of files into runs of about the same number of bytes; some may be empty."""
-    parts: list[list[InputFile]] = [[] for _ in range(num_parts)]
+def split_files(files: Sequence[InputFile], num_partitions: int) -> list[list[InputFile]]:
+    """Splits the files into consecutive runs of about equal size in bytes; some may be empty."""
+    partitions: list[list[InputFile]] = [[] for _ in range(num_partitions)]
     total = sum(file.num_bytes for file in files)
     num_before = 0
     for file in files:
         middle = num_before + file.num_bytes / 2
-        parts[min(int(middle * num_parts / max(total, 1)), num_parts - 1)].append(file)
+        partitions[min(int(middle * num_partitions / max(total, 1)), num_partitions - 1)].append(
+            file
+        )
         num_before += file.num_bytes
-    return parts
+    return partitions
 
 
-def part_prefix(output_prefix: str, number: int, num_parts: int) -> str:
-    """Path that the names of a part's outputs begin with."""
-    return f"{output_prefix}_part{number:05d}of{num_parts:05d}"
+def partition_prefix(output_prefix: str, number: int, num_partitions: int) -> str:
+    """The output prefix of a partition."""
+    return f"{output_prefix}_part{number:05d}of{num_partitions:05d}"
 
 
-def run_part(
+def run_partition(
     settings: PreprocessSettings, files: Sequence[InputFile], job: Job, num_bad_before: int = 0
 ) -> Contents:
-    """Makes the part that the settings' shard names, unless it is there already.
+    """Builds the partition selected by `settings.shard` if it is not finished yet.
 
     Args:
         settings: The whole job.
-        files: The whole job's.
-        job: Makes datasets of some files; an empty one where no document is left.
-        num_bad_before: Bad lines of the parts before, which count as well.
+        files: The inputs of the whole job.
+        job: Builds the datasets of some files; a dataset may end up empty.
+        num_bad_before: Bad lines in earlier partitions; they count towards `max_bad_lines`.
 
     Returns:
-        For each output key what its sidecar says.
+        The sidecar of each output key.
 
     Raises:
-        UserError: There is other data under the part's name, or as `job` does.
+        UserError: The partition's names are taken by other data, or `job` failed.
     """
     assert settings.shard is not None
-    number, num_parts = settings.shard
+    number, num_partitions = settings.shard
     _check_divisible(files)
-    prefix = part_prefix(settings.output_prefix, number, num_parts)
-    part_settings = replace(settings, output_prefix=prefix)
-    part_files = split_files(files, num_parts)[number]
-    contents = {key: _finished(part_settings, part_files, key) for key in settings.corpus.json_keys}
+    prefix = partition_prefix(settings.output_prefix, number, num_partitions)
+    partition_settings = replace(settings, output_prefix=prefix)
+    partition_files = split_files(files, num_partitions)[number]
+    contents = {
+        key: _finished(partition_settings, partition_files, key)
+        for key in settings.corpus.json_keys
+    }
     found = {key: content for key, content in contents.items() if content is not None}
     if len(found) == len(contents):
-        logger.info("part %d of %d is finished: %s", number, num_parts, prefix)
+        logger.info("partition %d of %d is finished: %s", number, num_partitions, prefix)
         return found
     overwrite = settings.overwrite or bool(found)
-    return job(replace(part_settings, overwrite=overwrite), part_files, num_bad_before)
+    return job(replace(partition_settings, overwrite=overwrite), partition_files, num_bad_before)
 
 
-def run_all_parts(settings: PreprocessSettings, files: Sequence[InputFile], job: Job) -> Contents:
-    """Makes every part that is not there yet, here or on a cluster, merges them, removes them.
+def run_all_partitions(
+    settings: PreprocessSettings, files: Sequence[InputFile], job: Job
+) -> Contents:
+    """Builds the missing partitions on this machine or a cluster, merges all, and removes them.
 
     Args:
         settings: The whole job.
-        files: The whole job's.
-        job: As for `run_part`.
+        files: The inputs of the whole job.
+        job: See `run_partition`.
 
     Returns:
-        For each output key what its sidecar says.
+        The sidecar of each output key.
 
     Raises:
-        UserError: As `run_part` and `merge_datasets` do, or no document is left.
+        UserError: `run_partition` or `merge_datasets` failed, or no document is left.
     """
     _check_divisible(files)
     merged = {key: merged_already(settings, files, key) for key in settings.corpus.json_keys}
     contents = {key: content for key, content in merged.items() if content is not None}
     if len(contents) < len(merged):
-        _make_parts(settings, files, job, set(merged) - set(contents))
-        policy = PartsPolicy(
+        _make_missing_partitions(settings, files, job, set(merged) - set(contents))
+        policy = PartitionPolicy(
             max_bad_lines=settings.max_bad_lines, max_dropped_share=settings.max_dropped_share
         )
         for key in settings.corpus.json_keys:
             if key not in contents:
                 prefix = document_prefix(settings.output_prefix, key)
-                parts = [document_prefix(part, key) for part in _part_prefixes(settings)]
-                merge_datasets(parts, prefix, overwrite=True, policy=policy)
+                partitions = [
+                    document_prefix(partition, key) for partition in _partition_prefixes(settings)
+                ]
+                merge_datasets(partitions, prefix, overwrite=True, policy=policy)
                 contents[key] = read_sidecar(prefix) or {}
-    for path in _part_files(settings):
+    for path in _partition_files(settings):
         remove_file(path)
     return {key: contents[key] for key in settings.corpus.json_keys}
 
 
-def _make_parts(
+def _make_missing_partitions(
     settings: PreprocessSettings, files: Sequence[InputFile], job: Job, keys: set[str]
 ) -> None:
-    """Makes the parts that are not there; refuses if none of them has a document for a key."""
+    """Builds the missing partitions.
+
+    Raises:
+        UserError: No partition has a document for one of ``keys``.
+    """
     count = settings.num_partitions
-    parts: list[Contents] = []
+    partitions: list[Contents] = []
     if settings.ray is not None:
-        parts = make_parts(settings, files, partial(run_part, job=job))
+        partitions = make_partitions(settings, files, partial(run_partition, job=job))
     else:
         num_bad = 0
         for number in range(count):
-            part = replace(settings, shard=(number, count))
-            parts.append(run_part(part, files, job, num_bad))
-            num_bad += max(content["num_bad_lines"] for content in parts[-1].values())
+            partition = replace(settings, shard=(number, count))
+            partitions.append(run_partition(partition, files, job, num_bad))
+            num_bad += max(content["num_bad_lines"] for content in partitions[-1].values())
     for key in settings.corpus.json_keys:
-        if key in keys and not any(part[key]["num_documents"] for part in parts):
+        if key in keys and not any(partition[key]["num_documents"] for partition in partitions):
             raise UserError(f"no document left: {document_prefix(settings.output_prefix, key)}")
 
 
 def merged_already(
     settings: PreprocessSettings, files: Sequence[InputFile], key: str
 ) -> dict[str, Any] | None:
-    """The sidecar of a key whose parts a killed job of the same kind had merged, but not removed.
+    """The merged sidecar of a key if an equal job was killed after merging it; otherwise None.
 
     Args:
         settings: The whole job.
-        files: The whole job's.
+        files: The inputs of the whole job.
         key: The output key.
     """
-    if not any(path.exists() for path in _part_files(settings)):
+    if not any(path.exists() for path in _partition_files(settings)):
         return None
     try:
         return _finished(replace(settings, overwrite=False), files, key)
-    except UserError:  # other data, which `overwrite` replaces and its absence refuses
+    except UserError:  # other data: the caller replaces or refuses it
         return None
 
 
-def _part_prefixes(settings: PreprocessSettings) -> list[str]:
+def _partition_prefixes(settings: PreprocessSettings) -> list[str]:
     count = settings.num_partitions
-    return [part_prefix(settings.output_prefix, number, count) for number in range(count)]
+    return [partition_prefix(settings.output_prefix, number, count) for number in range(count)]
 
 
-def _part_files(settings: PreprocessSettings) -> Iterator[Path]:
-    """Every name that a file of a part may have, of any key: while one is there, so is work."""
-    for part in _part_prefixes(settings):
+def _partition_files(settings: PreprocessSettings) -> Iterator[Path]:
+    """Every path that a partition's file may have, for all keys."""
+    for partition in _partition_prefixes(settings):
         for key in settings.corpus.json_keys:
-            yield from output_paths(part, key)
+            yield from output_paths(partition, key)
 
 
 def _check_divisible(files: Sequence[InputFile]) -> None:
     for file in files:
         if file.path is None or not file.path.is_file():
-            raise UserError(f"cannot be cut into parts: {file.name}: name files, folders or globs")
+            raise UserError(
+                f"cannot be split into partitions: {file.name}: pass files, folders or globs"
+            )
 
 
 def _finished(
     settings: PreprocessSettings, files: Sequence[InputFile], key: str
 ) -> dict[str, Any] | None:
-    """The sidecar of a part that this job would make, if it is there and whole."""
+    """The sidecar of a finished, undamaged partition of this job; None if there is none."""
     prefix = document_prefix(settings.output_prefix, key)
     if not idx_path(prefix).exists():
         return None
@@ -307,7 +321,7 @@ def _finished(
         if settings.overwrite:
             return None
         raise UserError(
-            f"other data under this name: {prefix}: made of other inputs or with other options: "
+            f"other data under this name: {prefix}: made from other inputs or with other options: "
             "choose another prefix or use --overwrite"
         )
     paths = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
@@ -316,7 +330,9 @@ def _finished(
     for name, path in paths.items():
         digest = content["sha256"].get(name)
         if digest is not None and (not path.exists() or sha256_of(path) != digest):
-            logger.warning("made again: %s is not what its sidecar says", path)
+            logger.warning(
+                "building the partition again: %s does not match the hash in its sidecar", path
+            )
             if settings.shard is not None:
                 for output in output_paths(settings.output_prefix, key):
                     remove_file(output)

@@ -152,16 +152,16 @@ def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Do
         return template.document(chat, loss)
     write = TEMPLATES[template]
     segments: list[Segment] = []
-    borders = []
+    cut_points = []
     for number in range(len(chat.exchanges)):
         prompt, answer = write(chat, number)
         if loss == "all":
             prompt = [replace(segment, loss=True) for segment in prompt]
-        if number in chat.unlearnt:
+        if number in chat.untrained_answers:
             answer = [replace(segment, loss=False) for segment in answer]
         segments += [*prompt, *answer]
-        borders.append(len(segments))
-    return Document(tuple(segments), tuple(borders))
+        cut_points.append(len(segments))
+    return Document(tuple(segments), tuple(cut_points))
 
 
 def prompt_segments(messages: Sequence[Mapping[str, Any]], template: str) -> tuple[Segment, ...]:

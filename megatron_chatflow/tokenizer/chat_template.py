@@ -48,12 +48,12 @@ class Chat:
         system: The system text, or None.
         exchanges: What the user says and what the assistant answers, in order; an answer of None
             is still to be given, and only the last can be.
-        unlearnt: Numbers of the exchanges whose answers carry no loss.
+        untrained_answers: Numbers of the exchanges whose answers carry no loss.
     """
 
     system: str | None
     exchanges: tuple[tuple[str, str | None], ...]
-    unlearnt: frozenset[int] = frozenset()
+    untrained_answers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Rendered:
     text: str
     guard: str
     spans: list[tuple[int, int]]
-    borders: list[int]
+    cut_points: list[int]
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,21 @@ class JinjaTemplate:
             DroppedError: The template refuses the chat, or does not say where its answers are.
         """
         rendered = self._rendered(chat)
-        if chat.unlearnt and len(rendered.spans) != len(chat.exchanges):
+        if chat.untrained_answers and len(rendered.spans) != len(chat.exchanges):
             raise DroppedError("template_inconsistent")  # whose answer a span is, is not known
-        excepted = [rendered.spans[number] for number in sorted(chat.unlearnt)]
-        cuts = {0, len(rendered.text), *rendered.borders}
+        excepted = [rendered.spans[number] for number in sorted(chat.untrained_answers)]
+        cuts = {0, len(rendered.text), *rendered.cut_points}
         cuts.update(offset for span in rendered.spans for offset in span)
         offsets = sorted(cuts)
         segments: list[Segment] = []
-        borders = []
+        cut_points = []
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
             learnt = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
             learnt = learnt and not any(a <= begin and end <= b for a, b in excepted)
             segments += self._segments(rendered.text[begin:end], rendered.guard, learnt)
-            if end in rendered.borders:
-                borders.append(len(segments))
-        return Document(tuple(segments), tuple(borders))
+            if end in rendered.cut_points:
+                cut_points.append(len(segments))
+        return Document(tuple(segments), tuple(cut_points))
 
     def check(self) -> None:
         """Tries the template on a chat of two exchanges.
@@ -194,20 +194,20 @@ class JinjaTemplate:
 
         text = part_of(len(messages))
         asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-        upto = [part_of(k + 1) for k in asked[:-1]] + [text]
+        parts_until_answer = [part_of(k + 1) for k in asked[:-1]] + [text]
         if is_marked:
             plain, spans = _without_marks(text, begin, end)
-            beginnings = [_without_marks(part, begin, end)[0] for part in upto]
+            beginnings = [_without_marks(part, begin, end)[0] for part in parts_until_answer]
             consistent = all(plain.startswith(part) for part in beginnings)
-            borders = [len(part) for part in beginnings] if consistent else []
-            return _Rendered(plain, guard, spans, borders)
+            cut_points = [len(part) for part in beginnings] if consistent else []
+            return _Rendered(plain, guard, spans, cut_points)
         spans = []
-        for k, part in zip(asked, upto, strict=True):
+        for k, part in zip(asked, parts_until_answer, strict=True):
             prompt = part_of(k, ask=True)
             if not (text.startswith(part) and part.startswith(prompt)):
                 raise DroppedError("template_inconsistent")
             spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
-        return _Rendered(text, guard, spans, [len(part) for part in upto])
+        return _Rendered(text, guard, spans, [len(part) for part in parts_until_answer])
 
     def _messages(self, chat: Chat, guard: str) -> list[Message]:
         pattern = self._pattern

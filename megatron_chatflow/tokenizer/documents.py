@@ -31,12 +31,12 @@ class Document:
 
     Attributes:
         segments: In order; a token never lies in two of them.
-        borders: Numbers of leading segments after which an over-long document may be cut,
+        cut_points: Numbers of leading segments after which an over-long document may be cut,
             ascending; empty where it may not.
     """
 
     segments: tuple[Segment, ...]
-    borders: tuple[int, ...] = ()
+    cut_points: tuple[int, ...] = ()
 
 
 class DroppedError(Exception):

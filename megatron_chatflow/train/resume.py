@@ -26,7 +26,7 @@ from megatron_chatflow.config import (
     to_plain,
 )
 from megatron_chatflow.config.yaml_file import read_yaml
-from megatron_chatflow.data.fingerprint import files_of
+from megatron_chatflow.data.fingerprint import dataset_files
 from megatron_chatflow.data.packing import ALGORITHM_VERSION
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
@@ -114,7 +114,7 @@ def _check_same_contents(
         for kind, hash_now in now.items():
             if was.get(kind, hash_now) != hash_now:
                 prefix = config.data.sources[name].paths[number]
-                path = files_of(prefix, with_loss_mask=True)[kind]
+                path = dataset_files(prefix, with_loss_mask=True)[kind]
                 raise UserError(
                     f"data.sources.{name}.paths[{number}]: {path}: does not hold what it held when "
                     f"{at} was saved, though as many bytes; give the same files, or start from its "

@@ -85,7 +85,7 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
         pieces, objects, common = megatron.sharded_parts(state, {})
     group = data_parallel_group()
     pieces = assign_shards(
-        unpadded_shards(pieces, llama.chunks[0].own_sizes), group.rank(), group.size()
+        unpadded_shards(pieces, llama.chunks[0].unpadded_sizes), group.rank(), group.size()
     )
     image = lay_out(f"__{torch.distributed.get_rank()}_0.distcp", pieces, objects)
     content = torch.empty(image.num_bytes, dtype=torch.uint8)

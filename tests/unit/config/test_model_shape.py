@@ -9,8 +9,8 @@ from megatron_chatflow.config.shape import (
     head_counts,
     num_layer_parameters,
     num_parameters,
-    own_sizes,
     padded_vocab_size,
+    unpadded_sizes,
 )
 
 
@@ -78,11 +78,11 @@ def test_heads_are_padded_by_whole_groups(config) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2, pad_attention_heads=True)
     added = num_layer_parameters(model, parallel) - num_layer_parameters(model)
     assert added == 576 * 64 * (3 + 2 + 3), "queries, key and value, and output of a group"
-    assert own_sizes(model, parallel) == {
+    assert unpadded_sizes(model, parallel) == {
         "self_attention.linear_qkv.weight": (0, 15 * 64),
         "self_attention.linear_proj.weight": (1, 9 * 64),
     }
-    assert own_sizes(model, ParallelConfig(pad_attention_heads=True)) == {}
+    assert unpadded_sizes(model, ParallelConfig(pad_attention_heads=True)) == {}
 
 
 def test_memory_of_7b_without_sharding_is_18_bytes_a_parameter_and_activations(config) -> None:

@@ -52,8 +52,8 @@ def test_prefixes_say_where_answers_are() -> None:
     end = ("<|im_end|>", "control")
     assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
     assert sum(s.text == "<|im_end|>" for s in document.segments) == 5  # none of the content's
-    first = "".join(s.text for s in document.segments[: document.borders[0]])
-    assert first.endswith("b.<|im_end|>\n") and document.borders[1] == len(document.segments)
+    first = "".join(s.text for s in document.segments[: document.cut_points[0]])
+    assert first.endswith("b.<|im_end|>\n") and document.cut_points[1] == len(document.segments)
     assert all(s.loss for s in template(CHATML).document(CHAT, "all").segments)
 
 
@@ -63,7 +63,7 @@ def test_marks_say_where_answers_are() -> None:
     document = marked.document(CHAT, "response")
     end = ("</s>", "control")
     assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
-    assert document.borders == ()  # the length at the end differs: not to be cut
+    assert document.cut_points == ()  # the length at the end differs: not to be cut
 
 
 @pytest.mark.parametrize(

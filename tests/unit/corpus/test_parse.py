@@ -216,7 +216,7 @@ def test_answers_without_loss(field: str, value: object) -> None:
     turns += [message("assistant", "B", **{field: True}), {"from": "human", "value": "x"}]
     turns += [{"from": "gpt", "value": "C", field: None}]
     chat = chat_of({"messages": turns}, "messages")
-    assert chat.unlearnt == {0}
+    assert chat.untrained_answers == {0}
     assert [answer for _, answer in chat.exchanges] == ["A", "B", "C"]
 
 
@@ -238,8 +238,8 @@ def test_answers_without_loss_are_not_learnt(template: str, loss: str) -> None:
     chat = Chat(None, exchanges, frozenset({1}))
     segments = document_of_chat(chat, own or template, loss).segments
     learnt = "".join(segment.text for segment in segments if segment.loss)
-    unlearnt = "".join(segment.text for segment in segments if not segment.loss)
-    assert "ANSWER 1" in learnt and "ANSWER 3" in learnt and "ANSWER 2" in unlearnt
+    untrained = "".join(segment.text for segment in segments if not segment.loss)
+    assert "ANSWER 1" in learnt and "ANSWER 3" in learnt and "ANSWER 2" in untrained
     assert ("two" in learnt) == (loss == "all")
     ends = [s.loss for s in segments if s.kind == "end" or s.text == "</s>"]
     assert ends == [True, False, True]

@@ -57,8 +57,8 @@ def test_answers_and_their_ends_are_learnt(template: str) -> None:
     assert texts == ["ANSWER one", "ANSWER two"]
     assert sum(segment.kind == "end" for segment in learnt) == 2
     assert not any("ANSWER" in segment.text for segment in document.segments if not segment.loss)
-    assert [document.segments[border - 1].kind for border in document.borders] == ["end", "end"]
-    assert document.borders[-1] == len(document.segments)
+    assert [document.segments[cut - 1].kind for cut in document.cut_points] == ["end", "end"]
+    assert document.cut_points[-1] == len(document.segments)
     everything = document_of_chat(chat, template, "all")
     assert [s.text for s in everything.segments] == [s.text for s in document.segments]
     assert all(segment.loss for segment in everything.segments)

@@ -18,7 +18,7 @@ from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import StagedFile, publish_all
 from megatron_chatflow.preprocess import dedup as duplicates
-from megatron_chatflow.preprocess.dedup import HASH_RECORD, Repeats, SeenHashes
+from megatron_chatflow.preprocess.dedup import HASH_RECORD, DuplicateMarks, SeenHashes
 from megatron_chatflow.preprocess.merge import merge_datasets
 
 
@@ -54,10 +54,10 @@ def test_repeats_that_do_not_fit_on_the_disk(tmp_path: Path) -> None:
     for limit in (0, 100, 30_000):  # the marks, or the buckets
         folder.mkdir()
         with largest_file(limit), pytest.raises(UserError, match=f"cannot write: {folder}: "):
-            Repeats([path], [2000], folder)
+            DuplicateMarks([path], [2000], folder)
         folder.rmdir()
     with pytest.raises(UserError, match=f"cannot write: {folder}: No such file"):
-        Repeats([path], [2000], folder)
+        DuplicateMarks([path], [2000], folder)
 
 
 def test_a_dedup_job_on_a_full_disk(

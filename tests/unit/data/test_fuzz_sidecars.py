@@ -26,7 +26,7 @@ from megatron_chatflow.data.sidecar import (
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.inspect import Inspection
-from megatron_chatflow.preprocess.merge import PartsPolicy, merge_datasets
+from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
 from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
@@ -103,7 +103,9 @@ def commands(parts: list[Path], model: Path) -> dict[str, Callable[[], object]]:
 
     def merge_other() -> None:
         alone = parts[0].with_name("alone_document")
-        merge_datasets([parts[0]], alone, overwrite=True, policy=PartsPolicy(allow_missing=True))
+        merge_datasets(
+            [parts[0]], alone, overwrite=True, policy=PartitionPolicy(allow_missing=True)
+        )
         assert read_sidecar(alone) is not None
 
     def export() -> None:

@@ -68,7 +68,7 @@ def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
     whole = outputs(jobs)
     for path in jobs.folder.glob("out_*"):
         path.unlink()
-    run_part = partitions.run_part
+    run_partition = partitions.run_partition
     num_started: list[int] = []
 
     class KilledError(Exception):
@@ -76,12 +76,12 @@ def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
 
     def run_one_then_die(settings: Any, files: Sequence[InputFile], *others: Any) -> Any:
         num_started.append(settings.shard[0])
-        content = run_part(settings, files, *others)
+        content = run_partition(settings, files, *others)
         if len(num_started) in kills:
             raise KilledError
         return content
 
-    monkeypatch.setattr(partitions, "run_part", run_one_then_die)
+    monkeypatch.setattr(partitions, "run_partition", run_one_then_die)
     kills = {sum(range(1, k + 1)) for k in range(1, 13)}  # each time one part further
     for _ in range(12):
         with pytest.raises(KilledError):
@@ -134,9 +134,9 @@ def test_split_is_by_bytes_and_in_order() -> None:
         InputFile(Path(str(k)), str(k), "lines", size) for k, size in enumerate([9, 1, 1, 1, 8])
     ]
     assert [[int(f.name) for f in part] for part in split_files(files, 3)] == [[0], [1, 2, 3], [4]]
-    for num_parts in (1, 2, 7):
-        parts = split_files(files, num_parts)
-        assert len(parts) == num_parts
+    for num_partitions in (1, 2, 7):
+        parts = split_files(files, num_partitions)
+        assert len(parts) == num_partitions
         assert [file for part in parts for file in part] == files
 
 
@@ -147,7 +147,7 @@ def test_mistakes(jobs: Jobs) -> None:
             jobs.run(folder, shard=shard)
     with pytest.raises(UserError, match="num_partitions: 0"):
         jobs.run(folder, num_partitions=0)
-    with pytest.raises(UserError, match="cannot be cut into parts: <stdin>"):
+    with pytest.raises(UserError, match="cannot be split into partitions: <stdin>"):
         jobs.run(folder, "-", num_partitions=2)
     jobs.lines("none.jsonl", [{"text": ""}])
     with pytest.raises(UserError, match="no document left"):

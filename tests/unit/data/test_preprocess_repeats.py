@@ -12,8 +12,8 @@ from preprocess_jobs import Jobs
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess import dedup as repeats
 from megatron_chatflow.preprocess import merge as merge_parts
-from megatron_chatflow.preprocess.dedup import Repeats, hash_records, hashes_of
-from megatron_chatflow.preprocess.merge import PartsPolicy, find_datasets, merge_datasets
+from megatron_chatflow.preprocess.dedup import DuplicateMarks, hash_records, hashes_of
+from megatron_chatflow.preprocess.merge import PartitionPolicy, find_datasets, merge_datasets
 from megatron_chatflow.preprocess.parse import CorpusSettings
 
 CHATS = CorpusSettings(format="chat", json_keys=("messages",))
@@ -100,7 +100,9 @@ def test_parts_that_cannot_be_merged(jobs: Jobs) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             merge_datasets(prefixes, output)
-    num_documents = merge_datasets([first, third], output, policy=PartsPolicy(allow_missing=True))
+    num_documents = merge_datasets(
+        [first, third], output, policy=PartitionPolicy(allow_missing=True)
+    )
     assert num_documents > 0
 
 
@@ -116,7 +118,9 @@ def test_bad_lines_count_over_all_parts(jobs: Jobs) -> None:
     prefixes = find_datasets([str(jobs.folder / "shards")])
     with pytest.raises(UserError, match="too many bad lines: 7 in all parts of .*more than 2"):
         merge_datasets(prefixes, jobs.folder / "m_text_document")
-    merge_datasets(prefixes, jobs.folder / "m_text_document", policy=PartsPolicy(max_bad_lines=7))
+    merge_datasets(
+        prefixes, jobs.folder / "m_text_document", policy=PartitionPolicy(max_bad_lines=7)
+    )
 
 
 def test_marks_every_repetition_in_bounded_memory(
@@ -131,7 +135,7 @@ def test_marks_every_repetition_in_bounded_memory(
         hashes = hashes_of(b"%d" % value for value in values)
         path.write_bytes(hash_records(hashes, values).tobytes())
     tracemalloc.start()
-    found = Repeats(paths, [len(values) for values in parts], tmp_path)
+    found = DuplicateMarks(paths, [len(values) for values in parts], tmp_path)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000  # of 5.5 MB of hashes
@@ -140,7 +144,7 @@ def test_marks_every_repetition_in_bounded_memory(
     is_first[np.unique(everything, return_index=True)[1]] = True
     begin = 0
     for number, values in enumerate(parts):
-        marks = found.of_part(number, 0, len(values))
+        marks = found.of_partition(number, 0, len(values))
         assert np.array_equal(marks, ~is_first[begin : begin + len(values)])
         assert found.num_repeated_bytes(number) == values[marks].sum()
         begin += len(values)

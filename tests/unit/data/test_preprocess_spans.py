@@ -1,4 +1,4 @@
-"""Loss spans of chats and pairs: exact at token borders, the same as transformers' ids."""
+"""Loss spans of chats and pairs: exact at token boundaries, the same as transformers' ids."""
 
 import json
 from pathlib import Path
@@ -189,7 +189,7 @@ def test_a_turn_that_ended_with_the_end_token_gets_no_second(chatml_tokenizer: T
     ids, mask, ends = encode_segments(chatml_tokenizer, document.segments)
     assert ids.count(chatml_tokenizer.eos_id) == 4
     assert ids[-1] == chatml_tokenizer.eos_id != ids[-2]
-    assert [ends[border - 1] for border in document.borders][-1] == len(ids) == len(mask)
+    assert [ends[cut - 1] for cut in document.cut_points][-1] == len(ids) == len(mask)
     assert sum(mask) == len(chatml_tokenizer.encode("kedo") + chatml_tokenizer.encode("bana")) + 2
 
 

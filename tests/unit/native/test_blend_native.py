@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.blend.engine import ReferenceEngine, native_engine, window_ends
-from megatron_chatflow.blend.quota import GRID, GRID_BITS, Piece, Quota, WeightTable
+from megatron_chatflow.blend.quota import GRID, GRID_BITS, Interval, Quota, WeightTable
 from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.runtime.extension import load_extension
 
@@ -18,7 +18,7 @@ extension = load_extension("blend")
 
 pytestmark = pytest.mark.skipif(extension is None, reason="csrc/blend is not built")
 
-CONSTANT = Piece(0, 0, 0, 0, 0, 0, 0, 1)
+CONSTANT = Interval(0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def engines(schedule: Schedule, num_leaf_bits: int = -1):
@@ -75,12 +75,12 @@ def test_tables_at_the_edge_of_64_bits() -> None:
     for span in ((1 << 31) - 1, 1 << 31, (1 << 45) + 9):
         for batch in (1, 3):
             half = span // 2
-            pieces = (
-                Piece(0, 0, 1, 0, GRID, 1, 0, span),
-                Piece(half, 1, 2, GRID // 3, GRID - 7, 2, span % 2, span),
-                Piece(2 * half, 2, 2, 0, 0, 0, 0, 1),
+            intervals = (
+                Interval(0, 0, 1, 0, GRID, 1, 0, span),
+                Interval(half, 1, 2, GRID // 3, GRID - 7, 2, span % 2, span),
+                Interval(2 * half, 2, 2, 0, 0, 0, 0, 1),
             )
-            table = WeightTable(5, batch, levels, pieces)
+            table = WeightTable(5, batch, levels, intervals)
             begin, base = 7, [-5, GRID + 3, 2 - GRID]
             quota = Quota(table, begin, base)
             ends = window_ends(table, begin, base)

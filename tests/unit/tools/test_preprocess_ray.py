@@ -62,7 +62,7 @@ def test_a_cluster_writes_the_same_bytes(
     assert here.returncode == 0, here.stderr
     there = _run(*job, "--output-prefix", tmp_path / "there", "--ray", cluster)
     assert there.returncode == 0, there.stderr
-    assert "3 of 3 parts are there" in there.stderr
+    assert "3 of 3 partitions are finished" in there.stderr
     for suffix in (".bin", ".idx"):
         ours = (tmp_path / f"there_text_document{suffix}").read_bytes()
         assert ours == (tmp_path / f"here_text_document{suffix}").read_bytes()
@@ -82,4 +82,4 @@ def test_errors_of_a_part_are_one_line(
     assert "Traceback" not in failed.stderr
     too_many = _run(*job, "--workers", 64, "--ray", cluster)
     assert too_many.returncode == 2
-    assert "--workers 64: of each part, and no machine" in too_many.stderr
+    assert "--workers 64: a partition needs that many CPUs" in too_many.stderr
