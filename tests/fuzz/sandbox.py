@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_chatflow.runtime.host_memory import return_freed_memory
+
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _MOST_SHOWN = 1 << 20
 
@@ -76,6 +78,8 @@ def run_limited(
     """
     limits = limits or Limits()
     logs.mkdir(parents=True, exist_ok=True)
+    # Freed memory that malloc keeps is resident already: a child could use it unmeasured.
+    return_freed_memory()
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fuzz.case import Command, Damage, Kind
 from fuzz.run import Fuzzer, replay
-from fuzz.sandbox import Limits
+from fuzz.sandbox import Limits, run_limited
 
 from megatron_chatflow.errors import UserError, run_main
 
@@ -66,6 +66,12 @@ def use_time() -> None:
         pass
 
 
+def use_memory() -> None:
+    """Allocates 128 MiB in blocks that malloc takes from what was freed before, and fills them."""
+    blocks = [bytearray(1000) for _ in range((128 << 20) // 1000)]
+    del blocks
+
+
 def crash() -> None:
     os.kill(os.getpid(), 11)
 
@@ -83,7 +89,7 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     "signal": (crash, "ended by signal 11"),
     "status": (say_and_exit(1, "oh"), "exit status 1: oh"),
     "time": (use_time, "ended by signal 24"),
-    "memory": (lambda: bytearray(128 << 20), r"took 0.1 GB of memory"),
+    "memory": (use_memory, "took 0.1 GB of memory"),
     "far too much memory": (lambda: bytearray(1 << 40), "traceback: MemoryError"),
     "leftover": (refuse("a.txt: is damaged; copy it again", leaves="out.txt"), "leaves out.txt"),
     "temporary file": (refuse("a.txt: is damaged", leaves=".out.tmp"), "leaves .out.tmp"),
@@ -125,6 +131,16 @@ def test_a_fault_is_found_and_replayed(
     assert message in capsys.readouterr().out
     mended = Kind("made-up", make, damage, [Command("faulty", refuse("a.txt: is damaged"))])
     assert replay(saved, {kind.name: mended}, tmp_path / "replayed") == 0
+
+
+def test_memory_is_measured_in_a_process_that_was_large(tmp_path: Path) -> None:
+    blocks = [bytearray(1000) for _ in range(1 << 20)]
+    last = bytearray(1000)  # above them, so that malloc keeps their pages
+    del blocks
+    outcome = run_limited(use_memory, tmp_path, tmp_path / "logs")
+    assert outcome.status == 0
+    assert 128 << 20 <= outcome.memory_bytes < 160 << 20
+    assert len(last) == 1000
 
 
 def test_a_hang_is_ended(tmp_path: Path) -> None:
