@@ -1,8 +1,9 @@
 """The log: a line for the step and a table of its sources, and a progress bar on a terminal.
 
 The columns of the line stand at the same places in every log. What is unusual (skipped updates,
-waiting for data, restarts after failures) follows at its end only where there is any. The table
-shows at most `MAX_SOURCES` sources; ``metrics.jsonl`` has all of them.
+waiting for data, restarts after failures) follows on lines of its own, only where there is any. No
+line is longer than `MAX_WIDTH`. The table shows at most `MAX_SOURCES` sources; ``metrics.jsonl``
+has all of them.
 """
 
 import math
@@ -14,10 +15,18 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_chatflow.evaluation.validation import SourceLoss
-from megatron_chatflow.runtime.table import align, format_duration, format_value, shorten
+from megatron_chatflow.runtime.table import (
+    align,
+    display_width,
+    format_duration,
+    format_value,
+    shorten,
+)
 from megatron_chatflow.train.report import IterationReport, SourceReport
 from megatron_chatflow.train.straggler import StragglerReport
 
+MAX_WIDTH = 124
+"""Columns of the longest line: a step of a run of 100,000 iterations or more."""
 MAX_SOURCES = 12
 MAX_NAME_WIDTH = 24
 INDENT = " " * 21
@@ -27,18 +36,22 @@ GROWTH = 1.01
 """Growth of the peak memory from which on it is shown again."""
 
 
-def iteration_line(report: IterationReport, now: datetime, *, with_memory: bool = True) -> str:
-    """The line of a step: what every log has, then what is unusual."""
+def iteration_lines(
+    report: IterationReport, now: datetime, *, with_memory: bool = True
+) -> list[str]:
+    """The line of a step, and below it what is unusual about the step, if anything."""
     width = len(str(report.num_iterations))
+    loss_and_grad = [f"loss {_loss(report.lm_loss)}", f"grad {_fit(report.grad_norm, 6, 3)}"]
+    if report.lm_loss is None:  # and so no gradient
+        loss_and_grad = ["no loss tokens".ljust(display_width("  ".join(loss_and_grad)))]
     fields = [
         _stamp(now),
         f"iter {report.iteration:{width}d}/{report.num_iterations}",
-        "no loss tokens" if report.lm_loss is None else f"loss {report.lm_loss:7.4f}",
-        f"grad {_norm(report.grad_norm)}",
+        *loss_and_grad,
         f"lr {report.learning_rate:.2e}",
-        f"{_seconds(report.seconds)} s",
+        f"{_fit(report.seconds, 5, 3)} s",
         f"{format_value(report.tokens_per_second, 3):>5} tok/s",
-        f"{report.tflops_per_gpu:.3g} TFLOP/s"
+        f"{_teraflops(report.tflops_per_gpu)} TFLOP/s"
         if report.mfu is None
         else f"MFU {100 * report.mfu:4.1f}%",
     ]
@@ -59,8 +72,7 @@ def iteration_line(report: IterationReport, now: datetime, *, with_memory: bool 
     if report.downtime.num_failures:
         lost = format_duration(report.downtime.failure_seconds)
         notes.append(f"failures {report.downtime.num_failures} ({lost} lost)")
-    line = "  ".join(fields)
-    return f"{line}  | {', '.join(notes)}" if notes else line
+    return [*_fill(fields, "  "), *(INDENT + line for line in _fill(notes, ", ", len(INDENT)))]
 
 
 def source_lines(report: IterationReport) -> list[str]:
@@ -87,16 +99,21 @@ def straggler_lines(report: StragglerReport) -> list[str]:
         rows.append(
             [
                 name.removesuffix("_seconds").replace("_", " "),
-                f"{factor * part.min:.1f}{unit}",
+                f"{_one_decimal(factor * part.min)}{unit}",
                 f"(rank {part.min_rank})",
-                f"{factor * part.median:.1f}{unit}",
-                f"{factor * part.max:.1f}{unit}",
+                f"{_one_decimal(factor * part.median)}{unit}",
+                f"{_one_decimal(factor * part.max)}{unit}",
                 f"(rank {part.max_rank})",
             ]
         )
-    slowest = ", ".join(f"{one.rank} on {one.host} x{one.ratio:.2f}" for one in report.slowest)
     head = ["stragglers", "min", "", "median", "max", ""]
-    return [*_table(head, rows), f"{INDENT}slowest ranks: {slowest}"]
+    slowest = [
+        f"{one.rank} on {shorten(one.host, MAX_NAME_WIDTH)} x{one.ratio:.2f}"
+        for one in report.slowest
+    ]
+    title = f"{INDENT}slowest ranks: "
+    first, *others = _fill(slowest, ", ", len(title)) or [""]
+    return [*_table(head, rows), title + first, *(" " * len(title) + line for line in others)]
 
 
 def validation_lines(iteration: int, losses: Mapping[str, SourceLoss], now: datetime) -> list[str]:
@@ -104,8 +121,8 @@ def validation_lines(iteration: int, losses: Mapping[str, SourceLoss], now: date
     rows = [
         [
             shorten(name, MAX_NAME_WIDTH),
-            f"{loss.loss:.4f}",
-            "-" if math.isnan(loss.bits_per_byte) else f"{loss.bits_per_byte:.4f}",
+            _loss(loss.loss).strip(),
+            "-" if math.isnan(loss.bits_per_byte) else _loss(loss.bits_per_byte).strip(),
             format_value(loss.num_tokens),
         ]
         for name, loss in losses.items()
@@ -118,11 +135,15 @@ def validation_lines(iteration: int, losses: Mapping[str, SourceLoss], now: date
 def choice_lines(
     iteration: int, results: Mapping[str, Mapping[str, Any]], now: datetime
 ) -> list[str]:
-    """A line for each file of choice questions."""
+    """A title, and a line for each file of choice questions."""
+    title = f"{_stamp(now)}  choice questions at iteration {iteration}"
     return [
-        f"{_stamp(now)}  choice questions at iteration {iteration}  {name}: accuracy "
-        f"{result['accuracy']:.4f} of {result['num_questions']} (chance {result['chance']:.4f})"
-        for name, result in results.items()
+        title,
+        *(
+            f"{INDENT}{shorten(name, MAX_NAME_WIDTH)}: accuracy {result['accuracy']:.4f} of "
+            f"{result['num_questions']} (chance {result['chance']:.4f})"
+            for name, result in results.items()
+        ),
     ]
 
 
@@ -148,7 +169,7 @@ class Console:
         has_grown = report.memory_bytes > GROWTH * self._shown_bytes
         if has_grown:
             self._shown_bytes = report.memory_bytes
-        lines = [iteration_line(report, datetime.now(), with_memory=has_grown)]
+        lines = iteration_lines(report, datetime.now(), with_memory=has_grown)
         lines += source_lines(report)
         if report.stragglers is not None:
             lines += straggler_lines(report.stragglers)
@@ -190,26 +211,46 @@ def _remaining(seconds: float) -> str:
     return f"{whole}s"
 
 
-def _norm(norm: float) -> str:
-    """Six columns, whatever the size."""
-    return f"{norm:6.3f}" if norm < 100 else f"{norm:6.3g}"
+def _fill(parts: Sequence[str], separator: str, indent: int = 0) -> list[str]:
+    """The parts, as many in a line as fit into `MAX_WIDTH` columns behind an indentation."""
+    lines: list[str] = []
+    for part in parts:
+        joined = f"{lines[-1]}{separator}{part}" if lines else part
+        if lines and indent + display_width(joined) <= MAX_WIDTH:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return lines
 
 
-def _seconds(seconds: float) -> str:
-    """Four significant digits in five columns."""
-    decimals = 3 if seconds < 10 else 2 if seconds < 100 else 1
-    return f"{seconds:5.{decimals}f}"
+def _fit(value: float, width: int, decimals: int) -> str:
+    """A number in ``width`` columns, with fewer decimals the larger it is."""
+    texts = [f"{value:{width}.{number}f}" for number in range(decimals, -1, -1)]
+    return next((text for text in texts if len(text) <= width), f"{value:{width}.0e}")
+
+
+def _loss(loss: float | None) -> str:
+    return "-".rjust(7) if loss is None else _fit(loss, 7, 4)
+
+
+def _teraflops(value: float) -> str:
+    """Three significant digits in five columns; two below 0.1."""
+    return f"{value:5.3g}" if value >= 0.1 else f"{value:5.2g}"
+
+
+def _one_decimal(value: float) -> str:
+    return f"{value:.1f}" if value < 1e6 else format_value(value)
 
 
 def _source_cells(name: str, source: SourceReport) -> list[str]:
     return [
         shorten(name, MAX_NAME_WIDTH),
-        "-" if source.loss is None else f"{source.loss:.4f}",
+        _loss(source.loss).strip(),
         format_value(source.loss_tokens),
         f"{100 * source.realised:.1f}%",
         f"{100 * source.weight:.1f}%",
         format_value(source.tokens),
-        f"{source.epochs:.3f}",
+        f"{source.epochs:.3f}" if source.epochs < 10_000 else format_value(source.epochs),
     ]
 
 

@@ -14,15 +14,20 @@ import torch
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.runtime.table import display_width, format_table, shorten
 from megatron_chatflow.train.callbacks.console import (
+    INDENT,
     MAX_SOURCES,
+    MAX_WIDTH,
     Console,
-    iteration_line,
+    choice_lines,
+    iteration_lines,
     source_lines,
+    straggler_lines,
     validation_lines,
 )
 from megatron_chatflow.train.callbacks.metrics_file import MetricsFile
 from megatron_chatflow.train.loop import RemainingTime
 from megatron_chatflow.train.report import Downtime, IterationRecord, RunFacts, summarize
+from megatron_chatflow.train.straggler import compare
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 
@@ -117,7 +122,7 @@ def test_iterations_without_an_update_do_not_spoil_the_means() -> None:
     alone = report_of(bad)
     assert math.isnan(alone.lm_loss) and alone.to_dict()["lm_loss"] is None
     assert alone.sources["zh"].loss == 2.0
-    assert "skipped 1" in iteration_line(alone, NOW)
+    assert "skipped 1" in iteration_lines(alone, NOW)[1]
 
 
 def test_an_interval_with_few_loss_tokens() -> None:
@@ -126,10 +131,12 @@ def test_an_interval_with_few_loss_tokens() -> None:
     assert report.lm_loss == 3.0 and report.sources["en"].loss is None
     empty = report_of(replace(nothing, is_updated=False, skipped_no_loss_tokens=1))
     assert empty.to_dict()["lm_loss"] is None
-    line = iteration_line(empty, NOW)
-    assert (
-        "no loss tokens" in line and "without loss tokens 1" in line and "nan" not in line.lower()
-    )
+    line, notes = iteration_lines(empty, NOW)
+    assert "no loss tokens" in line and "without loss tokens 1" in notes
+    assert "nan" not in line.lower()
+    # The columns stand where they stand in other steps.
+    other = iteration_lines(report, NOW)[0]
+    assert all(line.index(name) == other.index(name) for name in ("lr ", " tok/s", "MFU "))
     assert all("nan" not in line for line in source_lines(empty))
 
 
@@ -158,26 +165,82 @@ def test_the_line_is_aligned_and_about_120_columns() -> None:
         report = summarize(
             [record], make_facts("en", "zh"), batch_digest="ab", seconds_left=3.2e5 / iteration
         )
-        lines.append(iteration_line(report, NOW, with_memory=False))
-    assert all(len(line) <= 124 for line in lines)
+        lines += iteration_lines(report, NOW, with_memory=False)
+    assert len(lines) == 3 and all(len(line) <= MAX_WIDTH for line in lines)
     for name in ("iter ", "loss ", "grad ", "lr ", " tok/s", "MFU "):
         assert len({line.index(name) for line in lines}) == 1
     assert lines[1].startswith("2026-03-04 05:06:07  iter   1234/100000  loss  2.5000  grad ")
     assert "1.230 s" in lines[1] and "62.50 s" in lines[0]
     assert "ETA 3d16h" in lines[0] and "ETA 4m19s" in lines[1]
-    # Without a fault nothing of faults is shown.
-    assert all("|" not in line for line in lines)
 
 
-def test_what_is_unusual_stands_at_the_end() -> None:
+def test_what_is_unusual_stands_on_a_line_of_its_own() -> None:
     record = make_record(
         5, [[1.0, 1, 1], [1.0, 1, 1]], data_seconds=0.5, num_skipped=2, num_rollbacks=1
     )
     report = report_of(record, downtime=Downtime(4, 900.0, 2, 600.0))
-    _, notes = iteration_line(report, NOW).split("  | ")
-    assert notes == (
+    _, notes = iteration_lines(report, NOW)
+    assert notes == INDENT + (
         "peak 1 GiB, waiting for data 25%, skipped 2, rollbacks 1, failures 2 (10 min 0 s lost)"
     )
+
+
+@pytest.mark.parametrize("has_notes", [False, True])
+@pytest.mark.parametrize("peak_flops", [None, 1e15])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e4, 1e9])
+@pytest.mark.parametrize("name", ["en", "双语平行语料与指令数据混合而成的很长的名字", "x" * 200])
+def test_no_line_is_wider_than_the_log(
+    name: str, scale: float, peak_flops: float | None, has_notes: bool
+) -> None:
+    count = 10**9 if has_notes else 0
+    record = make_record(
+        99_999,
+        [[0.0, 0, 0] if has_notes else [1e3 * scale, 1, 1] for _ in range(20)],
+        grad_norm=1e3 * scale,
+        learning_rate=1e-3 * scale,
+        seconds=scale,
+        data_seconds=scale if has_notes else 0.0,
+        memory_bytes=int(2**30 * scale),
+        num_skipped=count,
+        skipped_no_loss_tokens=count,
+        num_rollbacks=count,
+        num_samples=20 * 10**8,
+        num_drawn=np.full(20, 10**8),
+        counts=np.full(20, 10**15),
+    )
+    report = summarize(
+        [record],
+        make_facts(
+            *[f"{name}{k}"[::-1] for k in range(20)],
+            num_iterations=10**7,
+            flops_per_token=1e9 / scale,
+            peak_flops=peak_flops,
+            downtime=Downtime(count, 1e9, count, 1e9),
+        ),
+        batch_digest="ab",
+        seconds_left=1e7 * scale,
+    )
+    stragglers = compare([[1e6 * scale, 1.0, 1.0]] * 8, [(name, 0)] * 8, num_listed=8)
+    results = {name: {"accuracy": 0.5, "num_questions": 10**7, "chance": 0.25}}
+    lines = [
+        *iteration_lines(report, NOW),
+        *source_lines(report),
+        *straggler_lines(stragglers),
+        *validation_lines(10**7, {name: SourceLoss(1e3 * scale, scale, 10**15)}, NOW),
+        *choice_lines(10**7, results, NOW),
+    ]
+    assert max(map(display_width, lines)) <= MAX_WIDTH
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, 1e-9, 0.5, 99.99999, 999.9, 12_345.6, 99_999.4, 1e30, math.nan]
+)
+def test_columns_stand_at_the_same_places_whatever_the_numbers(value: float) -> None:
+    def line(value: float) -> str:
+        record = make_record(1, [[value, 1, 1], [0.0, 0, 0]], grad_norm=value)
+        return iteration_lines(report_of(record), NOW)[0]
+
+    assert line(value).index("lr ") == line(1.0).index("lr ")
 
 
 def test_many_sources_are_folded_and_names_are_aligned() -> None:
@@ -237,8 +300,8 @@ def test_memory_is_shown_where_it_has_grown(capsys: pytest.CaptureFixture[str]) 
         record = make_record(1, [[1.0, 1, 1], [1.0, 1, 1]], memory_bytes=int(gib * 2**30))
         console.on_log(report_of(record))
     console.close()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "iter" in line]
-    assert ["peak" in line for line in lines] == [True, False, True]
+    _, *logs = capsys.readouterr().out.split("  iter ")
+    assert ["peak" in log for log in logs] == [True, False, True]
 
 
 def test_the_remaining_time_counts_what_lies_between_iterations() -> None:
