@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-MAX_MESSAGE_CHARACTERS = 2000  # more than any message of ours without a file's content
+MAX_MESSAGE_CHARACTERS = 1000  # more than any message of ours without a file's content
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where a disk, a quota or a limit on files is exhausted, which may pass."""
 
@@ -31,9 +31,11 @@ class UserError(ValueError):
     `MAX_MESSAGE_CHARACTERS` is left out, so that its cause and its advice remain.
     """
 
+    max_characters = MAX_MESSAGE_CHARACTERS
+
     def __init__(self, message: str = "", *details: object) -> None:
         """Takes the message."""
-        super().__init__(shorten(message), *details)
+        super().__init__(shorten(message, self.max_characters), *details)
 
 
 def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:

@@ -195,6 +195,12 @@ def parse_arguments(
     return values, RunOptions(**options, notes=tuple(translation.notes))
 
 
+class FlagsError(UserError):
+    """Flags that cannot be honoured: as many as a command line has, and nothing of any file."""
+
+    max_characters = 16_000
+
+
 def _refuse(translation: Translation, known: Iterable[str]) -> None:
     """Refuses every flag that cannot be honoured, all of them at once."""
     names = [*known, *(name for name in TABLE if not name.endswith("*"))]
@@ -204,4 +210,4 @@ def _refuse(translation: Translation, known: Iterable[str]) -> None:
         return
     where = f"see {PAGE}" if translation.refused else "see --help"
     count = f"{len(problems)} flags: " if len(problems) > 1 else ""
-    raise UserError(f"{count}{'; '.join(problems)}; {where}")
+    raise FlagsError(f"{count}{'; '.join(problems)}; {where}")

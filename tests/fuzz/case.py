@@ -5,7 +5,7 @@ A finding is any of these:
 - a traceback, an exit status other than 0 and 2, or a signal; what Rust prints of a panic before
   it becomes an error of one line is none;
 - memory or time above the limits;
-- a message that is not one line of at most 2,000 characters;
+- a message that is not one line of at most 1,000 characters;
 - after an error, a file under its final name or a leftover; after success, an output that is not
   there, or a leftover beside it;
 - success although the damage is one that hashes or the structure of the file show, with another

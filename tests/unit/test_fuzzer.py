@@ -93,7 +93,7 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     "far too much memory": (lambda: bytearray(1 << 40), "traceback: MemoryError"),
     "leftover": (refuse("a.txt: is damaged; copy it again", leaves="out.txt"), "leaves out.txt"),
     "temporary file": (refuse("a.txt: is damaged", leaves=".out.tmp"), "leaves .out.tmp"),
-    "long message": (say_and_exit(2, "error: " + "x" * 2001), "an error of 2008 characters"),
+    "long message": (say_and_exit(2, "error: " + "x" * 1001), "an error of 1008 characters"),
     "empty message": (refuse(""), "an error without a reason"),
     "several lines": (
         say_and_exit(2, "error: a.txt is damaged\nhere"),

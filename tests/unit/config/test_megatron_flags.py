@@ -149,6 +149,13 @@ def test_what_becomes_other_settings(path, flags: list[str], warmup: tuple[str, 
     assert [getattr(s, warmup[0]) for s in sections if hasattr(s, warmup[0])] == [warmup[1]]
 
 
+def test_many_refused_flags_are_all_named(path) -> None:
+    flags = [f"--no-such-flag-{k}" for k in range(60)]
+    with pytest.raises(UserError) as caught:
+        load_config(path, flags)
+    assert all(f"{flag}: unknown flag" in str(caught.value) for flag in flags)
+
+
 def test_everything_that_is_wrong_is_said_at_once(path) -> None:
     flags = ["--train-iter", "3", "--fp16", "--zzzzzz", "1", "--normalization", "LayerNorm"]
     flags += ["--moe-router-topk=2", "--swigul", "--merge-file", "merges.txt", "--seed", "7"]
