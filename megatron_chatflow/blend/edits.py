@@ -553,11 +553,18 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
             continue
         iteration = (sample - segment.origin) // batch
         what = _difference(schedule.sources, segment.table, table, iteration)
+        with_flags = ""
+        if len(schedule.knots) == 1:  # as --data-path gives it
+            with_flags = (
+                "; flags alone cannot do this: with --data-path give the weights that the run "
+                "began with, or put the knot into a copy of the run's config.yaml and give that "
+                "as --config instead"
+            )
         raise UserError(
             f"data.schedule: sample {sample} was drawn with other weights ({what}): keep the "
             f"schedule before sample {end} as it was and edit what comes after; the knot "
             f"{as_planned_knot(schedule, end)} in place of all knots up to there does this "
-            f"(unit: {schedule.unit})"
+            f"(unit: {schedule.unit}{with_flags})"
         )
 
 

@@ -211,9 +211,10 @@ class SourceConfig:
     validation_paths: tuple[FilePath, ...] = Field(
         default=(), description="prefixes that only validation reads"
     )
-    loss: Literal["all", "response"] = Field(
-        default="all",
-        description="tokens that count in the loss: all, or those of the loss-mask files",
+    loss: Literal["all", "response"] | None = Field(
+        default=None,
+        description="tokens that count in the loss: all, or those of the loss-mask files; when "
+        "unset all, with a warning where there are masks",
     )
     packing: Literal["none", "best_fit"] = Field(
         default="none",

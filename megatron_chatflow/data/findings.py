@@ -52,7 +52,7 @@ def data_findings(
             labelled.append((f"data.sources.{source.name}.validation_paths", source))
     for label, source in labelled:
         findings += _unchecked_tokenizers(label, source)
-        if data.sources[source.name].loss == "all":
+        if data.sources[source.name].loss is None:  # `all` is a choice, and needs no remark
             findings += _ignored_masks(label, source.files)
         findings += _missing_ends(label, source.files, tokenizer)
         if source.packing is not None:
@@ -78,8 +78,9 @@ def _ignored_masks(label: str, files: Sequence[TokenFile]) -> list[str]:
     if not masked:
         return []
     return [
-        f"{label}: {_count(masked, files)} loss masks, which loss: all ignores, so prompts are "
-        f"trained like answers: set loss: response (first: {masked[0]})"
+        f"{label}: {_count(masked, files)} loss masks, which loss: all, the default, ignores, so "
+        "prompts are trained like answers: set loss: response, or loss: all if this is wanted "
+        f"(first: {masked[0]})"
     ]
 
 

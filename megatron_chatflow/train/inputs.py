@@ -61,7 +61,7 @@ class RunInputs:
         vocab_size: The model's, before padding.
         sources: Training sources in the schedule's order.
         validation_sources: Held-out samples of each; none where nothing is validated.
-        test_sources: The samples of `data.split`'s test; none where nothing is validated.
+        test_sources: The samples of `data.split`'s test; none without it or with `eval_iters` 0.
         blend: From the beginning, or as the checkpoint left it.
         state: The run's state before its first iteration.
         checkpoint: Where weights come from; None for fresh ones.
@@ -130,7 +130,9 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     sources = build()
     held_out, test = [], []
     if config.train.validates:
-        held_out, test = build(split="validation"), build(split="test")
+        held_out = build(split="validation")
+    if config.data.split is not None and config.train.eval_iters > 0:
+        test = build(split="test")
     check_contents(config.data, (sources, held_out, test))
     begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
     state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)

@@ -429,7 +429,8 @@ def _train(run: Run, progress: TrainState) -> TrainState:
         )
         if is_save_due or _is_due(progress.iteration, config.logging.log_interval, last_iteration):
             run.log.log()
-        if _is_due(progress.iteration, config.train.eval_interval, last_iteration):
+        is_test_due = run.test_validator is not None and progress.iteration == last_iteration
+        if is_test_due or _is_due(progress.iteration, config.train.eval_interval, last_iteration):
             _validate(run, progress)
         if _is_due(progress.iteration, config.train.choice_interval, last_iteration):
             _run_choice_eval(run, progress)

@@ -296,6 +296,8 @@ def changed_settings(
     for key, value in now.items():
         source = key.split(".")[2] if key.startswith("data.sources.") else None
         before = was.get(key, _default(key))
+        if source and key == f"data.sources.{source}.loss":
+            before, value = before or "all", value or "all"
         if key in _OF_ONE_START or before == value or (source and source not in names[0]):
             continue
         shown = _show(key, before), _show(key, value)

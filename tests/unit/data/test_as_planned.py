@@ -221,6 +221,16 @@ def test_the_refusal_prints_the_knot_that_repairs(unit: str) -> None:
     assert new.edit is not None
 
 
+def test_the_refusal_says_what_flags_can_do() -> None:
+    """--data-path makes a schedule of one knot, which no flag can edit."""
+    old = begin({"knots": [{"at": 0, "weights": A}]})
+    with pytest.raises(UserError, match="was drawn with other weights") as caught:
+        resume({"knots": [{"at": 0, "weights": B}]}, old, 500)
+    text = str(caught.value)
+    assert "with --data-path give the weights that the run began with" in text
+    assert "into a copy of the run's config.yaml and give that as --config" in text
+
+
 def test_differing_numbers_show_that_they_differ() -> None:
     assert differing_numbers(0.25, 0.5) == ("0.25", "0.5")
     assert differing_numbers(0.108184, 0.1081840001) == ("0.108184", "0.1081840001")

@@ -267,6 +267,16 @@ def test_settings_that_change_the_samples_are_named(
     _refused(cause, make_config, checkpoint__load=str(tmp_path), **given)
 
 
+def test_the_test_part_of_a_split_needs_no_validation(make_config) -> None:
+    """Megatron-LM evaluates it at the end of the run, whatever the interval."""
+    common = {"data__holdout_every": None, "train__eval_interval": None}
+    for split, eval_iters, has_test in (("6,2,2", 2, True), ("6,4", 2, False), ("6,2,2", 0, False)):
+        config = make_config(data__split=split, train__eval_iters=eval_iters, **common)
+        inputs = open_inputs(config)
+        assert not inputs.validation_sources
+        assert any(source.num_samples for source in inputs.test_sources) == has_test
+
+
 def test_another_split_on_resume(make_config, tmp_path: Path) -> None:
     common = {"data__holdout_every": None}
     write_checkpoint_state(make_config(data__split="90,8,2", **common), tmp_path)
