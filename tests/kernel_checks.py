@@ -6,7 +6,7 @@ references run in fp32 on what the kernel was given; what it returns is at most 
 
 import torch
 
-from megatron_chatflow.kernels import rms_norm, rope, softmax, swiglu
+from megatron_chatflow.kernels import cross_entropy, rms_norm, rope, swiglu
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -77,7 +77,7 @@ def check_rope(
         assert_rounded(turned, expected, slack=1.0)
     # Heads that lie across packs are copied first.
     odd = randn(num_tokens, num_heads, head_dim + 8, dtype=dtype, device=device)[..., 1:-7]
-    assert not rope.takes_rope(odd)
+    assert not rope.supports_rope(odd)
     expected = rope.rope_reference(odd.float(), cosines.float(), sines.float(), 1.0)
     assert_rounded(rope.rope_kernel(odd, cosines, sines, 1.0), expected, slack=1.0)
 
@@ -102,8 +102,8 @@ def check_softmax(
     logits = randn(num_rows, num_columns, dtype=dtype, device=device) * 20
     labels = torch.randint(-2, num_valid_tokens + 2, (num_rows,), device=device)
     scale = torch.rand(num_rows, device=device)
-    statistics = softmax.softmax_statistics_kernel(logits, labels, num_valid_tokens)
-    expected = softmax.softmax_statistics_reference(logits.float(), labels, num_valid_tokens)
+    statistics = cross_entropy.softmax_statistics_kernel(logits, labels, num_valid_tokens)
+    expected = cross_entropy.softmax_statistics_reference(logits.float(), labels, num_valid_tokens)
     assert torch.equal(statistics[0], expected[0])
     assert torch.equal(statistics[2], expected[2])
     assert_rounded(statistics[1], expected[1])
@@ -112,7 +112,7 @@ def check_softmax(
     highest, sums = expected[0].clamp(min=-50.0) + 1, expected[1] + 1
     gradient, expected_gradient = logits.clone(), logits.float()
     arguments = (labels, highest, sums, scale, num_valid_tokens)
-    softmax.softmax_gradient_kernel(gradient, *arguments)
-    softmax.softmax_gradient_reference(expected_gradient, *arguments)
+    cross_entropy.softmax_gradient_kernel(gradient, *arguments)
+    cross_entropy.softmax_gradient_reference(expected_gradient, *arguments)
     assert not gradient[:, num_valid_tokens:].any()
     assert_rounded(gradient, expected_gradient, slack=1.0)

@@ -28,8 +28,8 @@ def main() -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_chatflow.convert.export import export_checkpoint
     from megatron_chatflow.convert.template import TokenizerChoice
+    from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
     done = export_checkpoint(
         args.checkpoint,
@@ -49,7 +49,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from megatron_chatflow.convert.import_ import import_huggingface
+    from megatron_chatflow.convert.from_huggingface import import_huggingface
 
     done = import_huggingface(
         args.hf,

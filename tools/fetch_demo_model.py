@@ -79,7 +79,7 @@ def main() -> None:
     downloads = arguments.download_dir or output.with_name(f"{output.name}.archives")
     check_output_folder(output.absolute().parent)
     if output.exists():  # only then, because this import loads torch, which takes seconds
-        from megatron_chatflow.convert.export import check_new_folder
+        from megatron_chatflow.convert.to_huggingface import check_new_folder
 
         check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
     console = Console()

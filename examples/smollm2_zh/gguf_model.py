@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 
 from examples.smollm2_zh.gguf_tokenizer import special_ids, write_tokenizer
-from megatron_chatflow.convert.export import (
+from megatron_chatflow.convert.safetensors import write_shards
+from megatron_chatflow.convert.shape import DTYPES, LlamaShape, huggingface_config
+from megatron_chatflow.convert.to_huggingface import (
     MAX_SHARD_BYTES,
     Converted,
     check_new_folder,
     new_folder,
 )
-from megatron_chatflow.convert.safetensors import write_shards
-from megatron_chatflow.convert.shape import DTYPES, LlamaShape, huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer

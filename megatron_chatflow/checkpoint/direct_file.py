@@ -37,7 +37,7 @@ class FileHash:
     digest: str
 
 
-def yield_to_training() -> None:
+def lower_thread_priority() -> None:
     """Gives this thread what the training threads leave of the processor."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
@@ -60,7 +60,7 @@ class DirectFile:
         self._path = path
         self._is_direct, self._descriptor = _open(path)
         self._digests: dict[int, bytes] = {}
-        self._pool = ThreadPoolExecutor(NUM_THREADS, initializer=yield_to_training)
+        self._pool = ThreadPoolExecutor(NUM_THREADS, initializer=lower_thread_priority)
         try:
             _reserve(self._descriptor, num_bytes)
         except BaseException:

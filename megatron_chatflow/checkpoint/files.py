@@ -115,7 +115,7 @@ def damage(
     return found
 
 
-def refuse_damage(checkpoint: Path, found: list[str]) -> None:
+def raise_if_damaged(checkpoint: Path, found: list[str]) -> None:
     """Raises if there is any.
 
     Raises:
@@ -125,7 +125,7 @@ def refuse_damage(checkpoint: Path, found: list[str]) -> None:
         raise UserError(f"{checkpoint}: is damaged: {'; '.join(found)}; load another checkpoint")
 
 
-def refuse_small_damage(checkpoint: Path) -> None:
+def check_small_files(checkpoint: Path) -> None:
     """Raises if one of the small files, which say what the large ones mean, is not as it was saved.
 
     A checkpoint without recorded hashes passes: another program or an earlier version saved it.
@@ -134,7 +134,7 @@ def refuse_small_damage(checkpoint: Path) -> None:
         UserError: Names every such file.
     """
     if (checkpoint / MANIFEST).exists():
-        refuse_damage(checkpoint, damage(checkpoint, only_small=True))
+        raise_if_damaged(checkpoint, damage(checkpoint, only_small=True))
 
 
 _HUGGINGFACE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -281,6 +281,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 CARRIED = "huggingface"
 
 
-def in_checkpoint(files: Mapping[str, bytes]) -> dict[str, bytes]:
+def carried_paths(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files by their names relative to a checkpoint's folder."""
     return {f"{CARRIED}/{name}": data for name, data in files.items()}

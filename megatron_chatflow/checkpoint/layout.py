@@ -1,20 +1,20 @@
-"""What a rank writes: which pieces of which tensors, where in its file, and the index of it all.
+"""What a rank writes: which shards of which tensors, where in its file, and the index of it all.
 
-In: pieces of global tensors and small objects. Out: the layout of this rank's file, its bytes range
+In: shards of global tensors and small objects. Out: the layout of this rank's file, its bytes range
 by range, and torch's index (`Metadata`) of every rank's. The format is torch's distributed one,
 which torch, megatron-core and this package's converter read at any parallel layout.
 
 Tensors as `torch.save` would write them, without copying them.
 
 In: a dtype and a shape. Out: the bytes that stand before and behind the tensor's values. A
-distributed checkpoint stores every piece of a tensor as such a record, a zip archive with one
+distributed checkpoint stores every shard of a tensor as such a record, a zip archive with one
 stored entry for the values (ZIP APPNOTE 6.3.9, sections 4.3 and 4.5.3); writing the archive's
 frame by hand is what lets values go from the staging buffer to the disk as they lie.
 
 Who writes what of a tensor that data parallelism replicates or cuts, decided without a message.
 
-In: a range of a flattened tensor, or the pieces that every replica holds. Out: the boxes that make
-up the range, and one replica's share of the pieces. Every rank comes to the same answer by itself.
+In: a range of a flattened tensor, or the shards that every replica holds. Out: the boxes that make
+up the range, and one replica's share of the shards. Every rank comes to the same answer by itself.
 
 Padded attention heads at the border of a checkpoint, which holds the model's own heads only.
 
@@ -195,7 +195,7 @@ Plan = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TensorPiece:
+class TensorShard:
     """A box of a global tensor.
 
     Attributes:
@@ -278,37 +278,37 @@ class FileImage:
 def plan_tensor(
     plan: Plan, name: str, dtype: torch.dtype, box: Sequence[Sequence[int]], begin: int, length: int
 ) -> None:
-    """Adds a tensor's piece to a plan.
+    """Adds a tensor's shard to a plan.
 
     Args:
         plan: What is in a file.
         name: The global tensor's.
         dtype: Its dtype.
-        box: Shape of the global tensor, offsets and shape of the piece.
-        begin: Where the piece's record begins in the file, in bytes.
+        box: Shape of the global tensor, offsets and shape of the shard.
+        begin: Where the shard's record begins in the file, in bytes.
         length: The record's length in bytes.
     """
     parts = [list(part) for part in box]
     plan["tensors"].append([name, str(dtype).removeprefix("torch."), *parts, begin, length])
 
 
-def lay_out(
-    file_name: str, pieces: Sequence[TensorPiece], objects: Sequence[StoredObject]
+def build_file_image(
+    file_name: str, shards: Sequence[TensorShard], objects: Sequence[StoredObject]
 ) -> FileImage:
-    """Puts a rank's pieces one behind the other, the values at multiples of 64 bytes.
+    """Puts a rank's shards one behind the other, the values at multiples of 64 bytes.
 
     Raises:
         ValueError: A tensor's dtype is none that checkpoints hold.
     """
     plan: Plan = {"file": file_name, "tensors": [], "objects": []}
     image = FileImage(plan)
-    for piece in pieces:
+    for shard in shards:
         begin = image.num_bytes
-        around = frame(piece.values.dtype, piece.sizes, begin % ALIGNMENT)
-        for part in (around.head, piece.values.detach(), around.tail):
+        around = frame(shard.values.dtype, shard.sizes, begin % ALIGNMENT)
+        for part in (around.head, shard.values.detach(), around.tail):
             image._append(part)
-        box = (piece.global_shape, piece.offsets, piece.sizes)
-        plan_tensor(plan, piece.name, piece.values.dtype, box, begin, around.length)
+        box = (shard.global_shape, shard.offsets, shard.sizes)
+        plan_tensor(plan, shard.name, shard.values.dtype, box, begin, around.length)
     for stored in objects:
         plan["objects"].append([stored.name, image.num_bytes, len(stored.content)])
         image._append(stored.content)
@@ -322,7 +322,7 @@ def index_files(plans: Sequence[Plan]) -> dict[str, bytes]:
     pickle would write once.
 
     Raises:
-        ValueError: A tensor is not covered exactly, or a piece is there twice.
+        ValueError: A tensor is not covered exactly, or a shard is there twice.
     """
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -356,7 +356,7 @@ def index_files(plans: Sequence[Plan]) -> dict[str, bytes]:
     return {METADATA: content, TENSOR_INDEX: index_json(index, content)}
 
 
-# Replicated pieces are cut no smaller: every piece is an entry in the index.
+# Replicated shards are cut no smaller: every shard is an entry in the index.
 _SMALLEST_CUT_BYTES = 8 * 2**20
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -396,19 +396,19 @@ def _inside_row(number: int, begin: int, end: int, shape: Sequence[int]) -> list
     return [((number, *offsets), (1, *sizes)) for offsets, sizes in inner]
 
 
-def assign_shards(pieces: Sequence[TensorPiece], rank: int, num_replicas: int) -> list[TensorPiece]:
-    """What one of several replicas writes of the pieces that all of them hold.
+def assign_shards(shards: Sequence[TensorShard], rank: int, num_replicas: int) -> list[TensorShard]:
+    """What one of several replicas writes of the shards that all of them hold.
 
-    Large pieces are cut by rows; then each goes, the largest first, to whoever has least.
+    Large shards are cut by rows; then each goes, the largest first, to whoever has least.
 
     Args:
-        pieces: The same on every replica, values included.
+        shards: The same on every replica, values included.
         rank: Which replica.
         num_replicas: How many.
     """
     if num_replicas == 1:
-        return list(pieces)
-    cut = [part for piece in pieces for part in _cut(piece, num_replicas)]
+        return list(shards)
+    cut = [part for shard in shards for part in _cut(shard, num_replicas)]
     order = sorted(range(len(cut)), key=lambda number: -_num_bytes(cut[number]))
     loads = [0] * num_replicas
     mine = []
@@ -420,24 +420,24 @@ def assign_shards(pieces: Sequence[TensorPiece], rank: int, num_replicas: int) -
     return [cut[number] for number in sorted(mine)]
 
 
-def _num_bytes(piece: TensorPiece) -> int:
-    return piece.values.numel() * piece.values.element_size()
+def _num_bytes(shard: TensorShard) -> int:
+    return shard.values.numel() * shard.values.element_size()
 
 
-def _cut(piece: TensorPiece, num_parts: int) -> list[TensorPiece]:
-    """Cuts a piece along its first axis that is longer than 1 into at most so many blocks."""
-    axis = next((axis for axis, size in enumerate(piece.sizes) if size > 1), None)
-    num_parts = min(num_parts, _num_bytes(piece) // _SMALLEST_CUT_BYTES)
+def _cut(shard: TensorShard, num_parts: int) -> list[TensorShard]:
+    """Cuts a shard along its first axis that is longer than 1 into at most so many blocks."""
+    axis = next((axis for axis, size in enumerate(shard.sizes) if size > 1), None)
+    num_parts = min(num_parts, _num_bytes(shard) // _SMALLEST_CUT_BYTES)
     if axis is None or num_parts < 2:
-        return [piece]
-    num_rows = piece.sizes[axis]
+        return [shard]
+    num_rows = shard.sizes[axis]
     bounds = [num_rows * number // num_parts for number in range(num_parts + 1)]
-    rows = piece.values.reshape(num_rows, -1)
+    rows = shard.values.reshape(num_rows, -1)
     return [
         replace(
-            piece,
-            offsets=_with(piece.offsets, axis, piece.offsets[axis] + first),
-            sizes=_with(piece.sizes, axis, last - first),
+            shard,
+            offsets=_with(shard.offsets, axis, shard.offsets[axis] + first),
+            sizes=_with(shard.sizes, axis, last - first),
             values=rows[first:last],
         )
         for first, last in zip(bounds[:-1], bounds[1:], strict=True)
@@ -449,18 +449,18 @@ def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
     return (*values[:axis], value, *values[axis + 1 :])
 
 
-OwnSizes = Mapping[str, tuple[int, int]]
+UnpaddedSizes = Mapping[str, tuple[int, int]]
 """As `config.model_shape.unpadded_sizes` gives them."""
 
 
-def own_sizes_of(chunks: list[Any]) -> OwnSizes:
+def unpadded_sizes_of(chunks: list[Any]) -> UnpaddedSizes:
     """Of model chunks as `model.llama.build_llama` built them."""
-    sizes: OwnSizes = chunks[0].unpadded_sizes
+    sizes: UnpaddedSizes = chunks[0].unpadded_sizes
     return sizes
 
 
-def own_part(
-    name: str, begin: Sequence[int], data: torch.Tensor, unpadded_sizes: OwnSizes
+def unpadded_values(
+    name: str, begin: Sequence[int], data: torch.Tensor, unpadded_sizes: UnpaddedSizes
 ) -> torch.Tensor | None:
     """What of a matrix's slice is the model's own: a view, or None if nothing is.
 
@@ -479,32 +479,34 @@ def own_part(
     return data.narrow(axis, 0, length) if length > 0 else None
 
 
-def unpadded_shard(piece: TensorPiece, unpadded_sizes: OwnSizes) -> TensorPiece | None:
-    """What of a piece is the model's own: itself where nothing is padded, None if nothing is."""
-    found = _find(piece.name, unpadded_sizes)
+def unpadded_shard(shard: TensorShard, unpadded_sizes: UnpaddedSizes) -> TensorShard | None:
+    """What of a shard is the model's own: itself where nothing is padded, None if nothing is."""
+    found = _find(shard.name, unpadded_sizes)
     if found is None:
-        return piece
-    own = own_part(piece.name, piece.offsets, piece.values.view(piece.sizes), unpadded_sizes)
+        return shard
+    own = unpadded_values(shard.name, shard.offsets, shard.values.view(shard.sizes), unpadded_sizes)
     if own is None:
         return None
     # Where all layers are one tensor, the axes of layers come first.
-    axis = found[0] + len(piece.global_shape) - 2
-    whole = (*piece.global_shape[:axis], found[1], *piece.global_shape[axis + 1 :])
-    return replace(piece, global_shape=whole, sizes=tuple(own.shape), values=own)
+    axis = found[0] + len(shard.global_shape) - 2
+    whole = (*shard.global_shape[:axis], found[1], *shard.global_shape[axis + 1 :])
+    return replace(shard, global_shape=whole, sizes=tuple(own.shape), values=own)
 
 
-def unpadded_shards(pieces: Sequence[TensorPiece], unpadded_sizes: OwnSizes) -> list[TensorPiece]:
-    """What of pieces is the model's own."""
-    own = [unpadded_shard(piece, unpadded_sizes) for piece in pieces]
-    return [piece for piece in own if piece is not None]
+def unpadded_shards(
+    shards: Sequence[TensorShard], unpadded_sizes: UnpaddedSizes
+) -> list[TensorShard]:
+    """What of shards is the model's own."""
+    own = [unpadded_shard(shard, unpadded_sizes) for shard in shards]
+    return [shard for shard in own if shard is not None]
 
 
-def expect_own_heads(state: dict[str, Any], unpadded_sizes: OwnSizes) -> None:
+def allow_padded_heads(state: dict[str, Any], unpadded_sizes: UnpaddedSizes) -> None:
     """Lets padded tensors of a sharded state be loaded from the model's own, zeros behind them."""
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and _find(tensor.key, unpadded_sizes) is not None:
             tensor.allow_shape_mismatch = True
 
 
-def _find(name: str, unpadded_sizes: OwnSizes) -> tuple[int, int] | None:
+def _find(name: str, unpadded_sizes: UnpaddedSizes) -> tuple[int, int] | None:
     return next((found for end, found in unpadded_sizes.items() if name.endswith(end)), None)

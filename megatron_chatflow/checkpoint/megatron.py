@@ -38,16 +38,16 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_chatflow.checkpoint.layout import StoredObject, TensorPiece, own_part
+from megatron_chatflow.checkpoint.layout import StoredObject, TensorShard, unpadded_values
 from megatron_chatflow.checkpoint.reader import SafeReader
 
 __all__ = [
     "CheckpointException",
-    "ParameterPart",
+    "ParameterShard",
     "format_file",
     "load_sharded",
-    "parameter_parts",
-    "sharded_parts",
+    "parameter_shards",
+    "saved_shards",
 ]
 
 # What megatron-core's own loading asks of a checkpoint: that optimizer state lies by parameter.
@@ -140,7 +140,7 @@ def local_shards(module: Any) -> list[LocalShard]:
         for tensor in _tensors_of(entry):
             layer = tensor.global_offset[0] if tensor.prepend_axis_num else None
             begin = tuple(tensor.global_offset[tensor.prepend_axis_num :])
-            own = own_part(tensor.key, begin, tensor.data, module.unpadded_sizes)
+            own = unpadded_values(tensor.key, begin, tensor.data, module.unpadded_sizes)
             if own is not None:
                 shards.append(LocalShard(tensor.key, layer, begin, own, entry.data))
     return shards
@@ -154,7 +154,7 @@ def _tensors_of(entry: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class ParameterPart:
+class ParameterShard:
     """Consecutive values of a parameter, and the box of the whole model's tensor that they are.
 
     Attributes:
@@ -190,7 +190,7 @@ class ParameterPart:
         return (1,) * (len(self._global_offsets) - len(sizes)) + tuple(sizes)
 
 
-def parameter_parts(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[ParameterPart]]:
+def parameter_shards(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[ParameterShard]]:
     """Where every parameter of a model lies in the whole model.
 
     Args:
@@ -199,7 +199,7 @@ def parameter_parts(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[Param
     Returns:
         Parts in the order of their values, by parameter.
     """
-    found: dict[torch.Tensor, list[ParameterPart]] = {}
+    found: dict[torch.Tensor, list[ParameterShard]] = {}
     for entry in nested_values(state_dict):
         tensors = _tensors_of(entry)
         if tensors:
@@ -207,9 +207,9 @@ def parameter_parts(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[Param
     return found
 
 
-def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterPart:
+def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterShard:
     assert tensor.data.is_contiguous(), f"{tensor.key} is no range of its parameter"
-    return ParameterPart(
+    return ParameterShard(
         name=tensor.key,
         global_shape=tuple(tensor.global_shape),
         begin=tensor.data.storage_offset() - parameter.storage_offset(),
@@ -226,9 +226,9 @@ def _group_is_main(tensor: Any) -> bool:
     return bool(is_main_replica((*replica[:-1], 0) if isinstance(replica, tuple) else replica))
 
 
-def sharded_parts(
+def saved_shards(
     state_dict: dict[str, Any], common: dict[str, Any]
-) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
+) -> tuple[list[TensorShard], list[StoredObject], bytes]:
     """What this rank's data-parallel group writes of a sharded state dictionary.
 
     Args:
@@ -243,22 +243,22 @@ def sharded_parts(
         {**state_dict, **common, "content_metadata": dict(_CONTENT)},
         validate_access_integrity=False,
     )
-    pieces: list[TensorPiece] = []
+    shards: list[TensorShard] = []
     objects: list[StoredObject] = []
     for entry in nested_values(sharded):
         if isinstance(entry, ShardedTensor) and _group_is_main(entry):
-            pieces.append(_piece_of(entry))
+            shards.append(_shard_of(entry))
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     for key, found in by_key.items():
         if not isinstance(found[0], ShardedTensor):
             objects.append(StoredObject(key, _saved([entry.data for entry in found])))
-    return pieces, objects, _saved(rest)
+    return shards, objects, _saved(rest)
 
 
-def _piece_of(tensor: Any) -> TensorPiece:
-    """A megatron-core sharded tensor as a piece; its leading layer axes have length 1."""
+def _shard_of(tensor: Any) -> TensorShard:
+    """A megatron-core sharded tensor as a shard; its leading layer axes have length 1."""
     sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-    return TensorPiece(
+    return TensorShard(
         tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), sizes, tensor.data
     )
 

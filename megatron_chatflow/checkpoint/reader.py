@@ -1,6 +1,6 @@
 """A checkpoint's files read without trusting them, and boxes of its tensors read in place.
 
-In: a checkpoint folder, and pieces of tensors that are to be filled. Out: the pieces, filled. The
+In: a checkpoint folder, and shards of tensors that are to be filled. Out: the shards, filled. The
 index is read through an allow-list and tensors as weights only; a file that is missing, cut short
 or damaged is an error that names it.
 """
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.futures import Future
 
 from megatron_chatflow.checkpoint.index import read_index
-from megatron_chatflow.checkpoint.layout import TensorPiece
+from megatron_chatflow.checkpoint.layout import TensorShard
 from megatron_chatflow.errors import UserError
 
 # What zip calls entries that are as long in the file as in memory, as torch writes them.
@@ -156,14 +156,14 @@ class SafeReader(FileSystemReader):
         planner.commit_tensor(item, target)
 
 
-class _PiecePlanner(LoadPlanner):
-    """Reads boxes into the tensors of pieces."""
+class _ShardPlanner(LoadPlanner):
+    """Reads boxes into the tensors of shards."""
 
-    def __init__(self, folder: Path, pieces: Sequence[TensorPiece], index: Metadata) -> None:
+    def __init__(self, folder: Path, shards: Sequence[TensorShard], index: Metadata) -> None:
         """Plans; see `fill`."""
-        self._by_name: dict[str, list[TensorPiece]] = {}
-        for piece in pieces:
-            self._by_name.setdefault(piece.name, []).append(piece)
+        self._by_name: dict[str, list[TensorShard]] = {}
+        for shard in shards:
+            self._by_name.setdefault(shard.name, []).append(shard)
         self.items: list[ReadItem] = []
         for name, wanted in self._by_name.items():
             entry = index.state_dict_metadata.get(name)
@@ -176,8 +176,8 @@ class _PiecePlanner(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         number = read_item.dest_index.index
         assert number is not None
-        piece = self._by_name[read_item.dest_index.fqn][number]
-        target = piece.values.view(piece.sizes)
+        shard = self._by_name[read_item.dest_index.fqn][number]
+        target = shard.values.view(shard.sizes)
         for axis, (first, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
@@ -185,10 +185,10 @@ class _PiecePlanner(LoadPlanner):
         return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """The tensor is the piece's own."""
+        """The tensor is the shard's own."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("pieces are tensors")
+        raise NotImplementedError("shards are tensors")
 
     def set_up_planner(
         self,
@@ -208,27 +208,27 @@ class _PiecePlanner(LoadPlanner):
         return central_plan
 
 
-def _box(piece: TensorPiece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.sizes))
+def _box(shard: TensorShard) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(shard.offsets), torch.Size(shard.sizes))
 
 
-def _check_shape(folder: Path, piece: TensorPiece, stored: tuple[int, ...]) -> None:
-    wanted = piece.global_shape
+def _check_shape(folder: Path, shard: TensorShard, stored: tuple[int, ...]) -> None:
+    wanted = shard.global_shape
     is_same = stored == wanted
-    if piece.may_differ:  # only in rows
+    if shard.may_differ:  # only in rows
         is_same = len(stored) == len(wanted) and stored[1:] == wanted[1:]
     if not is_same:
         raise UserError(
-            f"{folder}: {piece.name} has shape {stored}, and this model's is {wanted}; load a "
+            f"{folder}: {shard.name} has shape {stored}, and this model's is {wanted}; load a "
             "checkpoint of this model"
         )
 
 
-def fill(pieces: Sequence[TensorPiece], folder: Path, reader: FileSystemReader) -> None:
-    """Fills pieces with what a checkpoint holds of them; rows that it lacks become 0.
+def fill(shards: Sequence[TensorShard], folder: Path, reader: FileSystemReader) -> None:
+    """Fills shards with what a checkpoint holds of them; rows that it lacks become 0.
 
     Args:
-        pieces: What to fill, in place; with no message to other ranks.
+        shards: What to fill, in place; with no message to other ranks.
         folder: An ``iter_`` folder.
         reader: Reads it.
 
@@ -236,9 +236,9 @@ def fill(pieces: Sequence[TensorPiece], folder: Path, reader: FileSystemReader) 
         UserError: The checkpoint lacks something, or is damaged.
     """
     index = reader.read_metadata()
-    planner = _PiecePlanner(folder, pieces, index)
-    for piece in pieces:
-        if piece.may_differ:
-            piece.values.zero_()
+    planner = _ShardPlanner(folder, shards, index)
+    for shard in shards:
+        if shard.may_differ:
+            shard.values.zero_()
     reader.set_up_storage_reader(index, True)
     reader.read_data(LoadPlan(planner.items), planner).wait()

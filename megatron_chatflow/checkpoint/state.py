@@ -1,6 +1,6 @@
-"""The optimizer's state as pieces of tensors, whichever of megatron-core's optimizers holds it.
+"""The optimizer's state as shards of tensors, whichever of megatron-core's optimizers holds it.
 
-In: an optimizer and where the model's parameters lie in the whole model. Out: pieces named
+In: an optimizer and where the model's parameters lie in the whole model. Out: shards named
 ``optimizer.state.<what>.<weight>``, which the saver writes and a load fills in place, and the
 number of steps. The plain and the distributed optimizer give the same names and values, so that
 each reads what the other wrote, at any layout; nothing is gathered, each rank names what it holds.
@@ -16,12 +16,12 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_chatflow.checkpoint.layout import (
-    OwnSizes,
-    TensorPiece,
+    TensorShard,
+    UnpaddedSizes,
     boxes_of_range,
     unpadded_shard,
 )
-from megatron_chatflow.checkpoint.megatron import ParameterPart
+from megatron_chatflow.checkpoint.megatron import ParameterShard
 from megatron_chatflow.checkpoint.reader import SafeReader, fill
 from megatron_chatflow.errors import UserError
 
@@ -30,40 +30,40 @@ PREFIX = "optimizer.state."
 
 
 @dataclass(frozen=True)
-class HeldState:
+class LocalState:
     """What this rank's optimizer holds of a parameter.
 
     Attributes:
         parameter: The model's.
         begin: The first value of the flattened parameter whose state this is.
         tensors: The state by name, as many values each.
-        is_cut: Whether the other data-parallel ranks hold the other values; if not, they hold the
-            same.
+        is_sharded: Whether the other data-parallel ranks hold the other values; if not, all hold
+            the same ones.
     """
 
     parameter: torch.Tensor
     begin: int
     tensors: dict[str, torch.Tensor]
-    is_cut: bool
+    is_sharded: bool
 
 
-def held_states(optimizer: Any) -> list[HeldState]:
+def local_states(optimizer: Any) -> list[LocalState]:
     """Everything that this rank's optimizer holds; moments that are not there yet are made, as 0.
 
     Args:
         optimizer: megatron-core's plain, mixed-precision or distributed one, or a chain of them.
     """
-    return [state for one in _single(optimizer) for state in _held_by_one(one)]
+    return [state for one in _single(optimizer) for state in _states_of_one(one)]
 
 
 def _single(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _held_by_one(optimizer: Any) -> Iterator[HeldState]:
+def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
-    for parameter, main, begin, is_cut in _main_parameters(optimizer):
+    for parameter, main, begin, is_sharded in _main_parameters(optimizer):
         tensors = {
             name: value
             for name, value in inner.state[main].items()
@@ -71,7 +71,7 @@ def _held_by_one(optimizer: Any) -> Iterator[HeldState]:
         }
         if parameter.dtype != torch.float32:
             tensors[MASTER] = main.detach()
-        yield HeldState(parameter, begin, tensors, is_cut)
+        yield LocalState(parameter, begin, tensors, is_sharded)
 
 
 def _main_parameters(optimizer: Any) -> Iterator[tuple[Any, Any, int, bool]]:
@@ -116,14 +116,14 @@ def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor
     }
 
 
-def pieces_of(state: HeldState, parts: list[ParameterPart]) -> list[TensorPiece]:
-    """A parameter's state as pieces of the whole model's tensors, not copied.
+def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorShard]:
+    """A parameter's state as shards of the whole model's tensors, not copied.
 
     Args:
         state: What the optimizer holds.
         parts: Where the parameter lies, in the order of its values.
     """
-    pieces = []
+    shards = []
     num_values = next(iter(state.tensors.values())).numel()
     for part in parts:
         begin = max(state.begin, part.begin)
@@ -131,8 +131,8 @@ def pieces_of(state: HeldState, parts: list[ParameterPart]) -> list[TensorPiece]
         at = begin - state.begin
         for offsets, sizes in boxes_of_range(begin - part.begin, end - part.begin, part.shape):
             length = torch.Size(sizes).numel()
-            pieces += [
-                TensorPiece(
+            shards += [
+                TensorShard(
                     f"{PREFIX}{what}.{part.name}",
                     part.global_shape,
                     part.offsets_of(offsets),
@@ -143,7 +143,7 @@ def pieces_of(state: HeldState, parts: list[ParameterPart]) -> list[TensorPiece]
                 for what, values in state.tensors.items()
             ]
             at += length
-    return pieces
+    return shards
 
 
 def common_state(optimizer: Any) -> dict[str, Any]:
@@ -165,8 +165,8 @@ class Layout:
         unpadded_sizes: Of matrices with padded heads, which are not in it.
     """
 
-    parts: Mapping[torch.Tensor, list[ParameterPart]]
-    unpadded_sizes: OwnSizes
+    parts: Mapping[torch.Tensor, list[ParameterShard]]
+    unpadded_sizes: UnpaddedSizes
 
 
 def load(
@@ -192,10 +192,10 @@ def load(
     """
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
-    pieces = [
-        replace(piece, name=_stored_name(piece.name, names))
-        for held in held_states(optimizer)
-        for piece in pieces_of(held, layout.parts[held.parameter])
+    shards = [
+        replace(shard, name=_stored_name(shard.name, names))
+        for held in local_states(optimizer)
+        for shard in state_shards(held, layout.parts[held.parameter])
     ]
     num_steps = _num_steps(common, folder)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
@@ -203,9 +203,9 @@ def load(
             f"{folder}: holds no optimizer state; go on with a fresh optimizer by --no-load-optim, "
             "or begin a new run with its weights by --finetune"
         )
-    pieces += _fp32_weights(layout, names)
+    shards += _fp32_weights(layout, names)
     with torch.no_grad():
-        fill(_own(pieces, layout.unpadded_sizes), folder, reader)
+        fill(_own(shards, layout.unpadded_sizes), folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
             group["step"] = num_steps
@@ -232,46 +232,47 @@ def load_master_weights(
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
     masters = master_weights(optimizer)
-    pieces = [
-        replace(piece, name=_stored_name(piece.name, names))
+    shards = [
+        replace(shard, name=_stored_name(shard.name, names))
         for parameter, (begin, values) in masters.items()
-        for piece in pieces_of(
-            HeldState(parameter, begin, {MASTER: values}, is_cut=False), layout.parts[parameter]
+        for shard in state_shards(
+            LocalState(parameter, begin, {MASTER: values}, is_sharded=False),
+            layout.parts[parameter],
         )
     ]
-    pieces += _fp32_weights(layout, names)
+    shards += _fp32_weights(layout, names)
     with torch.no_grad():
-        fill(_own(pieces, layout.unpadded_sizes), folder, reader)
+        fill(_own(shards, layout.unpadded_sizes), folder, reader)
 
 
-def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorPiece]:
+def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorShard]:
     """fp32 parameters, whole on every rank, for which a checkpoint has master weights."""
     found = []
     for parameter, parts in layout.parts.items():
         if parameter.dtype != torch.float32:
             continue
-        held = HeldState(parameter, 0, {MASTER: parameter.detach()}, is_cut=False)
-        for piece in pieces_of(held, parts):
-            name = _stored_name(piece.name, names)
+        held = LocalState(parameter, 0, {MASTER: parameter.detach()}, is_sharded=False)
+        for shard in state_shards(held, parts):
+            name = _stored_name(shard.name, names)
             if name.startswith(PREFIX):
-                found.append(replace(piece, name=name))
+                found.append(replace(shard, name=name))
     return found
 
 
-def _own(pieces: list[TensorPiece], unpadded_sizes: OwnSizes) -> list[TensorPiece]:
-    """What a checkpoint holds of pieces; padded heads become 0."""
+def _own(shards: list[TensorShard], unpadded_sizes: UnpaddedSizes) -> list[TensorShard]:
+    """What a checkpoint holds of shards; padded heads become 0."""
     found = []
-    for piece in pieces:
-        own = unpadded_shard(piece, unpadded_sizes)
-        if own is not piece:
-            piece.values.zero_()
+    for shard in shards:
+        own = unpadded_shard(shard, unpadded_sizes)
+        if own is not shard:
+            shard.values.zero_()
         if own is not None:
             found.append(own)
     return found
 
 
 def _stored_name(name: str, names: Mapping[str, Any]) -> str:
-    """Where a piece's values lie: earlier versions and fp32 runs name master weights otherwise."""
+    """Where a shard's values lie: earlier versions and fp32 runs name master weights otherwise."""
     weight = name.removeprefix(f"{PREFIX}{MASTER}.")
     if weight == name or name in names:
         return name

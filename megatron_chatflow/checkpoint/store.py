@@ -32,23 +32,23 @@ from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint import state as optimizer_state
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, FileHash
 from megatron_chatflow.checkpoint.files import (
+    carried_paths,
     damage,
-    in_checkpoint,
     iteration_folder,
+    raise_if_damaged,
     read_state,
-    refuse_damage,
 )
 from megatron_chatflow.checkpoint.index import read_index
 from megatron_chatflow.checkpoint.layout import (
     FileImage,
     Plan,
     StoredObject,
-    TensorPiece,
+    TensorShard,
+    allow_padded_heads,
     assign_shards,
-    expect_own_heads,
-    lay_out,
-    own_sizes_of,
+    build_file_image,
     unpadded_shards,
+    unpadded_sizes_of,
 )
 from megatron_chatflow.checkpoint.writer import (
     BackgroundSave,
@@ -57,8 +57,8 @@ from megatron_chatflow.checkpoint.writer import (
     SaveReports,
     StagingBuffer,
     Write,
+    draw_job_id,
     log_failure,
-    name_of_job,
     page_aligned,
     reason,
 )
@@ -157,9 +157,9 @@ def _model_state(chunks: list[Any]) -> dict[str, Any]:
     }
 
 
-def parts_to_save(
+def shards_to_save(
     chunks: list[Any], optimizer: Any, ranks: Ranks
-) -> tuple[list[TensorPiece], list[StoredObject], bytes]:
+) -> tuple[list[TensorShard], list[StoredObject], bytes]:
     """What this rank writes: weights and optimizer state; nothing is gathered or copied.
 
     What data-parallel ranks hold alike is shared out among them.
@@ -176,15 +176,15 @@ def parts_to_save(
     with device_mode(ranks.device):
         bare = unwrapped(chunks)
         model = _model_state(bare)
-        parts = megatron.parameter_parts(model)
-        cut: list[TensorPiece] = []
-        alike, objects, common = megatron.sharded_parts(
+        parts = megatron.parameter_shards(model)
+        cut: list[TensorShard] = []
+        alike, objects, common = megatron.saved_shards(
             model, {"optimizer": optimizer_state.common_state(optimizer)}
         )
-        for held in optimizer_state.held_states(optimizer):
+        for held in optimizer_state.local_states(optimizer):
             to_save = [part for part in parts[held.parameter] if part.is_main]
-            (cut if held.is_cut else alike).extend(optimizer_state.pieces_of(held, to_save))
-    unpadded_sizes = own_sizes_of(bare)
+            (cut if held.is_sharded else alike).extend(optimizer_state.state_shards(held, to_save))
+    unpadded_sizes = unpadded_sizes_of(bare)
     group = data_parallel_group(with_context_parallel=True)
     mine = assign_shards(unpadded_shards(alike, unpadded_sizes), group.rank(), group.size())
     return [*mine, *unpadded_shards(cut, unpadded_sizes)], objects, common
@@ -205,7 +205,7 @@ def unwrapped(chunks: list[Any]) -> list[Any]:
     return [getattr(chunk, "module", chunk) for chunk in chunks]
 
 
-def all_agree(is_fine: bool, device: torch.device) -> bool:
+def all_ranks_succeeded(is_fine: bool, device: torch.device) -> bool:
     """Whether all is fine on every rank; every rank calls it."""
     flag = torch.tensor([int(is_fine)], device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
@@ -228,7 +228,7 @@ def _load_model(
     read_index(checkpoint)
     try:
         state = _model_state(chunks)
-        expect_own_heads(state, own_sizes_of(chunks))
+        allow_padded_heads(state, unpadded_sizes_of(chunks))
         loaded = megatron.load_sharded(state, checkpoint, reader)
         _take_weights(chunks, loaded)
     except (Exception, megatron.CheckpointException) as error:
@@ -271,8 +271,8 @@ def load_weights(
 
 
 def _layout(bare: list[Any]) -> optimizer_state.Layout:
-    parts = megatron.parameter_parts(_model_state(bare))
-    return optimizer_state.Layout(parts, own_sizes_of(bare))
+    parts = megatron.parameter_shards(_model_state(bare))
+    return optimizer_state.Layout(parts, unpadded_sizes_of(bare))
 
 
 def load_checkpoint(
@@ -305,7 +305,7 @@ def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:
     found = damage(checkpoint, part=ranks.process.rank, num_parts=world_size)
     gathered: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(gathered, found)
-    refuse_damage(checkpoint, [line for lines in gathered for line in lines])
+    raise_if_damaged(checkpoint, [line for lines in gathered for line in lines])
 
 
 logger = logging.getLogger(__name__)
@@ -352,7 +352,7 @@ class CheckpointSaver:
         self._buffer = StagingBuffer(ranks.device)
         # A rank without the memory for it writes at once; that is its own affair.
         self._has_copy = config.checkpoint.async_save
-        self._job = name_of_job(ranks.device)
+        self._job = draw_job_id(ranks.device)
         self._num_saves = 0
         self._sent_plan: Plan | None = None
         self._plans: dict[int, Plan] = {}
@@ -430,7 +430,7 @@ class CheckpointSaver:
             logger.info("waiting for the checkpoint of iteration %d", pending.iteration)
         is_fine = pending.wait(self._on_progress)
         self._pending = None
-        if all_agree(is_fine, self._ranks.device):
+        if all_ranks_succeeded(is_fine, self._ranks.device):
             self._durable = pending.iteration
             self._newest = iteration_folder(self._root, pending.iteration)
         pending.forget()
@@ -445,8 +445,8 @@ class CheckpointSaver:
         self._buffer.release()
 
     def _image(self, chunks: list[Any], optimizer: Any) -> tuple[FileImage, bytes]:
-        pieces, objects, common = parts_to_save(chunks, optimizer, self._ranks)
-        return lay_out(f"__{self._ranks.process.rank}_0.distcp", pieces, objects), common
+        shards, objects, common = shards_to_save(chunks, optimizer, self._ranks)
+        return build_file_image(f"__{self._ranks.process.rank}_0.distcp", shards, objects), common
 
     def _copied(self, image: FileImage, beside: Path) -> Write:
         """Copies this rank's file into memory; returns what writes it."""
@@ -490,7 +490,7 @@ class CheckpointSaver:
                 "metadata.json": megatron.format_file(),
                 "config.yaml": self._config.to_yaml().encode(),
                 "state.json": json.dumps(asdict(state), indent=1).encode(),
-                **in_checkpoint(self._carried),
+                **carried_paths(self._carried),
             },
             retain=settings.save_retain,
             keep_every=settings.save_keep_every,
@@ -511,7 +511,7 @@ class CheckpointSaver:
             step()
         except Exception as caught:
             error = caught
-        if all_agree(error is None, self._ranks.device):
+        if all_ranks_succeeded(error is None, self._ranks.device):
             return True
         if error is not None:
             log_failure(final, error)

@@ -37,7 +37,7 @@ from megatron_chatflow.checkpoint.direct_file import (
     BLOCK_BYTES,
     FileHash,
     hash_file,
-    yield_to_training,
+    lower_thread_priority,
 )
 from megatron_chatflow.checkpoint.files import LATEST, MANIFEST, manifest_text, prune
 from megatron_chatflow.checkpoint.layout import Plan, index_files
@@ -138,7 +138,7 @@ def _cuda() -> Any:
 
 
 def _touch(tensor: torch.Tensor) -> None:
-    yield_to_training()
+    lower_thread_priority()
     for begin in range(0, len(tensor), _TOUCH_BYTES):
         part = tensor[begin : begin + _TOUCH_BYTES]
         # ctypes lets other threads run meanwhile.
@@ -247,7 +247,7 @@ class SaveReports:
         return f"megatron_chatflow/save/{self._name}/{of}"
 
 
-def name_of_job(device: torch.device) -> str:
+def draw_job_id(device: torch.device) -> str:
     """A number that rank 0 draws, the same on every rank: names this job's boxes.
 
     The store may outlive a job that its launcher restarts.
@@ -423,7 +423,7 @@ class BackgroundSave:
         self._num_parts += 1
 
     def _write(self, write: Write, rank: int, plan: Plan | None) -> None:
-        yield_to_training()
+        lower_thread_priority()
         try:
             report = Report(files=write(self._count), plan=plan)
         except BaseException as error:
@@ -434,7 +434,7 @@ class BackgroundSave:
     def _publish(
         self, publication: Publication, world_size: int, plans: dict[int, Plan], begin: float
     ) -> None:
-        yield_to_training()
+        lower_thread_priority()
         try:
             reports = self._box.wait_for_all(world_size, self._count, self._is_cancelled.is_set)
             plans.update(

@@ -58,7 +58,7 @@ class GrownReader(SafeReader):
         """The index, in which vocabularies have the new number of rows."""
         index = read_index(self._folder)
         for name, entry in index.state_dict_metadata.items():
-            if _piece_tensor(name) is not None and isinstance(entry, TensorStorageMetadata):
+            if _vocabulary_tensor(name) is not None and isinstance(entry, TensorStorageMetadata):
                 size = torch.Size((self._num_rows, *entry.size[1:]))
                 index.state_dict_metadata[name] = TensorStorageMetadata(
                     TensorProperties(dtype=entry.properties.dtype),
@@ -69,10 +69,12 @@ class GrownReader(SafeReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads what a plan asks for, one grown tensor in memory at a time."""
-        stored = [item for item in plan.items if _piece_tensor(item.storage_index.fqn) is None]
+        stored = [item for item in plan.items if _vocabulary_tensor(item.storage_index.fqn) is None]
         done = super().read_data(LoadPlan(stored, plan.storage_data, plan.planner_data), planner)
         reader = DistributedReader(self._folder)
-        asked = [item for item in plan.items if _piece_tensor(item.storage_index.fqn) is not None]
+        asked = [
+            item for item in plan.items if _vocabulary_tensor(item.storage_index.fqn) is not None
+        ]
         for name in dict.fromkeys(item.storage_index.fqn for item in asked):
             whole = self._grow(reader, name)
             for item in asked:
@@ -89,7 +91,7 @@ class GrownReader(SafeReader):
 
     def _grow(self, reader: DistributedReader, name: str) -> torch.Tensor:
         """A stored tensor with rows for new pieces, then padding rows of zeros."""
-        prefix, megatron = _piece_tensor(name) or ("", name)
+        prefix, megatron = _vocabulary_tensor(name) or ("", name)
         growth = self._grown.growth
         # New rows of weights and master weights are the same numbers, rounded for the weights.
         masters = [m + megatron for m in MASTER_PREFIXES if m + megatron in reader.tensors]
@@ -137,7 +139,7 @@ class GrownReader(SafeReader):
                 )
 
 
-def _piece_tensor(name: str) -> tuple[str, str] | None:
+def _vocabulary_tensor(name: str) -> tuple[str, str] | None:
     """Prefix and megatron-core's name of a tensor whose rows are pieces; None for any other."""
     for prefix in ("", *MASTER_PREFIXES, _FIRST_MOMENT, _SECOND_MOMENT):
         if name.startswith(prefix) and name[len(prefix) :] in _VOCABULARY:

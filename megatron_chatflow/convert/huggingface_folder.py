@@ -94,7 +94,7 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a Hugging Face folder or a run")
     # Distributed checkpoints take seconds to import, which a Hugging Face folder need not wait for.
-    from megatron_chatflow.convert.export import export_checkpoint
+    from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
     with (
         _leaving_on_sigterm(),

@@ -14,7 +14,7 @@ import torch
 
 from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.state import master_weights
-from megatron_chatflow.convert.import_ import check_weights
+from megatron_chatflow.convert.from_huggingface import check_weights
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, grow_tensor

@@ -14,7 +14,10 @@ from tqdm import tqdm
 
 from megatron_chatflow.checkpoint.files import LATEST
 from megatron_chatflow.convert.distributed import DistributedReader
-from megatron_chatflow.convert.export import (
+from megatron_chatflow.convert.from_huggingface import stored_chunks, write_checkpoint
+from megatron_chatflow.convert.shape import shape_of_checkpoint
+from megatron_chatflow.convert.template import TokenizerChoice, files_of_checkpoint
+from megatron_chatflow.convert.to_huggingface import (
     Converted,
     check_new_folder,
     check_shapes,
@@ -22,9 +25,6 @@ from megatron_chatflow.convert.export import (
     new_folder,
     run_tokenizer,
 )
-from megatron_chatflow.convert.import_ import stored_chunks, write_checkpoint
-from megatron_chatflow.convert.shape import shape_of_checkpoint
-from megatron_chatflow.convert.template import TokenizerChoice, files_of_checkpoint
 from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
 from megatron_chatflow.convert.weight_map import WeightRule, huggingface_shapes, placements
 from megatron_chatflow.errors import UserError

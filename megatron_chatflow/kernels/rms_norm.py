@@ -21,7 +21,7 @@ from torch import nn
 
 from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
-from megatron_chatflow.kernels.foreign import liger_rms_norm, transformer_engine_rms_norm
+from megatron_chatflow.kernels.external import liger_rms_norm, transformer_engine_rms_norm
 
 MAX_ROW_BYTES = 2048 * 16
 """Longest row of the kernels: ``kMaxNormPacks`` packs."""
@@ -29,7 +29,7 @@ MAX_ROW_BYTES = 2048 * 16
 _BLOCKS_PER_MULTIPROCESSOR = 2
 
 
-def takes_rms_norm(hidden: int, dtype: torch.dtype) -> bool:
+def supports_rms_norm(hidden: int, dtype: torch.dtype) -> bool:
     """Whether the kernels take rows of ``hidden`` elements."""
     return is_whole_packs(hidden, dtype) and hidden * dtype.itemsize <= MAX_ROW_BYTES
 

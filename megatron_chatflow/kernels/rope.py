@@ -13,18 +13,18 @@ import torch
 from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
 
 
-def takes_rope_width(head_dim: int, dtype: torch.dtype) -> bool:
+def supports_rope_width(head_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes heads of ``head_dim`` elements."""
     return head_dim % 2 == 0 and is_whole_packs(head_dim // 2, dtype)
 
 
-def takes_rope(heads: torch.Tensor) -> bool:
+def supports_rope(heads: torch.Tensor) -> bool:
     """Whether the kernel takes these heads as they lie in memory."""
     token_stride, head_stride, stride = heads.stride()
     return (
         stride == 1
         and heads.data_ptr() % 16 == 0
-        and takes_rope_width(heads.shape[-1], heads.dtype)
+        and supports_rope_width(heads.shape[-1], heads.dtype)
         and token_stride * heads.element_size() % 16 == 0
         and head_stride * heads.element_size() % 16 == 0
     )
@@ -60,7 +60,7 @@ def rope_kernel(
                 f"rope: a table of {tuple(table.shape)} in {table.dtype} does not fit heads of "
                 f"{tuple(heads.shape)} in {heads.dtype}"
             )
-    if not takes_rope(heads):
+    if not supports_rope(heads):
         heads = heads.contiguous()
     turned = torch.empty((num_tokens, num_heads, head_dim), dtype=heads.dtype, device=heads.device)
     if turned.numel():

@@ -21,10 +21,10 @@ from torch.nn.functional import silu
 
 from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
-from megatron_chatflow.kernels.foreign import liger_swiglu, transformer_engine_swiglu
+from megatron_chatflow.kernels.external import liger_swiglu, transformer_engine_swiglu
 
 
-def takes_swiglu(width: int, dtype: torch.dtype) -> bool:
+def supports_swiglu(width: int, dtype: torch.dtype) -> bool:
     """Whether the kernels take gates of ``width`` elements."""
     return is_whole_packs(width, dtype)
 

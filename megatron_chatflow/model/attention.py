@@ -136,10 +136,10 @@ class PackedCausalAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
         """One call of a library's variable-length kernel."""
-        if packed.pieces:
-            # Two pieces of one document both need its first keys, so keys are laid out by piece.
-            key = torch.cat([key[start:last] for start, _, last in packed.pieces])
-            value = torch.cat([value[start:last] for start, _, last in packed.pieces])
+        if packed.spans:
+            # Two spans of one document both need its first keys, so keys are laid out by span.
+            key = torch.cat([key[start:last] for start, _, last in packed.spans])
+            value = torch.cat([value[start:last] for start, _, last in packed.spans])
         segments = Segments(
             packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
         )
@@ -150,22 +150,22 @@ class PackedCausalAttention(nn.Module):
     def _torch(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
-        if packed.pieces:
-            return self._pieces(query, key, value, packed)
+        if packed.spans:
+            return self._spans(query, key, value, packed)
         return self._runs(query, key, value, packed)
 
-    def _pieces(
+    def _spans(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
         """Queries of this context-parallel rank against the keys of all.
 
-        A piece that begins inside its document has fewer queries than keys. torch's causal kernels
+        A span that begins inside its document has fewer queries than keys. torch's causal kernels
         line both up at their begin, so queries that nobody asked for fill the gap: more work, and
         still no mask.
         """
         parts = []
         begin = 0
-        for start, first, last in packed.pieces:
+        for start, first, last in packed.spans:
             q = query[begin : begin + last - first]
             begin += last - first
             q = torch.cat((q.new_zeros(first - start, *q.shape[1:]), q))

@@ -17,10 +17,10 @@ from torch.distributed import ProcessGroup
 from megatron_chatflow.data.loader import MicroBatch
 from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.model.loss import (
-    VocabularySlice,
+    VocabularyShard,
     linear_cross_entropy,
     source_sums,
-    vocabulary_slice,
+    vocabulary_shard,
 )
 from megatron_chatflow.model.packed import ContextShard, pack_tokens, shard_context
 from megatron_chatflow.runtime import ranks as megatron
@@ -52,7 +52,7 @@ class ForwardStep:
 
     llama: Llama
     device: torch.device
-    rows: VocabularySlice
+    rows: VocabularyShard
     num_bytes_per_id: torch.Tensor
     num_sources: int
     context_rank: int
@@ -71,7 +71,7 @@ class ForwardStep:
         on_micro_batch: Callable[[], None] = _nothing,
     ) -> "ForwardStep":
         """Fits the step to this process's place in the job."""
-        rows = vocabulary_slice(
+        rows = vocabulary_shard(
             rank=ranks.tensor_parallel_rank,
             size=ranks.tensor_parallel_size,
             padded_vocab_size=llama.padded_vocab_size,
@@ -151,4 +151,4 @@ class ForwardStep:
 
     def _flat(self, rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
         """The tokens that this rank holds, on its device."""
-        return to_device(shard.take(rows.flatten()), self.device)
+        return to_device(shard.select(rows.flatten()), self.device)

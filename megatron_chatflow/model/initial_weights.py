@@ -60,7 +60,7 @@ def draw_weights(
             seed=_seed_of(seed, whole_name),
             std=spread,
             axis=int(parameter.partition_dim),
-            own_size=next(
+            unpadded_size=next(
                 (size for end, (_, size) in unpadded_sizes.items() if name.endswith(end)), None
             ),
             num_parts=num_parts,
@@ -91,7 +91,7 @@ def _draw(
     seed: int,
     std: float,
     axis: int,
-    own_size: int | None,
+    unpadded_size: int | None,
     num_parts: int,
     rank: int,
     size: int,
@@ -103,7 +103,7 @@ def _draw(
     shape = list(weight.shape)
     shape[axis] *= size
     padded_size = shape[axis]
-    shape[axis] = own_size or padded_size
+    shape[axis] = unpadded_size or padded_size
     generator = torch.Generator(weight.device).manual_seed(seed)
     whole = torch.empty(shape, dtype=torch.float32, device=weight.device)
     whole.normal_(0.0, std, generator=generator)

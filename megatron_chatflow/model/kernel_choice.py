@@ -36,14 +36,14 @@ from megatron_chatflow.config import TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.attention import Facts, choose, gather_facts, obstacle, preference
+from megatron_chatflow.kernels.cross_entropy import supports_softmax
 from megatron_chatflow.kernels.cuda import load_kernels
-from megatron_chatflow.kernels.foreign import can_import
-from megatron_chatflow.kernels.rms_norm import NORMS, takes_rms_norm
-from megatron_chatflow.kernels.rope import takes_rope_width
-from megatron_chatflow.kernels.softmax import takes_softmax
-from megatron_chatflow.kernels.swiglu import ACTIVATIONS, takes_swiglu
+from megatron_chatflow.kernels.external import can_import
+from megatron_chatflow.kernels.rms_norm import NORMS, supports_rms_norm
+from megatron_chatflow.kernels.rope import supports_rope_width
+from megatron_chatflow.kernels.swiglu import ACTIVATIONS, supports_swiglu
 from megatron_chatflow.model.attention import PackedCausalAttention, describe_backend
-from megatron_chatflow.model.loss import VocabularySlice, chunk_loss
+from megatron_chatflow.model.loss import VocabularyShard, chunk_loss
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary, apply_rotary, rotary_table, table_dtype
 from megatron_chatflow.runtime.device import call_seconds
@@ -375,10 +375,10 @@ def ours_obstacle(sizes: StepSizes, operation: str) -> str | None:
     if sizes.device.type == "cuda" and library is None:
         return reason
     takes = {
-        "norm": takes_rms_norm(sizes.hidden_size, sizes.dtype),
-        "RoPE": takes_rope_width(sizes.head_dim, sizes.dtype),
-        "SwiGLU": takes_swiglu(sizes.ffn_width, sizes.dtype),
-        "loss passes": takes_softmax(sizes.vocab_rows, sizes.dtype),
+        "norm": supports_rms_norm(sizes.hidden_size, sizes.dtype),
+        "RoPE": supports_rope_width(sizes.head_dim, sizes.dtype),
+        "SwiGLU": supports_swiglu(sizes.ffn_width, sizes.dtype),
+        "loss passes": supports_softmax(sizes.vocab_rows, sizes.dtype),
     }
     return None if takes[operation] else f"csrc/kernels has none for these sizes in {sizes.dtype}"
 
@@ -463,7 +463,7 @@ def _loss(sizes: StepSizes) -> Operation:
     num_tokens = min(sizes.num_tokens, _TIMED_LOSS_TOKENS)
     # Some columns are padding, and some labels lie before or behind this slice.
     num_valid_tokens = sizes.vocab_rows - sizes.vocab_rows // 16
-    rows = VocabularySlice(sizes.vocab_rows // 16, sizes.vocab_rows, num_valid_tokens, None)
+    rows = VocabularyShard(sizes.vocab_rows // 16, sizes.vocab_rows, num_valid_tokens, None)
 
     def inputs() -> tuple[torch.Tensor, ...]:
         (logits,) = _random(sizes, (num_tokens, sizes.vocab_rows))

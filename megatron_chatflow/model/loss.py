@@ -15,7 +15,7 @@ from megatron.core import tensor_parallel
 from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_chatflow.kernels import cpu as cpu_kernels
-from megatron_chatflow.kernels.softmax import softmax_gradient_, softmax_statistics
+from megatron_chatflow.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 
 # Logits that are held at a time, in bf16 268 MB: 4,096 tokens of a 32,000-piece vocabulary.
 CHUNK_LOGITS = 1 << 27
@@ -26,7 +26,7 @@ CPU_BLOCK_LOGITS = 1 << 18
 
 
 @dataclass(frozen=True)
-class VocabularySlice:
+class VocabularyShard:
     """The rows of the output layer that this tensor-parallel rank holds.
 
     Attributes:
@@ -42,13 +42,13 @@ class VocabularySlice:
     group: ProcessGroup | None
 
 
-def vocabulary_slice(
+def vocabulary_shard(
     *, rank: int, size: int, padded_vocab_size: int, vocab_size: int, group: ProcessGroup | None
-) -> VocabularySlice:
+) -> VocabularyShard:
     """Cuts ``padded_vocab_size`` rows into ``size`` equal slices and returns the ``rank``-th."""
     num_rows = padded_vocab_size // size
     start = rank * num_rows
-    return VocabularySlice(
+    return VocabularyShard(
         start=start,
         num_rows=num_rows,
         num_valid_tokens=min(max(vocab_size - start, 0), num_rows),
@@ -102,7 +102,7 @@ class ChunkLoss:
 
 
 def _chunk_loss_by_kernels(
-    logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice
+    logits: torch.Tensor, labels: torch.Tensor, rows: VocabularyShard
 ) -> ChunkLoss:
     """`chunk_loss` in two passes over the logits."""
     local = labels - rows.start
@@ -120,7 +120,7 @@ def _chunk_loss_by_kernels(
 
 
 def chunk_loss(
-    logits: torch.Tensor, labels: torch.Tensor, rows: VocabularySlice, implementation: str
+    logits: torch.Tensor, labels: torch.Tensor, rows: VocabularyShard, implementation: str
 ) -> ChunkLoss:
     """Cross-entropy of one chunk.
 
@@ -165,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         loss_mask: torch.Tensor,
-        rows: VocabularySlice,
+        rows: VocabularyShard,
         implementation: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -235,7 +235,7 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     labels: torch.Tensor,
     loss_mask: torch.Tensor,
-    rows: VocabularySlice,
+    rows: VocabularyShard,
     *,
     sequence_parallel: bool,
     implementation: str = "torch",

@@ -37,12 +37,12 @@ class ContextShard:
     """This rank's tokens of a micro-batch.
 
     Attributes:
-        spans: ``(begin, end)`` of its chunks in the whole micro-batch, ascending.
+        token_ranges: ``(begin, end)`` of its chunks in the whole micro-batch, ascending.
         num_tokens: Of the whole micro-batch.
         group: The context-parallel ranks, or None if this one holds all tokens.
     """
 
-    spans: tuple[tuple[int, int], ...]
+    token_ranges: tuple[tuple[int, int], ...]
     num_tokens: int
     group: ProcessGroup | None
 
@@ -51,11 +51,11 @@ class ContextShard:
         """Whether this rank holds every token."""
         return self.group is None
 
-    def take(self, tokens: torch.Tensor) -> torch.Tensor:
+    def select(self, tokens: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a tensor whose first axis is the micro-batch's tokens."""
         if self.is_whole:
             return tokens
-        return torch.cat([tokens[begin:end] for begin, end in self.spans])
+        return torch.cat([tokens[begin:end] for begin, end in self.token_ranges])
 
 
 def shard_context(
@@ -112,23 +112,21 @@ def gather_context(rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
     return whole
 
 
-def spans_of_documents(
-    cu_seqlens: list[int], shard: ContextShard
-) -> tuple[tuple[int, int, int], ...]:
-    """The pieces of documents that this rank's queries make up.
+def document_spans(cu_seqlens: list[int], shard: ContextShard) -> tuple[tuple[int, int, int], ...]:
+    """The spans of documents that this rank's queries make up.
 
     Returns:
-        For each piece ``(document's first token, piece's first token, one after its last)``, in the
-        order of this rank's tokens; queries of the piece see keys from the first of these to
+        For each span ``(document's first token, span's first token, one after its last)``, in the
+        order of this rank's tokens; queries of the span see keys from the first of these to
         themselves.
     """
-    pieces = []
-    for begin, end in shard.spans:
+    spans = []
+    for begin, end in shard.token_ranges:
         for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False):
             first, last = max(start, begin), min(stop, end)
             if first < last:
-                pieces.append((start, first, last))
-    return tuple(pieces)
+                spans.append((start, first, last))
+    return tuple(spans)
 
 
 @dataclass
@@ -140,14 +138,14 @@ class PackedTokens(PackedSeqParams):  # type: ignore[misc]
             Python integers, so that no layer waits for the device to read them.
         rotary: Angles of this rank's tokens.
         shard: Which tokens this context-parallel rank holds.
-        pieces: Under context parallelism, the parts of documents that they make up; the cumulative
-            lengths are then those of the pieces' queries and of the keys that each piece sees.
+        spans: Under context parallelism, the parts of documents that they make up; the cumulative
+            lengths are then those of the spans' queries and of the keys that each span sees.
     """
 
     runs: tuple[tuple[int, int, int], ...] = ()
     rotary: RotaryTable | None = None
     shard: ContextShard | None = None
-    pieces: tuple[tuple[int, int, int], ...] = ()
+    spans: tuple[tuple[int, int, int], ...] = ()
 
 
 def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]:
@@ -199,12 +197,12 @@ def pack_tokens(
     boundaries = cu_seqlens.tolist()
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)
     runs = equal_length_runs(boundaries)
-    positions = to_device(shard.take(document_positions(cu_seqlens)), device)
+    positions = to_device(shard.select(document_positions(cu_seqlens)), device)
     table = rotary_table(positions, rotary, table_dtype(dtype, device))
-    pieces = () if shard.is_whole else spans_of_documents(boundaries, shard)
-    if pieces:
-        cu_queries, longest_queries = _cumulative([last - first for _, first, last in pieces])
-        cu_keys, longest_keys = _cumulative([last - start for start, _, last in pieces])
+    spans = () if shard.is_whole else document_spans(boundaries, shard)
+    if spans:
+        cu_queries, longest_queries = _cumulative([last - first for _, first, last in spans])
+        cu_keys, longest_keys = _cumulative([last - start for start, _, last in spans])
         cu_queries, cu_keys = to_device(cu_queries, device), to_device(cu_keys, device)
     else:
         cu_queries = cu_keys = to_device(cu_seqlens, device)
@@ -218,5 +216,5 @@ def pack_tokens(
         runs=runs,
         rotary=table,
         shard=shard,
-        pieces=pieces,
+        spans=spans,
     )

@@ -17,7 +17,7 @@ import torch
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.config.architectures import RopeScaling, dynamic_base
 from megatron_chatflow.kernels import cpu as cpu_kernels
-from megatron_chatflow.kernels.foreign import liger_rope, transformer_engine_rope
+from megatron_chatflow.kernels.external import liger_rope, transformer_engine_rope
 from megatron_chatflow.kernels.rope import rope
 
 

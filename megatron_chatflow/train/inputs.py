@@ -17,14 +17,14 @@ from typing import Any
 from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.blend.edits import run_schedule
 from megatron_chatflow.blend.plan import check_epochs, epoch_findings
-from megatron_chatflow.checkpoint.files import refuse_small_damage
+from megatron_chatflow.checkpoint.files import check_small_files
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, RunLength
-from megatron_chatflow.convert.export import run_tokenizer
-from megatron_chatflow.convert.import_ import check_weights, huggingface_tokenizer
+from megatron_chatflow.convert.from_huggingface import check_weights, huggingface_tokenizer
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.template import TokenizerChoice, files_of_run
+from megatron_chatflow.convert.to_huggingface import run_tokenizer
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, Resize, vocabulary_growth
 from megatron_chatflow.data.contents import check_contents, verify_contents
 from megatron_chatflow.data.findings import data_findings
@@ -361,7 +361,7 @@ def initial_state(
 def _saved_state(checkpoint: InitialCheckpoint) -> RunState:
     """What a checkpoint says of itself; of a Hugging Face folder, its model alone."""
     if not checkpoint.is_huggingface:
-        refuse_small_damage(checkpoint.folder)
+        check_small_files(checkpoint.folder)
         return RunState.read(checkpoint.folder)
     shape = shape_of_huggingface(checkpoint.folder)
     check_weights(HuggingFaceWeights(checkpoint.folder), shape)

@@ -8,7 +8,7 @@ import jobs
 import pytest
 from tiny_run import TinyRun, made_up_sentences
 
-from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice, read_questions
 from megatron_chatflow.evaluation.models import LanguageModel
 

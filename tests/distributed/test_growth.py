@@ -14,7 +14,7 @@ import yaml
 from made_up_text import made_up_sentences
 from new_language import NEW, SHAPE, new_sentences, train_model
 
-from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_chatflow.convert.distributed import DistributedReader
-from megatron_chatflow.convert.export import export_checkpoint
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.grown_reader import GrownReader
-from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import (
     GrownVocabulary,
     Resize,

@@ -12,9 +12,9 @@ import torch
 import yaml
 from tiny_run import TinyRun
 
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 

@@ -68,7 +68,7 @@ def attend_as_rank(
         device=tensors[0].device,
     )
     module = PackedCausalAttention(_Settings(), 1, None, "self", backend=backend)
-    context = module(shard.take(tensors[0]), *tensors[1:], None, packed_seq_params=packed)
+    context = module(shard.select(tensors[0]), *tensors[1:], None, packed_seq_params=packed)
     context.backward(torch.linspace(-1, 1, context.numel()).view(context.shape).to(context))
     return [context.detach(), *(tensor.grad for tensor in tensors)]
 
@@ -78,7 +78,7 @@ def attend_as_rank(
 def test_fewer_queries_than_keys_equal_fp32(
     device: torch.device, backend: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As under context parallelism: the last query of a piece sees the last of its keys."""
+    """As under context parallelism: the last query of a span sees the last of its keys."""
     skip_without(backend, device)
     # One process holds what the ranks would gather; keys are not turned by angles here.
     monkeypatch.setattr(attention, "gather_context", lambda tensor, shard: tensor)

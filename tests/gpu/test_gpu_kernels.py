@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from megatron_chatflow.kernels import cuda as cuda_kernels
 from megatron_chatflow.kernels import rms_norm, rope, swiglu
-from megatron_chatflow.model.loss import VocabularySlice, linear_cross_entropy
+from megatron_chatflow.model.loss import VocabularyShard, linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_linear_cross_entropy(device: torch.device, implementation: str) -> None
     (expected * mask).sum().backward()
 
     given = [tensor.requires_grad_() for tensor in (hidden, weight)]
-    rows = VocabularySlice(start=0, num_rows=num_rows, num_valid_tokens=pieces, group=None)
+    rows = VocabularyShard(start=0, num_rows=num_rows, num_valid_tokens=pieces, group=None)
     total, losses = linear_cross_entropy(
         given[0],
         given[1],

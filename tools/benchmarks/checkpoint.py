@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from benchmarks.shapes import Shape
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile
-from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, parts_to_save
+from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, shards_to_save
 from megatron_chatflow.checkpoint.writer import page_aligned
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import scratch_folder, sync_tree
@@ -106,8 +106,8 @@ def _measure(
     arguments: argparse.Namespace, model: Any, saver: CheckpointSaver, root: Path, ranks: Ranks
 ) -> list[Row]:
     chunks, optimizer = model.optimization.chunks, model.optimization.optimizer
-    pieces, _, _ = parts_to_save(chunks, optimizer, ranks)
-    tensors = {f"{piece.name}.{piece.offsets}": piece.values.detach() for piece in pieces}
+    shards, _, _ = shards_to_save(chunks, optimizer, ranks)
+    tensors = {f"{shard.name}.{shard.offsets}": shard.values.detach() for shard in shards}
     my_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     sizes: list[Any] = [None] * ranks.process.world_size
     torch.distributed.all_gather_object(sizes, my_bytes)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.shapes import SHAPES
-from megatron_chatflow.kernels import foreign
+from megatron_chatflow.kernels import external
 from megatron_chatflow.kernels.attention import gather_facts
 from megatron_chatflow.model.kernel_choice import (
     Operation,
@@ -72,10 +72,10 @@ def _library_losses(sizes: StepSizes) -> list[Operation]:
         return []
     (ours,) = (o for o in step_operations(sizes) if o.name == "loss passes")
     wanted: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
-        "liger": ("liger_kernel.ops.cross_entropy", foreign.liger_cross_entropy),
+        "liger": ("liger_kernel.ops.cross_entropy", external.liger_cross_entropy),
         "transformer_engine": (
             "transformer_engine.pytorch.cross_entropy",
-            foreign.transformer_engine_cross_entropy,
+            external.transformer_engine_cross_entropy,
         ),
     }
 
@@ -86,7 +86,7 @@ def _library_losses(sizes: StepSizes) -> list[Operation]:
     return [
         Operation(ours.name, (name,), {name: function}, inputs, num_bytes=ours.num_bytes)
         for name, (module, function) in wanted.items()
-        if foreign.can_import(module)
+        if external.can_import(module)
     ]
 
 

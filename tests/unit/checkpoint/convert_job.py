@@ -70,8 +70,8 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     from megatron_chatflow.checkpoint import megatron
     from megatron_chatflow.checkpoint.layout import (
         assign_shards,
+        build_file_image,
         index_files,
-        lay_out,
         unpadded_shards,
     )
     from megatron_chatflow.runtime.ranks import data_parallel_group
@@ -82,12 +82,12 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
     torch.distributed.barrier()
     with device_mode(ranks.device):
         state = {"model": llama.chunks[0].sharded_state_dict()}
-        pieces, objects, common = megatron.sharded_parts(state, {})
+        shards, objects, common = megatron.saved_shards(state, {})
     group = data_parallel_group()
-    pieces = assign_shards(
-        unpadded_shards(pieces, llama.chunks[0].unpadded_sizes), group.rank(), group.size()
+    shards = assign_shards(
+        unpadded_shards(shards, llama.chunks[0].unpadded_sizes), group.rank(), group.size()
     )
-    image = lay_out(f"__{torch.distributed.get_rank()}_0.distcp", pieces, objects)
+    image = build_file_image(f"__{torch.distributed.get_rank()}_0.distcp", shards, objects)
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
     image.copy(0, image.num_bytes, content)
     (folder / image.plan["file"]).write_bytes(content.numpy().tobytes())

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from megatron_chatflow.convert.distributed import DistributedReader
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import Resize
 from megatron_chatflow.convert.weight_map import LLAMA_RULES
 from megatron_chatflow.errors import UserError

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.convert.export import export_checkpoint, new_folder
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint, new_folder
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 

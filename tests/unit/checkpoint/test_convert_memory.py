@@ -22,8 +22,8 @@ PROGRAM = """
 import gc, sys
 from pathlib import Path
 import torch
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 
 torch.set_num_threads(1)
 folder, which, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_chatflow.config import ModelConfig
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import (
     LlamaShape,
     huggingface_config,
@@ -24,6 +23,7 @@ from megatron_chatflow.convert.shape import (
     trained_shape,
 )
 from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.rotary import Rotary

@@ -9,10 +9,10 @@ import torch
 from made_up_text import made_up_sentences
 from new_language import NEW, new_sentences, train_model
 
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.resize import resize_checkpoint
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import (
     EMBEDDING_INITS,
     Resize,

@@ -12,8 +12,8 @@ import tokenizers
 from fuzz_text import fuzz_documents
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer

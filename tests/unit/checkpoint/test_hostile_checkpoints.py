@@ -27,15 +27,20 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_chatflow.checkpoint.index import TENSOR_INDEX, coverage_fault, read_index
-from megatron_chatflow.checkpoint.layout import TensorPiece, index_files, lay_out, plan_tensor
+from megatron_chatflow.checkpoint.layout import (
+    TensorShard,
+    build_file_image,
+    index_files,
+    plan_tensor,
+)
 from megatron_chatflow.checkpoint.reader import SafeReader, fill
 from megatron_chatflow.checkpoint.state import _num_steps
 from megatron_chatflow.convert.distributed import DistributedReader
-from megatron_chatflow.convert.export import export_checkpoint, read_weight
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.grown_reader import GrownReader
-from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint, read_weight
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, Resize, VocabularyGrowth
 from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 from megatron_chatflow.errors import UserError
@@ -100,7 +105,7 @@ def read_as_training(folder: Path) -> dict[str, torch.Tensor]:
     load(state, storage_reader=SafeReader(folder), no_dist=True)
     norm = torch.full_like(state[NORM], -1.0)
     size = tuple(norm.shape)
-    fill([TensorPiece(NORM, size, (0,), size, norm)], folder, SafeReader(folder))
+    fill([TensorShard(NORM, size, (0,), size, norm)], folder, SafeReader(folder))
     assert torch.equal(norm, state[NORM])
     return state
 
@@ -191,8 +196,8 @@ def test_coverage(size: tuple[int, ...], boxes: list[Any], fault: str | None) ->
 def test_chunks_that_hide_a_hole_are_refused(tmp_path: Path) -> None:
     """Half of the tensor twice: as many values as it has, and half of it nowhere."""
     half = torch.arange(256.0 * 16).view(256, 16)
-    pieces = [TensorPiece("w", (512, 16), (at, 0), (256, 16), half) for at in (0, 256)]
-    image = lay_out("__0_0.distcp", pieces, [])
+    shards = [TensorShard("w", (512, 16), (at, 0), (256, 16), half) for at in (0, 256)]
+    image = build_file_image("__0_0.distcp", shards, [])
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
     image.copy(0, image.num_bytes, content)
     (tmp_path / "__0_0.distcp").write_bytes(content.numpy().tobytes())
@@ -411,7 +416,7 @@ def test_records_of_values(checkpoint: Path, imported: Path, kind: str) -> None:
 def test_weights_of_no_dtype_of_weights(checkpoint: Path, tmp_path: Path, dtype: Any) -> None:
     """Both the index and the values say so."""
     values = torch.ones(16, dtype=dtype)
-    image = lay_out("__1_0.distcp", [TensorPiece(NORM, (16,), (0,), (16,), values)], [])
+    image = build_file_image("__1_0.distcp", [TensorShard(NORM, (16,), (0,), (16,), values)], [])
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
     image.copy(0, image.num_bytes, content)
     (checkpoint / "__1_0.distcp").write_bytes(content.numpy().tobytes())
@@ -424,9 +429,9 @@ def test_weights_of_no_dtype_of_weights(checkpoint: Path, tmp_path: Path, dtype:
     with pytest.raises(UserError, match=f"{NORM} is {dtype} and neither fp32, bf16 nor fp16"):
         export_checkpoint(checkpoint, tmp_path / "hf", tokenizer=TokenizerChoice(leave_out=True))
     if not dtype.is_floating_point:
-        piece = TensorPiece(NORM, (16,), (0,), (16,), torch.zeros(16))
+        shard = TensorShard(NORM, (16,), (0,), (16,), torch.zeros(16))
         with pytest.raises(UserError, match=f"a tensor is {dtype} and the model's is"):
-            fill([piece], checkpoint, SafeReader(checkpoint))
+            fill([shard], checkpoint, SafeReader(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -459,8 +464,10 @@ def test_two_imports_are_the_same_bytes(huggingface: Path, imported: Path, tmp_p
 def test_the_index_does_not_depend_on_how_plans_arrive() -> None:
     """Those of other ranks come as JSON, in which equal names are different objects."""
     rows = [torch.ones(1, 3) for _ in range(4)]
-    pieces = [TensorPiece("w", (4, 3), (at, 0), (1, 3), row) for at, row in enumerate(rows)]
-    plans = [lay_out(f"__{n}_0.distcp", pieces[2 * n : 2 * n + 2], []).plan for n in range(2)]
+    shards = [TensorShard("w", (4, 3), (at, 0), (1, 3), row) for at, row in enumerate(rows)]
+    plans = [
+        build_file_image(f"__{n}_0.distcp", shards[2 * n : 2 * n + 2], []).plan for n in range(2)
+    ]
     assert index_files(plans) == index_files(json.loads(json.dumps(plans)))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megatron_chatflow.convert.export import new_folder
+from megatron_chatflow.convert.to_huggingface import new_folder
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import host_name
 

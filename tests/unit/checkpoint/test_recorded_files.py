@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from megatron_chatflow.checkpoint.direct_file import hash_file
 from megatron_chatflow.checkpoint.files import MANIFEST, manifest_text
 from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.resize import resize_checkpoint
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.verify import compare
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError

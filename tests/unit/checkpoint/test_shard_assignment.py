@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_chatflow.checkpoint import layout as division
-from megatron_chatflow.checkpoint.layout import TensorPiece, assign_shards, boxes_of_range
+from megatron_chatflow.checkpoint.layout import TensorShard, assign_shards, boxes_of_range
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (1, 9), (8, 1), (3, 4, 5), (2, 1, 3, 4)])
@@ -26,12 +26,12 @@ def test_boxes_hold_exactly_the_range_in_its_order(shape: tuple[int, ...]) -> No
             assert found == list(range(begin, end))
 
 
-def _pieces(rng: random.Random) -> list[TensorPiece]:
+def _pieces(rng: random.Random) -> list[TensorShard]:
     pieces = []
     for number in range(rng.randint(1, 12)):
         shape = tuple(rng.randint(1, 40) for _ in range(rng.randint(1, 3)))
         values = torch.rand(math.prod(shape)).view(shape)
-        pieces.append(TensorPiece(f"t{number}", shape, (0,) * len(shape), shape, values))
+        pieces.append(TensorShard(f"t{number}", shape, (0,) * len(shape), shape, values))
     return pieces
 
 

@@ -15,7 +15,13 @@ import torch
 
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, hash_file
 from megatron_chatflow.checkpoint.files import MANIFEST, damage, manifest_text, read_manifest
-from megatron_chatflow.checkpoint.layout import ALIGNMENT, TensorPiece, frame, index_files, lay_out
+from megatron_chatflow.checkpoint.layout import (
+    ALIGNMENT,
+    TensorShard,
+    build_file_image,
+    frame,
+    index_files,
+)
 from megatron_chatflow.checkpoint.store import _write_in_chunks, _write_whole
 from megatron_chatflow.checkpoint.writer import page_aligned
 from megatron_chatflow.convert.distributed import DistributedReader
@@ -48,21 +54,21 @@ def test_a_record_above_4_gib_says_its_size() -> None:
     assert size in around.head and size in around.tail
 
 
-def _pieces() -> list[TensorPiece]:
+def _shards() -> list[TensorShard]:
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(300, 1000, generator=generator)
     large = torch.randn(5, 2**20, generator=generator)
     return [
         # Not contiguous in memory; and one that several chunks share.
-        TensorPiece("whole", (1000, 300), (0, 0), (1000, 300), whole.T),
-        TensorPiece("large", (5, 2**20), (0, 0), (5, 2**20), large),
+        TensorShard("whole", (1000, 300), (0, 0), (1000, 300), whole.T),
+        TensorShard("large", (5, 2**20), (0, 0), (5, 2**20), large),
     ]
 
 
 @pytest.mark.parametrize("has_copy", [True, False])
 def test_a_file_is_what_was_saved(tmp_path: Path, has_copy: bool) -> None:
-    pieces = _pieces()
-    image = lay_out("__0_0.distcp", pieces, [])
+    shards = _shards()
+    image = build_file_image("__0_0.distcp", shards, [])
     assert image.num_bytes > CHUNK_BYTES
     path = tmp_path / "__0_0.distcp"
     written: list[None] = []
@@ -82,19 +88,19 @@ def test_a_file_is_what_was_saved(tmp_path: Path, has_copy: bool) -> None:
     for name, content in index_files([image.plan]).items():
         (tmp_path / name).write_bytes(content)
     reader = DistributedReader(tmp_path)
-    for piece in pieces:
-        chunk = reader.tensors[piece.name].chunks[0]
-        assert torch.equal(reader._load_chunk(piece.name, chunk), piece.values)
+    for shard in shards:
+        chunk = reader.tensors[shard.name].chunks[0]
+        assert torch.equal(reader._load_chunk(shard.name, chunk), shard.values)
 
 
 def test_parts_that_make_no_whole_are_refused() -> None:
     values = torch.zeros(2, 3)
-    half = TensorPiece("a", (4, 3), (0, 0), (2, 3), values)
-    plan = lay_out("__0_0.distcp", [half], []).plan
+    half = TensorShard("a", (4, 3), (0, 0), (2, 3), values)
+    plan = build_file_image("__0_0.distcp", [half], []).plan
     with pytest.raises(ValueError, match="a has 12 values, of which its chunks hold 6"):
         index_files([plan])
     with pytest.raises(ValueError, match="saved by two ranks"):
-        index_files([plan, lay_out("__1_0.distcp", [half], []).plan])
+        index_files([plan, build_file_image("__1_0.distcp", [half], []).plan])
 
 
 @pytest.fixture

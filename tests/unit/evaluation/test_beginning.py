@@ -233,8 +233,8 @@ def test_lm_eval_has_the_same_log_probabilities(
 def test_a_base_beside_its_export(
     folders: dict[str, Path], random_llama: Path, tmp_path: Path
 ) -> None:
-    from megatron_chatflow.convert.export import export_checkpoint
-    from megatron_chatflow.convert.import_ import import_huggingface
+    from megatron_chatflow.convert.from_huggingface import import_huggingface
+    from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"text": made_up_sentences(1)[0]}) + "\n")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from made_up_text import made_up_sentences
 
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import (

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
-from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.generation.chat import Conversation
 from megatron_chatflow.generation.generate import (

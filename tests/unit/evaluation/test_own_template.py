@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
-from megatron_chatflow.convert.import_ import import_huggingface
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.evaluate import EvaluationSettings, evaluate, format_results

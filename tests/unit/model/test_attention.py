@@ -9,10 +9,10 @@ import torch
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.packed import (
     document_positions,
+    document_spans,
     equal_length_runs,
     pack_tokens,
     shard_context,
-    spans_of_documents,
 )
 from megatron_chatflow.model.rotary import Rotary, apply_rotary, rotary_table
 from megatron_chatflow.runtime.ranks import Ranks
@@ -91,7 +91,7 @@ def test_context_shards_partition_the_tokens_evenly() -> None:
     tokens = torch.arange(24)
     for size in (2, 3):
         shards = [shard_context(24, rank=r, size=size, group=object()) for r in range(size)]
-        parts = [shard.take(tokens) for shard in shards]
+        parts = [shard.select(tokens) for shard in shards]
         assert sorted(torch.cat(parts).tolist()) == list(range(24))
         # Causal work of a rank is the sum of its positions, and the same for all.
         assert len({int(part.sum()) for part in parts}) == 1
@@ -99,8 +99,8 @@ def test_context_shards_partition_the_tokens_evenly() -> None:
 
 def test_pieces_name_the_document_that_they_lie_in() -> None:
     shard = shard_context(16, rank=0, size=2, group=object())
-    assert shard.spans == ((0, 4), (12, 16))
-    assert spans_of_documents([0, 3, 13, 16], shard) == (
+    assert shard.token_ranges == ((0, 4), (12, 16))
+    assert document_spans([0, 3, 13, 16], shard) == (
         (0, 0, 3),
         (3, 3, 4),
         (3, 12, 13),

@@ -14,7 +14,7 @@ from foreign_releases import RECORD, install, signature
 
 from megatron_chatflow.kernels import attention as attention_backends
 from megatron_chatflow.kernels.attention import KERNELS, Segments
-from megatron_chatflow.kernels.foreign import liger_rms_norm
+from megatron_chatflow.kernels.external import liger_rms_norm
 from megatron_chatflow.kernels.rms_norm import rms_norm_reference
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.packed import pack_tokens

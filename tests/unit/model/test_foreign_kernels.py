@@ -15,7 +15,7 @@ import torch
 from foreign_releases import RECORD, install, signature
 from torch.nn import functional
 
-from megatron_chatflow.kernels import foreign
+from megatron_chatflow.kernels import external
 from megatron_chatflow.kernels.rope import rope_reference
 from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, rotary_table
 
@@ -110,7 +110,7 @@ def test_liger_swiglu(release: inspect.Signature, monkeypatch: pytest.MonkeyPatc
     install(monkeypatch, "liger_kernel.ops.swiglu", "LigerSiLUMulFunction", function)
     rows = torch.randn(3, 16)
     gate, linear = rows.chunk(2, dim=-1)
-    torch.testing.assert_close(foreign.liger_swiglu(rows), functional.silu(gate) * linear)
+    torch.testing.assert_close(external.liger_swiglu(rows), functional.silu(gate) * linear)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_liger_swiglu_on_whole_rows(
     install(monkeypatch, "liger_kernel.ops.swiglu", "LigerFusedGateUpSiLUMulFunction", function)
     rows = torch.randn(3, 16)
     gate, linear = rows.chunk(2, dim=-1)
-    torch.testing.assert_close(foreign.liger_swiglu(rows), functional.silu(gate) * linear)
+    torch.testing.assert_close(external.liger_swiglu(rows), functional.silu(gate) * linear)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_transformer_engine_swiglu(
     made = bound(release, lambda given: composed)
     install(monkeypatch, "transformer_engine.pytorch.ops", "SwiGLU", made)
     rows = torch.randn(3, 16)
-    torch.testing.assert_close(foreign.transformer_engine_swiglu()(rows), composed(rows))
+    torch.testing.assert_close(external.transformer_engine_swiglu()(rows), composed(rows))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_transformer_engine_rms_norm(
 
     install(monkeypatch, "transformer_engine.pytorch", "RMSNorm", bound(release, compute))
     weights = [torch.nn.Parameter(torch.rand(8, dtype=torch.bfloat16)) for _ in range(2)]
-    normalise = foreign.transformer_engine_rms_norm(1e-3)
+    normalise = external.transformer_engine_rms_norm(1e-3)
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     for weight in weights:
         expected = functional.rms_norm(x, (8,), weight, 1e-3)
@@ -187,7 +187,7 @@ def test_liger_cross_entropy(release: inspect.Signature, monkeypatch: pytest.Mon
     install(monkeypatch, "liger_kernel.ops.cross_entropy", "LigerCrossEntropyFunction", function)
     logits, labels = torch.randn(4, 9), torch.tensor([1, 0, 8, 3])
     expected = functional.cross_entropy(logits, labels, reduction="sum")
-    torch.testing.assert_close(foreign.liger_cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(external.liger_cross_entropy(logits, labels), expected)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_transformer_engine_cross_entropy(
     install(monkeypatch, module, "parallel_cross_entropy", bound(release, compute))
     logits, labels = torch.randn(4, 9), torch.tensor([1, 0, 8, 3])
     expected = functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(foreign.transformer_engine_cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(external.transformer_engine_cross_entropy(logits, labels), expected)
 
 
 def test_a_library_that_is_not_whole_is_not_measured(
@@ -220,6 +220,6 @@ def test_a_library_that_is_not_whole_is_not_measured(
 ) -> None:
     (tmp_path / "half_a_library.py").write_text("raise RuntimeError('no driver')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert not foreign.can_import("half_a_library")
-    assert not foreign.can_import("no_such_library_at_all")
-    assert foreign.can_import("json")
+    assert not external.can_import("half_a_library")
+    assert not external.can_import("no_such_library_at_all")
+    assert external.can_import("json")

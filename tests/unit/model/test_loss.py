@@ -6,10 +6,10 @@ from torch.nn.functional import cross_entropy
 
 from megatron_chatflow.model import loss
 from megatron_chatflow.model.loss import (
-    VocabularySlice,
+    VocabularyShard,
     linear_cross_entropy,
     source_sums,
-    vocabulary_slice,
+    vocabulary_shard,
 )
 
 
@@ -33,7 +33,7 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch, chunk_t
     weight = torch.randn(128, 24, requires_grad=True)
     labels = torch.randint(0, 100, (64,))
     mask = (torch.rand(64) > 0.4).float()
-    rows = VocabularySlice(start=0, num_rows=128, num_valid_tokens=100, group=None)
+    rows = VocabularyShard(start=0, num_rows=128, num_valid_tokens=100, group=None)
 
     total, losses = linear_cross_entropy(
         hidden, weight, labels, mask, rows, sequence_parallel=False
@@ -56,7 +56,7 @@ def test_padding_rows_get_no_gradient_and_no_probability() -> None:
     weight = torch.randn(32, 16)
     weight[20:] = 50.0  # would take all the probability if it were counted
     weight.requires_grad_()
-    rows = VocabularySlice(start=0, num_rows=32, num_valid_tokens=20, group=None)
+    rows = VocabularyShard(start=0, num_rows=32, num_valid_tokens=20, group=None)
     total, _ = linear_cross_entropy(
         hidden, weight, torch.arange(8), torch.ones(8), rows, sequence_parallel=False
     )
@@ -72,7 +72,7 @@ def test_masked_tokens_have_no_gradient() -> None:
     hidden = torch.randn(6, 8, requires_grad=True)
     weight = torch.randn(16, 8)
     mask = torch.tensor([1.0, 0, 1, 0, 0, 1])
-    rows = VocabularySlice(start=0, num_rows=16, num_valid_tokens=16, group=None)
+    rows = VocabularyShard(start=0, num_rows=16, num_valid_tokens=16, group=None)
     total, _ = linear_cross_entropy(
         hidden, weight, torch.arange(6), mask, rows, sequence_parallel=False
     )
@@ -86,7 +86,7 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     hidden = torch.randn(64, 32)
     weight = torch.randn(96, 32)
     labels = torch.randint(0, 96, (64,))
-    rows = VocabularySlice(start=0, num_rows=96, num_valid_tokens=96, group=None)
+    rows = VocabularyShard(start=0, num_rows=96, num_valid_tokens=96, group=None)
     total, _ = linear_cross_entropy(
         hidden.bfloat16(), weight.bfloat16(), labels, torch.ones(64), rows, sequence_parallel=False
     )
@@ -104,7 +104,7 @@ def test_gradient_of_a_sure_token_is_not_rounding() -> None:
     hidden.requires_grad_()
     weight = torch.zeros(64, 16, dtype=torch.bfloat16)
     weight[5, 0] = 13.25
-    rows = VocabularySlice(start=0, num_rows=64, num_valid_tokens=64, group=None)
+    rows = VocabularyShard(start=0, num_rows=64, num_valid_tokens=64, group=None)
     total, _ = linear_cross_entropy(
         hidden, weight, torch.tensor([5]), torch.ones(1), rows, sequence_parallel=False
     )
@@ -118,7 +118,7 @@ def test_gradient_of_a_sure_token_is_not_rounding() -> None:
 
 def test_a_rank_that_holds_only_padding_has_no_pieces() -> None:
     slices = [
-        vocabulary_slice(rank=rank, size=4, padded_vocab_size=512, vocab_size=300, group=None)
+        vocabulary_shard(rank=rank, size=4, padded_vocab_size=512, vocab_size=300, group=None)
         for rank in range(4)
     ]
     assert [s.num_valid_tokens for s in slices] == [128, 128, 44, 0]
@@ -139,7 +139,7 @@ def test_source_sums_count_loss_tokens_and_bytes_of_each_source() -> None:
 def test_the_kernels_passes_give_the_same_chunk() -> None:
     """What a GPU runs, by the operators' references: padding and labels elsewhere included."""
     torch.manual_seed(0)
-    rows = loss.VocabularySlice(start=10, num_rows=24, num_valid_tokens=21, group=None)
+    rows = loss.VocabularyShard(start=10, num_rows=24, num_valid_tokens=21, group=None)
     logits, labels = torch.randn(40, 24) * 5, torch.randint(10, 31, (40,))
     composed = loss.chunk_loss(logits.clone(), labels, rows, "torch")
     kernels = loss.chunk_loss(logits.clone(), labels, rows, "ours")

@@ -5,7 +5,7 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional
 
-from megatron_chatflow.kernels import rms_norm, rope, softmax, swiglu
+from megatron_chatflow.kernels import cross_entropy, rms_norm, rope, swiglu
 
 
 def _randn(*shape: int) -> torch.Tensor:
@@ -25,9 +25,9 @@ def test_operators_are_whole() -> None:
     opcheck(rope.rope, (_randn(3, 2, 16), *_table(3, 8), 1.0))
     opcheck(swiglu.swiglu, (_randn(3, 16),))
     logits, labels = torch.randn(3, 16), torch.tensor([2, -1, 15])
-    opcheck(softmax.softmax_statistics, (logits, labels, 16))
+    opcheck(cross_entropy.softmax_statistics, (logits, labels, 16))
     rows = torch.rand(3) + 1
-    opcheck(softmax.softmax_gradient_, (logits, labels, rows, rows, rows, 16))
+    opcheck(cross_entropy.softmax_gradient_, (logits, labels, rows, rows, rows, 16))
 
 
 def _gradients(
@@ -96,12 +96,14 @@ def test_softmax_of_slices_is_the_whole_softmax(num_slices: int) -> None:
         (part.contiguous(), labels - i * width, min(max(num_valid_tokens - i * width, 0), width))
         for i, part in enumerate(logits.split(width, -1))
     ]
-    tops, sums, targets = zip(*(softmax.softmax_statistics(*each) for each in slices), strict=True)
+    tops, sums, targets = zip(
+        *(cross_entropy.softmax_statistics(*each) for each in slices), strict=True
+    )
     top = torch.stack(tops).amax(0)
     total = sum(s * (t - top).exp() for s, t in zip(sums, tops, strict=True))
     torch.testing.assert_close(top + total.log() - sum(targets), losses.detach())
     for part, local, pieces in slices:
-        softmax.softmax_gradient_(part, local, top, total, scale, pieces)
+        cross_entropy.softmax_gradient_(part, local, top, total, scale, pieces)
     gradient = torch.cat([part for part, _, _ in slices], -1)
     torch.testing.assert_close(gradient[:, :num_valid_tokens], expected)
     assert not gradient[:, num_valid_tokens:].any()

@@ -16,8 +16,8 @@ import pytest
 import torch
 from kernel_checks import DTYPES, check_rms_norm, check_rope, check_softmax, check_swiglu
 
+from megatron_chatflow.kernels import cross_entropy, rms_norm, rope, swiglu
 from megatron_chatflow.kernels import cuda as cuda_kernels
-from megatron_chatflow.kernels import rms_norm, rope, softmax, swiglu
 
 CSRC = Path(__file__).parents[3] / "csrc" / "kernels"
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ class TestEmulated:
         with pytest.raises(ValueError, match="whole packs"):
             rms_norm.rms_norm_kernel(torch.ones(2, 9, dtype=dtype), torch.ones(9, dtype=dtype), 0.1)
         too_long = rms_norm.MAX_ROW_BYTES // dtype.itemsize + 8
-        assert not rms_norm.takes_rms_norm(too_long, dtype)
+        assert not rms_norm.supports_rms_norm(too_long, dtype)
         row = torch.ones(1, too_long, dtype=dtype)
         with pytest.raises(ValueError, match="rms_norm_forward"):
             rms_norm.rms_norm_kernel(row, row[0], 0.1)
@@ -75,7 +75,7 @@ class TestEmulated:
             table = torch.ones(1, 1, 8, dtype=dtype)
             rope.rope_kernel(torch.ones(2, 1, 16, dtype=dtype), table, table, 1.0)
         with pytest.raises(ValueError, match="labels int64"):
-            softmax.softmax_statistics_kernel(row, torch.zeros(1, dtype=torch.int32), 8)
+            cross_entropy.softmax_statistics_kernel(row, torch.zeros(1, dtype=torch.int32), 8)
 
     def test_no_rows_are_no_launch(self, dtype: torch.dtype) -> None:
         weight = torch.ones(8, dtype=dtype)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences
 
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from tiny_run import VOCAB_SIZE, TinyRun
 
 from megatron_chatflow.checkpoint.files import CARRIED
-from megatron_chatflow.convert.export import export_checkpoint
-from megatron_chatflow.convert.import_ import import_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.resize import resize_checkpoint
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import Resize
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError

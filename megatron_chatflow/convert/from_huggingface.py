@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from megatron_chatflow.checkpoint.files import CARRIED, LATEST, iteration_folder
 from megatron_chatflow.convert.distributed import ChunkToWrite, write_distributed
-from megatron_chatflow.convert.export import Converted, check_new_folder, new_folder
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import DTYPES, LlamaShape, shape_of_huggingface
+from megatron_chatflow.convert.to_huggingface import Converted, check_new_folder, new_folder
 from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
 from megatron_chatflow.convert.weight_map import (
     Join,

@@ -15,7 +15,7 @@ LOWEST = -1e30
 """Highest logit of a slice that holds none."""
 
 
-def takes_softmax(num_columns: int, dtype: torch.dtype) -> bool:
+def supports_softmax(num_columns: int, dtype: torch.dtype) -> bool:
     """Whether the kernels take rows of ``num_columns`` logits."""
     return is_whole_packs(num_columns, dtype)
 

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from megatron_chatflow.checkpoint.files import (
     CARRIED,
+    check_small_files,
     read_state,
-    refuse_small_damage,
     resolve_checkpoint,
 )
 from megatron_chatflow.checkpoint.recorded_config import read_run_config
@@ -261,7 +261,7 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(
             f"{path}: holds no checkpoint; name a run's folder or one of its iter_ ones"
         )
-    refuse_small_damage(checkpoint)
+    check_small_files(checkpoint)
     return checkpoint
 
 
