@@ -1,168 +1,80 @@
-"""Files and folders that appear under their final name complete, or not at all.
+"""Atomic writes: files and folders appear under their final names complete, or not at all.
 
-Everything is written beside its final name, flushed to the disk and renamed. What is being written
-is locked with `flock`. The kernel releases the lock when its process ends, however it ends, so what
-a killed process left is told by a lock that can be taken: process ids, which are reused and which
-differ between containers, play no part. On a shared file system `flock` may be local to each
-machine, so names carry the machine, and only this machine's leftovers are removed.
+Everything is written under a temporary name in the same folder, flushed to the disk and renamed:
 
-Appends whole files to a file at the speed of the disk.
+* `write_atomically` for the content of a small file,
+* `StagedFile` and `publish_all` for large files that are written as a stream,
+* `new_folder` and `replace_folder` for whole folders.
 
-In: a file, and one that grows. Out: the bytes behind those that are there, hashed on the way.
+A file under a temporary name is locked with `flock`. The kernel releases the lock when the process
+ends, however it ends, so a temporary file that can be locked was left by a killed process. Process
+ids are not used, because they are reused and differ between containers. On a shared file system
+`flock` may be local to each machine, so temporary names contain the machine's name and only
+leftovers of the same machine are removed.
 
-Blocks are read ahead while the block before them is hashed and written. They are written past the
-page cache where the system and the file's position allow it: copying into the cache costs more
-time than the disk itself does, and pushes out what others keep there.
-
-Files that appear under their final name only when they are complete and on disk.
-
-In: bytes, in order. Out: a file beside its target (`<name>.partial`), then, after an fsync, the
-file under its own name. A killed job leaves at most `.partial` files; the next one overwrites them.
+`DirectWriter` is the one place that writes past the page cache.
 """
 
 import errno
 import fcntl
 import functools
 import hashlib
+import logging
 import mmap
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from megatron_chatflow.errors import DISK_FULL, UserError
 
-BLOCK_BYTES = 1 << 23
+logger = logging.getLogger(__name__)
+
 ALIGNMENT = 1 << 12
+"""Direct writes need positions, lengths and memory addresses that are multiples of this."""
+COPY_BYTES = 1 << 23
+"""Bytes that `StagedFile.append_file` reads ahead, hashes and writes at a time."""
+PARTIAL_SUFFIX = ".partial"
 
-
-def append_file(
-    source: Path,
-    target: Path,
-    num_before: int,
-    append: Callable[[memoryview], object],
-    hash_update: Callable[[memoryview], object],
-) -> int:
-    """Appends a file's bytes.
-
-    Args:
-        source: What is read.
-        target: What grows; nothing of it waits in a buffer of this process.
-        num_before: Bytes that it has.
-        append: Writes bytes behind it, to be on it when the call returns.
-        hash_update: Takes every byte in order.
-
-    Returns:
-        The number of bytes.
-
-    Raises:
-        UserError: The source cannot be read, or becomes shorter meanwhile.
-        OSError: The target cannot be written.
-    """
-    with ExitStack() as stack:
-        try:
-            reading = stack.enter_context(source.open("rb", buffering=0)).fileno()
-        except OSError as error:
-            raise UserError(f"cannot read: {source}: {error.strerror}") from error
-        direct = _open_direct(target)
-        if direct is not None:
-            stack.callback(os.close, direct)
-        pool = stack.enter_context(ThreadPoolExecutor(2))
-        buffers = [memoryview(mmap.mmap(-1, BLOCK_BYTES)) for _ in range(2)]
-        num_bytes = os.fstat(reading).st_size
-        blocks = list(_blocks(num_before, num_bytes))
-
-        def read(number: int) -> memoryview:
-            begin, end = blocks[number]
-            return _read(reading, source, begin, buffers[number % 2][: end - begin])
-
-        ahead = pool.submit(read, 0) if blocks else None
-        for number, (begin, _) in enumerate(blocks):
-            assert ahead is not None
-            block = ahead.result()
-            ahead = pool.submit(read, number + 1) if number + 1 < len(blocks) else None
-            hashing = pool.submit(hash_update, block)
-            try:
-                if direct is None or not _write_direct(direct, block, num_before + begin):
-                    append(block)
-            finally:
-                hashing.result()
-    return num_bytes
-
-
-def _blocks(num_before: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of blocks that, but for the first and last, are whole and aligned behind."""
-    begin = 0
-    while begin < num_bytes:
-        odd = (num_before + begin) % ALIGNMENT
-        length = ALIGNMENT - odd if odd else BLOCK_BYTES
-        end = min(begin + length, num_bytes)
-        if end - begin > ALIGNMENT and end == num_bytes:
-            end -= (num_before + end) % ALIGNMENT  # what is left is a block of its own
-        yield begin, end
-        begin = end
-
-
-def _read(descriptor: int, path: Path, begin: int, block: memoryview) -> memoryview:
-    at = 0
-    while at < len(block):
-        try:
-            num_read = os.preadv(descriptor, [block[at:]], begin + at)
-        except OSError as error:
-            raise UserError(f"cannot read: {path}: {error.strerror}") from error
-        if num_read == 0:
-            raise UserError(f"cannot read: {path}: it became shorter while it was copied")
-        at += num_read
-    if hasattr(os, "posix_fadvise"):  # it is read once: make room for what is read next
-        os.posix_fadvise(descriptor, begin, len(block), os.POSIX_FADV_DONTNEED)
-    return block
-
-
-def _open_direct(path: Path) -> int | None:
-    """A descriptor that writes past the page cache; None where there is no such thing."""
-    with suppress(OSError, AttributeError):  # AttributeError: a system without the flag
-        return os.open(path, os.O_WRONLY | os.O_DIRECT)
-    return None
-
-
-def _write_direct(descriptor: int, block: memoryview, position: int) -> bool:
-    """Writes an aligned block; False where it is not, or where the file system will not."""
-    if position % ALIGNMENT or len(block) % ALIGNMENT or len(block) == 0:
-        return False
-    at = 0
-    while at < len(block):
-        try:
-            num_written = os.pwrite(descriptor, block[at:], position + at)
-        except OSError:
-            if at == 0:
-                return False  # the ordinary way finds out whether it is the disk
-            raise
-        if num_written % ALIGNMENT:
-            raise OSError(5, "a write was cut short")
-        at += num_written
-    return True
-
-
+_LARGE_BYTES = 1 << 22  # from here on, a second thread hashes while the bytes are written
 _PROBE_BYTES = 4096
-_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path has only one of two slashes
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path keeps one of the two slashes
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+_PARTIAL, _OLD = "partial", "old"
+_LEFTOVER = re.compile(rf"\.(.+)\.([\w-]+)\.([0-9a-f]{{8}})\.({_PARTIAL}|{_OLD})")
+_EARLIER_LEFTOVER = re.compile(rf"\.(.+)\.\d+\.({_PARTIAL}|{_OLD})")  # with a process id
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether a disk, a quota or a limit on file sizes is exhausted."""
+    return error.errno in DISK_FULL
+
+
+@contextmanager
+def as_user_error(path: Path) -> Iterator[None]:
+    """Turns an `OSError` of writing ``path`` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write: {path}: {error.strerror or error}") from error
 
 
 @functools.cache
 def host_name(
     id_files: tuple[str, ...] = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"),
 ) -> str:
-    """A name of this machine, without dots, as temporary names carry it.
+    """Returns this machine's name for use in temporary names; it contains no dots.
 
-    Machines that share a file system may have one host name in common (``localhost``, containers),
-    so eight digits of a hash of the machine's id follow it; where it has none, of its boot's id.
+    Machines that share a file system may have the same host name (``localhost``, containers), so
+    eight digits of a hash of the machine id follow it, or of the boot id where there is none.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", os.uname().nodename) or "host"
     for path in id_files:
@@ -182,15 +94,14 @@ def fsync_path(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where its file system can do that for folders.
+    """Makes the names in a folder durable, where its file system supports that for folders.
 
     Raises:
-        OSError: The disk fails. What was renamed before has its final name all the same, which the
-            error says.
+        OSError: The disk fails. Files that were renamed before keep their final names.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written to but not listed
+    except PermissionError:  # the folder can be written to but not listed
         return
     try:
         os.fsync(descriptor)
@@ -208,38 +119,38 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flushes every file below ``folder``, and every folder's entries."""
+    """Flushes every file below ``folder``, and the entries of every folder."""
     for parent, _, names in os.walk(folder):
         for name in names:
             fsync_path(Path(parent) / name)
         sync_folder(Path(parent))
 
 
-def is_disk_full(error: OSError) -> bool:
-    """Whether a disk, a quota or a limit on files is exhausted, which may pass."""
-    return error.errno in DISK_FULL
-
-
 class FileLock:
-    """An exclusive lock on a path that ends with its process.
+    """An exclusive lock on a path, released when its process ends.
 
     Attributes:
-        is_effective: False on a file system without locks, where nothing is known of others.
+        is_effective: False on a file system without locks, where other processes go unnoticed.
+        descriptor: The open file.
     """
 
     def __init__(self, path: Path, descriptor: int, *, is_effective: bool) -> None:
-        """Takes over an open descriptor; use `acquire`."""
+        """Takes ownership of an open descriptor. Use `acquire` instead."""
         self.is_effective = is_effective
         self.descriptor = descriptor
         self._path = path
 
     @classmethod
-    def acquire(cls, path: Path, *, wait: bool = False) -> "FileLock | None":
-        """Opens the file, made if it is missing, and locks it.
+    def acquire(
+        cls, path: Path, *, wait: bool = False, for_writing: bool = False
+    ) -> "FileLock | None":
+        """Opens the file, creating it if it is missing, and locks it.
 
         Args:
-            path: A file of the lock's own, or the temporary file to be written.
+            path: A lock file, or the temporary file to be written.
             wait: Whether to wait for another process to release it.
+            for_writing: Whether the caller writes to the file. If not, a file of another user is
+                opened read-only, which is enough to lock it.
 
         Returns:
             The lock; None while another process holds it.
@@ -251,9 +162,11 @@ class FileLock:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             except PermissionError as error:
-                try:  # another user's, which can be locked all the same
+                if for_writing:
+                    raise
+                try:
                     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-                except FileNotFoundError:  # there is none, and none may be made
+                except FileNotFoundError:  # it could not be created
                     raise error from None
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,23 +199,19 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def refuse_url(path: str | Path) -> None:
-    """Refuses ``s3://bucket/name`` and the like where a file's path belongs.
-
-    Raises:
-        UserError: It is a URL.
-    """
+    """Raises `UserError` for a URL such as ``s3://bucket/name`` in place of a file's path."""
     if _URL.match(str(path)):
         raise UserError(
-            f"{path}: is a URL, and files are read from and written to disks alone: copy it to a "
-            "disk, or mount the bucket, and give the path there"
+            f"{path}: is a URL, and only local paths are supported: copy it to a disk, or mount "
+            "the bucket, and give the path there"
         )
 
 
 def check_output_file(path: Path) -> None:
-    """Checks, before any work, that a file can be written; leaves nothing behind.
+    """Checks that a file can be written, without leaving anything behind.
 
     Raises:
-        UserError: It is a folder or a device, or its folder cannot be made or written.
+        UserError: It is a folder or a device, or its folder cannot be created or written.
     """
     refuse_url(path)
     refuse_other_than_file(path)
@@ -310,10 +219,10 @@ def check_output_file(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """As `check_output_file`, for a folder, which may be there already.
+    """Checks that a folder, which may exist, can be written, without leaving anything behind.
 
     Raises:
-        UserError: It is a file, or cannot be made or written.
+        UserError: It is a file, or cannot be created or written.
     """
     refuse_url(path)
     if path.exists() and not path.is_dir():
@@ -322,11 +231,7 @@ def check_output_folder(path: Path) -> None:
 
 
 def refuse_other_than_file(path: Path) -> None:
-    """Refuses a name that a file could not get by renaming, or only in place of a device.
-
-    Raises:
-        UserError: It is a folder, a device or the like.
-    """
+    """Raises `UserError` for a path that renaming a file could not, or must not, replace."""
     if path.is_dir():
         raise UserError(f"cannot write: {path}: is a folder; name a file")
     if path.exists() and not path.is_file():
@@ -334,7 +239,7 @@ def refuse_other_than_file(path: Path) -> None:
 
 
 def _try_to_write(path: Path, folder: Path) -> None:
-    """Writes into a file without a name in a folder, or in the one in which it would be made."""
+    """Writes a nameless file in a folder, or in the nearest parent that exists."""
     while not folder.exists() and folder != folder.parent:
         if folder.is_symlink():
             raise UserError(f"cannot write: {path}: {folder} is a link to nothing; name another")
@@ -350,33 +255,41 @@ def _try_to_write(path: Path, folder: Path) -> None:
         ) from error
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a small file: a reader sees the old content or the new, never a part.
+def write_and_sync(path: Path, content: bytes) -> None:
+    """Writes a file in place and flushes it to the disk; the caller renames it or its folder."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
-    What is written beside it has a fixed name for each user of a host, so that the next process
-    reuses what a killed one left. Two processes that have the name in common take turns.
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a small file: readers see either the old content or the new.
+
+    The temporary file has a fixed name for each user of a host, so that the next process reuses
+    what a killed one left. Processes that share the name wait for each other.
 
     Raises:
-        OSError: It cannot be written; `path` is then as it was, unless only the sync of its folder
-            failed, as `sync_folder` says.
+        OSError: The file cannot be written. `path` is unchanged then, unless only the sync of its
+            folder failed; see `sync_folder`.
     """
     data = content.encode() if isinstance(content, str) else content
     owner = f"{host_name()}-{os.geteuid()}"
-    beside = path.with_name(f".{path.name}.{owner}.partial")
-    lock = FileLock.acquire(beside, wait=True)
+    temporary = path.with_name(f".{path.name}.{owner}.partial")
+    lock = FileLock.acquire(temporary, wait=True, for_writing=True)
     assert lock is not None
     try:
-        if not lock.is_effective:  # nothing keeps others out: take a file of our own
+        if not lock.is_effective:  # nothing excludes other processes: use a file of our own
             lock.release()
-            beside = path.with_name(f".{path.name}.{owner}.{os.getpid()}.partial")
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            lock = FileLock(beside, descriptor, is_effective=False)
+            temporary = path.with_name(f".{path.name}.{owner}.{os.getpid()}.partial")
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            lock = FileLock(temporary, descriptor, is_effective=False)
         with open(lock.descriptor, "wb", closefd=False) as file:
             file.truncate(0)
             file.write(data)
             file.flush()
             os.fsync(lock.descriptor)
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
         lock.release()
         raise
@@ -385,30 +298,526 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_output_file(path: Path, content: str | bytes) -> None:
-    """As `write_atomically`, for a file that the user named; missing folders are made.
+    """Writes a file that the user named as `write_atomically` does, and creates missing folders.
 
     Raises:
         UserError: It cannot be written.
     """
-    try:
+    with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file if it exists.
+
+    Raises:
+        UserError: It cannot be removed, for example on a read-only disk.
+    """
+    try:
+        path.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write: {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot remove: {path}: {error.strerror}") from error
+
+
+def check_new_folder(output: Path, *, overwrite: bool, mark: str) -> None:
+    """Checks, without leaving anything behind, that `new_folder` can create a folder.
+
+    Args:
+        output: The final name.
+        overwrite: Whether an existing folder of that name is replaced.
+        mark: A file that every folder of this kind contains.
+
+    Raises:
+        UserError: The folder exists, or cannot be written.
+    """
+    refuse_url(output)
+    _refuse_existing(output, overwrite=overwrite, mark=mark)
+    check_output_folder(output.absolute().parent)
+
+
+@contextmanager
+def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> Iterator[Path]:
+    """Creates a temporary folder that becomes ``output`` when the block ends without an error.
+
+    ``.NAME.lock`` excludes a second process with the same output. What killed processes left in the
+    parent folder is removed first.
+
+    Args:
+        output: The final name.
+        overwrite: Whether an existing folder of that name is replaced.
+        mark: A file that every folder of this kind contains; no other folder is replaced.
+        num_bytes: About how many bytes will be written.
+
+    Raises:
+        UserError: The folder exists, the disk is full or not writable, or another process is
+            writing the same folder.
+    """
+    _refuse_existing(output, overwrite=overwrite, mark=mark)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock.acquire(_lock_path(output))
+    except OSError as error:
+        raise _cannot_be_written(output, error) from error
+    if lock is None:
+        raise UserError(f"{output}: another process is writing it; wait for it or name another")
+    token = f"{host_name()}.{secrets.token_hex(4)}"
+    temporary, old = (
+        output.with_name(f".{output.name}.{token}.{kind}") for kind in (_PARTIAL, _OLD)
+    )
+    try:
+        if lock.is_effective:
+            _remove_leftovers(output)
+            _refuse_existing(output, overwrite=overwrite, mark=mark)  # it may have been restored
+        free = shutil.disk_usage(output.parent).free
+        if free < num_bytes:
+            raise UserError(
+                f"{output}: needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
+                "free some or name another folder"
+            )
+        temporary.mkdir()
+        yield temporary
+        sync_tree(temporary)
+        _publish(output, temporary, old)
+    except OSError as error:
+        raise _cannot_be_written(output, error) from error
+    finally:
+        _remove_tree(temporary)
+        lock.release()
+
+
+def _cannot_be_written(output: Path, error: OSError) -> UserError:
+    reason = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    return UserError(f"{output}: cannot be written ({reason}); name another folder")
+
+
+def _lock_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+def _refuse_existing(output: Path, *, overwrite: bool, mark: str) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output}: is a file; name a folder")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{output}: is there already; give --overwrite to replace it")
+    if not (output / mark).exists():
+        raise UserError(
+            f"{output}: holds something else (no {mark}), which --overwrite does not replace; "
+            "name another folder"
+        )
+
+
+def replace_folder(output: Path, temporary: Path, old: Path) -> None:
+    """Renames a complete and synced folder to its final name.
+
+    Args:
+        output: The final name. An existing folder is removed once the new one has its name.
+        temporary: The folder, in the same parent folder.
+        old: A temporary name for the existing folder. After an error of the last sync it stays
+            there.
+
+    Raises:
+        OSError: It cannot be renamed, in which case an existing folder stays as it was, or the
+            disk fails to make the name durable.
+    """
+    _remove_tree(old)
+    try:
+        if output.exists():
+            output.rename(old)
+        temporary.rename(output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        raise
+    sync_folder(output.parent)
+    _remove_tree(old)
+
+
+def _publish(output: Path, temporary: Path, old: Path) -> None:
+    try:
+        replace_folder(output, temporary, old)
+    except OSError as error:
+        if temporary.exists():
+            raise
+        kept = f"; what it replaced is in {old} until the next run" if old.exists() else ""
+        raise UserError(f"{output}: {error.strerror}{kept}; check the disk") from error
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Removes what killed processes of this host left in the folder of ``output``, which is locked.
+
+    A folder that a killed process had moved away gets its name back. Leftovers of other hosts,
+    whose locks may not be visible here, are only logged.
+    """
+    foreign = []
+    try:
+        paths = sorted(output.parent.iterdir())
+    except PermissionError:  # the folder can be written to but not listed
+        return
+    for path in paths:
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or match[2] != host_name():
+            known = match or _EARLIER_LEFTOVER.fullmatch(path.name)
+            if known is not None and known[1] == output.name:
+                foreign.append(path.name)
+        elif match[1] == output.name:
+            _clear(path, output)
+        else:
+            with suppress(OSError):  # it belongs to another user
+                _clear_locked(path, path.with_name(match[1]))
+    if foreign:
+        logger.warning(
+            "%s: %s: left, or being written, by another host or an earlier version; remove it if "
+            "no job is running there",
+            output.parent,
+            ", ".join(foreign),
+        )
+
+
+def _clear_locked(path: Path, output: Path) -> None:
+    lock = FileLock.acquire(_lock_path(output))
+    if lock is None:
+        return
+    try:
+        if lock.is_effective:
+            _clear(path, output)
+    finally:
+        lock.release()
+
+
+def _clear(path: Path, output: Path) -> None:
+    if path.name.endswith(_OLD) and not output.exists():
+        path.rename(output)
+        logger.info("%s: restored from %s, which a killed process left", output, path.name)
+        return
+    _remove_tree(path)
+    logger.info("%s: removed; a killed process had left it", path)
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_symlink():
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class StagedFile:
+    """A large file that is written as a stream to ``<path>.partial``.
+
+    Call `write` and `append_file`, then `publish_all`. Leaving the ``with`` block before that
+    removes what was written. A killed job leaves at most ``.partial`` files, which the next job
+    overwrites.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens ``<path>.partial`` and locks it against a second job that writes the same file.
+
+        Args:
+            path: The final name. Missing folders are created.
+
+        Raises:
+            UserError: The file cannot be created there, or another process is writing it.
+        """
+        refuse_url(path)
+        self.path = Path(path)
+        refuse_other_than_file(self.path)
+        self.partial_path = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        self.num_bytes = 0
+        self._hash = hashlib.sha256()
+        with as_user_error(self.partial_path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock.acquire(self.partial_path, for_writing=True)
+        if lock is None:
+            raise UserError(
+                f"another job is writing: {self.partial_path}: wait for it or choose another prefix"
+            )
+        self._file = open(lock.descriptor, "wb", buffering=1 << 20)  # noqa: SIM115
+        with as_user_error(self.partial_path):
+            self._file.truncate(0)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Appends and hashes bytes.
+
+        Raises:
+            UserError: They cannot be written, for example because the disk is full.
+        """
+        if len(data) < _LARGE_BYTES:
+            self._hash.update(data)
+            with as_user_error(self.partial_path):
+                self._file.write(data)
+        else:
+            hashing = threading.Thread(target=self._hash.update, args=(data,))
+            hashing.start()
+            try:
+                with as_user_error(self.partial_path):
+                    self._file.write(data)
+            finally:
+                hashing.join()
+        self.num_bytes += len(data)
+
+    def append_file(self, source: Path) -> int:
+        """Appends and hashes a whole file.
+
+        Blocks are read ahead while the previous one is hashed and written. Most are written past
+        the page cache: copying into the cache takes longer than the disk does, and evicts what
+        others keep there.
+
+        Returns:
+            The number of bytes.
+
+        Raises:
+            UserError: The source cannot be read or shrinks meanwhile, or the bytes cannot be
+                written.
+        """
+        with as_user_error(self.partial_path):
+            self._file.flush()
+            num_bytes = self._copy(source)
+            self._file.seek(self.num_bytes + num_bytes)
+        self.num_bytes += num_bytes
+        return num_bytes
+
+    def _copy(self, source: Path) -> int:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(source.open("rb", buffering=0))
+            except OSError as error:
+                raise UserError(f"cannot read: {source}: {error.strerror}") from error
+            writer = stack.enter_context(closing(DirectWriter(self.partial_path)))
+            pool = stack.enter_context(ThreadPoolExecutor(2))
+            buffers = [memoryview(mmap.mmap(-1, COPY_BYTES)) for _ in range(2)]
+            num_bytes = os.fstat(file.fileno()).st_size
+            blocks = list(_blocks(self.num_bytes, num_bytes))
+
+            def read(number: int) -> memoryview:
+                begin, end = blocks[number]
+                return _read(file.fileno(), source, begin, buffers[number % 2][: end - begin])
+
+            ahead = pool.submit(read, 0) if blocks else None
+            for number, (begin, _) in enumerate(blocks):
+                assert ahead is not None
+                block = ahead.result()
+                ahead = pool.submit(read, number + 1) if number + 1 < len(blocks) else None
+                hashing = pool.submit(self._hash.update, block)
+                try:
+                    writer.write(block, self.num_bytes + begin)
+                finally:
+                    hashing.result()
+        return num_bytes
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of everything written so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def seal(self) -> None:
+        """Flushes every byte written so far to the disk."""
+        with as_user_error(self.partial_path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def publish(self) -> None:
+        """Gives the file its final name. Nothing may be written afterwards.
+
+        Raises:
+            UserError: The name cannot be given, for example because a folder has it.
+        """
+        with as_user_error(self.path):
+            os.replace(self.partial_path, self.path)
+        self._file.close()
+
+    def discard(self) -> None:
+        """Removes the file, unless it has been published."""
+        if not self._file.closed:
+            with suppress(OSError):  # a disk that has become read-only keeps the file
+                self.partial_path.unlink(missing_ok=True)
+            with suppress(OSError):  # buffered bytes may not fit on the disk
+                self._file.close()
+
+    def __enter__(self) -> "StagedFile":
+        """Returns the file itself."""
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Discards the file, unless it has been published."""
+        self.discard()
+
+
+def _blocks(num_before: int, num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yields begin and end of blocks; all but short ones at the ends have aligned positions."""
+    begin = 0
+    while begin < num_bytes:
+        odd = (num_before + begin) % ALIGNMENT
+        length = ALIGNMENT - odd if odd else COPY_BYTES
+        end = min(begin + length, num_bytes)
+        if end - begin > ALIGNMENT and end == num_bytes:
+            end -= (num_before + end) % ALIGNMENT  # the rest becomes a block of its own
+        yield begin, end
+        begin = end
+
+
+def _read(descriptor: int, path: Path, begin: int, block: memoryview) -> memoryview:
+    at = 0
+    while at < len(block):
+        try:
+            num_read = os.preadv(descriptor, [block[at:]], begin + at)
+        except OSError as error:
+            raise UserError(f"cannot read: {path}: {error.strerror}") from error
+        if num_read == 0:
+            raise UserError(f"cannot read: {path}: it became shorter while it was copied")
+        at += num_read
+    if hasattr(os, "posix_fadvise"):  # it is read once, so it need not stay in the page cache
+        os.posix_fadvise(descriptor, begin, len(block), os.POSIX_FADV_DONTNEED)
+    return block
+
+
+def publish_all(files: Iterable[StagedFile]) -> None:
+    """Flushes every file, renames them in the given order, and makes the names durable.
+
+    Args:
+        files: In the order in which the names may appear: the file by which the others are found
+            goes last.
+
+    Raises:
+        UserError: A file cannot be written or renamed; or all files have their names, but the disk
+            fails to make the names durable.
+    """
+    files = list(files)
+    for file in files:
+        file.seal()
+    for file in files:
+        file.publish()
+    for folder in dict.fromkeys(file.path.parent for file in files):
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            first = next(file.path for file in files if file.path.parent == folder)
+            raise UserError(f"cannot write: {first}: {error.strerror}; check the disk") from error
+
+
+class Spool:
+    """Bytes kept in a nameless temporary file until they are read again."""
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the file.
+
+        Args:
+            folder: A folder on the disk to use.
+        """
+        self._folder = folder
+        with as_user_error(folder):
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes.
+
+        Raises:
+            UserError: They cannot be written, for example because the disk is full.
+        """
+        with as_user_error(self._folder):
+            self._file.write(data)
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yields everything from the beginning, a mebibyte at a time."""
+        with as_user_error(self._folder):
+            self._file.seek(0)
+            while block := self._file.read(1 << 20):
+                yield block
+
+    def close(self) -> None:
+        """Frees the space."""
+        with suppress(OSError):  # buffered bytes may not fit on the disk
+            self._file.close()
+
+
+class DirectWriter:
+    """Writes a file past the page cache.
+
+    Writing through the page cache copies every byte once more and leaves the disk idle meanwhile.
+    Blocks whose position, length and address are multiples of `ALIGNMENT` are written directly.
+    The rest, and everything on a file system without direct writes, goes through the page cache.
+    Several threads may write at the same time.
+
+    Attributes:
+        descriptor: The file, opened for ordinary writes.
+    """
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        """Opens a file.
+
+        Args:
+            path: The file.
+            create: Whether to create the file, or to empty an existing one.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        flags = os.O_CREAT | os.O_TRUNC if create else 0
+        self.descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
+        self._direct = _open_direct(path)
+        self._is_direct = self._direct is not None
+
+    def write(self, data: memoryview, position: int) -> None:
+        """Writes bytes at a position in the file.
+
+        Raises:
+            OSError: They cannot be written, for example because the disk is full.
+        """
+        done = 0
+        while done < len(data):
+            rest = data[done:]
+            num_direct = 0 if (position + done) % ALIGNMENT else len(rest) & -ALIGNMENT
+            if self._is_direct and num_direct:
+                assert self._direct is not None
+                try:
+                    num_written = os.pwrite(self._direct, rest[:num_direct], position + done)
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self._is_direct = False  # it can be opened for direct writes and refuses them
+                    continue
+                num_written &= -ALIGNMENT  # after a short write, continue at a block's begin
+            else:
+                num_written = os.pwrite(self.descriptor, rest, position + done)
+            if num_written == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += num_written
+
+    def close(self) -> None:
+        """Closes the file without flushing it."""
+        if self._direct is not None:
+            os.close(self._direct)
+        os.close(self.descriptor)
+
+
+def _open_direct(path: Path) -> int | None:
+    """Returns a descriptor for direct writes; None where they are not supported."""
+    with suppress(OSError, AttributeError):  # AttributeError: a system without the flag
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    return None
 
 
 @contextmanager
 def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A temporary folder for the time of the block.
+    """Creates a temporary folder and removes it when the block ends.
 
     Folders of the same prefix that killed processes of this user and host left are removed first.
 
     Args:
-        prefix: Begins its name.
-        parent: Where it lies; the system's folder for temporary files if None.
+        prefix: The beginning of its name.
+        parent: The folder to create it in; the system's temporary folder if None.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be created.
     """
     prefix = f"{prefix}{host_name()}."
     try:
@@ -429,18 +838,18 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def _make_locked(prefix: str, parent: Path) -> tuple[Path, int]:
-    """Makes a folder and locks it; returns it and the descriptor that holds the lock."""
+    """Creates and locks a folder; returns it and the descriptor that holds the lock."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:  # as below
             continue
-        with suppress(OSError):  # there may be no locks on folders
+        with suppress(OSError):  # the file system may not lock folders
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_same_file(descriptor, made):
             return made, descriptor
-        os.close(descriptor)  # before it was locked, another process took it for left behind
+        os.close(descriptor)  # before it was locked, another process removed it
 
 
 def _remove_if_dead(folder: Path) -> None:
@@ -455,240 +864,5 @@ def _remove_if_dead(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     except OSError:  # it is in use, or there are no locks here
         return
-    finally:
-        os.close(descriptor)
-
-
-PARTIAL_SUFFIX = ".partial"
-LARGE_BYTES = 1 << 22  # from here on a thread of its own hashes while the bytes are being written
-
-
-@contextmanager
-def as_user_error(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write a file into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write: {path}: {error.strerror or error}") from error
-
-
-def remove_file(path: Path) -> None:
-    """Removes a file, if it is there.
-
-    Raises:
-        UserError: It cannot be removed, as on a read-only disk.
-    """
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot remove: {path}: {error.strerror}") from error
-
-
-class StagedFile:
-    """A file being written beside its final name.
-
-    Use `write`, then `seal` (fsync), then `publish`; leaving the ``with`` block before `publish`
-    removes what was written.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Opens `<path>.partial`, and locks it against a second job that writes the same file.
-
-        Args:
-            path: The final name; missing folders are made.
-
-        Raises:
-            UserError: The file cannot be made there, or another process is writing it.
-        """
-        refuse_url(path)
-        self.path = Path(path)
-        refuse_other_than_file(self.path)
-        self.partial_path = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
-        self.num_bytes = 0
-        self._hash = hashlib.sha256()
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.partial_path, "ab", buffering=1 << 20)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"cannot write: {self.partial_path}: {error.strerror}") from error
-        self._lock()
-        with as_user_error(self.partial_path):
-            self._file.truncate(0)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mine = False
-        except OSError:
-            mine = True  # a file system without locks: two jobs on one prefix are not noticed
-        else:
-            # Between our open and our lock, the other job may have published this very file.
-            mine = self.partial_path.exists() and os.path.samestat(
-                os.fstat(self._file.fileno()), self.partial_path.stat()
-            )
-        if not mine:
-            self._file.close()
-            raise UserError(
-                f"another job is writing: {self.partial_path}: wait for it or choose another prefix"
-            )
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Appends bytes, and takes them into the hash.
-
-        Raises:
-            UserError: They cannot be written, as when the disk is full.
-        """
-        if len(data) < LARGE_BYTES:
-            self._hash.update(data)
-            with as_user_error(self.partial_path):
-                self._file.write(data)
-        else:
-            hashing = threading.Thread(target=self._hash.update, args=(data,))
-            hashing.start()
-            try:
-                with as_user_error(self.partial_path):
-                    self._file.write(data)
-            finally:
-                hashing.join()
-        self.num_bytes += len(data)
-
-    def append_file(self, source: Path) -> int:
-        """Appends a whole file, and takes it into the hash.
-
-        Returns:
-            The number of its bytes.
-
-        Raises:
-            UserError: It cannot be read, or these bytes cannot be written.
-        """
-        with as_user_error(self.partial_path):
-            self._file.flush()
-            num_bytes = append_file(
-                source, self.partial_path, self.num_bytes, self._append, self._hash.update
-            )
-        self.num_bytes += num_bytes
-        return num_bytes
-
-    def _append(self, data: memoryview) -> None:
-        self._file.write(data)
-        self._file.flush()
-
-    @property
-    def sha256(self) -> str:
-        """The hash, in hex, of everything written so far."""
-        return self._hash.hexdigest()
-
-    def seal(self) -> None:
-        """Brings every byte written so far to the disk."""
-        with as_user_error(self.partial_path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def publish(self) -> None:
-        """Gives the file its final name; nothing may be written after it.
-
-        Raises:
-            UserError: The name cannot be given, as when a folder has it.
-        """
-        with as_user_error(self.path):
-            os.replace(self.partial_path, self.path)
-        self._file.close()
-
-    def discard(self) -> None:
-        """Removes the file, unless it has been published."""
-        if not self._file.closed:
-            with suppress(OSError):  # a disk that has become read-only keeps the file
-                self.partial_path.unlink(missing_ok=True)
-            with suppress(OSError):  # what is still buffered may not fit on the disk
-                self._file.close()
-
-    def __enter__(self) -> "StagedFile":
-        """Returns the file itself."""
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Discards what has not been published."""
-        self.discard()
-
-
-class Spool:
-    """Bytes that wait on the disk, in a file without a name, until they are read once more."""
-
-    def __init__(self, folder: Path) -> None:
-        """Opens the file.
-
-        Args:
-            folder: On whose disk it lies.
-        """
-        self._folder = folder
-        with as_user_error(folder):
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
-
-    def write(self, data: bytes) -> None:
-        """Appends bytes.
-
-        Raises:
-            UserError: They cannot be written, as when the disk is full.
-        """
-        with as_user_error(self._folder):
-            self._file.write(data)
-
-    def blocks(self) -> Iterator[bytes]:
-        """Everything from the beginning, a mebibyte at a time."""
-        with as_user_error(self._folder):
-            self._file.seek(0)
-            while block := self._file.read(1 << 20):
-                yield block
-
-    def close(self) -> None:
-        """Gives the space back."""
-        with suppress(OSError):  # what is still buffered may not fit on the disk
-            self._file.close()
-
-
-def publish_all(files: Iterable[StagedFile]) -> None:
-    """Seals every file, renames them in the given order, and makes the names durable.
-
-    Args:
-        files: In the order in which the names may appear: what others are found by goes last.
-
-    Raises:
-        UserError: A file cannot be written or renamed; or all of them have their names, but the
-            disk fails to make the names durable.
-    """
-    files = list(files)
-    for file in files:
-        file.seal()
-    for file in files:
-        file.publish()
-    for folder in dict.fromkeys(file.path.parent for file in files):
-        try:
-            _sync_folder(folder)
-        except OSError as error:
-            first = next(file.path for file in files if file.path.parent == folder)
-            raise UserError(
-                f"cannot sync the folder of {first}: {folder}: {error.strerror}: the files are "
-                "complete under their names, which a crash of the machine may undo: check the "
-                "disk, then run this again"
-            ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where its file system can do that for folders."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written to but not listed
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
     finally:
         os.close(descriptor)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from megatron_chatflow.convert.to_huggingface import check_new_folder, new_folder
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
+from megatron_chatflow.files import check_new_folder, new_folder
 from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
 from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
 from megatron_chatflow.tokenizer import load_tokenizer

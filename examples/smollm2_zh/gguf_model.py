@@ -19,14 +19,10 @@ import torch
 from examples.smollm2_zh.gguf_tokenizer import special_ids, write_tokenizer
 from megatron_chatflow.convert.safetensors import write_shards
 from megatron_chatflow.convert.shape import DTYPES, LlamaShape, huggingface_config
-from megatron_chatflow.convert.to_huggingface import (
-    MAX_SHARD_BYTES,
-    Converted,
-    check_new_folder,
-    new_folder,
-)
+from megatron_chatflow.convert.to_huggingface import MAX_SHARD_BYTES, Converted
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import check_new_folder, new_folder
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.small_files import (
     read_model_files,

@@ -34,14 +34,19 @@ import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_chatflow.checkpoint.direct_file import (
-    BLOCK_BYTES,
     FileHash,
     hash_file,
     lower_thread_priority,
 )
 from megatron_chatflow.checkpoint.files import LATEST, MANIFEST, manifest_text, prune
 from megatron_chatflow.checkpoint.layout import Plan, index_files
-from megatron_chatflow.files import fsync_path, sync_folder, write_atomically
+from megatron_chatflow.files import (
+    ALIGNMENT,
+    replace_folder,
+    sync_folder,
+    write_and_sync,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +58,7 @@ _MEMORY_MARGIN = 0.1
 
 def page_aligned(num_bytes: int) -> tuple[mmap.mmap, torch.Tensor]:
     """Memory for direct writes, and the same as a uint8 tensor, a block longer than asked for."""
-    size = -(-(num_bytes + BLOCK_BYTES) // _HUGE_PAGE) * _HUGE_PAGE
+    size = -(-(num_bytes + ALIGNMENT) // _HUGE_PAGE) * _HUGE_PAGE
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -81,7 +86,7 @@ class StagingBuffer:
         Returns:
             Whether this machine's memory has that much to spare; if not, nothing is taken.
         """
-        if self._tensor is not None and len(self._tensor) >= num_bytes + BLOCK_BYTES:
+        if self._tensor is not None and len(self._tensor) >= num_bytes + ALIGNMENT:
             return True
         self.release()
         memory = psutil.virtual_memory()
@@ -309,23 +314,15 @@ class Publication:
         for name, content in contents.items():
             path = self.beside / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            fsync_path(path)
+            write_and_sync(path, content)
             hashes[name] = hash_file(path)
             folders |= set(path.parents[: name.count("/")])
         for folder in folders:
             sync_folder(folder)
-        (self.beside / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
-        fsync_path(self.beside / MANIFEST)
+        write_and_sync(self.beside / MANIFEST, manifest_text(hashes).encode())
         sync_folder(self.beside)
-        replaced = self.root / f".{self.final.name}.removed"
-        if self.final.exists():
-            # The same iteration saved again, after a resume from an earlier one.
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.final.rename(replaced)
-        self.beside.rename(self.final)
-        sync_folder(self.root)
-        shutil.rmtree(replaced, ignore_errors=True)
+        # A folder of this name is there where a run resumed from an earlier iteration.
+        replace_folder(self.final, self.beside, self.root / f".{self.final.name}.removed")
         write_atomically(self.root / LATEST, f"{self.iteration}\n")
 
     def prune(self) -> None:

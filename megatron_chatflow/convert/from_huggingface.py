@@ -31,7 +31,7 @@ from megatron_chatflow.checkpoint.files import CARRIED, LATEST, iteration_folder
 from megatron_chatflow.convert.distributed import ChunkToWrite, write_distributed
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import DTYPES, LlamaShape, shape_of_huggingface
-from megatron_chatflow.convert.to_huggingface import Converted, check_new_folder, new_folder
+from megatron_chatflow.convert.to_huggingface import Converted
 from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
 from megatron_chatflow.convert.weight_map import (
     Join,
@@ -41,6 +41,7 @@ from megatron_chatflow.convert.weight_map import (
     placements,
 )
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import check_new_folder, new_folder
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.small_files import (
     read_model_files,

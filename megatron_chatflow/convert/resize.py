@@ -19,15 +19,14 @@ from megatron_chatflow.convert.shape import shape_of_checkpoint
 from megatron_chatflow.convert.template import TokenizerChoice, files_of_checkpoint
 from megatron_chatflow.convert.to_huggingface import (
     Converted,
-    check_new_folder,
     check_shapes,
     find_checkpoint,
-    new_folder,
     run_tokenizer,
 )
 from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
 from megatron_chatflow.convert.weight_map import WeightRule, huggingface_shapes, placements
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import check_new_folder, new_folder
 from megatron_chatflow.tokenizer.small_files import replace_tokenizer
 
 _ADVICE = "name the run's own with --old-tokenizer-model"

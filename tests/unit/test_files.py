@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from megatron_chatflow.convert.to_huggingface import new_folder
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import (
     FileLock,
     host_name,
+    new_folder,
     scratch_folder,
     write_atomically,
     write_output_file,

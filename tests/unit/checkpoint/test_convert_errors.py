@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
-from megatron_chatflow.convert.to_huggingface import export_checkpoint, new_folder
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import new_folder
 
 TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
 SHAPE = LlamaShape(

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_chatflow.convert.to_huggingface import new_folder
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import host_name
+from megatron_chatflow.files import host_name, new_folder
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 FILES = ("mark", "weights", "inner/file")

@@ -83,6 +83,18 @@ def test_a_writer_that_cannot_spool_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_is_copied_to_a_full_disk(tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    part.write_bytes(bytes(100_000))
+
+    for num_bytes in (10, 50_000):  # in the first block, which is not aligned, and behind it
+        with StagedFile(tmp_path / "whole") as file:
+            file.write(b"x")
+            with largest_file(num_bytes), pytest.raises(UserError, match="cannot write: .*whole"):
+                file.append_file(part)
+        assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL])
 def test_a_folder_that_cannot_be_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -100,7 +112,7 @@ def test_a_folder_that_cannot_be_synced(
         if code == errno.EINVAL:  # a file system that syncs no folders
             publish_all([file])
         else:
-            message = f"cannot sync the folder of {tmp_path}/a: .*error: the files are complete"
+            message = f"cannot write: {tmp_path}/a: .*error, .*: what was written is complete"
             with pytest.raises(UserError, match=message):
                 publish_all([file])
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -76,7 +76,7 @@ def test_urls_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefi
     monkeypatch.chdir(tmp_path)
     for make in (IndexedDataset, lambda path: IndexedDatasetWriter(path, np.int32)):
         for path in (prefix, Path(prefix)):
-            with pytest.raises(UserError, match=r"^\w+://?\w+/x_document.*: is a URL, and files"):
+            with pytest.raises(UserError, match=r"^\w+://?\w+/x_document.*: is a URL, and only"):
                 make(path)
     assert list(tmp_path.iterdir()) == []
 
