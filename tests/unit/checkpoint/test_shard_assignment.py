@@ -1,4 +1,4 @@
-"""Ranges of flattened tensors become boxes, and replicas share pieces, without loss or overlap."""
+"""Ranges of flattened tensors become boxes, and replicas share shards, without loss or overlap."""
 
 import math
 import random
@@ -26,32 +26,32 @@ def test_boxes_hold_exactly_the_range_in_its_order(shape: tuple[int, ...]) -> No
             assert found == list(range(begin, end))
 
 
-def _pieces(rng: random.Random) -> list[TensorShard]:
-    pieces = []
+def _shards(rng: random.Random) -> list[TensorShard]:
+    shards = []
     for number in range(rng.randint(1, 12)):
         shape = tuple(rng.randint(1, 40) for _ in range(rng.randint(1, 3)))
         values = torch.rand(math.prod(shape)).view(shape)
-        pieces.append(TensorShard(f"t{number}", shape, (0,) * len(shape), shape, values))
-    return pieces
+        shards.append(TensorShard(f"t{number}", shape, (0,) * len(shape), shape, values))
+    return shards
 
 
 def test_replicas_share_every_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(division, "_SMALLEST_CUT_BYTES", 64)
     rng = random.Random(3)
     for _ in range(40):
-        pieces, num_replicas = _pieces(rng), rng.randint(1, 5)
-        whole = {piece.name: torch.full(piece.global_shape, torch.nan) for piece in pieces}
+        shards, num_replicas = _shards(rng), rng.randint(1, 5)
+        whole = {shard.name: torch.full(shard.global_shape, torch.nan) for shard in shards}
         loads = []
         for rank in range(num_replicas):
-            share = assign_shards(pieces, rank, num_replicas)
-            loads.append(sum(piece.values.numel() for piece in share))
-            for piece in share:
-                place = whole[piece.name][
-                    tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))
+            share = assign_shards(shards, rank, num_replicas)
+            loads.append(sum(shard.values.numel() for shard in share))
+            for shard in share:
+                place = whole[shard.name][
+                    tuple(slice(o, o + s) for o, s in zip(shard.offsets, shard.sizes, strict=True))
                 ]
                 assert place.isnan().all(), "written twice"
-                place.copy_(piece.values.view(piece.sizes))
-        for piece in pieces:
-            assert torch.equal(whole[piece.name], piece.values)
-        largest = max(piece.values.numel() for piece in pieces)
+                place.copy_(shard.values.view(shard.sizes))
+        for shard in shards:
+            assert torch.equal(whole[shard.name], shard.values)
+        largest = max(shard.values.numel() for shard in shards)
         assert max(loads) - min(loads) <= max(largest / num_replicas * 2, 64)
