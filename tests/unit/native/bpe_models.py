@@ -7,7 +7,7 @@ from sentencepiece import sentencepiece_model_pb2
 from megatron_chatflow.tokenizer.bpe import BpePieces
 
 
-def state_shards(path: Path) -> BpePieces:
+def pieces_of(path: Path) -> BpePieces:
     """The pieces of a SentencePiece model."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(path.read_bytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from bpe_models import state_shards
+from bpe_models import pieces_of
 
 from megatron_chatflow.runtime.extension import load_extension
 from megatron_chatflow.tokenizer.bpe import BpePieces, ReferenceBpeEncoder, compiled_bpe_encoder
@@ -73,7 +73,7 @@ def test_equals_its_definition_on_made_up_models(seed: int) -> None:
 
 
 def test_equals_sentencepiece(tiny_sentencepiece_model: Path) -> None:
-    compiled = compiled_bpe_encoder(state_shards(tiny_sentencepiece_model))
+    compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sentencepiece_model))
     texts = hard_texts(30_000, seed=1)
@@ -84,7 +84,7 @@ def test_equals_sentencepiece(tiny_sentencepiece_model: Path) -> None:
 
 
 def test_more_distinct_words_than_are_remembered(tiny_sentencepiece_model: Path) -> None:
-    model = state_shards(tiny_sentencepiece_model)
+    model = pieces_of(tiny_sentencepiece_model)
     compiled = compiled_bpe_encoder(model)
     assert compiled is not None
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sentencepiece_model))
@@ -97,7 +97,7 @@ def test_more_distinct_words_than_are_remembered(tiny_sentencepiece_model: Path)
 
 def test_one_long_word(tiny_sentencepiece_model: Path) -> None:
     """Nowhere to cut: the heap has to do all of it, in time that does not grow with the square."""
-    compiled = compiled_bpe_encoder(state_shards(tiny_sentencepiece_model))
+    compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sentencepiece_model))
     generator = random.Random(4)
@@ -114,14 +114,14 @@ def test_refuses_what_is_no_model() -> None:
 
 
 def test_refuses_lone_surrogates(tiny_sentencepiece_model: Path) -> None:
-    compiled = compiled_bpe_encoder(state_shards(tiny_sentencepiece_model))
+    compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     with pytest.raises(UnicodeEncodeError):
         compiled.encode_batch(["a\ud800"], True)
 
 
 def test_threads_and_narrow_ids(tiny_sentencepiece_model: Path) -> None:
-    compiled = compiled_bpe_encoder(state_shards(tiny_sentencepiece_model))
+    compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     texts = hard_texts(3000, seed=5)
     expected = compiled.encode_batch(texts, True)[0].tolist()

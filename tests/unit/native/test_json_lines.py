@@ -6,7 +6,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from bpe_models import state_shards
+from bpe_models import pieces_of
 
 from megatron_chatflow.runtime.extension import load_extension
 from megatron_chatflow.tokenizer.bpe import CompiledBpeEncoder, compiled_bpe_encoder
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not
 
 @pytest.fixture(scope="module")
 def encoder(tiny_sentencepiece_model: Path) -> CompiledBpeEncoder:
-    compiled = compiled_bpe_encoder(state_shards(tiny_sentencepiece_model))
+    compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     return compiled
 
