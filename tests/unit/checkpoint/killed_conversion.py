@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_chatflow.convert import export as convert_export  # noqa: F401
+from megatron_chatflow.convert import to_huggingface  # noqa: F401
 
 TOOLS = Path(__file__).parents[3] / "tools"
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
