@@ -9,7 +9,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test lint format demo demo-short smollm2 sanitize chaos fuzz clean
+.PHONY: help venv build test docs lint format demo demo-short smollm2 sanitize chaos fuzz clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -46,6 +46,10 @@ lint: $(INSTALLED) ## check style, types and format
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(if $(CSRC),$(BIN)/clang-format --dry-run -Werror $(CSRC))
+
+docs: $(INSTALLED) ## build the documentation in build/site, strictly
+	$(BIN)/python tools/docs_reference.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(INSTALLED) ## format every file in place
 	$(BIN)/ruff check --fix-only .

@@ -3,7 +3,7 @@
 `TABLE` holds every flag of Megatron-LM's training arguments from core 0.7 (2024) to August 2026
 that is not one of ours. A flag is *accepted* if it asks for what is so anyway or has no effect on
 the result, *mapped* if the same is said otherwise here, or *refused* with what to use instead.
-`translate` applies the table to a command line, and `megatron_page` writes it as a page.
+`translate` applies the table to a command line, and `tools/docs_reference.py` writes it as a page.
 """
 
 import re
