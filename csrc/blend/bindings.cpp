@@ -1,6 +1,6 @@
 /// \file
-/// The extension module `megatron_chatflow.blend._native`: the engine of a segment, and where windows
-/// end.
+/// The extension module `megatron_chatflow.blend._native`: the engine of a segment, and where
+/// windows end.
 #include <pybind11/numpy.h>
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 /// \file
-/// The extension module `megatron_chatflow.data._native`: the order of samples, packing, samples, the
-/// loader and hashes. Shapes and types are checked here, memory stays NumPy's, and the global
+/// The extension module `megatron_chatflow.data._native`: the order of samples, packing, samples,
+/// the loader and hashes. Shapes and types are checked here, memory stays NumPy's, and the global
 /// interpreter lock is released while data moves.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
