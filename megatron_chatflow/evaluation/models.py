@@ -30,6 +30,7 @@ from megatron_chatflow.tokenizer.tokenizer_json import (
     error_text,
     is_library_error,
     parse_tokenizer_json,
+    without_panic_output,
 )
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -63,7 +64,8 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
     try:
         if (folder / TOKENIZER_JSON).is_file():
             parse_tokenizer_json(read_bounded(folder / TOKENIZER_JSON))
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **flags)
+        with without_panic_output():
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **flags)
         what = "it"
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **flags

@@ -18,6 +18,7 @@ from megatron_chatflow.tokenizer.tokenizer_json import (
     open_tokenizer_json,
     parse_json,
     parse_tokenizer_json,
+    without_panic_output,
 )
 
 # transformers' classes that begin a text with BOS unless they are told otherwise.
@@ -159,7 +160,8 @@ def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_
     if tokenizer_json is not None:
         try:
             opened = open_tokenizer_json(parse_tokenizer_json(tokenizer_json))
-            ids: list[int] = opened.encode("a").ids
+            with without_panic_output():
+                ids: list[int] = opened.encode("a").ids
         except BaseException as error:  # loading the model reports it
             if not is_library_error(error):
                 raise

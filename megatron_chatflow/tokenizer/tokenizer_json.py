@@ -14,9 +14,12 @@ import base64
 import binascii
 import json
 import math
+import os
 import re
+import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import tokenizers
@@ -102,8 +105,9 @@ def open_tokenizer_json(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
         ValueError: The library refuses it, or its ids are too sparse.
     """
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-        vocabulary = tokenizer.get_vocab()
+        with without_panic_output():
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            vocabulary = tokenizer.get_vocab()
     except BaseException as error:
         if not is_library_error(error):
             raise
@@ -130,6 +134,64 @@ def error_text(error: BaseException) -> str:
 
 
 @contextmanager
+def without_panic_output() -> Iterator[None]:
+    """Keeps off standard error what Rust prints of a panic, which arrives as an exception as well.
+
+    Rust writes to descriptor 2 itself, so the descriptor leads to a file in memory for the time of
+    the call. Everything else in that file, such as other threads' output, is written to standard
+    error afterwards; only the end of the whole process inside the call loses it. Does nothing in
+    other threads than the main one, which might redirect while the main thread forks, on systems
+    without such files, and with RUST_BACKTRACE=full.
+    """
+    is_wanted = os.environ.get("RUST_BACKTRACE") == "full"
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_wanted or not is_main or not hasattr(os, "memfd_create"):
+        yield
+        return
+    try:
+        captured = os.memfd_create("stderr")
+    except OSError:  # no descriptor left; the call reports what it cannot do itself
+        yield
+        return
+    try:
+        standard_error = os.dup(2)
+    except OSError:  # it is closed
+        os.close(captured)
+        yield
+        return
+    panic: BaseException | None = None
+    try:
+        with suppress(AttributeError, OSError, ValueError):  # none, or one that is closed
+            sys.stderr.flush()
+        os.dup2(captured, 2)
+        yield
+    except BaseException as error:
+        panic = error if type(error).__name__ == "PanicException" else None
+        raise
+    finally:
+        os.dup2(standard_error, 2)
+        num_bytes = os.fstat(captured).st_size
+        if num_bytes:
+            text = os.pread(captured, num_bytes, 0)
+            if panic is not None:
+                text = _without_panic(text, str(panic).encode("utf-8", "surrogateescape"))
+            with suppress(OSError):
+                while text:
+                    text = text[os.write(2, text) :]
+        os.close(captured)
+        os.close(standard_error)
+
+
+def _without_panic(output: bytes, message: bytes) -> bytes:
+    """The output without a panic: where, the message, a backtrace and a note if there are any."""
+    pattern = (
+        rb"\n?thread '[^\n]*panicked at [^\n]*\n(?:%b\n)?"
+        rb"(?:stack backtrace:\n(?: [^\n]*\n)*)?(?:note: [^\n]*\n)?"
+    )
+    return re.sub(pattern % re.escape(message), b"", output)
+
+
+@contextmanager
 def library_errors(what: str) -> Iterator[None]:
     """Turns errors and panics of a Rust library into a `UserError`.
 
@@ -137,7 +199,8 @@ def library_errors(what: str) -> Iterator[None]:
         what: What failed, and where; begins the message.
     """
     try:
-        yield
+        with without_panic_output():
+            yield
     except UserError:
         raise
     except BaseException as error:

@@ -2,8 +2,7 @@
 
 A finding is any of these:
 
-- a traceback, an exit status other than 0 and 2, or a signal; what Rust prints of a panic before
-  it becomes an error of one line is none;
+- a traceback, what Rust prints of a panic, an exit status other than 0 and 2, or a signal;
 - memory or time above the limits;
 - a message that is not one line of at most 1,000 characters;
 - after an error, a file under its final name or a leftover; after success, an output that is not
@@ -207,6 +206,8 @@ def judge(
         return "ran code of a file"
     if "Traceback (most recent call last)" in told:
         return f"traceback: {_last_line(told)}"
+    if " panicked at " in told:
+        return f"panic: {_last_line(told)}"
     if outcome.status not in command.statuses:
         return f"exit status {outcome.status}: {_last_line(told)}"
     if outcome.cpu_seconds > limits.cpu_seconds:

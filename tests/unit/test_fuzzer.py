@@ -86,6 +86,10 @@ def change_input() -> None:
 
 FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     "traceback": (panic, "traceback: KeyError: 'a'"),
+    "panic": (
+        say_and_exit(2, "thread 'main' panicked at a.rs:1:2:\nerror: a.txt is damaged"),
+        "panic: error: a.txt",
+    ),
     "signal": (crash, "ended by signal 11"),
     "status": (say_and_exit(1, "oh"), "exit status 1: oh"),
     "time": (use_time, "ended by signal 24"),

@@ -1,12 +1,14 @@
 """Damaged and hostile tokenizer files: one line instead of a panic, an abort or wrong ids."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from made_up_text import made_up_sentences
 from sentencepiece import sentencepiece_model_pb2
 
@@ -106,29 +108,57 @@ def test_padding_and_truncation_do_not_matter(tmp_path: Path, byte_level_model: 
     assert tokenizer.encode("bana") == load_tokenizer(byte_level_model).encode("bana")
 
 
-def test_a_panic_while_loading_is_one_line(tmp_path: Path, byte_level_model: Path) -> None:
+def test_a_panic_while_loading_is_one_line(
+    tmp_path: Path, byte_level_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = json.loads(byte_level_model.read_bytes())["model"]
     model["continuing_subword_prefix"] = "######"
     path = changed(byte_level_model, tmp_path, model=model)
     with pytest.raises(UserError, match=f"not a tokenizer.json: {path}: ") as caught:
         load_tokenizer(path)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
 
 
-def test_a_panic_while_encoding_is_one_line(tmp_path: Path, byte_level_model: Path) -> None:
+def test_a_panic_while_encoding_is_one_line(
+    tmp_path: Path, byte_level_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = changed(byte_level_model, tmp_path, pre_tokenizer=SLOW_SPLIT)
     tokenizer = load_tokenizer(path)
     for encode in (tokenizer.encode, tokenizer.encode_continuation):
         with pytest.raises(UserError, match=f"cannot encode text: {path}: .*retry-limit"):
             encode("a" * 100 + "!")
+        assert capfd.readouterr().err == ""
 
 
-def test_a_panic_while_decoding_is_one_line(tmp_path: Path, byte_level_model: Path) -> None:
+def test_a_panic_while_decoding_is_one_line(
+    tmp_path: Path, byte_level_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     strip = {"type": "Strip", "content": "a", "start": 10**18, "stop": 10**18}
     path = changed(byte_level_model, tmp_path, decoder=strip)
     tokenizer = load_tokenizer(path)
     with pytest.raises(UserError, match=f"cannot decode ids: {path}"):
         tokenizer.decode(tokenizer.encode("bana kedo"))
+    assert capfd.readouterr().err == ""
+
+
+def test_other_output_survives_a_panic(
+    tmp_path: Path, byte_level_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = tokenizers.Tokenizer.from_file(
+        str(changed(byte_level_model, tmp_path, pre_tokenizer=SLOW_SPLIT))
+    )
+    for _ in range(2):  # Rust adds a note to the first panic of a process alone
+        with pytest.raises(UserError), library_errors("cannot encode text"):
+            os.write(2, b"before\n")
+            try:
+                library.encode("a" * 100 + "!")
+            finally:
+                os.write(2, "后\n".encode())
+        assert capfd.readouterr().err == "before\n后\n"
+    with library_errors("cannot encode text"):
+        os.write(2, b"thread 'x' panicked at no panic\n")
+    assert capfd.readouterr().err == "thread 'x' panicked at no panic\n"
 
 
 def test_ctrl_c_is_no_error_of_the_library() -> None:
