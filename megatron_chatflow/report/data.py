@@ -1,18 +1,12 @@
-"""Reads what a run left behind into arrays that the report draws.
+"""Reads what a run logged and prepares it for the report's charts and tables.
 
-A run's folder has `metrics.jsonl`, `restarts.jsonl`, `status.json` and `config.yaml`, whether it is
-finished or still running. A `RunMetrics` has one entry per logged iteration and one per validation,
-in order, without repetitions. Reading again reads what is new, so that a page can follow a run of a
-million lines.
+A run's folder holds `metrics.jsonl`, `restarts.jsonl`, `status.json` and `config.yaml`, whether the
+run is finished or still writing. Lines that are torn by a kill, damaged or foreign are counted and
+skipped. `RunReader.read` parses only what was appended since its last call, and numbers are kept as
+columns of float64, so that the report can follow a run of a million logged iterations.
 
-The lines of a run's records, as columns of numbers that grow and are cut.
-
-In: ``metrics.jsonl`` and ``restarts.jsonl``, being written, torn by a kill, or from elsewhere. Out:
-`Records`, which need eight bytes a number, and `Restart`s. What cannot be read is counted.
-
-Makes long curves drawable: fewer points, less noise, the blend's deviation from its plan.
-
-In: float64 arrays with NaN for gaps. Out: arrays of a few hundred points.
+Long curves are reduced before they are drawn: `condense` bounds the number of points, `smooth`
+removes noise.
 """
 
 import json
@@ -31,19 +25,16 @@ import orjson
 from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
 
-LARGEST_NUMBER = 1e100
-"""What lies beyond is no measurement, and would overflow where it is drawn."""
-PLANNED = {
+FloatArray = npt.NDArray[np.float64]
+BySource = Mapping[str, Mapping[str, FloatArray]]
+
+PLANNED_CAUSES = {
     "finished": "extended after its end",
     "exit_interval": "exit interval",
     "stop_requested": "asked to stop",
     "another_folder": "continued from another folder",
 }
-"""Causes of a restart that are no failure, and what the page calls them."""
-MAX_CHANGES = 20
-"""Changes of one restart that are shown."""
-MAX_SOURCES = 1024
-"""A blend has 512 at most; a file from elsewhere shall not fill the memory."""
+"""Causes of a restart that are not failures, with their description in the report."""
 RUN_FIELDS = (
     "interval",
     "consumed_samples",
@@ -67,18 +58,26 @@ RUN_FIELDS = (
 )
 SOURCE_FIELDS = ("loss", "weight", "realised", "tokens", "loss_tokens", "epochs")
 VALIDATION_FIELDS = ("loss", "bits_per_byte")
+MAX_POINTS = 360
+"""Points of a curve that is drawn."""
+MAX_CHANGES = 20
+"""Changes of one restart that are shown."""
+MAX_SOURCES = 1024
+"""Sources that are read. A blend has 512 at most; the bound limits the memory for foreign files."""
+MAX_MAGNITUDE = 1e100
+"""Larger numbers are not measurements, and would overflow in a chart."""
 
 
 @dataclass(frozen=True)
 class Restart:
-    """One time that a run was taken up again.
+    """A point at which a run was resumed.
 
     Attributes:
-        iteration: The last iteration that counts: that of the checkpoint it went on from.
-        attempt: Which start of the run this was; the first restart is the second. 0 if unknown.
-        seconds_lost: Wall time that it cost; NaN if unknown.
-        reached: The last iteration that had been logged before; the same as ``iteration`` or later.
-        cause: Why the run had ended, as `train.restarts.Cause` names it; "unknown" if unknown.
+        iteration: The last iteration that counts: that of the checkpoint it resumed from.
+        attempt: Number of this start of the run; the first restart is attempt 2. 0 if unknown.
+        seconds_lost: Wall time that the restart cost; NaN if unknown.
+        reached: The last iteration logged before the restart, at least ``iteration``.
+        cause: Why the run had ended, one of `train.restarts.Cause`.
         changes: What the resume changed in the schedule and its sources.
     """
 
@@ -91,229 +90,183 @@ class Restart:
 
     @property
     def is_planned(self) -> bool:
-        """Whether the run had ended because it was asked to."""
-        return self.cause in PLANNED
+        """Whether the run had ended on request."""
+        return self.cause in PLANNED_CAUSES
 
 
 class Records:
-    """Rows of numbers by column; a number that a row lacks is NaN.
+    """Rows of numbers, stored as columns that grow and are cut at the end.
+
+    Args:
+        fields: Keys of the numbers to keep of each row.
+        block: Key of an object with numbers by source.
+        block_fields: Keys of the numbers to keep of each source.
 
     Attributes:
-        iteration: Of each row, ascending.
-        columns: By field.
-        blocks: By source, then by field.
+        iteration: Iteration of each row, ascending.
+        columns: Numbers by ``(field,)`` or ``(source, field)``; NaN where a row has none.
     """
 
     def __init__(self, fields: Sequence[str], block: str, block_fields: Sequence[str]) -> None:
-        """Takes the fields to keep, the one that holds numbers by source, and the fields there."""
-        self._fields = fields
-        self._block, self._block_fields = block, block_fields
+        self._fields, self._block, self._block_fields = fields, block, block_fields
         self.iteration = array("d")
-        self.columns: dict[str, array[float]] = {}
-        self.blocks: dict[str, dict[str, array[float]]] = {}
+        self.columns: dict[tuple[str, ...], array[float]] = {}
+        self._sources: dict[str, None] = {}
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Adds a row."""
-        length = len(self.iteration)
-        self._fill(self.columns, self._fields, record, length)
-        sources = record.get(self._block)
-        for name, values in sources.items() if isinstance(sources, dict) else ():
-            if isinstance(values, dict) and (name in self.blocks or len(self.blocks) < MAX_SOURCES):
-                columns = self.blocks.setdefault(name, {})
-                self._fill(columns, self._block_fields, values, length)
+        num_rows = len(self.iteration)
+        for key, value in self._items(record):
+            if type(value) is float or type(value) is int:
+                column = self.columns.get(key)
+                if column is None:
+                    column = self.columns[key] = array("d", [math.nan]) * num_rows
+                column.append(_to_float(value))
         self.iteration.append(record["iteration"])
-        for column in self._all():
-            if len(column) <= length:
+        for column in self.columns.values():
+            if len(column) == num_rows:
                 column.append(math.nan)
 
+    def _items(self, record: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        for field in self._fields:
+            yield (field,), record.get(field)
+        blocks = record.get(self._block)
+        for source, block in blocks.items() if isinstance(blocks, dict) else ():
+            is_known = source in self._sources or len(self._sources) < MAX_SOURCES
+            if is_known and isinstance(block, dict):
+                self._sources[source] = None
+                for field in self._block_fields:
+                    yield (source, field), block.get(field)
+
     def cut(self, iteration: int) -> bool:
-        """Removes the rows from ``iteration`` on; true if there were any."""
-        length = len(self.iteration)
-        while length and self.iteration[length - 1] >= iteration:
-            length -= 1
-        if length == len(self.iteration):
+        """Removes the rows from ``iteration`` on and returns whether there were any."""
+        num_rows = len(self.iteration)
+        while num_rows and self.iteration[num_rows - 1] >= iteration:
+            num_rows -= 1
+        if num_rows == len(self.iteration):
             return False
-        del self.iteration[length:]
-        for column in self._all():
-            del column[length:]
+        for column in (self.iteration, *self.columns.values()):
+            del column[num_rows:]
         return True
 
-    def _all(self) -> Iterator["array[float]"]:
-        yield from self.columns.values()
-        for columns in self.blocks.values():
-            yield from columns.values()
+    def column(self, *key: str) -> FloatArray:
+        """A copy of one column, float64[rows]; NaN throughout if no row has it."""
+        column = self.columns.get(key) or [math.nan] * len(self.iteration)
+        return np.array(column, dtype=np.float64)
 
-    @staticmethod
-    def _fill(
-        columns: "dict[str, array[float]]",
-        fields: Sequence[str],
-        values: dict[str, Any],
-        length: int,
-    ) -> None:
-        for field in fields:
-            value = values.get(field)
-            if type(value) is float or type(value) is int:
-                column = columns.get(field)
-                if column is None:
-                    column = columns[field] = array("d", [math.nan]) * length
-                column.append(_number(value))
+    def by_source(self) -> dict[str, dict[str, FloatArray]]:
+        """Copies of the columns of every source, in the order of first appearance."""
+        return {
+            source: {field: self.column(source, field) for field in self._block_fields}
+            for source in self._sources
+        }
 
 
-class LineReader:
-    """The records of a file that grows, is cut, or is replaced while it is read.
+class MetricsReader:
+    """Reads a `metrics.jsonl` that may grow, be cut or be replaced between reads.
 
     Attributes:
         path: The file.
-        training: One row a logged iteration.
-        validation: One row a validation.
+        training: One row for each logged iteration.
+        validation: One row for each validation.
+        repeats: Iteration that a resume went back to, with the last iteration logged before.
     """
 
     def __init__(self, path: Path) -> None:
-        """Takes the file; `read_on` opens it."""
         self.path = path
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.training = Records(RUN_FIELDS, "sources", SOURCE_FIELDS)
         self.validation = Records((), "validation", VALIDATION_FIELDS)
+        self.repeats: dict[int, int] = {}
         self._num_unreadable = 0
         self._is_torn = False
-        self._offset: int = 0
-        self._file_number: int = 0
-        self._repeats: dict[int, int] = {}
+        self._offset = self._inode = 0
 
-    def read_on(self) -> None:
-        """Reads what was added; everything, if the file is another one or has become shorter.
+    @property
+    def num_unreadable(self) -> int:
+        """Lines that are not records, including an incomplete last line."""
+        return self._num_unreadable + self._is_torn
+
+    def read_new_lines(self) -> None:
+        """Parses what was appended, or the whole file if it was replaced or became shorter.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: The file cannot be read.
         """
         with open(self.path, "rb") as file:
-            size, number = file.seek(0, 2), self.path.stat().st_ino
-            if size < self._offset or number != self._file_number:
-                self._forget()
-                self._file_number = number
+            size, inode = file.seek(0, 2), self.path.stat().st_ino
+            if size < self._offset or inode != self._inode:
+                self._reset()
+                self._inode = inode
             file.seek(self._offset)
             self._is_torn = False
             for line in file:
-                # A line without an end that is an object is whole; another may be being written.
+                # An object without a newline is complete; anything else may still be in writing.
                 if not line.endswith(b"\n") and parse_object(line) is None:
                     self._is_torn = True
                     return
                 self._offset += len(line)
-                self._take(line)
+                if line.strip():
+                    self._add(parse_object(line) or {})
 
-    @property
-    def num_unreadable(self) -> int:
-        """Lines that were no record."""
-        return self._num_unreadable + self._is_torn
-
-    def repeats(self) -> tuple[Restart, ...]:
-        """Restarts that show themselves in iterations which were logged twice."""
-        return tuple(
-            Restart(iteration=before, reached=reached)
-            for before, reached in sorted(self._repeats.items())
-        )
-
-    def _take(self, line: bytes) -> None:
-        if not line.strip():
-            return
-        record = parse_object(line)
-        iteration = None if record is None else record.get("iteration")
-        if record is None or type(iteration) is not int or not 0 <= iteration < 2**53:
+    def _add(self, record: dict[str, Any]) -> None:
+        iteration = record.get("iteration")
+        if type(iteration) is not int or not 0 <= iteration < 2**53:
             self._num_unreadable += 1
         elif "validation" in record:
             self.validation.cut(iteration)
             self.validation.append(record)
         elif "choice" not in record:
-            self._take_training(record, iteration)
-
-    def _take_training(self, record: dict[str, Any], iteration: int) -> None:
-        """A record of iteration i after one of a later iteration: the run was resumed before i.
-
-        What was logged from i on belongs to a future that was given up.
-        """
-        reached = int(self.training.iteration[-1]) if self.training.iteration else 0
-        if self.training.cut(iteration):
-            self._repeats = {at: to for at, to in self._repeats.items() if at < iteration - 1}
-            self._repeats[iteration - 1] = reached
-            self.validation.cut(iteration)
-        self.training.append(record)
+            reached = int(self.training.iteration[-1]) if self.training.iteration else 0
+            if self.training.cut(iteration):
+                # The run was resumed before this iteration: what it had logged since is void.
+                self.repeats = {at: to for at, to in self.repeats.items() if at < iteration - 1}
+                self.repeats[iteration - 1] = reached
+                self.validation.cut(iteration)
+            self.training.append(record)
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line; None if it is none."""
+    """Parses a JSON object; None for anything else."""
     try:
         record = orjson.loads(line)
     except ValueError:
         try:
-            record = json.loads(line)  # knows NaN as well
-        except (ValueError, RecursionError):  # malformed, or bytes that are not UTF-8
+            record = json.loads(line)  # accepts NaN as well
+        except (ValueError, RecursionError):
             return None
     return record if isinstance(record, dict) else None
 
 
-def read_restarts(path: Path) -> tuple[tuple[Restart, ...], int]:
-    """The restarts that a run recorded, and how many lines were not one.
+def _to_float(value: Any) -> float:
+    """The number as a float, NaN if it is not a number or too large to draw."""
+    is_number = isinstance(value, int | float)
+    return float(value) if is_number and -MAX_MAGNITUDE < value < MAX_MAGNITUDE else math.nan
 
-    Raises:
-        OSError: The file is there and cannot be read.
-    """
-    restarts = []
-    num_unreadable = 0
+
+def _read_if_present(path: Path) -> bytes:
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        return (), 0
-    for line in raw.splitlines():
-        record = parse_object(line) or {}
-        whole = [record.get(key) for key in ("iteration", "attempt", "reached")]
-        counts = [value for value in whole if type(value) is int and 0 <= value < 2**53]
-        if len(counts) == len(whole):
-            lost = record.get("seconds_lost")
-            seconds = _number(lost) if isinstance(lost, int | float) else math.nan
-            cause = record.get("cause")
-            changes = record.get("changes")
-            texts = (
-                [one for one in changes if isinstance(one, str)]
-                if isinstance(changes, list)
-                else []
-            )
-            restarts.append(
-                Restart(
-                    iteration=counts[0],
-                    attempt=counts[1],
-                    seconds_lost=seconds,
-                    reached=counts[2],
-                    cause=cause if cause in ("failed", *PLANNED) else "unknown",
-                    changes=tuple(texts[:MAX_CHANGES]),
-                )
-            )
-        elif line.strip():
-            num_unreadable += 1
-    return tuple(restarts), num_unreadable
+        return b""
 
 
-def read_status(path: Path) -> str:
-    """How a run stands, as `train.restarts.Status` names it; "" where nothing readable tells.
-
-    Raises:
-        OSError: The file is there and cannot be read.
-    """
-    try:
-        record = parse_object(path.read_bytes()) or {}
-    except FileNotFoundError:
-        return ""
-    status = record.get("status")
-    return status if isinstance(status, str) else ""
-
-
-def _number(value: float) -> float:
-    """A number that can be drawn, or NaN."""
-    return float(value) if -LARGEST_NUMBER < value < LARGEST_NUMBER else math.nan
-
-
-FloatArray = npt.NDArray[np.float64]
+def _parse_restart(record: Mapping[str, Any]) -> Restart | None:
+    counts = [record.get(key) for key in ("iteration", "attempt", "reached")]
+    if not all(type(value) is int and 0 <= value < 2**53 for value in counts):
+        return None
+    cause, changes = record.get("cause"), record.get("changes")
+    changes = [text for text in changes if isinstance(text, str)] if type(changes) is list else []
+    return Restart(
+        iteration=record["iteration"],
+        attempt=record["attempt"],
+        seconds_lost=_to_float(record.get("seconds_lost")),
+        reached=record["reached"],
+        cause=cause if cause == "failed" or cause in list(PLANNED_CAUSES) else "unknown",
+        changes=tuple(changes[:MAX_CHANGES]),
+    )
 
 
 @dataclass(frozen=True)
@@ -321,27 +274,27 @@ class RunMetrics:
     """What one run logged.
 
     Attributes:
-        name: The run folder's name.
-        folder: Where it lies.
+        name: Name of the run's folder.
+        folder: The run's folder.
         iteration: float64[n], ascending.
-        columns: `RUN_FIELDS` to float64[n]; NaN where nothing was logged.
-        sources: Source to `SOURCE_FIELDS` to float64[n], in the order they first appear.
+        columns: Each of `RUN_FIELDS` as float64[n]; NaN where nothing was logged.
+        sources: `SOURCE_FIELDS` of each source, float64[n], in the order of first appearance.
         validation_iteration: float64[m], ascending.
-        validation: Source to `VALIDATION_FIELDS` to float64[m].
-        restarts: When the run was taken up again, in that order.
-        status: How it stands or ended, as `train.restarts.Status` names it; "" if unknown.
-        num_unreadable_lines: Torn or foreign lines that were passed over.
-        config: The resolved configuration, {} where there is none.
-        config_text: The same as it stands in the file.
+        validation: `VALIDATION_FIELDS` of each source, float64[m].
+        restarts: Restarts in the order in which they happened.
+        status: One of `train.restarts.Status`; "" if unknown.
+        num_unreadable_lines: Torn or foreign lines that were skipped.
+        config: The resolved configuration; {} if the folder has none.
+        config_text: Text of the configuration's file.
     """
 
     name: str
     folder: Path
     iteration: FloatArray
     columns: Mapping[str, FloatArray]
-    sources: Mapping[str, Mapping[str, FloatArray]]
+    sources: BySource
     validation_iteration: FloatArray
-    validation: Mapping[str, Mapping[str, FloatArray]]
+    validation: BySource
     restarts: tuple[Restart, ...]
     status: str
     num_unreadable_lines: int
@@ -349,113 +302,116 @@ class RunMetrics:
     config_text: str
 
     def setting(self, section: str, key: str) -> Any:
-        """One value of the configuration, or None where it is not given."""
+        """One value of the configuration; None if it is not given."""
         block = self.config.get(section)
         return block.get(key) if isinstance(block, dict) else None
 
-    def goal(self, key: str) -> int | None:
-        """A positive whole number of the configuration's section ``train``."""
+    def train_count(self, key: str) -> int | None:
+        """A positive integer of the configuration's section ``train``; None if there is none."""
         value = self.setting("train", key)
         return value if type(value) is int and 0 < value < 2**63 else None
 
+    @property
+    def last_iteration(self) -> int:
+        """The last iteration that was logged or validated."""
+        return int((self.iteration if len(self.iteration) else self.validation_iteration)[-1])
+
+    @property
+    def progress(self) -> float | None:
+        """Finished part of the run in [0, 1]; None if the configuration states no length."""
+        batch = self.train_count("global_batch_size") or 1
+        samples = last_value(self.columns["consumed_samples"])
+        for key, done, step in (
+            ("train_iters", last_value(self.iteration), 1),
+            ("train_samples", samples, batch),
+        ):
+            goal = self.train_count(key)
+            if goal is not None and np.isfinite(done):
+                # Samples that do not fill a global batch are not trained.
+                return 1.0 if goal - done < step else done / goal
+        return None
+
 
 class RunReader:
-    """A run's folder, read as often as one likes; a line that was read is not read again."""
+    """Reads a run's folder repeatedly, parsing each line of its metrics once.
+
+    Args:
+        folder: The folder that ``--save`` named. Nothing is read until `read` is called.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Takes the folder that `--save` named; nothing is read yet."""
         self._folder = folder
-        self._lines = LineReader(folder / "metrics.jsonl")
+        self._metrics = MetricsReader(folder / "metrics.jsonl")
 
     def read(self) -> RunMetrics:
-        """Everything logged so far.
+        """Returns everything logged so far.
 
         Raises:
-            UserError: If the folder, its metrics or any readable line in them is missing.
+            UserError: The folder, its metrics or any readable line in them is missing, or
+                the configuration is damaged.
         """
-        folder, lines = self._folder, self._lines
+        folder, metrics = self._folder, self._metrics
         if not folder.is_dir():
             raise UserError(f"no such run: {folder}: name the folder that --save wrote")
-        if not lines.path.is_file():
+        if not metrics.path.is_file():
             raise UserError(f"no metrics.jsonl in {folder}: name the folder that --save wrote")
         try:
-            lines.read_on()
-            restarts, num_unreadable = read_restarts(folder / "restarts.jsonl")
-            status = read_status(folder / "status.json")
+            metrics.read_new_lines()
+            lines = _read_if_present(folder / "restarts.jsonl").splitlines()
+            status = parse_object(_read_if_present(folder / "status.json")) or {}
         except OSError as error:
-            raise UserError(f"cannot read {lines.path}: {error.strerror}") from None
-        training, validation = lines.training, lines.validation
+            raise UserError(f"cannot read {metrics.path}: {error.strerror}") from None
+        training, validation = metrics.training, metrics.validation
         if not len(training.iteration) and not len(validation.iteration):
             raise UserError(
-                f"{lines.path} holds no logged iteration yet: wait for the first log interval"
+                f"{metrics.path} holds no logged iteration yet: wait for the first log interval"
             )
+        parsed = [_parse_restart(parse_object(line) or {}) for line in lines if line.strip()]
+        recorded = tuple(restart for restart in parsed if restart is not None)
+        repeats = sorted(metrics.repeats.items())
         config, config_text = _read_config(folder / "config.yaml")
         iteration = np.array(training.iteration, dtype=np.float64)
-        columns = {key: _column(training, key) for key in RUN_FIELDS}
+        columns = {field: training.column(field) for field in RUN_FIELDS}
         return RunMetrics(
             name=folder.resolve().name,
             folder=folder,
             iteration=iteration,
             columns=columns,
-            sources=_by_source(training, SOURCE_FIELDS),
+            sources=training.by_source(),
             validation_iteration=np.array(validation.iteration, dtype=np.float64),
-            validation=_by_source(validation, VALIDATION_FIELDS),
-            restarts=restarts or _counted(iteration, columns) or lines.repeats(),
-            status=status,
-            num_unreadable_lines=lines.num_unreadable + num_unreadable,
+            validation=validation.by_source(),
+            restarts=recorded
+            or _counted_restarts(iteration, columns)
+            or tuple(Restart(iteration=before, reached=reached) for before, reached in repeats),
+            status=status["status"] if isinstance(status.get("status"), str) else "",
+            num_unreadable_lines=metrics.num_unreadable + len(parsed) - len(recorded),
             config=config,
             config_text=config_text,
         )
 
 
 def read_run(folder: Path) -> RunMetrics:
-    """Reads a run's folder once.
-
-    Args:
-        folder: What `--save` named.
-
-    Returns:
-        Everything logged so far.
-
-    Raises:
-        UserError: If the folder, its metrics or any readable line in them is missing.
-    """
+    """Reads a run's folder once, see `RunReader.read`."""
     return RunReader(folder).read()
 
 
-def _column(records: Records, key: str) -> FloatArray:
-    column = records.columns.get(key)
-    if column is None:
-        return np.full(len(records.iteration), np.nan)
-    return np.array(column, dtype=np.float64)
-
-
-def _by_source(records: Records, fields: tuple[str, ...]) -> dict[str, dict[str, FloatArray]]:
-    nothing = np.full(len(records.iteration), np.nan)
-    return {
-        name: {
-            field: np.array(columns[field], dtype=np.float64) if field in columns else nothing
-            for field in fields
-        }
-        for name, columns in records.blocks.items()
-    }
-
-
-def _counted(iteration: FloatArray, columns: Mapping[str, FloatArray]) -> tuple[Restart, ...]:
-    """Restarts that only the metrics' own count tells of."""
+def _counted_restarts(
+    iteration: FloatArray, columns: Mapping[str, FloatArray]
+) -> tuple[Restart, ...]:
+    """Restarts of a run without `restarts.jsonl`, from the counters in its metrics."""
     count, lost = (np.nan_to_num(columns[key]) for key in ("num_restarts", "seconds_lost"))
     return tuple(
         Restart(
-            iteration=int(iteration[at - 1]) if at else 0,
-            attempt=int(count[at]) + 1,
-            seconds_lost=float(lost[at] - (lost[at - 1] if at else 0.0)),
+            iteration=int(iteration[row - 1]) if row else 0,
+            attempt=int(count[row]) + 1,
+            seconds_lost=float(lost[row] - (lost[row - 1] if row else 0.0)),
         )
-        for at in np.flatnonzero(np.diff(count, prepend=0.0) > 0).tolist()
+        for row in np.flatnonzero(np.diff(count, prepend=0.0) > 0).tolist()
     )
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    """The configuration and its text, both empty where there is none."""
+    """The configuration and its text; both are empty if there is no file."""
     try:
         text = path.read_text(encoding="utf-8")
         return parse_yaml(text, str(path)), text
@@ -465,7 +421,16 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path} is not YAML: {error}: restore it or move it away") from None
 
 
-MAX_POINTS = 360
+def last_value(values: FloatArray) -> float:
+    """The last finite value; NaN if there is none."""
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else math.nan
+
+
+def median(values: FloatArray) -> float:
+    """The median of the finite values; NaN if there is none."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else math.nan
 
 
 def condense(
@@ -474,16 +439,16 @@ def condense(
     how: Literal["mean", "last", "extreme"] = "mean",
     max_points: int = MAX_POINTS,
 ) -> tuple[FloatArray, FloatArray]:
-    """Cuts a curve into at most `max_points` runs of neighbours and keeps one point of each.
+    """Reduces a curve to at most ``max_points`` points, one for each group of neighbours.
 
     Args:
         x: float64[n], ascending.
-        y: float64[n]; NaN is left out of its run.
-        how: `mean` of the run, its `last` value, or the value farthest from 0 (`extreme`).
-        max_points: The most points that come back.
+        y: float64[n]. NaN is ignored within a group.
+        how: The group's ``mean``, its ``last`` value, or its value farthest from 0 (``extreme``).
+        max_points: Maximum number of points.
 
     Returns:
-        x (each run's last) and y, float64[<= max_points].
+        The last x of each group and the reduced y, float64[<= max_points].
     """
     if len(x) <= max_points:
         return x, y
@@ -491,51 +456,51 @@ def condense(
     last = edges[1:] - 1
     if how == "last":
         return x[last], y[last]
-    runs = [y[begin:end] for begin, end in zip(edges[:-1], edges[1:], strict=True)]
-    if how == "mean":
-        return x[last], np.array([_mean(run) for run in runs])
-    picked = [run[np.argmax(np.nan_to_num(np.abs(run), nan=-1.0))] for run in runs]
-    return x[last], np.array(picked)
+    groups = np.split(y, edges[1:-1])
+    if how == "extreme":
+        picked = [group[np.argmax(np.nan_to_num(np.abs(group), nan=-1.0))] for group in groups]
+        return x[last], np.array(picked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=RuntimeWarning)  # groups of nothing but NaN
+        return x[last], np.array([np.nanmean(group) for group in groups])
 
 
 def smooth(y: FloatArray, window: int) -> FloatArray:
-    """Centred moving mean over `window` points (odd), shorter at the ends; NaN stays NaN.
+    """Centred moving mean of the finite values, over fewer points at the ends.
 
     Args:
         y: float64[n].
-        window: Points per mean; 1 changes nothing.
+        window: Number of points, odd; 1 returns ``y``.
 
     Returns:
-        float64[n].
+        float64[n]; NaN where the window holds no finite value.
     """
     if window <= 1 or not len(y):
         return y
     known = np.isfinite(y)
     ones = np.ones(min(window, 2 * len(y) - 1))
-    total = np.convolve(np.where(known, y, 0.0), ones, mode="full")
-    count = np.convolve(known.astype(np.float64), ones, mode="full")
-    start = len(ones) // 2
-    total, count = total[start : start + len(y)], count[start : start + len(y)]
-    return np.where(known, total / np.maximum(count, 1.0), np.nan)
+    begin = len(ones) // 2
+    total = np.convolve(np.where(known, y, 0.0), ones)[begin : begin + len(y)]
+    count = np.convolve(known.astype(np.float64), ones)[begin : begin + len(y)]
+    return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
 
 
 def smoothing_window(num_points: int) -> int:
-    """Odd window for `num_points`: none for short curves, about a thirtieth of long ones."""
+    """Window for `smooth`: 1 for short curves, about a thirtieth of the points of long ones."""
     return 1 if num_points < 40 else 2 * (num_points // 60) + 1
 
 
-TOKENS = "Tokens consumed"
-ITERATION = "Iteration"
+TOKENS, SAMPLES, ITERATION = "Tokens consumed", "Samples consumed", "Iteration"
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What a run's curves run along: the tokens consumed, or iterations where no log tells.
+class XAxis:
+    """What a run's curves are drawn over.
 
     Attributes:
-        label: Its name.
-        x: float64[n], a value for each logged iteration, ascending.
-        iteration: float64[n], the iterations themselves.
+        label: `TOKENS`, `SAMPLES`, or `ITERATION` if the log has no such count.
+        x: float64[n], ascending, one value for each logged iteration.
+        iteration: float64[n], the logged iterations.
     """
 
     label: str
@@ -543,23 +508,23 @@ class Axis:
     iteration: FloatArray
 
     @classmethod
-    def of(cls, run: RunMetrics, column: str = "consumed_tokens", label: str = TOKENS) -> "Axis":
-        """The axis along a column that counts; gaps are bridged, and a step back is none."""
-        values, known = run.columns[column], np.isfinite(run.columns[column])
-        if not known.any():
+    def of(cls, run: RunMetrics, label: str = TOKENS) -> "XAxis":
+        """The axis of a run. Gaps in a count are interpolated; decreases are flattened."""
+        count = run.columns["consumed_samples" if label == SAMPLES else "consumed_tokens"]
+        known = np.isfinite(count)
+        if label == ITERATION or not known.any():
             return cls(ITERATION, run.iteration, run.iteration)
-        x = np.interp(run.iteration, run.iteration[known], values[known])
+        x = np.interp(run.iteration, run.iteration[known], count[known])
         return cls(label, np.maximum.accumulate(x), run.iteration)
 
     def at(self, iterations: FloatArray) -> FloatArray:
-        """Where iterations lie, float64[m]; the run began at 0."""
+        """Positions of iterations, float64[m]; extrapolated at the mean rate beyond the log."""
         if not len(self.x) or self.label == ITERATION:
             return iterations
-        end = [] if not len(iterations) else [max(float(iterations.max()), self.iteration[-1] + 1)]
-        rate = self.x[-1] / max(float(self.iteration[-1]), 1.0)
-        beyond = [self.x[-1] + rate * (last - self.iteration[-1]) for last in end]
-        known = np.concatenate(([0.0], self.iteration, end))
-        return np.interp(iterations, known, np.concatenate(([0.0], self.x, beyond)))
+        last = float(self.iteration[-1])
+        rate = self.x[-1] / max(last, 1.0)
+        inside = np.interp(iterations, [0.0, *self.iteration], [0.0, *self.x])
+        return np.where(iterations > last, self.x[-1] + rate * (iterations - last), inside)
 
 
 def samples_per_record(run: RunMetrics) -> FloatArray:
@@ -570,20 +535,15 @@ def samples_per_record(run: RunMetrics) -> FloatArray:
     steps = np.diff(consumed, prepend=0.0)
     covered = float(np.nan_to_num(run.columns["interval"][0], nan=1.0))
     if run.iteration[0] != covered and len(consumed) > 1:
-        steps[0] = steps[1]  # the file begins later than the run
+        steps[0] = steps[1]  # the log begins later than the run
     return np.asarray(steps, dtype=np.float64)
 
 
 def realised_shares(run: RunMetrics) -> dict[str, FloatArray]:
-    """Each source's share of what was drawn since the last logged iteration.
+    """Share of each source in what was drawn since the logged iteration before, float64[n].
 
-    `realised` is of the logged iteration alone; the running token counts know of those between.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Source to float64[n].
+    The field ``realised`` describes the logged iteration alone. The cumulative token counts include
+    the iterations between two logs, and are used where they are known.
     """
     total = np.diff(run.columns["consumed_tokens"], prepend=0.0)
     shares = {}
@@ -596,15 +556,10 @@ def realised_shares(run: RunMetrics) -> dict[str, FloatArray]:
 
 
 def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
-    """Samples drawn minus samples planned, per source, after every iteration.
-
-    Only a log without holes tells: one whose rows cover every iteration from the first on.
-
-    Args:
-        run: The run.
+    """Samples drawn minus samples planned of each source after each logged iteration.
 
     Returns:
-        Source to float64[n], in samples; {} where the log has holes.
+        float64[n] by source; {} if the log does not cover every iteration from the first on.
     """
     interval = run.columns["interval"]
     covered = np.cumsum(np.where(np.isfinite(interval), interval, 1.0))
@@ -615,9 +570,3 @@ def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
         name: np.cumsum((np.nan_to_num(shares[name]) - np.nan_to_num(block["weight"])) * drawn)
         for name, block in run.sources.items()
     }
-
-
-def _mean(values: FloatArray) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=RuntimeWarning)  # a run of nothing but gaps
-        return float(np.nanmean(values))

@@ -1,4 +1,7 @@
-"""Plots as PNG files, drawn with matplotlib, which is imported only when something is drawn."""
+"""Draws pictures of the blend as PNG files: of a plan, and of a run that was logged.
+
+matplotlib is imported only when a picture is drawn.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,21 @@ import numpy as np
 
 from megatron_chatflow.blend.plan import MixtureCurve
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.report.data import (
+    SAMPLES,
+    RunMetrics,
+    XAxis,
+    realised_shares,
+    samples_per_record,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
-_NUM_NAMED = 20
-"""A legend of more sources than this would hide the plot."""
+MAX_LEGEND_ENTRIES = 20
+"""A longer legend would leave no room for the picture."""
 
 
 def plot_mixture(
@@ -30,15 +40,15 @@ def plot_mixture(
     unit: str = "samples",
     unit_per_sample: float = 1,
 ) -> bytes:
-    """Draws the mixture over a run: planned as areas, realised as dots, epochs below where known.
+    """Draws a planned run: planned shares as areas, realised ones as dots, epochs below.
 
     Args:
         curve: From `megatron_chatflow.blend.plan.mixture_curve`.
         sources: Names in the curve's order.
-        samples_per_epoch: By source; without any, no epochs are drawn.
-        title: Stands above.
-        unit: What the horizontal axis counts.
-        unit_per_sample: How many of them a sample is.
+        samples_per_epoch: Size of each source whose epochs are drawn, in samples.
+        title: Title of the picture.
+        unit: Unit of the horizontal axis.
+        unit_per_sample: Units in a sample.
 
     Returns:
         A PNG.
@@ -46,13 +56,10 @@ def plot_mixture(
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(
-            "matplotlib: is not installed, and the plot needs it: pip install matplotlib"
-        ) from error
+    import_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     known = [name for name in sources if samples_per_epoch.get(name)]
     families, labels = _readable_labels([*sources, title])
     *labels, shown_title = labels
@@ -61,19 +68,102 @@ def plot_mixture(
     map_name = "tab10" if len(sources) <= 10 else "turbo"
     places = np.arange(len(sources)) if len(sources) <= 10 else np.linspace(0, 1, len(sources))
     colors = [tuple(color) for color in colormaps[map_name](places)]
-    _draw_shares(axes[0], curve, labels, colors, families, unit_per_sample)
+    points, edges = curve.points * unit_per_sample, curve.edges * unit_per_sample
+    middles = (edges[:-1] + edges[1:]) / 2
+    planned, realised = np.cumsum(curve.shares, axis=1), np.cumsum(curve.realised, axis=1)
+    for k, label in enumerate(labels):
+        below = planned[:, k] - curve.shares[:, k]
+        name = label if k < MAX_LEGEND_ENTRIES else None
+        style = {"color": colors[k], "alpha": 0.55, "linewidth": 0}
+        axes[0].fill_between(points, below, planned[:, k], label=name, **style)
+        if k + 1 < len(labels):
+            axes[0].plot(middles, realised[:, k], ".", markersize=2, color="black")
     axes[0].set_title(shown_title, fontfamily=families)
+    axes[0].set_ylabel("share of samples\n(area: planned, dots: realised)")
+    axes[0].set_ylim(0, 1)
+    axes[0].set_xlim(float(edges[0]), float(edges[-1]))
+    fonts = {"family": families, "size": "small"}
+    axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, prop=fonts)
     if known:
-        _draw_epochs(axes[1], curve, sources, samples_per_epoch, colors, unit_per_sample)
+        for k, name in enumerate(sources):
+            if size := samples_per_epoch.get(name):
+                axes[1].plot(points, curve.drawn[:, k] / size, color=colors[k])
+        axes[1].set_ylabel("epochs of the source")
+        axes[1].set_ylim(bottom=0)
+        axes[1].grid(alpha=0.3)
     axes[-1].set_xlabel(unit)
     axes[-1].xaxis.set_major_formatter(_format_count)
+    return _to_png(figure, 130)
+
+
+def plot_blend(run: RunMetrics) -> bytes:
+    """Draws a run's planned weights as lines and its realised shares as steps, at 1600 pixels.
+
+    Each step is the mean over a thirtieth of the run, weighted by the samples that were drawn.
+
+    Args:
+        run: A run that logged sources.
+
+    Returns:
+        A PNG whose text is readable at half its size.
+
+    Raises:
+        UserError: matplotlib is not installed, or the run logged no sources.
+    """
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    if not run.sources:
+        raise UserError(f"{run.folder}: its metrics have no sources: name another run")
+    axis, samples = XAxis.of(run, SAMPLES), samples_per_record(run)
+    families, labels = _readable_labels(list(run.sources))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bounds = np.unique(np.linspace(0, len(axis.x), 31).astype(np.int64))
+    edges = np.concatenate(([0.0], axis.x[bounds[1:] - 1]))
+    weights = np.add.reduceat(samples, bounds[:-1])
+    for k, (label, block) in enumerate(zip(labels, run.sources.values(), strict=True)):
+        share = np.nan_to_num(realised_shares(run)[list(run.sources)[k]])
+        steps = np.add.reduceat(share * samples, bounds[:-1]) / weights
+        axes.stairs(steps, edges, baseline=None, color=f"C{k}", alpha=0.55, linewidth=2)
+        planned = np.nan_to_num(block["weight"])
+        axes.plot(axis.x, planned, color=f"C{k}", linewidth=1.8, label=label)
+    axes.plot([], [], color="grey", linewidth=1.8, label="planned weight")
+    axes.stairs([], [0], color="grey", alpha=0.55, linewidth=2, label="realised share")
+    axes.set_xlabel("samples")
+    axes.set_ylabel("share of samples")
+    axes.xaxis.set_major_formatter(_format_count)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_xlim(0, float(axis.x[-1]))
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    fonts = {"family": families, "size": "medium"}
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, prop=fonts)
+    return _to_png(figure, 200)
+
+
+def import_matplotlib() -> None:
+    """Checks that matplotlib can be imported.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "matplotlib: is not installed, and the plot needs it: pip install matplotlib"
+        ) from error
+
+
+def _to_png(figure: Figure, dpi: int) -> bytes:
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=130)
+    figure.savefig(png, format="png", dpi=dpi)
     return png.getvalue()
 
 
 def _format_count(value: float, _: object = None) -> str:
-    """A count as configurations write it: 500, 20K, 1.5B."""
+    """Formats a count as in configurations: 500, 20K, 1.5B."""
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= size:
             return f"{value / size:.10g}{suffix}"
@@ -81,10 +171,10 @@ def _format_count(value: float, _: object = None) -> str:
 
 
 def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Font families that show the texts, and the texts as they can be shown.
+    """Returns font families that can show the texts, and the texts.
 
-    matplotlib's own font has no Chinese. Where no installed font has a character either, the text
-    is replaced by its number and a warning names it.
+    matplotlib's default font has no Chinese. A text with a character that no installed font has is
+    replaced by its number, with a warning.
     """
     from matplotlib import font_manager
 
@@ -114,64 +204,10 @@ def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _characters(path: str) -> set[int]:
-    """The code points that a font file has."""
+    """Returns the code points of a font file."""
     from matplotlib import font_manager
 
     try:
         return set(font_manager.get_font(path).get_charmap())
     except (OSError, RuntimeError):  # the cached list of fonts may be older than the files
         return set()
-
-
-def _draw_shares(
-    axes: Axes,
-    curve: MixtureCurve,
-    labels: Sequence[str],
-    colors: Sequence[tuple[float, ...]],
-    families: list[str],
-    unit_per_sample: float,
-) -> None:
-    points, edges = curve.points * unit_per_sample, curve.edges * unit_per_sample
-    middles = (edges[:-1] + edges[1:]) / 2
-    bottom = np.zeros(len(points))
-    tops = np.cumsum(curve.realised, axis=1)
-    for k, label in enumerate(labels):
-        top = bottom + curve.shares[:, k]
-        axes.fill_between(
-            points,
-            bottom,
-            top,
-            color=colors[k],
-            alpha=0.55,
-            linewidth=0,
-            label=label if k < _NUM_NAMED else None,
-        )
-        if k + 1 < len(labels):
-            axes.plot(middles, tops[:, k], ".", markersize=2, color="black")
-        bottom = top
-    axes.set_ylabel("share of samples\n(area: planned, dots: realised)")
-    axes.set_ylim(0, 1)
-    axes.set_xlim(float(edges[0]), float(edges[-1]))
-    axes.legend(
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        prop={"family": families, "size": "small"},
-    )
-
-
-def _draw_epochs(
-    axes: Axes,
-    curve: MixtureCurve,
-    sources: Sequence[str],
-    samples_per_epoch: Mapping[str, int],
-    colors: Sequence[tuple[float, ...]],
-    unit_per_sample: float,
-) -> None:
-    points = curve.points * unit_per_sample
-    for k, name in enumerate(sources):
-        if size := samples_per_epoch.get(name):
-            axes.plot(points, curve.drawn[:, k] / size, color=colors[k])
-    axes.set_ylabel("epochs of the source")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)

@@ -1,14 +1,18 @@
-"""The mixture plot: a PNG that shows what it is given."""
+"""Pictures of the blend: PNG files that show what they are given."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_report import synthetic_records, write_run
 
 from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.blend.plan import mixture_curve
 from megatron_chatflow.blend.schedule import Schedule
-from megatron_chatflow.report.plots import _readable_labels, plot_mixture
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.report.data import read_run
+from megatron_chatflow.report.plots import _readable_labels, plot_blend, plot_mixture
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -64,6 +68,19 @@ def test_the_planned_line_includes_an_edit_between_knots() -> None:
     schedule = Schedule.from_dict({"knots": ramp}, ["a", "b"], 8)
     curve = mixture_curve(Blend(schedule, old.state_at(400)), 2000)
     assert {400, 800, 1600} <= set(curve.points.tolist())
+
+
+def test_a_logged_blend_has_a_colour_for_every_source(tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    run = read_run(write_run(tmp_path / "run", synthetic_records(90, names)))
+    shown = image.imread(io.BytesIO(plot_blend(run)), format="png")
+    assert shown.shape[1] == 1600
+    for color in ("#1f77b4", "#ff7f0e", "#2ca02c"):  # matplotlib's first three
+        wanted = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        assert (np.abs(shown[..., :3] - wanted).max(axis=-1) < 0.01).sum() > 500
+    only_held_out = [{"iteration": 1, "validation": {"one": {"loss": 1.0}}}]
+    with pytest.raises(UserError, match="no sources"):
+        plot_blend(read_run(write_run(tmp_path / "other", only_held_out)))
 
 
 def test_names_fall_back_to_fonts_that_have_them(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,22 +1,31 @@
-"""The report: what it reads, what it draws, and that the page stands on its own."""
+"""The report: what it reads, what it draws, and that the page loads nothing."""
 
+import base64
+import html
 import json
 import math
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from plotly.graph_objects import Figure, Scatter
+from plotly.offline import get_plotlyjs
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.report.charts import blend_charts, source_colors
-from megatron_chatflow.report.data import deviation_from_plan, read_run, realised_shares
-from megatron_chatflow.report.page import build_page, write_report
+from megatron_chatflow.report.charts import mixture_chart, source_colors
+from megatron_chatflow.report.data import (
+    deviation_from_plan,
+    read_run,
+    realised_shares,
+    smooth,
+    smoothing_window,
+)
+from megatron_chatflow.report.page import SCRIPT, STYLE, build_page, write_report
 
 ROOT = Path(__file__).parents[3]
 FLOORS = {"english": 2.9, "chinese": 3.4, "parallel": 2.3, "instruction": 1.9}
@@ -131,7 +140,7 @@ def write_run(folder: Path, records: list[dict], train_iters: int | None = None)
 
 
 class PageCheck(HTMLParser):
-    """Collects what a page would load, its unclosed elements and its charts' JSON."""
+    """Collects the URLs that a page would load, its unclosed elements and its figures."""
 
     VOID = {"meta", "link", "br"}
 
@@ -139,8 +148,9 @@ class PageCheck(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.loads: list[str] = []
-        self.data: list[dict] = []
-        self.is_json = False
+        self.figures: dict[str, Figure] = {}
+        self.is_figure = False
+        self.policy = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
@@ -149,30 +159,54 @@ class PageCheck(HTMLParser):
         for key in ("src", "href"):
             if values.get(key) and not re.match(r"#|data:,", values[key] or ""):
                 self.loads.append(f"{tag} {values[key]}")
-        self.is_json = tag == "script" and values.get("type") == "application/json"
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Nothing to close."""
+        self.is_figure = tag == "script" and values.get("type") == "application/json"
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.policy = values["content"] or ""
+        if tag == "div" and values.get("class") == "plot":
+            self.title = values["aria-label"] or ""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-        self.is_json = False
+        self.is_figure = False
 
     def handle_data(self, data: str) -> None:
-        if self.is_json:
-            self.data.append(json.loads(data))
+        if self.is_figure:
+            self.figures.setdefault(self.title, Figure(json.loads(data)))
+
+
+def numbers(values: object) -> np.ndarray:
+    """A column of a figure, which plotly writes as a list or as base64 of its bytes."""
+    if isinstance(values, dict):
+        return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
+    return np.array(values, dtype=np.float64)
+
+
+def curves(figure: Figure) -> dict[str, Scatter]:
+    """The curves and areas of a chart by label, without marks and backgrounds."""
+    return {
+        trace.meta: trace for trace in figure.data if trace.meta and trace.showlegend is not False
+    }
+
+
+def marks(figure: Figure) -> dict[str, list[str]]:
+    """The labels of a chart's marks by kind."""
+    found = {trace.name: list(trace.text) for trace in figure.data if trace.yaxis == "y2"}
+    lines = [shape for shape in figure.layout.shapes if shape.yref == "paper"]
+    assert len(lines) == sum(map(len, found.values()))
+    return found
 
 
 def check_page(page: str) -> PageCheck:
+    """The page is well-formed, plotly accepts its figures, and it loads nothing."""
     check = PageCheck()
-    check.feed(page)
+    library = get_plotlyjs()
+    assert page.count(library) == 1
+    check.feed(page.replace(library, ""))
     check.close()
     assert check.open == []
     assert check.loads == []
-    assert "@import" not in page and "url(http" not in page
-    for svg in re.findall(r"<svg viewBox.*?</svg><div", page, re.DOTALL):
-        ElementTree.fromstring(svg.removesuffix("<div"))
-        assert "nan" not in svg
+    assert "default-src 'none'" in check.policy and "http" not in check.policy
+    assert "@import" not in STYLE and "url(" not in STYLE and "http" not in SCRIPT
     return check
 
 
@@ -186,7 +220,7 @@ def test_page_is_self_contained_and_holds_every_plot(tmp_path: Path) -> None:
     run = write_run(tmp_path / "chatflow", synthetic_records(300), train_iters=600)
     page = build(run)
     check = check_page(page)
-    for title in (
+    assert list(check.figures) == [
         "Mixture: planned against realised",
         "Draws minus plan",
         "Epochs per source",
@@ -196,22 +230,31 @@ def test_page_is_self_contained_and_holds_every_plot(tmp_path: Path) -> None:
         "Learning rate",
         "Gradient norm",
         "Throughput",
-    ):
-        assert f"<h3>{title}</h3>" in page
-    assert len(check.data) == 9
+    ]
     assert "50 % of the run" in page
     assert "hidden 256" in page and "TP 2, PP 1" in page
-    assert '<span class="key">seq_length</span>: 256' in page
-    mixture = check.data[0]
-    assert [entry["name"] for entry in mixture["series"]] == list(FLOORS)
-    assert len(mixture["series"][0]["plan"]) == len(mixture["x"][0]) == 300
+    assert "<b>seq_length</b>: 256" in page
+    metrics = read_run(run)
+    mixture = curves(check.figures["Mixture: planned against realised"])
+    assert list(mixture) == list(FLOORS)
+    for name, area in mixture.items():
+        assert np.allclose(numbers(area.customdata), metrics.sources[name]["weight"])
+        realised = smooth(metrics.sources[name]["realised"], smoothing_window(300))
+        assert np.allclose(numbers(area.y), realised)
+    held_out = curves(check.figures["Validation loss"])["chinese"]
+    assert np.allclose(numbers(held_out.y), metrics.validation["chinese"]["loss"])
+    assert numbers(held_out.x)[-1] == 300 * 16 * 256
+    loss = check.figures["Training loss per source"]
+    assert list(curves(loss)) == [*FLOORS, "all sources"]
+    behind = [trace for trace in loss.data if trace.showlegend is False]
+    assert np.allclose(numbers(behind[-1].y), metrics.columns["lm_loss"])
 
 
 def test_long_runs_stay_small(tmp_path: Path) -> None:
     records = synthetic_records(3000, batch=4, eval_interval=500)
     page = build(write_run(tmp_path / "long", records))
     check_page(page)
-    assert len(page) < 700_000
+    assert len(page) - len(get_plotlyjs()) < 700_000
 
 
 def test_many_sources_are_grouped(tmp_path: Path) -> None:
@@ -219,10 +262,10 @@ def test_many_sources_are_grouped(tmp_path: Path) -> None:
     run = write_run(tmp_path / "many", synthetic_records(30, names, batch=80))
     metrics = read_run(run)
     assert len(source_colors(metrics)) == 12
-    mixture = blend_charts(metrics)[0]
-    assert mixture.lines[-1].label == "others"
-    total = np.sum([line.y for line in mixture.lines], axis=0)
-    assert np.allclose(total, 1.0)
+    areas = curves(mixture_chart(metrics).figure)
+    assert list(areas)[-1] == "others" and len(areas) == 13
+    assert np.allclose(np.sum([area.y for area in areas.values()], axis=0), 1.0)
+    assert np.allclose(np.sum([area.customdata for area in areas.values()], axis=0), 1.0)
     check_page(build(run))
 
 
@@ -246,7 +289,7 @@ def test_resumed_run_keeps_the_last_account_of_an_iteration(tmp_path: Path) -> N
     assert metrics.num_unreadable_lines == 2
     page = build(folder)
     check_page(page)
-    assert "1 restart at iteration 80" in page and "2 unreadable lines passed over" in page
+    assert "1 restart at iteration 80" in page and "2 unreadable lines skipped" in page
 
 
 def test_deviation_of_an_exact_blend_stays_below_one_sample(tmp_path: Path) -> None:
@@ -285,7 +328,8 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     page = build(write_run(tmp_path / "run", synthetic_records(60, names)))
     check = check_page(page)
     assert "<b>a" not in page and "a</script>" not in page
-    assert [entry["name"] for entry in check.data[0]["series"]] == names
+    mixture = curves(check.figures["Mixture: planned against realised"])
+    assert list(mixture) == [html.escape(name, quote=False) for name in names]
 
 
 def test_validation_table_compares_first_and_last(tmp_path: Path) -> None:
@@ -295,8 +339,8 @@ def test_validation_table_compares_first_and_last(tmp_path: Path) -> None:
     ]
     page = build(write_run(tmp_path / "run", blocks))
     page = without_labels(page)
-    assert '<td class="group">4</td><td>3</td><td class="good">▼ −25 %</td>' in page
-    assert '<td class="group">2</td><td>2.5</td><td class="bad">▲ +25 %</td>' in page
+    assert '<td>4</td><td>3</td><td><span class="good">▼ −25 %</span></td>' in page
+    assert '<td>2</td><td>2.5</td><td><span class="bad">▲ +25 %</span></td>' in page
 
 
 def test_steps_without_loss_tokens_are_counted(tmp_path: Path) -> None:
@@ -305,7 +349,7 @@ def test_steps_without_loss_tokens_are_counted(tmp_path: Path) -> None:
     for record in records[4:]:
         record["skipped_no_loss_tokens"] = 1
     page = build(write_run(tmp_path / "run", records))
-    assert "Steps without loss tokens" in page and "Updates left out" not in page
+    assert "Steps without loss tokens" in page and "Skipped updates" not in page
 
 
 def test_several_runs_on_one_page(tmp_path: Path) -> None:
@@ -346,6 +390,13 @@ def test_errors_name_the_place(tmp_path: Path) -> None:
         read_run(run)
 
 
+def test_a_missing_plotly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", synthetic_records(3))
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(UserError, match="plotly: is not installed.*pip install plotly"):
+        write_report([run], tmp_path / "page.html")
+
+
 def test_command_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", synthetic_records(20))
     command = [sys.executable, str(ROOT / "tools" / "plot_run.py")]
@@ -378,4 +429,4 @@ def test_every_cell_names_its_column_for_narrow_screens(tmp_path: Path) -> None:
     assert 'data-label="Bits/byte change"' in page
     assert 'data-label="two&lt;&quot;"' in page
     narrow = page.split("@media (max-width:760px){")[1].split("\n@media")[0]
-    assert "content:attr(data-label)" in narrow and ".table thead{display:none}" in narrow
+    assert "content:attr(data-label)" in narrow and "thead{display:none}" in narrow

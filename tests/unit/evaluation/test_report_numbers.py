@@ -1,12 +1,11 @@
-"""What the report does to numbers: fewer points, moving means, axes, ticks, text."""
+"""What the report does to numbers: fewer points, moving means, positions on an axis, text."""
 
 import math
 
 import numpy as np
 import pytest
 
-from megatron_chatflow.report.charts import Scale, fit
-from megatron_chatflow.report.data import condense, smooth
+from megatron_chatflow.report.data import TOKENS, XAxis, condense, smooth
 from megatron_chatflow.runtime.table import format_percent, format_value
 
 
@@ -21,28 +20,17 @@ def test_condense_keeps_means_ends_and_extremes() -> None:
     assert len(few_x) == 100 and np.isnan(mean[1]) and mean[50] == pytest.approx(-0.7)
 
 
-def test_smooth_is_a_centred_mean_that_keeps_gaps() -> None:
-    y = np.array([0.0, 3.0, np.nan, 6.0, 9.0])
-    assert smooth(y, 3).tolist()[:2] == [1.5, 1.5]
-    assert np.isnan(smooth(y, 3)[2]) and smooth(y, 3)[4] == 7.5
+def test_smooth_bridges_gaps_that_the_window_covers() -> None:
+    y = np.array([0.0, 3.0, np.nan, 6.0, 9.0, np.nan, np.nan, np.nan, 1.0])
+    expected = [1.5, 1.5, 4.5, 7.5, 7.5, 9.0, np.nan, 1.0, 1.0]
+    assert np.allclose(smooth(y, 3), expected, equal_nan=True)
+    assert smooth(y, 1) is y
     assert smooth(np.array([1.0, 5.0]), 9).tolist() == [3.0, 3.0]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 7e6), (2.9, 2.91), (1e-9, 3e-9)])
-def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    ticks = Scale(low, high, 0, 100).ticks()
-    assert 3 <= len(ticks) <= 7
-    assert all(low - 1e-12 <= tick <= high * (1 + 1e-12) for tick in ticks)
-    assert len({f"{tick:.6g}" for tick in ticks}) == len(ticks)
-
-
-def test_log_scale_and_empty_data() -> None:
-    scale = fit([np.array([0.01, 100.0, 0.0, np.nan])], 0, 100, log=True)
-    assert 0 < scale.low < 0.01 and scale.high > 100
-    assert np.isnan(scale.pixels(np.array([0.0]))[0])
-    assert {0.1, 1.0, 10.0} <= set(scale.ticks())
-    assert fit([], 0, 10).high == 1.0
-    assert fit([np.array([5.0])], 0, 10).low < 5 < fit([np.array([5.0])], 0, 10).high
+def test_positions_between_and_beyond_logged_iterations() -> None:
+    axis = XAxis(TOKENS, np.array([100.0, 300.0]), np.array([10.0, 20.0]))
+    assert axis.at(np.array([0.0, 5.0, 15.0, 20.0, 30.0])).tolist() == [0, 50, 200, 300, 450]
 
 
 def test_numbers_as_text() -> None:

@@ -18,6 +18,7 @@ WITH_FILES = {
     "evaluate": ["evaluate.py", "absent", "--tasks", "mmlu", "--output"],
     "plot_run": ["plot_run.py", "absent", "--output"],
     "plot_run --follow": ["plot_run.py", "absent", "--follow", "--output"],
+    "docs_pictures": ["docs_pictures.py", "report", "absent", "--output"],
     "benchmark": ["benchmark.py", "blend", "--output"],
     "record_signatures": ["record_signatures.py", "absent", "--output"],
 }
