@@ -1,33 +1,30 @@
-"""What a resumed run's schedule may change: the future, never the past.
+"""Edits of a running schedule: the future may change, the past may not.
 
-`resume` compares the schedule of a resumed run with the state in the checkpoint and returns the
-segments of the whole run and the `Edit`, if there was one. It raises a `UserError` that names the
-first sample whose weights differ if that sample was drawn already.
+When a run resumes, `resume` compares its schedule with the state in the checkpoint. It returns the
+run's segments and the `Edit`, if there is one, and raises a `UserError` that names the first sample
+whose weights differ if that sample was drawn already.
 
-A knot may say ``weights: as_planned``: up to this knot the run's schedule stays as the checkpoint
-records it. `resumed_schedule` replaces such a knot, and every knot before it, by the recorded knots
-up to its sample. If the knot ends a recorded ramp early, the record keeps where that ramp was
-heading (``towards``), so that the part before the knot is the same function, not a rounded copy.
+**Segments.** An edit at sample ``i`` keeps every draw before ``i`` and starts a `Segment` there.
+From then on the quotas grow with the new weights: ``W_k(i)`` is what the run owed source k so far.
+The counts at ``i`` were chosen with the old weights ahead and may not suit the new ones. Example:
+after two samples of weights (1/4, 1/4, 1/4, 1/4) the counts are (1, 1, 0, 0). If the weights become
+(0, 0, 1/2, 1/2), the third sample leaves an error of 1 whichever source is drawn. The new segment
+therefore follows shifted quotas ``Z_k = W_k + o_k`` with constant integers ``o_k`` of sum 0.
+`choose_offsets` takes the smallest feasible ones of three kinds:
 
-Segments: a blend whose schedule is edited while the run goes on.
+1. ``o = 0``: the error of the whole run stays below 1.
+2. ``o_k`` = theta times the present error, theta = 1/16, 2/16, ...; theta = 1 is always feasible.
+3. Whole samples: select the best feasible state for ``W``; ``o_k`` is the difference between the
+   counts and that state.
 
-In: a new schedule, and the counts at the sample where it sets in. Out: a `Segment`: its schedule,
-its first sample, what had been drawn by then and what was due; as JSON and back.
+The error against ``Z`` is below 1 as in any segment, so the error against ``W`` is below
+``1 + max |o_k|`` (`Segment.error_bound`). It is below 2 after one edit.
 
-An edit at sample ``i`` keeps every draw before ``i``. From there on the quotas grow with the new
-weights: ``W_k(i)`` is what the whole run owed source k so far. The counts at ``i`` were chosen with
-the old weights ahead, and may not suit the new ones: with counts (1, 1, 0, 0) after two samples of
-weights (1/4, 1/4, 1/4, 1/4), the third sample of (0, 0, 1/2, 1/2) leaves an error of 1 whatever is
-drawn. So the new segment follows shifted quotas ``Z_k = W_k + o_k`` with constant whole numbers
-``o_k`` of sum 0, the smallest of three kinds that `choose_offsets` finds to be feasible:
-
-1. ``o = 0``: the error of the whole run stays below 1;
-2. ``o_k`` = theta times the present error, theta = 1/16, 2/16, ... (theta = 1 always serves);
-3. whole samples: the best feasible state for ``W`` is selected, and ``o_k`` is what separates the
-   counts from it.
-
-The error against ``W`` is below ``1 + max |o_k|``, which `Segment.error_bound` says; it is below 2
-after one edit. The error against ``Z`` is below 1 as in any segment.
+**as_planned.** A knot may say ``weights: as_planned``: up to this knot the schedule stays as the
+checkpoint records it. `resumed_schedule` replaces such a knot, and every knot before it, by the
+recorded knots up to its sample. If the knot ends a recorded ramp early, the record keeps where the
+ramp was heading (``towards``), so that the part before the knot is the same function and not a
+rounded copy.
 """
 
 from __future__ import annotations
@@ -42,25 +39,21 @@ import numpy as np
 
 from megatron_chatflow.blend.engine import Caps, window_ends
 from megatron_chatflow.blend.quota import GRID, GRID_BITS, NEVER, Quota, WeightTable
-from megatron_chatflow.blend.schedule import (
-    AS_PLANNED,
-    PATH,
-    Knot,
-    Schedule,
-    position_of,
-    sample_of,
-)
+from megatron_chatflow.blend.schedule import AS_PLANNED, PATH, Knot, Positions, Schedule, read_block
 from megatron_chatflow.config import RunConfig, to_plain
 from megatron_chatflow.config.fields import differing_numbers
 from megatron_chatflow.errors import UserError
 
 FORMAT_VERSION = 1
 NUM_OFFSET_STEPS = 16
+ROUNDING = 2
+"""Weights that differ by at most this many units of 2**-32 are equal up to rounding. Two schedules
+that draw the same line through different knots differ by no more."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the run under one schedule.
+    """A part of the run under one schedule.
 
     Attributes:
         begin: Its first sample.
@@ -94,15 +87,15 @@ class Segment:
 
     @property
     def error_bound(self) -> Fraction:
-        """No count is this far from the whole run's quota, in samples."""
+        """Exclusive bound of the error against the whole run's quota, in samples."""
         return 1 + Fraction(max(map(abs, self.offsets)), GRID)
 
     def quotas_at(self, sample: int) -> list[int]:
-        """``W_k(sample)``, for a sample of this segment or its end."""
+        """``W_k(sample)`` for a sample of this segment, or its end."""
         return self._quota.quotas(sample)
 
     def to_dict(self) -> dict[str, Any]:
-        """The segment as JSON can hold it."""
+        """The segment as a JSON-compatible mapping."""
         return {
             "begin": self.begin,
             "origin": self.origin,
@@ -112,54 +105,94 @@ class Segment:
         }
 
 
-def first_segment(schedule: Schedule) -> Segment:
-    """The segment of a run that begins."""
-    zeros = (0,) * len(schedule.sources)
-    return Segment(0, 0, schedule, zeros, zeros, zeros)
+@dataclass(frozen=True)
+class Edit:
+    """An edit that was accepted.
+
+    Attributes:
+        begin: The first sample that the new schedule governs.
+        error_bound: Exclusive bound of the error against the whole run's quota, in samples.
+        added: Sources that the recorded schedule does not have.
+        removed: Sources that the new schedule no longer has.
+    """
+
+    begin: int
+    error_bound: Fraction
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        parts = [f"schedule edited at sample {self.begin}"]
+        parts += [f"added {name}" for name in self.added]
+        parts += [f"removed {name}" for name in self.removed]
+        bound = float(self.error_bound)
+        return f"{', '.join(parts)}; every prefix stays within {bound:.4f} samples of its quota"
 
 
-def read_segments(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """Reads what `Segment.to_dict` wrote; sources that came later get weight 0 in earlier ones."""
-    sources = Schedule.from_dict(entries[-1]["schedule"]).sources
-    num_sources = len(sources)
-    segments: list[Segment] = []
-    for entry in entries:
-        schedule = Schedule.from_dict(entry["schedule"]).with_sources(sources)
-        begin = int(entry["begin"])
-        quotas = segments[-1].quotas_at(begin) if segments else [0] * num_sources
-        segments.append(
-            Segment(
-                begin,
-                int(entry["origin"]),
-                schedule,
-                _padded(entry["counts"], num_sources),
-                tuple(quotas),
-                _padded(entry["offsets"], num_sources),
-            )
-        )
-    return segments
+def resume(schedule: Schedule, state: Mapping[str, Any]) -> tuple[list[Segment], Edit | None]:
+    """The segments of a resumed run, and what its schedule changed.
+
+    Sources keep their positions. New ones follow; removed ones stay with weight 0.
+
+    Args:
+        schedule: The resumed run's schedule.
+        state: What `megatron_chatflow.blend.blend.Blend.state_at` returned.
+
+    Raises:
+        UserError: The schedule changes samples that were drawn already, it removes a source in use,
+            or the state is damaged.
+    """
+    position, counts, in_use, segments = _read(state)
+    old = segments[-1].schedule.sources
+    added = tuple(name for name in schedule.sources if name not in set(old))
+    if added:
+        segments = widen(segments, old + added)
+        counts += [0] * len(added)
+    ordered = schedule
+    if schedule.sources != old + added:
+        ordered = schedule.with_sources(old + added)
+    removed = tuple(name for name in in_use if name not in set(schedule.sources))
+    for name in removed:
+        _check_removal(segments[-1], name, position, counts)
+    absent = [k for k, name in enumerate(old) if name not in set(schedule.sources)]
+    _check_past(segments, ordered, _end_of_weights(segments, absent, position), position)
+    segment = next_segment(segments[-1], ordered, position, counts)
+    if segment is None:
+        return segments, None
+    if segments[-1].begin == position:
+        segments.pop()
+    return [*segments, segment], Edit(position, segment.error_bound, added, removed)
 
 
-def widen(segments: Sequence[Segment], sources: Sequence[str]) -> list[Segment]:
-    """The same segments over more sources, which have had no weight."""
-    num_sources = len(sources)
-    return [
-        Segment(
-            segment.begin,
-            segment.origin,
-            segment.schedule.with_sources(sources),
-            _padded(segment.counts, num_sources),
-            _padded(segment.quotas, num_sources),
-            _padded(segment.offsets, num_sources),
-        )
-        for segment in segments
-    ]
+def next_segment(
+    last: Segment, schedule: Schedule, sample: int, counts: Sequence[int]
+) -> Segment | None:
+    """The segment that an edit at ``sample`` starts; None if nothing changes from there on.
+
+    Args:
+        last: The current segment, over the same sources as ``schedule``.
+        schedule: The new schedule.
+        sample: The first sample that the edit governs, not before the segment begins.
+        counts: Draws of each source before ``sample``.
+    """
+    same_grid = _grid(schedule) == _grid(last.schedule)
+    origin = last.origin if same_grid else sample
+    table = schedule.table(origin)
+    if same_grid and not _differs_from(last.table, table, sample):
+        return None
+    if not same_grid and _constant_levels(table, sample) == _constant_levels(last.table, sample):
+        if _constant_levels(table, sample) is not None:
+            return None
+    quotas = tuple(last.quotas_at(sample))
+    offsets = choose_offsets(table, sample, quotas, counts)
+    return Segment(sample, origin, schedule, tuple(counts), quotas, tuple(offsets))
 
 
 def choose_offsets(
     table: WeightTable, begin: int, quotas: Sequence[int], counts: Sequence[int]
 ) -> list[int]:
-    """The offsets ``o_k`` with which a segment may follow its schedule from these counts.
+    """The smallest offsets ``o_k`` with which a segment can continue from these counts.
 
     Args:
         table: The new weights.
@@ -168,7 +201,7 @@ def choose_offsets(
         counts: Draws of each source before ``begin``.
 
     Returns:
-        Whole numbers of sum 0 in units of 2**-32 samples.
+        Integers of sum 0 in units of 2**-32 samples.
     """
     errors = [(count << GRID_BITS) - quota for count, quota in zip(counts, quotas, strict=True)]
     for step in range(NUM_OFFSET_STEPS + 1):
@@ -191,7 +224,7 @@ def choose_offsets(
 def _is_feasible(
     table: WeightTable, begin: int, base: Sequence[int], counts: Sequence[int]
 ) -> bool:
-    """Whether counts are quotas rounded down or up, and the rounded-up ones are within the caps."""
+    """Whether every count is its quota rounded down or up, and those rounded up fit the caps."""
     floors = [value >> GRID_BITS for value in base]
     ahead = [count - floor for count, floor in zip(counts, floors, strict=True)]
     members = [k for k, value in enumerate(base) if value & (GRID - 1)]
@@ -209,7 +242,7 @@ def _whole_offsets(
     counts: Sequence[int],
     errors: Sequence[int],
 ) -> list[int]:
-    """What separates the counts from a feasible state for the quotas, in whole samples."""
+    """The difference between the counts and a feasible state for the quotas, in whole samples."""
     members = [k for k, value in enumerate(quotas) if value & (GRID - 1)]
     caps = _caps(table, begin, quotas, members)
     state = [value >> GRID_BITS for value in quotas]
@@ -231,291 +264,48 @@ def _padded(values: Sequence[int], num_sources: int) -> tuple[int, ...]:
     return (*map(int, values), *[0] * (num_sources - len(values)))
 
 
-ROUNDING = 2
-"""Weights that differ by no more units of 2**-32 are the same ones, rounded at other knots: what
-two schedules may differ by that draw the same line, as when a knot is put on a ramp."""
+def first_segment(schedule: Schedule) -> Segment:
+    """The segment of a new run."""
+    zeros = (0,) * len(schedule.sources)
+    return Segment(0, 0, schedule, zeros, zeros, zeros)
 
 
-@dataclass(frozen=True)
-class Edit:
-    """An edit that was accepted.
-
-    Attributes:
-        begin: The first sample that the new schedule governs.
-        error_bound: No count will be this far from the whole run's quota, in samples.
-        added: Sources that were not there before.
-        removed: Sources that are no longer there.
-    """
-
-    begin: int
-    error_bound: Fraction
-    added: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """One line for the log."""
-        parts = [f"schedule edited at sample {self.begin}"]
-        parts += [f"added {name}" for name in self.added]
-        parts += [f"removed {name}" for name in self.removed]
-        bound = float(self.error_bound)
-        return f"{', '.join(parts)}; every prefix stays within {bound:.4f} samples of its quota"
-
-
-def run_schedule(
-    config: RunConfig,
-    sources: Sequence[str],
-    recorded: Mapping[str, Any] | None = None,
-    iteration: int = 0,
-    consumed_samples: int = 0,
-) -> Schedule:
-    """The schedule of a run that begins, or of one that goes on.
-
-    Args:
-        config: The run's configuration.
-        sources: Every source, in order.
-        recorded: The schedule in the checkpoint that the run goes on from; None if it begins.
-        iteration: Steps that the checkpoint has taken.
-        consumed_samples: Samples that it has consumed.
-
-    Raises:
-        UserError: See `resumed_schedule`.
-    """
-    block, batch, origin = to_plain(config.data.schedule), config.train.global_batch_size, 0
-    if recorded is None:
-        return Schedule.from_dict(block, sources, batch, config.data.seq_length)
-    plan = Schedule.from_dict(recorded)
-    if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
-        # Iterations to come have the present batch size; those before keep their samples.
-        origin = consumed_samples - iteration * batch
-    else:
-        # The sequence is cut by the batch size that the run began with, whatever it is now.
-        batch, origin = plan.samples_per_iteration, plan.iteration_origin
-    arguments = {
-        "sources": list(sources),
-        "samples_per_iteration": batch,
-        "seq_length": config.data.seq_length,
-        "iteration_origin": origin,
-    }
-    return resumed_schedule(block, plan, arguments)
-
-
-def resumed_schedule(
-    block: Mapping[str, Any], recorded: Schedule, arguments: Mapping[str, Any]
-) -> Schedule:
-    """The schedule of a run that goes on, with its ``as_planned`` knots resolved.
-
-    Args:
-        block: ``data.schedule`` of the resumed run.
-        recorded: The schedule in the checkpoint.
-        arguments: Those of `Schedule.from_dict`.
-
-    Raises:
-        UserError: The block is not a schedule, or a knot before one that is ``as_planned`` differs
-            from what was planned.
-    """
-    knots = block.get("knots") or []
-    numbers = {
-        number
-        for number, knot in enumerate(knots)
-        if isinstance(knot, Mapping) and knot.get("weights") == AS_PLANNED
-    }
-    if not numbers:
-        return Schedule.from_dict(block, **arguments)
-    unit = str(block.get("unit", "samples"))
-    batch, origin = arguments["samples_per_iteration"], arguments.get("iteration_origin") or 0
-    if unit == recorded.unit == "iterations":
-        recorded = recorded.with_iterations(batch, origin)
-    in_samples = {**arguments, "iteration_origin": None}
-    resolved: list[dict[str, Any]] = []  # in samples
-    for number, knot in enumerate(knots):
-        path = f"{PATH}.knots[{number}]"
-        at = position_of(knot, path)
-        sample = sample_of(at, unit, batch, origin, arguments.get("seq_length"), path)
-        if number not in numbers:
-            resolved.append({**knot, "at": sample})
-            continue
-        begin, planned = _planned_knots(recorded, sample, arguments["sources"])
-        _check_ramp(knot, planned[-1], path)
-        if resolved:
-            given = Schedule.from_dict({"knots": resolved}, **in_samples)
-            _check_as_planned(recorded, given, begin, min(given.knots[-1].at + 1, sample), path)
-        # What stands before `begin` has no effect, but the same file must give the same schedule.
-        kept = [one for one in resolved if one["at"] < begin]
-        ramps = {one["at"]: one.get("ramp", "step") for one in resolved}
-        if kept and begin in ramps:
-            planned[0]["ramp"] = ramps[begin]
-        resolved = [*kept, *planned]
-    samples = Schedule.from_dict({"knots": resolved}, **in_samples)
-    if unit == "samples":
-        return samples
-    # Keep the unit of the file where it can express every knot.
-    in_unit = []
-    for knot in resolved:
-        moved = _in_unit(knot, unit, arguments)
-        if "towards" in knot:
-            moved["towards"] = _in_unit(knot["towards"], unit, arguments)
-        in_unit.append(moved)
-    converted = Schedule.from_dict({"unit": unit, "knots": in_unit}, **arguments)
-    return converted if converted.fingerprint() == samples.fingerprint() else samples
-
-
-def as_planned_knot(schedule: Schedule, sample: int, unit: str | None = None) -> str:
-    """The knot, as YAML in a unit, that keeps a running schedule as it is up to a sample."""
-    return f"{{at: {schedule.position(sample, unit)}, weights: {AS_PLANNED}}}"
-
-
-def _planned_knots(
-    recorded: Schedule, end: int, sources: Sequence[str]
-) -> tuple[int, list[dict[str, Any]]]:
-    """The recorded knots up to ``end`` and one there; and the sample from which they hold.
-
-    Knots from the time when sources that are gone had weight cannot be written without them.
-    """
-    gone = [k for k, name in enumerate(recorded.sources) if name not in set(sources)]
-    planned: list[Knot] = [knot for knot in recorded.knots if knot.at <= end]
-    if not planned or planned[-1].at < end:
-        following = next((knot for knot in recorded.knots if knot.at > end), None)
-        levels = tuple(np.cumsum(recorded.weights_at(end)).tolist())
-        if following is None or not planned or following.ramp == "step":
-            planned.append(Knot(end, levels, "step"))
-        else:
-            goal = following.towards or following
-            planned.append(Knot(end, levels, following.ramp, goal))
-    begin = 0
-    for k in gone:
-        for number, knot in enumerate(planned):
-            if any(_weight(part, k) for part in (knot, knot.towards) if part is not None):
-                begin = max(begin, number + 1)
-        if begin == len(planned):
-            raise UserError(
-                f"data.sources.{recorded.sources[k]}: is gone, but its weight is still planned at "
-                f"sample {end}, where a knot is {AS_PLANNED}: keep it until a knot has brought its "
-                "weight to 0"
+def read_segments(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
+    """Reads what `Segment.to_dict` wrote. Sources added later get weight 0 in earlier segments."""
+    sources = Schedule.from_dict(entries[-1]["schedule"]).sources
+    num_sources = len(sources)
+    segments: list[Segment] = []
+    for entry in entries:
+        schedule = Schedule.from_dict(entry["schedule"]).with_sources(sources)
+        begin = int(entry["begin"])
+        quotas = segments[-1].quotas_at(begin) if segments else [0] * num_sources
+        segments.append(
+            Segment(
+                begin,
+                int(entry["origin"]),
+                schedule,
+                _padded(entry["counts"], num_sources),
+                tuple(quotas),
+                _padded(entry["offsets"], num_sources),
             )
-    kept = planned[begin:]
-    if begin:  # what comes before cannot be said, so the way to the first of these does not matter
-        kept[0] = Knot(kept[0].at, kept[0].levels, "step")
-    names = list(recorded.sources)
-    return (kept[0].at if begin else 0), [_written(knot, names, set(gone)) for knot in kept]
-
-
-def _weight(knot: Knot, k: int) -> int:
-    return knot.levels[k] - (knot.levels[k - 1] if k else 0)
-
-
-def _written(knot: Knot, names: Sequence[str], gone: set[int]) -> dict[str, Any]:
-    """A knot in samples, with the weights as exact integers of sum 2**32."""
-
-    def weights(part: Knot) -> dict[str, int]:
-        parts = ((name, _weight(part, k)) for k, name in enumerate(names) if k not in gone)
-        return {name: weight for name, weight in parts if weight}
-
-    record: dict[str, Any] = {"at": knot.at, "weights": weights(knot), "ramp": knot.ramp}
-    if knot.towards is not None:
-        record["towards"] = {"at": knot.towards.at, "weights": weights(knot.towards)}
-    return record
-
-
-def _in_unit(knot: Mapping[str, Any], unit: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A knot in samples, converted to tokens or iterations and rounded up."""
-    if unit == "tokens":
-        return {**knot, "at": knot["at"] * arguments["seq_length"]}
-    origin = arguments.get("iteration_origin") or 0
-    return {**knot, "at": -((origin - knot["at"]) // arguments["samples_per_iteration"])}
-
-
-def _check_ramp(knot: Mapping[str, Any], planned: Mapping[str, Any], path: str) -> None:
-    ramp = knot.get("ramp", "step")
-    if ramp not in ("step", planned["ramp"]):
-        raise UserError(
-            f"{path}.ramp: {ramp}, but the way to this knot is {AS_PLANNED}, {planned['ramp']}: "
-            "leave ramp out"
         )
+    return segments
 
 
-def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int, path: str) -> None:
-    """Refuses knots before one that is ``as_planned`` that say something else than the record."""
-    if begin >= end:
-        return
-    names = recorded.sources + tuple(n for n in given.sources if n not in set(recorded.sources))
-    old, new = recorded.with_sources(names).table(), given.with_sources(names).table()
-    sample = first_difference(old, new, begin, end)
-    if sample is not None:
-        iteration = sample // recorded.samples_per_iteration
-        what = _difference(names, old, new, iteration, "the checkpoint plans")
-        raise UserError(
-            f"{path}: {AS_PLANNED}, but at sample {sample} the knots before it say something else "
-            f"({what}): leave those knots out, or give this one numbers"
+def widen(segments: Sequence[Segment], sources: Sequence[str]) -> list[Segment]:
+    """The same segments over more sources, which had no weight so far."""
+    num_sources = len(sources)
+    return [
+        Segment(
+            segment.begin,
+            segment.origin,
+            segment.schedule.with_sources(sources),
+            _padded(segment.counts, num_sources),
+            _padded(segment.quotas, num_sources),
+            _padded(segment.offsets, num_sources),
         )
-
-
-def _difference(
-    names: Sequence[str], old: WeightTable, new: WeightTable, iteration: int, verb: str = ""
-) -> str:
-    """The source whose weight differs most, with digits that show it."""
-    was, now = (Quota(table, table.origin).weights(iteration) for table in (old, new))
-    k = int(np.argmax(np.abs(np.subtract(now, was))))
-    before, after = differing_numbers(was[k] / GRID, now[k] / GRID)
-    return f"{names[k]} {after}, {verb} {before}" if verb else f"{names[k]} {before}, now {after}"
-
-
-def resume(schedule: Schedule, state: Mapping[str, Any]) -> tuple[list[Segment], Edit | None]:
-    """The segments of a resumed run, and what its schedule changed.
-
-    Sources keep the places that they had; new ones follow, removed ones stay with weight 0.
-
-    Args:
-        schedule: The resumed run's schedule.
-        state: What `megatron_chatflow.blend.blend.Blend.state_at` returned.
-
-    Raises:
-        UserError: The schedule changes what was drawn already, or removes a source in use, or the
-            state is not one.
-    """
-    position, counts, in_use, segments = _read(state)
-    old = segments[-1].schedule.sources
-    added = tuple(name for name in schedule.sources if name not in set(old))
-    if added:
-        segments = widen(segments, old + added)
-        counts += [0] * len(added)
-    ordered = schedule
-    if schedule.sources != old + added:
-        ordered = schedule.with_sources(old + added)
-    removed = tuple(name for name in in_use if name not in set(schedule.sources))
-    for name in removed:
-        _check_removal(segments[-1], name, position, counts)
-    absent = [k for k, name in enumerate(old) if name not in set(schedule.sources)]
-    _check_past(segments, ordered, _last_weight(segments, absent, position), position)
-    segment = next_segment(segments[-1], ordered, position, counts)
-    if segment is None:
-        return segments, None
-    if segments[-1].begin == position:
-        segments.pop()
-    return [*segments, segment], Edit(position, segment.error_bound, added, removed)
-
-
-def next_segment(
-    last: Segment, schedule: Schedule, sample: int, counts: Sequence[int]
-) -> Segment | None:
-    """The segment that an edit at ``sample`` begins; None where nothing changes from there on.
-
-    Args:
-        last: The segment so far, over the same sources as ``schedule``.
-        schedule: The new schedule.
-        sample: The edit's place, not before the last segment's begin.
-        counts: Draws of each source before ``sample``.
-    """
-    same_grid = _grid(schedule) == _grid(last.schedule)
-    origin = last.origin if same_grid else sample
-    table = schedule.table(origin)
-    if same_grid and not _differs_from(last.table, table, sample):
-        return None
-    if not same_grid and _constant_levels(table, sample) == _constant_levels(last.table, sample):
-        if _constant_levels(table, sample) is not None:
-            return None
-    quotas = tuple(last.quotas_at(sample))
-    offsets = choose_offsets(table, sample, quotas, counts)
-    return Segment(sample, origin, schedule, tuple(counts), quotas, tuple(offsets))
+        for segment in segments
+    ]
 
 
 def _read(state: Mapping[str, Any]) -> tuple[int, list[int], Sequence[str], list[Segment]]:
@@ -537,7 +327,7 @@ def _read(state: Mapping[str, Any]) -> tuple[int, list[int], Sequence[str], list
 
 
 def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end: int) -> None:
-    """Refuses a schedule that differs in the samples ``[begin, end)``, which were drawn."""
+    """Refuses a schedule that differs in the drawn samples ``[begin, end)``."""
     for number, segment in enumerate(segments):
         stop = segments[number + 1].begin if number + 1 < len(segments) else end
         start = max(begin, segment.begin)
@@ -545,7 +335,7 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
             continue
         batch, _ = grid = _grid(segment.schedule)
         counted = schedule
-        if schedule.unit == "iterations":  # compare with iterations of the size that they had
+        if schedule.unit == "iterations":  # use the iteration size of that time
             counted = schedule.with_iterations(*grid)
         table = counted.table(segment.origin, batch)
         sample = first_difference(segment.table, table, start, stop)
@@ -568,10 +358,10 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
         )
 
 
-def _last_weight(segments: Sequence[Segment], columns: Sequence[int], position: int) -> int:
-    """The sample from which some sources have had no weight, up to ``position``.
+def _end_of_weights(segments: Sequence[Segment], columns: Sequence[int], position: int) -> int:
+    """The sample from which the sources ``columns`` have had no weight, up to ``position``.
 
-    A schedule without these sources cannot say what the weights were before.
+    A schedule without these sources cannot express the weights before it.
     """
     begin = 0
     for k in columns:
@@ -585,7 +375,7 @@ def _last_weight(segments: Sequence[Segment], columns: Sequence[int], position: 
 
 
 def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int]) -> None:
-    """Refuses to remove a source that has weight, or of which a draw is still owed.
+    """Refuses to remove a source that still has weight or is owed a draw.
 
     Raises:
         UserError: The source must stay; the message says what to do.
@@ -596,7 +386,7 @@ def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int])
     if weight:
         raise UserError(
             f"data.sources.{name}: removed at sample {sample}, where its weight is still "
-            f"{weight / GRID:.6g}: keep it until a knot has brought its weight to 0"
+            f"{weight / GRID:.6g}: keep it until a knot sets its weight to 0"
         )
     owed = last.quotas_at(sample)[k] - (counts[k] << GRID_BITS)
     if owed > 0:
@@ -606,10 +396,203 @@ def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int])
         )
 
 
-def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -> int | None:
-    """The first sample of ``[begin, end)`` at which two tables on one grid give other weights.
+def run_schedule(
+    config: RunConfig,
+    sources: Sequence[str],
+    recorded: Mapping[str, Any] | None = None,
+    iteration: int = 0,
+    consumed_samples: int = 0,
+) -> Schedule:
+    """The schedule of a new or resumed run.
 
-    Differences of up to `ROUNDING` units of 2**-32 do not count.
+    Args:
+        config: The run's configuration.
+        sources: Every source, in order.
+        recorded: The schedule in the checkpoint; None for a new run.
+        iteration: Iterations before the checkpoint.
+        consumed_samples: Samples before the checkpoint.
+
+    Raises:
+        UserError: See `resumed_schedule`.
+    """
+    block, batch, origin = to_plain(config.data.schedule), config.train.global_batch_size, 0
+    if recorded is None:
+        return Schedule.from_dict(block, sources, batch, config.data.seq_length)
+    plan = Schedule.from_dict(recorded)
+    if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
+        # Future iterations have the present batch size; past ones keep their samples.
+        origin = consumed_samples - iteration * batch
+    else:
+        # Weights keep changing at multiples of the batch size that the run began with.
+        batch, origin = plan.samples_per_iteration, plan.iteration_origin
+    arguments = {
+        "sources": list(sources),
+        "samples_per_iteration": batch,
+        "seq_length": config.data.seq_length,
+        "iteration_origin": origin,
+    }
+    return resumed_schedule(block, plan, arguments)
+
+
+def resumed_schedule(
+    block: Mapping[str, Any], recorded: Schedule, arguments: Mapping[str, Any]
+) -> Schedule:
+    """The schedule of a resumed run, with its ``as_planned`` knots replaced by recorded ones.
+
+    Args:
+        block: ``data.schedule`` of the resumed run.
+        recorded: The schedule in the checkpoint.
+        arguments: The other arguments of `Schedule.from_dict`, by name.
+
+    Raises:
+        UserError: The block is not a schedule, or a knot before an ``as_planned`` one differs from
+            what was planned.
+    """
+    unset = dict.fromkeys(("samples_per_iteration", "seq_length", "iteration_origin"))
+    parsed, sources, positions = read_block(block, {"sources": None, **unset, **arguments})
+    if all(knot.weights != AS_PLANNED for knot in parsed.knots):
+        return Schedule(parsed, sources, positions)
+    if positions.unit == recorded.unit == "iterations":
+        recorded = recorded.with_iterations(
+            positions.samples_per_iteration, positions.iteration_origin
+        )
+    given: list[dict[str, Any]] = to_plain(parsed.knots)
+    in_samples = {
+        "sources": sources,
+        "samples_per_iteration": positions.samples_per_iteration,
+        "seq_length": positions.seq_length,
+    }
+    resolved: list[dict[str, Any]] = []  # at samples
+    for number, knot in enumerate(given):
+        path = f"{PATH}.knots[{number}]"
+        sample = positions.to_sample(knot["at"], path)
+        if knot["weights"] != AS_PLANNED:
+            resolved.append({**knot, "at": sample})
+            continue
+        begin, planned = _planned_knots(recorded, sample, sources)
+        _check_ramp(knot["ramp"], planned[-1]["ramp"], path)
+        if resolved:
+            before = Schedule.from_dict({"knots": resolved}, **in_samples)
+            _check_as_planned(recorded, before, begin, min(before.knots[-1].at + 1, sample), path)
+        # Knots before `begin` have no effect, but the same file must give the same schedule.
+        kept = [entry for entry in resolved if entry["at"] < begin]
+        ramps = {entry["at"]: entry["ramp"] for entry in resolved}
+        if kept and begin in ramps:
+            planned[0]["ramp"] = ramps[begin]
+        resolved = [*kept, *planned]
+    samples = Schedule.from_dict({"knots": resolved}, **in_samples)
+    if positions.unit == "samples":
+        return samples
+    # Keep the unit of the file if it can express every knot.
+    converted = Schedule.from_dict(
+        {"unit": positions.unit, "knots": [_in_unit(knot, positions) for knot in resolved]},
+        **in_samples,
+        iteration_origin=positions.iteration_origin,
+    )
+    return converted if converted.knots == samples.knots else samples
+
+
+def as_planned_knot(schedule: Schedule, sample: int, unit: str | None = None) -> str:
+    """The knot, as YAML, that keeps a running schedule unchanged up to a sample."""
+    return f"{{at: {schedule.position(sample, unit)}, weights: {AS_PLANNED}}}"
+
+
+def _planned_knots(
+    recorded: Schedule, end: int, sources: Sequence[str]
+) -> tuple[int, list[dict[str, Any]]]:
+    """The recorded knots up to ``end``, with one at ``end``, and the sample from which they hold.
+
+    Knots at which a removed source has weight cannot be expressed and are left out.
+    """
+    gone = [k for k, name in enumerate(recorded.sources) if name not in set(sources)]
+    planned: list[Knot] = [knot for knot in recorded.knots if knot.at <= end]
+    if not planned or planned[-1].at < end:
+        following = next((knot for knot in recorded.knots if knot.at > end), None)
+        levels = tuple(np.cumsum(recorded.weights_at(end)).tolist())
+        if following is None or not planned or following.ramp == "step":
+            planned.append(Knot(end, levels, "step"))
+        else:
+            goal = following.towards or following
+            planned.append(Knot(end, levels, following.ramp, goal))
+    begin = 0
+    for k in gone:
+        for number, knot in enumerate(planned):
+            if any(_weight(part, k) for part in (knot, knot.towards) if part is not None):
+                begin = max(begin, number + 1)
+        if begin == len(planned):
+            raise UserError(
+                f"data.sources.{recorded.sources[k]}: was removed, but it still has weight at sample "
+                f"{end}, where a knot is {AS_PLANNED}: keep it until a knot sets its weight to 0"
+            )
+    kept = planned[begin:]
+    if begin:  # nothing before it is kept, so its ramp has no meaning
+        kept[0] = Knot(kept[0].at, kept[0].levels, "step")
+    names = list(recorded.sources)
+    return (kept[0].at if begin else 0), [_recorded(knot, names, set(gone)) for knot in kept]
+
+
+def _weight(knot: Knot, k: int) -> int:
+    return knot.levels[k] - (knot.levels[k - 1] if k else 0)
+
+
+def _recorded(knot: Knot, names: Sequence[str], gone: set[int]) -> dict[str, Any]:
+    """A knot at its sample, as `RecordedKnot` reads it, with integer weights of sum 2**32."""
+
+    def weights(part: Knot) -> dict[str, int]:
+        parts = ((name, _weight(part, k)) for k, name in enumerate(names) if k not in gone)
+        return {name: weight for name, weight in parts if weight}
+
+    record: dict[str, Any] = {"at": knot.at, "weights": weights(knot), "ramp": knot.ramp}
+    if knot.towards is not None:
+        record["towards"] = {"at": knot.towards.at, "weights": weights(knot.towards)}
+    return record
+
+
+def _in_unit(knot: Mapping[str, Any], positions: Positions) -> dict[str, Any]:
+    """A recorded knot at a sample, converted to the unit of ``positions`` and rounded up."""
+    converted = {**knot, "at": positions.from_sample(knot["at"])}
+    if knot.get("towards") is not None:
+        converted["towards"] = _in_unit(knot["towards"], positions)
+    return converted
+
+
+def _check_ramp(ramp: str, planned: str, path: str) -> None:
+    if ramp not in ("step", planned):
+        raise UserError(
+            f"{path}.ramp: {ramp}, but the recorded schedule has {planned} here: leave ramp out"
+        )
+
+
+def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int, path: str) -> None:
+    """Refuses knots before an ``as_planned`` one that differ from the recorded schedule."""
+    if begin >= end:
+        return
+    names = recorded.sources + tuple(n for n in given.sources if n not in set(recorded.sources))
+    old, new = recorded.with_sources(names).table(), given.with_sources(names).table()
+    sample = first_difference(old, new, begin, end)
+    if sample is not None:
+        iteration = sample // recorded.samples_per_iteration
+        what = _difference(names, old, new, iteration, "the checkpoint plans")
+        raise UserError(
+            f"{path}: {AS_PLANNED}, but the knots before it differ from the plan at sample {sample} "
+            f"({what}): leave those knots out, or give this one numbers"
+        )
+
+
+def _difference(
+    names: Sequence[str], old: WeightTable, new: WeightTable, iteration: int, verb: str = ""
+) -> str:
+    """The source whose weight differs most, with enough digits to show the difference."""
+    was, now = (Quota(table, table.origin).weights(iteration) for table in (old, new))
+    k = int(np.argmax(np.abs(np.subtract(now, was))))
+    before, after = differing_numbers(was[k] / GRID, now[k] / GRID)
+    return f"{names[k]} {after}, {verb} {before}" if verb else f"{names[k]} {before}, now {after}"
+
+
+def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -> int | None:
+    """The first sample of ``[begin, end)`` at which two tables on one grid differ.
+
+    Differences of up to `ROUNDING` units of 2**-32 are ignored.
     """
     batch = old.samples_per_iteration
     iteration = (begin - old.origin) // batch
@@ -646,7 +629,7 @@ def _first_in_interval(old: WeightTable, new: WeightTable, first: int, last: int
 
 
 def _grid(schedule: Schedule) -> tuple[int, int]:
-    """What decides where iterations begin."""
+    """Determines where iterations begin."""
     return schedule.samples_per_iteration, schedule.iteration_origin
 
 
@@ -657,7 +640,7 @@ def _constant_levels(table: WeightTable, sample: int) -> tuple[int, ...] | None:
 
 
 def _differs_from(old: WeightTable, new: WeightTable, sample: int) -> bool:
-    """Whether two tables on one grid are other functions from the iteration of ``sample`` on."""
+    """Whether two tables on one grid differ as functions from the iteration of ``sample`` on."""
     iteration = (sample - old.origin) // old.samples_per_iteration
     while True:
         lines = [_line(table, iteration) for table in (old, new)]

@@ -9,9 +9,11 @@ In: raw values from YAML, flags or Python. Out: exact Python values; a number is
 text beyond the documented units, nor from a boolean.
 """
 
+import math
 import re
 from collections.abc import Callable
 from decimal import Decimal
+from numbers import Integral, Real
 from pathlib import Path
 from reprlib import Repr
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -60,8 +62,8 @@ def parse_count(value: object) -> int:
     Raises:
         UserError: The value is none of these, is not whole, or does not fit 64 bits.
     """
-    if isinstance(value, int) and not isinstance(value, bool):
-        count = Decimal(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        count = Decimal(int(value))
     elif isinstance(value, float):
         count = Decimal(value)
     elif isinstance(value, str) and (match := _COUNT.fullmatch(value)):
@@ -112,7 +114,7 @@ def parse_number(value: object) -> float:
     Raises:
         UserError: The value is no number.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         try:
             return float(value)
         except OverflowError:
@@ -128,6 +130,19 @@ def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[st
     while one != other and f"{one:.{digits}g}" == f"{other:.{digits}g}":
         digits += 1
     return f"{one:.{digits}g}", f"{other:.{digits}g}"
+
+
+def parse_weight(value: object) -> int | float:
+    """A weight of a source: a finite number of at least 0. Integers stay integers.
+
+    Raises:
+        UserError: The value is not such a number.
+    """
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    number = int(value) if is_integer else parse_number(value)  # type: ignore[call-overload]
+    if not 0 <= number < math.inf:
+        raise UserError(f"must be a finite number of at least 0, not {shorten(value)}")
+    return number
 
 
 def parse_shares(value: object) -> tuple[float, float, float]:
@@ -205,6 +220,10 @@ Fraction = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1, all
 
 if TYPE_CHECKING:
     KnotWeights = dict[str, float] | Literal["as_planned"]
+    ExactWeights = dict[str, int | float]
+    ExactKnotWeights = ExactWeights | Literal["as_planned"]
 else:  # no union, whose arms pydantic would add to the path in messages
     KnotWeights = Annotated[dict[Name, NonNegativeNumber], WrapValidator(_parse_weights)]
+    ExactWeights = dict[Name, Annotated[Any, BeforeValidator(parse_weight)]]
+    ExactKnotWeights = Annotated[ExactWeights, WrapValidator(_parse_weights)]
 """Weights by source, or ``as_planned``: what the schedule of the checkpoint says at the knot."""

@@ -65,8 +65,9 @@ def describe(error: ValidationError, root: type) -> str:
         root: The configuration class that was being made.
     """
     problems = error.errors(include_url=False)
-    # An unknown key is usually the misspelt one that is then missed under its right name.
-    order = {"unexpected_keyword_argument": 0, "missing": 2}
+    # An unknown key is usually a misspelling of one that is then missing. A list whose elements are
+    # all invalid counts as empty.
+    order = {"unexpected_keyword_argument": 0, "missing": 2, "too_short": 3}
     problems.sort(key=lambda problem: order.get(problem["type"], 1))
     first = problems[0]
     path = _path(first["loc"])

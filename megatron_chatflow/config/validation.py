@@ -10,7 +10,7 @@ itself as YAML that reads back as the same object.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from megatron_chatflow.config.sections import (
     CheckpointConfig,
     DataConfig,
     FaultConfig,
+    KnotConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -337,25 +338,38 @@ def _check_faults(config: "RunConfig") -> None:
 def _check_schedule(config: "RunConfig") -> None:
     if config.data.split is not None and config.data.holdout_every is not None:
         raise UserError("data.split and data.holdout_every: both are set; leave one out")
-    sources, knots = config.data.sources, config.data.schedule.knots
+    check_knots(config.data.schedule.knots, list(config.data.sources))
+
+
+def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
+    """Checks the order and the weights of a schedule's knots.
+
+    Raises:
+        UserError: The first problem, with its path in ``data.schedule``.
+    """
     for number, knot in enumerate(knots):
-        if isinstance(knot.weights, str):
-            continue  # as_planned: the checkpoint's schedule has these weights
-        path = f"data.schedule.knots[{number}].weights"
-        for name in knot.weights:
-            if name not in sources:
-                raise UserError(
-                    f"{path}.{name}: is not among data.sources{did_you_mean(name, sources)}; "
-                    f"known are {', '.join(sources)}"
-                )
-        if not any(knot.weights.values()):
-            raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")
+        if not isinstance(knot.weights, str):  # else as_planned: the weights are the checkpoint's
+            check_weights(knot.weights, sources, f"data.schedule.knots[{number}].weights")
     for number, (before, after) in enumerate(pairwise(knots), start=1):
         if after.at <= before.at:
             raise UserError(
                 f"data.schedule.knots[{number}].at: {after.at} does not follow {before.at} of the "
                 "knot before it; put the knots in rising order"
             )
+
+
+def check_weights(weights: Mapping[str, float], sources: Sequence[str], path: str) -> None:
+    """Checks that the weights of a knot name known sources and are not all 0."""
+    known = set(sources)
+    for name in weights:
+        if name not in known:
+            shown = ", ".join(sources[:8]) + (", ..." if len(sources) > 8 else "")
+            raise UserError(
+                f"{path}.{name}: is not among data.sources{did_you_mean(name, sources)}; known are "
+                f"{shown}"
+            )
+    if not any(weights.values()):
+        raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")
 
 
 def _check_logging(config: "RunConfig") -> None:
