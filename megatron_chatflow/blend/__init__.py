@@ -1,8 +1,21 @@
-"""The blend: which source every sample of a run comes from, as its schedule says.
+"""The blend: decides which source every sample of a run comes from.
 
-`Schedule` gives each source a weight at every sample, `Blend` turns it into an exact sequence.
-Start with `blend.py`; `engine.py` explains the algorithm, `edits.py` how a running schedule may
-change.
+    schedule = Schedule.from_dict(block, sources=[...], samples_per_iteration=512, seq_length=4096)
+    source, index = Blend(schedule).take(begin, end)
+
+A `Schedule` gives every source an integer weight at every sample. A `Blend` turns the schedule into
+an exact sequence: global sample i is the ``index[i]``-th sample of source ``source[i]``, and for
+every prefix and source the count differs from the sum of the weights by less than 1. Read in this
+order:
+
+- `schedule`: knots, ramps and their parser; weights as exact integers.
+- `quota`: sums of weights and their inverses in closed form.
+- `engine`: the algorithm and its proof idea, with a reference in Python. The C++ in ``csrc/blend``
+  draws the same sequence.
+- `blend`: `Blend`, which joins the engines of all segments and saves its state.
+- `edits`: what a resumed run may change in its schedule, and the segments that edits start.
+- `adaptive`: a blend whose weights become known while the run goes on.
+- `plan`: planned against realised mixture, epochs per source, and limits on them.
 """
 
 from megatron_chatflow.blend.blend import Blend

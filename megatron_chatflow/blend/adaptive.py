@@ -1,21 +1,22 @@
-"""A blend whose weights are decided while the run goes on, one horizon ahead.
+"""A blend whose weights become known while the run goes on, one horizon ahead.
 
-In: a `WeightsProvider`, asked once for every horizon of samples, in order. Out: draws with the
-interface of `megatron_chatflow.blend.blend.Blend`. There is no controller here: this is the place
-where one that sets weights from losses is plugged in.
+`AdaptiveBlend` asks a `WeightsProvider` once for every horizon of samples, in order, and draws with
+the interface of `megatron_chatflow.blend.blend.Blend`. It is the extension point for controllers
+that set weights from losses; the package contains no such controller.
 
-Nothing is known of the weights beyond the present horizon, so no tree can be built; instead the
-present weights are taken to hold for ever, until the next answer. Each draw j of source k may
-happen from the slot in which the quota exceeds j until the quota reaches j + 1. A slot goes to
-the source that lags a whole sample behind, to the one that lags most if there are several; else
-to the open draw whose quota is complete first; ties go to the lower source.
+Weights beyond the present horizon are unknown, so no tree can be built. Instead the present weights
+are assumed to hold forever, until the next answer. Draw j of source k may happen from the slot in
+which the quota exceeds j until the quota reaches j + 1. If some sources lag by a whole sample or
+more, the slot goes to the one that lags most. Otherwise it goes to the open draw whose quota is
+complete first. Ties go to the source with the lower number.
 
-**Bounds, for any weights whatever.** No source is ever a whole sample ahead, because only draws
-whose quota has begun are made. None is ``H_n = 1 + 1/2 + ... + 1/n`` samples behind: let ``A_j`` be
-the largest mean lag of any j sources. A slot in which some source lags a sample serves the largest
-lag, which gives ``A_j(t + 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``; in any other slot all lags
-are below 1. So ``A_j < 1 + H_n - H_j``, and j = 1 is the claim. No rule that sees nothing ahead can
-do better than ``H_n - 1``. Where weights change moderately the error stays below 1.
+**Bounds, for any sequence of weights.** No source is ever a whole sample ahead, because only draws
+whose quota has begun are made. No source is ever ``H_n = 1 + 1/2 + ... + 1/n`` samples behind: let
+``A_j`` be the largest mean lag of any j sources. If some source lags by a sample, the slot serves
+the largest lag, which gives ``A_j(t + 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``. In any other
+slot all lags are below 1. So ``A_j < 1 + H_n - H_j``, and j = 1 is the claim. No rule without
+knowledge of the future can do better than ``H_n - 1``. If the weights change moderately, the error
+stays below 1.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ FORMAT_VERSION = 1
 
 
 class WeightsProvider(Protocol):
-    """Decides weights one horizon ahead.
+    """Provides the weights one horizon ahead.
 
     Attributes:
-        horizon: Samples for which one answer holds, at least 1.
+        horizon: Samples governed by one answer, at least 1.
     """
 
     horizon: int
@@ -46,7 +47,7 @@ class WeightsProvider(Protocol):
         """Weights of the samples ``[begin, begin + horizon)``.
 
         Args:
-            begin: A multiple of ``horizon``; each is asked for once, in order.
+            begin: A multiple of ``horizon``. Each is asked for once, in order.
             counts: int64[num_sources], draws before ``begin``.
 
         Returns:
@@ -55,12 +56,12 @@ class WeightsProvider(Protocol):
 
 
 class AdaptiveBlend:
-    """Draws that follow a `WeightsProvider`.
+    """A sequence of draws that follows a `WeightsProvider`.
 
     Every answer is recorded, so that any part that was drawn can be drawn again.
 
     Attributes:
-        sources: The names that `take` numbers.
+        sources: Names of the sources that `take` numbers.
         horizon: Samples per answer.
     """
 
@@ -70,15 +71,16 @@ class AdaptiveBlend:
         provider: WeightsProvider,
         state: Mapping[str, Any] | None = None,
     ):
-        """Starts a run, or goes on with one.
+        """Starts or resumes a run.
 
         Args:
             sources: Every source's name.
-            provider: Asked for weights that the state does not hold.
-            state: What `state_at` returned, perhaps through JSON; None for a new run.
+            provider: Provides the weights that the state does not contain.
+            state: What `state_at` returned, possibly after a round trip through JSON; None for a
+                new run.
 
         Raises:
-            UserError: The state is another run's.
+            UserError: The state has other sources or another horizon, or is damaged.
         """
         self.sources = tuple(sources)
         self.horizon = provider.horizon
@@ -92,13 +94,15 @@ class AdaptiveBlend:
             self._restore(state)
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """Draws the samples ``[begin, end)``; asks the provider where they lie ahead.
+        """Draws the samples ``[begin, end)`` and asks the provider for weights as needed.
 
         Returns:
             ``(source, index)``: int16[end - begin] and int64[end - begin].
         """
         if not 0 <= begin <= end:
-            raise UserError(f"take({begin}, {end}): the samples end before they begin")
+            raise UserError(
+                f"take({begin}, {end}): the samples must not be negative or in falling order"
+            )
         sources, indices = [np.empty(0, np.int16)], [np.empty(0, np.int64)]
         while begin < end:
             number, offset = divmod(begin, self.horizon)
@@ -118,7 +122,7 @@ class AdaptiveBlend:
         return self._counts[number] + np.bincount(drawn, minlength=len(self.sources))
 
     def state_at(self, sample: int) -> dict[str, Any]:
-        """What a checkpoint carries: JSON, every answer up to ``sample``."""
+        """The state after ``sample`` samples: JSON-compatible, every answer so far."""
         answers = self._weights[: -(-sample // self.horizon)]
         return {
             "format_version": FORMAT_VERSION,
@@ -130,15 +134,17 @@ class AdaptiveBlend:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state.get("format_version") != FORMAT_VERSION or "weights" not in state:
-            raise UserError("adaptive blend state: not one that this version reads")
+            raise UserError(
+                f"adaptive blend state: unknown format; this version reads {FORMAT_VERSION}"
+            )
         if list(state["sources"]) != list(self.sources) or state["horizon"] != self.horizon:
-            raise UserError("adaptive blend state: recorded with other sources or another horizon")
+            raise UserError("adaptive blend state: it has other sources or another horizon")
         for number, weights in enumerate(state["weights"]):
             self._weights.append(np.array(weights, np.int64))
             self._horizon(number)
 
     def _horizon(self, number: int) -> npt.NDArray[np.int16]:
-        """The draws of one horizon, int16[horizon]; those before it are drawn first."""
+        """The draws of one horizon, int16[horizon], after those of all earlier ones."""
         while len(self._counts) <= number:
             self._horizon(len(self._counts) - 1)
         if self._drawn[0] == number:
@@ -149,8 +155,8 @@ class AdaptiveBlend:
         weights = self._weights[number]
         if weights.shape != (len(self.sources),) or weights.min() < 0 or weights.sum() != GRID:
             raise UserError(
-                f"weights of sample {number * self.horizon}: not {len(self.sources)} integers of "
-                f"0 or more with the sum {GRID}"
+                f"weights at sample {number * self.horizon}: must be {len(self.sources)} integers "
+                f"of 0 or more with the sum {GRID}"
             )
         drawn, lags = draw_horizon(weights, self._lags[number], self.horizon)
         if number + 1 == len(self._counts):
@@ -164,12 +170,12 @@ class AdaptiveBlend:
 def draw_horizon(
     weights: npt.NDArray[np.int64], lags: npt.NDArray[np.int64], num_samples: int
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-    """Draws samples of constant weights.
+    """Draws samples under constant weights.
 
     Args:
         weights: int64[num_sources], of sum 2**32.
         lags: int64[num_sources], quota minus count in units of 2**-32 before the first sample.
-        num_samples: How many to draw.
+        num_samples: Number of samples to draw.
 
     Returns:
         ``(source, lags)``: int16[num_samples], and the lags after the last sample.
@@ -182,7 +188,7 @@ def draw_horizon(
         lags += weights
         chosen = int(lags.argmax())
         if lags[chosen] < GRID:
-            # Slots until the quota of the draw that is open is complete.
+            # Slots until the quota of the open draw is complete.
             left = np.where(weights > 0, -((lags - GRID) // divisor), never - 1)
             chosen = int(np.where(lags > 0, left, never).argmin())
         lags[chosen] -= GRID

@@ -1,13 +1,13 @@
-"""The blend: the schedule turned into an exact sequence of draws.
+"""The blend: turns a schedule into an exact sequence of draws.
 
-In: a `Schedule`, and on resuming the state that a checkpoint carries. Out: for every global sample
-its source and which of the source's samples it is, so that for every prefix and every source
-``|count - sum of weights| < 1``, checked in integers.
+For every global sample, `Blend.take` gives its source and which of the source's samples it is. For
+every prefix of the sequence and every source, ``|count - sum of weights| < 1``, in exact integers.
+The sequence depends only on the schedule and its recorded edits, and any part of it can be computed
+without the parts before.
 
-The sequence is a function of the schedule and its recorded edits alone, and any part of it can be
-computed without the parts before. How it is made stands in
-`megatron_chatflow.blend.engine`; how a schedule may be edited in a running run, in
-`megatron_chatflow.blend.edits` and `megatron_chatflow.blend.edits`.
+A run consists of segments, one per schedule edit (`megatron_chatflow.blend.edits`). Each segment
+has an engine that draws its samples (`megatron_chatflow.blend.engine`). `Blend` joins them and
+writes the state that lies in every checkpoint.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ MAX_SAMPLES = 1 << ROOT_BITS
 
 
 class Blend:
-    """The draws of a run.
+    """The sequence of draws of a run.
 
     Attributes:
-        schedule: The schedule that governs the samples to come.
-        sources: The names that `take` numbers: the schedule's, then those that were removed.
-        edit: What the schedule changed of the recorded state's; None when nothing.
+        schedule: The current schedule.
+        sources: Names of the sources that `take` numbers: the schedule's, then removed ones.
+        edit: How the schedule differs from the recorded one; None if it does not.
     """
 
     def __init__(self, schedule: Schedule, state: Mapping[str, Any] | None = None):
-        """Starts a run, or goes on with one.
+        """Starts or resumes a run.
 
         Args:
-            schedule: The weights. On resuming it may differ from the recorded one in samples that
-                have not been drawn yet: that is an edit and begins a segment.
-            state: What `state_at` returned, perhaps through JSON; None for a new run.
+            schedule: The weights. In a resumed run it may differ from the recorded schedule in
+                samples that have not been drawn yet. Such an edit starts a segment.
+            state: What `state_at` returned, possibly after a round trip through JSON; None for a
+                new run.
 
         Raises:
-            UserError: The schedule changes samples that were drawn already, or removes a source
-                that is still in use, or the state is not one.
+            UserError: The schedule changes samples that were drawn already, it removes a source
+                in use, or the state is damaged.
         """
         self.schedule = schedule
         self.edit: Edit | None = None
@@ -70,7 +71,9 @@ class Blend:
         self._public = np.array([number[name] for name in columns], np.int16)
         self._is_identity = columns == self.sources
         self._engines: dict[int, Engine] = {}
-        self._lock = threading.Lock()  # a loader draws ahead while a checkpoint asks for counts
+        self._lock = (
+            threading.Lock()
+        )  # the loader draws in a thread while a checkpoint reads counts
         if self.edit is not None:
             logger.info("%s", self.edit)
 
@@ -79,11 +82,11 @@ class Blend:
 
         Returns:
             ``(source, index)``: int16[end - begin], positions in `sources`, and
-            int64[end - begin], which of the source's samples each is, counting from 0.
+            int64[end - begin], the number of each sample within its source, from 0.
         """
         begin, end = self._check(begin), self._check(end)
         if begin > end:
-            raise UserError(f"take({begin}, {end}): the samples end before they begin")
+            raise UserError(f"take({begin}, {end}): the first sample must not be after the last")
         parts = []
         with self._lock:
             for number in range(self._segment_of(begin), len(self._segments)):
@@ -103,35 +106,35 @@ class Blend:
     def counts(self, sample: int) -> npt.NDArray[np.int64]:
         """Draws of each source in the samples before ``sample``, int64[num_sources].
 
-        In the order of ``schedule.sources``; draws of sources that were removed are not in it.
+        In the order of ``schedule.sources``, without removed sources.
         """
         counts = self._column_counts(self._check(sample))
         return np.array(self._of_schedule(counts.tolist()), np.int64)
 
     def quotas(self, sample: int) -> list[int]:
-        """The sums of weights that `counts` follows, in units of 2**-32 samples."""
+        """Sums of the weights before ``sample``, which `counts` follows, in 2**-32 samples."""
         sample = self._check(sample)
         return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
 
     def planned_shares(self, sample: int) -> npt.NDArray[np.float64]:
-        """What each of ``schedule.sources`` has of the weights at exactly this place of the run."""
+        """Planned share of each of ``schedule.sources`` at ``sample``, float64[num_sources]."""
         segment = self._segments[self._segment_of(self._check(sample))]
         shares = segment.schedule.weights_at(sample) / GRID
         return np.array(self._of_schedule(shares.tolist()))
 
     def position(self, sample: int) -> int:
-        """A sample in the unit of the schedule that governed it, rounded up."""
+        """The position of a sample in the current unit, by its segment's schedule, rounded up."""
         number = self._segment_of(sample)
         if number + 1 == len(self._segments):
             return self.schedule.position(sample)
         return self._segments[number].schedule.position(sample, self.schedule.unit)
 
     def first_draw(self, source: int, index: int) -> int | None:
-        """The global sample that is the source's ``index``-th; None if there is none in 2**40.
+        """The global sample that is the source's ``index``-th; None if it is beyond 2**40 samples.
 
         Args:
             source: Position in `sources`.
-            index: Which of its samples, from 0.
+            index: Number of the sample within its source, from 0.
         """
         if not 0 <= source < len(self.sources) or index < 0:
             raise UserError(f"first_draw({source}, {index}): no such source or index")
@@ -144,7 +147,7 @@ class Blend:
         return sample if 0 <= sample < MAX_SAMPLES else None
 
     def state_at(self, sample: int) -> dict[str, Any]:
-        """What a checkpoint carries after ``sample`` samples: JSON, O(num_sources) per edit."""
+        """The state after ``sample`` samples: JSON-compatible, O(num_sources) per edit."""
         sample = self._check(sample)
         counts = self._column_counts(sample)
         segments = self._segments[: self._segment_of(max(sample - 1, 0)) + 1]
@@ -157,9 +160,9 @@ class Blend:
         }
 
     def knots_before(self, sample: int) -> list[int]:
-        """The samples in (0, ``sample``) at which a knot lies, in order.
+        """The samples in (0, ``sample``) at which knots lie, in order.
 
-        Knots that count iterations lie at other samples once the batch size has changed.
+        Knots in iterations move to other samples when the batch size changes.
         """
         begins = [segment.begin for segment in self._segments]
         schedules = [*(segment.schedule for segment in self._segments[:-1]), self.schedule]
@@ -176,11 +179,11 @@ class Blend:
         return [one.begin for one in self._segments[1:] if one.begin < sample]
 
     def error_bound(self) -> float:
-        """No count will lie this far from the whole run's quota, in samples: 1 without edits."""
+        """Exclusive bound of the error against the run's quota, in samples; 1 without edits."""
         return float(self._segments[-1].error_bound)
 
     def _of_schedule(self, values: list[_Number]) -> list[_Number]:
-        """Values of all sources, in the order of the schedule's."""
+        """Reorders values by segment column to the order of ``schedule.sources``."""
         result = list(values)
         for number, value in zip(self._public, values, strict=True):
             result[number] = value
@@ -197,7 +200,7 @@ class Blend:
         return bisect_right([segment.begin for segment in self._segments], sample) - 1
 
     def _engine(self, number: int) -> Engine:
-        """The engine of a segment; the last two that were used are kept."""
+        """The engine of a segment. The two most recently used are kept."""
         engine = self._engines.pop(number, None)
         if engine is None:
             segment = self._segments[number]

@@ -521,7 +521,7 @@ def _planned_knots(
                 begin = max(begin, number + 1)
         if begin == len(planned):
             raise UserError(
-                f"data.sources.{recorded.sources[k]}: was removed, but it still has weight at sample "
+                f"data.sources.{recorded.sources[k]}: was removed, but still has weight at sample "
                 f"{end}, where a knot is {AS_PLANNED}: keep it until a knot sets its weight to 0"
             )
     kept = planned[begin:]
@@ -574,8 +574,8 @@ def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int,
         iteration = sample // recorded.samples_per_iteration
         what = _difference(names, old, new, iteration, "the checkpoint plans")
         raise UserError(
-            f"{path}: {AS_PLANNED}, but the knots before it differ from the plan at sample {sample} "
-            f"({what}): leave those knots out, or give this one numbers"
+            f"{path}: {AS_PLANNED}, but the knots before it differ from the plan at sample "
+            f"{sample} ({what}): leave those knots out, or give this one numbers"
         )
 
 

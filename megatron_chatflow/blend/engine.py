@@ -1,42 +1,46 @@
-"""The engine that draws one segment of a blend: C++ where it is built, else the reference.
+"""The engine of the blend: draws the sources of one segment with every error below one.
 
-In: a `WeightTable`, the segment's first sample, its quotas and counts there. Out: an `Engine`.
-`csrc/blend/blend.cpp` and `megatron_chatflow.blend.engine` draw the same sequence.
+Given the quotas of a segment and the counts at its first sample, an engine finds the source of
+every later sample such that, at each sample ``i`` and for each source ``k``, the number of draws
+differs from ``W_k(i) / 2**32`` by less than one. Such a sequence is known to exist (R. Tijdeman,
+"The chairman assignment problem", Discrete Mathematics 32, 1980). The construction below is new: it
+gives random access without replaying the sequence. `make_engine` returns the C++ engine of
+``csrc/blend``, or `ReferenceEngine` if the extension is not built. Both draw the same sequence.
 
-The blend of one segment: which source every sample comes from, as an exact integer reference.
+**Jobs.** The error is below one if and only if every count is the quota rounded down or up. Draw
+number j of source k is therefore a unit job for one slot ``i`` with ``W_k(i + 1) > j`` and
+``W_k(i) < j + 1`` (in samples). Its release is the last ``i`` with ``W_k(i) <= j``, its deadline
+the first ``i`` with ``W_k(i) >= j + 1``; the slots between them are its window. The state at a
+boundary is a set U: the sources whose quota is fractional and whose count is rounded up. The
+fractional parts of all quotas sum to an integer ``m``, and U has ``m`` members.
 
-In: a `Quota` (how many samples of each source are due before every sample) and the counts drawn
-when the segment begins. Out: the source of every sample, so that at each sample ``i`` and for each
-source ``k`` the count drawn lies less than one from ``W_k(i) / 2**32``. That such a sequence exists
-is known (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980). The
-construction, which gives random access without replay, is this project's own.
+**Select.** Let U_L and U_R be states at L and R that some sequence with errors below one connects.
+`select` finds a state at T, L < T < R, that is connected to both, from the quotas at L, T and R
+alone. Sources whose current job at T was done before L must be in U; sources whose job is still
+open at R must not. For every deadline d, the number of members whose window ends at d or later is
+limited by the sum of the fractional parts of these windows at T, rounded up (`Caps`). The remaining
+members are added in the order of their release as long as the caps allow.
 
-**Jobs.** An error below one means: at every ``i`` the count is the quota rounded down or up. So
-source k's draw number j is a job for one slot ``i`` with ``W_k(i + 1) > j`` and ``W_k(i) < j + 1``
-(in samples): its release is the last ``i`` with ``W_k(i) <= j``, its deadline the first with
-``W_k(i) >= j + 1``. A state at a boundary is a set U: the sources whose quota is not whole and
-whose count is the quota rounded up. The fractions sum to a whole number, ``m``, which is U's size.
+**Why this works.** Connecting L to R means matching unit jobs to slots, so Hall's theorem for
+intervals applies. Intervals strictly inside [L, R] always have enough slots and jobs; only those
+that touch L or R can fail.
 
-**Select.** Given states at L and R that some such sequence joins, `select` finds one at T between
-that is joined to both, by looking at T alone. A source whose job of T's window was done before L
-must be in U, one whose job is still open at R must not. For every deadline d, sources of U with
-windows that end at d or later must not outnumber the fractions that such windows have gathered at
-T, rounded up (the caps). Sources enter in the order of their release while the caps allow.
+- *Not too many jobs after T.* The jobs due before b fit into the slots before b if the members of U
+  whose window ends after b are at most as many as the fractional parts of those windows at b allow.
+  Fractional parts only grow inside a window, so the caps at T imply this for every later b.
+- *Enough jobs before T.* The slots from a to T can be filled if not too many sources released
+  before a are outside U. Adding sources by release keeps their number at most the larger of two
+  quantities: the number that is outside U_R, and the sum of what these windows still lack at T.
+  Both are within the limit at a.
 
-*Why it works.* Joining L to R is a matching of unit jobs to slots, so Hall's theorem on intervals
-decides it: no interval inside is ever short of slots or of jobs, so only intervals that touch L or
-R can fail. Jobs due before b fit after L exactly if the open jobs of U that end after b are at most
-the fractions at b of the windows that span it; fractions only grow inside a window, so the caps at
-T imply this for [T, R], and for every later b. Jobs available before R fill the slots from a on if
-not too many sources released before a are outside U; choosing by release keeps their number at most
-``|X outside U_R|`` or the sum of what those windows still lack at T, whichever is larger, and both
-are within what is allowed at a. Choosing by deadline or by fraction fails: with weights
-(0, 0, 1/2, 1/2) then (1/2, 1/2, 0, 0) the first sample must not be drawn from source 0 or 1.
+Adding sources by deadline or by fraction fails. With weights (0, 0, 1/2, 1/2) followed by
+(1/2, 1/2, 0, 0), the first sample must not be drawn from source 0 or 1.
 
-**Tree.** The root is 2**40 samples from the segment's begin, its right end selected with nothing
-known to its right. It is halved down to leaves of 2**p samples; within a leaf the earliest deadline
-is drawn first, which meets all deadlines if anything can. Sizes and tie-breaks are part of the
-sequence's definition. The state is a count per source for each of at most 27 boundaries.
+**Tree.** The root covers 2**40 samples from the segment's begin; the state at its right end is
+selected with nothing known to the right. The root is halved down to leaves of 2**p samples
+(`leaf_bits`). Within a leaf, the job with the earliest deadline is drawn first, which meets all
+deadlines if any order does. Sizes and tie-breaks are part of the definition of the sequence. An
+engine keeps one count per source for each of at most 27 boundaries.
 """
 
 from __future__ import annotations
@@ -67,15 +71,14 @@ def leaf_bits(num_sources: int) -> int:
 
 
 class Caps:
-    """At most so many sources may be ahead of their quota in windows that end late.
+    """Limits how many sources may be ahead of their quota in windows that end late.
 
     Args:
-        deadlines: End of the current window of every source with a fraction.
-        fractions: Their quotas' fractions, in units of 2**-32; the sum is whole.
+        deadlines: End of the current window of every source with a fractional quota.
+        fractions: Fractional parts of these quotas, in units of 2**-32; the sum is an integer.
     """
 
     def __init__(self, deadlines: Sequence[int], fractions: Sequence[int]):
-        """Counts what each window's end allows."""
         ends = sorted(set(deadlines))
         group_of = {end: group for group, end in enumerate(ends)}
         self._group = [group_of[end] for end in deadlines]
@@ -89,7 +92,7 @@ class Caps:
         self._next = list(range(len(ends) + 1))
 
     def admit(self, member: int) -> bool:
-        """Takes the first free slot at or after the member's own group, if there is one."""
+        """Admits a member if its group or a later one has a free slot, and takes that slot."""
         group, path = self._group[member], []
         while True:
             while self._next[group] != group:
@@ -108,7 +111,7 @@ class Caps:
 def select(
     quota: Quota, left: int, before: Sequence[int], right: int, after: Sequence[int] | None, at: int
 ) -> list[int]:
-    """Counts of every source at the sample ``at`` that are joined to both neighbours.
+    """Counts of every source at the sample ``at`` that are connected to both neighbors.
 
     Args:
         quota: The quotas.
@@ -132,9 +135,9 @@ def select(
 
     forced, free = [], []
     for member, k in enumerate(members):
-        if before[k] == counts[k] + 1:  # drawn already in the window that contains `at`
+        if before[k] == counts[k] + 1:  # already drawn in the window that contains `at`
             forced.append(member)
-        elif after is None or after[k] != counts[k]:  # else it is still not drawn at `right`
+        elif after is None or after[k] != counts[k]:  # else it must not be drawn before `right`
             free.append((releases[member], deadlines[member], member))
     for member in forced + [entry[2] for entry in sorted(free)]:
         if wanted == 0:
@@ -142,19 +145,19 @@ def select(
         if caps.admit(member):
             counts[members[member]] += 1
             wanted -= 1
-    assert wanted == 0, "no state joins the two boundaries"
+    assert wanted == 0, "no state connects the two boundaries"
     return counts
 
 
 class ReferenceEngine:
-    """Draws of one segment, from any sample on.
+    """The reference implementation of `Engine`.
 
     Args:
         table: The weights.
         begin: The segment's first sample.
         base: ``Z_k(begin)``: quotas, offsets included, in units of 2**-32 samples.
         counts: Samples drawn of each source before ``begin``; each ``base`` rounded down or up.
-        num_leaf_bits: Another leaf size than the sequence's own, to test with.
+        num_leaf_bits: Leaf size for tests; the sequence's own if left out.
     """
 
     def __init__(
@@ -165,7 +168,6 @@ class ReferenceEngine:
         counts: Sequence[int],
         num_leaf_bits: int | None = None,
     ):
-        """Selects the root's right end; draws nothing yet."""
         self.num_sources = table.num_sources
         self.begin = begin
         self._quota = Quota(table, begin, base)
@@ -227,7 +229,7 @@ class ReferenceEngine:
         return left + int(np.flatnonzero(here)[0])
 
     def _reset(self) -> None:
-        """Forgets the leaf: the next `_seek` starts at the root."""
+        """Discards the current leaf, so that the next `_seek` starts at the root."""
         self._left = self._root[0]
         self._stack = [self._root[1]]
         self._source = np.empty(0, np.int16)
@@ -293,7 +295,7 @@ class ReferenceEngine:
             weights, below = above - below, above
             if after[k] == before[k]:
                 continue
-            floor = value >> GRID_BITS  # everything is relative to it, which keeps within int64
+            floor = value >> GRID_BITS  # values relative to it fit into int64
             due = (value & (GRID - 1)) + np.concatenate(([0], np.cumsum(weights * lengths)))
             job = np.arange(before[k] - floor, after[k] - floor, dtype=np.int64) << GRID_BITS
             deadlines.append(_first_at_least(due, weights, edges, job + GRID))
@@ -305,7 +307,7 @@ class ReferenceEngine:
 def index_within_source(
     source: npt.NDArray[np.int16], before: Sequence[int] | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Index of every draw within its source, given the counts ``before`` the first; int64[n]."""
+    """The number of every draw within its source, given the counts before the first, int64[n]."""
     order = np.argsort(source, kind="stable")
     counts = np.bincount(source, minlength=len(before))
     rank = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -320,7 +322,7 @@ def _first_at_least(
     edges: npt.NDArray[np.int64],
     target: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """First samples at which a piecewise linear quota reaches ``target``, within a leaf's ends.
+    """First samples of a leaf at which a piecewise linear quota reaches each ``target``.
 
     Args:
         due: int64[p + 1], the quota at every edge.
@@ -340,7 +342,7 @@ def _first_at_least(
 
 
 class Engine(Protocol):
-    """Draws of one segment; see `megatron_chatflow.blend.engine.ReferenceEngine`."""
+    """Draws the samples of one segment."""
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
         """Sources (int16) and their sample indices (int64) of the samples ``[begin, end)``."""
@@ -349,13 +351,13 @@ class Engine(Protocol):
         """Draws of each source before ``sample``, int64[num_sources]."""
 
     def find(self, source: int, index: int) -> int:
-        """The sample that is the source's ``index``-th, or -1 where there is none."""
+        """The sample that is the source's ``index``-th, or -1 if there is none."""
 
 
 def make_engine(
     table: WeightTable, begin: int, base: Sequence[int], counts: Sequence[int]
 ) -> Engine:
-    """Builds the engine of a segment.
+    """Creates the engine of a segment, in C++ if the extension is built.
 
     Args:
         table: The weights.
@@ -375,14 +377,14 @@ def native_engine(
     counts: Sequence[int],
     num_leaf_bits: int = -1,
 ) -> Engine:
-    """The engine in C++; see `make_engine`.
+    """Creates the C++ engine; see `make_engine`.
 
     Args:
         table: The weights.
         begin: The segment's first sample.
         base: Quotas at ``begin``.
         counts: Draws of each source before ``begin``.
-        num_leaf_bits: Another leaf size than the sequence's own, to test with.
+        num_leaf_bits: Leaf size for tests; the sequence's own if left out.
     """
     assert extension is not None
     arguments = (*_arguments(table, begin, base), np.array(counts, np.int64), num_leaf_bits)
@@ -394,11 +396,11 @@ def window_ends(table: WeightTable, begin: int, base: Sequence[int]) -> list[int
 
     Args:
         table: The weights.
-        begin: The sample from which they govern.
+        begin: The first sample of the segment.
         base: Quotas at ``begin``.
 
     Returns:
-        A sample for each source, `megatron_chatflow.blend.quota.NEVER` if there is none.
+        A sample for each source, `NEVER` if there is none.
     """
     if extension is not None:
         ends: list[int] = extension.window_ends(*_arguments(table, begin, base)).tolist()
@@ -411,7 +413,7 @@ def window_ends(table: WeightTable, begin: int, base: Sequence[int]) -> list[int
 
 
 def _arguments(table: WeightTable, begin: int, base: Sequence[int]) -> tuple[Any, ...]:
-    """A table and quotas as the extension takes them."""
+    """The table and the quotas in the form that the extension expects."""
     return (
         table.origin,
         table.samples_per_iteration,

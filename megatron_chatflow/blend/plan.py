@@ -1,8 +1,8 @@
-"""What a schedule will do: planned against realised mixture, epochs per source, limits.
+"""The plan of a run: planned against realised mixture, epochs per source, and limits on them.
 
-In: a blend, the run's length, and how many samples an epoch of each source has. Out: a `PlanRow`
-for each source in each phase, as a table or CSV, and a `UserError` where a source would be repeated
-more often than its ``max_epochs`` allows. A phase is what lies between two knots.
+`plan` returns a `PlanRow` for each source in each phase, where a phase lies between two knots;
+`to_table` and `to_csv` format the rows, and `mixture_curve` gives the same data for a plot.
+`check_epochs` refuses a run that repeats a source more often than its ``max_epochs`` allows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
 from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.errors import UserError
 
-_LEAST_BIN = 100
+_MIN_SAMPLES_PER_BIN = 100
 MANY_EPOCHS = 4.0
 """Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al.,
 "Scaling Data-Constrained Language Models", NeurIPS 2023)."""
-_NUM_POINTS_OF_A_PHASE = 1 + 64
-"""A cosine ramp is made of 64 chords."""
+_POINTS_PER_PHASE = 1 + 64
+"""A cosine ramp consists of 64 chords."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class PlanRow:
     """One source in one phase.
 
     Attributes:
-        phase: Its number, from 1.
+        phase: Number of the phase, from 1.
         begin: The phase's first sample.
         end: The first sample after it.
-        source: The name.
+        source: Name of the source.
         planned: Sum of the source's weights over the phase, in samples.
         realised: Samples drawn from it in the phase.
         planned_share: ``planned`` as a share of the phase.
@@ -60,15 +60,15 @@ class PlanRow:
 def plan(
     blend: Blend, num_samples: int, samples_per_epoch: Mapping[str, int] | None = None
 ) -> list[PlanRow]:
-    """Planned against realised mixture for every phase and source.
+    """Computes the planned and the realised mixture of every phase and source.
 
     Args:
         blend: The blend.
-        num_samples: Samples of the whole run.
-        samples_per_epoch: By source; sources that are not named get no epochs.
+        num_samples: Samples in the whole run.
+        samples_per_epoch: By source. Sources that are missing get no epochs.
 
     Returns:
-        Rows in the order of phases, then of sources.
+        Rows ordered by phase, then by source.
     """
     sizes = samples_per_epoch or {}
     edges = [0, *blend.knots_before(num_samples), num_samples]
@@ -104,20 +104,20 @@ def check_epochs(
     global_batch_size: int,
     consumed: tuple[int, int] = (0, 0),
 ) -> None:
-    """Refuses a run that would repeat a source too often.
+    """Refuses a run that repeats a source more often than allowed.
 
     Args:
         blend: The blend.
-        num_samples: Samples of the whole run.
+        num_samples: Samples in the whole run.
         samples_per_epoch: By source.
-        max_epochs: By source; those that are not named may be repeated without end.
+        max_epochs: By source. Sources that are missing have no limit.
         global_batch_size: Samples of an iteration.
-        consumed: Iterations and samples that a resumed run has consumed, perhaps with other batch
+        consumed: Iterations and samples that a resumed run has consumed, possibly with other batch
             sizes.
 
     Raises:
-        UserError: The first source that would be; the message names the iteration, counted from 1,
-            and two ways out.
+        UserError: A source exceeds its limit. The message names the first such source and the
+            iteration, counted from 1.
     """
     found = []
     for name, limit in max_epochs.items():
@@ -131,9 +131,9 @@ def check_epochs(
     size = samples_per_epoch[name]
     k = blend.sources.index(name)
     iterations, samples = consumed
-    # The iteration of a sample that is consumed already is not known.
+    # The iteration of a consumed sample is not known.
     iteration = iterations + max((sample - samples) // global_batch_size + 1, 0)
-    # Rounded up, so that the number in the message is enough.
+    # Rounded up, so that the number in the message suffices.
     needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
     shown = _decimal(max_epochs[name])
     raise UserError(
@@ -154,7 +154,7 @@ def epoch_findings(
 
     Args:
         blend: The blend.
-        num_samples: Samples of the whole run.
+        num_samples: Samples in the whole run.
         samples_per_epoch: By source; sources that are missing or empty are skipped.
         max_epochs: By source. A source that is named here has a limit that the user chose and that
             `check_epochs` enforces, so it is not reported.
@@ -173,12 +173,12 @@ def epoch_findings(
 
 
 def _decimal(value: float) -> str:
-    """A number with all its digits, and no more."""
+    """The shortest decimal that reads back as the value, without an exponent."""
     return np.format_float_positional(value, trim="-")
 
 
 def to_csv(rows: Sequence[PlanRow]) -> str:
-    """The rows as CSV with a line of column names; an unknown number of epochs is empty."""
+    """Formats rows as CSV with a header; unknown epochs are empty."""
     text = io.StringIO()
     names = [field.name for field in fields(PlanRow)]
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -188,11 +188,11 @@ def to_csv(rows: Sequence[PlanRow]) -> str:
 
 
 def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int | float | None]]:
-    """The rows for a table of text; phases are in the unit of the schedule.
+    """Formats rows for a text table, with phases in the unit of the schedule.
 
     Args:
-        rows: From `plan`.
-        blend: The blend that they plan.
+        rows: What `plan` returned.
+        blend: The blend that was passed to `plan`.
     """
     unit, seq_length = blend.schedule.unit, blend.schedule.seq_length or 1
     return [
@@ -217,9 +217,9 @@ class MixtureCurve:
         edges: int64[num_bins + 1], samples.
         planned: float64[num_bins, num_sources], mean weight in each bin.
         realised: float64[num_bins, num_sources], share of the draws in each bin.
-        points: int64[num_points], ascending samples; one where the weights jump comes twice.
-        shares: float64[num_points, num_sources], the planned weight at each point. Between points
-            it is linear.
+        points: int64[num_points], ascending samples. A sample where the weights jump occurs twice.
+        shares: float64[num_points, num_sources], the planned weight at each point. It is linear
+            between points.
         drawn: int64[num_points, num_sources], draws of each source before each point.
     """
 
@@ -232,20 +232,20 @@ class MixtureCurve:
 
 
 def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> MixtureCurve:
-    """Planned and realised mixture over a run, for a plot.
+    """Computes the planned and the realised mixture over a run for a plot.
 
     Args:
         blend: The blend.
-        num_samples: Samples of the whole run, at least 1.
-        num_bins: At most so many bins of equal size; fewer where they would hold too few samples
-            to show a share.
+        num_samples: Samples in the whole run, at least 1.
+        num_bins: Maximum number of equal bins. There are fewer if a bin would have less than 100
+            samples.
     """
-    num_bins = max(1, min(num_bins, num_samples // _LEAST_BIN))
+    num_bins = max(1, min(num_bins, num_samples // _MIN_SAMPLES_PER_BIN))
     edges = np.array([num_samples * part // num_bins for part in range(num_bins + 1)], np.int64)
     counts = np.array([blend.counts(int(edge)) for edge in edges])
     quotas = [blend.quotas(int(edge)) for edge in edges]
     sizes = np.diff(edges)[:, None]
-    # Quotas outgrow int64 in a long run, their differences do not outgrow float64's precision.
+    # Quotas overflow int64 in a long run; their differences fit into float64.
     due = [
         [(after - before) / GRID for before, after in zip(*pair, strict=True)]
         for pair in zip(quotas, quotas[1:], strict=False)
@@ -259,14 +259,14 @@ def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> Mixtur
 def _planned_line(
     blend: Blend, num_samples: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The planned weights as a line of points that has every knot and every jump."""
+    """The planned weights as a polyline through every knot and every jump."""
     knots = sorted({*blend.knots_before(num_samples), *blend.edits_before(num_samples)})
     points: list[int] = []
     shares = []
     for begin, end in pairwise([0, *knots, num_samples]):
-        inner = np.linspace(begin, end, _NUM_POINTS_OF_A_PHASE, dtype=np.int64)[:-1].tolist()
+        inner = np.linspace(begin, end, _POINTS_PER_PHASE, dtype=np.int64)[:-1].tolist()
         inner = list(dict.fromkeys(inner))
         points += [*inner, end]
-        # The sample before the end stands for the limit there.
+        # The weights of the last sample before `end` are the limit at `end`.
         shares += [blend.planned_shares(sample) for sample in [*inner, end - 1]]
     return np.array(points, np.int64), np.array(shares)

@@ -1,15 +1,15 @@
-"""Quotas of a piecewise linear weight schedule in closed form: the exact integer reference.
+"""Quotas: sums of weights and their inverses in closed form, in exact integers.
 
-In: a `WeightTable`, which holds every source's weight at every iteration as integers on a grid of
-2**32. Out: the quota ``W_k(i)``, which is the sum of source k's weights over the samples before
-``i``, and its inverse, each in a few integer operations wherever ``i`` lies.
+The quota ``W_k(i)`` is the sum of source k's weights over the samples before ``i``. `Quota`
+evaluates it and its inverse in a few integer operations for any ``i``, without a loop over samples.
 
-Weights are kept as cumulative levels ``C_0 = 0 <= C_1 <= ... <= C_n = 2**32``; the weight of
-source k is ``C_{k+1} - C_k`` (sources count from 0). A convex combination of two monotone rows,
-rounded down, is monotone again, so on a ramp no weight is negative and all sum to 2**32 exactly.
-The sum of a rounded linear function is a floor sum, which Euclid's algorithm evaluates.
+A `WeightTable` stores cumulative levels ``C_0 = 0 <= C_1 <= ... <= C_n = 2**32`` instead of
+weights. The weight of source k is ``C_{k+1} - C_k`` (sources count from 0). A convex combination of
+two monotone rows stays monotone when rounded down, so on a ramp no weight is negative and the sum
+is exactly 2**32. The sum of a rounded linear function is a floor sum, which Euclid's algorithm
+evaluates.
 
-Everything here is Python integers: it is the definition that the C++ in ``csrc/blend`` must equal.
+All numbers are Python integers. This is the reference that the C++ in ``csrc/blend`` must equal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRID = 1 << GRID_BITS
 """The sum of all weights of one sample: weights are multiples of 2**-32."""
 
 NEVER = 1 << 62
-"""A sample number beyond every run: the answer of an inverse that is never reached."""
+"""A sample number beyond every run: the inverse of a quota that is never reached."""
 
 
 class Interval(NamedTuple):
@@ -57,10 +57,10 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightTable:
-    """Every weight of a schedule on a grid of iterations.
+    """The weights of a schedule on a grid of iterations.
 
     Attributes:
-        origin: The sample with which iteration 0 begins.
+        origin: The first sample of iteration 0.
         samples_per_iteration: Samples that share one evaluation of the weights.
         levels: Rows of cumulative levels, each of ``num_sources + 1`` integers from 0 to 2**32.
         intervals: Consecutive intervals; the first begins at iteration 0, the last never ends.
@@ -115,7 +115,6 @@ class Quota:
     """
 
     def __init__(self, table: WeightTable, begin: int = 0, base: Sequence[int] | None = None):
-        """Sums nothing yet: that waits for the first quota."""
         self.table = table
         self.begin = begin
         self.num_sources = table.num_sources
@@ -138,7 +137,7 @@ class Quota:
         begins, rises = self._lines[1]
         interval = self.table.intervals[number]
         place = interval.step * (iteration - interval.begin) + interval.phase
-        if place >> (62 - GRID_BITS):  # products that int64 cannot hold
+        if place >> (62 - GRID_BITS):  # the product may overflow int64
             rises = rises.astype(object)
         levels = np.asarray(begins + rises * place // interval.span, np.int64)
         return levels[1:] - levels[:-1]
@@ -155,7 +154,7 @@ class Quota:
         return np.concatenate(parts)
 
     def first_at_least(self, k: int, quota: int) -> int:
-        """The least sample ``i >= begin`` with ``W_k(i) >= quota``, or `NEVER`."""
+        """The first sample ``i >= begin`` with ``W_k(i) >= quota``, or `NEVER`."""
         if self._quota(k, self.begin) >= quota:
             return self.begin
         batch = self.table.samples_per_iteration
@@ -181,11 +180,11 @@ class Quota:
         return self._within(k, start, quota)
 
     def last_at_most(self, k: int, quota: int) -> int:
-        """The last sample ``i`` with ``W_k(i) <= quota``; ``begin - 1`` where there is none."""
+        """The last sample ``i`` with ``W_k(i) <= quota``, or ``begin - 1``."""
         return self.first_at_least(k, quota + 1) - 1
 
     def _within(self, k: int, iteration: int, quota: int) -> int:
-        """The inverse among samples that share the weight of ``iteration``."""
+        """The inverse within the samples that have the weight of ``iteration``."""
         number = bisect_right(self._starts, iteration) - 1
         weight = self._level(number, k + 1, iteration) - self._level(number, k, iteration)
         if weight == 0:
@@ -227,7 +226,7 @@ class Quota:
         if rise == 0:
             return np.full(last - first, a, np.int64)
         top = interval.step * (last - interval.begin) + interval.phase
-        # Products that int64 cannot hold are rare and go through Python integers.
+        # Rarely, products overflow int64 and Python integers are used.
         dtype: type = np.int64 if abs(rise) * top < 1 << 63 else object
         place: npt.NDArray[Any] = np.arange(first - interval.begin, last - interval.begin).astype(
             dtype
@@ -268,7 +267,7 @@ class Quota:
 
     @cached_property
     def _base(self) -> list[int]:
-        """What quotas exceed the sums from the table's origin by."""
+        """Quotas minus the sums of weights from the table's origin."""
         before = self._sums_before(self.begin)
         return [base - due for base, due in zip(self._at_begin, before, strict=True)]
 

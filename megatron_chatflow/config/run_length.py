@@ -93,11 +93,6 @@ class RunLength:
         """Where the learning rate's schedule stands after so many iterations and samples."""
         return consumed_samples if self.counts_samples else iteration
 
-    def iteration_of(self, sample: int) -> int | None:
-        """The iteration, from 1, that consumes a sample; None for one that is consumed already."""
-        ahead = sample - self.consumed_samples
-        return None if ahead < 0 else self.iteration + ahead // self.global_batch_size + 1
-
     def check_learning_rate(self, optimizer: "OptimizerConfig") -> None:
         """Checks that the warmup ends before the decay does.
 

@@ -1,19 +1,15 @@
-"""Global batches of a run: this rank's part of each, prepared ahead by threads.
+"""The loader: assembles this rank's part of every global batch, in threads ahead of its use.
 
-In: sources, the blend that orders their samples, this rank's place. Out: `GlobalBatch` objects.
-What a batch holds depends on the global sample index alone: number of ranks, micro-batch size,
-threads and the place where a run resumed change only how it is cut.
+The contents of a global batch depend only on the global sample index. The number of ranks, the
+micro-batch size, the threads and the sample at which a run resumed only change how it is divided.
+Rows are read by the extension in ``csrc/data``, or by `read_rows_reference` if it is not built.
 
-Rows of a batch, read from many sources into given buffers: the reference and the compiled part.
-
-In: readers, which of them and which of its samples each row takes. Out: filled buffers, and the
-attention segments of each micro-batch.
-
-Hashes of samples and of batches, by which two runs are compared.
-
-In: a sample's tokens and loss mask. Out: 128 bits a sample, and one hex string a global batch that
-does not depend on how the batch was cut into ranks and micro-batches.
+Every sample has a digest, and `combine_digests` turns the digests of all ranks into one hash per
+global batch that does not depend on how the batch was divided. Two runs that trained on the same
+data log the same hashes. They are BLAKE2b: metrics of earlier runs stay comparable.
 """
+
+from __future__ import annotations
 
 import logging
 import time
@@ -23,238 +19,67 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_chatflow.blend.adaptive import AdaptiveBlend
+from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.data.samples import RowReader, Sample
 from megatron_chatflow.data.source import Source, SourceUnavailableError
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.extension import load_extension
 
 extension = load_extension("data")
-
+logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
 
 
-class Buffers(NamedTuple):
-    """Where rows go; contiguous, perhaps pinned.
-
-    Attributes:
-        tokens: int64[num_rows, seq_length].
-        labels: int64[num_rows, seq_length].
-        loss_mask: float32[num_rows, seq_length].
-        digests: int64[num_rows, 2].
-    """
-
-    tokens: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    loss_mask: npt.NDArray[np.float32]
-    digests: npt.NDArray[np.int64]
-
-
-def sample_digest(
-    tokens: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.int64]:
-    """Hashes one sample: blake2b-128 of its tokens, little endian, and then of its loss mask.
-
-    Args:
-        tokens: int32[seq_length + 1].
-        loss_mask: uint8[seq_length].
-
-    Returns:
-        int64[2], the digest's 16 bytes as two little-endian words.
-    """
-    digest = blake2b(tokens.astype("<i4", copy=False).tobytes(), digest_size=DIGEST_BYTES)
-    digest.update(loss_mask.tobytes())
-    return np.frombuffer(digest.digest(), "<i8").astype(np.int64)
-
-
-def read_rows_reference(
-    readers: Sequence[RowReader],
-    reader_of_row: npt.NDArray[np.int64],
-    ordinals: npt.NDArray[np.int64],
-    micro_batch_size: int,
-    buffers: Buffers,
-) -> list[npt.NDArray[np.int32]]:
-    """Reads rows into buffers.
-
-    Args:
-        readers: Of all sources.
-        reader_of_row: int64[num_rows].
-        ordinals: int64[num_rows], which of its reader's samples each row is.
-        micro_batch_size: Rows of a micro-batch; divides their number.
-        buffers: Of ``num_rows`` rows.
-
-    Returns:
-        For each micro-batch its cu_seqlens: int32[num_segments + 1], begins of the segments in its
-        flattened rows, and their end.
-
-    Raises:
-        ValueError: A row cannot be read; the message begins with its reader's label.
-    """
-    num_rows, seq_length = buffers.tokens.shape
-    segments: list[npt.NDArray[np.int32]] = []
-    for first in range(0, num_rows, micro_batch_size):
-        begins = []
-        for row in range(first, first + micro_batch_size):
-            reader = readers[int(reader_of_row[row])]
-            tokens, loss_mask, cu_seqlens = reader.read(int(ordinals[row]))
-            buffers.tokens[row] = tokens[:-1]
-            buffers.labels[row] = tokens[1:]
-            buffers.loss_mask[row] = loss_mask
-            buffers.digests[row] = sample_digest(tokens, loss_mask)
-            begins.append(cu_seqlens[:-1] + (row - first) * seq_length)
-        end = np.array([micro_batch_size * seq_length])
-        segments.append(np.concatenate([*begins, end]).astype(np.int32))
-    return segments
-
-
-def read_rows(
-    readers: Sequence[Any],
-    reader_of_row: npt.NDArray[np.int64],
-    ordinals: npt.NDArray[np.int64],
-    micro_batch_size: int,
-    buffers: Buffers,
-) -> list[npt.NDArray[np.int32]]:
-    """The compiled `read_rows_reference`, or the reference itself where nothing is compiled.
-
-    The readers are those of `megatron_chatflow.data.samples.make_window_reader` and
-    `make_packed_reader`. The global interpreter lock is released.
-    """
-    if extension is None:
-        return read_rows_reference(readers, reader_of_row, ordinals, micro_batch_size, buffers)
-    segments: list[npt.NDArray[np.int32]] = extension.read_rows(
-        readers, reader_of_row, ordinals, micro_batch_size, *buffers
-    )
-    return segments
-
-
-__all__ = ["combine_digests", "sample_digest"]
-
-
-def combine_digests(digests: torch.Tensor | npt.NDArray[np.int64]) -> str:
-    """Hashes a batch: blake2b-128 of its samples' digests in the order of the samples.
-
-    Args:
-        digests: int64[num_samples, 2], a row per sample, ascending by global sample number.
-
-    Returns:
-        32 hex digits.
-    """
-    rows = np.asarray(digests).astype("<i8", copy=False)
-    return blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=DIGEST_BYTES).hexdigest()
-
-
-logger = logging.getLogger(__name__)
-
-
 @dataclass
 class MicroBatch:
-    """Samples that go through the model at once, on the CPU.
+    """Samples of one forward pass, on the CPU.
 
     Attributes:
         tokens: int64[micro_batch_size, seq_length], the inputs.
         labels: int64[micro_batch_size, seq_length], the tokens that follow them.
-        loss_mask: float32[micro_batch_size, seq_length], 1 where a label counts.
-        cu_seqlens: int32[num_segments + 1], begins of the attention segments in the flattened
-            tokens, from 0 to micro_batch_size * seq_length; a row always begins one. Positions
-            count from the begin of the segment.
-        max_seqlen: The longest segment.
+        loss_mask: float32[micro_batch_size, seq_length], 1 for labels with loss.
+        cu_seqlens: int32[num_segments + 1], boundaries of the attention segments in the flattened
+            tokens, from 0 to micro_batch_size * seq_length. Every row begins a segment, and
+            positions restart at each segment.
         source: int64[micro_batch_size], number of each sample's source.
-        sample_index: int64[micro_batch_size], which of its source's samples each is.
+        sample_index: int64[micro_batch_size], number of each sample within its source.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     cu_seqlens: torch.Tensor
-    max_seqlen: int
     source: torch.Tensor
     sample_index: torch.Tensor
 
 
 @dataclass
 class GlobalBatch:
-    """This rank's part of one iteration's samples.
+    """This rank's part of the samples of one iteration.
 
     Attributes:
-        micro_batches: This rank's, in the order in which they are to be run.
+        micro_batches: This rank's micro-batches, in the order in which they are run.
         begin: First global sample of the whole batch.
-        end: The one after its last.
+        end: Global sample after its last one.
         num_drawn: int64[num_sources], draws of each source in the whole batch.
-        counts: int64[num_sources], draws of each source in samples [0, end): the loader's state.
-        sample_digests: int64[num_local_samples, 2], in the order of this rank's samples.
-        sample_positions: int64[num_local_samples], global sample of each.
+        sample_digests: int64[num_local_samples, 2], digests in the order of this rank's samples.
+        sample_positions: int64[num_local_samples], global sample number of each.
     """
 
     micro_batches: list[MicroBatch]
     begin: int
     end: int
     num_drawn: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
     sample_digests: torch.Tensor
     sample_positions: torch.Tensor
-
-
-class Draws(Protocol):
-    """What the loader asks of a blend."""
-
-    def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """Source and index within the source of the samples [begin, end)."""
-
-    def counts(self, sample: int) -> npt.NDArray[np.int64]:
-        """Draws of each source in samples [0, sample)."""
-
-
-def collate(
-    samples: Sequence[Sample], source: Sequence[int], sample_index: Sequence[int]
-) -> MicroBatch:
-    """Makes a micro-batch of samples.
-
-    Args:
-        samples: All of the same length.
-        source: Number of each sample's source.
-        sample_index: Which of its source's samples each is.
-    """
-    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples])).long()
-    loss_mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples])).float()
-    seq_length = loss_mask.shape[1]
-    begins = [sample.cu_seqlens[:-1] + row * seq_length for row, sample in enumerate(samples)]
-    end = np.array([len(samples) * seq_length])
-    cu_seqlens = np.concatenate([*begins, end]).astype(np.int32)
-    return MicroBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=loss_mask,
-        cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(np.diff(cu_seqlens).max()),
-        source=torch.tensor(source, dtype=torch.int64),
-        sample_index=torch.tensor(sample_index, dtype=torch.int64),
-    )
-
-
-@dataclass(frozen=True)
-class _Order:
-    """A global batch that has been drawn and is to be assembled."""
-
-    begin: int
-    end: int
-    source: npt.NDArray[np.int16]
-    index: npt.NDArray[np.int64]
-    num_drawn: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-
-
-class _Rows(NamedTuple):
-    """This rank's samples of a global batch; micro-batches are slices of them."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
 
 
 class Loader:
@@ -263,7 +88,7 @@ class Loader:
     def __init__(
         self,
         sources: Sequence[Source],
-        blend: Draws,
+        blend: Blend | AdaptiveBlend,
         *,
         seq_length: int,
         micro_batch_size: int,
@@ -274,20 +99,20 @@ class Loader:
         pin_memory: bool | None = None,
         retry_seconds: float = 0.0,
     ) -> None:
-        """Takes its parts; reads nothing yet.
+        """Initializes the loader. No I/O happens until the first batch is requested.
 
         Args:
-            sources: In the blend's numbering.
-            blend: Orders the samples. It is asked in the thread that asks for batches.
-            seq_length: Inputs of a sample.
-            micro_batch_size: Samples of a micro-batch.
-            data_parallel_rank: This rank's place among those that share the global batch.
-            data_parallel_size: Their number.
-            num_prefetch: Global batches prepared ahead; 0 assembles each when it is asked for.
-            num_threads: That assemble them.
-            pin_memory: Whether batches lie in page-locked memory, from which copies to a GPU run
-                beside it; where there is a GPU if None.
-            retry_seconds: In which a source that cannot be read may come back.
+            sources: The sources, in the order of the blend's numbers.
+            blend: Orders the samples. It is called in the thread that requests batches.
+            seq_length: Input tokens per sample.
+            micro_batch_size: Samples per micro-batch.
+            data_parallel_rank: This rank among those that share the global batch.
+            data_parallel_size: Number of ranks that share the global batch.
+            num_prefetch: Global batches prepared ahead; 0 assembles a batch when it is requested.
+            num_threads: Number of threads that assemble batches.
+            pin_memory: Whether batches lie in page-locked memory, so that copies to a GPU overlap
+                with computation. By default, if there is a GPU.
+            retry_seconds: How long to retry reading a source that is unavailable.
         """
         self._sources = list(sources)
         self._readers = [source.rows for source in self._sources]
@@ -304,24 +129,24 @@ class Loader:
         )
 
     def _thread_initializer(self) -> Callable[[], None] | None:
-        """Page-locked memory makes a context on the thread's GPU, which must be this rank's."""
+        """Selects this rank's GPU in a thread: pinning memory creates a context on it."""
         if not self._pin_memory:
             return None
         return partial(torch.cuda.set_device, torch.cuda.current_device())
 
     def batches(self, begin_sample: int, global_batch_size: int) -> Iterator[GlobalBatch]:
-        """Yields global batches without end.
+        """Yields global batches indefinitely.
 
         Micro-batch m of rank d holds the global samples ``begin + (m * data_parallel_size + d) *
         micro_batch_size + k`` for k below the micro-batch size.
 
         Args:
             begin_sample: First global sample.
-            global_batch_size: Samples of a batch over all ranks.
+            global_batch_size: Samples per batch over all ranks.
 
         Raises:
-            UserError: The batch does not divide among the ranks, or a source holds damaged samples.
-            SourceUnavailableError: A source cannot be read, and did not come back.
+            UserError: The batch size is not divisible among the ranks, or a source is damaged.
+            SourceUnavailableError: A source remained unreadable for ``retry_seconds``.
         """
         share = self._micro_batch_size * self._num_ranks
         if global_batch_size < 1 or global_batch_size % share:
@@ -347,22 +172,20 @@ class Loader:
                 future.cancel()
 
     def close(self) -> None:
-        """Ends the threads; batches that nobody took are dropped."""
+        """Stops the threads and discards prepared batches."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _orders(self, begin: int, size: int) -> Iterator[_Order]:
         num_sources = len(self._sources)
-        counts = np.array(self._blend.counts(begin)[:num_sources], np.int64)
         while True:
             end = begin + size
             source, index = self._blend.take(begin, end)
             num_drawn = np.bincount(source, minlength=num_sources).astype(np.int64)
-            counts = counts + num_drawn
-            yield _Order(begin, end, source, index, num_drawn, counts)
+            yield _Order(begin, end, source, index, num_drawn)
             begin = end
 
     def _assemble(self, order: _Order) -> GlobalBatch:
-        """Assembles a batch; a source that is away may come back meanwhile."""
+        """Assembles a batch and retries while a source is unavailable."""
         deadline = None
         while True:
             try:
@@ -370,12 +193,12 @@ class Loader:
             except SourceUnavailableError as error:
                 now = time.monotonic()
                 if deadline is None:
-                    logger.warning("%s; trying again for %g s", error, self._retry_seconds)
+                    logger.warning("%s; retrying for %g s", error, self._retry_seconds)
                     deadline = now + self._retry_seconds
                 if now >= deadline:
                     raise SourceUnavailableError(
-                        f"{error}; it was away for {self._retry_seconds:g} s "
-                        "(--data-retry-seconds): bring it back and resume"
+                        f"{error}; it stayed unavailable for {self._retry_seconds:g} s "
+                        "(--data-retry-seconds): make it available and resume"
                     ) from error
                 time.sleep(min(1.0, deadline - now))
 
@@ -397,7 +220,6 @@ class Loader:
             begin=order.begin,
             end=order.end,
             num_drawn=order.num_drawn,
-            counts=order.counts,
             sample_digests=digests,
             sample_positions=torch.from_numpy(positions),
         )
@@ -445,7 +267,6 @@ class Loader:
             labels=rows.labels[mine],
             loss_mask=rows.loss_mask[mine],
             cu_seqlens=torch.from_numpy(cu_seqlens),
-            max_seqlen=int(np.diff(cu_seqlens).max()),
             source=torch.from_numpy(source[mine]),
             sample_index=torch.from_numpy(index[mine]),
         )
@@ -455,3 +276,153 @@ class Loader:
         shape = (-1, self._num_ranks, self._micro_batch_size)
         mine = np.arange(order.begin, order.end, dtype=np.int64).reshape(shape)[:, self._rank]
         return np.ascontiguousarray(mine.reshape(-1))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The draws of a global batch that is to be assembled."""
+
+    begin: int
+    end: int
+    source: npt.NDArray[np.int16]
+    index: npt.NDArray[np.int64]
+    num_drawn: npt.NDArray[np.int64]
+
+
+class _Rows(NamedTuple):
+    """Tensors of this rank's samples of a global batch, of which micro-batches are slices."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+
+
+def collate(
+    samples: Sequence[Sample], source: Sequence[int], sample_index: Sequence[int]
+) -> MicroBatch:
+    """Combines samples of equal length into a micro-batch.
+
+    Args:
+        samples: The samples.
+        source: Number of each sample's source.
+        sample_index: Number of each sample within its source.
+    """
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples])).long()
+    loss_mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples])).float()
+    seq_length = loss_mask.shape[1]
+    begins = [sample.cu_seqlens[:-1] + row * seq_length for row, sample in enumerate(samples)]
+    end = np.array([len(samples) * seq_length])
+    cu_seqlens = np.concatenate([*begins, end]).astype(np.int32)
+    return MicroBatch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=loss_mask,
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        source=torch.tensor(source, dtype=torch.int64),
+        sample_index=torch.tensor(sample_index, dtype=torch.int64),
+    )
+
+
+class Buffers(NamedTuple):
+    """Contiguous, possibly pinned arrays that rows are written to.
+
+    Attributes:
+        tokens: int64[num_rows, seq_length].
+        labels: int64[num_rows, seq_length].
+        loss_mask: float32[num_rows, seq_length].
+        digests: int64[num_rows, 2].
+    """
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    loss_mask: npt.NDArray[np.float32]
+    digests: npt.NDArray[np.int64]
+
+
+def read_rows_reference(
+    readers: Sequence[RowReader],
+    reader_of_row: npt.NDArray[np.int64],
+    ordinals: npt.NDArray[np.int64],
+    micro_batch_size: int,
+    buffers: Buffers,
+) -> list[npt.NDArray[np.int32]]:
+    """Reads rows into buffers.
+
+    Args:
+        readers: The readers of all sources.
+        reader_of_row: int64[num_rows], the reader of each row.
+        ordinals: int64[num_rows], the sample of its reader that each row takes.
+        micro_batch_size: Rows per micro-batch; a divisor of ``num_rows``.
+        buffers: Buffers of ``num_rows`` rows.
+
+    Returns:
+        For each micro-batch its cu_seqlens, int32[num_segments + 1].
+
+    Raises:
+        ValueError: A row cannot be read. The message begins with the label of its reader.
+    """
+    num_rows, seq_length = buffers.tokens.shape
+    segments: list[npt.NDArray[np.int32]] = []
+    for first in range(0, num_rows, micro_batch_size):
+        begins = []
+        for row in range(first, first + micro_batch_size):
+            reader = readers[int(reader_of_row[row])]
+            tokens, loss_mask, cu_seqlens = reader.read(int(ordinals[row]))
+            buffers.tokens[row] = tokens[:-1]
+            buffers.labels[row] = tokens[1:]
+            buffers.loss_mask[row] = loss_mask
+            buffers.digests[row] = sample_digest(tokens, loss_mask)
+            begins.append(cu_seqlens[:-1] + (row - first) * seq_length)
+        end = np.array([micro_batch_size * seq_length])
+        segments.append(np.concatenate([*begins, end]).astype(np.int32))
+    return segments
+
+
+def read_rows(
+    readers: Sequence[Any],
+    reader_of_row: npt.NDArray[np.int64],
+    ordinals: npt.NDArray[np.int64],
+    micro_batch_size: int,
+    buffers: Buffers,
+) -> list[npt.NDArray[np.int32]]:
+    """`read_rows_reference` in C++ if the extension is built, which releases the GIL.
+
+    The readers come from `megatron_chatflow.data.samples.make_window_reader` and
+    `make_packed_reader`.
+    """
+    if extension is None:
+        return read_rows_reference(readers, reader_of_row, ordinals, micro_batch_size, buffers)
+    segments: list[npt.NDArray[np.int32]] = extension.read_rows(
+        readers, reader_of_row, ordinals, micro_batch_size, *buffers
+    )
+    return segments
+
+
+def sample_digest(
+    tokens: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.int64]:
+    """Hashes one sample: BLAKE2b-128 of its little-endian tokens followed by its loss mask.
+
+    Args:
+        tokens: int32[seq_length + 1].
+        loss_mask: uint8[seq_length].
+
+    Returns:
+        int64[2], the digest's 16 bytes as two little-endian words.
+    """
+    digest = blake2b(tokens.astype("<i4", copy=False).tobytes(), digest_size=DIGEST_BYTES)
+    digest.update(loss_mask.tobytes())
+    return np.frombuffer(digest.digest(), "<i8").astype(np.int64)
+
+
+def combine_digests(digests: torch.Tensor | npt.NDArray[np.int64]) -> str:
+    """Hashes a batch: BLAKE2b-128 of its samples' digests in the order of the samples.
+
+    Args:
+        digests: int64[num_samples, 2], one row per sample, by ascending global sample number.
+
+    Returns:
+        32 hex digits.
+    """
+    rows = np.asarray(digests).astype("<i8", copy=False)
+    return blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=DIGEST_BYTES).hexdigest()

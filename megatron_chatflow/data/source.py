@@ -161,10 +161,6 @@ class Source:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def epoch_of(self, index: int) -> int:
-        """The epoch, counted from 0, to which the ``index``-th sample belongs."""
-        return index // max(self.num_samples, 1)
-
     def fingerprint(self) -> dict[str, Any]:
         """What is in the source, whatever its files are called; JSON can hold it."""
         if not self._hashes:

@@ -425,7 +425,6 @@ def _pack(
         labels=labels,
         loss_mask=loss_mask,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=max(b - a for a, b in zip(bounds, bounds[1:], strict=False)),
         source=source,
         sample_index=torch.zeros(1, dtype=torch.int64),
     )

@@ -1,9 +1,9 @@
-"""Chats: OpenAI messages, Alpaca and ShareGPT records, brought to one form.
+"""Converts OpenAI, ShareGPT, Alpaca and Dolly records to chats.
 
-A record becomes a `Chat` of a system text and exchanges, or a reason why it is left out. Fields
-that choose which answers are learnt (`weight`, `train`, `training`, `loss`) are honoured. Records
-whose meaning would be lost without a field that has no place in a `Chat`, such as calls of tools,
-are left out under the name of that field.
+A record becomes a `Chat` of a system text and exchanges, or it is dropped for a reason that is
+counted. Fields that select which answers have loss (`weight`, `train`, `training`, `loss`) are
+honored. A record with a field that a `Chat` cannot represent, such as tool calls, would lose its
+meaning; it is dropped under the name of that field.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,10 @@ ROLES = {
 }
 
 CHAT_KEYS = ("messages", "conversations", "conversation")
-# Of a message: whether its tokens are learnt, as OpenAI, axolotl and ms-swift spell it.
+# Whether a message has loss, as OpenAI, axolotl and ms-swift spell it.
 LOSS_FIELDS = ("weight", "train", "training", "loss")
-# Without these a message or record would say something else. Empty values count as absent.
-FIELDS_WITHOUT_A_PLACE = {
+# Dropping these would change what a message or record means. Empty values count as absent.
+UNSUPPORTED_FIELDS = {
     "message": ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
     "record": ("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
 }
@@ -37,12 +37,12 @@ _EMPTY_TEXTS = ("", "[]", "{}", "null")
 
 
 class Turn(NamedTuple):
-    """What one side says.
+    """A message of a chat.
 
     Attributes:
         role: "system", "user" or "assistant".
-        text: What is said.
-        loss: Whether it is learnt, if it is an answer.
+        text: Its text.
+        loss: Whether an answer has loss.
     """
 
     role: str
@@ -51,44 +51,39 @@ class Turn(NamedTuple):
 
 
 def chat_of(record: Mapping[str, Any], key: str) -> Chat:
-    """The chat in a record, whichever of the three formats it has.
+    """Extracts the chat of a record in any of the supported formats.
 
     Args:
         record: The JSON object.
-        key: The key of the list of messages, looked for before the formats' own.
+        key: The key of the list of messages; it takes precedence over the formats' own keys.
 
     Raises:
-        BadLineError: None of the formats' keys is there, or its content is of another type.
-        DroppedError: Nothing can be learnt from it, or its turns are out of order.
+        BadLineError: None of the formats' keys exists, or its value has another type.
+        DroppedError: The chat has no answer with loss, or its turns are out of order.
     """
     for name in (key, *CHAT_KEYS):
         if record.get(name) is not None:
-            _refuse_fields_without_a_place(record, "record")
+            _refuse_unsupported_fields(record, "record")
             turns = _turns(record[name])
             system = _text(record, "system")
             if system and turns and turns[0].role == "system":
                 if turns[0].text.strip() != system.strip():
                     raise DroppedError("system_field_and_system_turn")
-            elif system:  # ShareGPT keeps it beside the turns
+            elif system:  # ShareGPT has it beside the turns
                 turns.insert(0, Turn("system", system))
-            return chat_of_turns(turns, complete=True)
+            return chat_of_turns(turns)
     if record.get("instruction") is not None:
-        _refuse_fields_without_a_place(record, "record")
+        _refuse_unsupported_fields(record, "record")
         return _alpaca(record)
     keys = ", ".join(sorted(str(name) for name in record))
     raise BadLineError("no_chat_key", f"no_chat_key (has {keys:.200})")
 
 
-def chat_of_turns(turns: Sequence[Turn], *, complete: bool) -> Chat:
-    """Puts turns into exchanges.
-
-    Args:
-        turns: In order.
-        complete: Whether every exchange needs its answer: a last turn of the user is cut off.
-            Otherwise the last turn has to be the user's.
+def chat_of_turns(turns: Sequence[Turn]) -> Chat:
+    """Groups turns into exchanges; a last question without an answer is left out.
 
     Raises:
-        DroppedError: There is nothing to learn, or the turns are out of order.
+        DroppedError: There is no answer with loss, or the turns are out of order.
     """
     system: str | None = None
     exchanges: list[tuple[str, str | None]] = []
@@ -110,30 +105,28 @@ def chat_of_turns(turns: Sequence[Turn], *, complete: bool) -> Chat:
             if not loss:
                 untrained_answers.add(len(exchanges) - 1)
         previous = role
-    if complete and exchanges and exchanges[-1][1] is None:
+    if exchanges and exchanges[-1][1] is None:
         exchanges.pop()
     if not exchanges:
         raise DroppedError("no_answer")
     if any(not question.strip() for question, _ in exchanges):
         raise DroppedError("empty_question")
-    if complete and any(not (answer or "").strip() for _, answer in exchanges):
+    if any(not (answer or "").strip() for _, answer in exchanges):
         raise DroppedError("empty_answer")
-    if not complete and exchanges[-1][1] is not None:
-        raise DroppedError("no_question")
-    if complete and len(untrained_answers) == len(exchanges):
+    if len(untrained_answers) == len(exchanges):
         raise DroppedError("no_answer_with_loss")
     return Chat(system or None, tuple(exchanges), frozenset(untrained_answers))
 
 
 def _turns(messages: Any) -> list[Turn]:
-    """Roles and texts of a list of messages, in OpenAI's or ShareGPT's spelling."""
+    """Reads a list of messages with the keys of OpenAI or ShareGPT."""
     if not isinstance(messages, list):
         raise BadLineError("messages_not_a_list")
     turns = []
     for message in messages:
         if not isinstance(message, dict):
             raise BadLineError("message_not_an_object")
-        _refuse_fields_without_a_place(message, "message")
+        _refuse_unsupported_fields(message, "message")
         role = ROLES.get(str(_first_given(message, "role", "from")).lower())
         if role is None:
             raise DroppedError("unknown_role")
@@ -143,25 +136,25 @@ def _turns(messages: Any) -> list[Turn]:
 
 
 def _first_given(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first of some fields that is there; parquet has null in those that are not."""
+    """The first field that is neither missing nor null (as in Parquet)."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
-def _refuse_fields_without_a_place(
+def _refuse_unsupported_fields(
     fields: Mapping[str, Any], kind: Literal["message", "record"]
 ) -> None:
-    for name in FIELDS_WITHOUT_A_PLACE[kind]:
+    for name in UNSUPPORTED_FIELDS[kind]:
         value = fields.get(name)
         if value and not (isinstance(value, str) and value.strip() in _EMPTY_TEXTS):
             raise DroppedError(name)
 
 
 def _loss(message: Mapping[str, Any], role: str) -> bool:
-    """Whether a message is learnt.
+    """Whether a message has loss.
 
     Raises:
-        DroppedError: Its fields contradict each other, say neither yes nor no, or ask for loss on
-            what is no answer. (A weight of 1 on questions is common, and means nothing.)
+        DroppedError: The fields contradict each other, are neither 0 nor 1, or ask for loss on a
+            message that is not an answer. A weight of 1 on a question is common and is ignored.
     """
     given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
     for name, value in given.items():
@@ -175,7 +168,7 @@ def _loss(message: Mapping[str, Any], role: str) -> bool:
 
 
 def _content(content: Any) -> str:
-    """A message's text; OpenAI allows it in parts."""
+    """The text of a message, which OpenAI also allows as a list of parts."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -186,10 +179,10 @@ def _content(content: Any) -> str:
 
 
 def _text(record: Mapping[str, Any], *names: str) -> str:
-    """The text of a field, which may have several names but only one value; "" without one.
+    """The text of a field that has several names; "" if none is present.
 
     Raises:
-        BadLineError: It is not text.
+        BadLineError: The value is not text.
         DroppedError: Two of the names have different texts.
     """
     texts = {name: record[name] for name in names if record.get(name) is not None}
@@ -202,7 +195,7 @@ def _text(record: Mapping[str, Any], *names: str) -> str:
 
 
 def _alpaca(record: Mapping[str, Any]) -> Chat:
-    """Alpaca's keys: instruction, input, output, and at times system and history.
+    """Reads an Alpaca record: instruction, input, output, and optionally system and history.
 
     Dolly has context and response instead of input and output.
     """
@@ -219,4 +212,4 @@ def _alpaca(record: Mapping[str, Any]) -> Chat:
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     question = "\n\n".join(text for text in (instruction, context) if text)
     turns += [Turn("user", question), Turn("assistant", answer)]
-    return chat_of_turns(turns, complete=True)
+    return chat_of_turns(turns)

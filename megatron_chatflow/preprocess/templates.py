@@ -1,21 +1,19 @@
-"""How a chat is written down for the model: `chatflow`, `llama2` and `chatml`.
+"""The built-in chat templates `chatflow`, `llama2` and `chatml`.
 
-In: a `Chat` or OpenAI messages. Out: segments (prompts without loss, answers with), the prompt as
-text, and the same template as Jinja source for `transformers`.
+Each template exists twice: as a function that writes an exchange as segments, prompts without loss
+and answers with loss, and as Jinja source that gives the same text in transformers.
 
 `chatflow` is the paper's `### Instruction:` / `### Response:`. Every answer ends with the
-tokenizer's end-of-sequence token, and no template puts one at the beginning.
+tokenizer's end-of-sequence token. No template puts a token at the beginning of a text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.chats import Turn, chat_of_turns
 from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate, read_chat_template
-from megatron_chatflow.tokenizer.documents import Document, DroppedError, Segment
+from megatron_chatflow.tokenizer.documents import Document, Segment
 
 Exchange = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
 
@@ -69,7 +67,7 @@ TEMPLATES: dict[str, Callable[[Chat, int], Exchange]] = {
     "chatml": _chatml,
 }
 
-# The same as Jinja source, with the names that transformers gives: `messages`, `eos_token`.
+# The same templates as Jinja source, with the variables of transformers.
 _JINJA_HEAD = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
@@ -117,13 +115,13 @@ JINJA_TEMPLATES = {
 
 
 def template_source(asked: str) -> str:
-    """Jinja source of a template that a command line asks for.
+    """The Jinja source of the chat template that a command line names.
 
     Args:
-        asked: A name in `JINJA_TEMPLATES`, or a file or folder that `read_chat_template` takes.
+        asked: A name in `JINJA_TEMPLATES`, or a file or folder for `read_chat_template`.
 
     Raises:
-        UserError: It is neither, or cannot be read.
+        UserError: There is no such template, or it cannot be read.
     """
     if asked in JINJA_TEMPLATES:
         return JINJA_TEMPLATES[asked]
@@ -134,19 +132,19 @@ def template_source(asked: str) -> str:
 
 
 def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:
-    """Writes a chat down.
+    """Applies a template to a chat.
 
     Args:
-        chat: With every answer given.
-        template: A name in `TEMPLATES`, or one of the user's own.
-        loss: "response" for the answers with their end tokens, "all" for every token; in both cases
-            without the answers that the chat excepts.
+        chat: A chat in which every question has an answer.
+        template: A name in `TEMPLATES`, or a template of the user.
+        loss: "response" for loss on the answers with their end tokens, "all" for loss on every
+            token. In both cases the chat's untrained answers have no loss.
 
     Returns:
         A document that may be cut after each exchange.
 
     Raises:
-        DroppedError: The user's template refuses it.
+        DroppedError: The user's template refuses the chat.
     """
     if isinstance(template, JinjaTemplate):
         return template.document(chat, loss)
@@ -162,53 +160,3 @@ def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Do
         segments += [*prompt, *answer]
         cut_points.append(len(segments))
     return Document(tuple(segments), tuple(cut_points))
-
-
-def prompt_segments(messages: Sequence[Mapping[str, Any]], template: str) -> tuple[Segment, ...]:
-    """The segments up to where the model is to answer.
-
-    Args:
-        messages: OpenAI messages; the last one the user's.
-        template: A name in `TEMPLATES`.
-
-    Raises:
-        UserError: No such template, or messages that are out of order.
-    """
-    if template not in TEMPLATES:
-        raise UserError(f"unknown chat template: {template}: choose one of {', '.join(TEMPLATES)}")
-    try:
-        turns = [Turn(str(message["role"]), str(message["content"])) for message in messages]
-        chat = chat_of_turns(turns, complete=False)
-    except (DroppedError, KeyError) as error:
-        raise UserError(
-            f"not a chat: {error}: messages have a role and content, begin with the system's or "
-            "the user's, alternate, and end with the user's"
-        ) from error
-    segments: list[Segment] = []
-    for number, (_, answer) in enumerate(chat.exchanges):
-        prompt, response = TEMPLATES[template](chat, number)
-        segments += prompt if answer is None else [*prompt, *response]
-    return tuple(segments)
-
-
-def render_prompt(
-    messages: Sequence[Mapping[str, Any]], template: str, eos_token: str = "</s>"
-) -> str:
-    """The prompt as one text, for people and for engines that read control tokens in text.
-
-    Args:
-        messages: OpenAI messages; the last one the user's.
-        template: A name in `TEMPLATES`.
-        eos_token: Stands where earlier answers end. To a `Tokenizer` of ours it would be text:
-            give it `prompt_segments` when there are several turns.
-
-    Raises:
-        UserError: No such template, or messages that are out of order.
-    """
-    texts: list[str] = []
-    for segment in prompt_segments(messages, template):
-        if segment.kind != "end":
-            texts.append(segment.text)
-        elif texts[-1:] != [eos_token]:  # a chatml turn may have ended with that very token
-            texts.append(eos_token)
-    return "".join(texts)

@@ -1,17 +1,14 @@
-"""Chat templates: prompts, what is learnt, and agreement with their Jinja sources."""
+"""Chat templates: prompts, loss spans, and agreement with their Jinja sources."""
 
 import pytest
+from prompts import prompt_text
 
-from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import (
     JINJA_TEMPLATES,
     TEMPLATES,
     document_of_chat,
-    prompt_segments,
-    render_prompt,
 )
 from megatron_chatflow.tokenizer.chat_template import Chat
-from megatron_chatflow.tokenizer.documents import Segment
 
 MESSAGES = [
     {"role": "system", "content": " Be brief. "},
@@ -22,17 +19,17 @@ MESSAGES = [
 
 
 def test_chatflow_is_the_papers_prompt() -> None:
-    assert render_prompt(MESSAGES[1:2], "chatflow") == (
+    assert prompt_text(MESSAGES[1:2], "chatflow") == (
         "### Instruction:\nName a fruit.\n\n### Response:\n"
     )
-    assert render_prompt(MESSAGES, "chatflow") == (
+    assert prompt_text(MESSAGES, "chatflow") == (
         "Be brief.\n\n### Instruction:\nName a fruit.\n\n### Response:\nA pear.</s>"
         "### Instruction:\nAnother?\n\n### Response:\n"
     )
 
 
 def test_llama2_is_metas_prompt() -> None:
-    assert render_prompt(MESSAGES, "llama2") == (
+    assert prompt_text(MESSAGES, "llama2") == (
         "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nName a fruit. [/INST] A pear. </s>"
         "[INST] Another? [/INST]"
     )
@@ -44,40 +41,24 @@ def test_chatml() -> None:
         "<|im_start|>assistant\nA pear.<|im_end|>{eos}\n<|im_start|>user\nAnother?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert render_prompt(MESSAGES, "chatml") == expected.format(eos="</s>")
-    assert render_prompt(MESSAGES, "chatml", "<|im_end|>") == expected.format(eos="")
+    assert prompt_text(MESSAGES, "chatml") == expected.format(eos="</s>")
+    assert prompt_text(MESSAGES, "chatml", "<|im_end|>") == expected.format(eos="")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_answers_and_their_ends_are_learnt(template: str) -> None:
+def test_answers_and_their_ends_have_loss(template: str) -> None:
     chat = Chat("Be brief.", (("one", "ANSWER one"), ("two", "ANSWER two")))
     document = document_of_chat(chat, template, "response")
-    learnt = [segment for segment in document.segments if segment.loss]
-    texts = [segment.text.strip() for segment in learnt if segment.kind == "text"]
+    with_loss = [segment for segment in document.segments if segment.loss]
+    texts = [segment.text.strip() for segment in with_loss if segment.kind == "text"]
     assert texts == ["ANSWER one", "ANSWER two"]
-    assert sum(segment.kind == "end" for segment in learnt) == 2
+    assert sum(segment.kind == "end" for segment in with_loss) == 2
     assert not any("ANSWER" in segment.text for segment in document.segments if not segment.loss)
     assert [document.segments[cut - 1].kind for cut in document.cut_points] == ["end", "end"]
     assert document.cut_points[-1] == len(document.segments)
     everything = document_of_chat(chat, template, "all")
     assert [s.text for s in everything.segments] == [s.text for s in document.segments]
     assert all(segment.loss for segment in everything.segments)
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_prompt_is_the_beginning_of_its_document(template: str) -> None:
-    chat = Chat("Be brief.", (("one", "ANSWER one"), ("two", "ANSWER two")))
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "ANSWER one"},
-        {"role": "user", "content": "two"},
-    ]
-    segments = prompt_segments(messages, template)
-    document = document_of_chat(chat, template, "response")
-    assert document.segments[: len(segments)] == segments
-    assert "ANSWER two" in document.segments[len(segments)].text
-    assert Segment("", True, "end") in segments
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -88,18 +69,4 @@ def test_jinja_renders_the_same_text(template: str, eos_token: str) -> None:
     source = environment.from_string(JINJA_TEMPLATES[template])
     for messages in (MESSAGES, MESSAGES[1:], MESSAGES[:2], MESSAGES[1:2]):
         rendered = source.render(messages=messages, eos_token=eos_token, add_generation_prompt=True)
-        assert rendered == render_prompt(messages, template, eos_token)
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [[], MESSAGES[:3], MESSAGES[2:], [{"content": "x"}], [{"role": "user", "content": " "}]],
-)
-def test_refuses_what_is_no_chat(messages: list[dict[str, str]]) -> None:
-    with pytest.raises(UserError, match="not a chat"):
-        render_prompt(messages, "chatflow")
-
-
-def test_refuses_an_unknown_template() -> None:
-    with pytest.raises(UserError, match="unknown chat template: alpaca: choose one of chatflow"):
-        render_prompt(MESSAGES, "alpaca")
+        assert rendered == prompt_text(messages, template, eos_token)

@@ -109,9 +109,8 @@ def test_a_source_that_comes_back_in_time_is_waited_for(
     back.join()
     loader.close()
     assert (batch.micro_batches[0].tokens[0].numpy() == expected[:-1]).all()
-    assert [record.message for record in caplog.records if "trying again" in record.message] == [
-        f"data.sources.long: {folder / 'long.bin'}: No such file or directory; "
-        "trying again for 300 s"
+    assert [record.message for record in caplog.records if "retrying" in record.message] == [
+        f"data.sources.long: {folder / 'long.bin'}: No such file or directory; retrying for 300 s"
     ]
 
 
@@ -125,9 +124,9 @@ def test_a_source_that_stays_away_is_named(tmp_path: Path, monkeypatch: pytest.M
     shutil.rmtree(folder)
     begin = time.monotonic()
     with pytest.raises(
-        SourceUnavailableError, match=r"sources\.long: .*was away for 1 s"
+        SourceUnavailableError, match=r"sources\.long: .*stayed unavailable for 1 s"
     ) as caught:
         next(batches)
     loader.close()
     assert time.monotonic() - begin >= 1.0
-    assert "bring it back and resume" in str(caught.value)
+    assert "make it available and resume" in str(caught.value)

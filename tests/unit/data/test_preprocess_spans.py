@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from preprocess_jobs import Jobs
+from prompts import prompt_segments
 
 from megatron_chatflow.preprocess.encode import encode_segments
 from megatron_chatflow.preprocess.pairs import PairSettings
@@ -14,7 +15,6 @@ from megatron_chatflow.preprocess.templates import (
     JINJA_TEMPLATES,
     TEMPLATES,
     document_of_chat,
-    prompt_segments,
 )
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.chat_template import Chat
