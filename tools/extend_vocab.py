@@ -1,130 +1,13 @@
-"""Adds a language's pieces to a LLaMA tokenizer.
-
-In: a tokenizer and a corpus of the language. Out: a folder with the extended tokenizer, for
-`preprocess_data.py`, for `convert_checkpoint.py import --tokenizer-model`, and for transformers.
-"""
+#!/usr/bin/env python
+"""Runs ``chatflow extend-vocab`` from a checkout."""
 
 from megatron_chatflow.errors import exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()  # the imports below take seconds
 
-import argparse
-import logging
-from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
-
-from megatron_chatflow.errors import ArgumentParser, UserError, run_main
-from megatron_chatflow.files import check_new_folder, new_folder
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
-from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.tokenizer.extend import (
-    ADDITIONS,
-    PIECE_KINDS,
-    SCRIPTS,
-    Choice,
-    choose_pieces,
-    extend_tokenizer,
-    growth_lines,
-    listed_pieces,
-)
-from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
-
-logger = logging.getLogger(__name__)
-
-EXAMPLES = """examples:
-  python tools/extend_vocab.py --tokenizer-model tokenizer.model --corpus 'zh/*.jsonl.zst' \\
-      --num-new 8076 --output-dir tokenizers/zh
-  python tools/extend_vocab.py --tokenizer-model tokenizer.model --corpus zh.txt \\
-      --num-new 20000 --method pieces --output-dir tokenizers/zh-bpe
-"""
-MARK = "tokenizer_config.json"
-HELD_OUT_EVERY = 20  # of the corpus's documents one is kept for the comparison, if none are given
-
-
-def main() -> None:
-    """Parses the command line, extends, and says what it gains."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = _parse()
-    if args.num_new < 1:
-        raise UserError(f"--num-new: {args.num_new} is below 1; ask for some")
-    if (args.corpus is None) == (args.list is None):
-        raise UserError("give either --corpus or --list: pieces come from one of them")
-    check_new_folder(args.output_dir, overwrite=args.overwrite, mark=MARK)
-    tokenizer = load_tokenizer(args.tokenizer_model)
-    held_out = {Path(name).name: list(islice(_texts(args, [name]), 500)) for name in args.held_out}
-    if args.list is not None:
-        encoding = canonical_encoding(args.encoding)
-        pieces = listed_pieces(tokenizer, args.list, args.num_new, encoding)
-    else:
-        every = 0 if held_out else HELD_OUT_EVERY
-        texts = (t for k, t in enumerate(_texts(args, args.corpus)) if not every or (k + 1) % every)
-        choice = Choice(args.num_new, args.method, args.script, args.min_count)
-        pieces = choose_pieces(tokenizer, texts, choice)
-        if every:
-            kept = (t for k, t in enumerate(_texts(args, args.corpus)) if (k + 1) % every == 0)
-            held_out["corpus, held out"] = list(islice(kept, 500))
-    with new_folder(
-        args.output_dir, overwrite=args.overwrite, mark=MARK, num_bytes=10**8
-    ) as folder:
-        extended = extend_tokenizer(tokenizer, pieces, folder, args.add_as)
-    for line in growth_lines(tokenizer, extended, pieces, held_out):
-        print(line)
-    print(f"wrote {args.output_dir}")
-
-
-def _parse() -> argparse.Namespace:
-    parser = ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--tokenizer-model", type=Path, required=True, help="SentencePiece model, tokenizer.json")
-    add("--corpus", nargs="+", metavar="F", help="files, folders or globs")
-    add("--list", type=Path, metavar="F", help="file of pieces, one a line, instead of --corpus")
-    add("--held-out", nargs="+", default=[], metavar="F", help="text of each language, to compare")
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="of the text in JSON")
-    add("--encoding", default="utf-8", metavar="E", help="of the text: gb18030, big5, utf-16 ...")
-    add("--num-new", type=int, default=8076, help="pieces to add; default: %(default)s")
-    add("--output-dir", type=Path, required=True, help="the new folder")
-    add("--method", choices=PIECE_KINDS, default="characters", help="default: %(default)s")
-    add("--add-as", choices=ADDITIONS, default="added-tokens", help="to a tokenizer.json")
-    add("--script", choices=SCRIPTS, default="han", help="characters to take; default: %(default)s")
-    add("--min-count", type=int, default=2, help="leave rarer characters out; default: %(default)s")
-    add("--overwrite", action="store_true", help="replace an earlier output")
-    return parser.parse_args()
-
-
-def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
-    """The corpus, document by document; lines that are no documents are counted and left out.
-
-    Raises:
-        UserError: They are more than the documents.
-    """
-    settings = CorpusSettings(
-        json_keys=tuple(args.json_keys),
-        txt_documents="line",
-        encoding=canonical_encoding(args.encoding),
-    )
-    reader = CorpusReader(find_inputs(inputs), settings.read_options)
-    num_documents = num_bad = 0
-    first_bad: str | None = None
-    for chunk in reader.chunks():
-        parsed = parse_chunk(chunk, settings)
-        num_bad += parsed.num_bad
-        first_bad = first_bad or parsed.first_bad
-        for documents in parsed.documents.values():
-            texts = [document for document in documents if isinstance(document, str)]
-            num_documents += len(texts)
-            yield from texts
-    if not num_bad:
-        return
-    found = f"{num_bad} lines are no documents, {num_documents} are; the first is {first_bad}"
-    if num_bad > num_documents:
-        raise UserError(f"{' '.join(inputs)}: {found} (see --encoding and --json-keys)")
-    logger.warning("%s: %s", " ".join(inputs), found)
-
+from megatron_chatflow.cli.extend_vocab import main
+from megatron_chatflow.errors import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,68 +1,13 @@
-"""Lets a model go on from a prompt, or answer it.
-
-In: an exported Hugging Face folder, or a training checkpoint. Out: text, as it comes.
-"""
+#!/usr/bin/env python
+"""Runs ``chatflow generate`` from a checkout."""
 
 from megatron_chatflow.errors import exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()  # the imports below take seconds
 
-import argparse
-import logging
-from pathlib import Path
-
-from megatron_chatflow.convert.huggingface_folder import huggingface_folder
-from megatron_chatflow.convert.template import TokenizerChoice
-from megatron_chatflow.errors import ArgumentParser, run_main
-from megatron_chatflow.generation.generate import (
-    Generator,
-    add_sampling_arguments,
-    read_prompt,
-    sampling_from_args,
-)
-
-EXAMPLES = """examples:
-  python tools/generate.py exports/zh --prompt "Once upon a time" --max-new-tokens 100
-  python tools/generate.py runs/zh --chat --prompt "请介绍一下北京。" --seed 1
-  echo "a long prompt" | python tools/generate.py exports/zh --prompt -
-"""
-
-
-def main() -> None:
-    """Parses the command line and writes one continuation for each prompt."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(
-        description="Continues prompts, or answers them with --chat.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
-    parser.add_argument(
-        "--prompt", action="append", required=True, help="text (repeatable); - reads standard input"
-    )
-    parser.add_argument("--chat", action="store_true", help="put it as a question in the template")
-    parser.add_argument("--system", help="system text of --chat")
-    add_sampling_arguments(parser)
-    args = parser.parse_args()
-    sampling = sampling_from_args(args)
-    prompts = [read_prompt(text) for text in args.prompt]
-    choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
-    with huggingface_folder(args.model, choice) as folder:
-        generator = Generator(folder)
-        for number, prompt in enumerate(prompts):
-            if number:
-                print()
-            print(f"> {prompt}" if args.chat else prompt, end="\n" if args.chat else "")
-            system = [{"role": "system", "content": args.system}] if args.system else []
-            ids = (
-                generator.encode_chat([*system, {"role": "user", "content": prompt}])
-                if args.chat
-                else generator.encode(prompt)
-            )
-            generator.stream(ids, sampling, lambda text: print(text, end="", flush=True))
-            print()
-
+from megatron_chatflow.cli.generate import main
+from megatron_chatflow.errors import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -28,6 +28,7 @@ LAYERS = (
     "generation",
     "report",
     "pretrain",
+    "cli",
 )  # each imports itself and what stands before it
 PACKAGE = sorted((ROOT / "megatron_chatflow").rglob("*.py"))
 PYTHON = PACKAGE + [

@@ -23,34 +23,34 @@ BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
 
 # Modules that more commands import than call: whose messages these are.
 PRINTED_BY = {
+    "benchmarks.corpora": {"benchmarks.preprocess"},
+    "checkpoint.state": {PRETRAIN},
     "config.load": {PRETRAIN},
     "config.megatron_flags": {PRETRAIN},
     "config.validation": {PRETRAIN, "tools.plan_blend"},
-    "checkpoint.convert_folder": {"tools.convert_checkpoint", "tools.extend_vocab"},
-    "checkpoint.convert_template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
-    "checkpoint.optimizer_state": {PRETRAIN},
+    "convert.template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
     "examples.corpus.pins": {"tools.fetch_demo_corpus"},
-    "corpus.readers": {"tools.preprocess_data"},
-    "corpus.tab_separated": {"tools.preprocess_data"},
-    "data.preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
-    "data.preprocess.inspect": {"tools.inspect_dataset"},
-    "data.preprocess.merge": {"tools.merge_datasets"},
-    "data.preprocess.merge_parts": {"tools.merge_datasets"},
-    "data.preprocess.repeats": {"tools.preprocess_data"},
-    "evaluation.generation": {"tools.generate", "tools.chat"},
-    "evaluation.generation_flags": {"tools.generate"},
-    "evaluation.report_data": {PRETRAIN},  # plot_run, of the folder that a run's flag names
-    "runtime.rendezvous": {PRETRAIN},
+    "files": {"tools.convert_checkpoint", "tools.extend_vocab"},
+    "generation.generate": {"tools.generate", "tools.chat"},
+    "preprocess.dedup": {"tools.preprocess_data"},
+    "preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
+    "preprocess.inspect": {"tools.inspect_dataset"},
+    "preprocess.merge": {"tools.merge_datasets"},
+    "preprocess.readers": {"tools.preprocess_data"},
+    "preprocess.tab_separated": {"tools.preprocess_data"},
+    "report.data": {PRETRAIN},  # plot_run, of the folder that a run's flag names
+    "runtime.launch": {PRETRAIN},
     "train.guard": {PRETRAIN},
+    "train.loop": {PRETRAIN},
     "train.profiler": {PRETRAIN},
 }
 # Flags of another command, which the message is about.
 OF_ANOTHER_STEP = {
-    ("checkpoint.carried_files", "--chat-template"),  # of the export
-    ("data.preprocess.merge", "--append-bos"),
+    ("generation.generate", "--prompt"),
+    ("preprocess.merge", "--append-bos"),
+    ("preprocess.merge", "--dedup"),
+    ("preprocess.merge", "--shard"),
     ("train.inputs", "--append-bos"),
-    ("data.preprocess.merge_parts", "--dedup"),
-    ("data.preprocess.merge_parts", "--shard"),
 }
 
 

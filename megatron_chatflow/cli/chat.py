@@ -1,0 +1,86 @@
+"""``chatflow chat``: a conversation with a model in the terminal."""
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_chatflow.convert.huggingface_folder import huggingface_folder
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.errors import ArgumentParser, UserError
+from megatron_chatflow.generation.chat import Conversation
+from megatron_chatflow.generation.generate import (
+    Generator,
+    add_sampling_arguments,
+    sampling_from_args,
+)
+
+EXAMPLES = """examples:
+  %(prog)s exports/zh
+  %(prog)s runs/zh --system "You are a translator." --temperature 0
+  printf 'Hello!\\n请介绍一下北京。\\n' | %(prog)s exports/zh
+
+commands: /reset starts a new conversation, /exit or Ctrl-D exits, Ctrl-C stops an answer
+"""
+
+
+def main() -> None:
+    """Answers each line of the terminal, or of standard input, until it ends."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = ArgumentParser(
+        description="Runs a conversation with a model in the terminal.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
+    parser.add_argument("--system", help="system message")
+    add_sampling_arguments(parser)
+    args = parser.parse_args()
+    choice = TokenizerChoice(args.tokenizer_model, args.chat_template)
+    sampling = sampling_from_args(args)
+    with huggingface_folder(args.model, choice) as folder:
+        conversation = Conversation(Generator(folder), sampling, args.system)
+        for line in _lines():
+            if line in ("/exit", "/quit"):
+                break
+            if line == "/reset":
+                conversation.reset()
+                print("(a new conversation)")
+            elif line:
+                try:
+                    num_forgotten = conversation.answer(line, _show)
+                    if num_forgotten:
+                        print(f"\n(the first {num_forgotten} turns no longer fit)", end="")
+                except KeyboardInterrupt:
+                    pass  # stops the answer, not the conversation
+                except UserError as error:
+                    print(
+                        f"({error})", end=""
+                    )  # such as a message that is too long; the conversation continues
+                print(flush=True)
+
+
+def _show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _lines() -> Iterator[str]:
+    """Yields lines typed on a terminal, with editing and history, or the lines of a pipe."""
+    sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 does not end the conversation
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            print(f"> {line.strip()}")
+            yield line.strip()
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives `input` editing and history)
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\n(/exit or Ctrl-D leaves)")

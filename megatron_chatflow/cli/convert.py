@@ -1,0 +1,177 @@
+"""``chatflow convert``: exports, imports, resizes and verifies checkpoints.
+
+Runs in one process and holds one tensor in memory at a time. Training checkpoints may have any
+parallel layout.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from megatron_chatflow.config.fields import parse_num_bytes
+from megatron_chatflow.convert.shape import DTYPES
+from megatron_chatflow.convert.vocabulary import EMBEDDING_INITS, Resize
+from megatron_chatflow.errors import ArgumentParser, UserError
+from megatron_chatflow.tokenizer import load_tokenizer
+
+EXAMPLES = """examples:
+  %(prog)s export --checkpoint runs/zh --output exports/zh
+  %(prog)s import --hf Llama-2-7b-hf --output checkpoints/llama2-7b
+  %(prog)s import --hf Llama-2-7b-hf --output checkpoints/llama2-7b-zh \\
+      --tokenizer-model tokenizers/zh --embedding-init mean-of-pieces
+  %(prog)s verify --hf exports/zh --checkpoint runs/zh
+"""
+
+
+def main() -> int:
+    """Runs the command; returns 1 if ``verify`` finds a difference and 0 otherwise."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = _parse_arguments()
+    return {"export": _export, "import": _import, "resize": _resize, "verify": _verify}[
+        args.command
+    ](args)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description="Converts between Hugging Face folders and training checkpoints.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="checkpoint to Hugging Face folder")
+    _add_checkpoint(export)
+    export.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        default="5GB",
+        help="maximum size of a file, such as 500MB or 2GiB (default: %(default)s)",
+    )
+    export.add_argument(
+        "--tokenizer-model", type=Path, help="where the run's tokenizer is now, if it was moved"
+    )
+    export.add_argument(
+        "--chat-template", help="chatflow, llama2, chatml, a Jinja file, or a model's folder"
+    )
+    export.add_argument(
+        "--no-tokenizer", action="store_true", help="export the model without a tokenizer"
+    )
+    import_ = commands.add_parser("import", help="Hugging Face folder to checkpoint")
+    _add_huggingface(import_)
+    import_.add_argument(
+        "--tokenizer-model", type=Path, help="extended tokenizer to resize the model to"
+    )
+    resize = commands.add_parser("resize", help="checkpoint to one with a larger vocabulary")
+    _add_checkpoint(resize)
+    resize.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        required=True,
+        help="extended tokenizer; its first tokens must be those of the run's tokenizer",
+    )
+    resize.add_argument(
+        "--old-tokenizer-model", type=Path, help="where the run's tokenizer is now, if it was moved"
+    )
+    for command in (import_, resize):
+        command.add_argument(
+            "--embedding-init",
+            choices=EMBEDDING_INITS,
+            default="mean-of-pieces",
+            help="initialization of the rows of new tokens (default: %(default)s)",
+        )
+        command.add_argument(
+            "--seed", type=int, default=1234, help="seed of random rows (default: %(default)s)"
+        )
+    for command in (export, import_):
+        command.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="dtype of the weights (default: as stored); exporting a bf16 run in another "
+            "dtype uses the optimizer's fp32 master weights",
+        )
+    for command in (export, import_, resize):
+        command.add_argument("--output", type=Path, required=True, help="folder to create")
+        command.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    verify = commands.add_parser("verify", help="compare weights and logits")
+    _add_huggingface(verify)
+    _add_checkpoint(verify)
+    verify.add_argument(
+        "--text", action="append", help="text on which logits are compared (repeatable)"
+    )
+    verify.add_argument("--weights-only", action="store_true", help="do not compare logits")
+    args = parser.parse_args()
+    if args.command == "export":
+        try:
+            args.max_shard_size = parse_num_bytes(args.max_shard_size)
+        except UserError as error:
+            raise UserError(f"--max-shard-size: {error}") from None
+    return args
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run or iter_ folder")
+
+
+def _add_huggingface(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from megatron_chatflow.convert.template import TokenizerChoice
+    from megatron_chatflow.convert.to_huggingface import export_checkpoint
+
+    done = export_checkpoint(
+        args.checkpoint,
+        args.output,
+        dtype=args.dtype,
+        tokenizer=TokenizerChoice(
+            model=args.tokenizer_model,
+            chat_template=args.chat_template,
+            leave_out=args.no_tokenizer,
+            advice="name the run's own with --tokenizer-model, or give --no-tokenizer",
+        ),
+        max_shard_bytes=args.max_shard_size,
+        overwrite=args.overwrite,
+    )
+    print(done)
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from megatron_chatflow.convert.from_huggingface import import_huggingface
+
+    done = import_huggingface(
+        args.hf,
+        args.output,
+        dtype=args.dtype,
+        resize=None if args.tokenizer_model is None else _resize_of(args),
+        overwrite=args.overwrite,
+    )
+    print(done)
+    return 0
+
+
+def _resize(args: argparse.Namespace) -> int:
+    from megatron_chatflow.convert.resize import resize_checkpoint
+
+    done = resize_checkpoint(
+        args.checkpoint,
+        args.output,
+        _resize_of(args),
+        old_tokenizer=args.old_tokenizer_model,
+        overwrite=args.overwrite,
+    )
+    print(done)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_chatflow.convert.verify import TEXTS, compare, describe
+
+    result = compare(args.hf, args.checkpoint, args.text or TEXTS, weights_only=args.weights_only)
+    print(describe(result))
+    return 0 if result.is_same else 1
+
+
+def _resize_of(args: argparse.Namespace) -> Resize:
+    return Resize(load_tokenizer(args.tokenizer_model), args.embedding_init, args.seed)

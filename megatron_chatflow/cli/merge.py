@@ -1,0 +1,61 @@
+"""``chatflow merge``: merges indexed datasets with their loss masks and sidecars."""
+
+import argparse
+
+from megatron_chatflow.errors import ArgumentParser
+from megatron_chatflow.preprocess.merge import PartitionPolicy, find_datasets, merge_datasets
+
+DESCRIPTION = """Merges indexed datasets into one, with their loss masks and sidecars.
+
+The output appears under its final name only when it is complete.
+"""
+EXAMPLES = """examples:
+  %(prog)s --input shards/ --output-prefix data/en_text_document
+  %(prog)s --input a_text_document b_text_document --output-prefix ab_text_document
+"""
+
+
+def main() -> None:
+    """Merges the datasets and prints the number of documents."""
+    parser = ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="dataset prefixes, or folders with *_document.idx files",
+    )
+    add("--output-prefix", required=True, metavar="PREFIX", help="prefix of the merged dataset")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="merge the parts of a job array even if some are missing",
+    )
+    add(
+        "--max-bad-lines",
+        type=int,
+        metavar="N",
+        help="maximum number of bad lines in all parts together (default: as the parts were made)",
+    )
+    add(
+        "--max-dropped-share",
+        type=float,
+        metavar="S",
+        help="maximum share of dropped records in all parts together "
+        "(default: as the parts were made)",
+    )
+    arguments = parser.parse_args()
+    prefixes = find_datasets(arguments.input)
+    policy = PartitionPolicy(
+        arguments.allow_missing, arguments.max_bad_lines, arguments.max_dropped_share
+    )
+    num_documents = merge_datasets(
+        prefixes, arguments.output_prefix, overwrite=arguments.overwrite, policy=policy
+    )
+    print(f"{arguments.output_prefix}: {num_documents} documents of {len(prefixes)} datasets")

@@ -1,0 +1,243 @@
+"""``chatflow plan``: shows the mixture that a run's schedule will draw, before training."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.edits import as_planned_knot, run_schedule
+from megatron_chatflow.blend.plan import (
+    check_epochs,
+    epoch_findings,
+    mixture_curve,
+    plan,
+    to_csv,
+    to_table,
+)
+from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
+from megatron_chatflow.config import RunConfig, RunLength, load_config
+from megatron_chatflow.config.fields import parse_count
+from megatron_chatflow.data.source import build_sources
+from megatron_chatflow.errors import ArgumentParser, UserError
+from megatron_chatflow.files import check_output_file, write_output_file
+from megatron_chatflow.report.plots import plot_mixture
+from megatron_chatflow.runtime.table import format_table
+from megatron_chatflow.tokenizer import load_tokenizer
+
+OUTPUTS = ("plan.csv", "plan.png")
+DESCRIPTION = """Shows the mixture that a run's schedule will draw, before training.
+
+Prints the planned and the realised mixture of every phase, and the epochs of every source. With
+--output, also writes them as CSV and plots the whole run as PNG. If --load of the run holds a
+checkpoint, the plan continues from it, as training would. --at prints the weights at one point of
+the run and the knot that keeps the schedule unchanged up to that point, to be pasted into the YAML
+file before an edit.
+"""
+EXAMPLES = """examples:
+  %(prog)s --config run.yaml
+  %(prog)s --config run.yaml --output plans/ --train-iters 20000
+  %(prog)s --config run.yaml --at now
+"""
+
+
+def epoch_sizes(config: RunConfig) -> dict[str, int]:
+    """Returns the samples in an epoch of each source; empty if the data cannot be read yet."""
+    try:
+        tokenizer = load_tokenizer(
+            config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type
+        )
+        sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
+    except UserError as error:
+        print(f"epochs are left out: {error}", file=sys.stderr)
+        return {}
+    return {source.name: source.num_samples for source in sources}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The blend's part of the checkpoint that a run continues from."""
+
+    folder: Path
+    iteration: int
+    consumed_samples: int
+    blend: dict[str, Any]
+    schedule: dict[str, Any]
+
+
+def find_resumed(config: RunConfig) -> Resumed | None:
+    """Returns the checkpoint that the run would continue from; None for a new run."""
+    settings = config.checkpoint
+    if settings.load is None or settings.finetune:
+        return None
+    folder = resolve_checkpoint(settings.load)
+    state = {} if folder is None else read_state(folder)
+    names = ("iteration", "consumed_samples", "blend", "schedule")
+    if folder is None or not all(name in state for name in names) or not state["blend"]:
+        return None
+    return Resumed(folder, *(state[name] for name in names))
+
+
+def knot_in_numbers(schedule: Schedule, sample: int, unit: str) -> str:
+    """Returns the weights at a sample as a knot that rounds to exactly these weights."""
+    # Rounded up, so that the level, which is rounded down, comes out the same.
+    levels = np.cumsum(schedule.weights_at(sample)).tolist()
+    parts = [-(-level * 10**10 >> 32) for level in levels]
+    weights = {
+        name: (above - below) / 10**10
+        for name, below, above in zip(schedule.sources, [0, *parts[:-1]], parts, strict=True)
+        if above > below
+    }
+    inner = ", ".join(f"{name}: {weight:.10g}" for name, weight in weights.items())
+    text = f"at: {schedule.position(sample, unit)}, weights: {{{inner}}}"
+    following = next((knot for knot in schedule.knots if knot.at >= sample), None)
+    if following is None or following == schedule.knots[0] or following.ramp == "step":
+        return f"{{{text}}}"
+    text = f"{{{text}, ramp: {following.ramp}}}"
+    if following.ramp == "cosine" and (following.at > sample or following.towards):
+        text += "  # no part of the longer cosine: the weights before it change"
+    return text
+
+
+def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
+    """Describes the weights at a sample and the knot that keeps the schedule up to it.
+
+    Args:
+        blend: The blend of the run so far.
+        sample: The global sample.
+        unit: Unit of the knots in the YAML file.
+        folder: The checkpoint that the run continues from; None for a new run.
+    """
+    schedule = blend.schedule
+    shares = zip(schedule.sources, blend.planned_shares(sample).tolist(), strict=True)
+    place = f"sample {sample:,}"
+    if unit != "samples":
+        place += f" ({schedule.position(sample, unit):,} {unit})"
+    lines = [f"weights at {place}: " + ", ".join(f"{name} {part:.6g}" for name, part in shares)]
+    kept = ""
+    if folder is not None:
+        lines += [
+            f"to keep the schedule of {folder} up to there, put this knot in place of all knots "
+            "up to there:",
+            f"      - {as_planned_knot(schedule, sample, unit)}",
+        ]
+        kept = " (the knots before it have to stay)"
+    lines += [f"the same in numbers{kept}:", f"      - {knot_in_numbers(schedule, sample, unit)}"]
+    if folder is None:
+        lines.append("(a run that goes on from a checkpoint may say `weights: as_planned` instead)")
+    return "\n".join(lines)
+
+
+def place_of(text: str, resumed: Resumed | None) -> int:
+    """Returns the global sample that ``--at`` names.
+
+    Raises:
+        UserError: ``text`` is not a number of samples, or is ``now`` without a run in progress.
+    """
+    if text != "now":
+        try:
+            sample = int(text) if text.isdigit() else parse_count(text)
+        except UserError as error:
+            raise UserError(f"--at: {error}; or now") from None
+        if sample < 0:
+            raise UserError(f"--at: {text} is negative: samples count from 0")
+        return sample
+    if resumed is None:
+        raise UserError(
+            "--at: now needs a run in progress: name its folder with --load, or give a sample"
+        )
+    return resumed.consumed_samples
+
+
+def main() -> None:
+    """Prints the plan, or with ``--at`` the weights at one point, and writes the files."""
+    parser = ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument("--output", type=Path, help="folder for plan.csv and plan.png")
+    parser.add_argument(
+        "--at", metavar="now|SAMPLE", help="print only the weights and the knot at this point"
+    )
+    arguments, flags = parser.parse_known_args()
+
+    if arguments.output is not None:
+        for name in OUTPUTS:
+            check_output_file(arguments.output / name)
+    config = load_config(arguments.config, flags)
+    resumed = find_resumed(config)
+    if resumed is None:
+        blend = Blend(run_schedule(config, list(config.data.sources)))
+    elif (
+        arguments.at is not None
+    ):  # the schedule of the checkpoint, whatever the YAML file says now
+        schedule, batch = Schedule.from_dict(resumed.schedule), config.train.global_batch_size
+        if schedule.unit == "iterations" and config.train.train_iters is not None:
+            origin = resumed.consumed_samples - resumed.iteration * batch
+            schedule = schedule.with_iterations(batch, origin)
+        blend = Blend(schedule, resumed.blend)
+    else:
+        progress = resumed.iteration, resumed.consumed_samples
+        schedule = run_schedule(config, list(config.data.sources), resumed.schedule, *progress)
+        blend = Blend(schedule, resumed.blend)
+    if arguments.at is not None:
+        folder = None if resumed is None else resumed.folder
+        sample = place_of(arguments.at, resumed)
+        print(describe_place(blend, sample, config.data.schedule.unit, folder))
+        return
+    show_plan(config, blend, resumed, arguments)
+
+
+def show_plan(
+    config: RunConfig,
+    blend: Blend,
+    resumed: Resumed | None,
+    arguments: argparse.Namespace,
+) -> None:
+    """Prints the plan of the whole run and writes ``plan.csv`` and ``plan.png``."""
+    schedule, seq_length = blend.schedule, config.data.seq_length
+    length = RunLength.of(config)
+    if resumed is not None:
+        first = int(resumed.blend["segments"][0]["schedule"]["samples_per_iteration"])
+        length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, first)
+    num_samples = length.num_samples
+    sizes = epoch_sizes(config)
+    rows = plan(blend, num_samples, sizes)
+    shown = f"{num_samples:,} samples of {seq_length:,} tokens"
+    if schedule.unit == "tokens":
+        shown = f"{num_samples * seq_length:,} tokens ({shown})"
+    print(f"{shown}, from {arguments.config}")
+    if resumed is not None:
+        print(f"goes on from {resumed.folder}, sample {resumed.consumed_samples:,}")
+    if blend.edit is not None:
+        print(blend.edit)
+    print("\n" + format_table(to_table(rows, blend)))
+    if arguments.output is not None:
+        scale = {"tokens": float(seq_length)}
+        if not schedule.iteration_origin:  # all iterations are of one size
+            scale["iterations"] = 1 / schedule.samples_per_iteration
+        png = plot_mixture(
+            mixture_curve(blend, num_samples),
+            schedule.sources,
+            sizes,
+            title=arguments.config.stem,
+            unit=schedule.unit if schedule.unit in scale else "samples",
+            unit_per_sample=scale.get(schedule.unit, 1),
+        )
+        contents = dict(zip(OUTPUTS, (to_csv(rows).encode(), png), strict=True))
+        for name, content in contents.items():
+            write_output_file(arguments.output / name, content)
+        print(f"\nwrote {' and '.join(str(arguments.output / name) for name in contents)}")
+    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
+    limited = {name: limit for name, limit in limits.items() if limit is not None and sizes}
+    progress = length.iteration, length.consumed_samples
+    batch = config.train.global_batch_size
+    check_epochs(blend, num_samples, sizes, limited, batch, consumed=progress)
+    for finding in epoch_findings(blend, num_samples, sizes, limited):
+        print(f"warning: {finding}", file=sys.stderr)
