@@ -52,6 +52,8 @@ def data_findings(
             labelled.append((f"data.sources.{source.name}.validation_paths", source))
     for label, source in labelled:
         findings += _unchecked_tokenizers(label, source)
+        if not data.data_verify:
+            findings += _unchecked_contents(label, source.files)
         if data.sources[source.name].loss is None:  # `all` is a choice, and needs no remark
             findings += _ignored_masks(label, source.files)
         findings += _missing_ends(label, source.files, tokenizer)
@@ -70,6 +72,22 @@ def _unchecked_tokenizers(label: str, source: Source) -> list[str]:
         f"{label}: {_count(unchecked, source.files)} no .json (first: {unchecked[0]}.json), so it "
         "is unchecked which tokenizer made the ids: decode a few documents with "
         "tools/inspect_dataset.py, or preprocess the data again"
+    ]
+
+
+def _unchecked_contents(label: str, files: Sequence[TokenFile]) -> list[str]:
+    """Reports sidecars of before the hashes that every start compares."""
+    sidecars = [(file.name, read_sidecar(file.name)) for file in files]
+    old = [
+        name for name, sidecar in sidecars if sidecar is not None and "block_hash" not in sidecar
+    ]
+    if not old:
+        return []
+    return [
+        f"{label}: {_count(old, files)} a .json of an earlier version, without block_hash, so this "
+        "start does not check that the files still hold what was preprocessed: --data-verify "
+        "compares all bytes once, and tools/merge_datasets.py writes a dataset with the hashes "
+        f"(first: {old[0]}.json)"
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -182,6 +183,7 @@ def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     missing = set(map(ord, "".join(texts))) - _characters(font_manager.findfont("DejaVu Sans"))
     if not missing:
         return families, list(texts)
+    _add_new_fonts()
     # Upright and regular fonts first: matplotlib asks for the family in this style.
     fonts = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
     fonts.sort(key=lambda font: (font.style != "normal", str(font.weight) not in ("400", "normal")))
@@ -201,6 +203,18 @@ def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
             *(text, number),
         )
     return families, labels
+
+
+def _add_new_fonts() -> None:
+    """Adds fonts that were installed after matplotlib had written its list of fonts."""
+    from matplotlib import font_manager
+
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for path in font_manager.findSystemFonts():
+        if path not in known:
+            with suppress(OSError, RuntimeError, UnicodeDecodeError):  # not one of its kinds
+                manager.addfont(path)
 
 
 def _characters(path: str) -> set[int]:

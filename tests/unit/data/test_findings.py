@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from data_files import PlainTokenizer, data_config, numbered_documents, write_dataset
 
+from megatron_chatflow.data import findings
 from megatron_chatflow.data.findings import data_findings
 from megatron_chatflow.data.source import build_sources
 
@@ -174,3 +175,18 @@ def test_packing_that_cuts_much(tmp_path: Path) -> None:
     documents = [[*document, EOS] for document in numbered_documents([8] * 120 + [9])]
     path = write_dataset(tmp_path / "long_document", documents)
     assert findings_of({"x": {"paths": [path], **source}}) == []
+
+
+def test_sidecars_without_block_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are compared with nothing, which a start has to say."""
+    paths = [dataset(tmp_path, "a"), dataset(tmp_path, "b", seed=1)]
+    sidecars = {paths[0]: {"append_eod": True, "block_hash": {}}, paths[1]: {"append_eod": True}}
+    sources = {"x": {"paths": paths}}
+    config, tokenizer = data_config(sources), ControlTokenizer()
+    built = build_sources(config, seed=1, tokenizer=tokenizer)
+    monkeypatch.setattr(findings, "read_sidecar", lambda prefix: sidecars[str(prefix)])
+    [finding] = [one for one in data_findings(config, built, [], tokenizer) if "hash" in one]
+    assert finding.startswith("data.sources.x: 1 of 2 datasets has a .json of an earlier version")
+    assert "--data-verify compares all bytes once" in finding and f"{paths[1]}.json" in finding
+    config = data_config(sources, data_verify=True)
+    assert not [one for one in data_findings(config, built, [], tokenizer) if "hash" in one]

@@ -12,7 +12,12 @@ from megatron_chatflow.blend.plan import mixture_curve
 from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.report.data import read_run
-from megatron_chatflow.report.plots import _readable_labels, plot_blend, plot_mixture
+from megatron_chatflow.report.plots import (
+    _characters,
+    _readable_labels,
+    plot_blend,
+    plot_mixture,
+)
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -91,3 +96,16 @@ def test_names_fall_back_to_fonts_that_have_them(caplog: pytest.LogCaptureFixtur
     unknown = "\U0010fffd"  # for private use: no font has it
     assert _readable_labels(["plain", unknown, "x"])[1] == ["plain", "#2", "x"]
     assert "no installed font shows \U0010fffd, which is drawn as #2" in caplog.text
+
+
+def test_fonts_that_are_newer_than_the_list_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import font_manager
+
+    character = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"
+    manager = font_manager.fontManager
+    family = _readable_labels([character])[0][1]
+    [first, *_] = [font.fname for font in manager.ttflist if font.name == family]
+    stale = [font for font in manager.ttflist if ord(character) not in _characters(font.fname)]
+    monkeypatch.setattr(manager, "ttflist", stale)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [first])
+    assert _readable_labels([character]) == (["DejaVu Sans", family], [character])
