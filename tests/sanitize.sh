@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of the native layer on a build of csrc with the address and
-# undefined-behaviour sanitizers. In: the environment's python and pytest on PATH, and g++.
-# Out: the tests' exit status; the build lies in build/sanitize.
+# Builds csrc with the address and undefined-behaviour sanitizers in build/sanitize and runs the
+# tests that carry the marker `native` on that build. Needs g++, and python and pytest on PATH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,4 +17,4 @@ python setup.py --quiet build --build-base "$folder/temp" --build-lib "$folder/l
 # error, so pytest must leave the file descriptor alone.
 runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$folder/lib" \
-    pytest --capture=sys tests/unit/native "$@"
+    pytest --capture=sys -m native tests/unit/{blend,data,kernels,tokenizer} "$@"

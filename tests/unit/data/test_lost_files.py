@@ -80,7 +80,7 @@ for k in range(source.num_samples):
 print("lost and found", lost)
 """.replace("BOUNDARIES", boundaries)
     result = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)],
+        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[2])],
         capture_output=True,
         text=True,
         check=False,

@@ -16,7 +16,10 @@ from megatron_chatflow.runtime.extension import load_extension
 
 extension = load_extension("blend")
 
-pytestmark = pytest.mark.skipif(extension is None, reason="csrc/blend is not built")
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(extension is None, reason="csrc/blend is not built"),
+]
 
 CONSTANT = Interval(0, 0, 0, 0, 0, 0, 0, 1)
 

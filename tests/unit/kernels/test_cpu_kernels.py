@@ -8,9 +8,12 @@ import torch
 from megatron_chatflow.kernels import cpu as kernels
 from megatron_chatflow.kernels import cpu_reference as reference
 
-pytestmark = pytest.mark.skipif(
-    not kernels.is_available(), reason="csrc/kernels/cpu is not built: make build"
-)
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(
+        not kernels.is_available(), reason="csrc/kernels/cpu is not built: make build"
+    ),
+]
 
 # bf16 keeps 8 bits: one rounding is at most 2^-9 of the value.
 ROUNDING = 2**-8

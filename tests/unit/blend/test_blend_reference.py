@@ -12,6 +12,8 @@ from megatron_chatflow.blend.engine import ReferenceEngine, leaf_bits
 from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.blend.schedule import Schedule
 
+pytestmark = pytest.mark.native
+
 
 def engine_of(schedule: Schedule, num_leaf_bits: int | None = None) -> ReferenceEngine:
     zeros = [0] * len(schedule.sources)

@@ -39,6 +39,8 @@ from megatron_chatflow.data.samples import (
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.extension import load_extension
 
+pytestmark = pytest.mark.native
+
 extension = load_extension("data")
 
 SHAPE = SampleShape(seq_length=7, pad_id=3, vocab_size=50_000, isolate=True)

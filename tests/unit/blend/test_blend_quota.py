@@ -2,12 +2,15 @@
 
 import random
 
+import pytest
 from blend_cases import schedules, weights_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.blend.quota import GRID, NEVER, Quota, floor_sum
 from megatron_chatflow.blend.schedule import Schedule
+
+pytestmark = pytest.mark.native
 
 
 @given(st.integers(0, 60), st.integers(1, 50), st.integers(0, 200), st.integers(0, 200))

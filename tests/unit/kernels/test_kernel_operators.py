@@ -7,6 +7,8 @@ from torch.nn import functional
 
 from megatron_chatflow.kernels import cross_entropy, rms_norm, rope, swiglu
 
+pytestmark = pytest.mark.native
+
 
 def _randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, requires_grad=True)

@@ -11,6 +11,8 @@ from megatron_chatflow.data.fingerprint import (
     root_digest,
 )
 
+pytestmark = pytest.mark.native
+
 GROUP = 8 * LEAF_BYTES
 
 

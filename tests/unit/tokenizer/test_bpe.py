@@ -15,7 +15,10 @@ from megatron_chatflow.tokenizer.bpe import BpePieces, ReferenceBpeEncoder, comp
 
 extension = load_extension("tokenizer")
 
-pytestmark = pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not built")
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not built"),
+]
 
 ALPHABETS = [
     "ab",

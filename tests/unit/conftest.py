@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import pytest
-import torch
-
-from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
-from megatron_chatflow.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def random_llama(tiny_sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights far from 0, the tiny tokenizer, the chatflow template; reads 96 tokens."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
+    from megatron_chatflow.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_sentencepiece_model)
     torch.manual_seed(1)

@@ -19,6 +19,8 @@ from kernel_checks import DTYPES, check_rms_norm, check_rope, check_softmax, che
 from megatron_chatflow.kernels import cross_entropy, rms_norm, rope, swiglu
 from megatron_chatflow.kernels import cuda as cuda_kernels
 
+pytestmark = pytest.mark.native
+
 CSRC = Path(__file__).parents[3] / "csrc" / "kernels"
 CPU = torch.device("cpu")
 

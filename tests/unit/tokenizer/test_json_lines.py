@@ -13,7 +13,10 @@ from megatron_chatflow.tokenizer.bpe import CompiledBpeEncoder, compiled_bpe_enc
 
 extension = load_extension("tokenizer")
 
-pytestmark = pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not built")
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(extension is None, reason="csrc/tokenizer is not built"),
+]
 
 
 @pytest.fixture(scope="module")
