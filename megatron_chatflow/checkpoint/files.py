@@ -1,14 +1,9 @@
-"""The folder names of a run's checkpoints, and which of them is the latest.
+"""Folders and small files of checkpoints: names, the latest one, hashes and identity.
 
-The hashes of a checkpoint's files: recorded while they are written, compared on demand.
-
-In: a checkpoint folder. Out: ``hashes.json``, or the list of damaged files. Hashes find damage by
-disks, networks and copies; they do not prove who wrote a checkpoint.
-
-Whether two folders hold the same checkpoint, told without reading it all.
-
-In: a checkpoint's folder, ours or Hugging Face's. Out: a text that copies of it share and others do
-not. Ours carry their hashes; of other folders, sizes and sampled blocks are hashed.
+A run's folder holds one folder for each checkpoint, such as ``iter_0000100``, and
+``latest_checkpointed_iteration.txt``. Every checkpoint has ``hashes.json`` with the hashes of its
+files, recorded while they were written. The hashes detect damage by disks, networks and copies;
+they do not prove who wrote a checkpoint.
 """
 
 import json
@@ -25,14 +20,134 @@ from megatron_chatflow.data.fingerprint import sampled_hash
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import is_disk_full, write_atomically
 
+logger = logging.getLogger(__name__)
+
+LATEST = "latest_checkpointed_iteration.txt"
+CARRIED = "huggingface"  # the folder of small files that an export writes back
 MANIFEST = "hashes.json"
 ALGORITHM = "blake2b-128 of the length and of each 64 KiB leaf's blake2b-128"
 TENSORS = ".distcp"
 _HEXADECIMAL = re.compile(r"[0-9a-f]{32}")
+_MOST_DIGITS = 18
+_ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
+_HUGGINGFACE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """``root/iter_0000100`` for iteration 100, as Megatron names it."""
+    return root / f"iter_{iteration:07d}"
+
+
+def write_unless_disk_full(path: Path, text: str, *, otherwise: str) -> None:
+    """Writes a file with `write_atomically`; a full disk leaves it unchanged and logs a warning.
+
+    Args:
+        path: The file.
+        text: Its new content.
+        otherwise: The consequence of not writing the file, for the warning.
+    """
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        logger.warning("%s: %s; %s", path, error.strerror, otherwise)
+
+
+def latest_iteration(root: Path) -> int | None:
+    """Returns the iteration that a run's folder names as its latest; None if none was saved.
+
+    Raises:
+        UserError: The file does not hold a number, or the iteration's folder is missing.
+    """
+    path = root / LATEST
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise UserError(
+            f"{path}: {text[:40]!r} is not an iteration; write an iteration's number there"
+        )
+    iteration = int(text)
+    if not iteration_folder(root, iteration).is_dir():
+        raise UserError(
+            f"{path}: names iteration {iteration}, and {iteration_folder(root, iteration)} is not "
+            "there; write the number of an existing checkpoint"
+        )
+    return iteration
+
+
+def prune(root: Path, *, retain: int, keep_every: int | None) -> list[int]:
+    """Removes all checkpoints but the newest ``retain`` and the multiples of ``keep_every``.
+
+    The latest one is always kept. A folder is renamed before it is removed, so that an interrupted
+    removal never leaves something that looks like a checkpoint.
+
+    Returns:
+        The iterations whose checkpoints were removed.
+    """
+    latest = latest_iteration(root)
+    found = sorted(
+        int(match[1])
+        for path in root.iterdir()
+        if path.is_dir() and (match := _ITERATION_FOLDER.fullmatch(path.name))
+    )
+    removed = []
+    for iteration in found[:-retain]:
+        is_kept = keep_every is not None and iteration % keep_every == 0
+        if iteration == latest or is_kept:
+            continue
+        folder = iteration_folder(root, iteration)
+        doomed = root / f".{folder.name}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        removed.append(iteration)
+    return removed
+
+
+def is_iteration_folder(path: Path) -> bool:
+    """Returns whether ``path`` is an ``iter_`` folder, or a link to one."""
+    return bool(_ITERATION_FOLDER.fullmatch(path.resolve().name)) and path.is_dir()
+
+
+def resolve_checkpoint(path: Path) -> Path | None:
+    """Returns the checkpoint at ``path``: itself, or the latest one of a run's folder.
+
+    Returns:
+        The folder, or None if ``path`` holds no checkpoint.
+    """
+    if is_iteration_folder(path):
+        return path
+    iteration = latest_iteration(path) if path.is_dir() else None
+    return None if iteration is None else iteration_folder(path, iteration)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Reads ``state.json`` of a checkpoint folder.
+
+    Raises:
+        UserError: It is missing or no JSON object.
+    """
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint}: has no state.json and so is no checkpoint") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({error}); load another checkpoint") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: is damaged (no object); load another checkpoint")
+    return state
+
+
+def carried_paths(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Maps names of carried files to their paths relative to a checkpoint's folder."""
+    return {f"{CARRIED}/{name}": data for name, data in files.items()}
 
 
 def manifest_text(hashes: Mapping[str, FileHash]) -> str:
-    """What ``hashes.json`` holds."""
+    """Returns the content of ``hashes.json``."""
     files = {
         name: {"bytes": hashes[name].num_bytes, "digest": hashes[name].digest}
         for name in sorted(hashes)
@@ -73,19 +188,19 @@ def _entry(name: str, entry: Any) -> FileHash:
     return FileHash(num_bytes, digest)
 
 
-def damage(
+def find_damage(
     checkpoint: Path, *, part: int = 0, num_parts: int = 1, only_small: bool = False
 ) -> list[str]:
-    """Reads the files again and compares their hashes.
+    """Reads the files and compares their hashes with the recorded ones.
 
     Args:
         checkpoint: An ``iter_`` folder.
-        part: Which of ``num_parts`` shares of the files is read, so that ranks share the work.
-        num_parts: How many shares.
-        only_small: Leaves out the files of the tensors, which are nearly all of a checkpoint.
+        part: Which of ``num_parts`` parts of the files to read, so that ranks share the work.
+        num_parts: The number of parts.
+        only_small: Whether to skip the tensor files, which are nearly all of a checkpoint.
 
     Returns:
-        A line for each file that is missing, is not as it was saved, or has no recorded hash.
+        A line for each file that is missing, differs from what was saved, or has no recorded hash.
 
     Raises:
         UserError: The recorded hashes are missing or damaged.
@@ -96,7 +211,7 @@ def damage(
         for path in checkpoint.rglob("*")
         if part == 0 and not path.is_dir()
     } - {MANIFEST, *recorded}
-    found = [f"{MANIFEST} has nothing of {name}" for name in sorted(present)]
+    found = [f"{MANIFEST} has no hash of {name}" for name in sorted(present)]
     names = [name for name in sorted(recorded) if not (only_small and name.endswith(TENSORS))]
     for name in names[part::num_parts]:
         path = checkpoint / name
@@ -116,32 +231,28 @@ def damage(
 
 
 def raise_if_damaged(checkpoint: Path, found: list[str]) -> None:
-    """Raises if there is any.
-
-    Raises:
-        UserError: Names every damaged file.
-    """
+    """Raises `UserError` with the lines of `find_damage`, if there are any."""
     if found:
         raise UserError(f"{checkpoint}: is damaged: {'; '.join(found)}; load another checkpoint")
 
 
 def check_small_files(checkpoint: Path) -> None:
-    """Raises if one of the small files, which say what the large ones mean, is not as it was saved.
+    """Compares the small files, which describe the tensor files, with their recorded hashes.
 
-    A checkpoint without recorded hashes passes: another program or an earlier version saved it.
+    A checkpoint without recorded hashes, of another program or an earlier version, is accepted.
 
     Raises:
-        UserError: Names every such file.
+        UserError: A file differs from what was saved.
     """
     if (checkpoint / MANIFEST).exists():
-        raise_if_damaged(checkpoint, damage(checkpoint, only_small=True))
-
-
-_HUGGINGFACE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+        raise_if_damaged(checkpoint, find_damage(checkpoint, only_small=True))
 
 
 def identity(folder: Path, *, is_huggingface: bool = False) -> str:
-    """blake2b-128 of what a checkpoint holds, hex.
+    """Returns a hash by which copies of a checkpoint are recognized without reading them whole.
+
+    The hash is a blake2b-128 in hexadecimal, of the recorded hashes if there are any, or else of
+    sizes and sampled blocks of the files.
 
     Raises:
         UserError: A file is missing or has another size than its manifest says.
@@ -159,128 +270,7 @@ def identity(folder: Path, *, is_huggingface: bool = False) -> str:
     patterns = _HUGGINGFACE_FILES if is_huggingface else ("*", ".metadata")
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     if not paths:
-        raise UserError(f"{folder}: is no folder with a checkpoint")
+        raise UserError(f"{folder}: is not a folder with a checkpoint")
     for path in sorted(paths):
         digest.update(f"{path.name} {sampled_hash(path)}\n".encode())
     return digest.hexdigest()
-
-
-logger = logging.getLogger(__name__)
-
-LATEST = "latest_checkpointed_iteration.txt"
-_MOST_DIGITS = 18
-_ITERATION_FOLDER = re.compile(r"iter_(\d{7,})")
-
-
-def iteration_folder(root: Path, iteration: int) -> Path:
-    """``root/iter_0000100`` for iteration 100, as Megatron names it."""
-    return root / f"iter_{iteration:07d}"
-
-
-def write_unless_disk_full(path: Path, text: str, *, otherwise: str) -> None:
-    """As `write_atomically`; for want of room the file stays as it is, with a warning.
-
-    Args:
-        path: The file.
-        text: What it is to hold.
-        otherwise: What the warning says of a file that is not written.
-    """
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        logger.warning("%s: %s; %s", path, error.strerror, otherwise)
-
-
-def latest_iteration(root: Path) -> int | None:
-    """The iteration that a run's folder calls its latest, or None where none was ever saved.
-
-    Raises:
-        UserError: The file is there and does not hold a number, or its folder is missing.
-    """
-    path = root / LATEST
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not text.isdecimal() or len(text) > _MOST_DIGITS:
-        raise UserError(f"{path}: {text[:40]!r} is not an iteration; write the number of one there")
-    iteration = int(text)
-    if not iteration_folder(root, iteration).is_dir():
-        raise UserError(
-            f"{path}: names iteration {iteration}, and {iteration_folder(root, iteration)} is not "
-            "there; write the number of a checkpoint that is"
-        )
-    return iteration
-
-
-def prune(root: Path, *, retain: int, keep_every: int | None) -> list[int]:
-    """Removes old checkpoints: all but the newest ``retain`` and the multiples of ``keep_every``.
-
-    The latest one always stays. A folder is renamed before it is emptied, so that what is left of a
-    removal that was cut short never looks like a checkpoint.
-
-    Returns:
-        The iterations whose checkpoints were removed.
-    """
-    latest = latest_iteration(root)
-    found = sorted(
-        int(match[1])
-        for path in root.iterdir()
-        if path.is_dir() and (match := _ITERATION_FOLDER.fullmatch(path.name))
-    )
-    removed = []
-    for iteration in found[:-retain]:
-        is_kept = keep_every is not None and iteration % keep_every == 0
-        if iteration == latest or is_kept:
-            continue
-        folder = iteration_folder(root, iteration)
-        doomed = root / f".{folder.name}.removed"
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        removed.append(iteration)
-    return removed
-
-
-def is_iteration_folder(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint's own folder, by its name, or a link to one."""
-    return bool(_ITERATION_FOLDER.fullmatch(path.resolve().name)) and path.is_dir()
-
-
-def resolve_checkpoint(path: Path) -> Path | None:
-    """The checkpoint folder that ``path`` means: itself, or the latest of the run's folder.
-
-    Returns:
-        The folder, or None if ``path`` holds no checkpoint.
-    """
-    if is_iteration_folder(path):
-        return path
-    iteration = latest_iteration(path) if path.is_dir() else None
-    return None if iteration is None else iteration_folder(path, iteration)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads ``state.json`` of a checkpoint folder.
-
-    Raises:
-        UserError: It is missing or no JSON object.
-    """
-    path = checkpoint / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{checkpoint}: has no state.json and so is no checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged ({error}); load another checkpoint") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: is damaged (no object); load another checkpoint")
-    return state
-
-
-CARRIED = "huggingface"
-
-
-def carried_paths(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files by their names relative to a checkpoint's folder."""
-    return {f"{CARRIED}/{name}": data for name, data in files.items()}

@@ -1,14 +1,14 @@
-"""The index of a distributed checkpoint: which part of which tensor lies where, and its checks.
+"""The index of a distributed checkpoint, which says where each chunk of each tensor is stored.
 
-Two files hold it. `.metadata` is torch's own pickle, which every checkpoint has and which torch,
-megatron-core and earlier versions read. `tensor_index.json` says the same in JSON; checkpoints of
-this version have both, and `read_index` unpickles nothing then. The JSON records the hash of the
-`.metadata` that it was written with: if another program has rewritten `.metadata`, neither file is
-believed. Checkpoints of other programs and earlier versions have `.metadata` alone. It is unpickled
-into classes of this module, so that a pickle can neither call nor change anything else.
+Two files hold it. `.metadata` is torch's pickle, which every checkpoint has and which torch,
+megatron-core and earlier versions read. `tensor_index.json` has the same content; checkpoints of
+this version have both files, and `read_index` then reads only the JSON and unpickles nothing. The
+JSON records the hash of `.metadata`: if another program has rewritten `.metadata`, both files are
+refused. Checkpoints of other programs and earlier versions have only `.metadata`. It is unpickled
+into stand-in classes of this module, so that a pickle cannot call or change anything else.
 
-Whichever file is read, every tensor has to be covered exactly by its chunks, and every chunk has to
-have a place of sufficient length in a file of the folder.
+For both files, the chunks of a tensor must cover it exactly, and every chunk must have a record of
+sufficient length in a file of the folder.
 """
 
 import hashlib
@@ -52,27 +52,24 @@ _DTYPES = {
 From = TypeVar("From")
 To = TypeVar("To")
 Box = tuple[Sequence[int], Sequence[int]]
-"""Where a chunk begins in its tensor, and its shape."""
+"""The offsets of a chunk in its tensor, and its shape."""
 Place = tuple[str, int, int]
 """A file's name, and the offset and length of a record in it, in bytes."""
 
 
 def coverage_fault(size: Sequence[int], boxes: Iterable[Box]) -> str | None:
-    """What is wrong with the chunks of a tensor, unless they hold every element exactly once.
+    """Returns why the chunks of a tensor do not cover it exactly; None if they do.
 
     Comparing all pairs of chunks would take minutes for the index of a large job. Instead, every
-    chunk adds +1 or -1 at each of its corners, with opposite signs at neighbouring corners. This is
-    the mixed difference of the function that counts by how many chunks an element is held, and
-    determines it: chunks cover the tensor exactly if and only if the sums equal the tensor's own
-    corners. It takes 2^a dictionary updates for each of n chunks, where a is the number of axes
-    along which the tensor is cut, usually 1 or 2.
+    chunk adds +1 or -1 at each of its corners, with opposite signs at neighbouring corners. The
+    sums are the mixed difference of the function that counts the chunks that hold an element, and
+    determine it: the chunks cover the tensor exactly if and only if the sums equal the tensor's own
+    corners. This takes 2^a dictionary updates for each of n chunks, where a is the number of axes
+    along which the tensor is split, usually 1 or 2.
 
     Args:
-        size: Shape of the tensor.
+        size: The tensor's shape.
         boxes: Offsets and shape of each chunk; empty ones are ignored.
-
-    Returns:
-        The fault, or None.
     """
     held = 0
     filled: list[Box] = []
@@ -108,7 +105,7 @@ def coverage_fault(size: Sequence[int], boxes: Iterable[Box]) -> str | None:
             corners += [(number + step, -sign) for number, sign in corners]
         for number, sign in corners:
             sums[number] = sums.get(number, 0) + sign
-    # The tensor's own corners came first and the chunks' sums have to be the same: twice those.
+    # The tensor's own corners were added first, so that the sums have to be twice those.
     whole = [(0, 1)]
     for axis, stride in strides:
         whole += [(number + size[axis] * stride, -sign) for number, sign in whole]
@@ -134,7 +131,7 @@ class _TensorEntry(_Entry):
 
 
 class _IndexFile(_Entry):
-    """What `tensor_index.json` holds."""
+    """The content of `tensor_index.json`."""
 
     version: Literal[1]
     metadata_sha256: str
@@ -144,11 +141,11 @@ class _IndexFile(_Entry):
 
 
 def index_json(index: Metadata, metadata: bytes) -> bytes:
-    """What `tensor_index.json` holds.
+    """Returns the content of `tensor_index.json`.
 
     Args:
         index: The index.
-        metadata: The same as `.metadata` holds it.
+        metadata: The content of `.metadata`.
     """
     numbers: dict[str, int] = {}
 
@@ -186,8 +183,8 @@ def read_index(folder: Path) -> Metadata:
         folder: An ``iter_`` folder.
 
     Raises:
-        UserError: There is none, it is damaged, its two files do not belong together, or chunks of
-            a tensor overlap or are missing.
+        UserError: The index is missing or damaged, its two files do not belong together, or chunks
+            of a tensor overlap or are missing.
     """
     path = folder / METADATA
     try:
@@ -215,7 +212,7 @@ def _read(path: Path, parse: Callable[[From], To], content: From) -> To:
     """Calls a parser.
 
     Raises:
-        UserError: It fails, with the first line of its reason.
+        UserError: The parser fails; the message holds the first line of the reason.
     """
     try:
         return parse(content)
@@ -223,7 +220,7 @@ def _read(path: Path, parse: Callable[[From], To], content: From) -> To:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ascii(".".join(map(str, first["loc"])))[1:-1][:200]
         reason = f"{where}: {first['msg']}".removeprefix(": ")
-    except Exception as error:  # what a damaged pickle raises is anybody's guess
+    except Exception as error:  # a damaged pickle may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     raise UserError(f"{path}: is damaged ({reason}); use another checkpoint")
 
@@ -245,10 +242,10 @@ def _checked(
     tensors: Mapping[str, tuple[Any, Any, Sequence[tuple[Any, Any, Place | None]]]],
     objects: Mapping[str, Place | None],
 ) -> Metadata:
-    """Makes torch's index of entries, the numbers among which are known to be counts.
+    """Builds torch's index from entries whose numbers are known to be non-negative integers.
 
     Raises:
-        ValueError: A tensor is not covered exactly, or a place is none in a file of the folder.
+        ValueError: Chunks do not cover a tensor exactly, or a place is not in the folder.
     """
     for file in {place[0] for _, _, chunks in tensors.values() for *_, place in chunks if place}:
         _check_file(file)
@@ -257,7 +254,7 @@ def _checked(
     for name, (dtype_name, size, chunks) in tensors.items():
         dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
         if dtype is None:
-            raise ValueError(f"{name} is of no dtype that is read")
+            raise ValueError(f"{name} has an unsupported dtype")
         fault = coverage_fault(size, [(offsets, sizes) for offsets, sizes, _ in chunks])
         if fault is not None:
             raise ValueError(f"{name} {fault}")
@@ -289,7 +286,7 @@ def _check_file(file: str) -> None:
 
 
 class _StandIn:
-    """An instance of a class that an index names, of which only the state is kept.
+    """Stands for an instance of a class that an index names, and keeps only its state.
 
     It has no ``__dict__``, and pickle's BUILD calls ``__setstate__``: of an instance it works once,
     and of the class itself it lacks an argument.
@@ -339,7 +336,7 @@ class _Stored(_StandIn):
 
 
 class _Other(_StandIn):
-    """Something that is not needed."""
+    """An object that is not needed."""
 
     __slots__ = ()
 
@@ -366,7 +363,7 @@ class _Key(_StandIn):
 
 
 class _Function:
-    """A function or constant that an index calls; it has no attributes that BUILD could set."""
+    """Stands for a function or constant; it has no attributes that BUILD could set."""
 
     __slots__ = ()
 
@@ -414,7 +411,7 @@ class _MemoryFormats(_Nothing):
 
 
 class _Getattr(_Function):
-    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members of an enum."""
+    """Stands for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of an enum."""
 
     __slots__ = ()
 
@@ -425,7 +422,7 @@ class _Getattr(_Function):
 
 
 def _are_counts(values: Any) -> bool:
-    """Whether this is a tuple of whole numbers, none negative."""
+    """Returns whether a value is a tuple of non-negative integers."""
     return type(values) is tuple and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
@@ -455,7 +452,7 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Unpickles a checkpoint's index into stand-ins; no class or function of anything else."""
+    """Unpickles a checkpoint's index into stand-ins and refuses every other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
@@ -510,10 +507,10 @@ def _unpickled(content: bytes) -> Metadata:
 
 
 def _part(owner: object, kind: type[_StandIn], name: str, expected: type) -> Any:
-    """A value of a stand-in's state.
+    """Returns a value of a stand-in's state.
 
     Raises:
-        ValueError: The owner is of another kind, or the value of another type.
+        ValueError: The owner is of another class, or the value of another type.
     """
     value = owner.get(name) if isinstance(owner, kind) else None
     if type(value) is not expected:
@@ -522,11 +519,11 @@ def _part(owner: object, kind: type[_StandIn], name: str, expected: type) -> Any
 
 
 def _check_opcodes(content: bytes) -> None:
-    """Refuses a pickle on which the unpickler itself fails, after which this process would end.
+    """Refuses a pickle that would crash the unpickler and with it this process.
 
-    A place far off in its memo takes memory beyond all bounds, and a tuple that is nested deeply
-    and used as a key overflows the stack of C. Scanning takes a second for each 3 MB, so that
-    contents are scanned once.
+    A large memo index allocates unbounded memory, and a deeply nested tuple used as a dictionary
+    key overflows the C stack. Scanning takes a second for each 3 MB, so each content is scanned
+    once.
     """
     digest = hashlib.sha256(content).digest()
     if digest in _scanned:

@@ -1,25 +1,13 @@
-"""What a rank writes: which shards of which tensors, where in its file, and the index of it all.
+"""The layout of checkpoint files: which shards a rank writes, where in its file, and the index.
 
-In: shards of global tensors and small objects. Out: the layout of this rank's file, its bytes range
-by range, and torch's index (`Metadata`) of every rank's. The format is torch's distributed one,
-which torch, megatron-core and this package's converter read at any parallel layout.
+The format is torch's distributed checkpoint, which torch, megatron-core and this package's
+converter load at any parallel layout. A rank's file is a sequence of records, one for each shard,
+each of them a zip archive as `torch.save` writes it, with one stored entry for the values (ZIP
+APPNOTE 6.3.9, sections 4.3 and 4.5.3). The bytes around the values are generated here, so that
+values go from the staging buffer to the disk without another copy.
 
-Tensors as `torch.save` would write them, without copying them.
-
-In: a dtype and a shape. Out: the bytes that stand before and behind the tensor's values. A
-distributed checkpoint stores every shard of a tensor as such a record, a zip archive with one
-stored entry for the values (ZIP APPNOTE 6.3.9, sections 4.3 and 4.5.3); writing the archive's
-frame by hand is what lets values go from the staging buffer to the disk as they lie.
-
-Who writes what of a tensor that data parallelism replicates or cuts, decided without a message.
-
-In: a range of a flattened tensor, or the shards that every replica holds. Out: the boxes that make
-up the range, and one replica's share of the shards. Every rank comes to the same answer by itself.
-
-Padded attention heads at the border of a checkpoint, which holds the model's own heads only.
-
-In: boxes of padded matrices. Out: what of them is the model's own; and marks on tensors to load, by
-which megatron-core fills the rest with zeros. A checkpoint is so the same at every layout.
+Every rank computes the same division of replicated shards by itself, without communication.
+Padded attention heads are left out, so that a checkpoint is the same at every parallel layout.
 """
 
 import io
@@ -62,136 +50,14 @@ _STORAGES = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+_MIN_SHARD_BYTES = 8 * 2**20  # replicated shards are split no smaller: each is an index entry
 _UINT32_MAX = 0xFFFFFFFF
-_VERSION = 45  # the version of the format that knows sizes above 4 GiB
+_VERSION = 45  # the ZIP version that supports sizes above 4 GiB
 _PADDING_FIELD = 0x4246
 
 
-class _Storage:
-    """Stands for the values in the pickle."""
-
-
-class _Tensor:
-    """Pickles as a contiguous tensor of the stored values does."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        stride: list[int] = []
-        step = 1
-        for length in reversed(self._shape):
-            stride.insert(0, step)
-            step *= max(length, 1)
-        rebuild = torch._utils._rebuild_tensor_v2
-        return rebuild, (_Storage(), 0, self._shape, tuple(stride), False, OrderedDict())
-
-
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, storage: tuple[Any, ...]) -> None:
-        super().__init__(file, protocol=2)
-        self._storage = storage
-
-    def persistent_id(self, obj: Any) -> Any:
-        return self._storage if isinstance(obj, _Storage) else None
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What stands around a tensor's values.
-
-    Attributes:
-        head: Before them; ends at a multiple of 64 bytes of the file.
-        num_bytes: Of the values.
-        tail: Behind them.
-    """
-
-    head: bytes
-    num_bytes: int
-    tail: bytes
-
-    @property
-    def length(self) -> int:
-        """Bytes of the whole record."""
-        return len(self.head) + self.num_bytes + len(self.tail)
-
-
-def _pickled(dtype: torch.dtype, shape: tuple[int, ...], num_values: int) -> bytes:
-    file = io.BytesIO()
-    if dtype not in _STORAGES:
-        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}")
-    _Pickler(file, ("storage", _STORAGES[dtype], "0", "cpu", num_values)).dump(_Tensor(shape))
-    return file.getvalue()
-
-
-def _local_header(name: bytes, size: int, checksum: int, extra: bytes) -> bytes:
-    short = min(size, _UINT32_MAX)
-    fields = (_VERSION, 0, 0, 0, 0, checksum, short, short, len(name), len(extra))
-    return struct.pack("<4s5H3L2H", b"PK\3\4", *fields) + name + extra
-
-
-def _central_header(name: bytes, size: int, checksum: int, offset: int) -> bytes:
-    short = min(size, _UINT32_MAX)
-    extra = struct.pack("<2H2Q", 1, 16, size, size) if short == _UINT32_MAX else b""
-    fields = (_VERSION, _VERSION, 0, 0, 0, 0, checksum, short, short, len(name), len(extra))
-    header = struct.pack("<4s6H3L5H2L", b"PK\1\2", *fields, 0, 0, 0, 0, offset)
-    return header + name + extra
-
-
-@lru_cache(maxsize=4096)
-def frame(dtype: torch.dtype, shape: tuple[int, ...], phase: int) -> Frame:
-    """The frame of a contiguous tensor.
-
-    Args:
-        dtype: Of its values.
-        shape: Its shape.
-        phase: Where the record begins in the file, modulo 64.
-
-    Raises:
-        ValueError: Checkpoints do not hold this dtype.
-    """
-    num_values = torch.Size(shape).numel()
-    num_bytes = num_values * dtype.itemsize
-    head, central = b"", b""
-    num_entries = 0
-    for name, content in (
-        (b"archive/data.pkl", _pickled(dtype, shape, num_values)),
-        (b"archive/byteorder", b"little"),
-        (b"archive/version", b"3\n"),
-    ):
-        checksum = zlib.crc32(content)
-        central += _central_header(name, len(content), checksum, len(head))
-        head += _local_header(name, len(content), checksum, b"") + content
-        num_entries += 1
-    name = b"archive/data/0"
-    # Values have no checksum here, as in torch's own faster mode; the file's hash guards them.
-    central += _central_header(name, num_bytes, 0, len(head))
-    large = struct.pack("<2H2Q", 1, 16, num_bytes, num_bytes) if num_bytes >= _UINT32_MAX else b""
-    values = phase + len(head) + 30 + len(name) + len(large) + 4
-    padding = -values % ALIGNMENT
-    extra = large + struct.pack("<2H", _PADDING_FIELD, padding) + b"\0" * padding
-    head += _local_header(name, num_bytes, 0, extra)
-    return Frame(head, num_bytes, _end(central, num_entries + 1, len(head) + num_bytes))
-
-
-def _end(central: bytes, num_entries: int, offset: int) -> bytes:
-    """The central directory and what ends an archive, with the records for large ones."""
-    large_end = struct.pack(
-        "<4sQ2H2L4Q",
-        *(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0),
-        *(num_entries, num_entries, len(central), offset),
-    )
-    locator = struct.pack("<4sLQL", b"PK\6\7", 0, offset + len(central), 1)
-    end = struct.pack(
-        "<4s4H2LH",
-        *(b"PK\5\6", 0, 0, num_entries, num_entries),
-        *(len(central), min(offset, _UINT32_MAX), 0),
-    )
-    return central + large_end + locator + end
-
-
 Plan = dict[str, Any]
-"""What a rank tells of its file: ``file``, ``tensors`` and ``objects``, as JSON holds it."""
+"""A rank's description of its file as JSON: ``file``, ``tensors`` and ``objects``."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +65,12 @@ class TensorShard:
     """A box of a global tensor.
 
     Attributes:
-        name: The global tensor's.
-        global_shape: Its shape.
+        name: The global tensor's name.
+        global_shape: The global tensor's shape.
         offsets: Where the box begins.
         sizes: The box's shape.
-        values: The box, of any shape with as many values in the same order.
-        may_differ: Whether a stored tensor with another number of rows may fill it.
+        values: The values in order, in a tensor of any shape.
+        may_differ: Whether a stored tensor with another number of rows may be loaded into it.
     """
 
     name: str
@@ -217,11 +83,11 @@ class TensorShard:
 
 @dataclass(frozen=True)
 class StoredObject:
-    """Something that is no tensor.
+    """A stored object that is not a tensor.
 
     Attributes:
         name: Its name.
-        content: As `torch.save` wrote it.
+        content: Its bytes as `torch.save` wrote them.
     """
 
     name: str
@@ -234,11 +100,11 @@ def _length(part: bytes | torch.Tensor) -> int:
 
 @dataclass
 class FileImage:
-    """A rank's file before it is one.
+    """The content of a rank's file, of which any range of bytes can be copied.
 
     Attributes:
-        plan: What is in it.
-        num_bytes: Its length.
+        plan: The description of the content.
+        num_bytes: The file's length.
     """
 
     plan: Plan
@@ -252,9 +118,9 @@ class FileImage:
         self.num_bytes += _length(part)
 
     def copy(self, begin: int, end: int, target: torch.Tensor) -> None:
-        """Copies bytes [begin, end) of the file into ``target``, uint8, as long or longer.
+        """Copies bytes [begin, end) of the file into ``target``, a uint8 tensor.
 
-        Copies from a GPU are under way when it returns; synchronize before the bytes are used.
+        Copies from a GPU are asynchronous; synchronize before using the bytes.
         """
         number = max(0, bisect_right(self._offsets, begin) - 1)
         for offset, part in zip(self._offsets[number:], self._parts[number:], strict=True):
@@ -281,11 +147,11 @@ def plan_tensor(
     """Adds a tensor's shard to a plan.
 
     Args:
-        plan: What is in a file.
-        name: The global tensor's.
+        plan: The plan of a file.
+        name: The global tensor's name.
         dtype: Its dtype.
-        box: Shape of the global tensor, offsets and shape of the shard.
-        begin: Where the shard's record begins in the file, in bytes.
+        box: The shape of the global tensor, and the offsets and the shape of the shard.
+        begin: The position of the shard's record in the file, in bytes.
         length: The record's length in bytes.
     """
     parts = [list(part) for part in box]
@@ -295,10 +161,10 @@ def plan_tensor(
 def build_file_image(
     file_name: str, shards: Sequence[TensorShard], objects: Sequence[StoredObject]
 ) -> FileImage:
-    """Puts a rank's shards one behind the other, the values at multiples of 64 bytes.
+    """Lays out a rank's shards one after the other, with values at multiples of 64 bytes.
 
     Raises:
-        ValueError: A tensor's dtype is none that checkpoints hold.
+        ValueError: Checkpoints do not support a tensor's dtype.
     """
     plan: Plan = {"file": file_name, "tensors": [], "objects": []}
     image = FileImage(plan)
@@ -316,13 +182,13 @@ def build_file_image(
 
 
 def index_files(plans: Sequence[Plan]) -> dict[str, bytes]:
-    """The index of every rank's file: the contents of ``.metadata`` and ``tensor_index.json``.
+    """Returns the index of all ranks' files: contents of ``.metadata`` and ``tensor_index.json``.
 
-    They depend on what the plans say alone, not on which of their texts are the same object, which
-    pickle would write once.
+    Equal plans give equal bytes. Names are made unique objects first, because pickle writes an
+    object once and refers to it afterwards.
 
     Raises:
-        ValueError: A tensor is not covered exactly, or a shard is there twice.
+        ValueError: The shards do not cover a tensor exactly, or two ranks save the same shard.
     """
     tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -356,26 +222,23 @@ def index_files(plans: Sequence[Plan]) -> dict[str, bytes]:
     return {METADATA: content, TENSOR_INDEX: index_json(index, content)}
 
 
-# Replicated shards are cut no smaller: every shard is an entry in the index.
-_SMALLEST_CUT_BYTES = 8 * 2**20
-
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a box begins, and its shape."""
+"""The offsets and the shape of a box."""
 
 
 def boxes_of_range(begin: int, end: int, shape: Sequence[int]) -> list[Box]:
-    """Cuts values [begin, end) of a flattened tensor into boxes of the tensor.
+    """Splits the values [begin, end) of a flattened tensor into boxes of the tensor.
 
-    The distributed optimizer cuts flat buffers anywhere, and a checkpoint holds boxes: of a matrix
-    the rest of a row, whole rows, and the beginning of a row.
+    The distributed optimizer shards flat buffers at arbitrary positions, while a checkpoint holds
+    boxes: for a matrix the rest of a row, whole rows, and the beginning of a row.
 
     Args:
-        begin: First value.
-        end: Behind the last one.
-        shape: The tensor's, of at least one axis.
+        begin: Index of the first value.
+        end: Index after the last value.
+        shape: The tensor's shape, with at least one axis.
 
     Returns:
-        At most ``2 * len(shape) - 1`` boxes, whose values follow each other in the range.
+        At most ``2 * len(shape) - 1`` boxes in the order of their values.
     """
     if begin >= end:
         return []
@@ -397,18 +260,19 @@ def _inside_row(number: int, begin: int, end: int, shape: Sequence[int]) -> list
 
 
 def assign_shards(shards: Sequence[TensorShard], rank: int, num_replicas: int) -> list[TensorShard]:
-    """What one of several replicas writes of the shards that all of them hold.
+    """Returns the part of replicated shards that one replica writes.
 
-    Large shards are cut by rows; then each goes, the largest first, to whoever has least.
+    Large shards are split by rows. Then each shard, in descending order of size, is assigned to the
+    replica with the fewest bytes.
 
     Args:
-        shards: The same on every replica, values included.
-        rank: Which replica.
-        num_replicas: How many.
+        shards: The shards, which every replica holds.
+        rank: The replica.
+        num_replicas: The number of replicas.
     """
     if num_replicas == 1:
         return list(shards)
-    cut = [part for shard in shards for part in _cut(shard, num_replicas)]
+    cut = [part for shard in shards for part in _split(shard, num_replicas)]
     order = sorted(range(len(cut)), key=lambda number: -_num_bytes(cut[number]))
     loads = [0] * num_replicas
     mine = []
@@ -424,10 +288,10 @@ def _num_bytes(shard: TensorShard) -> int:
     return shard.values.numel() * shard.values.element_size()
 
 
-def _cut(shard: TensorShard, num_parts: int) -> list[TensorShard]:
-    """Cuts a shard along its first axis that is longer than 1 into at most so many blocks."""
+def _split(shard: TensorShard, num_parts: int) -> list[TensorShard]:
+    """Splits a shard along its first axis longer than 1 into at most ``num_parts`` shards."""
     axis = next((axis for axis, size in enumerate(shard.sizes) if size > 1), None)
-    num_parts = min(num_parts, _num_bytes(shard) // _SMALLEST_CUT_BYTES)
+    num_parts = min(num_parts, _num_bytes(shard) // _MIN_SHARD_BYTES)
     if axis is None or num_parts < 2:
         return [shard]
     num_rows = shard.sizes[axis]
@@ -450,11 +314,11 @@ def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
 
 
 UnpaddedSizes = Mapping[str, tuple[int, int]]
-"""As `config.model_shape.unpadded_sizes` gives them."""
+"""Axis and size of padded matrices by the end of their names, see `config.shape.unpadded_sizes`."""
 
 
 def unpadded_sizes_of(chunks: list[Any]) -> UnpaddedSizes:
-    """Of model chunks as `model.llama.build_llama` built them."""
+    """Returns the unpadded sizes of model chunks built by `model.llama.build_llama`."""
     sizes: UnpaddedSizes = chunks[0].unpadded_sizes
     return sizes
 
@@ -462,13 +326,13 @@ def unpadded_sizes_of(chunks: list[Any]) -> UnpaddedSizes:
 def unpadded_values(
     name: str, begin: Sequence[int], data: torch.Tensor, unpadded_sizes: UnpaddedSizes
 ) -> torch.Tensor | None:
-    """What of a matrix's slice is the model's own: a view, or None if nothing is.
+    """Returns a view of a matrix's slice without padded heads; None if nothing remains.
 
     Args:
-        name: Whose end tells which matrix it is.
-        begin: Where the slice begins, an offset an axis.
-        data: The slice, of any number of axes before the last two.
-        unpadded_sizes: What is padded.
+        name: The matrix's name.
+        begin: Where the slice begins, one offset for each axis.
+        data: The slice, with any number of axes before the last two.
+        unpadded_sizes: The sizes of padded matrices.
     """
     found = _find(name, unpadded_sizes)
     if found is None:
@@ -480,7 +344,7 @@ def unpadded_values(
 
 
 def unpadded_shard(shard: TensorShard, unpadded_sizes: UnpaddedSizes) -> TensorShard | None:
-    """What of a shard is the model's own: itself where nothing is padded, None if nothing is."""
+    """Returns a shard without padded heads; None if nothing remains."""
     found = _find(shard.name, unpadded_sizes)
     if found is None:
         return shard
@@ -496,13 +360,13 @@ def unpadded_shard(shard: TensorShard, unpadded_sizes: UnpaddedSizes) -> TensorS
 def unpadded_shards(
     shards: Sequence[TensorShard], unpadded_sizes: UnpaddedSizes
 ) -> list[TensorShard]:
-    """What of shards is the model's own."""
+    """Returns shards without padded heads."""
     own = [unpadded_shard(shard, unpadded_sizes) for shard in shards]
     return [shard for shard in own if shard is not None]
 
 
 def allow_padded_heads(state: dict[str, Any], unpadded_sizes: UnpaddedSizes) -> None:
-    """Lets padded tensors of a sharded state be loaded from the model's own, zeros behind them."""
+    """Lets megatron-core load padded tensors from unpadded ones and fill the rest with zeros."""
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and _find(tensor.key, unpadded_sizes) is not None:
             tensor.allow_shape_mismatch = True
@@ -510,3 +374,126 @@ def allow_padded_heads(state: dict[str, Any], unpadded_sizes: UnpaddedSizes) -> 
 
 def _find(name: str, unpadded_sizes: UnpaddedSizes) -> tuple[int, int] | None:
     return next((found for end, found in unpadded_sizes.items() if name.endswith(end)), None)
+
+
+class _Storage:
+    """Stands for the tensor's values in the pickle."""
+
+
+class _Tensor:
+    """Is pickled like a contiguous tensor of the values."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stride: list[int] = []
+        step = 1
+        for length in reversed(self._shape):
+            stride.insert(0, step)
+            step *= max(length, 1)
+        rebuild = torch._utils._rebuild_tensor_v2
+        return rebuild, (_Storage(), 0, self._shape, tuple(stride), False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, storage: tuple[Any, ...]) -> None:
+        super().__init__(file, protocol=2)
+        self._storage = storage
+
+    def persistent_id(self, obj: Any) -> Any:
+        return self._storage if isinstance(obj, _Storage) else None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The bytes around a tensor's values in a record.
+
+    Attributes:
+        head: The bytes before the values; ends at a multiple of 64 bytes in the file.
+        num_bytes: Number of bytes of the values.
+        tail: The bytes after the values.
+    """
+
+    head: bytes
+    num_bytes: int
+    tail: bytes
+
+    @property
+    def length(self) -> int:
+        """The length of the whole record in bytes."""
+        return len(self.head) + self.num_bytes + len(self.tail)
+
+
+def _pickled(dtype: torch.dtype, shape: tuple[int, ...], num_values: int) -> bytes:
+    file = io.BytesIO()
+    if dtype not in _STORAGES:
+        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}")
+    _Pickler(file, ("storage", _STORAGES[dtype], "0", "cpu", num_values)).dump(_Tensor(shape))
+    return file.getvalue()
+
+
+def _local_header(name: bytes, size: int, checksum: int, extra: bytes) -> bytes:
+    short = min(size, _UINT32_MAX)
+    fields = (_VERSION, 0, 0, 0, 0, checksum, short, short, len(name), len(extra))
+    return struct.pack("<4s5H3L2H", b"PK\3\4", *fields) + name + extra
+
+
+def _central_header(name: bytes, size: int, checksum: int, offset: int) -> bytes:
+    short = min(size, _UINT32_MAX)
+    extra = struct.pack("<2H2Q", 1, 16, size, size) if short == _UINT32_MAX else b""
+    fields = (_VERSION, _VERSION, 0, 0, 0, 0, checksum, short, short, len(name), len(extra))
+    header = struct.pack("<4s6H3L5H2L", b"PK\1\2", *fields, 0, 0, 0, 0, offset)
+    return header + name + extra
+
+
+@lru_cache(maxsize=4096)
+def frame(dtype: torch.dtype, shape: tuple[int, ...], phase: int) -> Frame:
+    """Returns the frame of a contiguous tensor's record.
+
+    Args:
+        dtype: The tensor's dtype.
+        shape: The tensor's shape.
+        phase: The record's position in the file modulo 64.
+
+    Raises:
+        ValueError: Checkpoints do not support this dtype.
+    """
+    num_values = torch.Size(shape).numel()
+    num_bytes = num_values * dtype.itemsize
+    head, central = b"", b""
+    num_entries = 0
+    for name, content in (
+        (b"archive/data.pkl", _pickled(dtype, shape, num_values)),
+        (b"archive/byteorder", b"little"),
+        (b"archive/version", b"3\n"),
+    ):
+        checksum = zlib.crc32(content)
+        central += _central_header(name, len(content), checksum, len(head))
+        head += _local_header(name, len(content), checksum, b"") + content
+        num_entries += 1
+    name = b"archive/data/0"
+    # The values have no CRC, as in torch's faster mode; `hashes.json` protects them.
+    central += _central_header(name, num_bytes, 0, len(head))
+    large = struct.pack("<2H2Q", 1, 16, num_bytes, num_bytes) if num_bytes >= _UINT32_MAX else b""
+    values = phase + len(head) + 30 + len(name) + len(large) + 4
+    padding = -values % ALIGNMENT
+    extra = large + struct.pack("<2H", _PADDING_FIELD, padding) + b"\0" * padding
+    head += _local_header(name, num_bytes, 0, extra)
+    return Frame(head, num_bytes, _end(central, num_entries + 1, len(head) + num_bytes))
+
+
+def _end(central: bytes, num_entries: int, offset: int) -> bytes:
+    """Returns the central directory and the end records, including those for large archives."""
+    large_end = struct.pack(
+        "<4sQ2H2L4Q",
+        *(b"PK\6\6", 44, _VERSION, _VERSION, 0, 0),
+        *(num_entries, num_entries, len(central), offset),
+    )
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, offset + len(central), 1)
+    end = struct.pack(
+        "<4s4H2LH",
+        *(b"PK\5\6", 0, 0, num_entries, num_entries),
+        *(len(central), min(offset, _UINT32_MAX), 0),
+    )
+    return central + large_end + locator + end

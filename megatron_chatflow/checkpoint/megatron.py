@@ -1,10 +1,10 @@
 """The typed boundary to megatron-core's distributed checkpoints.
 
-In: sharded state dictionaries. Out: what each rank writes, and state read back from torch's
-distributed format, which loads at any parallel layout. Loading executes nothing of a file: the
-index goes through an allow-list, and everything else is read as weights only. For saving, only the
-division into shards is megatron-core's: its own writers copy the state into helper processes, or
-write it through the page cache.
+It turns megatron-core's sharded state dictionaries into the shards that a rank writes, and loads
+them from torch's distributed format at any parallel layout. Loading executes nothing from a file:
+the index is checked and everything else is loaded as weights only. For saving, only megatron-core's
+division into shards is used: its writers copy the state into child processes, or write it through
+the page cache.
 """
 
 import io
@@ -50,7 +50,7 @@ __all__ = [
     "saved_shards",
 ]
 
-# What megatron-core's own loading asks of a checkpoint: that optimizer state lies by parameter.
+# megatron-core's loading requires this: optimizer state is stored by parameter.
 _CONTENT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
@@ -58,10 +58,10 @@ _CONTENT = {
 
 
 class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]
-    """megatron-core's load plan, reading stored objects as weights only."""
+    """megatron-core's load planner, which loads stored objects as weights only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Takes one object; torch's own would unpickle it as it is."""
+        """Loads one object; torch's planner would unpickle anything."""
         name = read_item.dest_index.fqn
         loaded = torch.load(value, weights_only=True)
         if self.flatten_state_dict:
@@ -71,19 +71,19 @@ class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]
 
 
 class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
-    """megatron-core's loading with a reader and a planner that trust nothing."""
+    """megatron-core's load strategy with a safe reader and planner."""
 
     def __init__(self, reader: FileSystemReader | None = None) -> None:
-        """Reads by ``reader``, or what lies in the folder as it is."""
+        """Uses ``reader``; None reads the folder's files unchanged."""
         super().__init__()
         self._reader = reader
 
     def load(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_: Any, **__: Any
     ) -> dict[str, Any]:
-        """Reads this rank's part of what ``sharded_state_dict`` describes.
+        """Loads this rank's shards of ``sharded_state_dict``.
 
-        Later versions of megatron-core hand over more: how it was saved, which does not matter.
+        Later versions of megatron-core pass more arguments, which are not needed.
         """
         tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
         planner = _SafePlanner(
@@ -108,14 +108,14 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A part of a tensor as this process holds it.
+    """A shard of a tensor as this process holds it.
 
     Attributes:
         name: The whole tensor's name in a checkpoint.
-        layer: Which layer's it is, where the whole tensor has all layers; None otherwise.
-        begin: Where the part begins in the layer's tensor.
-        data: The part itself, not a copy.
-        parameter: The parameter that the part is a view of.
+        layer: The layer's number if the whole tensor has an axis of layers; None otherwise.
+        begin: Where the shard begins in the layer's tensor.
+        data: The shard, not a copy.
+        parameter: The parameter that the shard is a view of.
     """
 
     name: str
@@ -125,15 +125,15 @@ class LocalShard:
     parameter: torch.Tensor
 
     def of_copy(self, copy: torch.Tensor) -> torch.Tensor:
-        """The same part of a contiguous copy of the parameter, of any dtype and device."""
+        """Returns the same shard of a contiguous copy of the parameter, of any dtype and device."""
         offset = int(self.data.storage_offset() - self.parameter.storage_offset())
         return copy.as_strided(self.data.size(), self.data.stride(), offset)
 
 
 def local_shards(module: Any) -> list[LocalShard]:
-    """Every tensor of a model chunk, as checkpoints name and cut it, without padded heads.
+    """Returns the shards of a model chunk with their names in checkpoints, without padded heads.
 
-    The shards of a parameter follow each other.
+    The shards of a parameter are adjacent in the list.
     """
     shards = []
     for entry in nested_values(module.sharded_state_dict()):
@@ -147,7 +147,7 @@ def local_shards(module: Any) -> list[LocalShard]:
 
 
 def _tensors_of(entry: Any) -> list[Any]:
-    """The sharded tensors of an entry: SwiGLU's matrix is two of them."""
+    """Returns the sharded tensors of an entry; there are two for the first matrix of SwiGLU."""
     if isinstance(entry, ShardedTensorFactory):
         return list(entry.build())
     return [entry] if isinstance(entry, ShardedTensor) else []
@@ -155,15 +155,15 @@ def _tensors_of(entry: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Consecutive values of a parameter, and the box of the whole model's tensor that they are.
+    """Consecutive values of a parameter and their box in the whole model's tensor.
 
     Attributes:
-        name: The whole tensor's.
-        global_shape: Its shape, axes of layers included.
-        begin: The first of the values in the flattened parameter.
-        shape: Of the box, without axes of layers.
-        is_main: Whether this rank's data-parallel group is the one that saves it.
-        may_differ: Whether the stored tensor may have another number of rows: the vocabulary's.
+        name: The whole tensor's name.
+        global_shape: The whole tensor's shape, including axes of layers.
+        begin: Index of the first value in the flattened parameter.
+        shape: The box's shape, without axes of layers.
+        is_main: Whether this rank's data-parallel group saves it.
+        may_differ: Whether the stored tensor may have another number of rows, as for vocabularies.
     """
 
     name: str
@@ -176,28 +176,28 @@ class ParameterShard:
 
     @property
     def num_values(self) -> int:
-        """How many values."""
+        """The number of values."""
         return torch.Size(self.shape).numel()
 
     def offsets_of(self, offsets: tuple[int, ...]) -> tuple[int, ...]:
-        """Where a box of this part begins in the whole tensor."""
+        """Returns the offsets in the whole tensor of a box of this shard."""
         layers = self._global_offsets[: len(self._global_offsets) - len(offsets)]
         inner = self._global_offsets[len(layers) :]
         return (*layers, *(a + b for a, b in zip(inner, offsets, strict=True)))
 
     def sizes_of(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a box of this part in the whole tensor."""
+        """Returns the shape in the whole tensor of a box of this shard."""
         return (1,) * (len(self._global_offsets) - len(sizes)) + tuple(sizes)
 
 
 def parameter_shards(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[ParameterShard]]:
-    """Where every parameter of a model lies in the whole model.
+    """Returns the positions of a model's parameters in the whole model.
 
     Args:
-        state_dict: A sharded state dictionary of its chunks; stays as it is.
+        state_dict: A sharded state dictionary of the chunks, which is not changed.
 
     Returns:
-        Parts in the order of their values, by parameter.
+        Shards in the order of their values, by parameter.
     """
     found: dict[torch.Tensor, list[ParameterShard]] = {}
     for entry in nested_values(state_dict):
@@ -208,7 +208,7 @@ def parameter_shards(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[Para
 
 
 def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterShard:
-    assert tensor.data.is_contiguous(), f"{tensor.key} is no range of its parameter"
+    assert tensor.data.is_contiguous(), f"{tensor.key} is not a range of its parameter"
     return ParameterShard(
         name=tensor.key,
         global_shape=tuple(tensor.global_shape),
@@ -221,7 +221,7 @@ def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterShard:
 
 
 def _group_is_main(tensor: Any) -> bool:
-    """Whether a rank of this data-parallel group, a replica's last coordinate, holds the main."""
+    """Returns whether a rank of this data-parallel group holds the main replica."""
     replica = tensor.replica_id
     return bool(is_main_replica((*replica[:-1], 0) if isinstance(replica, tuple) else replica))
 
@@ -229,15 +229,15 @@ def _group_is_main(tensor: Any) -> bool:
 def saved_shards(
     state_dict: dict[str, Any], common: dict[str, Any]
 ) -> tuple[list[TensorShard], list[StoredObject], bytes]:
-    """What this rank's data-parallel group writes of a sharded state dictionary.
+    """Returns what this rank's data-parallel group writes of a sharded state dictionary.
 
     Args:
-        state_dict: Of the model's chunks.
-        common: What is the same on every rank.
+        state_dict: The state dictionary of the model's chunks.
+        common: State that is the same on every rank.
 
     Returns:
-        Pieces of tensors, which every rank of the group has; objects, of which this rank holds the
-        main replica; and the rest, as ``common.pt`` holds it.
+        Shards of tensors that every rank of the group holds; objects of which this rank holds the
+        main replica; and the content of ``common.pt``.
     """
     sharded, rest = save_preprocess(
         {**state_dict, **common, "content_metadata": dict(_CONTENT)},
@@ -256,7 +256,7 @@ def saved_shards(
 
 
 def _shard_of(tensor: Any) -> TensorShard:
-    """A megatron-core sharded tensor as a shard; its leading layer axes have length 1."""
+    """Converts a megatron-core sharded tensor; its leading layer axes have length 1."""
     sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
     return TensorShard(
         tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), sizes, tensor.data
@@ -270,19 +270,19 @@ def _saved(content: Any) -> bytes:
 
 
 def format_file() -> bytes:
-    """``metadata.json``, by which megatron-core knows the format."""
+    """Returns the content of ``metadata.json``, which names the format to megatron-core."""
     return json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode()
 
 
 def load_sharded(
     sharded_state_dict: dict[str, Any], folder: Path, reader: FileSystemReader | None = None
 ) -> dict[str, Any]:
-    """Reads what ``sharded_state_dict`` describes; every rank calls it.
+    """Loads a sharded state dictionary; a collective.
 
     Args:
-        sharded_state_dict: What to fill.
+        sharded_state_dict: The state to load.
         folder: An ``iter_`` folder.
-        reader: Gives its tensors, where they are not to be taken as they lie there.
+        reader: The reader to use; None reads the folder's files unchanged.
     """
     loaded: dict[str, Any] = dist_checkpointing.load(
         sharded_state_dict, str(folder), sharded_strategy=SafeLoad(reader)

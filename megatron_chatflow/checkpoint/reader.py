@@ -1,8 +1,8 @@
-"""A checkpoint's files read without trusting them, and boxes of its tensors read in place.
+"""Reads checkpoint files without trusting them.
 
-In: a checkpoint folder, and shards of tensors that are to be filled. Out: the shards, filled. The
-index is read through an allow-list and tensors as weights only; a file that is missing, cut short
-or damaged is an error that names it.
+`SafeReader` is torch's reader with two changes: the index is read by `checkpoint.index`, and
+tensors are loaded with ``weights_only``. A file that is missing, truncated or damaged raises an
+error that names it. `fill` reads shards of tensors in place.
 """
 
 import io
@@ -28,9 +28,6 @@ from megatron_chatflow.checkpoint.index import read_index
 from megatron_chatflow.checkpoint.layout import TensorShard
 from megatron_chatflow.errors import UserError
 
-# What zip calls entries that are as long in the file as in memory, as torch writes them.
-_IS_STORED = zipfile.ZIP_STORED
-
 
 def read_record(
     file: io.BufferedReader, place: Any, sizes: Sequence[int], dtype: torch.dtype
@@ -39,18 +36,19 @@ def read_record(
 
     Args:
         file: A file of the checkpoint.
-        place: Where the chunk's record lies in it, as the index says.
-        sizes: Shape of the chunk, as the index says.
-        dtype: Its dtype, as the index says.
+        place: The position of the chunk's record, from the index.
+        sizes: The chunk's shape, from the index.
+        dtype: The chunk's dtype, from the index.
 
     Raises:
-        ValueError: The record is no tensor of this shape and dtype. Reading it may raise anything.
+        ValueError: The record is not a tensor of this shape and dtype. Reading a damaged record may
+            raise any other exception.
     """
     record = _read_bytes(file, place)
-    if zipfile.is_zipfile(record):  # a few bytes may otherwise become gigabytes
+    if zipfile.is_zipfile(record):  # a compressed entry could expand to gigabytes
         with zipfile.ZipFile(record) as archive:
-            if any(entry.compress_type != _IS_STORED for entry in archive.infolist()):
-                raise ValueError("a tensor is compressed, which is not read")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a tensor is compressed, which is not supported")
     record.seek(0)
     tensor: torch.Tensor = torch.load(record, map_location="cpu", weights_only=True)
     fault = tensor_fault(tensor)
@@ -66,9 +64,9 @@ def read_record(
 
 
 def tensor_fault(value: Any) -> str | None:
-    """Why a loaded value is no ordinary tensor in this process's memory; None if it is one."""
+    """Returns why a loaded value is not an ordinary CPU tensor; None if it is one."""
     if not isinstance(value, torch.Tensor):
-        return "something that is no tensor stands for one"
+        return "an object is stored in place of a tensor"
     if value.is_nested or value.layout != torch.strided:
         return "a tensor is sparse or nested"
     if value.is_quantized:
@@ -86,19 +84,19 @@ def _read_bytes(file: io.BufferedReader, place: Any) -> io.BytesIO:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line of bounded length."""
+    """Returns the first line of an error's message, at most 300 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader with an index that is not trusted, and errors that name the file."""
+    """torch's file reader with a safe index and errors that name the file."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Reads the index through the allow-list."""
+        """Reads and checks the index."""
         return read_index(Path(self.path))
 
     def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
-        """Takes the index."""
+        """Prepares to read with an index."""
         super().set_up_storage_reader(metadata, *args, **kwargs)
         self._chunks = {
             MetadataIndex(name, chunk.offsets): (chunk.sizes, entry.properties.dtype)
@@ -108,7 +106,7 @@ class SafeReader(FileSystemReader):
         }
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
-        """Reads what a plan asks for.
+        """Reads the items of a plan.
 
         Raises:
             UserError: A file is missing, cut short or damaged.
@@ -129,7 +127,7 @@ class SafeReader(FileSystemReader):
                         self._read_item(file, item, planner)
             except FileNotFoundError:
                 raise UserError(f"{path}: is missing; load another checkpoint") from None
-            except Exception as error:  # a damaged record fails in any of torch's readers
+            except Exception as error:  # a damaged record may raise anything in torch
                 raise UserError(
                     f"{path}: is damaged{where} ({first_line(error)}); load another checkpoint"
                 ) from None
@@ -160,7 +158,6 @@ class _ShardPlanner(LoadPlanner):
     """Reads boxes into the tensors of shards."""
 
     def __init__(self, folder: Path, shards: Sequence[TensorShard], index: Metadata) -> None:
-        """Plans; see `fill`."""
         self._by_name: dict[str, list[TensorShard]] = {}
         for shard in shards:
             self._by_name.setdefault(shard.name, []).append(shard)
@@ -185,7 +182,7 @@ class _ShardPlanner(LoadPlanner):
         return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """The tensor is the shard's own."""
+        """Nothing to do: the tensor is the shard's own memory."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise NotImplementedError("shards are tensors")
@@ -196,7 +193,7 @@ class _ShardPlanner(LoadPlanner):
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
     ) -> None:
-        """The plan is made."""
+        """Nothing to do: the constructor makes the plan."""
 
     def create_local_plan(self) -> LoadPlan:
         return LoadPlan(self.items)
@@ -225,12 +222,12 @@ def _check_shape(folder: Path, shard: TensorShard, stored: tuple[int, ...]) -> N
 
 
 def fill(shards: Sequence[TensorShard], folder: Path, reader: FileSystemReader) -> None:
-    """Fills shards with what a checkpoint holds of them; rows that it lacks become 0.
+    """Reads shards in place, without communication; rows that the checkpoint lacks become 0.
 
     Args:
-        shards: What to fill, in place; with no message to other ranks.
+        shards: The shards to fill.
         folder: An ``iter_`` folder.
-        reader: Reads it.
+        reader: The reader of the folder.
 
     Raises:
         UserError: The checkpoint lacks something, or is damaged.

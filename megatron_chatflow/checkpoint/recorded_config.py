@@ -1,7 +1,6 @@
-"""What a checkpoint's own config.yaml says of the run, read without trusting it.
+"""Reads the values that conversion needs from a checkpoint's ``config.yaml``, without trusting it.
 
-In: an ``iter_`` folder. Out: the few values that conversion takes from there. The rest may be of
-another version of this package, and is passed over.
+Everything else in the file is ignored, because it may be of another version of this package.
 """
 
 from dataclasses import field
@@ -25,7 +24,7 @@ def _or_empty(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=_LENIENT)
 class RecordedModel:
-    """What does not change the tensors, and so is in config.yaml alone."""
+    """Settings that do not change the tensors and are only recorded in config.yaml."""
 
     max_position_embeddings: Size = 4096
     init_method_std: PositiveNumber = 0.02
@@ -33,7 +32,7 @@ class RecordedModel:
 
 @dataclass(frozen=True, kw_only=True, config=_LENIENT)
 class RecordedTokenizer:
-    """Where the tokenizer lay."""
+    """The tokenizer's path."""
 
     tokenizer_model: FilePath | None = None
 
@@ -47,7 +46,7 @@ class RecordedSource:
 
 @dataclass(frozen=True, kw_only=True, config=_LENIENT)
 class RecordedData:
-    """What the run read."""
+    """The data settings of the run."""
 
     seq_length: Size | None = None
     sources: Annotated[dict[str, RecordedSource], BeforeValidator(_or_empty)] = field(
@@ -57,21 +56,24 @@ class RecordedData:
 
 @dataclass(frozen=True, kw_only=True, config=_LENIENT)
 class RecordedConfig:
-    """The parts of config.yaml that conversion reads; each has defaults where it is missing."""
+    """The parts of config.yaml that conversion reads, with defaults for missing ones."""
 
     model: Annotated[RecordedModel, BeforeValidator(_or_empty)] = RecordedModel()
     tokenizer: Annotated[RecordedTokenizer, BeforeValidator(_or_empty)] = RecordedTokenizer()
     data: Annotated[RecordedData, BeforeValidator(_or_empty)] = field(default_factory=RecordedData)
 
 
+_adapter = TypeAdapter(RecordedConfig)
+
+
 def read_run_config(checkpoint: Path) -> RecordedConfig:
-    """The configuration beside a checkpoint's weights; defaults where there is none.
+    """Reads the configuration beside a checkpoint's weights; defaults if there is none.
 
     Args:
         checkpoint: An ``iter_`` folder.
 
     Raises:
-        UserError: It is no YAML, or a value is of the wrong type.
+        UserError: The file is not YAML, or a value is of the wrong type.
     """
     path = checkpoint / "config.yaml"
     if not path.is_file():
@@ -84,6 +86,3 @@ def read_run_config(checkpoint: Path) -> RecordedConfig:
         raise UserError(
             f"{path}: {describe(error, RecordedConfig)}; restore the file or move it away"
         ) from None
-
-
-_adapter = TypeAdapter(RecordedConfig)

@@ -1,10 +1,10 @@
-"""The optimizer's state as shards of tensors, whichever of megatron-core's optimizers holds it.
+"""Splits the state of megatron-core's optimizers into shards, and loads it back.
 
-In: an optimizer and where the model's parameters lie in the whole model. Out: shards named
-``optimizer.state.<what>.<weight>``, which the saver writes and a load fills in place, and the
-number of steps. The plain and the distributed optimizer give the same names and values, so that
-each reads what the other wrote, at any layout; nothing is gathered, each rank names what it holds.
-Under fp32 the weights are their own master weights, and only the moments are stored.
+The plain, the mixed-precision and the distributed optimizer give the same tensor names,
+``optimizer.state.<name>.<weight>``, and the same values, so that each loads what another one saved,
+at any parallel layout. No state is gathered: each rank names the shards that it holds, and a load
+fills them in place. In fp32 runs the weights are their own master weights, so that only the moments
+are stored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,12 +31,12 @@ PREFIX = "optimizer.state."
 
 @dataclass(frozen=True)
 class LocalState:
-    """What this rank's optimizer holds of a parameter.
+    """The state that this rank's optimizer holds for a parameter.
 
     Attributes:
-        parameter: The model's.
-        begin: The first value of the flattened parameter whose state this is.
-        tensors: The state by name, as many values each.
+        parameter: The model's parameter.
+        begin: The first value of the flattened parameter that the state belongs to.
+        tensors: The state's tensors by name, all of the same size.
         is_sharded: Whether the other data-parallel ranks hold the other values; if not, all hold
             the same ones.
     """
@@ -48,10 +48,10 @@ class LocalState:
 
 
 def local_states(optimizer: Any) -> list[LocalState]:
-    """Everything that this rank's optimizer holds; moments that are not there yet are made, as 0.
+    """Returns all state that this rank's optimizer holds; missing moments are created as 0.
 
     Args:
-        optimizer: megatron-core's plain, mixed-precision or distributed one, or a chain of them.
+        optimizer: megatron-core's plain, mixed-precision or distributed optimizer, or a chain.
     """
     return [state for one in _single(optimizer) for state in _states_of_one(one)]
 
@@ -75,7 +75,7 @@ def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
 
 
 def _main_parameters(optimizer: Any) -> Iterator[tuple[Any, Any, int, bool]]:
-    """The model's parameter, the optimizer's own of it, where that begins, whether it is cut."""
+    """Yields model parameter, master parameter, the latter's begin, and whether it is sharded."""
     if hasattr(optimizer, "gbuf_ranges"):
         for model_groups, main_groups in (
             (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
@@ -102,11 +102,11 @@ def _pairs(groups: list[list[Any]], others: list[list[Any]]) -> Iterator[tuple[A
 
 
 def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor]]:
-    """This rank's fp32 master weights by parameter; fp32 parameters are their own and left out.
+    """Returns this rank's fp32 master weights by parameter, without fp32 parameters.
 
     Returns:
-        For each parameter the first value of the flattened parameter that this rank's optimizer
-        holds, and its values from there on.
+        For each parameter, the index in the flattened parameter at which this rank's master
+        weights begin, and the master weights.
     """
     return {
         parameter: (begin, main.detach())
@@ -117,11 +117,11 @@ def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor
 
 
 def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorShard]:
-    """A parameter's state as shards of the whole model's tensors, not copied.
+    """Returns a parameter's state as shards of the whole model's tensors, without copying.
 
     Args:
-        state: What the optimizer holds.
-        parts: Where the parameter lies, in the order of its values.
+        state: The optimizer's state.
+        parts: The parameter's shards, in the order of its values.
     """
     shards = []
     num_values = next(iter(state.tensors.values())).numel()
@@ -147,7 +147,7 @@ def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorS
 
 
 def common_state(optimizer: Any) -> dict[str, Any]:
-    """What is the same on every rank, in the form of megatron-core's mixed-precision optimizer."""
+    """Returns rank-independent state in the form of megatron-core's mixed-precision optimizer."""
     groups = [
         {name: value for name, value in group.items() if name != "params"}
         for one in _single(optimizer)
@@ -158,11 +158,11 @@ def common_state(optimizer: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How this rank's parameters lie in a checkpoint.
+    """The positions of this rank's parameters in a checkpoint.
 
     Attributes:
-        parts: By parameter.
-        unpadded_sizes: Of matrices with padded heads, which are not in it.
+        parts: Shards by parameter.
+        unpadded_sizes: Sizes of matrices with padded heads, which a checkpoint leaves out.
     """
 
     parts: Mapping[torch.Tensor, list[ParameterShard]]
@@ -176,19 +176,19 @@ def load(
     folder: Path,
     reader: FileSystemReader | None,
 ) -> None:
-    """Fills what this rank's optimizer holds, in place and with no message to other ranks.
+    """Loads this rank's optimizer state in place, without communication.
 
     Everything else in the optimizer's groups follows from the run's configuration.
 
     Args:
-        optimizer: megatron-core's.
-        layout: Where the model's parameters lie.
-        common: The common state of the optimizer that was saved, of any kind and version.
+        optimizer: megatron-core's optimizer.
+        layout: The positions of the model's parameters.
+        common: The rank-independent state that was saved, of any optimizer and version.
         folder: An ``iter_`` folder.
-        reader: Reads it; None for what lies there as it is.
+        reader: The reader to use; None reads the folder's files unchanged.
 
     Raises:
-        UserError: The checkpoint holds no such state, or is damaged.
+        UserError: The checkpoint holds no optimizer state, or is damaged.
     """
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
@@ -200,12 +200,12 @@ def load(
     num_steps = _num_steps(common, folder)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
         raise UserError(
-            f"{folder}: holds no optimizer state; go on with a fresh optimizer by --no-load-optim, "
-            "or begin a new run with its weights by --finetune"
+            f"{folder}: holds no optimizer state; continue with a fresh optimizer by "
+            "--no-load-optim, or start a new run from its weights by --finetune"
         )
     shards += _fp32_weights(layout, names)
     with torch.no_grad():
-        fill(_own(shards, layout.unpadded_sizes), folder, reader)
+        fill(_without_padding(shards, layout.unpadded_sizes), folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
             group["step"] = num_steps
@@ -214,17 +214,17 @@ def load(
 def load_master_weights(
     optimizer: Any, layout: Layout, folder: Path, reader: FileSystemReader | None
 ) -> None:
-    """Fills fp32 weights at the full precision of a checkpoint, with no message to other ranks.
+    """Loads fp32 weights at a checkpoint's full precision, without communication.
 
-    The weights that a bf16 run begins with are rounded. Its master weights are those of the
-    optimizer in the checkpoint, or where it holds none the checkpoint's weights, unrounded. An fp32
-    run's weights are the master weights of a bf16 run's checkpoint.
+    The master weights of a bf16 run become the master weights in the checkpoint or, if it holds
+    none, its weights. The weights of an fp32 run become the master weights of a bf16 run's
+    checkpoint.
 
     Args:
-        optimizer: megatron-core's.
-        layout: Where the model's parameters lie.
-        folder: An ``iter_`` folder, whose weights the model has been given.
-        reader: Reads it; None for what lies there as it is.
+        optimizer: megatron-core's optimizer.
+        layout: The positions of the model's parameters.
+        folder: An ``iter_`` folder, whose weights have been loaded into the model.
+        reader: The reader to use; None reads the folder's files unchanged.
 
     Raises:
         UserError: The checkpoint is damaged.
@@ -242,11 +242,11 @@ def load_master_weights(
     ]
     shards += _fp32_weights(layout, names)
     with torch.no_grad():
-        fill(_own(shards, layout.unpadded_sizes), folder, reader)
+        fill(_without_padding(shards, layout.unpadded_sizes), folder, reader)
 
 
 def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorShard]:
-    """fp32 parameters, whole on every rank, for which a checkpoint has master weights."""
+    """Returns shards of fp32 parameters for which a checkpoint holds master weights."""
     found = []
     for parameter, parts in layout.parts.items():
         if parameter.dtype != torch.float32:
@@ -259,20 +259,20 @@ def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorShard]
     return found
 
 
-def _own(shards: list[TensorShard], unpadded_sizes: UnpaddedSizes) -> list[TensorShard]:
-    """What a checkpoint holds of shards; padded heads become 0."""
+def _without_padding(shards: list[TensorShard], unpadded_sizes: UnpaddedSizes) -> list[TensorShard]:
+    """Returns the shards without padded heads, which are set to 0."""
     found = []
     for shard in shards:
-        own = unpadded_shard(shard, unpadded_sizes)
-        if own is not shard:
+        unpadded = unpadded_shard(shard, unpadded_sizes)
+        if unpadded is not shard:
             shard.values.zero_()
-        if own is not None:
-            found.append(own)
+        if unpadded is not None:
+            found.append(unpadded)
     return found
 
 
 def _stored_name(name: str, names: Mapping[str, Any]) -> str:
-    """Where a shard's values lie: earlier versions and fp32 runs name master weights otherwise."""
+    """Returns a tensor's name in the checkpoint; earlier versions and fp32 runs use other names."""
     weight = name.removeprefix(f"{PREFIX}{MASTER}.")
     if weight == name or name in names:
         return name
@@ -281,20 +281,20 @@ def _stored_name(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _num_steps(common: Any, folder: Path) -> int | None:
-    """Steps that the saved optimizer had taken; None where it does not say.
+    """Returns the number of steps of the saved optimizer; None if it is not recorded.
 
     Raises:
-        UserError: It says something else than a number of steps.
+        UserError: The recorded value is not a number of steps.
     """
     try:
         found = next(_numbers_of_steps(common), None)
         num_steps = None if found is None else int(found)
         is_number = num_steps is None or num_steps >= 0
     except (RuntimeError, ValueError, OverflowError, NotImplementedError):
-        is_number = False  # NaN, a tensor of several or no values, a structure without an end
+        is_number = False  # NaN, a tensor without exactly one value, a recursive structure
     if not is_number:
         raise UserError(
-            f"{folder / 'common.pt'}: the optimizer's step is no number; load another checkpoint"
+            f"{folder / 'common.pt'}: the optimizer's step is not a number; load another checkpoint"
         )
     return num_steps
 

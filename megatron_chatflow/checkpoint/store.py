@@ -1,16 +1,13 @@
-"""Saves a run's checkpoints while it trains on.
+"""Saves and loads a run's checkpoints: weights and optimizer state at any parallel layout.
 
-In: the model's chunks, the optimizer and a `RunState`, at the iterations that are due. Out: folders
-``iter_0000100/`` that appear whole or not at all, and ``latest_checkpointed_iteration.txt``, which
-moves only then. Training waits while its tensors are copied into host memory that is kept for it;
-threads write the copy. With ``--no-async-save`` training waits for the disk too, and no copy is
-kept. One save is under way at a time; the next one waits for it.
+`CheckpointSaver` saves while training continues. Training waits while this rank's tensors are
+copied into host memory that is kept for this purpose; threads write the copy. With
+``--no-async-save`` training also waits for the disk, and no copy is kept. One save is in progress
+at a time. `load_checkpoint` and `load_weights` read a checkpoint back into a model and its
+optimizer.
 
-A run's checkpoints: weights and optimizer state at any parallel layout, and the run's own state.
-
-In: the model's chunks and the optimizer, and a checkpoint's folder. Out: their state as shards to
-save, or read back into them; `saver` writes. Nothing random is drawn after initialisation (dropout
-is 0 and the data's order is a function of the seed), so no generator's state is kept.
+A checkpoint holds no state of random generators: after initialization nothing is random, because
+dropout is 0 and the order of the data is a function of the seed.
 """
 
 import contextlib
@@ -33,7 +30,7 @@ from megatron_chatflow.checkpoint import state as optimizer_state
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, FileHash
 from megatron_chatflow.checkpoint.files import (
     carried_paths,
-    damage,
+    find_damage,
     iteration_folder,
     raise_if_damaged,
     read_state,
@@ -68,12 +65,15 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks, data_parallel_group, run_on_all_ranks
 
+logger = logging.getLogger(__name__)
+
+_NUM_SLOTS = 3  # chunks in memory while a file is written without a copy of all of it
 _COUNTS = ("iteration", "consumed_samples", "consumed_tokens")
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class _RecordedSource(TypedDict, total=False):
-    """What a resume reads of a source's fingerprint; versions recorded more and more of it."""
+    """The fields of a source's fingerprint that a resume reads; earlier versions lack some."""
 
     datasets: list[dict[str, Any]] | None
     block_hash: list[dict[str, str]]
@@ -88,21 +88,21 @@ _SOURCES = TypeAdapter(dict[str, _RecordedSource])
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run must know to go on, besides weights and optimizer.
+    """The state of a run besides weights and optimizer, stored as ``state.json``.
 
     Attributes:
-        iteration: Steps taken.
-        consumed_samples: Samples of the blend consumed.
-        consumed_tokens: The same in tokens.
+        iteration: Number of steps taken.
+        consumed_samples: Number of samples of the blend consumed.
+        consumed_tokens: Number of tokens consumed.
         blend: The blend's state.
-        schedule: The schedule, with the number of samples an iteration that it began with.
+        schedule: The schedule, with the number of samples per iteration that it began with.
         sources: Each source's fingerprint by name.
         tokenizer: ``type``, ``sha256``, ``vocab_size``, and ``add_bos_token`` (whether the model's
-            texts begin with BOS; earlier versions did not record it).
+            texts begin with BOS; not recorded by earlier versions).
         model: The model's shape.
-        guard: What judging the next steps takes; empty in checkpoints that had none.
-        data_seeds: The seeds of each source's order by name: pairs of the first epoch and the seed
-            from there on; empty in checkpoints that had none.
+        guard: The state of the loss guard; empty in checkpoints of runs without one.
+        data_seeds: The seeds of each source's order by name, as pairs of the first epoch and the
+            seed from there on; empty in checkpoints of earlier versions.
     """
 
     iteration: int
@@ -121,15 +121,15 @@ class RunState:
         """Reads a checkpoint's state.
 
         Raises:
-            UserError: The folder holds none, or it lacks a part, or one is of the wrong type.
+            UserError: The file is missing, or a field is missing or of the wrong type.
         """
         state = read_state(checkpoint)
         for name, value in state.items():
             kind = int if name in _COUNTS else dict
             if name in cls.__dataclass_fields__ and type(value) is not kind:
                 raise UserError(
-                    f"{checkpoint / 'state.json'}: {name} is {shorten(value)} and no "
-                    f"{'number' if kind is int else 'object'}; load another checkpoint"
+                    f"{checkpoint / 'state.json'}: {name} is {shorten(value)}, not "
+                    f"{'a number' if kind is int else 'an object'}; load another checkpoint"
                 )
         try:
             _SOURCES.validate_python(state.get("sources", {}))
@@ -149,176 +149,21 @@ class RunState:
             ) from None
 
 
-def _model_state(chunks: list[Any]) -> dict[str, Any]:
-    """The weights, divided as they lie on this rank."""
-    return {
-        name: chunk.sharded_state_dict()
-        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
-    }
-
-
-def shards_to_save(
-    chunks: list[Any], optimizer: Any, ranks: Ranks
-) -> tuple[list[TensorShard], list[StoredObject], bytes]:
-    """What this rank writes: weights and optimizer state; nothing is gathered or copied.
-
-    What data-parallel ranks hold alike is shared out among them.
-
-    Args:
-        chunks: Model chunks, with or without gradient buffers around them.
-        optimizer: megatron-core's.
-        ranks: This process's place.
-
-    Returns:
-        Pieces of tensors, small objects, and what is the same on every rank as ``common.pt``
-        holds it.
-    """
-    with device_mode(ranks.device):
-        bare = unwrapped(chunks)
-        model = _model_state(bare)
-        parts = megatron.parameter_shards(model)
-        cut: list[TensorShard] = []
-        alike, objects, common = megatron.saved_shards(
-            model, {"optimizer": optimizer_state.common_state(optimizer)}
-        )
-        for held in optimizer_state.local_states(optimizer):
-            to_save = [part for part in parts[held.parameter] if part.is_main]
-            (cut if held.is_sharded else alike).extend(optimizer_state.state_shards(held, to_save))
-    unpadded_sizes = unpadded_sizes_of(bare)
-    group = data_parallel_group(with_context_parallel=True)
-    mine = assign_shards(unpadded_shards(alike, unpadded_sizes), group.rank(), group.size())
-    return [*mine, *unpadded_shards(cut, unpadded_sizes)], objects, common
-
-
-def _chunk_names(chunks: list[Any]) -> list[str]:
-    """Where each chunk stands in the state, as in Megatron; tensors go by names of their own."""
-    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-
-
-def _take_weights(chunks: list[Any], loaded: dict[str, Any]) -> None:
-    for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-        chunk.load_state_dict(loaded[name])
-
-
-def unwrapped(chunks: list[Any]) -> list[Any]:
-    """Model chunks without the gradient buffers around them."""
-    return [getattr(chunk, "module", chunk) for chunk in chunks]
-
-
-def all_ranks_succeeded(is_fine: bool, device: torch.device) -> bool:
-    """Whether all is fine on every rank; every rank calls it."""
-    flag = torch.tensor([int(is_fine)], device=device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag.item())
-
-
-def _reason(error: BaseException) -> str:
-    """What the system said, under torch's wrapping."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    return str(error) if isinstance(error, UserError) else reason(error)
-
-
-def _load_model(
-    chunks: list[Any], checkpoint: Path, reader: FileSystemReader | None
-) -> dict[str, Any]:
-    """Fills the weights; returns what is the same on every rank."""
-    read_index(checkpoint)
-    try:
-        state = _model_state(chunks)
-        allow_padded_heads(state, unpadded_sizes_of(chunks))
-        loaded = megatron.load_sharded(state, checkpoint, reader)
-        _take_weights(chunks, loaded)
-    except (Exception, megatron.CheckpointException) as error:
-        line = _reason(error)
-        if line.startswith(str(checkpoint)):
-            raise UserError(line) from error
-        raise UserError(
-            f"{checkpoint}: cannot be loaded: {line}; load another checkpoint"
-        ) from error
-    return loaded
-
-
-def load_weights(
-    checkpoint: Path,
-    chunks: list[Any],
-    ranks: Ranks,
-    reader: FileSystemReader | None = None,
-    optimizer: Any = None,
-) -> None:
-    """Reads the model's weights alone, at whatever layout they were saved; every rank calls it.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-        chunks: Model chunks, with or without gradient buffers around them.
-        ranks: This process's place.
-        reader: Reads it; None for what lies there as it is.
-        optimizer: megatron-core's, whose master weights become the checkpoint's, unrounded.
-
-    Raises:
-        UserError: On every rank, if one cannot read its part.
-    """
-    bare = unwrapped(chunks)
-    with device_mode(ranks.device):
-        _load_model(bare, checkpoint, reader)
-        if optimizer is not None:
-            layout = _layout(bare)
-            run_on_all_ranks(
-                lambda: optimizer_state.load_master_weights(optimizer, layout, checkpoint, reader)
-            )
-
-
-def _layout(bare: list[Any]) -> optimizer_state.Layout:
-    parts = megatron.parameter_shards(_model_state(bare))
-    return optimizer_state.Layout(parts, unpadded_sizes_of(bare))
-
-
-def load_checkpoint(
-    checkpoint: Path,
-    chunks: list[Any],
-    optimizer: Any,
-    ranks: Ranks,
-    reader: FileSystemReader | None = None,
-) -> None:
-    """Reads weights and optimizer state, of the plain or the distributed one; every rank calls it.
-
-    Raises:
-        UserError: On every rank, if one cannot read its part.
-    """
-    bare = unwrapped(chunks)
-    with device_mode(ranks.device):
-        common = _load_model(bare, checkpoint, reader)
-        layout = _layout(bare)
-        state = common.get("optimizer")
-        run_on_all_ranks(lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader))
-
-
-def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:
-    """Reads every file again and compares hashes; every rank calls it and reads its share.
-
-    Raises:
-        UserError: A file is not what was saved, on every rank with the names of all such files.
-    """
-    world_size = ranks.process.world_size
-    found = damage(checkpoint, part=ranks.process.rank, num_parts=world_size)
-    gathered: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(gathered, found)
-    raise_if_damaged(checkpoint, [line for lines in gathered for line in lines])
-
-
-logger = logging.getLogger(__name__)
-
-_NUM_SLOTS = 3  # chunks in memory while a file is written without a copy of it
-
-
 def _nothing() -> None:
     pass
 
 
 class CheckpointSaver:
-    """Saves checkpoints of one run; every rank has one and calls it at the same iterations."""
+    """Saves checkpoints of one run. Every rank has one and calls it at the same iterations.
+
+    Args:
+        root: The run's folder.
+        config: The resolved configuration, stored temporary the weights.
+        ranks: This process's place in the job.
+        durable_iteration: The checkpoint that the run continues from; None if it starts fresh.
+        carried: Small files that every checkpoint carries to an export, by name; written by rank 0.
+        on_progress: Called while training waits for a save that makes progress.
+    """
 
     def __init__(
         self,
@@ -330,17 +175,6 @@ class CheckpointSaver:
         carried: Mapping[str, bytes] | None = None,
         on_progress: OnProgress = _nothing,
     ) -> None:
-        """Takes the run's folder.
-
-        Args:
-            root: The run's folder.
-            config: Resolved configuration, stored beside the weights.
-            ranks: This process's place.
-            durable_iteration: The checkpoint that the run goes on from; None if it begins.
-            carried: Small files that every checkpoint carries to an export, by name; rank 0 writes
-                them.
-            on_progress: Called while training waits for a save that gets on.
-        """
         self._carried = dict(carried or {})
         self._root = root
         self._config = config
@@ -350,7 +184,7 @@ class CheckpointSaver:
         self._on_progress = on_progress
         self._pending: BackgroundSave | None = None
         self._buffer = StagingBuffer(ranks.device)
-        # A rank without the memory for it writes at once; that is its own affair.
+        # A rank without enough memory for a copy writes at once, whatever the other ranks do.
         self._has_copy = config.checkpoint.async_save
         self._job = draw_job_id(ranks.device)
         self._num_saves = 0
@@ -358,46 +192,46 @@ class CheckpointSaver:
         self._plans: dict[int, Plan] = {}
 
     def prepare(self, chunks: list[Any], optimizer: Any) -> None:
-        """Makes the memory ready that the first save copies into; after the first step.
+        """Allocates the memory that the first save copies into; call it after the first step.
 
-        Without it the first save blocks longer, while its memory is touched for the first time.
+        Otherwise the first save blocks longer, because its memory is touched for the first time.
         """
         if self._has_copy:
             image, _ = self._image(chunks, optimizer)
             self._has_copy = self._buffer.reserve(image.num_bytes)
 
     def save(self, state: RunState, chunks: list[Any], optimizer: Any) -> bool:
-        """Begins a save; waits for the one before, if that is still under way.
+        """Starts a save, after waiting for the previous one if it is still in progress.
 
         A save that fails (a full disk, a quota, a folder that cannot be written) is logged, leaves
-        nothing behind, and leaves the previous checkpoint as it was.
+        nothing behind, and leaves the previous checkpoint unchanged.
 
         Args:
-            state: The run's own state.
-            chunks: Model chunks, with or without gradient buffers around them.
+            state: The run's state.
+            chunks: Model chunks, with or without DDP wrappers.
             optimizer: megatron-core's optimizer.
 
         Returns:
-            Whether it began; with ``--no-async-save``, whether the checkpoint is on the disk.
+            Whether the save started; with ``--no-async-save``, whether the checkpoint is on disk.
         """
         begin = time.perf_counter()
         self.finish()
         final = iteration_folder(self._root, state.iteration)
-        beside = self._root / f".{final.name}.saving"
+        temporary = self._root / f".{final.name}.saving"
         staged: list[tuple[FileImage, bytes, Write]] = []
 
         def stage() -> None:
             if self._ranks.is_reporter:
-                self._make_empty(beside)
+                self._make_empty(temporary)
             image, common = self._image(chunks, optimizer)
-            staged.append((image, common, self._copied(image, beside)))
+            staged.append((image, common, self._copied(image, temporary)))
 
-        if not self._all_succeed(stage, final, beside):
+        if not self._all_succeed(stage, final, temporary):
             return False
         image, common, write = staged[0]
         if not self._has_copy:
             write = _written_now(write, self._on_progress)
-        self._start(state, image, common, write, (final, beside), begin)
+        self._start(state, image, common, write, (final, temporary), begin)
         if self._ranks.is_reporter:
             logger.info(
                 "saving %s: training waited %.3f s for %.2f GB a rank",
@@ -409,35 +243,35 @@ class CheckpointSaver:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank still writes a checkpoint."""
+        """Whether this rank is still writing a checkpoint."""
         return self._pending is not None and not self._pending.is_done
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint that this run has saved, the same on every rank; None if none."""
+        """The newest checkpoint of this run, the same on every rank; None if there is none."""
         return self._newest
 
     def finish(self) -> int | None:
-        """Waits for the save under way; every rank calls it.
+        """Waits for the save in progress; a collective.
 
         Returns:
-            The iteration of the newest checkpoint that is on the disk; None if there is none.
+            The iteration of the newest checkpoint on disk; None if there is none.
         """
         pending = self._pending
         if pending is None:
             return self._durable
         if self.is_busy and self._ranks.is_reporter and self._has_copy:
-            logger.info("waiting for the checkpoint of iteration %d", pending.iteration)
-        is_fine = pending.wait(self._on_progress)
+            logger.info("waiting for the save of iteration %d", pending.iteration)
+        succeeded = pending.wait(self._on_progress)
         self._pending = None
-        if all_ranks_succeeded(is_fine, self._ranks.device):
+        if _all_ranks_succeeded(succeeded, self._ranks.device):
             self._durable = pending.iteration
             self._newest = iteration_folder(self._root, pending.iteration)
-        pending.forget()
+        pending.clear()
         return self._durable
 
     def close(self) -> None:
-        """Waits for what this rank still writes, whatever ended the run, and lets memory go."""
+        """Waits until this rank has written its files, however the run ended, and frees memory."""
         if self._pending is not None:
             self._pending.cancel()
             self._pending.wait(self._on_progress)
@@ -448,18 +282,20 @@ class CheckpointSaver:
         shards, objects, common = shards_to_save(chunks, optimizer, self._ranks)
         return build_file_image(f"__{self._ranks.process.rank}_0.distcp", shards, objects), common
 
-    def _copied(self, image: FileImage, beside: Path) -> Write:
-        """Copies this rank's file into memory; returns what writes it."""
+    def _copied(self, image: FileImage, temporary: Path) -> Write:
+        """Copies this rank's file into memory and returns a function that writes it."""
         name = image.plan["file"]
         self._has_copy = self._has_copy and self._buffer.reserve(image.num_bytes)
         if not self._has_copy:
             device = self._ranks.device
-            return lambda progress: {name: _write_in_chunks(image, beside / name, device, progress)}
+            return lambda progress: {
+                name: _write_in_chunks(image, temporary / name, device, progress)
+            }
         image.copy(0, image.num_bytes, self._buffer.tensor())
         if self._ranks.is_cuda:
             torch.cuda.synchronize(self._ranks.device)
         data, num_bytes = self._buffer.bytes(), image.num_bytes
-        return lambda progress: {name: _write_whole(data, num_bytes, beside / name, progress)}
+        return lambda progress: {name: _write_whole(data, num_bytes, temporary / name, progress)}
 
     def _start(
         self,
@@ -470,19 +306,19 @@ class CheckpointSaver:
         folders: tuple[Path, Path],
         begin: float,
     ) -> None:
-        final, beside = folders
+        final, temporary = folders
         self._num_saves += 1
         plan = image.plan if image.plan != self._sent_plan else None
         self._sent_plan = image.plan
         process = self._ranks.process
-        box = SaveReports(f"{self._job}/{self._num_saves}")
-        self._pending = BackgroundSave(state.iteration, write, box, process.rank, plan)
+        reports = SaveReports(f"{self._job}/{self._num_saves}")
+        self._pending = BackgroundSave(state.iteration, write, reports, process.rank, plan)
         if not self._ranks.is_reporter:
             return
         settings = self._config.checkpoint
         publication = Publication(
             root=self._root,
-            beside=beside,
+            temporary=temporary,
             final=final,
             iteration=state.iteration,
             small_files={
@@ -498,30 +334,30 @@ class CheckpointSaver:
         self._pending.publish(publication, process.world_size, self._plans, begin)
 
     def _make_empty(self, folder: Path) -> None:
-        """Makes the folder; what an earlier job left of its saves goes, it takes up room."""
+        """Creates the folder, after removing what earlier jobs left of their saves."""
         with contextlib.suppress(OSError):
             for left in [*self._root.glob(".iter_*.saving"), *self._root.glob(".iter_*.removed")]:
                 shutil.rmtree(left, ignore_errors=True)
         folder.mkdir(parents=True)
 
-    def _all_succeed(self, step: Callable[[], None], final: Path, beside: Path) -> bool:
-        """Runs a step of a save on every rank; if one fails, nothing is left of it."""
+    def _all_succeed(self, step: Callable[[], None], final: Path, temporary: Path) -> bool:
+        """Runs a step of a save on every rank; if it fails on one, the save is removed."""
         error: BaseException | None = None
         try:
             step()
         except Exception as caught:
             error = caught
-        if all_ranks_succeeded(error is None, self._ranks.device):
+        if _all_ranks_succeeded(error is None, self._ranks.device):
             return True
         if error is not None:
             log_failure(final, error)
         if self._ranks.is_reporter:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return False
 
 
 def _written_now(write: Write, on_progress: OnProgress) -> Write:
-    """Writes while training waits; returns what tells of it, or fails as the write did."""
+    """Writes while training waits; returns a function with the same result or error."""
     try:
         hashes = write(on_progress)
     except Exception as caught:
@@ -549,7 +385,7 @@ def _write_whole(data: memoryview, num_bytes: int, path: Path, progress: OnProgr
 def _write_in_chunks(
     image: FileImage, path: Path, device: torch.device, progress: OnProgress
 ) -> FileHash:
-    """Writes a file from its tensors through a few chunks of memory."""
+    """Writes a file directly from its tensors, a few chunks at a time."""
     slots = [page_aligned(CHUNK_BYTES) for _ in range(_NUM_SLOTS)]
     with contextlib.closing(DirectFile(path, image.num_bytes)) as file:
         waiting: list[Any] = [None] * _NUM_SLOTS
@@ -567,3 +403,166 @@ def _write_in_chunks(
             if chunk is not None:
                 chunk.result()
         return file.finish()
+
+
+def shards_to_save(
+    chunks: list[Any], optimizer: Any, ranks: Ranks
+) -> tuple[list[TensorShard], list[StoredObject], bytes]:
+    """Returns the weights and optimizer state that this rank writes, without copying anything.
+
+    Shards that data-parallel ranks replicate are divided among them.
+
+    Args:
+        chunks: Model chunks, with or without DDP wrappers.
+        optimizer: megatron-core's optimizer.
+        ranks: This process's place in the job.
+
+    Returns:
+        Shards of tensors, small objects, and the content of ``common.pt``, which is the same on
+        every rank.
+    """
+    with device_mode(ranks.device):
+        bare = _unwrap(chunks)
+        model = _model_state(bare)
+        parts = megatron.parameter_shards(model)
+        cut: list[TensorShard] = []
+        alike, objects, common = megatron.saved_shards(
+            model, {"optimizer": optimizer_state.common_state(optimizer)}
+        )
+        for held in optimizer_state.local_states(optimizer):
+            to_save = [part for part in parts[held.parameter] if part.is_main]
+            (cut if held.is_sharded else alike).extend(optimizer_state.state_shards(held, to_save))
+    unpadded_sizes = unpadded_sizes_of(bare)
+    group = data_parallel_group(with_context_parallel=True)
+    mine = assign_shards(unpadded_shards(alike, unpadded_sizes), group.rank(), group.size())
+    return [*mine, *unpadded_shards(cut, unpadded_sizes)], objects, common
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    chunks: list[Any],
+    optimizer: Any,
+    ranks: Ranks,
+    reader: FileSystemReader | None = None,
+) -> None:
+    """Loads weights and the state of the plain or the distributed optimizer; a collective.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+        chunks: Model chunks, with or without DDP wrappers.
+        optimizer: megatron-core's optimizer.
+        ranks: This process's place in the job.
+        reader: The reader to use; None reads the folder's files unchanged.
+
+    Raises:
+        UserError: Raised on every rank if one rank cannot read its shards.
+    """
+    bare = _unwrap(chunks)
+    with device_mode(ranks.device):
+        common = _load_model(bare, checkpoint, reader)
+        layout = _layout(bare)
+        state = common.get("optimizer")
+        run_on_all_ranks(lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader))
+
+
+def load_weights(
+    checkpoint: Path,
+    chunks: list[Any],
+    ranks: Ranks,
+    reader: FileSystemReader | None = None,
+    optimizer: Any = None,
+) -> None:
+    """Loads only the model's weights, saved at any layout; a collective.
+
+    Args:
+        checkpoint: An ``iter_`` folder.
+        chunks: Model chunks, with or without DDP wrappers.
+        ranks: This process's place in the job.
+        reader: The reader to use; None reads the folder's files unchanged.
+        optimizer: megatron-core's optimizer, whose master weights are set to the checkpoint's at
+            full precision.
+
+    Raises:
+        UserError: Raised on every rank if one rank cannot read its shards.
+    """
+    bare = _unwrap(chunks)
+    with device_mode(ranks.device):
+        _load_model(bare, checkpoint, reader)
+        if optimizer is not None:
+            layout = _layout(bare)
+            run_on_all_ranks(
+                lambda: optimizer_state.load_master_weights(optimizer, layout, checkpoint, reader)
+            )
+
+
+def _load_model(
+    chunks: list[Any], checkpoint: Path, reader: FileSystemReader | None
+) -> dict[str, Any]:
+    """Loads the weights and returns the content of ``common.pt``."""
+    read_index(checkpoint)
+    try:
+        state = _model_state(chunks)
+        allow_padded_heads(state, unpadded_sizes_of(chunks))
+        loaded = megatron.load_sharded(state, checkpoint, reader)
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
+            chunk.load_state_dict(loaded[name])
+    except (Exception, megatron.CheckpointException) as error:
+        line = _reason(error)
+        if line.startswith(str(checkpoint)):
+            raise UserError(line) from error
+        raise UserError(
+            f"{checkpoint}: cannot be loaded: {line}; load another checkpoint"
+        ) from error
+    return loaded
+
+
+def _layout(bare: list[Any]) -> optimizer_state.Layout:
+    parts = megatron.parameter_shards(_model_state(bare))
+    return optimizer_state.Layout(parts, unpadded_sizes_of(bare))
+
+
+def _model_state(chunks: list[Any]) -> dict[str, Any]:
+    """Returns megatron-core's sharded state dictionary of this rank's weights."""
+    return {
+        name: chunk.sharded_state_dict()
+        for name, chunk in zip(_chunk_names(chunks), chunks, strict=True)
+    }
+
+
+def _chunk_names(chunks: list[Any]) -> list[str]:
+    """Returns the chunks' keys in the state dictionary, the same as Megatron's."""
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
+def _unwrap(chunks: list[Any]) -> list[Any]:
+    """Returns model chunks without their DDP wrappers."""
+    return [getattr(chunk, "module", chunk) for chunk in chunks]
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the cause of an error in one line, without torch's wrapping."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    return str(error) if isinstance(error, UserError) else reason(error)
+
+
+def _all_ranks_succeeded(succeeded: bool, device: torch.device) -> bool:
+    """Returns whether every rank succeeded; a collective."""
+    flag = torch.tensor([int(succeeded)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:
+    """Compares the hashes of all files with the recorded ones, divided among ranks; a collective.
+
+    Raises:
+        UserError: A file differs from what was saved. Raised on every rank, naming all such files.
+    """
+    world_size = ranks.process.world_size
+    found = find_damage(checkpoint, part=ranks.process.rank, num_parts=world_size)
+    gathered: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(gathered, found)
+    raise_if_damaged(checkpoint, [line for lines in gathered for line in lines])

@@ -1,19 +1,10 @@
-"""A save after its bytes are copied: this rank's file, and on rank 0 the checkpoint's publication.
+"""Writes a checkpoint in the background and publishes it.
 
-In: a staged file and what rank 0 adds to it. Out: a folder under its final name, or nothing. One
-thread of every rank writes its file and reports; a thread of rank 0 waits for the reports and then
-writes the index and the run's state, renames the folder, and moves ``latest``.
-
-Host memory that holds a rank's part of a checkpoint while it is written.
-
-In: a number of bytes. Out: a buffer of them, kept from save to save. Memory that a process touches
-for the first time is slow (a page fault each 4 KiB), several times slower than the copy itself, so
-the buffer is touched ahead, in the background, and is pinned where copies come from a GPU.
-
-How ranks tell rank 0 that their part of a checkpoint is on the disk, without a collective.
-
-In: a report of each rank. Out: all of them, on rank 0. They go through the job's key-value store,
-which threads may use while training's own collectives run.
+Once this rank's tensors have been copied into a `StagingBuffer`, `BackgroundSave` runs in threads:
+every rank writes its file and reports to rank 0 through `SaveReports`; rank 0 waits for all
+reports and then executes a `Publication`, which writes the index and the run's state, renames the
+folder and updates ``latest_checkpointed_iteration.txt``. A checkpoint therefore appears complete or
+not at all.
 """
 
 import contextlib
@@ -41,7 +32,6 @@ from megatron_chatflow.checkpoint.direct_file import (
 from megatron_chatflow.checkpoint.files import LATEST, MANIFEST, manifest_text, prune
 from megatron_chatflow.checkpoint.layout import Plan, index_files
 from megatron_chatflow.files import (
-    ALIGNMENT,
     replace_folder,
     sync_folder,
     write_and_sync,
@@ -52,13 +42,19 @@ logger = logging.getLogger(__name__)
 
 _TOUCH_BYTES = 64 * 2**20
 _HUGE_PAGE = 2 * 2**20
-# What is left to everything else on the machine.
+# Share of the machine's memory that is left to everything else.
 _MEMORY_MARGIN = 0.1
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1  # seconds between two checks of the store
+_PAUSE_SECONDS = 0.2
+
+OnProgress = Callable[[], None]
+Write = Callable[[OnProgress], dict[str, FileHash]]
+"""Writes this rank's files, calls back after each chunk, and returns the files' hashes."""
 
 
 def page_aligned(num_bytes: int) -> tuple[mmap.mmap, torch.Tensor]:
-    """Memory for direct writes, and the same as a uint8 tensor, a block longer than asked for."""
-    size = -(-(num_bytes + ALIGNMENT) // _HUGE_PAGE) * _HUGE_PAGE
+    """Returns page-aligned memory of ``num_bytes`` or more, and the same as a uint8 tensor."""
+    size = max(1, -(-num_bytes // _HUGE_PAGE)) * _HUGE_PAGE
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -66,14 +62,17 @@ def page_aligned(num_bytes: int) -> tuple[mmap.mmap, torch.Tensor]:
 
 
 class StagingBuffer:
-    """A buffer that grows to the largest checkpoint seen."""
+    """Host memory for a copy of this rank's part of a checkpoint, kept from save to save.
+
+    The first touch of memory is several times slower than the copy itself, because of a page fault
+    for each 4 KiB. The buffer is therefore touched ahead of time by a thread, and pinned if the
+    tensors are on a GPU.
+
+    Args:
+        device: The device of the tensors that will be copied.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        """Makes an empty one.
-
-        Args:
-            device: Where the copies will come from.
-        """
         self._device = device
         self._memory: mmap.mmap | None = None
         self._tensor: torch.Tensor | None = None
@@ -81,19 +80,19 @@ class StagingBuffer:
         self._is_pinned = False
 
     def reserve(self, num_bytes: int) -> bool:
-        """Makes room, and begins to touch it in the background.
+        """Allocates memory and begins to touch it in the background.
 
         Returns:
-            Whether this machine's memory has that much to spare; if not, nothing is taken.
+            Whether enough memory is available. If not, nothing is allocated.
         """
-        if self._tensor is not None and len(self._tensor) >= num_bytes + ALIGNMENT:
+        if self._tensor is not None and len(self._tensor) >= num_bytes:
             return True
         self.release()
         memory = psutil.virtual_memory()
         if num_bytes > memory.available - _MEMORY_MARGIN * memory.total:
             logger.warning(
-                "a copy of this rank's checkpoint (%.1f GB) does not fit into the memory that is "
-                "free (%.1f GB): training waits while checkpoints are written",
+                "a copy of this rank's checkpoint (%.1f GB) does not fit into the available memory "
+                "(%.1f GB): training will wait while checkpoints are written",
                 num_bytes / 1e9,
                 memory.available / 1e9,
             )
@@ -106,7 +105,7 @@ class StagingBuffer:
         return True
 
     def tensor(self) -> torch.Tensor:
-        """The buffer, uint8, once it is touched and pinned."""
+        """Waits until the buffer is touched and pinned, and returns it as a uint8 tensor."""
         assert self._tensor is not None
         if self._toucher is not None:
             self._toucher.join()
@@ -116,12 +115,12 @@ class StagingBuffer:
         return self._tensor
 
     def bytes(self) -> memoryview:
-        """The same memory, for writing it out."""
+        """Returns the same memory for writing it to a file."""
         assert self._memory is not None
         return memoryview(self._memory)
 
     def release(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         if self._toucher is not None:
             self._toucher.join()
             self._toucher = None
@@ -131,7 +130,7 @@ class StagingBuffer:
         self._tensor = self._memory = None
 
     def _pin(self, tensor: torch.Tensor) -> None:
-        # Not `pin_memory`: its allocator rounds up to a power of two.
+        # The allocator of `pin_memory` would round the size up to a power of two.
         code = _cuda().cudaHostRegister(tensor.data_ptr(), len(tensor), 0)
         self._is_pinned = int(code) == 0
         if not self._is_pinned:
@@ -146,21 +145,18 @@ def _touch(tensor: torch.Tensor) -> None:
     lower_thread_priority()
     for begin in range(0, len(tensor), _TOUCH_BYTES):
         part = tensor[begin : begin + _TOUCH_BYTES]
-        # ctypes lets other threads run meanwhile.
+        # ctypes releases the interpreter lock meanwhile.
         ctypes.memset(part.data_ptr(), 0, len(part))
-
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1  # seconds between two looks into the store
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of its part.
+    """A rank's report on its part of a save.
 
     Attributes:
-        error: What went wrong; None if the part is on the disk.
-        files: Hashes of the files that it wrote.
-        plan: What is in its file; None if that is the same as at the save before.
+        error: What failed; None if the rank's files are on the disk.
+        files: Hashes of the files that the rank wrote.
+        plan: The content of its file; None if it is the same as in the previous save.
     """
 
     error: str | None = None
@@ -168,7 +164,7 @@ class Report:
     plan: Plan | None = None
 
     def to_json(self) -> str:
-        """As it goes through the store."""
+        """Returns the report as it is sent through the store."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -180,19 +176,21 @@ class Report:
 
 
 class SaveReports:
-    """Where the ranks of one save put their reports."""
+    """The reports of all ranks on one save.
+
+    They go through the job's key-value store instead of a collective, because threads may use the
+    store while training runs collectives of its own.
+
+    Args:
+        name: The save's name: the same on every rank and unique in this job.
+    """
 
     def __init__(self, name: str) -> None:
-        """Opens a box.
-
-        Args:
-            name: Of the save; the same on every rank, and no other save's in this job.
-        """
         self._name = name
         self._store = _get_default_store()
 
     def put(self, rank: int, report: Report) -> None:
-        """Leaves a rank's report; it may come from any thread."""
+        """Sends a rank's report, from any thread."""
         self._store.set(self._key(rank), report.to_json())
 
     def wait_for_all(
@@ -201,14 +199,14 @@ class SaveReports:
         on_wait: Callable[[], None],
         is_cancelled: Callable[[], bool],
     ) -> list[Report]:
-        """Every rank's report, in order, once they are all there.
+        """Waits for every rank's report and returns them in the order of ranks.
 
-        A rank reports also when it fails, and a rank that dies takes the job with it.
+        A rank that fails reports too, and a rank that dies ends the job.
 
         Args:
             world_size: The number of ranks.
-            on_wait: Called before each look.
-            is_cancelled: Whether to give up.
+            on_wait: Called before each check.
+            is_cancelled: Returns whether to stop waiting.
 
         Raises:
             RuntimeError: It was cancelled.
@@ -227,16 +225,16 @@ class SaveReports:
         return reports
 
     def end(self) -> None:
-        """Says that rank 0 is done with this save, well or not; it may come from any thread."""
+        """Announces that rank 0 has finished this save, successfully or not, from any thread."""
         with contextlib.suppress(RuntimeError):  # the job may have ended, and its store with it
             self._store.set(self._key("end"), "")
 
     def wait_for_end(self, on_wait: Callable[[], None], is_cancelled: Callable[[], bool]) -> None:
-        """Waits until rank 0 is done, without a collective's limit on time.
+        """Waits until rank 0 has finished, without the timeout of a collective.
 
         Args:
-            on_wait: Called before each look.
-            is_cancelled: Whether to give up.
+            on_wait: Called before each check.
+            is_cancelled: Returns whether to stop waiting.
         """
         pause = _FIRST_PAUSE
         while not is_cancelled() and not self._store.check([self._key("end")]):
@@ -244,8 +242,8 @@ class SaveReports:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def forget(self) -> None:
-        """Removes what rank 0 said, once every rank has heard it."""
+    def clear(self) -> None:
+        """Removes the announcement of `end`, once every rank has seen it."""
         self._store.delete_key(self._key("end"))
 
     def _key(self, of: int | str) -> str:
@@ -253,9 +251,10 @@ class SaveReports:
 
 
 def draw_job_id(device: torch.device) -> str:
-    """A number that rank 0 draws, the same on every rank: names this job's boxes.
+    """Returns a random id drawn by rank 0, the same on every rank.
 
-    The store may outlive a job that its launcher restarts.
+    It is part of the names of this job's saves, because the store may outlive a job that the
+    launcher restarts.
     """
     drawn = torch.randint(2**62, (1,), dtype=torch.int64, generator=_unseeded())
     number = drawn.to(device)
@@ -264,35 +263,28 @@ def draw_job_id(device: torch.device) -> str:
 
 
 def _unseeded() -> torch.Generator:
-    # Not the seeded generator: the same seed would draw the same name after a restart.
+    # A seeded generator would draw the same id after a restart.
     generator = torch.Generator()
     generator.seed()
     return generator
 
 
-OnProgress = Callable[[], None]
-Write = Callable[[OnProgress], dict[str, FileHash]]
-"""Writes this rank's files, calls back after each part, and returns the files' hashes."""
-
-_PAUSE_SECONDS = 0.2
-
-
 @dataclass(frozen=True)
 class Publication:
-    """What rank 0 needs to make files a checkpoint.
+    """Turns the written files into a checkpoint; executed by rank 0.
 
     Attributes:
         root: The run's folder.
-        beside: The folder that is written.
-        final: The name that it gets.
-        iteration: Of the checkpoint.
+        temporary: The folder that the ranks write into.
+        final: Its final name.
+        iteration: The checkpoint's iteration.
         small_files: Contents of the files that rank 0 writes, by name relative to the folder.
-        retain: How many checkpoints stay; all if None.
-        keep_every: Iterations whose multiples stay besides.
+        retain: How many checkpoints to keep; all if None.
+        keep_every: Also keep checkpoints whose iteration is a multiple of this.
     """
 
     root: Path
-    beside: Path
+    temporary: Path
     final: Path
     iteration: int
     small_files: Mapping[str, bytes]
@@ -304,7 +296,7 @@ class Publication:
 
         Raises:
             OSError: The disk is full or not writable.
-            ValueError: The ranks' parts do not make a whole.
+            ValueError: The ranks' shards do not cover every tensor exactly.
         """
         hashes: dict[str, FileHash] = {}
         for report in reports:
@@ -312,21 +304,21 @@ class Publication:
         contents = {**self.small_files, **index_files(plans)}
         folders = set()
         for name, content in contents.items():
-            path = self.beside / name
+            path = self.temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_and_sync(path, content)
             hashes[name] = hash_file(path)
             folders |= set(path.parents[: name.count("/")])
         for folder in folders:
             sync_folder(folder)
-        write_and_sync(self.beside / MANIFEST, manifest_text(hashes).encode())
-        sync_folder(self.beside)
+        write_and_sync(self.temporary / MANIFEST, manifest_text(hashes).encode())
+        sync_folder(self.temporary)
         # A folder of this name is there where a run resumed from an earlier iteration.
-        replace_folder(self.final, self.beside, self.root / f".{self.final.name}.removed")
+        replace_folder(self.final, self.temporary, self.root / f".{self.final.name}.removed")
         write_atomically(self.root / LATEST, f"{self.iteration}\n")
 
     def prune(self) -> None:
-        """Removes the checkpoints that are not to stay; a failure is logged."""
+        """Removes old checkpoints; a failure is only logged."""
         if self.retain is None:
             return
         try:
@@ -336,43 +328,42 @@ class Publication:
 
 
 class BackgroundSave:
-    """A save under way."""
+    """A save in progress. Its constructor starts the thread that writes this rank's files.
+
+    Args:
+        iteration: The checkpoint's iteration.
+        write: Writes this rank's files.
+        reports: Where the rank reports.
+        rank: This process's rank.
+        plan: The content of the files; None if it is the same as in the previous save.
+    """
 
     def __init__(
         self,
         iteration: int,
         write: Write,
-        box: SaveReports,
+        reports: SaveReports,
         rank: int,
         plan: Plan | None,
     ) -> None:
-        """Begins to write.
-
-        Args:
-            iteration: Of the checkpoint.
-            write: Writes this rank's files.
-            box: Where reports go.
-            rank: Of this process.
-            plan: What is in the files; None if the same as before.
-        """
         self.iteration = iteration
         self._is_written = False
         self._is_published: bool | None = None
         self._is_cancelled = threading.Event()
-        self._num_parts = 0
-        self._box = box
+        self._num_chunks = 0
+        self._reports = reports
         self._threads: list[threading.Thread] = []
         self._start(lambda: self._write(write, rank, plan))
 
     def publish(
         self, publication: Publication, world_size: int, plans: dict[int, Plan], begin: float
     ) -> None:
-        """Waits for every rank and publishes, in the background; rank 0 calls it.
+        """Starts a thread that waits for every rank and publishes; called by rank 0.
 
         Args:
-            publication: What to do then.
+            publication: What to do once all ranks have reported.
             world_size: The number of ranks.
-            plans: By rank, the last ones known; takes those that come.
+            plans: The last known plan of each rank; updated with those that are reported.
             begin: When the save began, by `time.perf_counter`.
         """
         self._is_published = False
@@ -380,35 +371,38 @@ class BackgroundSave:
 
     @property
     def is_done(self) -> bool:
-        """Whether this rank has nothing left to do."""
+        """Whether this rank has finished."""
         return not any(thread.is_alive() for thread in self._threads)
 
     def wait(self, on_progress: OnProgress) -> bool:
-        """Waits until it is done; says whether it went well, on rank 0 for all ranks.
+        """Waits until the save has finished.
 
         Args:
-            on_progress: Called after each part that is written here, and again and again while
-                others are waited for: each rank answers for its own part.
+            on_progress: Called after each chunk that this rank writes, and repeatedly while it
+                waits for other ranks: each rank is responsible for its own progress.
+
+        Returns:
+            Whether it succeeded: on rank 0 for all ranks, elsewhere for this rank.
         """
         seen = -1
         for thread in self._threads:
             while thread.is_alive():
                 thread.join(_PAUSE_SECONDS)
-                if self._num_parts != seen:
+                if self._num_chunks != seen:
                     on_progress()
-                seen = self._num_parts
+                seen = self._num_chunks
         if self._is_published is None:
-            self._box.wait_for_end(on_progress, self._is_cancelled.is_set)
+            self._reports.wait_for_end(on_progress, self._is_cancelled.is_set)
             return self._is_written
         return self._is_published
 
-    def forget(self) -> None:
-        """Removes rank 0's word that it is done, which every rank has heard."""
+    def clear(self) -> None:
+        """Removes rank 0's announcement from the store, once every rank has seen it."""
         if self._is_published is not None:
-            self._box.forget()
+            self._reports.clear()
 
     def cancel(self) -> None:
-        """Stops waiting for ranks that will not report; what is being written is written."""
+        """Stops waiting for other ranks. Chunks in progress are still written."""
         self._is_cancelled.set()
 
     def _start(self, work: Callable[[], None]) -> None:
@@ -417,7 +411,7 @@ class BackgroundSave:
         thread.start()
 
     def _count(self) -> None:
-        self._num_parts += 1
+        self._num_chunks += 1
 
     def _write(self, write: Write, rank: int, plan: Plan | None) -> None:
         lower_thread_priority()
@@ -426,14 +420,14 @@ class BackgroundSave:
         except BaseException as error:
             report = Report(error=f"rank {rank}: {reason(error)}", plan=plan)
         self._is_written = report.error is None
-        self._box.put(rank, report)
+        self._reports.put(rank, report)
 
     def _publish(
         self, publication: Publication, world_size: int, plans: dict[int, Plan], begin: float
     ) -> None:
         lower_thread_priority()
         try:
-            reports = self._box.wait_for_all(world_size, self._count, self._is_cancelled.is_set)
+            reports = self._reports.wait_for_all(world_size, self._count, self._is_cancelled.is_set)
             plans.update(
                 {
                     rank: report.plan
@@ -447,17 +441,17 @@ class BackgroundSave:
             publication.run(reports, [plans[rank] for rank in range(world_size)])
         except BaseException as error:
             log_failure(publication.final, error)
-            shutil.rmtree(publication.beside, ignore_errors=True)
+            shutil.rmtree(publication.temporary, ignore_errors=True)
             return
         finally:
-            self._box.end()
+            self._reports.end()
         self._is_published = True
         logger.info("saved %s in %.2f s", publication.final, time.perf_counter() - begin)
         publication.prune()
 
 
 def reason(error: BaseException) -> str:
-    """What the system said, in a line."""
+    """Returns the cause of an error in one line: the system's message if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
@@ -467,11 +461,11 @@ def reason(error: BaseException) -> str:
 
 
 def log_failure(final: Path, error: BaseException) -> None:
-    """Says that a save failed and what follows from it."""
+    """Logs that a save failed and what follows from it."""
     folder = final.parent
     logger.error(
         "saving %s failed: %s (%.1f GB free there); the previous checkpoint is untouched, training "
-        "goes on and the next save tries again",
+        "continues and the next save tries again",
         final,
         reason(error),
         shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0,

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 
 from megatron_chatflow.blend.plan import plan, to_table
-from megatron_chatflow.checkpoint.files import damage, raise_if_damaged
+from megatron_chatflow.checkpoint.files import find_damage, raise_if_damaged
 from megatron_chatflow.config import RunConfig, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory, saving_copy_bytes
 from megatron_chatflow.config.shape import flops_per_token, num_parameters, padded_vocab_size
@@ -51,7 +51,7 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
             inputs = open_inputs(config)
             hashed = None if inputs.is_huggingface else inputs.checkpoint
             if config.checkpoint.ckpt_verify and hashed is not None:
-                raise_if_damaged(hashed, damage(hashed))
+                raise_if_damaged(hashed, find_damage(hashed))
             if config.data.data_verify:
                 verify_data(config, inputs)
         except UserError as error:

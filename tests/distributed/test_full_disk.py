@@ -20,7 +20,7 @@ import psutil
 import pytest
 from tiny_run import TinyRun
 
-from megatron_chatflow.checkpoint.files import damage, iteration_folder, latest_iteration
+from megatron_chatflow.checkpoint.files import find_damage, iteration_folder, latest_iteration
 
 # Room for three checkpoints of a tiny run.
 DISK = "size=16m"
@@ -86,7 +86,9 @@ def test_a_full_disk_costs_saves_and_nothing_else(
                 _wait("the run", lambda: True, process, log)
         previous = latest_iteration(run)
         assert previous is not None
-        assert damage(iteration_folder(run, previous)) == [], "the previous checkpoint is whole"
+        assert find_damage(iteration_folder(run, previous)) == [], (
+            "the previous checkpoint is whole"
+        )
         filler.unlink()
         _wait(
             "a checkpoint after there was room",
@@ -105,7 +107,7 @@ def test_a_full_disk_costs_saves_and_nothing_else(
     text = log.read_text(encoding="utf-8")
     assert "Traceback" not in text
     last = latest_iteration(run)
-    assert last is not None and damage(iteration_folder(run, last)) == []
+    assert last is not None and find_damage(iteration_folder(run, last)) == []
     assert sorted(path.name for path in run.iterdir() if "iter_" in path.name) == [
         iteration_folder(run, last).name
     ], "nothing is left of the saves that failed"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_chatflow.checkpoint.direct_file import FileHash
-from megatron_chatflow.checkpoint.files import LATEST, damage
+from megatron_chatflow.checkpoint.files import LATEST, find_damage
 from megatron_chatflow.checkpoint.writer import BackgroundSave, OnProgress, Publication, SaveReports
 
 
@@ -73,7 +73,7 @@ def test_a_run_folder_that_cannot_be_synced(
     monkeypatch.setattr(os, "fsync", sync_files_only)
     if code == errno.ENOTSUP:  # a file system that syncs no folders
         publication.run([], [])
-        assert damage(final) == []
+        assert find_damage(final) == []
     else:
         with pytest.raises(OSError, match=os.strerror(code)):
             publication.run([], [])

@@ -439,7 +439,7 @@ def test_weights_of_no_dtype_of_weights(checkpoint: Path, tmp_path: Path, dtype:
     [float("nan"), float("inf"), -1, torch.ones(2), torch.empty(1, device="meta"), torch.empty(0)],
 )
 def test_steps_of_the_optimizer(tmp_path: Path, step: Any) -> None:
-    with pytest.raises(UserError, match=r"common\.pt: the optimizer's step is no number"):
+    with pytest.raises(UserError, match=r"common\.pt: the optimizer's step is not a number"):
         _num_steps({"optimizer": {"param_groups": [{"step": step}]}}, tmp_path)
     assert _num_steps({"param_groups": [{"step": torch.tensor(3)}]}, tmp_path) == 3
 
@@ -447,7 +447,7 @@ def test_steps_of_the_optimizer(tmp_path: Path, step: Any) -> None:
 def test_a_structure_without_an_end(tmp_path: Path) -> None:
     endless: list[Any] = []
     endless.append(endless)
-    with pytest.raises(UserError, match="is no number"):
+    with pytest.raises(UserError, match="is not a number"):
         _num_steps(endless, tmp_path)
 
 

@@ -36,7 +36,7 @@ def _shards(rng: random.Random) -> list[TensorShard]:
 
 
 def test_replicas_share_every_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(division, "_SMALLEST_CUT_BYTES", 64)
+    monkeypatch.setattr(division, "_MIN_SHARD_BYTES", 64)
     rng = random.Random(3)
     for _ in range(40):
         shards, num_replicas = _shards(rng), rng.randint(1, 5)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, hash_file
-from megatron_chatflow.checkpoint.files import MANIFEST, damage, manifest_text, read_manifest
+from megatron_chatflow.checkpoint.files import MANIFEST, find_damage, manifest_text, read_manifest
 from megatron_chatflow.checkpoint.layout import (
     ALIGNMENT,
     TensorShard,
@@ -141,18 +141,18 @@ def test_damage_is_named_by_file(tmp_path: Path, change: str, says: str) -> None
         (tmp_path / name).write_bytes(os.urandom(200_000))
     hashes = {name: hash_file(tmp_path / name) for name in names}
     (tmp_path / MANIFEST).write_text(manifest_text(hashes))
-    assert damage(tmp_path) == []
+    assert find_damage(tmp_path) == []
     _damaged(tmp_path / "b", change)
-    shares = [damage(tmp_path, part=part, num_parts=2) for part in range(2)]
+    shares = [find_damage(tmp_path, part=part, num_parts=2) for part in range(2)]
     assert [line.split()[0] for lines in shares for line in lines] == ["b"]
-    assert says in damage(tmp_path)[0]
+    assert says in find_damage(tmp_path)[0]
 
 
 def test_files_without_a_hash_are_damage(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(os.urandom(100))
     (tmp_path / MANIFEST).write_text(manifest_text({"a": hash_file(tmp_path / "a")}))
-    assert damage(tmp_path) == [f"{MANIFEST} has nothing of b"]
+    assert find_damage(tmp_path) == [f"{MANIFEST} has no hash of b"]
 
 
 @pytest.mark.parametrize(
