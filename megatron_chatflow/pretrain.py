@@ -59,7 +59,30 @@ def _run(process: ProcessRank) -> None:
 
         print(dry_run(config, options.world_size, verbose=options.verbose))
         return
-    validate_for_world(config, process.world_size)
+    _initialize_and_train(config)
+
+
+def train(config: RunConfig) -> None:
+    """Trains one run on this process, as ``python -m megatron_chatflow.pretrain`` does.
+
+    Every process that ``torchrun`` started calls it with the same configuration; without
+    ``torchrun``, this process trains alone. A run whose ``checkpoint.load`` holds a checkpoint
+    continues from it. `logging` is left as the caller configured it.
+
+    Args:
+        config: The configuration of the run, from `load_config`.
+
+    Raises:
+        UserError: The configuration does not suit the number of processes, or an input is invalid.
+    """
+    try:
+        _initialize_and_train(config)
+    finally:
+        finalize()
+
+
+def _initialize_and_train(config: RunConfig) -> None:
+    validate_for_world(config, ProcessRank.from_environment().world_size)
     parallel = config.parallel
     if config.train.deterministic_mode:
         use_deterministic_algorithms()

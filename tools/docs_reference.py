@@ -4,15 +4,16 @@
 with status 1 if one differs; a test does the same.
 """
 
-import argparse
-import sys
+from megatron_chatflow.errors import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()  # the imports below take seconds
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megatron_chatflow.config.flags import FLAGS
 from megatron_chatflow.config.megatron_flags import (
@@ -26,6 +27,7 @@ from megatron_chatflow.config.megatron_flags import (
 )
 from megatron_chatflow.config.sections import KnotConfig, ScheduleConfig, SourceConfig
 from megatron_chatflow.config.validation import RunConfig
+from megatron_chatflow.errors import ArgumentParser, run_main
 from megatron_chatflow.preprocess.templates import TEMPLATES, document_of_chat
 from megatron_chatflow.tokenizer.chat_template import Chat
 
@@ -321,7 +323,7 @@ def pages() -> dict[Path, str]:
 
 def main() -> int:
     """Writes or checks the pages."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     check = parser.parse_args().check
     stale = []
@@ -336,4 +338,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

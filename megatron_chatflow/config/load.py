@@ -128,7 +128,7 @@ def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Pat
             )
 
 
-def load_config(yaml_path: Path | None, flags: Sequence[str] = ()) -> RunConfig:
+def load_config(yaml_path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig:
     """The configuration of a YAML file with flags over it.
 
     Args:
@@ -138,7 +138,8 @@ def load_config(yaml_path: Path | None, flags: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: The file cannot be read, or something in it or in the flags is wrong.
     """
-    return _load(yaml_path, parse_arguments(flags, with_options=False)[0])
+    path = None if yaml_path is None else Path(yaml_path)
+    return _load(path, parse_arguments(flags, with_options=False)[0])
 
 
 def load_config_from_argv(arguments: Sequence[str]) -> tuple[RunConfig, RunOptions]:

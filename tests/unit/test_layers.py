@@ -86,7 +86,8 @@ def test_a_layer_imports_only_those_above_it() -> None:
     for path in PACKAGE:
         own = layer(list(path.relative_to(ROOT).with_suffix("").parts))
         assert own == "__init__" or own in LAYERS, f"{own} is not among the layers of the design"
-        allowed = LAYERS[: LAYERS.index(own) + 1] if own in LAYERS else ()
+        # The package's own __init__ exports names of several layers, which it imports lazily.
+        allowed = LAYERS[: LAYERS.index(own) + 1] if own in LAYERS else LAYERS
         for line, name in imported_layers(path, ast.parse(path.read_text())):
             if name not in allowed:
                 wrong.append(f"{relative(path)}:{line}: {own} imports {name}")
