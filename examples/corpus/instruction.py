@@ -1,8 +1,7 @@
 """Conversations: instructions with answers, preferred answers, small talk.
 
-In: package archives by package name. Out: {"messages": [{"role", "content"}, ...]} documents, roles
-`system`, `user` and `assistant`, in a fixed order. The group is the first question, so that the
-same question never lies on both sides of the split.
+The group of a document is its first question, so that the same question never lies on both sides
+of the split.
 """
 
 import json
@@ -33,7 +32,7 @@ _MATERIAL_LOST = re.compile(
 )
 _ASKS_FOR_ENGLISH = re.compile("英文|英语|翻译|译成|[Ee]nglish|[Tt]ranslat")
 _BLANK_IN_TEXT = re.compile(f"(?<=[{HAN}，。]) (?=[{HAN}])")
-_SMALL_TALK = re.compile(r"chatterbot_corpus/data/english/[\w-]+\.yml$")
+_SMALL_TALK = r"chatterbot_corpus/data/english/[\w-]+\.yml"
 _MAX_CHARACTERS = 12_000
 
 
@@ -89,9 +88,7 @@ def from_turns(turns: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
 
 def small_talk(archives: Mapping[str, Path]) -> Iterator[Document]:
     """Yields the English questions and answers of chatterbot-corpus."""
-    for _, content in read_members(
-        archives["chatterbot-corpus"], lambda name: _SMALL_TALK.match(name) is not None
-    ):
+    for _, content in read_members(archives["chatterbot-corpus"], _SMALL_TALK):
         for lines in yaml.safe_load(content).get("conversations") or []:
             if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
                 continue

