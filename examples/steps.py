@@ -1,7 +1,6 @@
-"""What the examples' drivers share: where text lies, and how a step is announced and run.
+"""Steps that the examples' drivers share: fetching, preprocessing, running tools and trainings.
 
-In: a tool's name and arguments, or a run's configuration. Out: that tool's output on the terminal;
-a tool that fails ends the driver with one line.
+The output of every command goes to the terminal. A command that fails ends the driver.
 """
 
 import subprocess
@@ -23,12 +22,16 @@ SOURCES: dict[str, tuple[str, ...]] = {
 
 
 def announce(title: str) -> None:
-    """Announces a step."""
+    """Prints the title of a step."""
     print(f"\n== {title}", flush=True)
 
 
-def tool(name: str, *arguments: object) -> None:
-    """Runs one of the project's tools; ends the driver if it fails."""
+def run_tool(name: str, *arguments: object) -> None:
+    """Runs one of the project's tools.
+
+    Raises:
+        UserError: The tool fails.
+    """
     announce(" ".join(["tools/" + name, *map(str, arguments)]))
     command = [sys.executable, f"tools/{name}", *map(str, arguments)]
     if subprocess.run(command, check=False).returncode:
@@ -36,7 +39,7 @@ def tool(name: str, *arguments: object) -> None:
 
 
 def pretrain_command(config: Path, *flags: object) -> list[str]:
-    """The command line of a run on two ranks."""
+    """Returns the command line of a run on two ranks."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return [
         *launch,
@@ -48,34 +51,38 @@ def pretrain_command(config: Path, *flags: object) -> list[str]:
 
 
 def pretrain(title: str, config: Path, *flags: object) -> None:
-    """Runs a training to its end on two ranks; ends the driver if it fails."""
+    """Runs a training on two ranks to its end.
+
+    Raises:
+        UserError: The training fails.
+    """
     announce(title)
     if subprocess.run(pretrain_command(config, *flags), check=False).returncode:
         raise UserError(f"{title}: failed, see above")
 
 
 def fetch_corpus(is_small: bool) -> None:
-    """Brings the text; what is there already is not fetched again."""
+    """Fetches the corpus unless it is present."""
     if (CORPUS / "manifest.json").exists():
-        announce(f"the corpus is in {CORPUS} already")
+        announce(f"{CORPUS}: the corpus is present")
         return
-    tool("fetch_demo_corpus.py", "--output-dir", CORPUS, *(["--small"] if is_small else []))
+    run_tool("fetch_demo_corpus.py", "--output-dir", CORPUS, *(["--small"] if is_small else []))
 
 
-def tokenise(source: str, part: str, prefix: Path, tokenizer_flags: Sequence[object]) -> None:
-    """Turns a part of a source into an indexed dataset, unless it is there.
+def preprocess(source: str, split: str, prefix: Path, tokenizer_flags: Sequence[object]) -> None:
+    """Converts a split of a source to an indexed dataset unless that is present.
 
     Args:
         source: A name in `SOURCES`.
-        part: "train" or "valid".
-        prefix: What the dataset's file names begin with.
-        tokenizer_flags: Which tokenizer, as `preprocess_data.py` takes it.
+        split: "train" or "valid".
+        prefix: The prefix of the dataset's file names.
+        tokenizer_flags: The flags of `preprocess_data.py` that name the tokenizer.
     """
     if list(prefix.parent.glob(f"{prefix.name}_[tm]e*_document.json")):
         return
-    tool(
+    run_tool(
         "preprocess_data.py",
-        *("--input", CORPUS / f"{source}.{part}.jsonl"),
+        *("--input", CORPUS / f"{source}.{split}.jsonl"),
         *("--output-prefix", prefix),
         *tokenizer_flags,
         *("--append-eod", "--workers", 2),

@@ -1,9 +1,9 @@
-"""A real pre-trained model into Chinese on two CPU cores: ChatFlow's whole recipe in order.
+"""Adapts a real pre-trained model to Chinese on two CPU cores, with all steps of ChatFlow.
 
-``python examples/smollm2_zh/demo.py [--short] [--variants extended plain]``, from anywhere;
-``make smollm2`` sets up what it needs. In: nothing. Out: ``runs/smollm2_zh/``: for each variant its
-run and its export, and ``summary.json`` and ``table.md`` beside them. A step that is done is not
-done again, and a run that was stopped goes on from its last checkpoint.
+``python examples/smollm2_zh/demo.py [--short] [--variants extended plain]``; ``make smollm2``
+installs what it needs. It writes ``runs/smollm2_zh/``: the run and the export of each variant,
+``summary.json`` and ``table.md``. Steps whose output is present are skipped, and an interrupted
+training is resumed from its last checkpoint.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -24,9 +24,17 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from smollm2_zh.report import HELD_OUT_FORMATS, hold_out, show, summarise
-
-from examples.steps import CORPUS, ROOT, SOURCES, announce, fetch_corpus, pretrain, tokenise, tool
+from examples.smollm2_zh.report import HELD_OUT_FORMATS, hold_out, markdown_table, summarize
+from examples.steps import (
+    CORPUS,
+    ROOT,
+    SOURCES,
+    announce,
+    fetch_corpus,
+    preprocess,
+    pretrain,
+    run_tool,
+)
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import write_atomically
 
@@ -34,10 +42,11 @@ HERE = Path("examples/smollm2_zh")
 WORK = Path(".demo/smollm2")
 BASE = WORK / "base"
 VARIANTS = ("extended", "plain")
-# A multiple of 128 like the old 49,152, so that no row is padding; they are 99 % of the Han
-# characters in the demo's Chinese.
-NUM_NEW_PIECES = 3072
-# Iterations that are trained at TP 2 as well, and what their losses may differ by in bf16.
+# A multiple of 128, like the original 49,152, so that no row is padding. The new tokens cover 99 %
+# of the Chinese characters in the demo's Chinese text.
+NUM_NEW_TOKENS = 3072
+# The number of iterations that are trained at TP 2 as well, and the tolerance of their losses in
+# bf16.
 NUM_COMPARED = 2
 TENSOR_PARALLEL_TOLERANCE = 0.01
 PROMPTS = ("请介绍一下北京。", "What is a computer?", "把下面的句子翻译成英文：今天天气很好。")
@@ -45,13 +54,13 @@ PROMPTS = ("请介绍一下北京。", "What is a computer?", "把下面的句�
 
 @dataclass(frozen=True)
 class Length:
-    """How much is done.
+    """The size of the example.
 
     Attributes:
-        folder: Of the runs.
-        iterations: Of a variant's training.
-        held_out_bytes: Of each source, to evaluate on.
-        sample_tokens: The longest sample.
+        folder: The folder of the runs.
+        iterations: Number of iterations of each variant.
+        held_out_bytes: Bytes of each source to evaluate on.
+        sample_tokens: Maximum length of a sample in tokens.
     """
 
     folder: Path
@@ -60,17 +69,17 @@ class Length:
     sample_tokens: int
 
 
-WHOLE = Length(Path("runs/smollm2_zh"), 180, 20_000, 48)
+FULL = Length(Path("runs/smollm2_zh"), 180, 20_000, 48)
 SHORT = Length(Path("runs/smollm2_zh_short"), 4, 2_000, 8)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of treating the vocabulary.
+    """A choice of vocabulary.
 
     Attributes:
         name: "plain" for the model's own tokenizer, "extended" for one with Chinese characters.
-        folder: Of its run and export.
+        folder: The folder of its run and export.
     """
 
     name: str
@@ -88,12 +97,12 @@ class Variant:
 
     @property
     def start(self) -> Path:
-        """The Hugging Face folder that its training begins with."""
+        """The Hugging Face folder with its initial weights."""
         return BASE if self.name == "plain" else self.folder / "start"
 
 
 def main() -> None:
-    """Runs every step and prints what it shows."""
+    """Runs every step and prints the results."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="few iterations: about 3 minutes")
     parser.add_argument(
@@ -105,14 +114,14 @@ def main() -> None:
     os.chdir(ROOT)
     fetch_corpus(is_small=args.short)
     if not (BASE / "config.json").exists():
-        tool("fetch_demo_model.py", "--output-dir", BASE, "--dtype", "bf16")
+        run_tool("fetch_demo_model.py", "--output-dir", BASE, "--dtype", "bf16")
     held_out = hold_out(CORPUS, length.folder / "held_out", length.held_out_bytes)
     variants = [Variant(name, length.folder / name) for name in args.variants]
     for variant in variants:
         prepare(variant)
         train(variant, length)
         compare_tensor_parallel(variant)
-        tool_once(variant.folder / "export" / "config.json", *export_flags(variant, "run"))
+        run_tool_once(variant.folder / "export" / "config.json", *export_flags(variant, "run"))
     evaluate(BASE, length.folder / "base.json", held_out)
     sample(BASE, length.folder / "base.txt", length)
     for variant in variants:
@@ -120,11 +129,11 @@ def main() -> None:
             evaluate(variant.start, variant.folder / "start.json", held_out)
         evaluate(variant.folder / "export", variant.folder / "export.json", held_out)
         sample(variant.folder / "export", variant.folder / "export.txt", length)
-    summary = summarise(length.folder, VARIANTS)
+    summary = summarize(length.folder, VARIANTS)
     write_atomically(
         length.folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     )
-    table = show(summary)
+    table = markdown_table(summary)
     write_atomically(length.folder / "table.md", table)
     announce("bits per byte of held-out text, and samples")
     print(table)
@@ -133,37 +142,37 @@ def main() -> None:
 
 
 def _length(is_short: bool, iterations: int | None) -> Length:
-    """How much is done; every length has a folder of its own, so that none resumes another's."""
-    length = SHORT if is_short else WHOLE
+    """Returns the size of the example. Each number of iterations has its own folder."""
+    length = SHORT if is_short else FULL
     if iterations is None:
         return length
     if iterations < 4:
-        raise UserError(f"--iterations: {iterations} is below 4: ask for more")
+        raise UserError(f"--iterations: {iterations} is below 4; use at least 4")
     folder = length.folder.with_name(f"{length.folder.name}_{iterations}")
     return replace(length, folder=folder, iterations=iterations)
 
 
-def tool_once(result: Path, name: str, *arguments: object) -> None:
-    """Runs a tool whose last output is ``result``, unless that is there."""
+def run_tool_once(result: Path, name: str, *arguments: object) -> None:
+    """Runs a tool unless its last output, ``result``, is present."""
     if not result.exists():
-        tool(name, *arguments)
+        run_tool(name, *arguments)
 
 
 def prepare(variant: Variant) -> None:
-    """Vocabulary, tokens and weights, and the check of these against transformers."""
+    """Makes vocabulary, tokens and weights, and verifies the weights against transformers."""
     if variant.name == "extended":
-        tool_once(
+        run_tool_once(
             variant.tokenizer / "tokenizer.json",
             "extend_vocab.py",
             *("--tokenizer-model", BASE, "--corpus", CORPUS / "chinese.train.jsonl"),
-            *("--num-new", NUM_NEW_PIECES, "--output-dir", variant.tokenizer),
+            *("--num-new", NUM_NEW_TOKENS, "--output-dir", variant.tokenizer),
         )
     flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", variant.tokenizer)
     for source in SOURCES:
-        tokenise(source, "train", variant.tokens / source, (*flags, "--template", "chatflow"))
+        preprocess(source, "train", variant.tokens / source, (*flags, "--template", "chatflow"))
     imported = variant.folder / "imported"
     resize = ("--embedding-init", "mean-of-pieces", "--tokenizer-model", variant.tokenizer)
-    tool_once(
+    run_tool_once(
         imported / "latest_checkpointed_iteration.txt",
         "convert_checkpoint.py",
         *("import", "--hf", BASE, "--output", imported),
@@ -172,13 +181,13 @@ def prepare(variant: Variant) -> None:
     verified = variant.folder / "verified"
     if not verified.exists():
         if variant.name == "extended":
-            tool_once(variant.start / "config.json", *export_flags(variant, "imported"))
-        tool("convert_checkpoint.py", "verify", "--hf", variant.start, "--checkpoint", imported)
+            run_tool_once(variant.start / "config.json", *export_flags(variant, "imported"))
+        run_tool("convert_checkpoint.py", "verify", "--hf", variant.start, "--checkpoint", imported)
         verified.touch()
 
 
 def export_flags(variant: Variant, what: str) -> tuple[object, ...]:
-    """The command that exports a variant's trained or imported weights."""
+    """Returns the command that exports a variant's trained or imported weights."""
     checkpoint, output = variant.folder / what, variant.folder / "export"
     if what == "imported":
         output = variant.start
@@ -190,7 +199,7 @@ def export_flags(variant: Variant, what: str) -> tuple[object, ...]:
 
 
 def train(variant: Variant, length: Length) -> None:
-    """Trains, or goes on with the training, unless it is done."""
+    """Trains a variant or resumes its training, unless it is complete."""
     config = yaml.safe_load((HERE / "chatflow.yaml").read_text(encoding="utf-8"))
     config["tokenizer"]["tokenizer_model"] = str(variant.tokenizer)
     for source in config["data"]["sources"].values():
@@ -214,23 +223,23 @@ def train(variant: Variant, length: Length) -> None:
 
 
 def compare_tensor_parallel(variant: Variant) -> None:
-    """The first steps again, the model cut over two processes, unless that is done.
+    """Repeats the first iterations with tensor parallelism and compares their losses.
 
-    Two processes cannot share 3 groups of heads: a fourth one, of zeros, fills them up.
+    Two ranks cannot share 3 query groups evenly, so a fourth group of zeros pads them.
     """
-    cut = variant.folder / "tensor_parallel"
-    metrics = cut / "metrics.jsonl"
+    run = variant.folder / "tensor_parallel"
+    metrics = run / "metrics.jsonl"
     if not metrics.exists():
         pretrain(
             f"the first {NUM_COMPARED} iterations of the {variant.name} variant at TP 2",
             variant.folder / "chatflow.yaml",
-            *("--save", cut, "--pretrained-checkpoint", variant.folder / "imported"),
+            *("--save", run, "--pretrained-checkpoint", variant.folder / "imported"),
             *("--tensor-model-parallel-size", 2, "--pad-attention-heads"),
             *("--exit-interval", NUM_COMPARED),
         )
-        for checkpoint in cut.glob("iter_*"):
+        for checkpoint in run.glob("iter_*"):
             shutil.rmtree(checkpoint)
-    expected, found = first_losses(variant.folder / "run"), first_losses(cut)
+    expected, found = first_losses(variant.folder / "run"), first_losses(run)
     difference = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
     print(f"losses at DP 2 and at TP 2 differ by {difference:.1e} at most")
     if difference > TENSOR_PARALLEL_TOLERANCE:
@@ -238,15 +247,15 @@ def compare_tensor_parallel(variant: Variant) -> None:
 
 
 def first_losses(run: Path) -> list[float]:
-    """Of a run's first `NUM_COMPARED` iterations."""
+    """Returns the losses of the first `NUM_COMPARED` iterations of a run."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     return [entry["lm_loss"] for entry in entries if "lm_loss" in entry][:NUM_COMPARED]
 
 
 def evaluate(model: Path, output: Path, held_out: dict[str, Path]) -> None:
-    """Bits per byte of each source's held-out text, unless they are known."""
-    tool_once(
+    """Measures bits per byte of each source's held-out text, unless the result is present."""
+    run_tool_once(
         output,
         *("evaluate.py", model, "--output", output, "--max-length", 512, "--template", "chatflow"),
         *(f"--source={name}:{HELD_OUT_FORMATS[name]}={path}" for name, path in held_out.items()),
@@ -254,7 +263,7 @@ def evaluate(model: Path, output: Path, held_out: dict[str, Path]) -> None:
 
 
 def sample(model: Path, output: Path, length: Length) -> None:
-    """Writes what a model answers to the prompts, in its own chat template."""
+    """Writes a model's answers to the prompts, generated with its own chat template."""
     if output.exists():
         return
     command = [sys.executable, "tools/generate.py", str(model), "--chat", "--temperature", "0"]
@@ -266,7 +275,7 @@ def sample(model: Path, output: Path, length: Length) -> None:
     if done.returncode:
         raise UserError("tools/generate.py failed, see above")
     answers, rest = {}, done.stdout
-    for prompt in reversed(PROMPTS):  # each answer stands below its own prompt
+    for prompt in reversed(PROMPTS):  # each answer follows its prompt
         rest, _, answer = rest.rpartition(f"> {prompt}\n")
         answers[prompt] = answer.strip()
     in_order = {prompt: answers[prompt] for prompt in PROMPTS}

@@ -1,8 +1,7 @@
-"""A LLaMA in llama.cpp's GGUF format as a Hugging Face folder.
+"""Converts a LLaMA in llama.cpp's GGUF format to a Hugging Face folder.
 
-In: a `.gguf` file, quantised or not, with its tokenizer. Out: `config.json`, safetensors,
-`tokenizer.json` and what else `transformers` (and so `tools/convert_checkpoint.py import`) needs.
-The `gguf` package (extra `hf`) reads the file and undoes the quantisation; memory holds one tensor.
+The `gguf` package (extra `demo`) reads and dequantizes the file, one tensor in memory at a time.
+The folder has what `transformers` and `tools/convert_checkpoint.py import` need.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 _DAMAGED = (ValueError, IndexError, KeyError, OverflowError, OSError)
-"""What the `gguf` package raises for files that are cut off or no GGUF at all."""
+"""Errors that the `gguf` package raises for truncated files and for other formats."""
 
-# Hugging Face's names and GGUF's.
+# Hugging Face name -> GGUF name.
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -61,13 +60,13 @@ def convert_gguf(
 
     Args:
         path: The `.gguf` file.
-        output: The new folder; it appears when it is complete.
-        dtype: ``fp32``, ``bf16`` or ``fp16``. The de-quantised values are exact in fp32 only.
-        overwrite: Whether an earlier folder of that kind is replaced.
+        output: The new folder, which appears when it is complete.
+        dtype: ``fp32``, ``bf16`` or ``fp16``. Only fp32 represents the dequantized values exactly.
+        overwrite: Whether to replace an earlier output.
 
     Raises:
-        UserError: The `gguf` package is missing, the file is damaged, of another architecture or
-            with parts that this LLaMA does not have, or the folder cannot be written.
+        UserError: The `gguf` package is missing, the file is damaged or not a supported LLaMA, or
+            the folder cannot be written.
     """
     check_new_folder(output, overwrite=overwrite, mark="config.json")
     reader = open_gguf(path)
@@ -92,7 +91,7 @@ def convert_gguf(
 
 
 def open_gguf(path: Path) -> "GGUFReader":
-    """Maps a GGUF file.
+    """Opens a GGUF file memory-mapped.
 
     Raises:
         UserError: It is missing or damaged, or the `gguf` package is not installed.
@@ -100,16 +99,16 @@ def open_gguf(path: Path) -> "GGUFReader":
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UserError(
-            "gguf: the package is not installed and reads this format: pip install gguf"
-        ) from None
+        raise UserError("gguf is not installed; run: pip install --editable '.[demo]'") from None
     if not path.is_file():
-        raise UserError(f"{path}: no such file: name a .gguf file")
+        raise UserError(f"{path}: no such file; name a .gguf file")
     try:
         return GGUFReader(str(path))
     except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: is damaged or no GGUF file ({reason}): fetch it again") from None
+        raise UserError(
+            f"{path}: is damaged or not a GGUF file ({reason}); fetch it again"
+        ) from None
 
 
 def read_fields(reader: "GGUFReader") -> dict[str, Any]:
@@ -123,10 +122,10 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
     Args:
         path: Named in errors.
         fields: From `read_fields`.
-        tensors: Tensors by name, whose shapes count the vocabulary.
+        tensors: Tensors by name. The embedding's shape gives the vocabulary size.
 
     Raises:
-        UserError: It is no LLaMA, or one with scaled rotary embeddings, experts or odd heads.
+        UserError: It is not a LLaMA, or it has experts, scaled rotary embeddings or uneven heads.
     """
     architecture = fields.get("general.architecture")
     if architecture != "llama":
@@ -146,7 +145,7 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
     ):
         value = fields.get(f"llama.{key}")
         if not isinstance(value, (int, float)) or value <= 0:
-            raise UserError(f"{path}: llama.{key} is {value!r}: fetch a complete file")
+            raise UserError(f"{path}: llama.{key} is {value!r}; fetch a complete file")
         numbers[key] = value
     num_heads, hidden_size = int(numbers["attention.head_count"]), int(numbers["embedding_length"])
     num_groups = fields.get("llama.attention.head_count_kv", num_heads)
@@ -161,7 +160,7 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
             f"up {hidden_size}: such a model cannot be converted"
         )
     if "token_embd.weight" not in tensors:
-        raise UserError(f"{path}: has no tensor token_embd.weight: fetch a complete file")
+        raise UserError(f"{path}: has no tensor token_embd.weight; fetch a complete file")
     return LlamaShape(
         num_layers=int(numbers["block_count"]),
         hidden_size=hidden_size,
@@ -171,7 +170,7 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
         vocab_size=_shape(tensors["token_embd.weight"])[0],
         max_position_embeddings=int(numbers["context_length"]),
         rotary_base=float(fields.get("llama.rope.freq_base", 10000.0)),
-        # Stored in fp32: 1e-05 comes back as 9.999999747378752e-06.
+        # Stored in fp32, where 1e-05 reads as 9.999999747378752e-06.
         norm_epsilon=float(f"{numbers['attention.layer_norm_rms_epsilon']:.6g}"),
         init_method_std=0.02,
         untie_embeddings_and_output_weights="output.weight" in tensors,
@@ -179,20 +178,20 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
 
 
 def gguf_name(name: str) -> str:
-    """Returns GGUF's name of a Hugging Face tensor."""
+    """Returns the GGUF name of a Hugging Face tensor."""
     if match := _LAYER.fullmatch(name):
         return f"blk.{match.group(1)}.{_NAMES[match.group(2)]}.weight"
     return f"{_NAMES[name.removesuffix('.weight')]}.weight"
 
 
 def unpermute(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """Undoes llama.cpp's order of the rows of query and key projections.
+    """Restores the order of rows of query and key projections that llama.cpp permutes.
 
-    GGUF keeps the two values of a rotated pair side by side, Hugging Face half a head apart.
+    GGUF stores the two values of a rotated pair adjacently, Hugging Face half a head apart.
 
     Args:
         weight: float32[num_heads * head_dim, hidden_size].
-        num_heads: Query heads, or key heads.
+        num_heads: Number of query heads or of key heads.
 
     Returns:
         The same rows, reordered within every head.
@@ -207,7 +206,7 @@ def _check_tensors(
     expected = {gguf_name(name): shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         if name not in tensors:
-            raise UserError(f"{path}: has no tensor {name}: fetch a complete file")
+            raise UserError(f"{path}: has no tensor {name}; fetch a complete file")
         if _shape(tensors[name]) != shape:
             raise UserError(
                 f"{path}: {name} is {list(_shape(tensors[name]))} and should be {list(shape)}: "
@@ -215,7 +214,7 @@ def _check_tensors(
             )
     for name in tensors:
         if name not in expected:
-            raise UserError(f"{path}: has a tensor {name}, which this LLaMA has no place for")
+            raise UserError(f"{path}: has a tensor {name}, which a LLaMA does not have")
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""The byte-level BPE tokenizer of a GGUF file as Hugging Face files.
+"""Converts the byte-level BPE tokenizer of a GGUF file to Hugging Face files.
 
-In: the file's `tokenizer.*` fields. Out: `tokenizer.json` and `tokenizer_config.json` with the
-chat template, as `transformers` and `load_tokenizer` read them.
+`tokenizer.json` and `tokenizer_config.json`, with the chat template, are read by `transformers`
+and `load_tokenizer`.
 """
 
 import json
@@ -22,7 +22,7 @@ _GGUF_NAMES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 def special_ids(fields: Mapping[str, Any]) -> dict[str, int | None]:
-    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`; None where a file has none."""
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id`; None if absent."""
     return {f"{name}_token_id": _special_id(fields, name) for name in ("bos", "eos", "pad")}
 
 
@@ -39,11 +39,11 @@ def write_tokenizer(
     Args:
         path: The GGUF file, named in errors.
         fields: Its key-value pairs.
-        folder: Where to write.
-        max_position_embeddings: The longest text that the model takes, tokens.
+        folder: The output folder.
+        max_position_embeddings: Maximum length of the model's input in tokens.
 
     Raises:
-        UserError: The tokenizer is none, or not a byte-level BPE that is known here.
+        UserError: There is no tokenizer, or it is not a supported byte-level BPE.
     """
     tokens = fields.get("tokenizer.ggml.tokens") or []
     tokenizer = build_tokenizer(path, fields)
@@ -72,7 +72,7 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeniz
         fields: Its key-value pairs.
 
     Raises:
-        UserError: It is of another kind, or its parts contradict each other.
+        UserError: It is of another kind or inconsistent.
     """
     kind = fields.get("tokenizer.ggml.model")
     tokens: list[str] = fields.get("tokenizer.ggml.tokens") or []
@@ -84,8 +84,8 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeniz
         )
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise UserError(f"{path}: its vocabulary names a token twice: fetch it again")
-    # A token may hold no blank, so that the one blank in a merge parts its two halves.
+        raise UserError(f"{path}: its vocabulary has a token twice; fetch it again")
+    # Tokens contain no spaces, so the one space in a merge separates its two tokens.
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
@@ -110,13 +110,13 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeniz
 
 
 def _pre_tokenizer(path: Path, name: str) -> Any:
-    """Returns how text is cut before the merges; the names are llama.cpp's."""
+    """Returns the pre-tokenizer of llama.cpp's name."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "gpt-2":
         return byte_level
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     raise UserError(
-        f"{path}: pre-tokenizer {name!r} is not known here (gpt-2 and smollm are); take the "
+        f"{path}: pre-tokenizer {name!r} is not supported (gpt-2 and smollm are); take the "
         "tokenizer from the model's original folder"
     )

@@ -1,8 +1,4 @@
-"""What the SmolLM2 example is judged by: held-out text of one size, and the table of results.
-
-In: the corpus, and the JSON files that `tools/evaluate.py` wrote. Out: held-out files that every
-model reads, the summary, and the table as Markdown.
-"""
+"""Selects the SmolLM2 example's held-out text and summarizes the results of its evaluations."""
 
 import json
 import statistics
@@ -22,15 +18,15 @@ _MAX_CHARACTERS = 1500
 
 
 def hold_out(corpus: Path, folder: Path, num_bytes: int) -> dict[str, Path]:
-    """Writes the part of each source's held-out text that models are evaluated on.
+    """Writes the subset of each source's held-out text that models are evaluated on.
 
-    Documents are taken at even distances until ``num_bytes`` are reached, plain ones cut to their
-    first 1,500 characters, so that all kinds of text that a source is made of are in it.
+    Documents are taken at a fixed stride, and plain text is cut to its first 1,500 characters, so
+    that the subset covers all kinds of text of a source.
 
     Args:
-        corpus: With ``<source>.valid.jsonl``.
-        folder: Where to write.
-        num_bytes: Of each source, roughly.
+        corpus: The folder with ``<source>.valid.jsonl``.
+        folder: The output folder.
+        num_bytes: Approximate bytes of each source.
 
     Returns:
         The file of each source.
@@ -53,8 +49,8 @@ def hold_out(corpus: Path, folder: Path, num_bytes: int) -> dict[str, Path]:
     return paths
 
 
-def summarise(folder: Path, variants: Iterable[str]) -> dict[str, Any]:
-    """Gathers what the runs in ``folder`` showed; variants that are not done are left out."""
+def summarize(folder: Path, variants: Iterable[str]) -> dict[str, Any]:
+    """Collects the results of the complete variants in ``folder``."""
     summary: dict[str, Any] = {
         "bits_per_byte": {"SmolLM2": _bits(folder / "base.json")},
         "samples": {"SmolLM2": _read(folder / "base.txt")},
@@ -72,8 +68,8 @@ def summarise(folder: Path, variants: Iterable[str]) -> dict[str, Any]:
     return summary
 
 
-def show(summary: Mapping[str, Any]) -> str:
-    """The summary as Markdown."""
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """Formats the summary as Markdown."""
     columns = summary["bits_per_byte"]
     rows = [
         [name, *(f"{bits[name]:.3f}" for bits in columns.values())] for name in HELD_OUT_FORMATS

@@ -1,8 +1,8 @@
-"""The whole road on one CPU: real text to a trained, killed, resumed, exported model.
+"""Trains a small model on one CPU: from real text to a killed, resumed and exported run.
 
-``python examples/tiny_cpu/demo.py [--short]``, from the repository's root; ``make demo`` sets up
-what it needs. In: nothing. Out: ``runs/tiny_cpu/`` with both runs, the exported Hugging Face
-folder, ``report.html`` and ``summary.json``.
+``python examples/tiny_cpu/demo.py [--short]``; ``make demo`` installs what it needs. It writes
+``runs/tiny_cpu/``: both runs, the exported Hugging Face folder, ``report.html`` and
+``summary.json``.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -31,10 +31,10 @@ from examples.steps import (
     SOURCES,
     announce,
     fetch_corpus,
+    preprocess,
     pretrain,
     pretrain_command,
-    tokenise,
-    tool,
+    run_tool,
 )
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import write_output_file
@@ -46,16 +46,16 @@ PROMPTS = {"english": "What is a computer?", "chinese": "请介绍一下北京�
 
 
 @dataclass(frozen=True)
-class Length:
-    """How long the demo trains, in iterations.
+class Lengths:
+    """Numbers of iterations.
 
     Attributes:
-        foundation: Of the English foundation.
-        chatflow: Of the ChatFlow run.
-        ramp_end: Where its schedule has arrived.
-        kill: Where it is killed at the earliest.
-        save_interval: Between its checkpoints.
-        eval_interval: Between its validations.
+        foundation: Lengths of the English foundation.
+        chatflow: Lengths of the ChatFlow run.
+        ramp_end: The iteration at which the ramp of the ChatFlow schedule ends.
+        kill: The earliest iteration at which the ChatFlow run is killed.
+        save_interval: Iterations between its checkpoints.
+        eval_interval: Iterations between its validations.
     """
 
     foundation: int
@@ -66,27 +66,27 @@ class Length:
     eval_interval: int
 
 
-WHOLE = Length(100, 190, 115, 90, 20, 95)
-SHORT = Length(16, 32, 20, 14, 4, 16)
+FULL = Lengths(100, 190, 115, 90, 20, 95)
+SHORT = Lengths(16, 32, 20, 14, 4, 16)
 
 
 def main() -> None:
-    """Runs every step and prints what it shows."""
+    """Runs every step and prints the results."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="few iterations: about 5 minutes")
     is_short = parser.parse_args().short
-    length = SHORT if is_short else WHOLE
+    length = SHORT if is_short else FULL
     os.chdir(ROOT)
     begin = time.monotonic()
     fetch_corpus(is_short)
     for source in SOURCES:
-        for part, name in (("train", source), ("valid", f"{source}_valid")):
+        for split, name in (("train", source), ("valid", f"{source}_valid")):
             model = CORPUS / "tokenizer.model"
-            tokenise(source, part, TOKENS / name, ("--tokenizer-model", model))
+            preprocess(source, split, TOKENS / name, ("--tokenizer-model", model))
     shutil.rmtree(RUNS, ignore_errors=True)
     train_foundation(length)
     killed_at, resumed_at, num_repeated = train_chatflow(length)
-    tool(
+    run_tool(
         "convert_checkpoint.py",
         "export",
         "--checkpoint",
@@ -94,11 +94,13 @@ def main() -> None:
         "--output",
         RUNS / "export",
     )
-    tool("plot_run.py", RUNS / "foundation", RUNS / "chatflow", "--output", RUNS / "report.html")
-    summary = summarise(killed_at, resumed_at)
-    show_table(summary)
+    run_tool(
+        "plot_run.py", RUNS / "foundation", RUNS / "chatflow", "--output", RUNS / "report.html"
+    )
+    summary = write_summary(killed_at, resumed_at)
+    print_table(summary)
     for prompt in PROMPTS.values():
-        tool(
+        run_tool(
             "generate.py",
             RUNS / "export",
             "--chat",
@@ -111,24 +113,24 @@ def main() -> None:
         )
     print(
         f"\nKilled in iteration {killed_at}, resumed at {resumed_at}: {num_repeated} iterations "
-        "were trained twice, with the same batches and the same losses to the last bit."
+        "were trained twice, with identical batches and losses."
     )
-    print(f"Look at {RUNS / 'report.html'}; {RUNS / 'export'} loads in transformers.")
+    print(f"Open {RUNS / 'report.html'}; {RUNS / 'export'} loads in transformers.")
     print(f"The demo took {(time.monotonic() - begin) / 60:.1f} minutes.")
 
 
-def train_foundation(length: Length) -> None:
+def train_foundation(length: Lengths) -> None:
     """Trains the English foundation."""
     flags = ("--train-iters", length.foundation, "--eval-interval", length.foundation)
     pretrain("English foundation on 2 ranks, TP=2", HERE / "foundation.yaml", *flags)
 
 
-def train_chatflow(length: Length) -> tuple[int, int, int]:
-    """Trains the ChatFlow run, kills it on the way, resumes it.
+def train_chatflow(length: Lengths) -> tuple[int, int, int]:
+    """Trains the ChatFlow run, kills it, and resumes it.
 
     Returns:
-        The iteration in which it was killed, the one it went on from, and how many iterations were
-        trained twice.
+        The iteration in which it was killed, the iteration of the checkpoint that it was resumed
+        from, and the number of iterations that were trained twice.
     """
     folder = RUNS / "chatflow"
     command = pretrain_command(
@@ -140,9 +142,7 @@ def train_chatflow(length: Length) -> tuple[int, int, int]:
         "--eval-interval",
         length.eval_interval,
     )
-    announce(
-        "ChatFlow on 2 ranks, TP=2, from the foundation's weights; it will be killed on the way"
-    )
+    announce("ChatFlow on 2 ranks, TP=2, from the foundation's weights; it will be killed")
     job = subprocess.Popen(
         [*command, "--load", str(RUNS / "foundation"), "--finetune"], start_new_session=True
     )
@@ -173,8 +173,8 @@ def train_chatflow(length: Length) -> tuple[int, int, int]:
     return killed_at, resumed_at, len(repeated)
 
 
-def _config_of_length(length: Length) -> Path:
-    """The ChatFlow configuration with its ramp cut to this demo's length."""
+def _config_of_length(length: Lengths) -> Path:
+    """Writes the ChatFlow configuration with its ramp scaled to the demo's length."""
     config = yaml.safe_load((HERE / "chatflow.yaml").read_text(encoding="utf-8"))
     config["data"]["schedule"]["knots"][-1]["at"] = length.ramp_end
     path = RUNS / "chatflow.yaml"
@@ -183,7 +183,7 @@ def _config_of_length(length: Length) -> Path:
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's metrics; a line that is being written is left out."""
+    """Reads the complete lines of a run's metrics, without one that is being written."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -199,8 +199,8 @@ def _last_iteration(folder: Path) -> int:
     return max(_iterations(folder), default=0)
 
 
-def summarise(killed_at: int, resumed_at: int) -> dict[str, Any]:
-    """Writes ``summary.json``: bits per byte of each source before and after the ChatFlow run."""
+def write_summary(killed_at: int, resumed_at: int) -> dict[str, Any]:
+    """Writes bits per byte of each source before and after the ChatFlow run to ``summary.json``."""
     validations = [entry for entry in _entries(RUNS / "chatflow") if "validation" in entry]
     first, last = validations[0]["validation"], validations[-1]["validation"]
     speeds = sorted(e["tokens_per_second"] for e in _iterations(RUNS / "chatflow").values())
@@ -217,8 +217,8 @@ def summarise(killed_at: int, resumed_at: int) -> dict[str, Any]:
     return summary
 
 
-def show_table(summary: dict[str, Any]) -> None:
-    """Prints the validation before and after."""
+def print_table(summary: dict[str, Any]) -> None:
+    """Prints the validation results before and after the ChatFlow run."""
     announce("validation, bits per byte")
     print(f"{'source':12} {'before':>8} {'after':>8} {'change':>8}")
     for name, row in summary["validation"].items():

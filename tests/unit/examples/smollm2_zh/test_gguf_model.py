@@ -281,7 +281,7 @@ def test_other_architectures_and_damage_are_refused(small, tmp_path):
     content = write_gguf(path, fields, tensors).read_bytes()
     for damaged in (b"", b"GGUF", b"not a model" * 9, content[:3000], content[:-5000]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="damaged or no GGUF"):
+        with pytest.raises(UserError, match="damaged or not a GGUF"):
             convert_gguf(path, tmp_path / "hf")
 
 
