@@ -77,7 +77,7 @@ class Restart:
         attempt: Number of this start of the run; the first restart is attempt 2. 0 if unknown.
         seconds_lost: Wall time that the restart cost; NaN if unknown.
         reached: The last iteration logged before the restart, at least ``iteration``.
-        cause: Why the run had ended, one of `train.restarts.Cause`.
+        cause: Why the run had ended, one of `restarts.Cause`.
         changes: What the resume changed in the schedule and its sources.
     """
 
@@ -282,7 +282,7 @@ class RunMetrics:
         validation_iteration: float64[m], ascending.
         validation: `VALIDATION_FIELDS` of each source, float64[m].
         restarts: Restarts in the order in which they happened.
-        status: One of `train.restarts.Status`; "" if unknown.
+        status: One of `restarts.Status`; "" if unknown.
         num_unreadable_lines: Torn or foreign lines that were skipped.
         config: The resolved configuration; {} if the folder has none.
         config_text: Text of the configuration's file.

@@ -1,7 +1,4 @@
-"""Puts a run together from its configuration, and takes it up where a checkpoint left it.
-
-In: a resolved configuration and this process's ranks. Out: a `Run` and its `TrainState`.
-"""
+"""Builds a `Run` from its configuration and resumes it from a checkpoint."""
 
 import logging
 from contextlib import ExitStack
@@ -10,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.checkpoint.store import (
     CheckpointSaver,
-    RunState,
     load_checkpoint,
     load_weights,
     verify_checkpoint,
@@ -29,12 +24,18 @@ from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
 from megatron_chatflow.runtime.device import peak_flops
-from megatron_chatflow.runtime.host_memory import FreedMemory, GarbageCollection
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks, run_on_all_ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.runtime.watchdog import Watchdog
+from megatron_chatflow.train.callbacks import Callback
+from megatron_chatflow.train.callbacks.choice import ChoiceEval
+from megatron_chatflow.train.callbacks.freed_memory import FreedMemory
+from megatron_chatflow.train.callbacks.garbage_collection import GarbageCollection
+from megatron_chatflow.train.callbacks.heartbeat import Heartbeat
+from megatron_chatflow.train.callbacks.profiler import ProfilerWindow
+from megatron_chatflow.train.callbacks.straggler import StragglerDetector
 from megatron_chatflow.train.guard import Guard
 from megatron_chatflow.train.inputs import (
     RunInputs,
@@ -43,43 +44,89 @@ from megatron_chatflow.train.inputs import (
     open_inputs_from,
     verify_data,
 )
-from megatron_chatflow.train.loop import IntervalLog, Run, TrainState
+from megatron_chatflow.train.loop import Run, TrainState
 from megatron_chatflow.train.optimizer import Optimization, build_optimization
-from megatron_chatflow.train.profiler import ProfilerWindow
-from megatron_chatflow.train.record import open_record
-from megatron_chatflow.train.report import RunFacts
+from megatron_chatflow.train.report import IntervalLog, RunFacts
+from megatron_chatflow.train.run_folder import open_run_folder
 from megatron_chatflow.train.start import resolve_initial_checkpoint
-from megatron_chatflow.train.straggler import Stragglers
 
 logger = logging.getLogger(__name__)
 
 
 def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, TrainState]:
-    """Builds every part; ``stack`` closes what has to be closed.
+    """Builds every part of a run; every rank calls it.
+
+    Args:
+        config: Resolved configuration.
+        ranks: This process's place in every parallel group.
+        stack: Closes what must be closed.
 
     Raises:
         UserError: Data, tokenizer, model and checkpoint do not fit together.
     """
-    inputs = _inputs(config, ranks)
-    llama = _model(config, ranks, inputs.vocab_size)
+    inputs = _open_inputs(config, ranks)
+    llama = _build_model(config, ranks, inputs.vocab_size)
     optimization = build_optimization(config, llama, ranks, inputs.length)
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
-            logger.info("every file of %s is what was saved", inputs.checkpoint)
-        _load(config, inputs, llama, optimization, ranks)
-    progress = _progress(inputs.blend, inputs.resumed)
-    optimization.set_progress(progress.iteration, progress.consumed_samples)
+            logger.info("every file of %s matches its recorded hash", inputs.checkpoint)
+        _load_checkpoint(config, inputs, llama, optimization, ranks)
+    state = TrainState(0, 0, np.zeros(len(inputs.blend.schedule.sources), dtype=np.int64))
+    if inputs.resumed is not None:
+        iteration, consumed_samples = inputs.resumed.iteration, inputs.resumed.consumed_samples
+        state = TrainState(iteration, consumed_samples, inputs.blend.counts(consumed_samples))
+    optimization.set_progress(state.iteration, state.consumed_samples)
 
-    watchdog = _watchdog(config, ranks)
+    watchdog = Watchdog(
+        timeout_seconds=60 * config.hang_timeout_minutes,
+        rank=ranks.process.rank,
+        world_size=ranks.process.world_size,
+        folder=config.checkpoint.save,
+    )
     stack.callback(watchdog.close)
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
-    _log_choices(config, llama, optimization, ranks, peak_source)
-    edit = inputs.blend.edit
-    hooks, downtime = run_on_all_ranks(
-        lambda: open_record(config, ranks, inputs.length, edit, stack)
+    _log_implementations(llama, optimization, peak_source)
+    reporters, downtime = run_on_all_ranks(
+        lambda: open_run_folder(config, ranks, inputs.length, inputs.blend.edit, stack)
     )
-    stragglers = _stragglers(config, ranks, llama)
+    stragglers = None
+    if config.logging.log_straggler:
+        stragglers = StragglerDetector(ranks, config.logging.straggler_minmax_count)
+        llama.config.timers = stragglers.timers
+
+    loader = Loader(
+        inputs.sources,
+        inputs.blend,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_rank=ranks.data_parallel_rank,
+        data_parallel_size=ranks.data_parallel_size,
+        num_prefetch=config.data.num_prefetch,
+        retry_seconds=config.faults.data_retry_seconds,
+    )
+    stack.callback(loader.close)
+    choices = _build_choice_validator(config, inputs)
+    stop_request = StopRequest(
+        config.train.exit_duration_in_mins, notice=_interrupt_notice(config, ranks)
+    )
+    stack.callback(stop_request.close)
+    saver = _build_saver(config, inputs, ranks, state, watchdog, stack)
+
+    # The loop calls the hooks in this order, which `train.callbacks` documents.
+    behaviour: list[Callback | None] = [
+        Heartbeat(watchdog),
+        ProfilerWindow(config, ranks),
+        stragglers,
+        None if choices is None else ChoiceEval(choices, config.train.choice_interval),
+        GarbageCollection(config.train.manual_gc_interval),
+        None if ranks.is_cuda else FreedMemory(),
+    ]
+    callbacks = [callback for callback in behaviour if callback is not None]
+    for callback in callbacks:
+        stack.callback(callback.close)
+    callbacks += reporters
+
     facts = RunFacts(
         num_iterations=inputs.length.last_iteration,
         seq_length=config.data.seq_length,
@@ -93,13 +140,18 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         samples_per_epoch=[source.num_samples for source in inputs.sources],
         downtime=downtime,
     )
+    validators = {
+        "": _build_validator(config, inputs.validation_sources),
+        " (test)": _build_validator(config, inputs.test_sources),
+    }
+    # A rollback can load only a checkpoint of this very run, with its optimizer.
+    is_restorable = inputs.resumed is not None and not inputs.grown and config.checkpoint.load_optim
     run = Run(
         config=config,
         length=inputs.length,
         ranks=ranks,
-        sources=inputs.sources,
         blend=inputs.blend,
-        loader=_loader(config, inputs, ranks, stack),
+        loader=loader,
         forward_step=ForwardStep.build(
             llama,
             ranks,
@@ -108,39 +160,28 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
             on_micro_batch=watchdog.heartbeat,
         ),
         optimization=optimization,
-        validator=_validator(config, inputs.validation_sources),
-        test_validator=_validator(config, inputs.test_sources),
-        choices=_choices(config, inputs),
-        state=inputs.state,
-        log=IntervalLog(hooks, facts, ranks, stragglers),
-        stop_request=StopRequest(
-            config.train.exit_duration_in_mins, notice=_interrupt_notice(config, ranks)
-        ),
-        guard=_guard(config, inputs),
-        watchdog=watchdog,
-        collection=GarbageCollection(config.train.manual_gc_interval),
-        freed_memory=None if ranks.is_cuda else FreedMemory(),
-        profiler=ProfilerWindow(config, ranks),
-        stragglers=stragglers,
-        saver=_saver(config, inputs, ranks, progress, watchdog, stack),
-        resumed_from=_restorable_checkpoint(config, inputs),
+        guard=Guard(config, facts.sources, inputs.resumed.guard if inputs.resumed else {}),
+        validators={name: one for name, one in validators.items() if one is not None},
+        log=IntervalLog(callbacks, facts, ranks, stragglers),
+        callbacks=callbacks,
+        stop_request=stop_request,
+        saver=saver,
+        checkpoint_state=inputs.state,
+        resumed_from=inputs.checkpoint if is_restorable else None,
     )
-    stack.callback(run.stop_request.close)
-    stack.callback(run.collection.close)
-    stack.callback(run.profiler.close)
-    return run, progress
+    return run, state
 
 
-def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
-    """What the run reads, the same on every rank."""
-    beginning = resolve_initial_checkpoint(config, ranks)
-    inputs = run_on_all_ranks(lambda: open_inputs_from(beginning, config))
+def _open_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
+    """Opens the inputs and checks that they are the same on every rank."""
+    checkpoint = resolve_initial_checkpoint(config, ranks)
+    inputs = run_on_all_ranks(lambda: open_inputs_from(checkpoint, config))
     check_same_inputs_on_all_ranks(inputs)
     if config.data.data_verify:
-        # Every node compares the files that it sees itself: they may be copies of its own.
+        # Every node checks the files that it sees itself, which may be local copies.
         part, num_parts = ranks.process.local_rank, ranks.process.local_world_size
         run_on_all_ranks(lambda: verify_data(config, inputs, part=part, num_parts=num_parts))
-        logger.info("every dataset that has a .json is what was made")
+        logger.info("every dataset with a .json file matches it")
     if inputs.changes:
         logger.info(
             "settings that differ from those of %s:\n%s",
@@ -155,38 +196,16 @@ def _inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
 
 
 def _interrupt_notice(config: RunConfig, ranks: Ranks) -> str | None:
-    """What one rank says at the first Ctrl-C."""
+    """Returns the message that rank 0 prints at the first Ctrl-C."""
     if ranks.process.rank != 0:
         return None
-    what = "leaving after this iteration (no --save: nothing is saved)"
+    what = "exiting after this iteration (no --save: nothing is saved)"
     if config.checkpoint.save is not None:
-        what = "saving and leaving after this iteration"
+        what = "saving and exiting after this iteration"
     return f"interrupted: {what}; Ctrl-C again ends the run at once"
 
 
-def _stragglers(config: RunConfig, ranks: Ranks, llama: Llama) -> Stragglers | None:
-    if not config.logging.log_straggler:
-        return None
-    stragglers = Stragglers(ranks, config.logging.straggler_minmax_count)
-    llama.config.timers = stragglers.timers
-    return stragglers
-
-
-def _guard(config: RunConfig, inputs: RunInputs) -> Guard:
-    names = [source.name for source in inputs.sources]
-    return Guard(config, names, inputs.resumed.guard if inputs.resumed else {})
-
-
-def _watchdog(config: RunConfig, ranks: Ranks) -> Watchdog:
-    return Watchdog(
-        timeout_seconds=60 * config.hang_timeout_minutes,
-        rank=ranks.process.rank,
-        world_size=ranks.process.world_size,
-        folder=config.checkpoint.save,
-    )
-
-
-def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
+def _build_model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
     with device_mode(ranks.device):
         return build_llama(
             config.model,
@@ -198,11 +217,11 @@ def _model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
         )
 
 
-def _load(
+def _load_checkpoint(
     config: RunConfig, inputs: RunInputs, llama: Llama, optimization: Optimization, ranks: Ranks
 ) -> None:
     checkpoint = inputs.checkpoint
-    assert checkpoint is not None, "the caller has looked"
+    assert checkpoint is not None, "checked by the caller"
     weights_only = inputs.resumed is None or not config.checkpoint.load_optim
     chunks, optimizer = optimization.chunks, optimization.optimizer
     reader = None
@@ -218,42 +237,13 @@ def _load(
     logger.info("loaded %s from %s", what, checkpoint)
     if inputs.resumed is not None and weights_only:
         logger.warning(
-            "the optimizer begins afresh at iteration %d (--no-load-optim); leave the flag out of "
-            "later restarts, which would reset it again",
+            "the optimizer starts with fresh state at iteration %d (--no-load-optim); leave the flag "
+            "out of later restarts, which would reset it again",
             inputs.resumed.iteration + 1,
         )
 
 
-def _restorable_checkpoint(config: RunConfig, inputs: RunInputs) -> Path | None:
-    """The checkpoint of this run that can be loaded again as it is, for a rollback."""
-    is_whole = inputs.resumed is not None and not inputs.grown and config.checkpoint.load_optim
-    return inputs.checkpoint if is_whole else None
-
-
-def _progress(blend: Blend, resumed: RunState | None) -> TrainState:
-    if resumed is None:
-        return TrainState(0, 0, np.zeros(len(blend.schedule.sources), dtype=np.int64))
-    return TrainState(
-        resumed.iteration, resumed.consumed_samples, blend.counts(resumed.consumed_samples)
-    )
-
-
-def _loader(config: RunConfig, inputs: RunInputs, ranks: Ranks, stack: ExitStack) -> Loader:
-    loader = Loader(
-        inputs.sources,
-        inputs.blend,
-        seq_length=config.data.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        data_parallel_rank=ranks.data_parallel_rank,
-        data_parallel_size=ranks.data_parallel_size,
-        num_prefetch=config.data.num_prefetch,
-        retry_seconds=config.faults.data_retry_seconds,
-    )
-    stack.callback(loader.close)
-    return loader
-
-
-def _validator(config: RunConfig, sources: list[Source]) -> Validator | None:
+def _build_validator(config: RunConfig, sources: list[Source]) -> Validator | None:
     if not any(source.num_samples for source in sources):
         return None
     return Validator(
@@ -264,23 +254,22 @@ def _validator(config: RunConfig, sources: list[Source]) -> Validator | None:
     )
 
 
-def _saver(
+def _build_saver(
     config: RunConfig,
     inputs: RunInputs,
     ranks: Ranks,
-    progress: TrainState,
+    state: TrainState,
     watchdog: Watchdog,
     stack: ExitStack,
 ) -> CheckpointSaver | None:
     if config.checkpoint.save is None:
         return None
     carried = run_on_all_ranks(lambda: carried_files(config, inputs) if ranks.is_reporter else None)
-    resumed = progress.iteration if progress.iteration else None
     saver = CheckpointSaver(
         Path(config.checkpoint.save),
         config,
         ranks,
-        durable_iteration=resumed,
+        durable_iteration=state.iteration or None,
         carried=carried,
         on_progress=watchdog.heartbeat,
     )
@@ -288,7 +277,7 @@ def _saver(
     return saver
 
 
-def _choices(config: RunConfig, inputs: RunInputs) -> ChoiceValidator | None:
+def _build_choice_validator(config: RunConfig, inputs: RunInputs) -> ChoiceValidator | None:
     train = config.train
     if train.choice_questions is None:
         return None
@@ -303,18 +292,16 @@ def _choices(config: RunConfig, inputs: RunInputs) -> ChoiceValidator | None:
     )
 
 
-def _log_choices(
-    config: RunConfig, llama: Llama, optimization: Optimization, ranks: Ranks, peak_source: str
-) -> None:
-    """Says once which implementation each part of the run uses."""
-    choices: dict[str, Any] = {
+def _log_implementations(llama: Llama, optimization: Optimization, peak_source: str) -> None:
+    """Logs which implementation each part of the run uses."""
+    implementations: dict[str, Any] = {
         **llama.kernels.descriptions,
         "tensor-parallel collectives": llama.collectives,
         "optimizer": optimization.description,
         "peak": peak_source,
     }
-    for part, choice in choices.items():
-        logger.info("%s: %s", part, choice)
+    for part, implementation in implementations.items():
+        logger.info("%s: %s", part, implementation)
     logger.info(
         "%s parameters in this process, %d pieces padded to %d rows",
         f"{llama.num_local_parameters():,}",

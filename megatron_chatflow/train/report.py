@@ -1,13 +1,20 @@
-"""What is reported of one iteration, or of all iterations since the last log.
+"""Collects iterations and reports them, one by one and as means over each log interval.
 
-The loop keeps an `IterationRecord` of every iteration. `summarize` turns one record into the row of
-``metrics.jsonl`` and the records of an interval into what the log, TensorBoard and Weights & Biases
-show: losses are means over loss tokens, shares and speed are sums over the whole interval.
+The loop adds an `IterationRecord` per iteration to the `IntervalLog`. `summarize` turns one record
+into the row of ``metrics.jsonl`` and the records of an interval into what the log, TensorBoard and
+Weights & Biases show: losses are means over loss tokens, shares and speed cover the whole interval.
 
-What restarts have cost, as one value that every report carries; `restarts` keeps the records.
+`IntervalLog.add` waits neither for a device nor for another rank, so an iteration that is not
+logged costs nothing. The hash of each global batch needs all ranks; it is exchanged for all pending
+iterations at once, before a log, a validation or a save.
+
+A log precedes every save. A resumed run therefore starts with an empty interval and logs the same
+means as a run that was never interrupted, and ``metrics.jsonl`` always reaches the last checkpoint.
 """
 
 import math
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +23,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_chatflow.data.loader import combine_digests
 from megatron_chatflow.evaluation.validation import SourceLoss
-from megatron_chatflow.train.straggler import StragglerReport
+from megatron_chatflow.runtime.ranks import Ranks, data_parallel_group
+from megatron_chatflow.train.callbacks import Callback
+from megatron_chatflow.train.callbacks.straggler import StragglerDetector, StragglerReport
+
+NUM_RECENT_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
 class Downtime:
-    """What restarts have cost.
+    """Cost of restarts.
 
     Attributes:
-        num_restarts: How often the run was resumed, for whatever reason.
+        num_restarts: Number of resumes, for whatever reason.
         seconds: Wall time between the last iteration that counts and each resume.
-        num_failures: Those after the run was killed or failed, rather than stopped on request.
-        failure_seconds: The wall time of these.
+        num_failures: Number of resumes after the run was killed or failed.
+        failure_seconds: Wall time lost to failures.
     """
 
     num_restarts: int = 0
@@ -39,18 +51,18 @@ class Downtime:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What reports need to know of a run and what does not change while it goes on.
+    """Constants of a run that reports need.
 
     Attributes:
         num_iterations: Iterations of the whole run.
-        seq_length: Tokens of a sample.
-        world_size: Processes of the job.
-        flops_per_token: Model FLOPs of a token, forward and backward.
-        causal_share: Of these, the part that remains if causal attention counts half.
-        peak_flops: FLOP/s of one process's device; None where it is not known.
-        sources: Names in the order of the sums.
-        samples_per_epoch: Samples of one pass over each source.
-        downtime: What restarts have cost.
+        seq_length: Tokens per sample.
+        world_size: Number of processes in the job.
+        flops_per_token: Model FLOPs per token, forward and backward.
+        causal_share: Share of these FLOPs that remains if causal attention counts half.
+        peak_flops: Peak FLOP/s of one process's device; None if it is not known.
+        sources: Source names in the order of the sums.
+        samples_per_epoch: Samples in one epoch of each source.
+        downtime: Cost of restarts.
     """
 
     num_iterations: int
@@ -66,27 +78,27 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """What is kept of one iteration until the next log.
+    """One iteration, kept until the next log.
 
     Attributes:
-        iteration: Its number, from 1.
-        consumed_samples: Samples consumed, this iteration's included.
-        num_samples: Samples of this iteration.
+        iteration: Number of the iteration, from 1.
+        consumed_samples: Samples consumed, including this iteration's.
+        num_samples: Samples in this iteration.
         source_sums: float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each
             source.
-        weights: int64[num_sources], planned weights, summing to 2^32.
+        weights: int64[num_sources], planned weights that sum to 2^32.
         num_drawn: int64[num_sources], samples drawn from each source in this iteration.
         counts: int64[num_sources], samples drawn from each source since the run began.
-        learning_rate: Rate of its update.
+        learning_rate: Learning rate of the update.
         grad_norm: Gradient norm before clipping.
-        is_updated: Whether its update was made.
-        time: Unix time of its end, in seconds.
-        seconds: Its wall time.
+        is_updated: Whether the update was made.
+        time: Unix time at the end of the iteration, in seconds.
+        seconds: Wall time of the iteration.
         data_seconds: Part of it that the reporting rank waited for its batch.
-        memory_bytes: The most that the reporting process has held so far.
-        num_skipped: Bad steps, whose updates were left out, since the run began.
-        skipped_no_loss_tokens: Steps without loss tokens, whose updates were left out as well.
-        num_rollbacks: Returns to a checkpoint's weights since the run began.
+        memory_bytes: Peak memory of the reporting process so far.
+        num_skipped: Bad steps, whose updates were skipped, since the run began.
+        skipped_no_loss_tokens: Steps without loss tokens, whose updates were skipped as well.
+        num_rollbacks: Rollbacks to a checkpoint since the run began.
     """
 
     iteration: int
@@ -113,12 +125,12 @@ class SourceReport:
     """One source in the reported iterations.
 
     Attributes:
-        loss: Mean loss of its loss tokens in nats; None if it had none.
-        weight: Its share as planned; over several iterations the mean by samples.
-        realised: Its share of the samples.
-        tokens: Tokens drawn from it since the run began.
-        loss_tokens: Loss tokens that `loss` is the mean of.
-        epochs: Passes over it since the run began.
+        loss: Mean loss of its loss tokens in nats; None without loss tokens.
+        weight: Planned share; over several iterations the mean weighted by samples.
+        realised: Share of the samples.
+        tokens: Tokens drawn from the source since the run began.
+        loss_tokens: Number of loss tokens that `loss` is the mean of.
+        epochs: Epochs of the source since the run began.
     """
 
     loss: float | None
@@ -133,37 +145,37 @@ class SourceReport:
 class IterationReport:
     """One iteration, or all iterations since the last log.
 
-    Losses and the gradient norm leave out iterations whose update was left out, unless there are no
-    others. Shares, tokens and speed count every iteration.
+    Losses and the gradient norm exclude iterations whose update was skipped, unless there are no
+    others. Shares, tokens and speed include every iteration.
 
     Attributes:
-        iteration: Iterations of the run so far; the last one reported.
-        interval: How many iterations this reports.
+        iteration: The last reported iteration.
+        interval: Number of reported iterations.
         num_iterations: Iterations of the whole run.
-        consumed_samples: Samples consumed up to the last one.
+        consumed_samples: Samples consumed up to the last iteration.
         consumed_tokens: The same in tokens.
-        global_batch_size: Samples of the last one.
-        lm_loss: Mean loss of the loss tokens in nats; None if there were none.
-        learning_rate: Rate of the last update.
-        grad_norm: Mean of the gradient norms before clipping.
-        time: Unix time of the end of the last one, in seconds.
-        seconds: Wall time of an iteration, the mean.
-        data_seconds: Part of it that the reporting rank waited for its batch.
-        tokens_per_second: Of the whole job.
-        tokens_per_second_per_gpu: Of one process.
-        tflops_per_gpu: Model FLOP/s of each process (PaLM count) in 1e12.
-        mfu: That over the device's peak; None where the peak is not known.
-        mfu_causal: The same where causal attention counts half.
-        memory_bytes: The most that the reporting process has held, of its device's memory.
-        batch_digest: Hash of the last global batch's tokens and masks in sample order; None where a
+        global_batch_size: Samples in the last iteration.
+        lm_loss: Mean loss of the loss tokens in nats; None without loss tokens.
+        learning_rate: Learning rate of the last update.
+        grad_norm: Mean gradient norm before clipping.
+        time: Unix time at the end of the last iteration, in seconds.
+        seconds: Mean wall time per iteration.
+        data_seconds: Mean time that the reporting rank waited for its batch.
+        tokens_per_second: Throughput of the whole job.
+        tokens_per_second_per_gpu: Throughput of one process.
+        tflops_per_gpu: Model FLOP/s of one process (PaLM count) in 1e12.
+        mfu: Model FLOP/s over the device's peak; None if the peak is not known.
+        mfu_causal: The same with causal attention counted half.
+        memory_bytes: Peak memory of the reporting process on its device.
+        batch_digest: Hash of the last global batch's tokens and masks in sample order; None if a
             failure ended the run before the ranks could exchange it.
-        num_skipped: Bad steps, whose updates were left out, since the run began.
-        skipped_no_loss_tokens: Steps without loss tokens, whose updates were left out as well.
-        num_rollbacks: Returns to a checkpoint's weights since the run began.
-        downtime: What restarts have cost.
-        sources: By name.
-        stragglers: The ranks compared, where that is asked for.
-        seconds_left: Wall time until the run's last iteration; None where it is not estimated.
+        num_skipped: Bad steps, whose updates were skipped, since the run began.
+        skipped_no_loss_tokens: Steps without loss tokens, whose updates were skipped as well.
+        num_rollbacks: Rollbacks to a checkpoint since the run began.
+        downtime: Cost of restarts.
+        sources: Reports of the sources by name.
+        stragglers: Comparison of the ranks if it is enabled.
+        seconds_left: Estimated wall time until the last iteration; None without an estimate.
     """
 
     iteration: int
@@ -194,7 +206,7 @@ class IterationReport:
     seconds_left: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of ``metrics.jsonl``."""
+        """Returns the object for ``metrics.jsonl``."""
         compared = {} if self.stragglers is None else {"stragglers": self.stragglers.to_dict()}
         return {
             "iteration": self.iteration,
@@ -227,7 +239,7 @@ class IterationReport:
         }
 
     def scalars(self) -> dict[str, float]:
-        """What is plotted, under the names that Megatron uses where it has them."""
+        """Returns the scalars to plot, under Megatron's names where it has them."""
         values: dict[str, float | None] = {
             "lm loss": self.lm_loss,
             "learning-rate": self.learning_rate,
@@ -256,7 +268,7 @@ class IterationReport:
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where JSON has no form for it."""
+    """Returns the value, or None if JSON cannot represent it."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -268,13 +280,13 @@ def summarize(
     stragglers: StragglerReport | None = None,
     seconds_left: float | None = None,
 ) -> IterationReport:
-    """Reports one iteration, or several that follow one another.
+    """Reports one iteration, or several consecutive ones.
 
     Args:
-        records: At least one, in order.
-        facts: Of the run.
-        batch_digest: Of the last one's global batch.
-        stragglers: The ranks compared over these iterations.
+        records: At least one record, in order.
+        facts: Constants of the run.
+        batch_digest: Hash of the last record's global batch.
+        stragglers: Comparison of the ranks over these iterations.
         seconds_left: Estimated wall time until the run's last iteration.
     """
     last = records[-1]
@@ -321,7 +333,7 @@ def _source_reports(
     counts = records[-1].counts.tolist()
     num_drawn = np.sum([record.num_drawn for record in records], axis=0).tolist()
     total = sum(record.num_samples for record in records)
-    # In whole numbers of 2^-32, so that constant weights keep every digit.
+    # Integers in units of 2^-32, so that constant weights keep every digit.
     weights = [
         sum(int(record.weights[s]) * record.num_samples for record in records) / (total << 32)
         for s in range(len(facts.sources))
@@ -340,13 +352,13 @@ def _source_reports(
 
 
 def _mean_loss(row: Sequence[float]) -> float | None:
-    """Mean loss of a row of summed loss, loss tokens and bytes; None without loss tokens."""
+    """Returns the mean loss of a row of `IterationRecord.source_sums`; None without loss tokens."""
     loss_sum, num_tokens, _ = row
     return loss_sum / num_tokens if num_tokens else None
 
 
 def validation_dict(iteration: int, losses: Mapping[str, SourceLoss]) -> dict[str, Any]:
-    """The object that ``metrics.jsonl`` holds for a validation."""
+    """Returns the object of a validation for ``metrics.jsonl``."""
     return {
         "iteration": iteration,
         "validation": {
@@ -357,7 +369,7 @@ def validation_dict(iteration: int, losses: Mapping[str, SourceLoss]) -> dict[st
 
 
 def validation_scalars(losses: Mapping[str, SourceLoss]) -> dict[str, float]:
-    """What is plotted of a validation."""
+    """Returns the scalars of a validation to plot."""
     return {
         f"{kind}/{name}": value
         for name, loss in losses.items()
@@ -369,7 +381,7 @@ def validation_scalars(losses: Mapping[str, SourceLoss]) -> dict[str, float]:
 
 
 def choice_scalars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """What is plotted of choice questions."""
+    """Returns the scalars of choice questions to plot."""
     return {
         f"{kind}/{name}": result[key]
         for name, result in results.items()
@@ -379,3 +391,166 @@ def choice_scalars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]
         )
         if result.get(key) is not None
     }
+
+
+class IntervalLog:
+    """Collects iterations until they are reported to the callbacks.
+
+    Args:
+        callbacks: Receivers of the reports.
+        facts: Constants of the run.
+        ranks: This process's place in every parallel group.
+        stragglers: Compares the ranks at each log; None if that is disabled.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[Callback],
+        facts: RunFacts,
+        ranks: Ranks,
+        stragglers: StragglerDetector | None,
+    ) -> None:
+        self._callbacks = callbacks
+        self._facts = facts
+        self._ranks = ranks
+        self._stragglers = stragglers
+        self._remaining = RemainingTime()
+        self._records: list[IterationRecord] = []
+        self._num_steps = 0
+        self._data_seconds = 0.0
+        # This rank's sample positions and digests of the iterations not yet reported.
+        self._digests: list[torch.Tensor] = []
+        self._last_hash: str | None = None
+
+    def add(
+        self, digests: torch.Tensor, data_seconds: float, record: IterationRecord | None
+    ) -> None:
+        """Adds an iteration.
+
+        Args:
+            digests: int64[num_local_samples, 3], global sample numbers and digests of this rank.
+            data_seconds: This rank's wait for its batch.
+            record: Record of the iteration; None except on the reporting rank.
+        """
+        self._digests.append(digests)
+        self._num_steps += 1
+        self._data_seconds += data_seconds
+        if record is not None:
+            self._records.append(record)
+            self._remaining.add(record.seconds, time.perf_counter())
+
+    def write_iterations(self, stragglers: StragglerReport | None = None) -> None:
+        """Reports the iterations since the last call one by one; every rank calls it.
+
+        Args:
+            stragglers: Comparison of the ranks, reported with the last iteration.
+        """
+        if self._digests:
+            hashes = batch_digests(self._digests, self._ranks)
+            self._report_iterations(hashes, stragglers)
+
+    def log(self) -> None:
+        """Reports the iterations since the last log and starts a new interval.
+
+        Every rank calls it.
+        """
+        if self._num_steps == 0:
+            return
+        stragglers = None
+        if self._stragglers is not None:
+            mean_wait = self._data_seconds / self._num_steps
+            stragglers = self._stragglers.report(self._num_steps, mean_wait)
+        self.write_iterations(stragglers)
+        self._report_interval(stragglers)
+
+    def log_without_other_ranks(self) -> None:
+        """Reports pending iterations, without hashes, when a failure ends the run."""
+        if self._num_steps:
+            self._report_iterations([None] * len(self._digests), None)
+            self._report_interval(None)
+
+    def _report_iterations(
+        self, hashes: Sequence[str | None], stragglers: StragglerReport | None
+    ) -> None:
+        self._digests.clear()
+        if not hashes or not self._records:
+            return
+        self._last_hash = hashes[-1]
+        records = self._records[-len(hashes) :]
+        reports = [
+            summarize(
+                [record],
+                self._facts,
+                batch_digest=digest,
+                stragglers=stragglers if record is records[-1] else None,
+            )
+            for record, digest in zip(records, hashes, strict=True)
+        ]
+        for callback in self._callbacks:
+            callback.on_iterations(reports)
+
+    def _report_interval(self, stragglers: StragglerReport | None) -> None:
+        if self._records:
+            remaining = self._facts.num_iterations - self._records[-1].iteration
+            report = summarize(
+                self._records,
+                self._facts,
+                batch_digest=self._last_hash,
+                stragglers=stragglers,
+                seconds_left=self._remaining.estimate(remaining, time.perf_counter()),
+            )
+            for callback in self._callbacks:
+                callback.on_log(report)
+        self._records = []
+        self._num_steps = 0
+        self._data_seconds = 0.0
+
+
+class RemainingTime:
+    """Estimates the time until the end of a run.
+
+    The time of an iteration is the mean of the last `NUM_RECENT_ITERATIONS`. Validations and saves
+    between iterations count by their share of the time since this process began to train.
+    """
+
+    def __init__(self) -> None:
+        self._begin = 0.0
+        self._recent: deque[float] = deque(maxlen=NUM_RECENT_ITERATIONS)
+        self._seconds = 0.0
+        self._num_iterations = 0
+
+    def add(self, seconds: float, now: float) -> None:
+        """Adds an iteration that took ``seconds`` and ended at ``now``, by any clock."""
+        if self._num_iterations == 0:
+            self._begin = now - seconds
+        elif self._num_iterations == 1:
+            # The first iteration allocates and compiles, so it counts only while it is alone.
+            self._recent.clear()
+        self._num_iterations += 1
+        self._seconds += seconds
+        self._recent.append(seconds)
+
+    def estimate(self, num_iterations: int, now: float) -> float:
+        """Estimates the seconds of ``num_iterations`` more; at least one must have been added."""
+        between = max(now - self._begin - self._seconds, 0.0) / self._num_iterations
+        return num_iterations * (sum(self._recent) / len(self._recent) + between)
+
+
+def batch_digests(digests: Sequence[torch.Tensor], ranks: Ranks) -> list[str]:
+    """Hashes whole global batches in sample order, with one exchange for all of them.
+
+    Args:
+        digests: For each iteration int64[num_local_samples, 3], this rank's global sample numbers
+            and digests. All data-parallel ranks hold the same number of samples of an iteration.
+        ranks: This process's place in every parallel group.
+    """
+    local = torch.cat(list(digests)).to(ranks.device)
+    gathered = [torch.empty_like(local) for _ in range(ranks.data_parallel_size)]
+    torch.distributed.all_gather(gathered, local, group=data_parallel_group())
+    sizes = [len(rows) for rows in digests]
+    batches = zip(*(torch.split(rows.cpu(), sizes) for rows in gathered), strict=True)
+    return [_combine(torch.cat(batch)) for batch in batches]
+
+
+def _combine(rows: torch.Tensor) -> str:
+    return combine_digests(rows[rows[:, 0].argsort()][:, 1:])

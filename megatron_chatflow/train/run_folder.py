@@ -1,7 +1,6 @@
-"""One run at a time in a run's folder.
+"""The folder of a run: its lock, its metrics and the callbacks that report to it.
 
-In: the folder. Out: a lock that lasts as long as this process, however it ends. Two runs that write
-the same checkpoints and the same metrics would each undo the other's.
+A folder that cannot be written is a user error; a logger that fails is not.
 """
 
 import contextlib
@@ -9,28 +8,51 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.blend.edits import Edit
+from megatron_chatflow.checkpoint.files import write_unless_disk_full
+from megatron_chatflow.config import RunConfig, RunLength
+from megatron_chatflow.errors import LocalError, UserError
+from megatron_chatflow.files import is_disk_full
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.callbacks import Callback
+from megatron_chatflow.train.callbacks.console import Console
+from megatron_chatflow.train.callbacks.isolated import IsolatedCallback
+from megatron_chatflow.train.callbacks.metrics_file import (
+    METRICS_FILE,
+    MetricsFile,
+    Truncation,
+    truncate_metrics,
+)
+from megatron_chatflow.train.callbacks.restarts import StatusFile, delete_restarts, record_restart
+from megatron_chatflow.train.callbacks.weights_and_biases import WeightsAndBiases
+from megatron_chatflow.train.report import Downtime
 
 logger = logging.getLogger(__name__)
 
-# A job that was just killed may take a moment to be gone.
+# A killed job may take a moment to release its lock.
 LOCK_TIMEOUT_SECONDS = 20.0
 
 
 class RunFolder:
-    """A run's folder, locked for this process."""
+    """A run's folder, locked until the process ends or the folder is closed.
+
+    Two runs that write the same checkpoints and metrics would overwrite each other's.
+    """
 
     def __init__(self, folder: Path, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
-        """Makes the folder and takes its lock.
+        """Creates and locks the folder.
 
         Args:
             folder: The run's folder.
-            timeout_seconds: Seconds to wait for another process to let go.
+            timeout_seconds: Time to wait for another process to release the lock.
 
         Raises:
-            UserError: It cannot be made or written, or another process trains into it.
+            UserError: The folder cannot be created or written, or another process trains into it.
         """
         path = folder / ".lock"
         try:
@@ -39,7 +61,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
         deadline = time.monotonic() + timeout_seconds
-        while not self._try():
+        while not self._try_lock():
             if time.monotonic() >= deadline:
                 owner = os.pread(self._descriptor, 64, 0).decode(errors="replace").strip()
                 os.close(self._descriptor)
@@ -48,12 +70,12 @@ class RunFolder:
                     "there; stop it, or give this one a folder of its own"
                 )
             time.sleep(0.1)
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock has no owner's name
             os.ftruncate(self._descriptor, 0)
             name = f"process {os.getpid()} on {os.uname().nodename}"
             os.pwrite(self._descriptor, name.encode(), 0)
 
-    def _try(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -67,5 +89,102 @@ class RunFolder:
         return True
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Releases the lock."""
         os.close(self._descriptor)
+
+
+def open_run_folder(
+    config: RunConfig, ranks: Ranks, length: RunLength, edit: Edit | None, stack: ExitStack
+) -> tuple[list[Callback], Downtime]:
+    """Opens the run's folder and creates the callbacks that report, on the reporting rank only.
+
+    Args:
+        config: Configuration of the run.
+        ranks: This process's place in every parallel group.
+        length: First and last iteration.
+        edit: What this resume changed in the schedule; None if nothing.
+        stack: Closes the callbacks and the folder.
+
+    Returns:
+        The callbacks, none on other ranks, and the cost of restarts.
+
+    Raises:
+        UserError: The folder cannot be written, or another run writes there.
+    """
+    if not ranks.is_reporter:
+        return [], Downtime()
+    if config.logging.wandb_project is not None and find_spec("wandb") is None:
+        raise LocalError(
+            "logging.wandb_project: wandb is not installed; pip install wandb, or leave it out"
+        )
+    iteration = length.iteration
+    makers: list[Callable[[], Callback]] = [
+        lambda: Console(num_iterations=length.last_iteration, iteration=iteration)
+    ]
+    downtime = Downtime()
+    status_files: list[Callback] = []
+    if config.checkpoint.save is not None:
+        folder = Path(config.checkpoint.save)
+        stack.callback(RunFolder(folder).close)
+        try:
+            truncation = truncate_metrics(folder / METRICS_FILE, iteration)
+            downtime = _record_restart(config, folder, truncation, iteration, edit)
+            status_files = [StatusFile(folder)]
+            # Every checkpoint has its own copy.
+            write_unless_disk_full(
+                folder / "config.yaml", config.to_yaml(), otherwise="it is not written"
+            )
+            every_iteration = config.logging.metrics_every_iteration
+            makers.append(_metrics_maker(folder, every_iteration=every_iteration))
+        except OSError as error:
+            raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
+        if config.logging.tensorboard:
+            makers.append(lambda: _tensorboard(folder, iteration))
+        if config.logging.wandb_project is not None:
+            makers.append(lambda: WeightsAndBiases(config, folder))
+    callbacks = [*map(IsolatedCallback, makers), *status_files]
+    for callback in callbacks:
+        stack.callback(callback.close)
+    return callbacks, downtime
+
+
+def _record_restart(
+    config: RunConfig, folder: Path, truncation: Truncation, iteration: int, edit: Edit | None
+) -> Downtime:
+    """Records this start if it is a restart; returns the cost of all restarts."""
+    checkpoint = config.checkpoint
+    # A run that was killed before its first checkpoint starts anew, by the same command.
+    starts_anew = (
+        checkpoint.load == checkpoint.save and not checkpoint.finetune and truncation.first_dropped
+    )
+    if iteration or starts_anew:
+        changes = []
+        if edit is not None:
+            changes = ["schedule edited", *(f"source {name} added" for name in edit.added)]
+            changes += [f"source {name} removed" for name in edit.removed]
+        return record_restart(folder, truncation, iteration, time.time(), changes)
+    delete_restarts(folder)
+    if truncation.last_dropped is not None:
+        logger.warning(
+            "%s: the iterations of a run that left no checkpoint are dropped, up to %s",
+            folder / METRICS_FILE,
+            truncation.last_dropped["iteration"],
+        )
+    return Downtime()
+
+
+def _metrics_maker(folder: Path, *, every_iteration: bool) -> Callable[[], Callback]:
+    """Opens the metrics file now, or with a later report if the disk is full."""
+    try:
+        metrics = MetricsFile(folder, every_iteration=every_iteration)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return lambda: MetricsFile(folder, every_iteration=every_iteration)
+    return lambda: metrics
+
+
+def _tensorboard(folder: Path, iteration: int) -> Callback:
+    from megatron_chatflow.train.callbacks.tensorboard import TensorBoard  # takes seconds to import
+
+    return TensorBoard(folder, iteration=iteration)

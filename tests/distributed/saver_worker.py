@@ -49,7 +49,7 @@ def failures(run: Any, root: Path, ranks: Ranks) -> None:
     saver, optimization = run.saver, run.optimization
 
     def save(iteration: int) -> int | None:
-        state = replace(run.state, iteration=iteration, consumed_samples=8 * iteration)
+        state = replace(run.checkpoint_state, iteration=iteration, consumed_samples=8 * iteration)
         saver.save(state, optimization.chunks, optimization.optimizer)
         return saver.finish()
 
@@ -220,13 +220,13 @@ def resave(jobs: Path) -> None:
         )
         from megatron_chatflow.runtime.ranks import destroy_groups
         from megatron_chatflow.train.build import build_run
-        from megatron_chatflow.train.loop import _save
+        from megatron_chatflow.train.loop import save
 
         with contextlib.ExitStack() as stack:
             run, progress = build_run(config, ranks, stack)
             assert progress.iteration == 4, "nothing was loaded"
             with nothing_gathered():
-                _save(run, progress)
+                save(run, progress)
             assert run.saver.finish() == 4
         destroy_groups()
     finalize()

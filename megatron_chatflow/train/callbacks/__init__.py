@@ -1,30 +1,81 @@
-"""What watches a run without changing it: one hook a file, all on the reporting rank.
+"""Optional behaviour of a run, one callback per file.
 
-A hook that raises does not end the run: `Shield` logs the failure, and the next report is tried
-again.
+`Callback` names the hooks. `megatron_chatflow.train.build` creates the callbacks, and the training
+loop calls each hook on all of them in this order:
+
+1. `heartbeat.Heartbeat` tells the watchdog which phase starts.
+2. `profiler.ProfilerWindow` starts and stops a profile.
+3. `straggler.StragglerDetector` times forward and backward passes.
+4. `choice.ChoiceEval` evaluates multiple-choice questions.
+5. `garbage_collection.GarbageCollection` collects garbage at the same iterations on every rank.
+6. `freed_memory.FreedMemory` returns freed memory to the system (CPU only).
+7. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `tensorboard.TensorBoard`
+   and `weights_and_biases.WeightsAndBiases`, each inside an `isolated.IsolatedCallback`, so that an
+   error in one of them does not end the run; then `restarts.StatusFile`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_chatflow.evaluation.validation import SourceLoss
-from megatron_chatflow.train.report import IterationReport
+if TYPE_CHECKING:
+    from megatron_chatflow.evaluation.validation import SourceLoss
+    from megatron_chatflow.train.loop import Run, TrainState
+    from megatron_chatflow.train.report import IterationReport
+
+ExitStatus = Literal["finished", "exit_interval", "stop_requested", "failed"]
 
 
-class Hook(Protocol):
-    """A watcher of a run."""
+class Callback:
+    """Base class of all callbacks. Every hook does nothing.
+
+    The loop calls the hooks up to `on_exit` on every rank, so they may use collectives. Reports
+    exist on the reporting rank only; `on_validation` and `on_choice` receive the same values on
+    every rank.
+    """
+
+    def before_iteration(self, iteration: int) -> None:
+        """Called before the batch of ``iteration`` (counted from 1) is loaded."""
+
+    def before_step(self, iteration: int) -> None:
+        """Called between loading and the forward pass."""
+
+    def after_step(self, iteration: int) -> None:
+        """Called after the update."""
+
+    def before_validation(self, iteration: int, name: str) -> None:
+        """Called before each evaluation of the model, such as ``validation``."""
+
+    def on_evaluate(self, run: Run, state: TrainState) -> None:
+        """Called after each iteration has been logged and validated, and before it is saved.
+
+        It is also called once before the first iteration of a new run.
+        """
+
+    def on_save(self, iteration: int) -> None:
+        """Called before a checkpoint is saved, and before the run waits for the last one."""
+
+    def after_iteration(self, iteration: int) -> None:
+        """Called at the end of each iteration."""
+
+    def on_exit(self, status: ExitStatus) -> None:
+        """Called once the run has ended and everything is saved, or when it has failed."""
 
     def on_iterations(self, reports: Sequence[IterationReport]) -> None:
-        """Before each log, validation and save: each iteration since the last call, in order."""
+        """Receives each iteration since the last call, in order.
+
+        It is called before every log, validation and save.
+        """
 
     def on_log(self, report: IterationReport) -> None:
-        """After each log interval: the means and sums over its iterations."""
+        """Receives the means and sums over a log interval."""
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
-        """After each validation, with each source's loss."""
+        """Receives each source's validation loss."""
 
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """After choice questions were put: by name, what `evaluate_choice.tally` returns."""
+        """Receives the result of `evaluation.choice.summarize_choice` for each question file."""
 
     def close(self) -> None:
-        """At the end of the run, however it ends."""
+        """Called when the run is torn down, however it ended."""

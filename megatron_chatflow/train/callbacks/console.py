@@ -1,9 +1,8 @@
-"""The log: a line for the step and a table of its sources, and a progress bar on a terminal.
+"""Prints the log: one line per step, a table of its sources, and a progress bar on a terminal.
 
-The columns of the line stand at the same places in every log. What is unusual (skipped updates,
-waiting for data, restarts after failures) follows on lines of its own, only where there is any. No
-line is longer than `MAX_WIDTH`. The table shows at most `MAX_SOURCES` sources; ``metrics.jsonl``
-has all of them.
+The columns of the line are the same in every log. Unusual values (skipped updates, waiting for
+data, restarts after failures) follow on separate lines, only if there are any. No line is longer
+than `MAX_WIDTH`. The table shows at most `MAX_SOURCES` sources; ``metrics.jsonl`` has all of them.
 """
 
 import math
@@ -22,24 +21,25 @@ from megatron_chatflow.runtime.table import (
     format_value,
     shorten,
 )
+from megatron_chatflow.train.callbacks import Callback
+from megatron_chatflow.train.callbacks.straggler import StragglerReport
 from megatron_chatflow.train.report import IterationReport, SourceReport
-from megatron_chatflow.train.straggler import StragglerReport
 
 MAX_WIDTH = 124
-"""Columns of the longest line: a step of a run of 100,000 iterations or more."""
+"""Columns of the longest line: a step in a run of 100,000 iterations or more."""
 MAX_SOURCES = 12
 MAX_NAME_WIDTH = 24
 INDENT = " " * 21
 WAITING = 0.01
-"""Part of the step from which on waiting for data is shown."""
+"""Waiting for data is shown from this share of the step on."""
 GROWTH = 1.01
-"""Growth of the peak memory from which on it is shown again."""
+"""The peak memory is shown again when it has grown by this factor."""
 
 
 def iteration_lines(
     report: IterationReport, now: datetime, *, with_memory: bool = True
 ) -> list[str]:
-    """The line of a step, and below it what is unusual about the step, if anything."""
+    """Formats the line of a step, followed by lines of unusual values if there are any."""
     width = len(str(report.num_iterations))
     loss_and_grad = [f"loss {_loss(report.lm_loss)}", f"grad {_fit(report.grad_norm, 6, 3)}"]
     if report.lm_loss is None:  # and so no gradient
@@ -76,7 +76,7 @@ def iteration_lines(
 
 
 def source_lines(report: IterationReport) -> list[str]:
-    """A table with what each source gave since the last log."""
+    """Formats a table of the sources since the last log."""
     sources = dict(report.sources)
     if len(sources) > MAX_SOURCES:
         most = sorted(sources, key=lambda name: (-sources[name].weight, -sources[name].realised))
@@ -92,7 +92,7 @@ def source_lines(report: IterationReport) -> list[str]:
 
 
 def straggler_lines(report: StragglerReport) -> list[str]:
-    """A table with the fastest and the slowest rank of each part, and the slowest ranks."""
+    """Formats a table of the fastest and slowest rank of each quantity, and the slowest ranks."""
     rows = []
     for name, part in report.parts.items():
         unit, factor = (" ms", 1000) if name.endswith("_seconds") else ("", 1)
@@ -117,7 +117,7 @@ def straggler_lines(report: StragglerReport) -> list[str]:
 
 
 def validation_lines(iteration: int, losses: Mapping[str, SourceLoss], now: datetime) -> list[str]:
-    """A table with each source's validation loss and bits per byte."""
+    """Formats a table of each source's validation loss and bits per byte."""
     rows = [
         [
             shorten(name, MAX_NAME_WIDTH),
@@ -135,7 +135,7 @@ def validation_lines(iteration: int, losses: Mapping[str, SourceLoss], now: date
 def choice_lines(
     iteration: int, results: Mapping[str, Mapping[str, Any]], now: datetime
 ) -> list[str]:
-    """A title, and a line for each file of choice questions."""
+    """Formats a title and a line for each file of choice questions."""
     title = f"{_stamp(now)}  choice questions at iteration {iteration}"
     return [
         title,
@@ -147,25 +147,22 @@ def choice_lines(
     ]
 
 
-class Console:
-    """Prints reports; on a terminal a bar shows how far the run is."""
+class Console(Callback):
+    """Prints reports, and shows a progress bar on a terminal."""
 
     def __init__(self, *, num_iterations: int, iteration: int) -> None:
-        """Starts the bar at ``iteration`` of ``num_iterations``; none where output is a file."""
+        """Starts the progress bar at ``iteration`` of ``num_iterations``."""
         self._bar = tqdm(
             total=num_iterations,
             initial=iteration,
             unit="it",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=None,  # disabled unless standard error is a terminal
         )
         self._shown_bytes = 0.0
 
-    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
-        """Does nothing: only whole intervals are shown."""
-
     def on_log(self, report: IterationReport) -> None:
-        """Prints the step and its sources, and moves the bar."""
+        """Prints the step and its sources, and updates the bar."""
         has_grown = report.memory_bytes > GROWTH * self._shown_bytes
         if has_grown:
             self._shown_bytes = report.memory_bytes
@@ -185,7 +182,7 @@ class Console:
         self._print(choice_lines(iteration, results, datetime.now()))
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the progress bar."""
         self._bar.close()
 
     @staticmethod
@@ -199,7 +196,7 @@ def _stamp(now: datetime) -> str:
 
 
 def _remaining(seconds: float) -> str:
-    """The two largest units without spaces: 3d16h, 5h02m, 4m19s, 8s."""
+    """Formats a duration in its two largest units: 3d16h, 5h02m, 4m19s, 8s."""
     whole = round(seconds)
     for unit, size, below, part in (
         ("d", 86400, "h", 3600),
@@ -212,7 +209,7 @@ def _remaining(seconds: float) -> str:
 
 
 def _fill(parts: Sequence[str], separator: str, indent: int = 0) -> list[str]:
-    """The parts, as many in a line as fit into `MAX_WIDTH` columns behind an indentation."""
+    """Joins parts into lines of at most `MAX_WIDTH` columns including the indentation."""
     lines: list[str] = []
     for part in parts:
         joined = f"{lines[-1]}{separator}{part}" if lines else part
@@ -224,7 +221,7 @@ def _fill(parts: Sequence[str], separator: str, indent: int = 0) -> list[str]:
 
 
 def _fit(value: float, width: int, decimals: int) -> str:
-    """A number in ``width`` columns, with fewer decimals the larger it is."""
+    """Formats a number in ``width`` columns, with fewer decimals if it is large."""
     texts = [f"{value:{width}.{number}f}" for number in range(decimals, -1, -1)]
     return next((text for text in texts if len(text) <= width), f"{value:{width}.0e}")
 
@@ -234,7 +231,7 @@ def _loss(loss: float | None) -> str:
 
 
 def _teraflops(value: float) -> str:
-    """Three significant digits in five columns; two below 0.1."""
+    """Formats three significant digits, two below 0.1, in five columns."""
     return f"{value:5.3g}" if value >= 0.1 else f"{value:5.2g}"
 
 
@@ -255,7 +252,7 @@ def _source_cells(name: str, source: SourceReport) -> list[str]:
 
 
 def _sum_cells(name: str, sources: Sequence[SourceReport]) -> list[str]:
-    """Several sources as one; passes over them are no number that means anything."""
+    """Sums several sources; their number of epochs has no meaning and is left empty."""
     loss_tokens = sum(source.loss_tokens for source in sources)
     loss = sum((source.loss or 0.0) * source.loss_tokens for source in sources)
     merged = SourceReport(
@@ -272,6 +269,6 @@ def _sum_cells(name: str, sources: Sequence[SourceReport]) -> list[str]:
 def _table(
     head: Sequence[str], rows: Sequence[Sequence[str]], min_widths: Sequence[int] = ()
 ) -> list[str]:
-    """Indented lines: the first column stands left, the others right."""
+    """Formats indented lines; the first column is left-aligned, the others right-aligned."""
     is_left = [column == 0 for column in range(len(head))]
     return [INDENT + line for line in align([head, *rows], is_left, min_widths)]

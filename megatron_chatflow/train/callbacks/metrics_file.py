@@ -1,8 +1,7 @@
-"""``metrics.jsonl``: a JSON object per iteration, log interval or validation, in the run's folder.
+"""Writes ``metrics.jsonl``: a JSON object per iteration or log interval, and per evaluation.
 
-Lines that a full disk refuses are kept and written once there is room. A resume first drops what
-the run had logged after the checkpoint that it resumes from, so that every iteration is in the
-file once.
+Lines that do not fit on a full disk are kept and written once there is room. A resume first drops
+the lines after its checkpoint, so that every iteration is in the file once.
 """
 
 import errno
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.files import fsync_path
+from megatron_chatflow.train.callbacks import Callback
 from megatron_chatflow.train.report import IterationReport, validation_dict
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,12 +23,12 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Truncation:
-    """What became of a file's iterations.
+    """What `truncate_metrics` kept and dropped.
 
     Attributes:
-        last_kept: The last logged iteration that stays; None if none does.
-        first_dropped: The first that went; None if none did.
-        last_dropped: The last that went.
+        last_kept: The last logged iteration that was kept; None if none was.
+        first_dropped: The first logged iteration that was dropped; None if none was.
+        last_dropped: The last logged iteration that was dropped.
     """
 
     last_kept: dict[str, Any] | None = None
@@ -37,9 +37,10 @@ class Truncation:
 
 
 def truncate_metrics(path: Path, iteration: int) -> Truncation:
-    """Drops the lines of iterations after ``iteration``, and a last line cut short by a kill.
+    """Drops the lines of iterations after ``iteration`` and an incomplete last line.
 
-    They stand at the end but for damage in the middle, so that a full disk is no hindrance.
+    Unless the file is damaged in the middle, these lines are at its end, and truncation works on a
+    full disk as well.
     """
     if not path.exists():
         return Truncation()
@@ -72,21 +73,21 @@ def truncate_metrics(path: Path, iteration: int) -> Truncation:
     return Truncation(last_kept, first_dropped, last_dropped)
 
 
-class MetricsFile:
-    """Appends to ``metrics.jsonl``; each line is handed to the system before training goes on."""
+class MetricsFile(Callback):
+    """Appends to ``metrics.jsonl``; each line reaches the system before training continues."""
 
     def __init__(self, folder: Path, *, every_iteration: bool) -> None:
-        """Opens the file in a run's folder; `truncate_metrics` has cut it.
+        """Opens the file, which `truncate_metrics` has truncated.
 
         Args:
-            folder: The run's.
-            every_iteration: Whether each iteration is a row, or each log interval.
+            folder: The run's folder.
+            every_iteration: Write a row per iteration instead of per log interval.
         """
         self._every_iteration = every_iteration
         path = folder / METRICS_FILE
         self._file = open(path, "ab", buffering=0)
         self._backlog: list[bytes] = []
-        # Where the last line that is whole ends.
+        # End of the last complete line.
         self._end = self._file.tell()
 
     def on_iterations(self, reports: Sequence[IterationReport]) -> None:
@@ -95,7 +96,7 @@ class MetricsFile:
             self._append(*(report.to_dict() for report in reports))
 
     def on_log(self, report: IterationReport) -> None:
-        """Appends the interval, unless its iterations have been appended."""
+        """Appends the interval unless every iteration has a row."""
         if not self._every_iteration:
             self._append(report.to_dict())
 
@@ -108,10 +109,10 @@ class MetricsFile:
         self._append({"iteration": iteration, "choice": results})
 
     def close(self) -> None:
-        """Writes what is left and flushes the file to the disk.
+        """Writes pending lines and flushes the file to disk.
 
         Raises:
-            OSError: The disk is full, or gone.
+            OSError: The disk is full or gone.
         """
         try:
             self._write_backlog()
@@ -124,7 +125,7 @@ class MetricsFile:
         self._write_backlog()
 
     def _write_backlog(self) -> None:
-        """Writes whole lines; those that find no room wait for the next report."""
+        """Writes complete lines; lines that do not fit wait for the next report."""
         while self._backlog:
             line = self._backlog[0]
             written = 0

@@ -1,11 +1,11 @@
-"""A run at Weights & Biases; only where ``--wandb-project`` asks for it.
+"""Logs a run to Weights & Biases if ``--wandb-project`` is given.
 
-In: reports. Out: what the ``wandb`` package sends, or keeps with ``WANDB_MODE=offline``. A run that
-is taken up again goes on there as the same one, by the id in its folder.
+The ``wandb`` package sends the scalars, or stores them with ``WANDB_MODE=offline``. A resumed run
+continues the same W&B run, whose id is stored in the run's folder.
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,20 @@ from typing import Any
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.files import write_atomically
+from megatron_chatflow.train.callbacks import Callback
 from megatron_chatflow.train.report import IterationReport, choice_scalars, validation_scalars
 
 ID_FILE = "wandb_id.txt"
 
 
-class WeightsAndBiases:
-    """Sends scalars under the names that TensorBoard has; iterations are the axis."""
+class WeightsAndBiases(Callback):
+    """Logs scalars under the same names as TensorBoard, with the iteration as their step."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
-        """Begins the run there, or goes on with it.
+        """Starts or continues the W&B run.
 
         Args:
-            config: The run's, which is sent as well.
+            config: Configuration of the run, which is sent as well.
             folder: The run's folder.
         """
         settings = config.logging
@@ -39,32 +40,29 @@ class WeightsAndBiases:
             resume="allow",
             config=config.to_dict(),
         )
-        # Steps of wandb's own only rise; a run that was rolled back logs an iteration twice.
+        # wandb's own steps must increase, but a run that was rolled back logs an iteration twice.
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
-    def on_iterations(self, reports: Sequence[IterationReport]) -> None:
-        """Does nothing: only whole intervals are shown."""
-
     def on_log(self, report: IterationReport) -> None:
-        """Sends the interval's means."""
+        """Logs the interval's scalars."""
         self._run.log({"iteration": report.iteration, **report.scalars()})
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
-        """Sends the validation."""
+        """Logs each source's validation loss."""
         self._run.log({"iteration": iteration, **validation_scalars(losses)})
 
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Sends the accuracies."""
+        """Logs the accuracies of each question file."""
         self._run.log({"iteration": iteration, **choice_scalars(results)})
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Finishes the W&B run."""
         self._run.finish()
 
 
 def _id(folder: Path) -> str:
-    """The id under which the run is known there; a new one for a new run."""
+    """Returns the run's W&B id, a new one for a new run."""
     path = folder / ID_FILE
     if path.exists():
         known = path.read_text(encoding="utf-8", errors="replace").strip()

@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from megatron_chatflow.runtime.host_memory import GarbageCollection
+from megatron_chatflow.train.callbacks.garbage_collection import GarbageCollection
 
 
 class _Cycle:
@@ -17,9 +17,9 @@ def test_it_collects_at_multiples_and_leaves_things_as_they_were() -> None:
         assert not gc.isenabled()
         alive = weakref.ref(_Cycle())
         for iteration in (1, 2):
-            collection.after(iteration)
+            collection.after_iteration(iteration)
             assert alive() is not None
-        collection.after(3)
+        collection.after_iteration(3)
         assert alive() is None
     finally:
         collection.close()
@@ -29,6 +29,6 @@ def test_it_collects_at_multiples_and_leaves_things_as_they_were() -> None:
 def test_without_an_interval_python_collects() -> None:
     collection = GarbageCollection(None)
     assert gc.isenabled()
-    collection.after(1)
+    collection.after_iteration(1)
     collection.close()
     assert gc.isenabled()

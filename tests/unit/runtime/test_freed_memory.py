@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_chatflow.runtime.host_memory import FreedMemory
+from megatron_chatflow.train.callbacks.freed_memory import FreedMemory
 
 MIB = 1 << 20
 
@@ -14,20 +14,20 @@ MIB = 1 << 20
 # them is in memory before and after the look that follows a step, in bytes.
 FREE_BETWEEN_KEPT = """
 import torch
-from megatron_chatflow.runtime.host_memory import (
-    FreedMemory, keep_freed_memory, resident_bytes)
-keep_freed_memory()
+from megatron_chatflow.runtime.launch import make_malloc_keep_freed_memory
+from megatron_chatflow.train.callbacks.freed_memory import FreedMemory, resident_bytes
+make_malloc_keep_freed_memory()
 watch = FreedMemory()
 torch.ones(1000)
 before = resident_bytes()
-watch.after_step()
+watch.after_iteration(1)
 large, small = [], []
 for _ in range(64):
     large.append(torch.ones(2 << 20))
     small.append(torch.ones(20_000))
 del large
 held = resident_bytes()
-watch.after_step()
+watch.after_iteration(2)
 print(held - before, resident_bytes() - before)
 """
 
@@ -38,7 +38,7 @@ def _measured(*held: int | None) -> int:
     amounts = iter(held)
     watch = FreedMemory(measure=lambda: next(amounts), give_back=lambda: given_back.append(1))
     for _ in held:
-        watch.after_step()
+        watch.after_iteration(1)
     return len(given_back)
 
 

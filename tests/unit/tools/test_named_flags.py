@@ -41,8 +41,8 @@ PRINTED_BY = {
     "report.data": {PRETRAIN},  # plot_run, of the folder that a run's flag names
     "runtime.launch": {PRETRAIN},
     "train.guard": {PRETRAIN},
+    "train.callbacks.profiler": {PRETRAIN},
     "train.loop": {PRETRAIN},
-    "train.profiler": {PRETRAIN},
 }
 # Flags of another command, which the message is about.
 OF_ANOTHER_STEP = {

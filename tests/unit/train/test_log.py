@@ -25,8 +25,13 @@ from megatron_chatflow.train.callbacks.console import (
     validation_lines,
 )
 from megatron_chatflow.train.callbacks.metrics_file import MetricsFile
-from megatron_chatflow.train.loop import RemainingTime
-from megatron_chatflow.train.report import Downtime, IterationRecord, RunFacts, summarize
+from megatron_chatflow.train.report import (
+    Downtime,
+    IterationRecord,
+    RemainingTime,
+    RunFacts,
+    summarize,
+)
 from megatron_chatflow.train.straggler import compare
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.train.callbacks.metrics_file import truncate_metrics
-from megatron_chatflow.train.restarts import RESTARTS_FILE, record_restart, write_status
+from megatron_chatflow.train.callbacks.restarts import RESTARTS_FILE, record_restart, write_status
 
 
 def log(folder: Path, iterations: range, *, begin: float, **more: float) -> None:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.train.callbacks.shield import Shield
-from megatron_chatflow.train.profiler import ProfilerWindow
-from megatron_chatflow.train.straggler import compare
+from megatron_chatflow.train.callbacks.isolated import IsolatedCallback
+from megatron_chatflow.train.callbacks.profiler import ProfilerWindow
+from megatron_chatflow.train.callbacks.straggler import compare
 
 
 def test_the_slowest_of_each_stage_is_found() -> None:
@@ -58,31 +58,31 @@ def test_a_logger_is_made_again_once_it_can_be(caplog: pytest.LogCaptureFixture)
 
     with caplog.at_level(logging.WARNING):
         Moody.fails = True
-        shield = Shield(make)  # type: ignore[arg-type]
-        shield.on_log(1)  # type: ignore[arg-type]
+        isolated = IsolatedCallback(make)  # type: ignore[arg-type]
+        isolated.on_log(1)  # type: ignore[arg-type]
         assert not made and caplog.text.count("training goes on without it") == 1
         Moody.fails = False
-        shield.on_log(2)  # type: ignore[arg-type]
+        isolated.on_log(2)  # type: ignore[arg-type]
         assert made[0].seen == [2] and "works again" in caplog.text
         Moody.fails = True
-        shield.on_log(3)  # type: ignore[arg-type]
+        isolated.on_log(3)  # type: ignore[arg-type]
         Moody.fails = False
-        shield.on_log(4)  # type: ignore[arg-type]
+        isolated.on_log(4)  # type: ignore[arg-type]
     assert made[0].seen == [2, 4] and len(made) == 1
 
 
 FULL = """
 import logging, resource, sys
 from pathlib import Path
-from megatron_chatflow.train.callbacks.shield import Shield
+from megatron_chatflow.train.callbacks.isolated import IsolatedCallback
 from megatron_chatflow.train.callbacks.tensorboard import TensorBoard
 logging.basicConfig(level=logging.WARNING)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-hook = Shield(lambda: TensorBoard(Path(sys.argv[1]), iteration=0))
+callback = IsolatedCallback(lambda: TensorBoard(Path(sys.argv[1]), iteration=0))
 for k in range(2000):
-    hook.on_choice(k, {"x": {"accuracy": 0.5}})
-hook.close()
+    callback.on_choice(k, {"x": {"accuracy": 0.5}})
+callback.close()
 print("trained to the end")
 """
 

@@ -1,10 +1,10 @@
-"""Which rank is slow: every rank's time in forward and backward passes, and waiting for data.
+"""Detects slow ranks by their time in forward and backward passes and waiting for data.
 
-In: the moments at which megatron-core's schedules say that computing begins and ends. Out: at each
-log `Stragglers.report`, the fastest and the slowest rank by name. Times between the passes, in
-which ranks wait for each other, are not counted; the ranks of a tensor-parallel group meet inside
-the passes, and share the time of the slowest of them. On CUDA megatron-core's own detector reads
-temperature, power, utilization and clock besides, where its NVML bindings are there.
+The timers that megatron-core's schedules call measure both passes on every rank; each log compares
+the ranks. Times between the passes, in which ranks wait for each other, are not counted. The ranks
+of a tensor-parallel group synchronize inside the passes, so they share the time of their slowest.
+On CUDA with NVML bindings, megatron-core's own detector also reads temperature, power, utilization
+and clock.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.train.callbacks import Callback
 
 TIMES = ("forward_seconds", "backward_seconds", "data_seconds")
 READINGS = ("gpu_temperature", "gpu_power", "gpu_utilization", "gpu_clock")
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Timer:
-    """Adds up the time between `start` and `stop`, by CUDA events where there is CUDA."""
+    """Sums the time between `start` and `stop`, measured by CUDA events on a GPU."""
 
     def __init__(self, is_cuda: bool, is_counted: bool) -> None:
         self._is_cuda = is_cuda
@@ -38,7 +39,7 @@ class _Timer:
         self._events: list[tuple[Any, Any]] = []
 
     def start(self, barrier: bool = False) -> None:
-        """The part begins; a barrier, which megatron-core's own timers offer, is never made."""
+        """Starts the timer; ``barrier`` is part of megatron-core's interface and ignored."""
         if not self._is_counted:
             return
         if self._is_cuda:
@@ -50,7 +51,7 @@ class _Timer:
             self._begin = time.perf_counter()
 
     def stop(self, barrier: bool = False) -> None:
-        """The part ends."""
+        """Stops the timer."""
         if not self._is_counted:
             return
         if self._is_cuda:
@@ -58,8 +59,8 @@ class _Timer:
         else:
             self._seconds += time.perf_counter() - self._begin
 
-    def take(self) -> float:
-        """Seconds since the last call."""
+    def read_and_reset(self) -> float:
+        """Returns the seconds since the last call."""
         if self._events:
             torch.cuda.synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1e3
@@ -69,10 +70,13 @@ class _Timer:
 
 
 class ComputeTimers:
-    """What megatron-core calls as ``config.timers``: only the two passes are timed."""
+    """The object that megatron-core calls as ``config.timers``; it times the two passes only.
+
+    Attributes:
+        is_on: Whether time is measured now, which excludes validation.
+    """
 
     def __init__(self, is_cuda: bool) -> None:
-        """Takes whether passes run on CUDA."""
         self._nothing = _Timer(is_cuda, is_counted=False)
         self._timers = {
             "forward-compute": _Timer(is_cuda, is_counted=True),
@@ -81,17 +85,18 @@ class ComputeTimers:
         self.is_on = False
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer:
-        """The timer of a part."""
+        """Returns the timer of a part."""
         return self._timers.get(name, self._nothing) if self.is_on else self._nothing
 
-    def take(self) -> tuple[float, float]:
-        """Seconds of forward and of backward passes since the last call."""
-        return self._timers["forward-compute"].take(), self._timers["backward-compute"].take()
+    def read_and_reset(self) -> tuple[float, float]:
+        """Returns the seconds of forward and backward passes since the last call."""
+        forward, backward = self._timers["forward-compute"], self._timers["backward-compute"]
+        return forward.read_and_reset(), backward.read_and_reset()
 
 
 @dataclass(frozen=True)
 class PartReport:
-    """One figure over all ranks: times in seconds an iteration, readings in NVML's units."""
+    """One quantity over all ranks: times in seconds per iteration, readings in NVML's units."""
 
     min: float
     min_rank: int
@@ -102,12 +107,12 @@ class PartReport:
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank and how slowly it computes.
+    """A slow rank.
 
     Attributes:
-        rank: Its number.
+        rank: The rank.
         host: Its node.
-        ratio: Its time in both passes over the median of those that hold the same layers.
+        ratio: Its time in both passes over the median of the ranks in its pipeline stage.
     """
 
     rank: int
@@ -117,24 +122,33 @@ class SlowRank:
 
 @dataclass(frozen=True)
 class StragglerReport:
-    """What a log says of the ranks: each part, and the slowest in computing, the slowest first."""
+    """Comparison of the ranks: each quantity, and the slowest ranks, slowest first."""
 
     parts: dict[str, PartReport]
     slowest: tuple[SlowRank, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of ``metrics.jsonl``."""
+        """Returns the object for ``metrics.jsonl``."""
         return {
             **{name: vars(part) for name, part in self.parts.items()},
             "slowest": [vars(rank) for rank in self.slowest],
         }
 
 
-class Stragglers:
-    """Times this rank, and compares all of them at each log."""
+class StragglerDetector(Callback):
+    """Times this rank's steps and compares all ranks at each log.
+
+    Attributes:
+        timers: What the model's configuration needs as ``timers``.
+    """
 
     def __init__(self, ranks: Ranks, num_listed: int) -> None:
-        """Learns every rank's node and pipeline stage; every rank calls it."""
+        """Gathers every rank's node and pipeline stage; every rank calls it.
+
+        Args:
+            ranks: This process's place in every parallel group.
+            num_listed: Number of slowest ranks to list.
+        """
         self.timers = ComputeTimers(ranks.is_cuda)
         self._device = ranks.device
         self._num_listed = num_listed
@@ -144,14 +158,22 @@ class Stragglers:
         self._places: list[tuple[str, int]] = places
         self._detector = _core_detector(ranks)
 
+    def before_step(self, iteration: int) -> None:
+        """Starts measuring."""
+        self.timers.is_on = True
+
+    def after_step(self, iteration: int) -> None:
+        """Stops measuring."""
+        self.timers.is_on = False
+
     def report(self, num_iterations: int, data_seconds: float) -> StragglerReport:
         """Compares the ranks; every rank calls it.
 
         Args:
-            num_iterations: How many since the last call.
-            data_seconds: This rank's mean wait for a batch in them.
+            num_iterations: Number of iterations since the last call.
+            data_seconds: This rank's mean wait for a batch in these iterations.
         """
-        forward, backward = (seconds / num_iterations for seconds in self.timers.take())
+        forward, backward = (seconds / num_iterations for seconds in self.timers.read_and_reset())
         figures = [forward, backward, data_seconds, *self._readings()]
         own = torch.tensor(figures, dtype=torch.float64, device=self._device)
         rows = [torch.empty_like(own) for _ in self._places]
@@ -159,7 +181,7 @@ class Stragglers:
         return compare(torch.stack(rows).tolist(), self._places, self._num_listed)
 
     def _readings(self) -> list[float]:
-        """What the detector reads of this rank's GPU; NaN where that fails."""
+        """Reads this rank's GPU sensors; NaN where that fails."""
         if self._detector is None:
             return []
         try:
@@ -172,12 +194,12 @@ class Stragglers:
 def compare(
     rows: Sequence[Sequence[float]], places: Sequence[tuple[str, int]], num_listed: int
 ) -> StragglerReport:
-    """Finds the slowest ranks.
+    """Compares the ranks.
 
     Args:
-        rows: `TIMES` of every rank, and `READINGS` where there are any.
-        places: Its node and its pipeline stage.
-        num_listed: How many of the slowest are named.
+        rows: `TIMES` of every rank, followed by `READINGS` if there are any.
+        places: Node and pipeline stage of every rank.
+        num_listed: Number of slowest ranks to list.
     """
     parts = {}
     for name, column in zip((*TIMES, *READINGS), zip(*rows, strict=True), strict=False):
@@ -196,9 +218,9 @@ def compare(
 
 
 def _core_detector(ranks: Ranks) -> Any | None:
-    """megatron-core's `StragglerDetector`, set to work; None where any rank cannot run it.
+    """Returns megatron-core's configured `StragglerDetector`; None if any rank cannot run it.
 
-    Its control port, on which anybody could switch it off, stays closed.
+    Its control port, through which anybody could switch it off, is not opened.
     """
     has_nvml = importlib.util.find_spec("pynvml") is not None
     able = torch.tensor(int(ranks.is_cuda and has_nvml), device=ranks.device)

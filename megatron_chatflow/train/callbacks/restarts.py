@@ -1,9 +1,9 @@
-"""What restarts have cost a run and why it was restarted, as its own records tell.
+"""Records how a run ended and what its restarts have cost.
 
-``restarts.jsonl`` has a line for each time that the run was resumed: why it had ended before, what
-the resume changed, and the wall time between the last logged iteration that counts and the moment
-when training goes on, which includes the iterations that are trained a second time. The page of
-`tools/plot_run.py` marks them. ``status.json`` says whether the run is running or how it ended.
+``status.json`` tells whether the run is running or how it ended. ``restarts.jsonl`` has a line for
+each resume: why the run had ended, what the resume changed, and the wall time between the last
+logged iteration that counts and the resume. This time includes iterations that are trained a second
+time. The page of `tools/plot_run.py` marks the restarts.
 """
 
 import json
@@ -14,24 +14,41 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_chatflow.files import write_atomically
+from megatron_chatflow.train.callbacks import Callback, ExitStatus
 from megatron_chatflow.train.callbacks.metrics_file import Truncation
 from megatron_chatflow.train.report import Downtime
 
 RESTARTS_FILE = "restarts.jsonl"
 STATUS_FILE = "status.json"
 Status = Literal["running", "finished", "exit_interval", "stop_requested", "failed"]
-"""How a run ended; one that was killed stays ``running``."""
+"""A run that was killed stays ``running``."""
 Cause = Literal[
     "finished", "exit_interval", "stop_requested", "failed", "another_folder", "unknown"
 ]
-"""Why a run had to be resumed: ``failed`` if it failed or was killed, ``another_folder`` if it was
-continued from a checkpoint elsewhere, ``unknown`` if an earlier version left no status."""
+"""Why a run was resumed: ``failed`` if it failed or was killed, ``another_folder`` if it continues
+a checkpoint elsewhere, ``unknown`` if an earlier version left no status."""
 
 logger = logging.getLogger(__name__)
 
 
+class StatusFile(Callback):
+    """Writes ``status.json`` when the run starts and when it ends.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        write_status(folder, "running")
+
+    def on_exit(self, status: ExitStatus) -> None:
+        """Writes how the run ended."""
+        write_status(self._folder, status)
+
+
 def write_status(folder: Path, status: Status) -> None:
-    """Records in a run's folder how the run stands; a disk that refuses is a warning."""
+    """Writes the status of a run; logs a warning if the disk refuses."""
     record = {"status": status, "time": time.time()}
     try:
         write_atomically(folder / STATUS_FILE, json.dumps(record) + "\n")
@@ -40,30 +57,31 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def read_status(folder: Path) -> Status | None:
-    """How the run stands, or None if nothing readable tells."""
+    """Returns the status of a run; None if none can be read."""
     records = _read(folder / STATUS_FILE)
     status = records[0].get("status") if records else None
     return status if status in get_args(Status) else None
 
 
 def delete_restarts(folder: Path) -> None:
-    """Removes the record of a run whose place a fresh one takes."""
+    """Deletes the restarts of an earlier run in a folder that a new run uses."""
     (folder / RESTARTS_FILE).unlink(missing_ok=True)
 
 
 def record_restart(
     folder: Path, cut: Truncation, iteration: int, now: float, changes: Sequence[str] = ()
 ) -> Downtime:
-    """Adds the restart at hand to those before, also in the run's folder.
-
-    A disk that refuses the record is a warning: the run goes on without it.
+    """Appends this restart to ``restarts.jsonl``; logs a warning if the disk refuses.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
         cut: What was kept and dropped of its metrics.
-        iteration: Of the checkpoint that it goes on from; 0 where there was none yet.
+        iteration: Iteration of the checkpoint; 0 if the run had none yet.
         now: Unix time in seconds.
-        changes: What this resume changed in the schedule and its sources, for people to read.
+        changes: Human-readable changes of the schedule and its sources by this resume.
+
+    Returns:
+        The cost of all restarts including this one.
     """
     earlier = _read(folder / RESTARTS_FILE)
     before = earlier[-1] if earlier else {}
@@ -99,7 +117,7 @@ def record_restart(
 
 
 def _cause(folder: Path, cut: Truncation, earlier: Sequence[Mapping[str, Any]]) -> Cause:
-    """Why the run had ended before this restart."""
+    """Returns why the run had ended before this restart."""
     status = read_status(folder)
     if status is None:
         is_known = cut.last_kept or cut.first_dropped or earlier
@@ -108,7 +126,7 @@ def _cause(folder: Path, cut: Truncation, earlier: Sequence[Mapping[str, Any]]) 
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The records that can be read."""
+    """Returns all readable records."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
@@ -125,7 +143,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _number(record: Mapping[str, Any], key: str, default: float = 0.0) -> float:
-    """A number that may have been damaged."""
+    """Returns a number of a record that may be damaged."""
     value = record.get(key, default)
     is_number = isinstance(value, int | float) and abs(value) < 1e15
     return float(value) if is_number else default
