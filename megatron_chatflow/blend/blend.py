@@ -12,7 +12,6 @@ writes the state that lies in every checkpoint.
 
 from __future__ import annotations
 
-import logging
 import operator
 import threading
 from bisect import bisect_right
@@ -28,7 +27,6 @@ from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.errors import UserError
 
-logger = logging.getLogger(__name__)
 
 _Number = TypeVar("_Number", int, float)
 
@@ -71,11 +69,8 @@ class Blend:
         self._public = np.array([number[name] for name in columns], np.int16)
         self._is_identity = columns == self.sources
         self._engines: dict[int, Engine] = {}
-        self._lock = (
-            threading.Lock()
-        )  # the loader draws in a thread while a checkpoint reads counts
-        if self.edit is not None:
-            logger.info("%s", self.edit)
+        # The loader draws in a thread while a checkpoint reads counts.
+        self._lock = threading.Lock()
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
         """Draws the samples ``[begin, end)``.

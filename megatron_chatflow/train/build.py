@@ -188,6 +188,8 @@ def _open_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
             inputs.checkpoint,
             format_table(inputs.changes),
         )
+    if inputs.blend.edit is not None:
+        logger.info("%s", inputs.blend.edit)
     if inputs.findings:
         rule = "*" * 100
         lines = [rule, *(f"* {finding}" for finding in inputs.findings), rule]
@@ -237,8 +239,8 @@ def _load_checkpoint(
     logger.info("loaded %s from %s", what, checkpoint)
     if inputs.resumed is not None and weights_only:
         logger.warning(
-            "the optimizer starts with fresh state at iteration %d (--no-load-optim); leave the flag "
-            "out of later restarts, which would reset it again",
+            "the optimizer starts with fresh state at iteration %d (--no-load-optim); leave the "
+            "flag out of later restarts, which would reset it again",
             inputs.resumed.iteration + 1,
         )
 

@@ -128,6 +128,16 @@ def test_nothing_is_listed_where_nothing_changed(make_config, tmp_path: Path) ->
     assert "settings that differ" not in dry_run(make_config(checkpoint__load=str(tmp_path)))
 
 
+def test_an_edited_schedule_is_reported_once(
+    make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint_state(make_config(), tmp_path)
+    knots = [{"at": 48, "weights": "as_planned"}, {"at": 64, "weights": {"second": 1}}]
+    with caplog.at_level(logging.INFO):
+        text = dry_run(make_config(checkpoint__load=str(tmp_path), data__schedule__knots=knots))
+    assert (text + caplog.text).count("schedule edited at sample") == 1
+
+
 def test_every_changed_setting_is_listed_with_its_consequence(make_config, tmp_path: Path) -> None:
     write_checkpoint_state(make_config(optimizer__min_lr=3e-4), tmp_path)
     changes = {
