@@ -1,7 +1,7 @@
-"""Errors that a user can mend, and the one place where they become an exit code.
+"""Defines user errors and turns them into an exit status.
 
-In: a ``main`` function. Out: the process's exit status, with one line on standard error for a
-mistake of the user's and a traceback for one of ours.
+A user error prints one line to standard error and exits with status 2. Any other exception is a
+bug and keeps its traceback.
 """
 
 import argparse
@@ -17,59 +17,58 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-MAX_MESSAGE_CHARACTERS = 1000  # more than any message of ours without a file's content
+MAX_MESSAGE_CHARACTERS = 1000  # more than any message without quoted file contents
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where a disk, a quota or a limit on files is exhausted, which may pass."""
+"""Error numbers of an exhausted disk, quota or file size limit, which may be temporary."""
 
-_MAX_OPEN_FILES = 1 << 16  # libraries that walk over all descriptors stay fast below it
+_MAX_OPEN_FILES = 1 << 16  # some libraries iterate over all descriptors
 
 
 class UserError(ValueError):
-    """A mistake in the input; its message says what is wrong, where, and what to do, in a line.
+    """An error in the input. Its message states what is wrong, where, and how to fix it.
 
-    Messages quote files, and a file may hold anything: the middle of a message of more than
-    `MAX_MESSAGE_CHARACTERS` is left out, so that its cause and its advice remain.
+    Messages may quote arbitrary file contents. The middle of a message longer than
+    `MAX_MESSAGE_CHARACTERS` is cut out, so that its cause and its advice remain.
     """
 
     max_characters = MAX_MESSAGE_CHARACTERS
 
     def __init__(self, message: str = "", *details: object) -> None:
-        """Takes the message."""
         super().__init__(shorten(message, self.max_characters), *details)
 
 
 def shorten(message: str, limit: int = MAX_MESSAGE_CHARACTERS) -> str:
-    """The message, or its beginning and end with the number of characters left out between."""
+    """Returns the message, without its middle if it is longer than ``limit`` characters."""
     if len(message) <= limit:
         return message
     num_last = limit // 4
-    num_first = limit - num_last - 40  # for the note, so that the result is not cut once more
+    num_first = limit - num_last - 40  # room for the note, so that the result is not cut again
     num_cut = len(message) - num_first - num_last
     return f"{message[:num_first]} [... {num_cut} characters ...] {message[-num_last:]}"
 
 
 class LocalError(UserError):
-    """What one process of a job meets and the others do not, such as a disk of its node's."""
+    """A user error that occurs on one process only, such as a full disk of its node."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake on the command line in one line, without the usage of all flags."""
+    """Argument parser that reports an error in one line, without the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError`."""
-        # argparse names the function that converts a value, such as `parse_shard`.
+        # argparse prints the name of the conversion function, such as `parse_shard`.
         message = re.sub(r"invalid (?!int\b|float\b)\w+ value: ", "invalid value: ", message)
         raise UserError(f"{message}; see --help")
 
 
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Runs ``main`` and exits: 0 or its own status. Raises the limit on open files before.
+    """Raises the limit on open files, runs ``main`` and exits with its status.
 
-    2 stands for a `UserError` or a full disk, 130 for Ctrl-C, and 141, as of a program that SIGPIPE
-    ended, for output that nobody reads on (``| head -1``).
+    The status is 2 after a `UserError` or on a full disk, 130 after Ctrl-C, and 141 if nobody reads
+    the output any more (``| head -1``), as after SIGPIPE.
 
     Args:
-        main: The program; returns its exit status or None for success.
+        main: The program. Returns its exit status, or None for success.
     """
     _raise_open_file_limit()
     if signal.getsignal(signal.SIGINT) is _exit_interrupted:
@@ -79,7 +78,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
             status = main()
         finally:
             if sys.stdout:
-                sys.stdout.flush()  # here, where a failure can still be told
+                sys.stdout.flush()  # while an error can still be reported
     except UserError as error:
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -88,8 +87,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:
-        if not _has_lost_its_reader():
-            raise  # a socket, or a pipe between processes
+        if not _is_stdout_closed():
+            raise  # a socket or a pipe between processes
         _discard_output()
         sys.exit(141)
     except OSError as error:
@@ -103,16 +102,16 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _discard_output() -> None:
-    """Sends what is still buffered nowhere; Python would complain about it at the very end."""
+    """Discards buffered output, which would fail again when Python flushes it at exit."""
     with suppress(AttributeError, OSError, ValueError):  # no standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end the process with status 130 until `run_main` takes over.
+    """Makes Ctrl-C exit with status 130 until `run_main` is called.
 
-    A program calls it before imports that take seconds. Nothing has to be cleaned up by then, while
-    a KeyboardInterrupt raised inside an import would end in a traceback.
+    Programs call it before imports that take seconds, because a KeyboardInterrupt inside an import
+    would end in a traceback. There is nothing to clean up at that time.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
         signal.signal(signal.SIGINT, _exit_interrupted)
@@ -125,19 +124,19 @@ def _exit_interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _raise_open_file_limit() -> None:
-    """Raises the usual soft limit of 1,024 open files as far as the hard limit allows."""
+    """Raises the soft limit on open files, often 1,024, as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # a system with a lower limit of its own
+        with suppress(OSError, ValueError):  # the system has a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _has_lost_its_reader() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
+def _is_stdout_closed() -> bool:
+    """Returns whether standard output is a pipe whose other end is closed."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return bool(poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no standard output, or none with a descriptor
+    except (AttributeError, OSError, ValueError):  # no standard output, or one without a descriptor
         return False

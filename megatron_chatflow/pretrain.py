@@ -1,8 +1,8 @@
-"""The composition root: builds every part of a run and trains it.
+"""Entry point of training: parses the command line, joins the job and trains.
 
 ``torchrun --nproc-per-node N -m megatron_chatflow.pretrain --config run.yaml [flags]``
 
-In: the command line. Out: a run's folder with checkpoints, metrics and TensorBoard events.
+The run's folder receives checkpoints, metrics and TensorBoard events.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -27,7 +27,7 @@ logger = logging.getLogger("megatron_chatflow")
 
 
 def main() -> int:
-    """Runs the command line; returns the exit status."""
+    """Runs the command line and returns the exit status."""
     process = ProcessRank.from_environment()
     exit_reporter = ExitReporter(process)
     try:
@@ -48,9 +48,9 @@ def _run(process: ProcessRank) -> None:
         level=logging.INFO if process.rank == 0 else logging.ERROR,
         format="%(asctime)s %(levelname)s %(message)s",
     )
-    # megatron-core warns of each GPU package that is absent; what is used instead is logged below.
+    # megatron-core warns about each missing GPU package; `build_run` logs what is used instead.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-    # megatron-core logs every configuration that it is handed; ours is printed once, below.
+    # megatron-core logs every configuration object; the resolved configuration is logged below.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for note in options.notes:
         logger.info("Megatron-LM's %s", note)
@@ -100,8 +100,8 @@ def _initialize_and_train(config: RunConfig) -> None:
 
 
 def run_training(config: RunConfig, ranks: Ranks) -> None:
-    """Builds the run on this rank, resumes it where there is something to resume, trains it."""
-    # These import megatron-core, which on CPUs has to come after `initialize`.
+    """Builds the run on this rank, resumes it if there is a checkpoint, and trains it."""
+    # These import megatron-core, which must come after `initialize` on CPUs.
     from megatron_chatflow.train.build import build_run
     from megatron_chatflow.train.loop import train
 

@@ -1,15 +1,13 @@
-"""Multiple-choice questions put to a model while it trains, at any parallel layout.
+"""Evaluates multiple-choice questions from local files, as the authors of MMLU and C-Eval do.
 
-In: questions, and the model's chunks. Out: accuracies as `evaluate_choice` gives them for an
-export. Each choice behind its question is a document of its own in a packed micro-batch, and a
-source of its own in the sums that the model's forward pass takes: the negative sum of a choice's
-losses is its log-probability. Nothing random is drawn and no weight changes.
+``letter`` scoring compares the probabilities of the letters after "Answer:" (Hendrycks et al.,
+"Measuring Massive Multitask Language Understanding", 2021). ``continuation`` scoring compares those
+of the whole choices, in total and per byte. `evaluate_choice` evaluates an exported model.
 
-Multiple-choice questions from local files, scored as MMLU's and C-Eval's authors score them.
-
-In: JSON lines of questions and a model. Out: accuracies. ``letter`` compares the probabilities of
-the letters behind "Answer:" (Hendrycks et al., "Measuring Massive Multitask Language
-Understanding", 2021); ``continuation`` those of the whole choices, as they are and per byte.
+`ChoiceValidator` gives the same accuracies for a model in training, at any parallel layout. Each
+question with one of its choices is a document in a packed micro-batch and a source of its own in
+the sums of the forward pass, so that the negative sum of a choice's losses is its log-probability.
+It draws no random numbers and changes no weights.
 """
 
 import json
@@ -40,7 +38,7 @@ SCORINGS: tuple[Scoring, ...] = get_args(Scoring)
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 LETTERS = "ABCDEFGHIJ"
 
-_HEADS = {
+_HEADERS = {
     "en": "The following are multiple choice questions (with answers){about}.\n\n",
     "zh": "以下是{about}单项选择题，请选出其中的正确答案。\n\n",
 }
@@ -51,31 +49,31 @@ _BEFORE_ANSWER = {"en": " ", "zh": ""}
 
 @dataclass(frozen=True)
 class Question:
-    """A question.
+    """A multiple-choice question.
 
     Attributes:
-        subject: What it is about; "" where the file does not say.
-        question: The question.
-        choices: What to choose from.
-        answer: Index of the right one.
-        place: File and line that it stands in, for messages; "" where it was not read.
+        subject: Subject of the question; "" if the file does not give it.
+        question: Text of the question.
+        choices: Texts of the choices.
+        answer: Index of the right choice.
+        place: File and line, for messages; "" if the question was not read from a file.
     """
 
     subject: str
     question: str
     choices: tuple[str, ...]
     answer: int
-    place: str = field(default="", compare=False)  # the same question stands in several files
+    place: str = field(default="", compare=False)  # files may share questions
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
-    """How questions are put.
+    """Prompt and scoring of multiple-choice questions.
 
     Attributes:
-        scoring: Letters, or whole choices.
-        num_few_shot: Solved questions before each one, of its subject where there are enough.
-        language: Of the words around the questions.
+        scoring: Whether letters or whole choices are scored.
+        num_few_shot: Number of solved examples before each question, of its subject if possible.
+        language: Language of the prompt around the questions.
     """
 
     scoring: Scoring = "letter"
@@ -87,13 +85,13 @@ def read_questions(path: Path) -> list[Question]:
     """Reads JSON lines with ``question``, ``choices`` (or ``A``, ``B``, ...) and ``answer``.
 
     Args:
-        path: The file; ``answer`` is an index or a letter, ``subject`` may be missing.
+        path: The file. ``answer`` is an index or a letter; ``subject`` is optional.
 
     Raises:
-        UserError: The file cannot be read, or a line is no question.
+        UserError: The file cannot be read, or a line is not a question.
     """
     try:
-        # Not `splitlines`: JSON's texts may hold U+2028 and U+0085, which that takes for ends.
+        # Not `splitlines`, which also splits at U+2028 and U+0085 inside JSON strings.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
@@ -122,7 +120,7 @@ def _question(record: Any, place: str) -> Question:
     if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
         raise ValueError(f"choices are no list of 2 to {len(LETTERS)}")
     for letter, choice in zip(LETTERS, given, strict=False):
-        # One without any text would be certain: nothing is all that may follow.
+        # The probability of an empty choice would be 1.
         if not isinstance(choice, str | int | float) or not str(choice).strip():
             raise ValueError(f"choice {letter} is empty or no text")
     index = _index(record["answer"])
@@ -130,12 +128,12 @@ def _question(record: Any, place: str) -> Question:
         raise ValueError(f"answer {shorten(record['answer'])} of {len(given)} choices")
     subject = str(record.get("subject", "")).replace("_", " ")
     question, choices = str(record["question"]), tuple(map(str, given))
-    "".join((subject, question, *choices)).encode()  # half a surrogate pair is no text
+    "".join((subject, question, *choices)).encode()  # raises for lone surrogates
     return Question(subject, question, choices, index, place)
 
 
 def _index(answer: Any) -> int:
-    """Which choice an answer means; -1 if none."""
+    """Returns the index of an answer; -1 if it is invalid."""
     if isinstance(answer, str):
         letter = answer.strip()
         return LETTERS.find(letter) if len(letter) == 1 else -1
@@ -146,13 +144,13 @@ def _index(answer: Any) -> int:
 def select_few_shot_examples(
     questions: Sequence[Question], number: int, pool: Sequence[Question], count: int
 ) -> list[Question]:
-    """Solved questions to show before one: the first others of its subject, then of any.
+    """Selects solved examples: the first other questions of the same subject, then of any.
 
     Args:
-        questions: The questions.
-        number: Which one is put.
-        pool: Where examples come from; may be the questions themselves.
-        count: How many.
+        questions: All questions.
+        number: Index of the question to be asked.
+        pool: Candidates; may be the questions themselves.
+        count: Number of examples.
     """
     asked = questions[number]
     others = [q for q in pool if q != asked]
@@ -162,16 +160,20 @@ def select_few_shot_examples(
 
 
 def build_prompt(question: Question, examples: Sequence[Question], settings: ChoiceSettings) -> str:
-    """The text up to where the answer is to come."""
+    """Builds the prompt up to the answer."""
     language = settings.language
     about = _ABOUT[language].format(subject=question.subject) if question.subject else ""
-    text = _HEADS[language].format(about=about)
+    text = _HEADERS[language].format(about=about)
     for example in examples:
-        text += _put(example, settings) + _continuations(example, settings)[example.answer] + "\n\n"
-    return text + _put(question, settings)
+        text += (
+            _format_question(example, settings)
+            + _continuations(example, settings)[example.answer]
+            + "\n\n"
+        )
+    return text + _format_question(question, settings)
 
 
-def _put(question: Question, settings: ChoiceSettings) -> str:
+def _format_question(question: Question, settings: ChoiceSettings) -> str:
     lines = [question.question.strip()]
     if settings.scoring == "letter":
         lines += [
@@ -181,7 +183,7 @@ def _put(question: Question, settings: ChoiceSettings) -> str:
 
 
 def _continuations(question: Question, settings: ChoiceSettings) -> list[str]:
-    """What may follow the prompt, one for each choice."""
+    """Returns the possible continuations of the prompt, one per choice."""
     texts = (
         list(LETTERS[: len(question.choices)])
         if settings.scoring == "letter"
@@ -196,13 +198,13 @@ def evaluate_choice(
     settings: ChoiceSettings,
     pool: Sequence[Question] | None = None,
 ) -> dict[str, Any]:
-    """Puts every question to a model.
+    """Evaluates an exported model on all questions.
 
     Args:
         model: The model.
         questions: The questions.
-        settings: How they are put.
-        pool: Where solved examples come from; None takes the other questions.
+        settings: Prompt and scoring.
+        pool: Candidates for solved examples; None uses the other questions.
 
     Returns:
         ``accuracy`` with its ``standard_error``, ``accuracy_per_byte`` of whole choices,
@@ -224,7 +226,13 @@ def evaluate_choice(
 def summarize_choice(
     questions: Sequence[Question], all_scores: Sequence[Sequence[float]], settings: ChoiceSettings
 ) -> dict[str, Any]:
-    """What `evaluate_choice` returns, from the log-probability of each choice of each question."""
+    """Computes the result of `evaluate_choice` from the choices' log-probabilities.
+
+    Args:
+        questions: The questions.
+        all_scores: For each question the log-probability of each choice.
+        settings: Scoring.
+    """
     right: list[bool] = []
     right_per_byte: list[bool] = []
     for question, given in zip(questions, all_scores, strict=True):
@@ -260,18 +268,21 @@ def encode_question(
     examples: Sequence[Question],
     settings: ChoiceSettings,
 ) -> tuple[list[int], list[list[int]]]:
-    """Ids of a question, whole, and of each of its choices; examples that do not fit are left out.
+    """Encodes a question and each of its choices; examples that do not fit are omitted.
 
     Args:
-        tokenizer: The model's.
-        prefix_ids: What stands before every text.
-        max_length: Tokens that the model reads at once: question and choice, but for the last.
+        tokenizer: Tokenizer of the model.
+        prefix_ids: Ids before every text.
+        max_length: Maximum number of input tokens: question and choice without its last token.
         question: The question.
-        examples: Solved questions before it.
-        settings: How it is put.
+        examples: Solved examples before it.
+        settings: Prompt and scoring.
+
+    Returns:
+        Ids of the prompt, and of each choice.
 
     Raises:
-        UserError: The tokenizer makes no token of a choice.
+        UserError: A choice has no token in this tokenizer.
     """
     continuations = _continuations(question, settings)
     answers = [tokenizer.encode_continuation(text)[:max_length] for text in continuations]
@@ -291,12 +302,15 @@ def encode_question(
 
 
 def question_row(prompt: Sequence[int], answer: Sequence[int], max_length: int) -> list[int]:
-    """The ids of a question and a choice, of a longer one the last: the last id is not read."""
+    """Joins a question and a choice, truncated from the left to ``max_length`` + 1 ids.
+
+    The last id is a label only, so the model reads at most ``max_length`` ids.
+    """
     return [*prompt, *answer][-(max_length + 1) :]
 
 
 def _scores(model: LanguageModel, prompt: list[int], answers: list[list[int]]) -> list[float]:
-    """Log-probability of each answer behind the prompt."""
+    """Returns the log-probability of each answer after the prompt."""
     if max(map(len, answers)) == 1:
         read = prompt[-model.max_length :]
         scores = model.next_log_probs([read], [[ids[0] for ids in answers]])[0]
@@ -309,14 +323,14 @@ def _scores(model: LanguageModel, prompt: list[int], answers: list[list[int]]) -
 
 @dataclass(frozen=True)
 class ChoiceValidator:
-    """Questions, encoded and packed once for the whole run.
+    """Evaluates questions during training; they are encoded and packed once.
 
     Attributes:
-        name: Of the questions in the logs.
+        name: Name of the questions in the logs.
         questions: The questions.
-        settings: How they are put.
+        settings: Prompt and scoring.
         batches: All micro-batches, in order.
-        num_choices: Choices of all questions together.
+        num_choices: Number of choices of all questions.
     """
 
     name: str
@@ -337,16 +351,16 @@ class ChoiceValidator:
         seq_length: int,
         micro_batch_size: int,
     ) -> "ChoiceValidator":
-        """Encodes questions, which begin as the model's texts do.
+        """Encodes and packs the questions.
 
         Args:
-            name: Of the questions in the logs.
-            questions: The questions; also where solved examples come from.
-            settings: How they are put.
-            tokenizer: The run's.
-            begins_with_bos: Whether the model's texts begin with BOS.
-            seq_length: Tokens read at once: question and choice, but for the last.
-            micro_batch_size: A micro-batch holds this times ``seq_length`` tokens.
+            name: Name of the questions in the logs.
+            questions: The questions, which are also the candidates for solved examples.
+            settings: Prompt and scoring.
+            tokenizer: Tokenizer of the run.
+            begins_with_bos: Whether texts start with BOS.
+            seq_length: Maximum number of input tokens: question and choice without its last token.
+            micro_batch_size: A micro-batch holds this number times ``seq_length`` tokens.
         """
         prefix_ids = [tokenizer.bos_id] if begins_with_bos else []
         rows: list[tuple[list[int], int]] = []
@@ -369,7 +383,7 @@ class ChoiceValidator:
         return cls(name, questions, settings, batches, len(rows))
 
     def run(self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks) -> dict[str, Any]:
-        """Puts every question; every rank calls it and gets the same result."""
+        """Evaluates all questions; every rank calls it and receives the same result."""
         sums = torch.zeros(self.num_choices, 3, dtype=torch.float64, device=ranks.device)
         mine = list(self.batches[ranks.data_parallel_rank :: ranks.data_parallel_size])
         if mine:
@@ -404,7 +418,7 @@ class ChoiceValidator:
 def _pack(
     rows: Sequence[tuple[list[int], int]], held: Sequence[int], num_tokens: int, fill: int
 ) -> MicroBatch:
-    """A micro-batch of documents; what is left over is a document without loss."""
+    """Packs documents into a micro-batch; the remaining tokens are a document without loss."""
     tokens = torch.full((1, num_tokens), fill, dtype=torch.int64)
     labels = torch.full_like(tokens, fill)
     loss_mask = torch.zeros(1, num_tokens)

@@ -1,7 +1,6 @@
-"""Evaluates models: text per source, multiple choice, lm-eval tasks; a table beside a base model's.
+"""Evaluates models on text, multiple-choice questions and lm-eval tasks, and compares the results.
 
-In: Hugging Face folders or training checkpoints, and what to evaluate on. Out: results as a
-dictionary, and as a table.
+Models are Hugging Face folders or training checkpoints.
 """
 
 import json
@@ -25,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is evaluated.
+    """Settings of an evaluation.
 
     Attributes:
-        sources: Text.
-        questions: Name to a file of multiple-choice questions.
-        choice: How questions are put.
-        few_shot_file: Where solved examples come from; None takes the questions' own file.
-        tasks: lm-eval's tasks, or None.
-        max_documents: Documents of each source; None takes all.
-        max_length: Tokens read at once; None takes the model's longest.
+        sources: Text sources.
+        questions: Files of multiple-choice questions by name.
+        choice: Prompt and scoring of the questions.
+        few_shot_file: File of solved examples; None uses the questions' own file.
+        tasks: lm-eval tasks; None for none.
+        max_documents: Maximum number of documents per source; None for all.
+        max_length: Maximum number of tokens read at once; None for the model's maximum.
     """
 
     sources: tuple[TextSource, ...] = ()
@@ -71,16 +70,16 @@ def evaluate(
 
     Args:
         model: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
-        settings: On what.
-        tokenizer: Tokenizer and chat template; None takes the model's own.
-        on_open: Is told how the model's texts begin and its chats are written.
+        settings: What to evaluate on.
+        tokenizer: Tokenizer and chat template; None uses the model's own.
+        on_open: Receives a line about the model's BOS token and chat template.
 
     Returns:
-        ``model``, ``tokenizer``, ``begins_with``, ``chat_template``, and ``sources``, ``choice``
-        and ``tasks`` as far as they were asked for.
+        ``model``, ``tokenizer``, ``begins_with``, ``chat_template``, ``sources``, ``choice``, and
+        ``tasks`` if requested.
 
     Raises:
-        UserError: The model or what to evaluate on is not there.
+        UserError: The model or an input does not exist or is invalid.
     """
     questions = {name: read_questions(path) for name, path in settings.questions.items()}
     pool = read_questions(settings.few_shot_file) if settings.few_shot_file else None
@@ -103,7 +102,7 @@ def evaluate(
 
 
 def _describe(facts: Mapping[str, Any], choice: TokenizerChoice | None) -> str:
-    """One line about how a model's texts begin and its chats are written."""
+    """Describes the model's BOS token and chat template in one line."""
     begin = facts["begins_with"] or "nothing"
     template = facts["chat_template"]
     if choice is not None and choice.chat_template is not None:
@@ -112,11 +111,11 @@ def _describe(facts: Mapping[str, Any], choice: TokenizerChoice | None) -> str:
         chats = f"{template['name']} (the model's own)"
     else:
         chats = f"{DEFAULT_TEMPLATE} (the model has none)"
-    return f"{facts['model']}: texts begin with {begin}; chat template: {chats}"
+    return f"{facts['model']}: texts start with {begin}; chat template: {chats}"
 
 
 def to_json(results: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a results file; a number that is not finite (a loss of no tokens) is null."""
+    """Serializes results; non-finite numbers (the loss of no tokens) become null."""
     return json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -129,14 +128,14 @@ def _finite(value: Any) -> Any:
 
 
 def format_results(results: Sequence[Mapping[str, Any]]) -> str:
-    """Results of one or several models side by side.
+    """Formats the results of one or several models side by side.
 
     Args:
-        results: What `evaluate` returned, for the same settings.
+        results: Return values of `evaluate` with the same settings.
 
     Returns:
-        Lines of text; with two models, a last column of relative change against the first, but not
-        of losses per token where the tokens are not the same.
+        Lines of text. With two models, the last column is the relative change against the first,
+        except for losses per token if the tokens differ.
     """
     rows = _rows(results)
     incomparable = _incomparable(results)
@@ -164,7 +163,7 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _incomparable(results: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Labels of figures per token, of sources that two models cut into different tokens."""
+    """Returns the labels of per-token values of sources that two models tokenize differently."""
     if len(results) != 2:
         return set()
     first, second = results
@@ -176,14 +175,14 @@ def _incomparable(results: Sequence[Mapping[str, Any]]) -> set[str]:
             for result in results
             for counted in [result["sources"][name]]
         }
-        # Another file may hold the same vocabulary.
+        # A different file may hold the same vocabulary.
         if len(hashes) > 1 and len(counts) > 1:
             labels |= {f"{name} loss", f"{name} perplexity"}
     return labels
 
 
 def _rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
-    """Labels and one value for each model, in the order in which they first appear."""
+    """Returns labels with one value per model, in the order of their first appearance."""
     columns = [_finite(_figures(result)) for result in results]
     labels = list(dict.fromkeys(label for column in columns for label in column))
     return [(label, [column.get(label) for column in columns]) for label in labels]

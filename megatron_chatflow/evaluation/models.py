@@ -1,10 +1,8 @@
-"""A model that says how likely text is: log-probabilities of token ids, by transformers.
+"""Loads Hugging Face folders with transformers and computes log-probabilities of tokens.
 
-Models of Hugging Face folders in memory, by transformers.
-
-A folder whose tensors are not all there, or not all used, is refused, where transformers would go
-on with random ones. The tokenizer begins a text as the folder's configuration says
-(`adds_bos_token`), whatever transformers' version does with `add_bos_token`.
+A folder with missing or unused tensors is rejected; transformers would initialize missing tensors
+randomly. The tokenizer adds BOS according to the folder's configuration (`adds_bos_token`),
+independently of how the version of transformers treats `add_bos_token`.
 """
 
 from collections.abc import Sequence
@@ -37,7 +35,7 @@ TOKENIZER_JSON = "tokenizer.json"
 
 
 def load_pretrained(folder: Path) -> tuple[Any, Any]:
-    """Transformers' tokenizer and model of a folder, on a GPU where one is there.
+    """Loads the tokenizer and model of a folder with transformers, on a GPU if there is one.
 
     Args:
         folder: A Hugging Face folder.
@@ -46,7 +44,8 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         The tokenizer, and the model in its stored dtype, for inference.
 
     Raises:
-        UserError: It is no such folder, is damaged, has no tokenizer, or transformers is missing.
+        UserError: It is not a Hugging Face folder, is damaged, has no tokenizer, or transformers is
+            not installed.
     """
     try:
         import transformers
@@ -58,7 +57,7 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
     dtype = _dtype(folder)
-    # Code that lies in a folder is not run, and nobody is asked whether it may.
+    # Never run code from the folder, and never prompt for it.
     flags: Any = {"local_files_only": True, "trust_remote_code": False}
     what = "its tokenizer files"
     try:
@@ -70,7 +69,7 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **flags
         )
-    except BaseException as error:  # whatever a damaged folder makes it raise
+    except BaseException as error:  # a damaged folder may raise anything
         if not is_library_error(error):
             raise
         text = error_text(error) or type(error).__name__
@@ -80,13 +79,13 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         if info[kind]:
             name = min(info[kind])
             raise _refusal(folder, f"{name} {fault}; config.json and weights do not fit together")
-    _begin_texts_as_configured(tokenizer, folder)
+    _configure_bos(tokenizer, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return tokenizer, model.to(device=device, dtype=dtype).eval()
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json names."""
+    """Returns the dtype that config.json names."""
     config = read_huggingface_config(folder)
     named = config.get("torch_dtype") or config.get("dtype") or "float32"
     known = {name: dtype for dtype, name in TORCH_NAMES.items()}
@@ -98,7 +97,7 @@ def _dtype(folder: Path) -> torch.dtype:
 
 
 def _refusal(folder: Path, reason: str) -> UserError:
-    """The converter's own words for what is wrong with a folder, if it finds a fault."""
+    """Returns the error of the converter if it finds a fault in the folder, else ``reason``."""
     try:
         weights = HuggingFaceWeights(folder)
         if read_huggingface_config(folder).get("model_type") in tuple(ARCHITECTURES):
@@ -108,15 +107,15 @@ def _refusal(folder: Path, reason: str) -> UserError:
     return UserError(f"{folder}: {reason}")
 
 
-def _begin_texts_as_configured(tokenizer: Any, folder: Path) -> None:
-    """Has a tokenizer put BOS before a text where the folder says so, and nothing else anywhere.
+def _configure_bos(tokenizer: Any, folder: Path) -> None:
+    """Makes the tokenizer add BOS if the folder is configured so, and no other tokens.
 
-    transformers 5 passes over `add_bos_token` where there is a tokenizer.json.
+    transformers 5 ignores `add_bos_token` if there is a tokenizer.json.
     """
     names = ("tokenizer.json", "tokenizer.model")
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        return  # vocab.json and merges.txt, which only transformers reads here
+        return  # vocab.json and merges.txt, which only transformers reads
     bos_id = tokenizer.bos_token_id
     begins = adds_bos_token(path, -1 if bos_id is None else bos_id)
     text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -126,13 +125,13 @@ def _begin_texts_as_configured(tokenizer: Any, folder: Path) -> None:
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
-    """What a tokenizer of transformers puts before every text: BOS for LLaMA-2, often nothing."""
+    """Returns the ids that a transformers tokenizer puts before every text: BOS or nothing."""
     ids: list[int] = tokenizer("a")["input_ids"]
     return [token_id for token_id in ids[:1] if token_id == tokenizer.bos_token_id]
 
 
 def with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
-    """Ids behind what texts begin with, unless they begin so (a chat template may write BOS)."""
+    """Prepends the prefix unless the ids start with it, as a chat template may write BOS."""
     num_prefix = len(prefix)
     return list(ids) if list(ids[:num_prefix]) == list(prefix) else [*prefix, *ids]
 
@@ -146,33 +145,32 @@ class LanguageModel:
 
     Attributes:
         folder: The Hugging Face folder.
-        tokenizer: Ids as training had them.
-        prefix_ids: What every text begins with: BOS where the model's tokenizer is configured so,
-            otherwise nothing.
-        chat_template: The folder's own; None if it has none. One of the built-in templates is
-            given by its name.
-        max_length: The most tokens that it reads at once.
-        theirs: Tokenizer and model of transformers.
+        tokenizer: Tokenizer of this package, as in training.
+        prefix_ids: Ids before every text: BOS if the tokenizer is configured so, otherwise empty.
+        chat_template: Chat template of the folder, or the name of an equal built-in template; None
+            if the folder has none.
+        max_length: Maximum number of tokens read at once.
+        hf_tokenizer: Tokenizer of transformers.
+        hf_model: Model of transformers.
     """
 
     def __init__(self, folder: Path, max_length: int | None = None) -> None:
-        """Loads a Hugging Face folder, on a GPU where one is there.
+        """Loads a Hugging Face folder, on a GPU if there is one.
 
         Args:
             folder: The folder.
-            max_length: Read no more than this at once.
+            max_length: Upper bound of `max_length`; None for the model's maximum.
 
         Raises:
-            UserError: It is no such folder, or has no tokenizer.
+            UserError: It is not a Hugging Face folder, or has no tokenizer.
         """
         self.folder = folder
-        self.theirs = load_pretrained(folder)
-        self._model = self.theirs[1]
+        self.hf_tokenizer, self.hf_model = load_pretrained(folder)
         self.tokenizer = load_tokenizer(folder)
-        self.prefix_ids = bos_prefix(self.theirs[0])
+        self.prefix_ids = bos_prefix(self.hf_tokenizer)
         self._own_template = find_chat_template(folder)
         self.chat_template = self._chat_template()
-        longest = int(self._model.config.max_position_embeddings)
+        longest = int(self.hf_model.config.max_position_embeddings)
         self.max_length = longest if max_length is None else min(longest, max_length)
 
     def _chat_template(self) -> JinjaTemplate | str | None:
@@ -187,17 +185,17 @@ class LanguageModel:
 
     @cached_property
     def num_prefix_bytes(self) -> int:
-        """Bytes that the tokenizer puts before a text: 1 where it writes a space there, else 0."""
+        """Number of bytes that the tokenizer adds before a text: 1 if it adds a space, else 0."""
         num_bytes = self.tokenizer.num_bytes_per_id
         first, other = self.tokenizer.encode("a"), self.tokenizer.encode_continuation("a")
         return max(0, int(num_bytes[first].sum() - num_bytes[other].sum()))
 
     def facts(self) -> dict[str, Any]:
-        """What decides about the ids that this model is given, for a results file.
+        """Returns what determines this model's input ids, for a results file.
 
         Returns:
-            ``tokenizer`` (its hash and size), ``begins_with`` (the token that texts begin with, or
-            None) and ``chat_template`` (name or file, and hash; None where there is none).
+            ``tokenizer`` (hash and size), ``begins_with`` (the first token of texts, or None) and
+            ``chat_template`` (name or file, and hash; None without one).
         """
         template, own = None, self._own_template
         if own is not None:
@@ -208,15 +206,15 @@ class LanguageModel:
                 "sha256": self.tokenizer.fingerprint,
                 "vocab_size": self.tokenizer.vocab_size,
             },
-            "begins_with": self.theirs[0].bos_token if self.prefix_ids else None,
+            "begins_with": self.hf_tokenizer.bos_token if self.prefix_ids else None,
             "chat_template": template,
         }
 
     def log_probs(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
-        """Log-probability of every token but the first, given those before it.
+        """Computes the log-probability of every token but the first, given its predecessors.
 
         Args:
-            rows: Token ids, each row at most `max_length` + 1 long.
+            rows: Token ids, at most `max_length` + 1 per row.
 
         Returns:
             float64[len(row) - 1] for each row, in nats.
@@ -234,11 +232,11 @@ class LanguageModel:
     def next_log_probs(
         self, rows: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]
     ) -> list[FloatArray]:
-        """Log-probability of each candidate as the token that follows a row.
+        """Computes the log-probability of each candidate as the next token of a row.
 
         Args:
             rows: Token ids.
-            candidates: For each row, ids.
+            candidates: Candidate ids for each row.
 
         Returns:
             float64[len(candidates)] for each row, in nats.
@@ -252,11 +250,11 @@ class LanguageModel:
         return results
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Groups rows of similar length so that a batch's logits stay within bounds."""
-        limit = max(1, _MAX_LOGITS // int(self._model.config.vocab_size))
+        """Groups rows of similar length into batches whose logits fit into `_MAX_LOGITS` values."""
+        limit = max(1, _MAX_LOGITS // int(self.hf_model.config.vocab_size))
         batches: list[list[int]] = []
         for i in sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i]):
-            # The first of a batch is its longest row, to whose length the others are filled.
+            # The first row of a batch is its longest, to whose length the others are padded.
             if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= limit:
                 batches[-1].append(i)
             else:
@@ -264,10 +262,10 @@ class LanguageModel:
         return batches
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """float32[rows, longest, vocab_size]; a causal model does not see what fills a row up."""
+        """Computes float32[rows, longest, vocab_size]; causal attention never sees the padding."""
         longest = max(map(len, rows))
         filled = [[*row, *([self.tokenizer.eos_id] * (longest - len(row)))] for row in rows]
         with torch.no_grad():
-            ids = torch.tensor(filled, device=self._model.device)
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits
+            ids = torch.tensor(filled, device=self.hf_model.device)
+            logits: torch.Tensor = self.hf_model(input_ids=ids, use_cache=False).logits
         return logits.float()

@@ -1,8 +1,8 @@
-"""Tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
+"""Runs tasks of lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
 
-lm-eval is an extra; its tasks fetch their data from a hub unless a local task file says where it
-lies. It is handed the loaded model and tokenizer, so that texts begin, and log-probabilities are
-computed, as for local files of questions.
+lm-eval is an optional dependency. Its tasks download their data unless a local task file names a
+local path. It receives the loaded model and tokenizer, so BOS and log-probabilities are handled as
+for local question files.
 """
 
 import importlib
@@ -16,8 +16,8 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
 
-# Names of the field, lm-eval's tasks behind them, and the few-shot examples that papers on Chinese
-# LLaMAs use. GAOKAO stands for its multiple-choice subjects as AGIEval publishes them, zero-shot.
+# Common names, their lm-eval tasks, and the number of few-shot examples in papers on Chinese LLaMA
+# models. GAOKAO means its multiple-choice subjects as published by AGIEval, zero-shot.
 ALIASES: dict[str, tuple[tuple[str, ...], int]] = {
     "mmlu": (("mmlu",), 5),
     "ceval-valid": (("ceval-valid",), 5),
@@ -37,15 +37,15 @@ ALIASES: dict[str, tuple[tuple[str, ...], int]] = {
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How lm-eval runs.
+    """Settings of lm-eval.
 
     Attributes:
-        tasks: Names: of `ALIASES`, or lm-eval's own.
-        num_few_shot: Examples; None takes the field's for `ALIASES` and the task's own otherwise.
-        include_path: A folder of local task files.
-        limit: Questions of each task; None takes all.
-        batch_size: Of lm-eval: a number, or ``auto``.
-        apply_chat_template: Whether questions are put as chats, in the model's template.
+        tasks: Task names, of `ALIASES` or lm-eval's own.
+        num_few_shot: Number of examples; None uses that of `ALIASES`, or the task's own.
+        include_path: Folder of local task files.
+        limit: Maximum number of questions per task; None for all.
+        batch_size: lm-eval's batch size: a number, or ``auto``.
+        apply_chat_template: Whether questions are formatted with the model's chat template.
     """
 
     tasks: tuple[str, ...]
@@ -74,14 +74,14 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
 
     Args:
         model: The model.
-        settings: Which tasks, and how.
+        settings: The tasks and their settings.
 
     Returns:
-        Task to metric to value; groups and their parts as lm-eval names them.
+        Metrics by task; groups and their members have lm-eval's names.
 
     Raises:
-        UserError: lm-eval is missing, knows no such task, or cannot run it or reach its data; or
-            the model has no chat template to apply, or one that reaches its limits.
+        UserError: lm-eval is not installed, does not know a task, or cannot run it or load its
+            data; or the model has no usable chat template to apply.
     """
     try:
         lm_eval: Any = importlib.import_module("lm_eval")
@@ -98,7 +98,7 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
             "--chat-template"
         )
     if settings.apply_chat_template and isinstance(model.chat_template, JinjaTemplate):
-        model.chat_template.turn_end()  # lm-eval renders it without limits: try them here
+        model.chat_template.turn_end()  # checks the template's limits, which lm-eval does not have
     results: dict[str, dict[str, Any]] = {}
     chosen = _chosen(settings, manager_type)
     adapter = _adapter(model, settings, adapter_type)
@@ -130,15 +130,15 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
 def _chosen(
     settings: TaskSettings, manager_type: Any
 ) -> list[tuple[str, tuple[str, ...], int | None, Any]]:
-    """Each name with lm-eval's tasks, few-shot examples and a manager that knows them.
+    """Resolves each name to lm-eval tasks, a number of examples and a task manager.
 
     Raises:
-        UserError: lm-eval knows no such task; before any is run.
+        UserError: lm-eval does not know a task.
     """
     include = None if settings.include_path is None else str(settings.include_path)
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise UserError(f"--include-path: {include} is no folder; name one with task files")
-    # lm-eval's own thousands of files take seconds to read, which local tasks need not wait for.
+    # Reading lm-eval's thousands of files takes seconds, which local tasks do not need.
     local = manager_type(include_path=include, include_defaults=False) if include else None
     whole = None
     chosen = []
@@ -160,7 +160,7 @@ def _chosen(
 
 
 def _task_errors() -> tuple[type[Exception], ...]:
-    """What a task raises whose file is wrong or whose data are not there; the hub's is OSError."""
+    """Returns the exceptions of a wrong task file or missing data; the hub raises OSError."""
     datasets: Any = importlib.import_module("datasets.exceptions")
     jinja2: Any = importlib.import_module("jinja2")
     return (
@@ -170,16 +170,16 @@ def _task_errors() -> tuple[type[Exception], ...]:
 
 
 def _adapter(model: LanguageModel, settings: TaskSettings, adapter_type: Any) -> Any:
-    """lm-eval's view of the model.
+    """Wraps the model for lm-eval.
 
-    Its tokenizer begins texts as the model's do (`load_pretrained`). Names of control tokens stand
-    for them only where a chat template writes them; in the text of tasks they are text.
+    The tokenizer adds BOS as configured by `load_pretrained`. Control tokens are recognized only
+    with a chat template; in plain tasks their names are text.
     """
-    tokenizer, pretrained = model.theirs
+    tokenizer, pretrained = model.hf_tokenizer, model.hf_model
     tokenizer.split_special_tokens = not settings.apply_chat_template
     log = logging.getLogger("lm_eval")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of every model that comes loaded
+    log.setLevel(logging.ERROR)  # it warns about every model that is already loaded
     try:
         return adapter_type(
             pretrained=pretrained,
@@ -187,7 +187,7 @@ def _adapter(model: LanguageModel, settings: TaskSettings, adapter_type: Any) ->
             backend="causal",
             batch_size=settings.batch_size,
             max_length=model.max_length,
-            # Log-probabilities of bfloat16 have ties that the logits have not.
+            # In bfloat16, log-probabilities have ties that the logits do not have.
             softmax_dtype="float32",
         )
     finally:
@@ -195,7 +195,7 @@ def _adapter(model: LanguageModel, settings: TaskSettings, adapter_type: Any) ->
 
 
 def _metrics(output: dict[str, Any], few_shot: int | None) -> dict[str, dict[str, Any]]:
-    """lm-eval's results with plain metric names."""
+    """Returns lm-eval's results with plain metric names."""
     results = {}
     for task, values in {**output["results"], **output.get("groups", {})}.items():
         metrics: dict[str, Any] = {
@@ -208,19 +208,19 @@ def _metrics(output: dict[str, Any], few_shot: int | None) -> dict[str, dict[str
 
 
 def _mean(output: dict[str, Any], tasks: Sequence[str], few_shot: int | None) -> dict[str, Any]:
-    """The accuracy over all questions of several tasks that lm-eval has no group for."""
+    """Computes the accuracy over several tasks that are not a group in lm-eval."""
     counts = {task: output["n-samples"][task]["effective"] for task in tasks}
     right = sum(output["results"][task]["acc,none"] * counts[task] for task in tasks)
     return {"acc": right / sum(counts.values()), "num_few_shot": few_shot}
 
 
 def parse_task_names(text: str) -> tuple[str, ...]:
-    """Task names from a comma-separated list."""
+    """Parses a comma-separated list of task names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def headline_metric(metrics: dict[str, Any]) -> tuple[str, float] | None:
-    """The metric that stands for a task in a table."""
+    """Returns the name and value of a task's main metric; None if it has none of the known ones."""
     order: Sequence[str] = ("acc", "exact_match", "acc_norm", "bits_per_byte", "word_perplexity")
     for name in order:
         if name in metrics:

@@ -1,7 +1,7 @@
-"""Loss, perplexity and bits per byte of a model on text, pairs and chats.
+"""Computes loss, perplexity and bits per byte of a model on text, pairs and chats.
 
-In: files as `tools/preprocess_data.py` takes them. Out: sums over the tokens that carry loss. Bits
-per byte divide by the bytes of the text itself and so compare models of different vocabularies.
+Inputs are the files that `tools/preprocess_data.py` accepts. Bits per byte divide by the bytes of
+the text itself, so they are comparable across vocabularies.
 """
 
 import logging
@@ -33,11 +33,11 @@ class TextSource:
     """Text to evaluate on.
 
     Attributes:
-        name: Of the source.
-        path: Its file, folder or glob.
-        settings: What it holds.
-        uses_own_template: Whether chats are written in the model's own template, if it has one,
-            and not in that of the settings.
+        name: Name of the source.
+        path: File, folder or glob pattern.
+        settings: Format of the files.
+        uses_own_template: Whether chats use the model's own template, if it has one, instead of
+            that of the settings.
     """
 
     name: str
@@ -50,12 +50,12 @@ class TextSource:
         """Reads ``name=path`` or ``name:format=path``.
 
         Args:
-            text: As given on the command line.
-            template: Chat template of chats; None takes the model's own.
-            encoding: Of the text in files of text and JSON.
+            text: Value from the command line.
+            template: Chat template; None uses the model's own.
+            encoding: Encoding of text and JSON files.
 
         Raises:
-            UserError: It is of another form, or there is no such encoding.
+            UserError: The value has another form, or the encoding is unknown.
         """
         left, _, path = text.partition("=")
         name, _, given = left.partition(":")
@@ -75,10 +75,10 @@ class TextSource:
         return cls(name, path, settings, uses_own_template=template is None)
 
     def with_template_of(self, model: LanguageModel) -> "TextSource":
-        """The source with the chat template in which a model is asked.
+        """Returns the source with the model's chat template.
 
         Raises:
-            UserError: The model's template does not say where answers are.
+            UserError: The model's template does not mark the answers.
         """
         template = model.chat_template
         if not self.uses_own_template or self.settings.format != "chat" or template is None:
@@ -89,10 +89,10 @@ class TextSource:
         return replace(self, settings=replace(self.settings, chat_template=template))
 
     def documents(self, num_dropped: Counter[str] | None = None) -> Iterator[Document | str]:
-        """The documents, one by one.
+        """Iterates over the documents.
 
         Args:
-            num_dropped: Counts, by reason, what was left out so far.
+            num_dropped: Receives the number of dropped records by reason.
         """
         settings = replace(self.settings, txt_documents="line")
         reader = CorpusReader(find_inputs([self.path]), settings.read_options)
@@ -106,14 +106,14 @@ class TextSource:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What a model made of a source.
+    """Result of a model on a source.
 
     Attributes:
         nats: Sum of the negative log-probabilities of the loss tokens.
-        num_tokens: Loss tokens.
-        num_bytes: UTF-8 bytes of the text behind the loss tokens.
-        num_documents: Documents.
-        num_dropped: Records left out, by reason.
+        num_tokens: Number of loss tokens.
+        num_bytes: UTF-8 bytes of the text of the loss tokens.
+        num_documents: Number of documents.
+        num_dropped: Number of dropped records by reason.
     """
 
     nats: float = 0.0
@@ -124,16 +124,16 @@ class TextResult:
 
     @property
     def loss(self) -> float:
-        """Mean loss of a token, in nats."""
+        """Mean loss per token, in nats."""
         return self.nats / self.num_tokens if self.num_tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss over the bytes of text, in bits."""
+        """Loss in bits per byte of text."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """The object of a results file."""
+        """Returns the object for a results file."""
         return {
             "loss": self.loss,
             "perplexity": math.exp(min(self.loss, 700.0)),
@@ -150,17 +150,17 @@ def evaluate_text(
 ) -> TextResult:
     """Evaluates a model on a source.
 
-    Long documents are read in windows, each beginning with the last token of the one before. A
-    document's first token, which nothing precedes unless texts begin with BOS, has no loss, and its
-    bytes are not counted.
+    Long documents are split into windows, each starting with the last token of the previous one.
+    Unless texts start with BOS, the first token of a document has no loss, and its bytes are not
+    counted.
 
     Args:
         model: The model.
         source: The text.
-        max_documents: Look at no more than the first ones.
+        max_documents: Maximum number of documents; None for all.
 
     Raises:
-        UserError: The source holds no document.
+        UserError: The source has no documents.
     """
     result = TextResult()
     rows: list[list[int]] = []
@@ -185,17 +185,21 @@ def evaluate_text(
     if not result.num_documents:
         raise UserError(
             f"--source: {source.path} holds no document of the format that was named"
-            + (f" (left out: {reasons})" if reasons else "")
+            + (f" (dropped: {reasons})" if reasons else "")
         )
     if reasons:
-        logger.warning("%s: records left out: %s", source.name, reasons)
+        logger.warning("%s: dropped records: %s", source.name, reasons)
     return replace(_add(result, model, rows, masks), num_dropped=dict(num_dropped))
 
 
 def encode_document(
     model: LanguageModel, document: Document | str
 ) -> tuple[list[int], list[int], int]:
-    """A document's ids as the model's texts begin, which carry loss, and their bytes of text."""
+    """Encodes a document.
+
+    Returns:
+        Ids with the model's prefix, their loss mask, and the text bytes of the loss tokens.
+    """
     if isinstance(document, str):
         ids = model.tokenizer.encode(document)
         mask = [1] * len(ids)
@@ -213,7 +217,7 @@ def encode_document(
 
 
 def _num_loss_bytes(segment: Segment) -> int:
-    """Bytes of text that carry loss; control tokens are no text."""
+    """Returns the bytes of text with loss; control tokens are not text."""
     is_text = segment.loss and segment.kind == "text"
     return len(segment.text.encode("utf-8", "replace")) if is_text else 0
 
@@ -221,7 +225,7 @@ def _num_loss_bytes(segment: Segment) -> int:
 def _windows(
     max_length: int, ids: list[int], mask: list[int]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Rows that a model can read at once, with the loss mask of all but their first tokens."""
+    """Splits a document into rows, with the loss mask of all but each row's first token."""
     for begin in range(0, len(ids) - 1, max_length):
         row_mask = mask[begin + 1 : begin + 1 + max_length]
         if any(row_mask):

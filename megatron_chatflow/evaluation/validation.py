@@ -1,7 +1,7 @@
-"""Validation loss of each source in nats per loss token, and in bits per UTF-8 byte of text.
+"""Computes each source's validation loss, in nats per loss token and in bits per UTF-8 byte.
 
-Bits per byte compare across vocabularies. A source without held-out samples, or whose held-out
-samples have no loss token, is left out of the result and reported once.
+Bits per byte are comparable across vocabularies. A source whose held-out samples have no loss
+tokens is absent from the result and reported once, as is a source without held-out samples.
 """
 
 import logging
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SourceLoss:
-    """A source's validation.
+    """Validation loss of a source.
 
     Attributes:
-        loss: Mean loss of a token, in nats.
-        bits_per_byte: Loss over the bytes of text that the tokens stand for.
-        num_tokens: Loss tokens looked at.
+        loss: Mean loss per token, in nats.
+        bits_per_byte: Loss in bits over the UTF-8 bytes of the tokens' text; NaN without bytes.
+        num_tokens: Number of loss tokens.
     """
 
     loss: float
@@ -40,13 +40,13 @@ class SourceLoss:
 
 @dataclass(frozen=True)
 class Validator:
-    """Runs the held-out samples of every source through the model.
+    """Evaluates the model on the held-out samples of every source.
 
     Attributes:
-        sources: Held-out sources, in the training sources' order; one without samples is skipped.
-        max_samples: Samples looked at in each source: its first ones.
-        micro_batch_size: Samples at a time.
-        seq_length: Tokens of a sample.
+        sources: Held-out sources in the training sources' order; empty ones are skipped.
+        max_samples: Maximum number of samples per source; the first ones are used.
+        micro_batch_size: Samples per micro-batch.
+        seq_length: Tokens per sample.
         reported: Sources that were reported to have no loss tokens.
     """
 
@@ -59,7 +59,7 @@ class Validator:
     def run(
         self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
     ) -> dict[str, SourceLoss]:
-        """Evaluates every source; every rank calls it and gets the same result."""
+        """Evaluates every source; every rank calls it and receives the same result."""
         sums = torch.zeros(len(self.sources), 3, dtype=torch.float64, device=ranks.device)
         for chunk in chunks:
             chunk.eval()
@@ -80,15 +80,15 @@ class Validator:
             if source.num_samples and not rows[source.name][1] and source.name not in self.reported:
                 self.reported.add(source.name)
                 logger.warning(
-                    "validation: the first %d held-out samples of %s have no loss token, so it is "
-                    "left out; raise train.eval_iters or hold out other documents",
+                    "validation: the first %d held-out samples of %s have no loss tokens, so it is "
+                    "skipped; raise train.eval_iters or hold out other documents",
                     min(self.max_samples, source.num_samples),
                     source.name,
                 )
         return {name: _source_loss(row) for name, row in rows.items() if row[1] > 0}
 
     def _micro_batches(self, number: int, source: Source, ranks: Ranks) -> list[MicroBatch]:
-        """This rank's share; short ones are filled with samples that carry no loss."""
+        """Returns this rank's micro-batches, the last one filled with samples without loss."""
         num_samples = min(self.max_samples, source.num_samples)
         mine = range(ranks.data_parallel_rank, num_samples, ranks.data_parallel_size)
         batches = []
@@ -133,7 +133,13 @@ class Validator:
 def pad_to_pipeline_groups(
     batches: list[MicroBatch], num_chunks: int, ranks: Ranks
 ) -> list[MicroBatch]:
-    """Fills up with micro-batches without loss: interleaved schedules take one for each stage."""
+    """Appends micro-batches without loss, as the interleaved schedule needs whole groups.
+
+    Args:
+        batches: Micro-batches, at least one.
+        num_chunks: Model chunks per rank; more than one selects the interleaved schedule.
+        ranks: This process's place in every parallel group.
+    """
     group = ranks.pipeline_parallel_size if num_chunks > 1 else 1
     return batches + [_without_loss(batches[-1])] * (-len(batches) % group)
 
@@ -143,11 +149,11 @@ def _without_loss(batch: MicroBatch) -> MicroBatch:
 
 
 def reduce_source_sums(sums: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Adds up per-source sums over the data-parallel ranks and gives them to every stage.
+    """Sums per-source sums over the data-parallel ranks and distributes them to every stage.
 
     Args:
-        sums: float64[num_sources, 3]; zeros except on the last pipeline stage.
-        ranks: This process's place.
+        sums: float64[num_sources, 3], zero except on the last pipeline stage; changed in place.
+        ranks: This process's place in every parallel group.
     """
     torch.distributed.all_reduce(
         sums, group=megatron.data_parallel_group(with_context_parallel=True)

@@ -1,7 +1,6 @@
-"""A conversation with a model: what was said so far, and the next answer.
+"""Holds a conversation with a model.
 
-In: a `Generator` and what the user says. Out: answers; the oldest turns are forgotten once they no
-longer fit into what the model reads.
+The oldest turns are dropped once the conversation no longer fits into the model's context.
 """
 
 from dataclasses import replace
@@ -10,22 +9,22 @@ from megatron_chatflow.generation.generate import Generator, Sampling, Write
 
 
 class Conversation:
-    """What was said so far.
+    """A conversation.
 
     Attributes:
-        messages: OpenAI messages.
+        messages: OpenAI messages so far, without the system message.
     """
 
     def __init__(self, generator: Generator, sampling: Sampling, system: str | None = None) -> None:
-        """Begins a conversation.
+        """Starts a conversation.
 
         Args:
             generator: The model.
-            sampling: How it answers; each answer takes the next seed.
-            system: What stands before everything.
+            sampling: Sampling settings; each answer uses the next seed.
+            system: System message.
 
         Raises:
-            UserError: The model has no chat template, or one that takes no system text.
+            UserError: The model has no chat template, or it does not support system messages.
         """
         self._generator = generator
         self._sampling = sampling
@@ -34,24 +33,24 @@ class Conversation:
         generator.encode_chat([*self._system, {"role": "user", "content": "?"}])
 
     def reset(self) -> None:
-        """Forgets everything but the system text."""
+        """Drops all messages but the system message."""
         self.messages = []
 
     def answer(self, text: str, write: Write) -> int:
-        """Answers, and remembers both sides.
+        """Generates an answer and appends both messages.
 
-        An answer that is cut short by an exception is remembered as far as it came.
+        If an exception interrupts the answer, the part so far is kept.
 
         Args:
-            text: What the user says.
-            write: Takes each new piece of the answer as it comes.
+            text: Message of the user.
+            write: Receives each new part of the answer.
 
         Returns:
-            How many of the oldest messages were forgotten to make room.
+            Number of oldest messages that were dropped to make room.
 
         Raises:
-            UserError: What was said is longer than the model reads; nothing is remembered or
-                forgotten.
+            UserError: The message is longer than the model's context; the conversation is
+                unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self._generator.encode_chat(self._system + messages)

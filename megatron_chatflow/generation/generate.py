@@ -1,11 +1,7 @@
-"""Text from a model, through transformers: one prompt or a conversation, streamed as it comes.
+"""Generates text with transformers and streams it.
 
-In: a Hugging Face folder, or a training checkpoint, which is exported to a temporary folder on the
-way. Out: pieces of text. Sampling is seeded; a run repeats itself on the same machine.
-
-The command-line flags that every tool that generates has.
-
-In: a parser, and what it parsed. Out: a `Sampling`, and prompts.
+Sampling is seeded, so the output is reproducible on the same machine. The module also defines the
+command-line flags that all generating tools share.
 """
 
 import argparse
@@ -31,14 +27,14 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Sampling settings.
 
     Attributes:
-        max_new_tokens: The most tokens of an answer.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_p: Sample from the likeliest tokens that together have this probability.
-        seed: Of the sampling; None draws one.
-        stop: Texts at which the answer ends; they are not part of it.
+        max_new_tokens: Maximum number of tokens in an answer.
+        temperature: Divisor of the logits; 0 selects the most likely token.
+        top_p: Sample from the most likely tokens whose probabilities sum to this value.
+        seed: Seed; None for a random one.
+        stop: Texts that end the answer; they are not part of it.
     """
 
     max_new_tokens: int = 256
@@ -62,19 +58,18 @@ class Sampling:
 
 
 class TextStream:
-    """Turns ids that come one by one into text that can be shown.
+    """Decodes ids one by one and writes text that can no longer change.
 
-    A token may end within a character, and a stop text may come in pieces: what could still change
-    is held back.
+    A token may end within a character, and a stop text may be split over several tokens.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str], write: Write):
-        """Begins an empty text.
+        """Initializes an empty stream.
 
         Args:
-            decode: Text of ids.
-            stop: Texts at which the stream ends.
-            write: Takes each new piece of text.
+            decode: Decodes ids to text.
+            stop: Texts that end the stream.
+            write: Receives each new part of the text.
         """
         self.text = ""
         self.is_stopped = False
@@ -84,7 +79,7 @@ class TextStream:
         self._ids: list[int] = []
 
     def put(self, token_id: int) -> None:
-        """Takes the next id."""
+        """Adds the next id."""
         if self.is_stopped:
             return
         self._ids.append(token_id)
@@ -97,20 +92,20 @@ class TextStream:
             self._show(text[: len(text) - self._num_unstable(text)])
 
     def end(self) -> str:
-        """Shows what was held back and returns all that was shown."""
+        """Writes the remaining text and returns the whole text."""
         if not self.is_stopped:
             self._show(self._decode(self._ids))
         return self.text
 
     def _show(self, text: str) -> None:
         if len(text) > len(self.text):
-            # Added up, not replaced: bytes that make no character can change what stands before.
+            # Appended, because invalid bytes can change the text before them.
             piece = text[len(self.text) :]
             self.text += piece
             self._write(piece)
 
     def _num_unstable(self, text: str) -> int:
-        """Characters at the end that belong to an unfinished character or a begun stop text."""
+        """Returns the number of trailing characters that may still change or become a stop text."""
         num_broken = len(text) - len(text.rstrip("\ufffd"))
         begun = [
             length
@@ -122,18 +117,19 @@ class TextStream:
 
 
 class Generator:
-    """A model and its tokenizer, ready to write.
+    """A model with its tokenizer that generates text.
 
     Attributes:
         folder: The Hugging Face folder.
-        max_length: Tokens that prompt and answer may have together.
+        max_length: Maximum number of tokens of prompt and answer together.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Loads a Hugging Face folder, on a GPU where one is there.
+        """Loads a Hugging Face folder, on a GPU if there is one.
 
         Raises:
-            UserError: It is no such folder, has no tokenizer, or transformers is missing.
+            UserError: It is not a Hugging Face folder, has no tokenizer, or transformers is not
+                installed.
         """
         self.folder = folder
         self._tokenizer, self._model = load_pretrained(folder)
@@ -141,27 +137,27 @@ class Generator:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the tokenizer knows how a conversation is written down."""
+        """Whether the tokenizer has a chat template."""
         return self._tokenizer.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, behind what the model expects at a text's beginning."""
+        """Encodes a text, after BOS if the tokenizer adds it."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return with_prefix(ids, bos_prefix(self._tokenizer))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation up to where the model is to answer.
+        """Encodes a conversation up to the model's answer.
 
         Args:
-            messages: OpenAI messages; the last one the user's.
+            messages: OpenAI messages, the last one from the user.
 
         Raises:
-            UserError: The folder has no chat template, or one that refuses the conversation.
+            UserError: The folder has no chat template, or it rejects the conversation.
         """
         if not self.has_chat_template:
             raise UserError(f"{self.folder}: has no chat template; name one with --chat-template")
         try:
-            # Not apply_chat_template, which has no limits of time and memory.
+            # Not apply_chat_template, which does not limit time and memory.
             prompt = render(
                 self._tokenizer.get_chat_template(),
                 {
@@ -178,23 +174,23 @@ class Generator:
                 f"{self.folder}: its chat template {error.limit} for this conversation: name "
                 "another one with --chat-template"
             ) from None
-        except Exception as error:  # Jinja's own, or what the template makes Python raise
+        except Exception as error:  # from Jinja or from Python code in the template
             reason = str(error) or type(error).__name__
             raise UserError(
-                f"{self.folder}: its chat template refuses this ({reason}); it may know no system "
-                "text, or be damaged"
+                f"{self.folder}: its chat template refuses this ({reason}); it may not support "
+                "system messages, or be damaged"
             ) from None
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return with_prefix(ids, bos_prefix(self._tokenizer))
 
     def num_free_tokens(self, prompt: Sequence[int]) -> int:
-        """How many tokens an answer can have behind a prompt.
+        """Returns the maximum number of tokens in an answer to a prompt.
 
         Raises:
-            UserError: The prompt is empty, or leaves no room.
+            UserError: The prompt is empty, or as long as the model's context.
         """
         if not prompt:
-            raise UserError("the prompt is empty; write something to go on from")
+            raise UserError("the prompt is empty; give some text to continue")
         room = self.max_length - len(prompt)
         if room < 1:
             raise UserError(
@@ -208,9 +204,9 @@ class Generator:
         """Continues a prompt.
 
         Args:
-            prompt: Its ids, at least one.
-            sampling: How.
-            write: Takes each new piece of text as it comes.
+            prompt: Ids of the prompt, at least one.
+            sampling: Sampling settings.
+            write: Receives each new part of the text.
 
         Returns:
             The whole continuation.
@@ -219,7 +215,7 @@ class Generator:
             UserError: The prompt is empty, or too long for the model.
         """
         room = self.num_free_tokens(prompt)
-        # Decoded behind the prompt's end, so that a leading space is kept as one.
+        # Decode together with the end of the prompt, so that a leading space is kept.
         tail = list(prompt[-8:])
         num_known = len(self._decode(tail))
         stream = TextStream(lambda ids: self._decode(tail + ids)[num_known:], sampling.stop, write)
@@ -247,7 +243,7 @@ class Generator:
         sampling: Sampling,
         generator: torch.Generator,
     ) -> Iterator[int]:
-        """Ids one by one until an end token; transformers keeps the keys and values."""
+        """Generates ids until an end token, with the key-value cache of transformers."""
         ends = self._end_ids()
         device = self._model.device
         # transformers 5.24 renamed the argument and the output `past_key_values`.
@@ -265,7 +261,7 @@ class Generator:
             ids = torch.tensor([[token_id]], device=device)
 
     def _end_ids(self) -> set[int]:
-        """What ends an answer: the model's end tokens, and the one that ends a chat's turn."""
+        """Returns the model's end tokens and the token that ends a turn of its chat template."""
         configured = self._model.generation_config.eos_token_id
         ends = set(configured if isinstance(configured, list) else [configured])
         ends |= {self._tokenizer.eos_token_id}
@@ -281,18 +277,20 @@ def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
 
     Args:
         logits: float32[vocab_size].
-        sampling: Temperature and nucleus (Holtzman et al., "The Curious Case of Neural Text
+        sampling: Temperature and top-p (Holtzman et al., "The Curious Case of Neural Text
             Degeneration", 2020).
-        generator: Draws.
+        generator: Random number generator.
 
     Returns:
-        Its id.
+        The id of the token.
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
     ordered, ids = torch.sort((logits / sampling.temperature).softmax(-1), descending=True)
     before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < sampling.top_p, ordered, 0.0)  # the likeliest is always kept
+    kept = torch.where(
+        before < sampling.top_p, ordered, 0.0
+    )  # the most likely token is always kept
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
 
 
@@ -300,20 +298,22 @@ TEMPLATE_HELP = "instead of the model's own: chatflow, llama2, chatml, or a file
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of sampling, and of the export on the way."""
+    """Adds the flags of sampling, chat template and tokenizer."""
     defaults = Sampling()
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")
-    add("--temperature", type=float, default=defaults.temperature, help="0: the likeliest token")
+    add("--temperature", type=float, default=defaults.temperature, help="0: the most likely token")
     add("--top-p", type=float, default=defaults.top_p, help="nucleus; default: %(default)s")
-    add("--seed", type=int, default=defaults.seed, help="of the sampling; default: %(default)s")
+    add(
+        "--seed", type=int, default=defaults.seed, help="seed of the sampling; default: %(default)s"
+    )
     add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
     add("--chat-template", metavar="T", help=TEMPLATE_HELP)
     add("--tokenizer-model", type=Path, metavar="M", help="instead of the model's own")
 
 
 def read_prompt(text: str) -> str:
-    """A prompt as it was given, or from standard input for ``-``.
+    """Returns a prompt, or reads it from standard input for ``-``.
 
     Raises:
         UserError: It is not UTF-8.
@@ -326,7 +326,7 @@ def read_prompt(text: str) -> str:
 
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:
-    """The flags as a value."""
+    """Builds the sampling settings from parsed flags."""
     return Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

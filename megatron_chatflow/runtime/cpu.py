@@ -1,16 +1,19 @@
 """Makes unmodified megatron-core run on CPUs over gloo.
 
-In: nothing. Out: `install()` replaces, in this process, the CUDA entry points that megatron-core
-calls on every path, and `device_mode()` is the context in which factory calls that name
-``device="cuda"`` make CPU tensors. A CUDA run never imports this module.
+`install` replaces the CUDA functions that megatron-core calls unconditionally. `device_mode` is the
+context in which factory calls with ``device="cuda"`` create CPU tensors. A CUDA run never imports
+this module.
 
-What megatron-core 0.16 to 0.19 assumes, and what stands in for it here:
+What megatron-core 0.16 to 0.19 assumes, and what replaces it:
 
-- ``torch.cuda.current_device`` as the device of new buffers: the CPU device;
-- ``torch.cuda.set_device`` and ``synchronize``, and waiting for streams: nothing to do;
-- the CUDA generator behind its random tracker: the CPU's default generator;
-- ``Tensor.type()`` equal to ``torch.cuda.FloatTensor`` and the like when the distributed optimizer
-  sorts parameters by dtype: the same name with the ``torch.cuda.`` prefix.
+- ``torch.cuda.current_device``, the device of new buffers: returns the CPU device;
+- ``torch.cuda.set_device``, ``synchronize``, ``empty_cache`` and the stream functions: do nothing;
+- ``torch.cuda.get_rng_state``, ``set_rng_state``, ``manual_seed`` and the functions
+  ``_get_cuda_rng_state`` and ``_set_cuda_rng_state`` of ``megatron.core.tensor_parallel.random``,
+  which its random tracker uses: act on the CPU's default generator;
+- ``Tensor.type()``, by which the distributed optimizer sorts parameters: returns
+  ``torch.cuda.FloatTensor`` and the like, only inside `device_mode`;
+- ``Tensor.cuda()``: returns the tensor, only inside `device_mode`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +31,7 @@ def _is_cuda(device: object) -> bool:
     )
 
 
-class _CudaNamesMeanCpu(TorchFunctionMode):
+class _CudaToCpuMode(TorchFunctionMode):
     """Maps ``device="cuda"`` to the CPU and gives CPU tensors their CUDA type names."""
 
     def __torch_function__(
@@ -50,38 +53,37 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
 
 
 def device_mode() -> TorchFunctionMode:
-    """The context for megatron-core code that names CUDA as the device of a new tensor.
+    """Returns the context for megatron-core code that creates tensors with ``device="cuda"``.
 
-    It costs about a microsecond a torch call, so it surrounds construction, the optimizer's step
-    and checkpoints, not the forward and backward passes, which need none of it.
+    It costs about a microsecond per torch call.
     """
-    return _CudaNamesMeanCpu()
+    return _CudaToCpuMode()
 
 
-class _OneStream:
-    """The stream of a device that has one: everything on it comes in order."""
+class _CpuStream:
+    """A stream of the CPU, where all work is already in order."""
 
     def wait_stream(self, stream: object) -> None:
-        """Has happened already."""
+        """Does nothing."""
 
     def wait_event(self, event: object) -> None:
-        """Has happened already."""
+        """Does nothing."""
 
     def synchronize(self) -> None:
-        """Has happened already."""
+        """Does nothing."""
 
 
 def install() -> None:
-    """Replaces the CUDA entry points; calling it twice changes nothing more."""
-    # `setattr` and not assignment: these names are typed as what they replace. Each name gets a
-    # function of its own, because torch's compiler refuses one object under two names.
+    """Replaces the CUDA functions; repeated calls have no further effect."""
+    # `setattr` instead of assignment because of the names' types. Each name gets its own function,
+    # because torch.compile refuses one object under two names.
     replacements: dict[str, Callable[..., Any]] = {
         "current_device": lambda: _CPU,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
-        "current_stream": lambda device=None: _OneStream(),
-        "default_stream": lambda device=None: _OneStream(),
+        "current_stream": lambda device=None: _CpuStream(),
+        "default_stream": lambda device=None: _CpuStream(),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.manual_seed(seed),

@@ -1,19 +1,4 @@
-"""How long calls take on a device, and what that device can do at best.
-
-In: a function and its device. Out: seconds of each call. On a GPU they are read off its own clock,
-with the calls queued ahead and the second-level cache emptied before each, so that neither the
-time of a launch nor what the call before left there is measured; on a CPU off the host's clock.
-
-Copies to the device that do not block the host.
-
-CUDA copies a large tensor from ordinary memory while the host waits; a copy from page-locked memory
-is queued. torch keeps page-locked blocks for reuse until the copies out of them are done.
-
-The peak rate that a run's FLOP/s are set against, and the peak of its memory.
-
-In: the device and dtype. Out: bytes; FLOP/s, from the maker's data sheet for known GPUs and from a
-short measurement on CPUs, whose peak depends on cores and instruction set.
-"""
+"""Device utilities: asynchronous copies, peak FLOP/s, peak memory and timing of calls."""
 
 import resource
 import sys
@@ -24,17 +9,18 @@ import torch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Queues a copy of ``tensor`` to ``device``; returns the tensor itself if it is there already.
+    """Queues a copy of ``tensor`` to ``device``; returns the tensor itself if it is already there.
 
-    The tensor may have any strides. ``pin_memory`` keeps them, so it cannot write an expanded or
-    overlapping tensor, several elements of which are one place in memory.
+    CUDA queues copies from page-locked memory only; for other memory the host waits. PyTorch reuses
+    page-locked blocks once the copies from them are done. The tensor may have any strides: it is
+    made contiguous first, because ``pin_memory`` fails for expanded and overlapping tensors.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-# Dense bf16 FLOP/s of the makers' data sheets.
+# Dense bf16 FLOP/s from the data sheets.
 _BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -49,25 +35,28 @@ _BF16_PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """Peak FLOP/s of this process's device for matrix products.
+    """Returns the peak FLOP/s of this process's device for matrix products.
+
+    Known GPUs are looked up. A CPU is measured, because its peak depends on its cores and
+    instruction set.
 
     Returns:
-        The rate, None where it is not known, and where it comes from.
+        The rate (None if it is not known) and its origin.
     """
     if device.type != "cuda":
         rate = _measure(device, dtype)
         return rate, f"measured on this process's CPU threads: {rate / 1e9:.0f} GFLOP/s"
     name = torch.cuda.get_device_name(device)
     if dtype != torch.bfloat16:
-        return None, f"no peak is tabled for {dtype}"
+        return None, f"peak FLOP/s of {dtype} are not known"
     for key, rate in _BF16_PEAKS.items():
         if key in name:
-            return rate, f"{name}: {rate / 1e12:.0f} TFLOP/s by its data sheet"
-    return None, f"{name}: no peak is tabled"
+            return rate, f"{name}: {rate / 1e12:.0f} TFLOP/s according to its data sheet"
+    return None, f"{name}: peak FLOP/s are not known"
 
 
 def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Best of thirty matrix products of ``size`` cubed: other work on the machine slows some."""
+    """Measures the best of thirty products of square matrices, as other work may slow some down."""
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
@@ -79,7 +68,7 @@ def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> floa
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the GPU's memory, or resident on a CPU."""
+    """Returns the peak memory of this process in bytes, on the GPU or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -87,18 +76,21 @@ def peak_memory(device: torch.device) -> int:
 
 
 _COPIED_BYTES = 1 << 28
-_MOST_FLUSHES = 100
+_MAX_FLUSHES = 100
 
 
 def call_seconds(
     function: Callable[[], object], device: torch.device, num_calls: int
 ) -> list[float]:
-    """Seconds of each of ``num_calls`` calls, after three that are not counted.
+    """Measures the seconds of each of ``num_calls`` calls after three warm-up calls.
+
+    On a GPU, CUDA events time calls that were queued ahead, and the L2 cache is flushed before
+    each, so that neither launch latency nor cached data affect the result.
 
     Args:
-        function: What is called; its result is dropped.
-        device: Where it works.
-        num_calls: Calls to measure.
+        function: Function to call; its result is ignored.
+        device: Device that it uses.
+        num_calls: Number of calls to measure.
     """
     if device.type == "cuda":
         return _queued_seconds(function, device, num_calls)
@@ -117,7 +109,7 @@ def _queued_seconds(
     flushed = torch.empty(max(4 * cache_bytes, 1 << 26), dtype=torch.uint8, device=device)
     for _ in range(3):
         function()
-    num_flushes = _flushes_that_hide_a_launch(function, flushed)
+    num_flushes = _num_flushes_to_hide_launch(function, flushed)
     marks = [(_mark(), _mark()) for _ in range(num_calls)]
     torch.cuda.synchronize(device)
     for begin, end in marks:
@@ -134,8 +126,8 @@ def _mark() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _flushes_that_hide_a_launch(function: Callable[[], object], flushed: torch.Tensor) -> int:
-    """How often the buffer is written, so that the host has queued a call before it begins."""
+def _num_flushes_to_hide_launch(function: Callable[[], object], flushed: torch.Tensor) -> int:
+    """Returns how many flushes give the host enough time to queue a call."""
     torch.cuda.synchronize(flushed.device)
     begin = time.perf_counter()
     function()
@@ -146,13 +138,13 @@ def _flushes_that_hide_a_launch(function: Callable[[], object], flushed: torch.T
         flushed.zero_()
     torch.cuda.synchronize(flushed.device)
     flush_seconds = (time.perf_counter() - begin) / 10
-    return min(_MOST_FLUSHES, 1 + int(2 * launch_seconds / flush_seconds))
+    return min(_MAX_FLUSHES, 1 + int(2 * launch_seconds / flush_seconds))
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOP/s of the best of thirty products of matrices of ``size`` squared.
+    """Measures the FLOP/s of the best of thirty products of square matrices.
 
-    They hold random numbers: a GPU's power, and so its clock, depend on what is multiplied.
+    The matrices are random, because a GPU's power and clock depend on the values.
     """
     generator = torch.Generator(device).manual_seed(0)
     left, right = (
@@ -162,7 +154,7 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> 
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second that this process reads and writes when it copies what no cache holds."""
+    """Measures the bytes per second that a copy beyond the caches reads and writes."""
     source = torch.ones(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _COPIED_BYTES / min(call_seconds(lambda: target.copy_(source), device, 5))

@@ -1,6 +1,6 @@
-"""The C++ modules that `setup.py` compiles from `csrc/blend`, `csrc/tokenizer` and `csrc/data`.
+"""Loads the C++ modules that `setup.py` compiles from `csrc/blend`, `csrc/tokenizer`, `csrc/data`.
 
-Where they were not built, the Python references beside their callers do the same work, many times
+If a module was not built, the Python reference next to its caller does the same work, many times
 slower.
 """
 
@@ -12,15 +12,13 @@ from types import ModuleType
 
 @functools.cache
 def load_extension(package: str) -> ModuleType | None:
-    """Imports the compiled module of a package.
+    """Imports the compiled module of a package; logs once if it is missing.
 
     Args:
         package: ``blend``, ``tokenizer`` or ``data``.
 
-    The log names what is missing, once.
-
     Returns:
-        ``megatron_chatflow.<package>._native``, or None where it was not built.
+        ``megatron_chatflow.<package>._native``, or None if it was not built.
     """
     try:
         return importlib.import_module(f"megatron_chatflow.{package}._native")

@@ -1,31 +1,16 @@
-"""Brings a process up: device, process group, parallel groups, seeds, threads; and down again.
+"""Initializes a process: device, process group, parallel groups, seeds and threads.
 
-In: the parallel sizes of a run's configuration and the launcher's environment. Out: `Ranks`.
-CUDA and NCCL where a GPU is there, CPU and gloo elsewhere.
+A run uses CUDA and NCCL if there is a GPU, and the CPU and gloo otherwise. Before CUDA starts,
+`limit_cuda_connections` and `use_deterministic_algorithms` set the environment that it reads.
 
-How many queues a GPU takes work from: one, where overlapped collectives need their order kept.
-
-In: the environment before CUDA starts. Out: ``CUDA_DEVICE_MAX_CONNECTIONS`` in it, where nobody has
-set it. CUDA reads it when it starts, so the driver's own library is asked for the architecture.
-
-Runs whose every bit is the same each time, as far as kernels go.
-
-In: the environment before CUDA starts. Out: torch, cuBLAS, NCCL and transformer-engine set so that
-they choose deterministic kernels; flash-attn is told call by call. What is set is tested; that the
-bits are the same has not been seen on a GPU yet.
-
-A part of torchrun's store that only the workers of one attempt know.
-
-In: the store that the agents keep for all attempts of a job. Out: the same store behind a prefix
-that these very workers have agreed upon.
-
-Since torch 2.5 the agents hand the same store to every restart and to every change of membership.
-gloo finds the addresses of workers that are dead there, and the restarted job ends with "connection
-refused". Neither the number of restarts nor the world's size tells two attempts apart (a change of
-membership moves neither), so the workers make a name up: each writes a fresh random number, rank 0
-reads all of them out as a roll, and only when every worker has signed one and the same roll, which
-holds its own number, is that roll's hash the name. What a dead worker left behind can be read into
-a roll, but a roll with a dead worker's number is never signed by all.
+`resolve_attempt_store` gives the workers of one attempt a part of torchrun's store of their own.
+Since PyTorch 2.5 the agents pass the same store to every restart and to every change of membership,
+where gloo finds the addresses of dead workers and fails with "connection refused". Neither the
+restart count nor the world size distinguishes two attempts, because a change of membership may
+change neither. So the workers agree on a name: each writes a fresh random number, rank 0 publishes
+the list of all numbers as a roster, and every worker signs a roster that contains its own number.
+Once all have signed the same roster, its hash is the name. A roster may contain the number of a
+dead worker, but then it is never signed by all.
 """
 
 import contextlib
@@ -54,7 +39,7 @@ _FIRST_WITHOUT = (10, 0)
 
 
 def first_gpu_capability() -> tuple[int, int] | None:
-    """Compute capability of this node's first GPU; None without a driver. Does not start CUDA."""
+    """Returns the compute capability of the first GPU, None without one; does not start CUDA."""
     try:
         driver = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -70,18 +55,19 @@ def first_gpu_capability() -> tuple[int, int] | None:
 
 
 def limit_cuda_connections(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Makes kernels start in the order in which they were queued.
+    """Sets CUDA_DEVICE_MAX_CONNECTIONS to 1 below sm_100, unless the user has set it.
 
-    For tensor and context parallelism: megatron-core queues a collective ahead of the product that
-    it is to overlap with, and asks for one connection, so that the product does not fill the GPU
-    first. From sm_100 on it does not ask.
+    With one connection, kernels start in the order in which they were queued. Tensor and context
+    parallelism need this: megatron-core queues a collective before the matrix product that it
+    overlaps, and the product must not fill the GPU first. From sm_100 on megatron-core does not
+    require it.
     """
     capability = first_gpu_capability()
     if capability is not None and capability < _FIRST_WITHOUT:
         environment.setdefault(VARIABLE, "1")
 
 
-# cuBLAS is deterministic with workspaces of fixed size; NCCL with one algorithm for all sizes.
+# cuBLAS is deterministic with fixed workspaces, NCCL with one algorithm for all sizes.
 _REQUIRED = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
@@ -90,16 +76,18 @@ _REQUIRED = {
 
 
 def use_deterministic_algorithms(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets everything; has to come before the process's first use of CUDA.
+    """Makes PyTorch, cuBLAS, NCCL and transformer-engine choose deterministic kernels.
+
+    It must be called before the first use of CUDA. flash-attn is configured call by call.
 
     Raises:
-        UserError: CUDA has started, or a variable is set to something else.
+        UserError: CUDA has started, or a variable has a conflicting value.
     """
     has_started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if has_started:
         raise UserError(
-            "train.deterministic_mode: CUDA has started already, and cuBLAS with it; ask for it "
-            "before anything else"
+            "train.deterministic_mode: CUDA has started already, and cuBLAS with it; set it before "
+            "the first use of CUDA"
         )
     for name, values in _REQUIRED.items():
         given = environment.setdefault(name, values[0])
@@ -119,30 +107,30 @@ _PREFIX = "megatron_chatflow"
 def resolve_attempt_store(
     store: Store, rank: int, world_size: int, timeout: timedelta
 ) -> PrefixStore:
-    """Waits for all workers of this attempt and gives them a part of the store of their own.
+    """Waits for all workers of this attempt and returns their part of the store.
 
     Args:
-        store: Shared with all workers, and with those of earlier attempts.
-        rank: Of this worker.
-        world_size: Workers of this attempt.
-        timeout: For the slowest to arrive.
+        store: Store shared with all workers, including those of earlier attempts.
+        rank: Rank of this worker.
+        world_size: Number of workers in this attempt.
+        timeout: Time limit for the slowest worker.
 
     Raises:
-        UserError: Not all workers came in time.
+        UserError: Not all workers arrived in time.
     """
     common = PrefixStore(_PREFIX, store)
     number = uuid.uuid4().hex
     common.set(f"signature/{rank}", "")
     common.set(f"number/{rank}", number)
     deadline = time.monotonic() + timeout.total_seconds()
-    caller = _Coordinator(common, world_size) if rank == 0 else None
+    coordinator = _Coordinator(common, world_size) if rank == 0 else None
     signed = ""
     while time.monotonic() < deadline:
-        if caller is not None:
-            caller.call()
-        roll = _read(common, "roll").split(",")
-        if len(roll) == world_size and roll[rank] == number:
-            name = _name(roll)
+        if coordinator is not None:
+            coordinator.update()
+        roster = _read(common, "roster").split(",")
+        if len(roster) == world_size and roster[rank] == number:
+            name = _name(roster)
             if name != signed:
                 common.set(f"signature/{rank}", name)
                 signed = name
@@ -156,22 +144,22 @@ def resolve_attempt_store(
 
 
 class _Coordinator:
-    """Rank 0's part: reads the numbers out, and says when all have signed."""
+    """Rank 0's part: publishes the roster, and the agreement once all have signed it."""
 
     def __init__(self, store: Store, world_size: int) -> None:
         self._store = store
         self._numbers = [f"number/{rank}" for rank in range(world_size)]
         self._signatures = [f"signature/{rank}" for rank in range(world_size)]
-        self._called: list[str] = []
+        self._published: list[str] = []
 
-    def call(self) -> None:
+    def update(self) -> None:
         if not self._store.check(self._numbers):
             return
-        roll = [value.decode() for value in self._store.multi_get(self._numbers)]
-        if roll != self._called:
-            self._store.set("roll", ",".join(roll))
-            self._called = roll
-        name = _name(roll)
+        roster = [value.decode() for value in self._store.multi_get(self._numbers)]
+        if roster != self._published:
+            self._store.set("roster", ",".join(roster))
+            self._published = roster
+        name = _name(roster)
         if all(value.decode() == name for value in self._store.multi_get(self._signatures)):
             self._store.set("agreed", name)
 
@@ -180,8 +168,8 @@ def _read(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _name(roll: list[str]) -> str:
-    return hashlib.sha256(",".join(roll).encode()).hexdigest()[:32]
+def _name(roster: list[str]) -> str:
+    return hashlib.sha256(",".join(roster).encode()).hexdigest()[:32]
 
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -215,10 +203,10 @@ def _choose_device(process: ProcessRank) -> torch.device:
 
 
 def _share_cpu_threads(process: ProcessRank) -> None:
-    """Gives each process its share of the cores, unless the user chose a number of threads.
+    """Assigns each process an equal share of the cores unless the user set OMP_NUM_THREADS.
 
-    torchrun sets OMP_NUM_THREADS=1 when several processes run on a node and nothing is set, which
-    leaves most of a CPU node idle; so 1 under torchrun counts as unset.
+    torchrun sets OMP_NUM_THREADS=1 by default if several processes run on a node, which leaves most
+    cores of a CPU node idle. Therefore 1 under torchrun counts as unset.
     """
     chosen = os.environ.get("OMP_NUM_THREADS")
     is_torchrun_default = chosen == "1" and "TORCHELASTIC_RUN_ID" in os.environ
@@ -228,7 +216,7 @@ def _share_cpu_threads(process: ProcessRank) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch; the order of the data depends on none of them."""
+    """Seeds Python, NumPy and PyTorch; the order of the data depends on none of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -237,8 +225,8 @@ def seed_everything(seed: int) -> None:
 def exit_with_launcher() -> None:
     """Asks Linux to kill this worker when torchrun's agent dies.
 
-    The agent starts its workers in sessions of their own. Killed hard, it would leave them
-    training on, beside the job that takes the run up again.
+    The agent starts its workers in their own sessions. If it were killed, they would continue to
+    train next to the job that resumes the run.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -254,13 +242,19 @@ def initialize(
     timeout: timedelta = timedelta(minutes=10),
     keep_freed_memory: bool = True,
 ) -> Ranks:
-    """Joins the job and makes its parallel groups.
+    """Joins the job and creates its parallel groups.
 
-    ``num_model_chunks`` above 1 asks for megatron-core's interleaved schedule. On CPUs the C
-    library is told to keep freed memory, which only a benchmark's peer goes without.
+    Args:
+        tensor_model_parallel_size: Ranks per tensor-parallel group.
+        pipeline_model_parallel_size: Ranks per pipeline.
+        num_model_chunks: Model chunks per rank; more than 1 selects the interleaved schedule.
+        context_parallel_size: Ranks per context-parallel group.
+        seed: Seed of Python, NumPy and PyTorch.
+        timeout: Time limit of collectives.
+        keep_freed_memory: Whether malloc keeps freed memory on CPUs.
 
     Raises:
-        UserError: The world size is no multiple of the model-parallel size, or a node has fewer
+        UserError: The world size is not a multiple of the model-parallel size, or a node has fewer
             GPUs than processes.
     """
     exit_with_launcher()
@@ -286,9 +280,9 @@ def initialize(
             make_malloc_keep_freed_memory()
         _share_cpu_threads(process)
     if not torch.distributed.is_initialized():
-        _join(process, device, timeout)
+        _init_process_group(process, device, timeout)
 
-    # megatron-core is imported only now: on CPUs it has to find the replaced entry points.
+    # megatron-core must be imported after `cpu.install` has replaced the CUDA functions.
     from megatron_chatflow.runtime import ranks as megatron
 
     ranks = megatron.initialize_groups(
@@ -305,11 +299,11 @@ def initialize(
     return ranks
 
 
-def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(process: ProcessRank, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group(
-            backend, timeout=timeout, **_store_of_this_attempt(process, timeout)
+            backend, timeout=timeout, **_attempt_store_arguments(process, timeout)
         )
         return
     if process.world_size > 1:
@@ -320,8 +314,8 @@ def _join(process: ProcessRank, device: torch.device, timeout: timedelta) -> Non
     )
 
 
-def _store_of_this_attempt(process: ProcessRank, timeout: timedelta) -> dict[str, Any]:
-    """Where torchrun's agents keep one store for all attempts, this attempt's part of it."""
+def _attempt_store_arguments(process: ProcessRank, timeout: timedelta) -> dict[str, Any]:
+    """Returns the arguments of this attempt's store if torchrun's agents share one store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     shared = torch.distributed.TCPStore(  # type: ignore[attr-defined]
@@ -335,7 +329,7 @@ def _store_of_this_attempt(process: ProcessRank, timeout: timedelta) -> dict[str
 
 
 def device_mode(device: torch.device) -> AbstractContextManager[object]:
-    """The context in which megatron-core may name CUDA as a device: nothing at all on CUDA."""
+    """Returns the context for megatron-core code that names CUDA as a device; empty on CUDA."""
     if device.type == "cuda":
         return contextlib.nullcontext()
     from megatron_chatflow.runtime import cpu
@@ -344,7 +338,7 @@ def device_mode(device: torch.device) -> AbstractContextManager[object]:
 
 
 def finalize() -> None:
-    """Leaves the job; safe to call when `initialize` failed halfway."""
+    """Leaves the job; safe to call after a failed `initialize`."""
     if torch.distributed.is_initialized():
         from megatron_chatflow.runtime import ranks as megatron
 
@@ -354,7 +348,7 @@ def finalize() -> None:
 
 @contextlib.contextmanager
 def running(ranks: Ranks) -> Iterator[Ranks]:
-    """Leaves the job at the end of the block, whatever ended it."""
+    """Leaves the job at the end of the ``with`` block."""
     try:
         yield ranks
     finally:

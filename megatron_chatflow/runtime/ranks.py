@@ -1,17 +1,8 @@
-"""What every rank does by itself and all have to succeed in, and how ranks are named together.
+"""Ranks and process groups, and steps in which every rank must succeed.
 
-In: a step of this rank's own, such as opening its data. Out: its result, once every rank has one;
-else a mistake is raised on every rank, so that none goes on alone into a collective.
-
-Rank facts as one value: who this process is, and its place in every parallel group.
-
-In: the environment that ``torchrun`` sets. Out: `ProcessRank` before the groups exist and `Ranks`
-after. Both are frozen; nothing else in the package asks a global for a rank.
-
-The typed boundary between the runtime and megatron-core's parallel state.
-
-In: sizes. Out: `Ranks`, and the process groups that other layers reduce over. megatron-core ships
-no types; this module states them.
+`ProcessRank` describes this process before the parallel groups exist, and `Ranks` its place in all
+of them. Both are frozen, and no other module reads a rank from a global. This module is also the
+typed boundary to megatron-core's parallel state, which has no type annotations.
 """
 
 import os
@@ -29,7 +20,7 @@ from megatron_chatflow.errors import UserError
 
 @dataclass(frozen=True)
 class ProcessRank:
-    """This process among all of the job's, as its launcher says."""
+    """Rank of this process in the job, as set by its launcher."""
 
     rank: int
     world_size: int
@@ -38,10 +29,10 @@ class ProcessRank:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ProcessRank":
-        """Reads torchrun's variables; without them this is the only process.
+        """Reads torchrun's environment variables; without them this is the only process.
 
         Raises:
-            UserError: A variable is there and is not a number in its range.
+            UserError: A variable is not a number in its range.
         """
         values = {}
         for name, default in (
@@ -69,7 +60,7 @@ class ProcessRank:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in every parallel group, and the device that it computes on."""
+    """This process's place in every parallel group, and its device."""
 
     process: ProcessRank
     device: torch.device
@@ -99,7 +90,7 @@ class Ranks:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this process writes the log, the metrics and the checkpoint's own files."""
+        """Whether this process writes the log, the metrics and the checkpoint's metadata."""
         return self.process.rank == 0
 
 
@@ -113,14 +104,14 @@ def initialize_groups(
     context_parallel_size: int,
     timeout: timedelta,
 ) -> Ranks:
-    """Makes megatron-core's process groups and says where this process stands in them."""
+    """Creates megatron-core's process groups and returns this process's place in them."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_model_chunks if num_model_chunks > 1 else None,
         context_parallel_size=context_parallel_size,
         distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
-        # gloo copies of the groups are for CPU tensors beside NCCL; over gloo they are the same.
+        # NCCL needs additional gloo groups for CPU tensors; over gloo they would be duplicates.
         create_gloo_process_groups=device.type == "cuda",
     )
     return Ranks(
@@ -138,30 +129,30 @@ def initialize_groups(
 
 
 def seed_model_parallel(seed: int) -> None:
-    """Seeds megatron-core's random tracker, each tensor-parallel rank with its own stream."""
+    """Seeds megatron-core's random tracker, with a separate stream per tensor-parallel rank."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def tensor_parallel_group() -> ProcessGroup:
-    """Ranks that hold slices of the same layers."""
+    """Returns the ranks that hold shards of the same layers."""
     group: ProcessGroup = parallel_state.get_tensor_model_parallel_group()
     return group
 
 
 def pipeline_parallel_group() -> ProcessGroup:
-    """Ranks that hold consecutive layers of one replica."""
+    """Returns the ranks that hold consecutive layers of one replica."""
     group: ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
     return group
 
 
 def context_parallel_group() -> ProcessGroup:
-    """Ranks that hold different tokens of the same samples."""
+    """Returns the ranks that hold different tokens of the same samples."""
     group: ProcessGroup = parallel_state.get_context_parallel_group()
     return group
 
 
 def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
-    """Ranks that hold the same weights and read different samples (or parts of samples)."""
+    """Returns the ranks that hold the same weights and read different samples or tokens."""
     group: ProcessGroup = parallel_state.get_data_parallel_group(
         with_context_parallel=with_context_parallel
     )
@@ -169,53 +160,59 @@ def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
 
 
 def destroy_groups() -> None:
-    """Forgets megatron-core's groups, so that a process may make others."""
+    """Destroys megatron-core's groups, so that the process can create others."""
     parallel_state.destroy_model_parallel()
 
 
 _Result = TypeVar("_Result")
-_MOST_NAMED = 8
+_MAX_NAMED = 8
 
 
 class PeerError(UserError):
-    """Other ranks met a mistake and this one did not; they say it."""
+    """A user error on other ranks, which report it themselves."""
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, by rank; every rank calls it."""
+    """Gathers every rank's value, ordered by rank; every rank calls it."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
 
 
 def run_on_all_ranks(step: Callable[[], _Result]) -> _Result:
-    """Takes a step that calls no collective; every rank calls it.
+    """Runs a step without collectives on every rank; raises on every rank if one of them fails.
+
+    Otherwise the ranks that succeeded would continue into a collective and hang.
+
+    Args:
+        step: A step of this rank, such as opening its data.
 
     Raises:
-        UserError: This rank's own mistake, with the ranks that met the same where not all did.
-        PeerError: Others met one.
+        UserError: The step failed on this rank; the message names the ranks with the same error
+            unless all have it.
+        PeerError: The step failed on other ranks only.
     """
     error: UserError | None = None
     try:
         result = step()
     except UserError as caught:
         error = caught
-    mistakes = gather_objects(None if error is None else str(error))
-    if not any(mistakes):
+    messages = gather_objects(None if error is None else str(error))
+    if not any(messages):
         return result
     if error is None:
-        first = next(mistake for mistake in mistakes if mistake)
-        those = [rank for rank, mistake in enumerate(mistakes) if mistake]
+        first = next(message for message in messages if message)
+        those = [rank for rank, message in enumerate(messages) if message]
         raise PeerError(f"{format_ranks(those)}: {first}")
-    same = [rank for rank, mistake in enumerate(mistakes) if mistake == str(error)]
-    if len(same) == len(mistakes):
+    same = [rank for rank, message in enumerate(messages) if message == str(error)]
+    if len(same) == len(messages):
         raise error
     raise UserError(f"{format_ranks(same)}: {error}") from error
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """``rank 3``, or ``ranks 0, 3, 4``, or the first few of many."""
+    """Formats ranks as ``rank 3``, ``ranks 0, 3, 4``, or the first few of many."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
-    return f"ranks {', '.join(map(str, ranks[:_MOST_NAMED]))}{more}"
+    more = f" and {len(ranks) - _MAX_NAMED} more" if len(ranks) > _MAX_NAMED else ""
+    return f"ranks {', '.join(map(str, ranks[:_MAX_NAMED]))}{more}"

@@ -1,4 +1,4 @@
-"""Requests to stop after the current iteration: SIGTERM, SIGUSR1, Ctrl-C or a time limit."""
+"""Stops a run after the current iteration on SIGTERM, SIGUSR1, Ctrl-C or a time limit."""
 
 import contextlib
 import math
@@ -11,20 +11,20 @@ import torch
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-# A terminal sends SIGINT to the launcher and to its processes, and the launcher passes it on: what
-# comes this soon belongs to the same Ctrl-C.
+# A terminal sends SIGINT to the launcher and to its processes, and the launcher forwards it. All
+# signals within this time belong to the same Ctrl-C.
 _SAME_KEY_SECONDS = 1.0
 
 
 class StopRequest:
-    """Remembers that the job was asked to stop. A second Ctrl-C ends the process at once."""
+    """Records requests to stop. A second Ctrl-C ends the process at once."""
 
     def __init__(self, minutes: float | None = None, *, notice: str | None = None) -> None:
         """Installs this process's signal handlers.
 
         Args:
-            minutes: After which the job asks itself to stop; never if None.
-            notice: Written to standard error at the first Ctrl-C; nothing if None.
+            minutes: Time limit; None for no limit.
+            notice: Message to write to standard error at the first Ctrl-C; None for no message.
         """
         self._is_set = False
         self._interrupted_at: float | None = None
@@ -33,7 +33,7 @@ class StopRequest:
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in _SIGNALS
-            # The shell lets jobs in the background ignore Ctrl-C.
+            # A shell makes background jobs ignore Ctrl-C.
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN
         }
 
@@ -45,7 +45,7 @@ class StopRequest:
         if self._interrupted_at is None:
             self._interrupted_at = now
             if self._notice is not None:
-                # Unlike `print`, safe while the interrupted code is writing.
+                # Unlike `print`, this is safe while the interrupted code is writing.
                 with contextlib.suppress(OSError):
                     os.write(2, f"\n{self._notice}\n".encode())
         elif now - self._interrupted_at > _SAME_KEY_SECONDS:
@@ -53,7 +53,7 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
     def is_set(self, device: torch.device) -> bool:
-        """Whether any rank was asked; every rank calls it once an iteration."""
+        """Returns whether any rank was asked to stop; every rank calls it once per iteration."""
         is_set = self._is_set or time.monotonic() >= self._deadline
         if not torch.distributed.is_initialized():
             return is_set

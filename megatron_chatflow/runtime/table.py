@@ -1,7 +1,6 @@
-"""Tables of plain text for terminals and logs.
+"""Formats values and plain-text tables for terminals and logs.
 
-Columns are aligned by the width that a terminal gives each character, so that Chinese names, whose
-characters take two columns, do not shift what follows.
+Columns are aligned by display width, because Chinese characters take two columns in a terminal.
 """
 
 import math
@@ -15,7 +14,7 @@ _SIGNIFICANT_DIGITS = 4
 
 
 def format_cell(value: Cell) -> str:
-    """One value: ``1,234,567``, ``0.01234``, ``1.2e-09``, or ``-`` where there is none."""
+    """Formats a value: ``1,234,567``, ``0.01234``, ``1.2e-09``, or ``-`` for None."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -23,19 +22,19 @@ def format_cell(value: Cell) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        # `g` would write large numbers with an exponent.
+        # The format `g` would write large numbers with an exponent.
         large = abs(value) >= 10**_SIGNIFICANT_DIGITS
         return f"{value:,.0f}" if large else f"{value:.{_SIGNIFICANT_DIGITS}g}"
     return value
 
 
 def display_width(text: str) -> int:
-    """Columns that a terminal needs for a text: two for a wide character, none for an accent."""
+    """Returns the width of a text in a terminal: two columns for wide characters, 0 for accents."""
     return sum(_character_width(character) for character in text)
 
 
 def shorten(text: str, width: int) -> str:
-    """The text, cut to ``width`` columns with an ellipsis where it is longer."""
+    """Cuts a text to ``width`` columns, with an ellipsis if it is longer."""
     if display_width(text) <= width:
         return text
     used = 0
@@ -49,12 +48,12 @@ def shorten(text: str, width: int) -> str:
 def align(
     lines: Sequence[Sequence[str]], is_left: Sequence[bool], min_widths: Sequence[int] = ()
 ) -> list[str]:
-    """Lines of cells as lines of text, with two spaces between columns.
+    """Aligns lines of cells, with two spaces between columns.
 
     Args:
-        lines: Cells, as many in each line as there are columns.
-        is_left: Of each column whether its cells stand left; others stand right.
-        min_widths: Of each column the least width; 0 if empty.
+        lines: Cells of each line, one per column.
+        is_left: Whether each column is left-aligned instead of right-aligned.
+        min_widths: Minimum width of each column; empty for no minimum.
     """
     least = list(min_widths) or [0] * len(is_left)
     widths = [
@@ -64,10 +63,10 @@ def align(
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows under a line of column names, columns in the order in which they first come.
+    """Formats rows under a header, with columns in the order of their first appearance.
 
     Returns:
-        Lines without a newline at the end; an empty string for no rows.
+        Lines without a trailing newline; an empty string without rows.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if not columns:
@@ -93,7 +92,7 @@ def _character_width(character: str) -> int:
 
 
 def format_value(value: float, digits: int = 4) -> str:
-    """A number in `digits` significant digits, as in 12.35, 1.204M or 3e-05; a dash for NaN."""
+    """Formats a number with significant digits: 12.35, 1.204M, 3e-05; a dash for NaN."""
     if not math.isfinite(value):
         return "–"
     if value == 0:
@@ -112,12 +111,12 @@ def format_value(value: float, digits: int = 4) -> str:
 
 
 def format_percent(value: float) -> str:
-    """A fraction as a percentage with at most one decimal."""
+    """Formats a fraction as a percentage with at most one decimal."""
     return "–" if not math.isfinite(value) else f"{100 * value:.1f}".removesuffix(".0") + " %"
 
 
 def format_duration(seconds: float) -> str:
-    """A time in the two largest units that say something: 8.2 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
+    """Formats a duration in its two largest units: 8.2 s, 3 min 20 s, 5 h 2 min, 3 d 4 h."""
     if not math.isfinite(seconds):
         return "–"
     if seconds < 60:

@@ -1,7 +1,7 @@
-"""A dry run: opens and checks what a run would need, and prints what the run would do.
+"""Dry run: opens and checks what a run needs, and describes what the run would do.
 
-Needs no GPU and no other rank. Findings come first, then a summary; the resolved configuration and
-the plan of every phase are printed on request.
+It needs neither a GPU nor other ranks. Findings come first, then a summary; ``--verbose`` adds the
+resolved configuration and a long plan.
 """
 
 import logging
@@ -22,22 +22,22 @@ from megatron_chatflow.runtime.table import Row, format_table
 from megatron_chatflow.train.inputs import RunInputs, open_inputs, verify_data
 
 _MAX_PLAN_ROWS = 24
-"""A longer plan is left out of the summary."""
+"""A longer plan is shown only with ``--verbose``."""
 
 
 def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool = False) -> str:
     """Checks a run and describes it.
 
     Args:
-        config: The run.
-        world_size: Processes that it would have; as few as its layout needs if None.
-        verbose: Add the resolved configuration, and the plan however long it is.
+        config: Configuration of the run.
+        world_size: Number of processes; None for the minimum of the layout.
+        verbose: Add the resolved configuration, and the plan even if it is long.
 
     Returns:
-        The description, to be printed.
+        The description to print.
 
     Raises:
-        UserError: What would stop the run; all that was found, if there is more than one.
+        UserError: What would stop the run; the message lists all errors that were found.
     """
     num_processes = world_size or config.model_parallel_size
     errors: list[UserError] = []
@@ -78,7 +78,7 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
 
 @contextmanager
 def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
-    """Collects what the package logs as warnings, so that it is printed with the findings."""
+    """Collects the package's warnings so that they are printed with the findings."""
     package = logging.getLogger("megatron_chatflow")
     records: list[logging.LogRecord] = []
 
@@ -101,7 +101,7 @@ def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
 
 
 def _log_again(records: Sequence[logging.LogRecord]) -> None:
-    """Logs the collected warnings of a run that is refused."""
+    """Logs the collected warnings again if the dry run fails."""
     for record in records:
         logging.getLogger().handle(record)
 

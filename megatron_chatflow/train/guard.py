@@ -1,14 +1,14 @@
-"""Judges every step before its update: is its loss finite, its gradient finite, its loss a spike?
+"""Judges every step before its update: non-finite losses and gradients, and loss spikes.
 
-Every rank judges by the same numbers, the loss of each source and the norm of the gradient, so all
-ranks reach the same `Verdict`. What later verdicts depend on is part of every checkpoint.
+Every rank judges the same numbers, the loss of each source and the norm of the gradient, so all
+ranks reach the same `Verdict`. The state that later verdicts depend on is part of every checkpoint.
 
-The judgement falls between the gradient's norm and the update, so a bad step leaves weights and
-optimizer state as they were. The same holds for a step without loss tokens. Its gradient is zero,
-but its update would still decay the weights and move them by the optimizer's moments. Such a step
-is not a fault: whatever ``--on-nan`` says, its update is left out and counted, and it neither
-counts as one of the bad steps in a row nor enters the losses that a spike is measured against. As
-in every other step, the iteration, the consumed samples and the learning rate's position go on.
+The step is judged between the gradient norm and the update, so a bad step leaves weights and
+optimizer state unchanged. The same holds for a step without loss tokens: its gradient is zero, but
+the update would still decay the weights and move them by the optimizer's moments. Such a step is
+not a fault. Whatever ``--on-nan`` says, its update is skipped and counted; it is not one of the bad
+steps in a row, and its loss is not used to detect spikes. As after any other step, the iteration,
+the consumed samples and the learning-rate schedule advance.
 """
 
 import logging
@@ -24,16 +24,16 @@ from megatron_chatflow.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_LOSSES = 10  # a median of fewer says little
+_MIN_LOSSES = 10  # a median of fewer losses is unreliable
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of a step.
+    """Judgement of a step.
 
     Attributes:
-        problem: What is wrong with it; None where nothing is.
-        has_loss_tokens: Whether any token of the global batch had a loss.
+        problem: Description of the fault; None if there is none.
+        has_loss_tokens: Whether any token of the global batch has a loss.
     """
 
     problem: str | None
@@ -41,26 +41,26 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """Whether the update may be made."""
+        """Whether the update is made."""
         return self.problem is None and self.has_loss_tokens
 
 
 class Guard:
-    """Remembers recent losses, judges steps and counts the bad ones.
+    """Judges steps by their own values and by recent losses, and counts bad steps.
 
     Attributes:
-        num_skipped: Bad steps, whose updates were left out, since the run began.
-        skipped_no_loss_tokens: Steps without loss tokens, whose updates were left out as well.
-        num_rollbacks: How often the weights of a checkpoint were taken again.
+        num_skipped: Bad steps, whose updates were skipped, since the run began.
+        skipped_no_loss_tokens: Steps without loss tokens, whose updates were skipped as well.
+        num_rollbacks: Rollbacks to a checkpoint since the run began.
     """
 
     def __init__(self, config: RunConfig, sources: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Goes on where a checkpoint left it.
+        """Initializes the guard, from a checkpoint if there is one.
 
         Args:
-            config: The run's; its ``faults`` section says what to do.
-            sources: Their names, for messages.
-            state: What `state` gave; empty at the begin of a run.
+            config: Configuration of the run, whose ``faults`` section is used.
+            sources: Names of the sources, for messages.
+            state: Return value of `state`; empty at the start of a run.
         """
         self._faults = config.faults
         self._sources = list(sources)
@@ -73,7 +73,7 @@ class Guard:
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint carries; JSON can hold it."""
+        """Returns the state for a checkpoint as a JSON-compatible dictionary."""
         return {
             "num_skipped": self.num_skipped,
             "skipped_no_loss_tokens": self.skipped_no_loss_tokens,
@@ -83,10 +83,10 @@ class Guard:
         }
 
     def judge(self, source_sums: Sequence[Sequence[float]], grad_norm: float) -> Verdict:
-        """Judges a step; changes nothing.
+        """Judges a step without recording it.
 
         Args:
-            source_sums: Loss, loss tokens and bytes of each source over the global batch.
+            source_sums: Summed loss, loss tokens and bytes of each source over the global batch.
             grad_norm: Norm of the whole gradient before clipping.
         """
         bad = [
@@ -103,7 +103,7 @@ class Guard:
             return Verdict(None, has_loss_tokens=False)
         loss = sum(row[0] for row in source_sums) / num_tokens
         factor = self._faults.loss_spike_factor
-        if factor is not None and len(self._losses) >= _FEWEST_LOSSES:
+        if factor is not None and len(self._losses) >= _MIN_LOSSES:
             usual = median(self._losses)
             if loss > factor * usual:
                 return Verdict(
@@ -112,19 +112,19 @@ class Guard:
         return Verdict(None)
 
     def record(self, verdict: Verdict, loss: float | None, begin: int, end: int) -> bool:
-        """Counts a judged step.
+        """Records the verdict of a step.
 
         Args:
-            verdict: What `judge` found.
-            loss: The step's mean loss; None if it had no loss tokens.
+            verdict: Return value of `judge`.
+            loss: Mean loss of the step; None without loss tokens.
             begin: First global sample of the step.
-            end: The one after its last.
+            end: Global sample after its last.
 
         Returns:
-            Whether the weights are to be rolled back now.
+            Whether the weights must be rolled back now.
 
         Raises:
-            UserError: The run is to stop here.
+            UserError: The verdict ends the run.
         """
         if verdict.is_good:
             self._num_in_a_row = 0
@@ -135,7 +135,7 @@ class Guard:
             self.skipped_no_loss_tokens += 1
             if self.skipped_no_loss_tokens == 1:
                 logger.warning(
-                    "samples %d to %d: no loss tokens; the update is left out. Further such steps "
+                    "samples %d to %d: no loss tokens; the update is skipped. Further such steps "
                     "are counted as skipped_no_loss_tokens",
                     begin,
                     end,
@@ -154,7 +154,7 @@ class Guard:
                 f"{where}; {self._num_in_a_row} bad steps in a row (--max-bad-steps). Resume from "
                 "an earlier checkpoint with a lower --lr"
             )
-        logger.warning("%s; the update is left out (%d so far)", where, self.num_skipped)
+        logger.warning("%s; the update is skipped (%d so far)", where, self.num_skipped)
         if self._faults.on_nan == "skip":
             return False
         self.num_rollbacks += 1
@@ -162,14 +162,13 @@ class Guard:
 
 
 class GuardedOptimizer:
-    """megatron-core's optimizer whose update waits for a judgement.
+    """Wraps megatron-core's optimizer so that a step is judged before its update.
 
-    Its ``step`` computes the gradient's norm, clips, and then calls ``step_with_ready_grads`` on
-    itself; these two methods are what this class puts itself between, on the one object.
+    ``optimizer.step`` computes the gradient norm, clips, and then calls ``step_with_ready_grads``
+    on itself. This class replaces both methods on that one object.
     """
 
     def __init__(self, optimizer: Any) -> None:
-        """Takes the two methods over."""
         self._optimizer = optimizer
         self._norm = optimizer.get_grad_norm
         self._update = optimizer.step_with_ready_grads
@@ -180,10 +179,10 @@ class GuardedOptimizer:
         optimizer.step_with_ready_grads = self._step_with_ready_grads
 
     def step(self, judge: Callable[[float], Verdict]) -> tuple[Verdict, float]:
-        """Takes the step if ``judge(grad_norm)`` finds it good.
+        """Makes the update if ``judge(grad_norm)`` returns a good verdict.
 
         Returns:
-            The verdict, and the gradient's norm before clipping.
+            The verdict, and the gradient norm before clipping.
         """
         self._judge = judge
         try:

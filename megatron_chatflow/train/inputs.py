@@ -1,7 +1,7 @@
-"""What a run reads, opened and checked against one another before anything is built.
+"""Opens what a run reads and checks it for consistency before anything is built.
 
-In: a resolved configuration. Out: `RunInputs`: tokenizer, sources, blend, and the checkpoint to go
-on from. It needs neither a GPU nor another rank, so a dry run does just this.
+`RunInputs` holds tokenizer, sources, blend, and the checkpoint to resume from. Opening it needs
+neither a GPU nor other ranks, so a dry run does the same.
 """
 
 import hashlib
@@ -57,22 +57,22 @@ class RunInputs:
     """The opened inputs of a run.
 
     Attributes:
-        tokenizer: Of text and model.
-        vocab_size: The model's, before padding.
+        tokenizer: Tokenizer of the run.
+        vocab_size: Vocabulary size of the model before padding.
         sources: Training sources in the schedule's order.
-        validation_sources: Held-out samples of each; none where nothing is validated.
-        test_sources: The samples of `data.split`'s test; none without it or with `eval_iters` 0.
-        blend: From the beginning, or as the checkpoint left it.
-        state: The run's state before its first iteration.
-        checkpoint: Where weights come from; None for fresh ones.
-        resumed: The checkpoint's state; None unless the run goes on from it.
-        questions: Choice questions that are put while the run goes on.
+        validation_sources: Held-out samples of each source; empty if nothing is validated.
+        test_sources: Test split of each source; empty without `data.split` or with `eval_iters` 0.
+        blend: The blend, resumed from the checkpoint if there is one.
+        state: State of the run before its first iteration.
+        checkpoint: Checkpoint that provides the weights; None for random weights.
+        resumed: State of the checkpoint; None unless the run resumes it.
+        questions: Multiple-choice questions to evaluate during training.
         is_huggingface: Whether `checkpoint` is a Hugging Face folder.
-        grown: What the vocabulary grows by as the weights are loaded.
-        findings: What the user should know before the run begins, one line each. The dry run
-            prints them and every start logs them as warnings.
-        length: How far the run goes.
-        changes: Every setting that differs from the checkpoint's, as rows of a table.
+        grown: Growth of the vocabulary when the weights are loaded; None without growth.
+        findings: What the user should know before the run starts, one line each. The dry run prints
+            them, and every start logs them as warnings.
+        length: First and last iteration.
+        changes: Settings that differ from the checkpoint's, as rows of a table.
     """
 
     tokenizer: Tokenizer
@@ -93,7 +93,7 @@ class RunInputs:
 
 
 def open_inputs(config: RunConfig) -> RunInputs:
-    """Opens and checks everything that a run reads, in a process alone.
+    """Opens and checks everything that a run reads, in a single process.
 
     Raises:
         UserError: Something is missing or damaged, or data, tokenizer, model and checkpoint do not
@@ -103,7 +103,7 @@ def open_inputs(config: RunConfig) -> RunInputs:
 
 
 def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) -> RunInputs:
-    """As `open_inputs`, from a checkpoint that was chosen before; None for a fresh start."""
+    """As `open_inputs`, from a selected checkpoint; None for a fresh start."""
     check_save_folder(config.checkpoint, checkpoint)
     tokenizer = load_tokenizer(config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type)
     saved = None if checkpoint is None else _saved_state(checkpoint)
@@ -114,7 +114,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     if grown is not None:
         vocab_size = grown.growth.num_rows
     elif saved is not None and checkpoint is not None and checkpoint.is_huggingface:
-        # Models often have more rows than pieces.
+        # Models often have more embedding rows than tokens.
         vocab_size = config.model.vocab_size or max(vocab_size, int(saved.model["vocab_size"]))
     packing_versions = {}
     if checkpoint is not None and saved is not None and not checkpoint.weights_only:
@@ -140,7 +140,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     if checkpoint is not None and saved is not None:
         check_same_model(saved, state, checkpoint.folder, is_grown=grown is not None)
         if checkpoint.weights_only and grown is None:
-            _check_same_pieces(config, checkpoint, saved, tokenizer)
+            _check_same_tokens(config, checkpoint, saved, tokenizer)
         if not checkpoint.weights_only:
             if "samples_per_iteration" not in saved.schedule:
                 raise UserError(
@@ -159,7 +159,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     for source in sources:
         source.use_seeds(seeds[source.name])
     length = _run_length(config, resumed)
-    _refuse_too_many_epochs(config, blend, sources, length)
+    _check_epoch_limits(config, blend, sources, length)
     changes: list[Row] = []
     if resumed is not None and folder is not None:
         changes = changed_settings(config, folder, resumed, blend, length)
@@ -186,7 +186,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
 
 
 def _weight_findings(config: RunConfig, checkpoint: InitialCheckpoint | None) -> list[str]:
-    """Reports a run that would begin with random weights though nobody asked for them."""
+    """Reports random weights unless ``--from-scratch`` requests them."""
     settings = config.checkpoint
     if checkpoint is not None or settings.from_scratch:
         return []
@@ -195,7 +195,7 @@ def _weight_findings(config: RunConfig, checkpoint: InitialCheckpoint | None) ->
         why = f"{settings.load} holds no checkpoint and no other weights are named"
     return [
         f"checkpoint: RANDOM WEIGHTS: {why}, so the model is trained from scratch; name the "
-        "weights to begin with (--load-hf, --pretrained-checkpoint or --load), or say "
+        "weights to start from (--load-hf, --pretrained-checkpoint or --load), or give "
         "--from-scratch if this is what you want"
     ]
 
@@ -208,7 +208,7 @@ def _findings(
     held_out: list[Source],
     length: RunLength,
 ) -> list[str]:
-    """Collects what the user should know before the run begins, each finding once."""
+    """Collects what the user should know before the run starts, each finding once."""
     found = data_findings(config.data, sources, held_out, tokenizer)
     found += epoch_findings(blend, length.num_samples, _epoch_sizes(sources), _max_epochs(config))
     found += _validation_findings(config, held_out)
@@ -223,13 +223,13 @@ def _findings(
 
 
 def verify_data(config: RunConfig, inputs: RunInputs, *, part: int = 0, num_parts: int = 1) -> None:
-    """Compares the run's datasets whole with their sidecars, as `verify_contents` does."""
+    """Verifies whole datasets against their sidecar files, as `verify_contents` does."""
     splits = (inputs.sources, inputs.validation_sources, inputs.test_sources)
     verify_contents(config.data, splits, part=part, num_parts=num_parts)
 
 
 def carried_files(config: RunConfig, inputs: RunInputs) -> SmallFiles:
-    """The small files of the base model that the run's checkpoints carry to an export.
+    """Collects the small files of the base model that checkpoints carry to an export.
 
     Raises:
         UserError: One of them is damaged.
@@ -243,7 +243,7 @@ def carried_files(config: RunConfig, inputs: RunInputs) -> SmallFiles:
 
 
 def _validation_findings(config: RunConfig, held_out: list[Source]) -> list[str]:
-    """Sources that a validation that was asked for cannot look at."""
+    """Reports sources without held-out samples if validation is enabled."""
     if not config.train.validates:
         return []
     without = [source.name for source in held_out if source.num_samples == 0]
@@ -259,10 +259,10 @@ def _validation_findings(config: RunConfig, held_out: list[Source]) -> list[str]
 
 
 def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
-    """Refuses ranks that would train on other data than rank 0; every rank calls it.
+    """Checks that all ranks would train on the same data; every rank calls it.
 
     Raises:
-        UserError: On every rank, with what differs by name.
+        UserError: On every rank; the message names what differs.
     """
     state = inputs.state
     facts: dict[str, Any] = {"tokenizer.tokenizer_model": state.tokenizer["sha256"]}
@@ -279,23 +279,23 @@ def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
         others = [rank for rank, found in enumerate(gathered) if found.get(name) != expected]
         if others:
             raise UserError(
-                f"{name}: is another on {format_ranks(others)} than on rank 0; give every node the "
+                f"{name}: differs between {format_ranks(others)} and rank 0; give every node the "
                 "same files (a dataset's .json beside its .bin and .idx), flags and YAML file"
             )
 
 
 def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
-    """The model's vocabulary: the tokenizer's, unless the configuration asks for more.
+    """Returns the model's vocabulary size, the tokenizer's unless a larger one is configured.
 
     Raises:
-        UserError: The tokenizer has ids that the model would not.
+        UserError: The tokenizer has ids beyond the configured size.
     """
     configured = config.model.vocab_size
     if configured is None:
         return tokenizer.vocab_size
     if configured < tokenizer.vocab_size:
         raise UserError(
-            f"model.vocab_size: {configured} is below the {tokenizer.vocab_size} pieces of "
+            f"model.vocab_size: {configured} is below the {tokenizer.vocab_size} tokens of "
             f"{config.tokenizer.tokenizer_model}; leave it out to take the tokenizer's"
         )
     return configured
@@ -307,9 +307,9 @@ def _begins_with_bos(
     checkpoint: InitialCheckpoint | None,
     saved: RunState | None,
 ) -> bool:
-    """Whether the model's texts begin with BOS; warns of sources whose documents do not.
+    """Returns whether texts start with BOS, and warns of sources whose documents do not.
 
-    They do where the tokenizer, the weights that the run begins with, or a source says so.
+    They do if the tokenizer, the initial weights or a source is configured so.
     """
     sidecars = {
         name: [read_sidecar(path) for path in source.paths]
@@ -325,7 +325,7 @@ def _begins_with_bos(
     without = [name for name, found in sidecars.items() if not all(map(writes_bos, found))]
     if begins and without:
         logger.warning(
-            "data.sources: documents of %s do not begin with BOS, but the model's texts do: "
+            "data.sources: documents of %s do not start with BOS, but the model's texts do: "
             "preprocess them with preprocess_data.py --append-bos",
             ", ".join(without),
         )
@@ -340,7 +340,7 @@ def initial_state(
     *,
     add_bos_token: bool,
 ) -> RunState:
-    """The state of a run that has not begun."""
+    """Returns the state of a run before its first iteration."""
     return RunState(
         iteration=0,
         consumed_samples=0,
@@ -359,7 +359,7 @@ def initial_state(
 
 
 def _saved_state(checkpoint: InitialCheckpoint) -> RunState:
-    """What a checkpoint says of itself; of a Hugging Face folder, its model alone."""
+    """Reads the state of a checkpoint; a Hugging Face folder only has a model."""
     if not checkpoint.is_huggingface:
         check_small_files(checkpoint.folder)
         return RunState.read(checkpoint.folder)
@@ -371,7 +371,7 @@ def _saved_state(checkpoint: InitialCheckpoint) -> RunState:
 def _growth(
     config: RunConfig, checkpoint: InitialCheckpoint, saved: RunState, tokenizer: Tokenizer
 ) -> GrownVocabulary | None:
-    """What the vocabulary grows by; None where it stays, or where nobody asked for it."""
+    """Computes the growth of the vocabulary; None if it stays or growth is not requested."""
     init = config.checkpoint.embedding_init
     if init is None:
         return None
@@ -382,18 +382,18 @@ def _growth(
             "could go on from; give its own as --old-tokenizer-model"
         )
     if old.fingerprint == tokenizer.fingerprint:
-        return None  # it has grown already
+        return None  # already grown
     num_rows = int(saved.model["vocab_size"])
     growth = vocabulary_growth(old, tokenizer, max(num_rows, config.model.vocab_size or 0))
     logger.info(
-        "%d new pieces begin by %s: %d rows grow to %d",
+        "%d new tokens are initialized by %s: %d rows grow to %d",
         *(len(growth.pieces), init, num_rows, growth.num_rows),
     )
     return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
 
 
 def _old_tokenizer(config: RunConfig, checkpoint: InitialCheckpoint) -> Tokenizer | None:
-    """The tokenizer that the weights were trained with; None where nothing names it."""
+    """Loads the tokenizer that the weights were trained with; None if it is unknown."""
     named = config.tokenizer.old_tokenizer_model
     if checkpoint.is_huggingface:
         return huggingface_tokenizer(named or checkpoint.folder)
@@ -407,30 +407,35 @@ def _old_tokenizer(config: RunConfig, checkpoint: InitialCheckpoint) -> Tokenize
         ) from None
 
 
-def _check_same_pieces(
+def _check_same_tokens(
     config: RunConfig, checkpoint: InitialCheckpoint, saved: RunState, tokenizer: Tokenizer
 ) -> None:
-    """Weights alone may begin any run, but each row belongs to the piece that it was trained for.
+    """Checks that each embedding row belongs to the same token as in the checkpoint.
 
-    A tokenizer in another file format has another hash and may have the same pieces.
+    The hashes of two tokenizers in different file formats differ even if their tokens are equal.
+
+    Raises:
+        UserError: The tokenizer has additional tokens.
     """
     if saved.tokenizer.get("sha256") == tokenizer.fingerprint:
         return
     is_known = checkpoint.is_huggingface or saved.tokenizer or config.tokenizer.old_tokenizer_model
     old = _old_tokenizer(config, checkpoint) if is_known else None
     if old is None:
-        logger.warning("%s names no tokenizer: ours cannot be compared", checkpoint.folder)
+        logger.warning(
+            "%s names no tokenizer, so the tokenizer cannot be compared", checkpoint.folder
+        )
         return
     growth = vocabulary_growth(old, tokenizer, old.vocab_size)
     if growth.pieces:
         raise UserError(
             f"tokenizer.tokenizer_model: has {len(growth.pieces)} pieces more than that of "
-            f"{checkpoint.folder}; say with --embedding-init how their rows begin"
+            f"{checkpoint.folder}; choose their initialization with --embedding-init"
         )
 
 
 def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:
-    """The blend from the beginning, or as the checkpoint left it."""
+    """Builds the blend of a new run, or resumes it from the checkpoint."""
     names = [source.name for source in sources]
     if resumed is None:
         return Blend(run_schedule(config, names))
@@ -441,7 +446,7 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
 
 
 def _run_length(config: RunConfig, resumed: RunState | None) -> RunLength:
-    """How far the run goes.
+    """Computes the length of the run.
 
     Raises:
         UserError: The learning rate's warmup does not end before its decay.
@@ -454,7 +459,7 @@ def _run_length(config: RunConfig, resumed: RunState | None) -> RunLength:
     return length
 
 
-def _refuse_too_many_epochs(
+def _check_epoch_limits(
     config: RunConfig, blend: Blend, sources: list[Source], length: RunLength
 ) -> None:
     check_epochs(

@@ -1,6 +1,6 @@
-"""The learning rate over a run: megatron-core's scheduler, in iterations or in samples.
+"""The learning-rate schedule: megatron-core's scheduler, in iterations or in samples.
 
-It needs no model, so the dry run and the comparison of settings at a resume use it as well.
+It lies apart from the optimizer because a dry run and a resume use it without a model.
 """
 
 from types import SimpleNamespace
@@ -14,14 +14,14 @@ from megatron_chatflow.config import OptimizerConfig, RunLength
 def build_scheduler(
     settings: OptimizerConfig, length: RunLength, optimizer: Any
 ) -> OptimizerParamScheduler:
-    """The scheduler of an optimizer; its steps are in the unit of `RunLength.lr_position`."""
+    """Builds an optimizer's scheduler, which counts in the unit of `RunLength.lr_position`."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr_warmup_init,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
         lr_warmup_steps=length.lr_warmup,
-        # A warmup as long as the run leaves nothing to decay; megatron-core wants one step of it.
+        # megatron-core requires one step of decay even if warmup takes the whole run.
         lr_decay_steps=max(length.lr_decay, length.lr_warmup + 1),
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
@@ -35,7 +35,7 @@ def build_scheduler(
 def learning_rate(
     settings: OptimizerConfig, length: RunLength, iteration: int, consumed_samples: int
 ) -> float:
-    """The rate of the iteration that follows so many iterations and samples."""
+    """Returns the learning rate of the iteration after ``iteration``."""
     scheduler = build_scheduler(settings, length, SimpleNamespace(param_groups=[]))
     scheduler.step(increment=length.lr_position(iteration, consumed_samples))
     return float(scheduler.get_lr({}))

@@ -1,13 +1,10 @@
-"""The optimizer, its learning-rate schedule and the gradient buffers, from megatron-core.
+"""Builds megatron-core's optimizer, its learning-rate schedule and its gradient buffers.
 
-In: the model and its configuration. Out: `Optimization`, what a step and a checkpoint need.
-
-AdamW in the form that megatron-core expects of a fused optimizer, where Apex and TE are absent.
-
-In: parameter groups in fp32. Out: updated parameters. The arithmetic is torch's own fused AdamW
-(Loshchilov and Hutter, 2019), which runs on CPU and CUDA. What differs is where the step is kept:
-in the parameter group, as in Apex, and not beside each tensor, because megatron-core's distributed
-optimizer can save and load only that form.
+Where neither Apex nor transformer-engine is installed, `FusedAdamW` gives megatron-core a fused
+optimizer. Its arithmetic is PyTorch's own fused AdamW (Loshchilov and Hutter, 2019), which runs on
+CPU and CUDA. Only the place of the step counter differs: it lies in the parameter group, as in
+Apex, and not beside each tensor, because megatron-core's distributed optimizer can save and load
+only that form.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,7 +30,7 @@ from megatron_chatflow.train.learning_rate import build_scheduler
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch's fused AdamW with the step in the parameter group."""
+    """PyTorch's fused AdamW with the step counter in the parameter group."""
 
     def __init__(
         self,
@@ -45,16 +42,16 @@ class FusedAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        """Takes Apex's arguments.
+        """Initializes the optimizer from Apex's arguments.
 
         Args:
             params: Parameters or parameter groups.
             lr: Learning rate.
-            betas: Decay of the two moments.
+            betas: Decay rates of the two moments.
             eps: Added to the square root of the second moment.
             weight_decay: Decoupled weight decay.
-            adam_w_mode: Has to be True.
-            capturable: Has to be False: the step lies on the host, out of a CUDA graph's reach.
+            adam_w_mode: Must be True.
+            capturable: Must be False, because the step counter lies on the host.
         """
         assert adam_w_mode, "weight decay is decoupled in this optimizer"
         assert not capturable, "the optimizer's step cannot be captured in a CUDA graph"
@@ -76,7 +73,7 @@ class FusedAdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        # One tensor for all of them: filled where it lies, nothing is copied to a GPU.
+        # One tensor for all parameters, filled on its device, so that nothing is copied to a GPU.
         step = float(group["step"])
         steps = torch.full((len(params),), step, dtype=torch.float32, device=params[0].device)
         adamw(
@@ -99,7 +96,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def _scale(_chunk_size: int, _overflow: Any, tensors: list[list[Any]], factor: float) -> None:
-    """Scales a list of tensors into another, like Apex's kernel; in place without a copy."""
+    """Replaces Apex's multi_tensor_scale: scales a list of tensors into another."""
     for source, target in zip(*tensors, strict=True):
         torch.mul(source, factor, out=target)
 
@@ -107,13 +104,18 @@ def _scale(_chunk_size: int, _overflow: Any, tensors: list[list[Any]], factor: f
 def _l2_norm(
     _chunk_size: int, _overflow: Any, tensors: list[list[Any]], _per_tensor: bool
 ) -> tuple[torch.Tensor, None]:
-    """Norm of all tensors together, float32[1], like Apex's kernel: no tensor's is waited for."""
+    """Replaces Apex's l2_norm: returns float32[1] without synchronizing the device."""
     norms = torch._foreach_norm(tensors[0])
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
 
 
-def install_where_absent() -> str:
-    """Gives megatron-core this optimizer unless Apex or transformer-engine brought theirs.
+def install_fused_adamw() -> str:
+    """Makes megatron-core use `FusedAdamW` if neither Apex nor transformer-engine is installed.
+
+    It replaces these names, which megatron-core binds at import: ``optimizer.Adam``,
+    ``optimizer.USING_PYTORCH_OPTIMIZER``, ``distrib_optimizer.Adam``,
+    ``distrib_optimizer.USING_APEX_OPTIMIZER``, ``distrib_optimizer.HAVE_APEX_OR_TE``,
+    ``clip_grads.multi_tensor_scale_impl`` and ``clip_grads.l2_norm_impl``.
 
     Returns:
         Which optimizer the run uses and why, for the log.
@@ -135,15 +137,15 @@ def install_where_absent() -> str:
 
 @dataclass(frozen=True)
 class Optimization:
-    """The model under training.
+    """The model with its optimizer and learning-rate schedule.
 
     Attributes:
         chunks: Model chunks with their gradient buffers.
-        optimizer: megatron-core's optimizer over them.
-        scheduler: Its learning rate.
-        description: Which optimizer this is, and why.
-        update: Takes the optimizer's steps.
-        length: The run's, which says whether the learning rate counts iterations or samples.
+        optimizer: megatron-core's optimizer of the chunks.
+        scheduler: Its learning-rate scheduler.
+        description: Which optimizer is used, and why.
+        update: Makes guarded optimizer steps.
+        length: Length of the run, which defines whether the schedule counts iterations or samples.
         overlaps_param_gather: Whether updated parameters are gathered only in the next forward
             pass of training.
     """
@@ -157,24 +159,25 @@ class Optimization:
     overlaps_param_gather: bool = False
 
     def learning_rate(self) -> float:
-        """The rate that the next step uses."""
+        """Returns the learning rate of the next step."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
     def gather_parameters(self) -> None:
-        """Makes the chunks' parameters those of the last update, for what is not training.
+        """Gathers the parameters of the last update.
 
-        Every rank calls it before a validation and before a save.
+        Every rank calls it before a validation and before a save, because with
+        `overlaps_param_gather` they are otherwise gathered only in the next training step.
         """
         if self.overlaps_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
     def advance(self, num_samples: int) -> None:
-        """Moves the learning rate on by an iteration of ``num_samples`` samples."""
+        """Advances the learning rate by an iteration of ``num_samples`` samples."""
         self.scheduler.step(increment=self.length.lr_position(1, num_samples))
 
     def set_progress(self, iteration: int, consumed_samples: int) -> None:
-        """Sets the learning rate to its value after so many iterations and samples."""
+        """Sets the learning rate to its value after the given iterations and samples."""
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=self.length.lr_position(iteration, consumed_samples))
 
@@ -185,12 +188,12 @@ def build_optimization(
     """Wraps the model's chunks and builds their optimizer.
 
     Args:
-        config: The run's.
-        llama: Its model.
-        ranks: This process's place.
-        length: Of a run that is resumed; that of a run from the beginning when left out.
+        config: Configuration of the run.
+        llama: The model.
+        ranks: This process's place in every parallel group.
+        length: Length of a resumed run; computed for a new run if None.
     """
-    description = install_where_absent()
+    description = install_fused_adamw()
     length = length or RunLength.of(config)
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
@@ -201,7 +204,7 @@ def build_optimization(
     )
     with device_mode(ranks.device):
         chunks = [
-            # Later chunks reduce while other chunks compute: cutting them up gains nothing.
+            # Later chunks reduce while other chunks compute, so buckets would gain nothing.
             DistributedDataParallel(llama.config, ddp_config, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(llama.chunks)
         ]
@@ -209,7 +212,7 @@ def build_optimization(
             _optimizer_config(config, llama), chunks, use_gloo_process_groups=ranks.is_cuda
         )
     if parallel.overlap_grad_reduce:
-        # Gradients are reduced once they are whole, in the backward pass of the last micro-batch.
+        # The backward pass of the last micro-batch reduces gradients once they are complete.
         no_sync = [chunk.no_sync for chunk in chunks]
         llama.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     llama.config.finalize_model_grads_func = finalize_model_grads

@@ -1,8 +1,7 @@
-"""What a resume may change, and what it may not.
+"""Checks what a resume changes.
 
-Model, tokenizer, data, sequence length and the order of the current epoch have to stay: what
-differs is refused by its cause. Everything else may change, and is listed once with what follows
-from it.
+Model, tokenizer, data, sequence length and the order of the current epoch must stay the same; an
+error names what differs. Everything else may change, and is listed once with its consequences.
 """
 
 import logging
@@ -36,9 +35,9 @@ from megatron_chatflow.train.learning_rate import learning_rate
 logger = logging.getLogger(__name__)
 
 _WIDEST_CELL = 40
-_HASHES = "block_hash"  # of a source's fingerprint: what each file's sample blocks hash to
+_HASHES = "block_hash"  # key of a source's fingerprint: hashes of each file's sample blocks
 
-# These say how a process begins, which differs between a first start and a restart.
+# These describe how a process starts, which differs between a first start and a restart.
 _OF_ONE_START = {
     "checkpoint.load",
     "checkpoint.load_hf",
@@ -59,10 +58,10 @@ _LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"
 def check_same_model(
     resumed: RunState, state: RunState, checkpoint: Path, *, is_grown: bool
 ) -> None:
-    """Refuses a checkpoint of a model of another shape.
+    """Checks that the checkpoint's model has the same shape.
 
     Raises:
-        UserError: A size differs that a larger vocabulary does not explain.
+        UserError: A size differs for another reason than growth of the vocabulary.
     """
     for name in {**resumed.model, **state.model}:
         value, saved = state.model.get(name), resumed.model.get(name)
@@ -71,7 +70,7 @@ def check_same_model(
         if name == "vocab_size" and isinstance(value, int) and value > int(saved or 0):
             raise UserError(
                 f"model.vocab_size: {value} here and {saved} in {checkpoint}; if the tokenizer "
-                "goes on from that of the weights, say with --embedding-init how new rows begin"
+                "extends that of the weights, choose with --embedding-init how new rows start"
             )
         if saved != value:
             raise UserError(
@@ -83,7 +82,7 @@ def check_same_model(
 def check_same_data(
     config: RunConfig, resumed: RunState, state: RunState, checkpoint: Path
 ) -> None:
-    """Refuses a resume whose samples are not those that the run has been trained on.
+    """Checks that the samples are those that the run has been trained on.
 
     Raises:
         UserError: The message names the setting or the dataset that differs.
@@ -97,7 +96,7 @@ def check_same_data(
         recorded = resumed.sources.get(name)
         if recorded is None:
             continue
-        # Hashes of sample blocks came later, and those of loss masks come and go with the loss.
+        # Older checkpoints have no block hashes; those of loss masks depend on the loss setting.
         before, after = ({k: v for k, v in s.items() if k != _HASHES} for s in (recorded, found))
         if before != after:
             raise UserError(_difference(config, name, before, after, checkpoint))
@@ -107,7 +106,7 @@ def check_same_data(
 def _check_same_contents(
     config: RunConfig, name: str, recorded: Mapping[str, Any], found: Mapping[str, Any], at: Path
 ) -> None:
-    """Refuses files of the same size whose sample blocks are not those that `at` recorded."""
+    """Checks that files of the same size still have the sample blocks that ``at`` recorded."""
     for number, (was, now) in enumerate(
         zip(recorded.get(_HASHES) or (), found.get(_HASHES) or (), strict=False)
     ):
@@ -123,10 +122,10 @@ def _check_same_contents(
 
 
 def check_same_seq_length(config: RunConfig, resumed: RunState, checkpoint: Path) -> None:
-    """Refuses a resume with another sequence length.
+    """Checks that the sequence length is unchanged.
 
     Raises:
-        UserError: It says what is possible instead.
+        UserError: It differs; the message says what is possible instead.
     """
     length = config.data.seq_length
     recorded = [resumed.schedule.get("seq_length")]
@@ -144,7 +143,7 @@ def check_same_seq_length(config: RunConfig, resumed: RunState, checkpoint: Path
 def _difference(
     config: RunConfig, name: str, recorded: Mapping[str, Any], found: Mapping[str, Any], at: Path
 ) -> str:
-    """Why a source's samples are not the recorded ones, and what to do."""
+    """Describes why a source's samples differ from the recorded ones, and what to do."""
     way_out = "or start from its weights alone with --finetune"
     path = f"data.sources.{name}"
     if recorded.get("packing") != found["packing"]:
@@ -212,7 +211,7 @@ def _difference(
 
 
 def recorded_settings(checkpoint: Path) -> dict[str, Any]:
-    """The configuration that a checkpoint was saved with, as it was written; {} if it has none."""
+    """Reads the configuration that a checkpoint was saved with; {} if it has none."""
     path = checkpoint / "config.yaml"
     return read_yaml(path) if path.is_file() else {}
 
@@ -224,28 +223,28 @@ def data_seeds(
     resumed: RunState | None,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """The seeds of each source's order: pairs of the first epoch and the seed from there on.
+    """Returns the seeds of each source's order as pairs of first epoch and seed.
 
     Args:
-        config: The run's.
+        config: Configuration of the run.
         sources: Training sources.
-        blend: As the checkpoint left it.
-        resumed: The checkpoint's state; None at the beginning of a run.
-        checkpoint: Where it lies.
+        blend: The blend, resumed from the checkpoint.
+        resumed: State of the checkpoint; None for a new run.
+        checkpoint: Folder of the checkpoint.
 
     Raises:
-        UserError: The seed has changed and nobody allowed it.
+        UserError: The seed has changed without ``--new-data-seed``.
     """
     seed = config.train.seed
     begin: dict[str, Any] = {source.name: [[0, seed]] for source in sources}
     if resumed is None or checkpoint is None:
         return begin
     recorded = resumed.data_seeds
-    if not recorded:  # of an earlier version
+    if not recorded:  # written by an earlier version
         train = recorded_settings(checkpoint).get("train")
         first = train.get("seed") if isinstance(train, Mapping) else None
         if type(first) is not int:
-            logger.warning("%s names no seed: ours cannot be compared", checkpoint)
+            logger.warning("%s names no seed, so the seed cannot be compared", checkpoint)
             first = seed
         recorded = {name: [[0, first]] for name in resumed.sources}
     counts = blend.counts(resumed.consumed_samples).tolist()
@@ -254,7 +253,7 @@ def data_seeds(
         history = seeds[source.name]
         if history[-1][1] == seed:
             continue
-        # A source that has not been drawn from has no order to keep.
+        # A source without drawn samples has no order to keep.
         if count and not config.train.new_data_seed:
             raise UserError(
                 f"train.seed: {seed} here and {history[-1][1]} in {checkpoint}; in another order "
@@ -317,7 +316,7 @@ def _row(key: str, before: str, after: str, consequence: str) -> Row:
 
 
 class _Consequences:
-    """What follows from the settings that a resume changed."""
+    """Describes the consequences of changed settings."""
 
     def __init__(
         self,
@@ -338,10 +337,10 @@ class _Consequences:
         self._rate = self._learning_rate(resumed)
 
     def of(self, key: str) -> str:
-        """The consequence of a setting; empty where it has none to speak of."""
+        """Returns the consequence of a setting; empty if there is nothing to report."""
         parts = []
         train = self._config.train
-        # Several settings change the length and the rate: the first that is listed says so.
+        # Several settings change length and learning rate; only the first one listed reports it.
         if key in _LENGTH and self._left:
             parts.append(self._left)
             self._left = ""
@@ -372,7 +371,7 @@ class _Consequences:
         return "; ".join(parts)
 
     def _learning_rate(self, resumed: RunState) -> str:
-        """How the learning rate goes on; empty where the old settings cannot be read."""
+        """Describes the change of the learning rate; empty if the old settings cannot be read."""
         new, length = self._config.optimizer, self._length
         try:
             old: Any = SimpleNamespace(
@@ -399,7 +398,7 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by dotted path; a schedule is one setting."""
+    """Flattens settings to dotted paths; a schedule is one setting."""
     found: dict[str, Any] = {}
     for section, values in settings.items():
         for name, value in _section(settings, section).items() if values else ():
@@ -419,7 +418,7 @@ def _fields_of(section_class: Any, section: str, was: Mapping[str, Any]) -> dict
 
 
 def _default(key: str) -> Any:
-    """What an earlier version that did not know a setting had in its place."""
+    """Returns the default of a setting, which an earlier version without it used."""
     section, _, name = key.partition(".")
     if key.startswith("data.sources."):
         section_class: Any = SourceConfig
@@ -431,7 +430,7 @@ def _default(key: str) -> Any:
 
 
 def _show(key: str, value: Any) -> str:
-    """A value, short."""
+    """Formats a value for the table."""
     if key == "data.schedule" and isinstance(value, Mapping):
         knots = value.get("knots") or ()
         return f"{len(knots)} knots in {value.get('unit', 'samples')}"

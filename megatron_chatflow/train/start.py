@@ -25,18 +25,18 @@ from megatron_chatflow.runtime.ranks import Ranks, format_ranks, gather_objects
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_TO_APPEAR = 5.0  # on a shared file system that caches what it showed before
+_SECONDS_TO_APPEAR = 5.0  # shared file systems cache listings
 _PAUSE_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class InitialCheckpoint:
-    """The checkpoint that a run begins with, whole or its weights alone.
+    """The checkpoint that a run starts from.
 
     Attributes:
-        folder: Where this rank reads it.
-        option: Of the section ``checkpoint``, that named it.
-        weights_only: Whether a new run begins with its weights.
+        folder: Folder in which this rank reads it.
+        option: Option of the ``checkpoint`` section that names it.
+        weights_only: Whether a new run starts from its weights instead of resuming it.
     """
 
     folder: Path
@@ -45,15 +45,18 @@ class InitialCheckpoint:
 
     @property
     def is_huggingface(self) -> bool:
-        """Whether it is a Hugging Face folder."""
+        """Whether the checkpoint is a Hugging Face folder."""
         return self.option == "load_hf"
 
 
 def find_initial_checkpoint(config: RunConfig) -> InitialCheckpoint | None:
-    """What this process alone would begin with.
+    """Finds the checkpoint that this process on its own would start from.
+
+    Returns:
+        The checkpoint; None for a fresh start.
 
     Raises:
-        UserError: What has to be there is not.
+        UserError: A checkpoint that is required does not exist.
     """
     settings = config.checkpoint
     if settings.load is not None:
@@ -80,20 +83,20 @@ def find_initial_checkpoint(config: RunConfig) -> InitialCheckpoint | None:
     return None
 
 
-def check_save_folder(settings: CheckpointConfig, beginning: InitialCheckpoint | None) -> None:
-    """Refuses to save over checkpoints that the run does not go on from.
+def check_save_folder(settings: CheckpointConfig, checkpoint: InitialCheckpoint | None) -> None:
+    """Checks that the run would not overwrite checkpoints of another run.
 
     Raises:
-        UserError: ``--save`` holds some.
+        UserError: ``--save`` holds checkpoints that this run does not resume.
     """
     if settings.save is None or not Path(settings.save).is_dir():
         return
     save = Path(settings.save).resolve()
-    if beginning is not None and not beginning.weights_only:
-        if save in (beginning.folder.parent.resolve(), beginning.folder.resolve().parent):
+    if checkpoint is not None and not checkpoint.weights_only:
+        if save in (checkpoint.folder.parent.resolve(), checkpoint.folder.resolve().parent):
             return
     has_latest = (save / LATEST).exists()
-    # Killed while its very first checkpoint appeared, a run begins anew, by the same command.
+    # A run killed while it published its first checkpoint starts anew, by the same command.
     if not has_latest and settings.load is not None and Path(settings.load).resolve() == save:
         return
     if has_latest or any(is_iteration_folder(path) for path in save.glob("iter_*")):
@@ -106,7 +109,7 @@ def check_save_folder(settings: CheckpointConfig, beginning: InitialCheckpoint |
 
 @dataclass(frozen=True)
 class _Choice:
-    """What rank 0 begins with; the text says it, or what is wrong with it."""
+    """What rank 0 starts from; ``text`` describes it, or what is wrong with it."""
 
     text: str
     option: str | None = None
@@ -116,10 +119,13 @@ class _Choice:
 
 
 def resolve_initial_checkpoint(config: RunConfig, ranks: Ranks) -> InitialCheckpoint | None:
-    """What every rank begins with; every rank calls it.
+    """Selects the checkpoint that all ranks start from; every rank calls it.
+
+    Returns:
+        The checkpoint; None for a fresh start.
 
     Raises:
-        UserError: On every rank, if one of them does not see what rank 0 begins with.
+        UserError: On every rank, if a rank does not see the checkpoint that rank 0 selected.
     """
     if ranks.process.world_size == 1:
         return find_initial_checkpoint(config)
@@ -133,8 +139,8 @@ def resolve_initial_checkpoint(config: RunConfig, ranks: Ranks) -> InitialCheckp
     choice: _Choice = chosen[0]
     if choice.problem:
         raise UserError(choice.text)
-    found, sight = _look_for(choice, config, own, problem)
-    _raise_if_ranks_differ(choice, gather_objects(sight))
+    found, mismatch = _look_for(choice, config, own, problem)
+    _raise_if_ranks_differ(choice, gather_objects(mismatch))
     return found
 
 
@@ -146,14 +152,14 @@ def _choice(own: InitialCheckpoint | None, problem: str) -> _Choice:
     try:
         what = identity(own.folder, is_huggingface=own.is_huggingface)
     except (UserError, OSError):
-        what = ""  # opening it says what is wrong with it
+        what = ""  # opening it reports what is wrong with it
     return _Choice(f"begins with {own.folder}", own.option, own.folder.name, what)
 
 
 def _look_for(
     choice: _Choice, config: RunConfig, own: InitialCheckpoint | None, problem: str
 ) -> tuple[InitialCheckpoint | None, str | None]:
-    """This rank's place of what rank 0 chose, and what it sees there instead, if it does."""
+    """Returns rank 0's choice as this rank sees it, and what differs if anything does."""
     if choice.option is None:
         return None, problem or (None if own is None else f"sees {own.folder}")
     named = getattr(config.checkpoint, choice.option)
@@ -164,17 +170,17 @@ def _look_for(
     if not is_huggingface and not is_iteration_folder(folder):
         folder = folder / choice.name
     weights_only = choice.option != "load" or config.checkpoint.finetune
-    beginning = InitialCheckpoint(folder, choice.option, weights_only)
+    checkpoint = InitialCheckpoint(folder, choice.option, weights_only)
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     while True:
-        sight = _other_sight(folder, choice, is_huggingface=is_huggingface)
-        if sight is None or time.monotonic() >= deadline:
-            return beginning, sight
+        mismatch = _find_mismatch(folder, choice, is_huggingface=is_huggingface)
+        if mismatch is None or time.monotonic() >= deadline:
+            return checkpoint, mismatch
         time.sleep(_PAUSE_SECONDS)
 
 
-def _other_sight(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str | None:
-    """What is wrong with this rank's folder; None if it holds what rank 0 chose."""
+def _find_mismatch(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str | None:
+    """Returns what is wrong with this rank's folder; None if it holds rank 0's choice."""
     if not folder.is_dir():
         return f"sees no {folder}"
     if not choice.identity:
@@ -186,14 +192,14 @@ def _other_sight(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str 
     return None if what == choice.identity else f"sees another checkpoint as {folder}"
 
 
-def _raise_if_ranks_differ(choice: _Choice, sights: list[str | None]) -> None:
+def _raise_if_ranks_differ(choice: _Choice, mismatches: list[str | None]) -> None:
     others: dict[str, list[int]] = {}
-    for rank, sight in enumerate(sights):
-        if sight is not None:
-            others.setdefault(sight, []).append(rank)
+    for rank, mismatch in enumerate(mismatches):
+        if mismatch is not None:
+            others.setdefault(mismatch, []).append(rank)
     if not others:
         return
-    listing = "; ".join(f"{format_ranks(ranks)} {sight}" for sight, ranks in others.items())
+    listing = "; ".join(f"{format_ranks(ranks)} {mismatch}" for mismatch, ranks in others.items())
     option = choice.option or "load"
     raise UserError(
         f"checkpoint.{option}: the ranks do not begin alike: rank 0 {choice.text}; {listing}; name "

@@ -93,7 +93,7 @@ def test_data_that_one_rank_lacks_is_named_once(tiny_run: TinyRun, tmp_path: Pat
     output = jobs.run(_apart(tiny_run, [[], ["--config", lacking]]), expect=1)
     mine, other = sorted(_lines(output), reverse=True)
     assert mine.startswith("error: rank 1: data.sources.first.paths[0]")
-    assert other == "error: rank 0: ends with rank 1, which says why"
+    assert other == "error: rank 0: ends because rank 1 failed, which reports why"
     assert output.count("nowhere_text_document") == 1
 
     write_dataset(
@@ -103,7 +103,7 @@ def test_data_that_one_rank_lacks_is_named_once(tiny_run: TinyRun, tmp_path: Pat
     path = tiny_run.folder / "first_text_document"
     another.write_text(text.replace(str(path), str(tmp_path / path.name)))
     line = _refused(_apart(tiny_run, [[], ["--config", another]]))
-    assert line.startswith("error: data.sources.first: is another on rank 1 than on rank 0")
+    assert line.startswith("error: data.sources.first: differs between rank 1 and rank 0")
 
 
 @pytest.mark.distributed
@@ -145,7 +145,7 @@ def test_a_mistake_in_mid_run_is_said_by_the_rank_that_meets_it(
     status, (line,) = said[other]
     assert status == 2
     # Without a launcher rank 0 keeps the notes, and may be gone with them.
-    follows = [f"ends with rank {culprit}, which says why", "ends, its peers are gone"]
+    follows = [f"ends because rank {culprit} failed", "ends because its peers are gone"]
     assert line.startswith(tuple(f"error: rank {other}: {text}" for text in follows[: 2 - culprit]))
 
 
@@ -154,4 +154,4 @@ def test_a_killed_peer_costs_a_line(tiny_run: TinyRun) -> None:
     (status, output), (killed, _) = _two_processes(tiny_run, {"kill": {"rank": 1, "iteration": 3}})
     (line,) = _lines(output)
     assert (status, killed) == (2, -9)
-    assert line.startswith("error: rank 0: ends, its peers are gone")
+    assert line.startswith("error: rank 0: ends because its peers are gone")

@@ -77,7 +77,7 @@ def test_every_command_begins_a_text_alike(
     expected = begin + tokenizer.encode(text)
     assert encode_document(model, text)[0] == expected
     assert Generator(folders[kind]).encode(text) == expected
-    assert model.theirs[0](text)["input_ids"] == expected
+    assert model.hf_tokenizer(text)["input_ids"] == expected
 
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"question": "bana", "choices": ["kifu", "luno"], "answer": 0}))

@@ -65,7 +65,7 @@ def test_the_template_of_the_folder_is_the_default(
     expected = loss_by_hand(model, "[Q]bana[A]", "kifu 今")
     assert result["sources"]["c"]["loss"] == pytest.approx(expected, rel=1e-5)
     name = "chat_template.jinja" if in_file else "tokenizer_config.json"
-    assert lines == [f"{folder}: texts begin with nothing; chat template: {name} (the model's own)"]
+    assert lines == [f"{folder}: texts start with nothing; chat template: {name} (the model's own)"]
     assert result["chat_template"]["name"] == name
     import_huggingface(folder, tmp_path / "run")
     checkpoint = evaluate(tmp_path / "run", EvaluationSettings(sources=(chats,)))
@@ -121,9 +121,9 @@ def test_what_a_template_refuses_is_counted(
     path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (MESSAGES, refused)))
     result = evaluate_text(model, TextSource.parse(f"c:chat={path}"))
     assert result.num_documents == 1 and result.num_dropped == {"template_refused": 1}
-    assert "c: records left out: 1 template_refused" in caplog.text
+    assert "c: dropped records: 1 template_refused" in caplog.text
     path.write_text(json.dumps({"messages": refused}) + "\n")
-    with pytest.raises(UserError, match=r"holds no document .*\(left out: 1 template_refused\)"):
+    with pytest.raises(UserError, match=r"holds no document .*\(dropped: 1 template_refused\)"):
         evaluate_text(model, TextSource.parse(f"c:chat={path}"))
 
 

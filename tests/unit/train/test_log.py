@@ -25,6 +25,7 @@ from megatron_chatflow.train.callbacks.console import (
     validation_lines,
 )
 from megatron_chatflow.train.callbacks.metrics_file import MetricsFile
+from megatron_chatflow.train.callbacks.straggler import compare
 from megatron_chatflow.train.report import (
     Downtime,
     IterationRecord,
@@ -32,7 +33,6 @@ from megatron_chatflow.train.report import (
     RunFacts,
     summarize,
 )
-from megatron_chatflow.train.straggler import compare
 
 NOW = datetime(2026, 3, 4, 5, 6, 7)
 
