@@ -18,6 +18,7 @@ from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice,
 from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks, headline_metric
 from megatron_chatflow.evaluation.text import DEFAULT_TEMPLATE, TextSource, evaluate_text
+from megatron_chatflow.runtime.table import align
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +153,7 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> str:
             else:
                 line.append("-")
         cells.append(line)
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
-    return "\n".join(
-        line[0].ljust(widths[0])
-        + "".join(
-            "  " + cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
-        )
-        for line in cells
-    )
+    return "\n".join(align(cells, [column == 0 for column in range(len(heads))]))
 
 
 def _incomparable(results: Sequence[Mapping[str, Any]]) -> set[str]:

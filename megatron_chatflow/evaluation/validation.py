@@ -141,11 +141,8 @@ def pad_to_pipeline_groups(
         ranks: This process's place in every parallel group.
     """
     group = ranks.pipeline_parallel_size if num_chunks > 1 else 1
-    return batches + [_without_loss(batches[-1])] * (-len(batches) % group)
-
-
-def _without_loss(batch: MicroBatch) -> MicroBatch:
-    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    filler = replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))
+    return batches + [filler] * (-len(batches) % group)
 
 
 def reduce_source_sums(sums: torch.Tensor, ranks: Ranks) -> torch.Tensor:

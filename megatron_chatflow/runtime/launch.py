@@ -254,19 +254,10 @@ def initialize(
         keep_freed_memory: Whether malloc keeps freed memory on CPUs.
 
     Raises:
-        UserError: The world size is not a multiple of the model-parallel size, or a node has fewer
-            GPUs than processes.
+        UserError: A node has fewer GPUs than processes.
     """
     exit_with_launcher()
     process = ProcessRank.from_environment()
-    model_parallel_size = (
-        tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
-    )
-    if process.world_size % model_parallel_size:
-        raise UserError(
-            f"parallel: tensor x pipeline x context parallel size {model_parallel_size} does not "
-            f"divide the number of processes {process.world_size}; start a multiple of it"
-        )
     if tensor_model_parallel_size > 1 or context_parallel_size > 1:
         limit_cuda_connections()
     device = _choose_device(process)
@@ -302,9 +293,17 @@ def initialize(
 def _init_process_group(process: ProcessRank, device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(
-            backend, timeout=timeout, **_attempt_store_arguments(process, timeout)
-        )
+        arguments: dict[str, Any] = {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            shared = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timeout,
+            )
+            own = resolve_attempt_store(shared, process.rank, process.world_size, timeout)
+            arguments = {"store": own, "rank": process.rank, "world_size": process.world_size}
+        torch.distributed.init_process_group(backend, timeout=timeout, **arguments)
         return
     if process.world_size > 1:
         raise UserError("WORLD_SIZE is above 1 and MASTER_ADDR is not set; launch with torchrun")
@@ -312,20 +311,6 @@ def _init_process_group(process: ProcessRank, device: torch.device, timeout: tim
     torch.distributed.init_process_group(
         backend, store=store, rank=0, world_size=1, timeout=timeout
     )
-
-
-def _attempt_store_arguments(process: ProcessRank, timeout: timedelta) -> dict[str, Any]:
-    """Returns the arguments of this attempt's store if torchrun's agents share one store."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    shared = torch.distributed.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timeout,
-    )
-    store = resolve_attempt_store(shared, process.rank, process.world_size, timeout)
-    return {"store": store, "rank": process.rank, "world_size": process.world_size}
 
 
 def device_mode(device: torch.device) -> AbstractContextManager[object]:

@@ -65,7 +65,15 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         UserError: Data, tokenizer, model and checkpoint do not fit together.
     """
     inputs = _open_inputs(config, ranks)
-    llama = _build_model(config, ranks, inputs.vocab_size)
+    with device_mode(ranks.device):
+        llama = build_llama(
+            config.model,
+            config.parallel,
+            config.train,
+            ranks,
+            vocab_size=inputs.vocab_size,
+            sequence_length=config.data.seq_length,
+        )
     optimization = build_optimization(config, llama, ranks, inputs.length)
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
@@ -205,18 +213,6 @@ def _interrupt_notice(config: RunConfig, ranks: Ranks) -> str | None:
     if config.checkpoint.save is not None:
         what = "saving and exiting after this iteration"
     return f"interrupted: {what}; Ctrl-C again ends the run at once"
-
-
-def _build_model(config: RunConfig, ranks: Ranks, vocab_size: int) -> Llama:
-    with device_mode(ranks.device):
-        return build_llama(
-            config.model,
-            config.parallel,
-            config.train,
-            ranks,
-            vocab_size=vocab_size,
-            sequence_length=config.data.seq_length,
-        )
 
 
 def _load_checkpoint(

@@ -5,7 +5,7 @@ resolved configuration and a long plan.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -57,15 +57,21 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
         except UserError as error:
             errors.append(error)
         if errors or inputs is None:
-            _log_again(warnings)
+            for record in warnings:
+                logging.getLogger().handle(record)
             if len(errors) == 1:
                 raise errors[0]
             listing = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
             raise UserError(f"{len(errors)} errors: {listing}")
-    findings = [record.getMessage() for record in warnings]
-    parts = [
-        _describe_findings(list(dict.fromkeys([*inputs.findings, *findings]))),
-        *_describe_changes(inputs),
+    findings = dict.fromkeys([*inputs.findings, *(record.getMessage() for record in warnings)])
+    if findings:
+        parts = ["\n".join(["no errors; findings:", *(f"  - {finding}" for finding in findings)])]
+    else:
+        parts = ["no errors, no findings"]
+    if inputs.changes:
+        changes = format_table(inputs.changes)
+        parts.append(f"settings that differ from the checkpoint's:\n{changes}")
+    parts += [
         _describe_data(config, inputs, verbose=verbose),
         _describe_work(config, inputs, num_processes),
     ]
@@ -98,24 +104,6 @@ def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
     finally:
         package.removeHandler(collector)
         package.propagate = propagates
-
-
-def _log_again(records: Sequence[logging.LogRecord]) -> None:
-    """Logs the collected warnings again if the dry run fails."""
-    for record in records:
-        logging.getLogger().handle(record)
-
-
-def _describe_findings(findings: Sequence[str]) -> str:
-    if not findings:
-        return "no errors, no findings"
-    return "\n".join(["no errors; findings:", *(f"  - {finding}" for finding in findings)])
-
-
-def _describe_changes(inputs: RunInputs) -> list[str]:
-    if not inputs.changes:
-        return []
-    return [f"settings that differ from the checkpoint's:\n{format_table(inputs.changes)}"]
 
 
 def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:

@@ -158,8 +158,19 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     seeds = data_seeds(config, sources, blend, None if grown else resumed, folder)
     for source in sources:
         source.use_seeds(seeds[source.name])
-    length = _run_length(config, resumed)
-    _check_epoch_limits(config, blend, sources, length)
+    length = RunLength.of(config)
+    if resumed is not None:
+        first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
+        length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, int(first))
+    length.check_learning_rate(config.optimizer)
+    check_epochs(
+        blend,
+        length.num_samples,
+        _epoch_sizes(sources),
+        _max_epochs(config),
+        config.train.global_batch_size,
+        consumed=(length.iteration, length.consumed_samples),
+    )
     changes: list[Row] = []
     if resumed is not None and folder is not None:
         changes = changed_settings(config, folder, resumed, blend, length)
@@ -443,33 +454,6 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
         config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples
     )
     return Blend(schedule, state=resumed.blend)
-
-
-def _run_length(config: RunConfig, resumed: RunState | None) -> RunLength:
-    """Computes the length of the run.
-
-    Raises:
-        UserError: The learning rate's warmup does not end before its decay.
-    """
-    length = RunLength.of(config)
-    if resumed is not None:
-        first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
-        length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, int(first))
-    length.check_learning_rate(config.optimizer)
-    return length
-
-
-def _check_epoch_limits(
-    config: RunConfig, blend: Blend, sources: list[Source], length: RunLength
-) -> None:
-    check_epochs(
-        blend,
-        length.num_samples,
-        _epoch_sizes(sources),
-        _max_epochs(config),
-        config.train.global_batch_size,
-        consumed=(length.iteration, length.consumed_samples),
-    )
 
 
 def _epoch_sizes(sources: list[Source]) -> dict[str, int]:

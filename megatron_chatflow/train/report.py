@@ -549,8 +549,8 @@ def batch_digests(digests: Sequence[torch.Tensor], ranks: Ranks) -> list[str]:
     torch.distributed.all_gather(gathered, local, group=data_parallel_group())
     sizes = [len(rows) for rows in digests]
     batches = zip(*(torch.split(rows.cpu(), sizes) for rows in gathered), strict=True)
-    return [_combine(torch.cat(batch)) for batch in batches]
-
-
-def _combine(rows: torch.Tensor) -> str:
-    return combine_digests(rows[rows[:, 0].argsort()][:, 1:])
+    hashes = []
+    for batch in batches:
+        rows = torch.cat(batch)
+        hashes.append(combine_digests(rows[rows[:, 0].argsort()][:, 1:]))
+    return hashes
