@@ -106,12 +106,10 @@ def run_training(config: RunConfig, ranks: Ranks) -> None:
     from megatron_chatflow.train.loop import train
 
     with ExitStack() as stack:
-        run, progress = build_run(config, ranks, stack)
-        progress = train(run, progress)
+        run, state = build_run(config, ranks, stack)
+        state = train(run, state)
     if ranks.is_reporter:
-        logger.info(
-            "done at iteration %d, %d samples", progress.iteration, progress.consumed_samples
-        )
+        logger.info("done at iteration %d, %d samples", state.iteration, state.consumed_samples)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
         except _task_errors() as error:
             reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UserError(
-                f"--tasks: {name} cannot be run, or its data cannot be had ({reason}); correct its "
+                f"--tasks: {name} cannot run, or its data cannot be loaded ({reason}); correct its "
                 "task file, or score local files with --choice"
             ) from None
         results |= _metrics(output, few_shot)
@@ -152,8 +152,8 @@ def _chosen(
         unknown = [task for task in tasks if task not in whole.all_tasks]
         if unknown:
             raise UserError(
-                f"--tasks: lm-eval knows no {unknown[0]}; give its own name, or the folder of its "
-                "file with --include-path"
+                f"--tasks: lm-eval has no task {unknown[0]}; use a name of lm-eval, or give the "
+                "folder of the task's file with --include-path"
             )
         chosen.append((name, tasks, few_shot, whole))
     return chosen

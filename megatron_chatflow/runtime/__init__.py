@@ -1,1 +1,1 @@
-"""Where a run takes place: processes, devices, parallel groups, seeds and signals."""
+"""Processes, devices, parallel groups, seeds, signals and exit reporting."""

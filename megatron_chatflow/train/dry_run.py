@@ -130,7 +130,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
     begin = "starts fresh"
     if inputs.resumed is not None:
         begin = (
-            f"goes on from {inputs.checkpoint}, iteration {length.iteration:,} of "
+            f"resumes {inputs.checkpoint}, iteration {length.iteration:,} of "
             f"{length.last_iteration:,}, sample {length.consumed_samples:,} of "
             f"{length.num_samples:,}"
         )

@@ -144,8 +144,8 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         if not checkpoint.weights_only:
             if "samples_per_iteration" not in saved.schedule:
                 raise UserError(
-                    f"checkpoint.load: {checkpoint.folder} holds weights alone and no run to go on "
-                    "with; add --finetune"
+                    f"checkpoint.load: {checkpoint.folder} holds only weights, no run to resume; "
+                    "add --finetune"
                 )
             check_same_seq_length(config, saved, checkpoint.folder)
             if grown is None:
@@ -389,8 +389,8 @@ def _growth(
     old = _old_tokenizer(config, checkpoint)
     if old is None:
         raise UserError(
-            f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer that a larger one "
-            "could go on from; give its own as --old-tokenizer-model"
+            f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer to compare a larger "
+            "one with; give the tokenizer of the weights as --old-tokenizer-model"
         )
     if old.fingerprint == tokenizer.fingerprint:
         return None  # already grown

@@ -270,17 +270,17 @@ def data_seeds(
 def changed_settings(
     config: RunConfig, checkpoint: Path, resumed: RunState, blend: Blend, length: RunLength
 ) -> list[Row]:
-    """Every setting that differs from the checkpoint's, with what follows from it.
+    """Lists every setting that differs from the checkpoint's, with its consequence.
 
     Args:
-        config: The resumed run's.
+        config: Configuration of the resumed run.
         checkpoint: Its ``iter_`` folder.
-        resumed: The checkpoint's state.
-        blend: As it goes on.
-        length: How far the run goes.
+        resumed: State of the checkpoint.
+        blend: The resumed blend.
+        length: First and last iteration.
 
     Returns:
-        Rows ``setting``, ``checkpoint``, ``now``, ``consequence``; none where nothing differs.
+        Rows with ``setting``, ``checkpoint``, ``now`` and ``consequence``.
     """
     recorded = recorded_settings(checkpoint)
     if not recorded:

@@ -67,7 +67,7 @@ class RunFolder:
                 os.close(self._descriptor)
                 raise UserError(
                     f"checkpoint.save: {folder}: another run ({owner or 'unknown'}) is writing "
-                    "there; stop it, or give this one a folder of its own"
+                    "there; stop it, or give this run another --save"
                 )
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # on a full disk the lock has no owner's name

@@ -102,7 +102,7 @@ def check_save_folder(settings: CheckpointConfig, checkpoint: InitialCheckpoint 
     if has_latest or any(is_iteration_folder(path) for path in save.glob("iter_*")):
         raise UserError(
             f"checkpoint.save: {settings.save} holds another run's checkpoints, which this one "
-            f"would replace; go on from them with --load {settings.save}, or give this run another "
+            f"would replace; resume that run with --load {settings.save}, or give this run another "
             "--save"
         )
 
@@ -153,7 +153,7 @@ def _choice(own: InitialCheckpoint | None, problem: str) -> _Choice:
         what = identity(own.folder, is_huggingface=own.is_huggingface)
     except (UserError, OSError):
         what = ""  # opening it reports what is wrong with it
-    return _Choice(f"begins with {own.folder}", own.option, own.folder.name, what)
+    return _Choice(f"starts from {own.folder}", own.option, own.folder.name, what)
 
 
 def _look_for(
@@ -188,7 +188,7 @@ def _find_mismatch(folder: Path, choice: _Choice, *, is_huggingface: bool) -> st
     try:
         what = identity(folder, is_huggingface=is_huggingface)
     except (UserError, OSError) as error:
-        return f"does not see it whole ({error})"
+        return f"cannot read it ({error})"
     return None if what == choice.identity else f"sees another checkpoint as {folder}"
 
 
@@ -202,6 +202,7 @@ def _raise_if_ranks_differ(choice: _Choice, mismatches: list[str | None]) -> Non
     listing = "; ".join(f"{format_ranks(ranks)} {mismatch}" for mismatch, ranks in others.items())
     option = choice.option or "load"
     raise UserError(
-        f"checkpoint.{option}: the ranks do not begin alike: rank 0 {choice.text}; {listing}; name "
-        "a folder that every node sees, or copy the whole checkpoint to each node"
+        f"checkpoint.{option}: the ranks would start from different checkpoints: rank 0 "
+        f"{choice.text}; {listing}; name a folder that every node sees, or copy the whole "
+        "checkpoint to each node"
     )

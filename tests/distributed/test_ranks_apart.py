@@ -70,7 +70,7 @@ def test_a_rank_without_the_checkpoint_is_named(
     empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()
     line = _refused(_apart(tiny_run, [["--load", saved], ["--load", empty]]))
-    assert f"rank 0 begins with {saved}/iter_0000004; rank 1 sees no {empty}/iter_0000004" in line
+    assert f"rank 0 starts from {saved}/iter_0000004; rank 1 sees no {empty}/iter_0000004" in line
     assert "copy the whole checkpoint to each node" in line
     line = _refused(_apart(tiny_run, [["--load", empty], ["--load", saved]]))
     assert f"would start fresh; rank 1 sees {saved}/iter_0000004" in line

@@ -57,7 +57,7 @@ class IsolatedCallback(Callback):
             call(self._callback)
         except Exception as error:
             if not self._fails:
-                logger.warning("%s failed: %s; training goes on without it", self._name, error)
+                logger.warning("%s failed: %s; training continues without it", self._name, error)
             self._fails = True
         else:
             if self._fails:

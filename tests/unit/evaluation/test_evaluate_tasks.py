@@ -103,10 +103,10 @@ def test_bad_input(random_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--include-path: .* is no folder"):
         run("x", include_path=tmp_path / "none")
     write_task(tmp_path, "lost", [0], [0])
-    with pytest.raises(UserError, match="knows no no_such_task"):
+    with pytest.raises(UserError, match="has no task no_such_task"):
         run("lost", "no_such_task")
     (tmp_path / "lost.test.jsonl").unlink()
-    with pytest.raises(UserError, match="its data cannot be had .*test.jsonl"):
+    with pytest.raises(UserError, match="its data cannot be loaded .*test.jsonl"):
         run("lost")
     write_task(tmp_path, "lost", [0], [0])
     wrong = (tmp_path / "lost.yaml").read_text().replace("{{question}}", "{{question")

@@ -60,7 +60,7 @@ def test_a_logger_is_made_again_once_it_can_be(caplog: pytest.LogCaptureFixture)
         Moody.fails = True
         isolated = IsolatedCallback(make)  # type: ignore[arg-type]
         isolated.on_log(1)  # type: ignore[arg-type]
-        assert not made and caplog.text.count("training goes on without it") == 1
+        assert not made and caplog.text.count("training continues without it") == 1
         Moody.fails = False
         isolated.on_log(2)  # type: ignore[arg-type]
         assert made[0].seen == [2] and "works again" in caplog.text
@@ -92,7 +92,7 @@ def test_a_full_disk_under_tensorboard(tmp_path) -> None:
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and "trained to the end" in done.stdout, done.stderr
-    assert "training goes on without it" in done.stderr
+    assert "training continues without it" in done.stderr
 
 
 def _window(make_config, *, is_cuda: bool = False, **logging_section: object) -> ProfilerWindow:
