@@ -27,7 +27,6 @@ from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.blend.schedule import Schedule
 from megatron_chatflow.errors import UserError
 
-
 _Number = TypeVar("_Number", int, float)
 
 MAX_SAMPLES = 1 << ROOT_BITS
