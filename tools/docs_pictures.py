@@ -36,7 +36,9 @@ def main() -> None:
         ("blend", "planned weights and realised shares, drawn with matplotlib"),
     ):
         picture = pictures.add_parser(name, help=text, description=text)
-        picture.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what --save named")
+        picture.add_argument(
+            "run_dir", type=Path, metavar="RUN_DIR", help="folder that --save named"
+        )
         picture.add_argument("--output", type=Path, required=True, help="the PNG file")
         if name == "report":
             picture.add_argument("--width", type=int, default=1280, help="pixels (default: 1280)")

@@ -129,27 +129,26 @@ def new_figure(x_label: str, y_label: str, marks: Sequence[Mark]) -> "Figure":
         yaxis={"title_text": y_label},
         yaxis2={"overlaying": "y", "range": [0, 1], "fixedrange": True, "visible": False},
     )
-    shapes = []
     for kind, (name, color, symbol, dash) in MARK_STYLES.items():
         shown = [mark for mark in marks if mark.kind == kind]
-        for mark in shown:
-            place = {"x0": mark.x, "x1": mark.x, "y0": 0, "y1": 1, "yref": "paper"}
-            shapes.append({**place, "line": {"color": color, "dash": dash, "width": 1}})
+        # Restarts have their symbol at the top and edits at the bottom: both can coincide.
+        ends = [0, 1, None] if kind == "edit" else [1, 0, None]
+        symbols = [symbol, "line-ew", "line-ew"]  # the latter is invisible without an outline
         if shown:
             figure.add_scatter(
                 name=name,
-                x=[mark.x for mark in shown],
-                # Restarts at the top and edits at the bottom: both can happen at one iteration.
-                y=[0 if kind == "edit" else 1] * len(shown),
+                meta=name,
+                x=[mark.x for mark in shown for _ in ends],
+                y=ends * len(shown),
                 yaxis="y2",
                 legendrank=2000,
-                mode="markers",
-                marker={"symbol": symbol, "color": color, "size": 10},
+                mode="lines+markers",
+                line={"color": color, "dash": dash, "width": 1},
+                marker={"symbol": symbols * len(shown), "color": color, "size": 10},
                 cliponaxis=False,
-                text=[as_text(mark.label, 200) for mark in shown],
+                text=[as_text(mark.label, 200) for mark in shown for _ in ends],
                 hovertemplate="%{text}<extra></extra>",
             )
-    figure.update_layout(shapes=shapes)  # `add_shape` copies all shapes for each one
     return figure
 
 
@@ -421,14 +420,16 @@ def comparison_charts(runs: Sequence[RunMetrics], names: Sequence[str]) -> list[
     trained = [axis.x for axis in axes]
     validated = [axis.at(run.validation_iteration) for axis, run in zip(axes, runs, strict=True)]
 
-    def lines(xs: Sequence[FloatArray], ys: Sequence[FloatArray | None], smoothed: bool = False):
-        return [
-            Line.smoothed(name, x, y, color)
-            if smoothed
-            else Line(name, *condense(x, y, "last"), color)
-            for color, (name, x, y) in enumerate(zip(names, xs, ys, strict=True))
-            if y is not None
-        ]
+    def lines(
+        xs: Sequence[FloatArray], ys: Sequence[FloatArray | None], smoothed: bool = False
+    ) -> list[Line]:
+        found = []
+        for color, (name, x, y) in enumerate(zip(names, xs, ys, strict=True)):
+            if y is not None and smoothed:
+                found.append(Line.smoothed(name, x, y, color))
+            elif y is not None:
+                found.append(Line(name, *condense(x, y, "last"), color))
+        return found
 
     def overall(key: str, smoothed: bool) -> list[Line]:
         return lines(trained, [run.columns[key] for run in runs], smoothed)

@@ -524,7 +524,7 @@ class XAxis:
         last = float(self.iteration[-1])
         rate = self.x[-1] / max(last, 1.0)
         inside = np.interp(iterations, [0.0, *self.iteration], [0.0, *self.x])
-        return np.where(iterations > last, self.x[-1] + rate * (iterations - last), inside)
+        return np.asarray(inside + rate * np.maximum(iterations - last, 0.0), dtype=np.float64)
 
 
 def samples_per_record(run: RunMetrics) -> FloatArray:

@@ -448,8 +448,8 @@ def _sources_table(run: RunMetrics) -> str:
                 format_value(last_value(block["loss"])),
             ]
         )
-    shares = ["Realised share", "Planned share", "Weight first", "Weight last"]
-    heads = ["Source", "Samples drawn", *shares, "Epochs", "Last loss"]
+    heads = ["Source", "Samples drawn", "Realised share", "Planned share", "Weight first"]
+    heads += ["Weight last", "Epochs", "Last loss"]
     return _table("Over the whole log.", heads, rows)
 
 

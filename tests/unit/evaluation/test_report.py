@@ -183,16 +183,17 @@ def numbers(values: object) -> np.ndarray:
 
 def curves(figure: Figure) -> dict[str, Scatter]:
     """The curves and areas of a chart by label, without marks and backgrounds."""
-    return {
-        trace.meta: trace for trace in figure.data if trace.meta and trace.showlegend is not False
-    }
+    shown = [trace for trace in figure.data if trace.yaxis is None and trace.meta]
+    return {trace.meta: trace for trace in shown if trace.showlegend is not False}
 
 
-def marks(figure: Figure) -> dict[str, list[str]]:
-    """The labels of a chart's marks by kind."""
-    found = {trace.name: list(trace.text) for trace in figure.data if trace.yaxis == "y2"}
-    lines = [shape for shape in figure.layout.shapes if shape.yref == "paper"]
-    assert len(lines) == sum(map(len, found.values()))
+def marks(figure: Figure) -> dict[str, dict[float, str]]:
+    """The labels of a chart's marks by kind and position."""
+    found = {}
+    for trace in figure.data:
+        if trace.yaxis == "y2":
+            assert sorted(trace.y[:2]) == [0, 1] and trace.y[2] is None  # an upright line
+            found[trace.name] = dict(zip(trace.x[::3], trace.text[::3], strict=True))
     return found
 
 

@@ -69,16 +69,16 @@ def test_restarts_are_marked_and_listed(tmp_path: Path) -> None:
     page = build(folder)
     figures = check_page(page).figures
     assert len(figures) == 9
+    labels = [
+        "2 restarts (2 min 0 s lost) at iteration 20",
+        "1 restart (7.5 s lost) at iteration 40",
+    ]
     for figure in figures.values():
+        by = figure.layout.xaxis.title.text
+        scale = {"Iteration": 1, "Samples consumed": 16, "Tokens consumed": 16 * 256}[by]
         assert marks(figure) == {
-            "restarted": [
-                "2 restarts (2 min 0 s lost) at iteration 20",
-                "1 restart (7.5 s lost) at iteration 40",
-            ]
+            "restarted": dict(zip((20 * scale, 40 * scale), labels, strict=True))
         }
-    assert [mark.x0 for mark in figures["Learning rate"].layout.shapes] == [20, 40]
-    by_tokens = figures["Validation loss"].layout.shapes
-    assert [mark.x0 for mark in by_tokens] == [20 * 16 * 256, 40 * 16 * 256]
     assert "3 restarts (2 min 7 s lost)" in page or "3 restarts (2 min 8 s lost)" in page
     row = '<tr><th scope="row">3</th><td>20</td><td>2</td><td>30 s</td>'
     assert row in without_labels(page)
@@ -97,11 +97,11 @@ def test_planned_ends_are_no_failures(tmp_path: Path) -> None:
     (folder / "status.json").write_text('{"status": "exit_interval"}')
     page = build(folder)
     assert marks(check_page(page).figures["Learning rate"]) == {
-        "restarted": ["1 restart after a failure (1 min 0 s lost) at iteration 30"],
-        "planned restart": [
-            "1 planned restart (exit interval) at iteration 20",
-            "1 planned restart (asked to stop) at iteration 40",
-        ],
+        "restarted": {30: "1 restart after a failure (1 min 0 s lost) at iteration 30"},
+        "planned restart": {
+            20: "1 planned restart (exit interval) at iteration 20",
+            40: "1 planned restart (asked to stop) at iteration 40",
+        },
     }
     assert '<div class="tile"><dt>Restarts</dt><dd>1<small>1 min 0 s lost</small>' in page
     assert "<dt>Planned restarts</dt><dd>2<small>" in page
@@ -123,13 +123,15 @@ def test_edits_of_the_blend_are_marked(tmp_path: Path) -> None:
     ]
     figures = check_page(build(folder)).figures
     assert len(figures) > 5
-    assert all(marks(figure)["blend edited"] == edits for figure in figures.values())
+    for figure in figures.values():
+        assert list(marks(figure)["blend edited"].values()) == edits
     # The record that names the source is enough; it is not marked twice.
     edit["changes"].append("source instruction added")
     (folder / "restarts.jsonl").write_text(json.dumps(edit) + "\n")
     figures = check_page(build(folder)).figures
     edits = ["schedule edited, source instruction added at iteration 20"]
-    assert all(marks(figure)["blend edited"] == edits for figure in figures.values())
+    for figure in figures.values():
+        assert list(marks(figure)["blend edited"].values()) == edits
 
 
 def test_rows_per_log_tell_of_the_deviation_from_the_plan(tmp_path: Path) -> None:
