@@ -1,7 +1,9 @@
 # Every target sets up what it needs, and re-uses what an earlier call made.
 #
 #   PYTHON               the interpreter that .venv is made with (default: python3)
-#   PYTEST_ARGS          further arguments of `make test`, such as PYTEST_ARGS="-k blend"
+#   PYTEST_ARGS          further arguments of the test targets, such as PYTEST_ARGS="-k blend"
+#   TEST_WORKERS         processes that the tests are distributed over (default: 2)
+#   MATRIX               combinations that `make test-matrix` runs, such as MATRIX=3.12:0.19.2
 #   SECONDS, SEED        how long and from which seed `make fuzz` runs
 #   PIP_EXTRA_INDEX_URL  on a machine without a GPU: the PyTorch CPU wheel index, see CONTRIBUTING.md
 
@@ -9,10 +11,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test docs lint format demo demo-short smollm2 sanitize chaos fuzz clean
+.PHONY: help venv build test test-fast test-all test-matrix docs lint format demo demo-short smollm2 sanitize chaos fuzz clean
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
+MATRIX ?=
 SECONDS ?= 120
 SEED ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -38,8 +42,21 @@ venv: $(INSTALLED) ## make .venv with everything that development needs
 
 build: $(BUILT) ## compile the extensions in place
 
-test: $(BUILT) ## run the whole test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+# One thread per process, because the workers share the cores. A file's tests stay in one worker, so
+# that its expensive fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile
+
+test-fast: $(BUILT) ## run the unit tests except the slow ones
+	$(PYTEST) -m 'not slow' tests/unit $(PYTEST_ARGS)
+
+test: $(BUILT) ## run what must pass before a change is accepted: all tests except the slow ones
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: $(BUILT) ## run every test
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-matrix: ## run the fast tests on every Python present, with every version of megatron-core
+	tests/matrix.sh $(MATRIX)
 
 lint: $(INSTALLED) ## check style, types and format
 	$(BIN)/ruff check .

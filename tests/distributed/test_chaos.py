@@ -8,6 +8,8 @@ from pathlib import Path
 import jobs
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.distributed
 def test_a_run_through_kills_ends_where_an_undisturbed_one_ends(tmp_path: Path) -> None:

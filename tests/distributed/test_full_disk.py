@@ -22,6 +22,8 @@ from tiny_run import TinyRun
 
 from megatron_chatflow.checkpoint.files import find_damage, iteration_folder, latest_iteration
 
+pytestmark = pytest.mark.slow
+
 # Room for three checkpoints of a tiny run.
 DISK = "size=16m"
 LIMIT_SECONDS = 240

@@ -13,6 +13,8 @@ from tiny_run import TinyRun
 from megatron_chatflow.config import load_config_from_argv
 from megatron_chatflow.config.memory import estimate_memory
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("memory_worker.py")
 TOLERANCE = 0.15
 SHAPE = (

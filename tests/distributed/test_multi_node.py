@@ -13,6 +13,8 @@ import psutil
 import pytest
 from tiny_run import TinyRun
 
+pytestmark = pytest.mark.slow
+
 
 def _free_port() -> int:
     with socket.socket() as listener:

@@ -9,6 +9,8 @@ import pytest
 
 from megatron_chatflow.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("tokenizer_mutation_worker.py")
 NUM_MUTATIONS = 150

@@ -22,6 +22,8 @@ import psutil
 import pytest
 from tiny_run import TinyRun
 
+pytestmark = pytest.mark.slow
+
 TRAIN_SCRIPT = Path(__file__).parents[2] / "examples" / "llama2_7b" / "train.sh"
 LIMIT_SECONDS = 240
 

@@ -8,10 +8,13 @@ import pytest
 
 from megatron_chatflow.kernels import shared_group
 
-pytestmark = pytest.mark.skipif(
-    shared_group.MAX_SIZE == 0 or sys.platform != "linux",
-    reason="csrc/kernels/cpu is not built (make build), or this is no Linux",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shared_group.MAX_SIZE == 0 or sys.platform != "linux",
+        reason="csrc/kernels/cpu is not built (make build), or this is no Linux",
+    ),
+]
 WORKER = Path(__file__).with_name("shared_memory_worker.py")
 
 

@@ -11,6 +11,8 @@ import jobs
 import pytest
 from tiny_run import TinyRun
 
+pytestmark = pytest.mark.slow
+
 FAULTY = Path(__file__).with_name("faulty_worker.py")
 
 

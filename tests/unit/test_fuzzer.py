@@ -14,6 +14,8 @@ from fuzz.sandbox import Limits, run_limited
 
 from megatron_chatflow.errors import UserError, run_main
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(cpu_seconds=2, wall_seconds=20, memory_bytes=64 << 20, address_bytes=256 << 20)
 
 

@@ -22,6 +22,8 @@ from megatron_chatflow.config import load_config, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "llama2_7b" / "README.md"
 NUM_NEW = 8076

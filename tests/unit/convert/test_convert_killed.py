@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes
+
+pytestmark = pytest.mark.slow
 
 JOB = Path(__file__).with_name("killed_conversion.py")
 SHAPE = LlamaShape(

@@ -13,6 +13,8 @@ from megatron_chatflow.convert.safetensors import plan_shards
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 
+pytestmark = pytest.mark.slow
+
 SHARD_BYTES = 4_000_000
 # Beside a tensor and a shard: its copy in another dtype or order, pickled, and the allocator's.
 SLACK_BYTES = 12_000_000

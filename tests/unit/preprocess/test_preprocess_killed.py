@@ -14,6 +14,8 @@ from made_up_text import made_up_sentences
 from megatron_chatflow.data.indexed import idx_path
 from megatron_chatflow.preprocess.output import document_prefix, output_paths
 
+pytestmark = pytest.mark.slow
+
 NUM_PARTS = 13
 JOBS = {
     "text": (["text", "title"], ["--dedup", "--append-eod"]),
