@@ -1,12 +1,13 @@
-"""Time a draw takes, first, going on and anywhere, beside megatron-core's blending index.
+"""Time per draw of the blend: the first batch, sequential draws, and random access.
 
-In: the length of a run and numbers of sources. Out: a row for each schedule: milliseconds from a
-schedule to its first global batch and to one anywhere in a new process's blend (the worst of
-several places), nanoseconds a sample going on (median and best of rounds), bytes held, and the
-worst distance of any count from its quota over the first samples, in samples, rounded down.
+Prints one row per schedule: milliseconds from a schedule to its first global batch and to one at a
+random place in a new blend (the worst of several places), nanoseconds per sample in sequence
+(median and best of the rounds), bytes held, and the largest distance of any count from its quota
+over the first samples, in samples, rounded down.
 
-megatron-core knows constant weights alone, and draws the whole run before its first sample. Runs
-that are too long for that are projected from a shorter one, which ``basis`` says.
+megatron-core's blending index supports only constant weights and draws the whole run before its
+first sample. Runs too long for that are extrapolated from a shorter one; the column ``basis`` says
+so.
 """
 
 import argparse
@@ -45,17 +46,19 @@ _SCALE_SOURCES = (4, 16, 64, 256, 512)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be chosen."""
-    parser.add_argument("--num-samples", type=int, default=10**9, help="of the whole run")
+    """Adds the flags of this benchmark."""
+    parser.add_argument(
+        "--num-samples", type=int, default=10**9, help="samples of the run; default: %(default)s"
+    )
     parser.add_argument("--num-sources", type=int, nargs="+", default=[4, 64, 512])
     parser.add_argument("--samples-per-iteration", type=int, default=512)
     parser.add_argument(
-        "--scaling", action="store_true", help="runs of 1e6 to 1e12 samples as well"
+        "--scaling", action="store_true", help="also measure runs of 1e6 to 1e12 samples"
     )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Measures; see the module."""
+    """Runs the benchmark, see the module docstring."""
     cases = [
         (arguments.num_samples, num_sources, ramp)
         for num_sources in arguments.num_sources
@@ -93,12 +96,12 @@ def _rows(
 def made_up_schedule(
     num_samples: int, num_sources: int, ramp: str, samples_per_iteration: int
 ) -> Schedule:
-    """Random weights, a quarter of them 0: one knot if ``ramp`` is constant, else five ramps.
+    """Makes a schedule of random weights, a quarter of them 0: one knot, or five ramps.
 
     Args:
-        num_samples: The knots spread over so many samples.
-        num_sources: How many sources.
-        ramp: ``constant``, ``linear`` or ``cosine``.
+        num_samples: Number of samples over which the knots are spread.
+        num_sources: Number of sources.
+        ramp: ``constant`` (one knot), ``linear`` or ``cosine``.
         samples_per_iteration: Samples that share one evaluation of the weights.
     """
     rng = np.random.default_rng(num_sources)
@@ -118,11 +121,11 @@ def made_up_schedule(
 
 
 def measure(schedule: Schedule, num_samples: int) -> dict[str, float | int | None]:
-    """Times our blend.
+    """Measures our blend.
 
     Args:
-        schedule: Of the run.
-        num_samples: Of the run.
+        schedule: Schedule of the run.
+        num_samples: Number of samples of the run.
     """
     batch = schedule.samples_per_iteration
     rng = random.Random(1)
@@ -142,7 +145,7 @@ def measure(schedule: Schedule, num_samples: int) -> dict[str, float | int | Non
 
 
 def _rounded_down(error: float) -> float:
-    """Four digits, of which the last is not rounded up to what was never reached."""
+    """Rounds down to four digits, so that no error is reported that was not reached."""
     return math.floor(1e4 * error) / 1e4
 
 
@@ -153,7 +156,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _going_on(schedule: Schedule, num_samples: int) -> dict[str, float]:
-    """Nanoseconds a sample where global batches follow one another."""
+    """Measures nanoseconds per sample of consecutive global batches."""
     batch = schedule.samples_per_iteration
     blend = Blend(schedule)
     size = min(_ROUND_SAMPLES, num_samples // 2)
@@ -176,7 +179,7 @@ def _going_on(schedule: Schedule, num_samples: int) -> dict[str, float]:
 
 
 def _held_bytes(schedule: Schedule, num_samples: int) -> int | None:
-    """Bytes of the engine in the midst of the run; None for the reference, which does not count."""
+    """Returns the engine's memory in bytes in the middle of the run; None for the reference."""
     zeros = [0] * len(schedule.sources)
     engine: Any = make_engine(schedule.table(), 0, zeros, zeros)
     engine.take(num_samples // 2, num_samples // 2 + 1)
@@ -184,11 +187,11 @@ def _held_bytes(schedule: Schedule, num_samples: int) -> int | None:
 
 
 def worst_error(schedule: Schedule, num_samples: int) -> float:
-    """Largest distance of a count from its quota over the run's first samples, in samples.
+    """Returns the largest distance of a count from its quota over the first samples, in samples.
 
     Args:
-        schedule: Of the run.
-        num_samples: Of the run.
+        schedule: Schedule of the run.
+        num_samples: Number of samples of the run.
     """
     num_samples = min(num_samples, _ERROR_SAMPLES)
     batch = schedule.samples_per_iteration
@@ -209,7 +212,7 @@ Builder = Callable[..., None]
 
 
 def _peer_builder() -> Builder | None:
-    """megatron-core's compiled function; None where it is not installed or not compiled."""
+    """Returns megatron-core's compiled function; None if it is not available."""
     try:
         from megatron.core.datasets.helpers_cpp import build_blending_indices
     except ImportError:
@@ -219,7 +222,7 @@ def _peer_builder() -> Builder | None:
 
 
 def _measure_peer(build: Builder, num_sources: int) -> dict[str, float]:
-    """Times the peer on the first knot's weights."""
+    """Measures the peer with the weights of the first knot."""
     weights = made_up_schedule(1, num_sources, "constant", 1).weights(0) / GRID
     source = np.zeros(_PEER_SAMPLES, np.int16)
     index = np.zeros(_PEER_SAMPLES, np.int64)
@@ -243,7 +246,7 @@ def _float_error(source: npt.NDArray[np.int16], weights: npt.NDArray[np.float64]
 
 
 def _peer_row(num_samples: int, num_sources: int, rates: dict[str, float]) -> Row:
-    """The peer's costs: the whole run is drawn first, at 2 + 8 bytes a sample."""
+    """Returns the peer's costs: it draws the whole run first, at 2 + 8 bytes per sample."""
     start = 1e-6 * rates["ns_per_sample"] * num_samples
     return {
         "num_samples": num_samples,

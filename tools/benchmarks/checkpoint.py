@@ -1,10 +1,10 @@
-"""How long training waits for a save, and how long until the checkpoint is on the disk.
+"""Time that training is blocked by a save, and time until the checkpoint is durable.
 
-In: a size. Out: a row for our saver, one for the disk alone (direct writes of as many bytes), and
-with ``--peers`` rows for torch's `dcp.save` and `dcp.async_save` of the same tensors. The model is
-a real one with its optimizer, in one process; rounds of the subjects alternate and medians are
-reported. Every subject's bytes are flushed to the disk when its clock stops. Under torchrun the
-processes are data-parallel, each saves its part, and the slowest counts.
+Prints a row for our saver, a row for the disk alone (direct writes of as many bytes), and with
+``--peers`` rows for torch's ``dcp.save`` and ``dcp.async_save`` of the same tensors. The model is a
+real one with its optimizer. The rounds of the subjects alternate, and medians are reported. Every
+subject's bytes are flushed to the disk before its clock stops. Under torchrun the processes are
+data-parallel, each saves its shard, and the slowest process counts.
 """
 
 import argparse
@@ -37,19 +37,31 @@ Timing = tuple[float, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be chosen."""
-    parser.add_argument("--num-layers", type=int, default=6, help="of width 1024; 6 make 2 GB")
+    """Adds the flags of this benchmark."""
     parser.add_argument(
-        "--use-distributed-optimizer", action="store_true", help="under torchrun; see Megatron"
+        "--num-layers",
+        type=int,
+        default=6,
+        help="layers of width 1024; 6 are 2 GB; default: %(default)s",
     )
-    parser.add_argument("--num-rounds", type=int, default=5, help="measured saves of each subject")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="where the checkpoints go and are removed"
+        "--use-distributed-optimizer",
+        action="store_true",
+        help="under torchrun: shard the optimizer state",
+    )
+    parser.add_argument(
+        "--num-rounds", type=int, default=5, help="saves per subject; default: %(default)s"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(),
+        help="folder on the disk to measure; checkpoints are removed",
     )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Measures; see the module."""
+    """Runs the benchmark, see the module docstring."""
     for name in ("num_layers", "num_rounds"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: is below 1")
@@ -71,12 +83,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         stack.callback(saver.close)
         rows = _measure(arguments, model, saver, root, ranks)
     if ranks.process.rank:
-        raise SystemExit(0)  # one process tells
+        raise SystemExit(0)  # the first process reports
     return rows
 
 
 def _shared_folder(folder: Path, ranks: Ranks, stack: ExitStack) -> Path:
-    """A new folder, the same for every process; the first one removes it."""
+    """Creates a folder shared by all processes; the first process removes it."""
     name: list[Any] = [None]
     if ranks.process.rank == 0:
         name = [str(stack.enter_context(scratch_folder("benchmark_", folder)))]
@@ -85,14 +97,14 @@ def _shared_folder(folder: Path, ranks: Ranks, stack: ExitStack) -> Path:
 
 
 def _slowest(timing: Timing, ranks: Ranks) -> Timing:
-    """Of all processes."""
+    """Returns the maximum over all processes."""
     seconds = torch.tensor(timing, dtype=torch.float64, device=ranks.device)
     torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
     return float(seconds[0]), float(seconds[1])
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures by subject, as checks outside the project read them."""
+    """Returns the figures by subject, in the form that external checks read."""
     return {
         str(row["subject"]): {
             "blocked_seconds_per_gb": row["blocked_seconds_per_gb"],
@@ -159,7 +171,7 @@ def _time_ours(saver: CheckpointSaver, number: int, chunks: list[Any], optimizer
 
 
 def _disk_alone(path: Path, num_bytes: int) -> Callable[[int], Timing]:
-    """Direct writes of a buffer, flushed: what the disk gives to whoever has nothing else to do."""
+    """Returns a subject that writes a buffer with O_DIRECT and flushes it."""
     memory, tensor = page_aligned(CHUNK_BYTES)
     tensor.random_()
     data = memoryview(memory)[:CHUNK_BYTES]
@@ -195,7 +207,7 @@ def _time_async_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
 
 
 def _slowdown(model: Any, saver: CheckpointSaver, chunks: list[Any], optimizer: Any) -> float:
-    """A step's time while a save is under way, over that of a step alone."""
+    """Returns the time of a step during a save relative to that of a step alone."""
 
     def step() -> float:
         begin = time.perf_counter()

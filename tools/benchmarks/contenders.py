@@ -1,7 +1,7 @@
-"""Command lines that turn text into an indexed dataset, and what they cost.
+"""Command lines that tokenize a corpus into an indexed dataset, and their cost.
 
-In: a contender, a file of JSON lines, a prefix. Out: wall and CPU seconds, and peak memory, of the
-whole tree of processes.
+A `Contender` is run as a process of its own. Its `Usage` counts wall and CPU seconds and the peak
+memory of the whole process tree.
 """
 
 import os
@@ -39,14 +39,13 @@ with open(source, encoding="utf-8") as lines, open(target, "wb") as ids:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a job took.
+    """Cost of a job.
 
     Attributes:
-        seconds: From start to end.
-        cpu_seconds: User and system time of it and of every process that it waited for.
-        rss_bytes: The most that its processes held at a time, pages that they share counted for
-            each of them.
-        pss_bytes: The same with shared pages counted once.
+        seconds: Wall time.
+        cpu_seconds: User and system time of the job and its child processes.
+        rss_bytes: Peak of the summed resident sets; shared pages count once per process.
+        pss_bytes: Peak of the summed proportional sets; shared pages count once.
     """
 
     seconds: float
@@ -57,15 +56,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to do the job.
+    """A program that does the job.
 
     Attributes:
-        name: Of the tool.
-        num_workers: That it is told to use; None where it cannot be told.
-        arguments: Of the interpreter, with `{input}` and `{prefix}` for the paths.
-        python: The interpreter.
-        environment: What is added to this process's.
-        folder: Where it runs.
+        name: Name of the program.
+        num_workers: Number of workers it is given; None if it has no such setting.
+        arguments: Arguments of the interpreter, with `{input}` and `{prefix}` for the paths.
+        python: Path of the interpreter.
+        environment: Variables added to the environment of this process.
+        folder: Working directory.
     """
 
     name: str
@@ -76,10 +75,10 @@ class Contender:
     folder: Path | None = None
 
     def run(self, source: Path, prefix: Path) -> Usage:
-        """Does the job once.
+        """Runs the job once.
 
         Raises:
-            UserError: It failed.
+            UserError: The program failed.
         """
         paths = {"{input}": str(source), "{prefix}": str(prefix)}
         command = [self.python, *(paths.get(part, part) for part in self.arguments)]
@@ -87,7 +86,7 @@ class Contender:
 
 
 def our_tool(model: Path, num_workers: int) -> Contender:
-    """This project's tool."""
+    """Returns this project's ``preprocess_data.py``."""
     tool = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
     if not tool.exists():
         raise UserError(f"no such tool: {tool}: run the benchmark from a working tree")
@@ -105,7 +104,7 @@ def our_tool(model: Path, num_workers: int) -> Contender:
 def megatrons_tool(
     checkout: Path, python: str, model: Path, tokenizer_type: str, num_workers: int
 ) -> Contender:
-    """Megatron-LM's `preprocess_data.py` with the same model."""
+    """Returns Megatron-LM's ``preprocess_data.py`` with the same model."""
     arguments: tuple[str, ...] = (
         "--input",
         "{input}",
@@ -123,7 +122,7 @@ def megatrons_fast_tool(checkout: Path, python: str, folder: Path) -> Contender:
 
     Args:
         checkout: Of Megatron-LM.
-        python: The interpreter.
+        python: Path of the interpreter.
         folder: The model as transformers reads it: the script knows no other.
     """
     arguments: tuple[str, ...] = (
@@ -138,7 +137,7 @@ def megatrons_fast_tool(checkout: Path, python: str, folder: Path) -> Contender:
 
 
 def sentencepiece_loop(model: Path, eod_id: int) -> Contender:
-    """The library in a loop, whose output is a bare file of int32 ids at `{prefix}`."""
+    """Returns a loop over the library that writes a file of int32 ids to `{prefix}`."""
     arguments = ("-c", _SENTENCEPIECE_LOOP, str(model), "{input}", "{prefix}", str(eod_id))
     return Contender(SENTENCEPIECE, 1, arguments)
 
@@ -161,10 +160,10 @@ def _of_checkout(
 def measure_job(
     command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
 ) -> Usage:
-    """Runs a command to its end.
+    """Runs a command and measures its cost.
 
     Raises:
-        UserError: It cannot be started, or failed.
+        UserError: The command cannot be started, or failed.
     """
     begin = time.perf_counter()
     try:
@@ -188,7 +187,7 @@ def measure_job(
 
 
 class _Memory(threading.Thread):
-    """Looks at a tree of processes until it is told to stop.
+    """Samples the memory of a process tree until it is stopped.
 
     Attributes:
         rss_bytes: The largest sum of resident sets so far.
@@ -217,7 +216,7 @@ class _Memory(threading.Thread):
 
 
 def _sizes_of(pid: int) -> tuple[int, int]:
-    """Resident and proportional set in bytes; zeros for a process that is gone."""
+    """Returns resident and proportional set in bytes; zeros if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -33,11 +33,11 @@ class MadeCorpus:
     """A file of JSON lines.
 
     Attributes:
-        path: The file.
-        num_documents: Lines.
+        path: Path of the file.
+        num_documents: Number of lines.
         num_text_bytes: UTF-8 bytes of the documents, without JSON.
-        num_distinct_words: Different words; of Chinese, different stretches between marks.
-        num_distinct_sentences: Different sentences.
+        num_distinct_words: Distinct words; in Chinese, distinct spans between punctuation marks.
+        num_distinct_sentences: Distinct sentences.
     """
 
     path: Path
@@ -48,15 +48,15 @@ class MadeCorpus:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text; joined they are the text."""
+    """Splits a text into sentences; joined they are the text."""
     return _SENTENCE.findall(text)
 
 
 def read_texts(path: Path, key: str = "text") -> list[str]:
-    """The documents of a file of JSON lines.
+    """Reads the documents of a file of JSON lines.
 
     Raises:
-        UserError: It cannot be read, or a line has no such text.
+        UserError: The file cannot be read, or a line has no such key.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -72,18 +72,18 @@ def read_texts(path: Path, key: str = "text") -> list[str]:
 
 
 def write_as_it_is(texts: list[str], path: Path) -> MadeCorpus:
-    """Writes documents as they stand, the first of equal ones."""
+    """Writes the documents without repetitions."""
     return _write(list(dict.fromkeys(texts)), path, _facts(texts))
 
 
 def write_recombined(texts: list[str], path: Path, num_bytes: int, seed: int) -> MadeCorpus:
-    """Writes documents of sentences drawn from all of a corpus's, until there are enough.
+    """Writes documents of sentences drawn from all documents, up to a number of bytes.
 
     Args:
-        texts: The corpus.
-        path: The file.
-        num_bytes: Of text, at least.
-        seed: Of the draws.
+        texts: Documents of the corpus.
+        path: Path of the file.
+        num_bytes: Minimum number of bytes of text.
+        seed: Seed of the draws.
     """
     return _write(_recombined(texts, num_bytes, seed), path, _facts(texts))
 
@@ -109,7 +109,7 @@ def _recombined(texts: list[str], num_bytes: int, seed: int) -> Iterator[str]:
 
 
 def _facts(texts: list[str]) -> tuple[int, int]:
-    """How many different words and sentences there are to draw from."""
+    """Counts the distinct words and sentences of the texts."""
     words: set[str] = set()
     sentences: set[str] = set()
     for text in texts:
@@ -130,7 +130,7 @@ def _write(texts: Iterator[str] | list[str], path: Path, facts: tuple[int, int])
 
 @dataclass(frozen=True)
 class BenchmarkVocabulary:
-    """Stands for a tokenizer where ids are only copied."""
+    """Replaces a tokenizer where ids are only copied."""
 
     vocab_size: int = VOCAB_SIZE
     pad_id: int = 0
@@ -151,10 +151,10 @@ def write_corpus(prefix: Path, num_tokens: int) -> None:
 
 
 def write_sparse_corpus(prefix: Path, num_tokens: int) -> None:
-    """Writes a million documents of zeros that take no room on the disk.
+    """Writes a sparse dataset of up to 2**20 documents of zeros, which takes no disk space.
 
     Raises:
-        UserError: The file system has no files of that size.
+        UserError: The file system does not support files of that size.
     """
     num_documents = min(num_tokens, 1 << 20)
     ends = np.linspace(0, num_tokens, num_documents + 1).astype(np.int64)

@@ -1,8 +1,8 @@
-"""What a disk does at best, and a merge of datasets beside it.
+"""Disk throughput, and the throughput of merging datasets beside it.
 
-In: a folder on the disk, a number of bytes. Out: rows of MB a second: writing and reading past the
-page cache, writing through it until fsync returns, copying, and `merge_datasets`, which copies and
-hashes. Nothing that is read lies in memory: it is asked to forget it before.
+Measures MB per second of writing and reading with O_DIRECT, of writing through the page cache until
+fsync returns, of copying, and of `merge_datasets`, which copies and hashes. Files are evicted from
+the page cache before they are read.
 """
 
 import mmap
@@ -26,7 +26,7 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def disk_rows(folder: Path, num_bytes: int, num_rounds: int) -> Iterator[Row]:
-    """Roofs of writing and reading, the best of some rounds."""
+    """Measures writing and reading, the best of several rounds."""
     size = -(-num_bytes // _BLOCK) * _BLOCK
     path = folder / "roof"
     works: dict[str, Callable[[], None]] = {
@@ -46,7 +46,7 @@ def disk_rows(folder: Path, num_bytes: int, num_rounds: int) -> Iterator[Row]:
 
 
 def merge_rows(folder: Path, num_bytes: int, num_rounds: int) -> Iterator[Row]:
-    """A merge of shards beside copies of the same bytes, in turns; the best of each."""
+    """Measures a merge and copies of the same bytes in alternating rounds, the best of each."""
     prefixes = [folder / f"shard{number}_text_document" for number in range(_NUM_SHARDS)]
     for number, prefix in enumerate(prefixes):
         _write_shard(prefix, num_bytes // _NUM_SHARDS, number)
@@ -88,14 +88,14 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _block() -> mmap.mmap:
-    """Memory that is aligned as O_DIRECT wants it, with noise in it."""
+    """Allocates random memory that is aligned for O_DIRECT."""
     block = mmap.mmap(-1, _BLOCK)
     block.write(np.random.default_rng(0).bytes(_BLOCK))
     return block
 
 
 def _forget(path: Path) -> None:
-    """Brings what is written to the disk, and asks the system to keep nothing of it in memory."""
+    """Flushes a file to the disk and evicts it from the page cache."""
     if not path.exists():
         return
     descriptor = os.open(path, os.O_RDWR)
@@ -129,7 +129,7 @@ def _read(path: Path, flags: int) -> None:
 
 
 def _copy(sources: list[Path], target: Path) -> None:
-    """Reads ahead by one block, and writes whole blocks past the page cache."""
+    """Copies with one block of read-ahead and O_DIRECT writes of whole blocks."""
     blocks = [mmap.mmap(-1, _BLOCK) for _ in range(2)]
     writing = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _DIRECT)
     try:
@@ -158,7 +158,7 @@ def _copy_in_kernel(sources: list[Path], target: Path) -> None:
 
 
 def _write_shard(prefix: Path, num_bytes: int, seed: int) -> None:
-    """A dataset of random ids in documents of 512 tokens, and an odd one at the end."""
+    """Writes a dataset of random ids in documents of 512 tokens, and one of odd length."""
     random = np.random.default_rng(seed)
     writer = IndexedDatasetWriter(prefix, np.uint16)
     lengths = np.full(_BLOCK // 2 // 512, 512, np.int32)

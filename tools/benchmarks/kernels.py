@@ -1,11 +1,10 @@
 """Forward and backward time of norm, RoPE, SwiGLU, loss passes and attention, by implementation.
 
-In: a LLaMA width. Out: a row for each implementation that this machine has: torch's composition,
-`csrc/kernels` where built, liger-kernel, transformer-engine and each attention library where
-installed. They are the very functions among which a run chooses, `model/kernels.py`, and the
-libraries' cross-entropies beside ours. A GPU's own clock times them, with nothing of theirs in its
-cache. On a CPU the operators run their references: that tries the benchmark, and says nothing about
-the kernels.
+Prints a row for each implementation available on this machine: PyTorch's composition, the kernels
+of ``csrc/kernels`` if built, liger-kernel, transformer-engine, and the attention libraries. They
+are the functions from which a run chooses, see `megatron_chatflow.model.kernel_choice`, and the
+libraries' cross-entropies. On a GPU, times come from CUDA events with cold caches. On a CPU the
+operators run their references: this tests the benchmark and says nothing about the kernels.
 """
 
 import argparse
@@ -30,14 +29,20 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be chosen."""
-    parser.add_argument("--preset", choices=list(SHAPES), default="7b", help="widths to measure")
-    parser.add_argument("--num-tokens", type=int, default=8192, help="rows of each operation")
-    parser.add_argument("--num-rounds", type=int, default=20, help="measured calls")
+    """Adds the flags of this benchmark."""
+    parser.add_argument(
+        "--preset", choices=list(SHAPES), default="7b", help="model widths; default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-tokens", type=int, default=8192, help="tokens per call; default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-rounds", type=int, default=20, help="calls to measure; default: %(default)s"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Measures; see the module."""
+    """Runs the benchmark, see the module docstring."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = SHAPES[arguments.preset]
     sizes = StepSizes(
@@ -67,7 +72,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _library_losses(sizes: StepSizes) -> list[Operation]:
-    """The libraries' cross-entropies, which no run takes: `foreign_kernels` says why."""
+    """Returns the libraries' cross-entropies, which no run uses, see `kernels.external`."""
     if sizes.device.type != "cuda":
         return []
     (ours,) = (o for o in step_operations(sizes) if o.name == "loss passes")

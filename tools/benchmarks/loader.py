@@ -1,8 +1,8 @@
 """Time to fetch a sample and to assemble a batch, beside megatron-core's datasets.
 
-In: the size of a corpus, which is made up, or the prefix of one. Out: a row for every way of
-cutting samples: seconds until the first sample, bytes of index built, microseconds a sample.
-Samples come in the order of training: a few of them while the file is not in memory
+Measures a made-up corpus of a given size, or an existing dataset. Prints a row for each way of
+cutting samples: seconds until the first sample, bytes of index built, and microseconds per sample.
+Samples are fetched in training order: first a few while the file is not in the page cache
 (``cold_us_per_sample``), then all of them in rounds (median and best).
 """
 
@@ -41,37 +41,46 @@ OURS, PEER = "megatron_chatflow", "megatron-core"
 
 
 class Dataset(Protocol):
-    """Samples of one corpus, ours or a peer's."""
+    """Samples of one corpus."""
 
     num_samples: int
     num_index_bytes: int
 
     def sample(self, index: int) -> object:
-        """One sample, in the order of training."""
+        """Returns a sample, in training order."""
 
 
 class Batches(Protocol):
-    """Batches of a blend, ours or a peer's."""
+    """Batches of a blend."""
 
     num_index_bytes: int
 
     def batch(self, begin: int, end: int, micro_batch_size: int) -> object:
-        """The micro-batches of the samples [begin, end)."""
+        """Returns the micro-batches of the samples [begin, end)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be chosen."""
-    parser.add_argument("--data", type=Path, help="prefix of a dataset; made up when left out")
-    parser.add_argument("--num-tokens", type=int, default=200_000_000, help="of a made-up one")
-    parser.add_argument("--seq-length", type=int, default=4096, help="inputs of a sample")
-    parser.add_argument("--num-samples", type=int, default=4000, help="samples that are timed")
+    """Adds the flags of this benchmark."""
+    parser.add_argument("--data", type=Path, help="prefix of a dataset (default: a random one)")
     parser.add_argument(
-        "--scaling", action="store_true", help="sparse corpora of 1e9 to 1e12 tokens as well"
+        "--num-tokens",
+        type=int,
+        default=200_000_000,
+        help="tokens of the random dataset; default: %(default)s",
+    )
+    parser.add_argument(
+        "--seq-length", type=int, default=4096, help="tokens per sample; default: %(default)s"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=4000, help="samples to measure; default: %(default)s"
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="also measure sparse corpora of 1e9 to 1e12 tokens"
     )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Measures; see the module.
+    """Runs the benchmark, see the module docstring.
 
     Raises:
         UserError: The corpus has no samples, or cannot be read or written.
@@ -93,8 +102,8 @@ class OurDataset:
     """A source over one corpus.
 
     Attributes:
-        num_samples: In an epoch.
-        num_index_bytes: Of the packing, the only index that there ever is.
+        num_samples: Number of samples in an epoch.
+        num_index_bytes: Size of the packing index; other kinds of samples need no index.
     """
 
     def __init__(
@@ -123,7 +132,7 @@ class OurDataset:
         self.num_index_bytes = sum(path.stat().st_size for path in caches)
 
     def sample(self, index: int) -> Sample:
-        """One sample, in the order of training."""
+        """Returns a sample, in training order."""
         return self.source.sample(index)
 
 
@@ -131,7 +140,7 @@ class OurBatches:
     """Batches of a blend over one corpus, taken as two sources, assembled when they are asked for.
 
     Attributes:
-        num_index_bytes: None is built.
+        num_index_bytes: 0; no index is built.
     """
 
     num_index_bytes = 0
@@ -159,7 +168,7 @@ class OurBatches:
         self._batches = self._loader.batches(0, _GLOBAL_BATCH_SIZE)
 
     def batch(self, begin: int, end: int, micro_batch_size: int) -> GlobalBatch:
-        """The next batch, whose first sample must be ``begin`` unless all were seen before."""
+        """Returns the batch that begins at ``begin``; sequential calls need no new iterator."""
         batch = next(self._batches)
         if batch.begin != begin:
             self._batches = self._loader.batches(begin, end - begin)
@@ -168,7 +177,7 @@ class OurBatches:
 
 
 class _Tokenizer:
-    """What `GPTDataset` asks of a tokenizer."""
+    """The attributes of a tokenizer that `GPTDataset` reads."""
 
     vocab_size = VOCAB_SIZE
     eod = 0
@@ -180,8 +189,8 @@ class PeerDataset:
     """One epoch of a `GPTDataset` without a dense mask, or with one that isolates documents.
 
     Attributes:
-        num_samples: In the epoch.
-        num_index_bytes: Of the index that it built.
+        num_samples: Number of samples in the epoch.
+        num_index_bytes: Size of the index that was built.
     """
 
     def __init__(self, prefix: Path, seq_length: int, *, isolate: bool = False) -> None:
@@ -216,7 +225,7 @@ class PeerDataset:
         )
 
     def sample(self, index: int) -> dict[str, torch.Tensor]:
-        """One sample."""
+        """Returns a sample."""
         sample: dict[str, torch.Tensor] = self.dataset[index]
         return sample
 
@@ -225,7 +234,7 @@ class PeerBatches:
     """Batches of a `BlendedDataset` over one corpus, taken as two sources.
 
     Attributes:
-        num_index_bytes: Of the indices of the blend and of its datasets.
+        num_index_bytes: Size of the indices of the blend and of its datasets.
     """
 
     def __init__(
@@ -242,7 +251,7 @@ class PeerBatches:
         )
 
     def batch(self, begin: int, end: int, micro_batch_size: int) -> list[Any]:
-        """Micro-batches of the samples [begin, end)."""
+        """Returns the micro-batches of the samples [begin, end)."""
         return [
             default_collate([self._blended[k] for k in range(first, first + micro_batch_size)])
             for first in range(begin, end, micro_batch_size)
@@ -283,13 +292,13 @@ def _fetch_row(
 def time_samples(
     prefix: Path, fetch: Callable[[int], object], num_fetches: int, samples_per_fetch: int = 1
 ) -> dict[str, Cell]:
-    """Microseconds a sample: while it is not in memory, and then as median and best of rounds.
+    """Measures microseconds per sample: with a cold page cache, then as median and best of rounds.
 
     Args:
-        prefix: The corpus.
+        prefix: Prefix of the corpus.
         fetch: Called with 0, 1, 2, ...
-        num_fetches: How often in a pass.
-        samples_per_fetch: Samples that one call gives.
+        num_fetches: Number of calls in a pass.
+        samples_per_fetch: Number of samples that one call returns.
     """
     drop_from_memory(prefix)
     num_cold = min(-(-_NUM_COLD_SAMPLES // samples_per_fetch), num_fetches)
@@ -315,7 +324,7 @@ def time_samples(
 
 
 def drop_from_memory(prefix: Path) -> None:
-    """Asks the system to forget what it holds of a corpus's tokens, where it can be asked."""
+    """Evicts a corpus from the page cache, if the system supports it."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(bin_path(prefix), os.O_RDONLY)

@@ -1,9 +1,8 @@
-"""A subject of the training benchmark in processes of its own, where nothing else disturbs it.
+"""Runs a subject of the training benchmark in processes of its own.
 
-In: a subject's name and a shape. Out: `PeerProcess`, whose ``step()`` is one step there. On CPUs a
-peer has what its users have, or, as our runs do, has the C library keep freed memory; the two
-differ by up to a factor of two, so the benchmark shows both. Several processes are one
-tensor-parallel job, as torchrun would start it.
+On CPUs a peer runs either with the C library's default allocator settings or, like our runs, with
+freed memory kept by the C library. The two differ by up to a factor of two, so the benchmark shows
+both. Several processes form one tensor-parallel job, as torchrun would start it.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ _SECONDS_TO_END = 60.0
 
 
 class PeerProcess:
-    """A subject that waits in its own processes until it is told to take a step."""
+    """A subject in its own processes, which runs a step on request."""
 
     def __init__(
         self,
@@ -41,11 +40,11 @@ class PeerProcess:
         """Starts the processes and waits until each has built its model.
 
         Args:
-            name: One of the peers', or `OURS`.
-            shape: What is trained.
-            keep_freed_memory: As our runs do on CPUs.
-            num_processes: Over how many processes ours is cut, tensor-parallel.
-            switches: Of ours, those of the section ``parallel``.
+            name: Name of a peer, or `OURS`.
+            shape: Shape of the model and batch.
+            keep_freed_memory: Whether the C library keeps freed memory, as in our runs on CPUs.
+            num_processes: Tensor-parallel size of our step.
+            switches: Keys of the section ``parallel`` for our step.
         """
         order = {"name": name, "keep_freed_memory": keep_freed_memory, "switches": switches}
         command = [sys.executable, "-m", __name__, json.dumps({**order, "shape": vars(shape)})]
@@ -67,10 +66,10 @@ class PeerProcess:
         self._answers()
 
     def step(self) -> float:
-        """Takes one step there; returns the loss.
+        """Runs one step in the processes and returns the loss.
 
         Raises:
-            UserError: A process has ended; the others are ended too.
+            UserError: A process ended; the others are stopped as well.
         """
         for process in self._processes:
             assert process.stdin is not None
@@ -80,7 +79,7 @@ class PeerProcess:
         return float(self._answers()[0])
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Stops the processes."""
         for process in self._processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -106,7 +105,7 @@ class PeerProcess:
 
 
 def _ranks(num_processes: int) -> list[dict[str, str]]:
-    """What torchrun would set in each process of a job on this machine."""
+    """Returns the environment variables that torchrun would set in each process."""
     if num_processes == 1:
         return [{}]
     with socket.socket() as free:
@@ -134,7 +133,7 @@ def _answer(text: object) -> None:
 
 
 def main() -> None:
-    """Builds the subject that the first argument names, and steps once for each line that comes."""
+    """Builds the subject named by the first argument and runs a step per line of standard input."""
     from megatron_chatflow.runtime.launch import finalize, initialize
 
     order: dict[str, Any] = json.loads(sys.argv[1])

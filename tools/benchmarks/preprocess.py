@@ -1,13 +1,14 @@
-"""Corpus to .bin/.idx: CPU-seconds, wall time, memory; beside Megatron-LM's scripts and the roofs.
+"""Cost of tokenizing a corpus: CPU seconds, wall time and memory, beside Megatron-LM's scripts.
 
-In: a corpus of each language (the demo's by default), a model, a size. Out: rows for what is fed
-in, for every contender, for what the machine could do at best (JSON parsed and nothing else, bytes
-written and read and nothing else), and for a merge beside the disk's own speed.
+Prints rows for the input of each language (by default the demo's corpus), for every contender, for
+upper bounds of the machine ("roofs": parsing JSON only, writing and reading bytes only), and for a
+merge beside the speed of the disk.
 
-Every contender is a process of its own that reads the same file and writes a dataset. Its start-up,
-measured with a file of one document, is deducted and stands apart; rounds are interleaved, and the
-best of each contender counts. MB are 10^6 bytes of text in UTF-8. How the text is made up to size,
-and what that flatters, says `benchmark_preprocess_corpus`; rows "as it is" are without that.
+Every contender is a process of its own that reads the same file and writes a dataset. Its start-up
+time, measured with a file of one document, is subtracted and reported separately. Rounds alternate,
+and the best round of each contender counts. MB are 10^6 bytes of UTF-8 text. `corpora` describes
+how the text is recombined to a given size and what that favours; rows "as it is" use the corpus
+itself.
 """
 
 import argparse
@@ -59,24 +60,29 @@ _START_NOISE = 0.1  # by so much of themselves start-ups differ
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be chosen."""
+    """Adds the flags of this benchmark."""
     add = parser.add_argument
-    add("--corpus", type=Path, default=_DEMO, help="folder with LANGUAGE.train.jsonl of each")
+    add("--corpus", type=Path, default=_DEMO, help="folder with LANGUAGE.train.jsonl")
     add("--languages", nargs="+", default=["english", "chinese"])
     add("--tokenizer-model", type=Path, default=_DEMO / "tokenizer.model")
-    add("--megabytes", type=int, default=200, help="of text to recombine the corpus to")
+    add(
+        "--megabytes",
+        type=int,
+        default=200,
+        help="size of the recombined text; default: %(default)s",
+    )
     add("--workers", type=int, nargs="+", default=[1, 2])
     add("--rounds", type=int, default=2)
     add("--seed", type=int, default=1)
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--scratch", type=Path, help="folder on the disk to measure; default: for temporary files")
-    add("--megatron-path", type=Path, help="a checkout of Megatron-LM, whose scripts are peers")
+    add("--scratch", type=Path, help="folder on the disk to measure (default: temporary)")
+    add("--megatron-path", type=Path, help="checkout of Megatron-LM, to measure its scripts")
     python = Path(sys.executable)
-    add("--megatron-python", type=Path, default=python, help="interpreter that can run them")
+    add("--megatron-python", type=Path, default=python, help="interpreter that runs them")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Measures; see the module.
+    """Runs the benchmark, see the module docstring.
 
     Raises:
         UserError: A corpus or the model cannot be read, or a contender fails.
@@ -186,7 +192,7 @@ def _contest(
 
 
 def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str, Cell]:
-    """The best round, without the best start-up."""
+    """Returns the best round with the best start-up subtracted."""
     start_seconds = min(usage.seconds for usage in starts)
     start_cpu_seconds = min(usage.cpu_seconds for usage in starts)
     seconds = _beyond(min(usage.seconds for usage in usages), start_seconds)
@@ -204,18 +210,18 @@ def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str,
 
 
 def _beyond(whole: float, start: float) -> float | None:
-    """What is beyond the start-up; None where that is no more than start-ups differ by."""
+    """Subtracts the start-up; None if the rest is within the variation of start-ups."""
     return whole - start if whole - start > _START_NOISE * start else None
 
 
 def _ratios(row: dict[str, Cell], ours: Row, name: str, language: str | None) -> dict[str, Cell]:
-    """A peer's costs as multiples of ours, and whether that is what was aimed at.
+    """Returns a peer's costs as multiples of ours, and whether the target is met.
 
     Args:
-        row: The peer's.
-        ours: Of as many workers.
-        name: The peer's.
-        language: None where nothing was aimed at.
+        row: The peer's row.
+        ours: Our row with as many workers.
+        name: Name of the peer.
+        language: Language of the corpus; None if there is no target.
     """
     found: dict[str, Cell] = {}
     for cost in ("seconds", "cpu_seconds"):
@@ -231,7 +237,7 @@ def _ratios(row: dict[str, Cell], ours: Row, name: str, language: str | None) ->
 
 
 def _differences(name: str, ours: Path, theirs: Path, tokenizer: Tokenizer) -> dict[str, Cell]:
-    """Documents whose ids are not ours, and those of them with control ids within the text."""
+    """Counts documents with other ids than ours, and those of them with control ids in the text."""
     own = IndexedDataset(f"{ours}_text_document")
     if name == SENTENCEPIECE:
         same = np.array_equal(np.fromfile(theirs, np.int32), own.tokens)
@@ -250,7 +256,7 @@ def _differences(name: str, ours: Path, theirs: Path, tokenizer: Tokenizer) -> d
 
 
 def _parse_rows(language: str, corpus: MadeCorpus, num_rounds: int) -> Iterator[Row]:
-    """JSON to text and nothing else, on one core, from memory."""
+    """Measures only parsing JSON, on one core, from memory."""
     lines = corpus.path.read_bytes().splitlines()
     parsers: dict[str, Callable[[bytes], object]] = {"orjson": orjson.loads, "json": json.loads}
     for name, parse in parsers.items():

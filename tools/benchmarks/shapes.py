@@ -1,7 +1,4 @@
-"""Shapes that the training benchmark measures.
-
-In: nothing. Out: widths of LLaMA-2 with few layers, and a model that one CPU trains.
-"""
+"""Model shapes of the training benchmark: widths of LLaMA-2, and a model for one CPU."""
 
 from dataclasses import dataclass
 
@@ -17,7 +14,7 @@ SUBJECT_SEED = 0
 
 @dataclass(frozen=True)
 class Shape:
-    """What a benchmark trains.
+    """Shape of the model and of the batch that a benchmark trains.
 
     Attributes:
         num_layers: Transformer layers.
@@ -27,8 +24,8 @@ class Shape:
         num_query_groups: Key/value heads.
         seq_length: Tokens of a sample.
         micro_batch_size: Samples of a step.
-        vocab_size: Pieces.
-        recompute: Whether ours keeps each layer's input alone and computes the rest again.
+        vocab_size: Tokens of the vocabulary.
+        recompute: Whether our step keeps only the input of each layer and recomputes the rest.
     """
 
     num_layers: int
@@ -43,16 +40,16 @@ class Shape:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of a step."""
+        """Number of tokens in a step."""
         return self.seq_length * self.micro_batch_size
 
     def tokens(self, generator: torch.Generator) -> torch.Tensor:
-        """A step's tokens and each sample's last label, int64[micro_batch_size, seq_length + 1]."""
+        """Draws a step's tokens with the last label, int64[micro_batch_size, seq_length + 1]."""
         size = (self.micro_batch_size, self.seq_length + 1)
         return torch.randint(0, self.vocab_size, size, generator=generator)
 
     def model_config(self) -> ModelConfig:
-        """The shape as a run's configuration has it."""
+        """Returns the shape as a run's model configuration."""
         return ModelConfig(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,

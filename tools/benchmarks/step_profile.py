@@ -1,9 +1,9 @@
-"""Where the time of a training step goes, and how near each part is to what the machine can do.
+"""Breaks the time of a training step down by operation and compares it with the machine's limits.
 
-In: a step and its shape. Out: a row for each part with its share of the time; for products of
-matrices the rate reached, beside a GPU's data sheet and beside this device's own for a large
-product; and for parts that only read and write, the least bytes that they could move, beside this
-device's own rate of copying.
+Prints a row for each part of the step with its share of the time. Matrix products also have their
+rate relative to the GPU's data sheet and to a large product measured on this device; parts that
+only read and write memory have the minimum number of bytes they must move, relative to this
+device's copy rate.
 """
 
 from collections import defaultdict
@@ -43,13 +43,13 @@ OUTSIDE = "outside operators"
 
 
 def part_of(operation: str) -> str:
-    """The part of a step that an operation belongs to."""
+    """Returns the part of a step that an operation belongs to."""
     name = operation.lower()
     return next((part for part, words in _PARTS if any(word in name for word in words)), "other")
 
 
 def least_bytes(shape: Shape, tensor_parallel_size: int = 1) -> dict[str, int]:
-    """Bytes that a part has to read and write in a step in bf16, each tensor once a pass.
+    """Returns the bytes that each part must read and write in a bf16 step, each tensor once.
 
     Norm: input and output, and backward input, gradient and gradient; SwiGLU likewise, twice as
     wide on one side. Loss: the logits in and out. Optimizer: fp32 weight, gradient and two moments
@@ -69,7 +69,7 @@ def least_bytes(shape: Shape, tensor_parallel_size: int = 1) -> dict[str, int]:
 def time_and_flops(
     events: Iterable[FunctionEventAvg], *, is_cuda: bool
 ) -> dict[str, tuple[float, float]]:
-    """Microseconds and FLOPs of each part, from a profile's averages.
+    """Returns microseconds and FLOPs of each part from the averages of a profile.
 
     On a GPU a profile holds operators, each with the time of the kernels that it launched, and the
     kernels once more. Operators alone have our names and FLOPs, so they are what is counted; what
@@ -95,12 +95,12 @@ def time_and_flops(
 
 
 def profile_rows(step: Callable[[], float], shape: Shape, ranks: Ranks) -> list[Row]:
-    """Profiles one step after one that warms up; every rank calls it.
+    """Profiles one step after a warm-up step; collective over all ranks.
 
     Args:
-        step: Takes a step.
-        shape: What it trains.
-        ranks: This process's place; a GPU's kernels are timed there.
+        step: Function that runs a step.
+        shape: Shape of the model and batch.
+        ranks: Ranks of this process; on a GPU its kernels are timed.
     """
     step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ranks.is_cuda else [])

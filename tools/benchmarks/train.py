@@ -1,12 +1,12 @@
-"""Tokens a second of a training step, where its time goes, and peers beside it in the same run.
+"""Tokens per second of a training step, beside peers measured in the same run.
 
-In: a shape. Out: a row for ours and, with ``--peers``, for transformers and for plain megatron-core
-(its local layer spec) on the same shape and the same tokens, each in a process of its own. Their
-rounds alternate with ours, so that a machine whose speed drifts drifts for both; medians are
-reported. On CPUs a peer is measured twice: with freed memory kept, as our runs keep it, and as it
-comes. With ``--tensor-parallel N``, ours also cut over N processes of this machine, in the same
-way. Unless ``--mock-data`` is given, ours is measured on data that its loader reads as well, with
-what a step waits for them. Under torchrun, ours alone, tensor-parallel over its processes.
+Prints a row for our step and, with ``--peers``, for transformers and for plain megatron-core (its
+local layer spec) with the same shape and tokens, each in a process of its own. Their rounds
+alternate with ours, so that drift of the machine's speed affects both; medians are reported. On
+CPUs a peer is measured twice: with freed memory kept, as in our runs, and with default settings.
+``--tensor-parallel N`` also measures our step over N processes of this machine. Unless
+``--mock-data`` is given, our step is also measured on data read by the loader, with the time it
+waits for batches. Under torchrun only our step is measured, tensor-parallel over all processes.
 """
 
 import argparse
@@ -44,38 +44,49 @@ AS_IT_COMES = ", as it comes"
 
 
 class Subject(Protocol):
-    """Something that takes training steps."""
+    """A model that can be trained step by step."""
 
     def step(self) -> float:
-        """Takes one step on the benchmark's tokens; returns the loss."""
+        """Runs one training step on the benchmark's tokens and returns the loss."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what can be chosen."""
-    parser.add_argument("--preset", choices=list(SHAPES), default="58m", help="shape to train")
-    parser.add_argument("--num-layers", type=int, help="instead of the preset's")
-    parser.add_argument("--seq-length", type=int, help="instead of the preset's")
-    parser.add_argument("--micro-batch-size", type=int, help="instead of the preset's")
+    """Adds the flags of this benchmark."""
     parser.add_argument(
-        "--recompute", action="store_true", help="ours keeps each layer's input alone"
+        "--preset", choices=list(SHAPES), default="58m", help="model shape; default: %(default)s"
+    )
+    parser.add_argument("--num-layers", type=int, help="override the preset")
+    parser.add_argument("--seq-length", type=int, help="override the preset")
+    parser.add_argument("--micro-batch-size", type=int, help="override the preset")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="our step recomputes activations from the input of each layer",
     )
     parser.add_argument(
-        "--tensor-parallel", type=int, metavar="N", help="ours over N processes too, on a CPU"
+        "--tensor-parallel",
+        type=int,
+        metavar="N",
+        help="also measure our step over N processes, on a CPU",
     )
-    parser.add_argument("--num-rounds", type=int, default=7, help="measured rounds of each subject")
-    parser.add_argument("--num-steps", type=int, default=1, help="steps of a round")
     parser.add_argument(
-        "--mock-data", action="store_true", help="tokens in memory alone, nothing from files"
+        "--num-rounds", type=int, default=7, help="rounds per subject; default: %(default)s"
     )
-    parser.add_argument("--data", type=Path, help="prefix of a dataset; made up when left out")
     parser.add_argument(
-        "--sequence-parallel", action="store_true", help="under torchrun: norms cut as well"
+        "--num-steps", type=int, default=1, help="steps per round; default: %(default)s"
     )
-    parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
+    parser.add_argument(
+        "--mock-data", action="store_true", help="measure only with tokens in memory"
+    )
+    parser.add_argument("--data", type=Path, help="prefix of a dataset (default: a random one)")
+    parser.add_argument(
+        "--sequence-parallel", action="store_true", help="under torchrun: sequence parallelism"
+    )
+    parser.add_argument("--profile", action="store_true", help="also profile our step")
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
-    """The preset with what the command line changes.
+    """Returns the preset with the changes of the command line.
 
     Raises:
         UserError: A size is below 1.
@@ -93,7 +104,7 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Measures; see the module."""
+    """Runs the benchmark, see the module docstring."""
     shape = shape_of(arguments)
     num_processes = ProcessRank.from_environment().world_size
     if arguments.peers and num_processes > 1:
@@ -136,7 +147,7 @@ def _check_tensor_parallel(size: int, shape: Shape, num_processes: int) -> None:
 
 
 def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Ranks) -> Row:
-    """The row of our step on data from files, whose rounds alternate with those on mock data."""
+    """Measures our step on data from files; its rounds alternate with those on mock data."""
     with (
         tempfile.TemporaryDirectory() as folder,
         OnData(ours, shape, arguments.data, Path(folder)) as on_data,
@@ -160,10 +171,10 @@ class OnData(AbstractContextManager["OnData"]):
     """
 
     def __init__(self, ours: Any, shape: Shape, prefix: Path | None, folder: Path) -> None:
-        """Opens the dataset, or makes one up in ``folder``.
+        """Opens the dataset, or writes a random one to ``folder``.
 
         Raises:
-            UserError: The dataset cannot be read, or has pieces that the shape has not.
+            UserError: The dataset cannot be read, or has ids outside of the shape's vocabulary.
         """
         if prefix is None:
             prefix = folder / "corpus"
@@ -194,17 +205,19 @@ class OnData(AbstractContextManager["OnData"]):
         self._batches = self._loader.batches(0, shape.micro_batch_size)
 
     def step(self) -> float:
-        """Takes one step."""
+        """Runs one training step and returns the loss."""
         begin = time.perf_counter()
         batch = next(self._batches)
         self.waits.append(time.perf_counter() - begin)
         highest = int(max(micro_batch.tokens.max() for micro_batch in batch.micro_batches))
         if highest >= self._vocab_size:
-            raise UserError(f"--data: piece {highest} is none of the shape's {self._vocab_size}")
+            raise UserError(
+                f"--data: id {highest} is outside of the shape's vocabulary of {self._vocab_size}"
+            )
         return self._ours.step(batch)
 
     def median_wait(self) -> float:
-        """Seconds; the first batch, which nothing was there to prepare, is left out."""
+        """Returns the median wait in seconds, without the first batch, which was not prefetched."""
         return statistics.median(self.waits[1:])
 
     def __exit__(
@@ -213,14 +226,14 @@ class OnData(AbstractContextManager["OnData"]):
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        """Ends the loader's threads."""
+        """Stops the loader's threads."""
         self._loader.close()
 
 
 def _beside_peers(
     ours: Subject, names: Sequence[str], shape: Shape, arguments: argparse.Namespace, ranks: Ranks
 ) -> list[Row]:
-    """Rows of ours and of each peer, one peer at a time, whose rounds alternate with ours."""
+    """Measures each peer in turn; its rounds alternate with ours."""
     variants = [(name, True) for name in names]
     if not ranks.is_cuda:
         variants += [(name, False) for name in names]
@@ -240,7 +253,7 @@ def _beside_peers(
 def _beside_tensor_parallel(
     ours: Subject, shape: Shape, arguments: argparse.Namespace, ranks: Ranks
 ) -> list[Row]:
-    """Rows of our step over several processes, without and with sequence parallelism."""
+    """Measures our step over several processes, without and with sequence parallelism."""
     num_processes = arguments.tensor_parallel
     rows: list[Row] = []
     for name, switches in (
@@ -256,7 +269,7 @@ def _beside_tensor_parallel(
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures by subject, as checks outside the project read them."""
+    """Returns the figures by subject, in the form that external checks read."""
     return {
         str(row["subject"]): {"tokens_per_second": row["tokens_per_second"]}
         for row in rows
@@ -267,7 +280,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 def measure(
     subjects: dict[str, Subject], num_rounds: int, num_steps: int, ranks: Ranks
 ) -> dict[str, list[float]]:
-    """Seconds of a step, per subject and round; the first round of each is not counted."""
+    """Returns seconds per step for each subject and round, without the first round of each."""
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(num_rounds + 1):
         for name, subject in subjects.items():

@@ -1,7 +1,7 @@
-"""What the training benchmark runs: our step, and the peers' on the same shape and tokens.
+"""The subjects of the training benchmark: our step, and the peers' on the same shape and tokens.
 
-In: a shape and tokens. Out: objects with ``step()``. Each does the whole of a step as its users
-do: forward, backward, clipping to norm 1, AdamW with fp32 master weights or autocast.
+Each subject's ``step()`` does a complete training step as its users do: forward, backward, clipping
+to norm 1, and AdamW with fp32 master weights or autocast.
 """
 
 from typing import Any
@@ -51,17 +51,17 @@ def _run_config(shape: Shape, ranks: Ranks | None = None, **parallel: bool) -> R
 
 
 class Ours:
-    """Our training step, reports of every source included.
+    """Our training step, including the loss report of every source.
 
     Attributes:
-        config: Of the run that it stands for.
+        config: Configuration of the equivalent run.
         optimization: Model and optimizer.
     """
 
     def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks, **parallel: bool) -> None:
         """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1].
 
-        ``parallel`` are switches of the section of that name.
+        ``parallel`` are keys of the configuration section of that name.
         """
         config = _run_config(shape, ranks, **parallel)
         self.config = config
@@ -82,7 +82,7 @@ class Ours:
         self._guard = Guard(config, ["mock"], {})
 
     def step(self, batch: GlobalBatch | None = None) -> float:
-        """Takes one step, on the benchmark's tokens if no other batch is given."""
+        """Runs one step, on the benchmark's tokens unless another batch is given."""
         result = train_step(
             self._batch if batch is None else batch,
             self.optimization,
@@ -150,7 +150,7 @@ class Transformers:
         self._device = ranks.device.type
 
     def step(self) -> float:
-        """Takes one step."""
+        """Runs one training step and returns the loss."""
         self._optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device, dtype=torch.bfloat16):
             loss = self._model(input_ids=self._tokens, labels=self._tokens).loss
@@ -161,7 +161,7 @@ class Transformers:
 
 
 class PlainMegatron:
-    """megatron-core as it comes: its GPTModel with the local spec, its loss, the same optimizer."""
+    """megatron-core's own GPTModel with the local spec, its loss, and the same optimizer."""
 
     def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks) -> None:
         """Builds model and optimizer."""
@@ -202,7 +202,7 @@ class PlainMegatron:
         self._mask = causal[None, None]
 
     def step(self) -> float:
-        """Takes one step."""
+        """Runs one training step and returns the loss."""
         chunk = self._optimization.chunks[0]
         chunk.zero_grad_buffer()
         self._optimization.optimizer.zero_grad()
