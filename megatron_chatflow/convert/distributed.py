@@ -1,8 +1,8 @@
-"""Reads and writes distributed checkpoints tensor by tensor, in one process without any group.
+"""Reads and writes distributed checkpoints tensor by tensor, in one process without process groups.
 
-In: a checkpoint folder in torch's distributed format. Out: its tensors, one at a time, whatever
-parallel layout wrote them; or a new such folder from tensors that are made when their turn comes.
-Memory holds one tensor. Nothing in a file is executed, see `safe_index` and `safe_reader`.
+`DistributedReader` reads single tensors of a checkpoint, whatever parallel layout wrote it.
+`write_distributed` writes a checkpoint from tensors that are created one at a time. Memory holds
+one tensor. Nothing in a file is executed, see `checkpoint.index` and `checkpoint.reader`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from megatron_chatflow.convert.shape import TORCH_NAMES
 from megatron_chatflow.convert.weight_map import WeightRule
 from megatron_chatflow.errors import UserError
 
-# Before a weight's name: where the plain and the distributed optimizer keep fp32 master weights.
+# Prefixes of the names of fp32 master weights in the plain and the distributed optimizer.
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
@@ -33,8 +33,8 @@ class DistributedReader:
     """The tensors of a distributed checkpoint.
 
     Attributes:
-        folder: Where it lies.
-        tensors: Name to the global tensor's metadata.
+        folder: The checkpoint's folder.
+        tensors: Metadata of the global tensors by name.
     """
 
     def __init__(self, folder: Path, *, masters: bool = False) -> None:
@@ -42,10 +42,10 @@ class DistributedReader:
 
         Args:
             folder: An ``iter_`` folder.
-            masters: Whether rules find the optimizer's fp32 master weights, where it has them.
+            masters: Whether to prefer the optimizer's fp32 master weights over the weights.
 
         Raises:
-            UserError: It holds no checkpoint, or a damaged one.
+            UserError: The folder holds no checkpoint, or a damaged one.
         """
         self.folder = folder
         self._prefixes = (*MASTER_PREFIXES, "") if masters else ("",)
@@ -58,9 +58,9 @@ class DistributedReader:
         }
 
     def find(self, rule: WeightRule, layer: int | None) -> tuple[str, int | None]:
-        """Where a rule's tensor lies: its name, and the index on a leading layer axis or None.
+        """Returns the name of a rule's tensor, and the index on its layer axis or None.
 
-        megatron-core stores equal layers as one tensor with a layer axis, others one by one.
+        megatron-core stores equal layers as one tensor with a layer axis, and others separately.
 
         Raises:
             UserError: The checkpoint has no such tensor.
@@ -78,31 +78,30 @@ class DistributedReader:
         )
 
     def shape(self, rule: WeightRule, layer: int | None) -> tuple[int, ...]:
-        """Shape of a rule's tensor as stored, padding rows included."""
+        """Returns the stored shape of a rule's tensor, including padding rows."""
         name, index = self.find(rule, layer)
         size = tuple(self.tensors[name].size)
         return size if index is None else size[1:]
 
     def dtype(self, rule: WeightRule, layer: int | None) -> torch.dtype:
-        """Dtype of a rule's tensor as stored.
+        """Returns the stored dtype of a rule's tensor.
 
         Raises:
-            UserError: It is none of fp32, bf16 and fp16.
+            UserError: The dtype is not fp32, bf16 or fp16.
         """
         name, _ = self.find(rule, layer)
         dtype: torch.dtype = self.tensors[name].properties.dtype
         if dtype not in TORCH_NAMES:
             raise UserError(
-                f"{self.folder}: {name} is {dtype} and neither fp32, bf16 nor fp16; use another "
-                "checkpoint"
+                f"{self.folder}: {name} is {dtype}, not fp32, bf16 or fp16; use another checkpoint"
             )
         return dtype
 
     def read(self, rule: WeightRule, layer: int | None) -> torch.Tensor:
-        """Reads a rule's tensor, put together from the shards that hold it.
+        """Reads a rule's tensor from its shards.
 
         Raises:
-            UserError: A file is missing, cut short or damaged.
+            UserError: A file is missing, truncated or damaged.
         """
         name, index = self.find(rule, layer)
         entry = self.tensors[name]
@@ -121,7 +120,7 @@ class DistributedReader:
         """Reads a whole stored tensor.
 
         Raises:
-            UserError: A file is missing, cut short or damaged.
+            UserError: A file is missing, truncated or damaged.
         """
         size = list(self.tensors[name].size)
         return self._read_box(name, [0] * len(size), size)
@@ -131,7 +130,7 @@ class DistributedReader:
         box = torch.empty(
             [e - b for b, e in zip(begin, end, strict=True)], dtype=entry.properties.dtype
         )
-        for chunk in entry.chunks:  # which cover the tensor exactly, as `read_index` has checked
+        for chunk in entry.chunks:  # `read_index` has checked that they cover the tensor exactly
             self._copy_overlap(name, chunk, begin, end, box)
         return box
 
@@ -143,7 +142,7 @@ class DistributedReader:
         end: Sequence[int],
         box: torch.Tensor,
     ) -> None:
-        """Copies what a stored chunk holds of the box."""
+        """Copies the overlap of a stored chunk and the box into the box."""
         source, target = [], []
         for b, e, offset, length in zip(begin, end, chunk.offsets, chunk.sizes, strict=True):
             first, last = max(b, offset), min(e, offset + length)
@@ -163,7 +162,7 @@ class DistributedReader:
                 return read_record(file, place, chunk.sizes, dtype)
         except FileNotFoundError:
             raise UserError(f"{path}: is missing; use another checkpoint") from None
-        except Exception as error:  # a cut or damaged shard fails in any of torch's readers
+        except Exception as error:  # a damaged shard may raise anything in torch
             raise UserError(
                 f"{path}: is damaged at {name} ({first_line(error)}); use another checkpoint"
             ) from None
@@ -171,15 +170,15 @@ class DistributedReader:
 
 @dataclass(frozen=True)
 class ChunkToWrite:
-    """A piece of a global tensor that is made when its turn to be written comes.
+    """A chunk of a global tensor, created when it is written.
 
     Attributes:
         name: The global tensor's name.
-        global_shape: Its shape.
-        offsets: Where the piece begins.
-        sizes: The piece's shape.
-        dtype: Of the tensor.
-        make: Gives the piece.
+        global_shape: The global tensor's shape.
+        offsets: Where the chunk begins.
+        sizes: The chunk's shape.
+        dtype: The tensor's dtype.
+        make: Creates the chunk.
     """
 
     name: str
@@ -195,15 +194,15 @@ def write_distributed(
 ) -> None:
     """Writes a distributed checkpoint's tensors and index, one chunk in memory at a time.
 
-    The same chunks give the same bytes; torch's own writer adds a random id and the folder's path.
+    Equal chunks give equal bytes; torch's writer would add a random id and the folder's path.
 
     Args:
         folder: An existing folder.
-        chunks: All pieces of all tensors, written in this order.
-        objects: Names and bytes of stored objects that are no tensors.
+        chunks: All chunks of all tensors, in the order in which they are written.
+        objects: Bytes of stored objects that are not tensors, by name.
 
     Raises:
-        UserError: What making a chunk raised.
+        UserError: Creating a chunk failed.
         OSError: The disk is full or not writable.
     """
     plan: Plan = {"file": "__0_0.distcp", "tensors": [], "objects": []}

@@ -1,17 +1,8 @@
-"""A Hugging Face LLaMA folder as a checkpoint that training loads at any parallel layout.
+"""Imports a Hugging Face LLaMA folder as a checkpoint that training loads at any parallel layout.
 
-In: a folder with config.json and weights; for a larger vocabulary, its tokenizer and how new rows
-begin. Out: a run's folder with iteration 0 in megatron-core's distributed format, from which
-``--load CKPT --finetune`` starts. One process; memory holds one tensor.
-
-Whether a Hugging Face folder holds the tensors that its config.json promises.
-
-In: the folder's headers and the model's shape. Out: nothing, or what does not fit, by name.
-
-Writes a run folder that holds a model before its first iteration.
-
-In: what makes each tensor, the model's shape, the tokenizer. Out: ``iter_0000000`` in
-megatron-core's distributed format, with the files that a run finds beside its weights.
+The result is a run's folder with iteration 0 in megatron-core's distributed format, from which
+``--load CKPT --finetune`` starts, optionally with a larger vocabulary. One process converts the
+model, with one tensor in memory at a time.
 """
 
 import io
@@ -49,49 +40,12 @@ from megatron_chatflow.tokenizer.small_files import (
     write_small_files,
 )
 
-# Buffers that older transformers stored and that follow from the configuration.
+logger = logging.getLogger(__name__)
+
+# Buffers that older versions of transformers stored and that follow from the configuration.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _TIED = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-
-
-def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
-    """Compares a folder's tensors with what config.json promises.
-
-    Raises:
-        UserError: A tensor is missing or quantised, has another shape, or is none of a LLaMA's.
-    """
-    expected = huggingface_shapes(shape)
-    missing = [name for name in expected if name not in weights.files]
-    if missing:
-        raise UserError(
-            f"{weights.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
-        )
-    for name, size in expected.items():
-        weights.dtype(name)  # refuses what is quantised
-        if weights.shape(name) != size:
-            raise UserError(
-                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
-                f"makes it {list(size)}; the two belong to different models"
-            )
-    for name in weights.files:
-        if name in expected or name.endswith(_DERIVED_SUFFIXES):
-            continue
-        if name == _TIED and _is_embedding(weights, name):
-            continue  # tied, and stored all the same
-        raise UserError(
-            f"{weights.files[name]}: {name} is no tensor of this LLaMA; config.json leaves it out"
-        )
-
-
-def _is_embedding(weights: HuggingFaceWeights, name: str) -> bool:
-    """Whether a tensor holds the embedding's values; refuses what is quantised."""
-    is_alike = weights.dtype(name) == weights.dtype(_EMBEDDING) and (
-        weights.shape(name) == weights.shape(_EMBEDDING)
-    )
-    return is_alike and torch.equal(weights.read(name), weights.read(_EMBEDDING))
-
-
 # Rows of the vocabulary are padded to a multiple of this, the default of --make-vocab-size-
 # divisible-by; a run with another multiple loads the same rows.
 VOCAB_MULTIPLE = 128
@@ -103,8 +57,153 @@ LINEARS = (
     "mlp.linear_fc2",
 )
 
-# Rows, and what gives them.
-Piece = tuple[int, Callable[[], torch.Tensor]]
+RowBlock = tuple[int, Callable[[], torch.Tensor]]
+"""A number of rows, and a function that creates them."""
+
+Read = Callable[[str], torch.Tensor]
+
+
+def import_huggingface(
+    source: Path,
+    output: Path,
+    *,
+    dtype: str | None = None,
+    resize: Resize | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Writes a Hugging Face folder's model as a checkpoint.
+
+    Args:
+        source: The Hugging Face folder.
+        output: The new run's folder, which appears when it is complete.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps the stored one.
+        resize: A larger vocabulary, if any.
+        overwrite: Whether an existing checkpoint folder of that name is replaced.
+
+    Raises:
+        UserError: The folder does not hold a LLaMA, or is damaged or incomplete, or the checkpoint
+            cannot be written.
+    """
+    check_new_folder(output, overwrite=overwrite, mark=LATEST)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; name a Hugging Face model folder")
+    shape = shape_of_huggingface(source)
+    weights = HuggingFaceWeights(source)
+    check_weights(weights, shape)
+    files = read_model_files(source)
+    tokenizer = huggingface_tokenizer(source)
+    if tokenizer is None:
+        logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
+    elif tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding "
+            f"{shape.vocab_size} rows; give the folder its own tokenizer"
+        )
+    # A tensor over all layers has one dtype, so a folder with several dtypes becomes fp32.
+    stored = {weights.dtype(name) for name in huggingface_shapes(shape)}
+    narrow = stored.pop() if len(stored) == 1 else torch.float32
+    target = narrow if dtype is None else DTYPES[dtype]
+    read: Read = weights.read
+    if resize is not None:
+        if tokenizer is None:
+            raise UserError(
+                f"{source}: has no tokenizer that a larger one could extend; add its tokenizer"
+            )
+        read, shape = _grown(read, shape, tokenizer, resize)
+        tokenizer = resize.tokenizer
+        files = replace_tokenizer(files, tokenizer)
+    chunks = _chunks(shape, target, read)
+    num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(shape).values())
+    num_bytes = num_parameters * target.itemsize
+    with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
+        write_checkpoint(folder, chunks, shape, tokenizer, files)
+    return Converted(output, len(huggingface_shapes(shape)), num_bytes, num_parameters)
+
+
+def _grown(
+    read: Read, shape: LlamaShape, tokenizer: Tokenizer, resize: Resize
+) -> tuple[Read, LlamaShape]:
+    """Returns a function that reads the model with the larger vocabulary, and its shape."""
+    growth = vocabulary_growth(tokenizer, resize.tokenizer, shape.vocab_size)
+
+    def read_grown(name: str) -> torch.Tensor:
+        return grow_tensor(name, read(name), growth, resize)
+
+    return read_grown, replace(shape, vocab_size=growth.num_rows)
+
+
+def _chunks(shape: LlamaShape, dtype: torch.dtype, read: Read) -> list[ChunkToWrite]:
+    bar = tqdm(total=len(huggingface_shapes(shape)), unit="tensor", desc="import", disable=None)
+
+    def read_counted(name: str) -> torch.Tensor:
+        bar.update()
+        return read(name)
+
+    return [
+        chunk
+        for rule, layer in placements(shape)
+        for chunk in stored_chunks(
+            rule, layer, shape, dtype, _row_blocks(rule, layer, shape, read_counted)
+        )
+    ]
+
+
+def _row_blocks(
+    rule: WeightRule, layer: int | None, shape: LlamaShape, read: Read
+) -> list[RowBlock]:
+    """Returns the rows of a megatron-core tensor, in blocks that can be read separately."""
+    names = [part.name.format(layer=layer) for part in rule.parts]
+    if rule.join is Join.QUERY_GROUPS:
+        return [(rule.shape(shape)[0], lambda: join(rule, shape, [read(name) for name in names]))]
+    return [
+        (part.shape(shape)[0], partial(read, name))
+        for part, name in zip(rule.parts, names, strict=True)
+    ]
+
+
+def huggingface_tokenizer(source: Path) -> Tokenizer | None:
+    """Loads the tokenizer of a folder or file; None if a folder has none."""
+    names = ("tokenizer.model", "tokenizer.json")
+    if source.is_dir() and not any((source / name).is_file() for name in names):
+        return None
+    return load_tokenizer(source)
+
+
+def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
+    """Checks that a folder holds exactly the tensors that its config.json describes.
+
+    Raises:
+        UserError: A tensor is missing, quantized, of another shape, or unknown.
+    """
+    expected = huggingface_shapes(shape)
+    missing = [name for name in expected if name not in weights.files]
+    if missing:
+        raise UserError(
+            f"{weights.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
+        )
+    for name, size in expected.items():
+        weights.dtype(name)  # refuses quantized tensors
+        if weights.shape(name) != size:
+            raise UserError(
+                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
+                f"makes it {list(size)}; the two belong to different models"
+            )
+    for name in weights.files:
+        if name in expected or name.endswith(_DERIVED_SUFFIXES):
+            continue
+        if name == _TIED and _is_embedding(weights, name):
+            continue  # tied, but stored nevertheless
+        raise UserError(
+            f"{weights.files[name]}: {name} is not a tensor of the LLaMA that config.json describes"
+        )
+
+
+def _is_embedding(weights: HuggingFaceWeights, name: str) -> bool:
+    """Returns whether a tensor equals the embedding; refuses quantized tensors."""
+    is_alike = weights.dtype(name) == weights.dtype(_EMBEDDING) and (
+        weights.shape(name) == weights.shape(_EMBEDDING)
+    )
+    return is_alike and torch.equal(weights.read(name), weights.read(_EMBEDDING))
 
 
 def write_checkpoint(
@@ -114,17 +213,17 @@ def write_checkpoint(
     tokenizer: Tokenizer | None,
     files: Mapping[str, bytes],
 ) -> None:
-    """Writes a run folder that holds iteration 0.
+    """Writes a run's folder with a checkpoint of iteration 0.
 
     Args:
         folder: An existing folder.
         chunks: The model's tensors.
         shape: The model's shape.
-        tokenizer: Recorded for the run, if there is one.
+        tokenizer: The tokenizer to record, if there is one.
         files: The base model's small files, which the checkpoint carries.
 
     Raises:
-        UserError: What making a chunk raised.
+        UserError: Creating a chunk failed.
         OSError: The disk is full or not writable.
     """
     checkpoint = iteration_folder(folder, 0)
@@ -154,25 +253,25 @@ def stored_chunks(
     layer: int | None,
     shape: LlamaShape,
     dtype: torch.dtype,
-    pieces: Sequence[Piece],
+    blocks: Sequence[RowBlock],
 ) -> list[ChunkToWrite]:
-    """How a tensor is stored: each piece a chunk, then padding rows of the vocabulary as zeros.
+    """Returns the chunks of a tensor: one for each block of rows, and one for padding rows.
 
     Args:
-        rule: Which tensor.
-        layer: Its layer, or None.
+        rule: The tensor's rule.
+        layer: The tensor's layer, or None.
         shape: The model's shape.
-        dtype: Stored dtype.
-        pieces: The tensor's rows from top to bottom.
+        dtype: The stored dtype.
+        blocks: The tensor's rows from top to bottom.
     """
     rows, *columns = rule.shape(shape)
     padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if rule.has_vocabulary_rows else rows
-    assert sum(count for count, _ in pieces) == rows, f"{rule.megatron} has other rows"
+    assert sum(count for count, _ in blocks) == rows, f"{rule.megatron} has other rows"
     if padded > rows:
         size = (padded - rows, *columns)
-        pieces = [*pieces, (padded - rows, lambda: torch.zeros(size))]
+        blocks = [*blocks, (padded - rows, lambda: torch.zeros(size))]
     chunks, first = [], 0
-    for count, make in pieces:
+    for count, make in blocks:
         chunks.append(_chunk(rule, layer, shape, dtype, (padded, *columns), first, count, make))
         first += count
     return chunks
@@ -202,7 +301,7 @@ def _chunk(
 
 
 def _empty_objects(num_layers: int) -> dict[str, bytes]:
-    """What megatron-core's linears expect beside their weights."""
+    """Returns the objects that megatron-core's linears load beside their weights."""
     buffer = io.BytesIO()
     torch.save([None], buffer)
     return {
@@ -213,7 +312,7 @@ def _empty_objects(num_layers: int) -> dict[str, bytes]:
 
 
 def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A run's state before its first iteration, of which ``--finetune`` reads the model alone."""
+    """Returns a run's state before its first iteration; ``--finetune`` only reads the model."""
     return {
         "iteration": 0,
         "consumed_samples": 0,
@@ -229,110 +328,3 @@ def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
         },
         "model": shape.recorded(),
     }
-
-
-logger = logging.getLogger(__name__)
-
-Read = Callable[[str], torch.Tensor]
-
-
-def import_huggingface(
-    source: Path,
-    output: Path,
-    *,
-    dtype: str | None = None,
-    resize: Resize | None = None,
-    overwrite: bool = False,
-) -> Converted:
-    """Writes a Hugging Face folder's model as a checkpoint.
-
-    Args:
-        source: The Hugging Face folder.
-        output: The new run folder; it appears when it is complete.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps each tensor's own.
-        resize: A larger vocabulary for the model.
-        overwrite: Whether an earlier checkpoint folder of that name is replaced.
-
-    Raises:
-        UserError: The folder is no LLaMA, or is damaged or incomplete, or the checkpoint cannot be
-            written.
-    """
-    check_new_folder(output, overwrite=overwrite, mark=LATEST)
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; name a Hugging Face model folder")
-    shape = shape_of_huggingface(source)
-    weights = HuggingFaceWeights(source)
-    check_weights(weights, shape)
-    files = read_model_files(source)
-    tokenizer = huggingface_tokenizer(source)
-    if tokenizer is None:
-        logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
-    elif tokenizer.vocab_size > shape.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding "
-            f"{shape.vocab_size} rows; give the folder its own tokenizer"
-        )
-    # A tensor over all layers has one dtype, so a folder of mixed ones takes the widest.
-    stored = {weights.dtype(name) for name in huggingface_shapes(shape)}
-    narrow = stored.pop() if len(stored) == 1 else torch.float32
-    target = narrow if dtype is None else DTYPES[dtype]
-    read: Read = weights.read
-    if resize is not None:
-        if tokenizer is None:
-            raise UserError(f"{source}: has no tokenizer, from which a larger one could go on")
-        read, shape = _grown(read, shape, tokenizer, resize)
-        tokenizer = resize.tokenizer
-        files = replace_tokenizer(files, tokenizer)
-    chunks = _chunks(shape, target, read)
-    num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(shape).values())
-    num_bytes = num_parameters * target.itemsize
-    with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
-        write_checkpoint(folder, chunks, shape, tokenizer, files)
-    return Converted(output, len(huggingface_shapes(shape)), num_bytes, num_parameters)
-
-
-def _grown(
-    read: Read, shape: LlamaShape, tokenizer: Tokenizer, resize: Resize
-) -> tuple[Read, LlamaShape]:
-    """A way to read the model with the larger vocabulary, and its shape."""
-    growth = vocabulary_growth(tokenizer, resize.tokenizer, shape.vocab_size)
-
-    def read_grown(name: str) -> torch.Tensor:
-        return grow_tensor(name, read(name), growth, resize)
-
-    return read_grown, replace(shape, vocab_size=growth.num_rows)
-
-
-def _chunks(shape: LlamaShape, dtype: torch.dtype, read: Read) -> list[ChunkToWrite]:
-    bar = tqdm(total=len(huggingface_shapes(shape)), unit="tensor", desc="import", disable=None)
-
-    def read_counted(name: str) -> torch.Tensor:
-        bar.update()
-        return read(name)
-
-    return [
-        chunk
-        for rule, layer in placements(shape)
-        for chunk in stored_chunks(
-            rule, layer, shape, dtype, _pieces(rule, layer, shape, read_counted)
-        )
-    ]
-
-
-def _pieces(rule: WeightRule, layer: int | None, shape: LlamaShape, read: Read) -> list[Piece]:
-    """Rows of a megatron-core tensor; those that lie below each other are read one by one."""
-    names = [part.name.format(layer=layer) for part in rule.parts]
-    if rule.join is Join.QUERY_GROUPS:
-        return [(rule.shape(shape)[0], lambda: join(rule, shape, [read(name) for name in names]))]
-    return [
-        (part.shape(shape)[0], partial(read, name))
-        for part, name in zip(rule.parts, names, strict=True)
-    ]
-
-
-def huggingface_tokenizer(source: Path) -> Tokenizer | None:
-    """A folder's or file's tokenizer; None where a folder has none."""
-    names = ("tokenizer.model", "tokenizer.json")
-    if source.is_dir() and not any((source / name).is_file() for name in names):
-        return None
-    return load_tokenizer(source)

@@ -1,13 +1,14 @@
-"""A checkpoint read as if it had been saved with a larger vocabulary.
+"""Reads a checkpoint as if it had been saved with a larger vocabulary.
 
-In: a checkpoint's folder, and what the vocabulary grew by. Out: for every stored tensor whose rows
-are pieces, the tensor with rows for the new ones; all else as it lies there. Each grown tensor is
-made of the whole stored one, so that it is the same at every parallel layout.
+Stored tensors with one row for each vocabulary entry get rows for the new entries; all other
+tensors are read unchanged. Each grown tensor is made from the whole stored tensor, so that it is
+the same at every parallel layout.
 
-Weights and the optimizer's fp32 master weights get rows by the chosen init, both from the master
-weights where there are any. The optimizer's first moment of a new row is 0. Its second moment is
-the mean of the old rows', so that new rows begin with steps of the size that the others take; with
-0 there, a step early in the decay window would be larger by up to (1 - beta1) / sqrt(1 - beta2).
+Rows of weights and of the optimizer's fp32 master weights are initialized by the chosen method,
+both from the master weights if there are any. The optimizer's first moment of a new row is 0. Its
+second moment is the mean over the old rows, so that the first updates of new rows are as large as
+those of old ones; with 0, an update early in the decay window would be larger by up to (1 - beta1)
+/ sqrt(1 - beta2).
 """
 
 from pathlib import Path
@@ -30,7 +31,7 @@ from megatron_chatflow.convert.vocabulary import GrownVocabulary, grow_tensor
 from megatron_chatflow.convert.weight_map import LLAMA_RULES
 from megatron_chatflow.errors import UserError
 
-# Names of the tensors whose rows are pieces, and Hugging Face's names of them.
+# megatron-core's and Hugging Face's names of the tensors with one row for each vocabulary entry.
 _VOCABULARY = {
     rule.megatron: rule.parts[0].name for rule in LLAMA_RULES if rule.has_vocabulary_rows
 }
@@ -39,15 +40,15 @@ _SECOND_MOMENT = "optimizer.state.exp_avg_sq."
 
 
 class GrownReader(SafeReader):
-    """torch's reader of a checkpoint, with an index that is not trusted and grown vocabularies."""
+    """A `SafeReader` that grows tensors of the vocabulary."""
 
     def __init__(self, folder: Path, grown: GrownVocabulary, num_rows: int) -> None:
         """Opens a checkpoint.
 
         Args:
             folder: An ``iter_`` folder.
-            grown: What the vocabulary grew by.
-            num_rows: Rows of the model that is loaded, padding included.
+            grown: The larger vocabulary.
+            num_rows: Rows of the model that loads the checkpoint, including padding.
         """
         super().__init__(folder)
         self._folder = folder
@@ -55,7 +56,7 @@ class GrownReader(SafeReader):
         self._num_rows = num_rows
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The index, in which vocabularies have the new number of rows."""
+        """Returns the index with the new number of vocabulary rows."""
         index = read_index(self._folder)
         for name, entry in index.state_dict_metadata.items():
             if _vocabulary_tensor(name) is not None and isinstance(entry, TensorStorageMetadata):
@@ -68,7 +69,7 @@ class GrownReader(SafeReader):
         return index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Reads what a plan asks for, one grown tensor in memory at a time."""
+        """Reads the items of a plan, with one grown tensor in memory at a time."""
         stored = [item for item in plan.items if _vocabulary_tensor(item.storage_index.fqn) is None]
         done = super().read_data(LoadPlan(stored, plan.storage_data, plan.planner_data), planner)
         reader = DistributedReader(self._folder)
@@ -90,10 +91,10 @@ class GrownReader(SafeReader):
         return done
 
     def _grow(self, reader: DistributedReader, name: str) -> torch.Tensor:
-        """A stored tensor with rows for new pieces, then padding rows of zeros."""
+        """Returns a stored tensor with rows for new entries, then padding rows of zeros."""
         prefix, megatron = _vocabulary_tensor(name) or ("", name)
         growth = self._grown.growth
-        # New rows of weights and master weights are the same numbers, rounded for the weights.
+        # New rows of weights are the rounded new rows of master weights.
         masters = [m + megatron for m in MASTER_PREFIXES if m + megatron in reader.tensors]
         is_weight = prefix in ("", *MASTER_PREFIXES)
         source = masters[0] if is_weight and masters else name
@@ -112,16 +113,16 @@ class GrownReader(SafeReader):
             self._num_rows, *made.shape[1:], dtype=reader.tensors[name].properties.dtype
         )
         whole[: len(made)] = made
-        if source != name:  # the old rows stay the stored bits, whatever the master weights say
+        if source != name:  # old rows keep their stored bits, whatever the master weights are
             known = reader.read_whole(name)[: growth.num_old]
             whole[: growth.num_old] = known
         return whole
 
     def _check_rows(self, reader: DistributedReader, source: str, name: str) -> None:
-        """Compares stored tensors with the vocabulary that the checkpoint had.
+        """Checks that stored tensors fit the vocabulary that the checkpoint had.
 
         Raises:
-            UserError: One has too few rows, rows of another length, or no floating-point numbers.
+            UserError: A tensor has too few rows, rows of another length, or an integer dtype.
         """
         row = reader.tensors[name].size[1:]
         for stored in (source, name):
@@ -134,13 +135,13 @@ class GrownReader(SafeReader):
                 )
             if not entry.properties.dtype.is_floating_point:
                 raise UserError(
-                    f"{self._folder}: {stored} is {entry.properties.dtype} and no floating-point "
+                    f"{self._folder}: {stored} is {entry.properties.dtype}, not a floating-point "
                     "tensor; load another checkpoint"
                 )
 
 
 def _vocabulary_tensor(name: str) -> tuple[str, str] | None:
-    """Prefix and megatron-core's name of a tensor whose rows are pieces; None for any other."""
+    """Returns prefix and megatron-core's name of a vocabulary tensor; None for any other."""
     for prefix in ("", *MASTER_PREFIXES, _FIRST_MOMENT, _SECOND_MOMENT):
         if name.startswith(prefix) and name[len(prefix) :] in _VOCABULARY:
             return prefix, name[len(prefix) :]

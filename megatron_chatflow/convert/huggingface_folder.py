@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder: the folder itself, or a temporary export of a checkpoint."""
+"""Provides any model as a Hugging Face folder, exporting a checkpoint to a temporary folder."""
 
 import logging
 import signal
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _leaving_on_sigterm() -> Iterator[None]:
-    """Has SIGTERM end the program as an error would, so that what is temporary is removed."""
+    """Turns SIGTERM into an exception, so that temporary folders are removed."""
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
     try:
         previous = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread, which alone may say so
+    except ValueError:  # only the main thread may install a handler
         yield
         return
     try:
@@ -45,10 +45,10 @@ def _leaving_on_sigterm() -> Iterator[None]:
 
 
 def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> None:
-    """Makes a folder of links to a model's files, with another tokenizer or chat template.
+    """Creates a folder of links to a model's weights, with another tokenizer or chat template.
 
     Raises:
-        UserError: The tokenizer has ids that the model has not, or something cannot be read.
+        UserError: The tokenizer has more ids than the model has rows, or a file cannot be read.
     """
     files = read_model_files(path)
     if choice.model is not None:
@@ -56,7 +56,7 @@ def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> N
         num_rows = read_huggingface_config(path).get("vocab_size")
         if isinstance(num_rows, int) and tokenizer.vocab_size > num_rows:
             raise UserError(
-                f"{choice.model}: has {tokenizer.vocab_size} ids and the model {num_rows}; "
+                f"{choice.model}: has {tokenizer.vocab_size} ids and the model {num_rows} rows; "
                 f"{choice.advice}"
             )
         files = replace_tokenizer(files, tokenizer)
@@ -70,14 +70,14 @@ def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> N
 
 @contextmanager
 def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Iterator[Path]:
-    """The Hugging Face folder of a model, exported for the time of the block where it is not one.
+    """Yields the Hugging Face folder of a model; a checkpoint is exported until the block ends.
 
     Args:
         path: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
-        choice: Tokenizer and chat template instead of the folder's or the run's own.
+        choice: A tokenizer and chat template to replace those of the folder or the run.
 
     Raises:
-        UserError: It is neither, or the choice does not fit the model.
+        UserError: The path holds no model, or the choice does not fit the model.
     """
     if (path / "config.json").is_file():
         if choice is None or (choice.model is None and choice.chat_template is None):
@@ -93,7 +93,7 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
         return
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a Hugging Face folder or a run")
-    # Distributed checkpoints take seconds to import, which a Hugging Face folder need not wait for.
+    # Importing megatron-core takes seconds, which a Hugging Face folder does not need.
     from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
     with (

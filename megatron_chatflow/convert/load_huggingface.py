@@ -1,8 +1,8 @@
-"""A model's weights straight from a Hugging Face folder, at any parallel layout.
+"""Loads weights from a Hugging Face folder directly into a model, at any parallel layout.
 
-Every process reads the rows and columns that it holds, one tensor at a time, and nothing else; for
-a larger vocabulary it reads the whole tensors of the vocabulary, one after the other. A bf16 model
-gets rounded weights, and its optimizer's fp32 master weights the folder's own.
+Every process reads only the rows and columns that it holds, one tensor at a time. For a larger
+vocabulary it reads the whole tensors of the vocabulary, one after the other. A bf16 model gets
+rounded weights, and its optimizer's fp32 master weights get the folder's values.
 """
 
 import re
@@ -33,17 +33,17 @@ def load_huggingface(
     grown: GrownVocabulary | None = None,
     optimizer: Any = None,
 ) -> None:
-    """Fills this process's part of the model.
+    """Loads this process's part of the model.
 
     Args:
         folder: A Hugging Face folder whose shape is the model's.
         chunks: Model chunks, with or without gradient buffers around them.
-        ranks: This process's place.
-        grown: A larger vocabulary that the model has.
-        optimizer: megatron-core's, whose master weights are filled as well.
+        ranks: This process's place in the job.
+        grown: The model's larger vocabulary, if any.
+        optimizer: megatron-core's optimizer, whose master weights are loaded as well.
 
     Raises:
-        UserError: The folder is no LLaMA, damaged or incomplete.
+        UserError: The folder does not hold a LLaMA, or is damaged or incomplete.
     """
     shape = shape_of_huggingface(folder)
     weights = HuggingFaceWeights(folder)
@@ -63,7 +63,7 @@ def load_huggingface(
                 layer = int(named[1]) if named else shard.layer
                 rule = rules.get(_LAYER.sub("decoder.layers.", shard.name))
                 if rule is None:
-                    raise UserError(f"{folder}: has nothing for the model's {shard.name}")
+                    raise UserError(f"{folder}: has no weights for the model's {shard.name}")
                 part = _read(weights, shape, rule, layer, shard, grown)
                 shard.data.copy_(part)
                 if shard.parameter in masters:
@@ -84,7 +84,7 @@ def _read(
     shard: megatron.LocalShard,
     grown: GrownVocabulary | None,
 ) -> torch.Tensor:
-    """What a shard holds, in the folder's dtype; rows behind the vocabulary are zeros."""
+    """Reads a shard in the folder's dtype; padding rows of the vocabulary are zeros."""
     names = [part.name.format(layer=layer) for part in rule.parts]
     first, last = shard.begin[0], shard.begin[0] + shard.data.shape[0]
     columns = slice(None)
@@ -92,19 +92,19 @@ def _read(
         columns = slice(shard.begin[1], shard.begin[1] + shard.data.shape[1])
     if rule.has_vocabulary_rows and grown is not None:
         whole = grow_tensor(names[0], weights.read(names[0]), grown.growth, grown.resize)
-        pieces = [whole[first:last, columns]]
+        blocks = [whole[first:last, columns]]
     else:
-        pieces = []
+        blocks = []
         at = 0
         for number, begin, count in segments(rule, shape):
             low, high = max(first, at), min(last, at + count)
             if low < high:
                 rows = slice(begin + low - at, begin + high - at)
-                pieces.append(weights.read(names[number], rows, columns))
+                blocks.append(weights.read(names[number], rows, columns))
             at += count
-    num_rows = sum(len(piece) for piece in pieces)
+    num_rows = sum(map(len, blocks))
     if rule.has_vocabulary_rows and num_rows < last - first:
         width = shard.data.shape[1]
-        pieces.append(torch.zeros(last - first - num_rows, width, device="cpu"))
-    assert sum(map(len, pieces)) == last - first, f"{shard.name} has other rows"
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        blocks.append(torch.zeros(last - first - num_rows, width, device="cpu"))
+    assert sum(map(len, blocks)) == last - first, f"{shard.name} has other rows"
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]

@@ -1,8 +1,8 @@
-"""A training checkpoint with a larger vocabulary.
+"""Converts a checkpoint to one with a larger vocabulary.
 
-In: a checkpoint of any parallel layout, and a tokenizer that goes on from its own. Out: a run's
-folder with iteration 0 that holds the same weights and rows for the new pieces, from which
-``--load CKPT --finetune`` starts. One process; memory holds one tensor.
+The checkpoint may have any parallel layout. The result is a run's folder with iteration 0 that
+holds the same weights and rows for the new pieces, from which ``--load CKPT --finetune`` starts.
+One process converts the model, with one tensor in memory at a time.
 """
 
 from dataclasses import replace
@@ -44,14 +44,14 @@ def resize_checkpoint(
 
     Args:
         checkpoint: A run's folder, or one of its ``iter_`` folders.
-        output: The new run folder; it appears when it is complete.
+        output: The new run's folder, which appears when it is complete.
         resize: The larger vocabulary.
-        old_tokenizer: Where the run's tokenizer lies now; None takes the configuration's path.
-        overwrite: Whether an earlier checkpoint folder of that name is replaced.
+        old_tokenizer: The run's tokenizer; None uses the configuration's path.
+        overwrite: Whether an existing checkpoint folder of that name is replaced.
 
     Raises:
-        UserError: The checkpoint is damaged, the tokenizer does not go on from the run's, or the
-            new one cannot be written.
+        UserError: The checkpoint is damaged, the tokenizer does not extend the run's, or the new
+            checkpoint cannot be written.
     """
     check_new_folder(output, overwrite=overwrite, mark=LATEST)
     checkpoint = find_checkpoint(checkpoint)

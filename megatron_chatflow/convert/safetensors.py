@@ -1,18 +1,22 @@
-"""Hugging Face weight files: read tensor by tensor, and written so.
+"""Reads Hugging Face weight files tensor by tensor, and writes safetensors files in the same way.
 
-In: a folder with safetensors shards, one safetensors file, or `.bin` files. Out: tensors by name;
-or new shards with their index, of which one tensor at a time is in memory. The format (an 8-byte
-header length, a JSON header, raw values) is documented at https://github.com/huggingface/safetensors
+Reading supports a folder with safetensors shards, one safetensors file, or `.bin` files. The
+safetensors library reads tensors and slices of them from a mapped file. The header is validated
+here first, so that a damaged file is refused with a message that names the tensor. Writing is also
+done here, because the library's writer takes all tensors of a file at once, while conversion holds
+one in memory. The format is documented at https://github.com/huggingface/safetensors
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from megatron_chatflow.checkpoint.reader import tensor_fault
+from megatron_chatflow.checkpoint.reader import first_line, tensor_fault
 from megatron_chatflow.errors import UserError
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -24,19 +28,19 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 class SafetensorsFile:
-    """One safetensors file, read and not mapped, so that memory holds no more than is asked for.
+    """One safetensors file.
 
     Attributes:
-        entries: Tensor name to the header's ``dtype``, ``shape`` and ``data_offsets``.
+        entries: The header's ``dtype``, ``shape`` and ``data_offsets`` by tensor name.
     """
 
     entries: dict[str, dict[str, Any]]
 
     def __init__(self, path: Path) -> None:
-        """Reads the header.
+        """Reads and validates the header.
 
         Raises:
-            UserError: The file is cut short or no safetensors file.
+            UserError: The file is truncated or not a safetensors file.
         """
         self.path = path
         try:
@@ -50,8 +54,8 @@ class SafetensorsFile:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError):
             raise UserError(
-                f"{path}: is damaged, or no safetensors file (its header cannot be read); fetch it "
-                "again"
+                f"{path}: is damaged, or not a safetensors file (its header cannot be read); fetch "
+                "it again"
             ) from None
         entries: dict[str, Any] = header if isinstance(header, dict) else {"": None}
         metadata = entries.get("__metadata__")
@@ -59,7 +63,7 @@ class SafetensorsFile:
             isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
         ):
             raise UserError(
-                f"{path}: is damaged at __metadata__ (no object of texts); fetch it again"
+                f"{path}: is damaged at __metadata__ (not an object of strings); fetch it again"
             )
         self.entries = {name: entries[name] for name in entries if name != "__metadata__"}
         for name, entry in self.entries.items():
@@ -72,73 +76,54 @@ class SafetensorsFile:
         if place is not None:
             raise UserError(
                 f"{path}: is damaged at {place} (values overlap or belong to no tensor); fetch it "
-                "again"
+                "it again"
             )
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
-        """Reads a tensor of a known dtype, or a part of it and no more than that part.
+        """Reads a tensor, or some of its rows and columns.
 
         Args:
-            name: Which tensor, of one or two axes.
-            rows: Part of the first axis.
-            columns: Part of the second one.
+            name: The tensor, of one or two axes and a known dtype.
+            rows: The slice of the first axis.
+            columns: The slice of the second axis.
 
         Raises:
             UserError: The file cannot be read.
         """
-        entry = self.entries[name]
-        dtype = _TORCH_DTYPES[entry["dtype"]]
-        shape: list[int] = entry["shape"]
-        width = _num_values(tuple(shape[1:])) * dtype.itemsize
-        begin, _ = entry["data_offsets"]
-        first, last, _ = rows.indices(shape[0])
-        left, right, _ = columns.indices(shape[1] if len(shape) > 1 else 1)
-        is_whole = len(shape) == 1 or right - left == shape[1]
-        tensor = torch.empty(
-            [last - first, *([] if len(shape) == 1 else [right - left])], dtype=dtype
-        )
-        # Whole rows lie behind each other; of parts of rows, each is read on its own.
-        places = [first * width]
-        if not is_whole:
-            places = [row * width + left * dtype.itemsize for row in range(first, last)]
-        target = tensor.view(-1).view(torch.uint8).numpy().data
-        size = len(target) // max(len(places), 1)
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                for number, place in enumerate(places):
-                    file.seek(self._begin + begin + place)
-                    part = target[number * size : (number + 1) * size]
-                    while len(part) and (count := file.readinto(part)):
-                        part = part[count:]  # one call reads at most 2 GiB
-                    if len(part):
-                        raise UserError(f"{self.path}: is damaged at {name}; fetch it again")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            with safe_open(self.path, framework="pt") as file:
+                part = file.get_slice(name)
+                is_vector = len(self.entries[name]["shape"]) == 1
+                tensor: torch.Tensor = part[rows] if is_vector else part[rows, columns]
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{self.path}: is damaged at {name} ({first_line(error)}); fetch it again"
+            ) from None
         return tensor
 
 
 def _fault(entry: Any, num_bytes: int) -> str | None:
-    """What is wrong with a header's entry: its form, or that its values are not in the file."""
+    """Returns why a header's entry is invalid; None if it is valid."""
     keys = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or any(key not in entry for key in keys):
-        return "no entry of a tensor"
+        return "not the entry of a tensor"
     dtype, shape, offsets = (entry[key] for key in keys)
     if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets)):
-        return "no entry of a tensor"
+        return "not the entry of a tensor"
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= num_bytes:
         return "values are missing at the file's end"
     known = _TORCH_DTYPES.get(dtype)
-    if known and offsets[1] - offsets[0] != _num_values(tuple(shape)) * known.itemsize:
-        return "its shape is not that of its values"
+    if known and offsets[1] - offsets[0] != math.prod(shape) * known.itemsize:
+        return "its shape does not match its values"
     return None
 
 
 def _misplaced(entries: Mapping[str, Mapping[str, Any]], num_bytes: int) -> str | None:
-    """The first tensor whose values do not begin where the last one's end; None if all do.
+    """Returns the first tensor whose values do not follow those of the one before; None if all do.
 
-    The format wants every byte behind the header to be exactly one tensor's.
+    The format requires every byte after the header to belong to exactly one tensor.
     """
     end = 0
     for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
@@ -150,19 +135,19 @@ def _misplaced(entries: Mapping[str, Mapping[str, Any]], num_bytes: int) -> str 
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON file.
+    """Builds an object of a JSON file.
 
     Raises:
-        ValueError: A key is in it twice.
+        ValueError: A key occurs twice.
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return found
 
 
 def _are_counts(values: Any) -> bool:
-    """Whether these are whole numbers, none negative."""
+    """Returns whether a value is a list of non-negative integers."""
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
@@ -170,15 +155,15 @@ class HuggingFaceWeights:
     """The tensors of a Hugging Face folder.
 
     Attributes:
-        folder: Where it lies.
-        files: Tensor name to the file that holds it.
+        folder: The folder.
+        files: The file of each tensor by name.
     """
 
     def __init__(self, folder: Path) -> None:
         """Opens a folder.
 
         Raises:
-            UserError: It has no weights, or its index names files that are not there.
+            UserError: The folder has no weights, or its index names missing files.
         """
         self.folder = folder
         self._headers: dict[Path, SafetensorsFile] = {}
@@ -186,16 +171,16 @@ class HuggingFaceWeights:
         self.files = self._find_files()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Returns a tensor's shape."""
         if self._is_safe(name):
             return tuple(self._safe(self.files[name]).entries[name]["shape"])
         return tuple(self._pickled(self.files[name])[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor.
+        """Returns a tensor's dtype.
 
         Raises:
-            UserError: It is none of fp32, bf16 and fp16.
+            UserError: The dtype is not fp32, bf16 or fp16.
         """
         path = self.files[name]
         if self._is_safe(name):
@@ -205,7 +190,7 @@ class HuggingFaceWeights:
         if dtype not in _DTYPE_NAMES:
             raise UserError(
                 f"{path}: {name} is neither fp32, bf16 nor fp16; "
-                "convert a folder that is not quantised"
+                "convert a folder that is not quantized"
             )
         return dtype
 
@@ -215,7 +200,7 @@ class HuggingFaceWeights:
         """Reads a tensor, or some of its rows and columns.
 
         Raises:
-            UserError: Its file is damaged.
+            UserError: The tensor's file is damaged.
         """
         path = self.files[name]
         if self._is_safe(name):
@@ -255,7 +240,7 @@ class HuggingFaceWeights:
         found: dict[str, Path] = {}
         for path in sorted(set(files.values())):
             if path.parent != self.folder or path.name not in listed:
-                shown = repr(str(path))[1:-1]  # the name may hold anything
+                shown = repr(str(path))[1:-1]  # the name may contain anything
                 raise UserError(f"{shown}: is missing, and {index.name} names it; fetch it again")
             held = set(self._names(path))
             lost = [name for name, file in files.items() if file == path and name not in held]
@@ -268,7 +253,7 @@ class HuggingFaceWeights:
                     "folder again"
                 )
             found |= dict.fromkeys(held, path)
-        return found  # with tensors that only the files themselves name, as transformers does
+        return found  # including tensors that the index does not name, as in transformers
 
     def _names(self, path: Path) -> Iterable[str]:
         is_safe = path.suffix == ".safetensors"
@@ -283,35 +268,35 @@ class HuggingFaceWeights:
         return self._headers[path]
 
     def _pickled(self, path: Path) -> Mapping[str, torch.Tensor]:
-        """A `.bin` file, mapped and not read; nothing in it is executed."""
+        """Maps a `.bin` file without reading it; nothing in it is executed."""
         if path not in self._maps:
             try:
                 self._maps[path] = torch.load(
                     path, map_location="cpu", weights_only=True, mmap=True
                 )
-            except Exception as error:  # whatever a damaged or malicious pickle raises
+            except Exception as error:  # a damaged or malicious pickle may raise anything
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{path}: cannot be loaded safely ({reason})") from None
             loaded: Any = self._maps[path]
             fault = _pickled_fault(loaded)
             if fault is not None:
                 raise UserError(
-                    f"{path}: holds more than tensors by name ({fault}); save the model's "
+                    f"{path}: does not hold only tensors by name ({fault}); save the model's "
                     "state_dict alone"
                 )
         return self._maps[path]
 
 
 def _pickled_fault(loaded: Any) -> str | None:
-    """What a `.bin` file holds besides ordinary tensors by name; None if nothing."""
+    """Returns why a `.bin` file is not a dictionary of ordinary tensors; None if it is."""
     if not isinstance(loaded, dict):
-        return "no dictionary"
+        return "it is not a dictionary"
     for name, value in loaded.items():
         if not isinstance(name, str):
-            return "a name that is no text"
+            return "a name is not a string"
         fault = tensor_fault(value)
         if fault is not None:
-            return f"at {ascii(name)[1:-1][:200]} {fault}"
+            return f"at {ascii(name)[1:-1][:200]}: {fault}"
     return None
 
 
@@ -319,11 +304,11 @@ def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str
     """Groups tensors into files, in order.
 
     Args:
-        sizes: Tensor name to bytes.
-        max_shard_bytes: The most bytes of a file; a larger tensor has one of its own.
+        sizes: Number of bytes of each tensor by name.
+        max_shard_bytes: The largest size of a file; a larger tensor gets a file of its own.
 
     Returns:
-        Names of each file's tensors.
+        The names of each file's tensors.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -343,14 +328,14 @@ def write_shards(
     tensors: Iterable[tuple[str, torch.Tensor]],
     max_shard_bytes: int,
 ) -> list[Path]:
-    """Writes safetensors files, and their index where there are several.
+    """Writes safetensors files, and an index if there are several.
 
     Args:
         folder: An existing folder.
         shapes: Name and shape of every tensor, in the order in which `tensors` gives them.
-        dtype: Of all.
+        dtype: The dtype of all tensors.
         tensors: Names and tensors; a generator keeps one in memory at a time.
-        max_shard_bytes: The most bytes of a file.
+        max_shard_bytes: The largest size of a file in bytes.
 
     Returns:
         The files.
@@ -358,8 +343,7 @@ def write_shards(
     Raises:
         OSError: The disk is full or not writable.
     """
-    item = torch.empty(0, dtype=dtype).element_size()
-    sizes = {name: item * _num_values(shape) for name, shape in shapes.items()}
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     names = [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -390,17 +374,10 @@ def write_shards(
     return [folder / name for name in names]
 
 
-def _num_values(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
-
-
 def _header(
     shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int], dtype: torch.dtype
 ) -> bytes:
-    """The header of a safetensors file: where each tensor's values lie behind it."""
+    """Returns the header of a safetensors file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, shape in shapes.items():
@@ -411,5 +388,5 @@ def _header(
         }
         begin += sizes[name]
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers expect values to begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # values should begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text

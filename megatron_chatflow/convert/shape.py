@@ -1,8 +1,4 @@
-"""A LLaMA's shape, as a checkpoint's state and as Hugging Face's config.json state it.
-
-In: `state.json` and `config.yaml` of a checkpoint, or `config.json` of a Hugging Face folder. Out:
-a `LlamaShape`, and the other side's form of it.
-"""
+"""The shape of a LLaMA, as recorded in checkpoints and in Hugging Face's ``config.json``."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -27,7 +23,7 @@ TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """What tensors a LLaMA has and how they are used; the names are `ModelConfig`'s."""
+    """A LLaMA's shape and settings that change its output; the names are `ModelConfig`'s."""
 
     num_layers: int
     hidden_size: int
@@ -49,14 +45,14 @@ class LlamaShape:
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> "LlamaShape":
-        """The shape that a run's configuration states, with a vocabulary of ``vocab_size``."""
+        """Returns the shape of a configuration with a vocabulary of ``vocab_size``."""
         values = {field.name: getattr(model, field.name) for field in fields(cls)}
         return cls(**{**values, "vocab_size": vocab_size})
 
     def recorded(self) -> dict[str, Any]:
-        """What a checkpoint's state holds: all that changes the tensors or how they are used."""
+        """Returns what a checkpoint's state records: all that changes the model's output."""
         left_out = {"init_method_std"}
-        if self.rope_scaling_type != "dynamic":  # the one kind that begins where this ends
+        if self.rope_scaling_type != "dynamic":  # the only kind that depends on it
             left_out.add("max_position_embeddings")
         if self.rope_scaling_type is None:
             left_out |= {field.name for field in fields(self) if field.name.startswith("rope_")}
@@ -71,17 +67,17 @@ class LlamaShape:
 
     @property
     def longest(self) -> int:
-        """Tokens that the model reads at once, with what dynamic rotary scaling adds."""
+        """The longest text in tokens, including the extension by dynamic rotary scaling."""
         is_dynamic = self.rope_scaling_type == "dynamic"
         factor = self.rope_scaling_factor or 1.0 if is_dynamic else 1.0
         return int(self.max_position_embeddings * factor)
 
     def trained_at(self, length: int) -> "LlamaShape":
-        """The shape after training on samples of ``length`` tokens.
+        """Returns the shape after training on samples of ``length`` tokens.
 
-        Training under dynamic rotary scaling takes the base of its own sequence length for all
-        texts. Beyond the original length that is another model than the one before, whose form for
-        every text is the new base itself, without any scaling.
+        Under dynamic rotary scaling, training uses the base of its own sequence length for all
+        texts. Beyond the original length this is another model, which is described by the new base
+        without scaling.
         """
         if self.rope_scaling_type != "dynamic" or length <= self.max_position_embeddings:
             return self
@@ -96,19 +92,19 @@ class LlamaShape:
 
 
 def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
-    """Reads a checkpoint's model shape, as a run's configuration states it.
+    """Reads a checkpoint's model shape.
 
     Args:
         checkpoint: An ``iter_`` folder.
 
     Raises:
-        UserError: `state.json` is missing, lacks a part of the shape, or states an impossible one.
+        UserError: `state.json` is missing, or its shape is incomplete or invalid.
     """
     path = checkpoint / "state.json"
     recorded = read_state(checkpoint).get("model")
     if not isinstance(recorded, Mapping):
-        raise UserError(f"{path}: model is missing or no object; load another checkpoint")
-    # What does not change the tensors is the configuration's alone.
+        raise UserError(f"{path}: model is missing or not an object; load another checkpoint")
+    # Settings that do not change the tensors are only in the configuration.
     values = {**asdict(read_run_config(checkpoint).model), **recorded}
     known: dict[str, Any] = {
         field.name: values.get(field.name, _DEFAULTS.get(field.name)) for field in _FIELDS
@@ -131,7 +127,7 @@ def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
 
 
 def trained_shape(checkpoint: Path) -> LlamaShape:
-    """A checkpoint's model shape as Hugging Face would state it, see `LlamaShape.trained_at`."""
+    """Reads a checkpoint's model shape for export, see `LlamaShape.trained_at`."""
     length = read_run_config(checkpoint).data.seq_length
     shape = shape_of_checkpoint(checkpoint)
     return shape if length is None else shape.trained_at(length)
@@ -141,7 +137,7 @@ def shape_of_huggingface(folder: Path) -> LlamaShape:
     """Reads a Hugging Face folder's model shape.
 
     Raises:
-        UserError: It is no LLaMA, or one with parts that this model does not have.
+        UserError: The model is not a LLaMA, or has unsupported features.
     """
     return LlamaShape(**model_of_huggingface(folder))
 
@@ -149,11 +145,11 @@ def shape_of_huggingface(folder: Path) -> LlamaShape:
 def huggingface_config(
     shape: LlamaShape, dtype: torch.dtype, special_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """The config.json of a model.
+    """Returns the content of a model's config.json.
 
     Args:
         shape: The model's shape.
-        dtype: Of the exported weights.
+        dtype: The dtype of the exported weights.
         special_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
     """
     theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}

@@ -1,11 +1,9 @@
-"""Which tokenizer and chat template an exported folder carries.
+"""The small files that travel with a model: tokenizer, chat template and configurations.
 
-The small files of a base model's folder on their way through checkpoints to an export.
-
-Every checkpoint has them in its folder ``huggingface/``: those of the folder that the weights came
-from, with the tokenizer and the chat template that the run trained. An export writes them back byte
-for byte, except where what they say has changed. Checkpoints of earlier versions have no such
-folder; for them the files beside the run's tokenizer and the datasets' sidecars are read.
+Every checkpoint carries them in its folder ``huggingface/``: those of the folder that its weights
+came from, with the tokenizer and the chat template of the run. An export writes them back byte for
+byte, except where their content has changed. Checkpoints of earlier versions have no such folder;
+for them the files beside the run's tokenizer and the datasets' sidecars are read.
 """
 
 import json
@@ -50,14 +48,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer goes into an export.
+    """The choice of an export's tokenizer.
 
     Attributes:
-        model: Its file or folder; None takes the run's own.
-        chat_template: Name of a template, or a path that `read_chat_template` takes; None takes the
+        model: The tokenizer's file or folder; None uses the run's.
+        chat_template: The name of a template, or a path for `template_source`; None uses the
             run's.
-        leave_out: Export without any.
-        advice: What to do where it is not found, as the command says it that was called.
+        leave_out: Whether to export without a tokenizer.
+        advice: How to fix a missing tokenizer, for error messages of the calling command.
     """
 
     model: Path | None = None
@@ -69,17 +67,17 @@ class TokenizerChoice:
 def trained_chat_template(
     sources: Mapping[str, Iterable[str | Path]], own: str | None
 ) -> str | None:
-    """Jinja source of what a run's chats are written with, as far as their sidecars are here.
+    """Returns the Jinja source of a run's chat template, found in the sidecars of its datasets.
 
-    Chats count before translations that are written as chats. Of several templates the base
-    model's own is taken, else the first, with a warning.
+    Templates of chats take precedence over those of translations written as chats. Among several
+    templates, the base model's is used, or else the first one, with a warning.
 
     Args:
         sources: Prefixes of datasets by the source's name.
         own: The base model's template; None if it has none.
 
     Returns:
-        None where no chats are trained.
+        The template's source; None if the run has no chats.
     """
     chats: dict[str, dict[str, str]] = {}  # Jinja source to the template's name by source
     pairs: dict[str, dict[str, str]] = {}
@@ -107,7 +105,7 @@ def trained_chat_template(
 
 
 def read_carried(checkpoint: Path) -> SmallFiles | None:
-    """The small files that a checkpoint carries; None if an earlier version saved it.
+    """Reads the small files that a checkpoint carries; None if an earlier version saved it.
 
     Args:
         checkpoint: An ``iter_`` folder.
@@ -126,13 +124,13 @@ def files_of_run(
     *,
     is_huggingface: bool,
 ) -> SmallFiles:
-    """The small files that the checkpoints of a run carry.
+    """Returns the small files that the checkpoints of a run carry.
 
     Args:
-        tokenizer: The run's.
+        tokenizer: The run's tokenizer.
         sources: Prefixes of its datasets by the source's name.
-        base: The folder that its weights come from; None for fresh ones.
-        is_huggingface: Whether that is a Hugging Face folder.
+        base: The folder that its weights come from; None for new weights.
+        is_huggingface: Whether ``base`` is a Hugging Face folder.
 
     Raises:
         UserError: One of the files is damaged.
@@ -151,11 +149,11 @@ def files_of_run(
 
 
 def files_of_checkpoint(checkpoint: Path, tokenizer: Tokenizer | None = None) -> SmallFiles:
-    """The small files of a checkpoint, also of one that an earlier version saved.
+    """Returns the small files of a checkpoint, including those of earlier versions.
 
     Args:
         checkpoint: An ``iter_`` folder.
-        tokenizer: Its tokenizer, if it is known.
+        tokenizer: The checkpoint's tokenizer, if it is known.
 
     Raises:
         UserError: One of the files is damaged.
@@ -181,14 +179,14 @@ def files_of_export(
     shape: LlamaShape,
     dtype: torch.dtype,
 ) -> SmallFiles:
-    """The small files of an exported folder.
+    """Returns the small files of an exported folder.
 
     Args:
         checkpoint: An ``iter_`` folder.
-        choice: What the user asked for.
-        tokenizer: The export's; None if it has none.
-        shape: The model's.
-        dtype: Of the exported weights.
+        choice: The user's choice of tokenizer.
+        tokenizer: The export's tokenizer; None if it has none.
+        shape: The model's shape.
+        dtype: The dtype of the exported weights.
 
     Raises:
         UserError: One of the files is damaged, or there is no such chat template.
@@ -226,7 +224,7 @@ def _model_config(
     dtype: torch.dtype,
     ids: Mapping[str, int],
 ) -> bytes:
-    """config.json: the base model's, with what is no longer so."""
+    """Returns config.json: the base model's, with updated values."""
     if MODEL_CONFIG not in files:
         special = {name: ids.get(name) for name in SPECIAL_IDS} if ids else {}
         return json_bytes(huggingface_config(shape, dtype, special))

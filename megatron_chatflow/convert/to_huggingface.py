@@ -39,14 +39,14 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote.
+    """The result of a conversion.
 
     Attributes:
-        folder: Where.
-        num_tensors: Tensors.
-        num_bytes: Bytes of their values.
-        num_parameters: Values.
-        has_masters: Whether they are the optimizer's fp32 master weights.
+        folder: The folder that was written.
+        num_tensors: Number of tensors.
+        num_bytes: Number of bytes of their values.
+        num_parameters: Number of their values.
+        has_masters: Whether the values are the optimizer's fp32 master weights.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class Converted:
     has_masters: bool = False
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Returns a one-line summary."""
         return (
             f"wrote {self.folder}: {self.num_tensors} tensors, {self.num_parameters:,} parameters, "
             f"{self.num_bytes / 1e6:,.1f} MB"
@@ -65,10 +65,10 @@ class Converted:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The ``iter_`` folder that a path means: itself, or the latest of a run.
+    """Returns the ``iter_`` folder at a path: itself, or the latest one of a run.
 
     Raises:
-        UserError: There is none, or one of its small files is not as it was saved.
+        UserError: There is none, or one of its small files differs from what was saved.
     """
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
@@ -92,13 +92,13 @@ def export_checkpoint(
 
     Args:
         checkpoint: A run's folder, or one of its ``iter_`` folders.
-        output: The new folder; it appears when it is complete.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps the stored one. Another one than the
-            stored bf16 comes from the optimizer's fp32 master weights, where the checkpoint has
-            them; rounded to bf16 they are the stored weights, bit for bit.
-        tokenizer: Which tokenizer and chat template; None takes the run's.
-        max_shard_bytes: The most bytes of a safetensors file.
-        overwrite: Whether an earlier export of that name is replaced.
+        output: The new folder, which appears when it is complete.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps the stored one. If the stored dtype is
+            bf16 and another one is requested, the weights are converted from the optimizer's fp32
+            master weights, if the checkpoint has them.
+        tokenizer: The tokenizer and chat template to export; None exports the run's.
+        max_shard_bytes: The largest size of a safetensors file in bytes.
+        overwrite: Whether an existing export of that name is replaced.
 
     Raises:
         UserError: The checkpoint is damaged or of another model, the tokenizer is not the run's,
@@ -112,7 +112,7 @@ def export_checkpoint(
     stored = reader.dtype(*placements(shape)[0])
     target = stored if dtype is None else DTYPES[dtype]
     if target != stored and stored == torch.bfloat16:
-        # The weights are these, rounded: another precision than theirs rounds once and not twice.
+        # The weights are rounded master weights: converting the latter avoids rounding twice.
         reader = DistributedReader(checkpoint, masters=True)
         check_shapes(reader, shape)
     choice = tokenizer or TokenizerChoice()
@@ -128,14 +128,14 @@ def export_checkpoint(
 
 
 def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:
-    """Compares stored shapes with the model's; vocabulary rows may be padded.
+    """Checks that stored shapes are the model's; vocabulary rows may be padded.
 
     Raises:
-        UserError: A tensor is missing, or has another shape or a dtype that no weight has.
+        UserError: A tensor is missing, or has another shape or an unsupported dtype.
     """
     for rule, layer in placements(shape):
         stored, expected = reader.shape(rule, layer), rule.shape(shape)
-        reader.dtype(rule, layer)  # refuses what is no dtype of weights
+        reader.dtype(rule, layer)  # refuses unsupported dtypes
         is_padded = (
             rule.has_vocabulary_rows
             and len(stored) == len(expected)
@@ -152,12 +152,12 @@ def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:
 def read_weight(
     reader: DistributedReader, shape: LlamaShape, placement: tuple[Any, int | None]
 ) -> list[tuple[str, torch.Tensor]]:
-    """A megatron-core tensor as its Hugging Face tensors, without padding rows.
+    """Reads a megatron-core tensor as its Hugging Face tensors, without padding rows.
 
     Args:
-        reader: The checkpoint.
+        reader: The checkpoint's reader.
         shape: The model's shape.
-        placement: One of `placements`.
+        placement: Rule and layer, one of `placements`.
 
     Returns:
         Names and tensors.
@@ -171,22 +171,22 @@ def read_weight(
 
 
 def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None:
-    """The tokenizer that a checkpoint was trained with.
+    """Loads the tokenizer that a checkpoint was trained with.
 
     Args:
         checkpoint: An ``iter_`` folder.
-        choice: What the user asked for.
+        choice: The user's choice of tokenizer.
 
     Returns:
-        The tokenizer; None where it is left out or was never known.
+        The tokenizer; None if it is left out or was not recorded.
 
     Raises:
-        UserError: It cannot be found, or is another one.
+        UserError: The tokenizer cannot be found, or is not the one that was trained with.
     """
     recorded = read_state(checkpoint).get("tokenizer") or {}
     if not isinstance(recorded, Mapping):
         raise UserError(
-            f"{checkpoint / 'state.json'}: tokenizer is no object; load another checkpoint"
+            f"{checkpoint / 'state.json'}: tokenizer is not an object; load another checkpoint"
         )
     if choice.leave_out:
         return None
@@ -196,7 +196,7 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
         logger.warning("%s names no tokenizer: exporting without one", checkpoint)
         return None
     if not path.exists():
-        raise UserError(f"{path}: the run's tokenizer is not there; {choice.advice}")
+        raise UserError(f"{path}: the run's tokenizer is missing; {choice.advice}")
     tokenizer = load_tokenizer(path, str(recorded.get("type") or "auto"))
     if recorded.get("sha256") not in (None, tokenizer.fingerprint):
         raise UserError(
@@ -206,7 +206,7 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
 
 
 def _carried_tokenizer(checkpoint: Path, recorded: Mapping[str, Any]) -> Path | None:
-    """The copy of the run's tokenizer in the checkpoint itself; None if there is none."""
+    """Returns the path of the tokenizer carried by the checkpoint; None if there is none."""
     for name in ("tokenizer.model", "tokenizer.json"):
         path = checkpoint / CARRIED / name
         if path.is_file() and sha256_of(path.read_bytes()) == recorded.get("sha256"):

@@ -1,7 +1,6 @@
 """Compares a checkpoint with a Hugging Face folder: weights bit for bit, logits with transformers.
 
-In: both. Out: which tensors differ, and the largest difference of the logits in fp32. The weights
-are compared tensor by tensor; the logits need both models in memory.
+The weights are compared tensor by tensor. Comparing the logits in fp32 needs both models in memory.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from megatron_chatflow.convert.weight_map import placements
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 
-# fp32 has 24 bits; sums over a few thousand terms in another order lose a few more.
+# fp32 has 24 bits, of which sums of a few thousand terms in another order lose a few.
 TOLERANCE = 1e-4
 TEXTS = (
     "The river had risen in the night, and nobody crossed the bridge before noon.",
@@ -32,14 +31,15 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models have in common.
+    """The result of a comparison.
 
     Attributes:
-        num_tensors: Hugging Face tensors compared.
-        different: Names of those that differ in any bit.
-        largest_difference: Of any logit, over all texts, in fp32; None where not computed.
-        largest_logit: Largest magnitude of transformers' logits.
-        num_tokens: Tokens whose logits were compared.
+        num_tensors: Number of Hugging Face tensors compared.
+        different: Names of the tensors that differ in any bit.
+        largest_difference: Largest difference of the logits of all texts in fp32; None if the
+            logits were skipped.
+        largest_logit: Largest magnitude of the logits of transformers.
+        num_tokens: Number of tokens whose logits were compared.
     """
 
     num_tensors: int
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def is_same(self) -> bool:
-        """Whether all weights are equal and the logits are to rounding."""
+        """Whether all weights are equal, and the logits are equal up to rounding."""
         if self.different:
             return False
         if self.largest_difference is None or self.largest_logit is None:
@@ -66,11 +66,11 @@ def compare(
     Args:
         huggingface: A Hugging Face folder.
         checkpoint: A run's folder, or one of its ``iter_`` folders.
-        texts: What the logits are computed on.
-        weights_only: Leave the logits out.
+        texts: The texts to compute logits for.
+        weights_only: Whether to skip the logits.
 
     Raises:
-        UserError: Either is damaged, or the two are of different shapes.
+        UserError: One of them is damaged, or their shapes differ.
     """
     checkpoint = find_checkpoint(checkpoint)
     shape = trained_shape(checkpoint)
@@ -99,7 +99,7 @@ def compare(
 
 
 def largest_magnitude(tensors: Sequence[torch.Tensor]) -> float:
-    """Of any value in any of the tensors; NaN if one of them is NaN, wherever it stands."""
+    """Returns the largest magnitude in any tensor; NaN if any value is NaN."""
     return float(torch.stack([tensor.abs().max() for tensor in tensors]).max())
 
 
@@ -109,7 +109,7 @@ def compare_weights(
     """Compares every tensor in the Hugging Face folder's dtype.
 
     Returns:
-        Names of the tensors that differ, and how many there are.
+        Names of the tensors that differ, and the number of all tensors.
     """
     weights = HuggingFaceWeights(huggingface)
     check_weights(weights, shape)
@@ -126,7 +126,7 @@ def compare_weights(
 
 
 def token_ids(huggingface: Path, texts: Sequence[str], shape: LlamaShape) -> list[list[int]]:
-    """The texts' ids by the folder's tokenizer; the texts' bytes as ids where it has none."""
+    """Encodes texts with the folder's tokenizer; without a tokenizer, bytes are used as ids."""
     names = ("tokenizer.model", "tokenizer.json")
     if any((huggingface / name).is_file() for name in names):
         encoded = load_tokenizer(huggingface).encode_batch(texts)
@@ -139,7 +139,7 @@ def token_ids(huggingface: Path, texts: Sequence[str], shape: LlamaShape) -> lis
 
 
 def transformers_logits(huggingface: Path, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits of transformers' model in fp32, float32[tokens, vocab_size] for each sequence.
+    """Computes the logits of transformers in fp32, float32[tokens, vocab_size] by sequence.
 
     Raises:
         UserError: transformers is not installed.
@@ -160,7 +160,7 @@ def transformers_logits(huggingface: Path, ids: Sequence[Sequence[int]]) -> list
 def checkpoint_logits(
     checkpoint: Path, shape: LlamaShape, ids: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
-    """Logits of megatron-core's model in fp32, in this process alone.
+    """Computes the logits of megatron-core's model in fp32, in this process.
 
     Args:
         checkpoint: An ``iter_`` folder.
@@ -173,7 +173,7 @@ def checkpoint_logits(
     from megatron_chatflow.runtime.launch import device_mode, initialize, running
 
     with running(initialize()) as ranks:
-        # After `initialize`: on CPUs megatron-core has to find the replaced entry points.
+        # Imported after `initialize`, which replaces entry points for megatron-core on CPUs.
         from megatron_chatflow.checkpoint.store import load_weights
         from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
         from megatron_chatflow.model.llama import build_llama
@@ -197,7 +197,7 @@ def checkpoint_logits(
             for sequence in ids:
                 packed = pack_tokens(
                     torch.tensor([0, len(sequence)], dtype=torch.int32),
-                    # transformers takes dynamic scaling's base for each text's own length.
+                    # transformers computes the base of dynamic scaling for each text's length.
                     rotary=replace(llama.rotary, length=len(sequence)),
                     dtype=llama.dtype,
                     device=ranks.device,
@@ -210,13 +210,13 @@ def checkpoint_logits(
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal in every bit: NaN equals itself, -0 is not 0."""
+    """Returns whether tensors are equal in every bit: NaN equals itself, -0 is not 0."""
     integer = torch.int32 if one.itemsize == 4 else torch.int16
     return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
 
 
 def describe(result: Comparison) -> str:
-    """The comparison in a few lines."""
+    """Formats a comparison in a few lines."""
     lines = [f"weights: all {result.num_tensors} tensors are equal, bit for bit"]
     if result.different:
         shown = ", ".join(result.different[:3])

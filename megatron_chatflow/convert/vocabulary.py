@@ -1,8 +1,7 @@
-"""Rows for the new pieces of an extended vocabulary.
+"""Creates embedding and output rows for the new pieces of an extended vocabulary.
 
-In: the tokenizer that a model was trained with, one that goes on from it with more pieces, and the
-model's embedding or output rows. Out: rows for both. Old rows are kept bit for bit; input and
-output rows are made separately, each from its own old rows.
+Old rows are kept bit for bit. Input and output rows are created separately, each from the old rows
+of the same tensor.
 """
 
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import Tokenizer
 
 EMBEDDING_INITS: tuple[EmbeddingInit, ...] = get_args(EmbeddingInit)
-# Hugging Face's names of the tensors whose rows are pieces, each with its own draws.
+# Offsets of the seed by Hugging Face's names of the vocabulary tensors.
 _SEED_OFFSETS = {"model.embed_tokens.weight": 0, "lm_head.weight": 1}
-_BLOCK = 512  # rows made at a time, which bounds the memory of their random draws
+_BLOCK = 512  # rows created at a time, which bounds the memory of random numbers
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class Resize:
     """A larger vocabulary for a model.
 
     Attributes:
-        tokenizer: Its tokenizer, which goes on from the model's.
-        init: How rows of new pieces begin.
-        seed: Of random ones.
+        tokenizer: The new tokenizer, which extends the model's.
+        init: The initialization of rows for new pieces.
+        seed: The seed of random rows.
     """
 
     tokenizer: Tokenizer
@@ -38,12 +37,12 @@ class Resize:
 
 @dataclass(frozen=True)
 class VocabularyGrowth:
-    """What an extended vocabulary adds.
+    """The difference between an extended vocabulary and the old one.
 
     Attributes:
-        num_old: Pieces that both vocabularies share, under the same ids.
-        pieces: For each new id, the old ids that stood for its text; () where it had none.
-        num_rows: Rows of the resized model.
+        num_old: Number of pieces of the old vocabulary, which keep their ids.
+        pieces: For each new id, the old ids of its text; () if it has no text.
+        num_rows: Number of rows of the resized model.
     """
 
     num_old: int
@@ -53,12 +52,12 @@ class VocabularyGrowth:
 
 @dataclass(frozen=True)
 class GrownVocabulary:
-    """A larger vocabulary for weights that are loaded.
+    """A larger vocabulary for weights that are being loaded.
 
     Attributes:
-        growth: What is added.
-        resize: How.
-        num_old_rows: Rows that the weights have, without padding.
+        growth: The new pieces.
+        resize: The initialization of their rows.
+        num_old_rows: Number of rows of the stored weights, without padding.
     """
 
     growth: VocabularyGrowth
@@ -67,18 +66,18 @@ class GrownVocabulary:
 
 
 def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyGrowth:
-    """Finds the old pieces behind each new one.
+    """Finds the old pieces of the text of each new piece.
 
     Args:
-        old: The tokenizer of the model as it is.
-        new: One with the same pieces and more.
-        num_rows: Rows that the model has, at least one for each old piece.
+        old: The model's tokenizer.
+        new: A tokenizer with the same pieces and more.
+        num_rows: Number of rows of the model, at least one for each old piece.
 
     Returns:
-        The growth; rows without a piece stay, where the model has more than the new vocabulary.
+        The growth. A model with more rows than the new vocabulary keeps them.
 
     Raises:
-        UserError: `new` does not go on from `old`.
+        UserError: `new` does not extend `old`.
     """
     if new.vocab_size < old.vocab_size:
         raise UserError(
@@ -91,7 +90,7 @@ def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> Vocabula
                 f"{new.model_path}: id {token_id} is {new.decode([token_id])!r} and in "
                 f"{old.model_path} it is {old.decode([token_id])!r}; extend that tokenizer instead"
             )
-    # Behind another piece, so that a leading space shows: decoders drop it at a text's beginning.
+    # Decode each piece after another one, because decoders drop a leading space of a text.
     anchor = old.encode("a")[-1:]
     start = len(new.decode(anchor))
     pieces = []
@@ -105,13 +104,13 @@ def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> Vocabula
 def grow_tensor(
     name: str, tensor: torch.Tensor, growth: VocabularyGrowth, resize: Resize
 ) -> torch.Tensor:
-    """A tensor of the resized model: with rows for new pieces if its rows are pieces.
+    """Returns a tensor of the resized model; only vocabulary tensors change.
 
     Args:
-        name: Hugging Face's name of it.
-        tensor: As it was, without padding rows.
-        growth: What is added.
-        resize: How.
+        name: Hugging Face's name of the tensor.
+        tensor: The old tensor, without padding rows.
+        growth: The new pieces.
+        resize: The initialization of their rows.
     """
     offset = _SEED_OFFSETS.get(name)
     if offset is None:
@@ -126,16 +125,16 @@ def grow_rows(
 
     Args:
         rows: [old rows, hidden], of which the first `growth.num_old` belong to pieces.
-        growth: What is added.
+        growth: The new pieces.
         init: ``mean-of-pieces``: the mean of the rows of the piece's old pieces (ChatFlow, arXiv
             2405.10626); ``copy-first-piece``: the row of the first of them; ``mean``: the mean of
             all old rows; ``normal``: drawn from a normal distribution with the old rows' mean and
             covariance (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models",
             2021).
-        seed: Of the draws.
+        seed: The seed of random rows.
 
     Returns:
-        [growth.num_rows, hidden] of the same dtype; the old rows are the same bits.
+        [growth.num_rows, hidden] of the same dtype, with unchanged old rows.
     """
     grown = torch.zeros(growth.num_rows, rows.shape[1], dtype=rows.dtype)
     grown[: len(rows)] = rows
@@ -158,7 +157,7 @@ def grow_rows(
 def _from_pieces(
     known: torch.Tensor, mean: torch.Tensor, ids: Sequence[int], init: EmbeddingInit
 ) -> torch.Tensor:
-    """One row from its old pieces' rows; the mean of all where it had none."""
+    """Returns one row from the rows of its old pieces, or the mean of all rows if it has none."""
     if not ids:
         return mean
     if init == "copy-first-piece":
@@ -169,7 +168,7 @@ def _from_pieces(
 def _normal(
     known: torch.Tensor, mean: torch.Tensor, count: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draws rows: sums of the centred old rows with normal weights have their covariance."""
+    """Draws rows: normally weighted sums of centered old rows have the old rows' covariance."""
     weights = torch.randn(count, len(known), generator=generator)
     drawn: torch.Tensor = weights @ (known - mean) / float(max(len(known) - 1, 1)) ** 0.5
     return mean + drawn

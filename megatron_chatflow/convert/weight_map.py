@@ -1,8 +1,6 @@
-"""Which megatron-core tensor is which Hugging Face LLaMA tensor: the one place, for both ways.
+"""The correspondence between megatron-core's and Hugging Face's LLaMA tensors, for both directions.
 
-In: a rule, a model's shape, tensors. Out: the megatron-core tensor that joins a rule's Hugging Face
-tensors, or the Hugging Face tensors that a megatron-core tensor splits into. Every value is moved,
-none is computed, so a round trip is exact.
+Every value is moved and none is computed, so that a round trip is exact.
 """
 
 from collections.abc import Sequence
@@ -15,10 +13,10 @@ from megatron_chatflow.convert.shape import LlamaShape
 
 
 class Join(Enum):
-    """How a rule's Hugging Face tensors make up its megatron-core tensor."""
+    """How Hugging Face tensors are joined to a megatron-core tensor."""
 
-    SAME = "the tensor itself"
-    ROWS = "one below the other: gate, then up"
+    SAME = "the only tensor"
+    ROWS = "concatenated along rows: gate, then up"
     QUERY_GROUPS = "group by group: its query heads, its key head, its value head"
 
 
@@ -27,27 +25,27 @@ class HuggingFaceTensor:
     """A tensor of `LlamaForCausalLM`.
 
     Attributes:
-        name: Its name, with ``{layer}`` where it has one.
-        axes: Names of its axes, see `axis_size`.
+        name: The name, with ``{layer}`` if there is one for each layer.
+        axes: Names of the axes, see `axis_size`.
     """
 
     name: str
     axes: tuple[str, ...]
 
     def shape(self, model: LlamaShape) -> tuple[int, ...]:
-        """Its shape in a model."""
+        """Returns the tensor's shape in a model."""
         return tuple(axis_size(axis, model) for axis in self.axes)
 
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One megatron-core tensor and what it consists of.
+    """A megatron-core tensor and the Hugging Face tensors it consists of.
 
     Attributes:
-        megatron: Its name, with ``{layer}`` where it has one.
+        megatron: Its name, with ``{layer}`` if there is one for each layer.
         parts: The Hugging Face tensors in the order in which they are joined.
-        join: How.
-        aliases: Other names of the same tensor: fused layers keep a norm inside the next linear.
+        join: How they are joined.
+        aliases: Other names of the same tensor: fused layers keep a norm in the next linear.
     """
 
     megatron: str
@@ -57,16 +55,16 @@ class WeightRule:
 
     @property
     def is_per_layer(self) -> bool:
-        """Whether every layer has one."""
+        """Whether there is one for each layer."""
         return "{layer}" in self.megatron
 
     @property
     def has_vocabulary_rows(self) -> bool:
-        """Whether its rows are the vocabulary's pieces and so may be padded."""
+        """Whether there is one row for each vocabulary entry, so that rows may be padded."""
         return self.parts[0].axes[0] == "vocabulary"
 
     def shape(self, model: LlamaShape) -> tuple[int, ...]:
-        """Shape of the megatron-core tensor, without padding rows."""
+        """Returns the shape of the megatron-core tensor, without padding rows."""
         rows = sum(part.shape(model)[0] for part in self.parts)
         return (rows, *self.parts[0].shape(model)[1:])
 
@@ -123,7 +121,7 @@ LLAMA_RULES: tuple[WeightRule, ...] = (
 
 
 def axis_size(axis: str, model: LlamaShape) -> int:
-    """Length of a named axis."""
+    """Returns the length of a named axis."""
     sizes = {
         "vocabulary": model.vocab_size,
         "hidden": model.hidden_size,
@@ -135,14 +133,14 @@ def axis_size(axis: str, model: LlamaShape) -> int:
 
 
 def rules_of(model: LlamaShape) -> tuple[WeightRule, ...]:
-    """The rules that a model has: one with tied embeddings has no output layer of its own."""
+    """Returns the rules of a model; with tied embeddings there is no output layer."""
     if model.untie_embeddings_and_output_weights:
         return LLAMA_RULES
     return tuple(rule for rule in LLAMA_RULES if rule.megatron != "output_layer.weight")
 
 
 def placements(model: LlamaShape) -> list[tuple[WeightRule, int | None]]:
-    """Every megatron-core tensor of a model as (rule, layer), from the embedding to the output."""
+    """Returns (rule, layer) of every megatron-core tensor, from the embedding to the output."""
     rules = rules_of(model)
     first = next(i for i, rule in enumerate(rules) if rule.is_per_layer)
     per_layer = [rule for rule in rules if rule.is_per_layer]
@@ -153,7 +151,7 @@ def placements(model: LlamaShape) -> list[tuple[WeightRule, int | None]]:
 
 
 def huggingface_shapes(model: LlamaShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of every Hugging Face tensor of a model."""
+    """Returns names and shapes of every Hugging Face tensor of a model."""
     return {
         part.name.format(layer=layer): part.shape(model)
         for rule, layer in placements(model)
@@ -162,12 +160,12 @@ def huggingface_shapes(model: LlamaShape) -> dict[str, tuple[int, ...]]:
 
 
 def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Hugging Face tensors to the megatron-core tensor.
+    """Joins Hugging Face tensors to the megatron-core tensor.
 
     Args:
-        rule: Which tensor.
+        rule: The tensor's rule.
         model: The model's shape.
-        parts: In the rule's order and shapes.
+        parts: The Hugging Face tensors in the rule's order.
 
     Returns:
         A tensor of `rule.shape(model)`.
@@ -182,14 +180,14 @@ def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> 
 
 
 def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
-    """Which rows of which parts lie below each other in the megatron-core tensor: `join` in rows.
+    """Returns the rows of Hugging Face tensors that make up a megatron-core tensor.
 
     Args:
-        rule: Which tensor.
+        rule: The tensor's rule.
         model: The model's shape.
 
     Returns:
-        ``(number of the part, its first row, number of rows)``, from top to bottom.
+        ``(index of the part, its first row, number of rows)``, from top to bottom.
     """
     rows = [part.shape(model)[0] for part in rule.parts]
     if rule.join is not Join.QUERY_GROUPS:
@@ -203,15 +201,15 @@ def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
 
 
 def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torch.Tensor]:
-    """The megatron-core tensor to Hugging Face tensors; the inverse of `join`.
+    """Splits a megatron-core tensor into Hugging Face tensors; the inverse of `join`.
 
     Args:
-        rule: Which tensor.
+        rule: The tensor's rule.
         model: The model's shape.
         whole: A tensor of `rule.shape(model)`.
 
     Returns:
-        Tensors in the rule's order and shapes, contiguous.
+        Contiguous tensors in the rule's order.
     """
     rows = [part.shape(model)[0] for part in rule.parts]
     if rule.join is not Join.QUERY_GROUPS:

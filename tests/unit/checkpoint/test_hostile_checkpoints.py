@@ -426,7 +426,7 @@ def test_weights_of_no_dtype_of_weights(checkpoint: Path, tmp_path: Path, dtype:
     index.storage_data |= added.storage_data
     (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
     (checkpoint / TENSOR_INDEX).unlink()
-    with pytest.raises(UserError, match=f"{NORM} is {dtype} and neither fp32, bf16 nor fp16"):
+    with pytest.raises(UserError, match=f"{NORM} is {dtype}, not fp32, bf16 or fp16"):
         export_checkpoint(checkpoint, tmp_path / "hf", tokenizer=TokenizerChoice(leave_out=True))
     if not dtype.is_floating_point:
         shard = TensorShard(NORM, (16,), (0,), (16,), torch.zeros(16))

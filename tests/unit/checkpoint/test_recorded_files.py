@@ -45,8 +45,8 @@ def refused(call: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": None}, "model is missing or no object"),
-        ({"model": [1]}, "model is missing or no object"),
+        ({"model": None}, "model is missing or not an object"),
+        ({"model": [1]}, "model is missing or not an object"),
         ({"model": {"num_layers": "x"}}, "model.num_layers: must be a whole number, not 'x'"),
         ({"model": {"num_layers": 10**9}}, "num_layers: must be at most 10000, not 1000000000"),
         ({"model": {"num_attention_heads": 0}}, "num_attention_heads: must be at least 1, not 0"),
@@ -55,7 +55,7 @@ def refused(call: Callable[[], object], message: str) -> None:
         ({"model": {"rotary_base": float("nan")}}, "model.rotary_base: "),
         ({"model": {"rope_scaling_type": "zzz"}}, "model.rope_scaling_type: must be 'linear', "),
         ({"model": {"rope_scaling_type": "linear"}}, "one is set and the other is not"),
-        ({"tokenizer": [1]}, "tokenizer is no object"),
+        ({"tokenizer": [1]}, "tokenizer is not an object"),
     ],
 )
 def test_states(run: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -40,16 +40,16 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shape": ["x"]}, "no entry of a tensor"),
-        ({"shape": [-16]}, "no entry of a tensor"),
-        ({"shape": [16.0]}, "no entry of a tensor"),
-        ({"shape": [7]}, "its shape is not that of its values"),
-        ({"dtype": ["F32"]}, "no entry of a tensor"),
-        ({"dtype": "F16"}, "its shape is not that of its values"),
+        ({"shape": ["x"]}, "not the entry of a tensor"),
+        ({"shape": [-16]}, "not the entry of a tensor"),
+        ({"shape": [16.0]}, "not the entry of a tensor"),
+        ({"shape": [7]}, "its shape does not match its values"),
+        ({"dtype": ["F32"]}, "not the entry of a tensor"),
+        ({"dtype": "F16"}, "its shape does not match its values"),
         ({"dtype": "I8"}, "neither fp32, bf16 nor fp16"),
-        ({"data_offsets": None}, "no entry of a tensor"),
-        ({"data_offsets": ["0", "64"]}, "no entry of a tensor"),
-        ({"data_offsets": [0.0, 64.0]}, "no entry of a tensor"),
+        ({"data_offsets": None}, "not the entry of a tensor"),
+        ({"data_offsets": ["0", "64"]}, "not the entry of a tensor"),
+        ({"data_offsets": [0.0, 64.0]}, "not the entry of a tensor"),
         ({"data_offsets": [0, 32, 64]}, "values are missing"),
         ({"data_offsets": [64, 0]}, "values are missing"),
         ({"data_offsets": [0, 2**62]}, "values are missing"),
@@ -83,9 +83,9 @@ def test_headers_that_are_none(folder: Path) -> None:
     path = folder / "model.safetensors"
     for content in (b"", b"<html>404</html>", b"version https://git-lfs", b"[" * 10**5):
         path.write_bytes(content)
-        refused(folder, "or no safetensors file")
+        refused(folder, "or not a safetensors file")
     path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5)
-    refused(folder, "or no safetensors file")
+    refused(folder, "or not a safetensors file")
     path.unlink()
     path.mkdir()
     refused(folder, "has no model.safetensors")
@@ -134,7 +134,7 @@ def test_bin_files_hold_tensors_by_name(folder: Path) -> None:
     sparse = {**tensors, NORM: tensors[NORM].to_sparse()}
     for content in ([torch.ones(2)], torch.ones(2), {1: torch.ones(2)}, {NORM: 3}, sparse):
         torch.save(content, path)
-        refused(folder, "pytorch_model.bin: holds more than tensors by name")
+        refused(folder, "pytorch_model.bin: does not hold only tensors by name")
     torch.save({"state_dict": tensors}, path)
     refused(folder, "save the model's state_dict alone")
     torch.save(tensors, path)
@@ -192,7 +192,7 @@ def test_shards_hold_every_tensor_once(folder: Path, suffix: str) -> None:
     index.write_text(json.dumps({"weight_map": weight_map}))
     check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
     save_shard({**contents[0], "extra": torch.ones(2)}, shards[0])
-    refused(folder, "extra is no tensor of this LLaMA")
+    refused(folder, "extra is not a tensor of the LLaMA")
     save_shard(contents[0], shards[0])
     # The index names a tensor twice, in two places.
     text = index.read_text()
@@ -243,8 +243,8 @@ def test_bin_files_with_values_of_other_kinds(folder: Path) -> None:
         "csr": (tensors["lm_head.weight"].to_sparse_csr(), "sparse or nested"),
         "nested": (torch.nested.nested_tensor([norm]), "sparse or nested"),
         "quantized": (torch.quantize_per_tensor(norm, 0.1, 0, torch.qint8), "is quantised"),
-        "list": ([norm], "no tensor stands for one"),
-        "nothing": (None, "no tensor stands for one"),
+        "list": ([norm], "in place of a tensor"),
+        "nothing": (None, "in place of a tensor"),
         "int8": (norm.to(torch.int8), "neither fp32, bf16 nor fp16"),
         "float64": (norm.double(), "neither fp32, bf16 nor fp16"),
         "float8": (norm.to(torch.float8_e4m3fn), "neither fp32, bf16 nor fp16"),
