@@ -31,31 +31,18 @@ def assert_rounded(
     )
 
 
-def check_rms_norm(
-    num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device, with_residual: bool
-) -> None:
+def check_rms_norm(num_rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
     torch.manual_seed(0)
-    x, residual, grad_y, grad_sum = (
-        randn(num_rows, hidden, dtype=dtype, device=device) for _ in range(4)
-    )
+    x, grad_y = (randn(num_rows, hidden, dtype=dtype, device=device) for _ in range(2))
     weight = 1 + randn(hidden, dtype=dtype, device=device) / 4
-    if with_residual:
-        y, total, rstd = rms_norm.add_rms_norm_kernel(x, residual, weight, 1e-5)
-        assert torch.equal(total, x + residual)
-    else:
-        (y, rstd), total = rms_norm.rms_norm_kernel(x, weight, 1e-5), x
-    expected, expected_rstd = rms_norm.rms_norm_reference(total.float(), weight.float(), 1e-5)
+    y, rstd = rms_norm.rms_norm_kernel(x, weight, 1e-5)
+    expected, expected_rstd = rms_norm.rms_norm_reference(x.float(), weight.float(), 1e-5)
     assert_rounded(y, expected)
     assert_rounded(rstd, expected_rstd)
 
-    past = grad_sum if with_residual else None
-    gradients = rms_norm.rms_norm_backward_kernel(grad_y, past, total, weight, rstd)
+    gradients = rms_norm.rms_norm_backward_kernel(grad_y, x, weight, rstd)
     expected_gradients = rms_norm.rms_norm_backward_reference(
-        grad_y.float(),
-        None if past is None else past.float(),
-        total.float(),
-        weight.float(),
-        expected_rstd,
+        grad_y.float(), x.float(), weight.float(), expected_rstd
     )
     assert_rounded(gradients[0], expected_gradients[0])
     assert_rounded(gradients[1], expected_gradients[1], floor=num_rows**0.5)

@@ -1,9 +1,8 @@
-"""Fused bf16 kernels on the CPU: the compiled ones of `csrc/kernels/cpu`.
+"""Bindings of the compiled CPU kernels of `csrc/kernels/cpu`, fused for bf16.
 
-In: contiguous bf16 tensors on the CPU. Out: the same, computed in fp32 and rounded once; the sums
-that a backward pass needs, in fp32. A result does not depend on the number of threads.
-`cpu_reference.py` defines each function; `is_available` says where callers have to use PyTorch's
-own operations instead.
+Tensors are contiguous bf16 on the CPU. Results are computed in fp32 and rounded once; sums that a
+backward pass needs are fp32. Results do not depend on the number of threads. Where `is_available`
+returns False, callers use PyTorch's operations.
 """
 
 import importlib
@@ -23,41 +22,41 @@ def _load() -> ModuleType | None:
 
 extension = _load()
 
-# Keys that a row of `causal_softmax` may have.
+# Largest number of keys in a row of `causal_softmax`.
 MAX_KEYS: int = extension.MAX_KEYS if extension is not None else 0
 
 
 def is_available(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels are built and all ``tensors`` are bf16 on the CPU."""
+    """Returns whether the kernels are built and all ``tensors`` are bf16 on the CPU."""
     return extension is not None and all(
         tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" for tensor in tensors
     )
 
 
 def description() -> str | None:
-    """Which kernels a bf16 run on a CPU uses, for the log; None where they are not built."""
+    """Describes the kernels of a bf16 run on a CPU for the log; None if they are not built."""
     if extension is None:
         return None
     return f"ours, fused bf16 kernel for the CPU, {extension.instruction_set()}"
 
 
 def instruction_sets() -> list[str]:
-    """Names of the versions that this processor can run, the one in use by default first."""
+    """Returns the instruction sets that this processor supports, the default one first."""
     return [] if extension is None else list(extension.instruction_sets())
 
 
 def use_instruction_set(name: str) -> None:
-    """Runs every kernel in the version ``name`` from now on, for tests.
+    """Runs every kernel with another instruction set, for tests.
 
     Raises:
-        ValueError: This processor does not run it.
+        ValueError: This processor does not support it.
     """
     assert extension is not None
     extension.use_instruction_set(name)
 
 
 def _kernels(*tensors: torch.Tensor) -> ModuleType:
-    """The compiled module, once the tensors are what it reads without looking."""
+    """Checks the tensors, which the compiled module does not, and returns the module."""
     assert extension is not None
     for tensor in tensors:
         if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
@@ -74,7 +73,7 @@ def exponentiate(logits: torch.Tensor, num_valid_tokens: int) -> tuple[torch.Ten
 
     Args:
         logits: ``[tokens, rows]``, overwritten.
-        num_valid_tokens: Entries of a row that count; the others are padding.
+        num_valid_tokens: Number of columns that stand for tokens; the others are padding.
 
     Returns:
         Each row's highest logit, and the sum of its exponentials before they are rounded:
@@ -128,7 +127,7 @@ def rms_norm(
 def rms_norm_backward(
     gradient: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `rms_norm` by its rows, in bf16, and by its weight, in float32[size]."""
+    """Returns the gradients of `rms_norm`: of rows in bf16, of the weight in float32[size]."""
     if gradient.shape != rows.shape or scales.shape != rows.shape[:-1]:
         raise ValueError(f"rms_norm: gradient {tuple(gradient.shape)} of {tuple(rows.shape)}")
     grad_rows = torch.empty_like(rows)
@@ -148,7 +147,7 @@ def rms_norm_backward(
 
 
 def swiglu(rows: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * linear`` of rows ``[..., gate | linear]``: half as wide."""
+    """Computes ``silu(gate) * up`` of rows ``[..., gate | up]``."""
     size = rows.shape[-1] // 2
     output = rows.new_empty((*rows.shape[:-1], size))
     _kernels(rows).swiglu(
@@ -162,7 +161,7 @@ def swiglu(rows: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Gradient of `swiglu` by its rows."""
+    """Returns the gradient of `swiglu` with respect to its rows."""
     size = rows.shape[-1] // 2
     if gradient.shape != (*rows.shape[:-1], size):
         raise ValueError(f"swiglu: gradient {tuple(gradient.shape)} of {tuple(rows.shape)}")
@@ -184,13 +183,13 @@ def rotate(
     angles: tuple[torch.Tensor, torch.Tensor] | None,
     direction: float = 1.0,
 ) -> torch.Tensor:
-    """Rotates every token's heads and writes them where ``output`` has them.
+    """Rotates every token's heads and writes them to ``output``.
 
     Args:
         heads: ``[documents, length, heads, head_dim]``; any strides, the last one 1.
         output: The same shape; any strides, the last one 1. Overwritten.
-        angles: Cosines and sines, float32[documents * length, head_dim / 2]; None moves the heads
-            and rotates nothing.
+        angles: Cosines and sines, float32[documents * length, head_dim / 2]; None copies the heads
+            without rotation.
         direction: 1, or -1 for the opposite angle.
 
     Returns:
@@ -232,7 +231,7 @@ def causal_softmax(scores: torch.Tensor, first_query: int, scale: float) -> torc
         scale: Factor on the scores.
 
     Returns:
-        ``scores``, now probabilities; 0 where a query does not look.
+        ``scores``, now probabilities; 0 for keys that a query does not see.
     """
     num_heads, num_queries, num_keys = scores.shape
     _kernels(scores).causal_softmax(
@@ -250,7 +249,7 @@ def causal_softmax(scores: torch.Tensor, first_query: int, scale: float) -> torc
 def causal_softmax_backward(
     probabilities: torch.Tensor, gradient: torch.Tensor, first_query: int, scale: float
 ) -> torch.Tensor:
-    """Turns the gradient by probabilities into that by scores, in place; see `causal_softmax`."""
+    """Turns the gradient of probabilities into that of scores, in place; see `causal_softmax`."""
     if gradient.shape != probabilities.shape:
         raise ValueError(
             f"causal_softmax: gradient {tuple(gradient.shape)} of {tuple(probabilities.shape)}"

@@ -1,7 +1,7 @@
-"""What the kernels of `cpu_kernels.py` compute, in a few lines of PyTorch each.
+"""What the compiled kernels of `kernels.cpu` compute, in a few lines of PyTorch each.
 
-In: tensors of any float dtype. Out: results in float32 (gradients come from autograd). Tests hold
-the compiled kernels to these within one rounding to bf16.
+Results are float32; gradients come from autograd. The kernels are held to them within one rounding
+to bf16.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """The two passes over logits of a vocabulary-parallel cross-entropy: reference, operators, kernels.
 
-In: a chunk of logits, ``[tokens, columns]`` in bf16 or fp32, of one slice of the vocabulary, and
-labels counted from the slice's first column. Out: each row's highest logit, sum of exponentials and
-label's logit; and, once those are reduced over the slices, the gradient in the logits' place. The
-operators are ``torch.ops.megatron_chatflow.softmax_statistics`` and ``softmax_gradient_``; on a GPU
-they run ``csrc/kernels/cross_entropy.cuh``.
+The first pass computes, for a chunk of logits ``[tokens, columns]`` of one shard of the vocabulary,
+each row's maximum, sum of exponentials and label's logit. Once these are reduced over the shards,
+the second pass overwrites the logits with their gradient. The operators are
+``torch.ops.megatron_chatflow.softmax_statistics`` and ``softmax_gradient_``; on a GPU they run
+``csrc/kernels/cross_entropy.cuh``.
 """
 
 import torch
@@ -12,27 +12,27 @@ import torch
 from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
 
 LOWEST = -1e30
-"""Highest logit of a slice that holds none."""
+"""The maximum of a shard without valid tokens."""
 
 
 def supports_softmax(num_columns: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take rows of ``num_columns`` logits."""
+    """Returns whether the kernels support rows of ``num_columns`` logits."""
     return is_whole_packs(num_columns, dtype)
 
 
 def softmax_statistics_reference(
     logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each row contributes to the softmax.
+    """Computes each row's contribution to the softmax.
 
     Args:
         logits: ``[tokens, columns]``.
-        labels: int64[tokens]; in another slice if not in [0, num_valid_tokens).
-        num_valid_tokens: Columns that take part; those behind are padding.
+        labels: int64[tokens]; in another shard if not in [0, num_valid_tokens).
+        num_valid_tokens: Number of columns that stand for tokens; the others are padding.
 
     Returns:
-        float32[tokens] each: highest logit, sum of ``exp(logit - highest)``, and the label's logit,
-        0 if it lies in another slice.
+        float32[tokens] each: maximum, sum of ``exp(logit - maximum)``, and the label's logit, 0 if
+        it is in another shard.
     """
     values = logits[:, :num_valid_tokens].float()
     lowest = values.new_full((len(values), 1), LOWEST)
@@ -52,7 +52,7 @@ def softmax_gradient_reference(
     scale: torch.Tensor,
     num_valid_tokens: int,
 ) -> None:
-    """Overwrites logits by ``scale * (softmax - onehot(label))``, 0 in the padding.
+    """Overwrites logits with ``scale * (softmax - onehot(label))``, 0 in the padding.
 
     Args:
         logits: ``[tokens, columns]``.
@@ -92,21 +92,21 @@ def softmax_gradient_(
 
 def _check(logits: torch.Tensor, labels: torch.Tensor, *rows: torch.Tensor) -> None:
     if not logits.is_contiguous() or labels.dtype != torch.int64:
-        raise ValueError("softmax: logits have to be contiguous, and labels int64")
+        raise ValueError("softmax: logits must be contiguous, and labels int64")
     for row in (labels, *rows):
         if row.shape != logits.shape[:1] or not row.is_contiguous():
             raise ValueError(
                 f"softmax: {tuple(row.shape)} values do not fit logits of {tuple(logits.shape)}"
             )
     if any(row.dtype != torch.float32 for row in rows):
-        raise ValueError("softmax: highest, sums and scale have to be float32")
+        raise ValueError("softmax: highest, sums and scale must be float32")
 
 
 @softmax_statistics.register_kernel("cuda")
 def softmax_statistics_kernel(
     logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`softmax_statistics` by the compiled kernel."""
+    """The CUDA implementation of `softmax_statistics`."""
     _check(logits, labels)
     shape = labels.shape
     highest = torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -129,7 +129,7 @@ def softmax_gradient_kernel(
     scale: torch.Tensor,
     num_valid_tokens: int,
 ) -> None:
-    """`softmax_gradient_` by the compiled kernel."""
+    """The CUDA implementation of `softmax_gradient_`."""
     _check(logits, labels, highest, sums, scale)
     if len(logits):
         kernels().launch(

@@ -1,8 +1,7 @@
-"""The library of CUDA kernels that `csrc/kernels/build.sh` makes, called on tensors.
+"""Loads the library of CUDA kernels built by `csrc/kernels/build.sh` and launches its kernels.
 
-In: names of ``csrc/kernels/kernels.h`` and tensors. Out: work queued on the tensors' device. The
-library is plain C on pointers, so it fits any torch; where it was not built, `load_kernels` says
-so and torch's own operations do the work.
+The library is plain C on pointers, so that it works with any version of torch. Where it is not
+built, `load_kernels` says so and torch's operations are used.
 """
 
 import ctypes
@@ -29,14 +28,16 @@ _TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "x": ctypes.c_float}
 
 
 class KernelLibrary:
-    """The launchers of one compiled library."""
+    """The kernel launchers of a compiled library.
+
+    Args:
+        path: The library's file.
+
+    Raises:
+        OSError: The library cannot be loaded, or is of another version.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Loads it.
-
-        Raises:
-            OSError: It cannot be loaded, or is of another version.
-        """
         library = ctypes.CDLL(str(path))
         self._launchers = {}
         for name, arguments in SIGNATURES.items():
@@ -56,11 +57,11 @@ class KernelLibrary:
 
         Args:
             name: One of `SIGNATURES`.
-            dtype: What the header calls T.
+            dtype: The type T of the header.
             *arguments: In the header's order, without the stream.
 
         Raises:
-            ValueError: The kernel does not take these sizes or addresses.
+            ValueError: The kernel does not support these sizes or addresses.
             RuntimeError: CUDA refused the launch.
         """
         first = arguments[0]
@@ -74,7 +75,7 @@ class KernelLibrary:
             error = self._launchers[name, dtype](*raw, None)
         if error == 1:
             raise ValueError(
-                f"{name}: the kernel does not take {tuple(first.shape)} of {dtype}; rows have to "
+                f"{name}: the kernel does not support {tuple(first.shape)} of {dtype}; rows must "
                 "be whole packs of 16 bytes, see csrc/kernels/kernels.h"
             )
         if error:
@@ -83,7 +84,7 @@ class KernelLibrary:
 
 @functools.cache
 def load_kernels() -> tuple[KernelLibrary | None, str]:
-    """The library, or None, and how it comes that it is so, for the log."""
+    """Returns the library, or None, and a description or the reason for the log."""
     if not LIBRARY.exists():
         return None, "csrc/kernels is not built (MEGATRON_CHATFLOW_CUDA=1 builds it)"
     try:
@@ -93,7 +94,11 @@ def load_kernels() -> tuple[KernelLibrary | None, str]:
 
 
 def kernels() -> KernelLibrary:
-    """The library, which has to be there."""
+    """Returns the library.
+
+    Raises:
+        RuntimeError: It is not built.
+    """
     library, reason = load_kernels()
     if library is None:
         raise RuntimeError(reason)
@@ -101,5 +106,5 @@ def kernels() -> KernelLibrary:
 
 
 def is_whole_packs(size: int, dtype: torch.dtype) -> bool:
-    """Whether rows of ``size`` elements are of a dtype and a length that the kernels take."""
+    """Returns whether the kernels support rows of ``size`` elements of a dtype."""
     return dtype in _SUFFIXES and size > 0 and size * dtype.itemsize % 16 == 0

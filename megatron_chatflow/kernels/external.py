@@ -1,10 +1,10 @@
-"""Norm, RoPE, SwiGLU and cross-entropy of liger-kernel and transformer-engine, in our layout.
+"""Adapters for norm, RoPE, SwiGLU and cross-entropy of liger-kernel and transformer-engine.
 
-In: tensors in our layout. Out: what their own functions make of them, in our layout. liger-kernel's
-RoPE writes into contiguous inputs, and both cross-entropies may; those are for the benchmark alone.
-liger-kernel's rounds each token's loss to the logits' dtype and has the host wait for a sum, which
-losses per source and a step without waiting rule out; transformer-engine's knows no padding rows,
-and holds an fp32 gradient beside the logits.
+All take and return tensors in this package's layout. liger-kernel's RoPE and both cross-entropies
+may overwrite their inputs. The cross-entropies are only benchmarked: liger-kernel's rounds each
+token's loss to the logits' dtype and makes the host wait for a sum, which rules out losses per
+source and a step without synchronization; transformer-engine's does not support padding rows and
+holds an fp32 gradient beside the logits.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ IGNORED_LABEL = -100
 
 
 def can_import(module: str) -> bool:
-    """Whether a library is there and whole."""
+    """Returns whether a module can be imported."""
     try:
         import_module(module)
     except Exception:  # a library may raise anything while it is imported

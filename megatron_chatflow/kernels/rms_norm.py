@@ -1,15 +1,11 @@
-"""RMSNorm as megatron-core's layer spec expects a norm.
+"""RMSNorm: reference, operators with gradients, CUDA kernels, and the module for layer specs.
 
-In: hidden states ``[tokens, batch, hidden]``. Out: the same shape and dtype. Zhang and Sennrich,
-"Root Mean Square Layer Normalization", 2019. torch's own module does not carry the marks by which
-megatron-core finds the weights whose gradients sequence parallelism leaves in parts.
-
-RMSNorm with and without a residual: reference, operators, CUDA kernels.
-
-In: ``[..., hidden]`` in bf16 or fp32. Out: the same shape and dtype. Zhang and Sennrich, "Root Mean
-Square Layer Normalization", 2019. Everything between a load and a store is fp32. The operators
-are ``torch.ops.megatron_chatflow.rms_norm`` and ``add_rms_norm``; on a GPU they run
-``csrc/kernels/rms_norm.cuh``, elsewhere the reference.
+Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019. Inputs are ``[..., hidden]`` in
+bf16 or fp32; everything between a load and a store is fp32. The operator is
+``torch.ops.megatron_chatflow.rms_norm``. It runs ``csrc/kernels/rms_norm.cuh`` on a GPU and the
+reference elsewhere. `RMSNorm` chooses among it, the kernels of other libraries and, on CPUs in
+bf16, the compiled kernel of `kernels.cpu`. Unlike torch's module, it marks its weight for
+megatron-core's sequence parallelism.
 """
 
 import functools
@@ -30,14 +26,14 @@ _BLOCKS_PER_MULTIPROCESSOR = 2
 
 
 def supports_rms_norm(hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take rows of ``hidden`` elements."""
+    """Returns whether the kernels support rows of ``hidden`` elements."""
     return is_whole_packs(hidden, dtype) and hidden * dtype.itemsize <= MAX_ROW_BYTES
 
 
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + epsilon) * weight``, the formula written out.
+    """Computes ``x / sqrt(mean(x^2) + epsilon) * weight``.
 
     Returns:
         The norm in x's dtype, and float32[...] of ``1 / sqrt(mean(x^2) + epsilon)``.
@@ -49,17 +45,14 @@ def rms_norm_reference(
 
 def rms_norm_backward_reference(
     grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients by x and weight; ``grad_sum`` is what reached x past the norm."""
+    """Returns the gradients with respect to x and weight."""
     unit = x.float() * rstd.unsqueeze(-1)
     gradient = grad_y.float() * weight.float()
     grad_x = rstd.unsqueeze(-1) * (gradient - unit * (gradient * unit).mean(-1, keepdim=True))
-    if grad_sum is not None:
-        grad_x += grad_sum
     grad_weight = (grad_y.float() * unit).flatten(0, -2).sum(0)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
@@ -72,65 +65,34 @@ def rms_norm(
     return rms_norm_reference(x, weight, epsilon)
 
 
-@torch.library.custom_op("megatron_chatflow::add_rms_norm", mutates_args=())
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The norm of ``x + residual``, that sum, and the factor; the sum is rounded before."""
-    total = x + residual
-    y, rstd = rms_norm_reference(total, weight, epsilon)
-    return y, total, rstd
-
-
 @torch.library.custom_op("megatron_chatflow::rms_norm_backward", mutates_args=())
 def rms_norm_backward(
     grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator of `rms_norm_backward_reference`."""
-    return rms_norm_backward_reference(grad_y, grad_sum, x, weight, rstd)
+    return rms_norm_backward_reference(grad_y, x, weight, rstd)
 
 
 @rms_norm.register_kernel("cuda")
 def rms_norm_kernel(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm` by the compiled kernel."""
-    y, _, rstd = _forward(x, None, weight, epsilon)
-    return y, rstd
-
-
-@add_rms_norm.register_kernel("cuda")
-def add_rms_norm_kernel(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`add_rms_norm` by the compiled kernel."""
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"add_rms_norm: the residual is {tuple(residual.shape)} of {residual.dtype}, the input "
-            f"{tuple(x.shape)} of {x.dtype}"
-        )
-    return _forward(x, residual.contiguous(), weight, epsilon)
-
-
-def _forward(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The CUDA implementation of `rms_norm`."""
     _check_weight(x, weight)
     x = x.contiguous()
     y = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if rstd.numel():
+        # The kernel could add a residual first, and write the sum; both are left out.
         kernels().launch(
             "rms_norm_forward",
             x.dtype,
-            *(x, residual, weight.contiguous(), y, total, rstd, rstd.numel(), x.shape[-1], epsilon),
+            *(x, None, weight.contiguous(), y, x, rstd, rstd.numel(), x.shape[-1], epsilon),
         )
-    return y, total, rstd
+    return y, rstd
 
 
 def _check_weight(x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -153,18 +115,16 @@ def _num_blocks(device: torch.device) -> int:
 @rms_norm_backward.register_kernel("cuda")
 def rms_norm_backward_kernel(
     grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rms_norm_backward` by the compiled kernels."""
+    """The CUDA implementation of `rms_norm_backward`."""
     _check_weight(x, weight)
     num_rows, hidden = rstd.numel(), x.shape[-1]
     if not num_rows:
         return torch.empty_like(x), torch.zeros_like(weight)
     grad_y, x = grad_y.contiguous(), x.contiguous()
-    grad_sum = None if grad_sum is None else grad_sum.contiguous()
     grad_x = torch.empty_like(x)
     grad_weight = torch.empty_like(weight)
     num_partials = min(_num_blocks(x.device), num_rows)
@@ -172,7 +132,7 @@ def rms_norm_backward_kernel(
     kernels().launch(
         "rms_norm_backward",
         x.dtype,
-        *(grad_y, grad_sum, x, weight.contiguous(), rstd.contiguous(), grad_x, partials),
+        *(grad_y, None, x, weight.contiguous(), rstd.contiguous(), grad_x, partials),
         *(grad_weight, num_rows, hidden, num_partials),
     )
     return grad_x, grad_weight
@@ -183,18 +143,9 @@ def _(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tens
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@add_rms_norm.register_fake
-def _(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), rstd
-
-
 @rms_norm_backward.register_fake
 def _(
     grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor,
     rstd: torch.Tensor,
@@ -203,33 +154,21 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *_, weight, _epsilon = inputs
-    *_, rstd = output
-    # What was normalised: the input, or the sum, which is the operator's second result.
-    normalised = inputs[0] if len(output) == 2 else output[1]
-    ctx.save_for_backward(normalised, weight, rstd)
-    ctx.mark_non_differentiable(rstd)
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _rms_norm_gradient(ctx: Any, grad_y: torch.Tensor, _rstd: Any) -> tuple[Any, ...]:
     x, weight, rstd = ctx.saved_tensors
-    return (*rms_norm_backward(grad_y, None, x, weight, rstd), None)
-
-
-def _add_rms_norm_gradient(
-    ctx: Any, grad_y: torch.Tensor, grad_sum: torch.Tensor, _rstd: Any
-) -> tuple[Any, ...]:
-    total, weight, rstd = ctx.saved_tensors
-    grad_x, grad_weight = rms_norm_backward(grad_y, grad_sum, total, weight, rstd)
-    return grad_x, grad_x, grad_weight, None
+    return (*rms_norm_backward(grad_y, x, weight, rstd), None)
 
 
 rms_norm.register_autograd(_rms_norm_gradient, setup_context=_keep)
-add_rms_norm.register_autograd(_add_rms_norm_gradient, setup_context=_keep)
 
 
 Norm = Callable[[torch.Tensor, nn.Parameter], torch.Tensor]
-"""Of ``[..., hidden]`` and a weight ``[hidden]``; the same shape and dtype."""
+"""Normalizes ``[..., hidden]`` with a weight ``[hidden]``."""
 
 
 def _by_ours(epsilon: float) -> Norm:
@@ -250,19 +189,19 @@ NORMS: dict[str, Callable[[float], Norm]] = {
     "transformer_engine": transformer_engine_rms_norm,
     "torch": _composed,
 }
-"""Makes a norm of an epsilon, by implementation."""
+"""Functions that create a norm for an epsilon, by implementation."""
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """The CPU's bf16 kernel; keeps one fp32 number a token for its backward pass."""
+    """The CPU kernel for bf16, which saves one fp32 number per token for the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> torch.Tensor:
-        normalised, scales = cpu_kernels.rms_norm(hidden_states, weight, epsilon)
+        normalized, scales = cpu_kernels.rms_norm(hidden_states, weight, epsilon)
         ctx.save_for_backward(hidden_states, weight, scales)
-        return normalised
+        return normalized
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -274,34 +213,33 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x^2) + eps) * weight``, the mean taken in fp32."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, with the mean computed in fp32.
+
+    Args:
+        config: megatron-core's ``TransformerConfig``.
+        hidden_size: Size of the last axis.
+        eps: Added to the mean square.
+        implementation: One of `NORMS`; ignored on CPUs in bf16.
+    """
 
     def __init__(
         self, config: Any, hidden_size: int, eps: float = 1e-5, implementation: str = "torch"
     ) -> None:
-        """Makes the weight, ones of ``config.params_dtype``.
-
-        Args:
-            config: megatron-core's ``TransformerConfig``.
-            hidden_size: Size of the last axis.
-            eps: Added to the mean square.
-            implementation: One of `NORMS`; a CPU takes its own in bf16.
-        """
         super().__init__()
         self.eps = eps
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = nn.Parameter(
             torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         )
-        # megatron-core adds up, over the tensor-parallel group, gradients of weights so marked.
+        # megatron-core sums gradients of marked weights over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self._normalise = NORMS[implementation](eps)
+        self._normalize = NORMS[implementation](eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalises the last axis."""
+        """Normalizes the last axis."""
         if cpu_kernels.is_available(hidden_states, self.weight):
             fused: torch.Tensor = _FusedRMSNorm.apply(  # type: ignore[no-untyped-call]
                 hidden_states.contiguous(), self.weight, self.eps
             )
             return fused
-        return self._normalise(hidden_states, self.weight)
+        return self._normalize(hidden_states, self.weight)

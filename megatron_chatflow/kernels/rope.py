@@ -1,9 +1,9 @@
-"""Rotary position embedding: reference, operator, CUDA kernel.
+"""Rotary position embedding: reference, operator with gradient, and CUDA kernel.
 
-In: ``[tokens, heads, head_dim]`` in bf16 or fp32 and each token's cosines and sines of the same
-dtype, ``[tokens, 1, head_dim / 2]``. Out: the same shape and dtype, contiguous. Su et al.,
-"RoFormer", 2021, equation 34; the two halves of a head are the real and imaginary parts. The
-operator is ``torch.ops.megatron_chatflow.rope``; on a GPU it runs ``csrc/kernels/rope.cuh``.
+Su et al., "RoFormer", 2021, equation 34; the two halves of a head are the real and imaginary parts.
+Inputs are ``[tokens, heads, head_dim]`` in bf16 or fp32, and each token's cosines and sines,
+``[tokens, 1, head_dim / 2]``, of the same dtype. The operator is
+``torch.ops.megatron_chatflow.rope``; on a GPU it runs ``csrc/kernels/rope.cuh``.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
 
 
 def supports_rope_width(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes heads of ``head_dim`` elements."""
+    """Returns whether the kernel supports heads of ``head_dim`` elements."""
     return head_dim % 2 == 0 and is_whole_packs(head_dim // 2, dtype)
 
 
 def supports_rope(heads: torch.Tensor) -> bool:
-    """Whether the kernel takes these heads as they lie in memory."""
+    """Returns whether the kernel supports the memory layout of these heads."""
     token_stride, head_stride, stride = heads.stride()
     return (
         stride == 1
@@ -33,7 +33,7 @@ def supports_rope(heads: torch.Tensor) -> bool:
 def rope_reference(
     heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: float
 ) -> torch.Tensor:
-    """Turns every pair by its angle (direction 1) or back (-1), in fp32, rounded once."""
+    """Rotates every pair by its angle (direction 1) or back (-1) in fp32, rounding once."""
     real, imaginary = heads.float().chunk(2, dim=-1)
     c, s = cosines.float(), sines.float() * direction
     turned = torch.cat((real * c - imaginary * s, imaginary * c + real * s), dim=-1)
@@ -44,7 +44,7 @@ def rope_reference(
 def rope(
     heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: float
 ) -> torch.Tensor:
-    """The operator of `rope_reference`; its gradient by the heads turns back."""
+    """The operator of `rope_reference`; its gradient rotates back."""
     return rope_reference(heads, cosines, sines, direction)
 
 
@@ -52,7 +52,7 @@ def rope(
 def rope_kernel(
     heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, direction: float
 ) -> torch.Tensor:
-    """`rope` by the compiled kernel."""
+    """The CUDA implementation of `rope`."""
     num_tokens, num_heads, head_dim = heads.shape
     for table in (cosines, sines):
         if table.numel() * 2 != num_tokens * head_dim or table.dtype != heads.dtype:

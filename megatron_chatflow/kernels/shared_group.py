@@ -1,19 +1,13 @@
-"""Tensor-parallel collectives through shared memory, where all ranks of a group are on one machine.
+"""Tensor-parallel collectives of CPU runs through shared memory, for ranks on one machine.
 
-In: the tensor-parallel group of a CPU run. Out: nothing to call: from then on torch's `all_reduce`,
-`all_gather_into_tensor` and `reduce_scatter_tensor` over that group, which megatron-core and our
-loss call, go through `SharedGroup` instead of gloo's sockets. Everything else goes where it
-went before: other groups, other dtypes, other reductions. Where the ranks cannot share memory
-nothing changes, and the log says why.
+After `share`, torch's `all_reduce`, `all_gather_into_tensor` and `reduce_scatter_tensor` over a
+tensor-parallel group, as called by megatron-core and the loss, use a `SharedGroup` instead of
+gloo's sockets. Other groups, dtypes and reductions are unaffected. If the ranks cannot share
+memory, nothing changes and the log gives the reason.
 
-The memory has no name in any file system: rank 0 makes it, the others open it through ``/proc``,
-and it is gone with the last process, however that ends.
-
-Collectives of processes on one machine through shared memory: `csrc/kernels/cpu/shared_group`.
-
-In: a memory file that every process of a group has open, and contiguous bf16 or fp32 tensors on the
-CPU. Out: the same results in every process, to the bit; sums are taken in fp32 in the order of
-ranks and rounded once. The reference is `torch.distributed`, whose functions these stand in for.
+Every rank gets the same bits: sums are computed in fp32 in the order of ranks and rounded once. The
+memory is an anonymous file created by rank 0, which the other ranks open through ``/proc``; it is
+freed when the last process ends. The C++ part is in `csrc/kernels/cpu/shared_group`.
 """
 
 import contextlib

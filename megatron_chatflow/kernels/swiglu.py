@@ -1,14 +1,8 @@
-"""SwiGLU as megatron-core's MLP calls it, by a fused kernel where there is one.
+"""SwiGLU: reference, operators with gradients, CUDA kernels, and megatron-core's MLP with them.
 
-In: ``[..., gate | linear]``. Out: ``silu(gate) * linear``. Shazeer, "GLU Variants Improve
-Transformer", 2020.
-
-SwiGLU: reference, operators, CUDA kernels.
-
-In: ``[..., 2 * width]`` in bf16 or fp32, each row its gate and then its up part. Out:
-``[..., width]``, ``silu(gate) * up`` in fp32, rounded once (Shazeer, "GLU Variants Improve
-Transformer", 2020). The operator is ``torch.ops.megatron_chatflow.swiglu``; on a GPU it runs
-``csrc/kernels/swiglu.cuh``.
+Shazeer, "GLU Variants Improve Transformer", 2020: ``silu(gate) * up`` of rows ``[..., gate | up]``
+in bf16 or fp32, computed in fp32 and rounded once. The operator is
+``torch.ops.megatron_chatflow.swiglu``; on a GPU it runs ``csrc/kernels/swiglu.cuh``.
 """
 
 from collections.abc import Callable
@@ -25,18 +19,18 @@ from megatron_chatflow.kernels.external import liger_swiglu, transformer_engine_
 
 
 def supports_swiglu(width: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels take gates of ``width`` elements."""
+    """Returns whether the kernels support gates of ``width`` elements."""
     return is_whole_packs(width, dtype)
 
 
 def swiglu_reference(x: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``."""
+    """Computes ``silu(gate) * up``."""
     gate, up = x.float().chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(x.dtype)
 
 
 def swiglu_backward_reference(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The gradient by x."""
+    """Returns the gradient with respect to x."""
     gate, up = x.float().chunk(2, dim=-1)
     gradient = grad_y.float()
     sigmoid = torch.sigmoid(gate)
@@ -58,7 +52,7 @@ def swiglu_backward(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @swiglu.register_kernel("cuda")
 def swiglu_kernel(x: torch.Tensor) -> torch.Tensor:
-    """`swiglu` by the compiled kernel."""
+    """The CUDA implementation of `swiglu`."""
     width = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if y.numel():
@@ -68,7 +62,7 @@ def swiglu_kernel(x: torch.Tensor) -> torch.Tensor:
 
 @swiglu_backward.register_kernel("cuda")
 def swiglu_backward_kernel(grad_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`swiglu_backward` by the compiled kernel."""
+    """The CUDA implementation of `swiglu_backward`."""
     width = x.shape[-1] // 2
     if grad_y.shape != (*x.shape[:-1], width) or grad_y.dtype != x.dtype:
         raise ValueError(
@@ -109,18 +103,18 @@ swiglu.register_autograd(_gradient, setup_context=_keep)
 
 
 def _by_megatron(rows: torch.Tensor) -> torch.Tensor:
-    """Its own formula, fused by torch's compiler."""
+    """megatron-core's function, fused by torch's compiler."""
     activated: torch.Tensor = bias_swiglu_impl(rows, None)
     return activated
 
 
 def _composed(rows: torch.Tensor) -> torch.Tensor:
-    gate, linear = rows.chunk(2, dim=-1)
-    return silu(gate) * linear
+    gate, up = rows.chunk(2, dim=-1)
+    return silu(gate) * up
 
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-"""Of ``[..., gate | linear]``; half as wide."""
+"""Maps ``[..., gate | up]`` to rows of half the width."""
 
 ACTIVATIONS: dict[str, Callable[[], Activation]] = {
     "ours": lambda: swiglu,
@@ -129,11 +123,11 @@ ACTIVATIONS: dict[str, Callable[[], Activation]] = {
     "megatron": lambda: _by_megatron,
     "torch": lambda: _composed,
 }
-"""Makes SwiGLU, by implementation."""
+"""Functions that create SwiGLU, by implementation."""
 
 
 class _FusedSwiGLU(torch.autograd.Function):
-    """The CPU's bf16 kernel; its backward pass computes the sigmoid anew from what came in."""
+    """The CPU kernel for bf16; its backward pass recomputes the sigmoid from the input."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -152,7 +146,7 @@ class SwiGLUMLP(MLP):  # type: ignore[misc]
     _activate: Activation = staticmethod(_composed)
 
     def set_activation(self, implementation: str) -> None:
-        """Activates by another implementation from now on; a CPU takes its own in bf16."""
+        """Sets the implementation; CPUs in bf16 always use their own kernel."""
         self._activate = ACTIVATIONS[implementation]()
 
     def forward(

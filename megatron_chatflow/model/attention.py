@@ -1,9 +1,7 @@
-"""Causal attention inside each document of a packed micro-batch.
+"""Causal attention inside each document of a packed micro-batch, as megatron-core's core attention.
 
-In: queries ``[tokens, query_heads, head_dim]``, keys and values ``[tokens, groups, head_dim]`` and
-`PackedTokens`. Out: ``[tokens, query_heads * head_dim]``. The attention kernels are the libraries'
-own: `attention_backends` chooses among those that are installed; on a CPU in bf16 the composition
-of `attention_cpu` does the work.
+The kernels are those of `kernels.attention`: a library's variable-length kernel, torch's
+`scaled_dot_product_attention`, or on CPUs in bf16 `composed_attention`.
 """
 
 from contextlib import AbstractContextManager
@@ -28,7 +26,7 @@ from megatron_chatflow.model.rotary import apply_rotary
 
 
 def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What `attention_backends.choose` said, for the log, or that a CPU composes it in bf16."""
+    """Returns the reason of `choose` for the log, or a description of the CPU's kernel in bf16."""
     if cpu_kernels.is_available(torch.empty(0, dtype=dtype, device=device)):
         return (
             "composed of oneDNN's products and our softmax; torch's "
@@ -37,8 +35,7 @@ def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> s
     return reason
 
 
-# Modes of torch's function, in this order. cuDNN's has no kernel for some lengths; the math one
-# takes any.
+# Modes of torch's function, in order. cuDNN has no kernel for some lengths, the math mode has.
 _FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 TORCH_KERNELS = {
     "cudnn": [SDPBackend.CUDNN_ATTENTION, *_FALLBACKS],
@@ -48,8 +45,8 @@ _TAKES_ORDER = "set_priority" in signature(sdpa_kernel).parameters
 
 
 def torch_kernels(backend: str) -> AbstractContextManager[object]:
-    """The context in which torch's function takes the kernels of a mode, the first that fits."""
-    # Where torch does not take an order, its own decides, which differs from GPU to GPU.
+    """Returns a context in which torch's function uses the first suitable kernel of a mode."""
+    # Older versions of torch take no order and use their own, which differs between GPUs.
     order = {"set_priority": True} if _TAKES_ORDER else {}
     return sdpa_kernel(TORCH_KERNELS[backend], **order)
 
@@ -57,14 +54,24 @@ def torch_kernels(backend: str) -> AbstractContextManager[object]:
 def _torch_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """Torch's causal attention of ``[documents, heads, length, head_dim]``."""
+    """Computes torch's causal attention of ``[documents, heads, length, head_dim]``."""
     return scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
 
 
 class PackedCausalAttention(nn.Module):
-    """megatron-core's ``core_attention`` for packed documents, rotary embedding included."""
+    """megatron-core's ``core_attention`` for packed documents, including the rotary embedding.
+
+    Args:
+        config: megatron-core's ``TransformerConfig``.
+        layer_number: Not used.
+        attn_mask_type: Not used: the mask is causal in each document.
+        attention_type: Not used: there is only self-attention.
+        softmax_scale: Factor on the scores; ``head_dim ** -0.5`` if None.
+        backend: One of `kernels.attention.BACKENDS`.
+        rotation: The implementation of `apply_rotary`.
+    """
 
     def __init__(
         self,
@@ -77,17 +84,6 @@ class PackedCausalAttention(nn.Module):
         rotation: str = "torch",
         **_: Any,
     ) -> None:
-        """Takes what megatron-core gives every core attention.
-
-        Args:
-            config: ``TransformerConfig``.
-            layer_number: 1-based number of the layer; not used.
-            attn_mask_type: Not used: the mask is causal in each document.
-            attention_type: Not used: there is self-attention only.
-            softmax_scale: Factor on the scores; ``head_dim ** -0.5`` if None.
-            backend: One of `attention_backends.BACKENDS`.
-            rotation: Which implementation of `apply_rotary`.
-        """
         super().__init__()
         self.softmax_scale = softmax_scale
         self.backend = backend
@@ -104,7 +100,20 @@ class PackedCausalAttention(nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedTokens | None = None,
     ) -> torch.Tensor:
-        """Attends; ``attention_mask`` and ``attention_bias`` have to be None."""
+        """Computes attention.
+
+        Args:
+            query: ``[tokens, query_heads, head_dim]``.
+            key: ``[tokens, groups, head_dim]``.
+            value: ``[tokens, groups, head_dim]``.
+            attention_mask: Must be None.
+            attn_mask_type: Not used.
+            attention_bias: Must be None.
+            packed_seq_params: The micro-batch's documents.
+
+        Returns:
+            ``[tokens, query_heads * head_dim]``.
+        """
         packed = packed_seq_params
         assert packed is not None and packed.rotary is not None
         assert attention_mask is None and attention_bias is None
@@ -116,8 +125,8 @@ class PackedCausalAttention(nn.Module):
             ).flatten(1)
         query, key = apply_rotary(query, key, packed.rotary, self.rotation)
         if is_whole:
-            # Values are a view of the product of queries, keys and values. Saved for the backward
-            # pass it would keep all of that, beside the rotated queries and keys.
+            # Values are a view of the joint projection. Saving the view for the backward pass would
+            # keep the whole projection in memory beside the rotated queries and keys.
             value = value.contiguous()
         else:
             assert packed.shard is not None
@@ -135,9 +144,9 @@ class PackedCausalAttention(nn.Module):
     def _segments(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
-        """One call of a library's variable-length kernel."""
+        """Calls a library's variable-length kernel once."""
         if packed.spans:
-            # Two spans of one document both need its first keys, so keys are laid out by span.
+            # Two spans of one document both need its first keys, so keys are copied for each span.
             key = torch.cat([key[start:last] for start, _, last in packed.spans])
             value = torch.cat([value[start:last] for start, _, last in packed.spans])
         segments = Segments(
@@ -157,11 +166,10 @@ class PackedCausalAttention(nn.Module):
     def _spans(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
-        """Queries of this context-parallel rank against the keys of all.
+        """Attends from the queries of this context-parallel rank to the keys of all ranks.
 
         A span that begins inside its document has fewer queries than keys. torch's causal kernels
-        line both up at their begin, so queries that nobody asked for fill the gap: more work, and
-        still no mask.
+        align both at their begin, so unused queries fill the gap: more work, but no mask.
         """
         parts = []
         begin = 0
@@ -181,7 +189,7 @@ class PackedCausalAttention(nn.Module):
     def _runs(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: PackedTokens
     ) -> torch.Tensor:
-        """One call for each run of documents of equal length."""
+        """Calls torch's function once for each run of documents of equal length."""
         parts = []
         for start, num_documents, length in packed.runs:
             rows = slice(start, start + num_documents * length)

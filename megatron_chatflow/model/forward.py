@@ -1,8 +1,8 @@
-"""One micro-batch through the model: the function that megatron-core's schedules call.
+"""The forward step of one micro-batch, which megatron-core's pipeline schedules call.
 
-In: an iterator over micro-batches and a model chunk. Out: the chunk's output, and the function by
-which the last pipeline stage turns it into a summed loss, a number of loss tokens, and sums per
-source. Training and validation run the same code.
+It returns a model chunk's output and the function with which the last pipeline stage turns the
+output into a summed loss, the number of loss tokens, and sums per source. Training and validation
+use the same code.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,18 +36,18 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class ForwardStep:
-    """A micro-batch's way through this process's part of the model.
+    """Runs micro-batches through this process's part of the model.
 
     Attributes:
         llama: The model.
-        device: Where it lies.
-        rows: This rank's slice of the vocabulary.
-        num_bytes_per_id: int64[vocab_size] on ``device``: bytes of text that each id stands for.
-        num_sources: Rows of the per-source sums.
-        context_rank: This rank's place among those that share a micro-batch's tokens.
-        context_size: Their number.
-        context_group: Those ranks.
-        on_micro_batch: Called with each one that begins.
+        device: The model's device.
+        rows: This rank's shard of the vocabulary.
+        num_bytes_per_id: int64[vocab_size] on ``device``: number of UTF-8 bytes of each id's text.
+        num_sources: Number of rows of the per-source sums.
+        context_rank: This process's context-parallel rank.
+        context_size: The context-parallel size.
+        context_group: The context-parallel group.
+        on_micro_batch: Called at the beginning of each micro-batch.
     """
 
     llama: Llama
@@ -70,7 +70,7 @@ class ForwardStep:
         num_sources: int,
         on_micro_batch: Callable[[], None] = _nothing,
     ) -> "ForwardStep":
-        """Fits the step to this process's place in the job."""
+        """Builds the step for this process's place in the job."""
         rows = vocabulary_shard(
             rank=ranks.tensor_parallel_rank,
             size=ranks.tensor_parallel_size,
@@ -138,7 +138,7 @@ class ForwardStep:
             sequence_parallel=self.llama.config.sequence_parallel,
             implementation=self.llama.kernels.loss,
         )
-        # A number for each sample, or one for each token.
+        # One source per sample, or one per token.
         source = batch.source.reshape(len(batch.source), -1).expand(batch.tokens.shape)
         sums = source_sums(
             losses.detach(),
@@ -150,5 +150,5 @@ class ForwardStep:
         return total, loss_mask.sum().int(), sums
 
     def _flat(self, rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-        """The tokens that this rank holds, on its device."""
+        """Returns the tokens that this rank holds, on its device."""
         return to_device(shard.select(rows.flatten()), self.device)

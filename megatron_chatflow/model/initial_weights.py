@@ -1,10 +1,9 @@
-"""The weights that a fresh model begins with: the same ones at every parallel layout.
+"""Initializes the weights of a new model, the same at every parallel layout.
 
-In: a model chunk as megatron-core built it, the seed. Out: its weights, in place. Each matrix is
-drawn whole, from a generator of its own that the seed and the matrix's name in the whole model
-begin, and every process keeps its slice: whatever the tensor, pipeline and data-parallel sizes, the
-same model trains. megatron-core's own draws depend on what else a process holds. (The streams of
-CPUs and GPUs differ, and so do theirs.)
+Each matrix is drawn whole, from a generator seeded by the run's seed and the matrix's name in the
+whole model, and every process keeps its shard. The model is therefore the same at every tensor,
+pipeline and data-parallel size, while megatron-core's initialization depends on what else a process
+holds. CPUs and GPUs have different random streams.
 """
 
 import hashlib
@@ -16,13 +15,13 @@ from typing import Any
 import torch
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
-# Residual branches end here: their spread falls with the depth (Radford et al. 2019, "Language
-# Models are Unsupervised Multitask Learners", section 2.3, as megatron-core does).
+# Residual branches end here: their standard deviation falls with the depth (Radford et al. 2019,
+# "Language Models are Unsupervised Multitask Learners", section 2.3), as in megatron-core.
 _BRANCH_ENDS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def leave_unset(_weight: torch.Tensor) -> None:
-    """An ``init_method`` for megatron-core that draws nothing, because `draw_weights` will."""
+    """An ``init_method`` for megatron-core that does nothing; `draw_weights` initializes."""
 
 
 def draw_weights(
@@ -35,15 +34,15 @@ def draw_weights(
     tensor_parallel_size: int,
     unpadded_sizes: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Draws every matrix of a `GPTModel`; norms keep their ones.
+    """Initializes every matrix of a `GPTModel`; weights of norms stay 1.
 
     Args:
         chunk: The model, or one pipeline chunk of it.
-        seed: The run's.
-        num_layers: Of the whole model.
-        std: Spread of the normal distribution.
-        tensor_parallel_rank: This process's slice.
-        tensor_parallel_size: Number of slices.
+        seed: The run's seed.
+        num_layers: Number of layers of the whole model.
+        std: Standard deviation of the normal distribution.
+        tensor_parallel_rank: This process's tensor-parallel rank.
+        tensor_parallel_size: The tensor-parallel size.
         unpadded_sizes: Of matrices with heads of zeros behind the model's own, as
             `config.model_shape.unpadded_sizes` gives them.
     """
@@ -53,7 +52,7 @@ def draw_weights(
         whole_name = _name_in_whole_model(name, chunk)
         is_branch_end = name.endswith(_BRANCH_ENDS)
         spread = std / math.sqrt(2 * num_layers) if is_branch_end else std
-        # A gated layer's gate and up halves are cut each by itself.
+        # The gate and up halves of a gated layer are sharded separately.
         num_parts = 2 if name.endswith("linear_fc1.weight") else 1
         _draw(
             parameter.data,
@@ -70,7 +69,7 @@ def draw_weights(
 
 
 def _name_in_whole_model(name: str, chunk: Any) -> str:
-    """The name with the layer's number in the whole model, from 0."""
+    """Returns the name with the layer's 0-based number in the whole model."""
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     match = _LAYER.match(name)
@@ -96,9 +95,9 @@ def _draw(
     rank: int,
     size: int,
 ) -> None:
-    """Fills this rank's slice of a matrix whose ``num_parts`` parts are each cut along ``axis``.
+    """Fills this rank's shard of a matrix whose ``num_parts`` parts are each split along ``axis``.
 
-    The matrix is drawn in its own size; what lies behind that is zeros.
+    The matrix is drawn in its unpadded size; padding is zeros.
     """
     shape = list(weight.shape)
     shape[axis] *= size

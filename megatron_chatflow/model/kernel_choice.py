@@ -1,22 +1,9 @@
-"""Which implementation of attention, norm, RoPE, SwiGLU and loss passes a run takes.
+"""Chooses the implementations of attention, norm, RoPE, SwiGLU and loss for a run.
 
-In: the run's configuration and device. Out: `Kernels`. On a GPU they are measured at the run's own
-sizes, unless the run has to be the same to the last bit or asks for some; on a CPU, whose kernels
-are all ours, there is nothing to choose.
-
-The fastest of several implementations of an operation, measured on the device that will run it.
-
-In: operations, each with implementations of one function. Out: for each operation the name of the
-fastest that computes the right thing, the same on every rank, and the figures for the log. Which
-library's kernel is the fastest differs from GPU to GPU, from width to width and from release to
-release; a measurement at the start of a run says more than a list that was right elsewhere. It is
-the GPU's time: what the host needs for a launch is hidden behind the GPU's work in all but the
-smallest models.
-
-The operations of a step that have several implementations, at a run's own sizes.
-
-In: the sizes of one micro-batch on one rank. Out: norm, RoPE, SwiGLU, loss passes and attention,
-each with every implementation that this machine has, and the reason for those that it has not.
+On a GPU the implementations are measured at the run's sizes, unless the run is deterministic or
+requests certain ones; on CPUs there is nothing to choose. The fastest implementation whose result
+agrees with the fp32 reference is taken, the same on every rank. Measured is the GPU's time: the
+time of a launch on the host is hidden behind the GPU's work in all but the smallest models.
 """
 
 import contextlib
@@ -633,7 +620,7 @@ def choose_kernels(
     facts = gather_facts(
         sizes.device, sizes.dtype, sizes.head_dim, deterministic=train.deterministic_mode
     )
-    # A mistake is said before anything is measured.
+    # Validate the arguments before benchmarking.
     backend, reason = choose(facts, train.attention_backend)
     attention = Choice(backend, describe_backend(reason, sizes.device, sizes.dtype))
     if sizes.device.type != "cuda":

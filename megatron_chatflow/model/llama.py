@@ -1,8 +1,7 @@
-"""LLaMA as a megatron-core `GPTModel`: configuration, layer spec, construction.
+"""LLaMA as a megatron-core `GPTModel`: configuration, layer spec and construction.
 
-In: `ModelConfig`, `ParallelConfig` and this process's `Ranks`. Out: the model chunks that this
-process holds. Touvron et al., "Llama 2", 2023: RMSNorm before each block, SwiGLU, rotary positions,
-grouped-query attention, untied embeddings, no biases.
+Touvron et al., "Llama 2", 2023: RMSNorm before each block, SwiGLU, rotary positions, grouped-query
+attention, untied embeddings, no biases.
 """
 
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ from megatron_chatflow.runtime.ranks import Ranks
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, ranks: Ranks
 ) -> TransformerConfig:
-    """megatron-core's configuration of this run's transformer."""
+    """Returns megatron-core's configuration of this run's transformer."""
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     num_chunks = num_model_chunks(model, parallel)
     is_interleaved = num_chunks > 1
@@ -71,14 +70,14 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=num_chunks if is_interleaved else None,
-        # Interleaved, two stages exchange outputs and gradients in both directions at a time:
-        # batched, nothing would say which message is which.
+        # In the interleaved schedule two stages exchange messages in both directions at once, which
+        # could not be told apart in a batch.
         overlap_p2p_comm=is_interleaved,
         batch_p2p_comm=not is_interleaved,
-        # Works around a fault of torch before 2.0 by a device synchronization at each exchange.
+        # A workaround for torch before 2.0, which synchronizes the device at each exchange.
         batch_p2p_sync=False,
-        # Outputs are freed once they are sent. The interleaved schedule frees them while the send
-        # is under way, which neither gloo nor NCCL notices: both keep the tensor and not its data.
+        # The interleaved schedule would free outputs while they are being sent, because gloo and
+        # NCCL keep the tensor but not its data.
         deallocate_pipeline_outputs=not is_interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -91,7 +90,7 @@ def transformer_config(
         recompute_num_layers=train.recompute_num_layers,
         use_cpu_initialization=not ranks.is_cuda,
         deterministic_mode=train.deterministic_mode,
-        # Apex's kernel adds weight gradients straight into the fp32 buffer.
+        # Apex's kernel adds weight gradients directly to the fp32 buffer.
         gradient_accumulation_fusion=ranks.is_cuda
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         # `SwiGLUMLP` activates.
@@ -107,7 +106,7 @@ def _norm_spec(kernels: Kernels) -> ModuleSpec:
 
 
 def layer_spec(kernels: Kernels) -> ModuleSpec:
-    """One LLaMA layer from megatron-core's own parallel linears and our norm and attention."""
+    """Returns the spec of a layer: megatron-core's parallel linears, our norm and attention."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -138,7 +137,7 @@ def layer_spec(kernels: Kernels) -> ModuleSpec:
 
 
 class HiddenStatesOut(ColumnParallelLinear):  # type: ignore[misc]
-    """An output layer that keeps its weight and passes hidden states on to the chunked loss."""
+    """An output layer that holds its weight and passes hidden states on to the chunked loss."""
 
     def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         """Returns its input; `linear_cross_entropy` multiplies by the weight, chunk by chunk."""
@@ -152,11 +151,11 @@ class Llama:
     Attributes:
         chunks: The `GPTModel` of each virtual pipeline stage here.
         config: megatron-core's configuration, shared by the chunks.
-        vocab_size: Pieces of the tokenizer.
-        padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
-        rotary: How positions become angles.
-        kernels: Which implementation of each operation it uses.
-        collectives: What tensor-parallel ranks exchange through, for the log.
+        vocab_size: Size of the tokenizer's vocabulary.
+        padded_vocab_size: Number of rows of the embedding over all tensor-parallel ranks.
+        rotary: The rotary embedding's settings.
+        kernels: The implementation of each operation.
+        collectives: Description of the tensor-parallel collectives for the log.
     """
 
     chunks: list[Any]
@@ -169,13 +168,13 @@ class Llama:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         dtype: torch.dtype = self.config.params_dtype
         return dtype
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """The output layer's rows here; on the last pipeline stage only."""
+        """This rank's rows of the output layer; only on the last pipeline stage."""
         model = self.chunks[-1]
         shared: torch.Tensor | None = (
             model.shared_embedding_or_output_weight()
@@ -186,7 +185,7 @@ class Llama:
         return shared
 
     def num_local_parameters(self) -> int:
-        """Parameters that this process holds."""
+        """Returns the number of parameters that this process holds."""
         return sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
 
 
@@ -202,12 +201,12 @@ def build_llama(
     """Builds this process's part of the model; ``train.seed`` gives the same weights at any layout.
 
     Args:
-        model: Shape.
-        parallel: How it is cut.
+        model: The model's shape.
+        parallel: The parallel layout.
         train: Precision and recomputation.
-        ranks: This process's place.
-        vocab_size: Pieces of the tokenizer.
-        sequence_length: Tokens of a sample, by which dynamic rotary scaling goes; the model's
+        ranks: This process's place in the job.
+        vocab_size: Size of the tokenizer's vocabulary.
+        sequence_length: Tokens of a sample, which dynamic rotary scaling depends on; the model's
             longest if None.
     """
     config = transformer_config(model, parallel, train, ranks)
@@ -227,7 +226,7 @@ def build_llama(
             is_first=ranks.is_first_stage and number == 0,
             is_last=ranks.is_last_stage and number == num_chunks - 1,
         )
-        # Checkpoints hold the model's own heads only.
+        # Checkpoints leave padded heads out.
         chunk.unpadded_sizes = unpadded_sizes(model, parallel)
         if ranks.is_cuda:
             chunk.cuda(ranks.device)
@@ -253,7 +252,7 @@ def build_llama(
 
 
 def _collectives(parallel: ParallelConfig, ranks: Ranks) -> str:
-    """Has tensor-parallel ranks share memory where they can; what they do, for the log."""
+    """Enables shared-memory collectives if possible; returns a description for the log."""
     if ranks.tensor_parallel_size == 1:
         return "none: one process holds every layer whole"
     if ranks.is_cuda:
@@ -274,7 +273,7 @@ def _kernels(
     rows: int,
     sequence_length: int | None,
 ) -> Kernels:
-    """Chooses at the sizes of a micro-batch on this rank."""
+    """Chooses kernels for the sizes of a micro-batch on this rank."""
     length = sequence_length or model.max_position_embeddings
     tensor_parallel = ranks.tensor_parallel_size
     num_tokens = train.micro_batch_size * length // config.context_parallel_size
@@ -308,7 +307,7 @@ def _build_chunk(
     is_first: bool,
     is_last: bool,
 ) -> GPTModel:
-    """One chunk of layers, with the embedding before the first and the output after the last."""
+    """Builds a chunk of layers, with the embedding in the first and the output in the last."""
     spec = TransformerBlockSubmodules(
         layer_specs=[layer_spec(kernels)] * get_num_layers_to_build(config, vp_stage),
         layer_norm=_norm_spec(kernels),
@@ -321,15 +320,15 @@ def _build_chunk(
         pre_process=is_first,
         post_process=is_last,
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        # Our attention rotates queries and keys itself, by angles computed once a micro-batch.
+        # Our attention rotates queries and keys itself, with angles computed once per micro-batch.
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
     if is_last:
-        # The weight stays where megatron-core's checkpoints and gradients look for it.
+        # The weight stays where megatron-core's checkpoints and gradients expect it.
         chunk.output_layer.__class__ = HiddenStatesOut
     for layer in chunk.decoder.layers:
-        # megatron-core builds only its own class by the right arguments.
+        # megatron-core passes the right arguments only to its own class.
         layer.mlp.__class__ = SwiGLUMLP
         layer.mlp.set_activation(kernels.swiglu)
     return chunk

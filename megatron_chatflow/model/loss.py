@@ -1,9 +1,8 @@
-"""Next-token loss straight from hidden states: chunked, vocabulary-parallel, padding rows excluded.
+"""Next-token cross-entropy from hidden states: chunked, vocabulary-parallel, without padding rows.
 
-In: hidden states of a packed micro-batch, the output layer's slice of the vocabulary, labels and
-loss mask. Out: the summed loss, to differentiate, and each token's loss. The fp32 logits of one
-chunk of tokens are all that is ever held: gradients are taken in the same pass, since the loss is
-a plain sum and its gradient is known up to the scalar that backward brings.
+Only the logits of one chunk of tokens are held at a time. Their gradients are computed in the same
+pass: the loss is a plain sum, whose gradient is known up to the scalar that the backward pass
+brings.
 """
 
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from torch.distributed import ProcessGroup, ReduceOp
 from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.cross_entropy import softmax_gradient_, softmax_statistics
 
-# Logits that are held at a time, in bf16 268 MB: 4,096 tokens of a 32,000-piece vocabulary.
+# Logits held at a time, 268 MB in bf16: 4,096 tokens of a vocabulary of 32,000.
 CHUNK_LOGITS = 1 << 27
-# Rows of a CPU's product with all pieces: oneDNN takes a tenth longer for twice as many at once.
+# Rows of a CPU's product with the output layer: oneDNN is 10% slower with twice as many.
 CPU_PRODUCT_TOKENS = 2048
-# Logits that a CPU turns into exponentials at a time, in fp32: 1 MB stays in its cache.
+# Logits of which a CPU computes exponentials at a time: 1 MB in fp32 stays in its cache.
 CPU_BLOCK_LOGITS = 1 << 18
 
 
@@ -31,9 +30,9 @@ class VocabularyShard:
 
     Attributes:
         start: Id of the first row.
-        num_rows: Rows held, padding included.
+        num_rows: Number of rows held, including padding.
         num_valid_tokens: Rows held that stand for a token; padding rows get no probability.
-        group: Ranks that hold the other rows, or None if this one holds all.
+        group: The ranks that hold the other rows; None if this rank holds all.
     """
 
     start: int
@@ -45,7 +44,7 @@ class VocabularyShard:
 def vocabulary_shard(
     *, rank: int, size: int, padded_vocab_size: int, vocab_size: int, group: ProcessGroup | None
 ) -> VocabularyShard:
-    """Cuts ``padded_vocab_size`` rows into ``size`` equal slices and returns the ``rank``-th."""
+    """Splits ``padded_vocab_size`` rows into ``size`` equal shards and returns the ``rank``-th."""
     num_rows = padded_vocab_size // size
     start = rank * num_rows
     return VocabularyShard(
@@ -57,14 +56,14 @@ def vocabulary_shard(
 
 
 def _exponentiate(logits: torch.Tensor, num_valid_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns logits into ``exp(logits - row's highest)`` in place, computing in fp32.
+    """Replaces logits with ``exp(logits - row maximum)``, computed in fp32.
 
     Args:
         logits: ``[tokens, rows]``, changed.
         num_valid_tokens: Entries of a row that stand for a piece; the others become 0.
 
     Returns:
-        Each row's highest logit and its sum of exponentials, float32[tokens].
+        Each row's maximum and its sum of exponentials, float32[tokens].
     """
     if cpu_kernels.is_available(logits):
         return cpu_kernels.exponentiate(logits, num_valid_tokens)
@@ -77,7 +76,7 @@ def _exponentiate(logits: torch.Tensor, num_valid_tokens: int) -> tuple[torch.Te
     for begin in range(0, num_tokens, size):
         block = logits[begin : begin + size]
         values = scratch[: len(block)].copy_(block)
-        # A rank that holds padding alone has no highest logit; any finite one serves.
+        # A rank with only padding has no maximum; any finite value will do.
         top = values.amax(dim=-1).clamp_(min=-1e30)
         values.sub_(top.unsqueeze(-1)).exp_()
         highest[begin : begin + size] = top
@@ -88,7 +87,7 @@ def _exponentiate(logits: torch.Tensor, num_valid_tokens: int) -> tuple[torch.Te
 
 @dataclass(frozen=True)
 class ChunkLoss:
-    """A chunk's loss, and the gradient of its sum by the logits as a product.
+    """A chunk's loss, and the gradient of its sum with respect to the logits as a product.
 
     Attributes:
         losses: float32[tokens].
@@ -104,7 +103,7 @@ class ChunkLoss:
 def _chunk_loss_by_kernels(
     logits: torch.Tensor, labels: torch.Tensor, rows: VocabularyShard
 ) -> ChunkLoss:
-    """`chunk_loss` in two passes over the logits."""
+    """Computes `chunk_loss` in two passes over the logits."""
     local = labels - rows.start
     highest, sums, target = softmax_statistics(logits, local, rows.num_valid_tokens)
     overall = highest
@@ -122,13 +121,13 @@ def _chunk_loss_by_kernels(
 def chunk_loss(
     logits: torch.Tensor, labels: torch.Tensor, rows: VocabularyShard, implementation: str
 ) -> ChunkLoss:
-    """Cross-entropy of one chunk.
+    """Computes the cross-entropy of one chunk.
 
     Args:
         logits: ``[tokens, rows.num_rows]``, overwritten.
         labels: int64[tokens], ids in the whole vocabulary.
-        rows: Which part of it the logits are.
-        implementation: ``ours``, by the kernels of ``csrc/kernels``, or ``torch``.
+        rows: The shard of the vocabulary that the logits belong to.
+        implementation: ``ours`` for the kernels of ``csrc/kernels``, or ``torch``.
     """
     if implementation == "ours":
         return _chunk_loss_by_kernels(logits, labels, rows)
@@ -143,20 +142,20 @@ def chunk_loss(
     if rows.group is not None:
         overall = highest.clone()
         dist.all_reduce(overall, op=ReduceOp.MAX, group=rows.group)
-        # Never 0: what lies 69 below the highest logit has no weight, and a label there still has.
+        # Never 0: logits 69 below the maximum have no weight, but a label among them still has.
         rescale = (highest - overall).exp().clamp_(min=1e-30)
         both = torch.stack((sums * rescale, known_target))
         dist.all_reduce(both, group=rows.group)
         sums, known_target = both.unbind()
-    # The label's entry is exp - sum in fp32 and rounded once: where the model is nearly sure, the
-    # difference of two rounded numbers would be rounding alone.
+    # The label's entry is exp - sum in fp32, rounded once: if the probability is close to 1, the
+    # difference of two rounded numbers would be mostly rounding error.
     difference = ((target - highest).exp() - sums / rescale).to(logits.dtype)
     logits[tokens, local] = torch.where(is_here, difference, logits[tokens, local])
     return ChunkLoss(overall + sums.log() - known_target, logits, rescale / sums)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of masked token losses, with both gradients taken in the forward pass."""
+    """Sum of masked token losses, with both gradients computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -183,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden[tokens], part = _chunk_gradients(
                 chunk, hidden[tokens], weight, loss_mask[tokens]
             )
-            # Chunks add up in fp32, as micro-batches do in the main gradient.
+            # Chunks are summed in fp32, as micro-batches are in the main gradient.
             grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
@@ -195,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if not grad_sum.is_cuda and float(grad_sum) == 1.0:
-            # So megatron-core calls it; the host knows the value, and 16 million products less.
+            # megatron-core calls it with 1. The host can read the value and skip the products.
             return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None, None
         return (
             grad_hidden * grad_sum.to(grad_hidden.dtype),
@@ -210,10 +209,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk_gradients(
     chunk: ChunkLoss, hidden: torch.Tensor, weight: torch.Tensor, loss_mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the masked sum by hidden states and weight.
+    """Returns the gradients of the masked sum with respect to hidden states and weight.
 
-    The scale is a factor a token, so it goes on the small side of each product: the logits are not
-    read once more for it.
+    The scale, one factor per token, is applied to the smaller operand of each product, so that the
+    logits are not read again.
     """
     scale = (chunk.scale * loss_mask).unsqueeze(-1)
     if chunk.differences.is_cuda:
@@ -223,7 +222,7 @@ def _chunk_gradients(
             [part @ weight for part in torch.split(chunk.differences, CPU_PRODUCT_TOKENS)]
         )
     else:
-        # A sum over all pieces is long, and oneDNN takes an eighth less time for the transposed.
+        # For this long sum, oneDNN takes an eighth less time with transposed operands.
         grad_hidden = (weight.t() @ chunk.differences.t()).t()
     grad_hidden = grad_hidden * scale
     grad_weight = chunk.differences.t() @ (hidden * scale).to(hidden.dtype)
@@ -240,14 +239,14 @@ def linear_cross_entropy(
     sequence_parallel: bool,
     implementation: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of ``hidden @ weight.T`` against ``labels``, never holding all logits.
+    """Computes the cross-entropy of ``hidden @ weight.T`` without holding all logits.
 
     Args:
-        hidden: ``[tokens, hidden]``, or this rank's part of the tokens under sequence parallelism.
-        weight: ``[rows.num_rows, hidden]``, this rank's slice of the output layer.
+        hidden: ``[tokens, hidden]``; under sequence parallelism only this rank's tokens.
+        weight: ``[rows.num_rows, hidden]``, this rank's shard of the output layer.
         labels: int64[tokens], ids of the next tokens.
-        loss_mask: float32[tokens], 1 where the token counts.
-        rows: Which rows of the vocabulary ``weight`` holds.
+        loss_mask: float32[tokens], 1 for tokens that contribute to the loss.
+        rows: The shard of the vocabulary that ``weight`` holds.
         sequence_parallel: Whether the tokens are split over the tensor-parallel group.
         implementation: As in `chunk_loss`.
 
@@ -273,14 +272,14 @@ def source_sums(
     source: torch.Tensor,
     num_sources: int,
 ) -> torch.Tensor:
-    """Per source: summed loss, loss tokens, and UTF-8 bytes that those tokens stand for.
+    """Sums loss, loss tokens, and UTF-8 bytes of those tokens by source.
 
     Args:
         losses: float32[tokens].
         loss_mask: float32[tokens].
-        label_bytes: int64[tokens], bytes of text that each label stands for.
-        source: int64[tokens], number of each token's source.
-        num_sources: Rows of the result.
+        label_bytes: int64[tokens], UTF-8 bytes of each label's text.
+        source: int64[tokens], index of each token's source.
+        num_sources: Number of sources.
 
     Returns:
         float64[num_sources, 3].

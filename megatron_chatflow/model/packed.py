@@ -1,22 +1,17 @@
-"""Context parallelism by gathered keys and values: each rank attends with its part of the queries.
+"""Packed micro-batches: document boundaries, rotary angles, and context parallelism.
 
-In: a micro-batch's tokens, cut over the context-parallel group. Out: every rank's own tokens, and
-keys and values of all. Rank r of n holds chunks r and 2n-1-r of 2n equal chunks, so that causal
-attention costs each rank the same (Brandon et al., "Striped Attention", 2023, use the same idea
-with stripes). Gathering suits grouped-query attention, whose keys and values are small, and needs
-nothing of the backend but all-gather and reduce-scatter.
+Every micro-batch is one row of ``micro_batch_size * seq_length`` packed tokens (megatron-core's
+``thd`` format). Samples with and without document boundaries therefore run the same code, and no
+dense mask is built. `pack_tokens` turns the cumulative document lengths of the loader into
+`PackedTokens`, which megatron-core passes unchanged to every layer.
 
-transformer-engine's kernels serve here as attention on the gathered tensors. Its own exchange of
-keys and values is not used: on packed documents its ring wants every document padded to a multiple
-of 2n tokens, which would change the batches, and its all-gather refuses packed documents.
-
-What attention must know of a micro-batch: where its documents begin, and the rotary angles.
-
-In: the cumulative document lengths that the loader puts beside the tokens. Out: `PackedTokens`,
-which megatron-core hands unchanged to every layer. Every micro-batch is one row of
-``micro_batch_size * seq_length`` packed tokens (megatron-core's ``thd`` format), so that samples
-with and without document boundaries run through the same code, and nothing ever builds a dense
-mask.
+Under context parallelism each rank holds some queries and gathers the keys and values of all ranks.
+Rank r of n holds chunks r and 2n-1-r of 2n equal chunks, so that causal attention costs the same on
+each rank (Brandon et al., "Striped Attention", 2023, use the same idea with stripes). Gathering
+suits grouped-query attention, whose keys and values are small, and only needs all-gather and
+reduce-scatter. transformer-engine's kernels are used on the gathered tensors, but not its exchange
+of keys and values: on packed documents its ring requires every document to be padded to a multiple
+of 2n tokens, which would change the batches, and its all-gather does not support packed documents.
 """
 
 from dataclasses import dataclass
@@ -34,12 +29,12 @@ from megatron_chatflow.runtime.device import to_device
 
 @dataclass(frozen=True)
 class ContextShard:
-    """This rank's tokens of a micro-batch.
+    """The tokens of a micro-batch that this rank holds.
 
     Attributes:
         token_ranges: ``(begin, end)`` of its chunks in the whole micro-batch, ascending.
-        num_tokens: Of the whole micro-batch.
-        group: The context-parallel ranks, or None if this one holds all tokens.
+        num_tokens: Number of tokens of the whole micro-batch.
+        group: The context-parallel group; None if this rank holds all tokens.
     """
 
     token_ranges: tuple[tuple[int, int], ...]
@@ -52,7 +47,7 @@ class ContextShard:
         return self.group is None
 
     def select(self, tokens: torch.Tensor) -> torch.Tensor:
-        """This rank's rows of a tensor whose first axis is the micro-batch's tokens."""
+        """Returns this rank's rows of a tensor whose first axis is the micro-batch's tokens."""
         if self.is_whole:
             return tokens
         return torch.cat([tokens[begin:end] for begin, end in self.token_ranges])
@@ -61,13 +56,13 @@ class ContextShard:
 def shard_context(
     num_tokens: int, *, rank: int, size: int, group: ProcessGroup | None
 ) -> ContextShard:
-    """Which tokens rank ``rank`` of ``size`` holds.
+    """Returns the tokens that a context-parallel rank holds.
 
     Args:
-        num_tokens: Of the micro-batch, a multiple of ``2 * size``.
-        rank: Context-parallel rank.
-        size: Context-parallel size.
-        group: The ranks; not used for a size of 1.
+        num_tokens: Number of tokens of the micro-batch, a multiple of ``2 * size``.
+        rank: The context-parallel rank.
+        size: The context-parallel size.
+        group: The context-parallel group; not used for a size of 1.
     """
     if size == 1:
         return ContextShard(((0, num_tokens),), num_tokens, None)
@@ -77,14 +72,14 @@ def shard_context(
 
 
 def _in_order(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The whole micro-batch from every rank's two chunks."""
+    """Returns the whole micro-batch from the two chunks of every rank."""
     first = [part[: len(part) // 2] for part in parts]
     last = [part[len(part) // 2 :] for part in parts]
     return torch.cat([*first, *reversed(last)])
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows in order; the gradient goes back to each row's rank, summed over all."""
+    """Gathers the rows of all ranks; the backward pass sums and scatters the gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
@@ -105,7 +100,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_context(rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
-    """Keys or values of the whole micro-batch from this rank's, ``[tokens, groups, head_dim]``."""
+    """Gathers keys or values of the whole micro-batch, ``[tokens, groups, head_dim]``."""
     if shard.group is None:
         return rows
     whole: torch.Tensor = _Gather.apply(rows, shard.group)  # type: ignore[no-untyped-call]
@@ -113,12 +108,12 @@ def gather_context(rows: torch.Tensor, shard: ContextShard) -> torch.Tensor:
 
 
 def document_spans(cu_seqlens: list[int], shard: ContextShard) -> tuple[tuple[int, int, int], ...]:
-    """The spans of documents that this rank's queries make up.
+    """Returns the spans of documents that this rank's queries belong to.
 
     Returns:
-        For each span ``(document's first token, span's first token, one after its last)``, in the
-        order of this rank's tokens; queries of the span see keys from the first of these to
-        themselves.
+        ``(document's first token, span's first token, one after its last)`` for each span, in the
+        order of this rank's tokens. Queries of a span see the keys from the document's first token
+        to themselves.
     """
     spans = []
     for begin, end in shard.token_ranges:
@@ -131,15 +126,15 @@ def document_spans(cu_seqlens: list[int], shard: ContextShard) -> tuple[tuple[in
 
 @dataclass
 class PackedTokens(PackedSeqParams):  # type: ignore[misc]
-    """megatron-core's packed-sequence parameters, with what is computed once a micro-batch.
+    """megatron-core's packed-sequence parameters, with values computed once per micro-batch.
 
     Attributes:
         runs: ``(start, num_documents, length)`` of each run of documents of equal length, as
             Python integers, so that no layer waits for the device to read them.
-        rotary: Angles of this rank's tokens.
-        shard: Which tokens this context-parallel rank holds.
-        spans: Under context parallelism, the parts of documents that they make up; the cumulative
-            lengths are then those of the spans' queries and of the keys that each span sees.
+        rotary: The angles of this rank's tokens.
+        shard: The tokens that this context-parallel rank holds.
+        spans: Under context parallelism, the spans of documents that this rank's queries belong to;
+            the cumulative lengths are then those of the spans' queries and of the keys they see.
     """
 
     runs: tuple[tuple[int, int, int], ...] = ()
@@ -149,7 +144,7 @@ class PackedTokens(PackedSeqParams):  # type: ignore[misc]
 
 
 def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]:
-    """Groups neighbours of equal length: ``(start, num_documents, length)`` of each group.
+    """Groups adjacent documents of equal length into ``(start, num_documents, length)``.
 
     >>> equal_length_runs([0, 4, 8, 10])
     ((0, 2, 4), (8, 1, 2))
@@ -165,14 +160,14 @@ def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]
 
 
 def document_positions(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Each token's position in its own document, int64[tokens], from int32[num_documents + 1]."""
+    """Returns each token's position in its document, int64[tokens]."""
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens.diff().long()
     return torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(starts, lengths)
 
 
 def _cumulative(lengths: list[int]) -> tuple[torch.Tensor, int]:
-    """int32[num + 1] of begins and the end, and the greatest length."""
+    """Returns cumulative lengths, int32[num + 1], and the greatest length."""
     ends = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
     return ends.to(torch.int32), max(lengths)
 
@@ -189,10 +184,10 @@ def pack_tokens(
 
     Args:
         cu_seqlens: int32[num_documents + 1] on the CPU, over the flattened micro-batch.
-        shard: Which of its tokens this rank holds; all of them if None.
-        rotary: How positions become angles.
-        dtype: The model's activations.
-        device: Where the model runs.
+        shard: The tokens that this rank holds; all of them if None.
+        rotary: The rotary embedding's settings.
+        dtype: The dtype of activations.
+        device: The model's device.
     """
     boundaries = cu_seqlens.tolist()
     shard = shard or shard_context(boundaries[-1], rank=0, size=1, group=None)

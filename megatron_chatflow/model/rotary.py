@@ -1,9 +1,8 @@
-"""Rotary position embedding over packed tokens.
+"""Rotary position embedding of packed tokens.
 
-In: queries and keys ``[tokens, heads, head_dim]`` and the position of each token in its own
-document. Out: the same, rotated. Su et al., "RoFormer", 2021, equation 34, with LLaMA's layout: the
-two halves of a head are the real and imaginary parts. The angles of a micro-batch are computed
-once, not once a layer.
+Su et al., "RoFormer", 2021, equation 34, with LLaMA's layout: the two halves of a head are the real
+and imaginary parts. Positions count from the beginning of each document. The angles of a
+micro-batch are computed once, not once per layer.
 """
 
 import math
@@ -23,24 +22,24 @@ from megatron_chatflow.kernels.rope import rope
 
 @dataclass(frozen=True)
 class Rotary:
-    """How positions become angles.
+    """The settings of a rotary embedding.
 
-    The kinds of scaling are those of `transformers`, by its names and to its formulas. ``linear``
+    Kinds of scaling have the names and formulas of `transformers`. ``linear``
     (Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation",
     2023) divides all frequencies. ``dynamic`` is NTK-aware scaling, a larger base for a longer
-    text: transformers takes the base anew for each text's length, training takes one base, that of
-    its sequence length, for every document. ``llama3`` divides low frequencies alone, with a ramp
-    towards the high ones.
+    text: transformers computes the base for each text's length, while training uses the base of its
+    sequence length for every document. ``llama3`` divides only low frequencies, with a ramp towards
+    high ones.
 
     Attributes:
         head_dim: Size of an attention head.
         base: The slowest angle's base, 10,000 in LLaMA-2.
         scaling: Kind of scaling.
-        factor: How much longer texts get.
-        low_freq_factor: Of ``llama3``: wavelengths above the original length over this are divided.
-        high_freq_factor: Of ``llama3``: those below the original length over this are kept.
-        original_length: Tokens that the model read before it was scaled.
-        length: Of ``dynamic``: tokens of the text whose base is taken.
+        factor: By how much the context is extended.
+        low_freq_factor: For ``llama3``: wavelengths over ``original_length / this`` are divided.
+        high_freq_factor: For ``llama3``: wavelengths under ``original_length / this`` are kept.
+        original_length: Context length of the unscaled model in tokens.
+        length: For ``dynamic``: length in tokens of the text that determines the base.
     """
 
     head_dim: int
@@ -54,7 +53,7 @@ class Rotary:
 
     @classmethod
     def of(cls, model: ModelConfig, length: int | None = None) -> "Rotary":
-        """The angles of a model, for texts of ``length`` tokens where that matters."""
+        """Returns the settings of a model, for texts of ``length`` tokens."""
         return cls(
             head_dim=model.head_dim,
             base=model.rotary_base,
@@ -69,7 +68,7 @@ class Rotary:
         )
 
     def inverse_frequencies(self, device: torch.device) -> torch.Tensor:
-        """Angles per position, float32[head_dim / 2]: ``base^(-2i/head_dim)``, scaled."""
+        """Returns the scaled angles per position ``base^(-2i/head_dim)``, float32[head_dim / 2]."""
         base = self.base
         if self.scaling == "dynamic":
             base = dynamic_base(base, self.head_dim, self.factor, self.original_length, self.length)
@@ -78,7 +77,7 @@ class Rotary:
         if self.scaling == "linear":
             return frequencies / self.factor
         if self.scaling == "llama3":
-            # Where on the ramp a wavelength lies: 0 is divided by the factor, 1 is kept.
+            # The position on the ramp: 0 is divided by the factor, 1 is kept.
             turns = self.original_length * frequencies / (2 * math.pi)
             low, high = self.low_freq_factor, self.high_freq_factor
             kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -88,12 +87,12 @@ class Rotary:
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """The angles of a micro-batch's tokens, once for all layers.
+    """The angles of a micro-batch's tokens, shared by all layers.
 
     Attributes:
         angles: float32[tokens, 1, head_dim / 2].
-        cosines: Of them, rounded to `table_dtype`.
-        sines: The same.
+        cosines: Cosines of the angles, rounded to `table_dtype`.
+        sines: Sines of the angles, rounded to `table_dtype`.
     """
 
     angles: torch.Tensor
@@ -102,12 +101,12 @@ class RotaryTable:
 
     @cached_property
     def angles_of_heads(self) -> torch.Tensor:
-        """float32[tokens, 1, 1, head_dim], as transformer-engine reads them."""
+        """The angles for transformer-engine, float32[tokens, 1, 1, head_dim]."""
         return torch.cat((self.angles, self.angles), dim=-1).unsqueeze(1)
 
     @cached_property
     def tables_of_heads(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, ``[1, tokens, head_dim]``, as liger-kernel reads them."""
+        """Cosines and sines for liger-kernel, ``[1, tokens, head_dim]``."""
         cosines, sines = (
             torch.cat((half, half), dim=-1).transpose(0, 1) for half in (self.cosines, self.sines)
         )
@@ -115,12 +114,12 @@ class RotaryTable:
 
 
 def rotary_table(positions: torch.Tensor, rotary: Rotary, dtype: torch.dtype) -> RotaryTable:
-    """Every token's angles, their cosines and sines.
+    """Computes every token's angles, their cosines and sines.
 
     Args:
         positions: int64[tokens], each token's position in its document.
-        rotary: How positions become angles.
-        dtype: What cosines and sines are rounded to; angles are computed in float32.
+        rotary: The rotary embedding's settings.
+        dtype: The dtype of cosines and sines; angles are computed in float32.
     """
     frequencies = rotary.inverse_frequencies(positions.device)
     angles = (positions.float().unsqueeze(-1) * frequencies).unsqueeze(1)
@@ -144,7 +143,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def table_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What angles are rounded to where heads have ``dtype``: the CPU's kernel reads fp32."""
+    """Returns the dtype of angles for heads of ``dtype``; the CPU kernel needs fp32."""
     is_fused = cpu_kernels.is_available(torch.empty(0, dtype=dtype, device=device))
     return torch.float32 if is_fused else dtype
 
@@ -169,7 +168,7 @@ def _rotate(
 
 
 Rotation = Callable[[torch.Tensor, torch.Tensor, RotaryTable], tuple[torch.Tensor, torch.Tensor]]
-"""Of queries ``[tokens, heads, head_dim]``, keys ``[tokens, groups, head_dim]``, and angles."""
+"""Takes queries ``[tokens, heads, head_dim]``, keys ``[tokens, groups, head_dim]`` and angles."""
 
 
 def _by_ours(
@@ -199,7 +198,7 @@ def _by_transformer_engine(
 def _composed(
     query: torch.Tensor, key: torch.Tensor, table: RotaryTable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Composed in torch; a CPU's own kernel in bf16."""
+    """Rotates with torch's operations, or with the CPU kernel in bf16."""
     rotated = (
         _Rotate.apply(heads, table.cosines, table.sines)  # type: ignore[no-untyped-call]
         for heads in (query, key)
@@ -223,7 +222,7 @@ def apply_rotary(
     Args:
         query: ``[tokens, heads, head_dim]``.
         key: ``[tokens, groups, head_dim]``.
-        table: Of `rotary_table`, in `table_dtype`.
+        table: The result of `rotary_table` in `table_dtype`.
         implementation: ``ours``, ``liger``, ``transformer_engine`` or ``torch``.
     """
     return _ROTATIONS[implementation](query, key, table)

@@ -32,7 +32,7 @@ from megatron_chatflow.errors import UserError
         ("megatron_chatflow::rope", "RoPE"),
         ("_RotateBackward", "RoPE"),
         ("megatron_chatflow::swiglu_backward", "SwiGLU"),
-        ("megatron_chatflow::add_rms_norm", "norm"),
+        ("megatron_chatflow::rms_norm", "norm"),
         ("aten::_fused_rms_norm_backward", "norm"),
         ("_LinearCrossEntropy", "loss"),
         ("megatron_chatflow::softmax_statistics", "loss"),
