@@ -158,7 +158,7 @@ class CheckpointSaver:
 
     Args:
         root: The run's folder.
-        config: The resolved configuration, stored temporary the weights.
+        config: The resolved configuration, stored with the weights.
         ranks: This process's place in the job.
         durable_iteration: The checkpoint that the run continues from; None if it starts fresh.
         carried: Small files that every checkpoint carries to an export, by name; written by rank 0.
