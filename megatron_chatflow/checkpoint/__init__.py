@@ -1,1 +1,1 @@
-"""Checkpoints: a training state in a distributed store, written while training goes on."""
+"""Checkpoints in torch's distributed format, written while training continues."""

@@ -100,6 +100,6 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
         _leaving_on_sigterm(),
         scratch_folder("chatflow_export_") as folder,
     ):
-        logger.info("exporting %s to a temporary folder (TMPDIR says where)", path)
+        logger.info("exporting %s to a temporary folder (set TMPDIR to move it)", path)
         export_checkpoint(path, folder / "model", tokenizer=choice)
         yield folder / "model"

@@ -29,7 +29,7 @@ def can_import(module: str) -> bool:
 def transformer_engine_rms_norm(
     epsilon: float,
 ) -> Callable[[torch.Tensor, nn.Parameter], torch.Tensor]:
-    """Its module, with the given weight in the place of its own."""
+    """Returns transformer-engine's norm, which uses the weight it is called with."""
     rms_norm = import_module("transformer_engine.pytorch").RMSNorm
     module: Any = None
 
@@ -42,12 +42,12 @@ def transformer_engine_rms_norm(
         normalised: torch.Tensor = module(x)
         return normalised
 
-    # A function, for a module in a module would have its weight saved twice.
+    # A function, because the weight of a nested module would be saved twice.
     return normalise
 
 
 def liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Its function, with the input left alone, because the residual still needs it."""
+    """Calls liger-kernel's norm without overwriting the input, which the residual needs."""
     function = import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
     # Offset of the weight, which products are fp32, and whether the gradient may overwrite.
     normalised: torch.Tensor = function.apply(x, weight, epsilon, 0.0, "gemma", False)
@@ -55,14 +55,14 @@ def liger_rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
 
 
 def transformer_engine_swiglu() -> Callable[[torch.Tensor], torch.Tensor]:
-    """Its operation on ``[tokens, gate | linear]``."""
+    """Returns transformer-engine's SwiGLU of ``[tokens, gate | up]``."""
     operation = import_module("transformer_engine.pytorch.ops").SwiGLU()
-    # A function, for a module in a module would appear in its state.
+    # A function, because a nested module would appear in the model's state.
     return lambda rows: operation(rows)
 
 
 def liger_swiglu(rows: torch.Tensor) -> torch.Tensor:
-    """Its function on ``[tokens, gate | linear]``; before 0.8 it copied the two parts apart."""
+    """Calls liger-kernel's SwiGLU of ``[tokens, gate | up]``; before 0.8 it takes two tensors."""
     module = import_module("liger_kernel.ops.swiglu")
     whole = getattr(module, "LigerFusedGateUpSiLUMulFunction", None)
     activated: torch.Tensor = (
@@ -74,7 +74,7 @@ def liger_swiglu(rows: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_engine_rope(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Its fused function; each token has angles of its own, so documents may begin anywhere.
+    """Calls transformer-engine's fused rotation with the angles of each token.
 
     Args:
         heads: ``[tokens, heads, head_dim]``.
@@ -88,7 +88,7 @@ def transformer_engine_rope(heads: torch.Tensor, angles: torch.Tensor) -> torch.
 def liger_rope(
     query: torch.Tensor, key: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its function on queries and keys, which it would overwrite where they are contiguous.
+    """Calls liger-kernel's rotation on copies, because it overwrites contiguous inputs.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
@@ -97,7 +97,7 @@ def liger_rope(
         sines: The same.
     """
     function = import_module("liger_kernel.ops.rope").LigerRopeFunction
-    # Selective recomputation computes attention once more from these very tensors.
+    # Selective recomputation computes attention again from the same tensors.
     own = (heads.clone() if heads.is_contiguous() else heads for heads in (query, key))
     # [tokens, heads, head_dim] -> [1, heads, tokens, head_dim]
     heads = (tensor.transpose(0, 1).unsqueeze(0) for tensor in own)
@@ -106,9 +106,9 @@ def liger_rope(
 
 
 def transformer_engine_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Its function; float32[tokens]."""
+    """Calls transformer-engine's cross-entropy; returns float32[tokens]."""
     module = import_module("transformer_engine.pytorch.cross_entropy")
-    # No smoothing, no reduction, no group: releases before 2.12 take arguments by place alone.
+    # No smoothing, no reduction, no group; releases before 2.12 only take positional arguments.
     losses: torch.Tensor = module.parallel_cross_entropy(
         logits.unsqueeze(0), labels.unsqueeze(0), 0.0, False, None, IGNORED_LABEL
     )
@@ -116,7 +116,7 @@ def transformer_engine_cross_entropy(logits: torch.Tensor, labels: torch.Tensor)
 
 
 def liger_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Its function, the sum: a gradient of 1 spares it a pass."""
+    """Calls liger-kernel's cross-entropy, reduced to a sum: a gradient of 1 saves a pass."""
     function = import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
     # No weights, neither penalty on large logits nor smoothing.
     total: torch.Tensor = function.apply(logits, labels, None, IGNORED_LABEL, 0.0, 0.0, "sum")[0]

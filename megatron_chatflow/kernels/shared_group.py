@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 from megatron_chatflow.kernels.cpu import extension
 
 MAX_SIZE: int = getattr(extension, "MAX_GROUP_SIZE", 0)
-"""Most processes of a group; 0 where the extension is not built, or before it had groups."""
+"""Largest size of a group; 0 if the extension is not built or predates groups."""
 
 _ELEMENTS: dict[torch.dtype, Any] = (
     {torch.bfloat16: extension.Element.BF16, torch.float32: extension.Element.FP32}
@@ -37,27 +37,27 @@ _ELEMENTS: dict[torch.dtype, Any] = (
 
 
 def num_bytes(size: int, lanes: int) -> int:
-    """Bytes of the memory file of ``size`` processes with ``lanes`` threads each."""
+    """Returns the size in bytes of the memory of ``size`` processes with ``lanes`` threads each."""
     assert extension is not None
     return int(extension.SharedGroup.num_bytes(size, lanes))
 
 
-def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the collectives take such tensors; the same for the same kind on every rank."""
+def supports(*tensors: torch.Tensor) -> bool:
+    """Returns whether the collectives support tensors; the same on every rank."""
     return all(tensor.device.type == "cpu" and tensor.dtype in _ELEMENTS for tensor in tensors)
 
 
 class SharedGroup:
-    """One process's end of a group.
+    """A process's handle of a group.
 
-    Every process calls the same collectives in the same order. They raise RuntimeError when another
-    process has ended, does not come in time, or comes with another collective.
+    Every process calls the same collectives in the same order. They raise RuntimeError if another
+    process has ended, is late, or calls another collective.
     """
 
     def __init__(
         self, file: int, rank: int, size: int, lanes: int, *, timeout_seconds: float
     ) -> None:
-        """Joins; all processes have to have joined before the first collective.
+        """Joins the group; all processes must join before the first collective.
 
         Args:
             file: Descriptor of a file of `num_bytes`, zeros at first; its bytes before 4096 are
@@ -65,7 +65,7 @@ class SharedGroup:
             rank: Of this process in the group.
             size: Processes of the group.
             lanes: Threads of each process; the same in all.
-            timeout_seconds: How long a process that lives is waited for.
+            timeout_seconds: How long to wait for a living process.
 
         Raises:
             RuntimeError: The file cannot be mapped or locked.
@@ -75,14 +75,14 @@ class SharedGroup:
         self._size = size
 
     def all_reduce(self, tensor: torch.Tensor, *, is_max: bool = False) -> None:
-        """Overwrites ``tensor`` by the sum, or the highest values, over the group."""
+        """Overwrites ``tensor`` with the sum or the maximum over the group."""
         dense = tensor.contiguous()
         self._group.all_reduce(dense.data_ptr(), dense.numel(), *self._kind(dense, is_max))
         if dense is not tensor:
             tensor.copy_(dense)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Overwrites ``output`` by the tensors of all ranks, one after another."""
+        """Overwrites ``output`` with the concatenated tensors of all ranks."""
         self._check(output, tensor, whole=output)
         dense = tensor.contiguous()
         self._group.all_gather(
@@ -92,7 +92,7 @@ class SharedGroup:
     def reduce_scatter(
         self, output: torch.Tensor, tensor: torch.Tensor, *, is_max: bool = False
     ) -> None:
-        """Overwrites ``output`` by this rank's part of the reduced tensors."""
+        """Overwrites ``output`` with this rank's shard of the reduced tensors."""
         self._check(output, tensor, whole=tensor)
         dense = tensor.contiguous()
         self._group.reduce_scatter(
@@ -118,33 +118,31 @@ class SharedGroup:
 _FILE_NAME = "megatron_chatflow"
 _NONCE_BYTES = 7  # an int64 holds it
 
-# Groups that share memory. A group that is destroyed takes its memory along.
+# Groups that share memory; the memory is freed with the group.
 _shared: WeakKeyDictionary[ProcessGroup, SharedGroup] = WeakKeyDictionary()
 
 
 class _Done:
-    """The handle of a collective that was over when it returned."""
+    """The handle of a collective that has already completed."""
 
     def wait(self, *_: Any) -> bool:
-        """Nothing to wait for."""
+        """Returns at once."""
         return True
 
     def is_completed(self) -> bool:
-        """It is."""
+        """Returns True."""
         return True
 
 
 def share(group: ProcessGroup, *, timeout_seconds: float) -> str:
-    """Has the collectives of ``group`` go through shared memory if they can.
-
-    Every rank of the group calls it.
+    """Makes the collectives of ``group`` use shared memory if possible; a collective itself.
 
     Args:
         group: Ranks on one machine or several.
-        timeout_seconds: How long a rank that lives is waited for.
+        timeout_seconds: How long to wait for a living rank.
 
     Returns:
-        What they go through and why, for the log.
+        A description for the log.
     """
     if group in _shared:
         return "shared memory"
@@ -157,9 +155,9 @@ def share(group: ProcessGroup, *, timeout_seconds: float) -> str:
 
 
 def _connect(group: ProcessGroup, timeout_seconds: float) -> tuple[SharedGroup | None, str]:
-    """This rank's end of the shared memory, or None and the reason; the same on every rank."""
+    """Returns this rank's handle, or None and the reason; consistent on every rank."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    # Least number of threads, and whether all can take part.
+    # The least number of threads, and whether every rank can take part.
     can = sys.platform == "linux" and size <= MAX_SIZE
     lanes, all_can = _lowest(group, torch.get_num_threads(), can)
     if not all_can:
@@ -181,14 +179,14 @@ def _connect(group: ProcessGroup, timeout_seconds: float) -> tuple[SharedGroup |
 
 
 def _lowest(group: ProcessGroup, *values: int) -> list[int]:
-    """The least of each value over the group."""
+    """Returns the minimum of each value over the group."""
     lowest = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(lowest, op=ReduceOp.MIN, group=group)
     return lowest.tolist()
 
 
 def _make_file(num_bytes: int) -> tuple[int, list[int]]:
-    """A memory file, and what others need to find it and to know that it is this one."""
+    """Creates a memory file; returns it and what other ranks need to find and recognize it."""
     file = os.memfd_create(_FILE_NAME)
     os.ftruncate(file, num_bytes)
     nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -197,10 +195,10 @@ def _make_file(num_bytes: int) -> tuple[int, list[int]]:
 
 
 def _open_file(process: int, descriptor: int, nonce: int) -> int | None:
-    """The file of rank 0; None if that is no process of this machine, or keeps it to itself."""
+    """Opens the file of rank 0; None if rank 0 is on another machine or access is denied."""
     path = f"/proc/{process}/fd/{descriptor}"
     try:
-        # On another machine the number may stand for anything, which is better not opened.
+        # On another machine the descriptor may be any file, which must not be opened.
         if not os.readlink(path).startswith(f"/memfd:{_FILE_NAME}"):
             return None
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -219,7 +217,7 @@ def _find(
     shared = _shared.get(group) if group is not None else None
     if shared is None or op not in (ReduceOp.SUM, ReduceOp.MAX):
         return None, False
-    return (shared if takes(*tensors) else None), op == ReduceOp.MAX
+    return (shared if supports(*tensors) else None), op == ReduceOp.MAX
 
 
 def _replace_functions() -> None:
@@ -235,7 +233,7 @@ def _replace_functions() -> None:
     for name, function in ours.items():
         function._shares_memory = True  # type: ignore[attr-defined]
         setattr(dist, name, function)
-    # megatron-core keeps two of them under names of its own.
+    # megatron-core keeps references to two of them.
     for module in [m for n, m in sys.modules.items() if n.startswith("megatron.core.tensor_par")]:
         for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
             known = getattr(module, name, None)

@@ -43,8 +43,7 @@ def draw_weights(
         std: Standard deviation of the normal distribution.
         tensor_parallel_rank: This process's tensor-parallel rank.
         tensor_parallel_size: The tensor-parallel size.
-        unpadded_sizes: Of matrices with heads of zeros behind the model's own, as
-            `config.model_shape.unpadded_sizes` gives them.
+        unpadded_sizes: Sizes of matrices with padded heads, see `config.shape.unpadded_sizes`.
     """
     for name, parameter in chunk.named_parameters():
         if parameter.dim() == 1:

@@ -80,7 +80,7 @@ def main() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     plain = dist.new_group()
     group = dist.new_group()
-    assert shared_group.takes(torch.ones(1))
+    assert shared_group.supports(torch.ones(1))
     if mode == "apart" and rank == 1:
         shared_memory._open_file = lambda *_: None
     description = shared_memory.share(group, timeout_seconds=2 if mode == "late" else 60)
