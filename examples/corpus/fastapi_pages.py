@@ -39,7 +39,7 @@ def chinese_pages(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def page_pairs(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields pairs as {"en", "zh"} from sections whose kinds of blocks agree."""
+    """Yields pairs as {"en", "zh"} from sections with the same kinds of blocks."""
     pages = _read_pages(archives["fastapi"])
     for page in sorted(pages["en"].keys() & pages["zh"].keys()):
         for en, zh in align_pages(pages["en"][page], pages["zh"][page]):
@@ -51,12 +51,12 @@ def align_pages(english: list[Block], chinese: list[Block]) -> Iterator[tuple[st
     """Pairs the blocks of two translations of a page.
 
     Args:
-        english: Blocks of the one.
-        chinese: Blocks of the other.
+        english: Blocks of the English page.
+        chinese: Blocks of the Chinese page.
 
     Yields:
-        Texts of blocks at the same place of two sections with the same sequence of kinds; the
-        sections are matched by the outline of headings and kinds.
+        Texts of blocks at the same position of matching sections. Sections match if their
+        sequences of kinds are equal.
     """
     left, right = _sections(english), _sections(chinese)
     outlines = [[tuple(block.kind for block in part) for part in side] for side in (left, right)]

@@ -16,14 +16,14 @@ from examples.corpus.archive import read_member, read_members
 from examples.corpus.text import HAN, Document, num_han, tidy_code
 
 ASSISTANT_NAME = "ChatFlow"
-"""What the demo's assistant calls itself."""
+"""The name of the demo's assistant."""
 
 _AUTHOR_EN, _AUTHOR_ZH = "the megatron_chatflow project", "megatron_chatflow 项目"
 
 _ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant"}
 _ROLES |= {"assistant": "assistant"}
 _NO_INPUT = {"", "<noinput>", "noinput", "n/a", "none", "无", "无输入", "<无输入>", "（无输入）"}
-# Answers to an instruction whose material was lost.
+# Answers to an instruction whose input is missing.
 _MATERIAL_LOST = re.compile(
     "没有提供(?:任何|具体|给|足够|相关|所需|需要|原始|输入|文|句|信息|数据|图)"
     "|请(?:您)?提供(?:更多|相应|具体|相关|需要|文|句|输入|原)|无法(?:查看|看到|打开|访问)"
@@ -37,7 +37,7 @@ _MAX_CHARACTERS = 12_000
 
 
 def instructions(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields llamafactory's demonstration sets, tool calls left out."""
+    """Yields llamafactory's demonstration sets without tool calls."""
     archive = archives["llamafactory"]
 
     def load(name: str) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def from_alpaca(entry: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def from_turns(turns: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Returns the turns of a conversation; none where one is a call of a tool or its answer."""
+    """Returns the turns of a conversation, or no turns if it has tool calls."""
     converted = []
     for turn in turns:
         role = _ROLES.get(turn.get("from") or turn.get("role") or "")
@@ -102,7 +102,7 @@ def small_talk(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def as_sentence(line: str) -> str:
-    """Gives a line a capital at the beginning and a mark at the end."""
+    """Capitalizes a line and adds its final punctuation."""
     line = " ".join(line.split())
     line = re.sub(r"\bi(?='|\b)(?!\.)", "I", line)
     line = line[:1].upper() + line[1:]
@@ -117,7 +117,7 @@ def as_sentence(line: str) -> str:
 
 
 def _conversation(turns: Sequence[tuple[str, str]]) -> Iterator[Document]:
-    """Yields a document where the turns alternate and all say something."""
+    """Yields a document if the turns alternate and none is empty."""
     turns = [(role, tidy_code(content)) for role, content in turns]
     if turns and turns[0][0] == "system" and not turns[0][1]:
         turns = turns[1:]
@@ -138,7 +138,7 @@ def _conversation(turns: Sequence[tuple[str, str]]) -> Iterator[Document]:
 
 
 def answers_in_wrong_language(question: str, answer: str) -> bool:
-    """Tells whether a Chinese question that does not ask for English got English prose."""
+    """Returns whether a Chinese question that does not ask for English has an English answer."""
     if num_han(question) < len(question) // 3 or _ASKS_FOR_ENGLISH.search(question):
         return False
     return num_han(answer) == 0 and len(re.findall(r"[A-Za-z]{3,}", answer)) > 12

@@ -13,12 +13,12 @@ _MAX_CHARACTERS = 1500
 
 
 def make_pair(en: str, zh: str, *, min_han: int) -> dict[str, str] | None:
-    """Returns a pair, or None where the two do not fit.
+    """Returns a pair, or None if the texts do not match.
 
     Args:
         en: English text.
         zh: Chinese text.
-        min_han: Chinese characters that `zh` must have at least.
+        min_han: Minimum number of Chinese characters of `zh`.
     """
     en, zh = tidy(en), to_chinese_marks(tidy(to_half_width(zh)))
     han = num_han(zh)
@@ -28,7 +28,7 @@ def make_pair(en: str, zh: str, *, min_han: int) -> dict[str, str] | None:
         return None
     if not _MIN_RATIO <= len(en) / len(zh) <= _MAX_RATIO:
         return None
-    # A Chinese text that is mostly left in English teaches nothing.
+    # Mostly untranslated.
     if han < 0.3 * len(zh):
         return None
     if en.count("\n") != zh.count("\n") or _numbers(en) != _numbers(zh):
@@ -37,5 +37,5 @@ def make_pair(en: str, zh: str, *, min_han: int) -> dict[str, str] | None:
 
 
 def _numbers(text: str) -> list[str]:
-    """Returns the numbers of two digits and more, in order of size as texts."""
+    """Returns the numbers with at least two digits, sorted as strings."""
     return sorted(number.replace(",", "") for number in _NUMBER.findall(text))

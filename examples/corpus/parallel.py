@@ -24,7 +24,7 @@ _METHOD = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _BREAK = re.compile(r"<br\s*/?>|</?(?:li|p|ul|ol|div|tr|h\d)\b[^<>]*>", re.IGNORECASE)
-# Sentences that end thousands of fields, and class descriptions that say nothing.
+# Boilerplate at the end of thousands of descriptions, and class descriptions without content.
 _NULL_NOTE_EN = re.compile(
     r"(?:Note: ?)?\s*(?:this|the) (?:field|parameter|value) (?:may|might|can) (?:also )?"
     r"return `?null`?,? ?(?:which )?(?:indicat\w+|mean\w*) (?:that )?no valid values? "
@@ -46,7 +46,7 @@ _PLACEHOLDER = re.compile(r"%\d|%[sd]|\{\w*\}|\$\{|_\(|&\w")
 def cloud_manuals(archives: Mapping[str, Path]) -> Iterator[Document]:
     """Yields descriptions of classes, fields and methods that both editions of the SDK have.
 
-    The group is the class or method, so that fields described in one breath stay together.
+    The group is the class or method, so that its fields stay on one side of the split.
     """
     english = _sdk_texts(archives["tencentcloud-sdk-python-intl-en"], None)
     modules = {key[0] for key in english}
@@ -65,7 +65,7 @@ def cloud_manuals(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def clean_manual(text: str) -> str:
-    """Removes markup and stock sentences from an SDK description; lists become lines."""
+    """Removes markup and boilerplate from an SDK description. List items become lines."""
     text = html.unescape(_BREAK.sub("\n", text))
     text = _NULL_NOTE_ZH.sub("", _NULL_NOTE_EN.sub("", text))
     lines = (
@@ -92,7 +92,7 @@ def _sdk_texts(archive: Path, modules: set[str] | None) -> dict[tuple[str, str, 
 
 
 def learner_sentences(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields graded sentences of everyday language."""
+    """Yields everyday sentences for learners."""
     content = read_member(
         archives["hsk-sentences-audio"], "hsk_sentences_audio/data/sentences.json"
     )
@@ -102,7 +102,7 @@ def learner_sentences(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def benchmark_cards(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the lines of benchmark descriptions whose two versions have equally many lines."""
+    """Yields the blocks of benchmark descriptions that have the same number of blocks."""
     for name, content in read_members(archives["evalscope"], _BENCHMARK):
         readme: dict[str, Any] = json.loads(content).get("readme") or {}
         en, zh = (_card_lines(str(readme.get(language) or "")) for language in ("en", "zh"))
@@ -114,12 +114,12 @@ def benchmark_cards(archives: Mapping[str, Path]) -> Iterator[Document]:
 
 
 def _card_lines(readme: str) -> list[Block]:
-    """Returns the prose of a card: what stands above the table of properties."""
+    """Returns the blocks of a card above its table of properties."""
     return markdown.parse_blocks(_BENCHMARK_END.split(readme)[0])
 
 
 def menus(archives: Mapping[str, Path]) -> Iterator[Document]:
-    """Yields the strings of a user interface that have no placeholders."""
+    """Yields the strings of a user interface without placeholders."""
     for _, content in read_members(archives["jupyterlab-language-pack-zh-cn"], _MENU):
         for key, values in json.loads(content).items():
             en = key.rpartition("\x04")[2]  # a context may stand before the text, as in gettext

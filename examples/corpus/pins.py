@@ -3,12 +3,12 @@
 Versions are exact because other releases of several packages ship without the files used here.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from packaging.utils import canonicalize_name
 
 from megatron_chatflow.errors import UserError
 
@@ -21,13 +21,13 @@ class Pin:
     """One file of one release of one package.
 
     Attributes:
-        package: Normalised name, as an index lists it.
-        version: The release.
-        file_name: The wheel or source archive.
-        num_bytes: Its size.
-        sha256: Its SHA-256, hex.
+        package: Normalized name.
+        version: Release.
+        file_name: Wheel or source archive.
+        num_bytes: Size in bytes.
+        sha256: SHA-256 in hexadecimal.
         licence: Licence of the package and, where it differs, of the text inside.
-        yields: The outputs that it feeds.
+        yields: Outputs that the package contributes to.
     """
 
     package: str
@@ -40,12 +40,12 @@ class Pin:
 
     @property
     def requirement(self) -> str:
-        """The pin as pip spells it."""
+        """The pin as a requirement of pip."""
         return f"{self.package}=={self.version}"
 
 
 TOKENIZER = "mistral-common"
-"""The package with the tokenizer: always fetched, whatever else is left out."""
+"""The package with the tokenizer, which is always fetched."""
 
 PINS = tuple(
     Pin(**{**entry, "version": str(entry["version"]), "yields": tuple(entry["yields"])})
@@ -64,37 +64,31 @@ SMALL = (
 """The short demo's packages: all four sources in about 42 MB."""
 
 _TOGETHER = frozenset({"tencentcloud-sdk-python", "tencentcloud-sdk-python-intl-en"})
-"""Two halves of one set of sentence pairs: one is no use without the other."""
-
-
-def normalise_name(package: str) -> str:
-    """Returns a package's name as indexes spell it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", package).lower()
+"""The two languages of one set of sentence pairs."""
 
 
 def select_pins(
     only: Sequence[str] = (), exclude: Sequence[str] = (), small: bool = False
 ) -> list[Pin]:
-    """Chooses the packages of a run, in the order of `PINS`.
+    """Selects packages, in the order of `PINS`.
 
     Args:
-        only: Names to keep; empty keeps all. The tokenizer's package is always kept.
-        exclude: Names to leave out.
+        only: Names to keep, or empty to keep all. The tokenizer's package is always kept.
+        exclude: Names to exclude.
         small: Start from `SMALL`.
 
     Raises:
-        UserError: A name is no package of the demo's, the tokenizer is excluded, or nothing
-            that yields text is left.
+        UserError: A name is unknown, the tokenizer is excluded, or no package with text is left.
     """
     known = {pin.package for pin in PINS}
-    wanted = {normalise_name(name) for name in only}
-    unwanted = {normalise_name(name) for name in exclude}
+    wanted: set[str] = set(map(canonicalize_name, only))
+    unwanted: set[str] = set(map(canonicalize_name, exclude))
     for name in sorted((wanted | unwanted) - known):
         raise UserError(
-            f"{name}: not one of the demo's packages: choose from {', '.join(sorted(known))}"
+            f"{name}: not one of the demo's packages; choose from {', '.join(sorted(known))}"
         )
     if TOKENIZER in unwanted:
-        raise UserError(f"--exclude {TOKENIZER}: it carries the tokenizer: leave it in")
+        raise UserError(f"--exclude {TOKENIZER}: it has the tokenizer and cannot be excluded")
     if wanted & _TOGETHER:
         wanted |= _TOGETHER
     if unwanted & _TOGETHER:
@@ -102,5 +96,5 @@ def select_pins(
     start = wanted or (set(SMALL) if small else known)
     chosen = (start - unwanted) | {TOKENIZER}
     if chosen == {TOKENIZER}:
-        raise UserError("--only/--exclude: no package with text is left: name at least one")
+        raise UserError("--only/--exclude: no package with text is left; name at least one")
     return [pin for pin in PINS if pin.package in chosen]

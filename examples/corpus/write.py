@@ -60,7 +60,7 @@ def make_demo_corpus(
         try:
             downloads.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"{downloads}: cannot be made ({error.strerror})") from error
+            raise UserError(f"{downloads}: cannot be created ({error.strerror})") from error
         archives = fetch(pins, downloads, archive_folders=archive_folders)
         recipe = _recipe(pins)
         manifest = _read_manifest(folder)
