@@ -1,6 +1,6 @@
-"""A run's configuration: defaults < YAML < flags, typed, validated once, no globals.
+"""The configuration of a run: defaults, overridden by a YAML file, overridden by flags.
 
-In: a YAML file and command-line flags. Out: a frozen `RunConfig`.
+`load_config` returns a frozen, fully validated `RunConfig`. There is no global configuration.
 """
 
 from megatron_chatflow.config.fields import parse_count, parse_number

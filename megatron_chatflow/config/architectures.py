@@ -1,12 +1,9 @@
-"""Published model shapes by name.
+"""Published model shapes, and rotary scaling as configurations state it.
 
-In: the name of a preset. Out: the fields of the model section that it fills where they are unset.
-
-Rotary scaling as a configuration states it, here and in Hugging Face's config.json.
-
-In: a config.json's ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5), or
-the model section's ``rope_`` fields. Out: the other side's form. Kinds: linear, dynamic (NTK),
-llama3.
+`PRESETS` maps the name of a preset to the fields of the model section that it fills where they are
+unset. The functions convert between the model section's ``rope_`` fields and a Hugging Face
+config.json: its ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5). The
+supported kinds are linear, dynamic (NTK) and llama3.
 """
 
 import sys

@@ -1,12 +1,7 @@
-"""Numbers as people write them in a configuration: counts with units, and floats.
+"""Types of configuration fields, and the parsers of numbers behind them.
 
-In: a value from YAML, from a flag or from Python. Out: an exact ``int`` or a ``float``, or a
-`UserError` that says how the number should be written.
-
-The types that the configuration's fields are made of, strict about what they accept.
-
-In: raw values from YAML, flags or Python. Out: exact Python values; a number is never made from
-text beyond the documented units, nor from a boolean.
+The types are strict: text becomes a number only with a documented unit or an exponent, and a
+boolean never does. A parser raises a `UserError` that says how the value should be written.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The command line of a training run, made from the configuration's fields.
+"""The command line of a training run, generated from the fields of the configuration.
 
-In: a list of arguments. Out: the values that they set, by section and field, and the options that
-belong to the call and not to the run.
+`parse_arguments` returns the values that flags set, by section and field, and the `RunOptions`,
+which belong to the invocation and not to the run.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""A Hugging Face LLaMA's config.json, read as a model section.
+"""Reads the config.json of a Hugging Face LLaMA as a model section.
 
-In: a folder. Out: the values that `ModelConfig` has for such a model. A Mistral without a sliding
-window is a LLaMA under another name: the same tensors by the same names, used alike.
+A Mistral without a sliding window is a LLaMA under another name: its tensors have the same names
+and the same use.
 """
 
 import json

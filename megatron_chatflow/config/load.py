@@ -1,6 +1,7 @@
-"""From a YAML file and flags to a run's configuration: defaults < YAML < flags.
+"""Loads a run's configuration: defaults, overridden by a YAML file, overridden by flags.
 
-In: a path, or none, and arguments. Out: a `RunConfig`, checked as a whole once.
+Flags that stand for several fields, such as ``--lr-warmup-fraction``, are applied here, and the
+model section is completed from the Hugging Face folder of ``checkpoint.load_hf``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,7 @@
-"""How much memory a process of a run will need.
+"""Estimates the memory of the process of a run that needs most.
 
-In: the configuration, the vocabulary's size, the number of processes. Out: `MemoryEstimate` of the
-process that needs most. Needs neither torch nor a GPU. It counts tensors: the allocator, CUDA's
-context and the libraries take some more. `tests/distributed/test_memory.py` holds it to real runs.
+The estimate needs neither torch nor a GPU. It counts tensors; the allocator, the CUDA context and
+libraries need some more. `tests/distributed/test_memory.py` compares it with real runs.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
-"""The known name that a misspelt one probably meant.
+"""Messages about configuration errors.
 
-pydantic's validation errors in one line that names the path, as a user wants them.
-
-In: a `ValidationError`. Out: a message such as ``train.seed: must be at least 0, not -1``.
+`describe` turns a pydantic `ValidationError` into one line such as
+``train.seed: must be at least 0, not -1``. `did_you_mean` suggests the closest known name.
 """
 
 import difflib
@@ -20,17 +19,6 @@ from megatron_chatflow.errors import UserError
 _CUTOFF = 0.8
 """Below this likeness a name is another one, not a misspelt one."""
 
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean X?)``, or nothing where no known word is spelt nearly like it.
-
-    Dashes in front do not count: they would make all flags alike.
-    """
-    names = {name.lstrip("-"): name for name in known}
-    matches = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=_CUTOFF)
-    return f" (did you mean {names[matches[0]]}?)" if matches else ""
-
-
 _EXPECTED = {
     "bool_type": "true or false",
     "dataclass_type": "a mapping of keys",
@@ -45,6 +33,16 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean X?)``, or nothing where no known word is spelt nearly like it.
+
+    Dashes in front do not count: they would make all flags alike.
+    """
+    names = {name.lstrip("-"): name for name in known}
+    matches = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=_CUTOFF)
+    return f" (did you mean {names[matches[0]]}?)" if matches else ""
 
 
 def _path(location: tuple[str | int, ...]) -> str:

@@ -1,16 +1,8 @@
-"""What a run shows of itself: the ``logging`` section of its configuration.
+"""The sections of a run's configuration, one frozen dataclass each.
 
-In: mappings as YAML gives them. Out: an immutable object, like those of `sections`.
-
-The sections of a run's configuration, one frozen dataclass each, strictly typed.
-
-In: mappings as YAML gives them. Out: immutable objects whose every field is filled and in range by
-itself; how fields of several sections go together is checked in `validation`. A field's description
-is also its flag's help text, and the fields' order is the order of ``--help``.
-
-What a run does when something goes wrong: the ``faults`` section of its configuration.
-
-In: mappings as YAML gives them. Out: an immutable object, like those of `sections`.
+Every field is strictly typed and checked by itself; `validation` checks how fields of several
+sections go together. A field's description is its flag's help text, and the order of the fields is
+the order of ``--help``.
 """
 
 from collections.abc import Mapping

@@ -1,13 +1,9 @@
-"""Sizes that follow from a model's shape: parameters and FLOPs.
+"""Sizes that follow from a model's shape and its parallel layout.
 
-In: the configuration and the vocabulary's size. Out: exact counts of parameters, and the work of a
-token for the model-FLOPs utilisation and the dry run. Needs neither torch nor a GPU.
-
-How a pipeline cuts the layers: stages, and the model chunks of the interleaved schedule.
-
-In: `ModelConfig` and `ParallelConfig`. Out: the number of chunks that each stage holds. Narayanan
-et al. 2021 (arXiv 2104.04473), section 2.2: stage s of p holds the chunks s, s + p, s + 2p and so
-on of consecutive layers, which makes the pipeline's bubble as many times shorter.
+Parameters, FLOPs per token, padded attention heads and the number of model chunks per pipeline
+stage, all exact and without torch. Chunks belong to the interleaved pipeline schedule (Narayanan
+et al. 2021, arXiv 2104.04473, section 2.2): stage s of p holds the chunks s, s + p, s + 2p, ... of
+consecutive layers, which divides the pipeline's bubble by the number of chunks.
 """
 
 import math

@@ -1,12 +1,8 @@
-"""Checks of how the fields of a configuration go together.
+"""`RunConfig`, the complete configuration of a run, and the checks across its fields.
 
-In: a configuration whose every field is in range by itself. Out: nothing, or a `UserError` in one
-line that begins with the path of the field to change.
-
-The whole configuration of a run.
-
-In: a mapping by section. Out: one frozen object that is complete and consistent, and that writes
-itself as YAML that reads back as the same object.
+A `RunConfig` is frozen and consistent, and writes itself as YAML that reads back as an equal
+object. Every check raises a `UserError` of one line that begins with the path of the field to
+change.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""Reading and writing YAML without its traps.
+"""Reads and writes YAML strictly.
 
-In: a path, or plain data. Out: plain data, or text. Scalars follow YAML 1.2's core schema, so that
-``3e-4`` is a number and a source named ``no`` keeps its name; duplicate keys, cycles and tags that
-would make objects are refused, each with its file and line.
+Scalars follow the core schema of YAML 1.2, so that ``3e-4`` is a number and a source called ``no``
+keeps its name. Duplicate keys, cycles and tags that would create objects are refused with the file
+and the line.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""One process builds a file, the others wait for it: over the file system, without a collective.
+"""Lets one process build a file while all others wait for it, by a lock file.
 
-In: where the file goes, and how to load, build and save it. Out: its content, in every process. A
-builder that dies leaves a lock behind, which the others recognise as stale; at worst two processes
-build the same thing, and both write it whole.
+No collective is involved, so processes of different jobs can share the file. If a builder dies, the
+others recognize its lock as stale. At worst, two processes build the same file, and both write it
+atomically.
 """
 
 import json
@@ -24,7 +24,7 @@ Content = TypeVar("Content")
 
 POLL_SECONDS = 0.1
 STALE_SECONDS = 60.0
-"""A lock that nobody touched for so long has lost its owner, who touches it six times as often."""
+"""A lock that was not touched for this long is stale; its owner touches it six times as often."""
 
 
 def build_once(
@@ -35,16 +35,16 @@ def build_once(
     save: Callable[[Content], None],
     stale_seconds: float = STALE_SECONDS,
 ) -> Content:
-    """Loads a file, or builds it here, or waits until another process has built it.
+    """Loads a file, builds it, or waits until another process has built it.
 
-    Where the folder cannot be written to, every process builds for itself and says so.
+    If the folder is not writable, every process builds the content in memory and logs a warning.
 
     Args:
-        path: The file; `<path>.lock` lies beside it meanwhile.
-        load: Reads it; None if it is missing, damaged or of something else.
-        build: Makes its content.
-        save: Writes it, whole or not at all; OSError or UserError if it cannot.
-        stale_seconds: After which an untouched lock counts as left behind.
+        path: The file. The lock is `<path>.lock`.
+        load: Reads the file; returns None if it is missing, damaged or outdated.
+        build: Builds the content.
+        save: Writes the file atomically; raises OSError or UserError if that fails.
+        stale_seconds: Time after which an untouched lock is stale.
     """
     watch = _LockWatch(path.with_name(path.name + ".lock"), stale_seconds)
     while True:
@@ -60,7 +60,7 @@ def build_once(
             break
         watch.wait()
     with lock:
-        # Another process may have finished between our look at the file and our lock.
+        # Another process may have finished before the lock was acquired.
         content = load()
         if content is not None:
             return content
@@ -77,7 +77,7 @@ def _owner() -> dict[str, str | int]:
 
 
 class _Lock:
-    """A lock file of ours, touched by a thread while we hold it."""
+    """A lock file that a thread touches while this process holds it."""
 
     def __init__(self, path: Path, stale_seconds: float) -> None:
         self._path = path
@@ -88,7 +88,7 @@ class _Lock:
 
     @classmethod
     def acquire(cls, path: Path, stale_seconds: float) -> "_Lock | None":
-        """The lock, or None while another process holds it.
+        """Acquires the lock; returns None if another process holds it.
 
         Raises:
             OSError: The folder cannot be written to.
@@ -101,7 +101,7 @@ class _Lock:
             with open(descriptor, "w") as file:
                 json.dump(_owner(), file)
         except OSError:
-            path.unlink(missing_ok=True)  # without an owner, the others would wait for it
+            path.unlink(missing_ok=True)  # other processes would wait for a lock without an owner
             raise
         return cls(path, stale_seconds)
 
@@ -110,7 +110,7 @@ class _Lock:
             try:
                 os.utime(self._path)
             except OSError:
-                return  # taken from us as stale: both builders write the same content
+                return  # removed as stale: both builders write the same content
 
     def __enter__(self) -> "_Lock":
         return self
@@ -128,7 +128,7 @@ class _Lock:
 
 
 class _LockWatch:
-    """Waits for another process's lock, and removes it once its owner is gone."""
+    """Waits for the lock of another process and removes it once its owner is gone."""
 
     def __init__(self, path: Path, stale_seconds: float) -> None:
         self.path = path
@@ -138,21 +138,21 @@ class _LockWatch:
         self._announced = False
 
     def wait(self) -> None:
-        """Sleeps a little; removes a lock that is stale."""
+        """Sleeps for a moment, or removes the lock if it is stale."""
         try:
             status = self.path.stat()
         except OSError:
-            return  # released meanwhile
+            return  # the lock was released
         owner = _read_owner(self.path)
         if not self._announced:
             self._announced = True
             logger.info("waiting for %s, which %s is building", self.path.stem, _describe(owner))
-        # Our own clock alone measures the age: those of two hosts may differ.
+        # Measure the age with this process's clock only: clocks of two hosts may differ.
         seen = (status.st_ino, status.st_mtime_ns)
         if seen != self._seen:
             self._seen, self._seen_at = seen, time.monotonic()
         if _is_dead(owner) or time.monotonic() - self._seen_at > self._stale_seconds:
-            logger.warning("%s: its owner, %s, is gone: removed", self.path, _describe(owner))
+            logger.warning("removed %s: its owner, %s, is gone", self.path, _describe(owner))
             self.path.unlink(missing_ok=True)
             return
         time.sleep(POLL_SECONDS)
@@ -171,7 +171,7 @@ def _describe(owner: dict[str, str | int] | None) -> str:
 
 
 def _is_dead(owner: dict[str, str | int] | None) -> bool:
-    """Whether the owner is a process of this host that has ended."""
+    """Whether the owner is a process of this host that has exited."""
     if owner is None or owner.get("host") != socket.gethostname():
         return False
     pid = owner.get("pid")

@@ -1,10 +1,9 @@
-"""Checks that the files of a run's datasets still hold what was recorded when they were made.
+"""Checks that the files of a run's datasets still contain what was recorded about them.
 
-Sizes and counts do not show that bytes were exchanged in place, as by a copy that was interrupted
-and resumed at the wrong offset, or a corpus that was made again under the same name. So every start
-hashes sample blocks of each `.bin`, `.idx` and loss mask (`fingerprint.block_hash`) and compares
-them with the sidecar, and a resume compares them with what the run's checkpoint recorded.
-`verify_contents` compares whole files instead.
+Sizes and counts do not reveal bytes that changed in place, for example a copy that was resumed at
+the wrong offset or a corpus that was rebuilt under the same name. Every start therefore hashes
+sample blocks of each `.bin`, `.idx` and loss mask (`fingerprint.block_hash`) and compares them with
+the sidecar; a resume compares them with the checkpoint. `verify_contents` compares whole files.
 """
 
 import logging
@@ -22,11 +21,11 @@ from megatron_chatflow.errors import UserError
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 16
-"""Sample blocks are scattered, so a start waits for the file server, not for the processor."""
+"""Reads of sample blocks wait for the file server, not for the processor."""
 
 
 class _File(NamedTuple):
-    """One file of a dataset, and where the configuration names it."""
+    """One file of a dataset and its path in the configuration."""
 
     label: str
     prefix: str
@@ -35,18 +34,18 @@ class _File(NamedTuple):
 
 
 def check_contents(data: DataConfig, splits: Iterable[Sequence[Source]]) -> None:
-    """Compares sample blocks of every file with its sidecar, and gives the sources their hashes.
+    """Compares sample blocks of every file with its sidecar; records the hashes in the sources.
 
-    Files that several sources or splits share are read once. Reading takes 64 pages a file,
-    whatever its size; see `block_hash` for what that can and cannot see.
+    Files shared by several sources or splits are read once. 64 pages are read per file; see
+    `block_hash` for what this detects.
 
     Args:
         data: The configuration's section.
         splits: The sources that `build_sources` made for each split.
 
     Raises:
-        UserError: A file is not the one that its sidecar was written for; the message begins with
-            the configuration's path.
+        UserError: A file differs from what its sidecar was written for. The message begins with the
+            path in the configuration.
     """
     splits = [list(sources) for sources in splits]
     files = list(_files(data, splits))
@@ -65,11 +64,11 @@ def verify_contents(
     Args:
         data: The configuration's section.
         splits: As for `check_contents`.
-        part: Which share of the files is read here.
-        num_parts: Shares that the processes of a node divide the files into.
+        part: The share of the files that this process reads.
+        num_parts: Number of processes of the node that share the files.
 
     Raises:
-        UserError: A file holds other bytes.
+        UserError: A file has other contents.
     """
     files = list(_files(data, splits))
     unknown = dict.fromkeys(file.prefix for file in files if read_sidecar(file.prefix) is None)
@@ -84,7 +83,7 @@ def verify_contents(
 
 
 def _files(data: DataConfig, splits: Iterable[Sequence[Source]]) -> Iterator[_File]:
-    """Every file of the sources once, with the first place that names it."""
+    """Yields every file of the sources once, with the first path that names it."""
     seen: set[Path] = set()
     for number, sources in enumerate(splits):
         for source in sources:

@@ -1,13 +1,11 @@
-"""What is in a dataset, whatever it is called and wherever it lies.
+"""Fingerprints: what identifies the contents of a dataset, whatever its name and location.
 
-`dataset_facts` are what two copies of the same data share and other data does not; they go into
-checkpoints and into the packing cache's key. They rely on the hashes in the sidecar, if there is
-one; `block_hash` shows whether the files still are what these hashes were made of.
+`dataset_facts` are equal for two copies of the same data. They are recorded in checkpoints and are
+part of the key of the packing cache. They rely on the hashes in the sidecar if there is one;
+`block_hash` samples the files to check that they are still what the sidecar was written for.
 
-Digests of a file's leaves: the reference, and the compiled one where it was built.
-
-In: bytes. Out: 16 bytes of BLAKE2b (RFC 7693) for every 64 KiB, joined. Leaves do not depend on
-each other, so threads hash parts of a file in any order, and the compiled code eight at a time.
+`hash_leaves` and `root_digest` form the tree hash of checkpoint files: BLAKE2b-128 of every 64 KiB,
+and of the file's length and these digests. Threads can hash parts of a file in any order.
 """
 
 import hashlib
@@ -34,55 +32,29 @@ from megatron_chatflow.runtime.extension import load_extension
 
 extension = load_extension("data")
 
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
-
-LEAF_BYTES = 65536
-DIGEST_BYTES = 16
-
-
-def hash_leaves_reference(data: Buffer) -> bytes:
-    """What `hash_leaves` does, one leaf after the other."""
-    view = memoryview(data)
-    leaves = (view[begin : begin + LEAF_BYTES] for begin in range(0, len(view), LEAF_BYTES))
-    return b"".join(hashlib.blake2b(leaf, digest_size=DIGEST_BYTES).digest() for leaf in leaves)
-
-
-def hash_leaves(data: Buffer) -> bytes:
-    """The digests of all leaves of ``data``, which begins where a leaf begins.
-
-    Other threads run meanwhile.
-    """
-    if extension is None:
-        return hash_leaves_reference(data)
-    digests: bytes = extension.hash_leaves(data)
-    return digests
-
-
-def root_digest(num_bytes: int, leaf_digests: bytes) -> str:
-    """The digest of a whole file, in hexadecimal, from its length and its leaves' digests."""
-    length = num_bytes.to_bytes(8, "little")
-    return hashlib.blake2b(length + leaf_digests, digest_size=DIGEST_BYTES).hexdigest()
-
-
 _NUM_BLOCKS = 64
 _BLOCK_BYTES = 1 << 18
-"""Without a sidecar, files up to 16 MiB are hashed whole, and larger ones in evenly spaced blocks,
-so that the time to start does not grow with the corpus. Checkpoints hold these hashes, so neither
-number may change."""
+"""Without a sidecar, files up to 16 MiB are hashed as a whole and larger ones in evenly spaced
+blocks, so that the time to start does not grow with the corpus. Checkpoints contain these hashes,
+so neither number may change."""
 
 _SAMPLE_BYTES = 1 << 12
-"""Of each block of `block_hash`: a page, the least that a disk reads. Sidecars hold these hashes,
-so this number may not change either."""
+"""Bytes per block of `block_hash`: a page, the minimum that a disk reads. Sidecars contain these
+hashes, so this number may not change either."""
 
 _SETTLED_NS = 5_000_000_000
+"""A file modified less than 5 s ago is always read again: file system clocks are coarse."""
 
 _NUM_CHECKED_BLOCKS = 16
 _CHECKED_BLOCK_TOKENS = 1 << 15
 
+Buffer: TypeAlias = bytes | bytearray | memoryview
+LEAF_BYTES = 65536
+DIGEST_BYTES = 16
+
 
 class Vocabulary(Protocol):
-    """What the data has to know of the run's tokenizer, which is one."""
+    """The part of a `Tokenizer` that the data depends on."""
 
     @property
     def vocab_size(self) -> int:
@@ -90,17 +62,17 @@ class Vocabulary(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """Fills samples."""
+        """Id that fills incomplete samples."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's file, hex."""
+        """SHA-256 of the tokenizer's file, in hexadecimal."""
 
 
 def dataset_facts(file: TokenFile) -> dict[str, Any]:
-    """The facts of one dataset; JSON can hold them.
+    """The JSON-compatible facts of one dataset.
 
-    With a sidecar they take its hashes; else sizes and hashes of sampled blocks.
+    They contain the hashes of the sidecar or, without one, hashes of sampled blocks.
 
     Raises:
         UserError: The sidecar is damaged or describes another dataset.
@@ -128,14 +100,14 @@ def dataset_files(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path
 def check_recorded_hash(
     prefix: str | Path, sidecar: Mapping[str, Any], key: str, name: str, path: Path, found: str
 ) -> None:
-    """Refuses a file that its sidecar was not written for.
+    """Compares the hash of a file with its sidecar.
 
     Args:
-        prefix: The dataset's.
-        sidecar: What lies beside it.
-        key: Of the sidecar, that holds hashes of this kind: ``block_hash`` or ``sha256``. A
-            sidecar of an earlier version may lack them.
-        name: Of the file there.
+        prefix: Prefix of the dataset.
+        sidecar: Its sidecar.
+        key: The key of such hashes in the sidecar, ``block_hash`` or ``sha256``, which sidecars of
+            earlier versions may lack.
+        name: The key of the file below ``key``.
         path: The file.
         found: Its hash.
 
@@ -145,21 +117,20 @@ def check_recorded_hash(
     recorded = sidecar.get(key, {}).get(name)
     if recorded not in (None, found):
         raise UserError(
-            f"other contents: {path}: not the bytes that {sidecar_path(prefix)} was written for, "
-            "though as many: copy the dataset with its .json again, or preprocess the data again"
+            f"other contents: {path}: differs from what {sidecar_path(prefix)} was written for: "
+            "copy the dataset with its .json again, or preprocess the data again"
         )
 
 
 def block_hash(path: Path) -> str:
-    """blake2b-128 of a file's size and of 64 evenly spaced pages of it, hex.
+    """BLAKE2b-128 of a file's size and of 64 evenly spaced pages, in hexadecimal.
 
-    The number of pages bounds the cost of a start, which reads them on every node: 64 pages are
-    256 KiB a file, whatever its size. 500 datasets of three files (96,000 reads, 375 MiB) took
-    0.5 s of a processor's time from the page cache and 1.2 s from a disk. Files up to 256 KiB are
-    read whole. The first and the last page are among them, so a file that was cut and filled up, a
-    change of more than 1/63 of a file in one piece, and, at 99 %, one that touches 7 % of its pages
-    are seen. A single changed document is not: ``--data-verify`` and ``tools/inspect_dataset.py``
-    compare all bytes.
+    Every node reads these pages at every start: 256 KiB per file, whatever its size. 500 datasets
+    of three files (96,000 reads, 375 MiB) took 0.5 s of processor time from the page cache and
+    1.2 s from a disk. Files up to 256 KiB are read as a whole. The first and the last page are
+    included. This detects a truncated file that was filled up, any contiguous change of more than
+    1/63 of the file and, with 99 % probability, a change of 7 % of its pages. It does not detect a
+    single changed document: ``--data-verify`` and ``tools/inspect_dataset.py`` compare all bytes.
 
     Raises:
         UserError: The file cannot be read.
@@ -168,11 +139,10 @@ def block_hash(path: Path) -> str:
 
 
 def sampled_hash(path: Path) -> str:
-    """blake2b-128 of a file's size and of up to 64 blocks of 256 KiB of it, hex.
+    """BLAKE2b-128 of a file's size and of up to 64 blocks of 256 KiB, in hexadecimal.
 
-    A file that has not been written to since it was hashed is not read again, because training,
-    validation and test of a source have the same files. Clocks of file systems are coarse: a file
-    that was written to just now is always read.
+    The result is cached until the file is modified, because training, validation and test share
+    files.
 
     Raises:
         UserError: The file cannot be read.
@@ -209,16 +179,16 @@ def _hash_blocks(path: Path, block_bytes: int) -> str:
 
 
 def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabulary) -> None:
-    """Refuses a corpus that another tokenizer made, as far as can be told without reading it all.
+    """Refuses a dataset that was encoded with another tokenizer, without reading all of it.
 
     Args:
         file: The token file.
-        facts: Of the same file.
-        tokenizer: The run's.
+        facts: What `dataset_facts` returned for it.
+        tokenizer: The tokenizer of the run.
 
     Raises:
-        UserError: The sidecar names another tokenizer, or an id in the blocks looked at is outside
-            the vocabulary.
+        UserError: The sidecar names another tokenizer, or an id in one of the sampled blocks is
+            outside the vocabulary.
     """
     made_with = facts["tokenizer"]
     if made_with == tokenizer.fingerprint:
@@ -240,3 +210,27 @@ def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabular
                 f"{file.name}: token {begin + at} is id {ids[at]}, outside the tokenizer's "
                 f"{tokenizer.vocab_size}: preprocess it with the run's tokenizer"
             )
+
+
+def hash_leaves_reference(data: Buffer) -> bytes:
+    """The reference of `hash_leaves`."""
+    view = memoryview(data)
+    leaves = (view[begin : begin + LEAF_BYTES] for begin in range(0, len(view), LEAF_BYTES))
+    return b"".join(hashlib.blake2b(leaf, digest_size=DIGEST_BYTES).digest() for leaf in leaves)
+
+
+def hash_leaves(data: Buffer) -> bytes:
+    """Returns the digests of all leaves of ``data``, which must begin at a leaf boundary.
+
+    The C++ version hashes eight leaves at once and releases the GIL.
+    """
+    if extension is None:
+        return hash_leaves_reference(data)
+    digests: bytes = extension.hash_leaves(data)
+    return digests
+
+
+def root_digest(num_bytes: int, leaf_digests: bytes) -> str:
+    """Combines a file's length and the digests of its leaves to its digest, in hexadecimal."""
+    length = num_bytes.to_bytes(8, "little")
+    return hashlib.blake2b(length + leaf_digests, digest_size=DIGEST_BYTES).hexdigest()

@@ -1,12 +1,12 @@
-r"""Megatron's indexed datasets: one flat file of token ids (`.bin`) and an index of it (`.idx`).
+r"""Megatron's indexed datasets: a flat file of token ids (`.bin`) and its index (`.idx`).
 
-In: token arrays, or the prefix of a pair of files that this module or Megatron-LM wrote. Out: the
-pair of files, byte for byte what megatron-core's builder writes, or a memory-mapped reader of it.
+`IndexedDatasetWriter` writes the same bytes as megatron-core's builder, and `IndexedDataset` maps
+the files for reading.
 
 Layout of `.idx` (little endian): magic `MMIDIDX\0\0`, version uint64 = 1, dtype code uint8,
 num_sequences uint64, num_documents + 1 uint64, then int32 lengths (tokens), int64 pointers (bytes
-into `.bin`), int64 document indices (first sequence of each document, and num_sequences at the
-end). The header has 34 bytes, so the mapped arrays are not aligned to their items.
+into `.bin`) and int64 document indices (the first sequence of each document, then num_sequences).
+The header has 34 bytes, so the mapped arrays are not aligned to their items.
 """
 
 import struct

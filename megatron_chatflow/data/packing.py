@@ -1,29 +1,18 @@
-"""Packings on disk, beside the data that they belong to.
+"""Packing: samples of whole documents that are never divided between samples.
 
-In: a packing and the key of what it was computed from. Out: a file that all processes of a node map
-and share. A file with another key, another length or another digest than its own counts as absent:
-the packing is then computed anew.
-
-Layout, little endian: the header below, int64[num_samples + 1] first places of the samples in the
-list that follows, int64[num_documents] documents.
-
-Best-fit-decreasing packing of documents into samples: the reference, and the compiled one.
-
-Takes the lengths of documents and the room of a sample, and lists the documents of every sample.
-The algorithm is offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973; for
-documents: Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024), made
+The documents are packed by offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973;
+for documents: Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024), made
 deterministic:
 
-- documents come longest first, equal ones in their own order;
-- each goes to the sample with the least room that it fits in; of several, to the one that came to
-  have that room last; to a new sample if it fits in none;
-- samples are then numbered by their first document, so that their order is the corpus's own.
+- Documents are placed by descending length; equal ones in their own order.
+- A document goes to the sample with the least room that it fits into. Of several such samples, it
+  goes to the one that reached this room last. If it fits into none, it starts a new sample.
+- Finally, samples are numbered by their first document, so that their order is the corpus's order.
 
-Samples of whole documents: chats and pairs packed by best fit, never cut across samples.
-
-In: token files, the split, the length of a sample. Out: any packed sample, read where its documents
-lie. The packing is computed once and kept beside the data under the fingerprint of what it depends
-on; a change of the data or of the sample's length makes another file.
+A packing is computed once and cached in a file beside the data, which all processes of a node map.
+Its name has a key of everything that the packing depends on. A file with another key, length or
+digest is ignored. Layout, little endian: the header `_FACTS` and a digest; int64[num_samples + 1],
+begin of each sample's documents in the list that follows; int64[num_documents], the documents.
 """
 
 import json
@@ -63,6 +52,17 @@ extension = load_extension("data")
 DocumentsOfSamples = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """int64[num_samples + 1], where each sample's documents begin in the list that follows; and
 int64[num_packed], the documents of every sample, ascending."""
+
+logger = logging.getLogger(__name__)
+_MAGIC = b"MCFPACK2"
+# magic, key, num_samples, num_documents, then the counts of `Packing` in their order
+_FACTS = struct.Struct("<8s16s6Q")
+_DIGEST_BYTES = 16
+_HEADER_BYTES = _FACTS.size + _DIGEST_BYTES
+ALGORITHM_VERSION = 2
+"""Raised whenever the same documents would be packed differently. Version 1, which resumed runs may
+ask for, packs documents without loss tokens as well; the two agree where there are none."""
+_BLOCK = 1 << 14  # documents that are looked at together
 
 
 def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
@@ -137,13 +137,6 @@ def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
         return best_fit_reference(lengths, capacity)
     packed: DocumentsOfSamples = extension.best_fit(lengths, capacity)
     return packed
-
-
-_MAGIC = b"MCFPACK2"
-# magic, key, num_samples, num_documents, then the counts of `Packing` in their order
-_FACTS = struct.Struct("<8s16s6Q")
-_DIGEST_BYTES = 16
-_HEADER_BYTES = _FACTS.size + _DIGEST_BYTES
 
 
 @dataclass(frozen=True)
@@ -232,15 +225,6 @@ def _digest(facts: bytes, *payload: memoryview) -> bytes:
     for part in payload:
         digest.update(part)
     return digest.digest()
-
-
-logger = logging.getLogger(__name__)
-
-ALGORITHM_VERSION = 2
-"""Raised whenever the same documents would be packed differently. Version 1, which resumed runs may
-ask for, packs documents without loss tokens as well; the two agree where there are none."""
-
-_BLOCK = 1 << 14  # documents that are looked at together
 
 
 def pack_documents(

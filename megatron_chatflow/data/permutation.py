@@ -1,26 +1,22 @@
 """The order of a source's samples within an epoch: shuffled, without a shuffle index.
 
-In: the run's seed, the source's name, the epoch. Out: for each place in the epoch the sample that
-stands there. Nothing else matters to the order: not the number of ranks, nor where a run resumed.
+`SampleOrder` maps each place of an epoch to a sample by a keyed permutation of 0 .. size - 1. The
+keys depend on the run's seed, the source's name and the epoch only. Nothing is stored, so an epoch
+of 10^12 samples costs as much as one of ten.
 
-A keyed permutation of 0..size-1 that needs no memory: reference and compiled function.
-
-In: places, the size of the domain, sixteen 64-bit round keys. Out: where the permutation sends each
-place. Nothing is stored, so an epoch of 10^12 samples costs what one of ten does.
-
-The construction is a Feistel network on a product domain with cycle walking (Black and Rogaway,
-"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). The definition, in unsigned 64-bit
-arithmetic that wraps, which every implementation equals bit for bit::
+The permutation is a Feistel network on a product domain with cycle walking (Black and Rogaway,
+"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). This is its definition in wrapping unsigned
+64-bit arithmetic, which the C++ version and the reference follow bit for bit::
 
     rows    = ceil(sqrt(size))
-    columns = ceil(size / rows), made even by adding 1 if need be
+    columns = ceil(size / rows), made even by adding 1 if necessary
     encrypt(x):
         left, right = x div columns, x mod columns
         for round r = 0 .. 15:
             even r:  left  = (left  + reduce(mix(right, key[r]), rows))    mod rows
             odd r:   right = (right + reduce(mix(left,  key[r]), columns)) mod columns
         return left * columns + right
-    permute(x): x = encrypt(x), again while x >= size
+    permute(x): x = encrypt(x), repeated while x >= size
 
     mix(v, key): z = v * 0x9E3779B97F4A7C15 + key           (one SplitMix64 step: Steele, Lea and
                  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9    Flood, OOPSLA 2014)
@@ -29,9 +25,9 @@ arithmetic that wraps, which every implementation equals bit for bit::
     reduce(z, m) = ((z >> 32) * m) >> 32
 
 ``rows * columns - size < 2 * rows``, so a walk of more than one step is rare, about
-``2 * size ** -0.5``. With 16 rounds every one of the ``size!`` orders of 2 to 7 elements is equally
-likely within what 400,000 random keys resolve; 8 rounds are not enough, nor are odd columns (rounds
-that shift an odd number of cells are even permutations).
+``2 * size ** -0.5``. With 16 rounds, all ``size!`` orders of 2 to 7 elements are equally likely
+within the resolution of 400,000 random keys. 8 rounds are not enough. Neither are odd
+columns, because rounds that shift an odd number of cells are even permutations.
 """
 
 from collections.abc import Sequence
@@ -57,6 +53,9 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK_64 = (1 << 64) - 1
+
+_PERSON = b"chatflow order 1"  # blake2b's personalisation, at most 16 bytes; versions the keys
+_KEYS_PER_DIGEST = 8
 
 
 def domain_shape(size: int) -> tuple[int, int]:
@@ -164,10 +163,6 @@ if extension is None:
     permute, permute_one = permute_reference, permute_one_reference
 else:
     permute, permute_one = extension.permute, extension.permute_one
-
-
-_PERSON = b"chatflow order 1"  # blake2b's personalisation, at most 16 bytes; versions the keys
-_KEYS_PER_DIGEST = 8
 
 
 def round_keys(seed: int, source: str, epoch: int) -> npt.NDArray[np.uint64]:

@@ -1,28 +1,18 @@
-"""What a sample is, and the token files that samples are read from.
+"""Samples: what they are, how they are read from token files, and which documents a split has.
 
-In: prefixes of indexed datasets. Out: `TokenFile` objects, mapped and checked against one another,
-from which `windows` and `packing` read.
+A sample has ``seq_length + 1`` tokens. The first ``seq_length`` are inputs, the last ``seq_length``
+are labels, and position t predicts token t + 1. Samples are read in place from memory-mapped files;
+no index of samples exists, and reading one costs two binary searches and a copy.
 
-Samples cut from flat token files: the reference, and the compiled reader where it was built.
+There are two kinds of samples. `Windows` are cut at a stride of ``seq_length`` from the runs of
+tokens that belong to a split, so two neighboring windows share one token: the last label of one is
+the first input of the next. Packed samples (`megatron_chatflow.data.packing`) consist of whole
+documents. Readers of both kinds exist in ``csrc/data`` and as a reference here.
 
-In: mapped token files with their document indices, and what a sample is made of: a window over the
-tokens that a split takes, or a list of whole documents. Out: tokens, loss mask and attention
-segments of one sample. Nothing is materialised: a sample costs two binary searches and a copy.
-
-A sample has ``seq_length + 1`` tokens: the first ``seq_length`` are inputs, the last ``seq_length``
-are labels, and position t predicts token t + 1.
-
-Samples of fixed length: windows over the tokens of a source, at a stride of ``seq_length``.
-
-In: token files and the stretches that a split takes. Out: any window, read where it lies. Two
-neighbouring windows share one token: the last label of one is the first input of the next.
-
-Which documents of a dataset training, validation and test take.
-
-There are two ways to hold documents out. With ``holdout_every`` k, document d is for validation
-when ``d % k == k - 1``. With ``shares``, as in Megatron-LM, the documents of each dataset are cut
-in order: the first are for training, those that follow for validation, the last for test. Without
-either, a split takes every document.
+Documents are held out in one of two ways. With ``holdout_every`` k, document d belongs to the
+validation split if ``d % k == k - 1``. With ``shares``, as in Megatron-LM, the documents of each
+dataset are divided in order into training, validation and test. Without either, every split has all
+documents.
 """
 
 from bisect import bisect_left
@@ -42,17 +32,20 @@ from megatron_chatflow.runtime.extension import load_extension
 
 extension = load_extension("data")
 
+Split = Literal["train", "validation", "test"]
+_SPLITS: tuple[Split, ...] = get_args(Split)
+
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One indexed dataset, mapped.
+    """A memory-mapped indexed dataset.
 
     Attributes:
-        name: The path, for messages.
-        tokens: Flat array of integers, one document after the other.
+        name: The prefix of its files.
+        tokens: Flat array of all tokens.
         sequence_pointers: int64[num_sequences], byte offsets into ``tokens``.
         document_indices: int64[num_documents + 1], the first sequence of each document.
-        loss_mask: uint8, as long as ``tokens``; None where every token carries loss.
+        loss_mask: uint8[num_tokens]; None if every token has loss.
     """
 
     name: str
@@ -67,7 +60,7 @@ class TokenFile:
         return len(self.document_indices) - 1
 
     def document_begin(self, document: int) -> int:
-        """The token at which a document begins; that after the last document ends the file.
+        """The first token of a document; for ``num_documents``, the end of the file.
 
         Raises:
             ValueError: The index points outside the file.
@@ -84,9 +77,9 @@ class TokenFile:
         return token
 
     def document_begins(self, begin: int, end: int) -> Iterator[int]:
-        """Tokens in [begin, end) at which a document that is not empty begins, ascending.
+        """Yields the tokens in [begin, end) at which a non-empty document begins, ascending.
 
-        An empty document and the one after it begin at the same token, which comes once.
+        An empty document and its successor begin at the same token, which is yielded once.
 
         Raises:
             ValueError: The index is not ascending, or points outside the file.
@@ -105,12 +98,12 @@ class TokenFile:
 
 
 class Runs(NamedTuple):
-    """The stretches of tokens that a split takes, in order; each begins with a document.
+    """The runs of consecutive tokens that belong to a split; each begins with a document.
 
     Attributes:
-        file: int32[num_runs], which token file.
+        file: int32[num_runs], the number of the token file.
         token_begin: int64[num_runs], first token in that file.
-        cumulative: int64[num_runs + 1], tokens in the runs before each, and in all.
+        cumulative: int64[num_runs + 1], number of tokens before each run, and in total.
     """
 
     file: npt.NDArray[np.int32]
@@ -122,8 +115,8 @@ class DocumentLists(NamedTuple):
     """The documents of every packed sample.
 
     Attributes:
-        first_documents: int64[num_files + 1], documents in the files before each, and in all.
-        offsets: int64[num_samples + 1], where each sample's documents begin in ``documents``.
+        first_documents: int64[num_files + 1], number of documents before each file, and in total.
+        offsets: int64[num_samples + 1], begin of each sample's documents in ``documents``.
         documents: int64[num_packed], numbered over all files.
     """
 
@@ -133,14 +126,14 @@ class DocumentLists(NamedTuple):
 
 
 class SampleShape(NamedTuple):
-    """What every sample of a source has in common.
+    """Properties shared by all samples of a source.
 
     Attributes:
         seq_length: Number of inputs.
-        pad_id: Fills a sample that its tokens do not.
-        vocab_size: Ids must lie below it.
-        isolate: Whether documents are attention segments of their own; a label that begins another
-            document then carries no loss.
+        pad_id: Id that fills incomplete samples.
+        vocab_size: Exclusive bound of ids.
+        isolate: Whether each document is an attention segment. Then a label that begins another
+            document has no loss.
     """
 
     seq_length: int
@@ -157,17 +150,19 @@ class RowReader(Protocol):
     """Reads any sample of an epoch."""
 
     def read(self, ordinal: int) -> SampleArrays:
-        """The ``ordinal``-th sample, 0 <= ordinal < num_samples; ValueError if it cannot be."""
+        """Reads a sample, 0 <= ordinal < num_samples; raises ValueError if it cannot be read."""
 
 
-class _Piece(NamedTuple):
+class _TokenRange(NamedTuple):
+    """Consecutive tokens of a file."""
+
     file: TokenFile
     begin: int
     length: int
 
 
 class WindowReaderReference:
-    """Cuts windows of ``seq_length + 1`` tokens, at stride ``seq_length``.
+    """Reads windows of ``seq_length + 1`` tokens at a stride of ``seq_length``.
 
     A window that reaches past the last run is filled with padding without loss.
     """
@@ -180,14 +175,14 @@ class WindowReaderReference:
         shape: SampleShape,
         num_samples: int,
     ) -> None:
-        """Takes what the windows are cut from.
+        """Initializes the reader.
 
         Args:
-            label: Begins every error message.
+            label: Prefix of every error message.
             files: The token files.
-            runs: What the split takes of them.
-            shape: Of the samples.
-            num_samples: Windows; each begins before the end of the last run.
+            runs: The tokens that belong to the split.
+            shape: Properties of the samples.
+            num_samples: Number of windows; each begins before the end of the last run.
         """
         self._label = label
         self._files = files
@@ -196,10 +191,11 @@ class WindowReaderReference:
         self._num_samples = num_samples
 
     def read(self, ordinal: int) -> SampleArrays:
-        """The ``ordinal``-th window.
+        """Reads the ``ordinal``-th window.
 
         Raises:
-            ValueError: There is none such, an id is outside the vocabulary, an index is damaged.
+            ValueError: There is no such window, an id is outside the vocabulary, or an index is
+                damaged.
         """
         _check_ordinal(self._label, ordinal, self._num_samples)
         try:
@@ -212,12 +208,12 @@ class WindowReaderReference:
         position = ordinal * shape.seq_length
         remaining = min(shape.seq_length + 1, int(runs.cumulative[-1]) - position)
         run = int(np.searchsorted(runs.cumulative, position, side="right")) - 1
-        pieces, starts, filled = [], [], 0
+        ranges, starts, filled = [], [], 0
         while remaining > 0:
             offset = position - int(runs.cumulative[run])
             length = min(remaining, int(runs.cumulative[run + 1]) - position)
             file, begin = self._files[int(runs.file[run])], int(runs.token_begin[run]) + offset
-            pieces.append(_Piece(file, begin, length))
+            ranges.append(_TokenRange(file, begin, length))
             if shape.isolate:
                 begins = file.document_begins(begin, begin + length)
                 starts += [filled + token - begin for token in begins]
@@ -225,22 +221,22 @@ class WindowReaderReference:
             remaining -= length
             filled += length
             run += 1
-        return _assemble(pieces, starts, shape)
+        return _assemble(ranges, starts, shape)
 
 
 class PackedReaderReference:
-    """Puts whole documents one after the other; each is a segment, and so is the padding."""
+    """Reads samples of whole documents. Each document is a segment, and so is the padding."""
 
     def __init__(
         self, label: str, files: Sequence[TokenFile], lists: DocumentLists, shape: SampleShape
     ) -> None:
-        """Takes what the samples are made of.
+        """Initializes the reader.
 
         Args:
-            label: Begins every error message.
+            label: Prefix of every error message.
             files: The token files.
-            lists: The documents of every sample; what exceeds the sample is cut off.
-            shape: Of the samples; ``isolate`` holds.
+            lists: The documents of every sample; tokens that do not fit are cut off.
+            shape: Properties of the samples; ``isolate`` must be true.
         """
         self._label = label
         self._files = files
@@ -248,10 +244,11 @@ class PackedReaderReference:
         self._shape = shape
 
     def read(self, ordinal: int) -> SampleArrays:
-        """The ``ordinal``-th sample.
+        """Reads the ``ordinal``-th sample.
 
         Raises:
-            ValueError: There is none such, an id is outside the vocabulary, an index is damaged.
+            ValueError: There is no such sample, an id is outside the vocabulary, or an index is
+                damaged.
         """
         _check_ordinal(self._label, ordinal, len(self._lists.offsets) - 1)
         try:
@@ -265,7 +262,7 @@ class PackedReaderReference:
         if not 0 <= begin <= end <= len(documents):
             raise ValueError(f"damaged packing: sample {ordinal} has documents {begin} to {end}")
         capacity = self._shape.seq_length + 1
-        pieces, starts, filled = [], [], 0
+        ranges, starts, filled = [], [], 0
         for document in documents[begin:end].tolist():
             if not 0 <= document < first_documents[-1]:
                 raise ValueError(f"damaged packing: there is no document {document}")
@@ -276,10 +273,10 @@ class PackedReaderReference:
             if length < 0:
                 raise ValueError(f"{file.name}: its index goes back at document {local + 1}")
             if length:
-                pieces.append(_Piece(file, first, length))
+                ranges.append(_TokenRange(file, first, length))
                 starts.append(filled)
                 filled += length
-        return _assemble(pieces, starts, self._shape)
+        return _assemble(ranges, starts, self._shape)
 
 
 def _check_ordinal(label: str, ordinal: int, num_samples: int) -> None:
@@ -287,19 +284,21 @@ def _check_ordinal(label: str, ordinal: int, num_samples: int) -> None:
         raise ValueError(f"{label}: sample {ordinal} is not one of {num_samples}")
 
 
-def _assemble(pieces: Sequence[_Piece], starts: Sequence[int], shape: SampleShape) -> SampleArrays:
-    """Joins pieces; ``starts`` are the positions at which documents begin, ascending."""
+def _assemble(
+    ranges: Sequence[_TokenRange], starts: Sequence[int], shape: SampleShape
+) -> SampleArrays:
+    """Builds a sample; ``starts`` are the positions at which documents begin, ascending."""
     seq_length = shape.seq_length
     tokens = np.full(seq_length + 1, shape.pad_id, np.int32)
     loss_mask = np.zeros(seq_length + 1, np.uint8)  # of the tokens; shifted to the labels below
-    for file, begin, length in pieces:
+    for file, begin, length in ranges:
         if begin + length > len(file.tokens):
             raise ValueError(f"{file.name}: ends before token {begin + length}")
     filled = 0
-    for file, begin, length in pieces:
-        piece = file.tokens[begin : begin + length]
-        _check_vocabulary(piece, file, begin, shape.vocab_size)
-        tokens[filled : filled + length] = piece
+    for file, begin, length in ranges:
+        ids = file.tokens[begin : begin + length]
+        _check_vocabulary(ids, file, begin, shape.vocab_size)
+        tokens[filled : filled + length] = ids
         loss_mask[filled : filled + length] = (
             1 if file.loss_mask is None else file.loss_mask[begin : begin + length] != 0
         )
@@ -312,14 +311,12 @@ def _assemble(pieces: Sequence[_Piece], starts: Sequence[int], shape: SampleShap
     return tokens, loss_mask[1:], np.array(cu_seqlens, np.int32)
 
 
-def _check_vocabulary(
-    piece: npt.NDArray[Any], file: TokenFile, begin: int, vocab_size: int
-) -> None:
-    outside = (piece < 0) | (piece >= vocab_size)
+def _check_vocabulary(ids: npt.NDArray[Any], file: TokenFile, begin: int, vocab_size: int) -> None:
+    outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         at = int(np.argmax(outside))
         raise ValueError(
-            f"{file.name}: token {begin + at} is id {piece[at]}, outside the vocabulary of "
+            f"{file.name}: token {begin + at} is id {ids[at]}, outside the vocabulary of "
             f"{vocab_size}"
         )
 
@@ -327,7 +324,7 @@ def _check_vocabulary(
 def make_window_reader(
     label: str, files: Sequence[TokenFile], runs: Runs, shape: SampleShape, num_samples: int
 ) -> RowReader:
-    """The compiled `WindowReaderReference`, or the reference itself where nothing is compiled."""
+    """Creates the reader in C++, or `WindowReaderReference` if the extension is not built."""
     if extension is None:
         return WindowReaderReference(label, files, runs, shape, num_samples)
     reader: RowReader = extension.WindowReader(
@@ -339,7 +336,7 @@ def make_window_reader(
 def make_packed_reader(
     label: str, files: Sequence[TokenFile], lists: DocumentLists, shape: SampleShape
 ) -> RowReader:
-    """The compiled `PackedReaderReference`, or the reference itself where nothing is compiled."""
+    """Creates the reader in C++, or `PackedReaderReference` if the extension is not built."""
     if extension is None:
         return PackedReaderReference(label, files, lists, shape)
     reader: RowReader = extension.PackedReader(
@@ -356,9 +353,9 @@ class Windows:
     """The windows of a source.
 
     Attributes:
-        num_samples: Windows in one epoch.
-        num_tokens: Tokens in one epoch.
-        rows: Reads any of them.
+        num_samples: Windows per epoch.
+        num_tokens: Tokens per epoch.
+        rows: Reads any window.
     """
 
     def __init__(
@@ -370,18 +367,18 @@ class Windows:
         *,
         keep_tail: bool,
     ) -> None:
-        """Lays the windows; touches no token.
+        """Computes window boundaries without reading any tokens.
 
         Args:
-            label: Begins every error message of the reader.
+            label: Prefix of every error message of the reader.
             files: The token files.
-            runs: What the split takes of them.
-            shape: Of the samples.
-            keep_tail: Whether tokens that fill no window make one with padding (validation, where
-                every token counts) or are left out (training).
+            runs: The tokens that belong to the split.
+            shape: Properties of the samples.
+            keep_tail: Whether the last tokens form a padded window (validation) or are left out
+                (training).
         """
         self.num_tokens = int(runs.cumulative[-1])
-        # The first token of all is no label.
+        # The very first token is not a label.
         num_labels = max(self.num_tokens - 1, 0)
         self.num_samples = num_labels // shape.seq_length
         if keep_tail:
@@ -396,7 +393,7 @@ class Sample:
     Attributes:
         tokens: int32[seq_length + 1].
         loss_mask: uint8[seq_length], aligned with the labels ``tokens[1:]``.
-        cu_seqlens: int32[num_segments + 1], begins of the attention segments, from 0 to seq_length.
+        cu_seqlens: int32[num_segments + 1], boundaries of attention segments, 0 to seq_length.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -405,14 +402,15 @@ class Sample:
 
 
 def open_token_file(prefix: str | Path, *, with_loss_mask: bool) -> TokenFile:
-    """Maps a dataset, and its loss masks if they are wanted.
+    """Maps a dataset and optionally its loss mask.
 
     Args:
         prefix: Path without `.bin` or `.idx`.
-        with_loss_mask: Whether the loss counts marked tokens only.
+        with_loss_mask: Whether only tokens marked in the loss mask have loss.
 
     Raises:
-        UserError: A file is missing or damaged, holds no integers, or the masks do not fit.
+        UserError: A file is missing or damaged, it does not contain integers, or the loss mask
+            does not match.
     """
     dataset = IndexedDataset(prefix)
     if dataset.dtype.kind not in "iu":
@@ -443,17 +441,17 @@ def _open_loss_mask(prefix: str | Path, dataset: IndexedDataset) -> npt.NDArray[
 
 
 def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The tokens at which documents begin.
+    """The first tokens of many documents.
 
     Args:
         file: The token file.
-        documents: int64[n], each in [0, num_documents]; the last means the end of the file.
+        documents: int64[n], each in [0, num_documents]; num_documents means the end of the file.
 
     Returns:
         int64[n], each in [0, num_tokens].
 
     Raises:
-        UserError: The index points elsewhere.
+        UserError: The index points outside the file.
     """
     num_tokens = len(file.tokens)
     sequences = file.document_indices[documents]
@@ -465,33 +463,29 @@ def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.ND
 
 
 def check_index(file: TokenFile, holds: npt.NDArray[np.bool_]) -> None:
-    """Refuses a file whose documents do not follow one another.
+    """Refuses a file whose documents are not consecutive.
 
     Args:
         file: The token file.
-        holds: What must be true of each document.
+        holds: bool[n], a condition that must be true for every document.
 
     Raises:
-        UserError: It is not.
+        UserError: It is false for some document.
     """
     if not holds.all():
         raise UserError(
-            f"damaged index: {file.name}.idx: its documents do not follow one another: copy or "
+            f"damaged index: {file.name}.idx: its documents are not consecutive: copy or "
             "preprocess it again"
         )
 
 
-Split = Literal["train", "validation", "test"]
-_SPLITS: tuple[Split, ...] = get_args(Split)
-
-
 def document_range(num_documents: int, split: Split, shares: Sequence[float]) -> tuple[int, int]:
-    """The first document of a split, and the one after its last, rounded as Megatron-LM rounds.
+    """The documents [begin, end) of a split, rounded as in Megatron-LM.
 
     Args:
-        num_documents: Of one dataset.
-        split: Whose documents.
-        shares: Of training, validation and test, of sum 1.
+        num_documents: Number of documents in a dataset.
+        split: The split.
+        shares: Shares of training, validation and test, of sum 1.
     """
     ends = [0.0, *accumulate(shares)]
     number = _SPLITS.index(split)
@@ -505,15 +499,15 @@ def split_runs(
     holdout_every: int | None,
     shares: Sequence[float] | None = None,
 ) -> Runs:
-    """The stretches of tokens that a split takes, in the order of files and documents.
+    """The runs of tokens that belong to a split, in the order of files and documents.
 
-    Memory is one entry for each held-out document, or one for each file.
+    The result has one entry per held-out document, or one per file.
 
     Args:
         files: The token files.
-        split: Whose documents.
-        holdout_every: k; None gives the split every document.
-        shares: Of training, validation and test, instead.
+        split: The split.
+        holdout_every: Hold out every k-th document; None holds out none.
+        shares: Shares of training, validation and test, instead of ``holdout_every``.
     """
     none = np.zeros(0, np.int64)
     file_parts, begin_parts, length_parts = [none.astype(np.int32)], [none], [none]
@@ -534,7 +528,7 @@ def split_runs(
 def _file_runs(
     file: TokenFile, split: Split, holdout_every: int | None, shares: Sequence[float] | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Begins and ends, in tokens."""
+    """First tokens and ends of the runs of one file."""
     if shares is not None:
         documents = np.array(document_range(file.num_documents, split, shares), np.int64)
         edges = document_begins(file, documents)
@@ -557,14 +551,14 @@ def documents_in_split(
     holdout_every: int | None,
     taken: tuple[int, int] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether a split takes each of the documents [begin, end) of one file, bool[end - begin].
+    """Whether each of the documents [begin, end) of a file belongs to a split, bool[end - begin].
 
     Args:
-        begin: The first document that is asked about.
-        end: The one after the last.
-        split: Whose documents.
-        holdout_every: k; None gives the split every document.
-        taken: What `document_range` returned for the file, instead.
+        begin: The first document.
+        end: The document after the last one.
+        split: The split.
+        holdout_every: Hold out every k-th document; None holds out none.
+        taken: What `document_range` returned for the file, instead of ``holdout_every``.
     """
     if taken is not None:
         documents = np.arange(begin, end)

@@ -1,7 +1,9 @@
-"""A source: a named set of datasets, cut into samples, shuffled anew in every epoch.
+"""A source: a named set of datasets, divided into samples and shuffled in every epoch.
 
-In: a source's configuration, the run's seed and tokenizer. Out: `Source`, which gives the
-``index``-th sample drawn from it, for any index, in the same few microseconds.
+`build_sources` opens the sources of a configuration. `Source.sample` returns the ``index``-th
+sample drawn from a source; any index takes the same few microseconds. `Source.fingerprint`
+identifies the contents, and `Source.check_files` notices files that disappear or change during a
+run.
 """
 
 import logging
@@ -46,12 +48,12 @@ from megatron_chatflow.errors import LocalError, UserError
 
 logger = logging.getLogger(__name__)
 
-_NUM_THREADS = 16  # that wait for a file server more than they compute
-_CHECK_SECONDS = 30.0  # thousands of ranks ask the same file server
+_NUM_THREADS = 16  # threads mostly wait for a file server
+_CHECK_SECONDS = 30.0  # limits the load of thousands of ranks on one file server
 
 
 class SourceUnavailableError(LocalError):
-    """A source's files are gone, changed, or cannot be read on this node."""
+    """A source's files are missing, changed or unreadable on this node."""
 
 
 class Samples(Protocol):
@@ -66,12 +68,12 @@ class Source:
     """One source of samples.
 
     Attributes:
-        name: As in the configuration.
-        num_samples: In one epoch; 0 if it has none.
-        num_tokens: In one epoch.
-        rows: Reads the samples in their own order; ValueError if one cannot be.
-        files: The datasets; none where the samples are not read from any.
-        packing: Which documents the samples hold; None where they are windows.
+        name: Name in the configuration.
+        num_samples: Samples per epoch.
+        num_tokens: Tokens per epoch.
+        rows: Reads samples in file order.
+        files: The datasets; empty if the samples do not come from files.
+        packing: The documents of every sample; None if samples are windows.
     """
 
     def __init__(
@@ -85,16 +87,16 @@ class Source:
         facts: dict[str, Any] | None = None,
         packing: Packing | None = None,
     ) -> None:
-        """Puts a source together; `build_sources` makes one from a configuration.
+        """Initializes a source; see `build_sources` to create one from a configuration.
 
         Args:
-            name: As in the configuration.
-            samples: Of one epoch.
-            seed: The run's.
-            split: Validation keeps the samples in their own order.
-            files: Looked after while the run goes on.
+            name: Name in the configuration.
+            samples: The samples of one epoch.
+            seed: Seed of the run.
+            split: Only training samples are shuffled.
+            files: The datasets, which `check_files` watches.
             facts: The fingerprint.
-            packing: Of the samples, where whole documents are packed.
+            packing: The documents of every sample, if documents are packed.
         """
         self.name = name
         self.num_samples = samples.num_samples
@@ -113,7 +115,7 @@ class Source:
         self._checked_at = time.monotonic()
 
     def use_seeds(self, seeds: Sequence[Sequence[int]]) -> None:
-        """Sets the seeds of a run that has changed its own: pairs of first epoch and seed."""
+        """Sets the seeds of a run that changed its seed: pairs of first epoch and seed."""
         if self._order is not None:
             (_, first), *later = seeds
             self._order = SampleOrder(
@@ -121,21 +123,22 @@ class Source:
             )
 
     def sample(self, index: int) -> Sample:
-        """The ``index``-th sample drawn from this source; the index runs on over epochs.
+        """Returns the ``index``-th sample drawn from this source, counted over all epochs.
 
         Raises:
-            UserError: The files hold no such sample, or ids outside the vocabulary.
+            UserError: The sample is damaged or contains ids outside the vocabulary.
+            SourceUnavailableError: The files can no longer be read.
         """
         return self.sample_in_order(self._shuffled().ordinal(index))
 
     def ordinals(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where the samples of many draws stand in the files' own order.
+        """Returns the positions in file order of many draws.
 
         Args:
             indices: int64[n], draws of this source.
 
         Returns:
-            int64[n], what `sample_in_order` and `rows` count by.
+            int64[n], arguments for `sample_in_order` and `rows`.
 
         Raises:
             UserError: The source has no samples.
@@ -148,11 +151,11 @@ class Source:
         return self._order
 
     def sample_in_order(self, ordinal: int) -> Sample:
-        """The ``ordinal``-th sample of the files, 0 <= ordinal < num_samples, not shuffled.
+        """Returns the ``ordinal``-th sample in file order, 0 <= ordinal < num_samples.
 
         Raises:
-            UserError: The files hold no such sample, or ids outside the vocabulary.
-            SourceUnavailableError: They cannot be read any more.
+            UserError: The sample is damaged or contains ids outside the vocabulary.
+            SourceUnavailableError: The files can no longer be read.
         """
         try:
             return Sample(*self.rows.read(ordinal))
@@ -162,7 +165,7 @@ class Source:
             raise UserError(str(error)) from error
 
     def fingerprint(self) -> dict[str, Any]:
-        """What is in the source, whatever its files are called; JSON can hold it."""
+        """A JSON-compatible description of the contents that does not depend on file names."""
         if not self._hashes:
             return self._facts
         hashes = [
@@ -172,17 +175,17 @@ class Source:
         return {**self._facts, "block_hash": hashes}
 
     def record_contents(self, hashes: Mapping[Path, str]) -> None:
-        """Sets the `block_hash` of every file, which the fingerprint then has as well."""
+        """Adds the `block_hash` of every file to the fingerprint."""
         self._hashes = {path: hashes[path] for path in self._paths}
 
     def check_files(self) -> None:
-        """Checks, at most twice a minute, that the files are still there and unchanged.
+        """Checks, at most twice a minute, that the files still exist and are unchanged.
 
-        A mapping outlives its file's name: without a look nobody would notice until the next start.
-        Sample blocks are read again only where a file has been written to or replaced.
+        A memory map outlives the name of its file, so without this check a deleted file would go
+        unnoticed until the next start. Sample blocks are only read again if a file was modified.
 
         Raises:
-            SourceUnavailableError: One is not; the next call looks again.
+            SourceUnavailableError: A file is missing or changed. The next call checks again.
         """
         now = time.monotonic()
         if now - self._checked_at < _CHECK_SECONDS:
@@ -203,15 +206,15 @@ class Source:
             if found != before and path in self._hashes:
                 if block_hash(path) != self._hashes[path]:
                     raise SourceUnavailableError(
-                        f"data.sources.{self.name}: {path}: changed during the run, to other bytes "
-                        "of the same number"
+                        f"data.sources.{self.name}: {path}: changed during the run; its size "
+                        "is the same"
                     )
                 self._states[number] = found
         self._checked_at = now
 
 
 class _FileState(NamedTuple):
-    """What changes when a file is written to or replaced."""
+    """Changes whenever a file is modified or replaced."""
 
     num_bytes: int
     modified_ns: int
@@ -240,19 +243,20 @@ def build_sources(
 
     Args:
         data: The configuration's section.
-        seed: The run's.
-        tokenizer: The run's, which must have made the data.
-        seq_length: Inputs of a sample; the section's own when left out.
-        split: ``validation`` gives the held-out samples; a source without any has 0 of them.
+        seed: Seed of the run.
+        tokenizer: Tokenizer of the run, which must be the one that encoded the data.
+        seq_length: Input tokens per sample; ``data.seq_length`` by default.
+        split: Which documents to use. A source without held-out documents has 0 validation
+            samples.
         packing_versions: By source, the version of the packing algorithm that a resumed run began
-            with; the latest for sources that are not named.
+            with; the latest by default.
 
     Returns:
-        One source for each in ``data.sources``.
+        One source for each entry of ``data.sources``.
 
     Raises:
-        UserError: A dataset is missing, damaged, empty though it has weight, or made with another
-            tokenizer; the message begins with the configuration's path.
+        UserError: A dataset is missing, damaged, encoded with another tokenizer, or empty although
+            it has weight. The message begins with the path in the configuration.
     """
     sources = []
     for name, config in data.sources.items():
@@ -272,7 +276,7 @@ def build_sources(
 
 @contextmanager
 def _named(label: str) -> Iterator[None]:
-    """Begins the message of a user's mistake with its place in the configuration."""
+    """Prefixes the message of a `UserError` with its path in the configuration."""
     try:
         yield
     except UserError as error:
@@ -307,7 +311,7 @@ def _build_source(
     for label, path in zip(labels, paths, strict=True):
         with _named(label):
             files.append(open_token_file(path, with_loss_mask=config.loss == "response"))
-    # Without sidecars, facts are hashes of sample blocks, which threads read and compute.
+    # Without sidecars, facts are hashes of sample blocks, which are computed in threads.
     pool = ThreadPoolExecutor(_NUM_THREADS)
     try:
         pending = [pool.submit(dataset_facts, file) for file in files]
@@ -334,7 +338,7 @@ def _build_source(
     else:
         runs = split_runs(files, split, holdout_every, shares)
         samples = Windows(label, files, runs, shape, keep_tail=split != "train")
-    # What decides which tokens an index stands for; loss and boundaries may change on resume.
+    # Everything that determines the tokens of an index. Loss and boundaries may change on resume.
     content: dict[str, Any] = {
         "datasets": facts,
         "seq_length": shape.seq_length,
@@ -344,7 +348,7 @@ def _build_source(
         **({} if shares is None else {"split": list(shares)}),
     }
     if config.packing == "best_fit":
-        # Version 1 also stands for what every version packs alike.
+        # Also version 1 if all versions give the same packing.
         content["packing"] = 1
         if packing is not None and packing.num_without_loss:
             content["packing"] = packing_version

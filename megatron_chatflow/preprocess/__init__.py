@@ -1,7 +1,10 @@
-"""Corpus to indexed datasets: joins the corpus readers, a tokenizer and the writer.
+"""Preprocessing: turns corpora into indexed datasets.
 
-In: input files and `PreprocessSettings`. Out: `<prefix>_<key>_document.{bin,idx,json}` and, for
-pairs and chats, `<prefix>_<key>_loss_mask.{bin,idx}`.
+`preprocess` reads the inputs of a `PreprocessSettings` and writes
+`<prefix>_<key>_document.{bin,idx,json}` and, for pairs and chats,
+`<prefix>_<key>_loss_mask.{bin,idx}`. Chunks of records are read (`readers`), parsed to documents
+(`parse`, `pairs`, `chats`), encoded (`encode`) and written (`output`) by `job`, as a whole or in
+`partitions`, which `merge` joins.
 """
 
 from megatron_chatflow.preprocess.job import preprocess

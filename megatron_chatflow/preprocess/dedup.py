@@ -1,15 +1,12 @@
-"""Finds the documents of a job's parts that an earlier part has already.
+"""Exact deduplication of documents by 128-bit hashes, in bounded memory.
 
-In: the hashes that each part notes beside its dataset. Out: for each part a mark on every document
-that has been there before. The hashes of all parts are dealt to buckets in an unnamed file, and
-each bucket is sorted by itself, so memory depends neither on the documents nor on the parts.
+`SeenHashes` recognizes repeated documents while a job runs. New hashes collect in memory; when
+there are many, they become a sorted run in an unnamed memory-mapped file. At most one run is held
+in memory.
 
-Knows which documents have been there before, exactly, in memory that does not grow with them.
-
-In: 128-bit hashes of documents, in order. Out: for each whether it is the first of its kind.
-
-New hashes gather in memory; when there are many they become a sorted run on disk, in an unnamed
-file that is mapped to be searched. What is held in memory is at most one such run.
+`DuplicateMarks` recognizes documents of a partition that an earlier partition has, from the hashes
+that each partition records. All hashes are distributed to buckets in an unnamed file, and each
+bucket is sorted by itself, so memory depends neither on the documents nor on the partitions.
 """
 
 import hashlib
@@ -30,6 +27,11 @@ HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
 
 
 HASH_RECORD = np.dtype([("hash", "<u8", (2,)), ("num_text_bytes", "<i8")])  # of one document
+
+BLOCK = 1 << 17  # hashes that are read at once, 3 MB
+HASHES_PER_BUCKET = 1 << 19  # about 40 MB while a bucket is sorted
+MAX_BUCKET_BITS = 12
+_PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
 
 
 def hash_records(
@@ -122,12 +124,6 @@ def _contained(
         if not (same_half & ~found).any():
             return found
         position = position + 1
-
-
-BLOCK = 1 << 17  # hashes that are read at once, 3 MB
-HASHES_PER_BUCKET = 1 << 19  # about 40 MB while a bucket is sorted
-MAX_BUCKET_BITS = 12
-_PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
 
 
 class DuplicateMarks:

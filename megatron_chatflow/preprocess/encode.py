@@ -1,14 +1,8 @@
-"""What a thread or process does to turn chunks of input into token ids.
+"""Encodes the documents of a chunk to token ids and loss masks, in a thread or process.
 
-In: the job's settings, once; then chunks. Out: for each chunk an `EncodedChunk`.
-
-Documents to token ids and loss masks.
-
-In: the documents of a chunk. Out: their ids one after the other, lengths, masks, and counts.
-
-A segment is encoded by itself, so that no token lies in two of them: its text goes on from the
-text before it without a space of its own, and begins afresh after a control token. Neighbouring
-texts that are both with loss, or both without, are encoded as one.
+Every segment is encoded by itself, so that no token lies in two segments. A segment's text
+continues the text before it without an additional space, and starts anew after a control token.
+Neighboring texts that both have loss, or both have none, are encoded together.
 """
 
 import multiprocessing

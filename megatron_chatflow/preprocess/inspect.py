@@ -1,8 +1,7 @@
-"""Looks into datasets.
+"""Inspects datasets.
 
-In: the prefix of a dataset, and a tokenizer if there is one. Out: counts and a histogram of
-lengths as text, decoded documents with their loss spans marked, the first difference of two
-datasets, or a `UserError` that names the first damage.
+`Inspection` shows counts, a histogram of lengths and decoded documents with their loss spans, and
+validates all files; `first_difference` compares two datasets.
 """
 
 from collections.abc import Iterator

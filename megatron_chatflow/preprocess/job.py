@@ -1,14 +1,8 @@
 """Runs a preprocessing job.
 
-In: `PreprocessSettings`. Out: the datasets, and what their sidecars say.
-
-The parent reads chunks and writes results, the workers parse and encode. Results are written in
-the order of the chunks, and only so many chunks are under way at once, so that the output does not
-depend on the number of workers and memory does not depend on the corpus.
-
-Progress of a job: a bar on a terminal, a plain line now and then elsewhere.
-
-In: bytes read and documents written so far. Out: lines on standard error.
+The parent process reads chunks and writes results; workers parse and encode. Results are written in
+the order of the chunks and the number of pending chunks is limited, so the output does not depend
+on the number of workers and memory does not depend on the corpus.
 """
 
 import logging
@@ -46,60 +40,18 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 SECONDS_BETWEEN_LINES = 30.0
 
-
-class ProgressBar:
-    """Shows how far a job is."""
-
-    def __init__(self, num_total_bytes: int) -> None:
-        """Begins at nothing of so many bytes; 0 if their number is not known."""
-        self._num_total_bytes = num_total_bytes
-        self._num_bytes = 0
-        self._begin = self._last_line = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            total = num_total_bytes or None
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)
-
-    def update(self, num_bytes: int, num_documents: int) -> None:
-        """Shows the state.
-
-        Args:
-            num_bytes: Read so far, on disk.
-            num_documents: Written so far.
-        """
-        if self._bar is not None:
-            self._bar.set_postfix(documents=num_documents, refresh=False)
-            self._bar.update(num_bytes - self._num_bytes)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            seconds = self._last_line - self._begin
-            share = f" of {self._num_total_bytes / 1e6:.1f}" if self._num_total_bytes else ""
-            print(
-                f"{num_bytes / 1e6:.1f}{share} MB, {num_documents} documents, "
-                f"{num_bytes / 1e6 / seconds:.1f} MB/s",
-                file=sys.stderr,
-                flush=True,
-            )
-        self._num_bytes = num_bytes
-
-    def close(self) -> None:
-        """Ends the bar's line."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 logger = logging.getLogger(__name__)
-MAX_PENDING_CHUNKS = 3  # for each worker: one in it, and no waiting at either side
+MAX_PENDING_CHUNKS = 3  # per worker: one in progress, one waiting, one finished
 
 
 def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
-    """Makes the datasets of a job.
+    """Runs a job.
 
     Args:
         settings: The job.
 
     Returns:
-        For each output key what its sidecar says.
+        The sidecar of each output key.
 
     Raises:
         UserError: An input cannot be read or has too many bad lines, an output exists or cannot be
@@ -119,18 +71,19 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
 def preprocess_files(
     settings: PreprocessSettings, files: Sequence[InputFile], num_bad_before: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Makes the datasets of some files.
+    """Builds the datasets of some files.
 
     Args:
-        settings: The job; with a shard, its output prefix is the part's, which may be empty.
+        settings: The job. With a shard, its output prefix is that of the partition, which may end
+            up empty.
         files: The files.
-        num_bad_before: Bad lines of the parts before, which count as well.
+        num_bad_before: Bad lines in earlier partitions; they count towards `max_bad_lines`.
 
     Returns:
-        For each output key what its sidecar says.
+        The sidecar of each output key.
 
     Raises:
-        UserError: As `preprocess` does.
+        UserError: See `preprocess`.
     """
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
     _check_bos(settings, tokenizer)
@@ -156,14 +109,14 @@ def _check_bos(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     is_written = template is not None and "bos_token" in template.source
     if tokenizer.add_bos_token and not settings.append_bos and not is_written:
         logger.warning(
-            "%s begins texts with BOS (add_bos_token), and these documents do not: --append-bos "
-            "stores it",
+            "%s begins texts with BOS (add_bos_token), but these documents do not: use "
+            "--append-bos to store it",
             tokenizer.model_path,
         )
 
 
 def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> PreprocessSettings:
-    """The job, with a chat template that knows the tokenizer's control tokens, and is tried."""
+    """Adds the tokenizer's control tokens to the chat template and checks it."""
     template = settings.corpus.chat_template
     if template is None:
         return settings
@@ -174,12 +127,9 @@ def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> 
 
 
 def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
-    """Refuses before any work what would fail in the end."""
+    """Validates the settings before any work."""
     if not 0 <= settings.max_dropped_share <= 1:
-        raise UserError(
-            f"max_dropped_share: {settings.max_dropped_share}: must be from 0 to 1, a share of all "
-            "records"
-        )
+        raise UserError(f"max_dropped_share: {settings.max_dropped_share}: must be from 0 to 1")
     if settings.corpus.max_record_bytes < 1:
         raise UserError(
             f"--max-record-bytes: {settings.corpus.max_record_bytes}: must be at least 1"
@@ -197,7 +147,9 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         number, num_partitions = settings.shard
         raise UserError(f"--shard {number}/{num_partitions}: shards count from 0/{num_partitions}")
     if settings.shard is not None and (settings.num_partitions > 1 or settings.ray is not None):
-        raise UserError("--shard makes one part alone: not with --partitions or --ray")
+        raise UserError(
+            "--shard builds a single partition: do not combine it with --partitions or --ray"
+        )
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")
@@ -210,14 +162,14 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
 
 
 def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str) -> None:
-    """Refuses to replace an output, but not what a killed job of this kind left of its own."""
+    """Refuses to replace an output, except the remains of a killed job of the same kind."""
     paths = output_paths(settings.output_prefix, key)
     for path in paths:
         check_output_file(path)
     existing = [path for path in paths if path.exists()]
     if settings.overwrite or not existing:
         return
-    index = paths[0]  # the last to get its name: without it, a killed job was giving out names
+    index = paths[0]  # published last: without it, a job was killed while publishing
     if not index.exists() and index.with_name(index.name + PARTIAL_SUFFIX).exists():
         return
     if settings.num_partitions > 1 and merged_already(settings, files, key) is not None:
@@ -232,7 +184,7 @@ def _fill(
     outputs: dict[str, KeyOutput],
     num_bad_before: int,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Writes every chunk's documents, in order; returns name and size of each input, bad lines."""
+    """Writes all documents; returns name and size of each input, and the number of bad lines."""
     reader = CorpusReader(files, settings.corpus.read_options)
     progress = ProgressBar(sum(file.num_bytes for file in files))
     num_bad = 0
@@ -269,7 +221,7 @@ def _fill(
 def _encoded_chunks(
     settings: PreprocessSettings, chunks: Iterator[Chunk], tokenizer: Tokenizer
 ) -> Iterator[EncodedChunk]:
-    """Encodes chunks, in this process or in workers, and yields them in their order."""
+    """Encodes chunks in this process or in workers and yields them in order."""
     if settings.num_workers == 1:
         worker = ChunkWorker(settings, tokenizer)
         for chunk in chunks:
@@ -286,7 +238,7 @@ def _encoded_chunks(
                     pending.append(executor.submit(encode, next(chunks)))
                 except StopIteration:
                     exhausted = True
-                except UserError as error:  # raised in its turn, after what was read before it
+                except UserError as error:  # raised after the chunks before it
                     failure, exhausted = error, True
             if not pending:
                 break
@@ -304,12 +256,12 @@ def _encoded_chunks(
 def _executor(
     settings: PreprocessSettings, tokenizer: Tokenizer
 ) -> tuple[Executor, Callable[[Chunk], EncodedChunk]]:
-    """The workers, and what they do: threads where these do not wait for each other."""
+    """Creates the workers: threads if the tokenizer runs in threads, else processes."""
     if settings.corpus.format == "text" and tokenizer.runs_in_threads:
         return ThreadPoolExecutor(settings.num_workers), ChunkWorker(settings, tokenizer).encode
     executor = ProcessPoolExecutor(
         settings.num_workers,
-        # Not fork: a parent that has threads (the bar's, a tokenizer's) may fork into a deadlock.
+        # Not fork: forking a process with threads (of the bar or a tokenizer) can deadlock.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=start_worker,
         initargs=(settings,),
@@ -323,7 +275,7 @@ def _publish(
     settings: PreprocessSettings,
     num_bad: int,
 ) -> dict[str, dict[str, Any]]:
-    """Completes the outputs and gives all of them their final names."""
+    """Completes all outputs and publishes them under their final names."""
     files = []
     contents = {}
     for key, output in outputs.items():
@@ -336,3 +288,44 @@ def _publish(
             remove_file(path)  # with --overwrite: no new file beside an old one
     publish_all(files)
     return contents
+
+
+class ProgressBar:
+    """Shows a progress bar on a terminal, and prints a line every 30 seconds elsewhere."""
+
+    def __init__(self, num_total_bytes: int) -> None:
+        """Starts at 0 of ``num_total_bytes``, which is 0 if unknown."""
+        self._num_total_bytes = num_total_bytes
+        self._num_bytes = 0
+        self._begin = self._last_line = time.monotonic()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            total = num_total_bytes or None
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)
+
+    def update(self, num_bytes: int, num_documents: int) -> None:
+        """Updates the display.
+
+        Args:
+            num_bytes: Bytes on disk that were read so far.
+            num_documents: Documents written so far.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix(documents=num_documents, refresh=False)
+            self._bar.update(num_bytes - self._num_bytes)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            seconds = self._last_line - self._begin
+            share = f" of {self._num_total_bytes / 1e6:.1f}" if self._num_total_bytes else ""
+            print(
+                f"{num_bytes / 1e6:.1f}{share} MB, {num_documents} documents, "
+                f"{num_bytes / 1e6 / seconds:.1f} MB/s",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._num_bytes = num_bytes
+
+    def close(self) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,12 +1,8 @@
-"""Joins datasets into one, with their loss masks and sidecars.
+"""Joins datasets that were made with one tokenizer, with their loss masks and sidecars.
 
-In: prefixes of datasets that the same tokenizer made. Out: one dataset with their documents in
-that order; of the parts of a job with `--dedup`, the documents that no earlier part has.
-
-Whether datasets are the parts of one job, and what that asks of merging them.
-
-In: their sidecars. Out: a `UserError` where parts are missing or have too many bad lines together,
-and the repetitions between parts that a job with `--dedup` leaves to the merge.
+The documents keep their order. If the datasets are the partitions of one job, it is checked that
+all are there and that the limits of the job hold for all of them together. If that job had
+`--dedup`, documents that an earlier partition has are left out.
 """
 
 import logging
@@ -46,6 +42,9 @@ from megatron_chatflow.preprocess.dropped import check_left_over
 
 COPY_TOKENS = 1 << 22  # that are held in memory at once
 COPY_SEQUENCES = 1 << 20
+
+logger = logging.getLogger(__name__)
+SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num_bad_lines")
 
 
 @dataclass(frozen=True)
@@ -256,10 +255,6 @@ def without_repeats(
             )
         counted.append({**sidecar, **kept, "dropped": dict(+dropped)})
     return counted
-
-
-logger = logging.getLogger(__name__)
-SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num_bad_lines")
 
 
 @dataclass(frozen=True)

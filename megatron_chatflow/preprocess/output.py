@@ -1,10 +1,7 @@
-"""The files of one output key: documents, loss mask, sidecar.
+"""The output files of one key: documents, loss mask and sidecar.
 
-In: encoded documents in order. Out: the files, complete, under their final names together.
-
-What the sidecar says about how chats and pairs were written down.
-
-In: a job. Out: the sidecar's `template`, from which an export takes the template of its tokenizer.
+`KeyOutput` collects encoded documents. Its files get their final names together, once they are
+complete.
 """
 
 import hashlib

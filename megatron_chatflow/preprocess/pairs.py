@@ -1,22 +1,15 @@
-r"""Sentence pairs: `en<TAB>zh` lines or JSON objects with a key for each language.
+r"""Sentence pairs: `en<TAB>zh` lines, or JSON objects with a key for each language.
 
-In: the two sides of a pair. Out: documents (a translation instruction with loss on the target, or
-both sides one after the other with loss on all), or the reason why the pair is left out.
+A pair becomes a document, or it is dropped for a reason that is counted. The document is a
+translation instruction with loss on the target, or both sides in sequence with loss on all tokens.
+Filters compare the lengths of the sides and the scripts of their letters.
 
-Which writing system a text is in, for filters.
+Users can define templates in a YAML file::
 
-In: text and the name of a script. Out: whether its letters are mostly of that script.
-
-Pair templates of the user's own, from a YAML file.
-
-In: a file such as ::
-
-    templates:                     # a hash of the pair chooses one
+    templates:                     # a hash of the pair selects one
       - prompt: "Put this into {target_language}: {source}\n"
         response: "{target}"
-      - text: "{source} = {target}"    # no prompt: loss on all of it
-
-Out: `PairText`s, checked.
+      - text: "{source} = {target}"    # no prompt: loss on all tokens
 """
 
 import hashlib
@@ -50,6 +43,10 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 ANY_SCRIPT = "any"
 
+NAMES = {"source", "target", "source_language", "target_language"}
+PairDirection = Literal["both", "forward", "backward", "hash"]
+PairLevel = Literal["sentence", "document"]
+
 
 def is_mostly(text: str, script: str) -> bool:
     """Whether letters of a script make up at least half of a text's letters, in UTF-8 bytes.
@@ -71,9 +68,6 @@ def is_mostly(text: str, script: str) -> bool:
             num_bytes += weight
             num_inside += weight * (bisect_right(block_edges, letter) % 2)
     return 2 * num_inside >= num_bytes
-
-
-NAMES = {"source", "target", "source_language", "target_language"}
 
 
 @dataclass(frozen=True)
@@ -131,10 +125,6 @@ def _pair_text(entry: Any, where: str) -> PairText:
     if "{target}" not in entry.get("text", entry.get("response")):
         raise UserError(f"{where}: nothing to learn: name {{target}} in text or response")
     return PairText(entry.get("prompt", ""), entry.get("text", entry.get("response")))
-
-
-PairDirection = Literal["both", "forward", "backward", "hash"]
-PairLevel = Literal["sentence", "document"]
 
 
 @dataclass(frozen=True)

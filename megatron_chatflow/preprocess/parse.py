@@ -1,13 +1,12 @@
-"""Turns chunks of input into documents.
+"""Parses chunks of input to documents.
 
-In: a `Chunk` and the `CorpusSettings`. Out: a `ParsedChunk`: documents by output key, with counts
-of what was left out or mended. It depends on nothing else, so any process may do it.
+`parse_chunk` depends only on a `Chunk` and the `CorpusSettings`, so any process can call it. It
+returns documents by output key and counts of what was dropped or repaired.
 
-What is wrong with a line: malformed JSON, bytes that are not UTF-8, or a missing key make it bad;
-it is dropped and counted, and the run ends when there are too many. Half a surrogate pair in a
-JSON escape is mended, to U+FFFD, and counted; so are bytes that are not UTF-8 in a `.txt` file,
-and, with `invalid_utf8="replace"`, in any line. Where these are more than a few, the text is in
-another encoding, and is refused.
+A line with malformed JSON, bytes that are not UTF-8, or a missing key is bad. It is dropped and
+counted, and the job fails if there are too many. A lone surrogate in a JSON escape is repaired to
+U+FFFD and counted. So are invalid bytes in a `.txt` file and, with `invalid_utf8="replace"`, in any
+line. If there are more than a few, the text has another encoding and is refused.
 """
 
 import io

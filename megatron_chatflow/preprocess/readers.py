@@ -1,13 +1,11 @@
-"""Reads input files in chunks of bounded size.
+"""Finds input files and reads them in chunks of bounded size.
 
-In: `InputFile`s. Out: `Chunk`s, each with whole records, its place in the file, and how far the
-file has been read. What a chunk holds does not depend on who will parse it.
+`find_inputs` expands paths, globs, folders and `-` (standard input) to files in a fixed order, each
+with the layout of its records. Other files in a folder or glob are reported with counts, and data
+in an unsupported format is an error, so that no part of a corpus is left out unnoticed.
 
-Finds the input files that the user named: paths, globs, folders, or `-` for standard input.
-
-The files come in a fixed order, each with how its records lie in it. What a folder or glob holds
-beside them is reported with counts, and data of a kind that cannot be read is an error, so that no
-part of a corpus is left out unnoticed.
+`CorpusReader` yields `Chunk`s of whole records, with their position in the file and the number of
+bytes read so far. Chunks do not depend on the number of workers.
 """
 
 import glob
@@ -66,6 +64,22 @@ _ABOUT_A_CORPUS = re.compile(
 _DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NUM_NAMED = 3  # files that a message names
+
+CHUNK_BYTES = 1 << 20
+# What one record may have: a line, a row, or a text file that is one document.
+MAX_RECORD_BYTES = 1 << 26
+# A value of parsed JSON takes up to 100 bytes and may be written with two. With this many bytes of
+# the bound for each value, a parsed record takes at most about seven times the bound.
+RECORD_BYTES_PER_VALUE = 16
+NUM_RECORDS_OF_ARRAY = 4  # a JSON array, which is parsed as a whole, may be as large as so many
+NUM_OBJECTS_PER_CHUNK = 1000
+NUM_ROWS_PER_BATCH = 256
+MAX_BATCH_BYTES = 1 << 28  # of rows that are decoded together
+MAX_ROW_GROUP_BYTES = 1 << 30  # from which on fewer rows are decoded together
+_DICTIONARY_PAGE = 2
+_SEPARATORS = (b",", b":", b"[", b"{")
+_COUNT_BYTES = 1 << 20  # of JSON whose values are counted at once
+TxtDocuments = Literal["file", "line"]
 
 
 @dataclass(frozen=True)
@@ -315,28 +329,9 @@ def _input_file(path: Path, name: str) -> InputFile:
     return InputFile(path, name, kind, path.stat().st_size)
 
 
-CHUNK_BYTES = 1 << 20
-# What one record may have: a line, a row, or a text file that is one document.
-MAX_RECORD_BYTES = 1 << 26
-# A value of parsed JSON takes up to 100 bytes and may be written with two. With this many bytes of
-# the bound for each value, a parsed record takes at most about seven times the bound.
-RECORD_BYTES_PER_VALUE = 16
-NUM_RECORDS_OF_ARRAY = 4  # a JSON array, which is parsed as a whole, may be as large as so many
-NUM_OBJECTS_PER_CHUNK = 1000
-NUM_ROWS_PER_BATCH = 256
-MAX_BATCH_BYTES = 1 << 28  # of rows that are decoded together
-MAX_ROW_GROUP_BYTES = 1 << 30  # from which on fewer rows are decoded together
-_DICTIONARY_PAGE = 2
-_SEPARATORS = (b",", b":", b"[", b"{")
-_COUNT_BYTES = 1 << 20  # of JSON whose values are counted at once
-
-
 @dataclass(frozen=True)
 class OversizedRecord:
     """Stands for a record that was passed over because of its size."""
-
-
-TxtDocuments = Literal["file", "line"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""What a preprocessing job is asked to do.
-
-In: nothing. Out: `PreprocessSettings`, which workers receive whole.
-"""
+"""The settings of a preprocessing job, which every worker receives as a whole."""
 
 import hashlib
 import json

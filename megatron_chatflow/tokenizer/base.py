@@ -1,7 +1,4 @@
-"""What every tokenizer here can do, and what their implementations share.
-
-In: nothing. Out: the `Tokenizer` protocol, the names of its types, hashing of model files.
-"""
+"""The `Tokenizer` protocol, and what its implementations share."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

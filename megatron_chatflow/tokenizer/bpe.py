@@ -1,18 +1,14 @@
-"""Decides whether a SentencePiece model may be encoded by the compiled encoder.
+"""Fast byte-pair encoding for SentencePiece models, with a reference.
 
-In: a model and its sentencepiece processor. Out: the compiled encoder, where its ids are shown to
-be the processor's: the model is of the kind that it is defined for, and both agree on the model's
-own pieces. Otherwise None, with the reason in the log.
+`fast_encoder` returns the compiled encoder of a model if its ids are certain to equal those of the
+sentencepiece library: the model is of the kind defined below, and both agree on probes made of the
+model's own pieces. Otherwise it returns None and logs the reason.
 
-SentencePiece's byte-pair encoding: reference and compiled encoder.
-
-In: the pieces of a model, with ids and scores, and the ids of the 256 bytes. Out: the ids of texts.
-
-The definition, for a model with byte fallback whose pieces are all ordinary ones: every space
-becomes U+2581 (and one is put first if asked for), the text is cut into characters, and of all
-neighbours that together are a piece those with the highest score are joined, the leftmost if there
-are several, until there are none. What is then no piece becomes the pieces of its UTF-8 bytes.
-(Sennrich, Haddow and Birch, ACL 2016; Kudo and Richardson, EMNLP 2018.)
+The definition, for a model with byte fallback and ordinary pieces only: every space becomes U+2581
+(and one is prepended if asked for), and the text is divided into characters. Of all neighbors that
+together form a piece, those with the highest score are joined, the leftmost first, until there are
+none. What is then not a piece becomes the pieces of its UTF-8 bytes. (Sennrich, Haddow and Birch,
+ACL 2016; Kudo and Richardson, EMNLP 2018.)
 """
 
 import logging
@@ -32,6 +28,10 @@ extension = load_extension("tokenizer")
 
 
 SPACE = "\u2581"
+
+logger = logging.getLogger(__name__)
+Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+NUM_PROBED_PIECES = 2000
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,6 @@ def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
     pieces = [piece.encode() for piece in model.pieces]
     encoder: CompiledBpeEncoder = encoder_type(pieces, model.ids, model.scores, model.byte_ids)
     return encoder
-
-
-logger = logging.getLogger(__name__)
-Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-NUM_PROBED_PIECES = 2000
 
 
 def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | None:

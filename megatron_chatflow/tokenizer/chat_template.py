@@ -1,13 +1,12 @@
-"""Chats written down by a Jinja template of the user's own, as `transformers` would.
+"""Applies Jinja chat templates as transformers does, with exact loss spans.
 
-In: the template's source and a `Chat`. Out: segments with exact loss spans, or the reason why the
-template cannot be trained on.
+The position of each answer in the rendered text is known in one of two ways. A template can mark
+its answers with `{% generation %}`. Otherwise the chat is rendered up to each answer, with the
+generation prompt, and up to the end of the answer. Both must be prefixes of the whole text, or the
+template is refused.
 
-Where an answer lies in the text is known in one of two ways. A template may mark its answers with
-`{% generation %}`. Otherwise the chat is rendered up to each answer, with the prompt that asks for
-it, and up to its end; both have to be beginnings of the whole text, or the template is refused.
-Templates run in jinja2's sandbox. Names of control tokens that stand in a chat's texts, and not in
-the template, stay text: they are broken with a character of which the chat has none.
+Templates run in jinja2's sandbox (`template_sandbox`). If a chat's text contains the name of a
+control token, it must stay text: the name is split by a character that the chat does not contain.
 """
 
 import json

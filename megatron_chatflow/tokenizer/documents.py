@@ -1,6 +1,6 @@
-"""What the corpus layer hands on: documents as segments of text, and why a line was left out.
+"""Documents as segments of text, and the reasons for which records are dropped.
 
-In: nothing. Out: the types that the readers, the formats and the tokenising layer share.
+These types are shared by `megatron_chatflow.preprocess` and by chat templates.
 """
 
 from dataclasses import dataclass, field

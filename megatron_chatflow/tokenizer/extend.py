@@ -1,25 +1,16 @@
-"""What an extended vocabulary gains, and out of what its new pieces were made before.
+"""Extends a tokenizer by the tokens of a language; existing tokens keep their ids.
 
-In: the tokenizer before and after, and text that had no part in the choice of pieces. Out: lines to
-print.
+New pieces are the language's most frequent characters, as in ChatFlow (arXiv 2405.10626: 8,076
+characters added to LLaMA's 32,000 pieces), or characters and the longer pieces of a trained
+byte-pair model. `growth_lines` reports what a held-out text gains.
 
-Adds pieces to a byte-level `tokenizer.json` as merges, as if its training had gone on.
-
-In: the file's content and pieces. Out: the content with them in vocabulary and merges, behind all
-that is there. A piece is joined from left to right out of what the tokenizer so far makes of it;
-what comes about on the way and is in no vocabulary (the first bytes of a character) gets an id too.
-
-Old ids stay, and so does old text, unless it holds the same bytes: a character that shares its
-first bytes with a new one may become that part and its last byte. Against tokens that are found
-before text is cut, merges make longer pieces possible, cost nothing when there are thousands of
-them, and never cut a word that the pre-tokenizer leaves whole. Where old merges join the bytes of
-neighbouring characters, those keep the old ids.
-
-Adds a language's pieces to a tokenizer; the old pieces keep their ids.
-
-In: a tokenizer and text of the language. Out: a folder with the extended tokenizer. Pieces are the
-language's most frequent characters, as in ChatFlow (arXiv 2405.10626: 8,076 characters added to
-LLaMA's 32,000 pieces), or characters and the longer pieces that a byte-pair model learns.
+A byte-level `tokenizer.json` is extended by merges, as if its training had continued: each piece is
+joined from left to right from the tokens that the tokenizer so far encodes it to. Intermediate
+results that are not in the vocabulary, such as the first bytes of a character, get ids as well.
+Existing text keeps its ids unless it contains the same bytes: a character that shares its first
+bytes with a new one may be encoded as this prefix and its last byte. Merges are preferred to added
+tokens, which are matched before the text is split: merges allow longer pieces, cost nothing with
+thousands of tokens, and never split a word that the pre-tokenizer keeps.
 """
 
 import json
@@ -47,6 +38,24 @@ from megatron_chatflow.tokenizer.small_files import (
 )
 from megatron_chatflow.tokenizer.text_encoding import guess_encoding
 from megatron_chatflow.tokenizer.tokenizer_json import open_tokenizer_json
+
+logger = logging.getLogger(__name__)
+Script = Literal["han", "any"]
+PieceKind = Literal["characters", "pieces"]
+Addition = Literal["added-tokens", "merges"]
+SCRIPTS: tuple[Script, ...] = get_args(Script)
+PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
+ADDITIONS: tuple[Addition, ...] = get_args(Addition)
+# Unicode blocks of Chinese characters, and of the punctuation that stands among them.
+_HAN_BLOCKS = (
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x323AF),
+)
+_PUNCTUATION_BLOCKS = ((0x2010, 0x2027), (0x3000, 0x303F), (0xFE30, 0xFE4F), (0xFF01, 0xFF65))
+_MAX_TRAINING_SENTENCES = 2_000_000
+_NUM_SHOWN = 8
 
 
 def with_merges(
@@ -108,25 +117,6 @@ def _merged(text: str, ranks: dict[tuple[str, ...], int]) -> list[str]:
             break
         symbols[at : at + 2] = ["".join(pairs[at])]
     return symbols
-
-
-logger = logging.getLogger(__name__)
-Script = Literal["han", "any"]
-PieceKind = Literal["characters", "pieces"]
-Addition = Literal["added-tokens", "merges"]
-SCRIPTS: tuple[Script, ...] = get_args(Script)
-PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
-ADDITIONS: tuple[Addition, ...] = get_args(Addition)
-
-# Unicode blocks of Chinese characters, and of the punctuation that stands among them.
-_HAN_BLOCKS = (
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x323AF),
-)
-_PUNCTUATION_BLOCKS = ((0x2010, 0x2027), (0x3000, 0x303F), (0xFE30, 0xFE4F), (0xFF01, 0xFF65))
-_MAX_TRAINING_SENTENCES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -377,9 +367,6 @@ def _runs(texts: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[st
                 run = []
         if run:
             yield "".join(run)
-
-
-_NUM_SHOWN = 8
 
 
 def growth_lines(

@@ -1,8 +1,8 @@
 """Hugging Face `tokenizer.json` models (`HuggingFaceTokenizer`).
 
-In: a `tokenizer.json`, with `tokenizer_config.json` beside it if there is one. Out: ids as the
-`tokenizers` library gives them with its `encode_special_tokens` switch on, so that a literal
-`<s>` or `<|endoftext|>` in raw text is text.
+Ids equal those of the `tokenizers` library with `encode_special_tokens` enabled, so that a literal
+`<s>` or `<|endoftext|>` in raw text is text. A `tokenizer_config.json` in the same folder is used
+if there is one.
 """
 
 from collections.abc import Sequence

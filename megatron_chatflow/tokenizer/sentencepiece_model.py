@@ -1,7 +1,4 @@
-"""SentencePiece models, LLaMA-2's among them (`Llama2Tokenizer`).
-
-In: a `.model` file. Out: ids exactly as the sentencepiece library gives them.
-"""
+"""SentencePiece models (`Llama2Tokenizer`), with the ids of the sentencepiece library."""
 
 import math
 from collections.abc import Sequence
