@@ -2,8 +2,8 @@
 
 Every curve has a marker or dash and every area a hatch of its own, so that charts can be read
 without colour. The page's script adds the theme, light or dark; curves without a colour take that
-of the text. Names come from files and may hold anything, while plotly interprets a subset of HTML:
-`as_text` makes them plain text.
+of the text. Names come from files and may hold anything, while plotly interprets HTML, formulas and
+templates: `as_text` makes them plain text.
 """
 
 import html
@@ -114,9 +114,9 @@ class Mark:
 
 
 def as_text(label: str, max_columns: int = 40) -> str:
-    """A label that plotly shows letter by letter, cut if it is long."""
-    # An escaped dollar sign does not begin a formula.
-    return html.escape(shorten(label, max_columns), quote=False).replace("$", "&#36;")
+    """A label that plotly shows as it is, cut if it is long."""
+    text = html.escape(shorten(label, max_columns), quote=False)
+    return text.replace("$", "&#36;").replace("%", "&#37;")  # for formulas and templates
 
 
 def new_figure(x_label: str, y_label: str, marks: Sequence[Mark]) -> "Figure":
