@@ -2,6 +2,8 @@
 
 ``tools/*.py`` run the same functions from a checkout. A command parses ``sys.argv`` and reports a
 mistake of the user as a ``UserError``, which `main` turns into one line and exit status 2.
+
+This is the top layer of the package: it may import every other layer, and none imports it.
 """
 
 import difflib
