@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def _show(text: str) -> None:
 
 def _lines() -> Iterator[str]:
     """Yields lines typed on a terminal, with editing and history, or the lines of a pipe."""
-    sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 does not end the conversation
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 does not end the conversation
     if not sys.stdin.isatty():
         for line in sys.stdin:
             print(f"> {line.strip()}")

@@ -96,7 +96,8 @@ def test_the_sdist_carries_the_sources_of_the_extensions(sdist: Path) -> None:
 def test_the_wheel_carries_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megatron_chatflow"}
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_chatflow").rglob("*.py")}
+    copy = wheel.parent / "copy"  # the checkout may have changed since
+    modules = {str(path.relative_to(copy)) for path in (copy / "megatron_chatflow").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "megatron_chatflow/py.typed" in names
     compiled = {name.split(".")[0] for name in names if name.endswith(".so")}

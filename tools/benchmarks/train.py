@@ -214,7 +214,7 @@ class OnData(AbstractContextManager["OnData"]):
             raise UserError(
                 f"--data: id {highest} is outside of the shape's vocabulary of {self._vocab_size}"
             )
-        return self._ours.step(batch)
+        return float(self._ours.step(batch))
 
     def median_wait(self) -> float:
         """Returns the median wait in seconds, without the first batch, which was not prefetched."""

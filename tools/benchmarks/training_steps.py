@@ -110,7 +110,6 @@ def _mock_batch(tokens: torch.Tensor) -> GlobalBatch:
         begin=0,
         end=num_samples,
         num_drawn=np.array([num_samples], np.int64),
-        counts=np.array([num_samples], np.int64),
         sample_digests=torch.zeros(num_samples, 2, dtype=torch.int64),
         sample_positions=torch.arange(num_samples),
     )
