@@ -8,7 +8,7 @@ from megatron_chatflow.errors import ArgumentParser
 from megatron_chatflow.preprocess import parse_shard, preprocess, settings_of_options
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import SCRIPTS
-from megatron_chatflow.preprocess.readers import MAX_RECORD_BYTES
+from megatron_chatflow.preprocess.readers import MAX_EXPANSION, MAX_RECORD_BYTES
 from megatron_chatflow.preprocess.templates import TEMPLATES
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
@@ -108,6 +108,14 @@ def _parse_arguments() -> argparse.Namespace:
         default=MAX_RECORD_BYTES,
         metavar="N",
         help="maximum size of a line, row or text file; larger ones count as bad lines; "
+        "default: %(default)s",
+    )
+    add(
+        "--max-expansion",
+        type=float,
+        default=MAX_EXPANSION,
+        metavar="X",
+        help="refuse a compressed file that expands to more than X times its size; 0: no limit; "
         "default: %(default)s",
     )
     add(

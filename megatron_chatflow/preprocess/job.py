@@ -134,6 +134,10 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         raise UserError(
             f"--max-record-bytes: {settings.corpus.max_record_bytes}: must be at least 1"
         )
+    if not settings.corpus.max_expansion >= 0:
+        raise UserError(
+            f"--max-expansion: {settings.corpus.max_expansion}: must be at least 0 (0: no limit)"
+        )
     for name, smallest in (
         ("num_workers", 1),
         ("max_bad_lines", 0),

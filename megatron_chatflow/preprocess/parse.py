@@ -27,6 +27,7 @@ from megatron_chatflow.preprocess.pairs import (
     pairs_of_record,
 )
 from megatron_chatflow.preprocess.readers import (
+    MAX_EXPANSION,
     MAX_RECORD_BYTES,
     RECORD_BYTES_PER_VALUE,
     Chunk,
@@ -55,6 +56,7 @@ class CorpusSettings:
         invalid_utf8: What becomes of a line that is not UTF-8.
         encoding: Of the text in the inputs, as `canonical_encoding` names it.
         max_record_bytes: What a record may have, in bytes; a larger one is a bad line.
+        max_expansion: How many times its own size a compressed file may expand to; 0: any.
         template: Chat template, also of translation instructions.
         chat_template: One of the user's own, instead of `template`.
         loss: "response" or "all".
@@ -67,6 +69,7 @@ class CorpusSettings:
     invalid_utf8: Literal["drop", "replace"] = "drop"
     encoding: str = "utf-8"
     max_record_bytes: int = MAX_RECORD_BYTES
+    max_expansion: float = MAX_EXPANSION
     template: str = "chatflow"
     chat_template: JinjaTemplate | None = None
     loss: Literal["response", "all"] = "response"
@@ -95,6 +98,7 @@ class CorpusSettings:
             columns=columns,
             encoding=self.encoding,
             max_record_bytes=self.max_record_bytes,
+            max_expansion=self.max_expansion,
             tabs=self.pairs.tabs if self.format == "pairs" else None,
         )
 

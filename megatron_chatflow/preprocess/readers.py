@@ -68,6 +68,10 @@ _NUM_NAMED = 3  # files that a message names
 CHUNK_BYTES = 1 << 20
 # What one record may have: a line, a row, or a text file that is one document.
 MAX_RECORD_BYTES = 1 << 26
+# How many times its own size a compressed file may expand to. Text expands less than a hundredfold,
+# and a file of any size may expand to the second number.
+MAX_EXPANSION = 1000.0
+FREE_EXPANSION_BYTES = 256 << 20
 # A value of parsed JSON takes up to 100 bytes and may be written with two. With this many bytes of
 # the bound for each value, a parsed record takes at most about seven times the bound.
 RECORD_BYTES_PER_VALUE = 16
@@ -367,6 +371,8 @@ class ReadOptions:
         encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
         tabs: How tab-separated lines hold pairs; None where records are not pairs.
         max_record_bytes: What a record may have, in bytes.
+        max_expansion: How many times its own size a compressed file may expand to, beyond
+            `FREE_EXPANSION_BYTES`; 0 is no limit.
     """
 
     txt_documents: TxtDocuments | None = "file"
@@ -374,6 +380,7 @@ class ReadOptions:
     encoding: str = "utf-8"
     tabs: TabOptions | None = None
     max_record_bytes: int = MAX_RECORD_BYTES
+    max_expansion: float = MAX_EXPANSION
 
 
 class _Source:
@@ -409,13 +416,14 @@ def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterat
         UserError: The file cannot be read, or is damaged.
     """
     if file.kind == "parquet":
-        yield from _read_parquet(file, options.columns, options.max_record_bytes)
+        yield from _read_parquet(file, options)
         return
     if file.kind == "tsv" and options.tabs is None:
         raise UserError(f"tab-separated lines hold pairs: {file.name}: read it in the format pairs")
     source = _Source(file)
     try:
-        blocks = transcode(_decompressed(source, file.name), file.name, options.encoding)
+        expanded = _check_expansion(_decompressed(source, file.name), source, file.name, options)
+        blocks = transcode(expanded, file.name, options.encoding)
         if file.kind == "txt" and options.txt_documents == "file":
             yield _whole_text(blocks, file.name, source, options.max_record_bytes)
         elif file.kind == "txt" and options.txt_documents == "line":
@@ -459,6 +467,32 @@ class CorpusReader:
                 self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
                 yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
             num_bytes_before += self.num_bytes[number]
+
+
+def _check_expansion(
+    blocks: Iterator[bytes], source: _Source, name: str, options: ReadOptions
+) -> Iterator[bytes]:
+    """Passes blocks on until they are out of proportion to what was read from the file."""
+    num_bytes = 0
+    for block in blocks:
+        num_bytes += len(block)
+        _refuse_expansion(num_bytes, source.num_bytes_read, name, options)
+        yield block
+
+
+def _refuse_expansion(num_bytes: int, num_bytes_read: int, name: str, options: ReadOptions) -> None:
+    """Raises if so many bytes of content came out of so few.
+
+    Raises:
+        UserError: They did.
+    """
+    limit = max(options.max_expansion * num_bytes_read, FREE_EXPANSION_BYTES)
+    if options.max_expansion and num_bytes > limit:
+        raise UserError(
+            f"cannot read: {name}: {num_bytes_read:,} bytes of it expand to more than "
+            f"{num_bytes:,} bytes; if that is intended, raise --max-expansion "
+            f"({options.max_expansion:g}; 0 is no limit)"
+        )
 
 
 def _decompressed(source: _Source, name: str) -> Iterator[bytes]:
@@ -629,9 +663,7 @@ def _chain(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
-def _read_parquet(
-    file: InputFile, columns: Sequence[str] | None, max_record_bytes: int
-) -> Iterator[Chunk]:
+def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
     """Rows as objects; a row's number stands for the line number.
 
     A file of a kilobyte may hold any amount of text, as one value of a dictionary in many rows.
@@ -645,6 +677,8 @@ def _read_parquet(
             f"cannot read: {file.name}: parquet needs pyarrow: pip install pyarrow"
         ) from (error)
     assert file.path is not None  # standard input is lines
+    columns = options.columns
+    num_bytes = 0
     try:
         with parquet.ParquetFile(file.path) as content:
             names = content.schema_arrow.names
@@ -659,7 +693,12 @@ def _read_parquet(
             first_row = 1
             for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
                 position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
-                for rows in _rows(batch, max_record_bytes):
+                sizes = _content_sizes(batch, options.max_record_bytes)
+                # Records that are too large are dropped without being made.
+                kept = None if sizes is None else sizes[sizes <= options.max_record_bytes]
+                num_bytes += batch.nbytes if kept is None else int(kept.sum())
+                _refuse_expansion(num_bytes, file.num_bytes, file.name, options)
+                for rows in _rows(batch, sizes, options.max_record_bytes):
                     yield Chunk(file.name, first_row, "objects", rows, position)
                     first_row += len(rows)
     except (ArrowException, OSError) as error:
@@ -726,12 +765,33 @@ def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
     return values[1] if len(values) == 2 and values[0] == _DICTIONARY_PAGE else 0
 
 
-def _rows(batch: Any, max_record_bytes: int) -> Iterator[list[Any]]:
+def _content_sizes(batch: Any, max_record_bytes: int) -> npt.NDArray[np.int64] | None:
+    """Bytes of content in each row; None if no row can be too large and all fit into a chunk.
+
+    Without a dictionary every value lies in the batch's own buffers once, so that their size bounds
+    the content.
+    """
+    from pyarrow import types
+
+    def repeats(kind: Any) -> bool:
+        children = [kind.field(k).type for k in range(kind.num_fields)]
+        return types.is_dictionary(kind) or any(repeats(child) for child in children)
+
+    if batch.nbytes <= min(CHUNK_BYTES, max_record_bytes) and not any(
+        repeats(column.type) for column in batch.columns
+    ):
+        return None
+    zeros = np.zeros(batch.num_rows, np.int64)
+    return sum((_sizes(column) for column in batch.columns), zeros)
+
+
+def _rows(
+    batch: Any, sizes: npt.NDArray[np.int64] | None, max_record_bytes: int
+) -> Iterator[list[Any]]:
     """The rows of a batch as objects, about `CHUNK_BYTES` of content at a time."""
-    sizes = sum(
-        (_sizes(column) for column in batch.columns),
-        np.zeros(batch.num_rows, np.int64),
-    )
+    if sizes is None:
+        yield batch.to_pylist()
+        return
     begin = 0
     while begin < batch.num_rows:
         if sizes[begin] > max_record_bytes:

@@ -71,6 +71,7 @@ class PreprocessSettings:
             del corpus["encoding"]  # as in the sidecars of versions that knew no other
         if self.corpus.max_record_bytes == MAX_RECORD_BYTES:
             del corpus["max_record_bytes"]
+        del corpus["max_expansion"]  # it refuses a file, or changes nothing
         if self.corpus.format == "text":
             del corpus["template"], corpus["loss"]
         elif self.corpus.chat_template is not None:

@@ -214,3 +214,33 @@ def test_the_bound_is_a_setting(tmp_path: Path) -> None:
     (file,) = find_inputs([str(tmp_path / "a.txt")])
     with pytest.raises(UserError, match="text file too large: .*--max-record-bytes"):
         list(read_chunks(file, CorpusSettings(max_record_bytes=1000).read_options))
+
+
+def expanding_files(folder: Path) -> list[Path]:
+    """Files of kilobytes that hold 300 MiB of text each, in small records."""
+    import pyarrow as pa
+    import zstandard
+    from pyarrow import parquet
+
+    table = pa.table({"text": pa.array(["x" * 2048] * 150_000).dictionary_encode()})
+    parquet.write_table(table, folder / "a.parquet", compression="zstd")
+    lines = (b'{"text": "' + b"x" * 2000 + b'"}\n') * 500
+    compressed = zstandard.ZstdCompressor().compressobj()
+    with (folder / "a.jsonl.zst").open("wb") as stream:
+        for _ in range(320):
+            stream.write(compressed.compress(lines))
+        stream.write(compressed.flush())
+    return [folder / "a.parquet", folder / "a.jsonl.zst"]
+
+
+def test_a_file_that_expands_out_of_proportion_is_refused(tmp_path: Path) -> None:
+    for path in expanding_files(tmp_path):
+        assert path.stat().st_size < 250_000
+        (file,) = find_inputs([str(path)])
+        with pytest.raises(
+            UserError, match=f"{path.name}: .* expand to more .* --max-expansion"
+        ) as said:
+            for _ in read_chunks(file, ReadOptions()):
+                pass
+        assert "\n" not in str(said.value)
+        assert sum(1 for _ in read_chunks(file, ReadOptions(max_expansion=0))) > 100
