@@ -1,7 +1,7 @@
 """Writes the reference pages of `docs/` from the configuration, the flags and the templates.
 
-``python tools/docs_reference.py`` renews the pages. ``--check`` compares them instead and exits
-with status 1 if one differs; a test does the same.
+``python tools/docs_reference.py`` renews the pages. ``--check`` compares them instead and
+names those that differ; a test does the same.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -27,7 +27,7 @@ from megatron_chatflow.config.megatron_flags import (
 )
 from megatron_chatflow.config.sections import KnotConfig, ScheduleConfig, SourceConfig
 from megatron_chatflow.config.validation import RunConfig
-from megatron_chatflow.errors import ArgumentParser, run_main
+from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.preprocess.templates import TEMPLATES, document_of_chat
 from megatron_chatflow.tokenizer.chat_template import Chat
 
@@ -321,20 +321,22 @@ def pages() -> dict[Path, str]:
     }
 
 
-def main() -> int:
+def main() -> None:
     """Writes or checks the pages."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     check = parser.parse_args().check
-    stale = []
-    for path, text in pages().items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(path)
-            if not check:
-                path.write_text(text, encoding="utf-8")
-    for path in stale:
-        print(f"{'differs' if check else 'wrote'}: {path.relative_to(DOCS.parent)}")
-    return 1 if check and stale else 0
+    stale = [
+        (path, text)
+        for path, text in pages().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    names = ", ".join(str(path.relative_to(DOCS.parent)) for path, _ in stale)
+    if check and stale:
+        raise UserError(f"out of date: {names}; python tools/docs_reference.py renews them")
+    for path, text in stale:
+        path.write_text(text, encoding="utf-8")
+    print(f"wrote {names}" if stale else "every page is up to date")
 
 
 if __name__ == "__main__":

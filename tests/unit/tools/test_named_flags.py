@@ -79,7 +79,8 @@ def imported(name: str) -> frozenset[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return frozenset(found & PATHS.keys())
+    # The package itself imports its public names on first use only.
+    return frozenset((found & PATHS.keys()) - {"megatron_chatflow"})
 
 
 def reached(name: str) -> set[str]:
