@@ -92,9 +92,7 @@ class _AnyDirective(Directive):
         return [container]
 
 
-def _keep_role(
-    role: str, source: str, text: str, *_: Any
-) -> tuple[list[nodes.Node], list[nodes.Node]]:
+def _keep_role(role: str, source: str, text: str, *_: Any) -> tuple[list[Any], list[Any]]:
     """Keeps an interpreted text and its role until all titles are known."""
     name = role.rpartition(":")[2]
     return [nodes.inline(source, nodes.unescape(text), role=name)], []
