@@ -81,9 +81,7 @@ def test_a_start_compares_with_the_sidecar(make_config, chats: Path, name: str) 
         merge_first_documents(path)
     else:
         swap_halves(path)
-    message = (
-        rf"data\.sources\.first\.paths\[0\]: other contents: {path}: not the bytes that .*json"
-    )
+    message = rf"data\.sources\.first\.paths\[0\]: other contents: {path}: differs from what .*json"
     with pytest.raises(UserError, match=message):
         open_inputs(config)
     with pytest.raises(UserError, match=f"other contents: {path}"):
