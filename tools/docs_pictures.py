@@ -1,4 +1,4 @@
-"""Makes the pictures of the README and the documentation from a run's folder."""
+"""Makes the pictures of the README and the documentation."""
 
 from megatron_chatflow.errors import exit_on_interrupt
 
@@ -6,6 +6,7 @@ if __name__ == "__main__":
     exit_on_interrupt()  # the imports below take seconds
 
 import argparse
+import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,19 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EXAMPLES = """examples:
   python tools/docs_pictures.py report runs/tiny_cpu/chatflow --output docs/images/report.png
   python tools/docs_pictures.py blend runs/tiny_cpu/chatflow --output docs/images/blend.png
+  python tools/docs_pictures.py pipeline --output docs/images/pipeline.png
 """
+
+# Steps of the data's way: what it is, what makes the next, where the code lies.
+STEPS = (
+    ("Text", "JSON lines, Parquet,\npairs, chats", ""),
+    ("Datasets", ".bin .idx .json\nloss masks", "preprocess/\ntokenizer/"),
+    ("Samples", "windows, packing,\none order per epoch", "data/"),
+    ("Global batches", "source and index\nof every sample", "blend/"),
+    ("Training", "megatron-core\nTP PP CP DP", "train/\nmodel/"),
+    ("Checkpoints", "any layout,\nasynchronous", "checkpoint/"),
+    ("Hugging Face", "weights, tokenizer,\nchat template", "convert/"),
+)
 
 
 def main() -> None:
@@ -43,14 +56,80 @@ def main() -> None:
         if name == "report":
             picture.add_argument("--width", type=int, default=1280, help="pixels (default: 1280)")
             picture.add_argument("--height", type=int, default=1500, help="pixels (default: 1500)")
+    text = "the data's way from text to a Hugging Face folder, drawn with matplotlib"
+    picture = pictures.add_parser("pipeline", help=text, description=text)
+    picture.add_argument("--output", type=Path, required=True, help="the PNG file")
     args = parser.parse_args()
     check_output_file(args.output)
     if args.picture == "report":
         png = take_screenshot(args.run_dir, args.width, args.height)
-    else:
+    elif args.picture == "blend":
         png = plot_blend(read_run(args.run_dir))
+    else:
+        png = draw_pipeline()
     write_output_file(args.output, png)
     print(f"wrote {args.output} ({len(png) / 1e3:,.0f} kB)")
+
+
+def draw_pipeline() -> bytes:
+    """Draws the steps from text to a Hugging Face folder.
+
+    Returns:
+        A PNG of 1600 x 360 pixels.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    except ImportError:
+        raise UserError("matplotlib: is not installed; pip install matplotlib") from None
+    figure = Figure(figsize=(16, 3.6), dpi=100, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 16), ylim=(0.6, 4.2))
+    axes.axis("off")
+    distance, width = 16 / len(STEPS), 1.8
+    for k, (name, content, folders) in enumerate(STEPS):
+        left = k * distance + (distance - width) / 2
+        box = FancyBboxPatch(
+            (left, 1.5),
+            width,
+            1.7,
+            boxstyle="round,pad=0.05,rounding_size=0.12",
+            facecolor="#eaf1fb" if k not in (3, 4) else "#fdeedd",
+            edgecolor="#35506f",
+            linewidth=1.5,
+        )
+        axes.add_patch(box)
+        middle = left + width / 2
+        axes.text(middle, 2.85, name, ha="center", va="center", fontsize=14, weight="bold")
+        axes.text(middle, 2.1, content, ha="center", va="center", fontsize=12.5)
+        axes.text(
+            middle, 1.32, folders, ha="center", va="top", fontsize=12, family="monospace",
+            color="#35506f",
+        )  # fmt: skip
+        if k:
+            arrow = FancyArrowPatch(
+                (left - distance + width + 0.06, 2.35),
+                (left - 0.06, 2.35),
+                arrowstyle="-|>",
+                mutation_scale=16,
+                color="#35506f",
+            )
+            axes.add_patch(arrow)
+    middle = 3.5 * distance
+    axes.text(middle, 3.9, "schedule", ha="center", va="center", fontsize=14, style="italic")
+    axes.add_patch(
+        FancyArrowPatch(
+            (middle, 3.72), (middle, 3.27), arrowstyle="-|>", mutation_scale=16, color="#c06a12"
+        )
+    )
+    stream = io.BytesIO()
+    canvas.print_png(stream)
+    return stream.getvalue()
 
 
 def take_screenshot(run_dir: Path, width: int, height: int) -> bytes:

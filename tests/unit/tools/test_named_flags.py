@@ -51,6 +51,7 @@ OF_ANOTHER_STEP = {
     ("preprocess.merge", "--dedup"),
     ("preprocess.merge", "--shard"),
     ("train.inputs", "--append-bos"),
+    ("tools.fetch_demo_corpus", "--editable"),  # of pip
 }
 
 
