@@ -460,4 +460,8 @@ def test_pretrained_weights_have_to_be_there(make_config, tmp_path: Path) -> Non
 
 def test_imported_weights_are_no_run_to_resume(make_config, tmp_path: Path) -> None:
     _checkpoint(make_config, tmp_path, schedule={})
-    _refused("holds only weights .* add --finetune", make_config, checkpoint__load=str(tmp_path))
+    _refused(
+        "holds only weights, no run to resume; add --finetune",
+        make_config,
+        checkpoint__load=str(tmp_path),
+    )
