@@ -57,7 +57,7 @@ def parse_count(value: object) -> int:
     Raises:
         UserError: The value is none of these, is not whole, or does not fit 64 bits.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Integral):
         count = Decimal(int(value))
     elif isinstance(value, float):
         count = Decimal(value)
@@ -109,7 +109,7 @@ def parse_number(value: object) -> float:
     Raises:
         UserError: The value is no number.
     """
-    if isinstance(value, Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, Real):
         try:
             return float(value)
         except OverflowError:
@@ -133,7 +133,7 @@ def parse_weight(value: object) -> int | float:
     Raises:
         UserError: The value is not such a number.
     """
-    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    is_integer = not isinstance(value, bool) and isinstance(value, Integral)
     number = int(value) if is_integer else parse_number(value)  # type: ignore[call-overload]
     if not 0 <= number < math.inf:
         raise UserError(f"must be a finite number of at least 0, not {shorten(value)}")
