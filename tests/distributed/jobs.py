@@ -44,11 +44,13 @@ def run(
     expect: int = 0,
     timeout: int = 300,
     extra_environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> str:
-    """Runs a command and returns its output; fails if it ends with another status."""
+    """Runs a command, in ``folder`` if given, and returns its output; checks its exit status."""
     result = subprocess.run(
         list(map(str, command)),
         env={**environment(), **(extra_environment or {})},
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
