@@ -457,7 +457,7 @@ def resumed_schedule(
             positions.samples_per_iteration, positions.iteration_origin
         )
     given: list[dict[str, Any]] = to_plain(parsed.knots)
-    in_samples = {
+    in_samples: dict[str, Any] = {
         "sources": sources,
         "samples_per_iteration": positions.samples_per_iteration,
         "seq_length": positions.seq_length,
