@@ -1,9 +1,11 @@
-"""The command line ``chatflow``: one module for each command, imported when it is called.
+"""The ``chatflow`` command line.
 
-``tools/*.py`` run the same functions from a checkout. A command parses ``sys.argv`` and reports a
-mistake of the user as a ``UserError``, which `main` turns into one line and exit status 2.
+Each command has a module, which is imported only when the command is run. ``tools/*.py`` run the
+same functions from a checkout. Commands parse ``sys.argv`` and raise ``UserError`` for invalid
+input; `main` prints it as one line and exits with status 2.
 
-This is the top layer of the package: it may import every other layer, and none imports it.
+This is the top layer of the package: it may import every other layer, and no other layer may import
+it.
 """
 
 import difflib
@@ -27,7 +29,7 @@ COMMANDS = {
     "chat": ("megatron_chatflow.cli.chat", "chat with a model in the terminal"),
     "report": ("megatron_chatflow.cli.report", "write a run as one HTML page"),
 }
-"""Module and summary of every command; the module defines ``main()``."""
+"""Module and summary of each command. The module defines ``main()``."""
 
 
 _HELP = """usage: chatflow COMMAND [arguments]
@@ -42,12 +44,12 @@ chatflow COMMAND --help describes a command. Several processes train with
 
 
 def main() -> None:
-    """Runs the command that the first argument names; the entry point of ``chatflow``."""
-    exit_on_interrupt()  # importing a command takes seconds
+    """Runs the command named by the first argument. This is the entry point of ``chatflow``."""
+    exit_on_interrupt()  # before the imports, which may take seconds
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
         run_main(partial(_run_without_command, name))
-    # The parser of the command takes its program name from the first argument.
+    # argparse uses the first argument as the program name in help and error messages.
     sys.argv = [f"chatflow {name}", *sys.argv[2:]]
     run_main(importlib.import_module(COMMANDS[name][0]).main)
 

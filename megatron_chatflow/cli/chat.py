@@ -1,4 +1,4 @@
-"""``chatflow chat``: a conversation with a model in the terminal."""
+"""``chatflow chat``: chats with a model in the terminal."""
 
 import argparse
 import contextlib
@@ -28,7 +28,7 @@ commands: /reset starts a new conversation, /exit or Ctrl-D exits, Ctrl-C stops 
 
 
 def main() -> None:
-    """Answers each line of the terminal, or of standard input, until it ends."""
+    """Answers each line from the terminal or standard input until the input ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = ArgumentParser(
         description="Runs a conversation with a model in the terminal.",
@@ -55,11 +55,11 @@ def main() -> None:
                     if num_forgotten:
                         print(f"\n(the first {num_forgotten} turns no longer fit)", end="")
                 except KeyboardInterrupt:
-                    pass  # stops the answer, not the conversation
+                    pass  # Ctrl-C stops the answer but not the conversation
                 except UserError as error:
                     print(
                         f"({error})", end=""
-                    )  # such as a message that is too long; the conversation continues
+                    )  # For example, the message is too long. The conversation continues.
                 print(flush=True)
 
 
@@ -68,16 +68,16 @@ def _show(text: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yields lines typed on a terminal, with editing and history, or the lines of a pipe."""
+    """Yields lines from the terminal, with editing and history, or from a pipe."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 does not end the conversation
+        sys.stdin.reconfigure(errors="replace")  # so that invalid UTF-8 does not raise
     if not sys.stdin.isatty():
         for line in sys.stdin:
             print(f"> {line.strip()}")
             yield line.strip()
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` editing and history)
+        import readline  # noqa: F401  (adds editing and history to `input`)
     while True:
         try:
             yield input("> ").strip()

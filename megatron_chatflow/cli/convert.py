@@ -1,7 +1,7 @@
 """``chatflow convert``: exports, imports, resizes and verifies checkpoints.
 
-Runs in one process and holds one tensor in memory at a time. Training checkpoints may have any
-parallel layout.
+Each command runs in one process and holds one tensor in memory at a time. Training checkpoints may
+have any parallel layout.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``chatflow extend-vocab``: adds the pieces of a language to a tokenizer."""
+"""``chatflow extend-vocab``: adds pieces for a language to a tokenizer."""
 
 import argparse
 import logging
@@ -38,7 +38,7 @@ EXAMPLES = """examples:
       --num-new 20000 --method pieces --output-dir tokenizers/zh-bpe
 """
 MARK = "tokenizer_config.json"
-HELD_OUT_EVERY = 20  # every 20th document is held out for the comparison without --held-out
+HELD_OUT_EVERY = 20  # Without --held-out, every 20th document is kept for the comparison.
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
-    """Yields the documents of the corpus; lines that are no documents are counted and skipped.
+    """Yields the documents of the corpus. Lines that are not documents are counted and skipped.
 
     Raises:
         UserError: More lines were skipped than documents read.

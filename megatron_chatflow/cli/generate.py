@@ -1,4 +1,4 @@
-"""``chatflow generate``: continues prompts with a model, or answers them."""
+"""``chatflow generate``: continues or answers prompts with a model."""
 
 import argparse
 import logging
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """Prints one continuation for each prompt, token by token."""
+    """Prints one continuation of each prompt as its tokens are generated."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = ArgumentParser(
         description="Continues prompts, or answers them with --chat.",

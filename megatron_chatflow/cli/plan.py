@@ -1,4 +1,4 @@
-"""``chatflow plan``: shows the mixture that a run's schedule will draw, before training."""
+"""``chatflow plan``: shows the mixture that a run's schedule will draw before training starts."""
 
 import argparse
 import sys
@@ -46,7 +46,10 @@ EXAMPLES = """examples:
 
 
 def epoch_sizes(config: RunConfig) -> dict[str, int]:
-    """Returns the samples in an epoch of each source; empty if the data cannot be read yet."""
+    """Returns the number of samples in an epoch of each source.
+
+    The result is empty if the data cannot be read yet.
+    """
     try:
         tokenizer = load_tokenizer(
             config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type
@@ -60,7 +63,7 @@ def epoch_sizes(config: RunConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The blend's part of the checkpoint that a run continues from."""
+    """The blend state in the checkpoint that a run continues from."""
 
     folder: Path
     iteration: int
@@ -83,8 +86,8 @@ def find_resumed(config: RunConfig) -> Resumed | None:
 
 
 def knot_in_numbers(schedule: Schedule, sample: int, unit: str) -> str:
-    """Returns the weights at a sample as a knot that rounds to exactly these weights."""
-    # Rounded up, so that the level, which is rounded down, comes out the same.
+    """Returns the weights at a sample as a YAML knot that rounds to exactly these weights."""
+    # Parsing a knot rounds its levels down. Rounding up here yields the same levels again.
     levels = np.cumsum(schedule.weights_at(sample)).tolist()
     parts = [-(-level * 10**10 >> 32) for level in levels]
     weights = {
@@ -104,7 +107,7 @@ def knot_in_numbers(schedule: Schedule, sample: int, unit: str) -> str:
 
 
 def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
-    """Describes the weights at a sample and the knot that keeps the schedule up to it.
+    """Describes the weights at a sample and a knot that preserves the schedule up to it.
 
     Args:
         blend: The blend of the run so far.
@@ -133,10 +136,10 @@ def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) ->
 
 
 def place_of(text: str, resumed: Resumed | None) -> int:
-    """Returns the global sample that ``--at`` names.
+    """Parses the value of ``--at`` to a global sample.
 
     Raises:
-        UserError: ``text`` is not a number of samples, or is ``now`` without a run in progress.
+        UserError: ``text`` is not a number of samples, or it is ``now`` and no run is in progress.
     """
     if text != "now":
         try:
@@ -154,7 +157,7 @@ def place_of(text: str, resumed: Resumed | None) -> int:
 
 
 def main() -> None:
-    """Prints the plan, or with ``--at`` the weights at one point, and writes the files."""
+    """Prints the plan and writes its files. With ``--at``, only prints the weights at one point."""
     parser = ArgumentParser(
         description=DESCRIPTION,
         epilog=EXAMPLES,
@@ -176,7 +179,7 @@ def main() -> None:
         blend = Blend(run_schedule(config, list(config.data.sources)))
     elif (
         arguments.at is not None
-    ):  # the schedule of the checkpoint, whatever the YAML file says now
+    ):  # Use the schedule of the checkpoint. The YAML file may have changed since.
         schedule, batch = Schedule.from_dict(resumed.schedule), config.train.global_batch_size
         if schedule.unit == "iterations" and config.train.train_iters is not None:
             origin = resumed.consumed_samples - resumed.iteration * batch
@@ -220,7 +223,7 @@ def show_plan(
     print("\n" + format_table(to_table(rows, blend)))
     if arguments.output is not None:
         scale = {"tokens": float(seq_length)}
-        if not schedule.iteration_origin:  # all iterations are of one size
+        if not schedule.iteration_origin:  # every iteration has the same size
             scale["iterations"] = 1 / schedule.samples_per_iteration
         png = plot_mixture(
             mixture_curve(blend, num_samples),

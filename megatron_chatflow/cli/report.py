@@ -1,4 +1,4 @@
-"""``chatflow report``: writes runs, finished or in progress, as one HTML page."""
+"""``chatflow report``: writes finished runs or runs in progress as one HTML page."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ EXAMPLES = """examples:
 
 
 def main() -> None:
-    """Writes the page, once or until the runs end."""
+    """Writes the page once, or with ``--follow`` repeatedly until the runs end."""
     parser = ArgumentParser(
         description="Writes plots, tables and configuration of runs as one HTML page.",
         epilog=EXAMPLES,
