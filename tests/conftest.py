@@ -1,6 +1,7 @@
-"""Settings for the whole suite, and what tests of several layers share: a tiny tokenizer.
+"""Settings and fixtures that the whole test suite shares.
 
-Its text is made of random syllables and characters, so that nothing of it is anybody's.
+The fixtures provide tiny tokenizers and a tiny training run. Their text consists of random
+syllables and characters, so it is free of third-party material.
 """
 
 import signal
@@ -12,17 +13,18 @@ import sentencepiece
 import tokenizers
 from hypothesis import settings
 
-# The machines that run the suite are shared: how long an example takes says nothing about it.
+# Disable hypothesis' deadline: on shared machines the duration of an example means nothing.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# A shell starts background jobs with Ctrl-C ignored, and the programs that tests interrupt would
-# inherit that.
+# A shell starts background jobs with Ctrl-C ignored. Restore the default, because the programs that
+# tests interrupt would inherit it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 sys.path.insert(0, str(Path(__file__).parent))
-# For `import benchmarks`. Last, because names in tools/ such as `evaluate` are also packages.
+# For `import benchmarks`. Appended last, because names in tools/ such as `evaluate` are also
+# packages.
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 from made_up_text import made_up_sentences  # noqa: E402  (the path is set just above)
@@ -30,7 +32,7 @@ from tiny_run import TinyRun, make_tiny_run  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The size of the differential fuzz, see tests/unit/tokenizer/test_fuzz_ids.py."""
+    """Adds the flags that set the size of tests/unit/tokenizer/test_fuzz_ids.py."""
     add = parser.addoption
     add("--fuzz-documents", type=int, default=3000, help="documents a model; the full run: 100000")
     add("--fuzz-corpus", help="folder of *.train.jsonl that documents are cut from")
@@ -39,7 +41,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-fallback BPE model of 512 pieces, laid out as LLaMA's: unk, bos, eos are 0, 1, 2."""
+    """Trains a byte-fallback BPE model of 512 pieces with LLaMA's ids.
+
+    unk, bos and eos are 0, 1 and 2.
+    """
     folder = tmp_path_factory.mktemp("tiny_tokenizer")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(made_up_sentences(600)),
@@ -64,7 +69,7 @@ def tiny_sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE `tokenizer.json` with control tokens, of GPT-2's kind."""
+    """Trains a GPT-2-like byte-level BPE `tokenizer.json` with control tokens."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -82,5 +87,5 @@ def byte_level_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """A run that the real entry point trains within seconds."""
+    """Creates a run that the real entry point trains within seconds."""
     return make_tiny_run(tmp_path_factory.mktemp("tiny_run"))

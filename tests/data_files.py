@@ -1,4 +1,4 @@
-"""Small datasets and stand-ins that the data tests share."""
+"""Small datasets and stand-in tokenizers that the data tests share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from megatron_chatflow.data.sidecar import loss_mask_prefix
 
 @dataclass(frozen=True)
 class PlainTokenizer:
-    """What the data layer asks of a tokenizer."""
+    """The attributes of a tokenizer that the data layer reads."""
 
     vocab_size: int = 1 << 20
     pad_id: int = 3
@@ -21,7 +21,7 @@ class PlainTokenizer:
 
 
 def write_dataset(prefix: Path, documents, dtype=np.int32, masks=None) -> str:
-    """Writes documents (lists of ids), and loss masks beside them if given."""
+    """Writes documents (lists of token ids) and, if given, their loss masks."""
     writer = IndexedDatasetWriter(prefix, dtype)
     for document in documents:
         writer.add_document(np.asarray(document, dtype))
@@ -35,20 +35,20 @@ def write_dataset(prefix: Path, documents, dtype=np.int32, masks=None) -> str:
 
 
 def numbered_documents(lengths, first: int = 10) -> list[np.ndarray]:
-    """Documents in which no token comes twice: 10, 11, 12, ... over all of them."""
+    """Returns documents without repeated tokens: 10, 11, 12, ... over all of them."""
     ends = first + np.cumsum(lengths)
     return [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
 class BothReaders:
-    """The compiled reader of some samples and the reference, which must agree on every read."""
+    """Reads samples with the compiled reader and the reference, and asserts that they agree."""
 
     def __init__(self, samples, reference):
         self.num_samples, self.num_tokens = samples.num_samples, samples.num_tokens
         self._readers = (samples.rows, reference)
 
     def read(self, ordinal: int) -> Sample:
-        """The sample; raises ValueError where both readers do, with the same words."""
+        """Returns the sample. Raises ValueError if both readers raise it with the same message."""
         compiled, reference = (outcome(reader, ordinal) for reader in self._readers)
         assert compiled == reference
         if isinstance(reference, str):
@@ -57,7 +57,7 @@ class BothReaders:
 
 
 def outcome(reader, ordinal: int):
-    """What a read gives, as plain lists and types, or the words of its ValueError."""
+    """Returns the result of a read as plain lists and dtypes, or the message of its ValueError."""
     try:
         return [(array.dtype, array.tolist()) for array in reader.read(ordinal)]
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""Documents made to trip a tokenizer: pieces of real text with what models stumble over in between.
+"""Generates documents that are hard to tokenize: fragments of real text mixed with edge cases.
 
-In: texts to cut from, how many, a seed. Out: documents, the same for the same seed, and the JSON
-lines that a careless program would write them as.
+`fuzz_documents` yields the same documents for the same texts and seed. `careless_lines` writes them
+as JSON lines in the way a careless program would.
 """
 
 import json
@@ -41,7 +41,7 @@ WORD_LETTERS = [string.ascii_lowercase, string.hexdigits, "a", "ab", string.digi
 
 
 def fuzz_documents(texts: Sequence[str], num_documents: int, seed: int) -> Iterator[str]:
-    """Yields documents; one in fifty is empty or blank, one in two hundred is a very long word."""
+    """Yields documents. One in 50 is empty or blank, one in 200 is a very long word."""
     generator = random.Random(seed)
     for number in range(num_documents):
         if number % 50 == 0:
@@ -86,10 +86,10 @@ def _part(generator: random.Random) -> str:
 
 
 def careless_lines(documents: Sequence[str], seed: int) -> tuple[list[bytes], int]:
-    """The documents as JSON lines, and how many of the lines are not UTF-8.
+    """Returns the documents as JSON lines, and the number of lines that are not valid UTF-8.
 
-    Some are written in ASCII, some not; some have members before and behind the text, and into
-    some of those that are not in ASCII a byte has come that belongs to no character.
+    Some lines are written in ASCII. Some have members before and after the text. Some of the lines
+    that are not in ASCII contain a byte that belongs to no character.
     """
     generator = random.Random(seed)
     lines, num_bad = [], 0

@@ -1,7 +1,8 @@
-"""Checks of the compiled kernels against their references, for any device that runs them.
+"""Compares the compiled kernels with their references, on any device.
 
-A GPU runs the real ones; a CPU runs the same sources under `csrc/kernels/tests/emulation.h`. The
-references run in fp32 on what the kernel was given; what it returns is at most rounded once more.
+A GPU runs the real kernels. A CPU runs the same sources under `csrc/kernels/tests/emulation.h`. The
+references compute in fp32 from the kernel's inputs, so a kernel's output may differ from them by at
+most one more rounding.
 """
 
 import torch
@@ -18,14 +19,17 @@ def randn(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 def assert_rounded(
     actual: torch.Tensor, expected: torch.Tensor, slack: float = 2.0, floor: float = 1.0
 ) -> None:
-    """``actual`` is ``expected``, computed in fp32, to ``slack`` roundings of its own dtype.
+    """Asserts that ``actual`` equals ``expected`` up to ``slack`` roundings of its own dtype.
 
-    ``floor`` is the size below which errors count as absolute: sums cancel, single products do not.
+    ``expected`` was computed in fp32.
+
+    Below the magnitude ``floor`` errors count as absolute, because sums cancel. Single products do
+    not.
     """
     assert actual.shape == expected.shape
     unit = torch.finfo(actual.dtype).eps
     if actual.dtype == torch.float32:
-        slack *= 16  # the reference adds up in another order, also in fp32
+        slack *= 16  # The reference sums in another order, also in fp32.
     torch.testing.assert_close(
         actual.float(), expected, rtol=slack * unit, atol=slack * unit * floor
     )
@@ -52,7 +56,7 @@ def check_rope(
     num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     torch.manual_seed(0)
-    # Queries as megatron-core hands them over: a part of each token's joint projection.
+    # Use the layout of megatron-core's queries: a slice of each token's joint projection.
     joint = randn(num_tokens, num_heads + 2, head_dim, dtype=dtype, device=device)
     heads = joint[:, 1:-1]
     angles = torch.rand(num_tokens, 1, head_dim // 2) * 6
@@ -62,7 +66,7 @@ def check_rope(
         assert turned.is_contiguous()
         expected = rope.rope_reference(heads.float(), cosines.float(), sines.float(), direction)
         assert_rounded(turned, expected, slack=1.0)
-    # Heads that lie across packs are copied first.
+    # Heads that are not aligned to packs are copied first.
     odd = randn(num_tokens, num_heads, head_dim + 8, dtype=dtype, device=device)[..., 1:-7]
     assert not rope.supports_rope(odd)
     expected = rope.rope_reference(odd.float(), cosines.float(), sines.float(), 1.0)
@@ -84,7 +88,7 @@ def check_swiglu(num_rows: int, width: int, dtype: torch.dtype, device: torch.de
 def check_softmax(
     num_rows: int, num_columns: int, num_valid_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Labels run from before the slice to behind its pieces; some logits are far apart."""
+    """Checks the softmax kernels with labels outside of the slice and some logits far apart."""
     torch.manual_seed(0)
     logits = randn(num_rows, num_columns, dtype=dtype, device=device) * 20
     labels = torch.randint(-2, num_valid_tokens + 2, (num_rows,), device=device)

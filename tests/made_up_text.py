@@ -1,7 +1,4 @@
-"""Text that is nobody's: invented words and random Chinese characters.
-
-In: how much. Out: sentences, the same for the same seed.
-"""
+"""Generates text free of third-party material: invented words and random Chinese characters."""
 
 import random
 
@@ -9,7 +6,10 @@ HAN = [chr(0x4E00 + 37 * k) for k in range(60)]
 
 
 def made_up_sentences(num_sentences: int, seed: int = 0) -> list[str]:
-    """Sentences of invented words, every third one of Chinese characters."""
+    """Returns sentences of invented words, every third one of Chinese characters.
+
+    Equal seeds give equal sentences.
+    """
     generator = random.Random(seed)
     syllables = [c + v + e for c in "bdfklmnprst" for v in "aeiou" for e in ("", "n", "s")]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(200)]

@@ -1,7 +1,7 @@
-"""A made-up language of new characters, and a small LLaMA that has learnt it byte by byte.
+"""A made-up language of new characters, and a small LLaMA trained on it byte by byte.
 
-In: a tokenizer that lacks the characters. Out: text, and a Hugging Face folder of a model that is
-trained until its bytes' rows mean something, so that what new rows begin as makes a difference.
+The tokenizer of the model lacks the characters. The model is trained until the rows of its byte
+pieces carry meaning, so that the initialization of new rows makes a measurable difference.
 """
 
 import random
@@ -20,11 +20,11 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-NUM_SPARE_ROWS = 5  # rows without a piece, as some models have
+NUM_SPARE_ROWS = 5  # Rows without a piece, which some models have.
 
 
 def new_sentences(count: int, seed: int) -> list[str]:
-    """Text in which every new character has its usual successors."""
+    """Returns text in which each new character is followed by its usual successors."""
     generator = random.Random(seed)
     texts = []
     for _ in range(count):
@@ -37,11 +37,11 @@ def new_sentences(count: int, seed: int) -> list[str]:
 
 
 def train_model(old: Tokenizer, folder: Path) -> Path:
-    """A LLaMA that has learnt the language by the old tokenizer.
+    """Trains a LLaMA on the language with the old tokenizer.
 
     Args:
         old: A tokenizer without the new characters.
-        folder: Where its Hugging Face folder is made.
+        folder: The folder in which the Hugging Face folder is created.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

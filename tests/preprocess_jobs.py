@@ -11,7 +11,7 @@ from megatron_chatflow.preprocess.parse import CorpusSettings
 
 
 class Jobs:
-    """Runs jobs in one folder with one tokenizer."""
+    """Runs preprocessing jobs in one folder with one tokenizer."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
@@ -19,14 +19,14 @@ class Jobs:
         self.prefix = folder / "out"
 
     def lines(self, name: str, records: list[Any]) -> str:
-        """Writes records as JSON lines; bytes stay as they are."""
+        """Writes records as JSON lines. Records of type bytes are written unchanged."""
         path = self.folder / name
         lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in records]
         path.write_bytes(b"\n".join(lines) + b"\n")
         return str(path)
 
     def run(self, *inputs: str, corpus: CorpusSettings | None = None, **options: Any) -> Any:
-        """Runs a job; returns the first key's sidecar."""
+        """Runs a job and returns the sidecar of the first key."""
         settings = PreprocessSettings(
             inputs=inputs,
             output_prefix=str(self.prefix),
@@ -37,11 +37,11 @@ class Jobs:
         return next(iter(preprocess(settings).values()))
 
     def documents(self, key: str = "text") -> list[list[int]]:
-        """The ids that the last job wrote."""
+        """Returns the token ids that the last job wrote."""
         dataset = IndexedDataset(f"{self.prefix}_{key}_document")
         return [dataset[i].tolist() for i in range(len(dataset))]
 
     def masks(self, key: str = "text") -> list[list[int]]:
-        """The loss masks that the last job wrote."""
+        """Returns the loss masks that the last job wrote."""
         dataset = IndexedDataset(loss_mask_prefix(f"{self.prefix}_{key}_document"))
         return [dataset[i].tolist() for i in range(len(dataset))]

@@ -1,4 +1,4 @@
-"""Prompts by the built-in chat templates, cut from documents that also have the answer."""
+"""Prompts in the built-in chat templates, cut from documents that include the answer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ ANSWER = "ANSWER to the prompt"
 
 
 def prompt_segments(messages: Sequence[Mapping[str, str]], template: str) -> tuple[Segment, ...]:
-    """The segments of a chat before the answer to its last message."""
+    """Returns the segments of a chat that precede the answer to its last message."""
     turns = [Turn(message["role"], message["content"]) for message in messages]
     chat = chat_of_turns([*turns, Turn("assistant", ANSWER)])
     segments = document_of_chat(chat, template, "response").segments
@@ -21,11 +21,11 @@ def prompt_segments(messages: Sequence[Mapping[str, str]], template: str) -> tup
 def prompt_text(
     messages: Sequence[Mapping[str, str]], template: str, eos_token: str = "</s>"
 ) -> str:
-    """The same as text, with ``eos_token`` where earlier answers end."""
+    """Returns the same as text, with ``eos_token`` after each earlier answer."""
     texts: list[str] = []
     for segment in prompt_segments(messages, template):
         if segment.kind != "end":
             texts.append(segment.text)
-        elif texts[-1:] != [eos_token]:  # a chatml turn may have ended with that very token
+        elif texts[-1:] != [eos_token]:  # In chatml a turn may already end with this token.
             texts.append(eos_token)
     return "".join(texts)

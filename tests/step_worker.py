@@ -1,7 +1,7 @@
-"""Takes some training steps of a tiny model in a process of its own, on a GPU or a CPU.
+"""Runs a few training steps of a tiny model in its own process, on a GPU or a CPU.
 
-The arguments are ``bf16`` or ``fp32`` and the micro-batch size; losses and gradient norms are
-printed. Weights and tokens come from the CPU's generator on every device.
+The arguments are ``bf16`` or ``fp32`` and the micro-batch size. Prints losses and gradient norms.
+Weights and tokens are drawn by the CPU's generator on every device.
 """
 
 import functools
@@ -24,7 +24,7 @@ NUM_STEPS = 4
 
 @functools.cache
 def take_steps(dtype: str, *, on_gpu: bool, micro_batch_size: int = 2) -> dict[str, Any]:
-    """Runs this file; ``losses`` and ``norms`` of each step."""
+    """Runs this file and returns ``losses`` and ``norms`` of each step."""
     environment = dict(os.environ)
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -37,7 +37,7 @@ def take_steps(dtype: str, *, on_gpu: bool, micro_batch_size: int = 2) -> dict[s
 
 
 def set_weights(optimization: Any) -> None:
-    """Each matrix by its name; the optimizer's own copies follow."""
+    """Sets each matrix from a seed derived from its name, and updates the optimizer's copies."""
     for name, parameter in optimization.chunks[0].named_parameters():
         if parameter.dim() > 1:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -1,6 +1,6 @@
-"""A run small enough for a test: made-up text, its tokenizer, its datasets, its configuration.
+"""Creates a run that is small enough for a test: text, tokenizer, datasets and configuration.
 
-In: a folder. Out: a `TinyRun` whose YAML file the real entry point trains within a few seconds.
+`make_tiny_run` returns a `TinyRun`. The real entry point trains its YAML file within seconds.
 """
 
 import io
@@ -24,7 +24,10 @@ VOCAB_SIZE = 600
 
 
 def made_up_sentences(num_sentences: int, seed: int) -> list[str]:
-    """Sentences of invented words; common ones come often, and each has a favourite successor."""
+    """Returns sentences of invented words.
+
+    Common words are frequent, and each has a usual successor.
+    """
     rng = random.Random(seed)
     shared = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -48,9 +51,9 @@ class TinyRun:
     """Paths of a made-up run.
 
     Attributes:
-        folder: Everything lies below it.
+        folder: The folder that contains all other paths.
         config: The YAML file.
-        tokenizer_model: SentencePiece model with LLaMA's layout.
+        tokenizer_model: A SentencePiece model with LLaMA's control ids.
     """
 
     folder: Path
@@ -59,7 +62,7 @@ class TinyRun:
 
 
 def train_tokenizer(path: Path) -> Path:
-    """Trains a byte-fallback BPE with LLaMA's control ids on made-up text."""
+    """Trains a byte-fallback BPE model with LLaMA's control ids on made-up text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(made_up_sentences(400, seed=1)),
@@ -78,7 +81,7 @@ def train_tokenizer(path: Path) -> Path:
 
 
 def write_dataset(prefix: Path, model: Path, *, seed: int, num_documents: int) -> None:
-    """Writes made-up documents, each ended by EOD."""
+    """Writes made-up documents, each followed by EOD."""
     tokenizer = load_tokenizer(model)
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for text in made_up_sentences(num_documents, seed):
@@ -87,7 +90,7 @@ def write_dataset(prefix: Path, model: Path, *, seed: int, num_documents: int) -
 
 
 def make_tiny_run(folder: Path) -> TinyRun:
-    """Makes tokenizer, two datasets and a configuration below ``folder``."""
+    """Creates a tokenizer, two datasets and a configuration below ``folder``."""
     model = train_tokenizer(folder / "tokenizer.model")
     write_dataset(folder / "first_text_document", model, seed=2, num_documents=400)
     write_dataset(folder / "second_text_document", model, seed=3, num_documents=300)
@@ -139,7 +142,7 @@ def make_tiny_run(folder: Path) -> TinyRun:
 
 
 def write_checkpoint_state(config: RunConfig, folder: Path, **state: Any) -> None:
-    """Writes what iteration 5 of a run would save beside its tensors, into the run's folder."""
+    """Writes into a run's folder the files that iteration 5 would save beside its tensors."""
     from megatron_chatflow.train.inputs import open_inputs
 
     inputs = open_inputs(config)
