@@ -1,18 +1,18 @@
-"""Trains one run through many kills, and shows that it ends where an undisturbed run ends.
+"""Kills a run many times and checks that its result equals that of an undisturbed run.
 
 ``python tests/distributed/chaos.py FOLDER --kills 30 [--seed 0] [--processes 2]``
 
-In: a folder. Out: a line per kill, a table of what happened, and exit status 0 only if every
-iteration's ``batch_digest``, loss and gradient norm, and every tensor of the last checkpoint, equal
-those of a run that nobody disturbed.
+Prints a line per kill and a summary table. Exits with status 0 only if ``batch_digest``, loss and
+gradient norm of every iteration and every tensor of the last checkpoint equal those of an
+undisturbed run.
 
-What is done to it, each at a random moment:
+The faults occur at random moments:
 
-- ``rank``: SIGKILL to a worker; torchrun's agent restarts the others with it;
-- ``job``: SIGKILL to the agent; its workers die with it, and the job is launched again;
-- ``save``: SIGKILL to a worker or to the agent while a checkpoint is being written;
-- ``full``: no file may grow for a second (RLIMIT_FSIZE), as on a full disk, saves or not;
-- ``term``: SIGTERM to the agent, as a scheduler sends it; the job is launched again.
+- ``rank``: SIGKILL to a worker. The torchrun agent restarts all workers.
+- ``job``: SIGKILL to the agent. Its workers die with it, and the job is launched again.
+- ``save``: SIGKILL to a worker or to the agent while a checkpoint is being written.
+- ``full``: limits the file size (RLIMIT_FSIZE) until a save has failed, as on a full disk.
+- ``term``: SIGTERM to the agent, as a scheduler sends it. The job is launched again.
 """
 
 import argparse
@@ -38,12 +38,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 KINDS = ("rank", "job", "save", "full", "term")
-_PATIENCE = 300.0  # seconds in which a healthy job gets on, on the slowest machine
+_PATIENCE = 300.0  # Seconds within which a healthy job makes progress, on the slowest machine.
 
 
 @dataclass
 class Record:
-    """What happened to the run."""
+    """Counts of what happened to the run."""
 
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     num_launches: int = 0
@@ -51,7 +51,7 @@ class Record:
 
 
 class Job:
-    """The run under torchrun: what is alive of it, and how far it is."""
+    """The run under torchrun: its processes and its progress."""
 
     def __init__(self, command: list[str], folder: Path, log: Path, record: Record) -> None:
         self._command = command
@@ -61,9 +61,9 @@ class Job:
         self.agent: psutil.Popen | None = None
 
     def launch(self) -> None:
-        """Starts the job."""
+        """Launches the job."""
         self._record.num_launches += 1
-        # Through a pipe: the limit on files that `full` sets would refuse a log as well.
+        # Log through a pipe: the file size limit of `full` would apply to a log file as well.
         self.agent = psutil.Popen(
             self._command,
             stdout=subprocess.PIPE,
@@ -73,17 +73,17 @@ class Job:
         threading.Thread(target=self._copy, args=(self.agent.stdout,), daemon=True).start()
 
     def _copy(self, output: IO[bytes]) -> None:
-        """Appends what a job says to the log, until all of it are gone."""
+        """Appends the job's output to the log until all of its processes have ended."""
         with open(self._log, "ab", buffering=0) as log:
             while data := output.read1(1 << 16):  # type: ignore[attr-defined]
                 log.write(data)
 
     def is_alive(self) -> bool:
-        """Whether the agent is."""
+        """Returns whether the agent is alive."""
         return self.agent is not None and self.agent.poll() is None
 
     def workers(self) -> list[psutil.Process]:
-        """The training processes."""
+        """Returns the training processes."""
         try:
             children = self.agent.children() if self.agent is not None else []
             return [child for child in children if "pretrain" in " ".join(child.cmdline())]
@@ -91,7 +91,7 @@ class Job:
             return []
 
     def iteration(self) -> int:
-        """The last iteration that was logged."""
+        """Returns the last iteration that was logged."""
         try:
             lines = (self._folder / "metrics.jsonl").read_bytes().splitlines()
             return max((json.loads(line)["iteration"] for line in lines[-3:]), default=0)
@@ -99,15 +99,15 @@ class Job:
             return 0
 
     def num_failed_saves(self) -> int:
-        """Saves that the log calls failed."""
+        """Returns the number of failed saves in the log."""
         return sum(b"saving " in line and b" failed: " in line for line in self._log.open("rb"))
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written."""
+        """Returns whether a checkpoint is being written."""
         return any(self._folder.glob(".iter_*"))
 
     def wait_for(self, iteration: int) -> None:
-        """Waits until the run is that far, or over; launches it again where it ended early."""
+        """Waits until the run reaches an iteration or ends, and relaunches it if it ended early."""
         deadline = time.monotonic() + _PATIENCE
         while self.iteration() < iteration:
             if not self.is_alive():
@@ -120,7 +120,7 @@ class Job:
 
 
 def strike(kind: str, job: Job, rng: random.Random) -> None:
-    """Does one of `KINDS` to a job that is training."""
+    """Applies one of `KINDS` to a job that is training."""
     workers = job.workers()
     if kind == "save":
         deadline = time.monotonic() + 30
@@ -129,7 +129,7 @@ def strike(kind: str, job: Job, rng: random.Random) -> None:
         kind = rng.choice(["rank", "job"])
     if kind == "full":
         limit(workers, 100)
-        # Until a save has failed under it, or the run is over.
+        # Keep the limit until a save has failed or the run is over.
         deadline = time.monotonic() + 60
         before = job.num_failed_saves()
         while job.num_failed_saves() == before and time.monotonic() < deadline:
@@ -148,7 +148,7 @@ def strike(kind: str, job: Job, rng: random.Random) -> None:
 
 
 def limit(workers: list[psutil.Process], num_bytes: int) -> None:
-    """Says how large a file may become under the workers' hands."""
+    """Sets the maximum file size of running workers, in bytes."""
     for worker in workers:
         try:
             resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
@@ -157,7 +157,7 @@ def limit(workers: list[psutil.Process], num_bytes: int) -> None:
 
 
 def disturb(job: Job, num_kills: int, num_iterations: int, rng: random.Random) -> Record:
-    """Trains to the end through ``num_kills`` kills."""
+    """Trains to the end while injecting ``num_kills`` faults."""
     record = job._record
     kinds = [KINDS[k % len(KINDS)] for k in range(num_kills)]
     rng.shuffle(kinds)
@@ -186,7 +186,7 @@ def disturb(job: Job, num_kills: int, num_iterations: int, rng: random.Random) -
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint."""
+    """Returns every tensor of a checkpoint."""
     reader = FileSystemReader(checkpoint)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -198,7 +198,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(found: Path, expected: Path, num_iterations: int) -> list[str]:
-    """What two runs do not share; nothing if all is well."""
+    """Returns the differences between two runs. The list is empty if they are equal."""
     ours, theirs = (jobs.read_metrics(folder)[0] for folder in (found, expected))
     problems = []
     numbers = [entry["iteration"] for entry in ours]
@@ -219,7 +219,7 @@ def differences(found: Path, expected: Path, num_iterations: int) -> list[str]:
 
 
 def main() -> int:
-    """Runs the command line; 0 if nothing differs."""
+    """Runs the command line. Returns 0 if the runs do not differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=30)

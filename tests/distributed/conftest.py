@@ -1,4 +1,4 @@
-"""Puts `jobs` on the path of the tests that start processes."""
+"""Puts `jobs` on the import path of the tests that start processes."""
 
 import sys
 from pathlib import Path

@@ -1,18 +1,19 @@
-"""The entry point with a fault in it: what no healthy machine would show.
+"""The entry point with an injected fault that a healthy machine would not show.
 
 ``faulty_worker.py FAULT pretrain-arguments...``, where FAULT is a JSON object:
 
-- ``{"nan": [3, 4]}``: the loss of these iterations (counted from 1) is not a number;
-- ``{"spike": {"7": 100}}``: the loss of iteration 7 is multiplied by 100;
-- ``{"slow": {"rank": 1, "seconds": 0.2}}``: that rank's forward passes take so much longer;
-- ``{"hang": {"rank": 1, "iteration": 3}}``: that rank sleeps for ever before that iteration's step,
-  unless the job was restarted already;
-- ``{"mistake": {"rank": 1, "iteration": 3}}``: there that rank meets what only it can mend;
-- ``{"slow_save": {"rank": 1, "seconds": 3}}``: that rank's checkpoint files take so much longer;
-- ``{"kill": {"rank": 1, "iteration": 3}}``: there that rank is killed.
+- ``{"nan": [3, 4]}``: the loss of these iterations (counted from 1) is NaN.
+- ``{"spike": {"7": 100}}``: the loss of iteration 7 is multiplied by 100.
+- ``{"slow": {"rank": 1, "seconds": 0.2}}``: each forward pass of the rank takes longer by this.
+- ``{"hang": {"rank": 1, "iteration": 3}}``: the rank sleeps forever before the step of the
+  iteration, unless the job has already been restarted.
+- ``{"mistake": {"rank": 1, "iteration": 3}}``: the rank raises a `UserError` at the iteration.
+- ``{"slow_save": {"rank": 1, "seconds": 3}}``: each checkpoint file of the rank takes longer by
+  this.
+- ``{"kill": {"rank": 1, "iteration": 3}}``: the rank is killed at the iteration.
 
-The faults are planted in the arithmetic of a micro-batch, or before a step; all that answers them
-is the package's own.
+Faults are injected into the forward step or before it. The code that handles them is the package's
+own.
 """
 
 import json
@@ -29,7 +30,7 @@ FAULT = json.loads(sys.argv.pop(1))
 
 
 def plant() -> None:
-    """Puts the faults in; called once megatron-core may be imported."""
+    """Injects the faults. Call it after megatron-core may be imported."""
     from megatron_chatflow.train import loop
 
     step = loop.train_step
@@ -47,7 +48,7 @@ def plant() -> None:
         _end_this_rank(iteration)
 
         class Scaled:
-            """The forward step whose losses are multiplied."""
+            """Wraps the forward step and scales its losses."""
 
             def __call__(self, *arguments: Any) -> Any:
                 slow = FAULT.get("slow")

@@ -1,7 +1,4 @@
-"""Starting real processes: runs through torchrun or alone, and what they wrote.
-
-In: command lines of the entry point. Out: finished processes and parsed metrics.
-"""
+"""Starts real processes, through torchrun or alone, and parses the metrics that they wrote."""
 
 import json
 import os
@@ -15,13 +12,13 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def environment() -> dict[str, str]:
-    """The environment of every process that tests start."""
-    # One thread a process, so that reductions are cut the same way on every machine.
+    """Returns the environment of all processes that tests start."""
+    # One thread per process, so that reductions are split the same way on every machine.
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def torchrun(num_processes: int) -> list[str]:
-    """The launcher for ``num_processes`` on this machine, with a port of its own."""
+    """Returns the torchrun command for ``num_processes`` on this machine, with its own port."""
     return [
         sys.executable,
         "-m",
@@ -32,7 +29,7 @@ def torchrun(num_processes: int) -> list[str]:
 
 
 def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path) -> None:
-    """Trains every job of a list in the same processes; fails with their output."""
+    """Trains all jobs of a list in the same processes. Fails with their output."""
     path = folder / f"jobs_{num_processes}.json"
     path.write_text(json.dumps([list(map(str, job)) for job in jobs]), encoding="utf-8")
     run([*torchrun(num_processes), str(WORKER), str(path)], timeout=900)
@@ -46,7 +43,7 @@ def run(
     extra_environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> str:
-    """Runs a command, in ``folder`` if given, and returns its output; checks its exit status."""
+    """Runs a command, in ``folder`` if given, checks its exit status and returns its output."""
     result = subprocess.run(
         list(map(str, command)),
         env={**environment(), **(extra_environment or {})},
@@ -62,12 +59,12 @@ def run(
 
 
 def pretrain(*arguments: object) -> list[str]:
-    """The entry point's command line for a run in one process."""
+    """Returns the command line of the entry point for a run in one process."""
     return [sys.executable, "-m", "megatron_chatflow.pretrain", *map(str, arguments)]
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The iterations and the validations of a run."""
+    """Returns the iterations and the validations of a run."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     return (

@@ -1,7 +1,7 @@
-"""Has ranks choose among implementations that are slow, wrong or absent on one of them.
+"""Makes ranks choose among implementations that are slow, wrong or missing on one of them.
 
-``torchrun --nproc-per-node 2 kernel_choice_worker.py FOLDER``. Each rank writes ``FOLDER/rank_R``:
-a line for each operation, its choice.
+``torchrun --nproc-per-node 2 kernel_choice_worker.py FOLDER``. Each rank writes ``FOLDER/rank_R``
+with one line per operation that states its choice.
 """
 
 import sys
@@ -24,7 +24,7 @@ def _times(factor: int) -> Function:
 
 
 def _operations(rank: int) -> list[tuple[Operation, dict[str, float]]]:
-    """Operations, and what the clock shows on this rank."""
+    """Returns the operations and the times that this rank measures."""
     every = {name: _times(2) for name in NAMES}
     wrong_on_1 = {**every, "a": _times(2 + rank)}
     only_on_1 = {**every} if rank else {name: every[name] for name in ("b", "torch")}

@@ -1,10 +1,10 @@
-"""Trains one configuration and says how much memory each rank took.
+"""Trains one configuration and records the memory that each rank used.
 
 ``torchrun --nproc-per-node N memory_worker.py FOLDER ARGUMENTS...``. Each rank writes
-``FOLDER/rank_R``: the most resident memory while the run trained, above what lay there before its
-model was built, in bytes. A small run goes before, so that the libraries and the process groups are
-no part of the figure. The heap gives every large block back when it is freed (a run keeps them,
-which is faster), so that the figure is what tensors took.
+``FOLDER/rank_R``: the peak resident memory during training minus the resident memory before its
+model was built, in bytes. A small run goes first, so that libraries and process groups do not
+count. The allocator returns every large block when it is freed, so that the figure is the memory of
+tensors. (A real run keeps freed blocks, which is faster.)
 """
 
 import gc
@@ -22,7 +22,7 @@ _SMALL = "--hidden-size 64 --ffn-hidden-size 64 --seq-length 64 --vocab-size non
 
 
 def _resident(field: str) -> int:
-    """``VmRSS``, what lies in memory now, or ``VmHWM``, the most so far, in bytes."""
+    """Returns ``VmRSS`` (resident memory now) or ``VmHWM`` (its peak so far), in bytes."""
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
@@ -30,11 +30,11 @@ def _resident(field: str) -> int:
 def _measure(arguments: list[str], ranks: Ranks) -> int:
     from megatron_chatflow.pretrain import run_training
 
-    # A run saves into no other run's folder.
+    # A run must not save into another run's folder.
     folder = ["--save", str(Path(sys.argv[1]) / "small")] if "--save" in arguments else []
     run_training(load_config_from_argv([*arguments, *_SMALL, *folder])[0], ranks)
     gc.collect()
-    # From here on the kernel counts the peak anew.
+    # Reset the kernel's peak counter.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = _resident("VmRSS")
     run_training(load_config_from_argv(arguments)[0], ranks)

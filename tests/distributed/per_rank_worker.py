@@ -1,7 +1,7 @@
-"""The entry point with flags of each rank's own, as if its node were set up otherwise.
+"""Runs the entry point with different flags on each rank, as if nodes were configured differently.
 
-``per_rank_worker.py FLAGS pretrain-arguments...``, where FLAGS is a JSON list: the flags that rank
-0 has besides, those of rank 1, and so on.
+``per_rank_worker.py FLAGS pretrain-arguments...``, where FLAGS is a JSON list of lists: the
+additional flags of rank 0, of rank 1, and so on.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Saves that fail, and damaged checkpoints, on real ranks.
+"""Checks failing saves and damaged checkpoints on real ranks.
 
-``saver_worker.py failures|damage FLAGS...``: builds the run of the flags, as training does;
-``saver_worker.py resave JOBS.json``: builds runs one after the other, which load a checkpoint and
-save what they loaded. Out: a status of 0 if everything was as it has to be.
+``saver_worker.py failures|damage FLAGS...`` builds the run of the flags as training does.
+``saver_worker.py resave JOBS.json`` builds several runs in turn, each of which loads a checkpoint
+and saves it again. The exit status is 0 if all checks passed.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ NUM_MUTATIONS = 120
 
 @contextlib.contextmanager
 def no_room(here: bool) -> Iterator[None]:
-    """This process can write no file beyond 4 KiB, if it is meant."""
+    """Limits the file size of this process to 4 KiB if ``here`` is true."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if here:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -40,12 +40,12 @@ def no_room(here: bool) -> Iterator[None]:
 
 
 def checkpoints(root: Path) -> list[str]:
-    """Everything of saves that lies in the run's folder."""
+    """Returns the names of all checkpoint and staging folders in the run's folder."""
     return sorted(path.name for path in root.iterdir() if "iter_" in path.name)
 
 
 def failures(run: Any, root: Path, ranks: Ranks) -> None:
-    """A save fails on one rank, on the other, before it begins; the next one succeeds."""
+    """Lets a save fail on one rank, on the other, and before it begins. The next save succeeds."""
     saver, optimization = run.saver, run.optimization
 
     def save(iteration: int) -> int | None:
@@ -61,7 +61,7 @@ def failures(run: Any, root: Path, ranks: Ranks) -> None:
             assert checkpoints(root) == ["iter_0000002", "iter_0000003"]
             assert (root / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     if ranks.is_reporter:
-        # A file where the staging folder goes: it cannot be made, nor removed as one.
+        # A file at the path of the staging folder: the folder can neither be created nor removed.
         (root / ".iter_0000006.saving").write_text("")
     assert save(6) == 3
     if ranks.is_reporter:
@@ -69,9 +69,10 @@ def failures(run: Any, root: Path, ranks: Ranks) -> None:
         (root / ".iter_0000001.saving").mkdir()
     assert save(6) == 6
     if ranks.is_reporter:
-        # What an earlier job left is gone, and only what is durable counts as retained.
+        # Folders left by an earlier job are removed, and only durable checkpoints count as
+        # retained.
         assert checkpoints(root) == ["iter_0000003", "iter_0000006"]
-        # The model did not change: only what counts iterations differs.
+        # The model did not change, so only the file with the iteration and the hashes differ.
         one, other = root / "iter_0000003", root / "iter_0000006"
         names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
         assert names == {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
@@ -82,21 +83,22 @@ def failures(run: Any, root: Path, ranks: Ranks) -> None:
 
 
 def damage(run: Any, root: Path, ranks: Ranks) -> None:
-    """Resumes from checkpoints that are damaged at random.
+    """Resumes from randomly damaged checkpoints.
 
-    That is a user's error in a line that names the file, or, of what only ``--ckpt-verify`` can
-    see, a clean load; always the same on every rank.
+    Each attempt must end in a one-line user error that names the file. Damage that only
+    ``--ckpt-verify`` detects may load cleanly without it. The outcome must be the same on every
+    rank.
     """
     good, bad = root / "iter_0000002", root / "iter_0000009"
     names = [path.relative_to(good).as_posix() for path in _files(good)]
-    # One for what all ranks choose alike, one for the damage that the first rank does.
+    # `choice` draws what all ranks have in common, `rng` the damage done by the first rank.
     choice, rng = random.Random(0), random.Random(1)
     is_first = ranks.process.rank == 0
     outside = sorted(path for path in root.parent.rglob("*") if good not in path.parents)
     counts = dict.fromkeys(("found", "refused", "without hashes", "loaded"), 0)
     cases = [(name, kind) for kind in DAMAGE for name in names]
     for number in range(max(NUM_MUTATIONS, len(cases))):
-        # Every file in every way, then any.
+        # Damage every file in every way first, then draw at random.
         name, kind = cases[number] if number < len(cases) else choice.choice(cases)
         if is_first:
             shutil.rmtree(bad, ignore_errors=True)
@@ -107,7 +109,8 @@ def damage(run: Any, root: Path, ranks: Ranks) -> None:
         is_same = path.exists() and path.read_bytes() == (good / name).read_bytes()
         what = f"{kind} of {name}"
         if name == MANIFEST:
-            # The list of hashes is not itself in the list: its damage shows, or changes nothing.
+            # The list of hashes does not contain its own hash: damage to it is detected or has no
+            # effect.
             _resume(run, bad, ranks, verify=True)
         elif not is_same:
             error = _resume(run, bad, ranks, verify=True)
@@ -120,7 +123,7 @@ def damage(run: Any, root: Path, ranks: Ranks) -> None:
         elif error is not None:
             assert name in error, f"{what}: {error}"
         torch.distributed.barrier()
-        # As an earlier version, or another program, would have saved it.
+        # Without hashes, as an earlier version or another program would have saved it.
         if is_first:
             (bad / MANIFEST).unlink(missing_ok=True)
         torch.distributed.barrier()
@@ -134,7 +137,7 @@ def damage(run: Any, root: Path, ranks: Ranks) -> None:
 
 
 def _resume(run: Any, checkpoint: Path, ranks: Ranks, *, verify: bool) -> str | None:
-    """Resumes as a run does; returns what it refuses with, which every rank does alike."""
+    """Resumes as a run does. Returns the error message, which must be the same on every rank."""
     from megatron_chatflow.checkpoint.store import load_checkpoint, verify_checkpoint
     from megatron_chatflow.train.inputs import open_inputs
 
@@ -193,7 +196,7 @@ DAMAGE: dict[str, Callable[[Path, Path, random.Random], None]] = {
 
 @contextlib.contextmanager
 def nothing_gathered() -> Iterator[None]:
-    """No rank's tensors or objects may go to another one meanwhile."""
+    """Fails if a rank gathers tensors or objects from other ranks inside the block."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a save gathers")
@@ -208,7 +211,7 @@ def nothing_gathered() -> Iterator[None]:
 
 
 def resave(jobs: Path) -> None:
-    """Each job loads a checkpoint at its layout and saves it again, without a step between."""
+    """Loads a checkpoint in the layout of each job and saves it again without a training step."""
     for arguments in json.loads(jobs.read_text(encoding="utf-8")):
         config, _ = load_config_from_argv(arguments)
         ranks = initialize(

@@ -1,9 +1,14 @@
-"""A rank of `test_shared_memory.py`: collectives through shared memory against gloo's.
+"""A rank of `test_shared_memory.py`: compares collectives through shared memory with gloo's.
 
-``torchrun --nproc-per-node N shared_memory_worker.py MODE``: ``compare`` compares every collective
-with gloo's; ``apart`` has rank 1 find no memory, as on another machine; ``kill`` has rank 1 killed
-between two collectives, ``late`` has it stay away, and ``other`` has it come with another size: the
-others end with the error that they print.
+``torchrun --nproc-per-node N shared_memory_worker.py MODE``:
+
+- ``compare`` compares every collective with gloo's.
+- ``apart``: rank 1 finds no shared memory, as on another machine.
+- ``kill``: rank 1 is killed between two collectives.
+- ``late``: rank 1 stays away from a collective.
+- ``other``: rank 1 calls a collective with another size.
+
+In the last three modes the other ranks print the resulting error and end.
 """
 
 import os
@@ -19,11 +24,14 @@ from megatron_chatflow.kernels import shared_group
 from megatron_chatflow.kernels import shared_group as shared_memory
 
 SIZES = (1, 7, 5000)
-LARGE = 300_001  # more than a chunk in each lane
+LARGE = 300_001  # More than one chunk in each lane.
 
 
 def compare(group: dist.ProcessGroup, plain: dist.ProcessGroup) -> None:
-    """Each collective of each size and dtype; exact for two ranks, to rounding for more."""
+    """Compares each collective for each size and dtype.
+
+    Results are exact for two ranks and agree to rounding for more.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(rank)
     for number, name in enumerate(cpu_kernels.instruction_sets()):
@@ -49,7 +57,7 @@ def check(
     highest: torch.Tensor,
     what: str,
 ) -> None:
-    """One tensor through every collective, densely and from strided memory."""
+    """Checks one tensor in every collective, contiguous and strided."""
     rank, size = dist.get_rank(), dist.get_world_size()
     count = len(own) // size
     reduced, strided = own.clone(), torch.empty(len(own), 2, dtype=own.dtype)[:, 0].copy_(own)
@@ -66,7 +74,7 @@ def check(
     assert torch.equal(gathered, torch.stack(parts))
     scattered = torch.empty(count, dtype=own.dtype)
     dist.reduce_scatter_tensor(scattered, own, group=group)
-    # The same sums in the same order: an all-reduce's bits.
+    # The same sums in the same order give the bits of an all-reduce.
     assert torch.equal(scattered, reduced[rank * count : (rank + 1) * count])
     same = [torch.empty_like(reduced) for _ in range(size)]
     dist.all_gather(same, reduced)
@@ -97,7 +105,7 @@ def main() -> None:
         dist.destroy_process_group()
         print(f"rank {rank}: equal")
         return
-    # torchrun ends the others as soon as one has failed, and their errors have to be seen.
+    # Wait: torchrun ends the other ranks once one has failed, but their errors are needed.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     count = 1 << 20
     dist.all_reduce(torch.ones(count), group=group)

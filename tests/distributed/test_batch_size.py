@@ -1,4 +1,7 @@
-"""A resume with another global batch size: learning rate, length, intervals and blend go on."""
+"""Tests a resume with another global batch size.
+
+Learning rate, run length, intervals and blend continue from where they were.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ def _stages(config: Path, folder: Path, *stages: list[object]) -> list[list[str]
 
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> Iterator[Path]:
-    """Runs whose global batch size changes, all in one process."""
+    """Trains runs whose global batch size changes, all in one process."""
     folder = tiny_run.folder / "batch_size"
     folder.mkdir()
     values = yaml.safe_load(tiny_run.config.read_text(encoding="utf-8"))
@@ -70,7 +73,7 @@ def test_with_train_iters_everything_counts_iterations(runs: Path, name: str) ->
     iterations, validations = jobs.read_metrics(runs / name)
     assert _rates(runs / name) == pytest.approx(RATES, rel=1e-3)
     assert [entry["iteration"] for entry in validations] == [0, 3, 6, 8]
-    # The data's schedule counts iterations too: a ramp over the first six.
+    # The data schedule also counts iterations: it has a ramp over the first six.
     shares = [entry["sources"]["second"]["weight"] for entry in iterations]
     assert shares == pytest.approx([0.1 + 0.7 * min(i, 6) / 6 for i in range(8)], abs=1e-6)
 
@@ -102,7 +105,8 @@ def test_with_train_samples_everything_counts_samples(
 ) -> None:
     iterations, validations = jobs.read_metrics(runs / name)
     assert [entry["consumed_samples"] for entry in iterations] == consumed
-    # The rate of an iteration is that of its first sample, whatever the batches before.
+    # The learning rate of an iteration is that of its first sample, whatever the batch sizes before
+    # it.
     constant = dict(zip(range(0, 64, 8), _rates(runs / "samples"), strict=True))
     rates = dict(zip([0, *consumed], _rates(runs / name), strict=False))
     shared = constant.keys() & rates.keys()
@@ -111,7 +115,7 @@ def test_with_train_samples_everything_counts_samples(
     assert list(rates.values())[1:] == sorted(list(rates.values())[1:], reverse=True)
     last = len(consumed)
     assert [entry["iteration"] for entry in validations] == sorted({0, *range(3, last, 3), last})
-    # The same draws of each source as without a change.
+    # Each source has the same draws as without a change.
     found, expected = (
         jobs.read_metrics(runs / folder)[0][-1]["sources"] for folder in (name, "samples")
     )

@@ -1,4 +1,4 @@
-"""A few kills of the chaos test; `make chaos` runs thirty."""
+"""Runs the chaos test with a few kills. `make chaos` runs thirty."""
 
 import os
 import subprocess

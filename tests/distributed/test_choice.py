@@ -1,4 +1,7 @@
-"""Choice questions while training: the same answers at every layout, and a run left as it was."""
+"""Tests choice questions during training.
+
+The answers are the same in every layout, and the questions do not affect the run.
+"""
 
 import json
 import shutil
@@ -26,7 +29,7 @@ SETTINGS = ChoiceSettings("continuation", 1)
 
 @pytest.fixture(scope="module")
 def folder(tiny_run: TinyRun) -> Path:
-    """A run without questions, the same with them, and one for each layout."""
+    """Trains a run without questions, the same run with them, and one run per layout."""
     root = tiny_run.folder / "choice"
     root.mkdir()
     words = " ".join(made_up_sentences(40, seed=9)).replace(".", "").split()
@@ -39,7 +42,7 @@ def folder(tiny_run: TinyRun) -> Path:
     asked = [*base, "--choice-questions", root / "quiz.jsonl", "--choice-interval", 2]
     asked += ["--choice-scoring", "continuation", "--choice-num-fewshot", 1]
     plain: list[list[object]] = [[*base, "--save", root / "plain"]]
-    # The same model file, with a configuration that begins texts with BOS.
+    # The same model file with a configuration that prepends BOS to texts.
     (root / "llama").mkdir()
     shutil.copy(tiny_run.tokenizer_model, root / "llama")
     (root / "llama" / "tokenizer_config.json").write_text('{"add_bos_token": true}')

@@ -1,4 +1,4 @@
-"""A schedule that is edited in a running run: from the command line to the checkpoint and back."""
+"""Tests edits of a schedule during a run, from the command line to the checkpoint and back."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tiny_run import TinyRun
 
 
 def _config(tiny_run: TinyRun, path: Path, **data: Any) -> Path:
-    """The tiny run's configuration with parts of its data section replaced."""
+    """Writes the tiny run's configuration with parts of its data section replaced."""
     values = yaml.safe_load(tiny_run.config.read_text(encoding="utf-8"))
     values["data"].update(data)
     path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -37,7 +37,7 @@ def test_the_future_may_be_edited_and_the_edit_is_replayed(
     jobs.run(_command(steady, folder, "--exit-interval", 4))
     output = jobs.run(_command(edited, folder, "--exit-interval", 7))
     assert output.count("schedule edited at sample 32; every prefix stays within") == 1
-    # A second resume has nothing to edit: the checkpoint holds the segment.
+    # A second resume has nothing to edit, because the checkpoint holds the new segment.
     assert "schedule edited" not in jobs.run(_command(edited, folder))
 
     straight = tmp_path / "straight"
@@ -49,7 +49,7 @@ def test_the_future_may_be_edited_and_the_edit_is_replayed(
         name: sum(round(entry["sources"][name]["realised"] * 8) for entry in found[4:])
         for name in ("first", "second")
     }
-    # 48 samples at a quarter and three quarters, each count within one of its quota.
+    # 48 samples with weights 1/4 and 3/4: each count is within one of its quota.
     assert abs(counts["first"] - 12) <= 1 and counts["first"] + counts["second"] == 48
     assert found[-1]["sources"]["second"]["weight"] == pytest.approx(0.75)
 
@@ -96,6 +96,6 @@ def test_another_global_batch_size_keeps_the_sequence(tiny_run: TinyRun, tmp_pat
     found, expected = (
         jobs.read_metrics(path)[0][-1]["sources"] for path in (folder, tmp_path / "whole")
     )
-    # 4 x 8 + 3 x 16 = 10 x 8 samples: the same draws of each source.
+    # 4 x 8 + 3 x 16 = 10 x 8 samples: each source has the same draws.
     for name, source in expected.items():
         assert found[name]["tokens"] == source["tokens"]

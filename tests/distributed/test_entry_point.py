@@ -1,4 +1,4 @@
-"""The entry point as a user meets it: exit codes, one-line errors, a disk that fills."""
+"""Tests the entry point from the user's side: exit statuses, one-line errors, a full disk."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ from tiny_run import TinyRun
 
 
 def _failing(command: Sequence[str], **options: object) -> str:
-    """Runs a command that has to end with 2, and returns its only error line."""
+    """Runs a command that must exit with status 2, and returns its only error line."""
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_leaves_the_previous_checkpoint(
     jobs.run([*command, "--exit-interval", "5"])
     before = sorted(path.name for path in folder.rglob("*"))
 
-    # The system refuses to let a file grow past the limit, as it does on a full disk.
+    # The system refuses to let a file grow past the limit, as on a full disk.
     line = _failing([*command, "--exit-interval", "8"], preexec_fn=lambda: _no_file_above(1 << 20))
     assert "checkpoint.save" in line and "could not be written" in line
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "5\n"

@@ -1,4 +1,4 @@
-"""Bad steps and hung ranks in real runs: what is left out, taken back, counted, named."""
+"""Tests bad steps and hung ranks in real runs: skipping, rollback, counts and reports."""
 
 import json
 import sys
@@ -102,7 +102,7 @@ def test_rollback_takes_no_other_runs_weights(tiny_run: TinyRun, tmp_path: Path)
         assert "another run's" in jobs.run([*fresh, "--dry-run"], expect=2)
     assert (old / "metrics.jsonl").read_bytes() == left
 
-    # What it went on from is its own, wherever that lies.
+    # The checkpoint that a run resumed from belongs to it, wherever it is stored.
     resumed = [*flags, "--load", old / "iter_0000002", "--save", new]
     output = jobs.run(_faulty({"nan": [3]}, *resumed))
     assert f"rolled back to the weights of {old / 'iter_0000002'}" in output

@@ -1,8 +1,8 @@
-"""A run whose disk fills up goes on training, and saves again once there is room.
+"""Tests that a run continues when its disk is full, and saves again once space is available.
 
-The disk is a small tmpfs of the test's own, in a mount namespace of the run's own: the real system
-calls fail with the real errors. Where neither is allowed the test is skipped; `test_saver` then
-still lets saves fail by a limit on file sizes.
+The disk is a small tmpfs mounted in a mount namespace of the run, so real system calls fail with
+real errors. Systems that permit neither skip the test. `test_saver` still tests failing saves
+there, with a limit on the file size.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ LIMIT_SECONDS = 240
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system, if one may be mounted here."""
+    """Mounts a small file system, or skips the test if mounting is not permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if shutil.which("mount") is None:
@@ -81,7 +81,7 @@ def test_a_full_disk_costs_saves_and_nothing_else(
         with open(filler, "wb", buffering=0) as file:
             while num_failures() < 2:
                 try:
-                    # What a save lets go of meanwhile is taken as well.
+                    # Also fill the space that a failed save frees meanwhile.
                     file.write(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize or 1))
                 except OSError:
                     time.sleep(0.01)

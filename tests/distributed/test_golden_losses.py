@@ -1,8 +1,8 @@
-"""Golden losses: a change of the numerics shows here, and the changelog has to say why.
+"""Tests golden losses. A change that moves them must be explained in the changelog.
 
-Token ids come from Python's own generator, so nothing but the model, the optimizer and the data
-path decides the losses. Tolerance: fp32 sums are cut differently by other CPUs and library
-versions; 1e-4 is a hundred times what that moved, and far below what a changed formula would.
+Token ids come from Python's random generator, so only the model, the optimizer and the data path
+determine the losses. Other CPUs and library versions split fp32 sums differently; the tolerance of
+1e-4 is a hundred times the observed effect and far below that of a changed formula.
 """
 
 import random
@@ -32,7 +32,7 @@ GOLDEN_DIGEST = "fe6088bae29984c35533ea9598a41bdb"
 
 
 def _write_chain(prefix: Path, seed: int) -> None:
-    """Documents in which each id mostly follows from the one before."""
+    """Writes documents in which each id mostly follows from the previous one."""
     rng = random.Random(seed)
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for _ in range(200):

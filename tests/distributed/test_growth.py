@@ -1,7 +1,7 @@
-"""A trained model whose vocabulary grows as its weights load, and as a run goes on.
+"""Tests vocabulary growth of a trained model, both when its weights load and when a run resumes.
 
-The real entry point trains one iteration at a learning rate that moves nothing, validates, saves;
-the export is compared with the model before, through transformers.
+The real entry point trains one iteration with a learning rate too small to change any weight,
+validates and saves. The export is compared with the original model through transformers.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def write_data(prefix: Path, tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 def write_config(folder: Path, name: str, tokenizer: Tokenizer) -> Path:
-    """A run on the old text and the new language, by a tokenizer."""
+    """Writes the configuration of a run on the old text and the new language with a tokenizer."""
     write_data(folder / f"{name}_old", tokenizer, made_up_sentences(300))
     write_data(folder / f"{name}_new", tokenizer, new_sentences(300, seed=99))
     values = {
@@ -74,7 +74,7 @@ def tokenizers(
 
 @pytest.fixture(scope="module")
 def runs(tokenizers: tuple[Tokenizer, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained model as a run, and a run of each beginning and each init."""
+    """Creates the trained model's run, and one run per starting point and row initialization."""
     folder = tmp_path_factory.mktemp("growth")
     old, new = tokenizers
     train_model(old, folder / "hf")
@@ -127,5 +127,5 @@ def test_mean_of_pieces_begins_below_normal(runs: Path, begin: str) -> None:
     mean, normal = (first(f"{begin}_{init}") for init in INITS)
     assert mean["new"] < 0.9 * normal["new"]
     assert before["new"] < 0.6 * before["old"], "the model had learnt the new language"
-    # The new pieces take some probability from the old text; nothing else changes for it.
+    # The new pieces take some probability from the old text. Nothing else changes for it.
     assert mean["old"] == pytest.approx(before["old"], rel=0.1)

@@ -1,4 +1,4 @@
-"""The package installed from its source distribution, used outside of the checkout."""
+"""Tests the package installed from its source distribution, outside of the checkout."""
 
 import json
 import os
@@ -33,7 +33,7 @@ train(load_config(sys.argv[1], ["--save", sys.argv[2]]))
 
 
 def run(*command: object, cwd: Path) -> str:
-    """Runs a command without the checkout on its path; returns its standard output."""
+    """Runs a command without the checkout on its path and returns its standard output."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
@@ -44,7 +44,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source distribution, built from a copy so that no earlier build leaks into it."""
+    """Builds the source distribution from a copy, so that no earlier build affects it."""
     folder = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, folder / "copy", ignore=NOT_SOURCES)
     call = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
@@ -55,7 +55,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path) -> Path:
-    """The wheel, built from the unpacked source distribution."""
+    """Builds the wheel from the unpacked source distribution."""
     with tarfile.open(sdist) as archive:
         archive.extractall(sdist.parent / "unpacked")
     (source,) = (sdist.parent / "unpacked").iterdir()
@@ -67,14 +67,17 @@ def wheel(sdist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def program(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Paths of programs in a new environment that has the wheel and this one's libraries."""
+    """Creates an environment with the wheel and this one's libraries.
+
+    Returns its programs by name.
+    """
     environment = tmp_path_factory.mktemp("clean") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=wheel.parent)
     python = environment / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python]
     run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=wheel.parent)
-    # torch and the other dependencies come from this environment; a path in a .pth file does not
-    # bring its own .pth files with it, such as that of an editable installation of the checkout.
+    # torch and the other dependencies come from this environment. A path in a .pth file does not
+    # process the .pth files in it, such as that of an editable installation of the checkout.
     (libraries,) = environment.glob("lib/python3*/site-packages")
     (libraries / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return lambda name: environment / "bin" / name
@@ -96,7 +99,7 @@ def test_the_sdist_carries_the_sources_of_the_extensions(sdist: Path) -> None:
 def test_the_wheel_carries_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megatron_chatflow"}
-    copy = wheel.parent / "copy"  # the checkout may have changed since
+    copy = wheel.parent / "copy"  # The checkout may have changed since the installation.
     modules = {str(path.relative_to(copy)) for path in (copy / "megatron_chatflow").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "megatron_chatflow/py.typed" in names
@@ -145,6 +148,6 @@ def test_a_corpus_becomes_a_trained_checkpoint(
 
 
 def metrics(folder: Path) -> list[float]:
-    """Losses of each iteration."""
+    """Returns the loss of each iteration."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record["lm_loss"] for record in map(json.loads, lines) if "lm_loss" in record]

@@ -1,12 +1,13 @@
-"""Every parallel layout trains the same run: losses equal a single process's to rounding.
+"""Tests that every parallel layout reproduces the losses of a single process up to rounding.
 
-Each axis, each pair of axes that interacts, and three at a time. All text is packed, one source
-with attention isolated to its documents, and the vocabulary of 600 is padded to 640 rows. All start
-from the weights of the seed, which are the same everywhere.
+Covers each axis, each pair of interacting axes, and three axes at a time. All text is packed, one
+source isolates attention to its documents, and the vocabulary of 600 is padded to 640 rows. All
+runs start from the weights of the seed, which are the same in every layout.
 
-Tolerance: all runs compute in fp32; what differs is the order in which sums over ranks are taken,
-an error of some 1e-7 relative a reduction, which ten steps of AdamW at 3e-3 amplify. Observed: at
-most 1.2e-7 on losses of about 6. A wrong gradient, mask or batch shows in the first digits.
+Tolerance: all runs compute in fp32 and differ only in the order of sums over ranks, a relative
+error of about 1e-7 per reduction, which ten AdamW steps at 3e-3 amplify. The largest observed
+difference is 1.2e-7 on losses of about 6. A wrong gradient, mask or batch changes the leading
+digits.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ TIED = ["--no-untie-embeddings-and-output-weights"]
 SELECTIVE = ["--recompute-granularity", "selective"]
 FULL = ["--recompute-granularity", "full", "--recompute-num-layers", "1", "--recompute-method"]
 
-# Layouts by number of processes; what takes no part in the model's layout is data parallelism.
+# Layouts by number of processes. Ranks that do not shard the model are data-parallel.
 LAYOUTS = {
     2: {
         "tp": TENSOR,
@@ -67,13 +68,13 @@ LAYOUTS = {
     },
 }
 NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
-# Runs that stop after 5 iterations at one layout and go on at another.
+# Runs that stop after 5 iterations in one layout and continue in another.
 MOVES = ("from_single_to_virtual", "from_virtual_to_tensor")
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> Path:
-    """A folder with one run a layout."""
+    """Returns a folder with one run per layout."""
     folder = tiny_run.folder / "layouts"
     folder.mkdir()
     base = ["--config", tiny_run.config]

@@ -1,4 +1,4 @@
-"""Training straight from a Hugging Face folder, and vocabularies that grow as weights load."""
+"""Tests training directly from a Hugging Face folder, and vocabulary growth while weights load."""
 
 import json
 import shutil
@@ -46,12 +46,13 @@ RESUMED = {
     "pp2": LAYOUTS["pp2"],
     "dp2": [],
 }
-NEW = [chr(0x6000 + 13 * k) for k in range(60)]  # 600 pieces become 660: other padding as well
+# 600 pieces become 660, which also changes the padding.
+NEW = [chr(0x6000 + 13 * k) for k in range(60)]
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def write_grown_dataset(prefix: Path, tokenizer_model: Path, num_documents: int) -> None:
-    """Documents in which every other word is one of the new characters."""
+    """Writes documents in which every other word is one of the new characters."""
     tokenizer = load_tokenizer(tokenizer_model)
     writer = IndexedDatasetWriter(prefix, np.uint16)
     for number, text in enumerate(made_up_sentences(num_documents, seed=4)):
@@ -63,7 +64,7 @@ def write_grown_dataset(prefix: Path, tokenizer_model: Path, num_documents: int)
 
 @pytest.fixture(scope="module")
 def folder(tiny_run: TinyRun) -> Path:
-    """A bf16 run of two iterations, exported, imported with both vocabularies, and all runs."""
+    """Trains a bf16 run of two iterations, exports it, and imports it with both vocabularies."""
     root = tiny_run.folder / "load_hf"
     root.mkdir()
     run = ["--config", tiny_run.config, "--train-iters", 2, "--bf16", "--save", root / "start"]
@@ -84,7 +85,7 @@ def folder(tiny_run: TinyRun) -> Path:
         source["paths"] = [str(root / f"{name}_text_document")]
     (root / "grown.yaml").write_text(yaml.safe_dump(grown))
     (root / "full.yaml").write_text(yaml.safe_dump(values))
-    for config in (values, grown):  # the shape is the folder's alone
+    for config in (values, grown):  # The model shape comes from the folder alone.
         del config["model"]
     (root / "bare.yaml").write_text(yaml.safe_dump(values))
     (root / "grown_bare.yaml").write_text(yaml.safe_dump(grown))
@@ -93,7 +94,7 @@ def folder(tiny_run: TinyRun) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> Path:
-    """Every run of this file, those of a layout in the same processes."""
+    """Trains all runs of this file, those of a layout in the same processes."""
     for name, layout in LAYOUTS.items():
         flags = [*layout, "--save"]
         full, bare = ["--config", folder / "full.yaml"], ["--config", folder / "bare.yaml"]
@@ -139,7 +140,7 @@ def test_a_run_goes_on_with_a_larger_vocabulary_at_any_layout(runs: Path, layout
     assert [entry["iteration"] for entry in found] == [1, 2, 3, 4]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["batch_digest"] == theirs["batch_digest"]
-        # bf16 keeps 8 bits of each product's result: the sums of other cuts differ by that much
+        # bf16 keeps 8 bits of each product's result, so sums split differently differ by that much.
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], rel=4e-3)
     reader = DistributedReader(runs / f"{layout}_resumed" / "iter_0000004")
     assert tuple(reader.tensors[EMBEDDING].size) == (768, 64)
@@ -221,7 +222,7 @@ def test_other_dtypes_come_from_the_master_weights(folder: Path, tmp_path: Path)
 
 @pytest.mark.distributed
 def test_small_files_travel_through_training_and_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
-    """On two ranks, of which one writes them; verified as every file of a checkpoint is."""
+    """One of two ranks writes the small files. They are verified like other checkpoint files."""
     base, run = tmp_path / "base", tmp_path / "run"
     shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
     base.mkdir()
@@ -241,7 +242,7 @@ def test_small_files_travel_through_training_and_resume(tiny_run: TinyRun, tmp_p
     flags = ["--config", tiny_run.config, "--save", run, "--save-interval", 1]
     flags += ["--tokenizer-model", base / "tokenizer.model"]
     jobs.run_layouts(2, [[*flags, "--load-hf", base, "--train-iters", 2]], tmp_path)
-    base.rename(tmp_path / "moved")  # the run goes on by its own checkpoint alone
+    base.rename(tmp_path / "moved")  # The run resumes from its own checkpoint alone.
     flags[-1] = tiny_run.tokenizer_model
     resume = [*flags, "--load", run, "--ckpt-verify", "--train-iters", 3]
     jobs.run_layouts(2, [resume], tmp_path)

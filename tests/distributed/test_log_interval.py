@@ -1,4 +1,4 @@
-"""Logs of several iterations: their means, what a resume and a failure make of them."""
+"""Tests logs over several iterations: their means, and the effect of a resume and of a failure."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ INTERVALS = [(0, 4), (4, 6), (6, 8), (8, 10)]
 
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> Path:
-    """The same run with a row per iteration, with a row per log, and interrupted in between."""
+    """Trains the same run with a row per iteration, a row per log, and an interruption."""
     folder = tiny_run.folder / "log_interval"
     folder.mkdir()
     base = ["--config", tiny_run.config, "--log-interval", 4, "--save-interval", 6]

@@ -1,6 +1,6 @@
-"""fp32 master weights begin as the weights that a run begins with, and not as their roundings.
+"""Tests that fp32 master weights start from the initial weights in full precision, not rounded.
 
-The first iteration's learning rate is 0, so what it saves is what was loaded.
+The learning rate of the first iteration is 0, so the run saves exactly what it loaded.
 """
 
 import shutil
@@ -54,7 +54,7 @@ NEW = [chr(0x6000 + 13 * k) for k in range(60)]
 
 @pytest.fixture(scope="module")
 def folder(tiny_run: TinyRun) -> Path:
-    """A run in fp32 and one in bf16, and the first as Hugging Face folders and as imports."""
+    """Trains a run in fp32 and one in bf16, and exports and re-imports the first."""
     root = tiny_run.folder / "master_weights"
     root.mkdir()
     base = ["--config", tiny_run.config, "--train-iters", 2]
@@ -69,7 +69,7 @@ def folder(tiny_run: TinyRun) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(folder: Path, tiny_run: TinyRun) -> Path:
-    """One iteration in bf16 from every source at every layout."""
+    """Trains one iteration in bf16 from every source in every layout."""
     base = ["--config", tiny_run.config, "--bf16", "--exit-interval", 1, "--eval-interval", 100]
     for num_processes, layouts in LAYOUTS.items():
         tasks = [
@@ -83,7 +83,7 @@ def runs(folder: Path, tiny_run: TinyRun) -> Path:
 
 
 def assert_equal(run: Path, expected: Path, scratch: Path) -> None:
-    """Compares a run's master weights, and its bf16 weights, with a Hugging Face folder."""
+    """Compares a run's master weights and bf16 weights with a Hugging Face folder."""
     export_checkpoint(run, scratch / "fp32", dtype="fp32")
     export_checkpoint(run, scratch / "bf16")
     masters, weights = (HuggingFaceWeights(scratch / name) for name in ("fp32", "bf16"))
@@ -140,7 +140,7 @@ def test_an_fp32_run_takes_a_bf16_runs_master_weights(
     folder: Path, tiny_run: TinyRun, tmp_path: Path, begin: str
 ) -> None:
     values = yaml.safe_load(tiny_run.config.read_text())
-    # A resume goes on with its third iteration, at a rate that moves nothing.
+    # The resume continues with its third iteration, at a learning rate that changes no weight.
     values["optimizer"] |= {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
     values["train"]["train_iters"] = 3
     config = tmp_path / "still.yaml"

@@ -1,4 +1,4 @@
-"""A run from a command line of Megatron-LM's alone, on documents that --split cuts."""
+"""Tests a run started by a plain Megatron-LM command line, on documents split by --split."""
 
 import json
 from pathlib import Path

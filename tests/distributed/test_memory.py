@@ -1,7 +1,8 @@
-"""The estimate of a process's memory against the peak of real runs.
+"""Compares the estimate of a process's memory with the peak of real runs.
 
-What is compared is what tensors take: glibc gives large blocks back, and a small run before each
-has loaded the libraries, see `memory_worker`. The estimate holds the process that needs most.
+Only the memory of tensors is compared: glibc returns large blocks to the system, and a small run
+has loaded the libraries before, see `memory_worker`. The estimate is that of the process that needs
+the most memory.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ RUNS = {
         1,
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
     ),
-    # The copy that checkpoints are written from lies in memory from the first step on.
+    # The staging copy for checkpoints is in memory from the first step on.
     "saving": (1, ["--save", "run", "--train-iters", "4"]),
     "sharded_saving": (2, ["--use-distributed-optimizer", "--save", "run", "--train-iters", "4"]),
 }
@@ -46,7 +47,7 @@ def test_the_estimate_is_near_the_measured_peak(
     num_processes, flags = RUNS[name]
     flags = [str(tmp_path / flag) if flag == "run" else flag for flag in flags]
     arguments = ["--config", str(tiny_run.config), *SHAPE, *flags]
-    # Blocks of 64 KiB and more are the system's own, which takes them back when they are freed.
+    # Blocks of 64 KiB and more are mapped by the system, which reclaims them when they are freed.
     extra = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [*jobs.torchrun(num_processes), WORKER, tmp_path, *arguments]
     jobs.run(command, timeout=900, extra_environment=extra)

@@ -1,4 +1,4 @@
-"""Two torchrun agents with a c10d rendezvous, each at a loopback address of its own."""
+"""Tests two torchrun agents with a c10d rendezvous, each at its own loopback address."""
 
 import signal
 import socket
@@ -40,7 +40,7 @@ def _agents(nodes: str, flags: list[object], folder: Path) -> list[psutil.Popen]
                 env=jobs.environment(),
             )
         )
-        # The first agent holds the store that the rendezvous is kept in.
+        # The first agent hosts the store of the rendezvous.
         time.sleep(1.0)
     return agents
 

@@ -1,4 +1,4 @@
-"""Damaged tokenizers in processes of their own: mutations of every file, and preprocessing."""
+"""Tests damaged tokenizers in separate processes: mutations of every file, and preprocessing."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def test_mutated_tokenizers_work_or_are_refused(
     counts = {int(k): v for k, v in json.loads(done.stdout.splitlines()[-1]).items()}
     assert set(counts) <= {0, 2}, done.stdout
     assert sum(counts.values()) == NUM_MUTATIONS
-    assert counts[0] > 0  # else nothing past the loading was tried
+    assert counts[0] > 0  # Otherwise nothing beyond loading was tested.
     assert counts[2] > 0
 
 
@@ -70,7 +70,7 @@ def test_a_panic_in_a_preprocessing_worker_is_one_line(
 def test_a_chain_of_normalizers_does_not_end_the_process(
     tmp_path: Path, byte_level_model: Path
 ) -> None:
-    """The library asked for 10**24 bytes at loading, and Rust ended the process by SIGABRT."""
+    """The library requested 10**24 bytes while loading. Rust aborted the process with SIGABRT."""
     content = json.loads(byte_level_model.read_bytes())
     step = {"type": "Replace", "pattern": {"String": "b"}, "content": "b" * 1000}
     content["normalizer"] = {"type": "Sequence", "normalizers": [step] * 8}

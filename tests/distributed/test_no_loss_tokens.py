@@ -1,4 +1,4 @@
-"""Steps whose global batch has no loss token: no update, counted, and no fault."""
+"""Tests steps whose global batch has no loss token: no update is made, and no fault is counted."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def config(tiny_run: TinyRun) -> Path:
-    """Long prompts that are masked, short answers: most samples of 64 tokens have no loss token."""
+    """Configures long masked prompts and short answers.
+
+    Most samples of 64 tokens have no loss token.
+    """
     folder = tiny_run.folder / "no_loss_tokens"
     folder.mkdir()
     rng = np.random.default_rng(5)
@@ -53,7 +56,7 @@ def config(tiny_run: TinyRun) -> Path:
 
 
 def assert_only_steps_with_loss_tokens_update(folder: Path) -> list[bool]:
-    """Compares a run's metrics and checkpoints; returns which steps had loss tokens."""
+    """Compares the metrics and checkpoints of a run. Returns which steps had loss tokens."""
     entries, _ = jobs.read_metrics(folder)
     has_tokens = [entry["sources"]["chat"]["loss_tokens"] > 0 for entry in entries]
     assert any(has_tokens) and not all(has_tokens)

@@ -1,8 +1,8 @@
-"""The plain and the distributed optimizer read each other's checkpoints, at any layout.
+"""Tests that the plain and the distributed optimizer read each other's checkpoints in any layout.
 
-Bit for bit: a checkpoint that is loaded at another layout, or by the other optimizer, and saved
-again without a step holds the same numbers. Losses: a run that changes its optimizer on the way
-goes on as one that does not, to rounding (see `test_layouts`).
+A checkpoint that is loaded in another layout or by the other optimizer, and saved again without a
+step, holds the same numbers bit for bit. Losses of a run that changes its optimizer agree with
+those of a run that does not, up to rounding (see `test_layouts`).
 """
 
 import json
@@ -27,7 +27,8 @@ PIPELINE = ["--pipeline-model-parallel-size", "2"]
 VIRTUAL = [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2"]
 CONTEXT = ["--context-parallel-size", "2"]
 
-# A chain: each loads what the one before it saved. Number of processes, then name and flags.
+# A chain in which each run loads the checkpoint of the previous one. Each entry holds the number of
+# processes, a name and flags.
 CHAIN = (
     (2, {"plain": [], "tensor_sharded": [*TENSOR, *SHARDED], "pipeline": PIPELINE}),
     (4, {"tensor_data_sharded": [*TENSOR, *SHARDED], "context_sharded": [*CONTEXT, *SHARDED]}),
@@ -46,7 +47,10 @@ def _resave(num_processes: int, commands: list[list[object]], folder: Path) -> N
 
 @pytest.fixture(scope="module")
 def saved(tiny_run: TinyRun) -> Path:
-    """By precision, a checkpoint of the distributed optimizer on two ranks, and the chain."""
+    """Saves a checkpoint per precision and runs the chain.
+
+    The checkpoints are those of the distributed optimizer on two ranks.
+    """
     folder = tiny_run.folder / "optimizers"
     folder.mkdir()
     base = ["--config", tiny_run.config]
@@ -102,7 +106,7 @@ def test_a_run_that_changes_its_optimizer_goes_on_alike(saved: Path, name: str) 
 def test_master_weights_under_their_earlier_name_are_found(
     saved: Path, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    """The distributed optimizer's were called ``param``."""
+    """Earlier versions called the distributed optimizer's master weights ``param``."""
     old = tmp_path / "old"
     (saved / "bf16").rename(old)
     try:
@@ -121,7 +125,7 @@ def test_master_weights_under_their_earlier_name_are_found(
         for name in (
             "hashes.json",
             "tensor_index.json",
-        ):  # no such file then
+        ):  # Earlier versions wrote no such file.
             (old / "iter_0000004" / name).unlink()
         flags = ["--config", tiny_run.config, "--bf16", "--load", old, "--save", tmp_path / "new"]
         _resave(1, [flags], tmp_path)

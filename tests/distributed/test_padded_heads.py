@@ -1,8 +1,8 @@
-"""A model whose heads tensor parallelism does not divide trains with heads of zeros as without.
+"""Tests that head padding for tensor parallelism does not change training.
 
-3 groups of query heads, as SmolLM2-135M has them, and each head wider than its share of the model,
-as in Mistral NeMo. Over 2 processes one group is padding, over 4 the last process holds nothing but
-padding. Tolerance and the reasons for it as in `test_layouts`.
+The model has 3 query groups, as SmolLM2-135M, and heads wider than hidden size / heads, as in
+Mistral NeMo. With 2 processes one group is padding, with 4 the last process holds only padding. For
+the tolerance see `test_layouts`.
 """
 
 import sys
@@ -29,7 +29,7 @@ NAMES = ("two", "four", "single_to_two", "four_to_single", "from_huggingface")
 
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> Path:
-    """A folder with one run a layout, and a Hugging Face folder of the first weights."""
+    """Returns a folder with one run per layout and a Hugging Face folder of the first weights."""
     folder = tiny_run.folder / "padded"
     folder.mkdir()
     base = ["--config", tiny_run.config, *ODD]

@@ -1,6 +1,6 @@
-"""Ranks that see other files, and ranks that meet mistakes alone: refused, and said once.
+"""Tests ranks that see different files or fail alone: the run is refused with one error message.
 
-Real processes, each with flags of its own, as nodes with disks of their own would have them.
+Each real process has flags of its own, as nodes with separate disks would.
 """
 
 import json
@@ -23,7 +23,7 @@ FLAGS = ["--train-iters", 7, "--lr-decay-iters", 8, "--eval-interval", "none", "
 
 @pytest.fixture(scope="module")
 def saved(tiny_run: TinyRun) -> Path:
-    """A run's folder with the checkpoints of iterations 2 and 4."""
+    """Returns a run's folder with the checkpoints of iterations 2 and 4."""
     folder = tiny_run.folder / "apart"
     flags = ["--config", tiny_run.config, *FLAGS, "--save-interval", 2, "--exit-interval", 4]
     jobs.run(jobs.pretrain(*flags, "--save", folder))
@@ -31,7 +31,7 @@ def saved(tiny_run: TinyRun) -> Path:
 
 
 def _lines(output: str) -> list[str]:
-    """The lines in which ranks say why they end; no traceback of theirs is allowed."""
+    """Returns the lines in which ranks report why they end. Fails if there is a traceback."""
     assert 'pretrain.py", line' not in output, output[-6000:]
     return [line for line in output.splitlines() if line.startswith("error: ")]
 
@@ -43,7 +43,7 @@ def _apart(tiny_run: TinyRun, per_rank: Sequence[Sequence[object]], *flags: obje
 
 
 def _refused(command: Sequence[object]) -> str:
-    """The one line that a job says which is refused."""
+    """Runs a job that must be refused, and returns its only error line."""
     (line,) = _lines(jobs.run(command, expect=1))
     return line
 
@@ -113,7 +113,7 @@ def test_what_all_ranks_meet_is_said_once(tiny_run: TinyRun) -> None:
 
 
 def _two_processes(tiny_run: TinyRun, fault: object) -> list[tuple[int, str]]:
-    """Exit status and output of two ranks that no launcher ends."""
+    """Returns exit status and output of two ranks that no launcher terminates."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -144,7 +144,7 @@ def test_a_mistake_in_mid_run_is_said_by_the_rank_that_meets_it(
     assert said[culprit] == (2, [f"error: rank {culprit}: data.sources.first: made up"])
     status, (line,) = said[other]
     assert status == 2
-    # Without a launcher rank 0 keeps the notes, and may be gone with them.
+    # Without a launcher rank 0 hosts the store for these reports and may have ended with it.
     follows = [f"ends because rank {culprit} failed", "ends because its peers are gone"]
     assert line.startswith(tuple(f"error: rank {other}: {text}" for text in follows[: 2 - culprit]))
 

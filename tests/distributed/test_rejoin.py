@@ -1,8 +1,8 @@
-"""A node of an elastic job is lost, comes back and is taken in again.
+"""Tests that a lost node of an elastic job rejoins it.
 
-The two nodes are network namespaces of the test's own, joined by a pair of virtual interfaces:
-neither name resolution nor any network of the machine's is involved. Without root they belong to a
-user namespace. Where the system allows neither, the test is skipped and says why.
+The two nodes are network namespaces joined by a pair of virtual interfaces, independent of name
+resolution and of the machine's networks. Without root they belong to a user namespace. The test is
+skipped with a reason if the system permits neither.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class Host:
     Attributes:
         address: Its IPv4 address.
         interface: The network interface that has the address.
-        enter: Put before a command, runs it there.
+        enter: Command prefix that runs a command in the namespace.
     """
 
     address: str
@@ -45,7 +45,7 @@ class Host:
 
 @pytest.fixture
 def hosts() -> Iterator[list[Host]]:
-    """Two hosts that reach each other and nothing else."""
+    """Creates two hosts that reach only each other."""
     for command in ("unshare", "nsenter", "ip"):
         if shutil.which(command) is None:
             pytest.skip(f"no {command} command")
@@ -57,7 +57,7 @@ def hosts() -> Iterator[list[Host]]:
         enter_first = ["nsenter", "--target", str(first), *user, "--net"]
         second = _hold(stack, [*enter_first, "unshare", "--net"])
         enter_second = ["nsenter", "--target", str(second), *user, "--net"]
-        # TEST-NET-1, which is routed nowhere.
+        # TEST-NET-1, which is not routed anywhere.
         both = [Host("192.0.2.1", "node1", enter_first), Host("192.0.2.2", "node2", enter_second)]
         pair = ["ip", "link", "add", "node1", "type", "veth", "peer", "name", "node2"]
         _set_up([*enter_first, *pair, "netns", str(second)])
@@ -69,7 +69,7 @@ def hosts() -> Iterator[list[Host]]:
 
 
 def _hold(stack: contextlib.ExitStack, command: list[str]) -> int:
-    """Makes a namespace, which lasts as long as the process whose id is returned."""
+    """Creates a namespace that lasts as long as the process with the returned id."""
     holder = stack.enter_context(
         subprocess.Popen(
             [*command, "sh", "-c", "echo ready; exec cat"],
@@ -95,7 +95,7 @@ def _set_up(command: list[str]) -> None:
 def _start(
     stack: contextlib.ExitStack, hosts: list[Host], number: int, flags: list[object], log: Path
 ) -> psutil.Popen:
-    """Starts the agent of a node by the script that users start, without any names of hosts."""
+    """Starts the agent of a node with the script for users, without host names."""
     host = hosts[number]
     environment = {
         **jobs.environment(),
@@ -121,7 +121,7 @@ def _start(
 
 
 def _end(agent: psutil.Popen) -> None:
-    """Kills an agent and its workers, as the loss of a node does."""
+    """Kills an agent and its workers, as the loss of a node would."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in [agent, *agent.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,6 +1,6 @@
-"""A stop at any iteration and a resume change nothing: losses, digests and weights, bit for bit.
+"""Tests that a stop and resume at any iteration change no loss, digest or weight by a bit.
 
-On another layout the data's order is the same and the losses agree to rounding.
+In another layout the order of the data is the same and losses agree up to rounding.
 """
 
 import json
@@ -29,7 +29,7 @@ LAYOUTS = {
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, optimizer state included."""
+    """Returns every tensor of a checkpoint, including optimizer state."""
     reader = FileSystemReader(checkpoint)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -67,7 +67,7 @@ def _assert_same_weights(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> Path:
-    """Per layout, an undisturbed run and one that left after 4 iterations and came back."""
+    """Trains two runs per layout: an undisturbed one, and one resumed after 4 iterations."""
     folder = tiny_run.folder / "resume"
     folder.mkdir()
     commands = []
@@ -77,7 +77,7 @@ def runs(tiny_run: TinyRun) -> Path:
         stopped = [*base, "--save", folder / f"{name}_parts", "--load", folder / f"{name}_parts"]
         commands.append([*stopped, "--exit-interval", 4])
         commands.append(stopped)
-    # A run that stopped on two data-parallel ranks goes on in one process.
+    # A run that stopped on two data-parallel ranks continues in one process.
     moved = ["--config", tiny_run.config, "--save", folder / "moved", "--load", folder / "moved"]
     jobs.run_layouts(2, [*commands, [*moved, "--exit-interval", 4]], folder)
     jobs.run_layouts(1, [moved], folder)
@@ -125,14 +125,14 @@ def test_a_resume_with_a_fresh_optimizer(tiny_run: TinyRun, tmp_path: Path) -> N
     losses = [
         (ours["lm_loss"], theirs["lm_loss"]) for ours, theirs in zip(found, whole, strict=True)
     ]
-    # Iteration 5 has the same weights; its update is the first with other moments.
+    # Iteration 5 has the same weights. Its update is the first with different moments.
     assert all(ours == theirs for ours, theirs in losses[:5])
     assert all(ours != theirs for ours, theirs in losses[5:])
-    # Master weights belong to the weights: they keep their full precision.
+    # Master weights count as weights, so they keep their full precision.
     before, after = (_tensors(tmp_path / "bf16" / f"iter_000000{i}") for i in (4, 5))
     masters = [name for name in before if ".fp32_param." in name]
     assert masters and all(torch.equal(before[name], after[name]) for name in masters)
-    # The moments are saved again and resumed as those of any run.
+    # The moments are saved and resumed like those of any run.
     _assert_same_weights(tmp_path / "parts" / "iter_0000008", tmp_path / "fresh" / "iter_0000008")
 
 
@@ -145,7 +145,7 @@ def test_a_new_seed_keeps_the_order_of_the_epoch(tiny_run: TinyRun, tmp_path: Pa
         [*base, "--save", tmp_path / "whole"],
         [*run, "--exit-interval", 4],
         [*run, "--exit-interval", 7, "--seed", 7, "--new-data-seed"],
-        [*run, "--seed", 7],  # what the checkpoint says by now
+        [*run, "--seed", 7],  # the seed that the checkpoint now records
     ]
     jobs.run_layouts(1, commands, tmp_path)
     _assert_same_record(folder, tmp_path / "whole")
@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run: TinyRun, tmp_pa
 
 
 def _heed_ctrl_c() -> None:
-    """Undoes what a shell does to a test suite that runs in its background."""
+    """Restores the Ctrl-C handling that a shell disables for a test suite in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -210,7 +210,7 @@ def test_a_signal_saves_and_leaves(
         time.sleep(0.01)
     process.send_signal(signal.Signals[name])
     status = process.wait(timeout=120)
-    # A launcher that was signalled says so by its own status.
+    # The launcher reports the signal by its own exit status.
     assert (status == 0) == (launched == "alone")
     iterations, _ = jobs.read_metrics(folder)
     assert int((folder / "latest_checkpointed_iteration.txt").read_text()) == len(iterations)
@@ -240,7 +240,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "stopping\n"
-    process.send_signal(signal.SIGINT)  # a launcher passes the same Ctrl-C on
+    process.send_signal(signal.SIGINT)  # A launcher forwards the Ctrl-C.
     time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -251,7 +251,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 @pytest.mark.distributed
 def test_an_ignored_ctrl_c_stays_ignored() -> None:
-    """As of a job that a shell started in the background."""
+    """A shell starts background jobs with SIGINT ignored."""
     script = "import signal\nfrom megatron_chatflow.runtime.signals import StopRequest\n"
     script += "StopRequest()\nassert signal.getsignal(signal.SIGINT) == signal.SIG_IGN"
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Saves in the background: failures leave the run and its checkpoints as they were."""
+"""Tests background saves on real ranks: failures leave the run and its checkpoints unchanged."""
 
 from pathlib import Path
 

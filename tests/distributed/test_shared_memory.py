@@ -1,4 +1,4 @@
-"""Collectives through shared memory: equal to gloo's, and an error where a rank is gone."""
+"""Tests collectives through shared memory: equal to gloo's, with an error when a rank is lost."""
 
 import sys
 from pathlib import Path
@@ -38,6 +38,6 @@ def test_a_rank_that_is_gone_is_an_error(mode: str, error: str) -> None:
 
 
 def test_ranks_that_cannot_share_go_through_gloo() -> None:
-    """A rank without the extension, as on another machine: all of them take gloo, and say so."""
+    """All ranks use gloo and report it if one rank lacks the extension."""
     output = jobs.run([*jobs.torchrun(2), WORKER, "apart"])
     assert output.count("gloo: ") == 2

@@ -1,4 +1,4 @@
-"""A checkpoint with a payload in it is refused and not executed."""
+"""Tests that a checkpoint with a code payload is refused and the payload is not executed."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ from megatron_chatflow.errors import UserError
 
 
 class _Payload:
-    """Unpickling it leaves a file behind."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""The current code continues and exports a run that version 0.1.0 wrote.
+"""Tests that the current code continues and exports a run written by version 0.1.0.
 
 `tests/fixtures/version_0_1/README.md` describes the run and how it was made.
 """
@@ -24,7 +24,7 @@ def test_a_run_of_version_0_1_continues(tmp_path: Path) -> None:
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = jobs.pretrain("--config", "run.yaml", "--save", "run", "--load", "run")
     output = jobs.run(command, folder=folder, extra_environment=path)
-    # The two findings are about chats that are longer than a sample, not about the files.
+    # The two findings concern chats longer than a sample, not the files.
     warnings = [line for line in output.splitlines() if " WARNING " in line]
     assert len(warnings) == 1 and warnings[0].endswith(" WARNING 2 findings:"), warnings
     lines = (FIXTURE / "iterations_3_and_4.jsonl").read_text(encoding="utf-8").splitlines()
@@ -35,7 +35,7 @@ def test_a_run_of_version_0_1_continues(tmp_path: Path) -> None:
     for found, old in zip(iterations[2:], expected, strict=True):
         assert found["batch_digest"] == old["batch_digest"]
         assert found["learning_rate"] == old["learning_rate"]
-        # Other CPUs and library versions cut fp32 sums differently.
+        # Other CPUs and library versions split fp32 sums differently.
         assert found["lm_loss"] == pytest.approx(old["lm_loss"], abs=1e-4)
         assert found["grad_norm"] == pytest.approx(old["grad_norm"], rel=1e-3)
 

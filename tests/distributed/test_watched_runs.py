@@ -1,4 +1,4 @@
-"""What watches real runs: slow ranks named, profiles that appear whole, loggers that may fail."""
+"""Tests monitoring of real runs: slow ranks, complete profiles, and loggers that may fail."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def test_a_slow_rank_is_named_and_profiled(tiny_run: TinyRun, tmp_path: Path) ->
     found = [entry["stragglers"] for entry in compared]
     assert Counter(one["slowest"][0]["rank"] for one in found).most_common(1)[0][0] == 1
     assert {len(one["slowest"]) for one in found} == {2}
-    # Two micro-batches an iteration, each of which the rank sleeps before.
+    # Two micro-batches per iteration, and the rank sleeps before each.
     assert all(one["forward_seconds"]["max"] >= 0.4 for one in found)
     assert all(one["forward_seconds"]["max_rank"] == 1 for one in found)
     for one in found:
@@ -92,7 +92,7 @@ def test_a_run_goes_on_at_weights_and_biases(tiny_run: TinyRun, tmp_path: Path) 
 
 
 def _without(package: str) -> list[str]:
-    """The entry point in a process that does not find a package."""
+    """Returns the entry point's command for a process in which a package cannot be imported."""
     code = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         f"u.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)\n"

@@ -1,8 +1,8 @@
 """Opens and uses mutated tokenizers, each in a process with limits on memory and time.
 
 ``python tokenizer_mutation_worker.py FOLDER NAME SEED NUM_MUTATIONS`` mutates the file NAME of a
-tokenizer's folder. Every mutation has to work or end in a short `UserError`; the others are printed
-with the number that makes them again.
+tokenizer's folder. Every mutation must either work or end in a short `UserError`. All others are
+printed with the number that reproduces them.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ HOSTILE: list[Any] = [
 
 
 def places(part: Any) -> list[tuple[Any, Any]]:
-    """Every container and key of a JSON value; of long lists and mappings the first 20."""
+    """Returns every container and key of a JSON value, at most 20 keys of each container."""
     found = []
     keys: list[Any] = []
     if isinstance(part, dict):
@@ -83,7 +83,7 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
             container[key] = [old, new] if rng.random() < 0.5 else {"type": "Sequence", "x": old}
         elif kind == 5:
             container[key] = copy.deepcopy(rng.choice([box[name] for box, name in found]))
-        else:  # a chain, in whichever of the four components
+        else:  # A chain in any of the four components.
             steps = [copy.deepcopy(rng.choice(HOSTILE[-10:])) for _ in range(rng.randint(1, 9))]
             for name in ("normalizers", "pretokenizers", "processors", "decoders"):
                 if isinstance(container, dict) and name in str(old):
@@ -110,7 +110,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_model(data: bytes, rng: random.Random) -> bytes:
-    """A SentencePiece model with changed fields."""
+    """Returns a SentencePiece model with changed fields."""
     from sentencepiece import sentencepiece_model_pb2
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -146,7 +146,7 @@ def mutate_model(data: bytes, rng: random.Random) -> bytes:
 
 
 def use(folder: Path, name: str) -> None:
-    """Everything that training, preprocessing, extension and export do with a tokenizer."""
+    """Uses a tokenizer as training, preprocessing, extension and export do."""
     tokenizer = load_tokenizer(folder / name if name.endswith(".model") else folder)
     tokenizer.encode(TEXT)
     tokenizer.encode_continuation(TEXT)
@@ -166,7 +166,10 @@ def use(folder: Path, name: str) -> None:
 
 
 def run(original: Path, name: str, data: bytes) -> int:
-    """In a process of its own: 0 if it works, 2 for a mistake of the user's, 3 for a finding."""
+    """Uses a tokenizer in its own process.
+
+    Returns 0 if it works, 2 for a user error, and 3 for a finding.
+    """
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.alarm(MAX_SECONDS)
@@ -188,7 +191,7 @@ def run(original: Path, name: str, data: bytes) -> int:
 
 
 def main() -> None:
-    """Runs mutations and prints what is wrong, and at the end the number of each exit status."""
+    """Runs mutations, prints the findings, and then the count of each exit status."""
     original, name = Path(sys.argv[1]), sys.argv[2]
     seed, num_mutations = int(sys.argv[3]), int(sys.argv[4])
     first = int(sys.argv[5]) if len(sys.argv) > 5 else 0
@@ -204,7 +207,7 @@ def main() -> None:
         if child == 0:
             status = 3
             with contextlib.suppress(BaseException):
-                if num_mutations > 1:  # Rust reports its panics there
+                if num_mutations > 1:  # Rust writes its panics there.
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 status = run(original, name, data)
             sys.stdout.flush()
@@ -217,5 +220,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads, which a fork would lose
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # No threads, because a fork would lose them.
     main()

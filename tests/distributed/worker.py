@@ -1,8 +1,8 @@
-"""Runs several configurations one after the other in the same processes.
+"""Runs several configurations in turn in the same processes.
 
 ``torchrun --nproc-per-node N worker.py JOBS.json``, where the file holds a list of command lines.
-Starting a process costs seconds and a tiny run a fraction of one, so layouts share their processes;
-each run makes its own parallel groups, model, optimizer and loader.
+Starting a process takes seconds and a tiny run a fraction of a second, so layouts share processes.
+Each run creates its own parallel groups, model, optimizer and loader.
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
             seed=config.train.seed,
         )
         run_training(config, ranks)
-        # The process group stays; only megatron-core's groups are made anew.
+        # The process group stays. Only megatron-core's groups are created anew.
         from megatron_chatflow.runtime.ranks import destroy_groups
 
         destroy_groups()
