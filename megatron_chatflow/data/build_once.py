@@ -24,7 +24,8 @@ Content = TypeVar("Content")
 
 POLL_SECONDS = 0.1
 STALE_SECONDS = 60.0
-"""A lock that was not touched for this long is stale; its owner touches it six times as often."""
+"""A lock whose modification time has not changed for this many seconds is stale. The owner updates
+it every sixth of this time."""
 
 
 def build_once(
@@ -45,6 +46,9 @@ def build_once(
         build: Builds the content.
         save: Writes the file atomically; raises OSError or UserError if that fails.
         stale_seconds: Time after which an untouched lock is stale.
+
+    Returns:
+        The content, as returned by ``load`` or ``build``.
     """
     watch = _LockWatch(path.with_name(path.name + ".lock"), stale_seconds)
     while True:
@@ -77,7 +81,7 @@ def _owner() -> dict[str, str | int]:
 
 
 class _Lock:
-    """A lock file that a thread touches while this process holds it."""
+    """A lock file. While this process holds it, a thread updates its modification time."""
 
     def __init__(self, path: Path, stale_seconds: float) -> None:
         self._path = path
@@ -110,7 +114,7 @@ class _Lock:
             try:
                 os.utime(self._path)
             except OSError:
-                return  # removed as stale: both builders write the same content
+                return  # another process removed it as stale; both build the same content
 
     def __enter__(self) -> "_Lock":
         return self
@@ -147,7 +151,7 @@ class _LockWatch:
         if not self._announced:
             self._announced = True
             logger.info("waiting for %s, which %s is building", self.path.stem, _describe(owner))
-        # Measure the age with this process's clock only: clocks of two hosts may differ.
+        # Measure the age with this process's clock only, because clocks of two hosts may differ.
         seen = (status.st_ino, status.st_mtime_ns)
         if seen != self._seen:
             self._seen, self._seen_at = seen, time.monotonic()
@@ -171,7 +175,7 @@ def _describe(owner: dict[str, str | int] | None) -> str:
 
 
 def _is_dead(owner: dict[str, str | int] | None) -> bool:
-    """Whether the owner is a process of this host that has exited."""
+    """Returns whether the owner is a process of this host that has exited."""
     if owner is None or owner.get("host") != socket.gethostname():
         return False
     pid = owner.get("pid")

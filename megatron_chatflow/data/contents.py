@@ -21,11 +21,18 @@ from megatron_chatflow.errors import UserError
 logger = logging.getLogger(__name__)
 
 _NUM_THREADS = 16
-"""Reads of sample blocks wait for the file server, not for the processor."""
+"""More threads than cores, because reading sample blocks waits for the file server."""
 
 
 class _File(NamedTuple):
-    """One file of a dataset and its path in the configuration."""
+    """One file of a dataset.
+
+    Attributes:
+        label: Path in the configuration, for messages.
+        prefix: Prefix of the dataset.
+        name: Name of the file in the sidecar.
+        path: The file.
+    """
 
     label: str
     prefix: str
@@ -44,8 +51,8 @@ def check_contents(data: DataConfig, splits: Iterable[Sequence[Source]]) -> None
         splits: The sources that `build_sources` made for each split.
 
     Raises:
-        UserError: A file differs from what its sidecar was written for. The message begins with the
-            path in the configuration.
+        UserError: A file cannot be read or differs from the one that its sidecar describes. The
+            message begins with the path in the configuration.
     """
     splits = [list(sources) for sources in splits]
     files = list(_files(data, splits))
@@ -64,11 +71,11 @@ def verify_contents(
     Args:
         data: The configuration's section.
         splits: As for `check_contents`.
-        part: The share of the files that this process reads.
-        num_parts: Number of processes of the node that share the files.
+        part: Index of this process among those that share the work, 0 <= part < num_parts.
+        num_parts: Number of processes of the node that share the work.
 
     Raises:
-        UserError: A file has other contents.
+        UserError: A file cannot be read or its SHA-256 differs from the recorded one.
     """
     files = list(_files(data, splits))
     unknown = dict.fromkeys(file.prefix for file in files if read_sidecar(file.prefix) is None)
@@ -83,7 +90,7 @@ def verify_contents(
 
 
 def _files(data: DataConfig, splits: Iterable[Sequence[Source]]) -> Iterator[_File]:
-    """Yields every file of the sources once, with the first path that names it."""
+    """Yields every file of the sources once, labelled with its first path in the configuration."""
     seen: set[Path] = set()
     for number, sources in enumerate(splits):
         for source in sources:

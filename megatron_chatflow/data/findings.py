@@ -1,7 +1,7 @@
-"""Findings: what is suspicious about a run's data, though not wrong enough to refuse the run.
+"""Findings: suspicious properties of a run's data that do not justify refusing the run.
 
-Each finding is one line that names the source, the observation and the remedy. They are collected
-in `RunInputs.findings`, which the dry run prints and every start logs as warnings.
+Each finding is one line that names the source, the observation and the remedy. `RunInputs.findings`
+collects them. The dry run prints them, and every start logs them as warnings.
 """
 
 import json
@@ -20,25 +20,26 @@ from megatron_chatflow.data.source import Source, has_weight
 from megatron_chatflow.tokenizer import Tokenizer
 
 MANY_CUT_TOKENS = 0.01
-"""Share of a source's tokens from which on those that packing cuts off are reported."""
+"""Truncation by packing is reported if it cuts off more than this share of a source's tokens."""
 
 NUM_ENDS = 256
-"""Documents of a source whose ends are looked at, evenly spaced over its datasets."""
+"""Number of documents per source that are checked for EOD, evenly spaced over its datasets."""
 
 END_TOKENS = 4
-"""A control token among so many last ones ends a document: templates may put a newline behind."""
+"""A document counts as terminated if its last `END_TOKENS` tokens include a control token. More
+than one token is checked because chat templates may append a newline."""
 
 
 def data_findings(
     data: DataConfig, sources: Sequence[Source], held_out: Sequence[Source], tokenizer: Tokenizer
 ) -> list[str]:
-    """Reports what is suspicious about a run's datasets.
+    """Reports suspicious properties of a run's datasets.
 
     Args:
         data: The configuration's section.
-        sources: What is trained on.
-        held_out: What is validated on, if anything.
-        tokenizer: The run's.
+        sources: The training sources.
+        held_out: The validation sources; may be empty.
+        tokenizer: The tokenizer of the run.
 
     Returns:
         The findings, one line each.
@@ -48,13 +49,13 @@ def data_findings(
     for source in held_out:
         if data.sources[
             source.name
-        ].validation_paths:  # else it has the files of the training split
+        ].validation_paths:  # otherwise its files are those of the training split
             labelled.append((f"data.sources.{source.name}.validation_paths", source))
     for label, source in labelled:
         findings += _unchecked_tokenizers(label, source)
         if not data.data_verify:
             findings += _unchecked_contents(label, source.files)
-        if data.sources[source.name].loss is None:  # `all` is a choice, and needs no remark
+        if data.sources[source.name].loss is None:  # an explicit `loss: all` is intended
             findings += _ignored_masks(label, source.files)
         findings += _missing_ends(label, source.files, tokenizer)
         if source.packing is not None:
@@ -76,7 +77,7 @@ def _unchecked_tokenizers(label: str, source: Source) -> list[str]:
 
 
 def _unchecked_contents(label: str, files: Sequence[TokenFile]) -> list[str]:
-    """Reports sidecars of before the hashes that every start compares."""
+    """Reports datasets with sidecars of earlier versions, which lack ``block_hash``."""
     sidecars = [(file.name, read_sidecar(file.name)) for file in files]
     old = [
         name for name, sidecar in sidecars if sidecar is not None and "block_hash" not in sidecar
@@ -154,10 +155,11 @@ class _Dataset(NamedTuple):
     """One dataset of a source.
 
     Attributes:
-        source: The source's name.
-        path: The dataset's, as configured.
-        content: Equal for equal data, whatever it is called.
-        part: Equal where the same documents of the dataset are held out; None if none are.
+        source: Name of the source.
+        path: Path of the dataset, as configured.
+        content: The facts of the dataset as JSON; equal for equal data under different names.
+        part: The holdout settings as JSON, equal if the same documents are held out; None if no
+            documents are held out.
     """
 
     source: str
@@ -180,7 +182,7 @@ def _datasets(sources: Sequence[Source]) -> list[_Dataset]:
 
 
 def _same_data(trained: Sequence[_Dataset]) -> list[str]:
-    """Reports datasets that are trained on twice."""
+    """Reports datasets that occur twice in the training data."""
     first: dict[str, _Dataset] = {}
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for dataset in trained:
@@ -205,15 +207,15 @@ def _same_data(trained: Sequence[_Dataset]) -> list[str]:
 def _validation_on_training_data(
     trained: Sequence[_Dataset], held_out: Sequence[Source]
 ) -> list[str]:
-    """Reports datasets that are validated on and trained on as well."""
-    # Of equal datasets in one source the first stands for all.
+    """Reports datasets that are used for both training and validation."""
+    # One finding per source is enough, so only the first of equal datasets is kept.
     of_content: dict[str, dict[str, _Dataset]] = defaultdict(dict)
     for dataset in trained:
         of_content[dataset.content].setdefault(dataset.source, dataset)
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for dataset in _datasets(held_out):
         for other in of_content[dataset.content].values():
-            # Training leaves out what validation takes if both are of the same part.
+            # With equal holdout settings, training and validation documents are disjoint.
             if dataset.part is None or dataset.part != other.part:
                 found[dataset.source, other.source].append(_name(dataset, other))
     return [
@@ -234,6 +236,6 @@ def _first_of(names: Sequence[str]) -> str:
 
 
 def _count(chosen: Sequence[object], files: Sequence[object]) -> str:
-    """Such as ``3 of 5 datasets have``."""
+    """Returns a phrase such as ``3 of 5 datasets have``."""
     verb = "has" if len(chosen) == 1 else "have"
     return f"{len(chosen)} of {len(files)} datasets {verb}"

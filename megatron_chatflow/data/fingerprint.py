@@ -1,11 +1,13 @@
-"""Fingerprints: what identifies the contents of a dataset, whatever its name and location.
+"""Fingerprints: hashes that identify the contents of a dataset independently of names and paths.
 
-`dataset_facts` are equal for two copies of the same data. They are recorded in checkpoints and are
-part of the key of the packing cache. They rely on the hashes in the sidecar if there is one;
-`block_hash` samples the files to check that they are still what the sidecar was written for.
+`dataset_facts` returns equal facts for two copies of the same data. The facts are recorded in
+checkpoints and are part of the key of the packing cache. They contain the hashes of the sidecar, or
+hashes of sampled blocks if there is no sidecar. `block_hash` samples the files to check that they
+still match the sidecar.
 
 `hash_leaves` and `root_digest` form the tree hash of checkpoint files: BLAKE2b-128 of every 64 KiB,
-and of the file's length and these digests. Threads can hash parts of a file in any order.
+then BLAKE2b-128 of the file's length and these digests. Threads can hash parts of a file in any
+order.
 """
 
 import hashlib
@@ -43,7 +45,7 @@ _SAMPLE_BYTES = 1 << 12
 hashes, so this number may not change either."""
 
 _SETTLED_NS = 5_000_000_000
-"""A file modified less than 5 s ago is always read again: file system clocks are coarse."""
+"""A file modified less than 5 s ago is always read again, because file system clocks are coarse."""
 
 _NUM_CHECKED_BLOCKS = 16
 _CHECKED_BLOCK_TOKENS = 1 << 15
@@ -70,12 +72,19 @@ class Vocabulary(Protocol):
 
 
 def dataset_facts(file: TokenFile) -> dict[str, Any]:
-    """The JSON-compatible facts of one dataset.
+    """Returns the JSON-compatible facts of one dataset.
 
     They contain the hashes of the sidecar or, without one, hashes of sampled blocks.
 
+    Args:
+        file: The token file of the dataset.
+
+    Returns:
+        ``num_documents``, ``num_tokens``, ``tokenizer`` (the SHA-256 of the tokenizer's file, or
+        None without a sidecar), and either ``sha256`` or ``sampled_hash``.
+
     Raises:
-        UserError: The sidecar is damaged or describes another dataset.
+        UserError: The sidecar is damaged or describes another dataset, or a file cannot be read.
     """
     counts = {"num_documents": file.num_documents, "num_tokens": len(file.tokens)}
     sidecar = read_sidecar(file.name)
@@ -90,7 +99,7 @@ def dataset_facts(file: TokenFile) -> dict[str, Any]:
 
 
 def dataset_files(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path]:
-    """The files of a dataset whose contents are compared, by their names in the sidecar."""
+    """Returns the paths of the files that are compared with the sidecar, by name in the sidecar."""
     files = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
     if with_loss_mask:
         files["loss_mask_bin"] = bin_path(loss_mask_prefix(prefix))
@@ -104,15 +113,15 @@ def check_recorded_hash(
 
     Args:
         prefix: Prefix of the dataset.
-        sidecar: Its sidecar.
-        key: The key of such hashes in the sidecar, ``block_hash`` or ``sha256``, which sidecars of
-            earlier versions may lack.
-        name: The key of the file below ``key``.
+        sidecar: The sidecar of the dataset.
+        key: The kind of hash, ``block_hash`` or ``sha256``. Sidecars of earlier versions may lack
+            it; then nothing is compared.
+        name: The name of the file below ``key``.
         path: The file.
-        found: Its hash.
+        found: The hash of the file.
 
     Raises:
-        UserError: The sidecar has another hash.
+        UserError: The sidecar records a different hash.
     """
     recorded = sidecar.get(key, {}).get(name)
     if recorded not in (None, found):
@@ -123,14 +132,15 @@ def check_recorded_hash(
 
 
 def block_hash(path: Path) -> str:
-    """BLAKE2b-128 of a file's size and of 64 evenly spaced pages, in hexadecimal.
+    """Returns BLAKE2b-128 of a file's size and of 64 evenly spaced pages, in hexadecimal.
 
-    Every node reads these pages at every start: 256 KiB per file, whatever its size. 500 datasets
-    of three files (96,000 reads, 375 MiB) took 0.5 s of processor time from the page cache and
-    1.2 s from a disk. Files up to 256 KiB are read as a whole. The first and the last page are
-    included. This detects a truncated file that was filled up, any contiguous change of more than
-    1/63 of the file and, with 99 % probability, a change of 7 % of its pages. It does not detect a
-    single changed document: ``--data-verify`` and ``tools/inspect_dataset.py`` compare all bytes.
+    Every node reads these pages at every start: 256 KiB per file, independent of the file's size.
+    500 datasets of three files (96,000 reads, 375 MiB) took 0.5 s of processor time from the page
+    cache and 1.2 s from a disk. Files up to 256 KiB are read as a whole. The first and the last
+    page are included. This detects a truncated file that was padded to its full size, any
+    contiguous change of more than 1/63 of the file and, with 99 % probability, a change of 7 % of
+    its pages. It does not detect a single changed document. ``--data-verify`` and
+    ``tools/inspect_dataset.py`` compare all bytes.
 
     Raises:
         UserError: The file cannot be read.
@@ -139,10 +149,10 @@ def block_hash(path: Path) -> str:
 
 
 def sampled_hash(path: Path) -> str:
-    """BLAKE2b-128 of a file's size and of up to 64 blocks of 256 KiB, in hexadecimal.
+    """Returns BLAKE2b-128 of a file's size and of up to 64 blocks of 256 KiB, in hexadecimal.
 
-    The result is cached until the file is modified, because training, validation and test share
-    files.
+    The result is cached until the file is modified, because training, validation and test may use
+    the same files.
 
     Raises:
         UserError: The file cannot be read.
@@ -179,11 +189,14 @@ def _hash_blocks(path: Path, block_bytes: int) -> str:
 
 
 def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabulary) -> None:
-    """Refuses a dataset that was encoded with another tokenizer, without reading all of it.
+    """Checks that a dataset was encoded with the run's tokenizer, without reading all of it.
+
+    Without a recorded tokenizer, the ids in 16 evenly spaced blocks of 32,768 tokens are compared
+    with the vocabulary size.
 
     Args:
         file: The token file.
-        facts: What `dataset_facts` returned for it.
+        facts: The facts that `dataset_facts` returned for it.
         tokenizer: The tokenizer of the run.
 
     Raises:
@@ -213,16 +226,22 @@ def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabular
 
 
 def hash_leaves_reference(data: Buffer) -> bytes:
-    """The reference of `hash_leaves`."""
+    """The reference implementation of `hash_leaves`, in Python."""
     view = memoryview(data)
     leaves = (view[begin : begin + LEAF_BYTES] for begin in range(0, len(view), LEAF_BYTES))
     return b"".join(hashlib.blake2b(leaf, digest_size=DIGEST_BYTES).digest() for leaf in leaves)
 
 
 def hash_leaves(data: Buffer) -> bytes:
-    """Returns the digests of all leaves of ``data``, which must begin at a leaf boundary.
+    """Hashes all leaves of ``data`` with BLAKE2b-128.
 
     The C++ version hashes eight leaves at once and releases the GIL.
+
+    Args:
+        data: Contiguous bytes of a file, beginning at a multiple of `LEAF_BYTES`.
+
+    Returns:
+        The digests in order, `DIGEST_BYTES` each. The last leaf may be shorter.
     """
     if extension is None:
         return hash_leaves_reference(data)
@@ -231,6 +250,6 @@ def hash_leaves(data: Buffer) -> bytes:
 
 
 def root_digest(num_bytes: int, leaf_digests: bytes) -> str:
-    """Combines a file's length and the digests of its leaves to its digest, in hexadecimal."""
+    """Combines a file's length and its leaf digests into the file's digest, in hexadecimal."""
     length = num_bytes.to_bytes(8, "little")
     return hashlib.blake2b(length + leaf_digests, digest_size=DIGEST_BYTES).hexdigest()

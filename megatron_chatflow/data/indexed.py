@@ -31,25 +31,26 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {
         ["uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"], start=1
     )
 }
-# Opening looks at every sequence of a dataset up to NUM_CHECKED, and at evenly spaced blocks of a
-# larger one, so that the time to open does not grow with the corpus; `validate` looks at all.
+# Opening a dataset checks every sequence if there are at most NUM_CHECKED, and evenly spaced blocks
+# of NUM_CHECKED sequences in total otherwise, so that the time to open does not grow with the
+# corpus. `validate` checks all.
 NUM_CHECKED = 1 << 22
 CHECK_BLOCK = 1 << 16
-WIDENED_BLOCK = 1 << 20  # tokens that are converted at once
+WIDENED_BLOCK = 1 << 20  # tokens per block when a dataset is converted to another dtype
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype that Megatron stores ids of this vocabulary in: uint16 below 65500, else int32."""
+    """Returns Megatron's dtype for ids of this vocabulary: uint16 below 65500, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """`<prefix>.bin`."""
+    """Returns `<prefix>.bin`."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """`<prefix>.idx`."""
+    """Returns `<prefix>.idx`."""
     return Path(f"{prefix}.idx")
 
 
@@ -58,22 +59,23 @@ class IndexedDataset:
 
     Attributes:
         prefix: The path without `.bin` or `.idx`.
-        dtype: Of the token ids.
-        num_tokens: In the whole dataset.
-        sequence_lengths: int32[num_sequences], tokens.
+        dtype: Dtype of the token ids.
+        num_tokens: Number of tokens in the whole dataset.
+        sequence_lengths: int32[num_sequences], tokens per sequence.
         sequence_pointers: int64[num_sequences], byte offsets into `.bin`.
         document_indices: int64[num_documents + 1], the first sequence of each document.
-        tokens: Flat 1-D mapped array of `.bin`; the sequences lie in it back to back.
+        tokens: dtype[num_tokens], the mapped `.bin`: all sequences, concatenated.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        """Maps the two files and checks that they agree.
+        """Maps the two files and checks that they are consistent.
 
         Args:
             prefix: The path without `.bin` or `.idx`.
 
         Raises:
-            UserError: A file is missing, truncated, not Megatron's, or disagrees with the other.
+            UserError: A file is missing, truncated or not in Megatron's format, or the two files
+                are inconsistent.
         """
         self.prefix = Path(prefix)
         buffer, content = _map(idx_path(prefix)), _map(bin_path(prefix))
@@ -99,23 +101,26 @@ class IndexedDataset:
         self.tokens: npt.NDArray[Any] = content.view(self.dtype)
 
     def __len__(self) -> int:
-        """The number of sequences."""
+        """Returns the number of sequences."""
         return len(self.sequence_lengths)
 
     def __getitem__(self, index: int) -> npt.NDArray[Any]:
-        """The tokens of one sequence, as a view of the mapped file."""
+        """Returns the tokens of one sequence as a view of the mapped file."""
         return self.get(index)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Part of a sequence, as a view of the mapped file.
+        """Returns part of a sequence as a view of the mapped file.
 
         Args:
-            index: Of the sequence; negative ones count from the end.
+            index: Index of the sequence. Negative indices count from the end.
             offset: First token within the sequence.
-            length: Number of tokens; to the sequence's end if None.
+            length: Number of tokens; None reads to the end of the sequence.
+
+        Returns:
+            dtype[length].
 
         Raises:
-            IndexError: The index, or the part asked for, lies outside.
+            IndexError: The index or the requested range is out of bounds.
         """
         num_sequences = len(self.sequence_lengths)
         if not -num_sequences <= index < num_sequences:
@@ -133,14 +138,14 @@ class IndexedDataset:
 
     @property
     def num_documents(self) -> int:
-        """The number of documents (Megatron-LM may write several sequences for one)."""
+        """Number of documents. Megatron-LM may write several sequences per document."""
         return len(self.document_indices) - 1
 
     def validate(self) -> None:
-        """Checks every length, pointer and document boundary, also of a very large dataset.
+        """Checks every length, pointer and document boundary, independent of the dataset's size.
 
         Raises:
-            UserError: Naming the first sequence or document that is wrong.
+            UserError: The index is damaged. The message names the first wrong sequence or document.
         """
         for begin in _block_begins(len(self), len(self)):
             self._check_block(begin)
@@ -148,7 +153,7 @@ class IndexedDataset:
             self._check_document_block(begin)
 
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[Path]]:
-        """Pickles as the prefix: the reader maps the files again."""
+        """Pickles the prefix only. Unpickling maps the files again."""
         return IndexedDataset, (self.prefix,)
 
     def _check_ends(self, num_bin_bytes: int) -> None:
@@ -168,7 +173,7 @@ class IndexedDataset:
             self._fail(f"its documents do not run from sequence 0 to {num_sequences}")
 
     def _check_block(self, begin: int) -> None:
-        """Each sequence of the block begins where the one before it ends."""
+        """Checks that each sequence of a block begins where the previous one ends."""
         end = min(begin + CHECK_BLOCK, len(self))
         lengths = self.sequence_lengths[begin:end]
         if lengths.min(initial=0) < 0:
@@ -176,7 +181,7 @@ class IndexedDataset:
             self._fail(f"sequence {begin + bad} has length {lengths[bad]}")
         if begin == 0 and end > 0 and self.sequence_pointers[0] != 0:
             self._fail(f"sequence 0 begins at byte {self.sequence_pointers[0]} instead of 0")
-        # One sequence of the block before is looked at again, for the joint between the blocks.
+        # Include the last sequence of the previous block, to check the boundary between blocks.
         first = max(begin - 1, 0)
         pointers = self.sequence_pointers[first:end]
         ends = pointers + self.sequence_lengths[first:end].astype(np.int64) * self.dtype.itemsize
@@ -202,20 +207,27 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes one dataset, a document at a time, in memory that does not grow with it.
+    """Writes one dataset incrementally, in constant memory.
 
-    Lengths wait in an unnamed temporary file until `finalize`.
+    Lengths and document boundaries are kept in unnamed temporary files until `seal`.
+
+    Attributes:
+        prefix: The path without `.bin` or `.idx`.
+        dtype: Dtype of the token ids.
+        num_sequences: Number of sequences so far.
+        num_documents: Number of documents so far.
+        num_tokens: Number of tokens so far.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
-        """Opens the files beside their final names.
+        """Creates temporary files in the folder of the dataset.
 
         Args:
             prefix: The path without `.bin` or `.idx`.
-            dtype: Of the ids; one that the format has a code for.
+            dtype: Dtype of the token ids, one of `DTYPE_CODES`.
 
         Raises:
-            UserError: The files cannot be made there.
+            UserError: The files cannot be created, or the format does not support the dtype.
         """
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
@@ -239,13 +251,13 @@ class IndexedDatasetWriter:
         self.num_tokens = 0
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Appends one document of one sequence.
+        """Appends one document that consists of one sequence.
 
         Args:
-            tokens: 1-D, ids that the dtype can hold.
+            tokens: Integers[num_tokens], the ids.
 
         Raises:
-            OverflowError: One that it cannot hold.
+            OverflowError: The writer's dtype cannot represent an id.
         """
         given = np.asarray(tokens)
         array = given.astype(self.dtype)
@@ -257,8 +269,12 @@ class IndexedDatasetWriter:
         """Appends many documents of one sequence each.
 
         Args:
-            tokens: 1-D, the documents' tokens one after the other, in the writer's dtype.
-            lengths: int32[num_documents], tokens in each; they add up to ``tokens.size``.
+            tokens: dtype[num_tokens], the tokens of all documents, concatenated.
+            lengths: int32[num_documents], tokens per document, of sum ``tokens.size``.
+
+        Raises:
+            TypeError: ``tokens`` does not have the writer's dtype.
+            ValueError: The lengths do not sum to ``tokens.size``.
         """
         boundaries = np.arange(1, len(lengths) + 1, dtype="<i8")
         self.add_sequences(tokens, lengths, boundaries)
@@ -272,9 +288,14 @@ class IndexedDatasetWriter:
         """Appends sequences that form whole documents.
 
         Args:
-            tokens: 1-D, in the writer's dtype.
-            lengths: int32[num_sequences], tokens in each; they add up to ``tokens.size``.
-            boundaries: int64[num_documents], the sequence (of these) after each document's last.
+            tokens: dtype[num_tokens], the tokens of all sequences, concatenated.
+            lengths: int32[num_sequences], tokens per sequence, of sum ``tokens.size``.
+            boundaries: int64[num_documents], for each document the end of its sequences: the index
+                into ``lengths`` after its last sequence.
+
+        Raises:
+            TypeError: ``tokens`` does not have the writer's dtype.
+            ValueError: The lengths do not sum to ``tokens.size``.
         """
         if tokens.dtype != self.dtype:
             raise TypeError(f"tokens are {tokens.dtype}, the dataset is {self.dtype}")
@@ -288,13 +309,14 @@ class IndexedDatasetWriter:
         self.num_tokens += tokens.size
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Appends all of another dataset, in blocks.
+        """Appends a whole dataset, in blocks.
 
         Args:
-            dataset: Of the writer's dtype, or of one whose every value that dtype can hold.
+            dataset: The dataset. Its dtype must be safely castable to the writer's.
 
         Raises:
-            UserError: Its tokens changed since it was opened.
+            TypeError: The dtype cannot be cast safely.
+            UserError: The size of its `.bin` changed since it was opened.
         """
         if not np.can_cast(dataset.dtype, self.dtype, "safe"):
             raise TypeError(f"{dataset.prefix} is {dataset.dtype}, not {self.dtype}")
@@ -315,10 +337,11 @@ class IndexedDatasetWriter:
         self.num_tokens += dataset.num_tokens
 
     def seal(self) -> list[StagedFile]:
-        """Writes the index and brings both files to the disk, still beside their final names.
+        """Writes the index and flushes both files to disk, still under temporary names.
 
         Returns:
-            The files in the order in which to publish them: a dataset is found by its `.idx`.
+            The files in the order in which they must be published. The `.idx` is last because its
+            presence makes the dataset visible.
         """
         header = (MAGIC, VERSION, self._dtype_code, self.num_sequences, self.num_documents + 1)
         self.idx_file.write(HEADER.pack(*header))
@@ -340,11 +363,11 @@ class IndexedDatasetWriter:
         return files
 
     def finalize(self) -> None:
-        """Completes the dataset and gives both files their names."""
+        """Completes the dataset and renames both files to their final names."""
         publish_all(self.seal())
 
     def discard(self) -> None:
-        """Removes what has not been published."""
+        """Removes all files that have not been published."""
         self._lengths.close()
         self._boundaries.close()
         self.bin_file.discard()
@@ -362,7 +385,7 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _read_header(path: Path, buffer: npt.NDArray[np.uint8]) -> tuple[np.dtype[Any], int, int]:
-    """The dtype, the number of sequences, and the number of document boundaries."""
+    """Returns the dtype, the number of sequences and the number of document boundaries."""
 
     def fail(what: str) -> UserError:
         return UserError(f"not a Megatron index: {path}: {what}: copy or preprocess it again")
@@ -392,7 +415,10 @@ def _read_header(path: Path, buffer: npt.NDArray[np.uint8]) -> tuple[np.dtype[An
 
 
 def _block_begins(num_items: int, num_checked: int) -> Iterator[int]:
-    """Begins of the blocks that cover ``num_checked`` of the items, the last ones included."""
+    """Yields the begins of evenly spaced blocks with ``num_checked`` items in total.
+
+    The last block is always included.
+    """
     num_blocks = -(-num_items // CHECK_BLOCK)
     num_chosen = min(num_blocks, -(-num_checked // CHECK_BLOCK))
     for k in range(num_chosen):

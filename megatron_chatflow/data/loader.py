@@ -1,12 +1,14 @@
-"""The loader: assembles this rank's part of every global batch, in threads ahead of its use.
+"""The loader: assembles this rank's part of every global batch in background threads.
 
 The contents of a global batch depend only on the global sample index. The number of ranks, the
-micro-batch size, the threads and the sample at which a run resumed only change how it is divided.
-Rows are read by the extension in ``csrc/data``, or by `read_rows_reference` if it is not built.
+micro-batch size, the number of threads and the sample at which a run resumed only change how the
+batch is divided. Rows are read by the extension in ``csrc/data``, or by `read_rows_reference` if it
+is not built.
 
 Every sample has a digest, and `combine_digests` turns the digests of all ranks into one hash per
 global batch that does not depend on how the batch was divided. Two runs that trained on the same
-data log the same hashes. They are BLAKE2b: metrics of earlier runs stay comparable.
+data log the same hashes. The hash function is BLAKE2b-128. Changing it would make the metrics of
+earlier runs incomparable.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class GlobalBatch:
 
 
 class Loader:
-    """Assembles this rank's part of every global batch, ahead of its use."""
+    """Assembles this rank's part of every global batch and prefetches batches in threads."""
 
     def __init__(
         self,
@@ -102,16 +104,17 @@ class Loader:
         """Initializes the loader. No I/O happens until the first batch is requested.
 
         Args:
-            sources: The sources, in the order of the blend's numbers.
-            blend: Orders the samples. It is called in the thread that requests batches.
+            sources: The sources, in the order of the source numbers that the blend returns.
+            blend: The blend that orders the samples. It is called in the thread that requests
+                batches.
             seq_length: Input tokens per sample.
             micro_batch_size: Samples per micro-batch.
             data_parallel_rank: This rank among those that share the global batch.
             data_parallel_size: Number of ranks that share the global batch.
             num_prefetch: Global batches prepared ahead; 0 assembles a batch when it is requested.
             num_threads: Number of threads that assemble batches.
-            pin_memory: Whether batches lie in page-locked memory, so that copies to a GPU overlap
-                with computation. By default, if there is a GPU.
+            pin_memory: Whether to allocate batches in page-locked memory, so that copies to a GPU
+                overlap with computation. None means True if a GPU is available.
             retry_seconds: How long to retry reading a source that is unavailable.
         """
         self._sources = list(sources)
@@ -129,7 +132,10 @@ class Loader:
         )
 
     def _thread_initializer(self) -> Callable[[], None] | None:
-        """Selects this rank's GPU in a thread: pinning memory creates a context on it."""
+        """Returns a function that selects this rank's GPU in a new thread.
+
+        Pinning memory creates a CUDA context on the current device of the thread.
+        """
         if not self._pin_memory:
             return None
         return partial(torch.cuda.set_device, torch.cuda.current_device())
@@ -272,7 +278,7 @@ class Loader:
         )
 
     def _positions(self, order: _Order) -> npt.NDArray[np.int64]:
-        """Global samples of this rank, int64[num_micro_batches * micro_batch_size]."""
+        """Returns this rank's global samples, int64[num_micro_batches * micro_batch_size]."""
         shape = (-1, self._num_ranks, self._micro_batch_size)
         mine = np.arange(order.begin, order.end, dtype=np.int64).reshape(shape)[:, self._rank]
         return np.ascontiguousarray(mine.reshape(-1))
@@ -280,7 +286,7 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Order:
-    """The draws of a global batch that is to be assembled."""
+    """The draws of one global batch that has yet to be assembled."""
 
     begin: int
     end: int
@@ -290,7 +296,7 @@ class _Order:
 
 
 class _Rows(NamedTuple):
-    """Tensors of this rank's samples of a global batch, of which micro-batches are slices."""
+    """Tensors with all samples of this rank in a global batch. Micro-batches are slices of them."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -350,13 +356,13 @@ def read_rows_reference(
 
     Args:
         readers: The readers of all sources.
-        reader_of_row: int64[num_rows], the reader of each row.
-        ordinals: int64[num_rows], the sample of its reader that each row takes.
+        reader_of_row: int64[num_rows], index into ``readers`` for each row.
+        ordinals: int64[num_rows], the sample to read for each row, counted within its reader.
         micro_batch_size: Rows per micro-batch; a divisor of ``num_rows``.
         buffers: Buffers of ``num_rows`` rows.
 
     Returns:
-        For each micro-batch its cu_seqlens, int32[num_segments + 1].
+        The cu_seqlens of each micro-batch, int32[num_segments + 1].
 
     Raises:
         ValueError: A row cannot be read. The message begins with the label of its reader.
@@ -385,10 +391,10 @@ def read_rows(
     micro_batch_size: int,
     buffers: Buffers,
 ) -> list[npt.NDArray[np.int32]]:
-    """`read_rows_reference` in C++ if the extension is built, which releases the GIL.
+    """Reads rows into buffers; see `read_rows_reference`.
 
-    The readers come from `megatron_chatflow.data.samples.make_window_reader` and
-    `make_packed_reader`.
+    The C++ version is used if the extension is built. It releases the GIL. The readers must be
+    created by `megatron_chatflow.data.samples.make_window_reader` or `make_packed_reader`.
     """
     if extension is None:
         return read_rows_reference(readers, reader_of_row, ordinals, micro_batch_size, buffers)

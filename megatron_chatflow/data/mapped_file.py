@@ -1,9 +1,9 @@
 """Read-only memory maps of whole files that hold no file descriptor.
 
-`mmap.mmap`, and `numpy.memmap` on top of it, duplicate the descriptor and keep it for as long as
-the map exists (only Python 3.13 can be told not to), so that a few hundred datasets exceed the
-usual limit of 1,024 open files. The system itself needs no descriptor once a file is mapped, so
-the system's `mmap` is called here directly.
+`mmap.mmap`, and `numpy.memmap` on top of it, duplicate the descriptor and keep it as long as the
+map exists (Python 3.13 added an option to avoid this). A few hundred datasets would then exceed the
+usual limit of 1,024 open files. The operating system needs no descriptor once a file is mapped, so
+this module calls the system's `mmap` directly.
 """
 
 import ctypes
@@ -31,10 +31,11 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class _Mapping:
-    """Owns the mapped pages; the arrays made from it keep it alive."""
+    """Owns mapped pages. Arrays that are created from it keep a reference to it."""
 
     def __init__(self, descriptor: int, num_bytes: int) -> None:
-        self._unmap = _libc.munmap  # the module's names may be gone when the last array is
+        # At interpreter exit, module globals may be deleted before the last array.
+        self._unmap = _libc.munmap
         self._num_bytes = num_bytes
         self._address = _libc.mmap(None, num_bytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
         if self._address == _MAP_FAILED:
@@ -44,7 +45,7 @@ class _Mapping:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """How NumPy sees the pages: bytes that are not to be written."""
+        """Describes the pages to NumPy as a read-only array of bytes."""
         return {
             "version": 3,
             "shape": (self._num_bytes,),
@@ -58,13 +59,13 @@ class _Mapping:
 
 
 def map_file(file: str | Path | IO[bytes]) -> npt.NDArray[np.uint8]:
-    """Maps a file as it is now, read-only.
+    """Maps a whole file read-only, at its current size.
 
-    The map outlives the file's name and the object that was given. It is undone when no array
-    refers to it any more.
+    The map stays valid after the file is deleted or the file object is closed. It is removed when
+    no array refers to it any more.
 
     Args:
-        file: A path, or an open file whose bytes have been flushed.
+        file: A path, or an open file. Written data must have been flushed.
 
     Returns:
         uint8[num_bytes], not writable.
@@ -76,24 +77,25 @@ def map_file(file: str | Path | IO[bytes]) -> npt.NDArray[np.uint8]:
         with open(file, "rb", buffering=0) as opened:
             return map_file(opened)
     num_bytes = os.fstat(file.fileno()).st_size
-    if num_bytes == 0:  # which the system refuses to map
+    if num_bytes == 0:  # the system cannot map an empty file
         return np.empty(0, np.uint8)
     return np.asarray(_Mapping(file.fileno(), num_bytes))
 
 
 def release_pages(array: npt.NDArray[Any]) -> None:
-    """Takes the mapped pages of an array out of this process's memory; a read brings them back.
+    """Releases the mapped pages of an array from this process's resident memory.
 
-    They stay in the system's page cache. An array of other memory is left alone.
+    The pages stay in the system's page cache, and the next access maps them again. Arrays that are
+    not backed by `map_file` are not changed.
 
     Args:
-        array: A contiguous view of what `map_file` returned.
+        array: A contiguous view of an array that `map_file` returned.
     """
     owner: object = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
     if not isinstance(owner, _Mapping) or array.nbytes == 0:
-        return  # what is no file's would be lost
+        return  # MADV_DONTNEED would discard memory that no file backs
     address = array.ctypes.data
     begin = address - address % mmap.PAGESIZE
     _libc.madvise(begin, address + array.nbytes - begin, mmap.MADV_DONTNEED)

@@ -1,18 +1,21 @@
-"""Packing: samples of whole documents that are never divided between samples.
+"""Packing: builds samples from whole documents, so that no document is split between samples.
 
 The documents are packed by offline best fit (Johnson, "Near-optimal bin packing algorithms", 1973;
-for documents: Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024), made
-deterministic:
+for documents: Ding et al., "Fewer Truncations Improve Language Modeling", ICML 2024). The following
+rules make the result deterministic:
 
-- Documents are placed by descending length; equal ones in their own order.
-- A document goes to the sample with the least room that it fits into. Of several such samples, it
-  goes to the one that reached this room last. If it fits into none, it starts a new sample.
-- Finally, samples are numbered by their first document, so that their order is the corpus's order.
+- Documents are placed in order of descending length, and documents of equal length in the order of
+  the corpus.
+- A document is placed in the sample with the least free space that is sufficient. Among samples
+  with equal free space, the one that was filled last is used. If no sample has enough space, the
+  document starts a new sample.
+- Finally, samples are numbered in the order of their first documents.
 
-A packing is computed once and cached in a file beside the data, which all processes of a node map.
-Its name has a key of everything that the packing depends on. A file with another key, length or
-digest is ignored. Layout, little endian: the header `_FACTS` and a digest; int64[num_samples + 1],
-begin of each sample's documents in the list that follows; int64[num_documents], the documents.
+A packing is computed once and cached in a file next to the data. All processes of a node map this
+file. Its name contains a hash of everything that the packing depends on (`packing_key`). A file
+with a different key, length or digest is ignored. Layout (little endian): the header `_FACTS` and a
+digest; int64[num_samples + 1], the begin of each sample's documents in the list that follows;
+int64[num_documents], the documents.
 """
 
 import json
@@ -50,28 +53,29 @@ extension = load_extension("data")
 
 
 DocumentsOfSamples = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""int64[num_samples + 1], where each sample's documents begin in the list that follows; and
-int64[num_packed], the documents of every sample, ascending."""
+"""Offsets int64[num_samples + 1], the begin of each sample's documents in the second array; and
+documents int64[num_packed], ascending within each sample."""
 
 logger = logging.getLogger(__name__)
 _MAGIC = b"MCFPACK2"
-# magic, key, num_samples, num_documents, then the counts of `Packing` in their order
+# magic, key, num_samples, num_documents, then the four counts of `Packing` in order of declaration
 _FACTS = struct.Struct("<8s16s6Q")
 _DIGEST_BYTES = 16
 _HEADER_BYTES = _FACTS.size + _DIGEST_BYTES
 ALGORITHM_VERSION = 2
-"""Raised whenever the same documents would be packed differently. Version 1, which resumed runs may
-ask for, packs documents without loss tokens as well; the two agree where there are none."""
-_BLOCK = 1 << 14  # documents that are looked at together
+"""Increase it whenever the same documents would be packed differently. Version 1 also packs
+documents without loss tokens. It is kept for runs that began with it. Both versions give the same
+packing if every document has loss tokens."""
+_BLOCK = 1 << 14  # documents per block when lengths are computed
 
 
 def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
-    """Packs documents into samples, none of which is cut.
+    """Packs documents into samples by best fit, without truncating any document.
 
     Args:
         lengths: Integers[num_documents], tokens in each document, 0 to ``capacity``. Empty
             documents are left out.
-        capacity: Tokens that a sample holds.
+        capacity: Maximum number of tokens per sample.
 
     Returns:
         The documents of every sample. Samples are in the order of their first documents.
@@ -88,12 +92,12 @@ def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfS
 
 
 def _assign(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
-    """The sample of each document, int64[num_documents]; -1 for an empty one."""
+    """Returns the sample of each document, int64[num_documents]; -1 for empty documents."""
     if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
         raise ValueError(f"packing: a length is not between 0 and {capacity}")
     samples = np.full(len(lengths), -1, np.int64)
-    open_samples: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room, latest last
-    rooms = 0  # bit r is set where open_samples[r] holds any
+    open_samples: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space, latest last
+    rooms = 0  # bit r is set if open_samples[r] is not empty
     num_samples = 0
     for document in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         length = int(lengths[document])
@@ -117,7 +121,7 @@ def _assign(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
 
 
 def _in_order_of_first(samples: npt.NDArray[np.int64], num_samples: int) -> npt.NDArray[np.int64]:
-    """Numbers the samples anew, by the first document of each."""
+    """Renumbers the samples in the order of their first documents."""
     packed = np.flatnonzero(samples >= 0)
     _, first = np.unique(samples[packed], return_index=True)
     rank = np.empty(num_samples, np.int64)
@@ -128,10 +132,15 @@ def _in_order_of_first(samples: npt.NDArray[np.int64], num_samples: int) -> npt.
 
 
 def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
-    """The compiled `best_fit_reference`, or the reference itself where nothing is compiled.
+    """Packs documents into samples; see `best_fit_reference`.
 
-    ``lengths`` is int32, or int64 where the capacity or the number of documents needs it. It is
-    overwritten: for a large corpus a second array of this size would not fit into memory.
+    The C++ version is used if the extension is built. It overwrites ``lengths``, because a second
+    array of this size may not fit into memory for a large corpus.
+
+    Args:
+        lengths: int32[num_documents], or int64 if the capacity or the number of documents exceeds
+            int32.
+        capacity: Maximum number of tokens per sample.
     """
     if extension is None:
         return best_fit_reference(lengths, capacity)
@@ -141,15 +150,16 @@ def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
 
 @dataclass(frozen=True)
 class Packing:
-    """Which documents each sample holds.
+    """The documents of each sample.
 
     Attributes:
-        offsets: int64[num_samples + 1], where each sample's documents begin in ``documents``.
-        documents: int64[num_documents], numbered over all files of the source.
-        num_tokens: Tokens of documents in all samples.
-        num_truncated: Documents longer than a sample.
-        num_truncated_tokens: Their tokens that were cut off.
-        num_without_loss: Documents that were left out, as their kept part has no token with loss.
+        offsets: int64[num_samples + 1], the begin of each sample's documents in ``documents``.
+        documents: int64[num_packed], document numbers, counted over all files of the source.
+        num_tokens: Number of tokens in all samples, without padding.
+        num_truncated: Number of documents that are longer than a sample.
+        num_truncated_tokens: Number of tokens that were cut off from these documents.
+        num_without_loss: Number of documents that were left out because their first
+            ``seq_length + 1`` tokens contain no token with loss.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -161,17 +171,17 @@ class Packing:
 
     @property
     def num_samples(self) -> int:
-        """The number of samples."""
+        """Number of samples."""
         return len(self.offsets) - 1
 
 
 def save_packing(path: Path, key: bytes, packing: Packing) -> None:
-    """Writes a packing, whole or not at all.
+    """Writes a packing atomically.
 
     Args:
         path: The file.
-        key: 16 bytes that stand for what it was computed from.
-        packing: What to write.
+        key: The 16 bytes that `packing_key` returned for the packing's inputs.
+        packing: The packing.
 
     Raises:
         OSError: The disk is full or failing.
@@ -199,7 +209,7 @@ def save_packing(path: Path, key: bytes, packing: Packing) -> None:
 
 
 def load_packing(path: Path, key: bytes) -> Packing | None:
-    """Maps a packing, if the file is there, whole, and of this key."""
+    """Maps a packing; returns None if the file is missing, damaged or has another key."""
     try:
         data = map_file(path)
     except OSError:  # missing or unreadable
@@ -237,20 +247,24 @@ def pack_documents(
 ) -> Packing:
     """Packs the documents of a split into samples of ``seq_length + 1`` tokens.
 
-    A document that is longer than a sample fills one alone, and its rest is cut off. A document
-    whose kept part has no token with loss is left out: it would only take up room.
+    A document that is longer than a sample is truncated to fill one sample. A document is left out
+    if its first ``seq_length + 1`` tokens contain no token with loss, because it would take up
+    space without contributing to training.
 
-    Memory peaks below 24 bytes a document of the files: 4 for its length, which then becomes its
-    sample; 4 for the order of placement, which is freed before the result is made; 8 in the
-    result, and 8 for each sample. Mapped pages are released block by block.
+    Peak memory is below 24 bytes per document: 4 for its length, which is later overwritten with
+    its sample; 4 for the order of placement, which is freed before the result is allocated; 8 in
+    the result; and 8 per sample. Mapped pages are released block by block.
 
     Args:
         files: The token files.
-        split: Whose documents.
-        holdout_every: Every k-th document of a file is held out; None for all of them.
-        seq_length: Inputs of a sample.
-        version: Of the algorithm.
-        shares: Of training, validation and test, instead of `holdout_every`.
+        split: The split.
+        holdout_every: Hold out every k-th document of each file; None holds out none.
+        seq_length: Number of input tokens per sample.
+        version: Version of the algorithm; see `ALGORITHM_VERSION`.
+        shares: Shares of training, validation and test, instead of ``holdout_every``.
+
+    Raises:
+        UserError: The index of a file is damaged.
     """
     capacity = seq_length + 1
     num_documents = sum(file.num_documents for file in files)
@@ -296,20 +310,20 @@ def pack_documents(
 def _have_loss(
     file: TokenFile, begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Whether each document has a token with loss.
+    """Returns whether each document has a token with loss, bool[n].
 
-    The first token of a document is no label, since attention and loss do not cross documents.
+    The first token of a document is not a label, because attention and loss do not cross documents.
 
     Args:
         file: The token file.
         begins: int64[n], first tokens of documents, ascending.
-        lengths: int64[n], tokens of each that count.
+        lengths: int64[n], number of tokens of each document that are kept.
     """
     have_labels = lengths > 1
     if file.loss_mask is None or not have_labels.any():
         return np.asarray(have_labels)
     first, end = begins[have_labels] + 1, (begins + lengths)[have_labels]
-    # The mask's values are combined from each of these places to the next one.
+    # `reduceat` combines the mask's values from each of these positions to the next.
     edges = np.stack([first, end], axis=1).reshape(-1)[:-1] - first[0]
     mask = file.loss_mask[first[0] : end[-1]]
     found = np.zeros(len(lengths), np.bool_)
@@ -318,12 +332,12 @@ def _have_loss(
 
 
 def packing_key(facts: Sequence[dict[str, Any]], version: int, **settings: Any) -> bytes:
-    """Stands for everything that a packing depends on.
+    """Hashes everything that a packing depends on.
 
     Args:
-        facts: Content of each dataset.
-        version: Of the algorithm.
-        settings: Split, holdout and length of a sample, and the loss masks.
+        facts: The facts of each dataset, from `dataset_facts`.
+        version: Version of the algorithm.
+        settings: Split, holdout, sequence length and the hashes of the loss masks.
 
     Returns:
         16 bytes.
@@ -333,7 +347,7 @@ def packing_key(facts: Sequence[dict[str, Any]], version: int, **settings: Any) 
 
 
 def mask_hashes(files: Sequence[TokenFile], facts: Sequence[dict[str, Any]]) -> list[str | None]:
-    """What the loss mask of each dataset is known by; None where every token has loss."""
+    """Returns the hash of each dataset's loss mask in hexadecimal; None if all tokens have loss."""
     hashes: list[str | None] = []
     for file, fact in zip(files, facts, strict=True):
         if file.loss_mask is None:
@@ -345,7 +359,12 @@ def mask_hashes(files: Sequence[TokenFile], facts: Sequence[dict[str, Any]]) -> 
 
 
 def packing_path(prefix: str | Path, key: bytes) -> Path:
-    """The cache's file, beside the source's first dataset."""
+    """Returns the path of the cache file.
+
+    Args:
+        prefix: Prefix of the source's first dataset.
+        key: The key of the packing, from `packing_key`.
+    """
     return Path(f"{prefix}.packing.{key.hex()[:16]}")
 
 
@@ -358,18 +377,19 @@ def cached_packing(
     version: int = ALGORITHM_VERSION,
     shares: Sequence[float] | None = None,
 ) -> Packing:
-    """The packing of a split, from the disk if it is there.
+    """Returns the packing of a split, from the cache file if it exists.
 
-    Of all processes that share the folder, one computes it and the others wait for its file.
+    If several processes share the folder, one of them computes the packing, and the others wait for
+    the file.
 
     Args:
         files: The token files.
-        facts: Content of each, by which the cache knows them.
-        split: Whose documents.
-        holdout_every: Every k-th document of a file is held out; None for all of them.
-        seq_length: Inputs of a sample.
-        version: Of the algorithm.
-        shares: Of training, validation and test, instead of `holdout_every`.
+        facts: The facts of each file, from `dataset_facts`; part of the cache's key.
+        split: The split.
+        holdout_every: Hold out every k-th document of each file; None holds out none.
+        seq_length: Number of input tokens per sample.
+        version: Version of the algorithm; see `ALGORITHM_VERSION`.
+        shares: Shares of training, validation and test, instead of ``holdout_every``.
     """
     given = {} if shares is None else {"shares": list(shares)}
     key = packing_key(
@@ -411,22 +431,22 @@ class PackedSamples:
     """The packed samples of a source.
 
     Attributes:
-        num_samples: Samples in one epoch.
-        num_tokens: Tokens of documents in one epoch, padding not counted.
-        rows: Reads any of them.
-        packing: Which documents they hold, and what was left out.
+        num_samples: Samples per epoch.
+        num_tokens: Tokens per epoch, without padding.
+        rows: Reads any sample.
+        packing: The documents of every sample.
     """
 
     def __init__(
         self, label: str, files: Sequence[TokenFile], packing: Packing, shape: SampleShape
     ) -> None:
-        """Takes the packing; touches no token.
+        """Initializes the reader. No tokens are read.
 
         Args:
-            label: Begins every error message of the reader.
+            label: Prefix of every error message of the reader.
             files: The token files.
-            packing: Made from these.
-            shape: Of the samples; its documents are always isolated.
+            packing: The packing of these files.
+            shape: Properties of the samples. ``isolate`` is set to True.
         """
         num_documents = [file.num_documents for file in files]
         first_documents = np.concatenate([[0], np.cumsum(num_documents)]).astype(np.int64)

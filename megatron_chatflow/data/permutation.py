@@ -1,11 +1,11 @@
-"""The order of a source's samples within an epoch: shuffled, without a shuffle index.
+"""Shuffles the samples of a source in every epoch without a shuffle index.
 
 `SampleOrder` maps each place of an epoch to a sample by a keyed permutation of 0 .. size - 1. The
-keys depend on the run's seed, the source's name and the epoch only. Nothing is stored, so an epoch
-of 10^12 samples costs as much as one of ten.
+keys depend only on the run's seed, the source's name and the epoch. No index is stored, so the cost
+does not depend on the size of the epoch.
 
 The permutation is a Feistel network on a product domain with cycle walking (Black and Rogaway,
-"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). This is its definition in wrapping unsigned
+"Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Its definition follows, in wrapping unsigned
 64-bit arithmetic, which the C++ version and the reference follow bit for bit::
 
     rows    = ceil(sqrt(size))
@@ -44,10 +44,10 @@ extension = load_extension("data")
 
 
 NUM_ROUNDS = 16
-"""Rounds of the Feistel network, hence round keys."""
+"""Number of rounds of the Feistel network, and of round keys."""
 
 MAX_SIZE = 1 << 62
-"""Largest domain: both halves then stay below 2^32, which ``reduce`` needs."""
+"""Largest domain. Both halves are below 2^32 up to this size, as ``reduce`` requires."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -59,7 +59,7 @@ _KEYS_PER_DIGEST = 8
 
 
 def domain_shape(size: int) -> tuple[int, int]:
-    """Returns the rows and columns of the near-square rectangle that holds ``size``.
+    """Returns the rows and columns of a near-square rectangle with at least ``size`` cells.
 
     Args:
         size: Number of elements, 1 to 2^62.
@@ -75,7 +75,7 @@ def domain_shape(size: int) -> tuple[int, int]:
 
 
 def permute_one_reference(place: int, size: int, keys: npt.NDArray[np.uint64]) -> int:
-    """Sends one place through the permutation, in Python's integers.
+    """Permutes one place, in Python integers.
 
     Args:
         place: 0 <= place < size.
@@ -84,6 +84,9 @@ def permute_one_reference(place: int, size: int, keys: npt.NDArray[np.uint64]) -
 
     Returns:
         The image of ``place``, in [0, size).
+
+    Raises:
+        ValueError: The place or the size is out of range.
     """
     rows, columns = domain_shape(size)
     if not 0 <= place < size:
@@ -112,7 +115,7 @@ def _reduced(value: int, key: int, modulus: int) -> int:
 def permute_reference(
     places: npt.NDArray[np.int64], size: int, keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:
-    """Sends many places through the permutation at once, in NumPy.
+    """Permutes many places, in NumPy.
 
     Args:
         places: int64[n], each in [0, size).
@@ -169,7 +172,7 @@ def round_keys(seed: int, source: str, epoch: int) -> npt.NDArray[np.uint64]:
     """Derives the keys of one epoch's permutation.
 
     Args:
-        seed: The run's seed; any integer of 64 bits.
+        seed: Seed of the run, a signed 64-bit integer.
         source: Name of the source.
         epoch: 0 for the first pass over the source.
 
@@ -186,10 +189,13 @@ def round_keys(seed: int, source: str, epoch: int) -> npt.NDArray[np.uint64]:
 
 
 class SampleOrder:
-    """The order in which a source's samples are drawn, epoch after epoch.
+    """The order in which a source's samples are drawn.
 
-    The ``index``-th draw of a source of ``num_samples`` samples is place ``index % num_samples`` of
-    epoch ``index // num_samples``; each epoch is a permutation of its own of all samples.
+    The ``index``-th draw is place ``index % num_samples`` of epoch ``index // num_samples``. Every
+    epoch is a different permutation of all samples.
+
+    Attributes:
+        num_samples: Samples per epoch.
     """
 
     def __init__(
@@ -201,14 +207,18 @@ class SampleOrder:
         shuffle: bool = True,
         later_seeds: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Fixes the order.
+        """Initializes the order.
 
         Args:
-            seed: The run's seed.
+            seed: Seed of the run.
             source: Name of the source.
-            num_samples: In one epoch, at least 1.
-            shuffle: False keeps the samples in their own order (validation).
-            later_seeds: Seeds that replace it: the first epoch of each, rising, and the seed.
+            num_samples: Samples per epoch, at least 1.
+            shuffle: Whether to shuffle. Validation uses False, which keeps the file order.
+            later_seeds: Pairs ``(first_epoch, seed)`` in ascending order of epochs. Each seed
+                replaces the previous one from its first epoch on.
+
+        Raises:
+            ValueError: ``num_samples`` is below 1.
         """
         if num_samples < 1:
             raise ValueError(f"order of source {source}: num_samples is {num_samples}")
@@ -216,7 +226,7 @@ class SampleOrder:
         self._seeds = [(0, seed), *later_seeds]
         self._source = source
         self._shuffle = shuffle
-        # Neighbouring draws share an epoch; the cache is safe to ask from several threads.
+        # Consecutive draws are usually in the same epoch. `lru_cache` is thread-safe.
         self._keys_of = lru_cache(maxsize=4)(self._derive)
 
     def _derive(self, epoch: int) -> npt.NDArray[np.uint64]:
@@ -224,7 +234,11 @@ class SampleOrder:
         return round_keys(seed, self._source, epoch)
 
     def ordinal(self, index: int) -> int:
-        """Returns the sample, in [0, num_samples), that the ``index``-th draw gives."""
+        """Returns the sample of the ``index``-th draw, in [0, num_samples).
+
+        Raises:
+            ValueError: ``index`` is negative.
+        """
         epoch, place = divmod(index, self.num_samples)
         if index < 0:
             raise ValueError(f"order of source {self._source}: index {index} is negative")
@@ -240,6 +254,9 @@ class SampleOrder:
 
         Returns:
             int64[n], each in [0, num_samples).
+
+        Raises:
+            ValueError: An index is negative.
         """
         if indices.size and int(indices.min()) < 0:
             raise ValueError(f"order of source {self._source}: an index is negative")

@@ -1,8 +1,8 @@
-"""Samples: what they are, how they are read from token files, and which documents a split has.
+"""Samples: their format, the readers of token files, and the assignment of documents to splits.
 
 A sample has ``seq_length + 1`` tokens. The first ``seq_length`` are inputs, the last ``seq_length``
-are labels, and position t predicts token t + 1. Samples are read in place from memory-mapped files;
-no index of samples exists, and reading one costs two binary searches and a copy.
+are labels, and position t predicts token t + 1. Samples are read directly from memory-mapped files.
+There is no index of samples. Reading a sample costs two binary searches and a copy.
 
 There are two kinds of samples. `Windows` are cut at a stride of ``seq_length`` from the runs of
 tokens that belong to a split, so two neighboring windows share one token: the last label of one is
@@ -41,11 +41,11 @@ class TokenFile:
     """A memory-mapped indexed dataset.
 
     Attributes:
-        name: The prefix of its files.
+        name: The prefix of the dataset's files.
         tokens: Flat array of all tokens.
         sequence_pointers: int64[num_sequences], byte offsets into ``tokens``.
         document_indices: int64[num_documents + 1], the first sequence of each document.
-        loss_mask: uint8[num_tokens]; None if every token has loss.
+        loss_mask: uint8[num_tokens], nonzero for tokens with loss; None if every token has loss.
     """
 
     name: str
@@ -56,11 +56,11 @@ class TokenFile:
 
     @property
     def num_documents(self) -> int:
-        """The number of documents."""
+        """Number of documents."""
         return len(self.document_indices) - 1
 
     def document_begin(self, document: int) -> int:
-        """The first token of a document; for ``num_documents``, the end of the file.
+        """Returns the first token of a document; for ``num_documents``, the end of the file.
 
         Raises:
             ValueError: The index points outside the file.
@@ -150,7 +150,14 @@ class RowReader(Protocol):
     """Reads any sample of an epoch."""
 
     def read(self, ordinal: int) -> SampleArrays:
-        """Reads a sample, 0 <= ordinal < num_samples; raises ValueError if it cannot be read."""
+        """Reads a sample.
+
+        Args:
+            ordinal: Number of the sample in file order, 0 <= ordinal < num_samples.
+
+        Raises:
+            ValueError: The sample cannot be read.
+        """
 
 
 class _TokenRange(NamedTuple):
@@ -225,7 +232,7 @@ class WindowReaderReference:
 
 
 class PackedReaderReference:
-    """Reads samples of whole documents. Each document is a segment, and so is the padding."""
+    """Reads samples of whole documents. Each document is a segment, and the padding is another."""
 
     def __init__(
         self, label: str, files: Sequence[TokenFile], lists: DocumentLists, shape: SampleShape
@@ -290,7 +297,8 @@ def _assemble(
     """Builds a sample; ``starts`` are the positions at which documents begin, ascending."""
     seq_length = shape.seq_length
     tokens = np.full(seq_length + 1, shape.pad_id, np.int32)
-    loss_mask = np.zeros(seq_length + 1, np.uint8)  # of the tokens; shifted to the labels below
+    # One value per token; the return value drops the first, which aligns it with the labels.
+    loss_mask = np.zeros(seq_length + 1, np.uint8)
     for file, begin, length in ranges:
         if begin + length > len(file.tokens):
             raise ValueError(f"{file.name}: ends before token {begin + length}")
@@ -441,7 +449,7 @@ def _open_loss_mask(prefix: str | Path, dataset: IndexedDataset) -> npt.NDArray[
 
 
 def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The first tokens of many documents.
+    """Returns the first tokens of many documents.
 
     Args:
         file: The token file.
@@ -463,14 +471,14 @@ def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.ND
 
 
 def check_index(file: TokenFile, holds: npt.NDArray[np.bool_]) -> None:
-    """Refuses a file whose documents are not consecutive.
+    """Raises an error if the index of a file is damaged.
 
     Args:
         file: The token file.
-        holds: bool[n], a condition that must be true for every document.
+        holds: bool[n], whether the index is consistent at each document.
 
     Raises:
-        UserError: It is false for some document.
+        UserError: An element of ``holds`` is false.
     """
     if not holds.all():
         raise UserError(
@@ -480,12 +488,12 @@ def check_index(file: TokenFile, holds: npt.NDArray[np.bool_]) -> None:
 
 
 def document_range(num_documents: int, split: Split, shares: Sequence[float]) -> tuple[int, int]:
-    """The documents [begin, end) of a split, rounded as in Megatron-LM.
+    """Returns the documents [begin, end) of a split, rounded as in Megatron-LM.
 
     Args:
         num_documents: Number of documents in a dataset.
         split: The split.
-        shares: Shares of training, validation and test, of sum 1.
+        shares: Shares of training, validation and test, which sum to 1.
     """
     ends = [0.0, *accumulate(shares)]
     number = _SPLITS.index(split)
@@ -499,15 +507,18 @@ def split_runs(
     holdout_every: int | None,
     shares: Sequence[float] | None = None,
 ) -> Runs:
-    """The runs of tokens that belong to a split, in the order of files and documents.
+    """Returns the runs of tokens that belong to a split, in the order of files and documents.
 
-    The result has one entry per held-out document, or one per file.
+    The result has one entry per held-out document, or one per file without held-out documents.
 
     Args:
         files: The token files.
         split: The split.
         holdout_every: Hold out every k-th document; None holds out none.
         shares: Shares of training, validation and test, instead of ``holdout_every``.
+
+    Raises:
+        UserError: The index of a file is damaged.
     """
     none = np.zeros(0, np.int64)
     file_parts, begin_parts, length_parts = [none.astype(np.int32)], [none], [none]
@@ -528,7 +539,7 @@ def split_runs(
 def _file_runs(
     file: TokenFile, split: Split, holdout_every: int | None, shares: Sequence[float] | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """First tokens and ends of the runs of one file."""
+    """Returns the first tokens and the ends of the runs of one file."""
     if shares is not None:
         documents = np.array(document_range(file.num_documents, split, shares), np.int64)
         edges = document_begins(file, documents)
@@ -551,14 +562,17 @@ def documents_in_split(
     holdout_every: int | None,
     taken: tuple[int, int] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether each of the documents [begin, end) of a file belongs to a split, bool[end - begin].
+    """Returns whether each of the documents [begin, end) of a file belongs to a split.
 
     Args:
         begin: The first document.
         end: The document after the last one.
         split: The split.
         holdout_every: Hold out every k-th document; None holds out none.
-        taken: What `document_range` returned for the file, instead of ``holdout_every``.
+        taken: The range that `document_range` returned, instead of ``holdout_every``.
+
+    Returns:
+        bool[end - begin].
     """
     if taken is not None:
         documents = np.arange(begin, end)

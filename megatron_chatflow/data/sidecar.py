@@ -1,8 +1,8 @@
-"""The JSON file beside a dataset that records what made it, its counts and its files' hashes.
+"""The sidecar: a JSON file next to a dataset that records its origin, counts and file hashes.
 
 `read_sidecar` is the only reader. It validates the whole file against the schema below, so that
-training, merging, inspection, planning and export rely on the types and ranges of what it returns.
-Keys that the schema does not name are kept as they are: a later version may have written them.
+training, merging, inspection, planning and export can rely on the types and ranges of the values.
+Keys that are not in the schema are kept unchanged, because a later version may have written them.
 """
 
 import hashlib
@@ -26,10 +26,11 @@ HASHES_SUFFIX = ".hashes"
 
 
 MAX_SIDECAR_BYTES = 1 << 26
-"""A sidecar has about 100 bytes for each input file; parsed, it takes about 25 times its size."""
+"""Maximum size of a sidecar. A sidecar has about 100 bytes per input file, and its parsed contents
+use about 25 times its size in memory."""
 
 _DEFAULTS: dict[str, Any] = {"settings": {}, "repaired": {}, "num_bad_lines": 0}
-"""What the first version did not record."""
+"""Values of keys that sidecars of the first version do not have."""
 
 
 def _check_part(part: list[int]) -> list[int]:
@@ -118,32 +119,32 @@ _SCHEMA = TypeAdapter(_Sidecar)
 
 
 def sidecar_path(prefix: str | Path) -> Path:
-    """`<prefix>.json`."""
+    """Returns `<prefix>.json`."""
     return Path(f"{prefix}.json")
 
 
 def hashes_path(prefix: str | Path) -> Path:
-    """`<prefix>.hashes`: what documents there are in a part of a job that drops duplicates."""
+    """Returns `<prefix>.hashes`, the document hashes of one partition of a deduplicating job."""
     return Path(f"{prefix}{HASHES_SUFFIX}")
 
 
 def loss_mask_prefix(prefix: str | Path) -> Path:
-    """The prefix of the loss mask of the documents at `<prefix>_<key>_document`."""
+    """Returns the prefix of a loss mask: `<name>_document` becomes `<name>_loss_mask`."""
     return Path(f"{str(prefix).removesuffix(DOCUMENT_SUFFIX)}{LOSS_MASK_SUFFIX}")
 
 
 def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
-    """The sidecar of a dataset.
+    """Reads and validates the sidecar of a dataset.
 
     Args:
-        prefix: The dataset's, without `.bin` or `.idx`.
+        prefix: The path of the dataset without `.bin` or `.idx`.
 
     Returns:
-        Its content, or None if there is none, as for a dataset that Megatron-LM wrote. What the
-        first version did not record has its default.
+        The contents, or None if the file does not exist, as for datasets that Megatron-LM wrote.
+        Keys that the first version did not record have default values.
 
     Raises:
-        UserError: It is damaged, or of a later format.
+        UserError: The file cannot be read, is damaged or has an unknown format version.
     """
     path = sidecar_path(prefix)
     try:
@@ -176,10 +177,16 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 def check_counts(
     prefix: str | Path, sidecar: Mapping[str, Any], num_documents: int, num_tokens: int
 ) -> None:
-    """Refuses a sidecar whose counts are not those of the dataset that it lies beside.
+    """Checks that the counts in a sidecar match those of its dataset.
+
+    Args:
+        prefix: The path of the dataset without `.bin` or `.idx`.
+        sidecar: The contents of the sidecar.
+        num_documents: Number of documents in the dataset.
+        num_tokens: Number of tokens in the dataset.
 
     Raises:
-        UserError: It belongs to another dataset.
+        UserError: The sidecar describes another dataset.
     """
     counts = {"num_documents": num_documents, "num_tokens": num_tokens}
     for key, count in counts.items():
@@ -191,7 +198,10 @@ def check_counts(
 
 
 def _read_small_file(path: Path) -> bytes:
-    """Reads a sidecar without waiting for a named pipe or filling the memory."""
+    """Reads a regular file of limited size.
+
+    This prevents blocking on a named pipe and reading a file that does not fit into memory.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -211,7 +221,7 @@ def _damaged(path: Path, what: str) -> UserError:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """Where the first problem lies and what it is, cut: keys and values are of any length."""
+    """Returns the path and the message of the first problem, truncated to a readable length."""
     problem = error.errors(include_url=False, include_input=False)[0]
     keys = [str(key) if len(str(key)) <= 40 else f"{str(key)[:37]}..." for key in problem["loc"]]
     path = ".".join(key if key.isprintable() else ascii(key) for key in keys)
@@ -219,39 +229,43 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def appends_bos(sidecar: Mapping[str, Any] | None) -> bool:
-    """Whether a dataset's documents begin with BOS (`--append-bos`), as its sidecar says.
+    """Returns whether a dataset was preprocessed with `--append-bos`, according to its sidecar.
 
-    Earlier versions did not record it, and stored none.
+    Earlier versions neither recorded the option nor wrote BOS.
     """
     settings = None if sidecar is None else sidecar.get("settings")
     return isinstance(settings, Mapping) and settings.get("append_bos") is True
 
 
 def appends_eod(sidecar: Mapping[str, Any] | None) -> bool:
-    """Whether a dataset's documents end with EOD (`--append-eod`), as its sidecar says."""
+    """Returns whether a dataset was preprocessed with `--append-eod`, according to its sidecar."""
     settings = None if sidecar is None else sidecar.get("settings")
     return isinstance(settings, Mapping) and settings.get("append_eod") is True
 
 
 def settings_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a dataset was made with; those that came later have their defaults."""
+    """Returns the preprocessing options of a dataset, with defaults for options added later."""
     return {"append_bos": False, **sidecar["settings"]}
 
 
 def writes_bos(sidecar: Mapping[str, Any] | None) -> bool:
-    """As `appends_bos`, or because the chat template of the user writes one."""
+    """Returns whether documents contain BOS, from `--append-bos` or the user's chat template."""
     template = None if sidecar is None else sidecar.get("template")
     jinja = template.get("jinja") if isinstance(template, Mapping) else None
     return appends_bos(sidecar) or (isinstance(jinja, str) and "bos_token" in jinja)
 
 
 def sidecar_bytes(content: dict[str, Any]) -> bytes:
-    """The file's content, for `read_sidecar`."""
+    """Serializes a sidecar to the bytes of its file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file, in hex, as a sidecar has it."""
+    """Returns the SHA-256 of a file in hexadecimal.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

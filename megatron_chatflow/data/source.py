@@ -1,8 +1,8 @@
 """A source: a named set of datasets, divided into samples and shuffled in every epoch.
 
 `build_sources` opens the sources of a configuration. `Source.sample` returns the ``index``-th
-sample drawn from a source; any index takes the same few microseconds. `Source.fingerprint`
-identifies the contents, and `Source.check_files` notices files that disappear or change during a
+sample drawn from a source in a few microseconds, independent of the index. `Source.fingerprint`
+identifies the contents, and `Source.check_files` detects files that disappear or change during a
 run.
 """
 
@@ -87,15 +87,15 @@ class Source:
         facts: dict[str, Any] | None = None,
         packing: Packing | None = None,
     ) -> None:
-        """Initializes a source; see `build_sources` to create one from a configuration.
+        """Initializes a source. Use `build_sources` to create sources from a configuration.
 
         Args:
             name: Name in the configuration.
             samples: The samples of one epoch.
             seed: Seed of the run.
-            split: Only training samples are shuffled.
-            files: The datasets, which `check_files` watches.
-            facts: The fingerprint.
+            split: The split. Only training samples are shuffled.
+            files: The datasets. `check_files` checks their files for changes.
+            facts: The facts that `fingerprint` returns.
             packing: The documents of every sample, if documents are packed.
         """
         self.name = name
@@ -115,7 +115,12 @@ class Source:
         self._checked_at = time.monotonic()
 
     def use_seeds(self, seeds: Sequence[Sequence[int]]) -> None:
-        """Sets the seeds of a run that changed its seed: pairs of first epoch and seed."""
+        """Sets the seeds of a run that changed its seed when it was resumed.
+
+        Args:
+            seeds: Pairs ``(first_epoch, seed)`` in ascending order of epochs. Each seed replaces
+                the previous one from its first epoch on.
+        """
         if self._order is not None:
             (_, first), *later = seeds
             self._order = SampleOrder(
@@ -165,7 +170,7 @@ class Source:
             raise UserError(str(error)) from error
 
     def fingerprint(self) -> dict[str, Any]:
-        """A JSON-compatible description of the contents that does not depend on file names."""
+        """Returns a JSON-compatible description of the contents, independent of file names."""
         if not self._hashes:
             return self._facts
         hashes = [
@@ -181,8 +186,9 @@ class Source:
     def check_files(self) -> None:
         """Checks, at most twice a minute, that the files still exist and are unchanged.
 
-        A memory map outlives the name of its file, so without this check a deleted file would go
-        unnoticed until the next start. Sample blocks are only read again if a file was modified.
+        A memory map stays valid after its file is deleted, so without this check a deleted file
+        would not be detected until the next start. Sample blocks are read again only if a file was
+        modified.
 
         Raises:
             SourceUnavailableError: A file is missing or changed. The next call checks again.
@@ -214,7 +220,7 @@ class Source:
 
 
 class _FileState(NamedTuple):
-    """Changes whenever a file is modified or replaced."""
+    """Metadata that changes whenever a file is modified or replaced."""
 
     num_bytes: int
     modified_ns: int
@@ -246,10 +252,9 @@ def build_sources(
         seed: Seed of the run.
         tokenizer: Tokenizer of the run, which must be the one that encoded the data.
         seq_length: Input tokens per sample; ``data.seq_length`` by default.
-        split: Which documents to use. A source without held-out documents has 0 validation
-            samples.
-        packing_versions: By source, the version of the packing algorithm that a resumed run began
-            with; the latest by default.
+        split: The split. A source without held-out documents has 0 validation samples.
+        packing_versions: Version of the packing algorithm by source, as recorded by a resumed run;
+            the latest version by default.
 
     Returns:
         One source for each entry of ``data.sources``.
@@ -284,7 +289,7 @@ def _named(label: str) -> Iterator[None]:
 
 
 def has_weight(data: DataConfig, name: str) -> bool:
-    """Whether the schedule gives a source any weight."""
+    """Returns whether any knot of the schedule gives a source a positive weight."""
     given = [knot.weights for knot in data.schedule.knots]
     return any(not isinstance(part, str) and part.get(name, 0) > 0 for part in given)
 
@@ -348,7 +353,7 @@ def _build_source(
         **({} if shares is None else {"split": list(shares)}),
     }
     if config.packing == "best_fit":
-        # Also version 1 if all versions give the same packing.
+        # Record version 1 if all versions give the same packing, so that the fingerprint is equal.
         content["packing"] = 1
         if packing is not None and packing.num_without_loss:
             content["packing"] = packing_version
