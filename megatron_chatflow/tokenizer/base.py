@@ -1,4 +1,4 @@
-"""The `Tokenizer` protocol, and what its implementations share."""
+"""The `Tokenizer` protocol and the functions that its implementations share."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,25 +18,25 @@ from megatron_chatflow.tokenizer.tokenizer_json import (
     without_panic_output,
 )
 
-# transformers' classes that begin a text with BOS unless they are told otherwise.
+# Classes of transformers that add BOS to every text by default.
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKENIZER_TYPES = ("Llama2Tokenizer", "HuggingFaceTokenizer")
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Converts text to token ids and ids to text.
 
     Attributes:
         tokenizer_type: One of `TOKENIZER_TYPES`.
-        model_path: The file that it was loaded from.
+        model_path: The file that the tokenizer was loaded from.
         vocab_size: Number of ids.
-        bos_id: Begin of sequence, or -1 where the model has none.
-        eos_id: End of sequence, which is also the end-of-document token.
-        pad_id: Padding; the end-of-sequence id where the model has none.
-        unk_id: Unknown, or -1 where the model has none.
-        num_bytes_per_id: int64[vocab_size], UTF-8 bytes of text that each id stands for; 0 for
-            control ids and the unknown id.
-        fingerprint: SHA-256 of the model file, hex.
+        bos_id: Id of the begin-of-sequence token, or -1 if the model has none.
+        eos_id: Id of the end-of-sequence token, which also ends a document.
+        pad_id: Id of the padding token, or `eos_id` if the model has none.
+        unk_id: Id of the unknown token, or -1 if the model has none.
+        num_bytes_per_id: int64[vocab_size], the number of UTF-8 bytes of text that each id
+            represents. It is 0 for control ids and the unknown id.
+        fingerprint: SHA-256 of the model file in hexadecimal.
     """
 
     tokenizer_type: str
@@ -50,59 +50,61 @@ class Tokenizer(Protocol):
 
     @property
     def add_bos_token(self) -> bool:
-        """Whether the model's own configuration begins every text with BOS (`adds_bos_token`)."""
+        """Whether the model's configuration adds BOS to every text (see `adds_bos_token`)."""
 
     @property
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes of text that each id stands for, int64[vocab_size]."""
+        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size]."""
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text from its beginning, without BOS or EOS.
+        """Encodes a text from its beginning, without BOS or EOS.
 
-        Lone surrogates, which UTF-8 cannot hold, count as U+FFFD.
+        Lone surrogates, which UTF-8 cannot represent, are replaced by U+FFFD.
         """
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The ids of a text that follows other text: like `encode`, but with no space put first."""
+        """Encodes a text that follows other text: like `encode`, but adds no leading space."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text."""
+        """Encodes every text as `encode` does."""
 
     def encode_arrays(
         self, texts: Sequence[str], end_id: int = -1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """`encode` of every text, as arrays.
+        """Encodes every text as `encode` does and returns the ids as arrays.
 
         Args:
             texts: The texts.
-            end_id: Put behind the ids of every text that has any; -1 for nothing.
+            end_id: Appended to the ids of every text that has at least one id; -1 for none.
 
         Returns:
-            int32, the ids of all texts one after the other; int32[num_texts], the number of each.
+            The concatenated ids of all texts, int32[num_ids], and the number of ids of each text,
+            int32[num_texts].
         """
 
     @property
     def runs_in_threads(self) -> bool:
-        """Whether several threads of a process encode at the same time."""
+        """Whether several threads of a process can encode at the same time."""
 
     def encode_json_lines(
         self, data: bytes, key: str, end_id: int, narrow: bool
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
-        """`encode_arrays` of the text under a key of every line, JSON and all, in one go.
+        """Parses JSON lines and encodes the text under one key, as `encode_arrays` does.
 
         Args:
-            data: JSON lines; blank ones are passed over.
-            key: The key.
-            end_id: Put behind the ids of every text that has any; -1 for nothing.
-            narrow: Whether the ids come as uint16 instead of int32.
+            data: JSON lines; blank lines are skipped.
+            key: The key of the text in each line.
+            end_id: Appended to the ids of every text that has at least one id; -1 for none.
+            narrow: Whether to return the ids as uint16 instead of int32.
 
         Returns:
-            The two arrays, and the texts' bytes in UTF-8; None if the caller has to parse the
-            lines: the tokenizer has no such function, or a line is not plain sailing.
+            The two arrays of `encode_arrays` and the total size of the texts in UTF-8 bytes. None
+            if the caller must parse the lines: the tokenizer does not implement this method, or a
+            line needs a full JSON parser.
         """
 
     def control_id(self, name: str) -> int | None:
-        """The id of a control token such as `<|im_start|>`; None where it is no such token."""
+        """Returns the id of a control token such as `<|im_start|>`, or None if there is none."""
 
     @property
     def control_tokens(self) -> tuple[str, ...]:
@@ -110,10 +112,10 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Which of them are `bos_token`, `eos_token` and so on, by transformers' names."""
+        """The tokens for `bos_token`, `eos_token` and so on, by the names in transformers."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control ids vanish."""
+        """Converts ids to text. Control ids are skipped."""
 
     def save_pretrained(
         self,
@@ -121,26 +123,27 @@ class Tokenizer(Protocol):
         chat_template: str | None = None,
         add_bos_token: bool | None = None,
     ) -> None:
-        """Writes what `transformers.AutoTokenizer.from_pretrained(folder)` reads.
+        """Writes the files that `transformers.AutoTokenizer.from_pretrained(folder)` reads.
 
         Args:
-            folder: Made if it is missing.
-            chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
-            add_bos_token: True has the folder's tokenizer begin a text with BOS; else it does so
-                where this one does.
+            folder: The output folder, created if it is missing.
+            chat_template: Jinja source of the chat template. None keeps the model's own template.
+            add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds
+                BOS only if this tokenizer does.
         """
 
 
 def adds_bos_token(model_path: Path, bos_id: int) -> bool:
-    """Whether a model's configuration begins every text with BOS.
+    """Returns whether a model's configuration adds BOS to every text.
 
-    `add_bos_token` in the `tokenizer_config.json` beside the model decides. Without it, the
-    post-processor of `tokenizer.json` does, and without that file the default of transformers'
-    `LlamaTokenizer`, which is true. A model file with no configuration has no BOS.
+    The result is `add_bos_token` of the `tokenizer_config.json` in the same folder. If it is not
+    set, the post-processor of `tokenizer.json` determines the result. Without that file the result
+    is True for transformers' `LlamaTokenizer` classes, which add BOS by default, and False for
+    every other class and for a model without a configuration.
 
     Args:
         model_path: The tokenizer's file.
-        bos_id: Its BOS, or -1.
+        bos_id: Id of the tokenizer's BOS token, or -1 if it has none; the result is then False.
     """
     if bos_id < 0:
         return False
@@ -150,7 +153,13 @@ def adds_bos_token(model_path: Path, bos_id: int) -> bool:
 
 
 def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_id: int) -> bool:
-    """`adds_bos_token` from the contents of the two files; None where there is no second."""
+    """Computes `adds_bos_token` from the contents of the two files.
+
+    Args:
+        config: The content of `tokenizer_config.json`.
+        tokenizer_json: The content of `tokenizer.json`, or None if it does not exist.
+        bos_id: Id of the BOS token.
+    """
     configured = config.get("add_bos_token")
     if isinstance(configured, bool):
         return configured
@@ -159,7 +168,7 @@ def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_
             opened = open_tokenizer_json(parse_tokenizer_json(tokenizer_json))
             with without_panic_output():
                 ids: list[int] = opened.encode("a").ids
-        except BaseException as error:  # loading the model reports it
+        except BaseException as error:  # a damaged file is reported when the model is loaded
             if not is_library_error(error):
                 raise
             return False
@@ -168,10 +177,10 @@ def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `tokenizer_config.json`; empty where there is none.
+    """Reads a folder's `tokenizer_config.json`. Returns an empty dictionary if it is missing.
 
     Raises:
-        UserError: It is not a JSON object.
+        UserError: If the file cannot be read or is not a JSON object.
     """
     path = folder / "tokenizer_config.json"
     try:
@@ -188,10 +197,10 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def read_model_file(path: Path) -> bytes:
-    """The bytes of a tokenizer's file.
+    """Reads the bytes of a tokenizer's file.
 
     Raises:
-        UserError: It cannot be read, or is empty.
+        UserError: If the file cannot be read, is empty, or is larger than `MAX_MODEL_BYTES`.
     """
     try:
         data = read_bounded(path)
@@ -205,11 +214,11 @@ def read_model_file(path: Path) -> bytes:
 
 
 def read_bounded(path: Path) -> bytes:
-    """The bytes of a file of no more than `MAX_MODEL_BYTES`.
+    """Reads a file of at most `MAX_MODEL_BYTES` bytes.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is longer, or no file.
+        OSError: If the file cannot be read.
+        ValueError: If the file is larger, or is not a regular file.
     """
     if path.exists() and not path.is_file():
         raise ValueError("it is a folder or a device, not a file")
@@ -221,19 +230,19 @@ def read_bounded(path: Path) -> bytes:
 
 
 def sha256_of(data: bytes) -> str:
-    """SHA-256 in hex."""
+    """Returns the SHA-256 digest in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def without_surrogates(text: str) -> str:
-    """The text with each lone surrogate as U+FFFD (a pair of them becomes its character)."""
+    """Replaces each lone surrogate by U+FFFD and each surrogate pair by its character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def join_arrays(
     sequences: Sequence[list[int]], end_id: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """What `Tokenizer.encode_arrays` returns, from lists of ids."""
+    """Converts lists of ids to the arrays that `Tokenizer.encode_arrays` returns."""
     end = [end_id] if end_id >= 0 else []
     ended = [ids + end if ids else ids for ids in sequences]
     lengths = np.array([len(ids) for ids in ended], np.int32)
@@ -246,7 +255,7 @@ def join_arrays(
 
 
 def split_arrays(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> list[list[int]]:
-    """Lists of ids, from what `Tokenizer.encode_arrays` returns."""
+    """Converts the arrays that `Tokenizer.encode_arrays` returns to lists of ids."""
     sequences: list[list[int]] = []
     position = 0
     for length in lengths.tolist():

@@ -1,14 +1,18 @@
-"""Fast byte-pair encoding for SentencePiece models, with a reference.
+"""Fast byte-pair encoding for SentencePiece models, with a reference implementation.
 
-`fast_encoder` returns the compiled encoder of a model if its ids are certain to equal those of the
-sentencepiece library: the model is of the kind defined below, and both agree on probes made of the
+`fast_encoder` returns the compiled encoder for a model if two conditions hold: the model is of the
+kind described below, and the encoder agrees with the sentencepiece library on probes made of the
 model's own pieces. Otherwise it returns None and logs the reason.
 
-The definition, for a model with byte fallback and ordinary pieces only: every space becomes U+2581
-(and one is prepended if asked for), and the text is divided into characters. Of all neighbors that
-together form a piece, those with the highest score are joined, the leftmost first, until there are
-none. What is then not a piece becomes the pieces of its UTF-8 bytes. (Sennrich, Haddow and Birch,
-ACL 2016; Kudo and Richardson, EMNLP 2018.)
+The algorithm applies to models with byte fallback and ordinary pieces only:
+
+1. Replace every space by U+2581 (after prepending a space, if requested) and split the text into
+   characters.
+2. Among all adjacent pairs that form a piece, join the pair with the highest score. On a tie, join
+   the leftmost pair. Repeat until no pair forms a piece.
+3. Replace every remaining symbol that is not a piece by the byte pieces of its UTF-8 encoding.
+
+Sources: Sennrich, Haddow and Birch, ACL 2016; Kudo and Richardson, EMNLP 2018.
 """
 
 import logging
@@ -36,13 +40,13 @@ NUM_PROBED_PIECES = 2000
 
 @dataclass(frozen=True)
 class BpePieces:
-    """A byte-pair model.
+    """The pieces of a byte-pair model.
 
     Attributes:
-        pieces: Text of the ordinary pieces, each once.
-        ids: The id of each.
-        scores: The score of each.
-        byte_ids: The ids of the bytes 0 to 255.
+        pieces: Texts of the ordinary pieces, without duplicates.
+        ids: The id of each piece.
+        scores: The score of each piece.
+        byte_ids: The ids of the byte pieces for the bytes 0 to 255.
     """
 
     pieces: tuple[str, ...]
@@ -52,10 +56,10 @@ class BpePieces:
 
 
 class ReferenceBpeEncoder:
-    """The definition, read aloud: quadratic in the length of a text."""
+    """Implements the algorithm literally, in quadratic time in the length of a text."""
 
     def __init__(self, model: BpePieces) -> None:
-        """Takes the model."""
+        """Indexes the pieces of the model by their text."""
         numbered = zip(model.pieces, model.ids, model.scores, strict=True)
         self._pieces = {piece: (token_id, score) for piece, token_id, score in numbered}
         self._byte_ids = model.byte_ids
@@ -66,12 +70,13 @@ class ReferenceBpeEncoder:
         """Encodes texts.
 
         Args:
-            texts: Without lone surrogates.
-            with_prefix: Whether a text that is not empty gets a space put before it.
-            end_id: Put behind the ids of every text that has any; -1 for nothing.
+            texts: Texts without lone surrogates.
+            with_prefix: Whether to prepend a space to every text that is not empty.
+            end_id: Appended to the ids of every text that has at least one id; -1 for none.
 
         Returns:
-            int32: the ids of all texts one after the other, and int32: the number of each.
+            The concatenated ids of all texts, int32[num_ids], and the number of ids of each text,
+            int32[num_texts].
         """
         sequences = [self._encode(text, with_prefix) for text in texts]
         for sequence in sequences:
@@ -104,29 +109,31 @@ class ReferenceBpeEncoder:
 
 
 class CompiledBpeEncoder(Protocol):
-    """What csrc offers; any number of threads may call it at once."""
+    """Interface of the encoder in `csrc/tokenizer`. It is safe to call from several threads."""
 
     def encode_batch(
         self, texts: Sequence[str], with_prefix: bool, end_id: int = -1, narrow: bool = False
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """As the reference; `narrow` for ids in uint16."""
+        """Encodes texts as `ReferenceBpeEncoder` does. `narrow` selects uint16 ids over int32."""
 
     def encode_json_lines(
         self, data: bytes, key: str, with_prefix: bool, end_id: int = -1, narrow: bool = False
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
-        """The same of the string under the key of every line, and the strings' UTF-8 bytes.
+        """Encodes the string under a key of every JSON line.
 
-        None if a line is not an object with such a string, or takes a full parser to tell.
+        Returns:
+            The two arrays of `encode_batch` and the total size of the strings in UTF-8 bytes. None
+            if a line is not an object with such a string, or needs a full JSON parser.
         """
 
 
 def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
-    """The compiled encoder; None if it is not built.
+    """Creates the compiled encoder. Returns None if the extension is not built.
 
     Raises:
-        ValueError: A piece is empty, given twice, or not text.
+        ValueError: If a piece is empty, occurs twice, or is not valid UTF-8.
     """
-    encoder_type = getattr(extension, "BpeEncoder", None)  # a build of before lacks it
+    encoder_type = getattr(extension, "BpeEncoder", None)  # missing in an older build
     if encoder_type is None:
         return None
     pieces = [piece.encode() for piece in model.pieces]
@@ -135,14 +142,14 @@ def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
 
 
 def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | None:
-    """The compiled encoder for a model.
+    """Creates the compiled encoder for a model if its ids equal those of sentencepiece.
 
     Args:
         model_bytes: The serialized model.
-        processor: The `SentencePieceProcessor` that it has to agree with.
+        processor: The `SentencePieceProcessor` of the same model, for comparison.
 
     Returns:
-        The encoder, or None where sentencepiece has to do the work.
+        The encoder, or None if the model must be encoded with sentencepiece.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
@@ -162,7 +169,7 @@ def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | Non
 
 
 def _why_not(model: Any) -> str | None:
-    """What keeps a model from the compiled encoder; None if nothing does."""
+    """Returns why the compiled encoder does not support a model, or None if it does."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     is_bpe = trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
     kinds = {piece.type for piece in model.pieces}
@@ -198,7 +205,7 @@ def _pieces_of(model: Any) -> BpePieces:
 
 
 def _agree(encoder: CompiledBpeEncoder, processor: Any, model: Any) -> bool:
-    """Tries both on pieces strung together, with what models stumble over in between."""
+    """Compares both encoders on concatenated pieces and on known difficult texts."""
     pieces = [piece.piece for piece in model.pieces if piece.type == Piece.NORMAL]
     step = max(1, len(pieces) // NUM_PROBED_PIECES)
     probed = [piece.replace("\u2581", " ") for piece in pieces[::step]]

@@ -1,12 +1,13 @@
 """Applies Jinja chat templates as transformers does, with exact loss spans.
 
-The position of each answer in the rendered text is known in one of two ways. A template can mark
-its answers with `{% generation %}`. Otherwise the chat is rendered up to each answer, with the
-generation prompt, and up to the end of the answer. Both must be prefixes of the whole text, or the
-template is refused.
+The position of each answer in the rendered text is found in one of two ways. A template can mark
+its answers with `{% generation %}`. Otherwise the chat is rendered twice per answer: up to the
+answer, with the generation prompt, and up to the end of the answer. Both results must be prefixes
+of the whole text; otherwise the template is rejected.
 
-Templates run in jinja2's sandbox (`template_sandbox`). If a chat's text contains the name of a
-control token, it must stay text: the name is split by a character that the chat does not contain.
+Templates run in jinja2's sandbox (`template_sandbox`). If the content of a chat contains the name
+of a control token, that name must remain text. It is therefore split by a guard character that the
+chat does not contain, and the guard is removed after rendering.
 """
 
 import json
@@ -25,13 +26,13 @@ from megatron_chatflow.tokenizer.documents import (
     TemplateLimitError,
 )
 
-NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode keeps them for such uses
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # reserved for internal use
 MAX_SOURCE_CHARACTERS = 1 << 20
 SYSTEM = "Probe of the system text."
 PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
 Message = dict[str, str]
 
-# Where a model's folder keeps its chat templates.
+# Files and folders with chat templates in a model's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -45,9 +46,9 @@ class Chat:
 
     Attributes:
         system: The system text, or None.
-        exchanges: What the user says and what the assistant answers, in order; an answer of None
-            is still to be given, and only the last can be.
-        untrained_answers: Numbers of the exchanges whose answers carry no loss.
+        exchanges: Pairs of the user's text and the assistant's answer, in order. Only the last
+            answer may be None, which means that the model is to generate it.
+        untrained_answers: Indices of the exchanges with answers that are excluded from the loss.
     """
 
     system: str | None
@@ -57,7 +58,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A chat as text, in which `guard` breaks the names of control tokens in its content."""
+    """A rendered chat.
+
+    Attributes:
+        text: The rendered text. In it, `guard` splits the names of control tokens in the content.
+        guard: The guard character.
+        spans: Begin and end of each answer, as character offsets in `text`.
+        cut_points: Character offsets after which the chat may be cut.
+    """
 
     text: str
     guard: str
@@ -70,10 +78,12 @@ class JinjaTemplate:
     """A chat template.
 
     Attributes:
-        name: Of the file that it comes from.
+        name: Name of the template's file, for messages.
         source: Jinja source.
-        control_tokens: Those of the tokenizer; in the template they are tokens and not text.
-        special_tokens: What the template knows as `bos_token`, `eos_token` and so on.
+        control_tokens: The tokenizer's control tokens. Where the template writes them, they are
+            encoded as tokens and not as text.
+        special_tokens: Names and values of the template variables `bos_token`, `eos_token` and so
+            on.
     """
 
     name: str
@@ -82,22 +92,22 @@ class JinjaTemplate:
     special_tokens: tuple[tuple[str, str], ...] = ()
 
     def document(self, chat: Chat, loss: str) -> Document:
-        """Writes a chat down.
+        """Renders a chat as a document.
 
         Args:
-            chat: With every answer given.
-            loss: "response" for the answers and their ends, "all" for every token.
+            chat: A chat in which every answer is given.
+            loss: "response" to train on the answers and their ends, "all" for every token.
 
         Returns:
-            A document that may be cut after each exchange, where the text up to there is what the
-            template writes for that much of the chat.
+            The document. It may be cut after each exchange if the text up to that point equals
+            the rendering of the chat up to that exchange.
 
         Raises:
-            DroppedError: The template refuses the chat, or does not say where its answers are.
+            DroppedError: If the template rejects the chat, or the answers cannot be located.
         """
         rendered = self._rendered(chat)
         if chat.untrained_answers and len(rendered.spans) != len(chat.exchanges):
-            raise DroppedError("template_inconsistent")  # whose answer a span is, is not known
+            raise DroppedError("template_inconsistent")  # spans cannot be matched to answers
         excepted = [rendered.spans[number] for number in sorted(chat.untrained_answers)]
         cuts = {0, len(rendered.text), *rendered.cut_points}
         cuts.update(offset for span in rendered.spans for offset in span)
@@ -113,16 +123,16 @@ class JinjaTemplate:
         return Document(tuple(segments), tuple(cut_points))
 
     def check(self) -> None:
-        """Tries the template on a chat of two exchanges.
+        """Checks the template on a chat of two exchanges.
 
         Raises:
-            UserError: It fails, or does not say where the answers are.
+            UserError: If the template fails, or the answers cannot be located.
         """
         try:
             rendered = self._rendered(Chat(SYSTEM, PROBE))
         except TemplateLimitError as error:
             raise self._stopped(error) from error
-        except DroppedError:  # some refuse a system's turn
+        except DroppedError:  # some templates reject a system message
             try:
                 rendered = self._rendered(Chat(None, PROBE))
             except TemplateLimitError as error:
@@ -154,13 +164,13 @@ class JinjaTemplate:
             )
 
     def turn_end(self) -> str | None:
-        """The control token with which an answer ends; None if none does, or it cannot be told.
+        """Returns the control token that ends an answer, or None if it cannot be determined.
 
         Raises:
-            UserError: The template reaches a limit.
+            UserError: If the template exceeds a limit.
         """
         pattern = self._pattern
-        for system in (SYSTEM, None):  # some refuse a system's turn
+        for system in (SYSTEM, None):  # some templates reject a system message
             try:
                 text = self._render(self._messages(Chat(system, PROBE), ""), False, {})
             except TemplateLimitError as error:
@@ -227,11 +237,11 @@ class JinjaTemplate:
             return render(self.source, {**variables, **dict(self.special_tokens), **marks})
         except (DroppedError, UserError):
             raise
-        except Exception as error:  # a template may do, and fail with, anything
+        except Exception as error:  # a template can raise any exception
             raise DroppedError("template_refused") from error
 
     def _end_of_answer(self, text: str, begin: int) -> int:
-        """Where an answer ends: white space behind its last control token is not learnt."""
+        """Returns the end of an answer, without white space after its last control token."""
         pattern = self._pattern
         ends = [match.end() for match in pattern.finditer(text, begin)] if pattern else []
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
@@ -252,16 +262,16 @@ class JinjaTemplate:
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:
-    """Renders a chat template within its limits of time, steps and characters.
+    """Renders a chat template within the limits on time, steps and characters.
 
     Args:
         source: Jinja source.
         variables: `messages`, `add_generation_prompt`, and the special tokens by name.
 
     Raises:
-        UserError: jinja2 is missing, or the source is too large.
-        TemplateLimitError: It reaches a limit.
-        Exception: Whatever else the template fails with.
+        UserError: If jinja2 is not installed, or the source is too large.
+        TemplateLimitError: If the rendering exceeds a limit.
+        Exception: Any other error of the template.
     """
     template = _compiled(source)
     text: str = template.environment.render(template, variables)
@@ -269,15 +279,15 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
 
 
 def read_chat_template(path: str | Path) -> JinjaTemplate:
-    """Reads a chat template that the user named.
+    """Reads a chat template from a path that the user specified.
 
     Args:
-        path: A file of Jinja source, a JSON file that has it under `chat_template`, or a model's
-            folder. `tokenizer_config.json` stands for its folder, whose template may lie in
-            `chat_template.jinja` instead.
+        path: A file of Jinja source, a JSON file with the source under `chat_template`, or a
+            model's folder. A path to `tokenizer_config.json` is treated as a path to its folder,
+            because `chat_template.jinja` in the same folder has precedence.
 
     Raises:
-        UserError: It cannot be read, has no template, or is not Jinja.
+        UserError: If the path cannot be read, contains no template, or is not valid Jinja.
     """
     file = Path(path)
     if file.is_dir() or (file.name == _TOKENIZER_CONFIG and file.is_file()):
@@ -299,10 +309,13 @@ def read_chat_template(path: str | Path) -> JinjaTemplate:
 
 
 def find_chat_template(folder: Path) -> JinjaTemplate | None:
-    """A model folder's own chat template, the one that transformers uses; None if it has none.
+    """Finds the chat template in a model's folder that transformers uses.
+
+    Returns:
+        The default template, or None if the folder has no chat template.
 
     Raises:
-        UserError: A file cannot be read, is not Jinja, or names templates without a default.
+        UserError: If a file cannot be read or is not valid Jinja, or no template is the default.
     """
     try:
         files = {name: (folder / name).read_bytes() for name in chat_template_names(folder)}
@@ -317,7 +330,7 @@ def find_chat_template(folder: Path) -> JinjaTemplate | None:
 
 
 def chat_template_names(folder: Path) -> list[str]:
-    """Names, relative to a model folder, of the files there that may hold chat templates."""
+    """Lists the files in a model's folder that may contain chat templates, as relative names."""
     names = [CHAT_TEMPLATE_FILE, _TOKENIZER_CONFIG, _PROCESSOR_TEMPLATE]
     names += sorted(
         f"{CHAT_TEMPLATE_FOLDER}/{path.name}"
@@ -327,18 +340,21 @@ def chat_template_names(folder: Path) -> list[str]:
 
 
 def chat_templates_in(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
-    """Jinja sources by name (`default`, `tool_use`, ...) from the small files of a model folder.
+    """Extracts the chat templates from the small files of a model's folder.
 
     As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace
-    whatever `tokenizer_config.json` holds. `chat_template.json`, which older transformers wrote for
-    processors, comes last.
+    the templates in `tokenizer_config.json`. `chat_template.json`, which older versions of
+    transformers wrote for processors, has the lowest precedence.
 
     Args:
         files: Contents by name relative to the folder.
         folder: The folder, for messages.
 
+    Returns:
+        Jinja sources by template name, such as `default` or `tool_use`.
+
     Raises:
-        UserError: A file is not UTF-8, or no JSON.
+        UserError: If a file is not valid UTF-8 or JSON.
     """
     templates: dict[str, str] = {}
     for name, data in files.items():
@@ -354,7 +370,7 @@ def chat_templates_in(files: Mapping[str, bytes], folder: Path) -> dict[str, str
 
 
 def _templates_of_json(file: Path, data: bytes) -> dict[str, str]:
-    """The templates under `chat_template` by name; none if the key is missing or null."""
+    """Returns the templates under `chat_template` by name; empty if it is missing or null."""
     try:
         content = json.loads(data)
         template = content.get("chat_template")
@@ -391,7 +407,7 @@ def _checked(file: Path, source: str) -> JinjaTemplate:
         _compiled(source)
     except UserError:
         raise
-    except Exception as error:  # jinja2's own, and Python's for what nests too deeply
+    except Exception as error:  # jinja2's errors, and Python's for source nested too deeply
         line = getattr(error, "lineno", None)
         raise UserError(f"not a Jinja template: {file}{line and f':{line}' or ''}: {error}") from (
             error
@@ -429,7 +445,7 @@ def _pattern_of(names: tuple[str, ...]) -> re.Pattern[str] | None:
 
 
 def _without_marks(text: str, begin: str, end: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without the marks of answers, and where the answers lie in it."""
+    """Removes the marks of answers. Returns the text and the span of each answer in it."""
     plain = ""
     spans: list[tuple[int, int]] = []
     for piece in re.split(f"([{begin}{end}])", text):

@@ -1,6 +1,6 @@
-"""Documents as segments of text, and the reasons for which records are dropped.
+"""Documents as segments of text, and the errors that drop a record.
 
-These types are shared by `megatron_chatflow.preprocess` and by chat templates.
+`megatron_chatflow.preprocess` and the chat templates share these types.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +11,13 @@ SegmentKind = Literal["text", "control", "end"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a document that is with loss as a whole, or without.
+    """A contiguous part of a document with one loss setting.
 
     Attributes:
-        text: The text; of a control token its name.
-        loss: Whether its tokens are learnt.
-        kind: "text"; "control", a token such as `<|im_start|>` that a tokenizer may have an id for
-            (to one that has not, it is text); or "end", the tokenizer's end-of-sequence token.
+        text: The text, or the name of a control token.
+        loss: Whether the segment's tokens contribute to the loss.
+        kind: "text"; "control" for a control token such as `<|im_start|>`, which is encoded as text
+            if the tokenizer has no id for it; or "end" for the tokenizer's end-of-sequence token.
     """
 
     text: str
@@ -27,12 +27,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document in segments.
+    """A document as a sequence of segments.
 
     Attributes:
-        segments: In order; a token never lies in two of them.
-        cut_points: Numbers of leading segments after which an over-long document may be cut,
-            ascending; empty where it may not.
+        segments: The segments in order. A token never spans two segments.
+        cut_points: Ascending numbers of leading segments after which a document that is too long
+            may be cut. Empty if the document may not be cut.
     """
 
     segments: tuple[Segment, ...]
@@ -40,46 +40,51 @@ class Document:
 
 
 class DroppedError(Exception):
-    """A well-formed record that is left out by a filter; `reason` names the filter."""
+    """Raised for a well-formed record that a filter excludes. `reason` names the filter."""
 
     def __init__(self, reason: str) -> None:
-        """Takes the name under which it is counted, such as "identical_sides"."""
+        """Sets the name under which the record is counted, such as "identical_sides"."""
         super().__init__(reason)
         self.reason = reason
 
 
 class BadLineError(DroppedError):
-    """A line that is not what its format asks for; too many of them end the run.
+    """Raised for a line that violates its format. Too many bad lines end the run.
 
     Attributes:
-        detail: The reason with what was found instead, for messages.
+        detail: The reason and the offending value, for messages.
     """
 
     def __init__(self, reason: str, detail: str | None = None) -> None:
-        """Takes the name under which it is counted, and what a message says instead of it."""
+        """Sets the name under which the line is counted, and the text for messages.
+
+        Args:
+            reason: The name under which the line is counted.
+            detail: Replaces `reason` in messages; None to use `reason` itself.
+        """
         super().__init__(reason)
         self.detail = detail or reason
 
 
 class TemplateLimitError(BadLineError):
-    """A chat for which its template runs for too long, or makes too much text."""
+    """Raised if the template runs too long, or produces too much text, for a chat."""
 
     def __init__(self, limit: str) -> None:
-        """Takes the limit that was reached, such as "takes more than 10 seconds"."""
+        """Sets the limit that was exceeded, such as "takes more than 10 seconds"."""
         super().__init__("template_limit", f"template_limit: the template {limit} for this chat")
         self.limit = limit
 
 
 @dataclass
 class ParsedChunk:
-    """The documents of one chunk of input, and what was left out.
+    """The documents of one chunk of input and the statistics of its parsing.
 
     Attributes:
-        documents: For each output key, its documents: text alone, or segments.
-        num_dropped: Lines left out, by reason, bad ones included.
-        num_repaired: Documents kept after a repair, by kind.
-        num_bad: Bad lines.
-        first_bad: `file:line: reason` of the first of them.
+        documents: The documents of each output key, as plain text or as segments.
+        num_dropped: Number of dropped lines by reason, including bad lines.
+        num_repaired: Number of documents that were repaired and kept, by kind of repair.
+        num_bad: Number of bad lines.
+        first_bad: `file:line: reason` of the first bad line, or None.
     """
 
     documents: dict[str, list[str | Document]] = field(default_factory=dict)

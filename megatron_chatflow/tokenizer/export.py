@@ -1,8 +1,8 @@
-"""A SentencePiece model as the files that `transformers` reads, with the same ids.
+"""Converts a SentencePiece model to the files that transformers reads, with the same ids.
 
-`tokenizer.json` is tried on the model's own pieces before it is kept. Where its ids differ (a
-unigram model, a normaliser with a character map, user-defined symbols), only `tokenizer.model` is
-written, which transformers converts or reads itself.
+The generated `tokenizer.json` is checked on the model's own pieces. If it cannot be generated (for
+a unigram model, a normalizer with a character map, or user-defined symbols) or its ids differ, only
+`tokenizer.model` and its configuration are written, and transformers converts or reads that file.
 """
 
 import json
@@ -28,15 +28,18 @@ def sentencepiece_files(
     base: Mapping[str, Any] | None = None,
     post_processor: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """The files, by name, with which transformers reads a SentencePiece model.
+    """Creates the files from which transformers loads a SentencePiece model.
 
     Args:
         model_bytes: The serialized SentencePiece model.
-        tokenizer: Gives the ids that `tokenizer.json` has to reproduce.
-        base: `tokenizer_config.json` of the tokenizer that this one goes on from; its settings
-            stay.
-        post_processor: Of the `tokenizer.json` that this one goes on from; without one, BOS and EOS
-            are put where `base` asks for them.
+        tokenizer: The same model, loaded. `tokenizer.json` must reproduce its ids.
+        base: Content of the `tokenizer_config.json` of the tokenizer from which this one is
+            derived. Its settings are kept.
+        post_processor: The post-processor in the `tokenizer.json` of the tokenizer from which this
+            one is derived. If None, BOS and EOS are added as `base` specifies.
+
+    Returns:
+        The contents of the files by name.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
@@ -46,7 +49,7 @@ def sentencepiece_files(
         logger.warning(
             "tokenizer.json would not give this model's ids: only tokenizer.model written"
         )
-    # sentencepiece finds these by their names; the ids in the trainer's settings may be wrong.
+    # sentencepiece finds these by their names. The ids in the trainer's settings may be wrong.
     special_tokens = {
         name: model.pieces[token_id].piece
         for name, token_id in [
@@ -60,17 +63,17 @@ def sentencepiece_files(
     config: dict[str, Any] = dict(base or {})
     if not base:
         config |= {
-            "add_bos_token": False,  # as in the training data, where no BOS is stored
+            "add_bos_token": False,  # the training data has no BOS
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
         }
     elif config.get("tokenizer_class") in LLAMA_CLASSES:
-        # That class's defaults, which another one does not have.
+        # Write down the defaults of this class, because the class may change below.
         config.setdefault("padding_side", "left")
         config.setdefault("add_bos_token", post_processor is None)
     config = {**special_tokens, **config}
-    # The class that takes tokenizer.json as it stands: transformers' own LlamaTokenizer replaces
-    # the normaliser, and then puts no space before text that begins with one.
+    # Only this class uses tokenizer.json unchanged. transformers' LlamaTokenizer replaces the
+    # normalizer, which then adds no space before a text that begins with a space.
     config["tokenizer_class"] = "PreTrainedTokenizerFast" if exact else "LlamaTokenizer"
     files = {
         "tokenizer.model": model_bytes,
@@ -79,7 +82,7 @@ def sentencepiece_files(
     }
     if converted is not None and exact:
         if post_processor is None:
-            # transformers 5 reads this, and not `add_bos_token`, beside a tokenizer.json.
+            # If there is a tokenizer.json, transformers 5 ignores `add_bos_token` and uses this.
             bos, eos = tokenizer.bos_id, tokenizer.eos_id
             adds_bos = config.get("add_bos_token") and bos >= 0
             before = [(special_tokens["bos_token"], bos)] if adds_bos else []
@@ -96,12 +99,15 @@ def with_special_tokens(
     before: Sequence[tuple[str, int]],
     behind: Sequence[tuple[str, int]] = (),
 ) -> dict[str, Any]:
-    """A post-processor of a `tokenizer.json` that puts tokens around every text.
+    """Extends a post-processor of a `tokenizer.json` to add tokens around every text.
 
     Args:
-        post_processor: What is done already; None for nothing.
-        before: Names and ids of the tokens before a text.
-        behind: And of those behind it.
+        post_processor: The existing post-processor, or None.
+        before: Names and ids of the tokens to add before a text.
+        behind: Names and ids of the tokens to add after a text.
+
+    Returns:
+        The new post-processor.
     """
     kind = "TemplateProcessing"
     if post_processor is not None and post_processor["type"] != kind:
@@ -148,7 +154,7 @@ def _json_bytes(content: Any) -> bytes:
 
 
 def _tokenizer_json(model: Any, unk_id: int) -> dict[str, Any] | None:
-    """The `tokenizer.json` of a byte-pair model, or None where the format cannot express it."""
+    """Creates the `tokenizer.json` of a model, or returns None if the format cannot express it."""
     spec = model.normalizer_spec
     kinds = {piece.type for piece in model.pieces}
     expressible = (
@@ -198,7 +204,7 @@ def _tokenizer_json(model: Any, unk_id: int) -> dict[str, Any] | None:
 
 
 def _special_tokens(model: Any) -> list[dict[str, Any]]:
-    """Pieces that stand for no text: unknown, begin, end and other control tokens."""
+    """Lists the pieces that do not represent text: the unknown token and control tokens."""
     return [
         {
             "id": token_id,
@@ -215,10 +221,10 @@ def _special_tokens(model: Any) -> list[dict[str, Any]]:
 
 
 def _merges(model: Any) -> list[list[str]]:
-    """The merges behind a byte-pair model's scores, best first.
+    """Derives the merges of a byte-pair model from its scores, in descending order of score.
 
-    SentencePiece joins the neighbours whose joint piece has the highest score, so every way to cut
-    a piece into two pieces is a merge of that score.
+    SentencePiece joins the adjacent pair that forms the piece with the highest score. Every way to
+    split a piece into two pieces is therefore a merge with the score of the piece.
     """
     ids = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == NORMAL}
     merges = []
@@ -233,7 +239,7 @@ def _merges(model: Any) -> list[list[str]]:
 
 
 def _gives_same_ids(converted: dict[str, Any], tokenizer: Tokenizer, model: Any) -> bool:
-    """Tries the conversion on the model's pieces, alone and strung together."""
+    """Compares the ids of the conversion on the model's pieces, alone and concatenated."""
     try:
         theirs = open_tokenizer_json(converted)
     except ValueError:

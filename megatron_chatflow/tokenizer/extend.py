@@ -1,16 +1,16 @@
-"""Extends a tokenizer by the tokens of a language; existing tokens keep their ids.
+"""Extends a tokenizer by the tokens of a language. Existing tokens keep their ids.
 
-New pieces are the language's most frequent characters, as in ChatFlow (arXiv 2405.10626: 8,076
-characters added to LLaMA's 32,000 pieces), or characters and the longer pieces of a trained
-byte-pair model. `growth_lines` reports what a held-out text gains.
+The new pieces are the most frequent characters of the language, as in ChatFlow (arXiv 2405.10626:
+8,076 characters added to LLaMA's 32,000 pieces), or these characters and the longer pieces of a
+trained byte-pair model. `growth_lines` reports how many fewer tokens a held-out text needs.
 
-A byte-level `tokenizer.json` is extended by merges, as if its training had continued: each piece is
-joined from left to right from the tokens that the tokenizer so far encodes it to. Intermediate
-results that are not in the vocabulary, such as the first bytes of a character, get ids as well.
-Existing text keeps its ids unless it contains the same bytes: a character that shares its first
-bytes with a new one may be encoded as this prefix and its last byte. Merges are preferred to added
-tokens, which are matched before the text is split: merges allow longer pieces, cost nothing with
-thousands of tokens, and never split a word that the pre-tokenizer keeps.
+A byte-level `tokenizer.json` can be extended by merges, as if its training had continued. Each
+piece is encoded with the current merges, and its tokens are then joined from left to right.
+Intermediate results that are not in the vocabulary, such as the first bytes of a character, get ids
+as well. Existing text keeps its ids unless it contains the same bytes: a character that shares its
+first bytes with a new one may be encoded as this prefix and its last byte. Merges are preferred to
+added tokens, which are matched before the text is split. Merges allow longer pieces, stay fast with
+thousands of tokens, and never split a word that the pre-tokenizer keeps whole.
 """
 
 import json
@@ -46,7 +46,7 @@ Addition = Literal["added-tokens", "merges"]
 SCRIPTS: tuple[Script, ...] = get_args(Script)
 PIECE_KINDS: tuple[PieceKind, ...] = get_args(PieceKind)
 ADDITIONS: tuple[Addition, ...] = get_args(Addition)
-# Unicode blocks of Chinese characters, and of the punctuation that stands among them.
+# Unicode blocks of Chinese characters and of the punctuation in Chinese text.
 _HAN_BLOCKS = (
     (0x3400, 0x4DBF),
     (0x4E00, 0x9FFF),
@@ -61,18 +61,18 @@ _NUM_SHOWN = 8
 def with_merges(
     content: dict[str, Any], pieces: Sequence[str], first_id: int
 ) -> tuple[dict[str, Any], list[int]]:
-    """Adds pieces.
+    """Adds pieces to a byte-level byte-pair model as merges.
 
     Args:
-        content: Of a `tokenizer.json`; it is left as it is.
-        pieces: Text.
-        first_id: Behind all ids that there are.
+        content: Content of a `tokenizer.json`. It is not modified.
+        pieces: The texts of the new pieces.
+        first_id: The first new id, larger than all existing ids.
 
     Returns:
-        The new content, and the id of each piece.
+        The new content and the id of each piece.
 
     Raises:
-        UserError: It is not a byte-level byte-pair model.
+        UserError: If the model is not a byte-level byte-pair model.
     """
     model = content["model"]
     if model.get("type") != "BPE" or "ByteLevel" not in str(content.get("pre_tokenizer")):
@@ -98,9 +98,10 @@ def with_merges(
 
 
 def byte_alphabet() -> list[str]:
-    """The character that byte-level models write for each byte: itself where it is printable.
+    """Returns the characters that represent the bytes 0 to 255 in byte-level models.
 
-    (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, its encoder.)
+    A printable byte represents itself. Source: the encoder of Radford et al., "Language Models are
+    Unsupervised Multitask Learners", 2019.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -108,7 +109,7 @@ def byte_alphabet() -> list[str]:
 
 
 def _merged(text: str, ranks: dict[tuple[str, ...], int]) -> list[str]:
-    """What merges make of a text: the earliest joins first."""
+    """Applies merges to a text, the merge with the lowest rank first."""
     symbols = list(text)
     while len(symbols) > 1:
         pairs = list(zip(symbols, symbols[1:], strict=False))
@@ -121,13 +122,13 @@ def _merged(text: str, ranks: dict[tuple[str, ...], int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which pieces are added.
+    """Selects which pieces are added.
 
     Attributes:
-        num_new: The most pieces.
-        kind: ``characters``, or ``pieces`` for characters and longer ones.
-        script: ``han`` for Chinese characters and punctuation, ``any`` for all.
-        min_count: Rarer characters are left out.
+        num_new: The maximum number of pieces.
+        kind: ``characters``, or ``pieces`` for characters and longer pieces.
+        script: ``han`` for Chinese characters and punctuation, ``any`` for all characters.
+        min_count: The minimum number of occurrences of a character in the corpus.
     """
 
     num_new: int
@@ -137,18 +138,18 @@ class Choice:
 
 
 def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) -> list[str]:
-    """Finds the pieces to add, most frequent characters first.
+    """Finds the pieces to add, the most frequent characters first.
 
     Args:
-        tokenizer: What is extended.
-        texts: Text of the language.
-        choice: How many, of what kind.
+        tokenizer: The tokenizer to extend.
+        texts: Texts of the new language.
+        choice: The number and kind of the pieces.
 
     Returns:
-        Pieces that the tokenizer has not.
+        Pieces that the tokenizer does not have.
 
     Raises:
-        UserError: The text holds none.
+        UserError: If the texts contain no such piece.
     """
     counts: Counter[str] = Counter()
     kept: list[str] = []
@@ -175,7 +176,7 @@ def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) ->
 
 
 def is_han(character: str) -> bool:
-    """Whether a character is Chinese, or punctuation of Chinese text."""
+    """Returns whether a character is Chinese or is punctuation of Chinese text."""
     code = ord(character)
     return any(begin <= code <= end for begin, end in _HAN_BLOCKS + _PUNCTUATION_BLOCKS)
 
@@ -183,16 +184,16 @@ def is_han(character: str) -> bool:
 def listed_pieces(
     tokenizer: Tokenizer, path: Path, num_new: int, encoding: str = "utf-8"
 ) -> list[str]:
-    """The first pieces of a list that the tokenizer has not.
+    """Reads the first pieces of a list that the tokenizer does not have.
 
     Args:
-        tokenizer: What is extended.
-        path: A file with a piece in each line.
-        num_new: The most pieces.
-        encoding: Of the file.
+        tokenizer: The tokenizer to extend.
+        path: A file with one piece per line.
+        num_new: The maximum number of pieces.
+        encoding: Encoding of the file.
 
     Raises:
-        UserError: There is none, or the file cannot be read.
+        UserError: If the file cannot be read, or the tokenizer has all of its pieces.
     """
     try:
         data = path.read_bytes()
@@ -203,7 +204,7 @@ def listed_pieces(
         raise UserError(
             f"--list: not {encoding}: {path}: byte {error.start}: {guess_encoding(data)}"
         ) from error
-    # Not `splitlines`: a piece may hold U+2028 or U+0085, which that takes for ends of lines.
+    # `splitlines` would also split at U+2028 and U+0085, which a piece may contain.
     listed = dict.fromkeys(text.replace("\r\n", "\n").split("\n"))
     new = [p for p in listed if p and len(tokenizer.encode_continuation(p)) > 1]
     if not new:
@@ -217,20 +218,21 @@ def extend_tokenizer(
     output: Path,
     addition: Addition = "added-tokens",
 ) -> Tokenizer:
-    """Writes the tokenizer with more pieces, for training and for transformers.
+    """Writes the tokenizer with additional pieces, for training and for transformers.
 
     Args:
-        tokenizer: What is extended.
-        pieces: New ones; they get the ids behind the old ones, in this order.
-        output: The folder.
-        addition: How a `tokenizer.json` gets them: found in text before it is cut any further, or
-            as merges, of which the first bytes of a character may need an id of their own.
+        tokenizer: The tokenizer to extend.
+        pieces: The new pieces. Their ids follow the existing ids, in this order.
+        output: The output folder.
+        addition: How to extend a `tokenizer.json`: ``added-tokens`` are matched before the text is
+            split; ``merges`` may assign additional ids to intermediate results, such as the first
+            bytes of a character.
 
     Returns:
         The extended tokenizer.
 
     Raises:
-        UserError: The folder cannot be written, or the tokenizer cannot take these pieces.
+        UserError: If the folder cannot be written, or the pieces cannot be added to the tokenizer.
     """
     expected = list(range(tokenizer.vocab_size, tokenizer.vocab_size + len(pieces)))
     name = "tokenizer.json"
@@ -244,7 +246,7 @@ def extend_tokenizer(
         data = _extended_json(tokenizer, pieces)
     old = read_tokenizer_files(tokenizer)
     write_small_files(output, {name: data})
-    if name == "tokenizer.json":  # is opened with its configuration, which may name the EOS token
+    if name == "tokenizer.json":  # loading needs the configuration, which may name the EOS token
         old = complete_tokenizer(old, tokenizer)
         write_small_files(output, {TOKENIZER_CONFIG: old[TOKENIZER_CONFIG]})
     extended = load_tokenizer(output / name)
@@ -260,17 +262,17 @@ def extend_tokenizer(
 
 
 def tokens_per_character(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """How many ids a character of these texts takes."""
+    """Returns the mean number of ids per character of the texts."""
     num_ids = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     return num_ids / max(1, sum(map(len, texts)))
 
 
 def _extended_model(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
-    """The SentencePiece model with pieces whose scores lie below all others'."""
+    """Adds pieces to the SentencePiece model with scores below those of all other pieces."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(tokenizer.model_path.read_bytes())
     normal = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
-    # LLaMA's runs of spaces score -1e9, a size at which float32 tells no ranks apart.
+    # LLaMA's runs of spaces have the score -1e9. Near it, float32 cannot represent single ranks.
     scores = [p.score for p in model.pieces if p.type == normal and p.piece.strip(SPACE)]
     if not scores:
         raise UserError(f"{tokenizer.model_path}: has no pieces of text; it cannot be extended")
@@ -288,7 +290,7 @@ def _extended_model(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
 
 
 def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
-    """The `tokenizer.json` with pieces that are found in text before it is cut any further."""
+    """Adds pieces to the `tokenizer.json` as tokens that are matched before the text is split."""
     if any(len(piece) > 1 for piece in pieces):
         raise UserError(
             f"{tokenizer.model_path}: longer pieces cannot be added as tokens; "
@@ -323,10 +325,10 @@ def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
 def _learnt_pieces(
     tokenizer: Tokenizer, texts: Sequence[str], characters: set[str], num_new: int
 ) -> list[str]:
-    """Longer pieces of these characters alone, in the order in which a byte-pair model merges.
+    """Trains a byte-pair model and returns its longer pieces in the order of its merges.
 
-    Every piece but a character is made of two that stand before it, so any beginning of the list
-    can be used.
+    The pieces consist of the given characters only. Each piece is formed by joining two characters
+    or earlier pieces, so any prefix of the list can be used.
     """
     if num_new <= 0 or not characters:
         return []
@@ -356,7 +358,7 @@ def _learnt_pieces(
 
 
 def _runs(texts: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[str]:
-    """The stretches of wanted characters in texts."""
+    """Yields the maximal runs of wanted characters in the texts."""
     for text in texts:
         run: list[str] = []
         for character in text:
@@ -372,13 +374,13 @@ def _runs(texts: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[st
 def growth_lines(
     old: Tokenizer, new: Tokenizer, pieces: Sequence[str], held_out: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
-    """Lines about an extension.
+    """Yields the lines of a report about an extension.
 
     Args:
-        old: The tokenizer before.
-        new: After.
-        pieces: What was added.
-        held_out: Documents by name, of a language each.
+        old: The tokenizer before the extension.
+        new: The extended tokenizer.
+        pieces: The pieces that were added.
+        held_out: Held-out documents by the name of their language.
     """
     num_parts = new.vocab_size - old.vocab_size - len(pieces)
     parts = f" and {num_parts} parts of them" if num_parts > 0 else ""

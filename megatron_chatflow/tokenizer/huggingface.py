@@ -1,8 +1,8 @@
 """Hugging Face `tokenizer.json` models (`HuggingFaceTokenizer`).
 
-Ids equal those of the `tokenizers` library with `encode_special_tokens` enabled, so that a literal
-`<s>` or `<|endoftext|>` in raw text is text. A `tokenizer_config.json` in the same folder is used
-if there is one.
+The ids equal those of the `tokenizers` library with `encode_special_tokens` enabled, so a literal
+`<s>` or `<|endoftext|>` in raw text is encoded as text. If the same folder has a
+`tokenizer_config.json`, it names the special tokens.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from megatron_chatflow.tokenizer.tokenizer_json import (
     parse_tokenizer_json,
 )
 
-# Names by which a model without a configuration is asked for its control tokens, best first.
+# Common names of special tokens for a model without a configuration, in order of preference.
 COMMON_NAMES = {
     "bos_token": ("<s>", "<|begin_of_text|>", "<|im_start|>", "<|endoftext|>", "[CLS]"),
     "eos_token": ("</s>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "[SEP]"),
@@ -40,7 +40,7 @@ COMMON_NAMES = {
 
 
 class HuggingFaceTokenizer:
-    """A `Tokenizer` over a `tokenizer.json`."""
+    """A `Tokenizer` for a Hugging Face `tokenizer.json`."""
 
     tokenizer_type = "HuggingFaceTokenizer"
 
@@ -51,7 +51,7 @@ class HuggingFaceTokenizer:
             path: The `tokenizer.json`.
 
         Raises:
-            UserError: The file cannot be read, is no such model, or has no EOS token.
+            UserError: If the file cannot be read, is not a valid model, or has no EOS token.
         """
         self.model_path = path
         data = read_model_file(path)
@@ -87,12 +87,12 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def add_bos_token(self) -> bool:
-        """Whether the model's own configuration begins every text with BOS."""
+        """Whether the model's configuration adds BOS to every text."""
         return adds_bos_token(self.model_path, self.bos_id)
 
     @cached_property
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes of text that each id stands for, int64[vocab_size]."""
+        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size]."""
         num_bytes = np.zeros(self.vocab_size, np.int64)
         byte_level = _mentions(self._content.get("decoder"), "ByteLevel")
         for piece, token_id in self._tokenizer.get_vocab().items():
@@ -109,15 +109,15 @@ class HuggingFaceTokenizer:
         return num_bytes
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text from its beginning, without BOS or EOS."""
+        """Encodes a text from its beginning, without BOS or EOS."""
         return self.encode_batch([text])[0]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The ids of a text that follows other text: with no space put first."""
+        """Encodes a text that follows other text, without adding a leading space."""
         return self._encode_batch(self._continuing_tokenizer, [text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text."""
+        """Encodes every text as `encode` does."""
         return self._encode_batch(self._tokenizer, texts)
 
     def _encode_batch(
@@ -126,7 +126,7 @@ class HuggingFaceTokenizer:
         with library_errors(f"cannot encode text: {self.model_path}"):
             try:
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            # Which of the two depends on the library's version.
+            # The type of the error for a lone surrogate depends on the library's version.
             except (UnicodeEncodeError, TypeError):
                 cleaned = [without_surrogates(text) for text in texts]
                 encodings = tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
@@ -135,19 +135,19 @@ class HuggingFaceTokenizer:
     def encode_arrays(
         self, texts: Sequence[str], end_id: int = -1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """`encode` of every text, as arrays."""
+        """Encodes every text and returns arrays. See `Tokenizer.encode_arrays`."""
         return join_arrays(self.encode_batch(texts), end_id)
 
     @property
     def runs_in_threads(self) -> bool:
-        """False: its texts and ids pass through the interpreter."""
+        """False, because converting the texts and ids holds the interpreter lock."""
         return False
 
     def encode_json_lines(self, data: bytes, key: str, end_id: int, narrow: bool) -> None:
-        """Leaves the parsing to the caller."""
+        """Returns None: the caller must parse the lines."""
 
     def control_id(self, name: str) -> int | None:
-        """The id of a control token; None where the model has no such token."""
+        """Returns the id of a control token, or None if the model has no such token."""
         return self._control_ids.get(name)
 
     @property
@@ -157,11 +157,11 @@ class HuggingFaceTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Which of them are `bos_token`, `eos_token` and so on."""
+        """The tokens for `bos_token`, `eos_token` and so on, by the names in transformers."""
         return dict(self._special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control ids vanish."""
+        """Converts ids to text. Control ids are skipped."""
         with library_errors(f"cannot decode ids: {self.model_path}"):
             return self._tokenizer.decode([int(token_id) for token_id in ids])
 
@@ -171,19 +171,19 @@ class HuggingFaceTokenizer:
         chat_template: str | None = None,
         add_bos_token: bool | None = None,
     ) -> None:
-        """Copies `tokenizer.json` and its configuration.
+        """Writes `tokenizer.json` and its configuration.
 
         Args:
-            folder: Made if it is missing.
-            chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
-            add_bos_token: True has the folder's tokenizer begin a text with BOS; else it does so
-                where this one does.
+            folder: The output folder, created if it is missing.
+            chat_template: Jinja source of the chat template. None keeps the model's own template.
+            add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds
+                BOS only if this tokenizer does.
         """
         save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
 
 def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """Control tokens by name, from the configuration beside the model, else by common names."""
+    """Finds the special tokens in `tokenizer_config.json`, or by their common names."""
     config = read_tokenizer_config(path.parent)
     found = {}
     for name, candidates in COMMON_NAMES.items():
@@ -198,14 +198,14 @@ def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, st
 
 
 def _mentions(part: Any, kind: str) -> bool:
-    """Whether a component of a `tokenizer.json`, or one nested in it, has this type."""
+    """Returns whether a component of a `tokenizer.json`, or one nested in it, has a type."""
     if isinstance(part, dict):
         return part.get("type") == kind or any(_mentions(value, kind) for value in part.values())
     return isinstance(part, list) and any(_mentions(value, kind) for value in part)
 
 
 def _without_prefix_space(part: Any) -> Any:
-    """The same model with nothing put before a text's first character."""
+    """Returns the same model without the components that prepend a space to a text."""
     if isinstance(part, list):
         kept = [item for item in part if not (isinstance(item, dict) and _is_prepend(item))]
         return [_without_prefix_space(item) for item in kept]

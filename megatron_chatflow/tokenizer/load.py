@@ -1,4 +1,4 @@
-"""Chooses and opens a tokenizer, by the same rule for every command."""
+"""Detects the type of a tokenizer and opens it. Every command uses this function."""
 
 from pathlib import Path
 
@@ -12,12 +12,13 @@ def load_tokenizer(tokenizer_model: str | Path, tokenizer_type: str = "auto") ->
     """Opens a tokenizer.
 
     Args:
-        tokenizer_model: A SentencePiece `.model`, a `tokenizer.json`, or a folder with one of them
-            (a SentencePiece model wins, being the original of a converted `tokenizer.json`).
+        tokenizer_model: A SentencePiece `.model`, a `tokenizer.json`, or a folder with one of them.
+            If a folder has both, "auto" selects the SentencePiece model, because the
+            `tokenizer.json` is usually converted from it.
         tokenizer_type: `Llama2Tokenizer` (SentencePiece), `HuggingFaceTokenizer`, or "auto".
 
     Raises:
-        UserError: Unknown type, or a file that is missing or is no such model.
+        UserError: If the type is unknown, or the file is missing or is not a model of that type.
     """
     path = Path(tokenizer_model)
     if tokenizer_type not in (*TOKENIZER_TYPES, "auto"):

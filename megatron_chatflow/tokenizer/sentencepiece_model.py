@@ -1,4 +1,4 @@
-"""SentencePiece models (`Llama2Tokenizer`), with the ids of the sentencepiece library."""
+"""SentencePiece models (`Llama2Tokenizer`). Ids equal those of the sentencepiece library."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ SPACE = "\u2581"
 
 
 class SentencePieceTokenizer:
-    """A `Tokenizer` over a SentencePiece model; literal `<s>` in text stays text."""
+    """A `Tokenizer` for a SentencePiece model. A literal `<s>` in text is encoded as text."""
 
     tokenizer_type = "Llama2Tokenizer"
 
@@ -41,7 +41,7 @@ class SentencePieceTokenizer:
             path: The `.model` file.
 
         Raises:
-            UserError: The file cannot be read, is no SentencePiece model, or lacks an EOS id.
+            UserError: If the file cannot be read, is not a SentencePiece model, or has no EOS id.
         """
         self.model_path = path
         self._model_bytes = read_model_file(path)
@@ -66,12 +66,12 @@ class SentencePieceTokenizer:
 
     @cached_property
     def add_bos_token(self) -> bool:
-        """Whether the model's own configuration begins every text with BOS."""
+        """Whether the model's configuration adds BOS to every text."""
         return adds_bos_token(self.model_path, self.bos_id)
 
     @cached_property
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes of text that each id stands for, int64[vocab_size]."""
+        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size]."""
         processor = self._processor
         num_bytes = np.zeros(self.vocab_size, np.int64)
         for token_id in range(self.vocab_size):
@@ -93,11 +93,11 @@ class SentencePieceTokenizer:
         return bool(model.normalizer_spec.add_dummy_prefix)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text from its beginning, without BOS or EOS."""
+        """Encodes a text from its beginning, without BOS or EOS."""
         return self.encode_batch([text])[0]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The ids of a text that follows other text: no dummy prefix space."""
+        """Encodes a text that follows other text, without the dummy prefix space."""
         if self._fast_encoder is None:
             return _encode(self._continuing_processor, text)
         ids, _ = _encode_fast(self._fast_encoder, [text], False, -1)
@@ -105,7 +105,7 @@ class SentencePieceTokenizer:
         return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text."""
+        """Encodes every text as `encode` does."""
         if self._fast_encoder is None:
             return [_encode(self._processor, text) for text in texts]
         return split_arrays(*self.encode_arrays(texts))
@@ -113,26 +113,26 @@ class SentencePieceTokenizer:
     def encode_arrays(
         self, texts: Sequence[str], end_id: int = -1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """`encode` of every text, as arrays."""
+        """Encodes every text and returns arrays. See `Tokenizer.encode_arrays`."""
         if self._fast_encoder is None:
             return join_arrays(self.encode_batch(texts), end_id)
         return _encode_fast(self._fast_encoder, texts, self._has_prefix, end_id)
 
     @property
     def runs_in_threads(self) -> bool:
-        """Whether the compiled encoder does the work, which leaves the interpreter free."""
+        """Whether the compiled encoder is used, which releases the interpreter lock."""
         return self._fast_encoder is not None
 
     def encode_json_lines(
         self, data: bytes, key: str, end_id: int, narrow: bool
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
-        """`encode_arrays` of the text under a key of every line; None to leave it to the caller."""
+        """Parses and encodes JSON lines. See `Tokenizer.encode_json_lines`."""
         if self._fast_encoder is None:
             return None
         return self._fast_encoder.encode_json_lines(data, key, self._has_prefix, end_id, narrow)
 
     def control_id(self, name: str) -> int | None:
-        """The id of a control token; None where the model has no such token."""
+        """Returns the id of a control token, or None if the model has no such token."""
         token_id = int(self._processor.piece_to_id(name))
         return token_id if self._processor.is_control(token_id) else None
 
@@ -144,13 +144,13 @@ class SentencePieceTokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """Which of them are `bos_token`, `eos_token` and so on."""
+        """The tokens for `bos_token`, `eos_token` and so on, by the names in transformers."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         ids["unk_token"] = self.unk_id
         return {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control ids vanish."""
+        """Converts ids to text. Control ids are skipped."""
         text: str = self._processor.decode([int(token_id) for token_id in ids])
         return text
 
@@ -160,13 +160,13 @@ class SentencePieceTokenizer:
         chat_template: str | None = None,
         add_bos_token: bool | None = None,
     ) -> None:
-        """Writes `tokenizer.model` and what transformers needs beside it.
+        """Writes `tokenizer.model` and the other files that transformers needs.
 
         Args:
-            folder: Made if it is missing.
-            chat_template: Jinja source that turns messages into a prompt; None keeps the model's.
-            add_bos_token: True has the folder's tokenizer begin a text with BOS; else it does so
-                where this one does.
+            folder: The output folder, created if it is missing.
+            chat_template: Jinja source of the chat template. None keeps the model's own template.
+            add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds
+                BOS only if this tokenizer does.
         """
         save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
@@ -175,7 +175,7 @@ def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = processor.LoadFromSerializedProto(data)
-    except UnicodeDecodeError as error:  # of a message that quotes the model
+    except UnicodeDecodeError as error:  # the library's message quotes the model's bytes
         raise UserError(f"not a SentencePiece model: {path}: its text is not UTF-8") from error
     except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"not a SentencePiece model: {path}: {error_text(error)}") from error
@@ -185,7 +185,7 @@ def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcess
 
 
 def _check_pieces(data: bytes, path: Path) -> None:
-    """Refuses what sentencepiece accepts and encoding, extension or export cannot use."""
+    """Rejects models that sentencepiece accepts but encoding, extension or export cannot use."""
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)
@@ -204,7 +204,7 @@ def _check_pieces(data: bytes, path: Path) -> None:
     for token_id, piece in enumerate(model.pieces):
         text: Any = piece.piece
         problem = None
-        if not isinstance(text, str):  # protobuf gives bytes where they are no UTF-8
+        if not isinstance(text, str):  # protobuf returns bytes if they are not valid UTF-8
             problem = "is not UTF-8"
         elif text in texts:
             problem = f"repeats {shorten(text)}"

@@ -1,15 +1,15 @@
-"""The small files of a Hugging Face folder: tokenizer, chat templates, stop tokens, licence.
+"""The small files of a Hugging Face folder: tokenizer, chat templates, stop tokens, license.
 
-Everything in a model's folder but its weights has to reach the export, or the exported model stops
-nowhere, begins its texts otherwise, or is written another kind of chat. Conversion and training
-therefore carry these files as they are, and change one only where what it says has changed:
+Every file in a model's folder except the weights must be copied to the export. Otherwise the
+exported model may not stop, may begin its texts differently, or may use a different chat template.
+Conversion and training therefore copy these files unchanged, except for the following edits:
 
-* `replace_tokenizer`: the vocabulary has grown,
-* `with_chat_template`: chats were trained in another template,
-* `with_bos`, `with_stop_tokens`: how texts begin and answers end.
+* `replace_tokenizer`: replaces the tokenizer, usually after the vocabulary has grown.
+* `with_chat_template`: sets the chat template that the model was trained with.
+* `with_bos`, `with_stop_tokens`: set how texts begin and how answers end.
 
-The files are held as a dictionary from names, relative to the folder and with `/` between parts, to
-contents.
+The files are represented as a dictionary from names to contents. Names are relative to the folder,
+with `/` as the separator.
 """
 
 import json
@@ -50,9 +50,10 @@ _ADDED_TOKENS = "added_tokens.json"
 _PROCESSOR_TEMPLATE = "chat_template.json"
 _TEMPLATES = (CHAT_TEMPLATE_FILE, _PROCESSOR_TEMPLATE)
 _MODEL_FILES = {"Llama2Tokenizer": "tokenizer.model", "HuggingFaceTokenizer": "tokenizer.json"}
-# What belongs to a vocabulary and is stale once it has grown.
+# Files that belong to a vocabulary and are outdated when it changes.
 _VOCABULARY = (*_MODEL_FILES.values(), "vocab.json", "merges.txt", _ADDED_TOKENS)
-# What may lie beside a tokenizer's file; of a folder with other things in it, only these are taken.
+# Files that may accompany a tokenizer's file. Only these are read from a tokenizer's folder, which
+# may contain unrelated files.
 _BESIDE_TOKENIZER = (TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP, _ADDED_TOKENS, GENERATION_CONFIG)
 _JSON_OBJECTS = (*_BESIDE_TOKENIZER, MODEL_CONFIG)
 
@@ -60,7 +61,7 @@ _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
     *(".index.json", ".distcp"),
 )
-_LEFT_OUT = (*_WEIGHTS, ".py", ".partial")  # code is never carried
+_LEFT_OUT = (*_WEIGHTS, ".py", ".partial")  # code is never copied
 _MOST_BYTES = 64 * 2**20  # a tokenizer.json of 250,000 pieces has about 35 MB
 
 _SPECIAL_TOKENS = (
@@ -68,21 +69,21 @@ _SPECIAL_TOKENS = (
     *("sep_token", "cls_token", "mask_token"),
 )
 _SPECIAL_LISTS = ("additional_special_tokens", "extra_special_tokens")
-# Of templates that cannot be rendered here.
+# Common turn ends, for templates that only transformers can render.
 _USUAL_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of a model's folder holds weights, or says where they lie."""
+    """Returns whether a file of a model's folder contains weights or an index of them."""
     return name.endswith(_WEIGHTS)
 
 
 def read_model_files(folder: Path) -> SmallFiles:
-    """Reads the small files of a model's folder: all but weights, code and hidden files.
+    """Reads the small files of a model's folder: all except weights, code and hidden files.
 
     Raises:
-        UserError: A file cannot be read, or is no JSON object where it has to be one.
+        UserError: If a file cannot be read, or a file that must be a JSON object is not.
     """
     try:
         names = [path.name for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
@@ -93,10 +94,12 @@ def read_model_files(folder: Path) -> SmallFiles:
 
 
 def read_tokenizer_files(tokenizer: Tokenizer) -> SmallFiles:
-    """Reads a tokenizer's own file, under transformers' name for it, and what lies beside it.
+    """Reads a tokenizer's model file and the files that accompany it in its folder.
+
+    The model file is stored under the name that transformers uses.
 
     Raises:
-        UserError: A file cannot be read, or is no JSON object where it has to be one.
+        UserError: If a file cannot be read, or a file that must be a JSON object is not.
     """
     path = tokenizer.model_path
     name = _MODEL_FILES[tokenizer.tokenizer_type]
@@ -104,10 +107,10 @@ def read_tokenizer_files(tokenizer: Tokenizer) -> SmallFiles:
     folder = path.parent
     others = [folder / other for other in _MODEL_FILES.values() if other != path.name]
     if path.name != name and any(other.is_file() for other in others):
-        return files  # what lies beside belongs to the file of the usual name
+        return files  # the other files belong to the model file with the usual name
     names = [*_BESIDE_TOKENIZER, *chat_template_names(folder)]
     if (folder / TOKENIZER_CONFIG).is_file():
-        names += _VOCABULARY  # a whole tokenizer, perhaps in both formats
+        names += _VOCABULARY  # a complete tokenizer, possibly in both formats
     return {**_read(folder, list(dict.fromkeys(names))), **files}
 
 
@@ -133,10 +136,10 @@ def _read(folder: Path, names: list[str]) -> SmallFiles:
 
 
 def _check_added_tokens(name: str, content: Mapping[str, Any]) -> None:
-    """Refuses tokens whose ids are no numbers.
+    """Checks the ids of added tokens.
 
     Raises:
-        ValueError: One is not.
+        ValueError: If an id is not an integer from 0 to 2**31 - 1.
     """
     ids: list[Any] = []
     if name == TOKENIZER_CONFIG and isinstance(content.get("added_tokens_decoder"), dict):
@@ -149,10 +152,10 @@ def _check_added_tokens(name: str, content: Mapping[str, Any]) -> None:
 
 
 def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files into a folder, each whole under its name or not at all.
+    """Writes files into a folder. Each file is written atomically.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: If the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,16 +170,17 @@ def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def save_tokenizer(
     tokenizer: Tokenizer, folder: Path, chat_template: str | None, add_bos_token: bool | None
 ) -> None:
-    """Writes a tokenizer, and what lies beside it, as a folder that transformers reads.
+    """Writes a tokenizer and the files that accompany it to a folder that transformers can load.
 
     Args:
         tokenizer: The tokenizer.
-        folder: Made if it is missing.
-        chat_template: Jinja source that turns messages into a prompt; None keeps its own.
-        add_bos_token: Whether a text is to begin with BOS where the tokenizer does not do so yet.
+        folder: The output folder, created if it is missing.
+        chat_template: Jinja source of the chat template. None keeps the tokenizer's own template.
+        add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds BOS
+            only if `tokenizer` does.
 
     Raises:
-        UserError: The folder cannot be written.
+        UserError: If the folder cannot be written.
     """
     files = complete_tokenizer(read_tokenizer_files(tokenizer), tokenizer)
     if add_bos_token:
@@ -187,19 +191,22 @@ def save_tokenizer(
 
 
 def has_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> bool:
-    """Whether the files hold this very tokenizer."""
+    """Returns whether the files contain exactly this tokenizer, by its fingerprint."""
     data = files.get(_MODEL_FILES[tokenizer.tokenizer_type])
     return data is not None and sha256_of(data) == tokenizer.fingerprint
 
 
 def complete_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
-    """The files with the configuration that transformers needs, where there is none.
+    """Adds the tokenizer configuration that transformers needs, if it is missing.
 
-    What a whole model's folder has is kept as it is: there config.json says the rest.
+    The files of a model's folder are returned unchanged, because config.json has the information.
 
     Args:
-        files: Those of this tokenizer.
+        files: The files of this tokenizer.
         tokenizer: The tokenizer.
+
+    Returns:
+        The completed files.
     """
     if MODEL_CONFIG in files:
         return dict(files)
@@ -216,17 +223,20 @@ def complete_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Smal
 
 
 def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
-    """The files with another tokenizer, most often one whose vocabulary has grown.
+    """Replaces the tokenizer among the files, usually after its vocabulary has grown.
 
-    What lies beside the new tokenizer counts before what the old one had; what it does not say,
-    such as the chat template, padding and `model_max_length`, stays the old one's.
+    The files that accompany the new tokenizer override those of the old one. Settings that they do
+    not contain, such as the chat template, padding and `model_max_length`, are kept.
 
     Args:
-        files: As they were; returned unchanged if they hold this tokenizer.
+        files: The old files.
         tokenizer: The new tokenizer.
 
+    Returns:
+        The new files, or a copy of the old ones if they already contain this tokenizer.
+
     Raises:
-        UserError: A file beside the new tokenizer cannot be read.
+        UserError: If a file that accompanies the new tokenizer cannot be read.
     """
     if has_tokenizer(files, tokenizer):
         return dict(files)
@@ -270,7 +280,7 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
 
 
 def _drop_ids(files: SmallFiles, name: str, lost: set[int]) -> None:
-    """Removes ids of tokens that are gone from a JSON file's special ids."""
+    """Removes the ids of lost tokens from the special ids in a JSON file."""
     content = _json_object(files, name)
     changed = False
     for key in SPECIAL_IDS:
@@ -284,13 +294,13 @@ def _drop_ids(files: SmallFiles, name: str, lost: set[int]) -> None:
 
 
 def _drop_unknown_tokens(config: dict[str, Any], known: Mapping[str, int]) -> dict[str, int]:
-    """Removes tokens that a vocabulary does not have from a tokenizer's configuration.
+    """Removes tokens that are not in a vocabulary from a tokenizer's configuration.
 
-    transformers would add them behind the vocabulary, where the model has no rows. Tokens whose ids
-    lie behind the whole vocabulary stay.
+    transformers would otherwise add them after the vocabulary, where the model has no embedding
+    rows. Tokens that already have ids above the vocabulary are kept.
 
     Returns:
-        The ids of what was removed by name, -1 where none is known.
+        The ids of the removed tokens by name, -1 for an unknown id.
     """
     lost: dict[str, int] = {}
     present = set(known)
@@ -325,7 +335,7 @@ def _content(token: Any) -> str:
 
 
 def _vocabulary_of(data: bytes, tokenizer: Tokenizer) -> dict[str, int]:
-    """The ids of a tokenizer file's pieces and tokens by name."""
+    """Returns the ids of all pieces and tokens in a tokenizer's model file, by name."""
     if tokenizer.tokenizer_type == "Llama2Tokenizer":
         model = sentencepiece_model_pb2.ModelProto()
         model.ParseFromString(data)
@@ -335,7 +345,7 @@ def _vocabulary_of(data: bytes, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def without_tokenizer(files: Mapping[str, bytes]) -> SmallFiles:
-    """The files without the tokenizer and its chat templates."""
+    """Removes the tokenizer and its chat templates from the files."""
     names = (*_VOCABULARY, TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP, *_TEMPLATES)
     return {
         name: data
@@ -345,7 +355,7 @@ def without_tokenizer(files: Mapping[str, bytes]) -> SmallFiles:
 
 
 def token_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids by name of all tokens, also of those that only the files beside the tokenizer add."""
+    """Returns the ids of all tokens by name, including tokens that only other files add."""
     ids = _vocabulary_of(files[_MODEL_FILES[tokenizer.tokenizer_type]], tokenizer)
     for text, token_id in _json_object(files, _ADDED_TOKENS).items():
         ids.setdefault(text, token_id)
@@ -357,27 +367,30 @@ def token_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, int
 
 
 def own_chat_template(files: Mapping[str, bytes], folder: Path) -> str | None:
-    """Jinja source of the default chat template among the files; None if there is none.
+    """Returns the Jinja source of the default chat template, or None if there is none.
 
     Args:
         files: The small files of a folder.
         folder: The folder, for messages.
 
     Raises:
-        UserError: A file that should hold one is damaged.
+        UserError: If a file with chat templates is damaged.
     """
     return chat_templates_in(files, folder).get("default")
 
 
 def with_chat_template(files: Mapping[str, bytes], source: str) -> SmallFiles:
-    """The files with another default chat template; other named ones stay.
+    """Sets the default chat template and keeps other named templates.
 
-    It is written where the old one is: in a file of its own or in `tokenizer_config.json`. Without
-    either of them it becomes `chat_template.jinja`.
+    The template is written to the place of the old one: a separate file or
+    `tokenizer_config.json`. If neither exists, it is written to `chat_template.jinja`.
 
     Args:
-        files: As they were; returned unchanged if this is their template.
+        files: The small files of a folder.
         source: Jinja source.
+
+    Returns:
+        The new files, or a copy of the old ones if they already have this template.
     """
     result = dict(files)
     if own_chat_template(files, Path()) == source:
@@ -402,18 +415,22 @@ def with_chat_template(files: Mapping[str, bytes], source: str) -> SmallFiles:
 
 
 def with_bos(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
-    """The files with BOS before every text, for a model whose training data had it.
+    """Makes the tokenizer add BOS to every text, for a model that was trained with BOS.
 
     Args:
-        files: Those of this tokenizer, see `complete_tokenizer`; unchanged if they put it there.
+        files: The files of this tokenizer, as `complete_tokenizer` returns them.
         tokenizer: The tokenizer.
+
+    Returns:
+        The new files, or a copy of the old ones if they already add BOS or there is no BOS token.
     """
     bos, result = tokenizer.special_tokens.get("bos_token"), dict(files)
     config, data = _json_object(files, TOKENIZER_CONFIG), files.get("tokenizer.json")
     if bos is None or tokenizer.bos_id < 0 or configured_bos(config, data, tokenizer.bos_id):
         return result
     result[TOKENIZER_CONFIG] = json_bytes({**config, "add_bos_token": True})
-    # transformers 5 reads the post-processor, and not `add_bos_token`, beside a tokenizer.json.
+    # If there is a tokenizer.json, transformers 5 ignores `add_bos_token` and uses the
+    # post-processor.
     if data is not None and not configured_bos({}, data, tokenizer.bos_id):
         content = json.loads(data)
         begun = with_special_tokens(content.get("post_processor"), [(bos, tokenizer.bos_id)])
@@ -427,15 +444,18 @@ def with_stop_tokens(
     ids: Mapping[str, int],
     tokenizer: Tokenizer | None,
 ) -> SmallFiles:
-    """The files with a `generation_config.json` that lists every token that ends an answer.
+    """Lists every token that ends an answer in `generation_config.json`.
 
-    The base model's list stays, also where only config.json has it, and the token that ends a turn
-    of the chat template is added.
+    The stop tokens of the base model are kept, including those that only config.json lists. The
+    token that ends a turn in the chat template is added.
 
     Args:
-        files: With the template and the tokenizer of the export.
-        ids: `bos_token_id`, `eos_token_id` and `pad_token_id` for a model without a base.
-        tokenizer: The export's; None if it has none.
+        files: The files of the export, including its chat template and tokenizer.
+        ids: `bos_token_id`, `eos_token_id` and `pad_token_id` for a model without a base model.
+        tokenizer: The tokenizer of the export, or None if it has none.
+
+    Returns:
+        The new files, or a copy of the old ones if the list is already complete.
     """
     config = _json_object(files, GENERATION_CONFIG)
     if GENERATION_CONFIG not in files:
@@ -464,7 +484,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
-    """Ids of the tokens with which the chat template ends an answer."""
+    """Returns the ids of the tokens that end an answer in the chat template."""
     source = own_chat_template(files, Path())
     if source is None:
         return []
@@ -477,7 +497,7 @@ def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]
         filter(None, dict.fromkeys([*tokenizer.control_tokens, *added, *named.values()]))
     )
     ends: list[str | None] = []
-    # The tokens' names as training had them, and as transformers takes them from the folder.
+    # Render with the special tokens of training and with those that transformers reads.
     for special in (tokenizer.special_tokens, {**tokenizer.special_tokens, **named}):
         template = JinjaTemplate(CHAT_TEMPLATE_FILE, source, control, tuple(special.items()))
         ends.append(template.turn_end())
@@ -487,10 +507,10 @@ def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]
 
 
 def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """A JSON file among the files; empty if it is not there.
+    """Parses one of the files as a JSON object. Returns an empty dictionary if it is missing.
 
     Raises:
-        ValueError: It is no JSON object.
+        ValueError: If the file is not a JSON object.
     """
     if name not in files:
         return {}
@@ -501,5 +521,5 @@ def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def json_bytes(content: Any) -> bytes:
-    """Content of a JSON file, indented."""
+    """Serializes the content of a JSON file with indentation."""
     return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()

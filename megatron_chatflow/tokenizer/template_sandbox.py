@@ -1,14 +1,15 @@
-"""The sandbox in which chat templates run, with limits on time, steps and characters.
+"""The sandbox for chat templates, with limits on time, steps and characters.
 
-jinja2's sandbox keeps a template from reaching the system, but not from writing `10 ** 10 ** 8` or
-`'a' * 3000000000`, and one call of such a kind cannot be interrupted. Therefore each operation
-whose result may be much larger than its operands is charged to a budget before it runs: operators,
-`~`, filters, methods of strings, and what is written out. Loops and calls are counted as steps,
-and a deadline is checked at each step. Steps and characters depend on nothing but the template and
-the chat, so that the same chats are left out on every machine; the deadline is the last resort.
+jinja2's sandbox prevents a template from accessing the system, but not from evaluating
+`10 ** 10 ** 8` or `'a' * 3000000000`, and such a call cannot be interrupted. Every operation with a
+result that may be much larger than its operands is therefore charged to a budget before it runs:
+operators, `~`, filters, string methods, and output. Loop iterations and calls are counted as steps,
+and a deadline is checked every 16 steps. The numbers of steps and characters depend only on the
+template and the chat, so the same chats are dropped on every machine. The deadline is the last
+resort.
 
-The environment offers what `transformers` offers templates, except the time of day, on which a
-corpus would then depend.
+The environment provides what transformers provides to templates, except the current time, because
+a corpus must not depend on it.
 """
 
 import json
@@ -45,25 +46,25 @@ from megatron_chatflow.tokenizer.documents import TemplateLimitError
 MAX_SECONDS = 10.0
 MAX_STEPS = 1_000_000
 STEPS_PER_MESSAGE = 100
-# Of all strings that a rendering makes, not only of those that exist at one time.
+# Counts all strings that a rendering creates, not only those that exist at the same time.
 MAX_CHARACTERS = 1 << 26
 CHARACTERS_PER_INPUT_CHARACTER = 16
 MAX_INT_BITS = 1 << 12
 MAX_ROUND_PRECISION = 300
-_ELEMENT_CHARACTERS = 8  # what an element of a list is charged: a pointer
-_OBJECT_CHARACTERS = 64  # what a small object is charged
+_ELEMENT_CHARACTERS = 8  # charge for a list element: the size of a pointer
+_OBJECT_CHARACTERS = 64  # charge for a small object
 _CONTAINER_CHARACTERS = 256
 _URLIZE_FACTOR = 32
 _NUM_ADDED_AT_ONCE = 4
 _STEPS_BETWEEN_CLOCKS = 16
-_VALUE_CHARACTERS = 24  # the text of a number or of an object without content
+_VALUE_CHARACTERS = 24  # text length of a number or of an empty object
 
-# Filters that hand on their value or references to its elements.
+# Filters that return a number, their value, or references to its elements.
 _STRUCTURAL_FILTERS = frozenset(
     "length count first last default d items map select reject selectattr rejectattr attr "
     "random abs int float".split()
 )
-# Methods of strings whose result is a number or a truth value.
+# String methods that return a number or a boolean.
 _QUERIES = frozenset(
     "startswith endswith find rfind index rindex count isalnum isalpha isascii isdecimal isdigit "
     "isidentifier islower isnumeric isprintable isspace istitle isupper".split()
@@ -74,12 +75,12 @@ _NESTED_FIELD = re.compile(r"\{[^{}]*:[^{}]*\{")
 
 
 class GenerationExtension(Extension):
-    """`{% generation %}...{% endgeneration %}` around an answer."""
+    """Implements `{% generation %}...{% endgeneration %}`, which marks an answer."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Turns the block into a call of `_marked`."""
+        """Parses the block into a call of `_marked`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_marked", [nodes.ContextReference()])
@@ -94,7 +95,7 @@ _COUNTED = nodes.EnvironmentAttribute("counted")
 
 
 class _LimitedCodeGenerator(CodeGenerator):
-    """Compiles loops, slices, `+` and `~` to calls of the environment, which charges them."""
+    """Compiles loops, slices, `+` and `~` to methods of the environment that charge them."""
 
     environment: "LimitedEnvironment"
 
@@ -124,7 +125,7 @@ class _LimitedCodeGenerator(CodeGenerator):
         self.write(")" if is_slice else "")
 
     def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:  # noqa: N802
-        # One charge for up to four operands: what they make before it stays small.
+        # Charge once for up to four operands. The intermediate results before it are small.
         num_inner = getattr(node, "num_outer_operators", 0)
         if isinstance(node.left, nodes.Add) and num_inner < _NUM_ADDED_AT_ONCE - 2:
             node.left.num_outer_operators = num_inner + 1  # type: ignore[attr-defined]
@@ -149,24 +150,24 @@ class _LimitedCodeGenerator(CodeGenerator):
 
 
 def _size_of_literals(node: nodes.Node) -> int:
-    """What the texts and containers that are written out in a piece of template are charged."""
+    """Returns the charge for the literal texts and containers in a part of a template."""
     size = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
     size += sum(len(text.value) for text in node.find_all(nodes.Const) if type(text.value) is str)
     for container in node.find_all((nodes.List, nodes.Tuple, nodes.Dict)):
-        if getattr(container, "ctx", "load") == "load":  # and not the targets of a loop
+        if getattr(container, "ctx", "load") == "load":  # excludes the targets of a loop
             size += _CONTAINER_CHARACTERS + _OBJECT_CHARACTERS * len(container.items)  # type: ignore[attr-defined]
     return size
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox that stops a rendering at its limits. It renders one template at a time."""
+    """A sandbox that stops a rendering at its limits and renders one template at a time."""
 
     code_generator_class = _LimitedCodeGenerator
     intercepted_binops = frozenset(["*", "**", "%"])
-    size_of_literals = 0  # of the template
+    size_of_literals = 0  # charge for the literals of the template
 
     def __init__(self) -> None:
-        """A new environment, with the settings that chat templates are written for."""
+        """Creates an environment with the jinja2 settings that chat templates expect."""
         self._lock = RLock()
         self._begin(0, 0)
         super().__init__(
@@ -183,12 +184,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         """Renders a template.
 
         Args:
-            template: Made by this environment.
-            variables: Its variables; the limits grow with `messages`.
+            template: A template of this environment.
+            variables: The template's variables. The limits grow with the size of `messages`.
 
         Raises:
-            TemplateLimitError: It reaches a limit.
-            Exception: Whatever else a template may fail with.
+            TemplateLimitError: If the rendering exceeds a limit.
+            Exception: Any other error of the template.
         """
         messages = variables.get("messages", ())
         num_characters = 0
@@ -210,7 +211,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self._deadline = 0.0
 
     def _step(self, num_characters: int = 0) -> None:
-        """Counts an iteration or a call, and charges what it makes."""
+        """Counts an iteration or a call as one step and charges the characters it creates."""
         self._steps_left -= 1
         self._characters_left -= num_characters
         self._check()
@@ -222,19 +223,19 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             raise TemplateLimitError(f"makes more than {self._max_characters} characters")
         if not self._steps_left % _STEPS_BETWEEN_CLOCKS:
             now = time.perf_counter()
-            if not self._deadline:  # most renderings are over before they need one
+            if not self._deadline:  # set late, because most renderings end earlier
                 self._deadline = now + MAX_SECONDS
             elif now > self._deadline:
                 raise TemplateLimitError(f"takes more than {MAX_SECONDS:g} seconds")
 
     def _charge(self, num_characters: int) -> None:
-        """Charges the characters that an operation makes."""
+        """Charges the characters that an operation creates."""
         self._characters_left -= num_characters
         if self._characters_left < 0:
             self._check()
 
     def counted(self, iterable: Iterable[Any], size_of_body: int) -> Iterator[Any]:
-        """The elements that a loop runs over, each counted as a step."""
+        """Yields the elements of a loop and counts each as a step."""
         for element in iterable:
             self._steps_left -= 1
             self._characters_left -= size_of_body
@@ -247,7 +248,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             yield element
 
     def charged(self, value: Any) -> Any:
-        """A slice, or the result of `+`, neither of which is much longer than what was there."""
+        """Charges a slice or a result of `+`. Both are not much longer than their operands."""
         if type(value) is str:
             self._characters_left -= len(value)
             if self._characters_left < 0:
@@ -259,7 +260,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def concatenate(self, context: Context, operands: Sequence[Any]) -> str:
-        """The operator `~`."""
+        """Applies the operator `~`."""
         size = 0
         for operand in operands:
             size += len(operand) if type(operand) is str else self._text_size(operand)
@@ -267,25 +268,25 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return markup_join(operands) if context.eval_ctx.autoescape else str_join(operands)
 
     def text(self, value: Any) -> str:
-        """What `{{ }}` writes out. The texts of one output are charged when they are joined."""
+        """Converts the value of `{{ }}` to text. Strings are charged later, in `concat`."""
         if type(value) is str:
             return value
         self._charge(self._text_size(value))
         return str(value)
 
     def escaped(self, value: Any) -> Markup:
-        """The same with `autoescape`."""
+        """Converts the value of `{{ }}` to escaped text, for `autoescape`."""
         self._charge(self._text_size(value))
         return escape(value)
 
     def concat(self, texts: Iterable[str]) -> str:
-        """Joins the texts of an output."""
+        """Joins and charges the texts of an output."""
         texts = list(texts)
         self._charge(sum(map(len, texts)))
         return "".join(texts)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """An operator."""
+        """Charges and applies a binary operator."""
         if operator == "%":
             if isinstance(left, str | bytes):
                 self._charge(self._percent_size(left, right))
@@ -305,8 +306,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function, a macro or a method."""
-        self._step(_CONTAINER_CHARACTERS)  # it may return a namespace or a dictionary
+        """Charges and calls a function, a macro or a method."""
+        self._step(_CONTAINER_CHARACTERS)  # the call may return a namespace or a dictionary
         if type(function) is BuiltinMethodType:
             owner = function.__self__
             if isinstance(owner, str | bytes):
@@ -318,11 +319,11 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may use an attribute."""
+        """Returns whether a template may use an attribute."""
         return attr not in _UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`str.format` and `str.format_map`, charged."""
+        """Wraps `str.format` and `str.format_map` to charge their results."""
         function = super().wrap_str_format(value)
         if function is None:
             return None
@@ -340,7 +341,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return limited
 
     def _charge_method(self, owner: Any, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Charges what a method of a string makes; returns the arguments to call it with."""
+        """Charges the result of a string method. Returns the arguments to call it with."""
         if name in _QUERIES or name.startswith("format"):
             return args
         size = len(owner)
@@ -365,7 +366,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return args
 
     def _limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that is charged before it runs."""
+        """Wraps a filter to charge its result before it runs."""
         position = 1 if hasattr(function, "jinja_pass_arg") else 0
         sizes: dict[str, Callable[[Any, tuple[Any, ...]], int]] = {
             "batch": lambda value, args: self._list_size(value) + _number(args, 0, 1),
@@ -393,7 +394,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             ),
             "pprint": lambda value, args: self._text_size(value, 1),
             "wordwrap": self._product_size,
-            # Its time is charged as well: no deadline ends it.
+            # The factor also covers its running time, because no deadline can interrupt it.
             "urlize": lambda value, args: _URLIZE_FACTOR * self._product_size(value, args),
         }
         size_of = sizes.get(name, self._sum_of_sizes)
@@ -433,12 +434,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def _list_size(self, value: Any) -> int:
         if not isinstance(value, Sized):
-            return 0  # made by a filter, whose elements are charged one by one
+            return 0  # a filter's generator; its elements are charged one by one
         size = _OBJECT_CHARACTERS if isinstance(value, str) else _ELEMENT_CHARACTERS
         return size * len(value)
 
     def _percent_size(self, pattern: Any, values: Any) -> int:
-        """How long the result of `pattern % values` may be."""
+        """Bounds the length of the result of `pattern % values`."""
         text = pattern.decode("latin-1") if isinstance(pattern, bytes) else str(pattern)
         size = self._text_size(values)
         if isinstance(values, Mapping):
@@ -449,9 +450,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return len(text) + size + _sum_of_numbers(text)
 
     def _text_size(self, value: Any, indent: int = 0, depth: int = 0) -> int:
-        """About how many characters `str(value)` has; counts elements of containers as steps.
+        """Estimates the number of characters of `str(value)`.
 
-        Shared elements count each time that they are written, and may be exponentially many.
+        Every element of a container is counted as a step. A shared element is counted each time it
+        is written, because nested sharing can make the text exponentially long.
         """
         if isinstance(value, str | bytes):
             return len(value)
@@ -478,17 +480,17 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return size
 
 
-# Filters whose result may be longer than their value even without arguments.
+# Filters that may return more than their value even without arguments.
 _LONGER_BY_DEFAULT = frozenset(["batch", "center", "indent", "list", "slice", "urlize", "wordwrap"])
 
 
 def _number(args: Sequence[Any], position: int, default: int) -> int:
     value = args[position] if position < len(args) else default
-    return value if isinstance(value, int) else 0  # anything else is refused by what it is for
+    return value if isinstance(value, int) else 0  # the operation itself rejects other types
 
 
 def _length(value: Any) -> int:
-    """Of an indentation, which may be a number or a text."""
+    """Returns the length of an indentation that is given as a number or a text."""
     if isinstance(value, int):
         return max(value, 0)
     return len(value) if isinstance(value, str) else 0
@@ -501,7 +503,7 @@ def _replaced_size(text: Any, old: Any, new: Any) -> int:
 
 
 def _sum_of_numbers(pattern: str) -> int:
-    """The sum of all numbers in a format, among which are its widths and precisions."""
+    """Sums all numbers in a format string, including its widths and precisions."""
     return sum(int(digits) if len(digits) < 10 else 10**10 for digits in _DIGITS.findall(pattern))
 
 

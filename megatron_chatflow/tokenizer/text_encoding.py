@@ -1,10 +1,10 @@
-"""Tells text in UTF-8 from everything else that may lie in a file of text.
+"""Detects input that is not UTF-8 text, and converts text in other encodings to UTF-8.
 
-A corpus in another encoding decodes without an error into characters that nobody wrote. Therefore
-a file is refused at its first bytes if they are the mark of UTF-16 or of a kind of file that is not
-text, and text is refused if more than a small share of it is not UTF-8. Other encodings are read
-when they are named: `transcode` turns them into UTF-8 before anything else looks at the bytes, so
-that line ends, JSON and byte limits mean the same everywhere.
+A corpus in another encoding may decode without an error into wrong characters. A file is therefore
+rejected if its first bytes are a UTF-16 or UTF-32 byte-order mark or the signature of a binary
+format, and text is rejected if more than a small share of it is not UTF-8. To read another
+encoding, the user names it, and `transcode` converts the bytes to UTF-8 before any other
+processing, so that line ends, JSON and byte limits have the same meaning everywhere.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from itertools import chain
 from megatron_chatflow.errors import UserError
 
 UTF8_MARK = b"\xef\xbb\xbf"
-# In this order: the mark of UTF-32 (little-endian) begins with that of UTF-16.
+# The order matters: the mark of little-endian UTF-32 begins with that of UTF-16.
 _MARKS = {
     UTF8_MARK: ("utf-8", "utf-8-sig"),
     b"\xff\xfe\0\0": ("utf-32", "utf-32-le"),
@@ -23,7 +23,7 @@ _MARKS = {
     b"\xfe\xff": ("utf-16", "utf-16-be"),
 }
 _BINARY_MAGICS = {
-    b"\x1f\x8b": "gzip",  # inside of another compression: the outer one is gone already
+    b"\x1f\x8b": "gzip",  # nested compression: the outer layer is already removed
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\xfd7zXZ\0": "xz",
     b"BZh": "bzip2",
@@ -44,21 +44,22 @@ _BINARY_MAGICS = {
     b"SQLite format 3\0": "SQLite",
     b"\x7fELF": "ELF",
 }
-_MAGICS_THAT_TEXT_MAY_HAVE = (b"BZh", b"ORC", b"PAR1")  # and only a control character tells
+# Text may begin with these too. They mark a binary file only if a control character follows.
+_MAGICS_THAT_TEXT_MAY_HAVE = (b"BZh", b"ORC", b"PAR1")
 _TAR_MAGIC, _TAR_MAGIC_OFFSET = b"ustar", 257
 HEAD_BYTES = 1 << 16
 MAX_INVALID_SHARE = 1e-3  # of the characters
-NUM_INVALID_LET_PASS = 2  # in a short text, a share says little
+NUM_INVALID_LET_PASS = 2  # a share is not meaningful in a short text
 _GUESSES = ("gb18030", "big5", "shift_jis", "euc_kr", "cp1251", "cp1252")
-_MIN_TELLING_BYTES = 64  # so many bytes outside ASCII are UTF-8 by chance in no other encoding
+_MIN_TELLING_BYTES = 64  # this many non-ASCII bytes are not valid UTF-8 by chance
 _INVALID = "chatflow_invalid"
 
 
 def canonical_encoding(name: str) -> str:
-    """Python's name of a text encoding.
+    """Returns Python's canonical name of a text encoding.
 
     Raises:
-        UserError: There is no such encoding, or it is one from bytes to bytes.
+        UserError: If the encoding is unknown, or is not a text encoding.
     """
     try:
         info = codecs.lookup(name)
@@ -72,18 +73,19 @@ def canonical_encoding(name: str) -> str:
 
 
 def transcode(blocks: Iterator[bytes], name: str, encoding: str) -> Iterator[bytes]:
-    """Checks the beginning of a stream of text and yields it as UTF-8, without a byte-order mark.
+    """Checks the beginning of a text stream and yields it as UTF-8 without a byte-order mark.
 
-    What cannot be decoded becomes a byte that is not UTF-8 either: it is dropped, replaced and
-    counted where all text is.
+    UTF-8 input is passed through. In other encodings, bytes that cannot be decoded become the byte
+    0xFF, which is not valid UTF-8 either. Later stages treat both kinds of invalid bytes alike:
+    they drop or replace them and count them.
 
     Args:
-        blocks: The text's bytes.
+        blocks: The bytes of the text.
         name: The file's name, for messages.
         encoding: A result of `canonical_encoding`.
 
     Raises:
-        UserError: The stream is not text, or is in another encoding than the one named.
+        UserError: If the stream is not text, or is not in the given encoding.
     """
     beginning: list[bytes] = []
     num_bytes = 0
@@ -109,15 +111,15 @@ def transcode(blocks: Iterator[bytes], name: str, encoding: str) -> Iterator[byt
 
 
 def check_head(head: bytes, name: str, encoding: str) -> None:
-    """Refuses text by its first bytes, as `transcode` does.
+    """Checks from the first bytes of a file that it is text in the given encoding.
 
     Args:
-        head: The first bytes; `HEAD_BYTES` of them are enough.
+        head: The first bytes of the file. Only the first `HEAD_BYTES` are examined.
         name: The file's name, for messages.
         encoding: A result of `canonical_encoding`.
 
     Raises:
-        UserError: It is not text, or in another encoding than the one named.
+        UserError: If the file is not text, or is not in the given encoding.
     """
     head = head[:HEAD_BYTES]
     marked = next((names for mark, names in _MARKS.items() if head.startswith(mark)), None)
@@ -157,15 +159,15 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
 
 
 def check_share_of_invalid(num_invalid: int, data: bytes, where: str) -> None:
-    """Refuses text of which more than a few characters are not UTF-8.
+    """Checks that only a small share of a text is not valid UTF-8.
 
     Args:
-        num_invalid: How many characters of it cannot be decoded.
-        data: The text's bytes.
-        where: The file and the line of the first such character, for messages.
+        num_invalid: Number of characters that cannot be decoded.
+        data: The bytes of the text.
+        where: The file and line of the first invalid character, for messages.
 
     Raises:
-        UserError: They are too many, which is how text in another encoding looks.
+        UserError: If the share is so large that the text is probably in another encoding.
     """
     limit = min(NUM_INVALID_LET_PASS + MAX_INVALID_SHARE * len(data), len(data) / 2)
     if num_invalid > limit:
@@ -176,12 +178,12 @@ def check_share_of_invalid(num_invalid: int, data: bytes, where: str) -> None:
 
 
 def num_invalid_characters(data: bytes, text: str) -> int:
-    """How often U+FFFD stands in a decoded text for bytes that could not be decoded."""
+    """Counts the U+FFFD in a decoded text that replace invalid bytes of `data`."""
     return text.count("\ufffd") - data.count(b"\xef\xbf\xbd")
 
 
 def guess_encoding(data: bytes) -> str:
-    """Advice on which encoding some bytes may have, for a message."""
+    """Returns advice for an error message on which encodings can decode the bytes."""
     sample = data[:HEAD_BYTES]
     fitting = []
     for encoding in _GUESSES:
@@ -197,7 +199,7 @@ def guess_encoding(data: bytes) -> str:
 
 
 def _replace_invalid(error: UnicodeError) -> tuple[str, int]:
-    """Marks bytes that cannot be decoded, for "surrogateescape" to turn into a byte 0xFF."""
+    """Replaces invalid bytes by U+DCFF, which "surrogateescape" encodes as the byte 0xFF."""
     assert isinstance(error, UnicodeDecodeError)
     return "\udcff", error.end
 

@@ -1,13 +1,13 @@
 """Opens a `tokenizer.json` with the `tokenizers` library without trusting the file.
 
-The library checks little. A chain of normalizers that multiply the text, padding to a length of
-billions, or a damaged character map make it ask for more memory than there is, and then Rust ends
-the process, which Python cannot catch. `parse_tokenizer_json` therefore bounds what the file may
-ask for before the library sees it. Everything else that the library finds wrong is an exception or
-a panic, and `library_errors` turns both into a `UserError`.
+The library validates little. A chain of normalizers that multiply the text, padding to a length of
+billions, or a damaged character map can make it allocate more memory than is available. Rust then
+aborts the process, and Python cannot catch that. `parse_tokenizer_json` therefore limits the memory
+that a file can require before the library reads it. Every other problem that the library finds is
+an exception or a panic, and `library_errors` converts both to a `UserError`.
 
-A check in a child process would need no bounds, but costs 0.2 s to start and doubles the time of
-loading, for every process; these checks take 5 ms for 100,000 tokens.
+A check in a child process would need no limits, but it takes 0.2 s to start and doubles the loading
+time in every process. These checks take 5 ms for 100,000 tokens.
 """
 
 import base64
@@ -29,31 +29,32 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.errors import shorten as shorten_message
 
 MAX_MODEL_BYTES = 256 << 20  # a tokenizer.json of 250,000 tokens has about 35 MB
-_MAX_VALUES = 16_000_000  # 500,000 merges have 1.5 million; Python needs up to 100 bytes for each
-_MAX_GROWTH = 256  # LLaMA's normalizer grows text 12 times at most
+_MAX_VALUES = 16_000_000  # 500,000 merges have 1.5 million; Python uses up to 100 bytes per value
+_MAX_GROWTH = 256  # LLaMA's normalizer makes text at most 12 times longer
 _MAX_NORMALIZED_BYTES = 64 << 20  # of all added tokens together
 _MAX_TOKEN_LENGTH = 1 << 14  # characters of an added token
-_MAX_AFFIX_LENGTH = 256  # characters put before or behind a word
-_MAX_TEMPLATE_TOKENS = 1 << 16  # put around a text
-_MAX_DEPTH = 100  # the library stops at 128 levels of JSON
-# Ids need not be dense, but memory is needed for every id up to the largest.
+_MAX_AFFIX_LENGTH = 256  # characters added before or after a word
+_MAX_TEMPLATE_TOKENS = 1 << 16  # tokens added around a text
+_MAX_DEPTH = 100  # the library supports 128 levels of JSON
+# Ids need not be dense, but memory is allocated for every id up to the largest.
 _MAX_SPARE_IDS = 1_000_000
 _MAX_IDS_PER_TOKEN = 8
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON whose values fit in a bounded amount of memory.
+    """Parses JSON with a limit on the number of values, which bounds the memory.
 
     Raises:
-        ValueError: It is no JSON, is nested too deeply, holds too many values, or a lone surrogate.
+        ValueError: If the data is not JSON, is nested too deeply, has too many values, or contains
+            a lone surrogate.
     """
     num_values = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if len(data) > MAX_MODEL_BYTES or num_values > _MAX_VALUES:
         raise ValueError(f"{num_values:,} values in {len(data):,} bytes are too many")
     try:
         content = json.loads(data)
-        if _SURROGATE.search(data):  # one alone is no text that could be written again
+        if _SURROGATE.search(data):  # a lone surrogate cannot be encoded as UTF-8 again
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -61,20 +62,20 @@ def parse_json(data: bytes) -> Any:
 
 
 def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
-    """The content of a `tokenizer.json`, checked and without truncation, padding and dropout.
+    """Parses and checks a `tokenizer.json`, and removes truncation, padding and dropout.
 
-    BPE dropout (Provilkov et al. 2020) leaves merges out at random, so that the same text would
-    have other ids in every run.
+    BPE dropout (Provilkov et al. 2020) skips merges at random, so the same text would have
+    different ids in every run.
 
     Raises:
-        ValueError: It is no JSON object, or asks the library for more than it may.
+        ValueError: If the data is not a JSON object with a model, or a value exceeds a limit.
     """
     content = parse_json(data)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("it is no JSON object with a model")
     content |= {"truncation": None, "padding": None}
     dropout = content["model"].get("dropout")
-    if type(dropout) in (int, float) and 0 < dropout <= 1:  # the library refuses other values
+    if type(dropout) in (int, float) and 0 < dropout <= 1:  # the library rejects other values
         content["model"] = {**content["model"], "dropout": None}
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         for component in _components(content.get(name)):
@@ -96,13 +97,13 @@ def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
 
 
 def open_tokenizer_json(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer, which takes control tokens in text for text.
+    """Creates the library's tokenizer. It encodes the names of control tokens in text as text.
 
     Args:
-        content: What `parse_tokenizer_json` returned.
+        content: The result of `parse_tokenizer_json`.
 
     Raises:
-        ValueError: The library refuses it, or its ids are too sparse.
+        ValueError: If the library rejects the content, or the ids are too sparse.
     """
     try:
         with without_panic_output():
@@ -120,28 +121,30 @@ def open_tokenizer_json(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def is_library_error(error: BaseException) -> bool:
-    """Whether a Rust library raised an error or panicked.
+    """Returns whether an exception is an error or a panic of a Rust library.
 
-    A panic arrives as a `PanicException`, which derives from `BaseException` and whose class each
-    library defines for itself.
+    A panic is raised as a `PanicException`. It derives from `BaseException`, and each library
+    defines its own class of this name.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def error_text(error: BaseException) -> str:
-    """What an error of a Rust library says, in one short line."""
+    """Returns the message of a Rust library's error as one short line."""
     return shorten_message(" ".join(str(error).split()), 300)
 
 
 @contextmanager
 def without_panic_output() -> Iterator[None]:
-    """Keeps off standard error what Rust prints of a panic, which arrives as an exception as well.
+    """Suppresses the message that Rust prints to standard error for a panic.
 
-    Rust writes to descriptor 2 itself, so the descriptor leads to a file in memory for the time of
-    the call. Everything else in that file, such as other threads' output, is written to standard
-    error afterwards; only the end of the whole process inside the call loses it. Does nothing in
-    other threads than the main one, which might redirect while the main thread forks, on systems
-    without such files, and with RUST_BACKTRACE=full.
+    The message is redundant because a panic is also raised as an exception. Rust writes directly to
+    file descriptor 2, so the descriptor is redirected to a file in memory during the call. All
+    other content of that file, such as the output of other threads, is written to standard error
+    afterwards. It is lost only if the whole process ends during the call.
+
+    Does nothing in three cases: with RUST_BACKTRACE=full, on systems without memory files, and in
+    threads other than the main thread, where the main thread could fork during the redirection.
     """
     is_wanted = os.environ.get("RUST_BACKTRACE") == "full"
     is_main = threading.current_thread() is threading.main_thread()
@@ -150,18 +153,18 @@ def without_panic_output() -> Iterator[None]:
         return
     try:
         captured = os.memfd_create("stderr")
-    except OSError:  # no descriptor left; the call reports what it cannot do itself
+    except OSError:  # no file descriptor is free; the call itself reports its failure
         yield
         return
     try:
         standard_error = os.dup(2)
-    except OSError:  # it is closed
+    except OSError:  # standard error is closed
         os.close(captured)
         yield
         return
     panic: BaseException | None = None
     try:
-        with suppress(AttributeError, OSError, ValueError):  # none, or one that is closed
+        with suppress(AttributeError, OSError, ValueError):  # sys.stderr may be None or closed
             sys.stderr.flush()
         os.dup2(captured, 2)
         yield
@@ -183,7 +186,7 @@ def without_panic_output() -> Iterator[None]:
 
 
 def _without_panic(output: bytes, message: bytes) -> bytes:
-    """The output without a panic: where, the message, a backtrace and a note if there are any."""
+    """Removes a panic from the output: its location, message, and optional backtrace and note."""
     pattern = (
         rb"\n?thread '[^\n]*panicked at [^\n]*\n(?:%b\n)?"
         rb"(?:stack backtrace:\n(?: [^\n]*\n)*)?(?:note: [^\n]*\n)?"
@@ -193,10 +196,10 @@ def _without_panic(output: bytes, message: bytes) -> bytes:
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Turns errors and panics of a Rust library into a `UserError`.
+    """Converts errors and panics of a Rust library to a `UserError`.
 
     Args:
-        what: What failed, and where; begins the message.
+        what: What failed and where, the beginning of the message.
     """
     try:
         with without_panic_output():
@@ -210,7 +213,7 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """A component and all that are nested in it, in the order in which they run."""
+    """Yields a component and all components nested in it, in the order in which they run."""
     if depth > _MAX_DEPTH:
         raise ValueError("it is nested too deeply")
     if isinstance(part, dict):
@@ -227,16 +230,17 @@ def _check_component(component: Mapping[str, Any]) -> None:
             trie = base64.b64decode(component["precompiled_charsmap"] or "", validate=True)
         except (TypeError, ValueError, binascii.Error):
             raise ValueError("its character map is damaged") from None
-        # The library reserves memory for a trie of the size that stands first.
+        # The library allocates memory for a trie of the size in the first four bytes.
         if len(trie) < 4 or int.from_bytes(trie[:4], "little") > len(trie) - 4:
             raise ValueError("its character map is damaged")
 
 
 def _text_growth(part: Any) -> float:
-    """The most times that a chain of normalizers or decoders makes a text longer, in bytes.
+    """Bounds the factor by which a chain of normalizers or decoders lengthens a text, in bytes.
 
-    Replacements multiply only where one finds what another has written. So a bound is kept for
-    every character that replacements write, and one for all other characters.
+    The factors of two replacements multiply only if one matches the output of the other. The
+    function therefore keeps one bound for every character that replacements write, and one bound
+    for all other characters.
     """
     written: dict[str, float] = {}
     others = 1.0
@@ -255,12 +259,12 @@ def _text_growth(part: Any) -> float:
             elif isinstance(found, str) and found:
                 before = max(written.get(character, others) for character in found)
                 growth = before * num_bytes / len(found.encode("utf-8", "surrogatepass"))
-            else:  # a regular expression, which may match nothing before every character
+            else:  # a regular expression may match the empty string before every character
                 growth = others = most * (num_bytes + 1)
                 written = {}
             for character in set(text):
                 written[character] = max(growth, written.get(character, others))
-        elif component.get("type") not in ("Sequence", None):  # it may write any character
+        elif component.get("type") not in ("Sequence", None):  # may write any character
             others = max([others, *written.values()])
             written = {}
         if others == math.inf:
@@ -281,7 +285,7 @@ def _check_added_tokens(tokens: Any, growth: float) -> None:
 
 
 def _template_growth(part: Any) -> float:
-    """An upper bound of the number of tokens that post-processors make of one token."""
+    """Returns an upper bound of the number of tokens that post-processors make of one token."""
     growth = 1.0
     for component in _components(part):
         if component.get("type") == "TemplateProcessing":
