@@ -1,4 +1,4 @@
-"""A small random LLaMA as a Hugging Face folder, for what writes and what reads text."""
+"""A small random LLaMA as a Hugging Face folder, for tests that write or read text."""
 
 from pathlib import Path
 
@@ -7,7 +7,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def random_llama(tiny_sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights far from 0, the tiny tokenizer, the chatflow template; reads 96 tokens."""
+    """Creates a LLaMA with the tiny tokenizer, the chatflow template and a context of 96 tokens.
+
+    Its weights are large enough that logits are far from uniform.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,7 +32,7 @@ def random_llama(tiny_sentencepiece_model: Path, tmp_path_factory: pytest.TempPa
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        model.lm_head.weight[:259] = 0  # control ids and bytes, which rarely make characters
+        model.lm_head.weight[:259] = 0  # control ids and bytes, which rarely form characters
     folder = tmp_path_factory.mktemp("random_llama") / "model"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, JINJA_TEMPLATES["chatflow"])

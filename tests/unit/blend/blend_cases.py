@@ -1,6 +1,7 @@
 """Schedules that are hard to blend, and the check that every one of them must pass.
 
-In: hypothesis. Out: `Schedule` objects, and the worst distance of any count from its quota.
+`schedules` is a hypothesis strategy. `worst_error` returns the largest distance of a count from its
+quota.
 """
 
 from typing import Any
@@ -15,26 +16,26 @@ RAMPS = ("step", "linear", "cosine")
 
 
 def weights_of_family(draw: Any, family: str, num_sources: int, knot: int) -> list[int]:
-    """Weights of one knot in the manner of a family of adversarial schedules."""
+    """Draws the weights of one knot from a family of adversarial schedules."""
     small = st.integers(0, 9)
     match family:
         case "random":
             weights = [draw(small) for _ in range(num_sources)]
-        case "zeros for long":  # most sources rest until the last knots
+        case "zeros for long":  # most sources have no weight until the last knots
             weights = [draw(small) if k < 2 or knot > 2 else 0 for k in range(num_sources)]
         case "one-hot":  # one source at a time has all the weight
             weights = [0] * num_sources
             weights[draw(st.integers(0, num_sources - 1))] = 1
-        case "late":  # a source joins at each knot
+        case "late":  # one more source at each knot
             weights = [1 if k <= knot else 0 for k in range(num_sources)]
-        case "shrinking":  # uniform over fewer and fewer
+        case "shrinking":  # uniform over fewer and fewer sources
             weights = [1 if k < max(1, num_sources - knot) else 0 for k in range(num_sources)]
-        case "filler":  # one source with nearly all, the others tiny
+        case "filler":  # one source has nearly all the weight
             weights = [draw(st.integers(0, 2)) for _ in range(num_sources)]
             weights[-1] = draw(st.sampled_from([10**3, 10**6, 10**9]))
-        case "phase":  # two groups take turns
+        case "phase":  # two groups alternate
             weights = [1 if (k + knot) % 2 else 0 for k in range(num_sources)]
-        case _:  # "plateau": dyadic weights hit whole quotas exactly, then rest
+        case _:  # "plateau": dyadic weights reach whole quotas exactly, then stay at 0
             weights = [draw(st.sampled_from([0, 0, 1, 2, 4])) for _ in range(num_sources)]
     if not any(weights):
         weights[knot % num_sources] = 1
@@ -55,7 +56,7 @@ FAMILIES = (
 
 @st.composite
 def schedules(draw: Any, max_sources: int = 9, max_step: int = 70) -> Schedule:
-    """A schedule of up to eight knots, of one of the families."""
+    """Draws a schedule of up to eight knots from one of the families."""
     num_sources = draw(st.integers(2, max_sources))
     family = draw(st.sampled_from(FAMILIES))
     names = [f"s{k}" for k in range(num_sources)]
@@ -70,7 +71,7 @@ def schedules(draw: Any, max_sources: int = 9, max_step: int = 70) -> Schedule:
 
 
 def weights_matrix(schedule: Schedule, begin: int, end: int) -> np.ndarray:
-    """Weights of the samples ``[begin, end)``, int64[end - begin, num_sources]."""
+    """Returns the weights of the samples ``[begin, end)``, int64[end - begin, num_sources]."""
     batch = schedule.samples_per_iteration
     first, last = begin // batch, -(-end // batch)
     rows = np.stack([schedule.weights(t * batch) for t in range(first, last)])
@@ -83,13 +84,13 @@ def worst_error(
     counts: Any = 0,
     quotas: Any = 0,
 ) -> int:
-    """Largest ``|count * 2**32 - quota|`` of any prefix and source.
+    """Returns the largest ``|count * 2**32 - quota|`` over all prefixes and sources.
 
     Args:
-        weights: int64[n, num_sources].
-        source: int16[n], the draws.
-        counts: Draws before them.
-        quotas: Quotas before them, in units of 2**-32.
+        weights: Weights of the samples, int64[n, num_sources].
+        source: Source of each draw, int16[n].
+        counts: Counts before the first of these draws.
+        quotas: Quotas before the first of these draws, in units of 2**-32.
     """
     drawn = np.cumsum(source[:, None] == np.arange(weights.shape[1])[None, :], axis=0)
     start = np.asarray(counts, np.int64) * GRID - np.asarray(quotas, np.int64)
@@ -97,7 +98,7 @@ def worst_error(
 
 
 def brute_index(source: np.ndarray, num_sources: int) -> np.ndarray:
-    """Which of its source's samples every draw is, by counting."""
+    """Returns, by counting, the index of each draw within its source."""
     counts = [0] * num_sources
     index = []
     for k in source.tolist():

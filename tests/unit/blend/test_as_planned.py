@@ -1,4 +1,4 @@
-"""Knots that say ``weights: as_planned``: up to there a running schedule stays what it is."""
+"""Tests knots with ``weights: as_planned``, up to which a running schedule stays unchanged."""
 
 import json
 from typing import Any
@@ -24,7 +24,7 @@ def begin(block: dict[str, Any], names: Any = NAMES, batch: int = 4) -> Blend:
 
 
 def resume(block: dict[str, Any], blend: Blend, position: int, names: Any = NAMES) -> Blend:
-    """As a run resumes: from the state alone, through JSON."""
+    """Resumes a blend as a run does: only from the saved state, through JSON."""
     state, record = json.loads(json.dumps([blend.state_at(position), blend.schedule.to_dict()]))
     recorded = Schedule.from_dict(record)
     arguments = {
@@ -60,7 +60,7 @@ def test_an_edit_on_the_way_to_a_knot(ramp: str, unit: str, end: Any, at: Any, l
         for i in range(0, sample + 1):
             np.testing.assert_array_equal(new.schedule.weights_at(i), old.schedule.weights_at(i))
         assert new.schedule.unit == unit
-        # Resuming later by the same file changes nothing, however far the run has come.
+        # Resuming later with the same file changes nothing, at any position of the run.
         for position in (324, sample, sample + 2, 900, 5000):
             again = resume(block, new, position)
             assert again.edit is None
@@ -95,7 +95,7 @@ def test_nothing_changes_without_a_change() -> None:
 
 
 def test_several_edits_in_one_ramp() -> None:
-    """Each edit is cut from the line that the one before left, without adding up roundings."""
+    """Each edit is cut from the line of the previous edit, without accumulated rounding."""
     names = [f"s{k}" for k in range(7)]
     first = {"at": 0, "weights": {name: 1 + k for k, name in enumerate(names)}}
     last = {"at": 100_003, "weights": {names[6]: 1, names[0]: 2}, "ramp": "linear"}
@@ -162,7 +162,7 @@ def test_another_batch_size_or_unit_keeps_the_line() -> None:
     tail = {"at": 60_000, "weights": C, "ramp": "linear"}
     new = resume({"unit": "tokens", "knots": [planned(20_100), tail]}, old, 22)
     assert new.schedule.unit == "tokens" and new.schedule.knots[1].at == 201
-    # In iterations of 4 samples the old knot at 201 cannot be written: samples are kept.
+    # In iterations of 4 samples the old knot at 201 cannot be expressed, so samples are kept.
     tail = {"at": 300, "weights": A}
     third = resume({"unit": "iterations", "knots": [planned(80), tail]}, new, 240)
     assert third.schedule.unit == "samples"

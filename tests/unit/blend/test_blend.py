@@ -1,4 +1,4 @@
-"""The blend as the loader and the checkpoint use it."""
+"""Tests the blend through the interface that the loader and the checkpoint use."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Weights that are decided while the run goes on: bounds for any answers, and replay."""
+"""Tests weights that are decided during the run: error bounds for any weights, and replay."""
 
 import json
 from fractions import Fraction
@@ -15,7 +15,7 @@ GRID = 1 << 32
 
 
 class Answers:
-    """Answers from a list, the last one for ever; remembers what it was asked."""
+    """Returns weights from a list, the last of them forever, and records the calls."""
 
     def __init__(self, rows: list[list[int]], horizon: int) -> None:
         self.horizon = horizon
@@ -35,7 +35,7 @@ def harmonic(number: int) -> Fraction:
 
 
 def lags_of(blend: AdaptiveBlend, num_samples: int) -> np.ndarray:
-    """Quota minus count of every prefix, from what is recorded and drawn."""
+    """Returns quota minus count for every prefix, from the recorded weights and the draws."""
     source, index = blend.take(0, num_samples)
     answers = np.array(blend.state_at(num_samples)["weights"], np.int64)
     weights = np.repeat(answers, blend.horizon, axis=0)[:num_samples]
@@ -60,7 +60,7 @@ def test_bounds_for_any_answers(rows: list[list[int]], horizon: int) -> None:
 
 
 def test_an_adversary_that_starves_what_was_not_drawn() -> None:
-    """Weights move at every sample to the sources that were drawn least: the hard case."""
+    """The hardest case: at every sample the weight moves to the sources drawn least."""
 
     class Adversary(Answers):
         def weights(self, begin: int, counts: np.ndarray) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_what_was_drawn_is_drawn_again() -> None:
 
 
 def test_the_first_open_draw_that_is_complete_comes_first() -> None:
-    """Of equal lags the heavier source's draw is due earlier; ties go to the lower source."""
+    """Among equal lags the heavier source is due earlier. Ties go to the lower source index."""
     weights = np.array([GRID // 4, GRID // 2, GRID // 4])
     source, lags = draw_horizon(weights, np.zeros(3, np.int64), 4)
     assert source.tolist() == [1, 0, 1, 2]

@@ -1,4 +1,4 @@
-"""Edits of a running blend: the future may change, the past may not."""
+"""Tests edits of a running blend: the future may change, the past may not."""
 
 import json
 from fractions import Fraction
@@ -18,7 +18,7 @@ GRID = 1 << 32
 
 
 def schedule_of(knots: list[tuple[Any, ...]], names: str = "abcd", batch: int = 1) -> Schedule:
-    """Knots are (at, weights in the order of names[, ramp])."""
+    """Builds a schedule from knots (at, weights in the order of names[, ramp])."""
     block = [
         {
             "at": at,
@@ -35,7 +35,7 @@ def resumed(schedule: Schedule, blend: Blend, position: int) -> Blend:
 
 
 def worst(blend: Blend, end: int) -> Fraction:
-    """Largest distance of any count from the whole run's quota, from the draws themselves."""
+    """Returns the largest distance of a count from the quota of the whole run, from the draws."""
     source, index = blend.take(0, end)
     counts = [0] * len(blend.sources)
     num_sources = len(blend.schedule.sources)
@@ -50,7 +50,7 @@ def worst(blend: Blend, end: int) -> Fraction:
 
 
 def test_an_edit_that_cannot_keep_the_error_below_one() -> None:
-    """Two of four equal sources were drawn; the other two get everything from now on."""
+    """Two of four equal sources were drawn. The other two get all weight from now on."""
     old = Blend(schedule_of([(0, [1, 1, 1, 1])]))
     drawn = old.take(0, 2)[0].tolist()
     rest = [0 if k in drawn else 1 for k in range(4)]
@@ -112,7 +112,7 @@ def test_what_changes_nothing_is_no_edit() -> None:
 
 
 def test_a_knot_on_a_ramp_leaves_the_past_as_it_was() -> None:
-    """The levels of the split ramp are rounded at other places: that is no change of the past."""
+    """Splitting a ramp rounds its levels at other samples, which does not count as an edit."""
     old = Blend(schedule_of([(0, [7, 1, 1, 0]), (900, [1, 1, 7, 0], "linear")]))
     knots = [(0, [7, 1, 1, 0]), (300, [5, 1, 3, 0], "linear"), (600, [0, 0, 1, 1], "linear")]
     new = resumed(schedule_of(knots), old, 300)
@@ -133,7 +133,7 @@ def test_the_first_sample_of_a_changed_past_is_named() -> None:
 
 def test_a_source_is_added() -> None:
     old = Blend(schedule_of([(0, [3, 2])], "ab"))
-    names = "xab"  # the new one may stand anywhere
+    names = "xab"  # The new source may be at any index.
     knots = [(0, [0, 3, 2]), (17, [0, 3, 2]), (30, [1, 1, 1], "linear"), (60, [1, 0, 0])]
     new = resumed(schedule_of(knots, names), old, 17)
     assert new.edit is not None and new.edit.added == ("x",)
@@ -251,7 +251,7 @@ def test_offsets_are_whole_and_balanced(rows: list[list[int]], position: int) ->
 
 
 def in_iterations(knots: list[tuple[Any, ...]], batch: int, origin: int = 0) -> Schedule:
-    """Two sources; knots are (iteration, weights[, ramp])."""
+    """Builds a schedule of two sources from knots (iteration, weights[, ramp])."""
     block = {
         "unit": "iterations",
         "knots": [
@@ -268,7 +268,7 @@ def in_iterations(knots: list[tuple[Any, ...]], batch: int, origin: int = 0) -> 
 
 @pytest.mark.parametrize("ramp", ["step", "linear", "cosine"])
 def test_knots_in_iterations_follow_the_batch_size(ramp: str) -> None:
-    """Iterations of 16, then 8, then 12, then 16 samples: weights are those of the iteration."""
+    """The batch size is 16, 8, 12, then 16 samples. Weights are those of the iteration."""
     knots = [(2, [9, 1]), (20, [1, 9], ramp), (24, [1, 1])]
     batches = [16] * 4 + [8] * 5 + [12] * 7 + [16] * 14
     starts = np.cumsum([0, *batches]).tolist()
@@ -281,7 +281,7 @@ def test_knots_in_iterations_follow_the_batch_size(ramp: str) -> None:
         blend = resumed(resumed_schedule, blend, starts[iteration])
         assert blend.edit is not None
         np.testing.assert_array_equal(blend.take(0, starts[iteration])[0], drawn[0])
-        # A second resume at the same batch size changes nothing.
+        # A second resume with the same batch size changes nothing.
         assert resumed(resumed_schedule, blend, starts[iteration + 2]).edit is None
     for iteration, start in enumerate(starts[:-1]):
         due = np.subtract(blend.quotas(starts[iteration + 1]), blend.quotas(start))
@@ -309,7 +309,10 @@ def test_another_batch_size_is_no_way_to_change_the_past() -> None:
 
 
 def test_a_state_of_an_earlier_version_goes_on_in_iterations() -> None:
-    """Which counted all iterations as 16 samples: four of 16 and four of 8 ended at sample 96."""
+    """An earlier version counted every iteration as 16 samples.
+
+    Four iterations of 16 and four of 8 samples ended at sample 96.
+    """
     knots = [(0, [1, 3]), (3, [3, 1]), (12, [1, 1])]
     blend = Blend(in_iterations(knots, 16))
     state = blend.state_at(96)

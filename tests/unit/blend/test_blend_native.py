@@ -1,4 +1,4 @@
-"""The C++ engine draws what the reference draws."""
+"""Tests that the C++ engine draws the same samples as the reference."""
 
 import random
 import threading
@@ -57,7 +57,7 @@ def test_draw_for_draw_over_leaves_in_any_order(schedule: Schedule) -> None:
 @pytest.mark.parametrize("batch", [1, 6, 512, 99_991])
 @pytest.mark.parametrize("num_sources", [3, 24])
 def test_far_out_and_wide(batch: int, num_sources: int) -> None:
-    """Ramps over 2**40 samples whose knots lie off the grid of iterations need 128 bits."""
+    """Ramps over 2**40 samples with knots off the iteration grid need 128-bit arithmetic."""
     rng = random.Random(batch)
     names = [f"s{k}" for k in range(num_sources)]
     knots, at = [], 17
@@ -72,7 +72,7 @@ def test_far_out_and_wide(batch: int, num_sources: int) -> None:
 
 
 def test_tables_at_the_edge_of_64_bits() -> None:
-    """Spans around 2**31, where the narrow arithmetic ends, and iterations beyond 2**31."""
+    """Spans around 2**31, the limit of the narrow arithmetic, and iterations beyond 2**31."""
     rng = random.Random(5)
     levels = ((0, 0, 5, GRID), (0, GRID - 3, GRID - 1, GRID), (0, 1, GRID, GRID))
     for span in ((1 << 31) - 1, 1 << 31, (1 << 45) + 9):

@@ -1,4 +1,4 @@
-"""Quotas in closed form against plain sums."""
+"""Compares closed-form quotas with plain sums."""
 
 import random
 
@@ -50,7 +50,7 @@ def test_a_quota_that_is_never_reached() -> None:
 
 
 def test_quotas_far_out_equal_differences_of_weights() -> None:
-    """Around places of a 2**40-sample run, one more sample adds exactly its weight."""
+    """At positions of a 2**40-sample run, one more sample adds exactly its weight to the quota."""
     rng = random.Random(4)
     block = {
         "knots": [

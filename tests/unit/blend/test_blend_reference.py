@@ -1,4 +1,4 @@
-"""The reference engine: no prefix of any schedule is a whole sample off."""
+"""Tests that the reference engine keeps every prefix within one sample of its quota."""
 
 import hashlib
 
@@ -23,7 +23,7 @@ def engine_of(schedule: Schedule, num_leaf_bits: int | None = None) -> Reference
 @settings(max_examples=80, deadline=None)
 @given(schedules(), st.sampled_from([0, 1, 3, 5, None]))
 def test_every_prefix_is_within_one(schedule: Schedule, num_leaf_bits: int | None) -> None:
-    """Leaves of one sample let `select` decide every draw."""
+    """With leaves of one sample, `select` decides every draw."""
     num_samples = 160
     source, index = engine_of(schedule, num_leaf_bits).take(0, num_samples)
     assert worst_error(weights_matrix(schedule, 0, num_samples), source) < GRID
@@ -47,7 +47,7 @@ def test_every_prefix_is_within_one_over_many_leaves() -> None:
 
 
 def test_the_first_sample_looks_ahead() -> None:
-    """Sources 0 and 1 have weight only in the second sample: the first must not draw them."""
+    """Sources 0 and 1 have weight only in the second sample. The first must not draw them."""
     block = {
         "knots": [
             {"at": 0, "weights": {"c": 1, "d": 1}},
@@ -98,7 +98,7 @@ def test_leaf_sizes_are_those_of_the_definition() -> None:
 
 
 def knots_of(*knots: tuple[int, str, str]) -> list[dict[str, object]]:
-    """Knots as (at, sources in parts of the weight, ramp): "aab" is two thirds a, one third b."""
+    """Builds knots (at, weights, ramp), where "aab" means two thirds a and one third b."""
     return [
         {"at": at, "weights": {k: parts.count(k) for k in parts}, "ramp": ramp}
         for at, parts, ramp in knots

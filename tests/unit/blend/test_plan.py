@@ -1,4 +1,4 @@
-"""Plans: phases, epochs, the limits on repetition, and their files."""
+"""Tests plans: phases, epochs, limits on repetition, and their files."""
 
 import csv
 import io
@@ -108,7 +108,7 @@ def test_the_curve_adds_up() -> None:
     drawn = (curve.realised * np.diff(curve.edges)[:, None]).sum(axis=0)
     np.testing.assert_allclose(drawn, blend().counts(3000))
     assert curve.points[-1] == 3000 and curve.drawn[-1].tolist() == blend().counts(3000).tolist()
-    # However few bins a short run has, its draws are known at every point.
+    # Even with few bins, the draws of a short run are known at every point.
     short = mixture_curve(blend(), 250)
     assert len(short.edges) == 3
     middle = len(short.points) // 2
@@ -117,7 +117,7 @@ def test_the_curve_adds_up() -> None:
 
 
 def test_the_iteration_of_a_resumed_run_counts_from_its_present_batch_size() -> None:
-    """Ten iterations of 20 samples, then iterations of 50."""
+    """Ten iterations of 20 samples are followed by iterations of 50."""
     sizes = {"english": 200, "chinese": 2, "chat": 100}
     with pytest.raises(UserError) as fresh:
         check_epochs(blend(), 800, sizes, {"english": 1.0}, 20)

@@ -1,4 +1,4 @@
-"""Schedules: weights on the grid, ramps, units, and every way to write one wrongly."""
+"""Tests schedules: weights on the grid, ramps, units, and errors in the configuration."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def test_weights_sum_to_the_grid_and_are_never_negative(
 
 
 def test_a_level_is_exact_in_rationals() -> None:
-    """0.1 + 0.2 + 0.7 is 1, and relative weights give the same integers as normalised ones."""
+    """0.1 + 0.2 + 0.7 is 1, and relative weights give the same integers as normalized ones."""
     block = {"knots": [{"at": 0, "weights": {"english": 0.1, "chinese": 0.2, "parallel": 0.7}}]}
     weights = make(block).weights(0)
     assert weights.tolist() == [GRID // 10, 3 * GRID // 10 - GRID // 10, GRID - 3 * GRID // 10]
@@ -119,11 +119,11 @@ def test_ramp_of_the_first_knot_means_nothing() -> None:
 
 
 def test_frozen_cosine_table() -> None:
-    """The table against Chebyshev's recurrence in 60 decimal digits."""
+    """Compares the table with Chebyshev's recurrence in 60 decimal digits."""
     getcontext().prec = 60
     assert len(COSINE_PORTIONS) == NUM_CHORDS + 1
     root = Decimal(2).sqrt()
-    for _ in range(4):  # 2 cos(pi / 4) = sqrt(2), and halving the angle four times
+    for _ in range(4):  # 2 cos(pi / 4) = sqrt(2), then the angle is halved four times.
         root = (2 + root).sqrt()
     chord = root / 2
     before, cosine = chord, Decimal(1)
@@ -285,7 +285,7 @@ def test_tokens_need_the_sequence_length() -> None:
 
 
 def test_yaml_numbers_that_are_strings_or_booleans() -> None:
-    """PyYAML reads 1e-3 as a string, and `on` as True."""
+    """PyYAML reads 1e-3 as a string and `on` as True."""
     block = yaml.safe_load("{knots: [{at: 0, weights: {english: 1e-3, chinese: 3e-3}}]}")
     assert make(block).weights(0).tolist() == [GRID // 4, 3 * GRID // 4, 0]
     with pytest.raises(UserError, match=r"knots\[0\]\.at: must be a count"):

@@ -1,4 +1,4 @@
-"""Saves in the background: the progress they report, and what a failing disk leaves."""
+"""Tests background saves: the progress that they report, and the files after a disk failure."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def test_waiting_tells_of_every_part(monkeypatch) -> None:
     results = []
     waiting = threading.Thread(target=lambda: results.append(save.wait(lambda: told.append(1))))
     waiting.start()
-    _until(lambda: len(told) == 1)  # that it began
+    _until(lambda: len(told) == 1)  # the report of the start
     for number, gate in enumerate(gates[:2], 1):
         gate.set()
         _until(lambda expected=number + 1: len(told) == expected)
@@ -40,7 +40,7 @@ def test_waiting_tells_of_every_part(monkeypatch) -> None:
         assert len(told) == number + 1, "a writer that stands still is told of"
     gates[2].set()
     seen = len(told)
-    _until(lambda: len(told) > seen + 5)  # rank 0, which publishes, is waited for
+    _until(lambda: len(told) > seen + 5)  # wait for rank 0, which publishes
     assert not results
     box.end()
     waiting.join(60)
@@ -71,7 +71,7 @@ def test_a_run_folder_that_cannot_be_synced(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync_files_only)
-    if code == errno.ENOTSUP:  # a file system that syncs no folders
+    if code == errno.ENOTSUP:  # a file system that cannot sync folders
         publication.run([], [])
         assert find_damage(final) == []
     else:

@@ -1,4 +1,4 @@
-"""Files of a run's folder: whole or absent, and found again."""
+"""Tests that files of a run's folder are either complete or absent, and can be found again."""
 
 from pathlib import Path
 

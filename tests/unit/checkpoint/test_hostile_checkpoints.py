@@ -1,4 +1,4 @@
-"""Checkpoints whose index or values say something impossible: refused, or read as they were."""
+"""Tests checkpoints whose index or values are impossible: refused, or read as the original."""
 
 import copy
 import io
@@ -52,7 +52,7 @@ NUM_MUTATIONS = 150
 
 @pytest.fixture(scope="module")
 def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Hugging Face folder."""
+    """Creates a small Hugging Face folder."""
     folder = tmp_path_factory.mktemp("huggingface")
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -67,7 +67,7 @@ def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(huggingface: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a checkpoint."""
+    """Imports the Hugging Face folder as a checkpoint."""
     run = tmp_path_factory.mktemp("run") / "run"
     import_huggingface(huggingface, run)
     return run / "iter_0000000"
@@ -75,13 +75,13 @@ def imported(huggingface: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def checkpoint(imported: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
+    """Returns a copy of the checkpoint that a test may change."""
     shutil.copytree(imported, tmp_path / "iter_0000000")
     return tmp_path / "iter_0000000"
 
 
 def read_as_export(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor as an export reads it."""
+    """Reads every tensor as an export does."""
     reader = DistributedReader(folder)
     found = {}
     for placement in placements(SHAPE):
@@ -90,7 +90,7 @@ def read_as_export(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_as_training(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor as weights are read for training, and the norm as optimizer state is."""
+    """Reads all weights as training does, and a norm as optimizer state is read."""
     reader = SafeReader(folder)
     index = reader.read_metadata()
     state = {
@@ -101,7 +101,8 @@ def read_as_training(folder: Path) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         entry = index.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata) or entry.size != tensor.shape:
-            raise UserError(f"{name} is missing or of another shape")  # as megatron-core's planner
+            # as megatron-core's planner does
+            raise UserError(f"{name} is missing or of another shape")
     load(state, storage_reader=SafeReader(folder), no_dist=True)
     norm = torch.full_like(state[NORM], -1.0)
     size = tuple(norm.shape)
@@ -114,7 +115,7 @@ ORIGINAL: list[Path] = []
 
 
 def refused_or_same(folder: Path, imported: Path) -> bool:
-    """Reads a changed checkpoint in both ways; whether it was refused."""
+    """Reads a changed checkpoint in both ways. Returns whether it was refused."""
     ORIGINAL[:] = [imported]
     outcomes = []
     for read in (read_as_export, read_as_training):
@@ -142,7 +143,7 @@ def count(size: tuple[int, ...], boxes: list[Any]) -> Any:
 
 
 def random_cut(rng: random.Random, offsets: list[int], sizes: list[int], depth: int) -> list[Any]:
-    """Cuts a box at random into boxes."""
+    """Cuts a box into boxes at random."""
     axis = rng.randrange(len(sizes))
     if depth == 0 or sizes[axis] < 2:
         return [(tuple(offsets), tuple(sizes))]
@@ -159,7 +160,7 @@ def test_coverage_is_what_counting_says() -> None:
         size = tuple(rng.randrange(1, 7) for _ in range(rng.randrange(1, 5)))
         boxes = random_cut(rng, [0] * len(size), list(size), 4)
         rng.shuffle(boxes)
-        for _ in range(rng.randrange(3)):  # the same number of values where that can be
+        for _ in range(rng.randrange(3)):  # keep the number of values where possible
             offsets, sizes = boxes[rng.randrange(len(boxes))]
             room = [limit - length for limit, length in zip(size, sizes, strict=True)]
             moved = tuple(rng.randrange(most + 1) for most in room)
@@ -176,7 +177,8 @@ def test_coverage_is_what_counting_says() -> None:
     [
         ((), [((), ())], None),
         ((0, 4), [], None),
-        ((4,), [((0,), (4,)), ((4,), (0,)), ((2,), (0,))], None),  # shards of ranks without rows
+        # shards of ranks that have no rows
+        ((4,), [((0,), (4,)), ((4,), (0,)), ((2,), (0,))], None),
         ((), [], "has 1 values, of which its chunks hold 0"),
         ((4,), [((0, 0), (4, 1))], "another number of axes"),
         ((), [((0,), (1,))], "another number of axes"),
@@ -194,7 +196,10 @@ def test_coverage(size: tuple[int, ...], boxes: list[Any], fault: str | None) ->
 
 
 def test_chunks_that_hide_a_hole_are_refused(tmp_path: Path) -> None:
-    """Half of the tensor twice: as many values as it has, and half of it nowhere."""
+    """Half of the tensor is stored twice, so the number of values is right.
+
+    The other half is missing.
+    """
     half = torch.arange(256.0 * 16).view(256, 16)
     shards = [TensorShard("w", (512, 16), (at, 0), (256, 16), half) for at in (0, 256)]
     image = build_file_image("__0_0.distcp", shards, [])
@@ -258,9 +263,10 @@ def test_an_index_sets_no_attributes(
     good = (checkpoint / ".metadata").read_bytes()
     values = pickle.dumps({attribute: 3}, protocol=2)[2:-1]
     head = b"\x80\x02c" + f"{module}\n{name}\n".encode()
-    for made in (b"", b")R", b")\x81", b"K\x00\x85R"):  # itself, called, made by __new__
+    # the class itself, called, created by __new__
+    for made in (b"", b")R", b")\x81", b"K\x00\x85R"):
         for state in (values, b"N" + values + b"\x86"):
-            # What was tampered with is dropped and a good index comes last.
+            # The tampered object is popped, and a good index comes last.
             (checkpoint / ".metadata").write_bytes(head + made + state + b"b0" + good[2:])
             try:
                 read_index(checkpoint)
@@ -306,7 +312,7 @@ ODD += [torch.float64, torch.int64, torch.bool, torch.device("cpu"), BytesStorag
 
 
 def mutate_metadata(index: Metadata, rng: random.Random) -> None:
-    """Gives one field of an index another value."""
+    """Gives one field of an index a different value."""
     name = rng.choice([n for n, e in index.state_dict_metadata.items() if hasattr(e, "chunks")])
     entry = copy.deepcopy(index.state_dict_metadata[name])
     index.state_dict_metadata[name] = entry
@@ -324,7 +330,7 @@ def mutate_metadata(index: Metadata, rng: random.Random) -> None:
 
 
 def mutate_json(content: Any, rng: random.Random) -> Any:
-    """Gives one value of a JSON document another value, or removes it."""
+    """Changes or removes one value of a JSON document."""
     content = copy.deepcopy(content)
     at = content
     while True:
@@ -366,7 +372,7 @@ def test_mutated_indices(checkpoint: Path, imported: Path) -> None:
 
 
 def hostile_tensors(like: torch.Tensor) -> dict[str, Any]:
-    """Values that stand where an ordinary tensor has to be."""
+    """Returns values to put in the place of an ordinary tensor."""
     quantized = torch.quantize_per_tensor(like.float(), 0.1, 0, torch.qint8)
     return {
         "meta": like.to("meta"),
@@ -414,7 +420,7 @@ def test_records_of_values(checkpoint: Path, imported: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64])
 def test_weights_of_no_dtype_of_weights(checkpoint: Path, tmp_path: Path, dtype: Any) -> None:
-    """Both the index and the values say so."""
+    """Both the index and the values have the dtype."""
     values = torch.ones(16, dtype=dtype)
     image = build_file_image("__1_0.distcp", [TensorShard(NORM, (16,), (0,), (16,), values)], [])
     content = torch.empty(image.num_bytes, dtype=torch.uint8)
@@ -462,7 +468,7 @@ def test_two_imports_are_the_same_bytes(huggingface: Path, imported: Path, tmp_p
 
 
 def test_the_index_does_not_depend_on_how_plans_arrive() -> None:
-    """Those of other ranks come as JSON, in which equal names are different objects."""
+    """Plans of other ranks arrive as JSON, in which equal names are distinct objects."""
     rows = [torch.ones(1, 3) for _ in range(4)]
     shards = [TensorShard("w", (4, 3), (at, 0), (1, 3), row) for at, row in enumerate(rows)]
     plans = [
@@ -483,7 +489,7 @@ def test_torchs_own_tools_read_our_checkpoints(imported: Path, tmp_path: Path) -
 
 
 def test_a_checkpoint_that_torch_wrote(tmp_path: Path) -> None:
-    """Its index has a path, an id and keys of nested dictionaries."""
+    """Its index has a path, an id and the keys of nested dictionaries."""
     import torch.distributed.checkpoint as dcp
 
     tensors = {"a": {"b": torch.randn(5, 3)}, "c": torch.ones((), dtype=torch.bfloat16)}

@@ -1,4 +1,4 @@
-"""Files of a checkpoint or model that name other files: none outside the folder is read."""
+"""Tests that a checkpoint or model folder cannot make a command read a file outside of it."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ OUTSIDE = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a whole file beside it that a traversal would find."""
+    """Returns a folder beside a complete file that a path traversal would find."""
     save_file({"w": torch.ones(3)}, tmp_path / "outside.safetensors")
     (tmp_path / "folder" / "a").mkdir(parents=True)
     return tmp_path / "folder"

@@ -1,4 +1,4 @@
-"""Checkpoints whose state.json or config.yaml is well-formed and says something impossible."""
+"""Tests checkpoints whose state.json or config.yaml is well-formed but has impossible values."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder with one checkpoint."""
+    """Creates a run's folder with one checkpoint."""
     source = tmp_path / "source"
     source.mkdir()
     tensors = {name: torch.ones(size) for name, size in huggingface_shapes(SHAPE).items()}
@@ -116,7 +116,8 @@ def test_configurations_of_other_versions(run: Path, tmp_path: Path) -> None:
     export_checkpoint(run, tmp_path / "without")
     first, second = ((tmp_path / name / "config.json").read_text() for name in ("out", "without"))
     assert json.loads(first)["max_position_embeddings"] == 16
-    assert json.loads(second)["max_position_embeddings"] == 4096  # known by the file alone
+    # Only the removed file recorded the length.
+    assert json.loads(second)["max_position_embeddings"] == 4096
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.yaml"])
@@ -128,7 +129,7 @@ def test_recorded_hashes_are_compared_by_every_reader(run: Path, tmp_path: Path,
     export_checkpoint(run, tmp_path / "whole")
     path = checkpoint / name
     path.write_text(path.read_text().replace("16", "32"))
-    resize: Any = None  # never reached
+    resize: Any = None  # never used
     for call in (
         lambda: export_checkpoint(run, tmp_path / "out"),
         lambda: resize_checkpoint(run, tmp_path / "out", resize),

@@ -1,4 +1,4 @@
-"""An index that any Python wrote is read, and nothing but an index."""
+"""Tests that an index written by any Python version is read, and that other pickles are refused."""
 
 import pickle
 from pathlib import Path
@@ -21,7 +21,7 @@ from megatron_chatflow.errors import UserError
 
 
 class _ByName:
-    """Pickles as members of an enum do in Python 3.11.0 to 3.11.3."""
+    """Pickles like an enum member in Python 3.11.0 to 3.11.3."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self._call = (getattr, (owner, name))
@@ -85,7 +85,7 @@ DEEP = 100_000
     ids=["one", "memoized", "two", "twice", "from the memo", "marked"],
 )
 def test_tuples_nested_deeply_do_not_end_the_process(tmp_path: Path, key: bytes) -> None:
-    """Their hash, which a dictionary takes of its keys, overflows the stack."""
+    """Hashing them as keys of a dictionary overflows the stack."""
     (tmp_path / ".metadata").write_bytes(b"\x80\x04}" + key + b"K\x01s.")
     with pytest.raises(UserError, match="tuples are nested too deeply"):
         read_index(tmp_path)

@@ -1,4 +1,4 @@
-"""Ranges of flattened tensors become boxes, and replicas share shards, without loss or overlap."""
+"""Tests that flattened ranges become boxes and that replicas share shards without overlap."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""A rank's file: records that torch reads, written whole or not at all, hashed on the way."""
+"""Tests a rank's file: readable by torch, written completely or not at all, and hashed."""
 
 import errno
 import io
@@ -43,7 +43,7 @@ def test_records_are_what_torch_reads(dtype: torch.dtype, shape: tuple[int, ...]
         found = torch.load(io.BytesIO(record), weights_only=True)
         assert found.dtype == dtype and found.shape == tensor.shape and found.is_contiguous()
         assert torch.equal(found, tensor)
-        # Other programs open it as an archive too.
+        # Other programs can open it as a zip archive too.
         assert zipfile.ZipFile(io.BytesIO(record)).read("archive/version") == b"3\n"
 
 
@@ -59,7 +59,7 @@ def _shards() -> list[TensorShard]:
     whole = torch.randn(300, 1000, generator=generator)
     large = torch.randn(5, 2**20, generator=generator)
     return [
-        # Not contiguous in memory; and one that several chunks share.
+        # One tensor is not contiguous in memory, one is shared by several chunks.
         TensorShard("whole", (1000, 300), (0, 0), (1000, 300), whole.T),
         TensorShard("large", (5, 2**20), (0, 0), (5, 2**20), large),
     ]
@@ -105,7 +105,7 @@ def test_parts_that_make_no_whole_are_refused() -> None:
 
 @pytest.fixture
 def small_files_only() -> Iterator[int]:
-    """No file of this process may exceed a megabyte, as under a quota."""
+    """Limits files of this process to one megabyte, as a quota would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     yield 2**20

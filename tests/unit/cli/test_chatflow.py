@@ -1,4 +1,4 @@
-"""The command ``chatflow``: its list of commands, its errors, and its agreement with the tools."""
+"""Tests the command ``chatflow``: its list of commands, errors, and agreement with the tools."""
 
 import runpy
 import sys
@@ -26,7 +26,7 @@ TOOL_OF = {
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
-    """Runs ``chatflow`` with these arguments; returns its exit status."""
+    """Runs ``chatflow`` with these arguments and returns its exit status."""
     monkeypatch.setattr(sys, "argv", ["chatflow", *arguments])
     with pytest.raises(SystemExit) as left:
         main()
@@ -76,7 +76,7 @@ def test_a_command_has_the_help_of_its_tool(
         run_main(runpy.run_path(str(TOOLS / tool), run_name="tool")["main"])
     assert left.value.code == 0
     tool_help = capsys.readouterr().out
-    # Lines break elsewhere, because the program names differ in length.
+    # Line breaks differ because the lengths of the program names differ.
     assert tool_help.startswith(f"usage: {tool} ")
     assert command_help.replace(f"chatflow {name}", tool).split() == tool_help.split()
 

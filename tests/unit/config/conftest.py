@@ -1,4 +1,4 @@
-"""A small complete configuration for the tests to change."""
+"""Fixtures with a small complete configuration that tests modify."""
 
 import copy
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Change = Callable[..., dict[str, Any]]
 
 
 def change(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of ``values`` with the values at dotted paths replaced."""
+    """Returns a copy of ``values`` with the values at dotted paths replaced."""
     changed = copy.deepcopy(values)
     for path, value in changes.items():
         *parents, last = path.split(".")
@@ -45,11 +45,11 @@ def change(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def values() -> Change:
-    """Makes the mapping of a configuration, with the values at dotted paths replaced."""
+    """Returns a function that builds a configuration mapping with some dotted paths replaced."""
     return lambda changes=None: change(_BASE, changes or {})
 
 
 @pytest.fixture
 def config(values: Change) -> Callable[..., RunConfig]:
-    """Makes a configuration, with the values at dotted paths replaced."""
+    """Returns a function that builds a configuration with some dotted paths replaced."""
     return lambda changes=None: RunConfig.from_dict(values(changes))

@@ -1,6 +1,6 @@
-"""Files from anywhere, as configuration, tokenizer or data: an error in a line, or accepted.
+"""Tests damaged configuration, tokenizer and data files: accepted, or refused in one line.
 
-Never another exception, never code that runs, never a file outside the folder.
+They must never raise another exception, execute code, or read a file outside the folder.
 """
 
 import json
@@ -42,7 +42,7 @@ FIELDS = st.sampled_from(sorted({flag.field for flag in FLAGS} | {"sources", "sc
 
 
 def refused(call, *arguments) -> bool:
-    """Whether the call ends in a `UserError`; anything else that it raises fails the test."""
+    """Returns whether the call raises a `UserError`. Any other exception fails the test."""
     try:
         call(*arguments)
     except UserError as error:
@@ -56,7 +56,7 @@ def refused(call, *arguments) -> bool:
 def test_any_bytes_as_yaml(tmp_path: Path, content: bytes | str) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert refused(load_config, path)  # nothing random is a whole configuration
+    assert refused(load_config, path)  # A random file is never a complete configuration.
 
 
 @FUZZ
@@ -77,7 +77,8 @@ def test_any_arguments(arguments: list[str]) -> None:
 @FUZZ
 @given(st.sampled_from([f.name for f in FLAGS]), st.text(max_size=9) | st.sampled_from(HOSTILE))
 def test_any_value_of_a_flag(name: str, value: str) -> None:
-    assert refused(load_config, None, [name, value])  # a flag alone is no whole configuration
+    # A single flag is never a complete configuration.
+    assert refused(load_config, None, [name, value])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_merged_keys_are_overridden_and_repeated_ones_refused() -> None:
 
 
 def test_aliases_do_not_multiply() -> None:
-    """A billion laughs: nine levels of nine would be 387 million entries."""
+    """A "billion laughs" file: nine levels of nine aliases would make 387 million entries."""
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     for k in range(1, 30):
         lines.append(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]")

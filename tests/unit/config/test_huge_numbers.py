@@ -1,4 +1,4 @@
-"""Numbers out of any range: one short line, whichever field they stand in."""
+"""Tests that out-of-range numbers give one short error line in every field."""
 
 import dataclasses
 import json

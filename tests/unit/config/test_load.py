@@ -1,4 +1,4 @@
-"""Defaults < YAML < flags, and the command line of a run."""
+"""Tests the precedence of defaults, YAML and flags, and the command line of a run."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from megatron_chatflow.errors import UserError
 
 @pytest.fixture
 def path(tmp_path, values):
-    """A configuration file."""
+    """Writes a configuration file."""
     file = tmp_path / "run.yaml"
     file.write_text(dump_yaml(values({"train.seed": 7, "train.eval_interval": 10})))
     return file
@@ -145,7 +145,7 @@ def test_what_was_resolved_can_be_loaded_again(path, tmp_path) -> None:
     assert load_config(resolved) == run
 
 
-# The surface that scripts rely on: a change here is a change of the interface.
+# Scripts rely on these flags: a change here is a change of the interface.
 FROZEN_FLAGS = """
 --adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --bf16 --choice-interval
 --choice-language --choice-num-fewshot --choice-questions --choice-scoring --ckpt-verify --clip-grad

@@ -1,4 +1,4 @@
-"""Command lines of Megatron-LM's: what is taken, what is translated, what is refused."""
+"""Tests Megatron-LM command lines: which flags are accepted, translated and refused."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from megatron_chatflow.config.megatron_flags import TABLE, Mapped, read_blend, t
 from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.errors import UserError
 
-# Every option of Megatron-LM's training arguments, core 0.7 to August 2026, one a line.
+# Every option of Megatron-LM's training arguments, core 0.7 to August 2026, one per line.
 MEGATRON = Path(__file__).with_name("megatron_flags.txt").read_text().split()
 OURS = {name for action in build_parser()._actions for name in action.option_strings}
 MODEL = """
@@ -50,7 +50,7 @@ def test_the_table_has_every_flag_that_is_not_ours() -> None:
 
 
 def test_the_table_has_no_flag_of_ours_and_none_that_nobody_has() -> None:
-    """A flag that becomes ours has to leave the table, which would never be asked about it."""
+    """A flag that the package implements must leave the table, which is then never consulted."""
     assert [name for name in TABLE if name in OURS] == []
     for name in TABLE:
         begin = name.removesuffix("*")

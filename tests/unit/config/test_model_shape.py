@@ -1,4 +1,4 @@
-"""Sizes that follow from a shape, against published counts and sums by hand."""
+"""Compares the sizes computed from a model shape with published counts and manual sums."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_heads_may_be_of_another_size_than_their_share(config) -> None:
     nemo = {"num_layers": 40, "hidden_size": 5120, "ffn_hidden_size": 14336, "kv_channels": 128}
     nemo |= {"num_attention_heads": 32, "num_query_groups": 8, "max_position_embeddings": 1024}
     model = config({"model": nemo}).model
-    assert num_parameters(model, 131_072) == 12_247_782_400  # as published of Mistral NeMo
+    assert num_parameters(model, 131_072) == 12_247_782_400  # as published for Mistral NeMo
     assert model.head_dim == head_counts(model).head_dim == 128
     attention = flops_per_token(model, 131_072, 2048) - 6 * 12_247_782_400
     assert attention == 12 * 40 * (32 * 128) * 2048

@@ -1,4 +1,4 @@
-"""A configuration as a whole: presets, strictness, paths in messages, and the round trip."""
+"""Tests a whole configuration: presets, strictness, paths in messages, and the round trip."""
 
 import dataclasses
 from pathlib import Path
@@ -77,7 +77,8 @@ def test_iterations_count_whatever_their_size(config) -> None:
 )
 def test_samples_count_whatever_the_batch(config, batch: int, remaining: int, end: int) -> None:
     changes = {"train.train_iters": None, "train.train_samples": 64, "optimizer.lr_warmup_iters": 1}
-    changes["checkpoint.load"] = "a"  # checks of the warmup wait for the checkpoint
+    # Checks of the warmup are deferred until the checkpoint is known.
+    changes["checkpoint.load"] = "a"
     run = config({**changes, "train.global_batch_size": batch, "train.micro_batch_size": 4})
     length = RunLength.of(run, iteration=4, consumed_samples=32, initial_batch_size=8)
     assert (length.lr_warmup, length.lr_decay) == (8, 64)

@@ -1,4 +1,4 @@
-"""Counts with units and numbers: exact, and nothing else is taken for one."""
+"""Tests that counts with units and numbers are parsed exactly, and everything else is refused."""
 
 import pytest
 from hypothesis import given
@@ -98,7 +98,7 @@ def test_values_in_messages_are_short() -> None:
         ("60kb", 60_000),
         ("1TB", 10**12),
         ("40000", 40_000),
-        ("5B", 5 * 10**9),  # as earlier versions spelt it
+        ("5B", 5 * 10**9),  # the spelling of earlier versions
         ("1e6", 10**6),
     ],
 )

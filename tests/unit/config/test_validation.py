@@ -1,4 +1,4 @@
-"""Combinations that cannot run are refused by the path of the field to change."""
+"""Tests that impossible combinations are refused with the path of the field to change."""
 
 import pytest
 

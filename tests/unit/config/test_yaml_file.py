@@ -1,4 +1,4 @@
-"""YAML without its traps, and clear words for every broken file."""
+"""Tests that YAML's pitfalls are avoided and that every broken file gives a clear message."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""A job of one or two processes that makes checkpoints of real models, or loads them.
+"""Runs a job of one or two processes that creates checkpoints of real models, or loads them.
 
-In: tasks as JSON on the command line, `[{"do", "folder", "model", "tp", "pp", "logits"}, ...]`.
-Out: checkpoints, and the logits that the model in memory gives on `token_ids`.
+Tasks are given as JSON on the command line: `[{"do", "folder", "model", "tp", "pp", "logits"},
+...]`. Writes checkpoints, and the logits of the model in memory on `token_ids`.
 """
 
 import json
@@ -32,7 +32,7 @@ SHAPE = {
 
 
 def token_ids(vocab_size: int) -> torch.Tensor:
-    """int64[40], the same everywhere."""
+    """Returns int64[40], the same on every rank."""
     return torch.randint(vocab_size, (40,), generator=torch.Generator().manual_seed(3))
 
 
@@ -56,7 +56,7 @@ def build(task: dict[str, Any], ranks: Any) -> Any:
 
 
 def spread_norms(chunk: Any) -> None:
-    """Gives every norm other weights than ones, so that a mix-up shows."""
+    """Gives every norm weights other than ones, so that a mix-up is detected."""
     for name, module in chunk.named_modules():
         if name.endswith("layernorm") and hasattr(module, "weight"):
             layer = name.split(".")
@@ -105,7 +105,7 @@ def save(task: dict[str, Any], llama: Any, ranks: Any) -> None:
 
 
 def logits_of(llama: Any, ranks: Any, vocab_size: int) -> torch.Tensor:
-    """float32[40, vocab_size] on the last pipeline stage, through megatron-core's schedule."""
+    """Returns float32[40, vocab_size] on the last pipeline stage, from megatron-core's schedule."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_chatflow.model.packed import pack_tokens

@@ -1,8 +1,8 @@
-"""Kills conversions at seeded moments, and runs each again.
+"""Kills conversions at seeded moments, and runs each of them again.
 
-In: `FOLDER SEED`; the folder holds `source` (of Hugging Face), `tokenizer.model` and `pieces.txt`.
-Out: status 0 if nothing was ever left but complete outputs. A process of its own imports the heavy
-libraries once, on one thread, and forks for every command.
+The arguments are `FOLDER SEED`. The folder holds `source` (a Hugging Face folder),
+`tokenizer.model` and `pieces.txt`. The exit status is 0 if only complete outputs were ever left
+behind. The process imports the heavy libraries once, on one thread, and forks for every command.
 """
 
 import multiprocessing
@@ -24,10 +24,10 @@ NUM_KILLS = 6
 
 
 def run(command: list[str], folder: Path, end_by: int | None, at: int) -> tuple[int, int]:
-    """Runs a tool; a signal ends it before its ``at``-th change below ``folder``.
+    """Runs a tool. A signal ends it before its ``at``-th change below ``folder``.
 
     Returns:
-        Its status, negative for a signal, and the number of changes that it came to.
+        Its exit status, negative for a signal, and the number of changes that it reached.
     """
     reader, writer = multiprocessing.Pipe(duplex=False)
 
@@ -85,7 +85,7 @@ def check(command: list[str], output: Path, rng: random.Random) -> None:
                 assert set(files_of(output)) == expected, (command, at)
             if end_by == signal.SIGINT:
                 left = [path.name for path in folder.iterdir()]
-                # The signal may fall into the clean-up itself.
+                # The signal may arrive during the clean-up.
                 assert left == [output.name] or at >= num_changes - len(expected), (left, at)
             status, _ = run(again, folder, None, 0)
             assert status == 0

@@ -1,4 +1,4 @@
-"""Conversion on real megatron-core models: logits against transformers, round trips, bad input."""
+"""Tests conversion of real megatron-core models: logits against transformers, and round trips."""
 
 import json
 import os
@@ -40,9 +40,10 @@ SAVED: dict[str, tuple[dict[str, Any], int, int]] = {
     "gqa_tp2": (GQA, 2, 1),
     "mha_tied_pp2": (TIED, 1, 2),
     "bf16_tp2": ({**GQA, "hidden_size": 96}, 2, 1),
-    "wide_heads_tp2": ({**GQA, "kv_channels": 12}, 2, 1),  # 6 of 12 in a model 48 wide
+    # heads of 12 instead of 6 in a model of width 48
+    "wide_heads_tp2": ({**GQA, "kv_channels": 12}, 2, 1),
 }
-# Where an imported folder is loaded to: name to tensor-parallel and pipeline-parallel size.
+# Layouts in which an imported folder is loaded: name to tensor-parallel and pipeline-parallel size.
 LOADED = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 TEXT = "the river rose and the bridge fell into the water of the river "
 
@@ -77,7 +78,7 @@ def run_job(tasks: list[dict[str, Any]], world_size: int) -> None:
 
 
 def random_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
-    """A Hugging Face folder of transformers' own making, with weights that are not near 0 or 1."""
+    """Creates a Hugging Face folder with transformers, with weights that are not near 0 or 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(7)
@@ -102,7 +103,7 @@ def random_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch
 
 
 def resized_model(huggingface: Path, tokenizer_model: Path, root: Path) -> int:
-    """Imports the model with a larger vocabulary, whose padding is larger too; its size."""
+    """Imports the model with a larger vocabulary and more padding. Returns the vocabulary size."""
     folder = shutil.copytree(huggingface, root / "with_tokenizer")
     old = load_tokenizer(tokenizer_model)
     old.save_pretrained(folder)
@@ -113,7 +114,7 @@ def resized_model(huggingface: Path, tokenizer_model: Path, root: Path) -> int:
 
 @pytest.fixture(scope="session")
 def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random grouped-query LLaMA as transformers writes it."""
+    """Creates a random grouped-query LLaMA with transformers."""
     return random_llama(tmp_path_factory.mktemp("huggingface") / "llama")
 
 
@@ -121,7 +122,7 @@ def huggingface(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoints(
     huggingface: Path, tokenizer_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Every checkpoint of `SAVED`, `huggingface` imported, and logits of the models in memory."""
+    """Creates every checkpoint of `SAVED`, imports `huggingface`, and saves the models' logits."""
     root = tmp_path_factory.mktemp("checkpoints")
     tasks = []
     for name, (model, tp, pp) in SAVED.items():
@@ -144,7 +145,7 @@ def checkpoints(
 
 @pytest.fixture(scope="session")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model of 301 pieces with LLaMA's control ids."""
+    """Trains a SentencePiece model of 301 pieces with LLaMA's control ids."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -164,7 +165,7 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_state(checkpoint: Path, copy: Path, **changes: Any) -> Path:
-    """A copy of a run folder whose state.json has other entries."""
+    """Copies a run folder and changes entries of its state.json."""
     shutil.copytree(checkpoint, copy)
     path = next(copy.glob("iter_*")) / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -194,7 +195,7 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 def in_order(logits: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for fp32 rounding: 24 bits, and sums of at most 96 terms in another order."""
+    """Compares up to fp32 rounding: 24 bits, and sums of at most 96 terms in another order."""
     assert logits.shape == expected.shape == (40, SHAPE["vocab_size"])
     assert expected.abs().max() > 1
     assert (logits - expected).abs().max() < 2e-6 * expected.abs().max()
@@ -319,7 +320,7 @@ def test_tokenizer_and_chat_template_go_with_the_model(
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert config["eos_token_id"] == generation["eos_token_id"] == ours.eos_id
-    # An import of the export records the tokenizer, so that the next export finds it by itself.
+    # Importing the export records the tokenizer, so the next export finds it.
     import_huggingface(tmp_path / "hf", tmp_path / "again")
     export_checkpoint(tmp_path / "again", tmp_path / "hf2")
     assert (tmp_path / "hf2" / "tokenizer.model").read_bytes() == tokenizer_model.read_bytes()

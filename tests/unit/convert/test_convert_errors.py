@@ -1,4 +1,4 @@
-"""Bad input to the converter: one clear line each, and nothing half-written."""
+"""Tests bad input to the converter: one clear line for each error, and no partial output."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ SHAPE = LlamaShape(
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A small Hugging Face folder."""
+    """Creates a small Hugging Face folder."""
     folder = tmp_path / "source"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +56,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(source: Path, tmp_path: Path) -> Path:
-    """The same as a checkpoint."""
+    """Imports the folder as a checkpoint."""
     import_huggingface(source, tmp_path / "run")
     return tmp_path / "run"
 
@@ -74,7 +74,7 @@ def change_tensors(source: Path, drop: str = "", **changes: torch.Tensor) -> Non
 
 
 def refused(source: Path, tmp_path: Path, message: str) -> None:
-    """Asserts that the import says `message` in one line and leaves nothing."""
+    """Asserts that the import fails with `message` in one line and leaves no files."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message) as caught:
         import_huggingface(source, tmp_path / "out")
@@ -124,7 +124,7 @@ def test_tensors_that_do_not_fit(source: Path, tmp_path: Path) -> None:
 def test_known_extras_are_passed_over(source: Path, tmp_path: Path) -> None:
     change_tensors(source, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
     import_huggingface(source, tmp_path / "a")
-    # A tied model may store its output layer: equal is fine, different is another model.
+    # A tied model may store its output layer if it equals the embedding. Otherwise it is refused.
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     change_config(source, tie_word_embeddings=True)
     refused(source, tmp_path, "lm_head.weight is no tensor")
@@ -259,10 +259,10 @@ def test_outputs_are_not_replaced_unasked(source: Path, run: Path, tmp_path: Pat
 
 @contextmanager
 def small_files_only() -> Iterator[None]:
-    """Every file of more than 5,000 bytes fails to be written, as on a full disk.
+    """Makes writes of files larger than 5,000 bytes fail, as on a full disk.
 
-    It holds for the block alone: pytest writes its own output, perhaps to a file, right after a
-    test's body and before its fixtures end.
+    The limit applies only inside the block: pytest writes its own output, perhaps to a file, right
+    after the body of a test and before its fixtures end.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))

@@ -1,4 +1,4 @@
-"""Imports, exports and vocabulary extensions that are killed or interrupted, and run again."""
+"""Tests imports, exports and vocabulary extensions that are killed or interrupted and run again."""
 
 import json
 import shutil

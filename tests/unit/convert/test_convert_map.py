@@ -1,4 +1,4 @@
-"""The weight map on plain tensors, and the names under which checkpoints may hold them."""
+"""Tests the weight map on plain tensors, and the tensor names that checkpoints may use."""
 
 from pathlib import Path
 
@@ -36,12 +36,12 @@ RULES = {rule.megatron.split(".")[-2]: rule for rule in LLAMA_RULES}
 
 
 def rows(count: int, first: int) -> torch.Tensor:
-    """float32[count, 24], row i filled with first + i."""
+    """Returns float32[count, 24], where row i is filled with first + i."""
     return (torch.arange(count) + first).float()[:, None].expand(count, 24)
 
 
 def test_query_groups_hold_their_queries_then_key_then_value() -> None:
-    # 6 query heads of 4 rows in 2 groups: heads 0-2 with key head 0, heads 3-5 with key head 1.
+    # 6 query heads of 4 rows in 2 groups: heads 0-2 use key head 0, heads 3-5 key head 1.
     parts = [rows(24, 0), rows(8, 100), rows(8, 200)]
     whole = join(RULES["linear_qkv"], SHAPE, parts)[:, 0].int().tolist()
     first = [*range(12), *range(100, 104), *range(200, 204)]
@@ -130,7 +130,7 @@ def test_single_layers_fused_norms_and_any_cut_are_read(tmp_path: Path) -> None:
             norm.aliases[0].format(layer=1), (24,), (0,), (24,), weight.dtype, lambda: weight[0]
         )
     ]
-    # Four chunks, as tensor parallelism in both directions would leave them.
+    # Four chunks, as tensor parallelism in both dimensions would produce.
     for top in (0, 10):
         for left in (0, 7):
             piece = weight[top : top + (10, 14)[top > 0], left : left + (7, 17)[left > 0]]

@@ -1,4 +1,4 @@
-"""Conversion holds a tensor and a shard in memory, however many layers the model has."""
+"""Tests that conversion holds one tensor and one shard in memory, whatever the number of layers."""
 
 import json
 import subprocess
@@ -16,7 +16,8 @@ from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 pytestmark = pytest.mark.slow
 
 SHARD_BYTES = 4_000_000
-# Beside a tensor and a shard: its copy in another dtype or order, pickled, and the allocator's.
+# Allowance beside a tensor and a shard: a copy in another dtype or order, pickled data, and the
+# allocator's overhead.
 SLACK_BYTES = 12_000_000
 NUM_LAYERS = 64
 
@@ -51,7 +52,7 @@ print(resident("VmHWM") - before)
 
 
 def shape_of(num_layers: int) -> LlamaShape:
-    """Of many layers, for the size of its tensors."""
+    """Returns a shape with many layers for the given tensor size."""
     return LlamaShape(
         num_layers=num_layers,
         hidden_size=512,
@@ -68,7 +69,7 @@ def shape_of(num_layers: int) -> LlamaShape:
 
 
 def write_sparse(folder: Path, shape: LlamaShape) -> None:
-    """A folder of zeros in bf16, in shards whose values take no room on the disk."""
+    """Writes a folder of bf16 zeros in shards whose values take no disk space."""
     shapes = huggingface_shapes(shape)
     sizes = {name: 2 * torch.Size(size).numel() for name, size in shapes.items()}
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A Mistral without a sliding window is a LLaMA: imported, verified, exported, the same logits."""
+"""Tests that a Mistral without a sliding window is converted like a LLaMA, with the same logits."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TEXTS = ("The river had risen.", "今天早上下了一场大雨")
 
 
 def save_mistral(folder: Path, **changes: Any) -> Any:
-    """A random Mistral that reads 64 tokens, as transformers saves it."""
+    """Saves a random Mistral with a context of 64 tokens through transformers."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(5)
@@ -55,7 +55,8 @@ def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 64}, {"head_dim": 12}],  # the last as Mistral NeMo has it: not 48 / 6
+    # The last has Mistral NeMo's property: head_dim is not 48 / 6.
+    [{}, {"sliding_window": 64}, {"head_dim": 12}],
     ids=["plain", "window of the length", "wide heads"],
 )
 def test_the_same_logits_there_and_back(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -102,7 +103,7 @@ def test_its_own_defaults_hold(tmp_path: Path) -> None:
     save_mistral(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
-    del config["sliding_window"]  # 4096 for transformers, then
+    del config["sliding_window"]  # transformers then assumes 4096
     config["max_position_embeddings"] = 4097
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="sliding_window is 4096"):

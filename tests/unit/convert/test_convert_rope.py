@@ -1,4 +1,4 @@
-"""Rotary scaling: frequencies and logits of transformers, round trips of every spelling."""
+"""Tests rotary scaling: transformers' frequencies and logits, and round trips of every spelling."""
 
 import json
 import os
@@ -52,7 +52,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def folder_of(folder: Path, **config: Any) -> Path:
-    """A Hugging Face folder with random weights, whose config.json is changed."""
+    """Creates a Hugging Face folder with random weights and a changed config.json."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -66,7 +66,7 @@ def folder_of(folder: Path, **config: Any) -> Path:
 
 
 def theirs(folder: Path, length: int) -> torch.Tensor:
-    """The frequencies of transformers' model after it has seen a text of ``length`` tokens."""
+    """Returns the frequencies of transformers' model after it has seen ``length`` tokens."""
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -135,7 +135,8 @@ def test_verify_compares_logits_under_scaling(kind: str, tmp_path: Path) -> None
 
     done = verify()
     assert done.returncode == 0, done.stderr
-    num_tokens = 256 if kind == "dynamic" else 64  # beyond the original length, where it acts
+    # Beyond the original length, where the scaling has an effect.
+    num_tokens = 256 if kind == "dynamic" else 64
     assert f"over {num_tokens} tokens" in done.stdout and "same model" in done.stdout
 
 
@@ -149,7 +150,8 @@ def test_a_run_trained_beyond_the_original_length_is_exported_with_its_base(
     export_checkpoint(tmp_path / "run", tmp_path / "hf2", tokenizer=NO_TOKENIZER)
     shape = shape_of_huggingface(tmp_path / "hf2")
     assert shape.rope_scaling_type is None and shape.max_position_embeddings == 160
-    trained = ours(shape_of_checkpoint(config.parent), 160)  # what the run computed with
+    # the frequencies that the run computed with
+    trained = ours(shape_of_checkpoint(config.parent), 160)
     for length in (10, 160):
         torch.testing.assert_close(theirs(tmp_path / "hf2", length), trained, rtol=2e-6, atol=0)
     assert trained_shape(config.parent) == shape

@@ -1,4 +1,4 @@
-"""Logits that are not numbers are a difference, in whichever text they stand."""
+"""Tests that verification treats NaN logits as a mismatch, in any of the texts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Rows for new pieces: each way to begin them, and models that keep what they knew."""
+"""Tests rows for new pieces: each initialization, and that the model keeps its old behaviour."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Hugging Face folders with well-formed files that say something impossible."""
+"""Tests Hugging Face folders with well-formed files that have impossible contents."""
 
 import json
 import random
@@ -146,7 +146,7 @@ def test_bin_files_hold_tensors_by_name(folder: Path) -> None:
 
 
 def as_shards(folder: Path, suffix: str) -> Path:
-    """Makes two shards of the weights; returns their index."""
+    """Splits the weights into two shards and returns their index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, weight_map = sorted(tensors), {}
@@ -179,26 +179,26 @@ def test_shards_hold_every_tensor_once(folder: Path, suffix: str) -> None:
     shards = [folder / f"part-{number}.{suffix}" for number in range(2)]
     contents = [load_shard(path) for path in shards]
     other = next(name for name, file in weight_map.items() if file == shards[1].name)
-    # A tensor in both shards, with other values in the one that the index does not name.
+    # A tensor is in both shards, with different values in the shard that the index does not name.
     save_shard({**contents[0], other: contents[1][other] + 1}, shards[0])
     refused(folder, f"part-1.{suffix}: has {other}, as has part-0.{suffix}")
     save_shard(contents[0], shards[0])
-    # A tensor that the index names and no shard holds.
+    # A tensor is in the index but in no shard.
     save_shard({n: t for n, t in contents[1].items() if n != other}, shards[1])
     refused(folder, f"part-1.{suffix}: lacks {other}")
     save_shard(contents[1], shards[1])
-    # One that the index leaves out lies in a shard all the same; and one that belongs nowhere.
+    # A tensor is in a shard but not in the index, and an extra tensor belongs to no model.
     del weight_map[other]
     index.write_text(json.dumps({"weight_map": weight_map}))
     check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
     save_shard({**contents[0], "extra": torch.ones(2)}, shards[0])
     refused(folder, "extra is not a tensor of the LLaMA")
     save_shard(contents[0], shards[0])
-    # The index names a tensor twice, in two places.
+    # The index has two entries for its weight map.
     text = index.read_text()
     index.write_text(text.replace("{", '{"weight_map": {}, ', 1))
     refused(folder, "index.json: is damaged")
-    # A second model beside the shards.
+    # A second model is stored beside the shards.
     index.write_text(text)
     single = folder / index.name.removesuffix(".index.json")
     save_shard({**contents[0], **contents[1]}, single)
@@ -232,7 +232,7 @@ def test_values_of_safetensors_overlap_nowhere(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_bin_files_with_values_of_other_kinds(folder: Path) -> None:
-    """Whatever stands where a tensor has to be is refused, or read as what it is."""
+    """A value of another type in place of a tensor is refused, or read as what it is."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
@@ -256,7 +256,7 @@ def test_bin_files_with_values_of_other_kinds(folder: Path) -> None:
         torch.save({**tensors, NORM: value}, path)
         refused(folder, f"pytorch_model.bin: .*{message}")
     rng = random.Random(0)
-    for _ in range(40):  # several at once, in any place
+    for _ in range(40):  # several at once, at any place
         content: dict[Any, Any] = dict(tensors)
         for name in rng.sample(sorted(tensors), rng.randrange(1, 4)):
             content[rng.choice([name, name, name, 3, None])] = rng.choice(list(kinds.values()))[0]

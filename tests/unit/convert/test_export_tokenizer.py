@@ -1,7 +1,7 @@
-"""What an exported folder's tokenizer makes of ten thousand texts: the ids that training read.
+"""Tests that an exported tokenizer gives ten thousand texts the ids that training read.
 
-Texts become `.bin` files by the real preprocessing; the model trained on them is imported and
-exported, and transformers opens what lies in the export.
+Real preprocessing writes the texts to `.bin` files. The model trained on them is imported and
+exported, and transformers opens the exported folder.
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 KINDS = ("sentencepiece", "extended sentencepiece", "tokenizer.json", "with tokens", "with merges")
 NEW = [chr(0x6000 + 13 * k) for k in range(40)]
-NUM_TEXTS = 10_000  # of each kind
+NUM_TEXTS = 10_000  # number of texts of each kind
 
 
 def make_tokenizer(kind: str, sentencepiece: Path, byte_level: Path, folder: Path) -> Tokenizer:
@@ -84,7 +84,7 @@ def test_ids_of_the_export_are_those_of_training(
 
 
 def test_control_tokens_of_a_prompt_are_control_ids(byte_level_model: Path, tmp_path: Path) -> None:
-    """What a chat template writes reaches the model as training stored it."""
+    """The text of a chat template must reach the model with the ids that training stored."""
     from transformers import AutoTokenizer
 
     tokenizer = load_tokenizer(byte_level_model)

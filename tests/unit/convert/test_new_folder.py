@@ -1,4 +1,4 @@
-"""Output folders: complete or absent, whatever ends the process that writes them."""
+"""Tests that output folders are complete or absent, however the process that writes them ends."""
 
 import errno
 import logging
@@ -29,7 +29,7 @@ def write_folder(output: Path, content: str) -> None:
 
 
 def content_of(output: Path) -> str | None:
-    """What a complete folder holds; None if there is none."""
+    """Returns the content of a complete folder, or None if there is no folder."""
     if not output.exists():
         return None
     (content,) = {(output / name).read_text() for name in FILES}
@@ -38,10 +38,10 @@ def content_of(output: Path) -> str | None:
 
 
 def in_child(output: Path, content: str, kill_at: int | None) -> int | None:
-    """Writes a folder in a process of its own, which SIGKILL ends before its ``kill_at``-th change.
+    """Writes a folder in another process, which SIGKILL ends before its ``kill_at``-th change.
 
     Returns:
-        Its exit status, -9 where it was killed.
+        Its exit status, -9 if it was killed.
     """
 
     def work() -> None:
@@ -79,7 +79,7 @@ def test_a_kill_at_any_moment_leaves_nothing_for_the_next_process(tmp_path: Path
         between = content_of(output)
         assert between in (before, str(number), None)
         seen.add("old" if between == before else "new" if between else "absent")
-        if rng.random() < 0.3:  # kills that follow upon each other
+        if rng.random() < 0.3:  # consecutive kills
             number += 1
             assert in_child(output, str(number), rng.randint(1, kill_at)) == -signal.SIGKILL
         number += 1
@@ -157,7 +157,7 @@ def test_a_parent_that_cannot_be_synced(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", sync_all_but_parent)
-        if code == errno.EINVAL:  # a file system that syncs no folders
+        if code == errno.EINVAL:  # a file system that cannot sync folders
             write_folder(output, "new")
         else:
             with pytest.raises(UserError, match="complete under its name.*what it replaced is in"):

@@ -1,4 +1,4 @@
-"""Digests: golden values, and every token and mask counts."""
+"""Tests digests: golden values, and that every token and mask entry affects them."""
 
 import numpy as np
 import torch

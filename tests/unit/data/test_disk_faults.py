@@ -1,4 +1,4 @@
-"""Full and failing disks: one line, no temporary file left, nothing published by halves."""
+"""Tests full and failing disks: one error line, no temporary file left, no partial output."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from megatron_chatflow.preprocess.merge import merge_datasets
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond ``num_bytes``, as on a full disk."""
+    """Limits the file size to ``num_bytes``, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -51,7 +51,7 @@ def test_repeats_that_do_not_fit_on_the_disk(tmp_path: Path) -> None:
     records["hash"][:, 0] = np.arange(2000)
     path, folder = tmp_path / "a.hashes", tmp_path / "temporary"
     path.write_bytes(records.tobytes())
-    for limit in (0, 100, 30_000):  # the marks, or the buckets
+    for limit in (0, 100, 30_000):  # fails while writing the marks, or the buckets
         folder.mkdir()
         with largest_file(limit), pytest.raises(UserError, match=f"cannot write: {folder}: "):
             DuplicateMarks([path], [2000], folder)
@@ -77,7 +77,8 @@ def test_a_writer_that_cannot_spool_leaves_nothing(
     def refuse(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # a full disk still makes empty files
+    # empty files can still be created on a full disk
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(UserError, match="cannot write: .*No space left"):
         IndexedDatasetWriter(tmp_path / "a_document", np.uint16)
     assert list(tmp_path.iterdir()) == []
@@ -87,7 +88,7 @@ def test_a_file_that_is_copied_to_a_full_disk(tmp_path: Path) -> None:
     part = tmp_path / "part"
     part.write_bytes(bytes(100_000))
 
-    for num_bytes in (10, 50_000):  # in the first block, which is not aligned, and behind it
+    for num_bytes in (10, 50_000):  # in the first block, which is not aligned, and after it
         with StagedFile(tmp_path / "whole") as file:
             file.write(b"x")
             with largest_file(num_bytes), pytest.raises(UserError, match="cannot write: .*whole"):
@@ -109,7 +110,7 @@ def test_a_folder_that_cannot_be_synced(
     monkeypatch.setattr(os, "fsync", sync_files_only)
     with StagedFile(tmp_path / "a") as file:
         file.write(b"bytes")
-        if code == errno.EINVAL:  # a file system that syncs no folders
+        if code == errno.EINVAL:  # a file system that cannot sync folders
             publish_all([file])
         else:
             message = f"cannot write: {tmp_path}/a: .*error, .*: what was written is complete"
@@ -149,4 +150,4 @@ def test_a_lock_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
             tmp_path / "a", load=lambda: None, build=lambda: 5, save=lambda _: None
         )
     assert content == 5
-    assert list(tmp_path.iterdir()) == []  # else the next process would wait for a minute
+    assert list(tmp_path.iterdir()) == []  # otherwise the next process would wait for a minute

@@ -1,4 +1,4 @@
-"""Appending files: every byte, at any position, with and without writing past the page cache."""
+"""Tests appending files: every byte at any position, with and without bypassing the page cache."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Findings: data that is suspicious, though not wrong enough to refuse the run."""
+"""Tests findings: data that is suspicious, but not wrong enough to refuse the run."""
 
 import shutil
 from dataclasses import dataclass
@@ -30,7 +30,10 @@ class ControlTokenizer(PlainTokenizer):
 
 
 def findings_of(sources: dict, **fields) -> list[str]:
-    """The findings but for those of unchecked tokenizers, which all of these datasets have."""
+    """Returns the findings, without those about unchecked tokenizers.
+
+    All of these datasets have the latter.
+    """
     config, tokenizer = data_config(sources, **fields), ControlTokenizer()
     built = [
         build_sources(config, seed=1, tokenizer=tokenizer, split=split)
@@ -41,7 +44,7 @@ def findings_of(sources: dict, **fields) -> list[str]:
 
 
 def dataset(folder: Path, name: str, *, seed: int = 0, masks: bool = False) -> str:
-    """Twelve documents that end with EOS."""
+    """Writes twelve documents that end with EOS."""
     folder.mkdir(exist_ok=True)
     lengths = np.random.default_rng(seed).integers(5, 9, 12)
     documents = [[*document, EOS] for document in numbered_documents(lengths)]
@@ -79,7 +82,7 @@ def test_loss_masks_that_are_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("last", [[EOS], [OTHER_CONTROL], [OTHER_CONTROL, 50], []])
 def test_documents_without_an_end(tmp_path: Path, last: list[int]) -> None:
-    """A control token ends a document even if a template puts a newline behind it."""
+    """A control token ends a document even if a template puts a newline after it."""
     documents = [[*document, *last] for document in numbered_documents([6, 0, 9, 7, 8])]
     documents[1] = []
     path = write_dataset(tmp_path / "a_document", documents)
@@ -114,7 +117,7 @@ def test_a_dataset_given_twice(tmp_path: Path, is_copy: bool) -> None:
     [finding] = findings_of({"x": {"paths": [path]}, "y": {"paths": [other, again]}})
     assert finding.startswith(f"data.sources.y: {again}")
     assert "is also in data.sources.x" in finding
-    # A source that is never drawn from takes nothing twice.
+    # A source that is never drawn repeats nothing.
     weights = {"x": 1, "y": 0}
     assert findings_of({"x": {"paths": [path]}, "y": {"paths": [again]}}, weights=weights) == []
 
@@ -135,7 +138,8 @@ def test_validation_on_training_data(tmp_path: Path) -> None:
         {"x": {"paths": [path]}, "y": {"paths": [other], "validation_paths": [path]}}
     )
     assert finding.startswith(f"data.sources.y: validates on {path}, which data.sources.x trains")
-    # What one source holds out, another trains on: it has validation data of its own.
+    # One source trains on the documents that another holds out, because it has its own validation
+    # data.
     third = dataset(tmp_path, "c", seed=2)
     found = findings_of(
         {"x": {"paths": [path]}, "y": {"paths": [path], "validation_paths": [third]}},
@@ -145,13 +149,13 @@ def test_validation_on_training_data(tmp_path: Path) -> None:
         finding.startswith(f"data.sources.x: validates on {path}, which data.sources.y trains")
         for finding in found
     )
-    # The same documents held out of the same dataset in both are not trained on.
+    # Both sources hold out the same documents of the same dataset, so neither trains on them.
     found = findings_of({"x": {"paths": [path]}, "y": {"paths": [path]}}, holdout_every=3)
     assert not any("validates" in finding for finding in found)
-    # A source of weight 0 is for validation alone.
+    # A source of weight 0 is only used for validation.
     sources = {"x": {"paths": [other]}, "y": {"paths": [path], "validation_paths": [path]}}
     assert findings_of(sources, weights={"x": 1, "y": 0}) == []
-    # Copies within a source are one each.
+    # Copies within a source are counted once.
     sources = {"x": {"paths": [path, copy, path], "validation_paths": [path, copy]}}
     [finding] = [finding for finding in findings_of(sources) if "validates" in finding]
     assert f"validates on {path} and 1 others, which data.sources.x trains on" in finding
@@ -178,7 +182,7 @@ def test_packing_that_cuts_much(tmp_path: Path) -> None:
 
 
 def test_sidecars_without_block_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """They are compared with nothing, which a start has to say."""
+    """Their data cannot be compared with anything, which the start of a run must report."""
     paths = [dataset(tmp_path, "a"), dataset(tmp_path, "b", seed=1)]
     sidecars = {paths[0]: {"append_eod": True, "block_hash": {}}, paths[1]: {"append_eod": True}}
     sources = {"x": {"paths": paths}}

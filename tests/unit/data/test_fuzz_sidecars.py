@@ -1,4 +1,4 @@
-"""Damaged sidecars: every command that reads one works, or refuses it in one line."""
+"""Tests that every command that reads a damaged sidecar works, or refuses it in one line."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ VALUES += [[], {}, [[]], [1, 2], {"": 0}, {"a\nb" * 9000: -1}]
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container in a JSON value with each of its keys."""
+    """Returns every container in a JSON value with each of its keys."""
     keys = value.keys() if isinstance(value, dict) else range(len(value))
     found = [(value, key) for key in keys]
     for key in keys:
@@ -46,7 +46,7 @@ def places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def mutate(content: dict[str, Any], rng: random.Random) -> bytes:
-    """A damaged copy of a sidecar, by its values or by its bytes."""
+    """Returns a damaged copy of a sidecar, changed in its values or its bytes."""
     changed = copy.deepcopy(content)
     if rng.random() < 0.75:
         for _ in range(rng.choice([1, 1, 2])):
@@ -67,7 +67,7 @@ def mutate(content: dict[str, Any], rng: random.Random) -> bytes:
 
 @pytest.fixture
 def parts(tmp_path: Path, tiny_sentencepiece_model: Path) -> list[Path]:
-    """The two parts of a job of chats with `--dedup`."""
+    """Creates the two parts of a chat preprocessing job with `--dedup`."""
     jobs = Jobs(tmp_path, tiny_sentencepiece_model)
     records = [{"instruction": f"bana {k}", "output": "kedo luno" * 9} for k in range(12)]
     paths = [jobs.lines("0.jsonl", records[:9]), jobs.lines("1.jsonl", records[5:])]
@@ -78,7 +78,7 @@ def parts(tmp_path: Path, tiny_sentencepiece_model: Path) -> list[Path]:
 
 
 def commands(parts: list[Path], model: Path) -> dict[str, Callable[[], object]]:
-    """What reads sidecars, by name."""
+    """Returns the commands that read sidecars, by name."""
     tokenizer = load_tokenizer(model)
     source = {"paths": [str(path) for path in parts], "loss": "response", "packing": "best_fit"}
     config = data_config({"chat": source, "more": {"paths": [str(parts[0])]}}, seq_length=64)
@@ -116,7 +116,7 @@ def commands(parts: list[Path], model: Path) -> dict[str, Callable[[], object]]:
 
 
 def test_damaged_sidecars_are_one_line(parts: list[Path], tiny_sentencepiece_model: Path) -> None:
-    """Reruns with other mutations: NUM_SIDECAR_MUTATIONS=3000."""
+    """The environment variable NUM_SIDECAR_MUTATIONS=3000 runs more mutations."""
     path = sidecar_path(parts[0])
     content = json.loads(path.read_bytes())
     todo = commands(parts, tiny_sentencepiece_model)
@@ -167,7 +167,7 @@ def test_counts_of_another_dataset(parts: list[Path]) -> None:
 
 
 def test_hashes_that_repeat_more_than_there_is(parts: list[Path]) -> None:
-    """A damaged `.hashes` of the right length would make a sidecar with counts below 0."""
+    """A damaged `.hashes` of the right length would lead to negative counts in the sidecar."""
     hashes = parts[1].with_suffix(".hashes")
     records = np.frombuffer(hashes.read_bytes(), np.uint8).copy()
     records.reshape(-1, 24)[:, 16:] = 1

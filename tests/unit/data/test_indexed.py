@@ -1,4 +1,4 @@
-"""Indexed datasets: byte for byte Megatron's, and damage is named."""
+"""Tests indexed datasets: byte-identical to Megatron's, and precise errors for damaged files."""
 
 import os
 import pickle
@@ -117,7 +117,7 @@ def test_refuses_what_lies_outside(
 
 
 def test_offsets_past_two_to_the_forty(tmp_path: Path) -> None:
-    """A sparse 2.2 TB file: Megatron's own readers overflowed on such."""
+    """A sparse file of 2.2 TB. Megatron's own readers overflowed on such files."""
     lengths = np.full(1025, 2**30, np.int64)
     pointers = np.concatenate([[0], np.cumsum(lengths[:-1] * 2)])
     with (tmp_path / "x.idx").open("wb") as file:

@@ -1,4 +1,4 @@
-"""The loader: any cut of a global batch holds the same samples, and errors reach the caller."""
+"""Tests that any split of a global batch has the same samples and that errors reach the caller."""
 
 import os
 import threading
@@ -49,7 +49,7 @@ def make_blend():
 
 
 def load(sources, begin, num_batches, *, ranks=1, micro=1, size=BATCH, prefetch=2, threads=1):
-    """Every rank's batches: a list of lists by iteration."""
+    """Returns the batches of every rank: for each rank a list by iteration."""
     result = [[] for _ in range(num_batches)]
     for rank in range(ranks):
         loader = Loader(
@@ -70,7 +70,7 @@ def load(sources, begin, num_batches, *, ranks=1, micro=1, size=BATCH, prefetch=
 
 
 def in_sample_order(parts):
-    """One global batch's samples from all ranks, ordered, and the hash of the batch."""
+    """Returns the samples of a global batch from all ranks, in order, and the batch's hash."""
     positions = torch.cat([part.sample_positions for part in parts])
     order = positions.argsort()
     fields = {}

@@ -1,4 +1,4 @@
-"""Sources whose files go away during a run: a clear error after a retry, never a crash."""
+"""Tests sources whose files disappear during a run: a retry, then a clear error, never a crash."""
 
 import logging
 import shutil
@@ -20,7 +20,7 @@ _LENGTH = 4096
 
 
 class _Blend:
-    """One source in its own order."""
+    """A blend of one source in its own order."""
 
     def take(self, begin, end):
         return np.zeros(end - begin, np.int16), np.arange(begin, end, dtype=np.int64)
@@ -50,7 +50,7 @@ def _loader(source, retry_seconds: float) -> Loader:
 
 @pytest.mark.parametrize("boundaries", ["ignore", "isolate"])
 def test_a_file_cut_short_is_an_error_and_no_crash(tmp_path: Path, boundaries: str) -> None:
-    # In a process of its own: what is tested would otherwise end all tests.
+    # In its own process: a failure would end the whole test run.
     script = """
 import os, sys
 sys.path[:0] = sys.argv[2:]

@@ -1,4 +1,4 @@
-"""Loss masks that are not the masks of their datasets are refused in one line, by every reader."""
+"""Tests that every reader refuses, in one line, a loss mask that does not belong to its dataset."""
 
 import os
 from collections.abc import Callable
@@ -21,7 +21,7 @@ DOCUMENTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
 
 
 def commands(prefix: str) -> list[Callable[[], object]]:
-    """What reads masks: training, packed or not, inspection and merging."""
+    """Returns the commands that read masks: training (packed or not), inspection and merging."""
 
     def train(packing: str) -> None:
         source = {"paths": [prefix], "loss": "response", "packing": packing}
@@ -81,7 +81,7 @@ def test_masks_of_other_sequences(prefix: str, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_half_a_mask(prefix: str, suffix: str) -> None:
-    """Without its index a mask counted as absent, and a merge left it out."""
+    """Without its index a mask used to count as absent, and a merge omitted it."""
     mask = write_mask(prefix, [4, 2, 6])
     os.unlink(f"{mask}.{suffix}")
     refused(prefix, rf"a_loss_mask\.{suffix}: No such file")
@@ -97,7 +97,7 @@ def test_a_mask_of_another_size(prefix: str) -> None:
 
 
 def test_a_mask_that_the_sidecar_tells_of(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
-    """A merge would have trained prompts like answers."""
+    """A merge without the mask would train prompts like answers."""
     jobs = Jobs(tmp_path, tiny_sentencepiece_model)
     corpus = CorpusSettings(format="chat", json_keys=("messages",))
     jobs.run(jobs.lines("a.jsonl", [{"instruction": "bana", "output": "kedo"}]), corpus=corpus)

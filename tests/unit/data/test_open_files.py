@@ -1,4 +1,4 @@
-"""Many datasets with few open files: descriptors do not grow with the number of datasets."""
+"""Tests that the number of open descriptors does not grow with the number of datasets."""
 
 import os
 import resource
@@ -43,13 +43,13 @@ def limit_of_open_files(number: int) -> Iterator[None]:
 
 @pytest.fixture
 def few_files() -> Iterator[None]:
-    """A process that may open only `NUM_SPARE` further files."""
+    """Lets this process open only `NUM_SPARE` further files."""
     with limit_of_open_files(max(map(int, os.listdir("/proc/self/fd"))) + NUM_SPARE):
         yield
 
 
 def write_datasets(folder: Path, number: int) -> list[str]:
-    """Datasets with loss masks, all with the same content."""
+    """Writes datasets with loss masks, all with the same content."""
     documents = numbered_documents([7, 9, 12, 8])
     masks = [np.arange(len(document)) > 1 for document in documents]
     first = write_dataset(folder / "0_document", documents, masks=masks)
@@ -122,7 +122,7 @@ def test_a_map_outlives_name_and_descriptor(tmp_path: Path) -> None:
     path.unlink()
     del mapped
     assert part.tobytes() == bytes(range(3, 11))
-    release_pages(part)  # from the process's memory alone
+    release_pages(part)  # read only from the process's memory
     assert part.tobytes() == bytes(range(3, 11))
     assert not part.flags.writeable
     (tmp_path / "empty").touch()

@@ -1,4 +1,4 @@
-"""Packing: whole documents, best fit, kept on disk, computed by one of many processes."""
+"""Tests packing: whole documents, best fit, the cache on disk, and computation by one process."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ SHAPE = SampleShape(seq_length=7, pad_id=PAD, vocab_size=1 << 20, isolate=True)
 
 
 def slow_best_fit(lengths, capacity):
-    """The rule as it is stated, by looking at every sample every time."""
+    """Implements the rule as stated, by scanning all samples at every step."""
     rooms, reached, samples, clock = [], [], [-1] * len(lengths), 0
     for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
         if lengths[document] == 0:
@@ -61,7 +61,7 @@ def slow_best_fit(lengths, capacity):
 
 
 def samples_of(packed, num_documents):
-    """The sample of each document, -1 for none, of what `best_fit` returns."""
+    """Returns the sample of each document in the result of `best_fit`, -1 for none."""
     offsets, documents = packed
     samples = np.full(num_documents, -1)
     samples[documents] = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -121,7 +121,7 @@ def read_both(files, packing):
 def test_packed_samples_by_hand(tmp_path):
     files, documents = open_files(tmp_path, [[3, 9, 4], [0, 2, 1]])
     packing = pack_documents(files, "train", None, seq_length=7)
-    # 8 of the 9 tokens fill a sample; 4 + 3 and 2 remain; a single token is no label of anything.
+    # 8 of the 9 tokens fill a sample. 4 + 3 tokens and 2 tokens remain. A single token is no label.
     assert (packing.num_samples, packing.num_tokens) == (3, 17)
     assert (packing.num_truncated, packing.num_truncated_tokens) == (1, 1)
     assert packing.num_without_loss == 1
@@ -174,7 +174,7 @@ def test_every_document_of_the_split_comes_once(tmp_path_factory, lengths, holdo
 
 
 def documents_with_masks(folder, masks, name="x_document"):
-    """A dataset of numbered documents with these loss masks, opened with and without them."""
+    """Opens a dataset of numbered documents with these loss masks, with and without the masks."""
     documents = numbered_documents([len(mask) for mask in masks])
     prefix = write_dataset(folder / name, documents, masks=masks)
     return [open_token_file(prefix, with_loss_mask=loss) for loss in (True, False)]
@@ -183,10 +183,10 @@ def documents_with_masks(folder, masks, name="x_document"):
 def test_documents_without_loss_tokens_are_left_out(tmp_path):
     masks = [
         [0, 0, 1, 1],  # kept
-        [0] * 5,  # nothing is trained
-        [1, 0, 0],  # its only loss token begins the document, so it is no label
-        [0] * 8 + [1] * 4,  # a prompt that is longer than a sample
-        [0] * 7 + [1] * 4,  # one that leaves a single loss token
+        [0] * 5,  # no loss token
+        [1, 0, 0],  # its only loss token is the first token, which is no label
+        [0] * 8 + [1] * 4,  # a prompt longer than a sample
+        [0] * 7 + [1] * 4,  # the cut leaves a single loss token
         [],
         [1],
     ]
@@ -197,11 +197,11 @@ def test_documents_without_loss_tokens_are_left_out(tmp_path):
     assert (packing.num_truncated, packing.num_truncated_tokens) == (1, 3)
     for ordinal in range(packing.num_samples):
         assert read_both([masked], packing).read(ordinal).loss_mask.any()
-    # With loss on all tokens only the document of a single token has no label.
+    # With loss on all tokens, only the document of a single token has no label.
     packing = pack_documents([plain], "train", None, seq_length=7)
     assert sorted(packing.documents.tolist()) == [0, 1, 2, 3, 4]
     assert packing.num_without_loss == 1
-    # Of two files, and of a split.
+    # With two files and a split.
     packing = pack_documents([plain, masked], "validation", 2, seq_length=7)
     assert sorted(packing.documents.tolist()) == [1, 3]
     assert packing.num_without_loss == 2
@@ -234,7 +234,7 @@ def test_the_cache_knows_loss_masks(tmp_path):
 
 @pytest.mark.parametrize("shortest", [2, 34], ids=["many_a_sample", "one_a_sample"])
 def test_planning_takes_less_than_24_bytes_a_document(tmp_path, shortest):
-    """The peak of all memory, mapped files included, in a process of its own."""
+    """Measures the peak of all memory, including mapped files, in another process."""
     prefix, num_documents = tmp_path / "x_document", 1_000_000
     lengths = np.random.default_rng(1).integers(shortest, 66, num_documents).astype(np.int32)
     for name in (prefix, loss_mask_prefix(prefix)):
@@ -311,7 +311,7 @@ def test_a_packing_that_cannot_be_written_is_kept_in_memory(tmp_path, caplog):
     cached_packing(files, [{}], "train", None, 7)
     [path] = tmp_path.glob("*.packing.*")
     path.unlink()
-    # A folder in the way stops root too, whom permissions do not.
+    # A folder at this path also stops root, which ignores permissions.
     path.with_name(path.name + ".partial").mkdir()
     packing = cached_packing(files, [{}], "train", None, 7)
     assert packing.num_samples == 2

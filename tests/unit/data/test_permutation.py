@@ -1,4 +1,4 @@
-"""The order of samples: a permutation, uniform, different in every epoch, the same everywhere."""
+"""Tests the sample order: a uniform permutation, new in every epoch, the same on every machine."""
 
 import itertools
 import math
@@ -28,7 +28,10 @@ def epoch_order(size: int, epoch: int = 0, seed: int = 1234, source: str = "engl
 
 
 def chi_square_z(counts: np.ndarray) -> float:
-    """Standard deviations between a chi-square statistic and its mean, for equal expectations."""
+    """Returns the distance of a chi-square statistic from its mean, in standard deviations.
+
+    All expected counts are equal.
+    """
     expected = counts.sum() / counts.size
     statistic = float(((counts - expected) ** 2).sum() / expected)
     degrees = counts.size - 1
@@ -111,7 +114,7 @@ def test_epochs_seeds_and_sources_do_not_correlate(other):
     size = 100_000
     first, second = epoch_order(size), epoch_order(size, **other)
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / math.sqrt(size)
-    # Places where the two agree are Poisson with mean 1.
+    # The number of positions at which the two agree is Poisson-distributed with mean 1.
     assert np.count_nonzero(first == second) < 8
 
 

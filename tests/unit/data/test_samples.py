@@ -1,4 +1,4 @@
-"""Windows over documents: every token once, boundaries, loss masks, padding."""
+"""Tests windows over documents: every token once, boundaries, loss masks, padding."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def reader_of(
 
 
 def expected_sample(documents, masks, ordinal, seq_length, isolate):
-    """The same window, from all documents joined: what the reader must equal."""
+    """Returns the expected window, cut from the concatenation of all documents."""
     tokens = np.concatenate([np.asarray(d, np.int64) for d in documents] + [np.empty(0, np.int64)])
     mask = np.concatenate([np.asarray(m, np.int64) for m in masks] + [np.empty(0, np.int64)])
     starts = np.cumsum([0] + [len(d) for d in documents])
@@ -128,7 +128,7 @@ def test_windows_equal_the_joined_documents(tmp_path_factory, data):
 
 
 def test_sequences_of_one_document_form_one_segment(tmp_path):
-    """Megatron-LM may cut a document into several sequences, one a sentence."""
+    """Megatron-LM may split a document into several sequences, one per sentence."""
     writer = IndexedDatasetWriter(tmp_path / "a_document", np.int32)
     tokens, lengths = np.arange(10, 20, dtype=np.int32), np.array([2, 3, 1, 4], np.int32)
     writer.add_sequences(tokens, lengths, np.array([2, 4], np.int64))

@@ -1,6 +1,8 @@
-"""Compiled samples, packing, order and batches: equal to the references, also on damaged data.
+"""Tests that compiled samples, packing, order and batches equal the references.
 
-The sanitizers' build runs this file too: it is where a read outside an array would show.
+This includes damaged data.
+
+The sanitizer build also runs this file, which detects reads outside of an array.
 """
 
 import hashlib
@@ -52,7 +54,7 @@ def test_the_extension_is_built():
 
 
 def outcome(reader, ordinal):
-    """What a read gives, as plain values, or the words of its ValueError."""
+    """Returns the result of a read as plain values, or the message of its ValueError."""
     try:
         return [(array.dtype, array.tolist()) for array in reader.read(ordinal)]
     except ValueError as error:
@@ -60,7 +62,7 @@ def outcome(reader, ordinal):
 
 
 def token_file(random, lengths, dtype=np.uint16, name="file"):
-    """A file in memory, of exactly the bytes that it needs, its index not aligned."""
+    """Returns a file in memory of exactly the required bytes, with an unaligned index."""
     num_tokens = int(np.sum(lengths))
     tokens = random.integers(0, 50_000 if dtype == np.uint16 else 100, num_tokens).astype(dtype)
     pointers = np.cumsum([0, *lengths])[:-1] * tokens.itemsize
@@ -95,7 +97,7 @@ def test_every_token_type(dtype, isolate):
 
 
 def test_positions_beyond_2_to_the_40(tmp_path):
-    """Token offsets past 2^40, in a sparse file of bytes: nothing is cut to 32 bits."""
+    """Token offsets past 2^40 in a sparse file must not be truncated to 32 bits."""
     num_tokens = (1 << 41) + 19
     path = tmp_path / "sparse.bin"
     try:
@@ -120,7 +122,7 @@ def test_positions_beyond_2_to_the_40(tmp_path):
 
 
 def mutate_entries(random, array, num_changes):
-    """A copy of an int64 array with some entries replaced, of exactly its bytes."""
+    """Returns a copy of an int64 array, of exactly its bytes, with some entries replaced."""
     changed = np.array(array, np.int64)
     for _ in range(num_changes if changed.size else 0):
         place = random.integers(changed.size)
@@ -130,7 +132,7 @@ def mutate_entries(random, array, num_changes):
 
 
 def test_damaged_indices_in_memory_give_the_reference_or_an_error():
-    """Damage that opening does not see, because it looks at parts of a large index only."""
+    """Opening a file checks only parts of a large index and misses such damage."""
     random = np.random.default_rng(2)
     num_errors = 0
     for _ in range(6000):
@@ -185,7 +187,7 @@ def test_damaged_packings_in_memory_give_the_reference_or_an_error():
 
 
 def mutate_bytes(random, data):
-    """Flips, overwrites, cuts or lengthens some bytes."""
+    """Flips, overwrites, removes or adds some bytes."""
     changed = bytearray(data)
     for _ in range(random.integers(1, 4)):
         kind = random.integers(5)
@@ -280,7 +282,7 @@ def test_permutation_equals_the_reference_on_all_sizes():
 
 @pytest.mark.parametrize("seq_length", [1, 6, 7, 24, 25, 26, 31, 50, 51, 127, 300])
 def test_rows_and_digests_equal_the_reference(seq_length):
-    """Lengths around the 128-byte blocks of the hash: a sample has 5 * seq_length + 4 bytes."""
+    """Covers lengths around the hash's 128-byte blocks: a sample has 5 * seq_length + 4 bytes."""
     random = np.random.default_rng(seq_length)
     shape = SHAPE._replace(seq_length=seq_length, vocab_size=60_000)
     readers, references = [], []

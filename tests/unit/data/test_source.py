@@ -1,4 +1,4 @@
-"""Sources: built from a configuration, each sample once an epoch, bad input refused by name."""
+"""Tests sources: construction from a configuration, one epoch, and errors that name the input."""
 
 import json
 import os
@@ -132,7 +132,7 @@ def test_documents_are_split_by_shares(tmp_path, packing, shares, num_documents,
         samples = [source.sample_in_order(k) for k in range(source.num_samples)]
         seen = {int(t) for one in samples for t in one.tokens if t >= 10}
         expected = np.concatenate([*documents[begin:end], np.zeros(0, np.int64)])
-        # The last window of training may lack the token that it would end with.
+        # The last training window may lack its final token.
         if split == "train" and packing == "none":
             expected = expected[: source.num_samples * 8 + 1]
         assert seen == set(expected.tolist())
@@ -217,12 +217,12 @@ def test_documents_without_loss_tokens_keep_old_runs_valid(tmp_path):
     path = write_masked(tmp_path, [[0, 0, 1, 1], [0] * 6, [0, 1, 1]])
     source = build_packed(path)
     assert source.packing.num_without_loss == 1
-    # A run that an earlier version began goes on with the samples that it began with.
+    # A run started by an earlier version continues with the samples that it started with.
     old = build_packed(path, packing_versions={"chat": 1})
     assert old.packing.num_without_loss == 0 and len(old.packing.documents) == 3
     assert (old.fingerprint()["packing"], source.fingerprint()["packing"]) == (1, 2)
     assert old.fingerprint() == build_packed(path, loss="all").fingerprint()
-    # Where every document has loss tokens, the versions do not differ.
+    # If every document has loss tokens, the versions do not differ.
     path = write_masked(tmp_path, [[0, 0, 1, 1], [0, 1, 0], [0, 1, 1]], "n")
     assert build_packed(path).fingerprint()["packing"] == 1
     old = build_packed(path, packing_versions={"chat": 1})

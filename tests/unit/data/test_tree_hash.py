@@ -1,4 +1,4 @@
-"""Leaf digests: the compiled ones equal BLAKE2b, at every length around a leaf and a group."""
+"""Tests that compiled leaf digests equal BLAKE2b at every length around a leaf and a group."""
 
 import numpy as np
 import pytest

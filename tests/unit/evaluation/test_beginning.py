@@ -1,4 +1,4 @@
-"""One beginning of text in every command: what the tokenizer's configuration says."""
+"""Tests that every command begins texts as the tokenizer's configuration specifies."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ from megatron_chatflow.tokenizer import load_tokenizer
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is an extra"
 )
-# Kind of folder, and whether its texts begin with BOS.
+# Kind of folder, and whether it prepends BOS to texts.
 KINDS = {"without": False, "configured": True, "processor": True, "denied": False, "no_bos": False}
 
 
@@ -39,7 +39,7 @@ KINDS = {"without": False, "configured": True, "processor": True, "denied": Fals
 def folders(
     random_llama: Path, byte_level_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The same weights, with tokenizers that begin a text in different ways."""
+    """Creates folders of the same weights with tokenizers that begin texts differently."""
     made = {}
     for name in KINDS:
         folder = made[name] = tmp_path_factory.mktemp("kinds") / name
@@ -48,7 +48,7 @@ def folders(
         if name in ("processor", "denied"):
             load_tokenizer(random_llama).save_pretrained(folder, add_bos_token=True)
         if name in ("configured", "denied"):
-            # transformers 5 reads the post-processor of tokenizer.json alone, which says otherwise.
+            # transformers 5 only reads the post-processor of tokenizer.json, which differs.
             config = json.loads(config_path.read_text())
             config_path.write_text(json.dumps({**config, "add_bos_token": name == "configured"}))
         if name == "no_bos":
@@ -123,7 +123,7 @@ def test_bytes_of_a_first_token_without_loss_are_not_counted(
             assert result.num_tokens == sum(map(len, ids)) - len(texts)
             counted = [model.tokenizer.num_bytes_per_id[row].sum() for row in ids]
             firsts = [model.tokenizer.num_bytes_per_id[row[0]] for row in ids]
-            prefix = 0 if kind == "no_bos" else 1  # the space that SentencePiece puts first
+            prefix = 0 if kind == "no_bos" else 1  # the space that SentencePiece prepends
             assert sum(counted) - prefix * len(texts) == num_bytes
             assert result.num_bytes == num_bytes - sum(firsts) + prefix * len(texts)
         assert result.bits_per_byte == pytest.approx(
@@ -135,7 +135,7 @@ def test_bytes_of_a_first_token_without_loss_are_not_counted(
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    if "datasets" in sys.modules:  # it has read the variables already
+    if "datasets" in sys.modules:  # `datasets` has already read the variables
         import datasets.config
 
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -143,7 +143,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def write_questions(folder: Path) -> Path:
-    """Questions with Chinese, names of control tokens, and more than the model reads at once."""
+    """Writes questions with Chinese and control tokens, and one beyond the model's context."""
     words = " ".join(made_up_sentences(60)).split()
     records = []
     for k in range(40):
@@ -158,7 +158,7 @@ def write_questions(folder: Path) -> Path:
 
 
 def write_task(folder: Path, questions: Path, scoring: str, num_few_shot: int) -> None:
-    """The same questions as a task of lm-eval."""
+    """Writes the same questions as an lm-eval task."""
     letters = "".join(
         "{% if choices|length > N %}\nL. {{ choices[N] }}{% endif %}".replace("N", str(n)).replace(
             "L", letter
@@ -182,7 +182,7 @@ def write_task(folder: Path, questions: Path, scoring: str, num_few_shot: int) -
         "doc_to_target": "answer",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_bytes"}],
     }
-    (folder / f"quiz_{scoring}.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / f"quiz_{scoring}.yaml").write_text(json.dumps(config))  # JSON is valid YAML
 
 
 @needs_lm_eval

@@ -1,4 +1,4 @@
-"""Evaluation on text, questions and tasks: sums against transformers, by hand, and bad input."""
+"""Tests evaluation on text, questions and tasks against transformers and manual sums."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def write_lines(path: Path, records: list[dict]) -> Path:
 
 
 def reference_log_probs(folder: Path, row: list[int]) -> np.ndarray:
-    """Transformers alone, one row, no batch: float64[len(row) - 1]."""
+    """Computes log-probabilities with transformers, without batching: float64[len(row) - 1]."""
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_text_is_read_in_windows_that_count_every_token_once(
     result = evaluate_text(model, TextSource("s", str(path), CorpusSettings()))
     ids = [model.tokenizer.encode(text) for text in texts]
     assert len(ids[1]) > 2 * model.max_length
-    # Nothing precedes a document's first token, which has no loss.
+    # Nothing precedes the first token of a document, so it has no loss.
     assert model.prefix_ids == [] and ids[2] == []
     assert result.num_tokens == len(ids[0]) - 1 + len(ids[1]) - 1
     first = [model.tokenizer.decode(row[:1]) for row in ids[:2]]
@@ -331,8 +331,9 @@ def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) 
     import_huggingface(source, tmp_path / "run")
     moved = source.rename(tmp_path / "moved")
     expected = evaluate(random_llama, settings)["sources"]
-    assert evaluate(tmp_path / "run", settings)["sources"] == expected  # it carries its own
-    # Earlier versions wrote only where the tokenizer lay.
+    # the run has its own copy of the tokenizer
+    assert evaluate(tmp_path / "run", settings)["sources"] == expected
+    # Earlier versions recorded only the path of the tokenizer.
     shutil.rmtree(tmp_path / "run" / "iter_0000000" / "huggingface")
     advice = "name the run's own with --tokenizer-model"
     with pytest.raises(UserError, match=f"the run's tokenizer is not there; {advice}$"):

@@ -1,4 +1,4 @@
-"""lm-eval on local task files, without a network: counts, few-shot examples, names, bad input."""
+"""Tests lm-eval on local task files without a network: counts, few-shot examples, and bad input."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ needs_lm_eval = pytest.mark.skipif(
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    if "datasets" in sys.modules:  # it has read the variables already
+    if "datasets" in sys.modules:  # `datasets` has already read the variables
         import datasets.config
 
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -30,7 +30,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def write_task(folder: Path, name: str, answers: list[int], few_shot_answers: list[int]) -> None:
-    """A task file of questions whose answer is the choice of that number."""
+    """Writes a task file of questions whose answers are the choices with these numbers."""
     for split, numbers in (("test", answers), ("dev", few_shot_answers)):
         lines = [
             json.dumps({"question": f"bana {k}?", "choices": ["kifu", "sodo"], "answer": answer})
@@ -49,7 +49,7 @@ def write_task(folder: Path, name: str, answers: list[int], few_shot_answers: li
 
 @needs_lm_eval
 def test_a_local_task(random_llama: Path, tmp_path: Path) -> None:
-    # The questions differ in a number alone, so that half of mixed answers are right.
+    # The questions differ only in a number, so mixed answers are right for half of them.
     write_task(tmp_path, "local_choice", [0, 1, 0, 1, 1, 1], [0, 1, 0])
     settings = TaskSettings(("local_choice",), include_path=tmp_path, limit=4)
     results = evaluate(random_llama, EvaluationSettings(tasks=settings))["tasks"]
@@ -85,7 +85,7 @@ def test_lm_eval_has_the_tasks_and_their_examples() -> None:
     for name, (tasks, few_shot) in ALIASES.items():
         assert set(tasks) <= set(manager.all_tasks), name
         assert few_shot == (0 if name == "gaokao" else 5)
-    # Five examples are the first of the subject's own development split.
+    # The five examples are the first of the subject's own development split.
     for name in ("mmlu/default", "cmmlu"):
         text = (folder / name / "_default_template_yaml").read_text()
         assert "fewshot_split: dev" in text and "sampler: first_n" in text

@@ -1,4 +1,4 @@
-"""Chats are written in the model's own chat template, or in the one that is asked for."""
+"""Tests that chats use the model's own chat template, or the one that is requested."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def with_template(random_llama: Path, folder: Path, source: str | None, *, in_fi
 
 
 def loss_by_hand(model: LanguageModel, prompt: str, answer: str) -> float:
-    """Of the answer and the end token behind it."""
+    """Computes the loss of the answer and the end token after it."""
     tokenizer = model.tokenizer
     begin = tokenizer.encode(prompt)
     learnt = [*tokenizer.encode_continuation(answer), tokenizer.eos_id]
@@ -142,7 +142,7 @@ def test_generation_takes_a_template_and_a_tokenizer_for_a_folder(
             assert (opened == folder) == (name is None)
     assert opened != folder and not opened.exists()
 
-    # A tokenizer beside a folder that has none, or instead of its own.
+    # A tokenizer beside a folder that has none, or in place of the folder's own.
     for bare in (tmp_path / "bare", folder):
         if bare != folder:
             bare.mkdir()
@@ -207,7 +207,7 @@ def test_lm_eval_gets_the_template_when_asked(
 
 
 def test_no_change_per_token_across_vocabularies(random_llama: Path, tmp_path: Path) -> None:
-    """Figures per token of two vocabularies stand beside each other, without a change."""
+    """Figures per token of two vocabularies are shown side by side, without a difference."""
     path = tmp_path / "t.jsonl"
     path.write_text(json.dumps({"text": "bana 龍龍 kifu"}) + "\n")
     settings = EvaluationSettings(sources=(TextSource.parse(f"s={path}"),))
@@ -221,6 +221,6 @@ def test_no_change_per_token_across_vocabularies(random_llama: Path, tmp_path: P
 
     assert changes(base, larger) == {"bits_per_byte": "+0.0%", "loss": "-", "perplexity": "-"}
     assert set(changes(base, base).values()) == {"+0.0%"}
-    # The same vocabulary in another file makes the same tokens.
+    # The same vocabulary in another file gives the same tokens.
     copied = {**base, "tokenizer": {**base["tokenizer"], "sha256": "another"}}
     assert set(changes(base, copied).values()) == {"+0.0%"}
