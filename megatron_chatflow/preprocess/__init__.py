@@ -1,10 +1,11 @@
-"""Preprocessing: turns corpora into indexed datasets.
+"""Converts corpora to indexed datasets.
 
-`preprocess` reads the inputs of a `PreprocessSettings` and writes
+`preprocess` reads the inputs named in a `PreprocessSettings` and writes
 `<prefix>_<key>_document.{bin,idx,json}` and, for pairs and chats,
-`<prefix>_<key>_loss_mask.{bin,idx}`. Chunks of records are read (`readers`), parsed to documents
-(`parse`, `pairs`, `chats`), encoded (`encode`) and written (`output`) by `job`, as a whole or in
-`partitions`, which `merge` joins.
+`<prefix>_<key>_loss_mask.{bin,idx}`. `job` runs the steps: it reads chunks of records (`readers`),
+parses them to documents (`parse`, `pairs`, `chats`), encodes the documents (`encode`) and writes
+them (`output`). A job can be split into partitions (`partitions`), which are merged at the end
+(`merge`).
 """
 
 from megatron_chatflow.preprocess.job import preprocess

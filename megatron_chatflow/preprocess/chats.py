@@ -1,9 +1,9 @@
 """Converts OpenAI, ShareGPT, Alpaca and Dolly records to chats.
 
-A record becomes a `Chat` of a system text and exchanges, or it is dropped for a reason that is
-counted. Fields that select which answers have loss (`weight`, `train`, `training`, `loss`) are
-honored. A record with a field that a `Chat` cannot represent, such as tool calls, would lose its
-meaning; it is dropped under the name of that field.
+Each record is converted to a `Chat`, which has a system text and exchanges, or is dropped and
+counted by reason. Fields that select which answers have loss (`weight`, `train`, `training`,
+`loss`) are honored. A record with a field that a `Chat` cannot represent, such as tool calls, is
+dropped, because its meaning would change without the field. The reason is the field's name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ ROLES = {
 }
 
 CHAT_KEYS = ("messages", "conversations", "conversation")
-# Whether a message has loss, as OpenAI, axolotl and ms-swift spell it.
+# The fields of OpenAI, axolotl and ms-swift that select whether a message has loss.
 LOSS_FIELDS = ("weight", "train", "training", "loss")
-# Dropping these would change what a message or record means. Empty values count as absent.
+# A message or record changes its meaning without these fields. Empty values count as absent.
 UNSUPPORTED_FIELDS = {
     "message": ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
     "record": ("tools", "functions", "images", "image", "videos", "video", "audios", "audio"),
@@ -41,8 +41,8 @@ class Turn(NamedTuple):
 
     Attributes:
         role: "system", "user" or "assistant".
-        text: Its text.
-        loss: Whether an answer has loss.
+        text: The text of the message.
+        loss: Whether the message has loss. Only used for answers.
     """
 
     role: str
@@ -55,11 +55,12 @@ def chat_of(record: Mapping[str, Any], key: str) -> Chat:
 
     Args:
         record: The JSON object.
-        key: The key of the list of messages; it takes precedence over the formats' own keys.
+        key: The key of the list of messages. It has precedence over the keys in `CHAT_KEYS`.
 
     Raises:
-        BadLineError: None of the formats' keys exists, or its value has another type.
-        DroppedError: The chat has no answer with loss, or its turns are out of order.
+        BadLineError: The record has no key of a supported format, or a value has the wrong type.
+        DroppedError: The chat has an unsupported field or role, contradictory loss fields, no
+            answer with loss, or turns that are out of order.
     """
     for name in (key, *CHAT_KEYS):
         if record.get(name) is not None:
@@ -69,7 +70,7 @@ def chat_of(record: Mapping[str, Any], key: str) -> Chat:
             if system and turns and turns[0].role == "system":
                 if turns[0].text.strip() != system.strip():
                     raise DroppedError("system_field_and_system_turn")
-            elif system:  # ShareGPT has it beside the turns
+            elif system:  # ShareGPT stores it in a field of the record
                 turns.insert(0, Turn("system", system))
             return chat_of_turns(turns)
     if record.get("instruction") is not None:
@@ -80,10 +81,10 @@ def chat_of(record: Mapping[str, Any], key: str) -> Chat:
 
 
 def chat_of_turns(turns: Sequence[Turn]) -> Chat:
-    """Groups turns into exchanges; a last question without an answer is left out.
+    """Groups turns into exchanges. A last question without an answer is left out.
 
     Raises:
-        DroppedError: There is no answer with loss, or the turns are out of order.
+        DroppedError: There is no answer with loss, a text is empty, or the turns are out of order.
     """
     system: str | None = None
     exchanges: list[tuple[str, str | None]] = []
@@ -119,7 +120,7 @@ def chat_of_turns(turns: Sequence[Turn]) -> Chat:
 
 
 def _turns(messages: Any) -> list[Turn]:
-    """Reads a list of messages with the keys of OpenAI or ShareGPT."""
+    """Converts a list of OpenAI or ShareGPT messages to turns."""
     if not isinstance(messages, list):
         raise BadLineError("messages_not_a_list")
     turns = []
@@ -136,7 +137,7 @@ def _turns(messages: Any) -> list[Turn]:
 
 
 def _first_given(fields: Mapping[str, Any], *names: str) -> Any:
-    """The first field that is neither missing nor null (as in Parquet)."""
+    """Returns the first field that is present and not null. Parquet has null for missing fields."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
@@ -150,11 +151,12 @@ def _refuse_unsupported_fields(
 
 
 def _loss(message: Mapping[str, Any], role: str) -> bool:
-    """Whether a message has loss.
+    """Returns whether a message has loss.
 
     Raises:
-        DroppedError: The fields contradict each other, are neither 0 nor 1, or ask for loss on a
-            message that is not an answer. A weight of 1 on a question is common and is ignored.
+        DroppedError: The fields contradict each other, have a value other than 0 and 1, or request
+            loss on a message that is not an answer. A `weight` of 1 on a question is common and is
+            ignored.
     """
     given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
     for name, value in given.items():
@@ -168,7 +170,7 @@ def _loss(message: Mapping[str, Any], role: str) -> bool:
 
 
 def _content(content: Any) -> str:
-    """The text of a message, which OpenAI also allows as a list of parts."""
+    """Returns the text of a message. In the OpenAI format, it may be a list of text parts."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -179,10 +181,10 @@ def _content(content: Any) -> str:
 
 
 def _text(record: Mapping[str, Any], *names: str) -> str:
-    """The text of a field that has several names; "" if none is present.
+    """Returns the text of a field that has several names, or "" if none of them is present.
 
     Raises:
-        BadLineError: The value is not text.
+        BadLineError: A value is not text.
         DroppedError: Two of the names have different texts.
     """
     texts = {name: record[name] for name in names if record.get(name) is not None}
@@ -195,9 +197,10 @@ def _text(record: Mapping[str, Any], *names: str) -> str:
 
 
 def _alpaca(record: Mapping[str, Any]) -> Chat:
-    """Reads an Alpaca record: instruction, input, output, and optionally system and history.
+    """Converts an Alpaca or Dolly record.
 
-    Dolly has context and response instead of input and output.
+    Alpaca records have `instruction`, `input`, `output` and optionally `system` and `history`.
+    Dolly records have `context` and `response` instead of `input` and `output`.
     """
     instruction, system = _text(record, "instruction"), _text(record, "system")
     context, answer = _text(record, "input", "context"), _text(record, "output", "response")

@@ -1,9 +1,9 @@
-"""Decompresses gzip and zstd streams, with a bound on what one call may expand to.
+"""Decompresses gzip and zstd streams with bounded memory.
 
-Streams are recognized by their first bytes, whatever the file is called. They may consist of any
-number of members or frames, with zstd's skippable frames (which the seekable format and parallel
-compressors write) between them and with zero bytes after a gzip member (the padding of tapes and
-block devices), as `gzip -d` and `zstd -d` read them.
+Streams are recognized by their first bytes; the file name does not matter. As with `gzip -d` and
+`zstd -d`, a stream may have several gzip members or zstd frames. Skippable zstd frames, which the
+seekable format and parallel compressors write, are skipped. So are zero bytes after a gzip member,
+which tapes and block devices add as padding.
 """
 
 import zlib
@@ -19,18 +19,18 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE_MAGICS = tuple(bytes([0x50 + k]) + b"\x2a\x4d\x18" for k in range(16))
 _SKIPPABLE_HEADER_BYTES = 8  # magic and size, 4 bytes each
 MAGIC_BYTES = 4
-# zlib bounds its output itself. zstandard does not, and 4 bytes of input may stand for 128 KiB of
-# output, so a bite of 1 KiB yields 32 MiB at most. Smaller bites than this cost time.
+# zlib has a limit on its output. zstandard has none, and 4 bytes of input can expand to 128 KiB, so
+# 1 KiB of input expands to at most 32 MiB. A smaller size is slower.
 ZSTD_BITE_BYTES = 1 << 10
-# What follows a member is copied once per member, so that input of tiny members must not be held
-# in large blocks.
+# The rest of a block is copied after every member. Large blocks would make input with many tiny
+# members slow.
 INPUT_BLOCK_BYTES = 1 << 16
 MAX_OUTPUT_BYTES = 1 << 20
-MAX_ZSTD_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` writes
+MAX_ZSTD_WINDOW_BYTES = 1 << 31  # the window of `zstd --long=31`
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether a stream that begins with ``head`` is gzip or zstd."""
+    """Returns whether a stream that begins with ``head`` is gzip or zstd."""
     return head.startswith((GZIP_MAGIC, ZSTD_MAGIC, *_SKIPPABLE_MAGICS))
 
 
@@ -39,10 +39,10 @@ def decompress(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
     Args:
         blocks: The compressed bytes, in blocks of any size.
-        name: The stream's name, for messages.
+        name: The stream's name for error messages.
 
     Raises:
-        UserError: The stream is truncated, or something else follows its end.
+        UserError: The stream is truncated, or other data follows its end.
         zlib.error, zstandard.ZstdError: The stream is damaged.
     """
     blocks = _cut(blocks)
@@ -74,7 +74,7 @@ def _cut(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _fill(pending: bytes, blocks: Iterator[bytes], num_bytes: int) -> tuple[bytes, bool]:
-    """At least so many bytes, or all that are left; and whether the input is exhausted."""
+    """Extends ``pending`` to at least ``num_bytes``; also returns whether the input ended first."""
     while len(pending) < num_bytes:
         block = next(blocks, None)
         if block is None:
@@ -84,7 +84,7 @@ def _fill(pending: bytes, blocks: Iterator[bytes], num_bytes: int) -> tuple[byte
 
 
 def _skip_frame(pending: bytes, blocks: Iterator[bytes], name: str) -> bytes:
-    """Passes over a skippable frame; returns what follows it."""
+    """Skips a skippable frame and returns the bytes after it."""
     pending, _ = _fill(pending, blocks, _SKIPPABLE_HEADER_BYTES)
     if len(pending) < _SKIPPABLE_HEADER_BYTES:
         raise _truncated(name)
@@ -110,7 +110,7 @@ def _skip_zeros(pending: bytes, blocks: Iterator[bytes]) -> bytes:
 def _zstd_frame(
     pending: bytes, blocks: Iterator[bytes], name: str
 ) -> Generator[bytes, None, bytes]:
-    """Yields the content of one frame and returns what follows it."""
+    """Yields the content of one frame and returns the bytes after it."""
     frame: Any = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW_BYTES).decompressobj()
     block: bytes | None = pending
     while block is not None:
@@ -129,7 +129,7 @@ def _zstd_frame(
 def _gzip_member(
     pending: bytes, blocks: Iterator[bytes], name: str
 ) -> Generator[bytes, None, bytes]:
-    """Yields the content of one member and returns what follows it."""
+    """Yields the content of one member and returns the bytes after it."""
     member = zlib.decompressobj(wbits=31)
     block: bytes | None = pending
     while block is not None:

@@ -1,12 +1,13 @@
 """Exact deduplication of documents by 128-bit hashes, in bounded memory.
 
-`SeenHashes` recognizes repeated documents while a job runs. New hashes collect in memory; when
-there are many, they become a sorted run in an unnamed memory-mapped file. At most one run is held
-in memory.
+`SeenHashes` finds repeated documents while a job runs. New hashes are collected in memory. When
+there are `HASHES_PER_RUN` of them, they are sorted and moved to an unnamed memory-mapped file, so
+that memory does not grow with the corpus.
 
-`DuplicateMarks` recognizes documents of a partition that an earlier partition has, from the hashes
-that each partition records. All hashes are distributed to buckets in an unnamed file, and each
-bucket is sorted by itself, so memory depends neither on the documents nor on the partitions.
+`DuplicateMarks` finds documents that repeat a document of an earlier partition, from the hashes
+that each partition records. It distributes all hashes to buckets in an unnamed file and sorts each
+bucket separately, so that memory depends neither on the number of documents nor on the number of
+partitions.
 """
 
 import hashlib
@@ -23,12 +24,12 @@ from megatron_chatflow.data.mapped_file import map_file
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import as_user_error
 
-HASHES_PER_RUN = 1 << 19  # about 50 MB while they are Python's
+HASHES_PER_RUN = 1 << 19  # about 50 MB as Python objects
 
 
-HASH_RECORD = np.dtype([("hash", "<u8", (2,)), ("num_text_bytes", "<i8")])  # of one document
+HASH_RECORD = np.dtype([("hash", "<u8", (2,)), ("num_text_bytes", "<i8")])  # one per document
 
-BLOCK = 1 << 17  # hashes that are read at once, 3 MB
+BLOCK = 1 << 17  # hashes that are read at once: 3 MB
 HASHES_PER_BUCKET = 1 << 19  # about 40 MB while a bucket is sorted
 MAX_BUCKET_BITS = 12
 _PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
@@ -37,42 +38,44 @@ _PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
 def hash_records(
     hashes: npt.NDArray[np.uint64], num_text_bytes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.void]:
-    """What a part notes about its documents: `HASH_RECORD`[num_documents]."""
+    """Builds the records of a partition's `.hashes` file: `HASH_RECORD`[num_documents]."""
     records = np.empty(len(hashes), HASH_RECORD)
     records["hash"], records["num_text_bytes"] = hashes, num_text_bytes
     return records
 
 
 def hashes_of(texts: Iterable[bytes]) -> npt.NDArray[np.uint64]:
-    """128-bit BLAKE2b of each text, as uint64[num_texts, 2]."""
+    """Returns the 128-bit BLAKE2b hash of each text as uint64[num_texts, 2]."""
     digests = b"".join(hashlib.blake2b(text, digest_size=16).digest() for text in texts)
     return np.frombuffer(digests, "<u8").reshape(-1, 2)
 
 
 class SeenHashes:
-    """The set of all hashes so far."""
+    """A set of hashes that keeps most of its elements on disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Begins empty.
+        """Creates an empty set.
 
         Args:
-            folder: Where runs lie; their files have no names, and vanish with this object.
+            folder: The folder for temporary files. The files are unnamed and are freed with this
+                object.
         """
         self._folder = folder
         self._recent: set[bytes] = set()
         self._runs: list[npt.NDArray[np.uint64]] = []  # [length, 2], sorted by the first column
 
     def add(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Adds hashes.
+        """Adds hashes and returns which of them are new.
 
         Args:
             hashes: uint64[n, 2].
 
         Returns:
-            bool[n], whether each is new; of equal ones in one call only the first is.
+            bool[n], True for each new hash. If ``hashes`` has equal elements, only the first of
+            them is new.
 
         Raises:
-            UserError: The disk has no room for a run.
+            UserError: The disk is full.
         """
         is_new = np.ones(len(hashes), np.bool_)
         for run in self._runs:
@@ -88,7 +91,7 @@ class SeenHashes:
     def _write_run(self) -> None:
         recent = np.frombuffer(b"".join(self._recent), "<u8").reshape(-1, 2)
         self._recent.clear()
-        # Unbuffered: a buffer whose bytes do not fit on the disk raises once more when it closes.
+        # Unbuffered, because a buffered file on a full disk raises a second time when it is closed.
         with (
             as_user_error(self._folder),
             tempfile.TemporaryFile(dir=self._folder, buffering=0) as file,
@@ -98,10 +101,10 @@ class SeenHashes:
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
-    """Writes all of ``data`` at a position of a file.
+    """Writes all of ``data`` at a byte offset of a file.
 
     Raises:
-        OSError: The disk is full or failing.
+        OSError: The write failed, for example because the disk is full.
     """
     view = memoryview(data)
     while view:
@@ -112,11 +115,11 @@ def write_at(descriptor: int, data: bytes, offset: int) -> None:
 def _contained(
     hashes: npt.NDArray[np.uint64], run: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.bool_]:
-    """Which hashes a sorted run has."""
+    """Returns bool[n], True for each hash that is in a sorted run."""
     first = run[:, 0]
     position = np.searchsorted(first, hashes[:, 0])
     found = np.zeros(len(hashes), np.bool_)
-    while True:  # more than once only where two hashes share their first half
+    while True:  # repeats only if different hashes have equal first halves
         inside = position < len(run)
         at = np.where(inside, position, 0)
         same_half = inside & (first[at] == hashes[:, 0])
@@ -127,22 +130,22 @@ def _contained(
 
 
 class DuplicateMarks:
-    """Marks on the documents of all parts; they lie on the disk.
+    """Marks the documents that repeat an earlier document. The marks are stored on disk.
 
     Attributes:
-        num_documents: Of each part.
+        num_documents: Number of documents in each partition.
     """
 
     def __init__(self, paths: Sequence[Path], num_documents: Sequence[int], folder: Path) -> None:
-        """Reads every part's hashes twice and marks what an earlier part, or the same, has.
+        """Reads all hashes twice and marks repeated documents within and across partitions.
 
         Args:
-            paths: The parts' files of `HASH_RECORD`, in order.
-            num_documents: How many documents each part has.
-            folder: On whose disk there is room for 25 bytes a document.
+            paths: The `.hashes` file of each partition, in order.
+            num_documents: Number of documents in each partition.
+            folder: The folder for temporary files, which need 25 bytes per document.
 
         Raises:
-            UserError: A file is missing or of another length, or the disk is full.
+            UserError: A file is missing or has the wrong length, or the disk is full.
         """
         self.num_documents = list(num_documents)
         self._paths = list(paths)
@@ -164,12 +167,12 @@ class DuplicateMarks:
             raise
 
     def of_partition(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
-        """Whether each document of a part, from ``begin`` up to ``end``, is a repetition."""
+        """Returns bool[end - begin], True for each repeated document in a range of a partition."""
         data = os.pread(self._file.fileno(), end - begin, self._begins[number] + begin)
         return np.frombuffer(data, np.bool_)
 
     def num_repeated_bytes(self, number: int) -> int:
-        """UTF-8 bytes of text in the repetitions of a part."""
+        """Returns the size of the text in the repeated documents of a partition, in UTF-8 bytes."""
         total = begin = 0
         for records in _blocks(self._paths[number]):
             marks = self.of_partition(number, begin, begin + len(records))
@@ -178,7 +181,7 @@ class DuplicateMarks:
         return total
 
     def close(self) -> None:
-        """Gives the space back."""
+        """Frees the disk space."""
         self._file.close()
 
     def _mark(self, folder: Path) -> None:
@@ -198,7 +201,7 @@ class DuplicateMarks:
                 self._mark_bucket(bucket)
 
     def _deal(self, placed: int, bits: int, positions: npt.NDArray[np.int64]) -> None:
-        """Writes each hash, with the number of its document, to where its bucket lies."""
+        """Writes each hash and the index of its document to its bucket."""
         index = 0
         for path in self._paths:
             for records in _blocks(path):
@@ -227,7 +230,7 @@ class DuplicateMarks:
 
 
 def _buckets(hashes: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.int64]:
-    """The bucket of each hash: its top bits."""
+    """Returns the bucket of each hash, which is given by its top ``bits`` bits."""
     if bits == 0:
         return np.zeros(len(hashes), np.int64)
     return (hashes[:, 0] >> np.uint64(64 - bits)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""How many records a job may leave out, and what to do about the most frequent reason."""
+"""Limits the share of records that a job may drop, and gives advice for each reason."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from megatron_chatflow.errors import UserError
 
 DEFAULT_MAX_SHARE = 0.5
-# What the user asked to leave out, and lines that are no records.
+# Duplicates are dropped on request, and header lines are not records.
 _NOT_COUNTED = ("duplicate", "header")
 _HINTS = {
     "malformed_json": "a JSON array has to be named .json, tab-separated pairs .tsv or .txt",
@@ -29,7 +29,7 @@ _HINTS = {
 
 
 def hint_of(reason: str) -> str:
-    """Advice about a reason, or the empty string."""
+    """Returns advice for records dropped for ``reason``, or an empty string."""
     for name, hint in _HINTS.items():
         if reason == name or (name.endswith("_") and reason.startswith(name)):
             return hint
@@ -37,16 +37,16 @@ def hint_of(reason: str) -> str:
 
 
 def check_left_over(sidecar: Mapping[str, Any], prefix: object, max_share: float) -> None:
-    """Refuses a job that left out all or too many of its records, whatever the reasons.
+    """Checks that a job kept at least one document and dropped no more than the allowed share.
 
     Args:
-        sidecar: Of the job's dataset: counts and settings.
-        prefix: The dataset's, for messages.
-        max_share: The largest share that may be left out. Duplicates are records, but not counted
-            as left out: this was asked for.
+        sidecar: The content of the dataset's sidecar, with counts and settings.
+        prefix: The dataset's prefix for error messages.
+        max_share: The largest share of records that may be dropped, from 0 to 1. Duplicates count
+            as records but not as dropped, because they are dropped on request.
 
     Raises:
-        UserError: No document is left, or more were left out.
+        UserError: No document is left, or too many records were dropped.
     """
     dropped: dict[str, int] = sidecar["dropped"]
     num_kept = sidecar["num_documents"]
@@ -57,7 +57,7 @@ def check_left_over(sidecar: Mapping[str, Any], prefix: object, max_share: float
         )
         raise UserError(f"no document left: {prefix}: dropped: {counts or 'nothing'}")
     if (sidecar["settings"].get("pairs") or {}).get("direction") == "both":
-        num_kept //= 2  # a record makes two documents
+        num_kept //= 2  # each record yields two documents
     counted = {reason: n for reason, n in dropped.items() if reason not in _NOT_COUNTED}
     num_dropped = sum(counted.values())
     num_records = num_dropped + num_kept + dropped.get("duplicate", 0)

@@ -1,8 +1,9 @@
 """Encodes the documents of a chunk to token ids and loss masks, in a thread or process.
 
-Every segment is encoded by itself, so that no token lies in two segments. A segment's text
-continues the text before it without an additional space, and starts anew after a control token.
-Neighboring texts that both have loss, or both have none, are encoded together.
+Adjacent text segments with the same loss flag are encoded together. All other segments are encoded
+separately, so that no token is partly with and partly without loss. Text that follows text is
+encoded as its continuation, without an additional space. Text that follows a control token is
+encoded as at the beginning of a document.
 """
 
 import multiprocessing
@@ -32,14 +33,14 @@ class EncodedDocuments:
     """Documents of one output key.
 
     Attributes:
-        tokens: 1-D, in the dataset's dtype, the documents one after the other.
-        lengths: int32[num_documents].
-        loss_mask: uint8 like tokens, or None.
-        text_bytes: int64[num_documents], UTF-8 bytes of each document's text, or, where nobody asks
-            for each, int64[1], those of all.
-        hashes: uint64[num_documents, 2] of the documents' text, or None where nobody asks.
-        num_dropped: Documents left out, by reason.
-        num_repaired: Documents kept after a change, by kind.
+        tokens: The concatenated documents, 1-D, in the dataset's dtype.
+        lengths: int32[num_documents], number of tokens of each document.
+        loss_mask: uint8, same shape as `tokens`, 1 for tokens with loss; None for plain text.
+        text_bytes: int64[num_documents], size of each document's text in UTF-8 bytes; or int64[1],
+            the total size, from `DocumentEncoder.encode_lines`.
+        hashes: uint64[num_documents, 2], hash of each document's text; None without `dedup`.
+        num_dropped: Number of dropped documents by reason.
+        num_repaired: Number of documents kept after a change, by kind.
     """
 
     tokens: npt.NDArray[Any]
@@ -51,11 +52,11 @@ class EncodedDocuments:
     num_repaired: dict[str, int]
 
     def keep(self, kept: npt.NDArray[np.bool_], reason: str) -> None:
-        """Leaves documents out.
+        """Drops documents.
 
         Args:
-            kept: bool[num_documents].
-            reason: Under which the others are counted.
+            kept: bool[num_documents], False for the documents to drop.
+            reason: The reason under which dropped documents are counted.
         """
         if kept.all():
             return
@@ -70,12 +71,12 @@ class EncodedDocuments:
 
 @dataclass
 class EncodedChunk:
-    """What a worker hands back.
+    """The result of parsing and encoding a chunk.
 
     Attributes:
-        documents: By output key.
-        parsed: The parser's counts; its documents are taken out.
-        num_bytes_read: How far into its file the chunk reaches.
+        documents: The encoded documents by output key.
+        parsed: The parser's counts. Its documents have been removed.
+        num_bytes_read: Bytes on disk that had been read at the end of the chunk, as in `Chunk`.
     """
 
     documents: dict[str, EncodedDocuments]
@@ -86,17 +87,19 @@ class EncodedChunk:
 def encode_segments(
     tokenizer: Tokenizer, segments: Sequence[Segment], *, append_bos: bool = False
 ) -> tuple[list[int], list[int], list[int]]:
-    """Ids and loss mask of a document's segments.
+    """Encodes the segments of a document.
+
+    An "end" segment that directly follows an end-of-sequence token adds no token.
 
     Args:
         tokenizer: The tokenizer.
-        segments: In order.
-        append_bos: Begin with BOS, without loss, unless the segments do.
+        segments: The segments in order.
+        append_bos: Whether to begin with BOS, without loss, unless the segments begin with it.
 
     Returns:
-        The ids; 1 for each id with loss, else 0; and for each segment, how many ids there are up
-        to its end, or to the end of the texts that are encoded as one with it. An "end" after the
-        very token that ends sequences adds nothing.
+        A tuple of three lists: the ids; the loss mask, which is 1 for each id with loss and 0
+        otherwise; and for each segment, the number of ids up to its end. Segments that are encoded
+        together have the same end.
     """
     ids: list[int] = []
     loss_mask: list[int] = []
@@ -125,7 +128,7 @@ def encode_segments(
 
 
 def _token_id(tokenizer: Tokenizer, segment: Segment) -> int | None:
-    """The control token that a segment stands for; None if it is text to this tokenizer."""
+    """Returns the id of a control or end segment; None if the segment has to be encoded as text."""
     if segment.kind == "end":
         return tokenizer.eos_id
     return tokenizer.control_id(segment.text) if segment.kind == "control" else None
@@ -135,25 +138,31 @@ class DocumentEncoder:
     """Encodes the documents of one output key."""
 
     def __init__(self, tokenizer: Tokenizer, settings: PreprocessSettings) -> None:
-        """Takes the tokenizer and the job."""
+        """Initializes the encoder.
+
+        Args:
+            tokenizer: The tokenizer. Its vocabulary determines the output dtype (`optimal_dtype`).
+            settings: The settings of the job.
+        """
         self.tokenizer = tokenizer
         self.settings = settings
         self.dtype = optimal_dtype(tokenizer.vocab_size)
 
     def encode(self, documents: Sequence[str | Document]) -> EncodedDocuments:
-        """Encodes documents of one kind: all text, or all in segments."""
+        """Encodes documents, which must be `str` for the format "text" and `Document` otherwise."""
         if self.settings.corpus.has_loss_mask:
             return self._encode_segmented([d for d in documents if isinstance(d, Document)])
         return self._encode_texts([d for d in documents if isinstance(d, str)])
 
     def encode_lines(self, data: bytes, key: str) -> EncodedDocuments | None:
-        """Encodes the text under a key of every JSON line, without building the documents.
+        """Encodes the text under ``key`` of every JSON line in native code.
 
         Returns:
-            The same as from parsing the lines first, or None where that has to be done.
+            The same documents as from parsing the lines and calling `encode`. None if this path
+            does not support the tokenizer, the lines or `dedup`.
         """
         if self.settings.dedup:
-            return None  # which needs the documents
+            return None  # needs the text of each document
         narrow = self.dtype == np.uint16
         encoded = self.tokenizer.encode_json_lines(data, key, self._end_id, narrow)
         if encoded is None:
@@ -169,7 +178,7 @@ class DocumentEncoder:
     def _begun(
         self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """Ids and lengths of documents with BOS before each that has any ids, if it is wanted."""
+        """Inserts BOS before each document that has ids, if `append_bos` is set."""
         if not self.settings.append_bos:
             return ids, lengths
         has_ids = lengths > 0
@@ -206,7 +215,7 @@ class DocumentEncoder:
                 num_segments = fitting[-1]
                 del ids[ends[num_segments - 1] :], mask[ends[num_segments - 1] :]
                 num_repaired["truncated"] += 1
-            if not any(mask):  # what was learnt of it has been cut off
+            if not any(mask):  # such as when truncation removed all answers
                 num_dropped["no_loss_tokens"] += 1
                 continue
             kept.append(ids)
@@ -230,8 +239,8 @@ def _packed(
     text_bytes: npt.NDArray[np.int64],
     hashes: npt.NDArray[np.uint64] | None,
 ) -> EncodedDocuments:
-    """Documents of text, without those that have no ids."""
-    kept = lengths[lengths > 0]  # a text without ids leaves nothing in them
+    """Returns text documents without those that have no ids."""
+    kept = lengths[lengths > 0]  # empty documents add nothing to `ids`
     num_dropped = {"empty": len(lengths) - len(kept)} if len(kept) < len(lengths) else {}
     return EncodedDocuments(ids, kept, None, text_bytes, hashes, num_dropped, {})
 
@@ -245,12 +254,17 @@ class ChunkWorker:
     """Parses and encodes chunks."""
 
     def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-        """Takes the job and its tokenizer."""
+        """Initializes the worker.
+
+        Args:
+            settings: The settings of the job.
+            tokenizer: The tokenizer to encode with.
+        """
         self.settings = settings
         self.encoder = DocumentEncoder(tokenizer, settings)
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
-        """One chunk."""
+        """Parses and encodes one chunk."""
         corpus = self.settings.corpus
         is_bounded = chunk.kind == "lines" and len(chunk.data) <= corpus.max_record_bytes
         if corpus.format == "text" and is_bounded and len(corpus.json_keys) == 1:
@@ -268,7 +282,7 @@ _worker: ChunkWorker | None = None
 
 
 def start_worker(settings: PreprocessSettings) -> None:
-    """Makes this process a worker that ends when its parent does, however that ends."""
+    """Initializes a worker process, which exits when its parent exits or is killed."""
     global _worker
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -279,13 +293,13 @@ def start_worker(settings: PreprocessSettings) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # One of several workers: the library's own threads would compete with the others.
+    # The tokenizers library's own threads would compete with the other workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
     _worker = ChunkWorker(settings, tokenizer)
 
 
 def encode_in_worker(chunk: Chunk) -> EncodedChunk:
-    """One chunk, in a process that `start_worker` has prepared."""
+    """Parses and encodes one chunk in a process initialized by `start_worker`."""
     assert _worker is not None
     return _worker.encode(chunk)

@@ -1,7 +1,7 @@
 """Inspects datasets.
 
-`Inspection` shows counts, a histogram of lengths and decoded documents with their loss spans, and
-validates all files; `first_difference` compares two datasets.
+`Inspection` validates all files of a dataset and shows counts, a histogram of lengths and decoded
+documents with their loss spans. `first_difference` compares two datasets.
 """
 
 from collections.abc import Iterator
@@ -32,13 +32,16 @@ END_COLOUR = "\x1b[0m"
 
 
 class Inspection:
-    """A dataset with its loss mask and sidecar."""
+    """Validates and describes a dataset with its loss mask and sidecar."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Opens the dataset and checks every offset of it and of its mask.
+        """Opens the dataset and checks every offset of the dataset and its loss mask.
+
+        Args:
+            prefix: Path of the dataset without `.bin` or `.idx`.
 
         Raises:
-            UserError: It is damaged.
+            UserError: The dataset, its mask or its sidecar is damaged.
         """
         self.dataset = IndexedDataset(prefix)
         self.dataset.validate()
@@ -48,10 +51,10 @@ class Inspection:
             check_counts(prefix, self.sidecar, self.dataset.num_documents, self.dataset.num_tokens)
 
     def check_hashes(self) -> None:
-        """Compares what lies on the disk with the hashes in the sidecar, if there is one.
+        """Compares the SHA-256 of each file with the sidecar. Does nothing without a sidecar.
 
         Raises:
-            UserError: Naming a file with other bytes.
+            UserError: A file differs. The message names the first such file.
         """
         recorded = {} if self.sidecar is None else self.sidecar["sha256"]
         paths = {"idx": idx_path(self.dataset.prefix), "bin": bin_path(self.dataset.prefix)}
@@ -64,10 +67,10 @@ class Inspection:
                 )
 
     def check_ids(self, vocab_size: int) -> None:
-        """Checks that the vocabulary has every id.
+        """Checks that every token id is at least 0 and less than ``vocab_size``.
 
         Raises:
-            UserError: Naming the first id that it has not.
+            UserError: An id is outside the vocabulary. The message names the first such id.
         """
         tokens = self.dataset.tokens
         for begin in range(0, len(tokens), BLOCK):
@@ -83,10 +86,10 @@ class Inspection:
                 )
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Checks that this tokenizer made the dataset, as far as its sidecar tells.
+        """Checks that the dataset was made with ``tokenizer``. Does nothing without a sidecar.
 
         Raises:
-            UserError: Another did.
+            UserError: The sidecar has the hash of another tokenizer.
         """
         if self.sidecar is not None:
             made_by = self.sidecar["tokenizer"]["sha256"]
@@ -97,7 +100,7 @@ class Inspection:
                 )
 
     def describe(self) -> str:
-        """Counts and the histogram of lengths."""
+        """Returns counts and the histogram of lengths as text."""
         dataset = self.dataset
         lengths = dataset.sequence_lengths
         lines = [
@@ -120,13 +123,13 @@ class Inspection:
         return "\n".join(lines)
 
     def sample(self, index: int, tokenizer: Tokenizer, *, coloured: bool) -> str:
-        """One sequence decoded, control tokens by name, its loss spans in colour or between marks.
+        """Decodes one sequence and marks its loss spans. Control tokens are shown by name.
 
         Args:
-            index: Of the sequence.
-            tokenizer: What made it.
-            coloured: For a terminal, where control tokens are underlined; otherwise spans stand
-                between ``<<`` and ``>>``.
+            index: The index of the sequence.
+            tokenizer: The tokenizer that made the dataset.
+            coloured: Whether to mark loss spans with ANSI colours and underline control tokens.
+                Otherwise, loss spans are enclosed in ``<<`` and ``>>``.
         """
         ids = self.dataset[index].tolist()
         learnt = None if self.mask is None else self.mask[index].astype(bool)
@@ -149,16 +152,20 @@ class Inspection:
 def _decoded(
     ids: list[int], boundaries: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[int, str, bool]]:
-    """Parts of a sequence: where each begins, its text, and whether it is a control token.
+    """Decodes a sequence in spans that end at ``boundaries`` and at control tokens.
 
-    A tokenizer leaves control tokens out of the text of ids, and the space before their first.
+    Tokenizers omit control tokens and the space before the first token when they decode. Each span
+    is therefore decoded together with the text before it, back to the last control token.
+
+    Yields:
+        The position of the span's first id, its text, and whether it is a control token.
     """
     names = {tokenizer.control_id(name): name for name in tokenizer.control_tokens}
     cuts = {0, len(ids), *boundaries}
     for position, token_id in enumerate(ids):
         if token_id in names:
             cuts |= {position, position + 1}
-    run = 0  # where the text since the last control token begins
+    run = 0  # position after the last control token
     for begin, end in pairwise(sorted(cuts)):
         if ids[begin] in names:
             yield begin, names[ids[begin]], True
@@ -169,7 +176,7 @@ def _decoded(
 
 
 def first_difference(first: IndexedDataset, second: IndexedDataset) -> str | None:
-    """Where two datasets differ first; None if they hold the same sequences and documents."""
+    """Describes the first difference of two datasets; None if sequences and documents agree."""
     num_common = min(len(first), len(second))
     for begin in range(0, num_common, 1 << 16):
         end = min(begin + (1 << 16), num_common)
@@ -218,7 +225,7 @@ def _sidecar_lines(sidecar: dict[str, Any]) -> list[str]:
 
 
 def _histogram(lengths: npt.NDArray[np.int32]) -> list[str]:
-    """Numbers of sequences between powers of two, with bars."""
+    """Formats a histogram of lengths with bars. The bins are between powers of two."""
     top = int(lengths.max()).bit_length()
     edges = np.array([0, *(1 << k for k in range(top + 1))])
     counts = np.zeros(len(edges) - 1, np.int64)

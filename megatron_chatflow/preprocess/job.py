@@ -1,8 +1,8 @@
 """Runs a preprocessing job.
 
-The parent process reads chunks and writes results; workers parse and encode. Results are written in
-the order of the chunks and the number of pending chunks is limited, so the output does not depend
-on the number of workers and memory does not depend on the corpus.
+The parent process reads chunks and writes results. Workers parse and encode the chunks. Results are
+written in the order of the chunks, and the number of pending chunks is limited, so the output does
+not depend on the number of workers and memory does not grow with the corpus.
 """
 
 import logging
@@ -45,17 +45,18 @@ MAX_PENDING_CHUNKS = 3  # per worker: one in progress, one waiting, one finished
 
 
 def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
-    """Runs a job.
+    """Runs a preprocessing job.
 
     Args:
-        settings: The job.
+        settings: The settings of the job.
 
     Returns:
         The sidecar of each output key.
 
     Raises:
-        UserError: An input cannot be read or has too many bad lines, an output exists or cannot be
-            written, the tokenizer cannot be loaded, or no document is left.
+        UserError: A setting is invalid, an input cannot be read or has too many bad lines, an
+            output exists or cannot be written, the tokenizer cannot be loaded, too many records
+            were dropped, or no document is left.
     """
     files = find_inputs(settings.inputs)
     if settings.ray is not None:
@@ -74,10 +75,11 @@ def preprocess_files(
     """Builds the datasets of some files.
 
     Args:
-        settings: The job. With a shard, its output prefix is that of the partition, which may end
-            up empty.
-        files: The files.
-        num_bad_before: Bad lines in earlier partitions; they count towards `max_bad_lines`.
+        settings: The settings of the job. If `shard` is set, the output prefix is that of the
+            partition, and the datasets may be empty.
+        files: The files to read.
+        num_bad_before: Number of bad lines in earlier partitions. They count towards
+            `max_bad_lines`.
 
     Returns:
         The sidecar of each output key.
@@ -116,7 +118,7 @@ def _check_bos(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
 
 
 def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> PreprocessSettings:
-    """Adds the tokenizer's control tokens to the chat template and checks it."""
+    """Adds the tokenizer's control tokens to the chat template and validates the template."""
     template = settings.corpus.chat_template
     if template is None:
         return settings
@@ -127,7 +129,7 @@ def _with_control_tokens(settings: PreprocessSettings, tokenizer: Tokenizer) -> 
 
 
 def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
-    """Validates the settings before any work."""
+    """Validates the settings before any input is read."""
     if not 0 <= settings.max_dropped_share <= 1:
         raise UserError(f"max_dropped_share: {settings.max_dropped_share}: must be from 0 to 1")
     if settings.corpus.max_record_bytes < 1:
@@ -166,14 +168,14 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
 
 
 def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str) -> None:
-    """Refuses to replace an output, except the remains of a killed job of the same kind."""
+    """Raises an error if an output exists, unless a killed job of the same kind left it behind."""
     paths = output_paths(settings.output_prefix, key)
     for path in paths:
         check_output_file(path)
     existing = [path for path in paths if path.exists()]
     if settings.overwrite or not existing:
         return
-    index = paths[0]  # published last: without it, a job was killed while publishing
+    index = paths[0]  # published last, so it is missing if a job was killed while publishing
     if not index.exists() and index.with_name(index.name + PARTIAL_SUFFIX).exists():
         return
     if settings.num_partitions > 1 and merged_already(settings, files, key) is not None:
@@ -188,7 +190,7 @@ def _fill(
     outputs: dict[str, KeyOutput],
     num_bad_before: int,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Writes all documents; returns name and size of each input, and the number of bad lines."""
+    """Writes all documents. Returns the name and size of each input and the number of bad lines."""
     reader = CorpusReader(files, settings.corpus.read_options)
     progress = ProgressBar(sum(file.num_bytes for file in files))
     num_bad = 0
@@ -242,7 +244,7 @@ def _encoded_chunks(
                     pending.append(executor.submit(encode, next(chunks)))
                 except StopIteration:
                     exhausted = True
-                except UserError as error:  # raised after the chunks before it
+                except UserError as error:  # raised below, after the results of earlier chunks
                     failure, exhausted = error, True
             if not pending:
                 break
@@ -260,12 +262,12 @@ def _encoded_chunks(
 def _executor(
     settings: PreprocessSettings, tokenizer: Tokenizer
 ) -> tuple[Executor, Callable[[Chunk], EncodedChunk]]:
-    """Creates the workers: threads if the tokenizer runs in threads, else processes."""
+    """Creates the workers: threads if the tokenizer can run in threads, otherwise processes."""
     if settings.corpus.format == "text" and tokenizer.runs_in_threads:
         return ThreadPoolExecutor(settings.num_workers), ChunkWorker(settings, tokenizer).encode
     executor = ProcessPoolExecutor(
         settings.num_workers,
-        # Not fork: forking a process with threads (of the bar or a tokenizer) can deadlock.
+        # Forking a process with threads (of the progress bar or a tokenizer) can deadlock.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=start_worker,
         initargs=(settings,),
@@ -289,7 +291,7 @@ def _publish(
             check_left_over(contents[key], output.prefix, settings.max_dropped_share)
     for key in outputs:
         for path in output_paths(settings.output_prefix, key):
-            remove_file(path)  # with --overwrite: no new file beside an old one
+            remove_file(path)  # with --overwrite, so that new and old files never coexist
     publish_all(files)
     return contents
 
@@ -298,7 +300,11 @@ class ProgressBar:
     """Shows a progress bar on a terminal, and prints a line every 30 seconds elsewhere."""
 
     def __init__(self, num_total_bytes: int) -> None:
-        """Starts at 0 of ``num_total_bytes``, which is 0 if unknown."""
+        """Initializes the display with no progress.
+
+        Args:
+            num_total_bytes: Total size of the inputs on disk in bytes; 0 if unknown.
+        """
         self._num_total_bytes = num_total_bytes
         self._num_bytes = 0
         self._begin = self._last_line = time.monotonic()
@@ -311,8 +317,8 @@ class ProgressBar:
         """Updates the display.
 
         Args:
-            num_bytes: Bytes on disk that were read so far.
-            num_documents: Documents written so far.
+            num_bytes: Number of bytes read from disk so far.
+            num_documents: Number of documents written so far.
         """
         if self._bar is not None:
             self._bar.set_postfix(documents=num_documents, refresh=False)

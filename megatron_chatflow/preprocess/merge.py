@@ -1,8 +1,8 @@
-"""Joins datasets that were made with one tokenizer, with their loss masks and sidecars.
+"""Merges datasets of one tokenizer with their loss masks and sidecars.
 
-The documents keep their order. If the datasets are the partitions of one job, it is checked that
-all are there and that the limits of the job hold for all of them together. If that job had
-`--dedup`, documents that an earlier partition has are left out.
+The documents keep their order. If the datasets are the partitions of one job, no partition may be
+missing, and the limits of the job apply to all of them together. If that job used `--dedup`,
+documents that repeat a document of an earlier partition are dropped.
 """
 
 import logging
@@ -40,7 +40,7 @@ from megatron_chatflow.files import (
 from megatron_chatflow.preprocess.dedup import DuplicateMarks
 from megatron_chatflow.preprocess.dropped import check_left_over
 
-COPY_TOKENS = 1 << 22  # that are held in memory at once
+COPY_TOKENS = 1 << 22  # tokens that are copied at once
 COPY_SEQUENCES = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,14 @@ SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num
 
 @dataclass(frozen=True)
 class PartitionPolicy:
-    """What is let pass when the parts of one job are merged.
+    """Limits that are checked when the partitions of one job are merged.
 
     Attributes:
-        allow_missing: Whether not every part has to be there.
-        max_bad_lines: Of all parts together; None for what the parts were made with.
-        max_dropped_share: Of all records of all parts; None for what the parts were made with.
+        allow_missing: Whether partitions may be missing.
+        max_bad_lines: Maximum number of bad lines in all partitions; None for the limit in their
+            sidecars.
+        max_dropped_share: Maximum share of dropped records in all partitions, from 0 to 1; None for
+            the limit in their sidecars.
     """
 
     allow_missing: bool = False
@@ -64,12 +66,13 @@ class PartitionPolicy:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What was not taken over from a part.
+    """Counts of the repeated documents of a partition that are not copied.
 
     Attributes:
-        num_documents: Repetitions of earlier parts' documents.
-        num_tokens: In these.
-        num_nonzero: Tokens of these that are not 0; of a loss mask, those with loss.
+        num_documents: Number of repeated documents.
+        num_tokens: Number of tokens in them.
+        num_nonzero: Number of tokens in them that are not 0. In a loss mask, these are the tokens
+            with loss.
     """
 
     num_documents: int
@@ -80,19 +83,20 @@ class LeftOut:
 def check_partitions(
     prefixes: Sequence[Path], sidecars: Sequence[dict[str, Any] | None], policy: PartitionPolicy
 ) -> bool:
-    """Checks datasets that are parts of one job, and says whether they may repeat each other.
+    """Checks the partitions among the datasets to merge.
 
     Args:
-        prefixes: The datasets', for messages.
-        sidecars: What lies beside them.
-        policy: What is let pass.
+        prefixes: The prefixes of the datasets for error messages.
+        sidecars: The sidecar of each dataset; None for a dataset without one.
+        policy: The limits.
 
     Returns:
-        Whether the job was to drop duplicates. False for datasets that are not parts of one job.
+        True if the datasets are partitions of one job with `--dedup`, which may have documents in
+        common; False otherwise, and for datasets that are not partitions of one job.
 
     Raises:
-        UserError: A part is missing, there twice, or from another job with `--dedup`; or the parts
-            have too many bad lines or left-out records together.
+        UserError: A partition is missing or given twice, partitions made with `--dedup` are from
+            different jobs, or the partitions together have too many bad lines or dropped records.
     """
     parts = [None if sidecar is None else sidecar.get("part") for sidecar in sidecars]
     known = [sidecar for sidecar in sidecars if sidecar is not None and sidecar.get("part")]
@@ -133,7 +137,7 @@ def check_partitions(
             "mend the input, or raise --max-bad-lines"
         )
     share = policy.max_dropped_share
-    if share is None:  # parts that an earlier version made have no limit
+    if share is None:  # sidecars of earlier versions have no limit
         share = max(sidecar.get("max_dropped_share", 1.0) for sidecar in known)
     dropped: Counter[str] = Counter()
     for sidecar in known:
@@ -150,16 +154,16 @@ def find_duplicates(
     num_documents: Sequence[int],
     folder: Path,
 ) -> DuplicateMarks:
-    """The documents of each part that an earlier one has.
+    """Finds the documents of each partition that repeat an earlier document.
 
     Args:
-        prefixes: Of the parts, in order.
-        sidecars: What lies beside them.
-        num_documents: Of each part.
-        folder: Where temporary files lie.
+        prefixes: The prefixes of the partitions, in order.
+        sidecars: The sidecar of each partition.
+        num_documents: Number of documents in each partition.
+        folder: The folder for temporary files. It is created if it does not exist.
 
     Raises:
-        UserError: The hashes beside a part are missing or damaged.
+        UserError: The `.hashes` file of a partition is missing or damaged, or the disk is full.
     """
     with as_user_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,16 +182,19 @@ def find_duplicates(
 def copy_new_documents(
     writer: IndexedDatasetWriter, dataset: IndexedDataset, repeats: DuplicateMarks, number: int
 ) -> LeftOut:
-    """Appends what no earlier part has, of documents of one sequence each.
+    """Appends the documents of a partition that do not repeat an earlier document.
 
     Args:
-        writer: Of the merged dataset.
-        dataset: A part, or its loss mask.
-        repeats: Of all parts.
-        number: Of this part among them.
+        writer: The writer of the merged dataset.
+        dataset: A partition or its loss mask. Every document must have exactly one sequence.
+        repeats: The repeated documents of all partitions.
+        number: The index of this partition.
+
+    Returns:
+        Counts of the documents that were not copied.
 
     Raises:
-        UserError: Its documents are not of one sequence each.
+        UserError: A document does not have exactly one sequence.
     """
     if dataset.num_documents != len(dataset):
         raise UserError(
@@ -222,17 +229,21 @@ def without_repeats(
     left_out: Sequence[LeftOut],
     left_out_of_masks: Sequence[LeftOut],
 ) -> list[dict[str, Any]]:
-    """The parts' sidecars, less what was left out of each.
+    """Subtracts the repeated documents from the counts in the partitions' sidecars.
 
     Args:
-        prefixes: The parts', for messages.
-        sidecars: Of the parts.
-        repeats: Of all parts.
-        left_out: Of each part's documents.
-        left_out_of_masks: Of each part's loss mask; of text, which has none, the same.
+        prefixes: The prefixes of the partitions for error messages.
+        sidecars: The sidecar of each partition. They are not modified.
+        repeats: The repeated documents of all partitions.
+        left_out: Counts of the repeated documents of each partition.
+        left_out_of_masks: The same counts for each loss mask. For text, which has no loss masks,
+            the elements of ``left_out``.
+
+    Returns:
+        The new sidecars.
 
     Raises:
-        UserError: More is left out of a part than its sidecar says that it has.
+        UserError: A partition has more repeated documents, tokens or bytes than its sidecar counts.
     """
     counted = []
     for number, sidecar in enumerate(sidecars):
@@ -259,13 +270,13 @@ def without_repeats(
 
 @dataclass(frozen=True)
 class _Input:
-    """A dataset to merge, as it was found when it was checked.
+    """A validated dataset to merge.
 
     Attributes:
-        prefix: Without `.bin` or `.idx`.
-        dtype: Of its ids.
-        num_documents: In it.
-        sidecar: What lies beside it, if anything.
+        prefix: Path of the dataset without `.bin` or `.idx`.
+        dtype: Type of its ids.
+        num_documents: Number of documents.
+        sidecar: Content of its sidecar; None if it has no sidecar.
         has_mask: Whether it has a loss mask.
     """
 
@@ -277,14 +288,14 @@ class _Input:
 
 
 def find_datasets(inputs: Sequence[str]) -> list[Path]:
-    """The prefixes of datasets, in order.
+    """Returns the prefixes of the datasets named by ``inputs``, in order.
 
     Args:
-        inputs: Prefixes (or names of their `.bin` or `.idx`), or folders, of which every
-            `*_document.idx` counts, by name.
+        inputs: Prefixes, paths of `.bin` or `.idx` files, or folders. A folder stands for every
+            `*_document.idx` in it, sorted by name.
 
     Raises:
-        UserError: A folder has none.
+        UserError: A folder has no dataset.
     """
     prefixes = []
     for name in inputs:
@@ -306,23 +317,23 @@ def merge_datasets(
     overwrite: bool = False,
     policy: PartitionPolicy | None = None,
 ) -> int:
-    """Writes all documents of some datasets into one.
+    """Merges datasets into one.
 
-    Datasets of different integer types are written as the narrowest type that holds them all. One
-    dataset is open at a time, so their number is not limited.
+    Datasets with different integer types are written in the narrowest type that can represent all
+    of them. Only one dataset is open at a time, so the number of datasets is not limited.
 
     Args:
-        prefixes: The datasets', in order.
-        output_prefix: The new dataset's; end it in `_document`.
-        overwrite: Whether a dataset of that name is replaced.
-        policy: What is let pass where they are the parts of one job.
+        prefixes: The prefixes of the datasets, in order.
+        output_prefix: The prefix of the merged dataset. It should end in `_document`.
+        overwrite: Whether to replace an existing dataset.
+        policy: The limits for partitions of one job; None for the defaults of `PartitionPolicy`.
 
     Returns:
-        The number of documents.
+        The number of documents in the merged dataset.
 
     Raises:
-        UserError: They are of several tokenizers, some have a loss mask and some have none, one is
-            damaged, the output exists, or parts of one job are not all there.
+        UserError: The datasets have different tokenizers, only some of them have a loss mask or
+            BOS, a dataset is damaged, the output exists, or `check_partitions` failed.
     """
     existing = _outputs_to_replace(prefixes, Path(output_prefix), overwrite=overwrite)
     mask_prefix = loss_mask_prefix(output_prefix)
@@ -378,7 +389,7 @@ def merge_datasets(
 
 
 def _sidecar(prefix: str | Path, content: dict[str, Any], staged: list[StagedFile]) -> StagedFile:
-    """Writes a sidecar beside its name."""
+    """Writes a sidecar to a staged file, which has no final name yet."""
     file = StagedFile(sidecar_path(prefix))
     staged.append(file)
     file.write(sidecar_bytes(content))
@@ -388,7 +399,7 @@ def _sidecar(prefix: str | Path, content: dict[str, Any], staged: list[StagedFil
 def _outputs_to_replace(
     prefixes: Sequence[Path], output_prefix: Path, *, overwrite: bool
 ) -> list[Path]:
-    """The files of an older dataset of the output's name; refuses what may not be replaced."""
+    """Returns the output files that already exist; raises an error if they must not be replaced."""
     if not prefixes:
         raise UserError("nothing to merge: name at least one dataset after --input")
     outputs = [idx_path, bin_path, sidecar_path]
@@ -412,7 +423,7 @@ def _write(
     staged: list[StagedFile],
     repeats: DuplicateMarks | None,
 ) -> tuple[list[StagedFile], list[LeftOut]]:
-    """Writes a dataset; returns its files, and what was left out of each part."""
+    """Writes a dataset. Returns its staged files and the counts left out of each partition."""
     writer = IndexedDatasetWriter(prefix, dtype)
     staged += [writer.bin_file, writer.idx_file]
     left_out = []
@@ -426,7 +437,7 @@ def _write(
 
 
 def _check_input(prefix: Path) -> _Input:
-    """Checks every offset of a dataset and of its loss mask, and compares it with its sidecar."""
+    """Checks every offset of a dataset and its loss mask, and compares both with the sidecar."""
     dataset = IndexedDataset(prefix)
     dataset.validate()
     sidecar = read_sidecar(prefix)
@@ -439,7 +450,7 @@ def _check_input(prefix: Path) -> _Input:
 
 
 def _common_dtype(inputs: Sequence[_Input]) -> np.dtype[Any]:
-    """The narrowest type that holds the ids of every dataset."""
+    """Returns the narrowest type that can represent the ids of every dataset."""
     first = inputs[0]
     for given in inputs:
         if (given.dtype.kind == "f") != (first.dtype.kind == "f"):
@@ -456,7 +467,7 @@ def _common_dtype(inputs: Sequence[_Input]) -> np.dtype[Any]:
 
 
 def _check_alike(inputs: Sequence[_Input]) -> None:
-    """Refuses datasets of several tokenizers, and BOS or a loss mask that only some have."""
+    """Raises an error if the datasets differ in tokenizer, BOS or the presence of a loss mask."""
     with_bos = [g.prefix for g in inputs if g.sidecar is not None and appends_bos(g.sidecar)]
     without = [g.prefix for g in inputs if g.sidecar is not None and not appends_bos(g.sidecar)]
     if with_bos and without:
@@ -481,7 +492,7 @@ def _check_alike(inputs: Sequence[_Input]) -> None:
 
 
 def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
-    """Warns of a dataset that is given twice, under one name or as a copy."""
+    """Logs a warning for a dataset that is given twice, under the same name or as a copy."""
     seen: dict[object, Path] = {}
     for given in inputs:
         keys: list[object] = [given.prefix.resolve()]
@@ -499,15 +510,18 @@ def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
 
 
 def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> IndexedDataset | None:
-    """Opens the loss mask of a dataset, if it has one.
+    """Opens and validates the loss mask of a dataset.
 
     Args:
         dataset: The dataset.
-        sidecar: What lies beside it, if anything.
+        sidecar: Content of the dataset's sidecar; None if it has no sidecar.
+
+    Returns:
+        The mask as a uint8 dataset, or None if the dataset has no mask.
 
     Raises:
-        UserError: The mask is damaged or has other sequences than the dataset; or half of it, or
-            the whole mask that the sidecar tells of, is missing.
+        UserError: The mask is damaged, or its sequence lengths differ from the dataset's. Also if
+            only one of its two files exists, or if the sidecar lists a mask that does not exist.
     """
     prefix = loss_mask_prefix(dataset.prefix)
     missing = [path for path in (idx_path(prefix), bin_path(prefix)) if not path.exists()]
@@ -539,7 +553,7 @@ def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> Ind
 def _merged(
     sidecars: list[dict[str, Any]], named: dict[str, StagedFile], policy: PartitionPolicy
 ) -> dict[str, Any]:
-    """One sidecar for all."""
+    """Builds the sidecar of the merged dataset."""
     merged = dict(sidecars[0])
     merged.pop("part", None)
     if policy.max_bad_lines is not None:

@@ -1,7 +1,7 @@
-"""The output files of one key: documents, loss mask and sidecar.
+"""Writes the output files of one key: documents, loss mask and sidecar.
 
-`KeyOutput` collects encoded documents. Its files get their final names together, once they are
-complete.
+`KeyOutput` appends encoded documents to staged files. The files get their final names together
+after all of them are complete.
 """
 
 import hashlib
@@ -31,10 +31,12 @@ from megatron_chatflow.tokenizer import Tokenizer
 
 
 def template_record(settings: PreprocessSettings) -> dict[str, Any]:
-    """`{"template": {...}}`; nothing for text.
+    """Returns the sidecar's `template` entry as `{"template": {...}}`, or `{}` for text.
 
-    It has `format`, `name` and `loss`; of chats and of translations written as chats, `jinja` (the
-    template's source) and its `sha256`; of pairs, `direction`, and `texts` of templates from YAML.
+    The entry has the keys `format`, `name` and `loss`. Chats, and translations written as chats,
+    also have `jinja`, the source of the template, and its `sha256`. Pairs also have `direction`.
+    Pairs with templates from a YAML file have `texts`, and translations written as chats have
+    `chat_template`, the name of the chat template.
     """
     corpus = settings.corpus
     if corpus.format == "text":
@@ -59,12 +61,12 @@ def template_record(settings: PreprocessSettings) -> dict[str, Any]:
 
 
 def document_prefix(output_prefix: str, key: str) -> Path:
-    """Megatron's name for the dataset of a JSON key."""
+    """Returns the prefix of the dataset of a JSON key, as Megatron-LM names it."""
     return Path(f"{output_prefix}_{key}{DOCUMENT_SUFFIX}")
 
 
 def output_paths(output_prefix: str, key: str) -> list[Path]:
-    """Every name that a key's outputs may have; the `.idx` by which a dataset is found first."""
+    """Returns all paths that the outputs of a key may have. The dataset's `.idx` is the first."""
     prefix = document_prefix(output_prefix, key)
     mask = loss_mask_prefix(prefix)
     return [
@@ -78,18 +80,18 @@ def output_paths(output_prefix: str, key: str) -> list[Path]:
 
 
 class KeyOutput:
-    """Writes one key's files."""
+    """Writes the output files of one key."""
 
     def __init__(self, settings: PreprocessSettings, key: str, tokenizer: Tokenizer) -> None:
-        """Opens the files beside their final names.
+        """Creates staged files in the folder of the output.
 
         Args:
-            settings: The job.
+            settings: The settings of the job.
             key: The output key.
-            tokenizer: What made the ids.
+            tokenizer: The tokenizer that the ids are from.
 
         Raises:
-            UserError: The files cannot be made there.
+            UserError: A file cannot be created.
         """
         self.prefix = document_prefix(settings.output_prefix, key)
         self.settings = settings
@@ -113,7 +115,7 @@ class KeyOutput:
             raise
 
     def add(self, encoded: EncodedDocuments) -> None:
-        """Appends documents, where they come with hashes only those that are new."""
+        """Appends documents. If they have hashes, documents that were added before are dropped."""
         if encoded.hashes is not None:
             if self._seen is None:
                 self._seen = SeenHashes(self.prefix.parent)
@@ -133,14 +135,14 @@ class KeyOutput:
     def seal(
         self, inputs: list[dict[str, Any]], num_bad_lines: int
     ) -> tuple[list[StagedFile], dict[str, Any]]:
-        """Completes the files beside their final names.
+        """Completes the staged files, including the sidecar.
 
         Args:
-            inputs: Name and size of each input.
-            num_bad_lines: How many lines were dropped as bad.
+            inputs: Name and size in bytes of each input.
+            num_bad_lines: Number of lines that were dropped as bad.
 
         Returns:
-            The files in the order in which to publish them, and the sidecar's content.
+            The files in the order in which they must be published, and the sidecar's content.
         """
         files = [] if self.mask is None else self.mask.seal()
         bin_file, idx_file = self.documents.seal()
@@ -183,7 +185,7 @@ class KeyOutput:
         return [*files, bin_file, self._sidecar, idx_file], content
 
     def discard(self) -> None:
-        """Removes what has not been published."""
+        """Removes the files that have not been published."""
         self.documents.discard()
         if self.mask is not None:
             self.mask.discard()

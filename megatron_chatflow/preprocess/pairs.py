@@ -1,8 +1,9 @@
-r"""Sentence pairs: `en<TAB>zh` lines, or JSON objects with a key for each language.
+r"""Converts sentence pairs to documents.
 
-A pair becomes a document, or it is dropped for a reason that is counted. The document is a
+Pairs are read from `en<TAB>zh` lines or from JSON objects with a key for each language. Each pair
+is converted to one or two documents, or is dropped and counted by reason. A document is a
 translation instruction with loss on the target, or both sides in sequence with loss on all tokens.
-Filters compare the lengths of the sides and the scripts of their letters.
+Filters check the ratio of the sides' lengths and the scripts of their letters.
 
 Users can define templates in a YAML file::
 
@@ -28,7 +29,7 @@ from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate
 from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, Segment
 
-# Unicode blocks whose letters belong to each script: first and last code point.
+# The Unicode blocks of each script, as first and last code point.
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "latin": ((0x41, 0x24F), (0x1E00, 0x1EFF), (0x2C60, 0x2C7F), (0xFF21, 0xFF5A)),
     "greek": ((0x370, 0x3FF), (0x1F00, 0x1FFF)),
@@ -49,13 +50,14 @@ PairLevel = Literal["sentence", "document"]
 
 
 def is_mostly(text: str, script: str) -> bool:
-    """Whether letters of a script make up at least half of a text's letters, in UTF-8 bytes.
+    """Returns whether at least half of a text's letters, in UTF-8 bytes, are of a script.
 
-    In bytes, since a character of Chinese says as much as several Latin letters.
+    Letters are weighted by their size in UTF-8, because one Chinese character carries as much
+    information as several Latin letters.
 
     Args:
-        text: The text; one without letters is of every script.
-        script: A key of `SCRIPTS`, or "any".
+        text: The text. The result is True for a text without letters.
+        script: A key of `SCRIPTS`, or "any", for which the result is always True.
     """
     if script == ANY_SCRIPT:
         return True
@@ -72,11 +74,11 @@ def is_mostly(text: str, script: str) -> bool:
 
 @dataclass(frozen=True)
 class PairText:
-    """One template, with `{source}` and the other names in braces.
+    """A template for pairs, with placeholders such as `{source}`.
 
     Attributes:
-        prompt: Without loss; empty for none.
-        response: With loss; after a prompt it ends with the end-of-sequence token.
+        prompt: Text without loss; empty if there is no prompt.
+        response: Text with loss. If there is a prompt, an end-of-sequence token follows.
     """
 
     prompt: str
@@ -84,13 +86,13 @@ class PairText:
 
 
 def read_pair_templates(path: str | Path) -> tuple[PairText, ...]:
-    """Reads a file of templates.
+    """Reads templates from a YAML file, which has the form shown in the module docstring.
 
     Args:
         path: The YAML file.
 
     Raises:
-        UserError: It cannot be read, or is not as described above.
+        UserError: The file cannot be read, is not valid YAML, or does not have this form.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -129,22 +131,24 @@ def _pair_text(entry: Any, where: str) -> PairText:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """How pairs become documents.
+    """Settings for filtering pairs and converting them to documents.
 
     Attributes:
-        keys: The JSON keys of the first and the second side.
-        columns: Their columns in tab-separated lines, by number from 1 or by name; None where there
-            are two.
-        languages: What the translation instruction calls them.
-        template: "plain", "translate", or the YAML file that `texts` come from.
-        texts: The user's own templates, one of which the hash of the pair chooses.
-        direction: "forward" has the first side first, "backward" the second, "both" makes two
-            documents, "hash" lets a hash of the pair choose, so that a corpus has as many of each.
-        max_length_ratio: Longer over shorter side, in UTF-8 bytes (in which languages differ less
-            than in characters), above which a pair is left out; 0 for no limit.
-        scripts: The script that each side has to be in; "any" for no filter.
-        level: What becomes of a JSON object whose sides are lists of sentences: "sentence" makes a
-            pair of each two, "document" one pair of all, a sentence a line.
+        keys: JSON keys of the first and the second side.
+        columns: Columns of the two sides in tab-separated lines, as numbers counted from 1 or as
+            names in the header line; None for files with exactly two columns.
+        languages: Names of the two languages in the translation instruction.
+        template: "plain", "translate", or the path of the YAML file that `texts` were read from.
+        texts: Templates from a YAML file. A hash of the pair selects one of them.
+        direction: "forward" puts the first side first, "backward" the second side. "both" makes a
+            document in each direction. "hash" selects the direction by a hash of the pair, so that
+            a corpus has about as many documents in each direction.
+        max_length_ratio: Maximum ratio of the longer to the shorter side in UTF-8 bytes; 0 for no
+            limit. Bytes are used because they vary less between languages than characters.
+        scripts: The script that each side must have, as in `is_mostly`; "any" for no filter.
+        level: How to convert a JSON object that has a list of sentences on each side. "sentence"
+            makes a pair of each two aligned sentences. "document" makes one pair of all sentences,
+            which are joined with newlines.
     """
 
     keys: tuple[str, str] = ("en", "zh")
@@ -159,7 +163,7 @@ class PairSettings:
 
     @property
     def tabs(self) -> TabOptions:
-        """How tab-separated lines hold pairs."""
+        """Options for finding the pair in tab-separated lines."""
         first, second = (
             frozenset(name.lower() for name in names)
             for names in zip(self.keys, self.languages, strict=True)
@@ -168,10 +172,10 @@ class PairSettings:
 
 
 def pair_of_line(line: str, layout: TabLayout) -> tuple[str, str]:
-    """The sides of a tab-separated line.
+    """Returns the two sides of a tab-separated line.
 
     Raises:
-        BadLineError: It has another number of columns than its file.
+        BadLineError: The number of columns differs from the layout of the file.
     """
     sides = layout.sides(line)
     if sides is None:
@@ -182,17 +186,18 @@ def pair_of_line(line: str, layout: TabLayout) -> tuple[str, str]:
 def pairs_of_record(
     record: Mapping[str, Any], keys: tuple[str, str], level: PairLevel
 ) -> list[tuple[str, str]]:
-    """The pairs of a JSON object; its sides may be one level down, as in `{"translation": {}}`.
+    """Returns the pairs of a JSON object.
+
+    The sides may also be nested in an object under the key `translation`.
 
     Args:
-        record: A side is text, or a list of sentences.
-        keys: Of the two sides.
-        level: What becomes of lists, as in `PairSettings`.
+        record: The JSON object. Each side is a text or a list of sentences.
+        keys: The keys of the two sides.
+        level: How to convert lists, as in `PairSettings`.
 
     Raises:
-        BadLineError: A side is missing, is neither text nor a list of it, or the sides are not
-            alike: one a list and one text, or lists of different length of which sentence pairs
-            are to be made.
+        BadLineError: A side is missing or is neither text nor a list of texts, only one side is a
+            list, or the lists have different lengths and ``level`` is "sentence".
     """
     nested = record.get("translation")
     sides = nested if isinstance(nested, dict) and keys[0] not in record else record
@@ -217,17 +222,19 @@ def pairs_of_record(
 def documents_of_pair(
     first: str, second: str, settings: PairSettings, chat_template: str | JinjaTemplate, loss: str
 ) -> list[Document]:
-    """The one or two documents of a pair.
+    """Converts a pair to one document, or to two documents if the direction is "both".
 
     Args:
         first: The first side.
         second: The second side.
-        settings: Direction, template, filters.
-        chat_template: The template of the translation instruction.
-        loss: "response" or "all", for the translation instruction.
+        settings: Direction, template and filters.
+        chat_template: The chat template for translation instructions: a name in `TEMPLATES`, or a
+            template of the user.
+        loss: "response" for loss on the response, "all" for loss on the prompt too. Only used for
+            documents with a prompt.
 
     Raises:
-        DroppedError: A filter leaves the pair out.
+        DroppedError: A side is empty, both sides are equal, or a filter dropped the pair.
     """
     first, second = first.strip(), second.strip()
     if not first or not second:
@@ -276,4 +283,6 @@ def _document(
         return Document((Segment(f"{source}\n{target}", True),))
     question = f"Translate the following text into {target_language}.\n\n{source}"
     document = document_of_chat(Chat(None, ((question, target),)), chat_template, loss)
-    return Document(document.segments)  # half a translation teaches nothing: not to be cut
+    return Document(
+        document.segments
+    )  # without cut points, because part of a translation is useless

@@ -1,12 +1,13 @@
 """Parses chunks of input to documents.
 
 `parse_chunk` depends only on a `Chunk` and the `CorpusSettings`, so any process can call it. It
-returns documents by output key and counts of what was dropped or repaired.
+returns documents by output key and counts of dropped and repaired records.
 
-A line with malformed JSON, bytes that are not UTF-8, or a missing key is bad. It is dropped and
-counted, and the job fails if there are too many. A lone surrogate in a JSON escape is repaired to
-U+FFFD and counted. So are invalid bytes in a `.txt` file and, with `invalid_utf8="replace"`, in any
-line. If there are more than a few, the text has another encoding and is refused.
+A line is bad if it has malformed JSON, bytes that are not UTF-8, or a missing key. Bad lines are
+dropped and counted, and the job fails if there are too many. A lone surrogate in a JSON escape is
+replaced by U+FFFD and counted. The same applies to invalid bytes in a `.txt` file and, with
+`invalid_utf8="replace"`, in any line. If more than a few characters are invalid, the text probably
+has another encoding, and a `UserError` is raised.
 """
 
 import io
@@ -47,20 +48,22 @@ CorpusFormat = Literal["text", "pairs", "chat"]
 
 @dataclass(frozen=True)
 class CorpusSettings:
-    """What the input is and what becomes of it.
+    """Settings for reading and parsing a corpus.
 
     Attributes:
         format: "text", "pairs" or "chat".
-        json_keys: Output keys; of text, the JSON keys too; of chats, the key of the messages.
-        txt_documents: Whether a `.txt` file is one document or one a line.
-        invalid_utf8: What becomes of a line that is not UTF-8.
-        encoding: Of the text in the inputs, as `canonical_encoding` names it.
-        max_record_bytes: What a record may have, in bytes; a larger one is a bad line.
-        max_expansion: How many times its own size a compressed file may expand to; 0: any.
-        template: Chat template, also of translation instructions.
-        chat_template: One of the user's own, instead of `template`.
-        loss: "response" or "all".
-        pairs: For pairs.
+        json_keys: The output keys. For text, they are also the JSON keys of the texts; for chats,
+            the key is also the JSON key of the messages.
+        txt_documents: Whether a `.txt` file is one document ("file") or has one document per line
+            ("line").
+        invalid_utf8: Whether to drop lines that are not UTF-8 or to replace invalid bytes.
+        encoding: The encoding of the input text, as returned by `canonical_encoding`.
+        max_record_bytes: Maximum size of a record in bytes. A larger record is a bad line.
+        max_expansion: Maximum ratio of a compressed file's content to its size; 0 for no limit.
+        template: Name of a built-in chat template for chats and translation instructions.
+        chat_template: A template of the user to use instead of `template`.
+        loss: "response" for loss on responses only, "all" for loss on every token.
+        pairs: Settings for pairs.
     """
 
     format: CorpusFormat = "text"
@@ -77,17 +80,17 @@ class CorpusSettings:
 
     @property
     def chat_name(self) -> str:
-        """The name of the chat template."""
+        """Name of the chat template."""
         return self.template if self.chat_template is None else self.chat_template.name
 
     @property
     def has_loss_mask(self) -> bool:
-        """Whether documents come with loss spans."""
+        """Whether the documents have a loss mask."""
         return self.format != "text"
 
     @property
     def read_options(self) -> ReadOptions:
-        """What the readers have to know."""
+        """The part of the settings that the readers need."""
         columns: tuple[str, ...] | None = None
         if self.format == "text":
             columns = self.json_keys
@@ -104,7 +107,7 @@ class CorpusSettings:
 
 
 class _Parser:
-    """The state of one chunk's parsing."""
+    """Parses one chunk."""
 
     def __init__(self, chunk: Chunk, settings: CorpusSettings) -> None:
         self.chunk = chunk
@@ -112,9 +115,9 @@ class _Parser:
         self.result = ParsedChunk({key: [] for key in settings.json_keys})
         self.num_dropped: Counter[str] = Counter()
         self.num_repaired: Counter[str] = Counter()
-        self.num_invalid = 0  # characters that are not UTF-8
+        self.num_invalid = 0  # characters that replace invalid UTF-8
         self.first_invalid = chunk.first_line
-        self.number = chunk.first_line  # of the present record
+        self.number = chunk.first_line  # of the current record
 
     def parse(self) -> ParsedChunk:
         chunk = self.chunk
@@ -154,7 +157,7 @@ class _Parser:
                 self.num_dropped[error.reason] += 1
 
     def _take_bounded(self, take: Callable[[bytes], None]) -> Callable[[bytes], None]:
-        """The same for lines that may be beyond the bound."""
+        """Wraps ``take`` to reject lines that exceed the limits on size and number of values."""
         limit = self.settings.max_record_bytes
         is_json = self.chunk.kind == "lines" and self.chunk.layout is None
 
@@ -216,7 +219,7 @@ class _Parser:
             self.result.documents[key].append(document)
 
     def _take_pairs(self, pairs: list[tuple[str, str]]) -> None:
-        """Every pair of a line; a filter leaves out the one and not the others."""
+        """Adds every pair of a record. If a filter drops a pair, the others are kept."""
         for pair in pairs:
             try:
                 self._take_pair(*pair)
@@ -235,7 +238,7 @@ class _Parser:
         self.result.documents[settings.json_keys[0]].extend(documents)
 
     def _take_text(self, data: bytes) -> None:
-        """Text outside JSON: a `.txt` file, or one of its lines."""
+        """Adds text outside JSON: a `.txt` file or one of its lines."""
         if b"\0" in data:
             number = self.number + data.count(b"\n", 0, data.index(b"\0"))
             raise UserError(
@@ -259,7 +262,7 @@ class _Parser:
             return self._replaced(line, error)
 
     def _replaced(self, data: bytes, error: UnicodeDecodeError) -> str:
-        """A text with U+FFFD for what is not UTF-8, which is counted."""
+        """Decodes ``data`` with U+FFFD for invalid UTF-8 and counts the replaced characters."""
         text = data.decode(errors="replace")
         self.num_repaired["invalid_utf8"] += 1
         if not self.num_invalid:
@@ -268,7 +271,7 @@ class _Parser:
         return text
 
     def _mended_record(self, line: bytes) -> Any:
-        """Second try for a line that the strict parser refused."""
+        """Parses a line that orjson rejected. Lone surrogates are replaced and counted."""
         text = self._decode(line)
         try:
             record = json.loads(text)
@@ -284,11 +287,14 @@ def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:
     """Parses every record of a chunk.
 
     Args:
-        chunk: The input.
-        settings: What the input is.
+        chunk: The chunk.
+        settings: Settings of the corpus.
 
     Returns:
-        Its documents in order, and the counts of what was left out or mended.
+        The documents in order, and counts of dropped and repaired records.
+
+    Raises:
+        UserError: Text has a NUL character or too many bytes that are not UTF-8.
     """
     return _Parser(chunk, settings).parse()
 

@@ -3,7 +3,7 @@
 A partition is a consecutive run of the job's input files, so merging all partitions in order gives
 the same bytes as the undivided job. Partitions serve three purposes: job arrays (`--shard I/N`
 builds one), restarts (`--partitions N` continues after the last finished partition), and Ray
-clusters (`--ray`, where every machine sees the same paths).
+clusters (`--ray`; every machine must see the inputs and outputs at the same paths).
 
 A partition is finished once its files have their final names. Before a finished partition is
 reused, its sidecar is compared with the job's settings and its files with the recorded hashes.
@@ -45,9 +45,9 @@ def with_cluster_defaults(
 ) -> PreprocessSettings:
     """Returns the job with absolute paths and enough partitions to occupy a cluster.
 
-    If `num_partitions` is 1, it becomes the number of files, limited to the
-    larger of 256 and one per 4 GiB. It does not depend on the cluster, so that a killed job can
-    continue on another one.
+    If `num_partitions` is 1, it is set to the number of files, limited to the larger of 256 and one
+    per 4 GiB of input. The number does not depend on the cluster, so that a killed job can continue
+    on another one.
     """
     num_partitions = settings.num_partitions
     if num_partitions == 1:
@@ -67,7 +67,7 @@ def make_partitions(
     """Builds every partition of a job in one Ray task each.
 
     Args:
-        settings: The job. Every task asks for `num_workers` CPUs.
+        settings: The settings of the job. Every task requests `num_workers` CPUs.
         files: The job's inputs, at the same absolute paths on every machine.
         make_partition: Builds the partition selected by `settings.shard` if it does not exist yet.
 
@@ -75,8 +75,8 @@ def make_partitions(
         The partitions' sidecars, in order.
 
     Raises:
-        UserError: Ray or the cluster is not available, or a partition failed. Unfinished partitions
-            are cancelled, finished ones are kept.
+        UserError: Ray or the cluster is not available, or a partition failed. In the latter case,
+            unfinished partitions are cancelled and finished ones are kept.
     """
     assert settings.ray is not None
     with _ray_session(settings.ray) as ray:
@@ -115,7 +115,7 @@ def make_partitions(
 def _run_task(
     make_partition: MakePartition, settings: PreprocessSettings, files: list[InputFile]
 ) -> Contents | UserError:
-    """Builds a partition in a Ray task; returns a `UserError` so that Ray does not wrap it."""
+    """Builds a partition in a Ray task. Returns a `UserError`, because Ray wraps raised errors."""
     try:
         return make_partition(settings, files)
     except UserError as error:
@@ -156,7 +156,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def split_files(files: Sequence[InputFile], num_partitions: int) -> list[list[InputFile]]:
-    """Splits the files into consecutive runs of about equal size in bytes; some may be empty."""
+    """Splits the files into consecutive runs of similar size in bytes. Runs may be empty."""
     partitions: list[list[InputFile]] = [[] for _ in range(num_partitions)]
     total = sum(file.num_bytes for file in files)
     num_before = 0
@@ -170,7 +170,7 @@ def split_files(files: Sequence[InputFile], num_partitions: int) -> list[list[In
 
 
 def partition_prefix(output_prefix: str, number: int, num_partitions: int) -> str:
-    """The output prefix of a partition."""
+    """Returns the output prefix of a partition."""
     return f"{output_prefix}_part{number:05d}of{num_partitions:05d}"
 
 
@@ -180,16 +180,17 @@ def run_partition(
     """Builds the partition selected by `settings.shard` if it is not finished yet.
 
     Args:
-        settings: The whole job.
+        settings: The settings of the whole job.
         files: The inputs of the whole job.
-        job: Builds the datasets of some files; a dataset may end up empty.
-        num_bad_before: Bad lines in earlier partitions; they count towards `max_bad_lines`.
+        job: A function that builds the datasets of some files. A dataset may be empty.
+        num_bad_before: Number of bad lines in earlier partitions. They count towards
+            `max_bad_lines`.
 
     Returns:
         The sidecar of each output key.
 
     Raises:
-        UserError: The partition's names are taken by other data, or `job` failed.
+        UserError: Other data exists at the partition's paths, or `job` failed.
     """
     assert settings.shard is not None
     number, num_partitions = settings.shard
@@ -212,10 +213,10 @@ def run_partition(
 def run_all_partitions(
     settings: PreprocessSettings, files: Sequence[InputFile], job: Job
 ) -> Contents:
-    """Builds the missing partitions on this machine or a cluster, merges all, and removes them.
+    """Builds the missing partitions here or on a cluster, merges all and removes them.
 
     Args:
-        settings: The whole job.
+        settings: The settings of the whole job.
         files: The inputs of the whole job.
         job: See `run_partition`.
 
@@ -272,10 +273,10 @@ def _make_missing_partitions(
 def merged_already(
     settings: PreprocessSettings, files: Sequence[InputFile], key: str
 ) -> dict[str, Any] | None:
-    """The merged sidecar of a key if an equal job was killed after merging it; otherwise None.
+    """Returns the merged sidecar of a key if an equal job was killed after merging it, else None.
 
     Args:
-        settings: The whole job.
+        settings: The settings of the whole job.
         files: The inputs of the whole job.
         key: The output key.
     """
@@ -283,7 +284,7 @@ def merged_already(
         return None
     try:
         return _finished(replace(settings, overwrite=False), files, key)
-    except UserError:  # other data: the caller replaces or refuses it
+    except UserError:  # other data, which the caller handles
         return None
 
 
@@ -293,7 +294,7 @@ def _partition_prefixes(settings: PreprocessSettings) -> list[str]:
 
 
 def _partition_files(settings: PreprocessSettings) -> Iterator[Path]:
-    """Every path that a partition's file may have, for all keys."""
+    """Yields every path that an output of a partition may have, for all keys."""
     for partition in _partition_prefixes(settings):
         for key in settings.corpus.json_keys:
             yield from output_paths(partition, key)
@@ -310,7 +311,7 @@ def _check_divisible(files: Sequence[InputFile]) -> None:
 def _finished(
     settings: PreprocessSettings, files: Sequence[InputFile], key: str
 ) -> dict[str, Any] | None:
-    """The sidecar of a finished, undamaged partition of this job; None if there is none."""
+    """Returns the sidecar of a finished, undamaged dataset of this job; None if there is none."""
     prefix = document_prefix(settings.output_prefix, key)
     if not idx_path(prefix).exists():
         return None

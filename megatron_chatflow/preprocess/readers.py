@@ -1,10 +1,10 @@
 """Finds input files and reads them in chunks of bounded size.
 
-`find_inputs` expands paths, globs, folders and `-` (standard input) to files in a fixed order, each
-with the layout of its records. Other files in a folder or glob are reported with counts, and data
-in an unsupported format is an error, so that no part of a corpus is left out unnoticed.
+`find_inputs` expands paths, globs, folders and `-` (standard input) to files in a fixed order and
+determines the kind of each file. Other files in a folder or glob are logged with counts, and data
+in an unsupported format is an error, so that no part of a corpus is skipped unnoticed.
 
-`CorpusReader` yields `Chunk`s of whole records, with their position in the file and the number of
+`CorpusReader` yields `Chunk`s of whole records with their position in the file and the number of
 bytes read so far. Chunks do not depend on the number of workers.
 """
 
@@ -48,14 +48,14 @@ RECORD_KINDS: dict[str, RecordKind] = {
     ".parquet": "parquet",
 }
 COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
-# Kinds of files that hold text, and that no reader is there for.
+# Files that may contain text but have no reader.
 UNREADABLE_SUFFIXES = frozenset(
     ".csv .arrow .feather .avro .orc .xls .xlsx .ods .tfrecord .tfrecords .h5 .hdf5 .warc .wet "
     ".wat .lmdb .xml .tmx .xlf .doc .docx .odt .epub "
     ".bz2 .xz .lzma .lz4 .br .snappy .sz .z .zip .7z .rar .tar .tgz .tbz2 .txz".split()
 )
 STANDARD_INPUT_NAMES = frozenset(["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
-# Text about a corpus, and no part of it.
+# Names of text files that describe a corpus and are not part of it.
 _ABOUT_A_CORPUS = re.compile(
     r"readme([-._].*)?|licen[cs]es?([-._](mit|apache|bsd|l?gpl|cc|odc).*)?|copying|notice|authors|"
     r"change(log|s)|citation|contributing|requirements|(sha\d*|md5)(sums?)?|checksums?",
@@ -63,39 +63,40 @@ _ABOUT_A_CORPUS = re.compile(
 )
 _DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_NUM_NAMED = 3  # files that a message names
+_NUM_NAMED = 3  # files that are listed in a message
 
 CHUNK_BYTES = 1 << 20
-# What one record may have: a line, a row, or a text file that is one document.
+# Maximum size of a record: a line, a row, or a text file that is one document.
 MAX_RECORD_BYTES = 1 << 26
-# How many times its own size a compressed file may expand to. Text expands less than a hundredfold,
-# and a file of any size may expand to the second number.
+# Maximum ratio of a compressed file's content to its size. Text expands less than a hundredfold.
+# Every file may expand to at least `FREE_EXPANSION_BYTES`.
 MAX_EXPANSION = 1000.0
 FREE_EXPANSION_BYTES = 256 << 20
-# A value of parsed JSON takes up to 100 bytes and may be written with two. With this many bytes of
-# the bound for each value, a parsed record takes at most about seven times the bound.
+# A parsed JSON value needs up to 100 bytes of memory but may be written with only two bytes. A
+# record may have one value for each `RECORD_BYTES_PER_VALUE` bytes of its maximum size, so a parsed
+# record needs at most about seven times the maximum size.
 RECORD_BYTES_PER_VALUE = 16
-NUM_RECORDS_OF_ARRAY = 4  # a JSON array, which is parsed as a whole, may be as large as so many
+NUM_RECORDS_OF_ARRAY = 4  # maximum size of a JSON array, in records of maximum size
 NUM_OBJECTS_PER_CHUNK = 1000
 NUM_ROWS_PER_BATCH = 256
-MAX_BATCH_BYTES = 1 << 28  # of rows that are decoded together
-MAX_ROW_GROUP_BYTES = 1 << 30  # from which on fewer rows are decoded together
+MAX_BATCH_BYTES = 1 << 28  # maximum size of the rows that are decoded together
+MAX_ROW_GROUP_BYTES = 1 << 30  # fewer rows are decoded together from larger columns
 _DICTIONARY_PAGE = 2
 _SEPARATORS = (b",", b":", b"[", b"{")
-_COUNT_BYTES = 1 << 20  # of JSON whose values are counted at once
+_COUNT_BYTES = 1 << 20  # JSON bytes whose values are counted at once
 TxtDocuments = Literal["file", "line"]
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input.
+    """An input file or standard input.
 
     Attributes:
-        path: None for standard input.
-        name: How messages and the sidecar name it.
-        kind: How records lie in it; "lines" where no name says whether they are JSON or
-            tab-separated.
-        num_bytes: Its size on disk; 0 where that cannot be known.
+        path: Path of the file; None for standard input.
+        name: Name in messages and in the sidecar.
+        kind: Format of the records. "lines" is used for pipes and standard input, where no file
+            name distinguishes JSON from tab-separated lines.
+        num_bytes: Size on disk in bytes; 0 if unknown.
     """
 
     path: Path | None
@@ -105,18 +106,18 @@ class InputFile:
 
 
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
-    """Expands the inputs, each in the order given, files of a folder or glob by name.
+    """Expands the inputs to files.
 
-    Folders are searched to the bottom for known endings. Links are followed, and a file or folder
-    that several paths lead to is read once. Hidden files, documentation and files of other kinds
-    are left out and logged with their counts.
+    The inputs keep their order; the files of a folder or glob are sorted by path. Folders are
+    searched recursively for files with known extensions. Symbolic links are followed, and a file or
+    folder with several paths is read once. Hidden files, documentation and files of other kinds are
+    skipped and logged with their counts.
 
     Args:
-        inputs: Files, globs, folders, `-`.
+        inputs: Files, globs, folders, or `-` for standard input.
 
     Raises:
-        UserError: Nothing matches, a file is given twice or cannot be read, or its kind is not
-            known.
+        UserError: No file matches, a file is given twice or cannot be read, or its kind is unknown.
     """
     try:
         files = [file for name in inputs for file in _expand(name)]
@@ -139,14 +140,14 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
 
 @dataclass
 class _Found:
-    """The files below a folder, or of a glob, sorted by what becomes of them."""
+    """Files found in a folder or by a glob: to read, unsupported, and counts of skipped ones."""
 
     files: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def sort_in(self, path: Path) -> bool:
-        """Decides on one file by its name; returns whether it is read."""
+        """Adds a file to one of the groups by its name. Returns whether the file is to be read."""
         kind = _kind_of(path)
         ending = path.suffix.lower()
         if kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
@@ -165,7 +166,7 @@ class _Found:
         return False
 
     def report(self, name: str) -> None:
-        """Logs what is left out, and refuses to leave out data."""
+        """Logs the skipped files and raises an error if there are unsupported files with data."""
         if self.unreadable:
             endings = Counter("".join(path.suffixes[-2:]).lower() for path in self.unreadable)
             named = ", ".join(str(path) for path in sorted(self.unreadable)[:_NUM_NAMED])
@@ -208,7 +209,7 @@ def _expand(name: str) -> list[InputFile]:
 
 
 def _matches(pattern: str) -> _Found:
-    """The files of a glob; an ending that is not known is an error when the file is opened."""
+    """Finds the files of a glob. `_input_file` raises an error for unknown extensions."""
     found = _Found()
     matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
     folders = [match for match in matches if match.is_dir()]
@@ -231,10 +232,10 @@ def _matches(pattern: str) -> _Found:
 
 
 def _search(folder: Path) -> _Found:
-    """Everything below a folder.
+    """Finds the files in a folder and its subfolders.
 
-    Folders that are links are entered after all others, so that a folder with several names is read
-    under its own; every folder is entered once, which also ends cycles.
+    Linked folders are entered after all others, so that a folder with several paths is read under
+    its own path. Every folder is entered only once, which also prevents cycles.
     """
     found = _Found()
     top = os.path.realpath(folder)
@@ -286,7 +287,7 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _is_about_a_corpus(path: Path) -> bool:
-    """Whether a file is documentation, or describes datasets that lie beside it."""
+    """Returns whether a file is documentation or metadata of a dataset in the same folder."""
     name = path.name
     while Path(name).suffix.lower() in (*RECORD_KINDS, *COMPRESSION_SUFFIXES):
         name = Path(name).stem
@@ -328,28 +329,29 @@ def _input_file(path: Path, name: str) -> InputFile:
         )
     if not os.access(path, os.R_OK):
         raise UserError(f"cannot read: {path}: permission denied")
-    # JSON has no bytes that are not UTF-8: the sidecar gets them as \xff.
+    # The sidecar is JSON, so bytes in the name that are not UTF-8 are written as in "\xff".
     name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return InputFile(path, name, kind, path.stat().st_size)
 
 
 @dataclass(frozen=True)
 class OversizedRecord:
-    """Stands for a record that was passed over because of its size."""
+    """A placeholder for a record that was skipped because it is too large."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some records of one file.
+    """Consecutive records of one file.
 
     Attributes:
-        name: The file's.
-        first_line: Number of its first record, counted from 1.
-        kind: "lines" (JSON or tab-separated), "text_lines" (a document each), "text" (one
-            document), "objects" (parsed JSON, or `OversizedRecord`).
-        data: The bytes, or the list of objects.
-        num_bytes_read: How far into the file on disk the reader was.
-        layout: Of tab-separated lines, where the pair lies in them; None for JSON.
+        name: Name of the file.
+        first_line: Number of the first line or record, counted from 1.
+        kind: "lines" (JSON or tab-separated), "text_lines" (one document per line), "text" (one
+            document), or "objects" (parsed JSON or `OversizedRecord`).
+        data: The list of objects if `kind` is "objects", otherwise UTF-8 bytes.
+        num_bytes_read: Number of bytes read from disk so far: of the file if the chunk is from
+            `read_chunks`, of all files if it is from `CorpusReader`.
+        layout: Columns of the pair in tab-separated lines; None for JSON.
     """
 
     name: str
@@ -362,17 +364,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What has to be known to cut files into records.
+    """Options for splitting files into records.
 
     Attributes:
-        txt_documents: Whether a `.txt` file is one document or one a line; None where its lines
-            are records of another format.
-        columns: The columns of a parquet file that are wanted; None for all.
-        encoding: Of text, as `canonical_encoding` names it; chunks are UTF-8.
-        tabs: How tab-separated lines hold pairs; None where records are not pairs.
-        max_record_bytes: What a record may have, in bytes.
-        max_expansion: How many times its own size a compressed file may expand to, beyond
-            `FREE_EXPANSION_BYTES`; 0 is no limit.
+        txt_documents: Whether a `.txt` file is one document ("file") or has one document per line
+            ("line"); None if its lines are records of another format.
+        columns: The columns to read from parquet files; None for all.
+        encoding: The encoding of the text, as returned by `canonical_encoding`. Chunks are always
+            UTF-8.
+        tabs: Options for tab-separated pairs; None if the records are not pairs.
+        max_record_bytes: Maximum size of a record in bytes.
+        max_expansion: Maximum ratio of a compressed file's content to its size; 0 for no limit.
+            Content of up to `FREE_EXPANSION_BYTES` is always allowed.
     """
 
     txt_documents: TxtDocuments | None = "file"
@@ -384,7 +387,7 @@ class ReadOptions:
 
 
 class _Source:
-    """A file on disk or standard input, that knows how much of it has been read."""
+    """A file on disk or standard input. Counts the bytes that were read."""
 
     def __init__(self, file: InputFile) -> None:
         self.num_bytes_read = 0
@@ -406,14 +409,14 @@ class _Source:
 
 
 def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterator[Chunk]:
-    """Yields a file's records in chunks of about a mebibyte.
+    """Yields a file's records in chunks of about 1 MiB.
 
     Args:
         file: The file.
-        options: What its records are.
+        options: Options for splitting the file into records.
 
     Raises:
-        UserError: The file cannot be read, or is damaged.
+        UserError: The file cannot be read, is damaged, or does not have the format of its kind.
     """
     if file.kind == "parquet":
         yield from _read_parquet(file, options)
@@ -445,8 +448,8 @@ class CorpusReader:
     """Reads all inputs of a job.
 
     Attributes:
-        num_bytes: For each file, how much of it there is on disk: known in advance, or, for a
-            pipe, once it has been read.
+        num_bytes: Size of each file on disk in bytes. The size of a pipe is known only after it has
+            been read.
     """
 
     def __init__(self, files: Sequence[InputFile], options: ReadOptions) -> None:
@@ -456,10 +459,10 @@ class CorpusReader:
         self.num_bytes = [file.num_bytes for file in files]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Every file's chunks, with `num_bytes_read` counted over all files.
+        """Yields the chunks of every file, with `num_bytes_read` counted over all files.
 
         Raises:
-            UserError: A file cannot be read, or is damaged.
+            UserError: See `read_chunks`.
         """
         num_bytes_before = 0
         for number, file in enumerate(self._files):
@@ -472,7 +475,7 @@ class CorpusReader:
 def _check_expansion(
     blocks: Iterator[bytes], source: _Source, name: str, options: ReadOptions
 ) -> Iterator[bytes]:
-    """Passes blocks on until they are out of proportion to what was read from the file."""
+    """Yields the blocks and checks their total size against the bytes read from the file."""
     num_bytes = 0
     for block in blocks:
         num_bytes += len(block)
@@ -481,10 +484,10 @@ def _check_expansion(
 
 
 def _refuse_expansion(num_bytes: int, num_bytes_read: int, name: str, options: ReadOptions) -> None:
-    """Raises if so many bytes of content came out of so few.
+    """Checks that ``num_bytes`` of content are allowed for ``num_bytes_read`` bytes on disk.
 
     Raises:
-        UserError: They did.
+        UserError: The content exceeds the limit.
     """
     limit = max(options.max_expansion * num_bytes_read, FREE_EXPANSION_BYTES)
     if options.max_expansion and num_bytes > limit:
@@ -496,12 +499,12 @@ def _refuse_expansion(num_bytes: int, num_bytes_read: int, name: str, options: R
 
 
 def _decompressed(source: _Source, name: str) -> Iterator[bytes]:
-    """Blocks of a file's content, decompressed if it is gzip or zstd."""
+    """Returns an iterator of the file's content in blocks. Decompresses gzip and zstd."""
     blocks = iter(source.read, b"")
     head = b""
     for block in blocks:
         head += block
-        if len(head) >= MAGIC_BYTES:  # a pipe may hand out its first bytes one by one
+        if len(head) >= MAGIC_BYTES:  # a pipe may return fewer bytes at first
             break
     whole = _chain(head, blocks)
     return decompress(whole, name) if is_compressed(head) else whole
@@ -514,7 +517,7 @@ def _line_chunks(
     kind: Literal["lines", "text_lines"],
     max_record_bytes: int,
 ) -> Iterator[Chunk]:
-    """Chunks that end at line ends. A line that goes on beyond the bound is not kept in memory."""
+    """Yields chunks of whole lines. A line that is too large becomes an `OversizedRecord`."""
     first_line = 1
     pending: list[bytes] = []
     num_pending = 0
@@ -556,7 +559,7 @@ def _line_chunks(
 def _with_layout(
     chunks: Iterator[Chunk], file: InputFile, tabs: TabOptions | None
 ) -> Iterator[Chunk]:
-    """Chunks of lines, once their beginning has said whether they are JSON or tab-separated."""
+    """Detects from the first lines whether lines are JSON, and adds the layout to the chunks."""
     layout: TabLayout | None = None
     is_known = False
     for chunk in chunks:
@@ -576,16 +579,16 @@ def _with_layout(
 
 
 def num_json_values(data: bytes) -> int:
-    """How many values some JSON has at most, without parsing it."""
+    """Returns an upper bound on the number of values in JSON text without parsing it."""
     num_separators = sum(map(data.count, _SEPARATORS))
-    if num_separators * RECORD_BYTES_PER_VALUE > len(data):  # texts may have commas of their own
+    if num_separators * RECORD_BYTES_PER_VALUE > len(data):  # strings may contain separators
         num_separators = _num_separators_outside_texts(data)
     return 1 + num_separators
 
 
 def _num_separators_outside_texts(data: bytes) -> int:
-    # Without escapes, every second quotation mark ends a text. Backslashes stand in pairs or
-    # before what they escape.
+    # Without escape sequences, every second quotation mark ends a string. Escaped backslashes are
+    # removed first, so that a remaining backslash before a quotation mark escapes it.
     data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     separators = np.zeros(256, np.bool_)
     separators[list(b"".join(_SEPARATORS))] = True
@@ -623,7 +626,7 @@ def _whole_text(blocks: Iterator[bytes], name: str, source: _Source, limit: int)
 def _read_json(
     blocks: Iterator[bytes], name: str, source: _Source, max_record_bytes: int
 ) -> Iterator[Chunk]:
-    """A `.json` file: one array of records, or a record on each line."""
+    """Reads a `.json` file, which has one array of records or one record per line."""
     head = b""
     for block in blocks:
         head += block
@@ -664,11 +667,12 @@ def _chain(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
-    """Rows as objects; a row's number stands for the line number.
+    """Yields rows as objects. The row number is used as the line number.
 
-    A file of a kilobyte may hold any amount of text, as one value of a dictionary in many rows.
-    Only so many rows are decoded at once as fit into memory by the sizes that the file gives, and
-    they become objects in chunks of about `CHUNK_BYTES` of content.
+    A file of a kilobyte can contain any amount of text, because many rows can refer to the same
+    dictionary value. The number of rows that are decoded at once is therefore limited by the sizes
+    recorded in the file, and rows are converted to objects in chunks of about `CHUNK_BYTES` of
+    content.
     """
     try:
         from pyarrow import ArrowException, parquet
@@ -676,7 +680,7 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
         raise UserError(
             f"cannot read: {file.name}: parquet needs pyarrow: pip install pyarrow"
         ) from (error)
-    assert file.path is not None  # standard input is lines
+    assert file.path is not None  # standard input has the kind "lines"
     columns = options.columns
     num_bytes = 0
     try:
@@ -694,7 +698,7 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
             for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
                 position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
                 sizes = _content_sizes(batch, options.max_record_bytes)
-                # Records that are too large are dropped without being made.
+                # Rows that are too large are dropped without converting them.
                 kept = None if sizes is None else sizes[sizes <= options.max_record_bytes]
                 num_bytes += batch.nbytes if kept is None else int(kept.sum())
                 _refuse_expansion(num_bytes, file.num_bytes, file.name, options)
@@ -706,10 +710,12 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
 
 
 def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple[int, list[str]]:
-    """How many rows to decode at once, and the columns whose dictionary to keep as one.
+    """Returns how many rows to decode at once, and the columns to read in dictionary form.
 
-    A dictionary is kept where a row may refer to it any number of times, from a list. Keeping all
-    would cost time: text that hardly repeats has a small dictionary and goes on without.
+    A column is read in dictionary form if it has lists, because one row can then refer to a value
+    any number of times, and if it could expand beyond `MAX_BATCH_BYTES`. Reading all columns in
+    this form would be slower: text with few repetitions has a small dictionary, and most of its
+    values are stored outside of it.
     """
     num_rows = NUM_ROWS_PER_BATCH
     shared: set[str] = set()
@@ -740,10 +746,10 @@ def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple
 
 
 def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
-    """The size of a column's dictionary, as the header of its first page gives it; 0 without one.
+    """Returns the size of a column's dictionary in bytes; 0 if it has no dictionary.
 
-    The header is in Thrift's compact protocol. It begins with the page's kind and size, both
-    integers in zigzag form.
+    The size is read from the header of the first page, which is in Thrift's compact protocol. The
+    header begins with the page's type and uncompressed size, both as zigzag-encoded integers.
     """
     has_dictionary = column.has_dictionary_page and column.dictionary_page_offset is not None
     stream.seek(column.dictionary_page_offset if has_dictionary else column.data_page_offset)
@@ -755,7 +761,7 @@ def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
         while True:
             position += 1
             if position >= len(header):
-                return 0  # it is damaged, which its reader reports
+                return 0  # damaged header; pyarrow reports the error
             value |= (header[position] & 0x7F) << shift
             shift += 7
             if header[position] < 0x80:
@@ -766,10 +772,11 @@ def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
 
 
 def _content_sizes(batch: Any, max_record_bytes: int) -> npt.NDArray[np.int64] | None:
-    """Bytes of content in each row; None if no row can be too large and all fit into a chunk.
+    """Returns the bytes of content in each row: int64[num_rows].
 
-    Without a dictionary every value lies in the batch's own buffers once, so that their size bounds
-    the content.
+    The result is None if no row can be too large and all rows fit into one chunk. This holds for
+    small batches without dictionaries. Their buffers contain every value once, so the size of the
+    buffers is an upper bound on the content.
     """
     from pyarrow import types
 
@@ -788,7 +795,7 @@ def _content_sizes(batch: Any, max_record_bytes: int) -> npt.NDArray[np.int64] |
 def _rows(
     batch: Any, sizes: npt.NDArray[np.int64] | None, max_record_bytes: int
 ) -> Iterator[list[Any]]:
-    """The rows of a batch as objects, about `CHUNK_BYTES` of content at a time."""
+    """Yields the rows of a batch as lists of objects with about `CHUNK_BYTES` of content each."""
     if sizes is None:
         yield batch.to_pylist()
         return
@@ -805,7 +812,7 @@ def _rows(
 
 
 def _sizes(array: Any) -> npt.NDArray[np.int64]:
-    """Bytes of content in each row of an array, with a pointer for each element of a list."""
+    """Returns the bytes of content in each row of an array, plus 8 bytes per list element."""
     from pyarrow import compute, types
 
     kind = array.type

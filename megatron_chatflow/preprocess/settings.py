@@ -1,4 +1,4 @@
-"""The settings of a preprocessing job, which every worker receives as a whole."""
+"""The settings of a preprocessing job. Every worker receives all of them."""
 
 import hashlib
 import json
@@ -17,28 +17,30 @@ from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """A job.
+    """Settings of a preprocessing job.
 
     Attributes:
         inputs: Files, globs, folders, or `-` for standard input.
-        output_prefix: Path that the outputs' names begin with.
-        tokenizer_model: File or folder.
+        output_prefix: Path prefix of all outputs.
+        tokenizer_model: File or folder of the tokenizer.
         tokenizer_type: One of `TOKENIZER_TYPES`, or "auto".
-        corpus: What the inputs are.
+        corpus: Settings for reading and parsing the inputs.
         append_bos: Whether every document begins with the beginning-of-sequence token.
         append_eod: Whether every document ends with the end-of-document token.
-        max_tokens: Longest document of pairs and chats; None for no limit.
-        over_long: What becomes of a longer one: cut at the end of a turn, or dropped.
-        num_workers: Threads or processes that tokenise; with 1 it is the caller's own.
-        max_bad_lines: So many bad lines are dropped before the job, all its parts together, fails.
-        max_dropped_share: Of all records, the largest share that may be left out, whatever the
-            reasons, before the job, all its parts together, fails.
-        dedup: Whether of documents with the same text only the first is kept.
-        overwrite: Whether outputs that exist are replaced.
-        num_partitions: Parts that are made one after the other and then merged, so that a killed
-            job loses one part at most.
-        shard: Number and count, to make one part alone, for job arrays.
-        ray: Address of a Ray cluster that makes the parts; None for this machine.
+        max_tokens: Maximum number of tokens in a document of pairs or chats; None for no limit.
+        over_long: Whether to cut a longer document at the end of a turn ("truncate") or to drop it
+            ("drop").
+        num_workers: Number of threads or processes that tokenize. With 1, the calling thread does.
+        max_bad_lines: Maximum number of bad lines in all partitions of the job. They are dropped;
+            with more of them, the job fails.
+        max_dropped_share: Maximum share of records, from 0 to 1, that may be dropped for any reason
+            in all partitions of the job before it fails.
+        dedup: Whether to keep only the first of several documents with the same text.
+        overwrite: Whether to replace existing outputs.
+        num_partitions: Number of partitions that are built in sequence and then merged. A killed
+            job continues after the last finished partition.
+        shard: Index and count of the only partition to build, for job arrays.
+        ray: Address of a Ray cluster that builds the partitions; None for this machine.
     """
 
     inputs: tuple[str, ...]
@@ -60,7 +62,7 @@ class PreprocessSettings:
     ray: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """What the outputs depend on besides inputs and tokenizer, for the sidecar."""
+        """Returns the settings that affect the outputs, as they are recorded in the sidecar."""
         corpus = asdict(self.corpus)
         if self.corpus.format != "pairs":
             del corpus["pairs"]
@@ -68,10 +70,10 @@ class PreprocessSettings:
             del corpus["pairs"]["columns"]
         del corpus["chat_template"]
         if self.corpus.encoding == "utf-8":
-            del corpus["encoding"]  # as in the sidecars of versions that knew no other
+            del corpus["encoding"]  # as in sidecars of versions without this setting
         if self.corpus.max_record_bytes == MAX_RECORD_BYTES:
             del corpus["max_record_bytes"]
-        del corpus["max_expansion"]  # it refuses a file, or changes nothing
+        del corpus["max_expansion"]  # it can only make the job fail
         if self.corpus.format == "text":
             del corpus["template"], corpus["loss"]
         elif self.corpus.chat_template is not None:
@@ -90,18 +92,19 @@ class PreprocessSettings:
 
 
 def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
-    """The job that a command line asks for.
+    """Builds the settings from command-line options.
 
     Args:
-        options: By the names of the fields of `PreprocessSettings` and `CorpusSettings`; those of
-            `PairSettings` with `pair_` before them. Missing ones have their defaults.
+        options: Values by name. The names are the fields of `PreprocessSettings` and
+            `CorpusSettings`, and those of `PairSettings` with the prefix `pair_`. Missing options
+            have their defaults.
 
     Raises:
-        UserError: A file of templates cannot be read, or an encoding is not known.
+        UserError: A template file cannot be read, or the encoding is unknown.
     """
     given = dict(options)
     if given.get("num_workers") is None:
-        # On a cluster a part is made by one process unless asked otherwise: parts are many.
+        # A job on a cluster has many partitions, so one process for each is enough by default.
         given["num_workers"] = 1 if given.get("ray") else len(os.sched_getaffinity(0))
     if given.get("encoding") is not None:
         given["encoding"] = canonical_encoding(given["encoding"])

@@ -1,8 +1,9 @@
-"""Tells how the lines of a file of pairs are to be read: as JSON, or which columns of tabs.
+"""Detects whether the lines of a pairs file are JSON or tab-separated, and finds the columns.
 
-The beginning of each file decides for the whole of it, before its chunks go to workers. A line of
-text may begin with a brace, and a file may have more columns than two (an address, a score): which
-of them are the pair has to be said then, and is never guessed.
+The layout is detected once from the beginning of each file, before its chunks are passed to
+workers, because a single line is ambiguous: tab-separated text may begin with a brace. If a file
+has more than two columns, such as a URL or a score, the user has to name the columns of the pair.
+They are never guessed.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ import orjson
 from megatron_chatflow.errors import UserError
 
 SAMPLE_BYTES = 1 << 16
-# What headers call columns, in lower case; a pair of two such words is hardly one of sentences.
+# Common column names in lower case. A first line of only such words is a header, not a pair.
 _HEADER_WORDS = frozenset(
     "id idx index no url url1 url2 source target src tgt trg score scores similarity text text1 "
     "text2 sentence sentence1 sentence2 sentence_1 sentence_2 lang lang1 lang2 language domain "
@@ -27,12 +28,12 @@ _HEADER_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class TabOptions:
-    """What is known of tab-separated files beforehand.
+    """Options for finding the pair in tab-separated files.
 
     Attributes:
-        columns: The two columns of the pair, by number from 1 or by their name in the header line;
-            None where lines have to have two columns.
-        names: What a header may call the first and the second side, in lower case.
+        columns: The two columns of the pair, as numbers counted from 1 or as names in the header
+            line; None if lines must have two columns.
+        names: Names that a header may have for the first and the second side, in lower case.
     """
 
     columns: tuple[str, str] | None = None
@@ -41,12 +42,12 @@ class TabOptions:
 
 @dataclass(frozen=True)
 class TabLayout:
-    """Where the pair lies in the lines of a tab-separated file.
+    """The columns of the pair in a tab-separated file.
 
     Attributes:
-        columns: The columns of the two sides, from 0.
-        num_columns: How many columns a line has.
-        header_line: The number of the header line; 0 if there is none.
+        columns: The columns of the two sides, counted from 0.
+        num_columns: Number of columns in every line.
+        header_line: Line number of the header, counted from 1; 0 if there is no header.
     """
 
     columns: tuple[int, int]
@@ -54,7 +55,7 @@ class TabLayout:
     header_line: int = 0
 
     def sides(self, line: str) -> tuple[str, str] | None:
-        """The two sides of a line; None if it has another number of columns."""
+        """Returns the two sides of a line; None if it does not have `num_columns` columns."""
         cells = line.split("\t")
         if len(cells) != self.num_columns:
             return None
@@ -62,7 +63,7 @@ class TabLayout:
 
 
 def are_json_lines(data: bytes) -> bool:
-    """Whether lines are JSON, by the first of them that is not empty."""
+    """Returns whether lines are JSON, judged by the first line that is not blank."""
     line = _first_line(data)
     if not line.startswith((b"{", b"[")):
         return False
@@ -73,17 +74,17 @@ def are_json_lines(data: bytes) -> bool:
 
 
 def tab_layout(data: bytes, name: str, first_line: int, options: TabOptions) -> TabLayout:
-    """The layout of a tab-separated file.
+    """Detects the layout of a tab-separated file.
 
     Args:
         data: Lines from the beginning of the file.
-        name: The file's name, for messages.
-        first_line: The number of the first of the lines.
-        options: What was said about the columns.
+        name: The file's name for error messages.
+        first_line: Line number of the first line in ``data``.
+        options: Names or numbers of the columns, if the user gave them.
 
     Raises:
-        UserError: There are more than two columns and none were named, a named one is not there, or
-            the cells are quoted as in CSV.
+        UserError: There are more than two columns and no columns were named, a named column does
+            not exist or is named twice, or most cells are quoted as in CSV.
     """
     end = data.rfind(b"\n", 0, SAMPLE_BYTES) + 1
     sample = data[: end or None].decode(errors="replace").split("\n")
@@ -120,9 +121,10 @@ def tab_layout(data: bytes, name: str, first_line: int, options: TabOptions) -> 
 
 
 def unquoted(cell: str) -> str | None:
-    """The text of a cell that is quoted as in CSV, with quotes in it doubled; None for others.
+    """Returns the text of a cell that is quoted as in CSV; None for any other cell.
 
-    A cell in quotes without doubled ones may as well be a sentence in quotes, and is none.
+    The cell must contain doubled quotation marks. Without them, it may be a sentence in quotation
+    marks, and the result is None.
     """
     if len(cell) < 4 or cell[0] != '"' or cell[-1] != '"':
         return None
@@ -143,7 +145,7 @@ def _by_number(column: str) -> int | str:
 
 
 def _found(column: int | str, titles: list[str], num_columns: int, name: str) -> int:
-    """The index of a column."""
+    """Returns the index of a column."""
     if isinstance(column, str):
         if column in titles:
             return titles.index(column)

@@ -1,10 +1,11 @@
 """The built-in chat templates `chatflow`, `llama2` and `chatml`.
 
-Each template exists twice: as a function that writes an exchange as segments, prompts without loss
-and answers with loss, and as Jinja source that gives the same text in transformers.
+Each template exists twice: as a function that returns an exchange as segments, with loss only on
+the answer, and as Jinja source that produces the same text in transformers.
 
-`chatflow` is the paper's `### Instruction:` / `### Response:`. Every answer ends with the
-tokenizer's end-of-sequence token. No template puts a token at the beginning of a text.
+`chatflow` is the format of the paper, with `### Instruction:` and `### Response:`. Every answer
+ends with the tokenizer's end-of-sequence token. No template adds a token at the beginning of a
+text.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate, read_chat_template
 from megatron_chatflow.tokenizer.documents import Document, Segment
 
-Exchange = tuple[list[Segment], list[Segment]]  # the prompt of one exchange, and its answer
+Exchange = tuple[list[Segment], list[Segment]]  # prompt and answer of one exchange
 
 
 def _text(text: str, loss: bool = False) -> Segment:
@@ -67,7 +68,7 @@ TEMPLATES: dict[str, Callable[[Chat, int], Exchange]] = {
     "chatml": _chatml,
 }
 
-# The same templates as Jinja source, with the variables of transformers.
+# The same templates as Jinja source, with the variable names that transformers uses.
 _JINJA_HEAD = """\
 {%- if messages[0]['role'] == 'system' -%}
 {%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}
@@ -115,13 +116,13 @@ JINJA_TEMPLATES = {
 
 
 def template_source(asked: str) -> str:
-    """The Jinja source of the chat template that a command line names.
+    """Returns the Jinja source of a chat template.
 
     Args:
         asked: A name in `JINJA_TEMPLATES`, or a file or folder for `read_chat_template`.
 
     Raises:
-        UserError: There is no such template, or it cannot be read.
+        UserError: The template does not exist or cannot be read.
     """
     if asked in JINJA_TEMPLATES:
         return JINJA_TEMPLATES[asked]
@@ -137,14 +138,14 @@ def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Do
     Args:
         chat: A chat in which every question has an answer.
         template: A name in `TEMPLATES`, or a template of the user.
-        loss: "response" for loss on the answers with their end tokens, "all" for loss on every
-            token. In both cases the chat's untrained answers have no loss.
+        loss: "response" for loss on the answers and their end tokens, "all" for loss on every
+            token. In both cases, the chat's untrained answers have no loss.
 
     Returns:
-        A document that may be cut after each exchange.
+        A document with cut points at the ends of exchanges.
 
     Raises:
-        DroppedError: The user's template refuses the chat.
+        DroppedError: The user's template rejected the chat.
     """
     if isinstance(template, JinjaTemplate):
         return template.document(chat, loss)
