@@ -1,22 +1,23 @@
-"""A blend whose weights become known while the run goes on, one horizon ahead.
+"""A blend with weights that are determined during the run, one horizon ahead.
 
-`AdaptiveBlend` asks a `WeightsProvider` once for every horizon of samples, in order, and draws with
-the interface of `megatron_chatflow.blend.blend.Blend`. It is the extension point for controllers
-that set weights from losses; the package contains no such controller.
+`AdaptiveBlend` requests weights from a `WeightsProvider` once per horizon of samples, in order, and
+draws samples through the interface of `megatron_chatflow.blend.blend.Blend`. It is the extension
+point for controllers that set weights from losses. The package contains no such controller.
 
-Weights beyond the present horizon are unknown, so no tree can be built. Instead the present weights
-are assumed to hold forever, until the next answer. Draw j of source k may happen from the slot in
-which the quota exceeds j until the quota reaches j + 1. If some sources lag by a whole sample or
-more, the slot goes to the one that lags most. Otherwise it goes to the open draw whose quota is
-complete first. Ties go to the source with the lower number.
+Weights beyond the current horizon are unknown, so the tree of `megatron_chatflow.blend.engine`
+cannot be built. Instead, the algorithm assumes that the current weights stay constant forever. Draw
+j of source k is open from the slot in which the quota exceeds j until the quota reaches j + 1. If
+some sources lag by one sample or more, the slot is assigned to the source with the largest lag.
+Otherwise it is assigned to the open draw that reaches its full quota first. Ties are resolved in
+favor of the source with the lower number.
 
-**Bounds, for any sequence of weights.** No source is ever a whole sample ahead, because only draws
-whose quota has begun are made. No source is ever ``H_n = 1 + 1/2 + ... + 1/n`` samples behind: let
-``A_j`` be the largest mean lag of any j sources. If some source lags by a sample, the slot serves
-the largest lag, which gives ``A_j(t + 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``. In any other
-slot all lags are below 1. So ``A_j < 1 + H_n - H_j``, and j = 1 is the claim. No rule without
-knowledge of the future can do better than ``H_n - 1``. If the weights change moderately, the error
-stays below 1.
+**Bounds, for any sequence of weights.** No source is ever a whole sample ahead of its quota,
+because a draw is made only after its quota has begun. Every lag is below ``H_n = 1 + 1/2 + ... +
+1/n`` samples for n sources. Proof: let ``A_j`` be the largest mean lag of any j sources. If some
+source lags by a sample or more, the slot is assigned to the source with the largest lag, so ``A_j(t
++ 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``. In any other slot all lags are below 1. Hence ``A_j
+< 1 + H_n - H_j``, and j = 1 is the claim. No rule without knowledge of the future can guarantee
+less than ``H_n - 1``. If the weights change moderately, the error stays below 1.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ class WeightsProvider(Protocol):
     """Provides the weights one horizon ahead.
 
     Attributes:
-        horizon: Samples governed by one answer, at least 1.
+        horizon: Number of samples per call of `weights`, at least 1.
     """
 
     horizon: int
 
     def weights(self, begin: int, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Weights of the samples ``[begin, begin + horizon)``.
+        """Returns the weights of the samples ``[begin, begin + horizon)``.
 
         Args:
-            begin: A multiple of ``horizon``. Each is asked for once, in order.
-            counts: int64[num_sources], draws before ``begin``.
+            begin: A multiple of ``horizon``. Every multiple is requested once, in order.
+            counts: int64[num_sources], draws of each source before ``begin``.
 
         Returns:
-            int64[num_sources], none negative, of sum 2**32.
+            int64[num_sources], nonnegative weights that sum to 2**32.
         """
 
 
 class AdaptiveBlend:
     """A sequence of draws that follows a `WeightsProvider`.
 
-    Every answer is recorded, so that any part that was drawn can be drawn again.
+    All provided weights are recorded, so that any drawn part of the sequence can be drawn again.
 
     Attributes:
-        sources: Names of the sources that `take` numbers.
-        horizon: Samples per answer.
+        sources: Names of the sources, in the order of the numbers that `take` returns.
+        horizon: Number of samples with the same weights.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class AdaptiveBlend:
         """Starts or resumes a run.
 
         Args:
-            sources: Every source's name.
+            sources: Names of all sources.
             provider: Provides the weights that the state does not contain.
-            state: What `state_at` returned, possibly after a round trip through JSON; None for a
-                new run.
+            state: A state that `state_at` returned, possibly after a round trip through JSON; None
+                for a new run.
 
         Raises:
             UserError: The state has other sources or another horizon, or is damaged.
@@ -94,10 +95,14 @@ class AdaptiveBlend:
             self._restore(state)
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """Draws the samples ``[begin, end)`` and asks the provider for weights as needed.
+        """Draws the samples ``[begin, end)`` and requests weights from the provider as needed.
 
         Returns:
-            ``(source, index)``: int16[end - begin] and int64[end - begin].
+            ``(source, index)``: int16[end - begin], positions in `sources`, and
+            int64[end - begin], the number of each sample within its source, from 0.
+
+        Raises:
+            UserError: The range is invalid, or the provider returned invalid weights.
         """
         if not 0 <= begin <= end:
             raise UserError(
@@ -114,7 +119,7 @@ class AdaptiveBlend:
         return np.concatenate(sources), np.concatenate(indices)
 
     def counts(self, sample: int) -> npt.NDArray[np.int64]:
-        """Draws of each source before ``sample``, int64[num_sources]."""
+        """Returns the draws of each source before ``sample``, int64[num_sources]."""
         number, offset = divmod(sample, self.horizon)
         if offset == 0 and number < len(self._counts):
             return self._counts[number].copy()
@@ -122,7 +127,10 @@ class AdaptiveBlend:
         return self._counts[number] + np.bincount(drawn, minlength=len(self.sources))
 
     def state_at(self, sample: int) -> dict[str, Any]:
-        """The state after ``sample`` samples: JSON-compatible, every answer so far."""
+        """Returns the state after ``sample`` samples.
+
+        The state is JSON-compatible and contains the weights of all horizons so far.
+        """
         answers = self._weights[: -(-sample // self.horizon)]
         return {
             "format_version": FORMAT_VERSION,
@@ -144,7 +152,7 @@ class AdaptiveBlend:
             self._horizon(number)
 
     def _horizon(self, number: int) -> npt.NDArray[np.int16]:
-        """The draws of one horizon, int16[horizon], after those of all earlier ones."""
+        """Returns the draws of one horizon, int16[horizon]. Earlier horizons are drawn first."""
         while len(self._counts) <= number:
             self._horizon(len(self._counts) - 1)
         if self._drawn[0] == number:
@@ -173,12 +181,13 @@ def draw_horizon(
     """Draws samples under constant weights.
 
     Args:
-        weights: int64[num_sources], of sum 2**32.
+        weights: int64[num_sources], which sum to 2**32.
         lags: int64[num_sources], quota minus count in units of 2**-32 before the first sample.
         num_samples: Number of samples to draw.
 
     Returns:
-        ``(source, lags)``: int16[num_samples], and the lags after the last sample.
+        ``(source, lags)``: int16[num_samples], and the lags after the last sample,
+        int64[num_sources].
     """
     never = np.int64(1) << 62
     lags = lags.copy()

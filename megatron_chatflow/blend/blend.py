@@ -1,13 +1,13 @@
 """The blend: turns a schedule into an exact sequence of draws.
 
-For every global sample, `Blend.take` gives its source and which of the source's samples it is. For
-every prefix of the sequence and every source, ``|count - sum of weights| < 1``, in exact integers.
-The sequence depends only on the schedule and its recorded edits, and any part of it can be computed
-without the parts before.
+For every global sample, `Blend.take` returns the source and the index of the sample within the
+source. For every prefix of the sequence and every source, ``|count - sum of weights| < 1``, in
+exact integers. The sequence depends only on the schedule and its recorded edits, and any part of it
+can be computed without the parts before it.
 
-A run consists of segments, one per schedule edit (`megatron_chatflow.blend.edits`). Each segment
-has an engine that draws its samples (`megatron_chatflow.blend.engine`). `Blend` joins them and
-writes the state that lies in every checkpoint.
+A run consists of segments. Every schedule edit starts a new one (`megatron_chatflow.blend.edits`).
+Each segment has an engine that draws its samples (`megatron_chatflow.blend.engine`). `Blend` joins
+the segments and creates the state that is saved in every checkpoint.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ class Blend:
 
     Attributes:
         schedule: The current schedule.
-        sources: Names of the sources that `take` numbers: the schedule's, then removed ones.
-        edit: How the schedule differs from the recorded one; None if it does not.
+        sources: Names of the sources, in the order of the numbers that `take` returns: first the
+            sources of the schedule, then removed ones.
+        edit: The edit that the current schedule makes to the recorded one; None if there is none.
     """
 
     def __init__(self, schedule: Schedule, state: Mapping[str, Any] | None = None):
         """Starts or resumes a run.
 
         Args:
-            schedule: The weights. In a resumed run it may differ from the recorded schedule in
+            schedule: The schedule. In a resumed run, it may differ from the recorded schedule in
                 samples that have not been drawn yet. Such an edit starts a segment.
-            state: What `state_at` returned, possibly after a round trip through JSON; None for a
-                new run.
+            state: A state that `state_at` returned, possibly after a round trip through JSON; None
+                for a new run.
 
         Raises:
-            UserError: The schedule changes samples that were drawn already, it removes a source
-                in use, or the state is damaged.
+            UserError: The schedule changes samples that were already drawn or removes a source in
+                use, or the state is damaged.
         """
         self.schedule = schedule
         self.edit: Edit | None = None
@@ -68,7 +69,7 @@ class Blend:
         self._public = np.array([number[name] for name in columns], np.int16)
         self._is_identity = columns == self.sources
         self._engines: dict[int, Engine] = {}
-        # The loader draws in a thread while a checkpoint reads counts.
+        # The loader may draw samples while another thread reads counts for a checkpoint.
         self._lock = threading.Lock()
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
@@ -77,6 +78,9 @@ class Blend:
         Returns:
             ``(source, index)``: int16[end - begin], positions in `sources`, and
             int64[end - begin], the number of each sample within its source, from 0.
+
+        Raises:
+            UserError: The range is invalid.
         """
         begin, end = self._check(begin), self._check(end)
         if begin > end:
@@ -98,37 +102,53 @@ class Blend:
         return (source if self._is_identity else self._public[source]), index
 
     def counts(self, sample: int) -> npt.NDArray[np.int64]:
-        """Draws of each source in the samples before ``sample``, int64[num_sources].
+        """Returns the draws of each source before ``sample``, int64[num_sources].
 
-        In the order of ``schedule.sources``, without removed sources.
+        The counts are in the order of ``schedule.sources``, without removed sources.
         """
         counts = self._column_counts(self._check(sample))
         return np.array(self._of_schedule(counts.tolist()), np.int64)
 
     def quotas(self, sample: int) -> list[int]:
-        """Sums of the weights before ``sample``, which `counts` follows, in 2**-32 samples."""
+        """Returns the sums of the weights before ``sample``, in units of 2**-32 samples.
+
+        The sums are in the order of `counts`, which approximates them.
+        """
         sample = self._check(sample)
         return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
 
     def planned_shares(self, sample: int) -> npt.NDArray[np.float64]:
-        """Planned share of each of ``schedule.sources`` at ``sample``, float64[num_sources]."""
+        """Returns the planned share of each source of ``schedule.sources`` at ``sample``.
+
+        Returns:
+            float64[num_sources], in [0, 1].
+        """
         segment = self._segments[self._segment_of(self._check(sample))]
         shares = segment.schedule.weights_at(sample) / GRID
         return np.array(self._of_schedule(shares.tolist()))
 
     def position(self, sample: int) -> int:
-        """The position of a sample in the current unit, by its segment's schedule, rounded up."""
+        """Returns the position of a sample in the unit of the current schedule, rounded up.
+
+        Positions are computed with the schedule of the segment that contains the sample.
+        """
         number = self._segment_of(sample)
         if number + 1 == len(self._segments):
             return self.schedule.position(sample)
         return self._segments[number].schedule.position(sample, self.schedule.unit)
 
     def first_draw(self, source: int, index: int) -> int | None:
-        """The global sample that is the source's ``index``-th; None if it is beyond 2**40 samples.
+        """Returns the global sample that is the ``index``-th draw of a source.
 
         Args:
             source: Position in `sources`.
             index: Number of the sample within its source, from 0.
+
+        Returns:
+            The global sample; None if it is not below 2**40.
+
+        Raises:
+            UserError: The source does not exist, or the index is negative.
         """
         if not 0 <= source < len(self.sources) or index < 0:
             raise UserError(f"first_draw({source}, {index}): no such source or index")
@@ -141,7 +161,10 @@ class Blend:
         return sample if 0 <= sample < MAX_SAMPLES else None
 
     def state_at(self, sample: int) -> dict[str, Any]:
-        """The state after ``sample`` samples: JSON-compatible, O(num_sources) per edit."""
+        """Returns the JSON-compatible state after ``sample`` samples.
+
+        Its size is O(num_sources) per segment.
+        """
         sample = self._check(sample)
         counts = self._column_counts(sample)
         segments = self._segments[: self._segment_of(max(sample - 1, 0)) + 1]
@@ -154,9 +177,9 @@ class Blend:
         }
 
     def knots_before(self, sample: int) -> list[int]:
-        """The samples in (0, ``sample``) at which knots lie, in order.
+        """Returns the samples of all knots in (0, ``sample``), ascending.
 
-        Knots in iterations move to other samples when the batch size changes.
+        If the unit is iterations, a change of the batch size moves knots to other samples.
         """
         begins = [segment.begin for segment in self._segments]
         schedules = [*(segment.schedule for segment in self._segments[:-1]), self.schedule]
@@ -169,11 +192,11 @@ class Blend:
         return sorted(found)
 
     def edits_before(self, sample: int) -> list[int]:
-        """The samples in (0, ``sample``) at which an edit took effect, in order."""
+        """Returns the samples in (0, ``sample``) at which an edit took effect, ascending."""
         return [one.begin for one in self._segments[1:] if one.begin < sample]
 
     def error_bound(self) -> float:
-        """Exclusive bound of the error against the run's quota, in samples; 1 without edits."""
+        """Returns the exclusive bound of ``|count - quota|``, in samples; 1 without edits."""
         return float(self._segments[-1].error_bound)
 
     def _of_schedule(self, values: list[_Number]) -> list[_Number]:
@@ -194,7 +217,7 @@ class Blend:
         return bisect_right([segment.begin for segment in self._segments], sample) - 1
 
     def _engine(self, number: int) -> Engine:
-        """The engine of a segment. The two most recently used are kept."""
+        """Returns the engine of a segment. The two most recently used engines are cached."""
         engine = self._engines.pop(number, None)
         if engine is None:
             segment = self._segments[number]

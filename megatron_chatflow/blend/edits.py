@@ -1,30 +1,31 @@
-"""Edits of a running schedule: the future may change, the past may not.
+"""Edits of a running schedule: samples that were already drawn must keep their weights.
 
 When a run resumes, `resume` compares its schedule with the state in the checkpoint. It returns the
-run's segments and the `Edit`, if there is one, and raises a `UserError` that names the first sample
-whose weights differ if that sample was drawn already.
+segments of the run and the `Edit`, which is None if the schedule is unchanged. If the schedule
+changes the weights of samples that were already drawn, `resume` raises a `UserError` that names the
+first of them.
 
 **Segments.** An edit at sample ``i`` keeps every draw before ``i`` and starts a `Segment` there.
-From then on the quotas grow with the new weights: ``W_k(i)`` is what the run owed source k so far.
-The counts at ``i`` were chosen with the old weights ahead and may not suit the new ones. Example:
-after two samples of weights (1/4, 1/4, 1/4, 1/4) the counts are (1, 1, 0, 0). If the weights become
-(0, 0, 1/2, 1/2), the third sample leaves an error of 1 whichever source is drawn. The new segment
-therefore follows shifted quotas ``Z_k = W_k + o_k`` with constant integers ``o_k`` of sum 0.
-`choose_offsets` takes the smallest feasible ones of three kinds:
+From ``i`` on, the quotas grow with the new weights, starting from ``W_k(i)``, the sum of all
+weights before ``i``. The counts at ``i`` were chosen for the old weights and may be infeasible for
+the new ones. Example: after two samples with weights (1/4, 1/4, 1/4, 1/4) the counts are (1, 1, 0,
+0). If the weights change to (0, 0, 1/2, 1/2), the error is 1 after the third sample, no matter
+which source is drawn. The new segment therefore follows shifted quotas ``Z_k = W_k + o_k`` with
+constant integers ``o_k`` that sum to 0. `choose_offsets` selects the smallest feasible offsets of
+three kinds:
 
 1. ``o = 0``: the error of the whole run stays below 1.
-2. ``o_k`` = theta times the present error, theta = 1/16, 2/16, ...; theta = 1 is always feasible.
+2. ``o_k`` = theta times the current error, theta = 1/16, 2/16, ...; theta = 1 is always feasible.
 3. Whole samples: select the best feasible state for ``W``; ``o_k`` is the difference between the
    counts and that state.
 
 The error against ``Z`` is below 1 as in any segment, so the error against ``W`` is below
 ``1 + max |o_k|`` (`Segment.error_bound`). It is below 2 after one edit.
 
-**as_planned.** A knot may say ``weights: as_planned``: up to this knot the schedule stays as the
-checkpoint records it. `resumed_schedule` replaces such a knot, and every knot before it, by the
-recorded knots up to its sample. If the knot ends a recorded ramp early, the record keeps where the
-ramp was heading (``towards``), so that the part before the knot is the same function and not a
-rounded copy.
+**as_planned.** A knot with ``weights: as_planned`` keeps the recorded schedule up to its sample.
+`resumed_schedule` replaces this knot, and every knot before it, by the recorded knots up to its
+sample. If the knot ends a recorded ramp early, the original end of the ramp is recorded as
+``towards``. The part before the knot then remains exactly the same function, without rounding.
 """
 
 from __future__ import annotations
@@ -47,21 +48,21 @@ from megatron_chatflow.errors import UserError
 FORMAT_VERSION = 1
 NUM_OFFSET_STEPS = 16
 ROUNDING = 2
-"""Weights that differ by at most this many units of 2**-32 are equal up to rounding. Two schedules
-that draw the same line through different knots differ by no more."""
+"""Weights that differ by at most this many units of 2**-32 are treated as equal. Two schedules that
+define the same line by different knots do not differ by more."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the run under one schedule.
+    """A part of the run with one schedule.
 
     Attributes:
-        begin: Its first sample.
-        origin: The sample from which its iterations count.
-        schedule: Its schedule, over every source that the run has had.
+        begin: First sample of the segment.
+        origin: First sample of iteration 0 of the segment.
+        schedule: Schedule of the segment, with all sources that the run has had.
         counts: Draws of each source before ``begin``.
         quotas: ``W_k(begin)``, in units of 2**-32 samples.
-        offsets: ``o_k``, in the same units.
+        offsets: ``o_k``, in units of 2**-32 samples.
     """
 
     begin: int
@@ -82,7 +83,7 @@ class Segment:
 
     @property
     def base(self) -> list[int]:
-        """``Z_k(begin)``."""
+        """The shifted quotas ``Z_k(begin)``, in units of 2**-32 samples."""
         return [quota + offset for quota, offset in zip(self.quotas, self.offsets, strict=True)]
 
     @property
@@ -91,11 +92,15 @@ class Segment:
         return 1 + Fraction(max(map(abs, self.offsets)), GRID)
 
     def quotas_at(self, sample: int) -> list[int]:
-        """``W_k(sample)`` for a sample of this segment, or its end."""
+        """Returns ``W_k(sample)`` in units of 2**-32 samples.
+
+        Args:
+            sample: A sample of this segment, or its end.
+        """
         return self._quota.quotas(sample)
 
     def to_dict(self) -> dict[str, Any]:
-        """The segment as a JSON-compatible mapping."""
+        """Returns the segment as a JSON-compatible mapping."""
         return {
             "begin": self.begin,
             "origin": self.origin,
@@ -110,10 +115,10 @@ class Edit:
     """An edit that was accepted.
 
     Attributes:
-        begin: The first sample that the new schedule governs.
+        begin: The first sample with the new schedule.
         error_bound: Exclusive bound of the error against the whole run's quota, in samples.
-        added: Sources that the recorded schedule does not have.
-        removed: Sources that the new schedule no longer has.
+        added: Sources that are only in the new schedule.
+        removed: Sources that are only in the recorded schedule.
     """
 
     begin: int
@@ -122,7 +127,7 @@ class Edit:
     removed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line for the log."""
+        """Returns one line for the log."""
         parts = [f"schedule edited at sample {self.begin}"]
         parts += [f"added {name}" for name in self.added]
         parts += [f"removed {name}" for name in self.removed]
@@ -131,16 +136,20 @@ class Edit:
 
 
 def resume(schedule: Schedule, state: Mapping[str, Any]) -> tuple[list[Segment], Edit | None]:
-    """The segments of a resumed run, and what its schedule changed.
+    """Returns the segments of a resumed run and the edit that its schedule makes.
 
-    Sources keep their positions. New ones follow; removed ones stay with weight 0.
+    Existing sources keep their positions, new sources are appended, and removed sources remain with
+    weight 0.
 
     Args:
-        schedule: The resumed run's schedule.
-        state: What `megatron_chatflow.blend.blend.Blend.state_at` returned.
+        schedule: The schedule of the resumed run.
+        state: A state that `megatron_chatflow.blend.blend.Blend.state_at` returned.
+
+    Returns:
+        The segments, and the edit; None if the schedule is unchanged.
 
     Raises:
-        UserError: The schedule changes samples that were drawn already, it removes a source in use,
+        UserError: The schedule changes samples that were already drawn or removes a source in use,
             or the state is damaged.
     """
     position, counts, in_use, segments = _read(state)
@@ -168,12 +177,12 @@ def resume(schedule: Schedule, state: Mapping[str, Any]) -> tuple[list[Segment],
 def next_segment(
     last: Segment, schedule: Schedule, sample: int, counts: Sequence[int]
 ) -> Segment | None:
-    """The segment that an edit at ``sample`` starts; None if nothing changes from there on.
+    """Creates the segment of an edit at ``sample``; returns None if no later weight changes.
 
     Args:
-        last: The current segment, over the same sources as ``schedule``.
+        last: The current segment, with the same sources as ``schedule``.
         schedule: The new schedule.
-        sample: The first sample that the edit governs, not before the segment begins.
+        sample: The first sample with the new schedule, at least ``last.begin``.
         counts: Draws of each source before ``sample``.
     """
     same_grid = _grid(schedule) == _grid(last.schedule)
@@ -192,11 +201,11 @@ def next_segment(
 def choose_offsets(
     table: WeightTable, begin: int, quotas: Sequence[int], counts: Sequence[int]
 ) -> list[int]:
-    """The smallest offsets ``o_k`` with which a segment can continue from these counts.
+    """Returns the smallest offsets ``o_k`` with which a segment can continue from these counts.
 
     Args:
         table: The new weights.
-        begin: The first sample that they govern.
+        begin: The first sample with the new weights.
         quotas: ``W_k(begin)``, in units of 2**-32 samples.
         counts: Draws of each source before ``begin``.
 
@@ -224,7 +233,10 @@ def choose_offsets(
 def _is_feasible(
     table: WeightTable, begin: int, base: Sequence[int], counts: Sequence[int]
 ) -> bool:
-    """Whether every count is its quota rounded down or up, and those rounded up fit the caps."""
+    """Returns whether a segment can begin with these counts.
+
+    Every count must be its quota rounded down or up, and `Caps` must admit all those rounded up.
+    """
     floors = [value >> GRID_BITS for value in base]
     ahead = [count - floor for count, floor in zip(counts, floors, strict=True)]
     members = [k for k, value in enumerate(base) if value & (GRID - 1)]
@@ -242,7 +254,11 @@ def _whole_offsets(
     counts: Sequence[int],
     errors: Sequence[int],
 ) -> list[int]:
-    """The difference between the counts and a feasible state for the quotas, in whole samples."""
+    """Returns the counts minus a feasible state of the quotas, in units of 2**-32 samples.
+
+    The results are whole samples. The sources that are rounded up in this state are chosen
+    greedily, by descending error.
+    """
     members = [k for k, value in enumerate(quotas) if value & (GRID - 1)]
     caps = _caps(table, begin, quotas, members)
     state = [value >> GRID_BITS for value in quotas]
@@ -265,13 +281,13 @@ def _padded(values: Sequence[int], num_sources: int) -> tuple[int, ...]:
 
 
 def first_segment(schedule: Schedule) -> Segment:
-    """The segment of a new run."""
+    """Creates the segment of a new run."""
     zeros = (0,) * len(schedule.sources)
     return Segment(0, 0, schedule, zeros, zeros, zeros)
 
 
 def read_segments(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
-    """Reads what `Segment.to_dict` wrote. Sources added later get weight 0 in earlier segments."""
+    """Creates segments from `Segment.to_dict`. Later sources have weight 0 in earlier segments."""
     sources = Schedule.from_dict(entries[-1]["schedule"]).sources
     num_sources = len(sources)
     segments: list[Segment] = []
@@ -293,7 +309,7 @@ def read_segments(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
 
 
 def widen(segments: Sequence[Segment], sources: Sequence[str]) -> list[Segment]:
-    """The same segments over more sources, which had no weight so far."""
+    """Returns the same segments with additional sources of weight 0."""
     num_sources = len(sources)
     return [
         Segment(
@@ -309,7 +325,7 @@ def widen(segments: Sequence[Segment], sources: Sequence[str]) -> list[Segment]:
 
 
 def _read(state: Mapping[str, Any]) -> tuple[int, list[int], Sequence[str], list[Segment]]:
-    """Position, counts, sources in use and segments of a recorded state."""
+    """Returns the position, counts, sources in use and segments of a recorded state."""
     version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
@@ -327,7 +343,7 @@ def _read(state: Mapping[str, Any]) -> tuple[int, list[int], Sequence[str], list
 
 
 def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end: int) -> None:
-    """Refuses a schedule that differs in the drawn samples ``[begin, end)``."""
+    """Raises `UserError` if a schedule changes weights of the drawn samples ``[begin, end)``."""
     for number, segment in enumerate(segments):
         stop = segments[number + 1].begin if number + 1 < len(segments) else end
         start = max(begin, segment.begin)
@@ -335,7 +351,7 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
             continue
         batch, _ = grid = _grid(segment.schedule)
         counted = schedule
-        if schedule.unit == "iterations":  # use the iteration size of that time
+        if schedule.unit == "iterations":  # use the iteration size of the segment
             counted = schedule.with_iterations(*grid)
         table = counted.table(segment.origin, batch)
         sample = first_difference(segment.table, table, start, stop)
@@ -344,7 +360,7 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
         iteration = (sample - segment.origin) // batch
         what = _difference(schedule.sources, segment.table, table, iteration)
         with_flags = ""
-        if len(schedule.knots) == 1:  # as --data-path gives it
+        if len(schedule.knots) == 1:  # --data-path creates such schedules
             with_flags = (
                 "; flags alone cannot do this: with --data-path give the weights that the run "
                 "began with, or put the knot into a copy of the run's config.yaml and give that "
@@ -359,9 +375,9 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
 
 
 def _end_of_weights(segments: Sequence[Segment], columns: Sequence[int], position: int) -> int:
-    """The sample from which the sources ``columns`` have had no weight, up to ``position``.
+    """Returns the sample from which the sources ``columns`` have no weight up to ``position``.
 
-    A schedule without these sources cannot express the weights before it.
+    A schedule without these sources cannot express the weights before this sample.
     """
     begin = 0
     for k in columns:
@@ -375,10 +391,10 @@ def _end_of_weights(segments: Sequence[Segment], columns: Sequence[int], positio
 
 
 def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int]) -> None:
-    """Refuses to remove a source that still has weight or is owed a draw.
+    """Checks that a removed source has neither weight nor an outstanding draw.
 
     Raises:
-        UserError: The source must stay; the message says what to do.
+        UserError: The source cannot be removed yet. The message contains the remedy.
     """
     k = last.schedule.sources.index(name)
     iteration = (sample - 1 - last.origin) // last.schedule.samples_per_iteration
@@ -403,27 +419,27 @@ def run_schedule(
     iteration: int = 0,
     consumed_samples: int = 0,
 ) -> Schedule:
-    """The schedule of a new or resumed run.
+    """Creates the schedule of a new or resumed run.
 
     Args:
         config: The run's configuration.
-        sources: Every source, in order.
+        sources: Names of all sources, in order.
         recorded: The schedule in the checkpoint; None for a new run.
         iteration: Iterations before the checkpoint.
         consumed_samples: Samples before the checkpoint.
 
     Raises:
-        UserError: See `resumed_schedule`.
+        UserError: ``data.schedule`` is invalid; see `resumed_schedule`.
     """
     block, batch, origin = to_plain(config.data.schedule), config.train.global_batch_size, 0
     if recorded is None:
         return Schedule.from_dict(block, sources, batch, config.data.seq_length)
     plan = Schedule.from_dict(recorded)
     if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
-        # Future iterations have the present batch size; past ones keep their samples.
+        # Future iterations have the current batch size; past iterations keep their samples.
         origin = consumed_samples - iteration * batch
     else:
-        # Weights keep changing at multiples of the batch size that the run began with.
+        # Weights still change at multiples of the original batch size of the run.
         batch, origin = plan.samples_per_iteration, plan.iteration_origin
     arguments = {
         "sources": list(sources),
@@ -437,7 +453,7 @@ def run_schedule(
 def resumed_schedule(
     block: Mapping[str, Any], recorded: Schedule, arguments: Mapping[str, Any]
 ) -> Schedule:
-    """The schedule of a resumed run, with its ``as_planned`` knots replaced by recorded ones.
+    """Creates the schedule of a resumed run and replaces ``as_planned`` knots by recorded ones.
 
     Args:
         block: ``data.schedule`` of the resumed run.
@@ -445,8 +461,8 @@ def resumed_schedule(
         arguments: The other arguments of `Schedule.from_dict`, by name.
 
     Raises:
-        UserError: The block is not a schedule, or a knot before an ``as_planned`` one differs from
-            what was planned.
+        UserError: The block is not a valid schedule, or a knot before an ``as_planned`` knot
+            differs from the recorded schedule.
     """
     unset = dict.fromkeys(("samples_per_iteration", "seq_length", "iteration_origin"))
     parsed, sources, positions = read_block(block, {"sources": None, **unset, **arguments})
@@ -474,7 +490,8 @@ def resumed_schedule(
         if resolved:
             before = Schedule.from_dict({"knots": resolved}, **in_samples)
             _check_as_planned(recorded, before, begin, min(before.knots[-1].at + 1, sample), path)
-        # Knots before `begin` have no effect, but the same file must give the same schedule.
+        # Knots before `begin` have no effect. They are kept because resuming again with the same
+        # file must create the same schedule.
         kept = [entry for entry in resolved if entry["at"] < begin]
         ramps = {entry["at"]: entry["ramp"] for entry in resolved}
         if kept and begin in ramps:
@@ -483,7 +500,7 @@ def resumed_schedule(
     samples = Schedule.from_dict({"knots": resolved}, **in_samples)
     if positions.unit == "samples":
         return samples
-    # Keep the unit of the file if it can express every knot.
+    # Keep the unit of the file if every knot can be expressed in it exactly.
     converted = Schedule.from_dict(
         {"unit": positions.unit, "knots": [_in_unit(knot, positions) for knot in resolved]},
         **in_samples,
@@ -493,16 +510,17 @@ def resumed_schedule(
 
 
 def as_planned_knot(schedule: Schedule, sample: int, unit: str | None = None) -> str:
-    """The knot, as YAML, that keeps a running schedule unchanged up to a sample."""
+    """Returns the YAML of a knot that keeps a running schedule unchanged up to a sample."""
     return f"{{at: {schedule.position(sample, unit)}, weights: {AS_PLANNED}}}"
 
 
 def _planned_knots(
     recorded: Schedule, end: int, sources: Sequence[str]
 ) -> tuple[int, list[dict[str, Any]]]:
-    """The recorded knots up to ``end``, with one at ``end``, and the sample from which they hold.
+    """Returns the recorded knots up to ``end``, and the sample from which they are valid.
 
-    Knots at which a removed source has weight cannot be expressed and are left out.
+    The last knot is at ``end``. Knots at which a removed source has weight cannot be expressed
+    without this source and are left out.
     """
     gone = [k for k, name in enumerate(recorded.sources) if name not in set(sources)]
     planned: list[Knot] = [knot for knot in recorded.knots if knot.at <= end]
@@ -525,7 +543,7 @@ def _planned_knots(
                 f"{end}, where a knot is {AS_PLANNED}: keep it until a knot sets its weight to 0"
             )
     kept = planned[begin:]
-    if begin:  # nothing before it is kept, so its ramp has no meaning
+    if begin:  # the previous knot is left out, so there is no ramp to this one
         kept[0] = Knot(kept[0].at, kept[0].levels, "step")
     names = list(recorded.sources)
     return (kept[0].at if begin else 0), [_recorded(knot, names, set(gone)) for knot in kept]
@@ -536,7 +554,7 @@ def _weight(knot: Knot, k: int) -> int:
 
 
 def _recorded(knot: Knot, names: Sequence[str], gone: set[int]) -> dict[str, Any]:
-    """A knot at its sample, as `RecordedKnot` reads it, with integer weights of sum 2**32."""
+    """Converts a knot to the input of `RecordedKnot`, with integer weights that sum to 2**32."""
 
     def weights(part: Knot) -> dict[str, int]:
         parts = ((name, _weight(part, k)) for k, name in enumerate(names) if k not in gone)
@@ -549,7 +567,7 @@ def _recorded(knot: Knot, names: Sequence[str], gone: set[int]) -> dict[str, Any
 
 
 def _in_unit(knot: Mapping[str, Any], positions: Positions) -> dict[str, Any]:
-    """A recorded knot at a sample, converted to the unit of ``positions`` and rounded up."""
+    """Converts the position of a recorded knot from samples to another unit, rounded up."""
     converted = {**knot, "at": positions.from_sample(knot["at"])}
     if knot.get("towards") is not None:
         converted["towards"] = _in_unit(knot["towards"], positions)
@@ -564,7 +582,7 @@ def _check_ramp(ramp: str, planned: str, path: str) -> None:
 
 
 def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int, path: str) -> None:
-    """Refuses knots before an ``as_planned`` one that differ from the recorded schedule."""
+    """Raises `UserError` if knots before an ``as_planned`` knot differ from the record."""
     if begin >= end:
         return
     names = recorded.sources + tuple(n for n in given.sources if n not in set(recorded.sources))
@@ -582,7 +600,7 @@ def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int,
 def _difference(
     names: Sequence[str], old: WeightTable, new: WeightTable, iteration: int, verb: str = ""
 ) -> str:
-    """The source whose weight differs most, with enough digits to show the difference."""
+    """Describes the largest difference of a weight, with enough digits to make it visible."""
     was, now = (Quota(table, table.origin).weights(iteration) for table in (old, new))
     k = int(np.argmax(np.abs(np.subtract(now, was))))
     before, after = differing_numbers(was[k] / GRID, now[k] / GRID)
@@ -590,9 +608,12 @@ def _difference(
 
 
 def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -> int | None:
-    """The first sample of ``[begin, end)`` at which two tables on one grid differ.
+    """Returns the first sample of ``[begin, end)`` at which two tables on the same grid differ.
 
     Differences of up to `ROUNDING` units of 2**-32 are ignored.
+
+    Returns:
+        The sample; None if the tables do not differ.
     """
     batch = old.samples_per_iteration
     iteration = (begin - old.origin) // batch
@@ -609,7 +630,10 @@ def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -
 
 
 def _first_in_interval(old: WeightTable, new: WeightTable, first: int, last: int) -> int | None:
-    """The first iteration of ``[first, last)`` whose weights differ by more than rounding."""
+    """Returns the first iteration of ``[first, last)`` at which weights differ, or None.
+
+    Differences of up to `ROUNDING` are ignored.
+    """
     quotas = Quota(old, old.origin), Quota(new, new.origin)
     size = 64
     while first < last:
@@ -629,18 +653,18 @@ def _first_in_interval(old: WeightTable, new: WeightTable, first: int, last: int
 
 
 def _grid(schedule: Schedule) -> tuple[int, int]:
-    """Determines where iterations begin."""
+    """Returns the size and the origin of iterations, which determine where they begin."""
     return schedule.samples_per_iteration, schedule.iteration_origin
 
 
 def _constant_levels(table: WeightTable, sample: int) -> tuple[int, ...] | None:
-    """The levels of every sample from ``sample`` on; None if they change."""
+    """Returns the levels from ``sample`` on if they are constant, otherwise None."""
     (first, last, *_), end = _line(table, (sample - table.origin) // table.samples_per_iteration)
     return first if end == NEVER and first == last else None
 
 
 def _differs_from(old: WeightTable, new: WeightTable, sample: int) -> bool:
-    """Whether two tables on one grid differ as functions from the iteration of ``sample`` on."""
+    """Returns whether two tables on the same grid differ from the iteration of ``sample`` on."""
     iteration = (sample - old.origin) // old.samples_per_iteration
     while True:
         lines = [_line(table, iteration) for table in (old, new)]
@@ -652,7 +676,7 @@ def _differs_from(old: WeightTable, new: WeightTable, sample: int) -> bool:
 
 
 def _line(table: WeightTable, iteration: int) -> tuple[tuple[Any, ...], int]:
-    """The line that the levels follow at an iteration, and the iteration at which it ends."""
+    """Returns the linear function of the levels at an iteration, and the iteration of its end."""
     number = max(n for n, interval in enumerate(table.intervals) if interval.begin <= iteration)
     interval = table.intervals[number]
     end = table.intervals[number + 1].begin if number + 1 < len(table.intervals) else NEVER

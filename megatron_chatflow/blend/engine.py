@@ -1,4 +1,4 @@
-"""The engine of the blend: draws the sources of one segment with every error below one.
+"""The engine of the blend: draws the samples of one segment with every error below one.
 
 Given the quotas of a segment and the counts at its first sample, an engine finds the source of
 every later sample such that, at each sample ``i`` and for each source ``k``, the number of draws
@@ -64,7 +64,7 @@ ROOT_BITS = 40
 
 
 def leaf_bits(num_sources: int) -> int:
-    """Binary logarithm of the number of samples in a leaf."""
+    """Returns the binary logarithm of the number of samples in a leaf."""
     if num_sources <= 128:
         return 14
     return 16 if num_sources <= 2048 else 20
@@ -75,7 +75,8 @@ class Caps:
 
     Args:
         deadlines: End of the current window of every source with a fractional quota.
-        fractions: Fractional parts of these quotas, in units of 2**-32; the sum is an integer.
+        fractions: Fractional parts of these quotas, in units of 2**-32. Their sum is a multiple of
+            2**32.
     """
 
     def __init__(self, deadlines: Sequence[int], fractions: Sequence[int]):
@@ -92,7 +93,11 @@ class Caps:
         self._next = list(range(len(ends) + 1))
 
     def admit(self, member: int) -> bool:
-        """Admits a member if its group or a later one has a free slot, and takes that slot."""
+        """Admits a member if its group or a later one has a free slot, and occupies that slot.
+
+        Returns:
+            Whether the member was admitted.
+        """
         group, path = self._group[member], []
         while True:
             while self._next[group] != group:
@@ -111,18 +116,18 @@ class Caps:
 def select(
     quota: Quota, left: int, before: Sequence[int], right: int, after: Sequence[int] | None, at: int
 ) -> list[int]:
-    """Counts of every source at the sample ``at`` that are connected to both neighbors.
+    """Selects the counts of every source at the sample ``at``, connected to both boundaries.
 
     Args:
         quota: The quotas.
-        left: A sample before ``at``; ``before`` are the counts there.
+        left: A sample before ``at``.
         before: Counts at ``left``, each its quota rounded down or up.
-        right: A sample after ``at``, or `NEVER` when nothing is known to the right.
-        after: Counts at ``right``; None when nothing is known there.
+        right: A sample after ``at``, or `NEVER` if there is no boundary on the right.
+        after: Counts at ``right``; None if there is no boundary on the right.
         at: The sample, ``left < at < right``.
 
     Returns:
-        The counts at ``at``, each the quota rounded down or up.
+        The counts at ``at``, each its quota rounded down or up.
     """
     quotas = quota.quotas(at)
     counts = [value >> GRID_BITS for value in quotas]
@@ -155,9 +160,9 @@ class ReferenceEngine:
     Args:
         table: The weights.
         begin: The segment's first sample.
-        base: ``Z_k(begin)``: quotas, offsets included, in units of 2**-32 samples.
-        counts: Samples drawn of each source before ``begin``; each ``base`` rounded down or up.
-        num_leaf_bits: Leaf size for tests; the sequence's own if left out.
+        base: ``Z_k(begin)``: quotas including offsets, in units of 2**-32 samples.
+        counts: Draws of each source before ``begin``, each ``base`` rounded down or up.
+        num_leaf_bits: Leaf size for tests; `leaf_bits` by default.
     """
 
     def __init__(
@@ -178,13 +183,13 @@ class ReferenceEngine:
         root = select(self._quota, begin, counts, NEVER, None, end)
         self._root = ((begin, list(counts)), (end, root))
         self._left: tuple[int, list[int]]
-        self._stack: list[tuple[int, list[int]]]  # right ends of the nodes above, nearest last
+        self._stack: list[tuple[int, list[int]]]  # right ends of all ancestors, nearest last
         self._source: npt.NDArray[np.int16]
         self._index: npt.NDArray[np.int64]
         self._reset()
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """Sources (int16) and their sample indices (int64) of the samples ``[begin, end)``."""
+        """Draws the samples ``[begin, end)``; see `Engine.take`."""
         source = np.empty(end - begin, np.int16)
         index = np.empty(end - begin, np.int64)
         at = begin
@@ -198,7 +203,7 @@ class ReferenceEngine:
         return source, index
 
     def counts(self, sample: int) -> npt.NDArray[np.int64]:
-        """Draws of each source before ``sample``, int64[num_sources]."""
+        """Returns the draws of each source before ``sample``, int64[num_sources]."""
         end, at_end = self._root[1]
         if sample == end:
             return np.array(at_end, np.int64)
@@ -207,9 +212,9 @@ class ReferenceEngine:
         return np.asarray(self._left[1], np.int64) + np.bincount(drawn, minlength=self.num_sources)
 
     def find(self, source: int, index: int) -> int:
-        """The sample that is the source's ``index``-th, or -1 where the tree has none.
+        """Returns the sample of the ``index``-th draw of a source, or -1 if it is beyond the tree.
 
-        ``index`` is at least the source's count at the segment's begin.
+        ``index`` must be at least the source's count at the segment's begin.
         """
         (left, _), (right, after) = self._root
         if after[source] <= index:
@@ -229,7 +234,7 @@ class ReferenceEngine:
         return left + int(np.flatnonzero(here)[0])
 
     def _reset(self) -> None:
-        """Discards the current leaf, so that the next `_seek` starts at the root."""
+        """Discards the current leaf. The next `_seek` starts at the root."""
         self._left = self._root[0]
         self._stack = [self._root[1]]
         self._source = np.empty(0, np.int16)
@@ -256,7 +261,7 @@ class ReferenceEngine:
         return select(self._quota, left, self._left[1], right, self._stack[-1][1], at)
 
     def _draw_leaf(self) -> None:
-        """Draws the leaf between the current boundaries by earliest deadline."""
+        """Draws the leaf between the current boundaries, earliest deadline first."""
         left, before = self._left
         right, after = self._stack[-1]
         release, deadline, owner = self._leaf_jobs(left, right, before, after)
@@ -281,7 +286,11 @@ class ReferenceEngine:
     def _leaf_jobs(
         self, left: int, right: int, before: Sequence[int], after: Sequence[int]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Release, deadline (relative to ``left``) and source of every job of a leaf."""
+        """Returns the release, the deadline and the source of every job of a leaf.
+
+        Returns:
+            Three arrays int64[right - left]. Releases and deadlines are relative to ``left``.
+        """
         table = self._quota.table
         first = (left - table.origin) // table.samples_per_iteration
         last = -(-(right - table.origin) // table.samples_per_iteration)
@@ -295,7 +304,7 @@ class ReferenceEngine:
             weights, below = above - below, above
             if after[k] == before[k]:
                 continue
-            floor = value >> GRID_BITS  # values relative to it fit into int64
+            floor = value >> GRID_BITS  # values relative to the floor fit into int64
             due = (value & (GRID - 1)) + np.concatenate(([0], np.cumsum(weights * lengths)))
             job = np.arange(before[k] - floor, after[k] - floor, dtype=np.int64) << GRID_BITS
             deadlines.append(_first_at_least(due, weights, edges, job + GRID))
@@ -307,7 +316,15 @@ class ReferenceEngine:
 def index_within_source(
     source: npt.NDArray[np.int16], before: Sequence[int] | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """The number of every draw within its source, given the counts before the first, int64[n]."""
+    """Returns the number of every draw within its source.
+
+    Args:
+        source: int16[n], the source of every draw.
+        before: Draws of each source before the first.
+
+    Returns:
+        int64[n].
+    """
     order = np.argsort(source, kind="stable")
     counts = np.bincount(source, minlength=len(before))
     rank = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -322,13 +339,13 @@ def _first_at_least(
     edges: npt.NDArray[np.int64],
     target: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int64]:
-    """First samples of a leaf at which a piecewise linear quota reaches each ``target``.
+    """Returns the first samples of a leaf at which a piecewise linear quota reaches each target.
 
     Args:
         due: int64[p + 1], the quota at every edge.
-        weights: int64[p], its slope between edges.
+        weights: int64[p], the slope of the quota between edges.
         edges: int64[p + 1], from 0 to the leaf's size.
-        target: int64[n].
+        target: int64[n], the targets.
 
     Returns:
         int64[n], from 0 to the leaf's size.
@@ -345,13 +362,21 @@ class Engine(Protocol):
     """Draws the samples of one segment."""
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """Sources (int16) and their sample indices (int64) of the samples ``[begin, end)``."""
+        """Draws the samples ``[begin, end)``.
+
+        Returns:
+            ``(source, index)``: int16[end - begin] and int64[end - begin], the number of each
+            sample within its source.
+        """
 
     def counts(self, sample: int) -> npt.NDArray[np.int64]:
-        """Draws of each source before ``sample``, int64[num_sources]."""
+        """Returns the draws of each source before ``sample``, int64[num_sources]."""
 
     def find(self, source: int, index: int) -> int:
-        """The sample that is the source's ``index``-th, or -1 if there is none."""
+        """Returns the sample of the ``index``-th draw of a source, or -1 if it is beyond the tree.
+
+        ``index`` must be at least the source's count at the segment's begin.
+        """
 
 
 def make_engine(
@@ -362,8 +387,8 @@ def make_engine(
     Args:
         table: The weights.
         begin: The segment's first sample.
-        base: Quotas at ``begin``, in units of 2**-32 samples, offsets included.
-        counts: Draws of each source before ``begin``; each ``base`` rounded down or up.
+        base: Quotas at ``begin`` including offsets, in units of 2**-32 samples.
+        counts: Draws of each source before ``begin``, each ``base`` rounded down or up.
     """
     if extension is None:
         return ReferenceEngine(table, begin, base, counts)
@@ -382,9 +407,9 @@ def native_engine(
     Args:
         table: The weights.
         begin: The segment's first sample.
-        base: Quotas at ``begin``.
+        base: Quotas at ``begin`` including offsets, in units of 2**-32 samples.
         counts: Draws of each source before ``begin``.
-        num_leaf_bits: Leaf size for tests; the sequence's own if left out.
+        num_leaf_bits: Leaf size for tests; -1 means `leaf_bits`.
     """
     assert extension is not None
     arguments = (*_arguments(table, begin, base), np.array(counts, np.int64), num_leaf_bits)
@@ -392,15 +417,15 @@ def native_engine(
 
 
 def window_ends(table: WeightTable, begin: int, base: Sequence[int]) -> list[int]:
-    """The first sample at which each source's quota reaches its next whole number.
+    """Returns the first sample at which each source's quota reaches its next whole number.
 
     Args:
         table: The weights.
         begin: The first sample of the segment.
-        base: Quotas at ``begin``.
+        base: Quotas at ``begin``, in units of 2**-32 samples.
 
     Returns:
-        A sample for each source, `NEVER` if there is none.
+        One sample per source; `NEVER` if the quota does not reach it.
     """
     if extension is not None:
         ends: list[int] = extension.window_ends(*_arguments(table, begin, base)).tolist()
@@ -413,7 +438,7 @@ def window_ends(table: WeightTable, begin: int, base: Sequence[int]) -> list[int
 
 
 def _arguments(table: WeightTable, begin: int, base: Sequence[int]) -> tuple[Any, ...]:
-    """The table and the quotas in the form that the extension expects."""
+    """Converts the table and the quotas to the arguments of the extension."""
     return (
         table.origin,
         table.samples_per_iteration,

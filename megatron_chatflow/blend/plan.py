@@ -1,8 +1,8 @@
-"""The plan of a run: planned against realised mixture, epochs per source, and limits on them.
+"""The plan of a run: planned and realised mixture, epochs per source, and limits on them.
 
-`plan` returns a `PlanRow` for each source in each phase, where a phase lies between two knots;
-`to_table` and `to_csv` format the rows, and `mixture_curve` gives the same data for a plot.
-`check_epochs` refuses a run that repeats a source more often than its ``max_epochs`` allows.
+`plan` returns a `PlanRow` for each source in each phase. A phase is the part of the run between two
+knots. `to_table` and `to_csv` format the rows. `mixture_curve` returns the same data for a plot.
+`check_epochs` raises an error if a run repeats a source more often than its ``max_epochs`` allows.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class PlanRow:
 
     Attributes:
         phase: Number of the phase, from 1.
-        begin: The phase's first sample.
-        end: The first sample after it.
+        begin: First sample of the phase.
+        end: First sample after the phase.
         source: Name of the source.
         planned: Sum of the source's weights over the phase, in samples.
-        realised: Samples drawn from it in the phase.
+        realised: Samples drawn from the source in the phase.
         planned_share: ``planned`` as a share of the phase.
         realised_share: ``realised`` as a share of the phase.
-        epochs: Epochs of the source that the run has drawn by the phase's end; None if the size
-            of an epoch is not known.
+        epochs: Epochs of the source that were drawn from the begin of the run to the end of the
+            phase; None if the size of an epoch is unknown.
     """
 
     phase: int
@@ -65,7 +65,7 @@ def plan(
     Args:
         blend: The blend.
         num_samples: Samples in the whole run.
-        samples_per_epoch: By source. Sources that are missing get no epochs.
+        samples_per_epoch: Samples per epoch by source. The epochs of missing sources are None.
 
     Returns:
         Rows ordered by phase, then by source.
@@ -104,16 +104,16 @@ def check_epochs(
     global_batch_size: int,
     consumed: tuple[int, int] = (0, 0),
 ) -> None:
-    """Refuses a run that repeats a source more often than allowed.
+    """Checks that a run does not repeat a source more often than allowed.
 
     Args:
         blend: The blend.
         num_samples: Samples in the whole run.
-        samples_per_epoch: By source.
-        max_epochs: By source. Sources that are missing have no limit.
-        global_batch_size: Samples of an iteration.
-        consumed: Iterations and samples that a resumed run has consumed, possibly with other batch
-            sizes.
+        samples_per_epoch: Samples per epoch by source.
+        max_epochs: Maximum number of epochs by source. Missing sources have no limit.
+        global_batch_size: Samples per iteration.
+        consumed: Iterations and samples that a resumed run has already consumed, possibly with
+            other batch sizes.
 
     Raises:
         UserError: A source exceeds its limit. The message names the first such source and the
@@ -131,9 +131,9 @@ def check_epochs(
     size = samples_per_epoch[name]
     k = blend.sources.index(name)
     iterations, samples = consumed
-    # The iteration of a consumed sample is not known.
+    # The exact iteration of an already consumed sample is unknown.
     iteration = iterations + max((sample - samples) // global_batch_size + 1, 0)
-    # Rounded up, so that the number in the message suffices.
+    # Round up, so that the number in the message is sufficient as a new limit.
     needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
     shown = _decimal(max_epochs[name])
     raise UserError(
@@ -155,9 +155,12 @@ def epoch_findings(
     Args:
         blend: The blend.
         num_samples: Samples in the whole run.
-        samples_per_epoch: By source; sources that are missing or empty are skipped.
-        max_epochs: By source. A source that is named here has a limit that the user chose and that
-            `check_epochs` enforces, so it is not reported.
+        samples_per_epoch: Samples per epoch by source. Missing or empty sources are skipped.
+        max_epochs: Maximum number of epochs by source. These sources are not reported, because the
+            user chose a limit and `check_epochs` enforces it.
+
+    Returns:
+        The findings, one line each.
     """
     findings = []
     for name, count in zip(blend.schedule.sources, blend.counts(num_samples).tolist(), strict=True):
@@ -173,7 +176,7 @@ def epoch_findings(
 
 
 def _decimal(value: float) -> str:
-    """The shortest decimal that reads back as the value, without an exponent."""
+    """Formats a float as the shortest decimal that is parsed to it, without an exponent."""
     return np.format_float_positional(value, trim="-")
 
 
@@ -191,7 +194,7 @@ def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int 
     """Formats rows for a text table, with phases in the unit of the schedule.
 
     Args:
-        rows: What `plan` returned.
+        rows: The rows that `plan` returned.
         blend: The blend that was passed to `plan`.
     """
     unit, seq_length = blend.schedule.unit, blend.schedule.seq_length or 1
@@ -217,7 +220,7 @@ class MixtureCurve:
         edges: int64[num_bins + 1], samples.
         planned: float64[num_bins, num_sources], mean weight in each bin.
         realised: float64[num_bins, num_sources], share of the draws in each bin.
-        points: int64[num_points], ascending samples. A sample where the weights jump occurs twice.
+        points: int64[num_points], ascending samples. A sample at which weights jump occurs twice.
         shares: float64[num_points, num_sources], the planned weight at each point. It is linear
             between points.
         drawn: int64[num_points, num_sources], draws of each source before each point.
@@ -237,7 +240,7 @@ def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> Mixtur
     Args:
         blend: The blend.
         num_samples: Samples in the whole run, at least 1.
-        num_bins: Maximum number of equal bins. There are fewer if a bin would have less than 100
+        num_bins: Maximum number of equal bins. It is reduced if a bin would have fewer than 100
             samples.
     """
     num_bins = max(1, min(num_bins, num_samples // _MIN_SAMPLES_PER_BIN))
@@ -259,7 +262,7 @@ def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> Mixtur
 def _planned_line(
     blend: Blend, num_samples: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The planned weights as a polyline through every knot and every jump."""
+    """Returns the planned weights as a polyline through every knot and every jump."""
     knots = sorted({*blend.knots_before(num_samples), *blend.edits_before(num_samples)})
     points: list[int] = []
     shares = []

@@ -9,7 +9,8 @@ two monotone rows stays monotone when rounded down, so on a ramp no weight is ne
 is exactly 2**32. The sum of a rounded linear function is a floor sum, which Euclid's algorithm
 evaluates.
 
-All numbers are Python integers. This is the reference that the C++ in ``csrc/blend`` must equal.
+All numbers are Python integers. This is the reference implementation: the C++ in ``csrc/blend``
+must return equal numbers.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ NEVER = 1 << 62
 class Interval(NamedTuple):
     """Iterations on which every level is linear, up to the begin of the next interval.
 
-    At iteration ``t`` the level of a source is ``a + floor((e - a) * (step * (t - begin) + phase)
-    / span)``, where ``a`` and ``e`` lie between the rows ``row_begin`` and ``row_end`` of the table
-    at the portions ``portion_begin`` and ``portion_end`` of 2**32, rounded down.
+    At iteration ``t`` a level is ``a + floor((e - a) * (step * (t - begin) + phase) / span)``. The
+    values ``a`` and ``e`` interpolate between the table's rows ``row_begin`` and ``row_end``, with
+    the fractions ``portion_begin / 2**32`` and ``portion_end / 2**32``, rounded down.
     """
 
     begin: int
@@ -51,7 +52,7 @@ class Interval(NamedTuple):
 
     @property
     def is_constant(self) -> bool:
-        """Whether the levels stay the same throughout the interval."""
+        """Whether the levels are constant throughout the interval."""
         return self.row_begin == self.row_end
 
 
@@ -61,9 +62,9 @@ class WeightTable:
 
     Attributes:
         origin: The first sample of iteration 0.
-        samples_per_iteration: Samples that share one evaluation of the weights.
+        samples_per_iteration: Number of samples with the same weights.
         levels: Rows of cumulative levels, each of ``num_sources + 1`` integers from 0 to 2**32.
-        intervals: Consecutive intervals; the first begins at iteration 0, the last never ends.
+        intervals: Consecutive intervals. The first begins at iteration 0, and the last has no end.
     """
 
     origin: int
@@ -78,17 +79,16 @@ class WeightTable:
 
 
 def floor_sum(num_terms: int, modulus: int, factor: int, shift: int) -> int:
-    """Sum of ``floor((factor * x + shift) / modulus)`` over ``0 <= x < num_terms``.
+    """Returns the exact sum of ``floor((factor * x + shift) / modulus)``, 0 <= x < num_terms.
+
+    The sum is the number of lattice points under a line. As in Euclid's algorithm, the points are
+    counted by columns, then the remaining points by rows, alternately.
 
     Args:
         num_terms: At least 0.
         modulus: At least 1.
         factor: At least 0.
         shift: At least 0.
-
-    Returns:
-        The exact sum, by Euclid's algorithm: the number of lattice points under a line, counted by
-        columns, then by rows of what is left, in turn.
     """
     total = 0
     while True:
@@ -111,7 +111,7 @@ class Quota:
     Args:
         table: The weights.
         begin: The first sample that the quotas count; at least ``table.origin``.
-        base: ``W_k(begin)`` in units of 2**-32 samples; zeros when left out.
+        base: ``W_k(begin)`` in units of 2**-32 samples; zeros by default.
     """
 
     def __init__(self, table: WeightTable, begin: int = 0, base: Sequence[int] | None = None):
@@ -120,16 +120,16 @@ class Quota:
         self.num_sources = table.num_sources
         self._starts = [interval.begin for interval in table.intervals]
         self._at_begin = list(base or [0] * self.num_sources)
-        # The interval that `weights` last read, and its levels' begins and rises.
+        # Cache of `weights`: the last interval, and the begins and rises of its levels.
         self._lines: tuple[int, npt.NDArray[np.int64]] = (-1, np.empty((2, 0), np.int64))
 
     def quotas(self, sample: int) -> list[int]:
-        """``W_k(sample)`` of every source, in units of 2**-32 samples."""
+        """Returns ``W_k(sample)`` of every source, in units of 2**-32 samples."""
         grown = self._sums_before(sample)
         return [base + due for base, due in zip(self._base, grown, strict=True)]
 
     def weights(self, iteration: int) -> npt.NDArray[np.int64]:
-        """The weights of the samples of one iteration, int64[num_sources], on the grid of 2**32."""
+        """Returns the weights of one iteration, int64[num_sources], which sum to 2**32."""
         number = bisect_right(self._starts, iteration) - 1
         if number != self._lines[0]:
             lines = [self._line(number, k) for k in range(self.num_sources + 1)]
@@ -143,7 +143,7 @@ class Quota:
         return levels[1:] - levels[:-1]
 
     def level_array(self, k: int, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Levels ``C_k`` of the iterations ``first <= t < last``, an int64 array."""
+        """Returns the levels ``C_k`` of the iterations [first, last), int64[last - first]."""
         parts = []
         number = bisect_right(self._starts, first) - 1
         while first < last:
@@ -154,7 +154,7 @@ class Quota:
         return np.concatenate(parts)
 
     def first_at_least(self, k: int, quota: int) -> int:
-        """The first sample ``i >= begin`` with ``W_k(i) >= quota``, or `NEVER`."""
+        """Returns the first sample ``i >= begin`` with ``W_k(i) >= quota``, or `NEVER`."""
         if self._quota(k, self.begin) >= quota:
             return self.begin
         batch = self.table.samples_per_iteration
@@ -180,11 +180,11 @@ class Quota:
         return self._within(k, start, quota)
 
     def last_at_most(self, k: int, quota: int) -> int:
-        """The last sample ``i`` with ``W_k(i) <= quota``, or ``begin - 1``."""
+        """Returns the last sample ``i`` with ``W_k(i) <= quota``, or ``begin - 1``."""
         return self.first_at_least(k, quota + 1) - 1
 
     def _within(self, k: int, iteration: int, quota: int) -> int:
-        """The inverse within the samples that have the weight of ``iteration``."""
+        """Returns the inverse, assuming that the weight of ``iteration`` holds from there on."""
         number = bisect_right(self._starts, iteration) - 1
         weight = self._level(number, k + 1, iteration) - self._level(number, k, iteration)
         if weight == 0:
@@ -203,7 +203,7 @@ class Quota:
         return self._base[k] + above - self._level_sum(number, k, iteration, rest)
 
     def _level_sum(self, number: int, k: int, iteration: int, rest: int) -> int:
-        """Sum of ``C_k`` over the samples from the origin to ``rest`` samples into an iteration."""
+        """Returns the sum of ``C_k`` from the origin to ``rest`` samples into an iteration."""
         whole = self._sums[number][k] + self._interval_sum(
             number, k, iteration - self._starts[number]
         )
@@ -236,7 +236,7 @@ class Quota:
         )
 
     def _interval_sum(self, number: int, k: int, num_iterations: int) -> int:
-        """Sum of ``C_k`` over the first iterations of an interval."""
+        """Returns the sum of ``C_k`` over the first iterations of an interval."""
         interval = self.table.intervals[number]
         a, rise = self._line(number, k)
         total = a * num_iterations
@@ -250,7 +250,7 @@ class Quota:
         return total
 
     def _line(self, number: int, k: int) -> tuple[int, int]:
-        """A level at an interval's begin, and how far it rises."""
+        """Returns a level at the begin of an interval, and the difference to its end."""
         interval = self.table.intervals[number]
         first = self.table.levels[interval.row_begin][k]
         difference = self.table.levels[interval.row_end][k] - first
@@ -258,7 +258,7 @@ class Quota:
         return begin, first + (difference * interval.portion_end >> GRID_BITS) - begin
 
     def _sums_before(self, sample: int) -> list[int]:
-        """Sum of each source's weights from the table's origin to a sample."""
+        """Returns the sum of each source's weights from the table's origin to a sample."""
         iteration, rest = divmod(sample - self.table.origin, self.table.samples_per_iteration)
         number = bisect_right(self._starts, iteration) - 1
         levels = range(self.num_sources + 1)

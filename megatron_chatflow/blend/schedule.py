@@ -1,16 +1,17 @@
 """The schedule: the weight of every source at every sample, as exact integers.
 
-A schedule is a list of knots. Each knot gives relative weights at one point of the run and says how
-the interval that ends there is crossed. `Schedule` reads the ``data.schedule`` block of a
-configuration (or what `Schedule.to_dict` wrote), answers `Schedule.weights` for a sample, and hands
-the blend a `WeightTable` (`megatron_chatflow.blend.quota`).
+A schedule is a list of knots. Each knot has relative weights at one point of the run, and the type
+of the ramp that ends there. `Schedule.from_dict` parses the ``data.schedule`` block of a
+configuration or the output of `Schedule.to_dict`. `Schedule.weights` returns the weights of a
+sample. `Schedule.table` returns the `WeightTable` that the blend uses
+(`megatron_chatflow.blend.quota`).
 
-**When a weight holds.** Samples ``[t * B, (t + 1) * B)`` form iteration t, where B is
+**When weights apply.** Samples ``[t * B, (t + 1) * B)`` form iteration t, where B is
 ``samples_per_iteration``. The schedule is evaluated once per iteration, at its first sample
 ``x = t * B``. Weights are constant before the first and after the last knot. Between knots at a and
 b, for ``a <= x < b``:
 
-- ``step``: the weights of the knot at a. Those of the knot at b hold from ``x = b`` on.
+- ``step``: the weights of the knot at a. The weights of the knot at b apply from ``x = b`` on.
 - ``linear``: the cumulative levels are ``C_a + floor((C_b - C_a) * (x - a) / (b - a))``.
 - ``cosine``: linear along 64 chords of the half cosine. Chord j ends at
   ``(x - a) / (b - a) = j / 64`` with the level given by `COSINE_PORTIONS`.
@@ -19,8 +20,8 @@ A knot inside an iteration therefore takes effect at the first iteration that be
 
 **Rounding.** Weights are integers that sum to 2**32. The level of source k at a knot is
 ``floor(2**32 * (p_0 + ... + p_k) / sum(p))`` in exact rationals, where a weight written as 0.1
-means one tenth. The weight of source k is the difference of two neighboring levels. It is off by
-less than 2**-32 per rounding, and a share below that may become 0.
+means exactly one tenth. The weight of source k is the difference of two neighboring levels. Each
+rounding changes it by less than 2**-32, so a smaller share may become 0.
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ from megatron_chatflow.errors import UserError
 
 PATH = "data.schedule"
 AS_PLANNED = "as_planned"
-"""Stands for the weights that the checkpoint's schedule has at a knot; see `blend.edits`."""
+"""Placeholder for the recorded weights at a knot; see `megatron_chatflow.blend.edits`."""
 MAX_SOURCES = 32767
 """Source numbers are int16."""
 MAX_SAMPLE = 1 << 48
-"""Knots lie before this sample, which keeps every product of the blend within 128 bits."""
+"""Exclusive bound of the samples of knots. It keeps every product of the blend within 128 bits."""
 
 NUM_CHORDS = 64
-# round(2**32 * (1 - cos(pi * j / 64)) / 2) for j = 0 to 32, computed once with 60 digits. They are
-# constants because the last bit of a C library's cosine differs between machines. The chords stay
-# within 1.5e-4 (times the change of weight) of the true cosine and meet it at both ends.
+# round(2**32 * (1 - cos(pi * j / 64)) / 2) for j = 0 to 32, computed with 60 digits. The values are
+# constants because the last bit of a C library's cosine differs between machines. The chords differ
+# from the true cosine by at most 1.5e-4 (times the change of weight) and equal it at both ends.
 _FIRST_HALF = (
     0,
     2586738,
@@ -107,7 +108,7 @@ class _RecordedGoal:
 
 @pydantic_dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RecordedKnot(KnotConfig):
-    """A knot of a configuration, or of a checkpoint, where it may also have a goal."""
+    """A knot of a configuration or a checkpoint. In a checkpoint, it may also have ``towards``."""
 
     weights: ExactKnotWeights = Field(description="relative weights by source")
     towards: _RecordedGoal | None = None
@@ -128,12 +129,12 @@ class Positions:
     """Converts positions in a schedule's unit to samples and back.
 
     Attributes:
-        unit: What ``at`` of a knot counts: samples, tokens or iterations.
-        samples_per_iteration: Samples that share one evaluation of the weights.
-        iteration_origin: The sample from which knots in iterations count. It is 0 until a resume
-            changes the size of an iteration. Then it is where iteration 0 would lie if all
-            iterations had the new size, which may be below 0.
-        seq_length: Tokens per sample; None if no knot counts tokens.
+        unit: The unit of a knot's ``at``: samples, tokens or iterations.
+        samples_per_iteration: Number of samples with the same weights.
+        iteration_origin: First sample of iteration 0, for knots in iterations. It is 0 until a
+            resume changes the size of an iteration. Then it is the first sample that iteration 0
+            would have if all iterations had the new size, which may be negative.
+        seq_length: Tokens per sample; None if the unit is not tokens and the length is unknown.
     """
 
     unit: str
@@ -142,10 +143,14 @@ class Positions:
     seq_length: int | None
 
     def to_sample(self, at: int, path: str) -> int:
-        """The sample at a position; tokens are rounded up to whole samples.
+        """Returns the sample at a position. Tokens are rounded up to whole samples.
+
+        Args:
+            at: The position, in ``unit``.
+            path: Path of the knot in the configuration, for the error message.
 
         Raises:
-            UserError: The sample is too large. ``path`` names the knot in the message.
+            UserError: The sample is too large.
         """
         sample = at
         if self.unit == "iterations":
@@ -158,7 +163,7 @@ class Positions:
         return sample
 
     def from_sample(self, sample: int, unit: str | None = None) -> int:
-        """The first position in ``unit`` (by default the schedule's own) not before a sample."""
+        """Returns the first position at or after a sample, in ``unit`` (by default `self.unit`)."""
         unit = unit or self.unit
         if unit == "iterations":
             return -((self.iteration_origin - sample) // self.samples_per_iteration)
@@ -168,18 +173,19 @@ class Positions:
 def read_block(
     block: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> tuple[RecordedSchedule, tuple[str, ...], Positions]:
-    """Parses and checks a block of a schedule.
+    """Parses and validates a schedule.
 
     Args:
-        block: ``{unit, knots}``, and those of ``arguments`` that it records itself.
+        block: ``{unit, knots}``, and optionally recorded values of ``arguments``.
         arguments: ``sources``, ``samples_per_iteration``, ``iteration_origin`` and ``seq_length``;
-            None if unset.
+            None if unset. An argument must equal the recorded value if both are given.
 
     Returns:
-        The knots as written, the names of the sources, and how to convert positions.
+        The knots as written, the names of the sources, and the conversion of positions.
 
     Raises:
-        UserError: The block is not a schedule; the message names the path of the first problem.
+        UserError: The block is not a valid schedule. The message begins with the path of the first
+            problem.
     """
     if not isinstance(block, Mapping):
         raise UserError(f"{PATH}: must be a mapping of keys, not {shorten(block)}")
@@ -204,7 +210,7 @@ def read_block(
 
 
 def _merged(name: str, block: Mapping[str, Any], argument: Any) -> Any:
-    """The argument, or what the block records, which must be equal if both are given."""
+    """Returns the argument or the recorded value. Both must be equal if both are given."""
     recorded = block.get(name)
     if argument is None or recorded is None:
         return recorded if argument is None else argument
@@ -238,8 +244,8 @@ def _size(value: Any, name: str) -> int:
 
 
 def _levels(weights: Mapping[str, int | float], sources: Sequence[str]) -> tuple[int, ...]:
-    """``floor(2**32 * (p_0 + ... + p_k) / sum p)`` for every source k."""
-    # repr() is the shortest decimal that reads back as the float: what the user wrote.
+    """Returns ``floor(2**32 * (p_0 + ... + p_k) / sum p)`` for every source k."""
+    # repr() returns the shortest decimal that is parsed to the same float, as the user wrote it.
     exact = {
         name: Fraction(value if isinstance(value, int) else repr(value))
         for name, value in weights.items()
@@ -256,13 +262,13 @@ def _levels(weights: Mapping[str, int | float], sources: Sequence[str]) -> tuple
 
 @dataclass(frozen=True)
 class Knot:
-    """Weights that the schedule reaches at a sample.
+    """The weights of a schedule at a sample.
 
     Attributes:
         at: The sample.
-        levels: Cumulative weights of the sources, rising to 2**32.
-        ramp: How the interval that ends here is crossed.
-        towards: The knot that the ramp was heading for, if an edit ended it early.
+        levels: Cumulative weights of the sources. The last one is 2**32.
+        ramp: Type of the ramp that ends at this knot: step, linear or cosine.
+        towards: The original end of the ramp, if an edit ended the ramp early.
     """
 
     at: int
@@ -275,18 +281,18 @@ class Schedule:
     """Weights of every source as a function of the sample; immutable.
 
     Attributes:
-        sources: Names in the order of `weights`.
-        samples_per_iteration: Samples that share one evaluation of the weights.
-        unit: What the knots in the configuration count: samples, tokens or iterations.
+        sources: Names of the sources, in the order of `weights`.
+        samples_per_iteration: Number of samples with the same weights.
+        unit: The unit of the knots in the configuration: samples, tokens or iterations.
         seq_length: Tokens per sample; None if unknown.
-        iteration_origin: The sample from which knots in iterations count; see `Positions`.
-        knots: The knots, at samples, with their cumulative integer levels.
+        iteration_origin: First sample of iteration 0, for knots in iterations; see `Positions`.
+        knots: The knots, with positions in samples.
     """
 
     def __init__(
         self, recorded: RecordedSchedule, sources: tuple[str, ...], positions: Positions
     ) -> None:
-        """Use `from_dict` instead; the arguments are what `read_block` returns."""
+        """Initializes the schedule from the results of `read_block`. Use `from_dict` instead."""
         self.sources = sources
         self.samples_per_iteration = positions.samples_per_iteration
         self.unit = positions.unit
@@ -321,7 +327,7 @@ class Schedule:
             knots.append(Knot(sample, _levels(entry.weights, sources), entry.ramp, goal))
             self._recorded.append(written)
         self.knots = tuple(knots)
-        # Where iterations begin: at 0 as long as all have been of one size.
+        # First sample at which an iteration begins; 0 unless the size of iterations has changed.
         self._origin = positions.iteration_origin % positions.samples_per_iteration
         self._quota = Quota(self.table(self._origin), self._origin)
 
@@ -334,19 +340,20 @@ class Schedule:
         seq_length: int | None = None,
         iteration_origin: int | None = None,
     ) -> Schedule:
-        """Reads the ``data.schedule`` block of a configuration, or what `to_dict` returned.
+        """Parses the ``data.schedule`` block of a configuration, or the output of `to_dict`.
 
         Args:
-            block: ``{unit, knots}``. `to_dict` records the other arguments in it as well.
-            sources: Names of all sources, in order. A source that a knot does not name has weight
-                0 there.
-            samples_per_iteration: Samples that share one evaluation of the weights: the global
-                batch size that the run began with.
+            block: ``{unit, knots}``. The output of `to_dict` also contains the other arguments.
+            sources: Names of all sources, in order. A source that is missing in a knot has weight 0
+                there.
+            samples_per_iteration: Number of samples with the same weights: the global batch size at
+                the begin of the run.
             seq_length: Tokens per sample; required for knots in tokens.
-            iteration_origin: The sample from which knots in iterations count; 0 by default.
+            iteration_origin: First sample of iteration 0, for knots in iterations; 0 by default.
 
         Raises:
-            UserError: The block is not a schedule; the message names the path within it.
+            UserError: The block is not a valid schedule. The message begins with the path of the
+                first problem.
         """
         arguments = {
             "sources": sources,
@@ -357,17 +364,21 @@ class Schedule:
         return cls(*read_block(block, arguments))
 
     def weights(self, sample: int) -> npt.NDArray[np.int64]:
-        """The weights of a sample, int64[num_sources]: none is negative, their sum is 2**32."""
+        """Returns the weights of a sample, int64[num_sources], which sum to 2**32.
+
+        Raises:
+            ValueError: ``sample`` is negative.
+        """
         if sample < 0:
             raise ValueError(f"sample {sample}: samples count from 0")
         return self._quota.weights(max(sample - self._origin, 0) // self.samples_per_iteration)
 
     def weights_at(self, sample: int) -> npt.NDArray[np.int64]:
-        """The weights if an iteration began at exactly this sample, int64[num_sources]."""
+        """Returns the weights of an iteration that begins at this sample, int64[num_sources]."""
         return Quota(self.table(sample, 1), sample).weights(0)
 
     def position(self, sample: int, unit: str | None = None) -> int:
-        """The first position not before a sample, in ``unit`` or the schedule's own.
+        """Returns the first position at or after a sample, in ``unit`` (by default `self.unit`).
 
         For the sample of a knot, this is the knot's ``at`` as written.
         """
@@ -378,7 +389,7 @@ class Schedule:
         return self._positions.from_sample(sample, unit)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-compatible block from which `from_dict` creates an equal schedule."""
+        """Returns a JSON-compatible block from which `from_dict` creates an equal schedule."""
         block = {
             "unit": self.unit,
             "knots": copy.deepcopy(self._recorded),
@@ -390,11 +401,11 @@ class Schedule:
         return {**block, **origin}
 
     def with_sources(self, sources: Sequence[str]) -> Schedule:
-        """The same schedule with its sources in another order, or with more of weight 0."""
+        """Returns the same schedule with reordered sources, or with additional ones of weight 0."""
         return Schedule.from_dict({**self.to_dict(), "sources": list(sources)})
 
     def with_iterations(self, samples_per_iteration: int, iteration_origin: int) -> Schedule:
-        """The same schedule with iterations of another size; knots in iterations move."""
+        """Returns the same schedule with another iteration size. Knots in iterations move."""
         grid = {
             "samples_per_iteration": samples_per_iteration,
             "iteration_origin": iteration_origin,
@@ -402,11 +413,11 @@ class Schedule:
         return Schedule.from_dict({**self.to_dict(), **grid})
 
     def table(self, origin: int = 0, samples_per_iteration: int | None = None) -> WeightTable:
-        """The weights on a grid of iterations, in the form that the blend reads.
+        """Returns the weights on a grid of iterations.
 
         Args:
-            origin: The first sample of the grid's iteration 0.
-            samples_per_iteration: The grid's step; the schedule's own by default.
+            origin: First sample of iteration 0 of the grid.
+            samples_per_iteration: Samples per iteration; the schedule's own value by default.
 
         Returns:
             Intervals on which every level is linear in the iteration.
@@ -420,7 +431,7 @@ class Schedule:
             elif last.ramp == "linear":
                 builder.add(first.at, goal.at, first, goal)
             else:
-                # Chords beyond the knot exist only where an edit cut the ramp short.
+                # If an edit ended the ramp early, chords that begin after the knot are left out.
                 num_chords = -((first.at - last.at) * NUM_CHORDS // (goal.at - first.at))
                 for chord in range(num_chords):
                     builder.add(first.at, goal.at, first, goal, chord, NUM_CHORDS)
@@ -429,13 +440,13 @@ class Schedule:
 
 
 class _TableBuilder:
-    """Collects intervals in order of their samples and drops those in which no iteration begins."""
+    """Collects intervals in ascending order and drops those in which no iteration begins."""
 
     def __init__(self, origin: int, samples_per_iteration: int):
         self._origin = origin
         self._batch = samples_per_iteration
         self._rows: dict[tuple[int, ...], int] = {}
-        self._row_of: dict[int, int] = {}  # by the knot's identity: levels are long to hash
+        self._row_of: dict[int, int] = {}  # by the knot's id(), because hashing levels is slow
         self._intervals: list[Interval] = []
 
     def add(
@@ -447,7 +458,16 @@ class _TableBuilder:
         chord: int = 0,
         num_chords: int = 1,
     ) -> None:
-        """Adds what lies between two knots, or one of the equal chords between them."""
+        """Adds the interval between two knots, or one of the equal chords between them.
+
+        Args:
+            begin: Sample of the first knot; None for the interval before it.
+            end: Sample of the second knot; None for the interval after the last knot.
+            first: Knot with the levels at ``begin``.
+            last: Knot with the levels at ``end``.
+            chord: Number of the chord, from 0.
+            num_chords: Number of chords between the knots.
+        """
         row, last_row = self._row(first), self._row(last)
         portions = (0, GRID)
         if num_chords > 1:
@@ -471,7 +491,7 @@ class _TableBuilder:
         self._append(Interval(start, row, last_row, *portions, *place))
 
     def build(self) -> WeightTable:
-        """The table."""
+        """Builds the table."""
         return WeightTable(self._origin, self._batch, tuple(self._rows), tuple(self._intervals))
 
     def _append(self, interval: Interval) -> None:
@@ -487,5 +507,5 @@ class _TableBuilder:
         return self._row_of[id(knot)]
 
     def _iteration(self, sample: int) -> int:
-        """The first iteration that begins at or after a sample."""
+        """Returns the first iteration that begins at or after a sample, at least 0."""
         return max(-((self._origin - sample) // self._batch), 0)
