@@ -1,6 +1,7 @@
-"""The configuration of a run: defaults, overridden by a YAML file, overridden by flags.
+"""The configuration of a run.
 
-`load_config` returns a frozen, fully validated `RunConfig`. There is no global configuration.
+A YAML file overrides the defaults, and flags override the file. `load_config` returns a frozen,
+fully validated `RunConfig`. There is no global configuration.
 """
 
 from megatron_chatflow.config.fields import parse_count, parse_number

@@ -1,9 +1,9 @@
-"""Published model shapes, and rotary scaling as configurations state it.
+"""Published model shapes, and the conversion of rotary scaling to and from Hugging Face.
 
-`PRESETS` maps the name of a preset to the fields of the model section that it fills where they are
-unset. The functions convert between the model section's ``rope_`` fields and a Hugging Face
-config.json: its ``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5). The
-supported kinds are linear, dynamic (NTK) and llama3.
+`PRESETS` maps the name of a preset to fields of the model section. A preset fills only the fields
+that are unset. The functions convert between the model section's ``rope_`` fields and the
+``rope_scaling`` (transformers 4) or ``rope_parameters`` (transformers 5) of a Hugging Face
+config.json. The supported kinds of scaling are linear, dynamic (NTK) and llama3.
 """
 
 import sys
@@ -16,7 +16,7 @@ from megatron_chatflow.errors import UserError
 
 RopeScaling = Literal["linear", "dynamic", "llama3"]
 ROPE_SCALINGS: tuple[RopeScaling, ...] = get_args(RopeScaling)
-# Names of Hugging Face, and ours; which of them a kind has besides its factor.
+# The names of the scaling's parameters in Hugging Face and here.
 _FACTORS = {
     "factor": "rope_scaling_factor",
     "low_freq_factor": "rope_low_freq_factor",
@@ -28,38 +28,39 @@ _NAMES_OF_KIND = {"linear": ("factor",), "dynamic": ("factor",), "llama3": tuple
 
 
 def is_positive_number(value: object) -> bool:
-    """Whether it is a number above 0 that is finite as a float; JSON may hold others."""
+    """Returns whether a value from JSON is a number above 0 that is finite as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return 0 < value <= sys.float_info.max
 
 
 def dynamic_base(base: float, head_dim: int, factor: float, original: int, length: int) -> float:
-    """The base that dynamic NTK scaling takes for a text, as transformers computes it.
+    """Computes the rotary base of dynamic NTK scaling for a text, as transformers does.
 
     Args:
-        base: Of texts up to the original length.
+        base: The base for texts up to the original length.
         head_dim: Size of an attention head.
-        factor: The scaling's.
-        original: Tokens that the model read before.
-        length: Tokens of the text; a shorter one than `original` has the base itself.
+        factor: The factor of the scaling.
+        original: Length in tokens up to which the model is not scaled.
+        length: Length of the text in tokens. Up to `original` tokens, the result is `base`.
     """
     stretch = factor * max(length, original) / original - (factor - 1)
     return float(base * stretch ** (head_dim / (head_dim - 2)))
 
 
 def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The model section's rotary fields.
+    """Converts the rotary settings of a config.json to fields of the model section.
 
     Args:
-        path: Of the config.json, for messages.
-        config: Its content.
+        path: Path of the config.json, for messages.
+        config: Content of the config.json.
 
     Returns:
-        ``rotary_base``, and the fields of a scaling where there is one.
+        ``rotary_base``, and the ``rope_`` fields of the scaling if the model has one.
 
     Raises:
-        UserError: A kind that the model does not have, or one without its numbers.
+        UserError: If the kind of scaling is not supported, or one of its parameters is missing or
+            invalid.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
@@ -102,10 +103,10 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def huggingface_rope(model: Any) -> dict[str, Any] | None:
-    """The ``rope_scaling`` of a config.json; None without scaling.
+    """Returns the ``rope_scaling`` for a config.json, or None if the model has no scaling.
 
     Args:
-        model: Anything with the model section's ``rope_`` fields.
+        model: An object with the model section's ``rope_`` fields.
     """
     kind = model.rope_scaling_type
     if kind is None:
@@ -140,7 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_query_groups": 8,
         "max_position_embeddings": 4096,
     },
-    # Small enough for a CPU, and grouped queries so that every code path of the large ones runs.
+    # Small enough for a CPU. It has grouped queries to cover the code paths of the large models.
     "tiny": {
         "num_layers": 4,
         "hidden_size": 256,

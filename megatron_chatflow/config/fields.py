@@ -1,7 +1,8 @@
-"""Types of configuration fields, and the parsers of numbers behind them.
+"""Types of configuration fields and the parsers that they use.
 
-The types are strict: text becomes a number only with a documented unit or an exponent, and a
-boolean never does. A parser raises a `UserError` that says how the value should be written.
+The types are strict. Text is accepted as a number only if it has a documented unit, an exponent or
+underscores, and a boolean is never accepted as a number. A parser raises a `UserError` with the
+expected form of the value.
 """
 
 import math
@@ -42,20 +43,20 @@ _shortener.maxstring = _shortener.maxother = 60
 
 
 def shorten(value: object) -> str:
-    """``value`` as a message shows it: short and on one line, whatever the input held."""
+    """Formats a value for a message, shortened and on one line."""
     return _shortener.repr(value)
 
 
 def parse_count(value: object) -> int:
-    """A count of samples, tokens or iterations.
+    """Parses a count of samples, tokens or iterations.
 
     Args:
         value: An ``int``; a whole ``float``; or text with a unit (``5M``, ``1.5B``, ``8K``,
             ``1T``; powers of 1000), an exponent (``1e6``) or underscores (``1_000_000``). Text
-            without any of these, such as ``'3'``, is a string where a number belongs.
+            without any of these, such as ``'3'``, is rejected, because it is a quoted number.
 
     Raises:
-        UserError: The value is none of these, is not whole, or does not fit 64 bits.
+        UserError: If the value has another form, is not whole, or does not fit into 64 bits.
     """
     if not isinstance(value, bool) and isinstance(value, Integral):
         count = Decimal(int(value))
@@ -77,15 +78,15 @@ def parse_count(value: object) -> int:
 
 
 def parse_num_bytes(text: str) -> int:
-    """A size in bytes, as Hugging Face spells it: ``5GB``, ``500MB`` or ``2GiB``.
+    """Parses a size in bytes in the notation of Hugging Face: ``5GB``, ``500MB`` or ``2GiB``.
 
     Args:
-        text: A whole number of bytes, or a number with a unit in upper or lower case: KB, MB, GB
-            and TB are powers of 1000, KiB, MiB, GiB and TiB powers of 1024. The units of
-            `parse_count` are read as well (``5B`` is 5 billion).
+        text: A whole number of bytes, or a number with a unit in upper or lower case. KB, MB, GB
+            and TB are powers of 1000; KiB, MiB, GiB and TiB are powers of 1024. The units of
+            `parse_count` are accepted too (``5B`` is 5 billion).
 
     Raises:
-        UserError: It is no such size, not a whole number of bytes, or not above 0.
+        UserError: If the text is not a size, or is not a positive whole number of bytes.
     """
     text = text.strip()
     match = _NUM_BYTES.fullmatch(text)
@@ -104,10 +105,10 @@ def parse_num_bytes(text: str) -> int:
 
 
 def parse_number(value: object) -> float:
-    """A real number; ``3e-4`` counts as one though common YAML readers take it for text.
+    """Parses a real number. Accepts text such as ``3e-4``, because common YAML readers return text.
 
     Raises:
-        UserError: The value is no number.
+        UserError: If the value is not a number.
     """
     if not isinstance(value, bool) and isinstance(value, Real):
         try:
@@ -120,7 +121,7 @@ def parse_number(value: object) -> float:
 
 
 def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[str, str]:
-    """Two numbers with as few digits as show that they differ, at least ``num_digits``."""
+    """Formats two numbers with enough digits to show that they differ, at least ``num_digits``."""
     digits = num_digits
     while one != other and f"{one:.{digits}g}" == f"{other:.{digits}g}":
         digits += 1
@@ -128,10 +129,10 @@ def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[st
 
 
 def parse_weight(value: object) -> int | float:
-    """A weight of a source: a finite number of at least 0. Integers stay integers.
+    """Parses the weight of a source, a finite number of at least 0. Integers remain integers.
 
     Raises:
-        UserError: The value is not such a number.
+        UserError: If the value is not such a number.
     """
     is_integer = not isinstance(value, bool) and isinstance(value, Integral)
     number = int(value) if is_integer else parse_number(value)  # type: ignore[call-overload]
@@ -141,13 +142,16 @@ def parse_weight(value: object) -> int | float:
 
 
 def parse_shares(value: object) -> tuple[float, float, float]:
-    """Shares of training, validation and test as Megatron's ``--split`` gives them: ``969,30,1``.
+    """Parses training, validation and test shares in the form of Megatron-LM's ``--split``.
+
+    Args:
+        value: One to three numbers separated by commas, such as ``969,30,1``.
 
     Returns:
-        The shares as parts of 1; those that are left out at the end are 0.
+        The shares of training, validation and test, normalized to a sum of 1. Omitted shares are 0.
 
     Raises:
-        UserError: The text is no list of one to three numbers, or training would get nothing.
+        UserError: If the value has another form, or the share of training is 0.
     """
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else []
     if not 1 <= len(words) <= 3 or not all(_SHARE.fullmatch(word) for word in words):
@@ -193,12 +197,12 @@ def _parse_weights(value: Any, parse_mapping: Callable[[Any], Any]) -> Any:
 Switch = StrictBool
 Name = Annotated[StrictStr, AfterValidator(_check_name)]
 Shares = Annotated[StrictStr, AfterValidator(_check_shares)]
-"""Shares of training, validation and test, as `parse_shares` reads them."""
+"""Shares of training, validation and test in the form that `parse_shares` accepts."""
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 
 Size = Annotated[StrictInt, Field(ge=1, lt=2**31)]
-"""A dimension or a number of parts: at least 1, written plainly."""
-MAX_LAYERS = 10_000  # a damaged number must not fill the memory with names of tensors
+"""A dimension or a number of parts: an integer of at least 1, without a unit."""
+MAX_LAYERS = 10_000  # a damaged number of layers must not exhaust memory with tensor names
 NumLayers = Annotated[StrictInt, Field(ge=1, le=MAX_LAYERS)]
 Stride = Annotated[StrictInt, Field(ge=2, lt=2**62)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
@@ -217,8 +221,8 @@ if TYPE_CHECKING:
     KnotWeights = dict[str, float] | Literal["as_planned"]
     ExactWeights = dict[str, int | float]
     ExactKnotWeights = ExactWeights | Literal["as_planned"]
-else:  # no union, whose arms pydantic would add to the path in messages
+else:  # pydantic adds the members of a union to the path in messages, so there is no union
     KnotWeights = Annotated[dict[Name, NonNegativeNumber], WrapValidator(_parse_weights)]
     ExactWeights = dict[Name, Annotated[Any, BeforeValidator(parse_weight)]]
     ExactKnotWeights = Annotated[ExactWeights, WrapValidator(_parse_weights)]
-"""Weights by source, or ``as_planned``: what the schedule of the checkpoint says at the knot."""
+"""Weights by source, or ``as_planned`` for the weights in the checkpoint's schedule."""

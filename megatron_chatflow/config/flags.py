@@ -1,7 +1,7 @@
 """The command line of a training run, generated from the fields of the configuration.
 
-`parse_arguments` returns the values that flags set, by section and field, and the `RunOptions`,
-which belong to the invocation and not to the run.
+`parse_arguments` returns the values of the flags by section and field, and the `RunOptions`, which
+apply to one invocation and are not part of the run's configuration.
 """
 
 import argparse
@@ -31,14 +31,15 @@ A flag is stronger than the file, the file than the default. Counts may carry a 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What one call asks for, beside the run's configuration.
+    """Options of one invocation that are not part of the run's configuration.
 
     Attributes:
-        config: The YAML file, if there is one.
-        dry_run: Check and report, and train nothing.
-        world_size: Number of processes that a dry run assumes; the smallest possible when None.
-        verbose: Whether a dry run shows the resolved configuration as well.
-        notes: What became of flags of Megatron-LM's, a line for each.
+        config: The YAML file, or None.
+        dry_run: Whether to check the configuration and print the plan without training.
+        world_size: Number of processes that a dry run assumes. None selects the smallest possible
+            number.
+        verbose: Whether a dry run also prints the resolved configuration.
+        notes: One line for each Megatron-LM flag that was accepted or mapped.
     """
 
     config: Path | None = None
@@ -54,7 +55,7 @@ class _Flag:
     field: str
     kind: Any  # bool, int, float, str, Path, a Literal or a tuple of one of them
     is_optional: bool
-    default: object  # None also where the field has to be given
+    default: object  # None also if the field is required
     help: str
 
     @property
@@ -63,7 +64,7 @@ class _Flag:
 
     @property
     def is_list(self) -> bool:
-        """Whether the flag takes several values."""
+        """Whether the flag accepts several values."""
         return get_origin(self.kind) is tuple
 
     @property
@@ -76,7 +77,7 @@ class _Flag:
         return f"{self.section}.{self.field}"
 
     def parse(self, text: str) -> object:
-        """The raw value of the flag's text; what cannot be read is left for validation to name."""
+        """Converts the flag's text. Invalid text is returned as is, and validation reports it."""
         if self.is_optional and text.lower() in ("none", "null"):
             return None
         reader: Callable[[str], object] = self.element if self.element in (int, float) else str
@@ -96,7 +97,7 @@ def _flags() -> Iterator[_Flag]:
             if get_origin(kind) is Annotated:
                 kind = get_args(kind)[0]
             if is_dataclass(kind) or get_origin(kind) is dict:
-                continue  # sources and schedule
+                continue  # sources and schedule have no flags
             info: FieldInfo = section_class.__pydantic_fields__[field.name]
             default = None if info.is_required() else info.default
             is_optional = type(None) in arms
@@ -113,10 +114,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
-    """The parser of a training run's arguments.
+    """Builds the argument parser of a training run.
 
     Args:
-        with_options: Whether the options of the call, such as ``--config``, are part of it.
+        with_options: Whether to include the options of the invocation, such as ``--config``.
     """
     parser = _Parser(
         prog="python -m megatron_chatflow.pretrain",
@@ -169,14 +170,18 @@ def _add(group: Any, flag: _Flag) -> None:
 def parse_arguments(
     arguments: Sequence[str], *, with_options: bool = True
 ) -> tuple[dict[str, dict[str, Any]], RunOptions]:
-    """What the arguments set.
+    """Parses the command line of a training run.
+
+    Args:
+        arguments: The command line without the program's name.
+        with_options: Whether to accept the options of the invocation, such as ``--config``.
 
     Returns:
-        Raw values by section and field, of the flags that are there alone; and the options.
+        The raw values of the given flags, by section and field, and the options.
 
     Raises:
-        UserError: Flags are unknown, or belong to Megatron-LM and cannot be honoured: all of them
-            are named; or one lacks its value.
+        UserError: If flags are unknown, or are Megatron-LM flags that are not supported (the
+            message lists all of them), or if a flag has no value.
     """
     parser = build_parser(with_options=with_options)
     known = {name for action in parser._actions for name in action.option_strings}
@@ -196,13 +201,13 @@ def parse_arguments(
 
 
 class FlagsError(UserError):
-    """Flags that cannot be honoured: as many as a command line has, and nothing of any file."""
+    """Raised for unsupported flags. The limit is high because the message lists every flag."""
 
     max_characters = 16_000
 
 
 def _refuse(translation: Translation, known: Iterable[str]) -> None:
-    """Refuses every flag that cannot be honoured, all of them at once."""
+    """Reports all unknown and unsupported flags in one error."""
     names = [*known, *(name for name in TABLE if not name.endswith("*"))]
     problems = [f"{flag}: unknown flag{did_you_mean(flag, names)}" for flag in translation.unknown]
     problems += [f"{flag}: not available here ({text})" for flag, text in translation.refused]

@@ -1,7 +1,7 @@
-"""Reads the config.json of a Hugging Face LLaMA as a model section.
+"""Converts the config.json of a Hugging Face LLaMA to a model section.
 
-A Mistral without a sliding window is a LLaMA under another name: its tensors have the same names
-and the same use.
+A Mistral without a sliding window is supported as well, because its tensors have the same names and
+the same function as those of a LLaMA.
 """
 
 import json
@@ -13,7 +13,7 @@ from megatron_chatflow.config.architectures import is_positive_number, rope_of_h
 from megatron_chatflow.config.fields import MAX_LAYERS, shorten
 from megatron_chatflow.errors import UserError
 
-# Names of Hugging Face's LlamaConfig, and ours.
+# The names of the fields in Hugging Face's LlamaConfig and here.
 CONFIG_NAMES = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -26,7 +26,7 @@ CONFIG_NAMES = {
     "initializer_range": "init_method_std",
 }
 _LARGEST_SIZE = 2**31 - 1
-# Of each model_type: its architecture, and its own defaults, which a config.json may leave out.
+# The architecture of each model_type, and the defaults of fields that a config.json may omit.
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02},
@@ -41,10 +41,10 @@ _CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read_huggingface_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json of a Hugging Face folder.
+    """Reads the config.json of a Hugging Face folder.
 
     Raises:
-        UserError: There is none, or it is no JSON object.
+        UserError: If the file is missing, cannot be read, or is not a JSON object.
     """
     path = folder / "config.json"
     try:
@@ -61,14 +61,15 @@ def read_huggingface_config(folder: Path) -> dict[str, Any]:
 
 
 def model_of_huggingface(folder: Path) -> dict[str, Any]:
-    """Reads a Hugging Face folder's model shape.
+    """Reads the model's shape from a Hugging Face folder.
 
     Returns:
-        Values of the model section by name, ``vocab_size`` among them; those of a rotary scaling
-        only where there is one, ``kv_channels`` only where heads do not make up the width.
+        Values of the model section by name, including ``vocab_size``. The ``rope_`` fields are
+        present only if the model has rotary scaling, and ``kv_channels`` only if the sizes of the
+        heads do not add up to the hidden size.
 
     Raises:
-        UserError: It is no LLaMA, or one with parts that this model does not have.
+        UserError: If config.json is invalid, or the model is not a LLaMA or has unsupported parts.
     """
     path = folder / "config.json"
     config = read_huggingface_config(folder)
@@ -108,7 +109,7 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuses what would load and then compute something else."""
+    """Rejects models that could be loaded but would compute different results."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim, hidden_size = config.get("head_dim"), config["hidden_size"]
     is_divided = head_dim is not None or hidden_size % heads == 0
@@ -134,9 +135,9 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_window(path: Path, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
-    """Refuses a Mistral whose attention sees less than the whole of its longest text."""
+    """Rejects a Mistral with a sliding window that is shorter than its longest text."""
     window, longest = config["sliding_window"], config["max_position_embeddings"]
-    if rope.get("rope_scaling_type") == "dynamic":  # what is stated is the length before scaling
+    if rope.get("rope_scaling_type") == "dynamic":  # the stated length is that before scaling
         longest *= rope["rope_scaling_factor"]
     if window is None or (is_positive_number(window) and window >= longest):
         return

@@ -1,7 +1,8 @@
-"""Loads a run's configuration: defaults, overridden by a YAML file, overridden by flags.
+"""Loads a run's configuration from the defaults, a YAML file and flags.
 
-Flags that stand for several fields, such as ``--lr-warmup-fraction``, are applied here, and the
-model section is completed from the Hugging Face folder of ``checkpoint.load_hf``.
+The file overrides the defaults, and flags override the file. This module also applies flags that
+set several fields, such as ``--lr-warmup-fraction``, and completes the model section from the
+Hugging Face folder of ``checkpoint.load_hf``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from megatron_chatflow.errors import UserError
 
 
 def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``base`` with the flags' values over it; neither is changed."""
+    """Merges the values of flags over ``base``. Neither argument is modified."""
     merged = dict(base)
     given_flags = {section: dict(values) for section, values in flags.items()}
     data, optimizer = given_flags.get("data", {}), given_flags.get("optimizer", {})
@@ -29,9 +30,9 @@ def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> di
         below = merged.get(section)
         if below is None:
             below = {}
-        if isinstance(below, Mapping):  # anything else is refused, by its path, in validation
+        if isinstance(below, Mapping):  # validation reports any other type with its path
             merged[section] = {**below, **values}
-    # These are one setting with two spellings: a flag replaces the file's.
+    # The two fields of a pair exclude each other, so a flag for one unsets the other.
     for section, pair in (
         ("train", ("train_iters", "train_samples")),
         ("data", ("holdout_every", "split")),
@@ -52,7 +53,7 @@ def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def _isolate_documents(values: dict[str, Any]) -> None:
-    """Sets ``boundaries: isolate`` in every source that says nothing about it."""
+    """Sets ``boundaries: isolate`` in every source that does not set ``boundaries``."""
     data = values.get("data")
     sources = data.get("sources") if isinstance(data, Mapping) else None
     if isinstance(data, Mapping) and isinstance(sources, Mapping):
@@ -64,7 +65,7 @@ def _isolate_documents(values: dict[str, Any]) -> None:
 
 
 def _set_warmup(values: dict[str, Any], fraction: float) -> None:
-    """The warmup of Megatron-LM's --lr-warmup-fraction: a part of the decay's length."""
+    """Sets the warmup of Megatron-LM's --lr-warmup-fraction, a fraction of the decay's length."""
     optimizer, train = values.get("optimizer") or {}, values.get("train") or {}
     for unit in ("iters", "samples"):
         length = optimizer.get(f"lr_decay_{unit}") or train.get(f"train_{unit}")
@@ -94,8 +95,8 @@ def _huggingface_folder(values: Mapping[str, Any]) -> Path | None:
 def _with_shape(
     values: Mapping[str, Any], shape: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """``values`` with a model of the folder's shape, and its tokenizer, where they say nothing."""
-    # How many rows there are follows from the tokenizer as well, which nobody has read yet.
+    """Fills unset values of the model and tokenizer sections from the Hugging Face folder."""
+    # The vocabulary size also depends on the tokenizer, which is not loaded yet.
     defaults = {name: value for name, value in shape.items() if name != "vocab_size"}
     filled = dict(values)
     sections = {"model": defaults}
@@ -113,10 +114,10 @@ def _with_shape(
 
 
 def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a model section that says something else than the folder's config.json."""
+    """Rejects a model section that contradicts the folder's config.json."""
     preset = PRESETS[config.model.preset] if config.model.preset else {}
     free = {"init_method_std", "vocab_size", "max_position_embeddings"}
-    if config.model.rope_scaling_type == "dynamic":  # the length at which its scaling begins
+    if config.model.rope_scaling_type == "dynamic":  # scaling begins at this length
         free.remove("max_position_embeddings")
     names = dict.fromkeys([*shape, *ROPE_FIELDS, "kv_channels"])
     for name in names:
@@ -130,28 +131,28 @@ def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Pat
 
 
 def load_config(yaml_path: str | Path | None, flags: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file with flags over it.
+    """Loads a run's configuration from a YAML file and flags.
 
     Args:
-        yaml_path: The file; without one the flags have to say everything.
-        flags: Arguments such as ``["--train-iters", "100"]``.
+        yaml_path: The YAML file. If None, the flags must set every required field.
+        flags: Arguments such as ``["--train-iters", "100"]``. They override the file.
 
     Raises:
-        UserError: The file cannot be read, or something in it or in the flags is wrong.
+        UserError: If the file cannot be read, or a value in the file or the flags is invalid.
     """
     path = None if yaml_path is None else Path(yaml_path)
     return _load(path, parse_arguments(flags, with_options=False)[0])
 
 
 def load_config_from_argv(arguments: Sequence[str]) -> tuple[RunConfig, RunOptions]:
-    """The configuration and the options of a command line.
+    """Loads a run's configuration and the options from a command line.
 
     Args:
         arguments: The command line without the program's name.
 
     Raises:
-        UserError: See `load_config`.
-        SystemExit: ``--help`` was among the arguments and has been answered.
+        UserError: See `load_config`. Also if ``--config`` or an option is missing or invalid.
+        SystemExit: After printing the help for ``--help``.
     """
     flags, options = parse_arguments(arguments)
     if options.config is None and "sources" not in flags.get("data", {}):

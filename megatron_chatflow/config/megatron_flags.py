@@ -1,9 +1,13 @@
-"""What a run makes of Megatron-LM's flags that it does not have under the same name.
+"""Translates Megatron-LM flags that ChatFlow does not have under the same name.
 
-`TABLE` holds every flag of Megatron-LM's training arguments from core 0.7 (2024) to August 2026
-that is not one of ours. A flag is *accepted* if it asks for what is so anyway or has no effect on
-the result, *mapped* if the same is said otherwise here, or *refused* with what to use instead.
-`translate` applies the table to a command line, and `tools/docs_reference.py` writes it as a page.
+`TABLE` contains every flag of Megatron-LM's training arguments, from core 0.7 (2024) to August
+2026, that is not also a flag of ChatFlow. Each flag is handled in one of three ways:
+
+* *accepted*: it requests the behavior that always applies, or has no effect on the result,
+* *mapped*: it is replaced by other flags or settings,
+* *refused*: it is an error, and the message names an alternative or the reason.
+
+`translate` applies the table to a command line. `tools/docs_reference.py` generates a page from it.
 """
 
 import re
@@ -16,16 +20,16 @@ from megatron_chatflow.errors import UserError
 
 PAGE = "docs/coming_from_megatron.md"
 DEFAULT_SPLIT = "969,30,1"
-"""What Megatron-LM takes with --data-path where there is no --split."""
+"""Megatron-LM's default of --split for --data-path."""
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A flag that asks for what is so anyway, or that has no effect here.
+    """A flag that requests the behavior that always applies, or that has no effect.
 
     Attributes:
-        reason: Why there is nothing to do.
-        values: The only values for which this holds; None for any.
+        reason: Why the flag needs no action.
+        values: The values that are accepted, or None for any value.
     """
 
     reason: str
@@ -34,12 +38,12 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Mapped:
-    """A flag that is said otherwise here.
+    """A flag that is replaced by other flags or settings.
 
     Attributes:
-        shown: What it becomes, for people.
-        arguments: What it becomes; ``{}`` stands for its value. None where `translate` has code
-            for it.
+        shown: The replacement as text for notes and documentation.
+        arguments: The replacement as arguments, with ``{}`` for the flag's value. None if the flag
+            needs code of its own in `_apply`.
     """
 
     shown: str
@@ -48,10 +52,10 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Refused:
-    """A flag for something that a run does not do.
+    """A flag for a feature that is not supported.
 
     Attributes:
-        instead: What to use, or why it is not there.
+        instead: The alternative, or the reason why there is none.
     """
 
     instead: str
@@ -60,7 +64,7 @@ class Refused:
 Treatment = Accepted | Mapped | Refused
 
 _ACCEPTED: tuple[tuple[str, str], ...] = (
-    # Flags, with the accepted values after `=`; and the reason.
+    # Flags, optionally with the accepted values after `=`, and the reason.
     ("--swiglu", "the MLP is SwiGLU"),
     ("--normalization=RMSNorm", "the norm is RMSNorm"),
     ("--position-embedding-type=rope", "positions are rotary"),
@@ -202,7 +206,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
 )
 
 _MAPPED: tuple[tuple[str, str, str | None], ...] = (
-    # Flag, what it becomes for people, and as arguments where it is no more than that.
+    # Flag, `Mapped.shown` ("" to show the arguments) and `Mapped.arguments`.
     ("--recompute-activations", "", "--recompute-granularity selective"),
     (
         "--checkpoint-activations",
@@ -435,7 +439,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("--fake-process-group", "--dry-run --world-size"),
 )
 
-# Values of flags that both have.
+# Replacements for values of flags that exist in both Megatron-LM and ChatFlow.
 VALUES: dict[tuple[str, str], str] = {
     ("--tokenizer-type", "GPTSentencePieceTokenizer"): "Llama2Tokenizer",
     ("--attention-backend", "fused"): "cudnn",
@@ -443,7 +447,7 @@ VALUES: dict[tuple[str, str], str] = {
     ("--attention-backend", "local"): "sdpa",
 }
 
-# Flags that both have, where what holds without them differs: Megatron-LM's default.
+# Megatron-LM's defaults of flags that exist in both but have another default in ChatFlow.
 DEFAULTS: dict[str, str] = {
     "--adam-beta2": "0.999",
     "--async-save": "off",
@@ -459,7 +463,7 @@ DEFAULTS: dict[str, str] = {
 
 
 def _build_table() -> dict[str, list[Treatment]]:
-    """Treatments by flag or, with a ``*`` at its end, by the begin of flags."""
+    """Builds the table of treatments by flag. A name that ends with ``*`` is a prefix of flags."""
     table: dict[str, list[Treatment]] = {}
     for flags, reason in _ACCEPTED:
         for entry in flags.split():
@@ -479,7 +483,10 @@ TABLE = _build_table()
 
 
 def treatments(flag: str) -> list[Treatment]:
-    """What is done with a flag, the first that fits its values; empty for one that is unknown."""
+    """Returns the treatments of a flag in order of precedence, or an empty list if it is unknown.
+
+    The first treatment that fits the flag's values applies.
+    """
     if flag in TABLE:
         return TABLE[flag]
     families = [name for name in TABLE if name.endswith("*") and flag.startswith(name[:-1])]
@@ -488,14 +495,14 @@ def treatments(flag: str) -> list[Treatment]:
 
 @dataclass
 class Translation:
-    """A command line in our own flags.
+    """A translated command line.
 
     Attributes:
-        arguments: What remains for our own parser.
-        values: By section and field, what flags set that have no counterpart of their own.
-        notes: One line for each flag of Megatron-LM's that was accepted or mapped.
-        unknown: Flags that neither has.
-        refused: Flags of Megatron-LM's that a run cannot honour, and what to use instead.
+        arguments: The arguments for ChatFlow's own parser.
+        values: Values by section and field that were set by flags without an equivalent flag.
+        notes: One line for each Megatron-LM flag that was accepted or mapped.
+        unknown: Flags that exist in neither Megatron-LM nor ChatFlow.
+        refused: Megatron-LM flags that are not supported, and what to use instead.
     """
 
     arguments: list[str] = field(default_factory=list)
@@ -506,14 +513,14 @@ class Translation:
 
 
 def translate(arguments: Sequence[str], known: Collection[str]) -> Translation:
-    """Replaces the flags of Megatron-LM's in a command line.
+    """Replaces Megatron-LM flags in a command line.
 
     Args:
         arguments: The command line.
-        known: Our own flags, which mean what they mean here.
+        known: ChatFlow's own flags. They are kept; only values in `VALUES` are replaced.
 
     Raises:
-        UserError: A flag that names data cannot be understood.
+        UserError: If the value of a mapped flag is invalid.
     """
     result = Translation()
     mapped: list[str] = []
@@ -547,14 +554,14 @@ def translate(arguments: Sequence[str], known: Collection[str]) -> Translation:
                 result.notes.append(f"{flag}: {shown}")
             case Refused(instead):
                 result.refused.append((" ".join([flag, *values[:1]]), instead))
-    # A flag of our own is stronger than what one of Megatron-LM's implies.
+    # ChatFlow's own flags come last, so they override the replacements of Megatron-LM flags.
     result.arguments = [*mapped, *result.arguments]
     _set_blend(blends, result)
     return result
 
 
 def _groups(arguments: Iterable[str]) -> Iterator[list[str]]:
-    """Every flag with its values; values before the first flag come alone."""
+    """Yields each flag with its values. Values before the first flag form a group of their own."""
     words: list[str] = []
     for word in arguments:
         if words and (word.startswith("--") or word == "-h"):
@@ -566,7 +573,7 @@ def _groups(arguments: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _parse_group(words: list[str]) -> tuple[str, list[str]]:
-    """A flag, empty if there is none, and its values, also one that follows ``=``."""
+    """Splits a group into its flag ("" if there is none) and its values, also after ``=``."""
     if not words[0].startswith("--"):
         return "", words
     flag, is_joined, value = words[0].partition("=")
@@ -594,7 +601,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _apply(flag: str, values: list[str], result: Translation, blends: dict[str, list[str]]) -> None:
-    """A flag that is more than other arguments."""
+    """Applies a mapped flag that cannot be expressed as arguments."""
     match flag:
         case "--tensorboard-dir":
             result.arguments.append("--tensorboard")
@@ -624,10 +631,17 @@ def _fraction(values: Sequence[str]) -> float:
 
 
 def read_blend(flag: str, words: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of Megatron-LM's blends: ``0.7 a 0.3 b``, or ``a b`` without weights.
+    """Parses a Megatron-LM blend: ``0.7 a 0.3 b``, or ``a b`` without weights.
+
+    Args:
+        flag: The flag's name, for messages.
+        words: The values of the flag.
+
+    Returns:
+        The dataset prefixes, and their weights or None.
 
     Raises:
-        UserError: The list is neither.
+        UserError: If the words have neither form, or the weights are invalid.
     """
     numbers = [_number(word) for word in words]
     prefixes, weights = list(words[1::2]), numbers[0::2]
@@ -654,7 +668,7 @@ def _number(word: str) -> float | None:
 
 
 def source_names(prefixes: Sequence[str]) -> list[str]:
-    """A name for the source of each dataset: its file's, without the endings of preprocessing."""
+    """Derives a unique source name from each dataset prefix, without the preprocessing suffixes."""
     names: list[str] = []
     for prefix in prefixes:
         stem = re.sub(r"(_(text|content|messages))?_(document|sentence)$", "", Path(prefix).name)
@@ -666,7 +680,7 @@ def source_names(prefixes: Sequence[str]) -> list[str]:
 
 
 def _set_blend(blends: Mapping[str, list[str]], result: Translation) -> None:
-    """Sources and a constant schedule for --data-path or --train-data-path."""
+    """Sets the sources and a constant schedule from --data-path or --train-data-path."""
     flag = next((name for name in ("--data-path", "--train-data-path") if name in blends), None)
     if flag is None:
         if blends:
@@ -678,7 +692,7 @@ def _set_blend(blends: Mapping[str, list[str]], result: Translation) -> None:
         )
     prefixes, weights = read_blend(flag, blends[flag])
     sources: dict[str, dict[str, Any]]
-    if weights is None:  # as if the datasets were one: each epoch has each of their samples
+    if weights is None:  # one source of all datasets, so each epoch contains each sample once
         name = source_names(prefixes)[0] if len(prefixes) == 1 else "data"
         sources, shares = {name: {"paths": prefixes}}, {name: 1.0}
     else:

@@ -1,7 +1,8 @@
-"""Estimates the memory of the process of a run that needs most.
+"""Estimates the peak memory of the process of a run that needs the most memory.
 
-The estimate needs neither torch nor a GPU. It counts tensors; the allocator, the CUDA context and
-libraries need some more. `tests/distributed/test_memory.py` compares it with real runs.
+The estimate needs neither torch nor a GPU. It counts tensors only; the allocator, the CUDA context
+and libraries need additional memory. `tests/distributed/test_memory.py` compares the estimate with
+real runs.
 """
 
 from dataclasses import dataclass
@@ -14,23 +15,25 @@ from megatron_chatflow.config.shape import (
 )
 from megatron_chatflow.config.validation import RunConfig
 
-# Logits that the loss holds at a time, as in `model.loss`.
+# The number of logits that the loss computes at a time: `CHUNK_LOGITS` in `model/loss.py`.
 _CHUNK_LOGITS = 1 << 27
-# As in `model.attention_cpu`: documents so long keep no scores, and blocks of so many queries.
+# `MAX_LENGTH` and `QUERY_CHUNK` of the CPU attention in `kernels/attention.py`. Attention over
+# longer documents stores no scores.
 _LONGEST_COMPOSED, _QUERY_CHUNK = 2048, 256
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of the process that needs most, at the moment when it needs most.
+    """Peak memory in bytes of the process that needs the most memory.
 
     Attributes:
-        weights: Parameters in the precision that computes.
+        weights: Parameters in the precision of the computation.
         gradients: Gradient buffers (fp32).
-        optimizer: Adam's moments, and the fp32 master weights under bf16.
-        activations: What the forward passes keep for the backward ones.
-        temporary: What comes and goes at the peak: the loss's logits and gradients, or a layer's.
-        saving: The copy that checkpoints are written from, where it lies in the same memory.
+        optimizer: Adam's moments, and with bf16 the fp32 master weights.
+        activations: Activations that forward passes store for the backward passes.
+        temporary: Temporary tensors at the peak: the logits and gradients of the loss, or the
+            gradients of a layer.
+        saving: The copy from which checkpoints are written, if it is in the same memory.
     """
 
     weights: int
@@ -42,7 +45,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum, in bytes."""
+        """Total memory in bytes."""
         held = self.weights + self.gradients + self.optimizer + self.saving
         return held + self.activations + self.temporary
 
@@ -50,13 +53,14 @@ class MemoryEstimate:
 def estimate_memory(
     config: RunConfig, vocab_size: int, world_size: int, *, on_cpu: bool = False
 ) -> MemoryEstimate:
-    """Memory of the fullest process.
+    """Estimates the memory of the process that needs the most memory.
 
     Args:
-        config: The run.
-        vocab_size: The tokenizer's vocabulary, before padding.
-        world_size: Number of processes; a multiple of the model-parallel size.
-        on_cpu: Whether the run is one on CPUs, whose kernels keep other tensors than a GPU's.
+        config: The configuration of the run.
+        vocab_size: Size of the tokenizer's vocabulary before padding.
+        world_size: Number of processes, a multiple of the model-parallel size.
+        on_cpu: Whether the run is on CPUs, because CPU kernels store other tensors than GPU
+            kernels.
     """
     return max(
         (
@@ -79,7 +83,7 @@ def _estimate_stage(
     parameters = model.num_layers // stages * num_layer_parameters(model, parallel) // tensor
     parameters += num_tables * table
     data_parallel = world_size // config.model_parallel_size
-    # The distributed optimizer cuts its state over the context-parallel processes as well.
+    # The distributed optimizer shards its state over the context-parallel processes as well.
     shards = (
         data_parallel * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     )
@@ -87,7 +91,7 @@ def _estimate_stage(
         data_parallel * config.train.micro_batch_size
     )
     weights, moments = parameters * _value_bytes(config), parameters * _state_bytes(config)
-    # What data-parallel processes hold alike they share out among them when they save.
+    # Data-parallel processes divide the state that they replicate when they save it.
     copy = (weights + moments) // (data_parallel * parallel.context_parallel_size)
     has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
@@ -103,18 +107,18 @@ def _estimate_stage(
 
 
 def saving_copy_bytes(config: RunConfig, vocab_size: int, world_size: int) -> int:
-    """Host memory of the copy that a process keeps for its checkpoints.
+    """Returns the bytes of host memory for the copy from which a process writes checkpoints.
 
     Args:
-        config: The run.
-        vocab_size: The tokenizer's vocabulary, before padding.
+        config: The configuration of the run.
+        vocab_size: Size of the tokenizer's vocabulary before padding.
         world_size: Number of processes.
     """
     return estimate_memory(config, vocab_size, world_size, on_cpu=True).saving
 
 
 def _state_bytes(config: RunConfig) -> int:
-    """Of the optimizer's state of a parameter."""
+    """Returns the bytes of optimizer state per parameter."""
     return 12 if config.train.bf16 else 8
 
 
@@ -123,7 +127,7 @@ def _value_bytes(config: RunConfig) -> int:
 
 
 def _num_tokens(config: RunConfig) -> int:
-    """Tokens of a micro-batch that one process holds."""
+    """Returns the number of tokens of a micro-batch on one process."""
     samples = config.train.micro_batch_size
     return samples * config.data.seq_length // config.parallel.context_parallel_size
 
@@ -133,21 +137,26 @@ def _context_size(config: RunConfig) -> int:
 
 
 def residual_bytes(config: RunConfig) -> int:
-    """A micro-batch's hidden states on one process."""
+    """Returns the bytes of a micro-batch's hidden states on one process."""
     tensor = config.parallel.tensor_model_parallel_size
     parts = tensor if config.parallel.sequence_parallel else 1
     return _num_tokens(config) * _value_bytes(config) * config.model.hidden_size // parts
 
 
 def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
-    """What one layer keeps of a micro-batch.
+    """Returns the bytes of activations that one layer stores for a micro-batch.
 
-    After Korthikanti et al. 2022 (arXiv 2205.05198), section 4, with SwiGLU and grouped queries in
-    place of their feed-forward block and heads, without dropout, and with attention that writes no
-    scores. Norms keep what they get and what they give; attention keeps rotated queries and keys,
-    values, and the context; SwiGLU keeps both halves, the activated one, and the product. Where
-    attention is computed again, the product of which queries, keys and values are views is kept,
-    which is no less.
+    The formula follows Korthikanti et al. 2022 (arXiv 2205.05198), section 4, with SwiGLU and
+    grouped queries instead of their feed-forward block and heads, without dropout, and with
+    attention that stores no scores. The layer stores the following tensors:
+
+    * norms: their inputs and outputs,
+    * attention: rotated queries and keys, values, and the context,
+    * SwiGLU: both halves, the activated half, and the product.
+
+    If attention is recomputed, the layer stores the whole output of the QKV projection instead of
+    the rotated queries, keys and values, because the unrotated ones are views of that output. The
+    output is not smaller.
     """
     model, train = config.model, config.train
     counts, context = head_counts(model, config.parallel), _context_size(config)
@@ -155,16 +164,16 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
     is_fused = on_cpu and train.bf16
     projected, attended = 0, query + 2 * key_value
     if context > 1:
-        # Keys and values of all tokens; torch's kernels have queries filled up to their keys.
+        # Keys and values of all tokens. torch's kernels need queries padded to the number of keys.
         attended = 2 * context * key_value + (2 * context if on_cpu else 1) * query
     elif is_fused and config.data.seq_length <= _LONGEST_COMPOSED:
-        # The composition keeps copies instead of the projection, and scores below the diagonal.
+        # The composed attention stores copies instead of the projection, and causal scores.
         scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
         projected, attended = counts.projected_size, counts.heads * scores
     if train.recompute_granularity == "selective":
         projected, attended = counts.projected_size, 0
     num_ffn = 3 if is_fused else 4
-    # torch's norm on CPUs keeps the normalised states besides.
+    # torch's norm on CPUs also stores the normalized states.
     num_whole = 6 if on_cpu and not is_fused else 4
     inside = projected + attended + query + num_ffn * model.ffn_hidden_size
     per_token = inside // config.parallel.tensor_model_parallel_size * _value_bytes(config)
@@ -172,12 +181,12 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
 
 
 def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_cpu: bool) -> int:
-    """What the forward passes keep on a stage, when most of them wait for their backward passes."""
+    """Returns the peak bytes of activations on a stage, over all passes in flight."""
     parallel, train = config.parallel, config.train
     stages = parallel.pipeline_model_parallel_size
     chunks = num_model_chunks(config.model, parallel)
     layers = config.model.num_layers // stages // chunks
-    # One forward, one backward: so many forward passes of a chunk come first.
+    # In the 1F1B schedule, this many forward passes precede the first backward pass.
     ahead = stages - stage - 1
     in_flight = ahead + 1 if chunks == 1 else 2 * ahead + (chunks - 1) * stages + 1
     in_flight = min(in_flight, max(1, num_micro_batches) * chunks)
@@ -191,30 +200,30 @@ def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_
         else:
             kept = residual_bytes(config) * number + (layers - number) * layer_bytes(config, on_cpu)
             once = layer_bytes(config, on_cpu)
-    # Interleaved stages keep what they have sent on; the last stage has the final norm's input and
-    # output.
+    # Interleaved stages keep the tensors that they have sent. The last stage also stores the input
+    # and output of the final norm.
     sent = residual_bytes(config) if chunks > 1 else 0
     final = 2 * residual_bytes(config) if stage == stages - 1 else 0
     return (kept + sent) * in_flight + once + final
 
 
 def _loss_temporaries(config: RunConfig, table: int, is_last: bool, on_cpu: bool) -> int:
-    """Logits of a chunk, and the gradients that the loss takes in its forward pass."""
+    """Returns the bytes of a chunk's logits and of the gradients in the loss's forward pass."""
     if not is_last:
         return 0
     size, tokens = _value_bytes(config), _num_tokens(config)
     num_logits = tokens * (table // config.model.hidden_size)
     is_one_chunk = num_logits <= _CHUNK_LOGITS
-    # Of the hidden states: the whole, and the chunk's as a product and scaled.
+    # The gradient of the hidden states: the whole, and a chunk's before and after scaling.
     grad_hidden = tokens * config.model.hidden_size * size * 3
-    # Of the weight: chunks add up in fp32.
+    # The gradient of the weight: chunks are accumulated in fp32.
     grad_weight = table * (size if is_one_chunk else 4 + size)
     logits = min(num_logits, _CHUNK_LOGITS) * (size if on_cpu else size + 4)
     return logits + grad_hidden + grad_weight
 
 
 def _layer_temporaries(config: RunConfig) -> int:
-    """Gradients of a layer's widest part: SwiGLU's halves, and its first matrix."""
+    """Returns the bytes of gradients in a layer's widest part, SwiGLU and its first matrix."""
     model, size = config.model, _value_bytes(config)
     ffn = model.ffn_hidden_size // config.parallel.tensor_model_parallel_size
     return size * ffn * (3 * _num_tokens(config) + 2 * model.hidden_size)

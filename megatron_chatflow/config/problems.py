@@ -1,6 +1,6 @@
 """Messages about configuration errors.
 
-`describe` turns a pydantic `ValidationError` into one line such as
+`describe` converts a pydantic `ValidationError` to one line such as
 ``train.seed: must be at least 0, not -1``. `did_you_mean` suggests the closest known name.
 """
 
@@ -17,7 +17,7 @@ from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
 
 _CUTOFF = 0.8
-"""Below this likeness a name is another one, not a misspelt one."""
+"""Minimum similarity at which a name counts as misspelled."""
 
 _EXPECTED = {
     "bool_type": "true or false",
@@ -36,9 +36,9 @@ _BOUNDS = {
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean X?)``, or nothing where no known word is spelt nearly like it.
+    """Returns `` (did you mean X?)`` for the closest known word, or "" if none is close.
 
-    Dashes in front do not count: they would make all flags alike.
+    Leading dashes are ignored, because they would make all flags similar.
     """
     names = {name.lstrip("-"): name for name in known}
     matches = difflib.get_close_matches(word.lstrip("-"), list(names), n=1, cutoff=_CUTOFF)
@@ -46,7 +46,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _path(location: tuple[str | int, ...]) -> str:
-    """A pydantic location as messages write it: ``data.schedule.knots[0].at``."""
+    """Formats a pydantic location for a message, such as ``data.schedule.knots[0].at``."""
     parts = [
         f"[{part}]" if isinstance(part, int) else f".{_show(part)}"
         for part in location
@@ -56,15 +56,15 @@ def _path(location: tuple[str | int, ...]) -> str:
 
 
 def describe(error: ValidationError, root: type) -> str:
-    """The first problem of ``error`` in one line.
+    """Describes the first problem of a validation error in one line.
 
     Args:
-        error: What validating a mapping as ``root`` raised.
-        root: The configuration class that was being made.
+        error: The error of validating a mapping as ``root``.
+        root: The configuration class.
     """
     problems = error.errors(include_url=False)
-    # An unknown key is usually a misspelling of one that is then missing. A list whose elements are
-    # all invalid counts as empty.
+    # Report an unknown key first: it is often a misspelling of a required key, which pydantic then
+    # reports as missing. A list in which every element is invalid is reported as too short.
     order = {"unexpected_keyword_argument": 0, "missing": 2, "too_short": 3}
     problems.sort(key=lambda problem: order.get(problem["type"], 1))
     first = problems[0]
@@ -77,7 +77,7 @@ def describe(error: ValidationError, root: type) -> str:
         return f"{path}: is missing{_hint(root, first['loc'])}"
     if isinstance(cause, UserError):
         message = str(cause)
-        # Checks across fields name their own paths.
+        # The messages of checks across fields already begin with a path.
         return message if message.startswith(tuple(_paths(root))) else f"{path}: {message}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
@@ -101,7 +101,7 @@ def _paths(root: type) -> list[str]:
 
 
 def _class_at(root: type, location: tuple[int | str, ...]) -> type | None:
-    """The configuration class whose keys stand at ``location``."""
+    """Returns the configuration class at ``location``, or None if there is none."""
     current: Any = root
     for part in location:
         if is_dataclass(current):

@@ -1,9 +1,9 @@
-"""How long a run is, and the unit in which its schedules count.
+"""The length of a run and the unit of its schedules.
 
-With ``train_iters`` the end of the run, the learning rate and a data schedule in iterations count
-iterations; with ``train_samples`` all of them count samples. The two only differ once a resume has
-changed the global batch size, which is why nothing here may be computed as iterations times the
-present batch size: iterations before the change had other sizes.
+With ``train_iters``, the end of the run, the learning rate and a data schedule in iterations are
+measured in iterations. With ``train_samples``, all of them are measured in samples. The two units
+differ only after a resume has changed the global batch size. Therefore never compute samples as
+iterations times the current batch size: earlier iterations may have had another batch size.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunLength:
-    """Where a run ends, seen from the iteration at which this process takes it up.
+    """The length of a run, computed when this process starts or resumes it.
 
     Attributes:
-        counts_samples: Whether `lr_warmup` and `lr_decay` count samples; iterations otherwise.
-        iteration: Steps taken so far.
-        consumed_samples: Samples consumed so far.
-        global_batch_size: Samples of every iteration to come.
-        last_iteration: The iteration with which the run ends.
+        counts_samples: Whether `lr_warmup` and `lr_decay` are in samples instead of iterations.
+        iteration: Number of iterations completed before this process.
+        consumed_samples: Number of samples consumed before this process.
+        global_batch_size: Number of samples per iteration from now on.
+        last_iteration: The last iteration of the run.
         lr_warmup: Length of the learning rate's warmup.
-        lr_decay: Where the learning rate's decay ends.
+        lr_decay: Position at which the learning rate's decay ends.
     """
 
     counts_samples: bool
@@ -46,14 +46,14 @@ class RunLength:
         consumed_samples: int = 0,
         initial_batch_size: int | None = None,
     ) -> "RunLength":
-        """The length of a run that has come so far.
+        """Computes the length of a run from its configuration and progress.
 
         Args:
-            config: The run's.
-            iteration: Steps taken.
-            consumed_samples: Samples consumed.
-            initial_batch_size: Global batch size that the run began with; the configuration's when
-                left out. With ``train_samples``, settings in iterations are converted by it.
+            config: The configuration of the run.
+            iteration: Number of completed iterations.
+            consumed_samples: Number of consumed samples.
+            initial_batch_size: Global batch size at the start of the run. None selects that of the
+                configuration. With ``train_samples``, it converts iterations to samples.
         """
         train, optimizer = config.train, config.optimizer
         batch = train.global_batch_size
@@ -63,7 +63,7 @@ class RunLength:
         else:
             assert train.train_samples is not None, "one of the two is checked to be there"
             initial = initial_batch_size or batch
-            # Samples that do not fill a global batch are not trained.
+            # The last samples are not trained on if they do not fill a global batch.
             last = iteration + max(train.train_samples - consumed_samples, 0) // batch
             warmup = optimizer.lr_warmup_samples or optimizer.lr_warmup_iters * initial
             decay = (
@@ -82,22 +82,22 @@ class RunLength:
 
     @property
     def num_samples(self) -> int:
-        """Samples of the whole run."""
+        """Number of samples of the whole run."""
         return self.consumed_samples + self.remaining_iterations() * self.global_batch_size
 
     def remaining_iterations(self, iteration: int | None = None) -> int:
-        """Iterations that follow ``iteration``, or the one at which this process takes over."""
+        """Returns the number of iterations after ``iteration`` (default: ``self.iteration``)."""
         return max(self.last_iteration - (self.iteration if iteration is None else iteration), 0)
 
     def lr_position(self, iteration: int, consumed_samples: int) -> int:
-        """Where the learning rate's schedule stands after so many iterations and samples."""
+        """Returns the position in the learning rate's schedule, in the schedule's unit."""
         return consumed_samples if self.counts_samples else iteration
 
     def check_learning_rate(self, optimizer: "OptimizerConfig") -> None:
-        """Checks that the warmup ends before the decay does.
+        """Checks that the warmup ends before the decay ends.
 
         Raises:
-            UserError: It does not.
+            UserError: If the warmup does not end before the decay.
         """
         if self.lr_warmup < self.lr_decay:
             return

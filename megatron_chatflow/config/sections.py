@@ -1,8 +1,9 @@
 """The sections of a run's configuration, one frozen dataclass each.
 
-Every field is strictly typed and checked by itself; `validation` checks how fields of several
-sections go together. A field's description is its flag's help text, and the order of the fields is
-the order of ``--help``.
+The types are strict, and each field is checked individually; `validation` checks combinations of
+fields. A field's description is the help text of its flag, the first line of a section's docstring
+is the section's heading in ``--help`` and in `docs/reference/flags.md`, and the order of the fields
+is their order in both.
 """
 
 from collections.abc import Mapping
@@ -34,12 +35,12 @@ from megatron_chatflow.config.fields import (
 from megatron_chatflow.config.problems import did_you_mean
 from megatron_chatflow.errors import UserError
 
-# How rows of new pieces begin; `checkpoint/convert_vocabulary.py` says what each does.
+# How to initialize the rows of new pieces. `megatron_chatflow.convert.vocabulary` describes them.
 EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece"]
 
 
 def _fill(data: Any, defaults: Mapping[str, Any]) -> Any:
-    """``data`` as a validator sees it, with ``defaults`` where it has nothing or null."""
+    """Fills missing or null keys of a validator's input from ``defaults``."""
     given = data.kwargs if isinstance(data, ArgsKwargs) else data
     if not isinstance(given, Mapping):
         return data
@@ -112,7 +113,7 @@ class ModelConfig:
                     f"model.preset: there is no {preset!r}{did_you_mean(preset, PRESETS)}; "
                     f"use one of {', '.join(PRESETS)}"
                 )
-            # Another number of heads than the preset's makes its number of groups void.
+            # The preset's number of groups applies only to the preset's number of heads.
             heads = _given(data, "num_attention_heads")
             shape = dict(PRESETS[preset])
             if heads not in (None, shape["num_attention_heads"]):
@@ -126,7 +127,7 @@ class ModelConfig:
     @model_validator(mode="after")
     def _leave_out_usual_head_size(self) -> "ModelConfig":
         if self.kv_channels == self.hidden_size / self.num_attention_heads:
-            object.__setattr__(self, "kv_channels", None)  # said or unsaid, it is the same shape
+            object.__setattr__(self, "kv_channels", None)  # equal shapes must compare equal
         return self
 
     @property
@@ -195,7 +196,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SourceConfig:
-    """A named set of indexed datasets and how samples are cut from it."""
+    """A named set of indexed datasets, and how samples are created from it."""
 
     paths: tuple[FilePath, ...] = Field(
         min_length=1, description="prefixes of .bin/.idx files, such as data/en_text_document"
@@ -222,7 +223,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class KnotConfig:
-    """The weights of every source at one point of the run; a source that is not named has 0."""
+    """The weights of all sources at one point of the run. An omitted source has the weight 0."""
 
     at: Count = Field(description="where, in the schedule's unit")
     weights: KnotWeights = Field(
@@ -248,7 +249,7 @@ class ScheduleConfig:
 class DataConfig:
     """What is read: sources, and the schedule that blends them.
 
-    Without a schedule a single source has all the weight.
+    With a single source, the schedule may be omitted; the source then has the whole weight.
     """
 
     seq_length: Size = Field(description="tokens in a sample")
@@ -391,7 +392,7 @@ class TrainConfig:
 
     @property
     def validates(self) -> bool:
-        """Whether the run is asked to validate."""
+        """Whether validation is enabled."""
         return self.eval_interval is not None and self.eval_iters > 0
 
 

@@ -1,9 +1,10 @@
 """Sizes that follow from a model's shape and its parallel layout.
 
-Parameters, FLOPs per token, padded attention heads and the number of model chunks per pipeline
-stage, all exact and without torch. Chunks belong to the interleaved pipeline schedule (Narayanan
-et al. 2021, arXiv 2104.04473, section 2.2): stage s of p holds the chunks s, s + p, s + 2p, ... of
-consecutive layers, which divides the pipeline's bubble by the number of chunks.
+The functions compute the numbers of parameters, FLOPs per token, padded attention heads and model
+chunks per pipeline stage. The results are exact, and torch is not needed. Chunks are used by the
+interleaved pipeline schedule (Narayanan et al. 2021, arXiv 2104.04473, section 2.2): stage s of p
+holds the chunks s, s + p, s + 2p, ... of consecutive layers, which divides the pipeline bubble by
+the number of chunks per stage.
 """
 
 import math
@@ -17,10 +18,10 @@ _CHUNKS = "parallel.num_virtual_stages_per_pipeline_rank"
 
 
 def num_model_chunks(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Chunks of layers that each pipeline stage holds; 1 is the schedule without interleaving.
+    """Returns the number of model chunks per pipeline stage; 1 means no interleaving.
 
     Raises:
-        UserError: The layers cannot be cut so.
+        UserError: If the layers cannot be divided as configured.
     """
     layers = parallel.num_layers_per_virtual_pipeline_stage
     chunks = parallel.num_virtual_stages_per_pipeline_rank
@@ -46,10 +47,10 @@ def num_model_chunks(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig, vocab_size: int) -> int:
-    """Rows of the embedding: a multiple that every TP process shares evenly.
+    """Returns the number of embedding rows, padded to divide evenly over the TP ranks.
 
-    It is the same for every TP size that divides ``make_vocab_size_divisible_by``, so that a
-    checkpoint's tensors keep their shapes when a run changes its parallel layout.
+    The result is the same for every TP size that divides ``make_vocab_size_divisible_by``, so the
+    tensors of a checkpoint keep their shapes when a run changes its parallel layout.
     """
     multiple = math.lcm(model.make_vocab_size_divisible_by, parallel.tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
@@ -57,11 +58,11 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig, vocab_size: 
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """Attention heads as the processes hold them, padding included.
+    """Numbers and size of attention heads.
 
     Attributes:
-        heads: Query heads.
-        groups: Key/value heads.
+        heads: Number of query heads.
+        groups: Number of key/value heads.
         head_dim: Size of a head.
     """
 
@@ -71,26 +72,27 @@ class HeadCounts:
 
     @property
     def query_size(self) -> int:
-        """Size of all queries of a token."""
+        """Size of the queries of one token."""
         return self.heads * self.head_dim
 
     @property
     def key_value_size(self) -> int:
-        """Size of all keys of a token, which is that of its values."""
+        """Size of the keys of one token, which equals the size of its values."""
         return self.groups * self.head_dim
 
     @property
     def projected_size(self) -> int:
-        """Size of a token's queries, keys and values."""
+        """Size of the queries, keys and values of one token."""
         return self.query_size + 2 * self.key_value_size
 
 
 def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> HeadCounts:
-    """The model's own heads; with ``parallel``, those that it is padded to there.
+    """Returns the model's attention heads, including padding heads if ``parallel`` is given.
 
-    Padding adds whole groups behind the model's own until tensor parallelism divides them. Their
-    weights are zeros, and stay zeros: their values are 0, so they add nothing, and their output's
-    columns are 0, so no gradient reaches them.
+    If ``parallel.pad_attention_heads`` is set, whole groups are appended until the number of groups
+    is divisible by the tensor-parallel size. The weights of padding heads are 0 and remain 0: their
+    values are 0, so they do not contribute to the output, and their columns in the output
+    projection are 0, so they receive no gradient.
     """
     groups = model.num_query_groups
     if parallel is not None and parallel.pad_attention_heads:
@@ -102,11 +104,11 @@ def head_counts(model: ModelConfig, parallel: ParallelConfig | None = None) -> H
 
 
 def unpadded_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tuple[int, int]]:
-    """What of padded matrices is the model's own.
+    """Returns the unpadded sizes of the matrices that head padding enlarges.
 
     Returns:
-        By the end of a matrix's name in megatron-core: the axis that is padded, and the model's own
-        length along it. Empty where no heads are padded.
+        The padded axis and the unpadded length along it, by the suffix of the matrix's name in
+        megatron-core. Empty if no heads are padded.
     """
     own = head_counts(model)
     if own == head_counts(model, parallel):
@@ -118,9 +120,9 @@ def unpadded_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, tu
 
 
 def num_layer_parameters(model: ModelConfig, parallel: ParallelConfig | None = None) -> int:
-    """Parameters of one transformer layer: attention, SwiGLU and two norms.
+    """Returns the number of parameters of one transformer layer: attention, SwiGLU and two norms.
 
-    With ``parallel``, those of padded attention heads are counted.
+    If ``parallel`` is given, the parameters of padding heads are included.
     """
     hidden = model.hidden_size
     counts = head_counts(model, parallel)
@@ -129,25 +131,29 @@ def num_layer_parameters(model: ModelConfig, parallel: ParallelConfig | None = N
 
 
 def num_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the whole model with a vocabulary of ``vocab_size`` rows (padded or not)."""
+    """Returns the number of parameters of the whole model.
+
+    ``vocab_size`` is the number of embedding rows, with or without padding.
+    """
     num_embeddings = 2 if model.untie_embeddings_and_output_weights else 1
     embeddings = num_embeddings * vocab_size * model.hidden_size
     return model.num_layers * num_layer_parameters(model) + embeddings + model.hidden_size
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int) -> int:
-    """Floating-point operations of one token's forward and backward pass.
+    """Returns the number of floating-point operations per token of forward and backward passes.
 
-    ``6 N + 12 layers heads head_dim seq_length``: Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311),
-    appendix B. Recomputed activations do not count, and attention counts as if it were not causal.
-    N holds the input embedding, whose lookup is no product: of a small model with a large
-    vocabulary this counts more than is done.
+    The formula is ``6 N + 12 layers heads head_dim seq_length``, where N is the number of
+    parameters. Source: Chowdhery et al. 2022, "PaLM" (arXiv 2204.02311), appendix B. Recomputation
+    is not counted, and attention is counted as if it were not causal. N includes the input
+    embedding although its lookup is not a matrix product, so the result is too high for a small
+    model with a large vocabulary.
     """
     attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
     return 6 * num_parameters(model, vocab_size) + attention
 
 
 def causal_share(model: ModelConfig, vocab_size: int, seq_length: int) -> float:
-    """The share of `flops_per_token` that remains where causal attention counts half."""
+    """Returns the fraction of `flops_per_token` that remains if causal attention counts half."""
     attention = 12 * model.num_layers * head_counts(model).query_size * seq_length
     return 1 - attention / 2 / flops_per_token(model, vocab_size, seq_length)

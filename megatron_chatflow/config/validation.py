@@ -1,8 +1,8 @@
 """`RunConfig`, the complete configuration of a run, and the checks across its fields.
 
-A `RunConfig` is frozen and consistent, and writes itself as YAML that reads back as an equal
-object. Every check raises a `UserError` of one line that begins with the path of the field to
-change.
+A `RunConfig` is frozen and consistent. It can be written as YAML, and reading that YAML gives an
+equal object. Every check raises a `UserError` with one line that begins with the path of the field
+to change.
 """
 
 import math
@@ -41,7 +41,7 @@ _LONGEST_LIST = 8
 
 
 def _divisors(*numbers: int) -> str:
-    """The common divisors, as a message lists them: ``1, 2, 4 or 8``."""
+    """Lists the common divisors for a message, such as ``1, 2, 4 or 8``."""
     greatest = math.gcd(*numbers)
     divisors = [n for n in range(1, greatest + 1) if greatest % n == 0]
     if len(divisors) > _LONGEST_LIST:
@@ -58,7 +58,7 @@ def check(config: "RunConfig") -> None:
     """Checks everything that does not depend on the number of processes.
 
     Raises:
-        UserError: The first combination that cannot run.
+        UserError: For the first combination of values that is not supported.
     """
     check_model(config.model)
     _check_parallel(config)
@@ -74,10 +74,10 @@ def check(config: "RunConfig") -> None:
 
 
 def check_model(model: "ModelConfig") -> None:
-    """Checks how the fields of a model's shape go together.
+    """Checks that the fields of a model's shape are consistent.
 
     Raises:
-        UserError: There is no such LLaMA.
+        UserError: If no LLaMA can have this shape.
     """
     _check_heads(model)
     _check_rope(model)
@@ -180,7 +180,7 @@ def _check_parallel(config: "RunConfig") -> None:
 def _check_sequence(config: "RunConfig") -> None:
     length, parallel, model = config.data.seq_length, config.parallel, config.model
     longest = float(model.max_position_embeddings)
-    if model.rope_scaling_type == "dynamic":  # this kind keeps the length before the scaling there
+    if model.rope_scaling_type == "dynamic":  # max_position_embeddings is the length before scaling
         longest *= model.rope_scaling_factor or 1.0
     if length > longest:
         raise UserError(
@@ -188,7 +188,7 @@ def _check_sequence(config: "RunConfig") -> None:
             f"{model.max_position_embeddings}; shorten it, or raise that"
         )
     context = parallel.context_parallel_size
-    # Each process takes two chunks of a sequence, one early and one late, which evens out the work.
+    # Each process computes one early and one late chunk of a sequence to balance the work.
     if context > 1 and length % (2 * context):
         raise UserError(
             f"data.seq_length: {length} is not divisible by 2 x parallel.context_parallel_size = "
@@ -277,7 +277,7 @@ def _check_learning_rate(config: "RunConfig") -> None:
                 f"optimizer.{name}_iters and optimizer.{name}_samples: both are set; leave one of "
                 "them out"
             )
-    # Samples of a run that a resume goes on with may have begun with another batch size.
+    # If a resumed run is measured in samples, its initial batch size is only known at the resume.
     if config.train.train_iters is not None or config.checkpoint.load is None:
         RunLength.of(config).check_learning_rate(optimizer)
 
@@ -341,10 +341,10 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
     """Checks the order and the weights of a schedule's knots.
 
     Raises:
-        UserError: The first problem, with its path in ``data.schedule``.
+        UserError: For the first problem, with its path in ``data.schedule``.
     """
     for number, knot in enumerate(knots):
-        if not isinstance(knot.weights, str):  # else as_planned: the weights are the checkpoint's
+        if not isinstance(knot.weights, str):  # the checkpoint has the weights of as_planned
             check_weights(knot.weights, sources, f"data.schedule.knots[{number}].weights")
     for number, (before, after) in enumerate(pairwise(knots), start=1):
         if after.at <= before.at:
@@ -355,7 +355,11 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
 
 
 def check_weights(weights: Mapping[str, float], sources: Sequence[str], path: str) -> None:
-    """Checks that the weights of a knot name known sources and are not all 0."""
+    """Checks that the weights of a knot name known sources and are not all 0.
+
+    Raises:
+        UserError: If a source is unknown or all weights are 0.
+    """
     known = set(sources)
     for name in weights:
         if name not in known:
@@ -393,8 +397,8 @@ def validate_for_world(config: "RunConfig", world_size: int) -> None:
     """Checks the configuration against the number of processes.
 
     Raises:
-        UserError: The processes cannot be cut into tensor, pipeline, context and data-parallel
-            groups, or the global batch not into micro-batches over the data-parallel ones.
+        UserError: If the processes cannot be divided into tensor-, pipeline-, context- and
+            data-parallel groups, or the global batch cannot be divided into micro-batches.
     """
     parallel, train = config.parallel, config.train
     model_parallel = config.model_parallel_size
@@ -424,7 +428,7 @@ def validate_for_world(config: "RunConfig", world_size: int) -> None:
 
 
 def to_plain(value: Any) -> Any:
-    """A configuration, or a part of one, as dicts, lists, text and numbers alone."""
+    """Converts a configuration or a part of one to plain dicts, lists, strings and numbers."""
     if is_dataclass(value):
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
@@ -436,7 +440,7 @@ def to_plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class RunConfig:
-    """A run's configuration by section, checked as a whole when it is made."""
+    """The configuration of a run by section. It is validated as a whole on construction."""
 
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -455,23 +459,23 @@ class RunConfig:
 
     @property
     def num_iterations(self) -> int:
-        """Iterations of a run of this global batch size; `RunLength` knows of other ones."""
+        """Number of iterations if the global batch size never changes. See also `RunLength`."""
         return RunLength.of(self).last_iteration
 
     @property
     def num_samples(self) -> int:
-        """Samples of a run of this global batch size; ``train_samples`` counts whole batches."""
+        """Number of samples if the global batch size never changes. Only whole batches count."""
         return RunLength.of(self).num_samples
 
     @property
     def hang_timeout_minutes(self) -> float:
-        """Minutes without progress after which a rank counts as hung; 0: never."""
+        """Minutes without progress after which a rank is considered hung; 0 disables the check."""
         given = self.faults.hang_timeout_minutes
         return self.parallel.distributed_timeout_minutes / 2 if given is None else given
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model between them."""
+        """Number of processes that share one copy of the model."""
         return (
             self.parallel.tensor_model_parallel_size
             * self.parallel.pipeline_model_parallel_size
@@ -480,12 +484,12 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """Makes a configuration of a mapping by section; what is left out has its default.
+        """Creates a configuration from a mapping of sections. Missing fields have their defaults.
 
         Raises:
-            UserError: A key is unknown, a value of the wrong type, or values do not go together.
+            UserError: If a key is unknown, a value is invalid, or values are inconsistent.
         """
-        # A section that is left out is validated as an empty one: the message then names the field.
+        # Validate a missing section as an empty one, so that messages name the missing field.
         given = {key: value for key, value in values.items() if value is not None}
         sections: dict[str, Any] = {field.name: {} for field in fields(cls)}
         try:
@@ -496,12 +500,12 @@ class RunConfig:
             raise UserError("the configuration is nested too deeply") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, resolved, as dicts, lists, text and numbers alone."""
+        """Returns all resolved fields as plain dicts, lists, strings and numbers."""
         plain: dict[str, Any] = to_plain(self)
         return plain
 
     def to_yaml(self) -> str:
-        """Every field, resolved; reading it back gives an equal configuration."""
+        """Returns all resolved fields as YAML. Reading it gives an equal configuration."""
         return dump_yaml(self.to_dict())
 
 

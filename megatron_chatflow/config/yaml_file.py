@@ -1,8 +1,8 @@
 """Reads and writes YAML strictly.
 
-Scalars follow the core schema of YAML 1.2, so that ``3e-4`` is a number and a source called ``no``
-keeps its name. Duplicate keys, cycles and tags that would create objects are refused with the file
-and the line.
+Scalars follow the core schema of YAML 1.2, so ``3e-4`` is a number and a source named ``no`` keeps
+its name. Duplicate keys, cycles and tags that would create objects are errors, and the message
+names the file and the line.
 """
 
 import re
@@ -28,7 +28,7 @@ _CORE_SCHEMA = [
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that knows the core schema and sees every key once."""
+    """A safe loader that implements the core schema and rejects duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -45,7 +45,8 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         super().flatten_mapping(node)
-        # Each key once, its last value: merges of merges would otherwise double at every level.
+        # Keep only the last value of each key. Nested merges would otherwise double the number of
+        # pairs at every level.
         node.value = list({pair[0].value: pair for pair in node.value}.values())
 
     def construct_decimal_int(self, node: yaml.ScalarNode) -> int:
@@ -56,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read back as text."""
+    """A safe dumper that quotes text that `_Loader` would not read back as text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -64,7 +65,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Some characters that are not printable, such as U+0085, break lines unless escaped.
+        # Some non-printable characters, such as U+0085, are line breaks unless they are escaped.
         style = None if text.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -78,14 +79,18 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal_flo
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping that ``text`` holds.
+    """Parses a YAML document that contains a mapping.
 
     Args:
         text: A YAML document.
-        name: What messages call it, such as the file's path.
+        name: Name of the document in messages, such as the file's path.
+
+    Returns:
+        The mapping. It is empty if the document is empty.
 
     Raises:
-        UserError: The text is no YAML, has a key twice, an unsafe tag or a cycle, or is no mapping.
+        UserError: If the text is not YAML, has a duplicate key, an unsafe tag or a cycle, or is not
+            a mapping.
     """
     try:
         document = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
@@ -94,7 +99,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         line = f" line {mark.line + 1}" if mark else ""
         raise UserError(f"{name}:{line} {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split())  # some come on several lines
+        reason = " ".join(str(error).split())  # some messages have several lines
         raise UserError(f"{name}: is not YAML: {reason}") from None
     if document is None:
         return {}
@@ -104,10 +109,10 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Reads a YAML file that contains a mapping.
 
     Raises:
-        UserError: The file cannot be read, or see `parse_yaml`.
+        UserError: If the file cannot be read. See also `parse_yaml`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -121,5 +126,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML in its own order; `parse_yaml` reads back the same data."""
+    """Serializes plain data as YAML and keeps its order. `parse_yaml` restores the same data."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
