@@ -1,4 +1,4 @@
-"""The generated pages of `docs/` are up to date, and links between pages resolve."""
+"""Tests that the generated pages of `docs/` are up to date and links between pages resolve."""
 
 import importlib.util
 import re
@@ -33,7 +33,7 @@ def reference() -> ModuleType:
 
 
 def anchors(text: str) -> set[str]:
-    """Anchors of a page's headings, as GitHub and MkDocs make them."""
+    """Returns the anchors of a page's headings, as GitHub and MkDocs generate them."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,4 +1,4 @@
-"""Exit statuses of real programs: a user's mistake, and output that nobody reads on."""
+"""Tests the exit statuses of real programs after a user error and after a closed output pipe."""
 
 import os
 import pickle
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_program(body: str, stdout: int) -> tuple[int, str]:
-    """Runs ``def main(): body`` and returns its exit status and what it complained about."""
+    """Runs ``def main(): body`` and returns its exit status and standard error."""
     program = f"from megatron_chatflow.errors import *\ndef main():\n    {body}\nrun_main(main)\n"
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -31,7 +31,7 @@ def run_program(body: str, stdout: int) -> tuple[int, str]:
 
 @pytest.fixture
 def unread() -> Iterator[int]:
-    """A pipe whose reader has left."""
+    """Returns a pipe whose reading end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     yield writer

@@ -1,4 +1,4 @@
-"""The examples' configurations pass the checks of the number of processes that they are for."""
+"""Tests that the examples' configurations are valid for their numbers of processes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Files under their final name: complete or as before, after kills and on bad disks."""
+"""Tests that published files are complete or unchanged, after kills and on failing disks."""
 
 import errno
 import multiprocessing
@@ -31,7 +31,7 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove")
 
 
 def start(work: Callable[[], object], kill_at: int | None = None) -> Any:
-    """Starts a process, which SIGKILL ends before its ``kill_at``-th change to the disk."""
+    """Starts a process that SIGKILL ends before its ``kill_at``-th change to the disk."""
 
     def run() -> None:
         num_changes = 0
@@ -183,7 +183,7 @@ WRITERS: dict[str, Callable[[Path, bytes], None]] = {
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, if one may be mounted here."""
+    """Mounts a file system of 64 KiB, or skips the test if mounting is not permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if shutil.which("mount") is None:
@@ -220,7 +220,7 @@ def test_a_folder_whose_names_cannot_be_made_durable(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", sync_all_but_parent)
-    if code == errno.ENOTSUP:  # a file system that syncs no folders
+    if code == errno.ENOTSUP:  # a file system that cannot sync folders
         WRITERS[name](tmp_path / "output", b"bytes")
     else:
         with pytest.raises(UserError, match="complete under its name, which a crash"):

@@ -1,4 +1,4 @@
-"""The fuzzer finds every kind of fault in commands that have them on purpose."""
+"""Tests that the fuzzer finds every kind of fault, in commands with deliberate faults."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def is_damaged() -> bool:
 
 
 def on_damage(fault: Callable[[], object]) -> Callable[[], object]:
-    """A command that writes `out.txt`, and has a fault where the file is damaged."""
+    """Returns a command that writes `out.txt` and has a fault if the file is damaged."""
 
     def run() -> object:
         result = fault() if is_damaged() else None
@@ -69,7 +69,7 @@ def use_time() -> None:
 
 
 def use_memory() -> None:
-    """Allocates 128 MiB in blocks that malloc takes from what was freed before, and fills them."""
+    """Allocates 128 MiB in blocks that malloc reuses from freed memory, and fills them."""
     blocks = [bytearray(1000) for _ in range((128 << 20) // 1000)]
     del blocks
 
@@ -141,7 +141,7 @@ def test_a_fault_is_found_and_replayed(
 
 def test_memory_is_measured_in_a_process_that_was_large(tmp_path: Path) -> None:
     blocks = [bytearray(1000) for _ in range(1 << 20)]
-    last = bytearray(1000)  # above them, so that malloc keeps their pages
+    last = bytearray(1000)  # allocated above them, so that malloc keeps their pages
     del blocks
     outcome = run_limited(use_memory, tmp_path, tmp_path / "logs")
     assert outcome.status == 0

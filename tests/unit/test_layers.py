@@ -1,4 +1,4 @@
-"""Rules that a linter does not check: the order of imports and module docstrings."""
+"""Tests rules that the linter does not check: the order of imports and module docstrings."""
 
 import ast
 import re
@@ -29,7 +29,7 @@ LAYERS = (
     "report",
     "pretrain",
     "cli",
-)  # each imports itself and what stands before it
+)  # each layer may import itself and the layers before it
 PACKAGE = sorted((ROOT / "megatron_chatflow").rglob("*.py"))
 PYTHON = PACKAGE + [
     path
@@ -43,12 +43,12 @@ def relative(path: Path) -> str:
 
 
 def layer(module: list[str]) -> str | None:
-    """The layer of a dotted name's parts; None for the package's own top module."""
+    """Returns the layer of a dotted name's parts, or None for the package's top module."""
     return module[1] if len(module) > 1 else None
 
 
 def imported_layers(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and layer of every import of the package, also of those inside functions."""
+    """Returns line and layer of every import of the package, including those inside functions."""
     package = list(path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(tree):
         modules: list[list[str]] = []
@@ -66,7 +66,7 @@ def imported_layers(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="knows no such patterns")
 def test_patterns_are_read_by_the_oldest_python() -> None:
-    """Python 3.10, which is not run here, refuses atomic groups and possessive repeats."""
+    """Python 3.10, which does not run here, refuses atomic groups and possessive quantifiers."""
     parser: Any = re._parser  # type: ignore[attr-defined]
     wrong = []
     for path in PYTHON:
@@ -86,7 +86,7 @@ def test_a_layer_imports_only_those_above_it() -> None:
     for path in PACKAGE:
         own = layer(list(path.relative_to(ROOT).with_suffix("").parts))
         assert own == "__init__" or own in LAYERS, f"{own} is not among the layers of the design"
-        # The package's own __init__ exports names of several layers, which it imports lazily.
+        # The package's own __init__ lazily imports the names of several layers.
         allowed = LAYERS[: LAYERS.index(own) + 1] if own in LAYERS else LAYERS
         for line, name in imported_layers(path, ast.parse(path.read_text())):
             if name not in allowed:

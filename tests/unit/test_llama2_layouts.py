@@ -1,4 +1,4 @@
-"""Every layout of the LLaMA-2 page passes its dry run, and fits GPUs of 80 GB."""
+"""Tests that every layout of the LLaMA-2 page passes its dry run and fits on 80 GB GPUs."""
 
 import json
 import os
@@ -30,7 +30,7 @@ VOCAB_SIZE = 40_076
 
 
 def layouts() -> list[tuple[str, int, tuple[str, ...]]]:
-    """Configuration, number of GPUs and further flags of every job on the page."""
+    """Returns configuration, number of GPUs and additional flags of every job on the page."""
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     jobs = []
     for line in page[page.index("## More nodes") :].splitlines():
@@ -49,7 +49,7 @@ def layouts() -> list[tuple[str, int, tuple[str, ...]]]:
 
 @pytest.fixture(scope="module")
 def workplace(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with made-up data where the page's configurations look for it."""
+    """Creates a working folder with made-up data at the paths of the page's configurations."""
     folder = tmp_path_factory.mktemp("llama2")
     (folder / "data").mkdir()
     (folder / "examples").symlink_to(ROOT / "examples")
@@ -73,7 +73,7 @@ def workplace(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def write_weights(folder: Path, size: str) -> None:
-    """The state of the checkpoint that a size begins with; a dry run reads no tensors."""
+    """Writes the state of the checkpoint that a size starts from. A dry run reads no tensors."""
     settings = load_config(FOLDER / f"{size}.yaml").checkpoint
     assert settings.pretrained_checkpoint is not None
     checkpoint = iteration_folder(folder / settings.pretrained_checkpoint, 0)
@@ -114,7 +114,7 @@ def test_a_layout_passes_its_dry_run(
 
 def test_the_script_makes_the_dry_run(workplace: Path) -> None:
     command = "NNODES=2:4 examples/llama2_7b/train.sh 13b.yaml --log-straggler --dry-run"
-    # The script takes the `python` that it finds, as an activated environment gives it.
+    # The script uses the `python` on the path, as in an activated environment.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", command],

@@ -1,8 +1,8 @@
-"""The page about LLaMA-2: its commands are taken from it and run, on made-up text, a tiny model.
+"""Runs the commands of the LLaMA-2 page on made-up text with a tiny model.
 
-From the vocabulary to the table of the comparison; the run itself for two iterations on two CPU
-processes. lm-eval's tasks, which need a hub, are left out by name; a command that the page gains is
-run.
+Covers the page from the vocabulary to the comparison table. The run itself takes two iterations on
+two CPU processes. lm-eval's tasks need a hub and are excluded by name. Commands added to the page
+are run automatically.
 """
 
 import json
@@ -27,10 +27,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "examples" / "llama2_7b" / "README.md"
 NUM_NEW = 8076
-# What tells the page's commands apart.
+# Parts of the page's commands that identify them.
 NAMES = ("tools/extend_vocab.py", "tools/preprocess_data.py", "import", "--dry-run", "paper.yaml")
 NAMES += ("export", "verify", "--tasks", "tools/evaluate.py")
-# The tiny model's shape where the page's is LLaMA-2 7B's, and a run of two iterations.
+# The shape of the tiny model in place of LLaMA-2 7B's, and a run of two iterations.
 TINY_SHAPE = ["--num-layers", "1", "--hidden-size", "16", "--ffn-hidden-size", "24"]
 TINY_SHAPE += ["--num-attention-heads", "2", "--num-query-groups", "2"]
 TINY_RUN = ["--train-samples", "8", "--global-batch-size", "4", "--lr-warmup-iters", "1"]
@@ -38,16 +38,17 @@ TINY_RUN += ["--log-interval", "1"]
 
 
 def commands_of(page: Path) -> list[list[str]]:
-    """Every command of the bash blocks before other sizes, which have a test of their own."""
+    """Returns all commands of the bash blocks before the other sizes, which have their own test."""
     text = page.read_text(encoding="utf-8").split("\n## More nodes")[0]
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
     return [shlex.split(line) for line in "".join(blocks).splitlines()]
 
 
 def make_corpus(folder: Path) -> None:
-    """Every Chinese character often enough to be a piece, and some of everything else.
+    """Writes a corpus in which every Chinese character is frequent enough to become a piece.
 
-    There are more than are asked for: the tokenizer has some already.
+    It has more characters than are requested, because the tokenizer already has some, and a little
+    of every other kind of data.
     """
     han = [chr(0x4E00 + k) for k in range(NUM_NEW + 600)]
     random.Random(0).shuffle(han)
@@ -70,7 +71,7 @@ def make_corpus(folder: Path) -> None:
 
 
 def make_model(folder: Path, tokenizer_model: Path) -> None:
-    """A tiny LLaMA as the hub keeps it, under the name that the page gives it."""
+    """Creates a tiny LLaMA in the hub's format, under the name that the page uses."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = load_tokenizer(tokenizer_model)
@@ -90,7 +91,10 @@ def make_model(folder: Path, tokenizer_model: Path) -> None:
 
 
 def run_page(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Every command in order: what each printed, by its name, and the names of those left out."""
+    """Runs every command in order.
+
+    Returns the outputs by name, and the names of skipped commands.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"GPUS_PER_NODE": "2", "RDZV_ENDPOINT": "localhost:0", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"

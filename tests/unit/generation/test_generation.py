@@ -1,4 +1,4 @@
-"""Generation from real, random models: streaming, seeds, stops, templates, the two tools."""
+"""Tests generation with real, random models: streaming, seeds, stops, templates, the two tools."""
 
 import io
 import json
@@ -114,7 +114,7 @@ def test_stream_holds_back_what_may_change() -> None:
         stream.put(byte)
     assert shown == ["a", "雨", "b"]
     assert stream.is_stopped and stream.end() == "a雨b"
-    # What was held back as the beginning of a stop text is shown in the end.
+    # Text held back as the possible beginning of a stop text is emitted at the end.
     stream = TextStream(lambda ids: bytes(ids).decode(), ["###"], shown.append)
     for byte in b"x##":
         stream.put(byte)
@@ -228,7 +228,7 @@ def test_prompts_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--prompt: is not UTF-8 at byte 3"):
         read_prompt("-")
     with pytest.raises(UserError, match="--prompt: is not UTF-8 at byte 1"):
-        read_prompt("a\udcff")  # as Python hands on a wrong byte of the command line
+        read_prompt("a\udcff")  # as Python represents an invalid byte of the command line
     assert read_prompt("雨 a") == "雨 a"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("雨\n".encode())))
     assert read_prompt("-") == "雨\n"

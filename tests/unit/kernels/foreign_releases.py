@@ -1,6 +1,6 @@
-"""Releases of libraries that need a GPU, put in the libraries' places by their recorded signatures.
+"""Substitutes for libraries that need a GPU, with the recorded signatures of their releases.
 
-`tools/record_signatures.py` makes the record from unpacked sources.
+`tools/record_signatures.py` creates the record from unpacked sources.
 """
 
 import inspect
@@ -18,7 +18,7 @@ RECORD: list[dict[str, Any]] = json.loads(
 
 
 def signature(parameters: list[str]) -> inspect.Signature:
-    """Of a row of the record: ``=`` behind a name stands for a default."""
+    """Returns the signature of a row of the record, where ``=`` after a name marks a default."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     rows = []
     for name in parameters:
@@ -31,7 +31,7 @@ def signature(parameters: list[str]) -> inspect.Signature:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: str, name: str, attribute: Any) -> None:
-    """Has ``from module import name`` find the attribute, and nothing else of the library."""
+    """Installs a module in which ``from module import name`` finds only this attribute."""
     for end in range(module.count(".") + 1):
         package = ".".join(module.split(".")[: end + 1])
         monkeypatch.setitem(sys.modules, package, ModuleType(package))

@@ -1,4 +1,4 @@
-"""Which attention kernels are chosen, and why the better ones were not."""
+"""Tests which attention kernels are chosen, and the reasons reported for rejecting faster ones."""
 
 import sys
 from dataclasses import replace

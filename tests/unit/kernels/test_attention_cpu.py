@@ -1,4 +1,4 @@
-"""The composed CPU attention against PyTorch's own in fp32, gradients included."""
+"""Compares the composed CPU attention with PyTorch's own in fp32, including gradients."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def in_fp32(
     table: RotaryTable,
     boundaries: list[int],
 ) -> torch.Tensor:
-    """Each document by itself."""
+    """Computes attention separately for each document."""
     query, key = apply_rotary(query, key, table)
     parts = []
     for begin, end in zip(boundaries, boundaries[1:], strict=False):
@@ -49,7 +49,7 @@ def test_equals_fp32_within_bf16(
     head_dim: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Small blocks: several of queries and several of documents.
+    # Small blocks, so that there are several blocks of queries and of documents.
     monkeypatch.setattr(attention_cpu, "QUERY_CHUNK", 128)
     monkeypatch.setattr(attention_cpu, "BLOCK_SCORES", 2000)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Every CPU kernel against its reference, at sizes that fill the lanes and sizes that do not."""
+"""Compares every CPU kernel with its reference, at sizes that fill the vector lanes and others."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ SIZES = (7, 16, 40, 512, 1000)
 
 @pytest.fixture(autouse=True, params=kernels.instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every test runs in every version that this processor has."""
+    """Runs every test with each instruction set that this processor supports."""
     kernels.use_instruction_set(request.param)
     yield
     kernels.use_instruction_set(kernels.instruction_sets()[0])
@@ -66,7 +66,7 @@ def test_swiglu_and_its_gradient(size: int) -> None:
 @pytest.mark.parametrize("value", [-1e4, -100.0, -88.5, -87.0, 0.0, 87.0, 100.0, 1e4])
 def test_swiglu_far_from_zero(value: float) -> None:
     rows = torch.tensor([[value, 3.0]]).bfloat16()
-    # Where the sigmoid is 0 in fp32, 1e-30 will do.
+    # Where the sigmoid is 0 in fp32, values up to 1e-30 are accepted.
     theirs = reference.swiglu(rows)
     torch.testing.assert_close(kernels.swiglu(rows).float(), theirs, rtol=ROUNDING, atol=1e-30)
     gradient = kernels.swiglu_backward(torch.ones(1, 1).bfloat16(), rows)
@@ -113,7 +113,7 @@ def test_causal_softmax_and_its_gradient(size: int) -> None:
     ours = kernels.causal_softmax(scores.clone(), 4, 0.3)
     assert_near(ours, theirs)
     assert not ours[:, 0, 5:].any() and not ours[:, 4, 9:].any()
-    # The kernel's gradient is that of the probabilities as they were rounded.
+    # The kernel's gradient is that of the rounded probabilities.
     wide, products = ours.float(), ours.float() * gradient.float()
     expected = wide * (gradient.float() - products.sum(dim=-1, keepdim=True)) * 0.3
     assert_near(kernels.causal_softmax_backward(ours, gradient.clone(), 4, 0.3), expected)

@@ -1,8 +1,9 @@
-"""Calls into libraries that need a GPU, checked against the signatures of their releases.
+"""Checks calls into libraries that need a GPU against the signatures of their releases.
 
-`tools/record_signatures.py` makes the record from unpacked sources. Each release's function is put
-in the library's place: it refuses arguments that the release would refuse, and computes what the
-release documents, so that what we hand over (segments, masks, groups) is checked as well.
+`tools/record_signatures.py` creates the record from unpacked sources. A substitute for each
+release's function refuses the arguments that the release would refuse and computes what the release
+documents. The arguments that the package passes (segments, masks, groups) are therefore checked
+too.
 """
 
 import inspect
@@ -22,7 +23,7 @@ from megatron_chatflow.model.rotary import Rotary
 
 
 def recorded(file: str, function: str) -> list[Any]:
-    """Releases whose file ends so, each with the signature."""
+    """Returns the releases whose file name ends like this, each with its signature."""
     return [
         pytest.param(signature(row["parameters"]), id=row["version"])
         for row in RECORD
@@ -33,7 +34,7 @@ def recorded(file: str, function: str) -> list[Any]:
 def causal_segments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scale: float
 ) -> torch.Tensor:
-    """The definition: the last query of a segment sees all of its keys."""
+    """Implements the definition: the last query of a segment attends to all of its keys."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     parts = []
@@ -50,7 +51,7 @@ def causal_segments(
 
 
 def check(backend: str) -> None:
-    """Whole documents through the module; then parts of them, as in context parallelism."""
+    """Checks whole documents through the module, then parts of them as in context parallelism."""
     torch.manual_seed(0)
     query, key, value = torch.randn(12, 4, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
     packed = pack_tokens(
@@ -147,7 +148,7 @@ def test_transformer_engine(
             mask = "padding_causal" if is_square else "padding_causal_bottom_right"
             assert given["attn_mask_type"] == mask
             scale = self.made.get("softmax_scale") or query.shape[-1] ** -0.5
-            # Heads come back side by side.
+            # The library returns the heads concatenated.
             return causal_segments(query, key, given["value_layer"], segments, scale).flatten(1)
 
     attention_backends._transformer_engine_module.cache_clear()
@@ -163,7 +164,7 @@ def test_liger_kernel(release: inspect.Signature, monkeypatch: pytest.MonkeyPatc
         def forward(ctx: Any, *args: Any) -> torch.Tensor:
             given = release.bind(*args).arguments
             assert given["offset"] == 0.0 and given["casting_mode"] == "gemma"
-            # In place, liger-kernel would overwrite a gradient that others may still read.
+            # In-place, liger-kernel would overwrite a gradient that others may still read.
             assert given["in_place"] is False
             return rms_norm_reference(given["X"], given["W"], given["eps"])[0]
 

@@ -1,7 +1,7 @@
-"""What is called of liger-kernel and transformer-engine, against their signatures.
+"""Checks calls into liger-kernel and transformer-engine against their signatures.
 
-As in `test_foreign_calls`: each release's function is put in the library's place, refuses arguments
-that the release would refuse, and computes what the release documents.
+As in `test_foreign_calls`, a substitute for each release's function refuses the arguments that the
+release would refuse and computes what the release documents.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from megatron_chatflow.model.rotary import Rotary, RotaryTable, apply_rotary, ro
 
 
 def releases(file: str, *functions: str) -> list[Any]:
-    """Signatures by release; of several functions the first that a release has."""
+    """Returns signatures by release. Of several functions, the first that a release has is used."""
     found = {
         row["version"]: signature(row["parameters"])
         for function in reversed(functions)
@@ -39,7 +39,7 @@ def bound(
 
 
 def turned(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """``[..., tokens, heads, head_dim]`` by tables of whole heads, as transformers writes it."""
+    """Rotates ``[..., tokens, heads, head_dim]`` with full-width tables, as transformers does."""
     half = heads.shape[-1] // 2
     swapped = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
     return heads * cosines + swapped * sines
@@ -62,7 +62,8 @@ def test_liger_rope(
         cosines, sines = given["cos"].unsqueeze(1), given["sin"].unsqueeze(1)
         rotated = []
         for heads in (given["q"], given["k"]):
-            # It writes where tokens, heads and their values lie one behind the other.
+            # The library writes in place to a layout that is contiguous in tokens, heads and
+            # head_dim.
             memory = heads.transpose(1, 2).contiguous()
             memory.copy_(turned(heads, cosines, sines).transpose(1, 2))
             rotated.append(memory.transpose(1, 2))
@@ -75,7 +76,7 @@ def test_liger_rope(
     rotated = apply_rotary(query, key, table, "liger")
     for found, heads in zip(rotated, before, strict=True):
         torch.testing.assert_close(found, rope_reference(heads, table.cosines, table.sines, 1.0))
-    # Recomputation takes the same tensors once more.
+    # Recomputation uses the same tensors again.
     assert torch.equal(query, before[0]) and torch.equal(key, before[1])
 
 
@@ -168,7 +169,7 @@ def test_transformer_engine_rms_norm(
     for weight in weights:
         expected = functional.rms_norm(x, (8,), weight, 1e-3)
         torch.testing.assert_close(normalise(x, weight), expected)
-        # The weight is the run's own: its gradient arrives there.
+        # The weight belongs to the run, and its gradient must arrive there.
         normalise(x, weight).sum().backward()
         assert weight.grad is not None
 
@@ -195,7 +196,7 @@ def test_liger_cross_entropy(release: inspect.Signature, monkeypatch: pytest.Mon
     releases(
         "transformer_engine/pytorch/cross_entropy.py",
         "parallel_cross_entropy",
-        "CrossEntropyFunction.forward",  # of which older releases make the function
+        "CrossEntropyFunction.forward",  # the older releases' implementation of that function
     ),
 )
 def test_transformer_engine_cross_entropy(

@@ -1,4 +1,4 @@
-"""The kernels' operators on the CPU: schemas, fake kernels, gradients; references against torch."""
+"""Tests the kernels' operators on the CPU: schemas, fake kernels, gradients, references."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def _table(tokens: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_operators_are_whole() -> None:
-    """Torch's own check: schema, fake kernel, autograd registration, tracing with both."""
+    """Runs torch's own check of schema, fake kernel, autograd registration and tracing."""
     torch.manual_seed(0)
     opcheck(rms_norm.rms_norm, (_randn(3, 16), _randn(16), 1e-5))
     opcheck(rope.rope, (_randn(3, 2, 16), *_table(3, 8), 1.0))
@@ -43,7 +43,7 @@ def test_rms_norm_is_torch_s() -> None:
     y, _ = rms_norm.rms_norm(x, weight, 1e-5)
     expected = functional.rms_norm(x, (16,), weight, 1e-5)
     torch.testing.assert_close(y, expected)
-    # The input is used past the norm as well, as a residual stream is.
+    # The input is also used after the norm, as in a residual stream.
     actual = _gradients(y + x.sin(), (x, weight), factors)
     for a, b in zip(actual, _gradients(expected + x.sin(), (x, weight), factors), strict=True):
         torch.testing.assert_close(a, b)
@@ -74,7 +74,7 @@ def test_rope_is_a_complex_product() -> None:
 
 @pytest.mark.parametrize("num_slices", [1, 2, 4])
 def test_softmax_of_slices_is_the_whole_softmax(num_slices: int) -> None:
-    """Slices of a padded vocabulary, reduced as tensor-parallel ranks do."""
+    """Reduces slices of a padded vocabulary as tensor-parallel ranks do."""
     torch.manual_seed(0)
     num_valid_tokens, columns = 50, 64
     logits = torch.randn(7, columns) * 5

@@ -1,7 +1,7 @@
-"""The CUDA kernels' sources, run on the CPU thread by thread; and compiled, where nvcc is.
+"""Runs the CUDA kernels' sources on the CPU thread by thread, and compiles them with nvcc.
 
-Indices, barriers, reductions, rounding and launch sizes are the kernels' own; `tests/gpu` runs the
-same checks on a device.
+Indices, barriers, reductions, rounding and launch sizes are those of the kernels. `tests/gpu` runs
+the same checks on a device.
 """
 
 import ctypes
@@ -120,7 +120,7 @@ def test_the_row_limit_is_the_header_s() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None and not os.environ.get("CI"), reason="no nvcc")
 def test_nvcc_compiles_every_kernel(tmp_path: Path) -> None:
     path = tmp_path / "kernels.so"
-    # A sanitizer's runtime that is loaded into Python has no business in the compiler.
+    # A sanitizer runtime that is preloaded for Python must not be loaded into the compiler.
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     subprocess.run([CSRC / "build.sh", path], check=True, env=environment)
     cuda_kernels.KernelLibrary(path)

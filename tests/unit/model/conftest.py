@@ -1,4 +1,4 @@
-"""A process that is a whole job: gloo, one rank, megatron-core's groups made once a session."""
+"""A process that forms a whole job: gloo, one rank and megatron-core's groups, per session."""
 
 from collections.abc import Iterator
 

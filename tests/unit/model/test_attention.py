@@ -1,4 +1,4 @@
-"""Packed causal attention and rotary positions against a dense reference."""
+"""Compares packed causal attention and rotary positions with a dense reference."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,10 @@ class _Settings:
 def _dense_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: list[int]
 ) -> torch.Tensor:
-    """Masked softmax over all tokens, written out: a token sees earlier ones of its document."""
+    """Computes a masked softmax over all tokens.
+
+    A token attends to earlier ones of its document.
+    """
     num_tokens, num_heads, head_dim = query.shape
     group = num_heads // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -93,7 +96,7 @@ def test_context_shards_partition_the_tokens_evenly() -> None:
         shards = [shard_context(24, rank=r, size=size, group=object()) for r in range(size)]
         parts = [shard.select(tokens) for shard in shards]
         assert sorted(torch.cat(parts).tolist()) == list(range(24))
-        # Causal work of a rank is the sum of its positions, and the same for all.
+        # The causal work of a rank is the sum of its positions, which is equal on all ranks.
         assert len({int(part.sum()) for part in parts}) == 1
 
 
@@ -134,7 +137,7 @@ def test_rotation_keeps_lengths_and_turns_back() -> None:
 def test_the_product_of_queries_keys_and_values_is_not_kept(
     single_rank: Ranks, boundaries: list[int], num_groups: int
 ) -> None:
-    """Views of it would keep all of it until the backward pass."""
+    """Views of it would keep all of it in memory until the backward pass."""
     num_tokens, num_heads, head_dim = 64, 4, 16
     per_group = num_heads // num_groups + 2
     product = torch.randn(num_tokens, num_groups, per_group * head_dim, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The choice among implementations: the fastest that is right, whatever is missing or broken."""
+"""Tests that the fastest correct implementation is chosen if some are missing or broken."""
 
 import re
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def operation(**implementations: Callable[..., Any]) -> Operation:
 
 
 def choice(seconds: dict[str, float], **implementations: Callable[..., Any]) -> Choice:
-    """What is chosen where a clock shows these seconds."""
+    """Returns the choice made when the clock shows these seconds."""
     given = operation(**implementations)
     times = {given.implementations[name]: s for name, s in seconds.items()}
     return choose_fastest([given], CPU, lambda _, function, __: times[function])[0]
@@ -157,13 +157,13 @@ def test_a_time_is_of_forward_and_backward() -> None:
             return 2 * gradient
 
     assert median_seconds(operation(), Counted.apply, CPU, 2) > 0
-    # One to learn the output's shape, three that warm up, two that count.
+    # One call determines the output's shape, three are warm-up, two are measured.
     assert calls == ["forward", *["forward", "backward"] * 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_s_operations_agree_with_fp32(dtype: torch.dtype) -> None:
-    """On a CPU ours are the references: they take part, and agree to rounding."""
+    """On a CPU our implementations are the references. They take part and agree to rounding."""
     facts = gather_facts(CPU, dtype, 16, deterministic=False)
     attention = attention_operation(sizes(dtype), facts, 128, "torch")
     operations = [*step_operations(sizes(dtype)), attention]
@@ -175,7 +175,7 @@ def test_a_step_s_operations_agree_with_fp32(dtype: torch.dtype) -> None:
 
 
 def test_a_softmax_of_zeros_is_not_right() -> None:
-    """Entries of other pieces than the label's are small, and count by themselves."""
+    """Probabilities of pieces other than the label are small and are compared separately."""
     (given,) = (o for o in step_operations(sizes(torch.bfloat16)) if o.name == "loss passes")
 
     def zeros(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -235,7 +235,7 @@ def chosen(
     dtype: torch.dtype = torch.bfloat16,
     **train: Any,
 ) -> kernels.Kernels:
-    """The choice of a run with a GPU, whose measurements all favour liger-kernel."""
+    """Returns the choice of a run with a GPU, whose measurements all favour liger-kernel."""
 
     def measured(operations: list[Any], device: torch.device) -> list[Choice]:
         return [Choice("liger", "measured") for _ in operations]

@@ -1,4 +1,4 @@
-"""The chunked vocabulary-parallel loss against torch's cross-entropy."""
+"""Compares the chunked vocabulary-parallel loss with torch's cross-entropy."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_padding_rows_get_no_gradient_and_no_probability() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(8, 16)
     weight = torch.randn(32, 16)
-    weight[20:] = 50.0  # would take all the probability if it were counted
+    weight[20:] = 50.0  # would get nearly all probability if it were not masked
     weight.requires_grad_()
     rows = VocabularyShard(start=0, num_rows=32, num_valid_tokens=20, group=None)
     total, _ = linear_cross_entropy(
@@ -93,12 +93,13 @@ def test_bfloat16_stays_within_its_rounding() -> None:
     expected, _ = _reference(
         hidden.bfloat16().float(), weight.bfloat16().float(), labels, torch.ones(64), pieces=96
     )
-    # Logits are rounded to 8 bits of mantissa, so each loss errs by about 2^-8 of |logit| <= 20.
+    # Logits are rounded to 8 bits of mantissa, so each loss has an error of about 2^-8 of |logit|
+    # <= 20.
     assert abs(total - expected) / 64 < 20 * 2**-8
 
 
 def test_gradient_of_a_sure_token_is_not_rounding() -> None:
-    """In bfloat16 a probability of 0.9999 rounds to 1; its gradient must not round to 0."""
+    """In bfloat16 a probability of 0.9999 rounds to 1. Its gradient must not round to 0."""
     hidden = torch.zeros(1, 16, dtype=torch.bfloat16)
     hidden[0, 0] = 1.0
     hidden.requires_grad_()
@@ -137,7 +138,7 @@ def test_source_sums_count_loss_tokens_and_bytes_of_each_source() -> None:
 
 
 def test_the_kernels_passes_give_the_same_chunk() -> None:
-    """What a GPU runs, by the operators' references: padding and labels elsewhere included."""
+    """Runs the GPU's passes with the operators' references, including padding and other labels."""
     torch.manual_seed(0)
     rows = loss.VocabularyShard(start=10, num_rows=24, num_valid_tokens=21, group=None)
     logits, labels = torch.randn(40, 24) * 5, torch.randint(10, 31, (40,))

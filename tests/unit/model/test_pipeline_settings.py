@@ -1,4 +1,4 @@
-"""What megatron-core's pipeline schedules are told."""
+"""Tests the settings that are passed to megatron-core's pipeline schedules."""
 
 from dataclasses import replace
 
@@ -31,5 +31,5 @@ def test_exchanges_do_not_synchronize_and_sent_outputs_are_freed(
         ranks,
     )
     assert not config.batch_p2p_sync
-    # An interleaved schedule frees outputs whose sends are under way.
+    # An interleaved schedule would free outputs while they are still being sent.
     assert config.deallocate_pipeline_outputs == (num_virtual_stages is None)

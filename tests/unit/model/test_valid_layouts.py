@@ -1,4 +1,4 @@
-"""What the configuration lets through, megatron-core takes: its own checks never fire."""
+"""Tests that megatron-core accepts every layout that the configuration accepts."""
 
 import random
 from typing import Any
@@ -21,7 +21,7 @@ def _ranks() -> Ranks:
 
 
 def _draw(rng: random.Random) -> tuple[dict[str, Any], int]:
-    """A configuration of sizes that may or may not go together, and a number of processes."""
+    """Draws sizes that may or may not be compatible, and a number of processes."""
 
     def some(*values: Any) -> Any:
         return rng.choice(values)
@@ -65,7 +65,7 @@ def _draw(rng: random.Random) -> tuple[dict[str, Any], int]:
 
 
 def _check_with_megatron(run: RunConfig, world_size: int) -> None:
-    """Asks megatron-core's own code, which raises on what it cannot run."""
+    """Calls megatron-core's own code, which raises on layouts that it cannot run."""
     parallel = run.parallel
     settings = transformer_config(run.model, parallel, run.train, _ranks())
     num_chunks = num_model_chunks(run.model, parallel)

@@ -1,11 +1,11 @@
 """Runs tools/preprocess_data.py and kills its whole process group at a given moment.
 
-In: `STAGE NUMBER LAST_INDEX`, then the tool's own arguments. Out: nothing; the process dies by
-SIGKILL just before the NUMBER-th time (from 1) that it opens for writing, renames or removes a file
-in a stage of the job, or as soon as the job is past that stage. What of a file has been written by
-then is left to chance, so partial files may be empty, torn or whole.
+The arguments are `STAGE NUMBER LAST_INDEX`, followed by the tool's own. SIGKILL ends the process
+just before the NUMBER-th time (from 1) that it opens a file for writing, renames or removes one in
+this stage of the job, or as soon as the job is past that stage. How much of a file has been written
+by then is left to chance, so partial files may be empty, truncated or complete.
 
-`LAST_INDEX` is the `.idx` of the job's last output, whose presence says that all is merged.
+`LAST_INDEX` is the `.idx` of the job's last output. Once it exists, merging is complete.
 """
 
 import os
@@ -22,7 +22,7 @@ CHANGES = ("open", "os.rename", "os.remove")
 
 
 def _stage_of(path: str, last_index: Path, prefix: str) -> str | None:
-    """The stage in which a job changes a file; None for a file that is not its own."""
+    """Returns the stage in which a job changes a file, or None if the file is not the job's."""
     if not path.startswith(prefix):
         return None
     if last_index.exists():
@@ -31,7 +31,7 @@ def _stage_of(path: str, last_index: Path, prefix: str) -> str | None:
 
 
 def kill_in(stage: str, number: int, last_index: Path, prefix: str) -> None:
-    """Arms this process."""
+    """Installs an audit hook that kills this process at the given moment."""
     counts = dict.fromkeys(STAGES, 0)
 
     def before(event: str, arguments: tuple[Any, ...]) -> None:

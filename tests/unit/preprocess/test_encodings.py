@@ -1,4 +1,4 @@
-"""Text that is not UTF-8 is refused, or read when its encoding is named."""
+"""Tests that text other than UTF-8 is refused, or read if its encoding is named."""
 
 import bz2
 import gzip
@@ -82,7 +82,7 @@ def test_a_few_invalid_characters_are_mended(tmp_path: Path) -> None:
     ["gb18030", "GBK", "big5hkscs", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf8"],
 )
 def test_named_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
-    """In every kind of file, compressed or not, with characters across the borders of blocks."""
+    """Covers every kind of file, compressed or not, with characters that cross block boundaries."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 701)
     lines = [line.translate({0x6C14: 0x6C23, 0x4EEC: 0x5011, 0x56ED: 0x5712}) for line in LINES]
     records = [{"text": line} for line in lines]

@@ -1,4 +1,4 @@
-"""Finding inputs: nothing is left out unnoticed, and nothing is read twice."""
+"""Tests finding inputs: no file is silently omitted, and none is read twice."""
 
 import json
 import os
@@ -18,7 +18,7 @@ Write = Callable[..., None]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes files with a line each."""
+    """Writes files of one line each."""
 
     def write(*names: str) -> None:
         for name in names:
@@ -97,7 +97,7 @@ def test_links_are_followed_once_and_cycles_end(
 
 
 def test_a_link_into_a_store_of_files_without_endings(tmp_path: Path, write: Write) -> None:
-    """As the Hugging Face hub's cache is laid out."""
+    """The layout of the Hugging Face hub's cache."""
     write("blobs/0123")
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "a.jsonl").symlink_to(tmp_path / "blobs" / "0123")
@@ -146,7 +146,7 @@ def test_names_of_standard_input(name: str) -> None:
 
 
 def test_redirected_descriptors(tmp_path: Path, write: Write) -> None:
-    """`tool --input /dev/fd/5 5< file`: the name has no ending that would say what is in it."""
+    """`tool --input /dev/fd/5 5< file`: the name has no ending that tells the file format."""
     write("a.jsonl")
     program = (
         "from megatron_chatflow.preprocess.readers import find_inputs\n"

@@ -1,4 +1,4 @@
-"""Chats by a Jinja template: exact loss spans, or a refusal."""
+"""Tests chats rendered by a Jinja template: exact loss spans, or a refusal."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,8 @@ def test_prefixes_say_where_answers_are() -> None:
     )
     end = ("<|im_end|>", "control")
     assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
-    assert sum(s.text == "<|im_end|>" for s in document.segments) == 5  # none of the content's
+    # none of them from the content
+    assert sum(s.text == "<|im_end|>" for s in document.segments) == 5
     first = "".join(s.text for s in document.segments[: document.cut_points[0]])
     assert first.endswith("b.<|im_end|>\n") and document.cut_points[1] == len(document.segments)
     assert all(s.loss for s in template(CHATML).document(CHAT, "all").segments)
@@ -63,7 +64,8 @@ def test_marks_say_where_answers_are() -> None:
     document = marked.document(CHAT, "response")
     end = ("</s>", "control")
     assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
-    assert document.cut_points == ()  # the length at the end differs: not to be cut
+    # the text's end depends on the length, so there is no place to cut
+    assert document.cut_points == ()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_reads_a_models_template(tmp_path: Path) -> None:
     assert read_chat_template(tmp_path).source == "{{ messages }}"
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert read_chat_template(tmp_path).source == CHATML
-    # The configuration stands for its folder, and transformers prefers the .jinja in it.
+    # The path of the configuration stands for its folder, and transformers prefers its .jinja file.
     assert read_chat_template(tmp_path / "tokenizer_config.json").source == CHATML
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert read_chat_template(tmp_path / "tokenizer_config.json").source == CHATML
@@ -149,7 +151,7 @@ def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
         (MARKED, "</s>"),
         (JINJA_TEMPLATES["chatflow"], "</s>"),
         (JINJA_TEMPLATES["llama2"], "</s>"),
-        (JINJA_TEMPLATES["chatml"], "<|im_end|>"),  # comes before the end of the sequence
+        (JINJA_TEMPLATES["chatml"], "<|im_end|>"),  # takes precedence over the end of the sequence
         (FORGETS, None),
         ("{{ raise_exception('no') }}", None),
     ],

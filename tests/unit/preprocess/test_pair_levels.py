@@ -1,4 +1,4 @@
-"""JSON pairs whose sides are lists of sentences, as sentences and as documents."""
+"""Tests JSON pairs whose sides are lists of sentences, read as sentences or as documents."""
 
 import pytest
 

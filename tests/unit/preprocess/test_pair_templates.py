@@ -1,4 +1,4 @@
-"""Pair templates of the user's own, and the filter of writing systems."""
+"""Tests user-defined pair templates and the filter of writing systems."""
 
 from pathlib import Path
 

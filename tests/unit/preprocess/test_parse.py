@@ -1,4 +1,4 @@
-"""Parsing: what is kept, what is dropped and under which name, what is mended."""
+"""Tests parsing: which records are kept, dropped (with the reason that is counted) or repaired."""
 
 from typing import Any
 

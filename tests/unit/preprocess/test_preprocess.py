@@ -1,4 +1,4 @@
-"""Preprocessing jobs: right ids, nothing else under a final name, the same for any workers."""
+"""Tests preprocessing jobs: correct ids, no partial output, equal bytes for any worker count."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_several_keys(jobs: Jobs) -> None:
 def test_any_number_of_workers_writes_the_same_bytes(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, corpus: CorpusSettings, num_files: int
 ) -> None:
-    """Threads for text, processes for chats."""
+    """Text is processed by threads, chats by processes."""
     monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
     records = [
         {"text": t * (k % 7), "instruction": f"{t} {k}", "output": t * 3}
@@ -171,7 +171,7 @@ def test_a_killed_job_leaves_nothing_under_a_final_name(jobs: Jobs) -> None:
     os.mkfifo(pipe)
     tool = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
     command = [sys.executable, str(tool), "--input", str(pipe), "--workers", "2"]
-    command += ["--format", "pairs"]  # whose workers are processes
+    command += ["--format", "pairs"]  # its workers are processes
     command += ["--output-prefix", str(jobs.prefix), "--tokenizer-model", str(jobs.model)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     with pipe.open("wb") as stream:
@@ -201,7 +201,7 @@ def _group_is_alive(group: int) -> bool:
 
 
 def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
-    """As when the system kills it for memory; here it does so itself."""
+    """The system may kill a worker for its memory. Here the worker kills itself."""
     script = (
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
@@ -263,7 +263,7 @@ GOOD, DROPPED = {"en": "bana", "zh": "kedo"}, {"en": "bana", "zh": ""}
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("direction", ["hash", "both"])
 def test_most_records_dropped(jobs: Jobs, num_workers: int, direction: PairDirection) -> None:
-    """Whatever the reason; documents of one record count once, duplicates are not left out."""
+    """Any reason counts. Documents of one record count once, and duplicates are included."""
     records = [GOOD] * 30 + [DROPPED] * 27 + [{"en": "x", "zh": "x"}, b"{", b"{", b"{"]
     path = jobs.lines("a.jsonl", records)
     corpus = CorpusSettings(format="pairs", pairs=PairSettings(direction=direction))
@@ -281,7 +281,7 @@ def test_most_records_dropped(jobs: Jobs, num_workers: int, direction: PairDirec
 
 
 def test_most_records_of_a_part_may_be_dropped(jobs: Jobs) -> None:
-    """The parts of a job count together, as in the undivided job."""
+    """The parts of a job are counted together, as in the undivided job."""
     (jobs.folder / "in").mkdir()
     jobs.lines("in/0.jsonl", [GOOD] * 40)
     jobs.lines("in/1.jsonl", [DROPPED] * 60)

@@ -1,4 +1,4 @@
-"""`--append-bos`: where BOS stands in documents, what the sidecar says, what cannot be merged."""
+"""Tests `--append-bos`: the position of BOS, the record in the sidecar, and refused merges."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_bos_has_no_loss_and_counts_as_a_token(jobs: Jobs, loss: str) -> None:
     bos = load_tokenizer(jobs.model).bos_id
     assert jobs.documents("messages") == [[bos, *plain]]
     assert jobs.masks("messages") == [[0, *mask]]
-    # Cut between turns: BOS is one of the tokens that the limit counts.
+    # Cut between turns. BOS is one of the tokens that the limit counts.
     limit = len(plain)
     jobs.run(path, corpus=corpus, append_bos=True, max_tokens=limit)
     (cut,) = jobs.documents("messages")
@@ -85,7 +85,7 @@ def test_a_template_that_writes_bos_gets_no_second(
     assert jobs.documents("messages") == plain
     tokenizer = load_tokenizer(jobs.model)
     assert plain[0].count(tokenizer.bos_id) == 1
-    # Nor is the flag recommended for it.
+    # The flag is not recommended for it either.
     tokenizer.save_pretrained(jobs.folder / "llama", add_bos_token=True)
     jobs.model = jobs.folder / "llama"
     jobs.run(path, corpus=corpus)
@@ -144,7 +144,7 @@ def test_datasets_with_and_without_bos_are_not_merged(jobs: Jobs) -> None:
         prefixes[name] = Path(f"{jobs.prefix}_text_document")
     sidecar = read_sidecar(prefixes["old"])
     assert sidecar is not None
-    del sidecar["settings"]["append_bos"]  # as earlier versions wrote it
+    del sidecar["settings"]["append_bos"]  # as written by earlier versions
     sidecar_path(prefixes["old"]).write_text(json.dumps(sidecar))
     merged = jobs.folder / "merged_text_document"
     for other in "plain", "old":
@@ -163,6 +163,6 @@ def test_parts_of_an_earlier_version_are_kept(jobs: Jobs) -> None:
     assert sidecar is not None
     del sidecar["settings"]["append_bos"]
     sidecar_path(part).write_text(json.dumps(sidecar))
-    jobs.run(*paths, shard=(0, 2), overwrite=False)  # finished
+    jobs.run(*paths, shard=(0, 2), overwrite=False)  # the finished dataset
     with pytest.raises(UserError, match="made of other inputs or with other options"):
         jobs.run(*paths, shard=(0, 2), overwrite=False, append_bos=True)

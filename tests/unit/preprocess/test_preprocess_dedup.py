@@ -1,4 +1,4 @@
-"""Exact de-duplication: the first of equal documents stays, whatever fits into memory."""
+"""Tests exact de-duplication: the first of equal documents is kept, whatever the memory limit."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A job in parts that is killed again and again still writes the bytes of an undisturbed one."""
+"""Tests that a job in parts, killed repeatedly, writes the same bytes as an undisturbed one."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def _write_inputs(folder: Path) -> None:
 
 
 def _moments(keys: list[str], generator: random.Random) -> list[tuple[str, int]]:
-    """When to kill: at random, in every stage, and while the last part is being removed."""
+    """Returns moments to kill at: random ones in every stage, and one in the last removal."""
     num_per_part = len(keys) * len(output_paths("", ""))
     num_removed = NUM_PARTS * num_per_part
     removing = [generator.randint(1, num_removed) for _ in range(3)]
@@ -76,7 +76,7 @@ def test_killed_a_dozen_times(name: str, tmp_path: Path, tiny_sentencepiece_mode
         )
         assert done.returncode == -signal.SIGKILL, (stage, number, done.stderr)
         seen.add(frozenset(_files(killed)))
-    assert len(seen) > 6  # the moments differ in what lay on the disk
+    assert len(seen) > 6  # the files on disk differ between the moments
     done = subprocess.run([*undisturbed, prefix], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert _files(killed) == _files(whole)

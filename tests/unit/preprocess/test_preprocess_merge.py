@@ -1,4 +1,4 @@
-"""Merging datasets: documents, masks and sidecars; what does not belong together is refused."""
+"""Tests merging datasets: documents, masks and sidecars, and the refusal of incompatible ones."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def test_integer_types_are_widened(
     assert merged.dtype == np.int32
     assert [merged[k].tolist() for k in range(len(merged))] == expected
     assert "uint16_document is widened from uint16 to int32" in caplog.text
-    # The bytes are those of a dataset that was int32 from the beginning.
+    # The bytes equal those of a dataset that was int32 from the beginning.
     write_dataset(tmp_path / "direct", expected, np.int32)
     for suffix in ("bin", "idx"):
         written = (tmp_path / f"all_document.{suffix}").read_bytes()
@@ -172,7 +172,7 @@ def test_a_damaged_mask_is_refused(tmp_path: Path, tiny_sentencepiece_model: Pat
 
 
 def test_offsets_past_two_to_the_forty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sparse datasets of 1 TB; of the copy only the index is written."""
+    """Merges two sparse datasets of 1 TB. Only the index of the copy is written."""
     for name in ("a", "b"):
         lengths = np.full(513, 2**30, np.int64)
         pointers = np.concatenate([[0], np.cumsum(lengths[:-1] * 2)])

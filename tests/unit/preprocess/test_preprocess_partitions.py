@@ -1,4 +1,4 @@
-"""Jobs in parts: the bytes of the undivided job, however often it is killed."""
+"""Tests that jobs in parts write the bytes of the undivided job, however often they are killed."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def write_inputs(jobs: Jobs) -> str:
 
 
 def outputs(jobs: Jobs) -> dict[str, bytes]:
-    """Everything that was written, sidecars without the order of their keys."""
+    """Returns all written files, with the keys of sidecars sorted."""
     files = sorted(path for path in jobs.folder.iterdir() if path.is_file())
     return {
         path.name: json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()
@@ -61,7 +61,7 @@ def test_parts_merged_are_the_undivided_job(jobs: Jobs, corpus: CorpusSettings) 
 
 
 def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed a dozen times, at the end of every file it writes, it still writes the same."""
+    """Kills the job a dozen times, each at the end of a part. It still writes the same bytes."""
     folder = write_inputs(jobs)
     corpus = CORPORA[1]
     jobs.run(folder, corpus=corpus)
@@ -82,7 +82,7 @@ def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
         return content
 
     monkeypatch.setattr(partitions, "run_partition", run_one_then_die)
-    kills = {sum(range(1, k + 1)) for k in range(1, 13)}  # each time one part further
+    kills = {sum(range(1, k + 1)) for k in range(1, 13)}  # each attempt completes one more part
     for _ in range(12):
         with pytest.raises(KilledError):
             jobs.run(folder, corpus=corpus, num_partitions=13, overwrite=False)

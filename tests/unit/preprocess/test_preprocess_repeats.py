@@ -1,4 +1,4 @@
-"""De-duplication across the parts of a job: the same bytes as of the undivided job."""
+"""Tests de-duplication across the parts of a job: the same bytes as the undivided job."""
 
 import json
 import random
@@ -25,7 +25,7 @@ def jobs(tmp_path: Path, tiny_sentencepiece_model: Path) -> Jobs:
 
 
 def write_inputs(jobs: Jobs, num_files: int = 7) -> str:
-    """Files that repeat lines of their own and of each other."""
+    """Writes files that repeat lines of their own and of each other."""
     generator = random.Random(4)
     (jobs.folder / "in").mkdir()
     for number in range(num_files):
@@ -36,7 +36,7 @@ def write_inputs(jobs: Jobs, num_files: int = 7) -> str:
 
 
 def contents(folder: Path, begin: str = "out_") -> dict[str, bytes]:
-    """Everything that was written, sidecars without the order of their keys."""
+    """Returns all written files, with the keys of sidecars sorted."""
     return {
         path.name: json.dumps(json.loads(path.read_bytes()), sort_keys=True).encode()
         if path.suffix == ".json"
@@ -78,7 +78,7 @@ def test_shards_of_a_job_array_are_compared_when_merged(jobs: Jobs) -> None:
     Path(f"{prefixes[1]}.hashes").unlink()
     with pytest.raises(UserError, match="no hashes of .* make this part again"):
         merge_datasets(prefixes, jobs.folder / "again_messages_document")
-    jobs.run(folder, dedup=True, corpus=CHATS, shard=(1, 4), overwrite=False)  # which it does
+    jobs.run(folder, dedup=True, corpus=CHATS, shard=(1, 4), overwrite=False)  # follow the advice
     merge_datasets(prefixes, jobs.folder / "again_messages_document")
     assert not list(jobs.folder.glob("*.hashes"))
 

@@ -1,4 +1,4 @@
-"""Loss spans of chats and pairs: exact at token boundaries, the same as transformers' ids."""
+"""Tests loss spans of chats and pairs: exact at token boundaries, with the ids of transformers."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def jobs(tmp_path: Path, tiny_sentencepiece_model: Path) -> Jobs:
 
 @pytest.fixture
 def chatml_tokenizer(tmp_path: Path) -> Tokenizer:
-    """A byte-level tokenizer to which chatml's marks are control tokens, as SmolLM2's is."""
+    """Creates a byte-level tokenizer with chatml's marks as control tokens, like SmolLM2's."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -47,7 +47,7 @@ def chatml_tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def learnt_spans(ids: list[int], mask: list[int]) -> list[list[int]]:
-    """The runs of ids with loss."""
+    """Returns the runs of ids that have a loss."""
     spans: list[list[int]] = []
     for position, (token_id, loss) in enumerate(zip(ids, mask, strict=True)):
         if loss and (position == 0 or not mask[position - 1]):
@@ -85,7 +85,7 @@ def test_every_span_decodes_to_its_answer(jobs: Jobs, template: str) -> None:
             assert decoded.strip(" ") == expected
         prompts = tokenizer.decode([i for i, loss in zip(ids, mask, strict=True) if not loss])
         assert all(f"bana {number}?" in prompts for number in range(len(answers)))
-        assert ids[-1] == tokenizer.eos_id != ids[-2]  # --append-eod adds none after an answer
+        assert ids[-1] == tokenizer.eos_id != ids[-2]  # --append-eod adds no EOD after an answer
 
 
 def test_loss_on_all(jobs: Jobs) -> None:
@@ -121,7 +121,7 @@ def test_transformers_gives_the_same_ids_with_control_tokens(
 def _compare_with_transformers(theirs: object, tokenizer: Tokenizer, template: str) -> None:
     clean = [answer for answer in ANSWERS if "<s>" not in answer]
     for num_messages in (2, 4, 6):
-        for first in (0, 1):  # with the system's turn and without
+        for first in (0, 1):  # with and without the system turn
             messages = messages_of(clean)[first:num_messages]
             if messages[-1]["role"] != "user":
                 continue

@@ -1,4 +1,4 @@
-"""Inputs: every kind of file gives the same records, damage is named."""
+"""Tests inputs: every kind of file gives the same records, and errors locate the damage."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records_of(path: Path) -> list[dict[str, str]]:
-    """All records, with a check that chunks say where they are."""
+    """Returns all records, and checks the positions that chunks report."""
     (file,) = find_inputs([str(path)])
     records = []
     for chunk in read_chunks(file):
@@ -47,7 +47,7 @@ def records_of(path: Path) -> list[dict[str, str]]:
 
 
 def skippable(data: bytes, kind: int = 14) -> bytes:
-    """One of zstd's skippable frames, such as the seek table of the seekable format."""
+    """Returns a skippable frame of zstd, such as the seek table of the seekable format."""
     return bytes([0x50 + kind]) + b"\x2a\x4d\x18" + len(data).to_bytes(4, "little") + data
 
 
@@ -76,7 +76,7 @@ def skippable(data: bytes, kind: int = 14) -> bytes:
         ("a.jsonl.gz", gzip.compress(LINES[:7000]) + gzip.compress(LINES[7000:])),
         ("a.jsonl.zst", zstandard.compress(LINES)),
         ("a.jsonl.zst", zstandard.compress(LINES[:50]) + zstandard.compress(LINES[50:])),
-        ("a.jsonl", zstandard.compress(LINES)),  # known by its first bytes, not by its name
+        ("a.jsonl", zstandard.compress(LINES)),  # detected by its first bytes, not by its name
         ("a.json", LINES),
         ("a.json", json.dumps(RECORDS, indent=1).encode()),
         ("a.json.gz", gzip.compress(b" \n" * 900 + json.dumps(RECORDS).encode())),

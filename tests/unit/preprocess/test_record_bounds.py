@@ -1,4 +1,7 @@
-"""Small files whose records expand to gigabytes are read within bounds, or dropped and counted."""
+"""Tests that small files whose records expand to gigabytes are read within memory bounds.
+
+Records beyond the bounds are dropped and counted.
+"""
 
 import json
 import random
@@ -47,7 +50,7 @@ print(json.dumps([num_documents, num_dropped, error, max_kib]))
 
 
 def read_bounded(path: Path, limit: int, **settings: Any) -> tuple[int, dict[str, int], str | None]:
-    """Reads a file in a process that may not use more than so many bytes."""
+    """Reads a file in a process that may use only this many bytes."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), json.dumps(settings)],
         capture_output=True,
@@ -108,7 +111,8 @@ def test_counts_do_not_depend_on_blocks(block: int, monkeypatch: pytest.MonkeyPa
     for _ in range(50):
         some = rng.choices(texts, k=rng.randrange(6))
         record = {str(k): [text, k] for k, text in enumerate(some)}
-        # A separator for the object, and of each entry its colon, bracket and comma, and its comma.
+        # One separator for the object. For each entry its colon, bracket and comma. One comma
+        # between entries.
         expected = 1 + 1 + 3 * len(some) + max(len(some) - 1, 0)
         data = json.dumps({"x": ",,,,", **record}, separators=(",", ":")).encode()
         assert num_json_values(data) == expected + 1 + min(len(some), 1)
@@ -203,7 +207,7 @@ def test_rows_are_those_of_the_file(tmp_path: Path) -> None:
     chunks = list(read_chunks(file))
     read = [row for chunk in chunks for row in chunk.data]
     assert read == parquet.read_table(tmp_path / "a.parquet").to_pylist()
-    assert len(chunks) > 100  # of about a mebibyte
+    assert len(chunks) > 100  # of about 1 MiB
     starts = [chunk.first_line for chunk in chunks]
     assert starts == [1 + sum(len(c.data) for c in chunks[:k]) for k in range(len(chunks))]
 
@@ -217,7 +221,7 @@ def test_the_bound_is_a_setting(tmp_path: Path) -> None:
 
 
 def expanding_files(folder: Path) -> list[Path]:
-    """Files of kilobytes that hold 300 MiB of text each, in small records."""
+    """Creates files of kilobytes that hold 300 MiB of text each, in small records."""
     import pyarrow as pa
     import zstandard
     from pyarrow import parquet

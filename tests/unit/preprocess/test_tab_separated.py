@@ -1,4 +1,4 @@
-"""Which columns of tab-separated lines are the pair, and which lines are JSON."""
+"""Tests which columns of tab-separated lines form the pair, and which lines are JSON."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ PAIRS = [(f"bana {k}", f"\u53e5 {k}") for k in range(60)]
 
 
 def read(path: Path, **options: Any) -> tuple[list[list[str]], dict[str, int]]:
-    """The pairs of a file, and what was dropped."""
+    """Returns the pairs of a file and the counts of dropped lines."""
     pairs = PairSettings(direction="forward", **options)
     settings = CorpusSettings(format="pairs", pairs=pairs)
     found, dropped = [], {}

@@ -1,4 +1,4 @@
-"""Chat templates: prompts, loss spans, and agreement with their Jinja sources."""
+"""Tests chat templates: prompts, loss spans, and agreement with their Jinja sources."""
 
 import pytest
 from prompts import prompt_text

@@ -1,4 +1,4 @@
-"""Pictures of the blend: PNG files that show what they are given."""
+"""Tests the images of the blend: PNG files that show the given data."""
 
 import io
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_ramp_is_no_staircase() -> None:
         exact = [schedule.weights_at(int(sample))[k] / 2**32 for sample in samples]
         np.testing.assert_allclose(drawn, exact, atol=1e-3)
     assert (np.diff(curve.points) >= 0).all()
-    assert (curve.points == 60_000).sum() == 2  # a jump stands upright
+    assert (curve.points == 60_000).sum() == 2  # a jump is drawn as a vertical line
 
 
 def test_the_planned_line_includes_an_edit_between_knots() -> None:
@@ -80,7 +80,7 @@ def test_a_logged_blend_has_a_colour_for_every_source(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", synthetic_records(90, names)))
     shown = image.imread(io.BytesIO(plot_blend(run)), format="png")
     assert shown.shape[1] == 1600
-    for color in ("#1f77b4", "#ff7f0e", "#2ca02c"):  # matplotlib's first three
+    for color in ("#1f77b4", "#ff7f0e", "#2ca02c"):  # the first three colours of matplotlib
         wanted = [int(color[k : k + 2], 16) / 255 for k in (1, 3, 5)]
         assert (np.abs(shown[..., :3] - wanted).max(axis=-1) < 0.01).sum() > 500
     only_held_out = [{"iteration": 1, "validation": {"one": {"loss": 1.0}}}]
@@ -89,11 +89,11 @@ def test_a_logged_blend_has_a_colour_for_every_source(tmp_path: Path) -> None:
 
 
 def test_names_fall_back_to_fonts_that_have_them(caplog: pytest.LogCaptureFixture) -> None:
-    bold = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"  # not in matplotlib's usual font
+    bold = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"  # not in matplotlib's default font
     families, labels = _readable_labels(["plain", bold])
     assert labels == ["plain", bold] and families[0] == "DejaVu Sans" and len(families) > 1
     assert "Last Resort" not in "".join(families)
-    unknown = "\U0010fffd"  # for private use: no font has it
+    unknown = "\U0010fffd"  # a private-use character, which no font has
     assert _readable_labels(["plain", unknown, "x"])[1] == ["plain", "#2", "x"]
     assert "no installed font shows \U0010fffd, which is drawn as #2" in caplog.text
 

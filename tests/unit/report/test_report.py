@@ -1,4 +1,4 @@
-"""The report: what it reads, what it draws, and that the page loads nothing."""
+"""Tests the report: what it reads and draws, and that the page loads no external resource."""
 
 import base64
 import html
@@ -46,7 +46,7 @@ parallel:
 
 
 def planned_weights(progress: float, names: list[str]) -> np.ndarray:
-    """A ramp from the first half of the sources to the second."""
+    """Returns a ramp from the first half of the sources to the second."""
     share = min(1.0, progress / 0.7)
     start = np.linspace(2, 0, len(names)) ** 2 + 0.01
     end = np.linspace(0.3, 2, len(names)) ** 2
@@ -55,7 +55,10 @@ def planned_weights(progress: float, names: list[str]) -> np.ndarray:
 
 
 def validation_block(names: list[str], drawn: np.ndarray) -> dict[str, dict[str, float]]:
-    """Held-out losses after so many samples of each source; the first one is forgotten a bit."""
+    """Returns held-out losses after these numbers of samples.
+
+    The first source is forgotten slightly.
+    """
     block = {}
     for index, name in enumerate(names):
         gain = 1 - math.exp(-drawn[index] / 900)
@@ -65,14 +68,14 @@ def validation_block(names: list[str], drawn: np.ndarray) -> dict[str, dict[str,
 
 
 def without_labels(page: str) -> str:
-    """The page without what narrow screens show beside each cell."""
+    """Returns the page without the labels that narrow screens show beside each cell."""
     return re.sub(r' data-label="[^"]*"', "", page)
 
 
 def synthetic_records(
     num_iterations: int, names: list[str] | None = None, batch: int = 16, eval_interval: int = 50
 ) -> list[dict]:
-    """What a run of `num_iterations` logs, with an exact blend and plausible curves."""
+    """Returns the log of a run of `num_iterations` with an exact blend and plausible curves."""
     names = names or list(FLOORS)
     rng = np.random.default_rng(0)
     credit, drawn = np.zeros(len(names)), np.zeros(len(names))
@@ -130,7 +133,7 @@ def synthetic_records(
 
 
 def write_run(folder: Path, records: list[dict], train_iters: int | None = None) -> Path:
-    """A run's folder with these records."""
+    """Writes a run's folder with these records."""
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines)
@@ -175,30 +178,30 @@ class PageCheck(HTMLParser):
 
 
 def numbers(values: object) -> np.ndarray:
-    """A column of a figure, which plotly writes as a list or as base64 of its bytes."""
+    """Returns a column of a figure, which plotly writes as a list or as base64 of its bytes."""
     if isinstance(values, dict):
         return np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"])
     return np.array(values, dtype=np.float64)
 
 
 def curves(figure: Figure) -> dict[str, Scatter]:
-    """The curves and areas of a chart by label, without marks and backgrounds."""
+    """Returns the curves and areas of a chart by label, without marks and backgrounds."""
     shown = [trace for trace in figure.data if trace.yaxis is None and trace.meta]
     return {trace.meta: trace for trace in shown if trace.showlegend is not False}
 
 
 def marks(figure: Figure) -> dict[str, dict[float, str]]:
-    """The labels of a chart's marks by kind and position."""
+    """Returns the labels of a chart's marks by kind and position."""
     found = {}
     for trace in figure.data:
         if trace.yaxis == "y2":
-            assert sorted(trace.y[:2]) == [0, 1] and trace.y[2] is None  # an upright line
+            assert sorted(trace.y[:2]) == [0, 1] and trace.y[2] is None  # a vertical line
             found[trace.name] = dict(zip(trace.x[::3], trace.text[::3], strict=True))
     return found
 
 
 def check_page(page: str) -> PageCheck:
-    """The page is well-formed, plotly accepts its figures, and it loads nothing."""
+    """Checks that the page is well-formed, loads nothing, and has figures that plotly accepts."""
     check = PageCheck()
     library = get_plotlyjs()
     assert page.count(library) == 1
@@ -298,7 +301,7 @@ def test_deviation_of_an_exact_blend_stays_below_one_sample(tmp_path: Path) -> N
     deviation = deviation_from_plan(metrics)
     assert list(deviation) == list(FLOORS)
     assert max(np.abs(values).max() for values in deviation.values()) < 1
-    # Draws that ignore the plan must show.
+    # Draws that ignore the plan must be visible.
     assert deviation["english"].any()
     sparse = [record for record in synthetic_records(200) if record["iteration"] % 5 == 0]
     assert deviation_from_plan(read_run(write_run(tmp_path / "sparse", sparse))) == {}

@@ -1,4 +1,4 @@
-"""What the report does to numbers: fewer points, moving means, positions on an axis, text."""
+"""Tests the report's processing of numbers: thinning, moving means, axis positions, formatting."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The page of runs that were restarted, that go on, that are compared, or that came damaged."""
+"""Tests the pages of runs that were restarted, are still running, are compared, or are damaged."""
 
 import json
 import math
@@ -35,7 +35,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{constructor}}"
 
 
 class TagCheck(HTMLParser):
-    """Which elements a page has, and which attributes of them would run something."""
+    """Collects the elements of a page, and the attributes that would run code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def test_edits_of_the_blend_are_marked(tmp_path: Path) -> None:
     assert len(figures) > 5
     for figure in figures.values():
         assert list(marks(figure)["blend edited"].values()) == edits
-    # The record that names the source is enough; it is not marked twice.
+    # The record that names the source is sufficient: the edit is not marked twice.
     edit["changes"].append("source instruction added")
     (folder / "restarts.jsonl").write_text(json.dumps(edit) + "\n")
     figures = check_page(build(folder)).figures
@@ -171,7 +171,7 @@ def test_a_reader_reads_on_and_notices_a_file_that_was_cut(tmp_path: Path) -> No
     assert reader.read().iteration[-1] == 5
     beside = folder / "beside"
     beside.write_text("".join(json.dumps(record) + "\n" for record in records[:30]))
-    beside.replace(path)  # as a resume does it
+    beside.replace(path)  # as a resume does
     assert reader.read().iteration[-1] == 29
 
 
@@ -182,7 +182,7 @@ def test_following_ends_with_the_run(tmp_path: Path) -> None:
     pages: list[str] = []
 
     def sleep(seconds: float) -> None:
-        """The run goes on meanwhile."""
+        """Lets the run continue meanwhile."""
         assert seconds == 7
         if output.exists():
             pages.append(output.read_text())

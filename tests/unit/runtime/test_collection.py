@@ -1,4 +1,4 @@
-"""Garbage is collected at multiples of the interval, and only there."""
+"""Tests that garbage collection runs at multiples of the interval and only there."""
 
 import gc
 import weakref

@@ -1,7 +1,7 @@
-"""The variable that tensor parallelism needs, by the architecture that the driver names.
+"""Tests CUDA_DEVICE_MAX_CONNECTIONS, which tensor parallelism needs on some GPU architectures.
 
-The driver's library is stood in for by one of three functions, compiled here from their documented
-declarations; what loads and calls it is the package's own code, in a process of its own.
+One of three functions, compiled here from their documented declarations, replaces the driver's
+library. The package's own code loads and calls it, in a separate process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A CUDA run never imports the module that stands in for CUDA on CPUs."""
+"""Tests that a CUDA run never imports the module that replaces CUDA on CPUs."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What ``--deterministic-mode`` sets, in a process of its own."""
+"""Tests the settings made by ``--deterministic-mode``, in a separate process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a rank says when it ends."""
+"""Tests the error message of a rank that ends."""
 
 import io
 import sys
@@ -11,9 +11,10 @@ from megatron_chatflow.runtime.ranks import ProcessRank
 
 
 def test_a_message_that_is_no_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of files and damaged JSON may hold lone surrogates."""
+    """File names and damaged JSON may contain lone surrogates."""
     output = io.BytesIO()
-    stream = io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace")  # as Python's
+    # like Python's own
+    stream = io.TextIOWrapper(output, encoding="utf-8", errors="backslashreplace")
     monkeypatch.setattr(sys, "stderr", stream)
     assert ExitReporter(ProcessRank.from_environment()).report(
         UserError("a\udcff.json: is damaged")

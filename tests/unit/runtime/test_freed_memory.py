@@ -1,4 +1,4 @@
-"""Freed memory is kept from step to step, and goes back once it has piled up."""
+"""Tests that freed memory is kept between steps and returned once enough has accumulated."""
 
 import ctypes
 import subprocess
@@ -10,8 +10,8 @@ from megatron_chatflow.train.callbacks.freed_memory import FreedMemory
 
 MIB = 1 << 20
 
-# Large tensors that were freed, and something small that stays behind each of them: how much of
-# them is in memory before and after the look that follows a step, in bytes.
+# Frees large tensors between which small ones remain. Prints how many bytes of them are resident
+# before and after the check that follows a step.
 FREE_BETWEEN_KEPT = """
 import torch
 from megatron_chatflow.runtime.launch import make_malloc_keep_freed_memory
@@ -33,7 +33,7 @@ print(held - before, resident_bytes() - before)
 
 
 def _measured(*held: int | None) -> int:
-    """How often memory went back when these amounts were seen after steps."""
+    """Returns how often memory was returned for these amounts measured after steps."""
     given_back = []
     amounts = iter(held)
     watch = FreedMemory(measure=lambda: next(amounts), give_back=lambda: given_back.append(1))
@@ -45,7 +45,8 @@ def _measured(*held: int | None) -> int:
 def test_it_gives_back_what_grew_and_begins_anew() -> None:
     assert _measured(1000 * MIB, 1100 * MIB, 1450 * MIB) == 0
     assert _measured(1000 * MIB, 1457 * MIB) == 1
-    # What a step needs may have grown for good, by a checkpoint's staging buffer for one.
+    # The memory that a step needs may have grown for good, for example by a checkpoint's staging
+    # buffer.
     assert _measured(1000 * MIB, 3000 * MIB, 2900 * MIB, 3000 * MIB, 3000 * MIB) == 1
     assert _measured(1000 * MIB, 3000 * MIB, 1000 * MIB, 3000 * MIB) == 2
     assert _measured(None, None) == 0

@@ -1,4 +1,4 @@
-"""Rank facts from the launcher's environment."""
+"""Tests that ranks are read from the launcher's environment."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Workers of one attempt agree on a name that workers of other attempts never share."""
+"""Tests that the workers of one attempt agree on a name that no other attempt uses."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ _TIMEOUT = timedelta(minutes=10)
 
 
 def _attempt(port: int, delays: list[float]) -> list[str]:
-    """What each worker of an attempt finds that rank 0 wrote; each arrives after its delay."""
+    """Returns what each worker of an attempt reads from rank 0. Each arrives after its delay."""
     found = [""] * len(delays)
 
     def join(rank: int) -> None:
@@ -37,7 +37,7 @@ def _attempt(port: int, delays: list[float]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def server() -> TCPStore:
-    """The store that an agent keeps for all attempts."""
+    """Starts the store that an agent keeps for all attempts."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -45,7 +45,7 @@ def server() -> TCPStore:
     "delays", [[0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.2, 0.4], [0.0], [0.1, 0.0]]
 )
 def test_every_attempt_has_a_name_of_its_own(server: TCPStore, delays: list[float]) -> None:
-    # The store holds what the attempts before left, whatever their order and their number.
+    # The store still holds the keys of earlier attempts, in any order and number.
     attempts = [_attempt(server.port, delays) for _ in range(3)]
     assert all(len(set(found)) == 1 and found[0] for found in attempts)
     assert len({found[0] for found in attempts}) == 3
@@ -53,7 +53,7 @@ def test_every_attempt_has_a_name_of_its_own(server: TCPStore, delays: list[floa
 
 def test_workers_of_an_attempt_that_died_halfway_do_no_harm(server: TCPStore) -> None:
     store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=_TIMEOUT)
-    for rank in (0, 2):  # rank 1 never came
+    for rank in (0, 2):  # rank 1 never arrived
         with pytest.raises(UserError, match="not all 3 processes came"):
             resolve_attempt_store(store, rank, 3, timedelta(seconds=0.2))
     found = _attempt(server.port, [0.2, 0.0, 0.1])

@@ -1,4 +1,4 @@
-"""Rates of a device and seconds of calls, on what there is."""
+"""Tests the measured rates of a device and durations of calls, on the CPU."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Copies to a GPU, checked on a CPU by the rule that torch's page-locked copies follow."""
+"""Tests copies to a GPU on a CPU, with the rule that torch's page-locked copies follow."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,10 @@ BASE = torch.arange(24).reshape(4, 6)
 
 @pytest.fixture
 def pinned(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """What was page-locked. `Tensor.pin_memory` allocates the same strides and copies into them."""
+    """Returns the page-locked tensors.
+
+    Like `Tensor.pin_memory`, the substitute allocates the same strides and copies into them.
+    """
     tensors: list[torch.Tensor] = []
     move = torch.Tensor.to
 
@@ -42,7 +45,8 @@ def test_the_rule_refuses_expanded_tensors(pinned: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        # The source of every token of a micro-batch of one sample, as `ForwardStep` makes it.
+        # The source index of every token in a micro-batch of one sample, as `ForwardStep` creates
+        # it.
         lambda: torch.zeros(1, dtype=torch.int64).reshape(1, -1).expand(1, 8).flatten(),
         lambda: BASE[:, :1].expand(4, 6),
         lambda: BASE.flatten().as_strided((4, 6), (1, 1)),

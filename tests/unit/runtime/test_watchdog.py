@@ -1,4 +1,7 @@
-"""A process that no longer beats is ended with its stacks written; one that does is left alone."""
+"""Tests that a process without heartbeats is ended and its stacks are written.
+
+A process with heartbeats continues.
+"""
 
 import subprocess
 import sys

@@ -8,7 +8,7 @@ from megatron_chatflow.tokenizer.bpe import BpePieces
 
 
 def pieces_of(path: Path) -> BpePieces:
-    """The pieces of a SentencePiece model."""
+    """Returns the pieces of a SentencePiece model."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(path.read_bytes())
     ordinary = [(p.piece, i, p.score) for i, p in enumerate(model.pieces) if p.type == 1]

@@ -1,4 +1,4 @@
-"""The compiled byte-pair encoder: its definition, and sentencepiece, on text made to trip it."""
+"""Compares the compiled BPE encoder with its definition and with sentencepiece, on hard texts."""
 
 import random
 import string
@@ -31,7 +31,7 @@ WORDS = ["<s>", "</s>", "<unk>", "[INST]", "<0x41>", " ", "  ", "\u2581", "\n\n"
 
 
 def hard_texts(num_texts: int, seed: int) -> list[str]:
-    """Texts of one alphabet each, with words in between; some without any space."""
+    """Returns texts of one alphabet each, with words in between, some without any space."""
     generator = random.Random(seed)
     texts = []
     for _ in range(num_texts):
@@ -47,7 +47,7 @@ def hard_texts(num_texts: int, seed: int) -> list[str]:
 
 
 def made_up_model(seed: int) -> BpePieces:
-    """A vocabulary that no training would give: gaps, ties, characters that are no piece."""
+    """Creates a vocabulary that no training produces: gaps, ties, characters that are no piece."""
     generator = random.Random(seed)
     alphabet = generator.choice(["ab\u2581", "abcd\u2581\u4e00", "a\u4e00\u4e25\U0001f9ff\u2581"])
     pieces = {"".join(generator.choices(alphabet, k=generator.randint(1, 6))) for _ in range(60)}
@@ -99,7 +99,7 @@ def test_more_distinct_words_than_are_remembered(tiny_sentencepiece_model: Path)
 
 
 def test_one_long_word(tiny_sentencepiece_model: Path) -> None:
-    """Nowhere to cut: the heap has to do all of it, in time that does not grow with the square."""
+    """Without a place to cut, the heap processes the whole word. Its time must not be quadratic."""
     compiled = compiled_bpe_encoder(pieces_of(tiny_sentencepiece_model))
     assert compiled is not None
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_sentencepiece_model))

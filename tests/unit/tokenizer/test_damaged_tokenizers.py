@@ -1,4 +1,4 @@
-"""Damaged and hostile tokenizer files: one line instead of a panic, an abort or wrong ids."""
+"""Tests damaged and hostile tokenizer files: a one-line error, not a crash or wrong ids."""
 
 import json
 import os
@@ -84,12 +84,12 @@ def test_sparse_ids_are_refused(tmp_path: Path, byte_level_model: Path) -> None:
     model["vocab"]["zz"] = 3_000_000_000
     with pytest.raises(UserError, match="an id of 3000000000 and only 501 tokens"):
         load_tokenizer(changed(byte_level_model, tmp_path, model=model))
-    model["vocab"]["zz"] = 900_000  # a gap is no damage
+    model["vocab"]["zz"] = 900_000  # a gap is not damage
     assert load_tokenizer(changed(byte_level_model, tmp_path, model=model)).vocab_size == 900_001
 
 
 def test_ordinary_normalizers_are_within_the_bounds(tmp_path: Path, byte_level_model: Path) -> None:
-    """Those of LLaMA, and of models that spell white space out."""
+    """Covers the normalizers of LLaMA and of models that replace white space."""
     named = {" ": "\u2581", "\n": "<n>", "\t": "<|tab|>", "\r": "<return>"}
     steps = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"}, {"type": "Lowercase"}]
     steps += [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in named.items()]
@@ -104,7 +104,7 @@ def test_padding_and_truncation_do_not_matter(tmp_path: Path, byte_level_model: 
     truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 5}
     path = changed(byte_level_model, tmp_path, padding=padding, truncation=truncation)
     tokenizer = load_tokenizer(path)
-    assert not tokenizer.add_bos_token  # is found by encoding with the file's post-processor
+    assert not tokenizer.add_bos_token  # detected by encoding with the file's post-processor
     assert tokenizer.encode("bana") == load_tokenizer(byte_level_model).encode("bana")
 
 
@@ -148,7 +148,7 @@ def test_other_output_survives_a_panic(
     library = tokenizers.Tokenizer.from_file(
         str(changed(byte_level_model, tmp_path, pre_tokenizer=SLOW_SPLIT))
     )
-    for _ in range(2):  # Rust adds a note to the first panic of a process alone
+    for _ in range(2):  # Rust adds a note to the first panic of a process only
         with pytest.raises(UserError), library_errors("cannot encode text"):
             os.write(2, b"before\n")
             try:
@@ -246,7 +246,7 @@ def test_pieces_have_to_be_utf_8(tmp_path: Path, tiny_sentencepiece_model: Path)
 def test_special_tokens_are_those_that_sentencepiece_finds(
     tmp_path: Path, tiny_sentencepiece_model: Path
 ) -> None:
-    """The trainer's ids may name other pieces; an export used to follow them."""
+    """The trainer's ids may name other pieces, and an export must not use them."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(tiny_sentencepiece_model.read_bytes())
     model.trainer_spec.eos_id, model.trainer_spec.bos_id, model.trainer_spec.unk_id = 300, -1, 301

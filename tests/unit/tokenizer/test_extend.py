@@ -1,4 +1,4 @@
-"""Vocabulary extension: which pieces, under which ids, and that nothing old moves."""
+"""Tests vocabulary extension: the chosen pieces, their ids, and that existing ids do not change."""
 
 import json
 import random
@@ -26,11 +26,11 @@ from megatron_chatflow.tokenizer.extend import (
 )
 
 ROOT = Path(__file__).parents[3]
-NEW = [chr(0x6000 + 13 * k) for k in range(40)]  # characters that the tiny model has not
+NEW = [chr(0x6000 + 13 * k) for k in range(40)]  # characters that the tiny model lacks
 
 
 def new_language(num_lines: int) -> list[str]:
-    """Lines of words of two new characters; the first characters are the most frequent."""
+    """Returns lines of words of two new characters. The first characters are the most frequent."""
     generator = random.Random(5)
     words = [NEW[k] + NEW[(3 * k + 1) % 40] for k in range(40)]
     weights = [40 - k for k in range(40)]
@@ -44,7 +44,7 @@ def old(tiny_sentencepiece_model: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte-level `tokenizer.json`, of GPT-2's kind."""
+    """Creates a byte-level `tokenizer.json` like GPT-2's."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -67,7 +67,7 @@ def test_the_most_frequent_new_characters_are_chosen(old: Tokenizer) -> None:
     counts = {character: "".join(lines).count(character) for character in NEW}
     assert pieces == sorted(NEW, key=lambda c: (-counts[c], c))[:10]
     every = choose_pieces(old, lines, Choice(num_new=1000))
-    assert sorted(every) == sorted(NEW)  # neither what it has, nor letters, nor spaces
+    assert sorted(every) == sorted(NEW)  # no existing pieces, letters or spaces
     rare = [*lines, "\u9f8d"]
     assert "\u9f8d" not in choose_pieces(old, rare, Choice(num_new=1000))
     assert "\u9f8d" in choose_pieces(old, rare, Choice(num_new=1000, min_count=1))
@@ -95,7 +95,7 @@ def test_extended_model_keeps_old_ids_and_old_text(
     for text in made_up_sentences(300, seed=9):
         assert extended.encode(text) == old.encode(text)
     assert tokens_per_character(extended, lines) < 0.5 * tokens_per_character(old, lines)
-    # The library itself agrees, and so does what transformers makes of the folder.
+    # The library itself agrees, and so does the tokenizer that transformers loads from the folder.
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     from transformers import AutoTokenizer
 
@@ -128,7 +128,8 @@ def test_byte_level_tokenizers_take_merges(byte_level: Tokenizer, tmp_path: Path
     pieces = choose_pieces(byte_level, lines, Choice(num_new=70, kind="pieces"))
     assert any(len(piece) > 1 for piece in pieces)
     extended = extend_tokenizer(byte_level, pieces, tmp_path, "merges")
-    assert extended.vocab_size > byte_level.vocab_size + len(pieces)  # with parts of characters
+    # including pieces for parts of characters
+    assert extended.vocab_size > byte_level.vocab_size + len(pieces)
     old = json.loads(byte_level.model_path.read_bytes())["model"]
     new = json.loads(extended.model_path.read_bytes())["model"]
     assert list(new["vocab"].items())[: len(old["vocab"])] == list(old["vocab"].items())
@@ -164,7 +165,7 @@ def test_a_list_of_pieces(old: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "pieces.txt"
     path.write_text("龍\na\n\n龍\n龘\n鳳\n")
     assert listed_pieces(old, path, 2) == ["龍", "龘"]
-    path.write_bytes("龍\r\n龘\u2028鳳\r\n".encode())  # U+2028 is a character like others here
+    path.write_bytes("龍\r\n龘\u2028鳳\r\n".encode())  # U+2028 is an ordinary character here
     assert listed_pieces(old, path, 2) == ["龍", "龘\u2028鳳"]
     path.write_text("a\n")
     with pytest.raises(UserError, match="holds no piece"):

@@ -1,14 +1,14 @@
-r"""Differential fuzz: ids are those of sentencepiece, and of tokenizers, on any document.
+r"""Compares ids with those of sentencepiece and tokenizers on random documents.
 
-The suite runs some thousand documents of made-up text on two tiny models. The full run is
+The suite runs a few thousand documents of made-up text on two tiny models. The full run is
 
     python -m pytest tests/unit/tokenizer/test_fuzz_ids.py --fuzz-documents 100000 \
         --fuzz-corpus .demo/corpus --fuzz-model .demo/corpus/tokenizer.model \
         --fuzz-model smollm2/tokenizer.json
 
-The reference for a `tokenizer.json` is the library with the special tokens struck out of the file:
-raw text must not become a control id, which the library by default lets it (its switch
-`encode_special_tokens`, on which ours relies, is thereby tested too).
+The reference for a `tokenizer.json` is the library without the special tokens of the file. Raw text
+must not become a control id, but by default the library converts it. This also tests the library's
+switch `encode_special_tokens`, on which the package relies.
 """
 
 import json
@@ -44,7 +44,7 @@ def models(
 
 @pytest.fixture
 def batches(request: pytest.FixtureRequest) -> Callable[[int], Iterator[list[str]]]:
-    """Batches of documents for a seed."""
+    """Returns batches of documents for a seed."""
     texts = made_up_sentences(2000, seed=7)
     folder = request.config.getoption("--fuzz-corpus")
     for path in sorted(Path(folder).glob("*.train.jsonl")) if folder else []:
@@ -63,7 +63,7 @@ def batches(request: pytest.FixtureRequest) -> Callable[[int], Iterator[list[str
 
 
 def reference_of(path: Path) -> Reference:
-    """What the model's own library makes of texts."""
+    """Returns the ids of texts from the model's own library."""
     if path.suffix != ".json":
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         return lambda texts: [processor.encode(text) for text in texts]
@@ -91,7 +91,7 @@ def test_ids_are_the_librarys(
 def test_what_lies_on_disk_is_the_librarys(
     models: list[Path], batches: Callable[[int], Iterator[list[str]]], tmp_path: Path
 ) -> None:
-    """The whole way: JSON lines as they come, bytes that are no UTF-8, empty documents."""
+    """Covers the whole path: JSON lines, bytes that are not UTF-8, and empty documents."""
     for seed, model in enumerate(models):
         reference, documents, num_bad = reference_of(model), [], 0
         eod_id = load_tokenizer(model).eos_id

@@ -1,4 +1,4 @@
-"""JSON lines to ids in one go: the same as parsing with a full parser first, or left to it."""
+"""Tests the direct conversion of JSON lines to ids: equal to a full parser, or deferred to it."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def encoder(tiny_sentencepiece_model: Path) -> CompiledBpeEncoder:
 
 
 def texts_by_full_parser(data: bytes) -> list[str] | None:
-    """The texts, or None where a line has none."""
+    """Returns the texts, or None if a line has none."""
     texts = []
     for line in data.split(b"\n"):
         if not line or line.isspace():
@@ -43,7 +43,7 @@ def texts_by_full_parser(data: bytes) -> list[str] | None:
 
 
 def check(encoder: CompiledBpeEncoder, data: bytes) -> bool:
-    """Compares; returns whether the lines were understood."""
+    """Compares both. Returns whether the fast parser handled the lines."""
     encoded = encoder.encode_json_lines(data, "text", True, 2)
     texts = texts_by_full_parser(data)
     if encoded is None:
@@ -123,7 +123,10 @@ def test_left_to_the_parser(encoder: CompiledBpeEncoder, data: bytes) -> None:
 
 
 def test_damaged_lines_are_never_misread(encoder: CompiledBpeEncoder) -> None:
-    """Bytes of good lines replaced, removed, doubled: what is understood is what orjson reads."""
+    """Replaces, removes and doubles bytes of good lines.
+
+    Handled lines must be read as by orjson.
+    """
     generator = random.Random(0)
     record = {"id": "\u4e00-12", "meta": {"score": -1.5e-3, "tags": ["a", None, True, {"x": []}]}}
     texts = ['bana \u4e00\u4e25\n"quoted" \\ \U0001f9ff', "kedo luno" * 5, "\x1f\ufffd\x7f\u2028"]
@@ -143,7 +146,7 @@ def test_damaged_lines_are_never_misread(encoder: CompiledBpeEncoder) -> None:
 
 
 def test_good_lines_are_understood(encoder: CompiledBpeEncoder) -> None:
-    """With every code point, as JSON writers write them."""
+    """Covers every code point, as JSON writers write them."""
     code_points = [*range(0xD800), *range(0xE000, 0x110000, 7)]
     for begin in range(0, len(code_points), 5000):
         text = "".join(map(chr, code_points[begin : begin + 5000]))

@@ -1,4 +1,4 @@
-"""Chat templates that would take all memory or never end are stopped, with the limit as reason."""
+"""Tests that chat templates that exhaust memory or never end are stopped, with the limit named."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""Tokenizers: ids are the libraries' own, raw text never becomes a control id."""
+"""Tests that tokenizers give the libraries' ids and that raw text never becomes a control id."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def exported(tiny_sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def byte_level_model(folder: Path) -> Path:
-    """A byte-level BPE `tokenizer.json` like GPT-2's, with control tokens and a special one."""
+    """Creates a byte-level BPE `tokenizer.json` like GPT-2's, with control and special tokens."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -84,7 +84,7 @@ def test_a_folder_with_a_model_is_a_model(exported: Path) -> None:
 def test_text_comes_back(exported: Path, tokenizer_type: str) -> None:
     tokenizer = load_tokenizer(exported, tokenizer_type)
     for text in HARD_TEXTS + adversarial_texts(50, seed=2):
-        if "\u2581" not in text:  # the model's space sign decodes to a space
+        if "\u2581" not in text:  # the model's space mark decodes to a space
             assert tokenizer.decode(tokenizer.encode(text)) == text
             ids = tokenizer.encode("\n") + tokenizer.encode_continuation(text)
             assert tokenizer.decode(ids) == "\n" + text
@@ -234,11 +234,11 @@ def test_add_bos_token_is_read_where_each_kind_of_folder_says_it(
         for path in tmp_path / name, tmp_path / name / "tokenizer.json":
             copy = load_tokenizer(path)
             assert copy.add_bos_token
-            assert copy.encode("bana kifu") == tokenizer.encode("bana kifu")  # the caller puts it
+            assert copy.encode("bana kifu") == tokenizer.encode("bana kifu")  # the caller adds it
         theirs = AutoTokenizer.from_pretrained(tmp_path / name)
         expected = [tokenizer.bos_id, *tokenizer.encode("bana kifu")]
         assert theirs("bana kifu")["input_ids"] == expected
-        # A copy of the copy keeps it, without a second one.
+        # A copy of the copy keeps it and does not add a second one.
         load_tokenizer(tmp_path / name).save_pretrained(tmp_path / name / "again")
         theirs = AutoTokenizer.from_pretrained(tmp_path / name / "again")
         assert theirs("bana kifu")["input_ids"] == expected

@@ -1,4 +1,4 @@
-"""The GPU's script, tried with tiny shapes on what there is."""
+"""Tests the GPU benchmark script with tiny shapes on the available device."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
         [SCRIPT, "--tiny", tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert script.returncode == 0, script.stderr
-    # What may come back from a machine with a GPU is few files.
+    # A machine with a GPU may return only a few files.
     reports = ["train.json", "train_micro_batch_1.json", "train_whole.json"]
     names = {"log.txt", "kernels.json", *reports}
     assert {path.name for path in tmp_path.iterdir()} == names

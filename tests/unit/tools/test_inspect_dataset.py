@@ -1,4 +1,4 @@
-"""The command lines of tools/inspect_dataset.py and tools/merge_datasets.py."""
+"""Tests the command lines of tools/inspect_dataset.py and tools/merge_datasets.py."""
 
 import json
 import subprocess
@@ -86,7 +86,7 @@ def test_control_tokens_are_shown(
     coloured = Inspection(tmp_path / "text_text_document").sample(
         0, load_tokenizer(tiny_sentencepiece_model), coloured=True
     )
-    # In a terminal the token is told from text that reads like it.
+    # In a terminal, the token is distinguished from text that looks like it.
     assert coloured.endswith("\x1b[4m<s>\x1b[0mbana </s> kedo\x1b[4m</s>\x1b[0m")
 
 
@@ -120,7 +120,7 @@ def test_damage_and_mistakes(chats: Path, tmp_path: Path, tiny_sentencepiece_mod
 def test_what_the_sidecar_tells_of_is_there(chats: Path) -> None:
     mask = chats.with_name("a_messages_loss_mask")
     masked = mask.with_suffix(".bin").read_bytes()
-    mask.with_suffix(".bin").write_bytes(bytes([1]) + masked[1:])  # as good a mask as the other
+    mask.with_suffix(".bin").write_bytes(bytes([1]) + masked[1:])  # as valid a mask as the other
     status, _, error = run("inspect_dataset.py", chats)
     assert (status, error.count("\n")) == (2, 1)
     assert f"damaged dataset: {mask}.bin: not the bytes whose SHA-256" in error

@@ -1,4 +1,4 @@
-"""Every flag that a message names is one of the command's that prints it."""
+"""Tests that every flag named in a message is a flag of the command that prints the message."""
 
 import argparse
 import ast
@@ -18,10 +18,10 @@ from megatron_chatflow.errors import run_main
 ROOT = Path(__file__).parents[3]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 PRETRAIN = "megatron_chatflow.pretrain"
-OF_OTHERS = {"--nproc-per-node"}  # torchrun's
+OF_OTHERS = {"--nproc-per-node"}  # a flag of torchrun
 BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
 
-# Modules that more commands import than call: whose messages these are.
+# Modules that more commands import than call, and the commands that print their messages.
 PRINTED_BY = {
     "benchmarks.corpora": {"benchmarks.preprocess"},
     "checkpoint.state": {PRETRAIN},
@@ -38,20 +38,20 @@ PRINTED_BY = {
     "preprocess.merge": {"tools.merge_datasets"},
     "preprocess.readers": {"tools.preprocess_data"},
     "preprocess.tab_separated": {"tools.preprocess_data"},
-    "report.data": {PRETRAIN},  # plot_run, of the folder that a run's flag names
+    "report.data": {PRETRAIN},  # also plot_run, about the folder that a run's flag names
     "runtime.launch": {PRETRAIN},
     "train.guard": {PRETRAIN},
     "train.callbacks.profiler": {PRETRAIN},
     "train.loop": {PRETRAIN},
 }
-# Flags of another command, which the message is about.
+# Flags of another command to which the message refers.
 OF_ANOTHER_STEP = {
     ("generation.generate", "--prompt"),
     ("preprocess.merge", "--append-bos"),
     ("preprocess.merge", "--dedup"),
     ("preprocess.merge", "--shard"),
     ("train.inputs", "--append-bos"),
-    ("tools.fetch_demo_corpus", "--editable"),  # of pip
+    ("tools.fetch_demo_corpus", "--editable"),  # a flag of pip
 }
 
 
@@ -73,7 +73,7 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in PATHS.items(
 
 @cache
 def imported(name: str) -> frozenset[str]:
-    """What a module imports anywhere, in functions as well."""
+    """Returns the imports of a module, including those inside functions."""
     found: set[str] = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
@@ -85,7 +85,7 @@ def imported(name: str) -> frozenset[str]:
 
 
 def reached(name: str) -> set[str]:
-    """What a module imports, and what that imports, to the end."""
+    """Returns the transitive imports of a module."""
     found: set[str] = set()
     queue = [name]
     while queue:
@@ -96,7 +96,7 @@ def reached(name: str) -> set[str]:
 
 
 def messages(name: str) -> Iterator[tuple[int, str]]:
-    """Line and text of every message and advice of a module."""
+    """Returns line and text of every message and advice of a module."""
     for node in ast.walk(TREES[name]):
         if not isinstance(node, ast.Call):
             continue
@@ -107,7 +107,7 @@ def messages(name: str) -> Iterator[tuple[int, str]]:
 
 
 class _ParsedError(BaseException):
-    """Raised in place of parsing, with the flags that would have been known."""
+    """Raised instead of parsing, with the flags that the parser knows."""
 
 
 def _flags(parser: argparse.ArgumentParser) -> set[str]:
@@ -122,7 +122,7 @@ def _flags(parser: argparse.ArgumentParser) -> set[str]:
 
 @pytest.fixture(scope="module")
 def flags() -> dict[str, set[str]]:
-    """Flags by command, from the parsers that the commands themselves build."""
+    """Returns the flags of each command, from the parsers that the commands build."""
     from benchmarks.harness import load_benchmark
 
     def stop(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
@@ -147,11 +147,11 @@ def flags() -> dict[str, set[str]]:
                 with pytest.raises(_ParsedError) as parsed:
                     tool.main()
                 found[name] = parsed.value.args[0]
-    # It also takes what Megatron-LM calls otherwise.
+    # It also accepts the names that Megatron-LM uses.
     found[PRETRAIN] |= {
         name for name, entries in TABLE.items() if any(isinstance(e, Mapped) for e in entries)
     }
-    found["tools.plan_blend"] |= found[PRETRAIN]  # it hands the rest to the run's parser
+    found["tools.plan_blend"] |= found[PRETRAIN]  # it passes the rest to the run's parser
     return found
 
 
@@ -193,7 +193,7 @@ def error_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """What a tool prints on standard error, and it is one line."""
+    """Returns a tool's standard error, which must be one line."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
-"""Every tool refuses an output that cannot be written before it does any work.
+"""Tests that every tool refuses an unwritable output before it does any work.
 
-No input of these commands exists, and yet it is the output that each of them names.
+The inputs of these commands do not exist, but the error of each must name the output.
 """
 
 import runpy
@@ -39,7 +39,7 @@ BAD_PLACES = {
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    """The tool's `main`, whose errors `run_main` would print."""
+    """Runs the tool's `main`. `run_main` would print its errors."""
     monkeypatch.setattr(sys, "argv", [str(TOOLS / command[0]), *command[1:]])
     status = runpy.run_path(str(TOOLS / command[0]), run_name="tool")["main"]()
     assert not status

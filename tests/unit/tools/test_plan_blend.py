@@ -1,4 +1,4 @@
-"""The command line of tools/plan_blend.py."""
+"""Tests the command line of tools/plan_blend.py."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def test_table_csv_and_png(tiny_run, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_in_one_line_and_leaves_no_part(tiny_run, tmp_path: Path) -> None:
     output = tmp_path / "plans"
     command = [sys.executable, str(TOOL), "--config", str(tiny_run.config), "--output", str(output)]
-    limited = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "bash", *command]  # KiB a file
+    limited = ["bash", "-c", 'ulimit -f 4 && exec "$@"', "bash", *command]  # KiB per file
     done = subprocess.run(limited, capture_output=True, encoding="utf-8")
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
@@ -75,7 +75,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path: Path) -> None:
 
 
 def write_checkpoint(config: Path, folder: Path, iteration: int) -> int:
-    """The state that a run saves after so many iterations; returns the samples it has consumed."""
+    """Writes the state saved after this many iterations. Returns the number of consumed samples."""
     settings = load_config(config)
     blend = Blend(run_schedule(settings, list(settings.data.sources)))
     samples = iteration * settings.train.global_batch_size
@@ -114,7 +114,7 @@ def test_at_prints_the_knot_to_paste(tiny_run, tmp_path: Path) -> None:
     status, later, _ = run("--config", config, "--at", samples + batch)
     assert status == 0 and f"at: {(samples + batch) * seq_length}, weights: as_planned" in later
     assert run("--config", config, "--at", "soon")[0] == 2
-    # The knot that was printed, and an edit after it.
+    # The printed knot, followed by an edit.
     edit = {"at": 100 * seq_length, "weights": {"second": 1}, "ramp": "linear"}
     values["data"]["schedule"]["knots"] = [yaml.safe_load(knot), edit]
     config.write_text(yaml.safe_dump(values))
@@ -123,7 +123,7 @@ def test_at_prints_the_knot_to_paste(tiny_run, tmp_path: Path) -> None:
     assert f"schedule edited at sample {samples}; " in table
     assert "phase (tokens)" in table and table.startswith(f"{20 * batch * seq_length:,} tokens (")
     assert f"0 to {samples * seq_length:,} " in table
-    # Before it starts, such a run has no plan.
+    # Before such a run starts, it has no plan.
     status, _, errors = run("--config", config, "--load", tmp_path / "another")
     assert status == 2 and "knots[0].weights: as_planned takes the weights from" in errors
 

@@ -1,4 +1,4 @@
-"""The command line of tools/preprocess_data.py."""
+"""Tests the command line of tools/preprocess_data.py."""
 
 import json
 import resource
@@ -81,7 +81,7 @@ def test_shards(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
 def test_a_full_disk_is_one_line(
     tmp_path: Path, tiny_sentencepiece_model: Path, limit: int
 ) -> None:
-    """No file may grow beyond the limit: the `.bin` or the index is refused, early or late."""
+    """No file may grow beyond the limit: writing the `.bin` or the index fails, early or late."""
     (tmp_path / "a.jsonl").write_text('{"text": "bana kedo luno"}\n' * 50_000)
     command = [sys.executable, str(TOOL), "--input", str(tmp_path / "a.jsonl"), "--workers", "1"]
     command += ["--output-prefix", str(tmp_path / "out")]

@@ -1,4 +1,4 @@
-"""Parts that two workers of a Ray cluster make are the bytes that one process makes."""
+"""Tests that parts made by two workers of a Ray cluster equal the bytes made by one process."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a cluster of two CPUs on this machine."""
+    """Starts a cluster of two CPUs on this machine and returns its address."""
     pytest.importorskip("ray", reason="ray has no wheel for this Python")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--port=0", "--num-cpus=2", "--include-dashboard=false"]

@@ -1,4 +1,4 @@
-"""A run's configuration with parts changed."""
+"""Fixtures that build the tiny run's configuration with changes."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Our optimizer against torch's own, and the norm of gradients against that of one long vector."""
+"""Compares our optimizer with torch's, and the gradient norm with that of one long vector."""
 
 import torch
 

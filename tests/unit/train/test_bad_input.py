@@ -1,4 +1,4 @@
-"""Every mistake in a run's inputs is one line that says what, where, and what to do."""
+"""Tests that every error in a run's inputs gives one line with its cause, place and remedy."""
 
 import json
 import math
@@ -20,14 +20,14 @@ from megatron_chatflow.train.inputs import open_inputs
 
 
 def _refused(pattern: str, make_config, **changes) -> None:
-    """The configuration is refused, in one line that the pattern matches."""
+    """Asserts that the configuration is refused in one line that the pattern matches."""
     with pytest.raises(UserError, match=pattern) as caught:
         open_inputs(make_config(**changes))
     assert "\n" not in str(caught.value)
 
 
 def _copy(tiny_run: TinyRun, folder: Path) -> Path:
-    """A copy of the first dataset, to be damaged."""
+    """Returns a copy of the first dataset, to be damaged."""
     prefix = folder / "damaged_text_document"
     for suffix in (".bin", ".idx"):
         shutil.copy(tiny_run.folder / f"first_text_document{suffix}", f"{prefix}{suffix}")
@@ -87,7 +87,7 @@ def test_idx_longer_than_its_bin(make_config, tiny_run: TinyRun, tmp_path: Path)
 def test_lengths_and_pointers_that_disagree(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
     prefix = _copy(tiny_run, tmp_path)
     content = bytearray(_idx(prefix).read_bytes())
-    struct.pack_into("<i", content, 34, 10**6)  # the first document's length
+    struct.pack_into("<i", content, 34, 10**6)  # the length of the first document
     _idx(prefix).write_bytes(content)
     _refused(r"paths\[0\].*\.idx", make_config, data__sources__first__paths=[str(prefix)])
 
@@ -256,7 +256,7 @@ def test_checkpoint_of_the_same_data_in_another_order(
 def test_settings_that_change_the_samples_are_named(
     make_config, tiny_run: TinyRun, tmp_path: Path, changes: dict[str, Any], cause: str
 ) -> None:
-    """Not said to be other data, which the user would look for in vain."""
+    """The message must not report different data, which the user would search for in vain."""
     _checkpoint(make_config, tmp_path)
     given = {
         name: [path.replace("FOLDER", str(tiny_run.folder)) for path in value]
@@ -288,7 +288,7 @@ def test_another_split_on_resume(make_config, tmp_path: Path) -> None:
 
 
 def test_packing_without_loss_tokens_on_resume(make_config, tmp_path: Path) -> None:
-    """Which documents packing leaves out stays, or the resume is refused with the cause."""
+    """The set of omitted documents is kept on resume, or the resume is refused with the cause."""
     documents, masks = [[5, 6, 7]] * 6, [[0, 1, 1]] * 4 + [[0, 0, 0]] * 2
     prefix = tmp_path / "chat_document"
     for path, dtype, rows in (
@@ -304,7 +304,7 @@ def test_packing_without_loss_tokens_on_resume(make_config, tmp_path: Path) -> N
     response, every = (
         {**changes, "data__sources__second__loss": loss} for loss in ("response", "all")
     )
-    # Begun with all documents, as by earlier versions of the package: all of them stay.
+    # A run that started with all documents, as earlier versions did, keeps all of them.
     write_checkpoint_state(make_config(**every), tmp_path / "all")
     inputs = open_inputs(make_config(checkpoint__load=str(tmp_path / "all"), **response))
     assert len(inputs.sources[1].packing.documents) == 6
@@ -328,7 +328,7 @@ def test_another_sequence_length_is_no_obstacle_to_finetuning(make_config, tmp_p
 def test_another_sequence_length_with_other_sources(
     make_config, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    """No source is left whose samples could be compared."""
+    """There is no source whose samples could be compared."""
     _checkpoint(make_config, tmp_path)
     _refused(
         r"data\.seq_length: 32 here and 64 in",

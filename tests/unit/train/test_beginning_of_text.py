@@ -1,4 +1,4 @@
-"""Whether a run's texts begin with BOS: what says so, what is recorded, exported and warned of."""
+"""Tests whether texts begin with BOS: sources of the setting, its record, export, warnings."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ WARNING = "do not begin with BOS, but the model's texts do"
 
 @pytest.fixture(scope="module")
 def datasets(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same documents with BOS and without."""
+    """Creates the same documents with and without BOS."""
     folder = tmp_path_factory.mktemp("begun")
     lines = [json.dumps({"text": f"ab cd {k} " * 40}) for k in range(60)]
     (folder / "in.jsonl").write_text("\n".join(lines))
@@ -61,7 +61,7 @@ def make_model(folder: Path, tiny_run: TinyRun, *, add_bos_token: bool) -> Path:
 
 
 def exported(inputs: RunInputs, checkpoint: Path, output: Path) -> bool:
-    """Whether an export of this run would begin texts with BOS."""
+    """Returns whether an export of this run would prepend BOS to texts."""
     folder = resolve_checkpoint(checkpoint)
     assert folder is not None
     state = json.dumps({**read_state(folder), "tokenizer": inputs.state.tokenizer})
@@ -99,7 +99,7 @@ def test_the_setting_of_the_base_is_kept(
     export_checkpoint(tmp_path / "run", tmp_path / "untrained")
     assert load_tokenizer(tmp_path / "untrained").add_bos_token
 
-    # The run's tokenizer is a bare model file, which says nothing: the weights' own does.
+    # The run's tokenizer is a bare model file without the setting. The weights' tokenizer has it.
     assert not load_tokenizer(tiny_run.tokenizer_model).add_bos_token
     for begin in (
         {"checkpoint__load": str(tmp_path / "run"), "checkpoint__finetune": True},
@@ -111,7 +111,7 @@ def test_the_setting_of_the_base_is_kept(
         caplog.clear()
     assert exported(inputs, tmp_path / "run", tmp_path / "export")
 
-    # A vocabulary that grew begins texts as the old one did.
+    # An extended vocabulary begins texts as the old one did.
     grown = extend_tokenizer(load_tokenizer(base), ["龍"], tmp_path / "grown")
     assert grown.add_bos_token == load_tokenizer(tmp_path / "grown").add_bos_token is True
 

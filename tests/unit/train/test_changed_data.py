@@ -1,4 +1,4 @@
-"""Datasets whose bytes changed and whose size did not are refused, at the start and on a resume."""
+"""Tests that datasets with changed bytes of the same size are refused, also on resume."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def swap_halves(path: str | Path) -> None:
 
 
 def merge_first_documents(path: Path) -> None:
-    """Makes the first document empty and gives its sequence to the second, in an index."""
+    """Makes the first document of an index empty and gives its sequence to the second."""
     with path.open("r+b") as file:
         file.seek(HEADER.size - 16)
         (num_sequences,) = struct.unpack("<Q", file.read(8))
@@ -43,7 +43,7 @@ def merge_first_documents(path: Path) -> None:
 
 
 def forget(prefix: Path, *keys: str) -> None:
-    """Takes keys out of a sidecar, as if an earlier version had written it."""
+    """Removes keys from a sidecar, as if an earlier version had written it."""
     path = Path(f"{prefix}.json")
     content = json.loads(path.read_bytes())
     for key in keys:
@@ -52,7 +52,7 @@ def forget(prefix: Path, *keys: str) -> None:
 
 
 def write_chats(tiny_run: TinyRun, folder: Path, answers: list[str]) -> Path:
-    """Preprocesses made-up chats; returns the dataset's prefix."""
+    """Preprocesses made-up chats and returns the prefix of the dataset."""
     records = [{"instruction": f"bana {k}", "output": text} for k, text in enumerate(answers)]
     (folder / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     options = {"inputs": [str(folder / "a.jsonl")], "output_prefix": str(folder / "out")}
@@ -63,12 +63,12 @@ def write_chats(tiny_run: TinyRun, folder: Path, answers: list[str]) -> Path:
 
 @pytest.fixture
 def chats(tiny_run: TinyRun, tmp_path: Path) -> Path:
-    """Chats with a loss mask and a sidecar."""
+    """Creates chats with a loss mask and a sidecar."""
     return write_chats(tiny_run, tmp_path, ["kedo luno" * (k % 9 + 1) for k in range(60)])
 
 
 def uses(prefix: Path, **fields: Any) -> dict[str, Any]:
-    """Changes to the tiny run's configuration: its first source reads these chats."""
+    """Returns changes that make the tiny run's first source read these chats."""
     return {"data__sources__first": {"paths": [str(prefix)], "loss": "response", **fields}}
 
 
@@ -110,10 +110,10 @@ def test_a_resume_compares_with_the_checkpoint(
     write_checkpoint_state(config, tmp_path / "run")
     load = {"checkpoint__load": str(tmp_path / "run")}
     assert open_inputs(make_config(**uses(chats), **load)).resumed is not None
-    # What the loss leaves unread is not compared.
+    # Files that the loss setting does not read are not compared.
     assert open_inputs(make_config(**uses(chats, loss="all"), **load)).resumed is not None
     swap_halves(f"{loss_mask_prefix(chats)}.bin" if "mask" in name else f"{chats}.bin")
-    open_inputs(config)  # nothing shows a fresh start that these are others
+    open_inputs(config)  # a fresh start has nothing to compare them with
     message = r"data\.sources\.first\.paths\[0\]: .*(does not hold what it held|is not the data)"
     with pytest.raises(UserError, match=message) as caught:
         open_inputs(make_config(**uses(chats), **load))
@@ -123,7 +123,7 @@ def test_a_resume_compares_with_the_checkpoint(
 def test_checkpoints_of_earlier_versions_are_resumed(
     make_config, chats: Path, tmp_path: Path
 ) -> None:
-    """They recorded no hashes of sample blocks; what the next checkpoint records is complete."""
+    """They have no hashes of sample blocks. The next checkpoint records all of them."""
     config = make_config(**uses(chats))
     write_checkpoint_state(config, tmp_path / "run")
     state = tmp_path / "run" / "iter_0000005" / "state.json"
@@ -146,7 +146,7 @@ def test_a_copy_has_the_same_fingerprint(make_config, chats: Path, tmp_path: Pat
 
 
 def test_all_bytes_are_compared_on_request(make_config, tiny_run: TinyRun, tmp_path: Path) -> None:
-    """A changed byte between the sample blocks."""
+    """Changes a byte between the sample blocks."""
     chats = write_chats(tiny_run, tmp_path, ["kedo luno " * 40] * 6000)
     path = Path(f"{chats}.bin")
     before, num_bytes = block_hash(path), path.stat().st_size
@@ -164,7 +164,7 @@ def test_all_bytes_are_compared_on_request(make_config, tiny_run: TinyRun, tmp_p
         verify_data(config, inputs)
     with pytest.raises(UserError, match=message):
         dry_run(config)
-    # The processes of a node share the files: one finds it, the other reads the rest.
+    # The processes of a node share the files: one finds the change, the other reads the rest.
     refused = []
     for part in range(2):
         try:
@@ -189,7 +189,7 @@ def test_files_overwritten_during_the_run(
     source = open_inputs(make_config(**uses(chats))).sources[0]
     time.sleep(0.001)
     source.check_files()
-    os.utime(f"{chats}.bin")  # touched alone
+    os.utime(f"{chats}.bin")  # only its time is changed
     source.check_files()
     swap_halves(f"{chats}.bin")
     os.utime(f"{chats}.bin", ns=(1, 1))

@@ -1,4 +1,4 @@
-"""A dry run opens everything, trains nothing, and says what the run would do."""
+"""Tests that a dry run opens all inputs, trains nothing, and describes the run."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_a_resume_with_another_batch_size(
         make_config(checkpoint__load=str(tmp_path), train__global_batch_size=16, **changes)
     )
     assert re.search(expected, text)
-    # The plan ends where the run does.
+    # The plan ends at the end of the run.
     assert re.search(rf"64 to {expected[-4:-1].strip()} ", text)
     left_over = "the last 8 of 80 do not fill a global batch of 16 and are not trained"
     assert (left_over in text) == ("train__train_samples" in changes)
@@ -149,7 +149,7 @@ def test_packed_documents_are_counted(make_config, tiny_run: TinyRun, tmp_path: 
 
 
 def test_a_validation_without_data_is_a_finding(make_config, tiny_run: TinyRun) -> None:
-    """One that nobody asked for is not."""
+    """Validation that was not requested is not a finding."""
 
     def findings(**changes: Any) -> list[str]:
         found = open_inputs(make_config(**changes)).findings
@@ -182,7 +182,7 @@ def test_beginning_from_a_huggingface_folder(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config(shape, torch.float32, {})))
     shutil.copy(tiny_run.tokenizer_model, tmp_path)
-    for verify in (False, True):  # such a folder has no hashes, and the run asks for none either
+    for verify in (False, True):  # such a folder has no hashes, and the run does not require any
         config = make_config(checkpoint__load_hf=str(tmp_path), checkpoint__ckpt_verify=verify)
         assert f"starts from the weights of {tmp_path}" in dry_run(config)
 

@@ -1,4 +1,4 @@
-"""What is judged bad, and what follows from it."""
+"""Tests which steps are judged bad, and the consequences."""
 
 import math
 from types import SimpleNamespace
@@ -113,7 +113,7 @@ def test_the_window_of_losses_goes_on_across_a_resume() -> None:
 
 
 class _Optimizer:
-    """The part of megatron-core's optimizer that a step goes through."""
+    """The interface of megatron-core's optimizer that a step uses."""
 
     def __init__(self) -> None:
         self.num_updates = 0

@@ -1,4 +1,4 @@
-"""What a log says of the iterations since the last one, and how it is laid out."""
+"""Tests the figures that a log reports since the previous log, and their layout."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def test_iterations_without_an_update_do_not_spoil_the_means() -> None:
     both = report_of(good, bad)
     assert both.lm_loss == 32 / 12 and both.grad_norm == 1.0 and both.num_skipped == 1
     assert both.sources["en"].loss == 3.0 and both.sources["en"].loss_tokens == 10
-    # Its samples were consumed all the same.
+    # Its samples were consumed nevertheless.
     assert both.tokens_per_second == 160 / 4 and both.consumed_samples == 16
     alone = report_of(bad)
     assert math.isnan(alone.lm_loss) and alone.to_dict()["lm_loss"] is None
@@ -139,7 +139,7 @@ def test_an_interval_with_few_loss_tokens() -> None:
     line, notes = iteration_lines(empty, NOW)
     assert "no loss tokens" in line and "without loss tokens 1" in notes
     assert "nan" not in line.lower()
-    # The columns stand where they stand in other steps.
+    # The columns have the same positions as in other steps.
     other = iteration_lines(report, NOW)[0]
     assert all(line.index(name) == other.index(name) for name in ("lr ", " tok/s", "MFU "))
     assert all("nan" not in line for line in source_lines(empty))
@@ -268,7 +268,7 @@ def test_many_sources_are_folded_and_names_are_aligned() -> None:
 
 
 def _column(text: str, end: int) -> str:
-    """The character that ends at a column of the terminal."""
+    """Returns the character that ends at a column of the terminal."""
     for k in range(len(text)):
         if display_width(text[: k + 1]) == end:
             return text[k]
@@ -317,5 +317,5 @@ def test_the_remaining_time_counts_what_lies_between_iterations() -> None:
     for _ in range(9):
         now += 2.0
         remaining.add(2.0, now)
-    # The slow first iteration no longer counts; a validation of 10 s does, over ten iterations.
+    # The slow first iteration no longer counts. A validation of 10 s does, over ten iterations.
     assert remaining.estimate(100, now + 10.0) == pytest.approx(100 * (2.0 + 1.0))

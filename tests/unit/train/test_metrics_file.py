@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` holds every iteration once, whatever ended the run before."""
+"""Tests that ``metrics.jsonl`` has every iteration once, however the previous run ended."""
 
 import json
 from pathlib import Path

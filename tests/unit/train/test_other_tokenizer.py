@@ -1,4 +1,4 @@
-"""A tokenizer of the same size and other pieces: refused wherever it meets weights."""
+"""Tests that a tokenizer of the same size but with other pieces is refused for existing weights."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from megatron_chatflow.train.inputs import open_inputs
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As many pieces as the run's tokenizer, of other text."""
+    """Trains a tokenizer with as many pieces as the run's, on other text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text.upper() for text in made_up_sentences(400, seed=8)),
@@ -41,7 +41,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def weights(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run's model as a Hugging Face folder with its tokenizer, and as a checkpoint."""
+    """Saves the tiny run's model as a Hugging Face folder with tokenizer and as a checkpoint."""
     folder = tmp_path_factory.mktemp("weights")
     shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
     tokenizer = load_tokenizer(tiny_run.tokenizer_model)
@@ -107,9 +107,9 @@ def test_an_export_takes_the_runs_own(weights: Path, other: Tokenizer, tmp_path:
 def test_training_finds_a_tokenizer_as_the_tools_do(
     make_config, tiny_run: TinyRun, byte_level_model: Path, tmp_path: Path
 ) -> None:
-    """Without a type, a folder of tokenizer.json alone is one of that format, also in training."""
+    """Without a type, a folder with only a tokenizer.json is treated as one of that format."""
     folder = tmp_path / "json_alone"
-    enough = [chr(0x6000 + k) for k in range(VOCAB_SIZE)]  # for the ids that the data hold
+    enough = [chr(0x6000 + k) for k in range(VOCAB_SIZE)]  # for the ids in the data
     extend_tokenizer(load_tokenizer(byte_level_model), enough, folder)
     for path in (folder, folder / "tokenizer.json", tiny_run.tokenizer_model):
         inputs = open_inputs(make_config(tokenizer__tokenizer_model=str(path)))

@@ -1,4 +1,4 @@
-"""What restarts have cost is recorded, whatever was cut of the metrics."""
+"""Tests that the cost of restarts is recorded, even if the metrics were truncated."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from megatron_chatflow.train.callbacks.restarts import RESTARTS_FILE, record_res
 
 
 def log(folder: Path, iterations: range, *, begin: float, **more: float) -> None:
-    """One line every ten seconds."""
+    """Logs one line every ten seconds."""
     with (folder / "metrics.jsonl").open("a") as file:
         for k, iteration in enumerate(iterations):
             entry = {"iteration": iteration, "lm_loss": 1.0, "time": begin + 10.0 * k, **more}
@@ -29,14 +29,14 @@ def records(folder: Path) -> list[dict]:
 
 
 def test_time_runs_from_the_last_iteration_that_counts(tmp_path: Path) -> None:
-    log(tmp_path, range(1, 8), begin=1000.0)  # 5 at 1040, 7 at 1060
+    log(tmp_path, range(1, 8), begin=1000.0)  # iteration 5 at 1040, 7 at 1060
     first = restart(tmp_path, 5, 1100.0)
     assert (first.num_restarts, first.seconds) == (1, 60.0)
     log(tmp_path, range(6, 7), begin=1110.0, num_restarts=1, seconds_lost=60.0)
-    second = restart(tmp_path, 5, 1150.0)  # before a checkpoint was written: all of it again
+    second = restart(tmp_path, 5, 1150.0)  # before a checkpoint was written, so all of it is lost
     assert (second.num_restarts, second.seconds) == (2, 110.0)
     log(tmp_path, range(6, 10), begin=1160.0, num_restarts=2, seconds_lost=110.0)
-    third = restart(tmp_path, 8, 1200.0)  # 8 at 1180
+    third = restart(tmp_path, 8, 1200.0)  # iteration 8 at 1180
     assert (third.num_restarts, third.seconds) == (3, 130.0)
     found = records(tmp_path)
     assert [entry["attempt"] for entry in found] == [2, 3, 4]
@@ -45,7 +45,7 @@ def test_time_runs_from_the_last_iteration_that_counts(tmp_path: Path) -> None:
 
 
 def test_restarts_before_the_first_checkpoint(tmp_path: Path) -> None:
-    log(tmp_path, range(1, 4), begin=1010.0)  # begun at 1000
+    log(tmp_path, range(1, 4), begin=1010.0)  # started at 1000
     assert restart(tmp_path, 0, 1045.0).seconds == 45.0
     assert restart(tmp_path, 0, 1060.0).seconds == 60.0
     assert [entry["reached"] for entry in records(tmp_path)] == [3, 0]

@@ -1,4 +1,4 @@
-"""What a resume may change: the seed only where it is allowed, and the rest in one table."""
+"""Tests settings that a resume may change: the seed only if allowed, all others from one table."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def test_another_seed_is_taken_from_the_next_epoch_on(make_config, tmp_path: Pat
         np.testing.assert_array_equal(now.ordinals(epochs[0]), was.ordinals(epochs[0]))
         np.testing.assert_array_equal(now.ordinals(epochs[1]), new.ordinals(epochs[1]))
         assert (now.ordinals(epochs[1]) != was.ordinals(epochs[1])).any()
-        # Each epoch holds every sample once.
+        # Each epoch contains every sample once.
         assert sorted(now.ordinals(epochs[1])) == sorted(epochs[0])
     assert _changes(after) == {
         "train.seed": ("1234", "7", "sources take it from their next epoch on")
@@ -62,7 +62,7 @@ def test_a_changed_seed_stays_with_the_run(make_config, tmp_path: Path) -> None:
     assert _resume(make_config, tmp_path, train__seed=7).state.data_seeds == seeds
     with pytest.raises(UserError, match="1234 here and 7 in"):
         _resume(make_config, tmp_path)
-    # Back again before the next epoch has begun: nothing has changed at all.
+    # The old seed is restored before the next epoch, so nothing has changed.
     back = _resume(make_config, tmp_path, train__new_data_seed=True).state.data_seeds
     assert back == {"first": [[0, 1234]], "second": [[0, 1234]], "gone": [[0, 1]]}
     third = _resume(make_config, tmp_path, train__seed=9, train__new_data_seed=True)
@@ -99,7 +99,7 @@ def test_a_source_that_was_never_drawn_from_takes_the_seed_at_once(
 def test_checkpoints_of_earlier_versions(
     make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture, has_config: bool
 ) -> None:
-    """They record the seed in config.yaml alone, which may have been removed."""
+    """They record the seed only in config.yaml, which may have been removed."""
     write_checkpoint_state(make_config(), tmp_path)
     folder = iteration_folder(tmp_path, 5)
     state = json.loads((folder / "state.json").read_text())

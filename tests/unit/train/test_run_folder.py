@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and a killed one leaves nothing locked."""
+"""Tests that a folder admits one run at a time, and that a killed run leaves no lock."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""What travels with the weights: the base model's small files, all the way to the export."""
+"""Tests that the base model's small files accompany the weights up to the export."""
 
 import json
 import shutil
@@ -60,7 +60,8 @@ CONFIG = {
 }
 WHOLE = {
     "tokenizer_config.json": json.dumps(CONFIG, indent=1),
-    "generation_config.json": json.dumps(GENERATION),  # on one line, as nobody here writes it
+    # on one line, unlike the output of this package
+    "generation_config.json": json.dumps(GENERATION),
     "special_tokens_map.json": '{"eos_token": "</s>"}',
     "LICENSE": "A made-up licence.\n",
     "README.md": "# A made-up model\n",
@@ -85,7 +86,7 @@ MakeBase = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def make_base(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
-    """Builds a model's folder of a kind, with a SentencePiece model or a tokenizer.json."""
+    """Builds a model folder of a kind, with a SentencePiece model or a tokenizer.json."""
     root = tmp_path_factory.mktemp("bases")
 
     def make(kind: str, *, of_json: bool = False, **changes: Any) -> Path:
@@ -118,7 +119,7 @@ def make_base(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Ma
 
 
 def small(folder: Path) -> dict[str, bytes]:
-    """Every file but weights."""
+    """Returns all files other than weights."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -140,7 +141,7 @@ def make_chats(prefix: Path, tokenizer: Path, **options: Any) -> str:
 
 
 def pack(**prefixes: str) -> dict[str, Any]:
-    """The changes of a configuration that trains these datasets."""
+    """Returns the configuration changes that train on these datasets."""
     weights = dict.fromkeys(prefixes, 1 / len(prefixes))
     return {
         "data__sources": {name: {"paths": [prefix]} for name, prefix in prefixes.items()},
@@ -149,7 +150,7 @@ def pack(**prefixes: str) -> dict[str, Any]:
 
 
 def trained(config: Any, run: Path, output: Path, **choice: Any) -> Path:
-    """The export of a run that has this configuration and the weights of `run`."""
+    """Exports a run that has this configuration and the weights of `run`."""
     inputs = open_inputs(config)
     shutil.copytree(run, output.with_name(f"{output.name}_run"))
     checkpoint = output.with_name(f"{output.name}_run") / "iter_0000000"
@@ -187,11 +188,11 @@ def test_without_training_every_small_file_comes_back(
     import_huggingface(base, tmp_path / "run")
     export_checkpoint(tmp_path / "run", tmp_path / "hf")
     expected, found = small(base), small(tmp_path / "hf")
-    if kind == "bare":  # an export always says what ends a text
+    if kind == "bare":  # an export always specifies the end token
         assert json.loads(found.pop("generation_config.json"))["eos_token_id"] == 2
     assert found == expected
     assert not list((tmp_path / "hf").glob("*.py"))
-    # A second time, from the export, and without the folder that the tokenizer was read from.
+    # Again from the export, and without the folder that the tokenizer was read from.
     import_huggingface(tmp_path / "hf", tmp_path / "again")
     shutil.move(tmp_path / "hf", tmp_path / "moved")
     export_checkpoint(tmp_path / "again", tmp_path / "hf2")
@@ -227,7 +228,7 @@ def test_a_changed_model_keeps_the_rest_of_its_config(make_base: MakeBase, tmp_p
 
 
 def test_stop_tokens_of_config_json(make_base: MakeBase, tmp_path: Path) -> None:
-    """Some models list them there alone."""
+    """Some models list them only there."""
     base = make_base("without")
     (base / "generation_config.json").unlink()
     config = json.loads((base / "config.json").read_text())
@@ -263,7 +264,7 @@ def test_trained_templates(
         "tokenizer__tokenizer_model": str(base / "tokenizer.model"),
     }
     expected = small(base)
-    # Without chats the base's template stays, byte for byte.
+    # Without chats the base's template is kept byte for byte.
     plain = trained(make_config(**start), tmp_path / "run", tmp_path / "plain")
     assert small(plain) == expected
     # Chats in the base's own template change nothing either.
@@ -271,7 +272,7 @@ def test_trained_templates(
         chats = make_chats(tmp_path / "own", base, chat_template=str(base))
         config = make_config(**start, **pack(chats=chats))
         assert small(trained(config, tmp_path / "run", tmp_path / "own_hf")) == expected
-    # Chats in another one do.
+    # Chats in another template replace it.
     chats = make_chats(tmp_path / "other", base, template="chatflow")
     config = make_config(**start, **pack(chats=chats))
     other = trained(config, tmp_path / "run", tmp_path / "other_hf")
@@ -279,12 +280,12 @@ def test_trained_templates(
     changed = {name for name, data in small(other).items() if expected.get(name) != data}
     inside = kind in ("inside", "named", "without")
     assert changed == {"tokenizer_config.json" if inside else "chat_template.jinja"}
-    if kind in ("named", "folder"):  # the others are the base's still
+    if kind in ("named", "folder"):  # the base's other templates are kept
         assert rendered(other, tools=[{}]).startswith("tools: ")
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(other).model_max_length == 2048
-    # What the user names comes before what was trained.
+    # A template named by the user takes precedence over the one of the training data.
     named = trained(config, tmp_path / "run", tmp_path / "named", chat_template=str(other))
     assert find_chat_template(named) == find_chat_template(other)
     named = trained(config, tmp_path / "run", tmp_path / "named2", chat_template="llama2")
@@ -307,7 +308,7 @@ def test_different_templates_are_warned_of(
         "the run's chats are written in different templates (chatflow in a; chat_template.jinja in "
         "b): exports get the one of b;" in caplog.text
     )
-    assert small(hf) == small(base)  # the base's own, where it is among them
+    assert small(hf) == small(base)  # the base's own, if it is among them
 
 
 def test_no_known_template_is_warned_of(
@@ -336,7 +337,7 @@ def test_grown_vocabularies_keep_what_the_base_says(
 
     base = make_base(kind, of_json=of_json)
     extended = extend_tokenizer(load_tokenizer(base), ["龍", "馬"], tmp_path / "extended")
-    if new == "bare":  # made by another program, with nothing beside it
+    if new == "bare":  # written by another program, without other files beside it
         name = extended.model_path.name
         (tmp_path / "alone").mkdir()
         shutil.copy(tmp_path / "extended" / name, tmp_path / "alone")
@@ -380,7 +381,7 @@ def test_grown_vocabularies_keep_what_the_base_says(
 def test_tokens_that_a_grown_vocabulary_replaces_are_named_no_more(
     make_base: MakeBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A pad token behind the SentencePiece model, where new pieces get their ids."""
+    """Covers a pad token after the SentencePiece pieces, where new pieces get their ids."""
     token = {"content": "<pad>", "special": True}
     token |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
     config = {**CONFIG, "added_tokens_decoder": {str(VOCAB_SIZE): token}, "pad_token": "<pad>"}

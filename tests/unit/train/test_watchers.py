@@ -1,4 +1,4 @@
-"""Ranks compared by figures made up, loggers that raise, the profile's settings."""
+"""Tests monitoring: ranks compared by made-up figures, loggers that raise, profile settings."""
 
 import logging
 import subprocess
@@ -32,7 +32,7 @@ def test_readings_that_failed_are_left_out() -> None:
 
 
 class Moody:
-    """A logger that fails when it is told to."""
+    """A logger that fails while its class attribute ``fails`` is true."""
 
     fails = True
 

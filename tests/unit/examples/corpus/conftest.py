@@ -1,4 +1,4 @@
-"""Made-up packages in pip's formats."""
+"""Made-up packages in the formats of pip."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from examples.corpus.pins import Pin
 
 
 def _write_archive(path: Path, members: Mapping[str, str | bytes]) -> Path:
-    """Writes a wheel, or a source archive with its one top folder, with the members given."""
+    """Writes a wheel, or a source archive with one top-level folder, that has the given members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = {
         name: text.encode() if isinstance(text, str) else text for name, text in members.items()
@@ -32,7 +32,7 @@ def _write_archive(path: Path, members: Mapping[str, str | bytes]) -> Path:
 
 
 def _pin_of(path: Path, package: str, yields: tuple[str, ...] = ("english",)) -> Pin:
-    """Pins an archive as it lies there."""
+    """Returns the pin of an existing archive."""
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     return Pin(package, "1.0", path.name, len(content), digest, "MIT", yields)
@@ -50,7 +50,7 @@ def pin_of() -> Callable[..., Pin]:
 
 @pytest.fixture
 def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pin]:
-    """Writes a wheel to the folder `upstream`, the only place that pip looks in; pins it."""
+    """Writes a wheel to the folder `upstream`, the only place where pip looks, and pins it."""
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "upstream"))

@@ -1,4 +1,4 @@
-"""Members of archives are read by name, without unpacking the archive."""
+"""Tests that members of archives are read by name, without unpacking the archive."""
 
 import io
 import zipfile

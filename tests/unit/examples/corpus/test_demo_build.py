@@ -1,4 +1,4 @@
-"""The split, the files and the command line of the demo corpus, on made-up packages."""
+"""Tests the split, the files and the command line of the demo corpus, on made-up packages."""
 
 import hashlib
 import json
@@ -148,7 +148,7 @@ def test_select_pins():
 
 @pytest.fixture
 def packages(write_archive, pin_of, tmp_path, monkeypatch):
-    """A tokenizer's, a sentence and a dialogue package, pinned as they lie in `upstream`."""
+    """Pins a tokenizer, a sentence and a dialogue package as they are in `upstream`."""
     upstream = tmp_path / "upstream"
     sentences = [
         {"id": str(i), "chinese": f"第{i}条鱼在水里游。", "translation": {"en": f"Fish {i} swims."}}

@@ -1,4 +1,4 @@
-"""Every extractor on made-up members in its package's format."""
+"""Tests every extractor on made-up members in the format of its package."""
 
 import bz2
 import io

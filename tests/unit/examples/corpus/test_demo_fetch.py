@@ -1,4 +1,4 @@
-"""Fetching with the real pip from a folder: hashes, re-use, full disks, errors."""
+"""Tests fetching with the real pip from a folder: hashes, reuse, full disks, errors."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Markup strippers and the tidying of text."""
+"""Tests the removal of markup and the normalization of text."""
 
 from examples.corpus import markdown, rst, wikitext
 from examples.corpus.text import join_blocks, tidy, tidy_code, to_chinese_marks, to_half_width

@@ -1,4 +1,4 @@
-"""A tiny GGUF written by the `gguf` package against the Hugging Face folder made of it."""
+"""Compares a tiny GGUF file written by the `gguf` package with its Hugging Face conversion."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ TEXT = ["the kiln is hot", "the clay in the kiln 1234", "窑里的泥土很热",
 
 
 def train_tokenizer():
-    """A byte-level BPE of 320 tokens, the three control tokens first."""
+    """Trains a byte-level BPE of 320 tokens that begins with the three control tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -62,7 +62,7 @@ def shape(tied, vocab_size):
 
 
 def permute(weight, num_heads):
-    """llama.cpp's own reordering, from halves of a head to neighbouring pairs."""
+    """Reorders rows as llama.cpp does, from the halves of a head to adjacent pairs."""
     halves = weight.reshape(num_heads, 2, -1, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -144,7 +144,7 @@ def tokenizer():
 
 @pytest.fixture
 def small(tokenizer, tmp_path):
-    """Fields, tensors and path of a model with tied embeddings."""
+    """Returns fields, tensors and path of a model with tied embeddings."""
     model = shape(True, tokenizer.get_vocab_size())
     return (
         fields_of(model, tokenizer),
@@ -237,7 +237,7 @@ def test_the_end_of_a_turn_is_a_stop_token(small, tmp_path):
     fields["tokenizer.ggml.eos_token_id"] = 0
     convert_gguf(write_gguf(path, fields, tensors), tmp_path / "hf")
     config = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
-    assert config.eos_token_id == [0, 2]  # the file's own, and <|im_end|>
+    assert config.eos_token_id == [0, 2]  # the end token of the file, and <|im_end|>
 
 
 def test_begin_token_is_put_first_where_the_file_says_so(small, tmp_path):

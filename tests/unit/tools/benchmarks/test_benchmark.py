@@ -1,4 +1,4 @@
-"""The benchmark harness: arguments in, table and JSON out, nothing half-written."""
+"""Tests the benchmark harness: arguments, table and JSON report, no partial files."""
 
 import argparse
 import json
@@ -37,7 +37,7 @@ def test_a_report_says_what_it_was_measured_on(tmp_path, capsys) -> None:
     )
     assert json.loads(path.read_text()) == report
     assert report["benchmark"] == "count"
-    # Where the report was written is no part of it: a committed one names no machine's paths.
+    # The report omits its own path, so that a committed report has no machine's paths.
     assert report["arguments"] == {"to": 12345, "peers": False}
     assert str(tmp_path) not in path.read_text()
     assert report["rows"] == [{"what": "ours", "steps": 12345}, {"what": "peer", "steps": None}]

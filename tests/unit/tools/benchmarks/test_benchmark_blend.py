@@ -1,4 +1,4 @@
-"""The blend's benchmark measures what it says, on small runs."""
+"""Tests the blend benchmark on small runs."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""The loader's benchmark: small corpora give a row for every contender."""
+"""Tests that the loader benchmark gives a row for every contender, on small corpora."""
 
 import argparse
 

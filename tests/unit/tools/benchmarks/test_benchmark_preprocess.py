@@ -1,4 +1,4 @@
-"""The preprocessing benchmark: the text it makes, the costs it takes, the rows it gives."""
+"""Tests the preprocessing benchmark: its generated text, measured costs and rows."""
 
 import argparse
 import json

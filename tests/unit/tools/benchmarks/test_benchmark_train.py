@@ -1,4 +1,4 @@
-"""The training benchmark's parts: what an operation belongs to, and peers in their own process."""
+"""Tests the training benchmark: the classification of operations, and peers in processes."""
 
 import math
 from contextlib import closing
