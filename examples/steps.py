@@ -8,7 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.device import has_fast_bf16
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = Path(".demo/corpus")
@@ -39,7 +42,8 @@ def run_tool(name: str, *arguments: object) -> None:
 
 
 def pretrain_command(config: Path, *flags: object) -> list[str]:
-    """Returns the command line of a run on two ranks."""
+    """Returns the command line of a run on two ranks, in fp32 on a CPU without fast bf16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return [
         *launch,
@@ -47,6 +51,7 @@ def pretrain_command(config: Path, *flags: object) -> list[str]:
         "megatron_chatflow.pretrain",
         "--config",
         *map(str, (config, *flags)),
+        *([] if has_fast_bf16(device) else ["--no-bf16"]),
     ]
 
 

@@ -166,8 +166,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_mask: torch.Tensor,
         rows: VocabularyShard,
         implementation: str,
+        needs_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight: torch.Tensor | None = None
@@ -191,14 +191,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_sum: torch.Tensor, _grad_losses: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if not grad_sum.is_cuda and float(grad_sum) == 1.0:
             # megatron-core calls it with 1. The host can read the value and skip the products.
-            return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None, None
+            return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None, None, None
         return (
             grad_hidden * grad_sum.to(grad_hidden.dtype),
             (grad_weight * grad_sum).to(grad_hidden.dtype),
+            None,
             None,
             None,
             None,
@@ -259,8 +260,11 @@ def linear_cross_entropy(
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden)
         else:
             hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+    # The function computes its gradient in the forward pass, which must not happen in validation.
+    # `ctx.needs_input_grad` is true there as well, because the weight requires a gradient.
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total, losses = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, loss_mask, rows, implementation
+        hidden, weight, labels, loss_mask, rows, implementation, needs_gradient
     )
     return total, losses
 

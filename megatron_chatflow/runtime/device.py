@@ -55,16 +55,41 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     return None, f"{name}: peak FLOP/s are not known"
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Returns whether matrix products in bf16 are no slower than in fp32 on this device.
+
+    PyTorch multiplies bf16 matrices on a CPU by oneDNN where the CPU has AVX-512. Elsewhere it runs
+    loops that are up to fifty times slower than products in fp32.
+    """
+    return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """Measures the best of thirty products of square matrices, as other work may slow some down."""
+    """Measures products of square matrices and returns the rate of the fastest, in FLOP/s.
+
+    Other work may slow some of them down, so there are up to thirty, for about a second. Where a
+    small product shows that ``size`` would take long, the small one has to do.
+    """
+    small = size // 4
+    seconds = _fastest_product(device, dtype, small)
+    if seconds * (size / small) ** 3 > 0.5:
+        return 2 * small**3 / seconds
+    return 2 * size**3 / _fastest_product(device, dtype, size)
+
+
+def _fastest_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Returns the seconds of the fastest of up to thirty products of square matrices."""
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
+    end = time.perf_counter() + 1.0
     for _ in range(30):
         begin = time.perf_counter()
         torch.matmul(left, right)
         best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+        if time.perf_counter() > end:
+            break
+    return best
 
 
 def peak_memory(device: torch.device) -> int:

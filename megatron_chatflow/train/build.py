@@ -23,7 +23,7 @@ from megatron_chatflow.evaluation.choice import ChoiceSettings, ChoiceValidator
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
-from megatron_chatflow.runtime.device import peak_flops
+from megatron_chatflow.runtime.device import has_fast_bf16, peak_flops
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks, run_on_all_ranks
 from megatron_chatflow.runtime.signals import StopRequest
@@ -93,6 +93,11 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         folder=config.checkpoint.save,
     )
     stack.callback(watchdog.close)
+    if config.train.bf16 and not has_fast_bf16(ranks.device):
+        logger.warning(
+            "bf16: this CPU has no AVX-512, and PyTorch's bf16 matrix products are up to 50 times "
+            "slower than fp32 ones on it: use --no-bf16"
+        )
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_implementations(llama, optimization, peak_source)
     reporters, downtime = run_on_all_ranks(

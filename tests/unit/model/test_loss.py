@@ -50,6 +50,24 @@ def test_loss_and_gradients_equal_torch(monkeypatch: pytest.MonkeyPatch, chunk_t
     torch.testing.assert_close(grads[1], weight.grad)
 
 
+def test_validation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(8, 16)
+    weight = torch.randn(32, 16, requires_grad=True)
+    rows = VocabularyShard(start=0, num_rows=32, num_valid_tokens=32, group=None)
+    arguments = (hidden, weight, torch.arange(8), torch.ones(8), rows)
+    expected, expected_losses = linear_cross_entropy(*arguments, sequence_parallel=False)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("computes a gradient")
+
+    monkeypatch.setattr(loss, "_chunk_gradients", refuse)
+    with torch.no_grad():
+        total, losses = linear_cross_entropy(*arguments, sequence_parallel=False)
+    assert total == expected and torch.equal(losses, expected_losses)
+    with pytest.raises(AssertionError, match="computes a gradient"):
+        linear_cross_entropy(*arguments, sequence_parallel=False)
+
+
 def test_padding_rows_get_no_gradient_and_no_probability() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(8, 16)

@@ -2,7 +2,13 @@
 
 import torch
 
-from megatron_chatflow.runtime.device import call_seconds, copy_rate, product_rate
+from megatron_chatflow.runtime.device import (
+    call_seconds,
+    copy_rate,
+    has_fast_bf16,
+    peak_flops,
+    product_rate,
+)
 
 CPU = torch.device("cpu")
 
@@ -17,3 +23,10 @@ def test_as_many_calls_are_measured_as_were_asked_for() -> None:
 def test_rates_are_rates() -> None:
     assert product_rate(CPU, torch.float32, size=64) > 1e6
     assert copy_rate(CPU) > 1e6
+
+
+def test_slow_bf16_is_recognized() -> None:
+    """Products in bf16 reach at least a third of the rate in fp32, or they are known as slow."""
+    bf16, fp32 = (peak_flops(CPU, dtype)[0] for dtype in (torch.bfloat16, torch.float32))
+    assert bf16 is not None and fp32 is not None
+    assert has_fast_bf16(CPU) == (bf16 > fp32 / 3)
