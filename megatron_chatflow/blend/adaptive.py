@@ -12,12 +12,12 @@ Otherwise it is assigned to the open draw that reaches its full quota first. Tie
 favor of the source with the lower number.
 
 **Bounds, for any sequence of weights.** No source is ever a whole sample ahead of its quota,
-because a draw is made only after its quota has begun. Every lag is below ``H_n = 1 + 1/2 + ... +
-1/n`` samples for n sources. Proof: let ``A_j`` be the largest mean lag of any j sources. If some
-source lags by a sample or more, the slot is assigned to the source with the largest lag, so ``A_j(t
-+ 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``. In any other slot all lags are below 1. Hence ``A_j
-< 1 + H_n - H_j``, and j = 1 is the claim. No rule without knowledge of the future can guarantee
-less than ``H_n - 1``. If the weights change moderately, the error stays below 1.
+because a draw is made only after its quota has begun. For n sources, every lag is below
+``H_n = 1 + 1/2 + ... + 1/n`` samples. Proof: let ``A_j`` be the largest mean lag of any j sources.
+If some source lags by a sample or more, the slot is assigned to the source with the largest lag, so
+``A_j(t + 1) <= max(A_j(t), A_{j+1}(t) + 1 / (j + 1))``. In any other slot all lags are below 1.
+Hence ``A_j < 1 + H_n - H_j``, and j = 1 is the claim. No rule without knowledge of the future can
+guarantee less than ``H_n - 1``. If the weights change moderately, the error stays below 1.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ first of them.
 **Segments.** An edit at sample ``i`` keeps every draw before ``i`` and starts a `Segment` there.
 From ``i`` on, the quotas grow with the new weights, starting from ``W_k(i)``, the sum of all
 weights before ``i``. The counts at ``i`` were chosen for the old weights and may be infeasible for
-the new ones. Example: after two samples with weights (1/4, 1/4, 1/4, 1/4) the counts are (1, 1, 0,
-0). If the weights change to (0, 0, 1/2, 1/2), the error is 1 after the third sample, no matter
-which source is drawn. The new segment therefore follows shifted quotas ``Z_k = W_k + o_k`` with
-constant integers ``o_k`` that sum to 0. `choose_offsets` selects the smallest feasible offsets of
-three kinds:
+the new ones. Example: after two samples with weights (1/4, 1/4, 1/4, 1/4) the counts are
+(1, 1, 0, 0). If the weights change to (0, 0, 1/2, 1/2), the error is 1 after the third sample, no
+matter which source is drawn. The new segment therefore follows shifted quotas ``Z_k = W_k + o_k``
+with constant integers ``o_k`` that sum to 0. `choose_offsets` selects the smallest feasible offsets
+of three kinds:
 
 1. ``o = 0``: the error of the whole run stays below 1.
 2. ``o_k`` = theta times the current error, theta = 1/16, 2/16, ...; theta = 1 is always feasible.
