@@ -1,9 +1,9 @@
 """Draws the report's charts of one or several runs with plotly.
 
-Every curve has a marker or dash and every area a hatch of its own, so that charts can be read
-without colour. The page's script adds the theme, light or dark; curves without a colour take that
-of the text. Names come from files and may hold anything, while plotly interprets HTML, formulas and
-templates: `as_text` makes them plain text.
+Every curve has a distinct marker or dash pattern and every area a distinct hatch, so that charts
+can be read without colour. The script of the page adds the light or dark theme. Curves without a
+colour have the colour of the text. Names are read from files and may contain any text, but plotly
+interprets HTML, formulas and templates. `as_text` escapes them.
 """
 
 import html
@@ -35,7 +35,7 @@ from megatron_chatflow.runtime.table import format_duration, format_percent, for
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# The contrast is at least 3:1 to the page's cards, light and dark.
+# The contrast to the page's cards is at least 3:1 in both themes.
 PALETTE = "#2a6fdb #d96a0b #0c8f76 #b83a8c #8a7200 #7a60e0 #0f86a8 #d0414a".split()
 SYMBOLS = "circle square triangle-up diamond x triangle-down cross hexagon".split()
 HATCHES = ("", "/", "-", "\\", ".", "|", "+", "x")
@@ -61,9 +61,9 @@ class Chart:
 
     Attributes:
         title: Heading.
-        caption: A sentence on what is shown; may be empty.
+        caption: A sentence that describes the chart; may be empty.
         figure: The plotly figure.
-        wide: Whether the chart takes the page's full width.
+        wide: Whether the chart has the full width of the page.
     """
 
     title: str
@@ -79,9 +79,9 @@ class Line:
     Attributes:
         label: Legend entry.
         x: float64[n], ascending.
-        y: float64[n]; NaN where there is no value.
+        y: float64[n]; NaN for missing values.
         color: Index into the palette, or `NO_COLOR`.
-        background: float64[n], the values before smoothing; None if there are none to show.
+        background: float64[n], the values before smoothing; None if they are not shown.
     """
 
     label: str
@@ -92,7 +92,7 @@ class Line:
 
     @classmethod
     def smoothed(cls, label: str, x: FloatArray, y: FloatArray, color: int) -> "Line":
-        """A moving mean with the values themselves in the background."""
+        """Creates a curve of the moving mean, with the original values in the background."""
         few_x, few_y = condense(x, y)
         window = smoothing_window(len(few_x))
         return cls(label, few_x, smooth(few_y, window), color, few_y if window > 1 else None)
@@ -104,8 +104,8 @@ class Mark:
 
     Attributes:
         x: Position on the x axis.
-        label: What happened.
-        kind: A ``restart`` after a failure, a ``planned`` restart, or an ``edit`` of the blend.
+        label: Description of the event.
+        kind: ``restart`` after a failure, ``planned`` restart, or ``edit`` of the blend.
     """
 
     x: float
@@ -114,13 +114,13 @@ class Mark:
 
 
 def as_text(label: str, max_columns: int = 40) -> str:
-    """A label that plotly shows as it is, cut if it is long."""
+    """Escapes a label so that plotly shows it literally, and truncates it to ``max_columns``."""
     text = html.escape(shorten(label, max_columns), quote=False)
     return text.replace("$", "&#36;").replace("%", "&#37;")  # for formulas and templates
 
 
 def new_figure(x_label: str, y_label: str, marks: Sequence[Mark]) -> "Figure":
-    """A figure with axes and marks."""
+    """Creates a figure with axes and marks."""
     from plotly.graph_objects import Figure
 
     figure = Figure(layout={"template": "none", "hovermode": "x unified"})
@@ -131,9 +131,10 @@ def new_figure(x_label: str, y_label: str, marks: Sequence[Mark]) -> "Figure":
     )
     for kind, (name, color, symbol, dash) in MARK_STYLES.items():
         shown = [mark for mark in marks if mark.kind == kind]
-        # Restarts have their symbol at the top and edits at the bottom: both can coincide.
+        # Symbols of restarts are at the top and those of edits at the bottom, because a restart and
+        # an edit can have the same position.
         ends = [0, 1, None] if kind == "edit" else [1, 0, None]
-        symbols = [symbol, "line-ew", "line-ew"]  # the latter is invisible without an outline
+        symbols = [symbol, "line-ew", "line-ew"]  # line-ew is invisible without an outline
         if shown:
             figure.add_scatter(
                 name=name,
@@ -166,7 +167,7 @@ def line_chart(
     levels: Sequence[float] = (),
     wide: bool = False,
 ) -> list[Chart]:
-    """A chart of those curves that have a value; empty if none has.
+    """Creates a chart of the curves that have finite values.
 
     Args:
         title: Heading.
@@ -174,12 +175,15 @@ def line_chart(
         y_label: Label of the y axis with its unit.
         lines: The curves.
         marks: Labelled vertical lines.
-        caption: A sentence on what is shown.
+        caption: A sentence that describes the chart.
         from_zero: Whether the y axis begins at 0.
         percent: Whether the values are fractions, shown as percentages.
         log: Whether the y axis is logarithmic.
-        levels: Horizontal reference lines.
-        wide: Whether the chart takes the page's full width.
+        levels: Positions of horizontal reference lines.
+        wide: Whether the chart has the full width of the page.
+
+    Returns:
+        A list with the chart; empty if no curve has a finite value.
     """
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:
@@ -225,7 +229,7 @@ def line_chart(
 
 
 def source_colors(run: RunMetrics) -> dict[str, int]:
-    """Palette indices of the most drawn sources, at most `MAX_COLORED_SOURCES`, in logged order."""
+    """Returns palette indices of the `MAX_COLORED_SOURCES` most drawn sources, in logged order."""
     names = list(run.sources) or list(run.validation)
     if len(names) > MAX_COLORED_SOURCES and run.sources:
         steps, shares = samples_per_record(run), realised_shares(run)
@@ -236,7 +240,7 @@ def source_colors(run: RunMetrics) -> dict[str, int]:
 
 
 def mixture_chart(run: RunMetrics) -> Chart:
-    """Realised shares as areas, planned shares as the dashed boundaries between them."""
+    """Draws realised shares as stacked areas and planned shares as dashed boundaries."""
     axis = XAxis.of(run, SAMPLES)
     colors, realised = source_colors(run), realised_shares(run)
     planned = {name: block["weight"] for name, block in run.sources.items()}
@@ -296,7 +300,7 @@ def mixture_chart(run: RunMetrics) -> Chart:
 
 
 def blend_charts(run: RunMetrics) -> list[Chart]:
-    """Mixture, deviation from the plan, and epochs of each source."""
+    """Draws the mixture, the deviation from the plan and the epochs of each source."""
     axis, by_samples = XAxis.of(run), XAxis.of(run, SAMPLES)
     charts = []
     if len(run.sources) > 1:
@@ -330,7 +334,7 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
 
 
 def loss_charts(run: RunMetrics) -> list[Chart]:
-    """Training loss of each source and of all together."""
+    """Draws the training loss of each source and of all sources together."""
     axis = XAxis.of(run)
     colors = {name: color for name, color in source_colors(run).items() if name in run.sources}
     curves = [(name, run.sources[name]["loss"], color) for name, color in colors.items()]
@@ -348,7 +352,7 @@ def loss_charts(run: RunMetrics) -> list[Chart]:
 
 
 def validation_charts(run: RunMetrics) -> list[Chart]:
-    """Held-out loss and bits per byte of each source."""
+    """Draws the validation loss and the bits per byte of each source."""
     axis = XAxis.of(run)
     x = axis.at(run.validation_iteration)
     loss, bits = (_per_source(run, run.validation, x, key) for key in ("loss", "bits_per_byte"))
@@ -361,7 +365,7 @@ def validation_charts(run: RunMetrics) -> list[Chart]:
 
 
 def optimizer_charts(run: RunMetrics) -> list[Chart]:
-    """Learning rate, gradient norm, throughput and waiting for data."""
+    """Draws the learning rate, the gradient norm, the throughput and the time without data."""
     x, columns = run.iteration, run.columns
     marks = find_marks(run, XAxis.of(run, ITERATION))
     norm = columns["grad_norm"]
@@ -412,9 +416,9 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
 
 
 def comparison_charts(runs: Sequence[RunMetrics], names: Sequence[str]) -> list[Chart]:
-    """Curves of several runs in common charts, each run in the same colour throughout."""
+    """Draws curves of several runs in common charts. Each run has one colour in all charts."""
     axes = [XAxis.of(run) for run in runs]
-    if any(axis.label == ITERATION for axis in axes):  # one log without tokens decides for all
+    if any(axis.label == ITERATION for axis in axes):  # all runs must have the same axis
         axes = [XAxis.of(run, ITERATION) for run in runs]
     x_label = axes[0].label
     trained = [axis.x for axis in axes]
@@ -441,7 +445,7 @@ def comparison_charts(runs: Sequence[RunMetrics], names: Sequence[str]) -> list[
         in_training = [run.sources.get(source, {}) for run in runs]
         held_out = [run.validation.get(source, {}) for run in runs]
         weights = lines(trained, [block.get("weight") for block in in_training])
-        if any((line.y < 1).any() for line in weights):  # else there is no schedule to compare
+        if any((line.y < 1).any() for line in weights):  # a single source always has weight 1
             title = f"{source}: planned weight"
             charts += line_chart(title, x_label, "Weight", weights, percent=True, from_zero=True)
         loss = lines(trained, [block.get("loss") for block in in_training], True)
@@ -465,7 +469,7 @@ def _per_source(run: RunMetrics, blocks: BySource, x: FloatArray, key: str) -> l
 
 
 def find_marks(run: RunMetrics, axis: XAxis) -> list[Mark]:
-    """Restarts and edits of a run; what happened at one iteration is one mark of each kind."""
+    """Returns the marks of a run. Events of one kind at the same iteration share one mark."""
     restarts: dict[int, list[Restart]] = {}
     for restart in run.restarts:
         restarts.setdefault(restart.iteration, []).append(restart)
@@ -487,9 +491,10 @@ def find_marks(run: RunMetrics, axis: XAxis) -> list[Mark]:
 
 
 def blend_edits(run: RunMetrics) -> dict[int, list[str]]:
-    """Changes of the schedule and its sources, by the iteration after which they took effect.
+    """Returns changes of the schedule and its sources, by the last iteration before each change.
 
-    A source that first appears in the middle of the log was added, even if no record says so.
+    A source that first appears in the middle of the log is reported as added, even without a
+    record in `restarts.jsonl`.
     """
     edits: dict[int, list[str]] = {}
     for restart in run.restarts:
@@ -505,7 +510,7 @@ def blend_edits(run: RunMetrics) -> dict[int, list[str]]:
 
 
 def describe_restarts(restarts: Sequence[Restart]) -> str:
-    """The number of restarts, their causes, and the time that failures cost."""
+    """Describes the number of restarts, their causes and the time lost by failures."""
     parts = []
     failures = [one for one in restarts if not one.is_planned]
     if failures:

@@ -1,11 +1,11 @@
-"""Reads what a run logged and prepares it for the report's charts and tables.
+"""Reads the logs of a run and prepares them for the report's charts and tables.
 
-A run's folder holds `metrics.jsonl`, `restarts.jsonl`, `status.json` and `config.yaml`, whether the
-run is finished or still writing. Lines that are torn by a kill, damaged or foreign are counted and
-skipped. `RunReader.read` parses only what was appended since its last call, and numbers are kept as
-columns of float64, so that the report can follow a run of a million logged iterations.
+The folder of a run contains `metrics.jsonl`, `restarts.jsonl`, `status.json` and `config.yaml`. The
+run may be finished or still in progress. Incomplete, damaged or unknown lines are counted and
+skipped. `RunReader.read` parses only lines that were appended since its last call, and numbers are
+stored as columns of float64, so that the report can follow a run of a million logged iterations.
 
-Long curves are reduced before they are drawn: `condense` bounds the number of points, `smooth`
+Long curves are reduced before they are drawn: `condense` limits the number of points, and `smooth`
 removes noise.
 """
 
@@ -34,7 +34,7 @@ PLANNED_CAUSES = {
     "stop_requested": "asked to stop",
     "another_folder": "continued from another folder",
 }
-"""Causes of a restart that are not failures, with their description in the report."""
+"""Causes of restarts that are not failures, with their descriptions in the report."""
 RUN_FIELDS = (
     "interval",
     "consumed_samples",
@@ -59,13 +59,15 @@ RUN_FIELDS = (
 SOURCE_FIELDS = ("loss", "weight", "realised", "tokens", "loss_tokens", "epochs")
 VALIDATION_FIELDS = ("loss", "bits_per_byte")
 MAX_POINTS = 360
-"""Points of a curve that is drawn."""
+"""Maximum number of points per curve."""
 MAX_CHANGES = 20
-"""Changes of one restart that are shown."""
+"""Maximum number of changes that are shown per restart."""
 MAX_SOURCES = 1024
-"""Sources that are read. A blend has 512 at most; the bound limits the memory for foreign files."""
+"""Maximum number of sources that are read; further sources are ignored. It limits the memory for
+files that are not metrics."""
 MAX_MAGNITUDE = 1e100
-"""Larger numbers are not measurements, and would overflow in a chart."""
+"""Numbers of a larger magnitude are read as NaN. They are not measurements and would overflow in a
+chart."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ class Restart:
     """A point at which a run was resumed.
 
     Attributes:
-        iteration: The last iteration that counts: that of the checkpoint it resumed from.
+        iteration: Iteration of the checkpoint from which the run was resumed.
         attempt: Number of this start of the run; the first restart is attempt 2. 0 if unknown.
-        seconds_lost: Wall time that the restart cost; NaN if unknown.
+        seconds_lost: Wall time lost by the restart, in seconds; NaN if unknown.
         reached: The last iteration logged before the restart, at least ``iteration``.
-        cause: Why the run had ended, one of `restarts.Cause`.
-        changes: What the resume changed in the schedule and its sources.
+        cause: The reason for which the run had ended, one of
+            `megatron_chatflow.train.callbacks.restarts.Cause`.
+        changes: Changes of the schedule and its sources.
     """
 
     iteration: int
@@ -95,16 +98,16 @@ class Restart:
 
 
 class Records:
-    """Rows of numbers, stored as columns that grow and are cut at the end.
+    """Rows of numbers, stored as columns. Rows can be appended and removed at the end.
 
     Args:
-        fields: Keys of the numbers to keep of each row.
+        fields: Keys of the numbers to keep per row.
         block: Key of an object with numbers by source.
-        block_fields: Keys of the numbers to keep of each source.
+        block_fields: Keys of the numbers to keep per source.
 
     Attributes:
         iteration: Iteration of each row, ascending.
-        columns: Numbers by ``(field,)`` or ``(source, field)``; NaN where a row has none.
+        columns: Numbers by ``(field,)`` or ``(source, field)``; NaN if a row has no value.
     """
 
     def __init__(self, fields: Sequence[str], block: str, block_fields: Sequence[str]) -> None:
@@ -150,12 +153,12 @@ class Records:
         return True
 
     def column(self, *key: str) -> FloatArray:
-        """A copy of one column, float64[rows]; NaN throughout if no row has it."""
+        """Returns a copy of one column, float64[num_rows]; all NaN if the column is missing."""
         column = self.columns.get(key) or [math.nan] * len(self.iteration)
         return np.array(column, dtype=np.float64)
 
     def by_source(self) -> dict[str, dict[str, FloatArray]]:
-        """Copies of the columns of every source, in the order of first appearance."""
+        """Returns copies of the columns of every source, in the order of first appearance."""
         return {
             source: {field: self.column(source, field) for field in self._block_fields}
             for source in self._sources
@@ -163,13 +166,14 @@ class Records:
 
 
 class MetricsReader:
-    """Reads a `metrics.jsonl` that may grow, be cut or be replaced between reads.
+    """Reads a `metrics.jsonl` that may grow, be truncated or be replaced between reads.
 
     Attributes:
         path: The file.
-        training: One row for each logged iteration.
-        validation: One row for each validation.
-        repeats: Iteration that a resume went back to, with the last iteration logged before.
+        training: One row per logged iteration.
+        validation: One row per validation.
+        repeats: The last iteration logged before each resume, by the iteration that was resumed
+            from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,11 +190,11 @@ class MetricsReader:
 
     @property
     def num_unreadable(self) -> int:
-        """Lines that are not records, including an incomplete last line."""
+        """Number of lines that are not records, including an incomplete last line."""
         return self._num_unreadable + self._is_torn
 
     def read_new_lines(self) -> None:
-        """Parses what was appended, or the whole file if it was replaced or became shorter.
+        """Parses appended lines, or the whole file if it was replaced or became shorter.
 
         Raises:
             OSError: The file cannot be read.
@@ -203,7 +207,7 @@ class MetricsReader:
             file.seek(self._offset)
             self._is_torn = False
             for line in file:
-                # An object without a newline is complete; anything else may still be in writing.
+                # A last line without a newline may be incomplete unless it is a whole object.
                 if not line.endswith(b"\n") and parse_object(line) is None:
                     self._is_torn = True
                     return
@@ -221,7 +225,7 @@ class MetricsReader:
         elif "choice" not in record:
             reached = int(self.training.iteration[-1]) if self.training.iteration else 0
             if self.training.cut(iteration):
-                # The run was resumed before this iteration: what it had logged since is void.
+                # The run was resumed before this iteration, so later records are invalid.
                 self.repeats = {at: to for at, to in self.repeats.items() if at < iteration - 1}
                 self.repeats[iteration - 1] = reached
                 self.validation.cut(iteration)
@@ -229,7 +233,7 @@ class MetricsReader:
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """Parses a JSON object; None for anything else."""
+    """Parses a JSON object; returns None for anything else."""
     try:
         record = orjson.loads(line)
     except ValueError:
@@ -241,7 +245,7 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def _to_float(value: Any) -> float:
-    """The number as a float, NaN if it is not a number or too large to draw."""
+    """Converts a value to float; returns NaN for other types and above `MAX_MAGNITUDE`."""
     is_number = isinstance(value, int | float)
     return float(value) if is_number and -MAX_MAGNITUDE < value < MAX_MAGNITUDE else math.nan
 
@@ -271,21 +275,22 @@ def _parse_restart(record: Mapping[str, Any]) -> Restart | None:
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What one run logged.
+    """The logged metrics of one run.
 
     Attributes:
         name: Name of the run's folder.
         folder: The run's folder.
-        iteration: float64[n], ascending.
-        columns: Each of `RUN_FIELDS` as float64[n]; NaN where nothing was logged.
-        sources: `SOURCE_FIELDS` of each source, float64[n], in the order of first appearance.
-        validation_iteration: float64[m], ascending.
-        validation: `VALIDATION_FIELDS` of each source, float64[m].
-        restarts: Restarts in the order in which they happened.
-        status: One of `restarts.Status`; "" if unknown.
-        num_unreadable_lines: Torn or foreign lines that were skipped.
-        config: The resolved configuration; {} if the folder has none.
-        config_text: Text of the configuration's file.
+        iteration: float64[n], the logged iterations, ascending.
+        columns: float64[n] for each of `RUN_FIELDS`; NaN for missing values.
+        sources: float64[n] for each source and each of `SOURCE_FIELDS`. Sources are in the order of
+            first appearance.
+        validation_iteration: float64[m], the iterations with a validation, ascending.
+        validation: float64[m] for each source and each of `VALIDATION_FIELDS`.
+        restarts: Restarts in chronological order.
+        status: One of `megatron_chatflow.train.callbacks.restarts.Status`; "" if unknown.
+        num_unreadable_lines: Number of lines that were skipped because they are not records.
+        config: The resolved configuration; {} if there is no `config.yaml`.
+        config_text: Text of `config.yaml`; "" if it is missing.
     """
 
     name: str
@@ -302,23 +307,23 @@ class RunMetrics:
     config_text: str
 
     def setting(self, section: str, key: str) -> Any:
-        """One value of the configuration; None if it is not given."""
+        """Returns one value of the configuration; None if it is not set."""
         block = self.config.get(section)
         return block.get(key) if isinstance(block, dict) else None
 
     def train_count(self, key: str) -> int | None:
-        """A positive integer of the configuration's section ``train``; None if there is none."""
+        """Returns a positive integer from the section ``train``; None if it is not set."""
         value = self.setting("train", key)
         return value if type(value) is int and 0 < value < 2**63 else None
 
     @property
     def last_iteration(self) -> int:
-        """The last iteration that was logged or validated."""
+        """The last logged iteration, or the last validated one if no iteration was logged."""
         return int((self.iteration if len(self.iteration) else self.validation_iteration)[-1])
 
     @property
     def progress(self) -> float | None:
-        """Finished part of the run in [0, 1]; None if the configuration states no length."""
+        """Finished fraction of the run in [0, 1]; None if the configuration sets no length."""
         batch = self.train_count("global_batch_size") or 1
         samples = last_value(self.columns["consumed_samples"])
         for key, done, step in (
@@ -327,7 +332,7 @@ class RunMetrics:
         ):
             goal = self.train_count(key)
             if goal is not None and np.isfinite(done):
-                # Samples that do not fill a global batch are not trained.
+                # Remaining samples that do not fill a global batch are not trained.
                 return 1.0 if goal - done < step else done / goal
         return None
 
@@ -336,7 +341,7 @@ class RunReader:
     """Reads a run's folder repeatedly, parsing each line of its metrics once.
 
     Args:
-        folder: The folder that ``--save`` named. Nothing is read until `read` is called.
+        folder: The folder given by ``--save``. No I/O happens until `read` is called.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -347,8 +352,8 @@ class RunReader:
         """Returns everything logged so far.
 
         Raises:
-            UserError: The folder, its metrics or any readable line in them is missing, or
-                the configuration is damaged.
+            UserError: The folder or its metrics are missing or unreadable, no iteration was logged
+                yet, or the configuration is damaged.
         """
         folder, metrics = self._folder, self._metrics
         if not folder.is_dir():
@@ -391,14 +396,14 @@ class RunReader:
 
 
 def read_run(folder: Path) -> RunMetrics:
-    """Reads a run's folder once, see `RunReader.read`."""
+    """Reads a run's folder once; see `RunReader.read`."""
     return RunReader(folder).read()
 
 
 def _counted_restarts(
     iteration: FloatArray, columns: Mapping[str, FloatArray]
 ) -> tuple[Restart, ...]:
-    """Restarts of a run without `restarts.jsonl`, from the counters in its metrics."""
+    """Returns the restarts of a run without `restarts.jsonl`, from the counters in its metrics."""
     count, lost = (np.nan_to_num(columns[key]) for key in ("num_restarts", "seconds_lost"))
     return tuple(
         Restart(
@@ -411,7 +416,7 @@ def _counted_restarts(
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    """The configuration and its text; both are empty if there is no file."""
+    """Returns the configuration and its text; both are empty if the file is missing."""
     try:
         text = path.read_text(encoding="utf-8")
         return parse_yaml(text, str(path)), text
@@ -422,13 +427,13 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def last_value(values: FloatArray) -> float:
-    """The last finite value; NaN if there is none."""
+    """Returns the last finite value; NaN if there is none."""
     known = values[np.isfinite(values)]
     return float(known[-1]) if len(known) else math.nan
 
 
 def median(values: FloatArray) -> float:
-    """The median of the finite values; NaN if there is none."""
+    """Returns the median of the finite values; NaN if there is none."""
     known = values[np.isfinite(values)]
     return float(np.median(known)) if len(known) else math.nan
 
@@ -439,16 +444,17 @@ def condense(
     how: Literal["mean", "last", "extreme"] = "mean",
     max_points: int = MAX_POINTS,
 ) -> tuple[FloatArray, FloatArray]:
-    """Reduces a curve to at most ``max_points`` points, one for each group of neighbours.
+    """Reduces a curve to at most ``max_points`` points, one per group of consecutive points.
 
     Args:
         x: float64[n], ascending.
-        y: float64[n]. NaN is ignored within a group.
-        how: The group's ``mean``, its ``last`` value, or its value farthest from 0 (``extreme``).
+        y: float64[n]. ``mean`` and ``extreme`` ignore NaN.
+        how: The value of a group: its ``mean``, its ``last`` value, or its value of largest
+            magnitude (``extreme``).
         max_points: Maximum number of points.
 
     Returns:
-        The last x of each group and the reduced y, float64[<= max_points].
+        The last x and the reduced y of each group, float64[min(n, max_points)].
     """
     if len(x) <= max_points:
         return x, y
@@ -461,19 +467,19 @@ def condense(
         picked = [group[np.argmax(np.nan_to_num(np.abs(group), nan=-1.0))] for group in groups]
         return x[last], np.array(picked)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=RuntimeWarning)  # groups of nothing but NaN
+        warnings.simplefilter("ignore", category=RuntimeWarning)  # groups with only NaN
         return x[last], np.array([np.nanmean(group) for group in groups])
 
 
 def smooth(y: FloatArray, window: int) -> FloatArray:
-    """Centred moving mean of the finite values, over fewer points at the ends.
+    """Computes the centred moving mean of the finite values. The window is shorter at the ends.
 
     Args:
         y: float64[n].
         window: Number of points, odd; 1 returns ``y``.
 
     Returns:
-        float64[n]; NaN where the window holds no finite value.
+        float64[n]; NaN if the window contains no finite value.
     """
     if window <= 1 or not len(y):
         return y
@@ -486,7 +492,7 @@ def smooth(y: FloatArray, window: int) -> FloatArray:
 
 
 def smoothing_window(num_points: int) -> int:
-    """Window for `smooth`: 1 for short curves, about a thirtieth of the points of long ones."""
+    """Returns the window for `smooth`: 1 below 40 points, about a thirtieth of the points above."""
     return 1 if num_points < 40 else 2 * (num_points // 60) + 1
 
 
@@ -495,11 +501,11 @@ TOKENS, SAMPLES, ITERATION = "Tokens consumed", "Samples consumed", "Iteration"
 
 @dataclass(frozen=True)
 class XAxis:
-    """What a run's curves are drawn over.
+    """The horizontal axis of a run's curves.
 
     Attributes:
         label: `TOKENS`, `SAMPLES`, or `ITERATION` if the log has no such count.
-        x: float64[n], ascending, one value for each logged iteration.
+        x: float64[n], ascending, the position of each logged iteration.
         iteration: float64[n], the logged iterations.
     """
 
@@ -509,7 +515,10 @@ class XAxis:
 
     @classmethod
     def of(cls, run: RunMetrics, label: str = TOKENS) -> "XAxis":
-        """The axis of a run. Gaps in a count are interpolated; decreases are flattened."""
+        """Creates the axis of a run.
+
+        Missing counts are interpolated. Decreasing counts are replaced by the largest one so far.
+        """
         count = run.columns["consumed_samples" if label == SAMPLES else "consumed_tokens"]
         known = np.isfinite(count)
         if label == ITERATION or not known.any():
@@ -518,7 +527,10 @@ class XAxis:
         return cls(label, np.maximum.accumulate(x), run.iteration)
 
     def at(self, iterations: FloatArray) -> FloatArray:
-        """Positions of iterations, float64[m]; extrapolated at the mean rate beyond the log."""
+        """Returns the positions of iterations, float64[m].
+
+        Positions after the last logged iteration are extrapolated at the mean rate.
+        """
         if not len(self.x) or self.label == ITERATION:
             return iterations
         last = float(self.iteration[-1])
@@ -528,7 +540,7 @@ class XAxis:
 
 
 def samples_per_record(run: RunMetrics) -> FloatArray:
-    """Samples consumed between each logged iteration and the one before it, float64[n]."""
+    """Returns the samples consumed since the previous logged iteration, float64[n]."""
     consumed = run.columns["consumed_samples"]
     if not len(consumed):
         return consumed
@@ -540,10 +552,10 @@ def samples_per_record(run: RunMetrics) -> FloatArray:
 
 
 def realised_shares(run: RunMetrics) -> dict[str, FloatArray]:
-    """Share of each source in what was drawn since the logged iteration before, float64[n].
+    """Returns the share of each source since the previous logged iteration, float64[n] by source.
 
-    The field ``realised`` describes the logged iteration alone. The cumulative token counts include
-    the iterations between two logs, and are used where they are known.
+    The field ``realised`` describes only the logged iteration. The cumulative token counts include
+    the iterations between two logs, and are used if they are known.
     """
     total = np.diff(run.columns["consumed_tokens"], prepend=0.0)
     shares = {}
@@ -556,7 +568,7 @@ def realised_shares(run: RunMetrics) -> dict[str, FloatArray]:
 
 
 def deviation_from_plan(run: RunMetrics) -> dict[str, FloatArray]:
-    """Samples drawn minus samples planned of each source after each logged iteration.
+    """Returns the cumulative drawn minus planned samples of each source at each logged iteration.
 
     Returns:
         float64[n] by source; {} if the log does not cover every iteration from the first on.

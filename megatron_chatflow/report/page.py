@@ -1,8 +1,8 @@
-"""Writes one HTML page on one or several runs, which can be read offline.
+"""Writes a self-contained HTML page about one or several runs.
 
-The page holds plotly.js, its charts' data, tables and styles, and its content security policy
-forbids the browser to load anything else. Text that comes from files is escaped. `follow_runs`
-rewrites the page while runs go on, and the browser reloads it.
+The page contains plotly.js, the data of its charts, tables and styles. Its content security policy
+prevents the browser from loading anything else. All text from files is escaped. `follow_runs`
+rewrites the page while runs are in progress, and the browser reloads it.
 """
 
 import html
@@ -39,7 +39,7 @@ from megatron_chatflow.report.data import (
 from megatron_chatflow.runtime.table import format_duration, format_percent, format_value
 
 MAX_RESTARTS = 50
-"""Rows of the table of restarts."""
+"""Maximum number of rows in the table of restarts."""
 STATES = {
     "running": "running or killed",
     "exit_interval": "left at its exit interval",
@@ -158,11 +158,11 @@ def write_report(folders: Sequence[Path], output: Path) -> list[RunMetrics]:
     """Reads runs and writes their page.
 
     Args:
-        folders: Run folders, in the order in which they are shown.
-        output: The page, which is replaced atomically.
+        folders: Run folders, in the order of the page.
+        output: Path of the page, which is replaced atomically.
 
     Returns:
-        The runs.
+        The metrics of the runs.
 
     Raises:
         UserError: A folder is not a run, the page cannot be written, or plotly is not installed.
@@ -180,17 +180,17 @@ def follow_runs(
     say: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
 ) -> list[RunMetrics]:
-    """Writes the page every ``interval`` seconds until every run is finished or on Ctrl-C.
+    """Writes the page every ``interval`` seconds until every run is finished or Ctrl-C is pressed.
 
     Args:
-        folders: Run folders. Those without a logged iteration are waited for.
-        output: The page.
+        folders: Run folders. Folders without a logged iteration are read again until they have one.
+        output: Path of the page.
         interval: Seconds between two pages.
         say: Called with a line of text when the state changes.
-        sleep: Called between two pages.
+        sleep: Called with ``interval`` between two pages.
 
     Returns:
-        The runs as read last.
+        The metrics of the runs, as last read.
 
     Raises:
         UserError: A page cannot be written, or Ctrl-C was pressed before anything was logged.
@@ -224,9 +224,13 @@ def follow_runs(
 def write_page(
     runs: Sequence[RunMetrics], output: Path, refresh_seconds: float | None = None
 ) -> None:
-    """Writes the page of runs that were read, see `build_page`."""
+    """Writes the page of runs; see `build_page`.
+
+    Raises:
+        UserError: The page cannot be written, or plotly is not installed.
+    """
     page = build_page(runs, datetime.now(timezone.utc), refresh_seconds)
-    # A folder's name may hold bytes that are not UTF-8.
+    # The name of a folder may contain bytes that are not UTF-8.
     write_output_file(output, page.encode("utf-8", errors="replace"))
 
 
@@ -285,7 +289,10 @@ def build_page(
 
 
 def run_names(runs: Sequence[RunMetrics]) -> list[str]:
-    """A unique name for each run: its folder's name, with the parent's or a number if needed."""
+    """Returns a unique name for each run.
+
+    The name is the folder's name, with the parent folder's name or a number if necessary.
+    """
     names = [run.name for run in runs]
     longer = [f"{run.folder.resolve().parent.name}/{run.name}" for run in runs]
     names = [
@@ -295,7 +302,7 @@ def run_names(runs: Sequence[RunMetrics]) -> list[str]:
 
 
 def _comparison(runs: Sequence[RunMetrics], names: Sequence[str]) -> str:
-    """Charts with a curve for each run, and the last bits per byte of every source and run."""
+    """Builds the comparison: common charts of all runs, and the last bits per byte by source."""
     links = [f'<a href="#run-{k}">{html.escape(name)}</a>' for k, name in enumerate(names)]
     validated = {
         name: run for name, run in zip(names, runs, strict=True) if len(run.validation_iteration)
@@ -338,7 +345,7 @@ def _article(run: RunMetrics, name: str, anchor: str, now: datetime) -> str:
 
 
 def _summary(run: RunMetrics, now: datetime) -> str:
-    """Model, batch, parallelism and state of the run, as far as they are known."""
+    """Describes the model, batch, parallelism and state of a run, as far as they are known."""
     parts = []
     setting = run.setting
     preset, hidden = setting("model", "preset"), setting("model", "hidden_size")
@@ -374,7 +381,7 @@ def _summary(run: RunMetrics, now: datetime) -> str:
 
 
 def _tiles(run: RunMetrics) -> str:
-    """The headline figures."""
+    """Builds the progress bar and the tiles with the most important numbers."""
     if not len(run.iteration):
         return ""
     progress, columns = run.progress, run.columns
@@ -431,7 +438,7 @@ def _tiles(run: RunMetrics) -> str:
 
 
 def _sources_table(run: RunMetrics) -> str:
-    """What was drawn of each source."""
+    """Builds the table of samples, shares, weights, epochs and loss by source."""
     steps, shares = samples_per_record(run), realised_shares(run)
     total = float(np.nansum(steps)) or 1.0
     rows = []
@@ -454,7 +461,7 @@ def _sources_table(run: RunMetrics) -> str:
 
 
 def _validation_table(run: RunMetrics) -> str:
-    """First and last validation of each source."""
+    """Builds the table of the first and the last validation by source."""
     if not len(run.validation_iteration):
         return ""
     heads = [
@@ -474,7 +481,7 @@ def _validation_table(run: RunMetrics) -> str:
 
 
 def _before_after(values: FloatArray) -> tuple[str, str, str]:
-    """First value, last value, and the relative change with an arrow."""
+    """Formats the first value, the last value, and the relative change with an arrow."""
     before, after = float(values[0]), float(values[-1])
     if len(values) == 1:
         return "–", format_value(after), "–"
@@ -487,7 +494,7 @@ def _before_after(values: FloatArray) -> tuple[str, str, str]:
 
 
 def _restarts_table(run: RunMetrics) -> str:
-    """The last `MAX_RESTARTS` restarts with their causes and costs."""
+    """Builds the table of the last `MAX_RESTARTS` restarts."""
     shown = run.restarts[-MAX_RESTARTS:]
     causes = {"failed": "failed or killed", "unknown": "–", **PLANNED_CAUSES}
     rows = [
@@ -517,13 +524,16 @@ def _restarts_table(run: RunMetrics) -> str:
 def _table(
     caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 0
 ) -> str:
-    """A table, shown on narrow screens as blocks of labelled values; "" without rows.
+    """Builds a table. On narrow screens, its rows are shown as blocks of labelled values.
 
     Args:
         caption: HTML above the table.
-        heads: Text of the columns' heads; the first column holds the rows' heads.
+        heads: Text of the column heads. The first column contains the row heads.
         rows: HTML of the cells.
-        num_text_columns: Number of last columns that hold text and are aligned to the left.
+        num_text_columns: Number of columns at the end that contain text, aligned to the left.
+
+    Returns:
+        HTML; "" without rows.
     """
     if not rows:
         return ""
@@ -545,7 +555,7 @@ def _table(
 
 
 def _grid(charts: Sequence[Chart]) -> str:
-    """Two charts in a row; a chart that is alone in its row takes all of it."""
+    """Arranges charts in rows of two. A single chart in a row has the full width."""
     figures = []
     num_narrow = 0
     for k, chart in enumerate(charts):

@@ -1,6 +1,6 @@
-"""Draws pictures of the blend as PNG files: of a plan, and of a run that was logged.
+"""Draws the blend as PNG images: the plan of a run, and the logged shares of a run.
 
-matplotlib is imported only when a picture is drawn.
+matplotlib is an optional dependency and is imported only when an image is drawn.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_LEGEND_ENTRIES = 20
-"""A longer legend would leave no room for the picture."""
+"""Maximum number of legend entries. A longer legend would leave no space for the plot."""
 
 
 def plot_mixture(
@@ -41,18 +41,18 @@ def plot_mixture(
     unit: str = "samples",
     unit_per_sample: float = 1,
 ) -> bytes:
-    """Draws a planned run: planned shares as areas, realised ones as dots, epochs below.
+    """Draws the plan of a run: planned shares as areas, realised shares as dots, epochs below.
 
     Args:
-        curve: From `megatron_chatflow.blend.plan.mixture_curve`.
-        sources: Names in the curve's order.
-        samples_per_epoch: Size of each source whose epochs are drawn, in samples.
-        title: Title of the picture.
+        curve: The mixture, from `megatron_chatflow.blend.plan.mixture_curve`.
+        sources: Names of the sources, in the order of the curve.
+        samples_per_epoch: Samples per epoch by source. Epochs of missing sources are not drawn.
+        title: Title of the image.
         unit: Unit of the horizontal axis.
-        unit_per_sample: Units in a sample.
+        unit_per_sample: Number of units per sample.
 
     Returns:
-        A PNG.
+        The image as PNG.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -98,15 +98,15 @@ def plot_mixture(
 
 
 def plot_blend(run: RunMetrics) -> bytes:
-    """Draws a run's planned weights as lines and its realised shares as steps, at 1600 pixels.
+    """Draws the planned weights of a run as lines and its realised shares as steps.
 
-    Each step is the mean over a thirtieth of the run, weighted by the samples that were drawn.
+    Each step is the mean over a thirtieth of the run, weighted by the number of drawn samples.
 
     Args:
         run: A run that logged sources.
 
     Returns:
-        A PNG whose text is readable at half its size.
+        The image as PNG, 1600 pixels wide. Text is readable at half this size.
 
     Raises:
         UserError: matplotlib is not installed, or the run logged no sources.
@@ -147,7 +147,7 @@ def import_matplotlib() -> None:
     """Checks that matplotlib can be imported.
 
     Raises:
-        UserError: It is not installed.
+        UserError: matplotlib is not installed.
     """
     try:
         import matplotlib  # noqa: F401
@@ -172,10 +172,10 @@ def _format_count(value: float, _: object = None) -> str:
 
 
 def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns font families that can show the texts, and the texts.
+    """Returns font families that can display the texts, and the texts.
 
-    matplotlib's default font has no Chinese. A text with a character that no installed font has is
-    replaced by its number, with a warning.
+    The default font of matplotlib has no Chinese characters. If no installed font contains all
+    characters of a text, the text is replaced by its number, and a warning is logged.
     """
     from matplotlib import font_manager
 
@@ -184,7 +184,7 @@ def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     if not missing:
         return families, list(texts)
     _add_new_fonts()
-    # Upright and regular fonts first: matplotlib asks for the family in this style.
+    # Upright and regular fonts first, because matplotlib selects the family in this style.
     fonts = [font for font in font_manager.fontManager.ttflist if "Last Resort" not in font.name]
     fonts.sort(key=lambda font: (font.style != "normal", str(font.weight) not in ("400", "normal")))
     for font in fonts:
@@ -206,14 +206,14 @@ def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _add_new_fonts() -> None:
-    """Adds fonts that were installed after matplotlib had written its list of fonts."""
+    """Adds fonts that were installed after matplotlib cached its list of fonts."""
     from matplotlib import font_manager
 
     manager = font_manager.fontManager
     known = {font.fname for font in manager.ttflist}
     for path in font_manager.findSystemFonts():
         if path not in known:
-            with suppress(OSError, RuntimeError, UnicodeDecodeError):  # not one of its kinds
+            with suppress(OSError, RuntimeError, UnicodeDecodeError):  # unsupported font formats
                 manager.addfont(path)
 
 
