@@ -1,1 +1,1 @@
-"""A fuzzer of every kind of file that the project reads; see `README.md` beside this file."""
+"""Fuzzes every kind of file that the project reads. See `README.md` beside this file."""

@@ -1,9 +1,9 @@
-"""The fuzzer's command line; see `README.md` beside this file."""
+"""Runs the fuzzer's command line. See `README.md` beside this file."""
 
 import os
 import sys
 
-# One thread, because the process forks; a few arenas, because the address space is limited.
+# One thread, because the process forks. Few arenas, because the address space is limited.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

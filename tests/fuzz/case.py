@@ -1,14 +1,14 @@
-"""One case: a damaged copy of a corpus, a command that reads it, and what is wrong with the result.
+"""Runs one case: damages a copy of a corpus, runs a command that reads it, and judges the result.
 
-A finding is any of these:
+Each of the following is a finding:
 
-- a traceback, what Rust prints of a panic, an exit status other than 0 and 2, or a signal;
+- a traceback, a Rust panic, a signal, or an exit status other than 0 and 2;
 - memory or time above the limits;
-- a message that is not one line of at most 1,000 characters;
-- after an error, a file under its final name or a leftover; after success, an output that is not
-  there, or a leftover beside it;
-- success although the damage is one that hashes or the structure of the file show, with another
-  result than the undamaged files give;
+- an error message that is not one line of at most 1,000 characters;
+- after an error, a file under its final name or a leftover file;
+- after success, a missing output or a leftover file;
+- success with a result that differs from that of the undamaged files, although hashes or the
+  structure of the file reveal the damage;
 - success with an output that the project's own checks refuse.
 """
 
@@ -33,11 +33,11 @@ PLANTED = "planted"
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a corpus.
+    """Describes the damage to a corpus.
 
     Attributes:
         file: The damaged file, relative to the corpus.
-        how: What was done, for people and for `Command.is_covered`.
+        how: Description of the damage, for reports and for `Command.is_covered`.
     """
 
     file: str
@@ -45,25 +45,25 @@ class Damage:
 
 
 def never(damage: Damage) -> bool:
-    """No damage is covered."""
+    """Returns False: no damage is covered."""
     return False
 
 
 @dataclass(frozen=True)
 class Command:
-    """What reads a corpus.
+    """A command that reads a corpus.
 
     Attributes:
-        name: In reports.
-        run: The name of a tool with its arguments, or a function; runs in the corpus's folder.
-        outputs: Globs of the files that it writes, absent after an error.
-        may_write: Globs of further files that it may leave behind.
+        name: Name in reports.
+        run: Name of a tool with its arguments, or a function. Runs in the corpus's folder.
+        outputs: Globs of the output files, which must not exist after an error.
+        may_write: Globs of other files that the command may leave behind.
         compared: Globs of the files by which two results are compared.
-        is_covered: Whether a damage must be noticed: with it, success is a finding unless the
-            files in ``compared`` are those of the undamaged corpus.
-        statuses: Exit statuses that are none of a fault.
-        reads: Globs of the files that this command reads, and which it is therefore run for.
-        check: Looks at the folder after success; raises where something is wrong.
+        is_covered: Returns whether the command must notice a damage. If so, success is a finding
+            unless the files in ``compared`` are those of the undamaged corpus.
+        statuses: Exit statuses that are not findings.
+        reads: Globs of the files that this command reads. It only runs if one of them is damaged.
+        check: Checks the folder after success and raises if something is wrong.
     """
 
     name: str
@@ -89,10 +89,10 @@ class Command:
         return None
 
     def call_to_end(self) -> None:
-        """Runs the command in this process, which goes on after it.
+        """Runs the command in this process and returns.
 
         Raises:
-            RuntimeError: It fails.
+            RuntimeError: The command failed.
         """
         try:
             self.call()
@@ -106,12 +106,12 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: For ``--only``.
-        make: Writes the undamaged corpus into a folder; runs in a process of its own.
+        name: Name for ``--only``.
+        make: Writes the undamaged corpus into a folder. Runs in a separate process.
         damage: Damages one file of a copy of the corpus.
-        commands: What reads it.
-        needs: Kinds whose folders ``make`` reads, as siblings of its own.
-        limits: What a case may use.
+        commands: The commands that read the corpus.
+        needs: Kinds whose folders ``make`` reads. They are siblings of its own folder.
+        limits: Resource limits of a case.
     """
 
     name: str
@@ -122,19 +122,19 @@ class Kind:
     limits: Limits = field(default_factory=Limits)
 
     def command(self, name: str) -> Command:
-        """The command of a name."""
+        """Returns the command with this name."""
         return next(command for command in self.commands if command.name == name)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command did.
+    """The result of a command.
 
     Attributes:
         outcome: How its process ended.
-        digests: Of the files in `Command.compared`, by name.
-        written: Files that are new or changed, relative to the working folder.
-        problem: What its `Command.check` found; empty if nothing.
+        digests: Digests of the files in `Command.compared`, by name.
+        written: New or changed files, relative to the working folder.
+        problem: The error raised by `Command.check`, empty if there is none.
     """
 
     outcome: Outcome
@@ -177,24 +177,24 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of some globs; ``*`` matches slashes as well."""
+    """Returns whether a name matches one of the globs. ``*`` also matches slashes."""
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def judge(
     command: Command, damage: Damage | None, result: Result, expected: Result | None, limits: Limits
 ) -> str | None:
-    """What is wrong with a result.
+    """Judges a result.
 
     Args:
-        command: What was run.
-        damage: What was done to the corpus; None where nothing was.
-        result: What came of it.
-        expected: The result with the undamaged corpus.
-        limits: What the command was allowed to use.
+        command: The command that was run.
+        damage: The damage to the corpus, None if there is none.
+        result: The result of the command.
+        expected: The result for the undamaged corpus.
+        limits: The limits that applied to the command.
 
     Returns:
-        The finding's first line; None if all is well.
+        The first line of the finding, None if there is none.
     """
     outcome = result.outcome
     told = outcome.stderr
@@ -248,7 +248,7 @@ def _judge_message(told: str) -> str | None:
 
 def _last_line(told: str) -> str:
     lines = [line for line in told.strip().splitlines() if line.strip()]
-    # The extension modules' list of faulthandler says nothing.
+    # faulthandler's list of extension modules carries no information.
     lines = [line for line in lines if not line.startswith("Extension modules")]
     return lines[-1].strip()[:300] if lines else "nothing on standard error"
 

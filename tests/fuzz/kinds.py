@@ -1,4 +1,4 @@
-"""All kinds of files that are fuzzed, by name."""
+"""Lists all kinds of files that are fuzzed, by name."""
 
 from fuzz import kinds_data, kinds_model, kinds_text
 from fuzz.case import Kind

@@ -1,4 +1,4 @@
-"""Datasets, their loss masks and sidecars, and the metrics of a run."""
+"""Defines the kinds for datasets, their loss masks and sidecars, and the metrics of a run."""
 
 import json
 import random
@@ -22,7 +22,7 @@ _PARTS = [f"part0000{k}of00002_messages" for k in range(2)]
 
 
 def _make_dataset(folder: Path) -> None:
-    """Two parts of a job of chats with `--dedup`, the whole of it, and a run that reads it."""
+    """Creates two parts of a chat job with `--dedup`, the whole job, and a run that reads it."""
     copy_tokenizers(folder)
     answers = made_up_sentences(60, seed=5)
     chats = [{"instruction": f"bana {k}", "output": text} for k, text in enumerate(answers)]
@@ -84,12 +84,15 @@ def _damage_sidecar(folder: Path, rng: random.Random) -> Damage:
 
 
 def _is_hashed(damage: Damage) -> bool:
-    """A sidecar has the hash of `.bin`, of `.idx` and of the mask's `.bin`."""
+    """Returns whether a hash covers the damage.
+
+    A sidecar has the hashes of `.bin`, of `.idx` and of the mask's `.bin`.
+    """
     return not damage.file.endswith("_loss_mask.idx")
 
 
 def _check_merged(folder: Path, damage: Damage) -> None:
-    """What was merged passes the inspection that reads all of it."""
+    """Checks that the merged dataset passes the inspection that reads all of it."""
     from megatron_chatflow.preprocess.inspect import Inspection
 
     Inspection(folder / "all_messages_document").check_hashes()
@@ -207,11 +210,11 @@ def _damage_metrics(folder: Path, rng: random.Random) -> Damage:
 
 
 def _check_page(folder: Path, damage: Damage) -> None:
-    """The page is whole, and loads nothing."""
+    """Checks that the page is complete and loads nothing."""
     page = (folder / "page.html").read_text()
     figures = re.compile(r'<script type="application/json">(.*?)</script>', re.DOTALL)
     for figure in figures.findall(page):
-        orjson.loads(figure)  # refuses NaN
+        orjson.loads(figure)  # NaN is refused
     text = figures.sub("", page)
     if not page.endswith("</html>\n") or "NaN" in text.split("<script>")[0].split("<pre>")[0]:
         raise AssertionError("the page is cut or shows NaN")

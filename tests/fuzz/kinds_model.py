@@ -1,4 +1,4 @@
-"""Checkpoints and Hugging Face folders."""
+"""Defines the kinds for checkpoints and Hugging Face folders."""
 
 import io
 import json
@@ -34,7 +34,7 @@ _REHASHED = "hashes removed, "
 
 
 def _make_checkpoint(folder: Path) -> None:
-    """A run of two iterations, and its export."""
+    """Creates a run of two iterations and its export."""
     copy_tokenizers(folder)
     write_lines(folder / "a.jsonl", [{"text": text} for text in made_up_sentences(120, seed=2)])
     Command("", preprocess("--input", "a.jsonl", "--append-eod")).call_to_end()
@@ -92,13 +92,13 @@ def _damage_checkpoint(folder: Path, rng: random.Random) -> Damage:
     if rng.random() < 0.6 and path.name != "hashes.json":
         (checkpoint / "hashes.json").unlink()
         if path.name != "tensor_index.json" and rng.random() < 0.8:
-            (checkpoint / "tensor_index.json").unlink()  # else it guards the index
+            (checkpoint / "tensor_index.json").unlink()  # otherwise its hash protects the index
         how = _REHASHED + how
     return Damage(name, how)
 
 
 def _mutate_index(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Changes an index of a checkpoint as objects: its chunks, sizes, places and classes."""
+    """Changes the objects of a checkpoint's index: chunks, sizes, places and classes."""
     index = pickle.loads(content)
     what = rng.choice(["any", "any", "chunk", "chunk", "place", "class", "attribute"])
     if what == "class":
@@ -130,7 +130,7 @@ def _mutate_index(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _mutate_chunks(entry: Any, rng: random.Random) -> None:
-    """Lists a tensor's chunks twice, not at all, cut in two, shifted, or of another size."""
+    """Lists a tensor's chunks twice, not at all, split, shifted, or with another size."""
     import torch
 
     chunk = rng.choice(entry.chunks)
@@ -152,18 +152,18 @@ def _mutate_chunks(entry: Any, rng: random.Random) -> None:
 
 
 class _Planted:
-    """Pickles as a call that makes a file."""
+    """Pickles as a call that creates a file."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path("planted").touch.__func__, (Path("planted"),)
 
 
 class _Any:
-    """A class that no index holds."""
+    """A class that an index never contains."""
 
 
 def _pickle_that_sets_attributes(rng: random.Random) -> bytes:
-    """A pickle that takes a class and sets attributes of the class itself (BUILD)."""
+    """Returns a pickle that loads a class and sets attributes of the class itself (BUILD)."""
     module, name, attribute = rng.choice(
         [
             ("pathlib", "PosixPath", "with_name"),
@@ -181,7 +181,7 @@ def _pickle_that_sets_attributes(rng: random.Random) -> bytes:
 
 
 def _tensors(tensor: Any, rng: random.Random) -> Any:
-    """A tensor or other value that does not belong in the place of one."""
+    """Returns a tensor or another value that does not belong in the place of a tensor."""
     import torch
 
     shape = tuple(tensor.shape)
@@ -218,7 +218,7 @@ def _tensors(tensor: Any, rng: random.Random) -> Any:
 
 
 def _replace_record(content: bytes, checkpoint: Path, rng: random.Random) -> tuple[bytes, str]:
-    """Puts another value in place of a tensor of a file, and sets its place in the index."""
+    """Replaces the record of a tensor in a file, and updates its place in the index."""
     import torch
 
     path = checkpoint / ".metadata"
@@ -241,7 +241,7 @@ def _replace_record(content: bytes, checkpoint: Path, rng: random.Random) -> tup
 
 
 def _is_small_damage(damage: Damage) -> bool:
-    """The hashes of the small files are compared by every command."""
+    """Returns whether the damage is to a small file whose hash every command checks."""
     return (
         not damage.how.startswith(_REHASHED)
         and damage.file.startswith(_ITERATION)
@@ -250,7 +250,7 @@ def _is_small_damage(damage: Damage) -> bool:
 
 
 def _is_hashed(damage: Damage) -> bool:
-    """With `--ckpt-verify` every file's hash is compared."""
+    """Returns whether the damage is to a file whose hash `--ckpt-verify` checks."""
     return (
         not damage.how.startswith(_REHASHED)
         and damage.file.startswith(_ITERATION)
@@ -259,7 +259,7 @@ def _is_hashed(damage: Damage) -> bool:
 
 
 def fill_memory() -> None:
-    """Makes torch fill memory that it does not initialize with NaN, so that holes show."""
+    """Makes torch fill uninitialized memory with NaN, so that holes are detected."""
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -267,11 +267,11 @@ def fill_memory() -> None:
 
 
 def _check_export(folder: Path, damage: Damage) -> None:
-    """Nothing is exported that the checkpoint does not hold."""
+    """Checks that the export contains only values of the checkpoint."""
     from safetensors.torch import load_file
 
     if damage.file.endswith(".distcp"):
-        return  # values may have become NaN themselves
+        return  # the values themselves may have become NaN
     for path in sorted((folder / "new").glob("*.safetensors")):
         for name, tensor in load_file(path).items():
             if not math.isfinite(float(tensor.float().sum())):
@@ -337,7 +337,7 @@ CHECKPOINT = Kind(
 
 
 def _make_huggingface(folder: Path) -> None:
-    """An export as one file, as several, and as `pytorch_model.bin`."""
+    """Exports one file, several files, and `pytorch_model.bin`."""
     import torch
     from safetensors.torch import load_file
 
@@ -402,7 +402,7 @@ def _mutate_header(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _mutate_weights(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Changes a `pytorch_model.bin` by its values or by the entries of its archive."""
+    """Changes the values or the archive entries of a `pytorch_model.bin`."""
     import torch
 
     output = io.BytesIO()
@@ -431,7 +431,7 @@ def _mutate_weights(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _check_import(folder: Path, damage: Damage) -> None:
-    """What safetensors refuses is not imported either, and an import verifies."""
+    """Checks that safetensors can read what was imported, and that the import verifies."""
     from safetensors import safe_open
 
     model, _, name = damage.file.partition("/")

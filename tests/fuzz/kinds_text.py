@@ -1,4 +1,4 @@
-"""Tokenizers, configurations, chat templates, and text to preprocess, plain and compressed."""
+"""Defines the kinds for tokenizers, configurations, chat templates and preprocessing inputs."""
 
 import gzip
 import io
@@ -32,13 +32,13 @@ TEXTS = [
 
 
 def preprocess(*arguments: str, tokenizer: str = "tokenizer.model") -> tuple[str, ...]:
-    """The command line of a job that writes `out_*`."""
+    """Returns the command line of a job that writes `out_*`."""
     common = ("--output-prefix", "out", "--tokenizer-model", tokenizer, "--workers", "1")
     return ("preprocess_data.py", *arguments, *common)
 
 
 def write_tokenizers(folder: Path) -> None:
-    """Trains `tokenizer.model` and `bpe/tokenizer.json` with its configuration."""
+    """Trains `tokenizer.model`, and `bpe/tokenizer.json` with its configuration."""
     import tokenizers
     from tiny_run import train_tokenizer
 
@@ -71,14 +71,14 @@ def write_tokenizers(folder: Path) -> None:
 
 
 def copy_tokenizers(folder: Path) -> None:
-    """Copies the tokenizers' corpus beside another kind's files."""
+    """Copies the corpus of the tokenizers beside the files of another kind."""
     import shutil
 
     shutil.copytree(folder.parent / "tokenizer", folder, dirs_exist_ok=True)
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> None:
-    """JSON lines."""
+    """Writes JSON lines."""
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
@@ -115,7 +115,7 @@ def _damage_tokenizer(folder: Path, rng: random.Random) -> Damage:
 
 
 def _mutate_sentencepiece(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Changes fields of the model's message, or its bytes."""
+    """Changes fields or bytes of the model's protobuf message."""
     if rng.random() < 0.5:
         return mutate_bytes(content, rng)
     from sentencepiece import sentencepiece_model_pb2
@@ -205,7 +205,7 @@ _PARTS: dict[str, list[Any]] = {
 
 
 def _mutate_tokenizer_json(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Gives a tokenizer.json a part, an id or an added token that a valid file could have."""
+    """Adds a part, an id or an added token that a valid tokenizer.json could have."""
     tokenizer = json.loads(content)
     what = rng.choice([*_PARTS, "id", "added", "flag", "merge", "score"])
     model = tokenizer["model"]
@@ -263,7 +263,7 @@ def _encode(name: str) -> Callable[[], None]:
 
 
 def _reference_ids(name: str) -> list[list[int]] | None:
-    """The ids of `TEXTS` by sentencepiece or tokenizers; None where added tokens may differ."""
+    """Returns the library's ids of `TEXTS`, with None where added tokens may differ."""
     if name.endswith(".model"):
         import sentencepiece
 
@@ -362,7 +362,7 @@ def _damage_lines(folder: Path, rng: random.Random) -> Damage:
 
 
 def _line_bomb(rng: random.Random) -> tuple[bytes, str]:
-    """A file of a few megabytes that takes many times that once it is parsed."""
+    """Returns a file of a few megabytes that needs many times as much memory when parsed."""
     size = rng.choice([1, 4, 16]) << 20
     unit, begin, end = rng.choice(
         [
@@ -387,12 +387,12 @@ def _line_bomb(rng: random.Random) -> tuple[bytes, str]:
 
 
 def _check_counts(folder: Path, damage: Damage) -> None:
-    """Every line is a document, a blank line, or counted as dropped."""
+    """Checks that every line is a document, blank, or counted as dropped."""
     from megatron_chatflow.data.sidecar import read_sidecar
 
     sidecar = read_sidecar(folder / "out_text_document")
     assert sidecar is not None
-    # Blank lines are no records; JSON's four whitespace characters make one.
+    # Blank lines are not records. Only JSON's white space makes a line blank.
     lines = (folder / "text.jsonl").read_bytes().split(b"\n")
     num_records = sum(bool(line.strip(b" \t\r")) for line in lines)
     num_known = sidecar["num_documents"] + sum(sidecar["dropped"].values())
@@ -503,7 +503,7 @@ def _damage_compressed(folder: Path, rng: random.Random) -> Damage:
 
 
 def _write_bomb(path: Path, rng: random.Random) -> str:
-    """Writes a small file that expands to hundreds of megabytes, or to very many records."""
+    """Writes a small file that expands to hundreds of megabytes or to very many records."""
     size = rng.choice([8, 32, 128]) << 20
     if path.suffix == ".parquet":
         return _write_parquet_bomb(path, rng)
@@ -556,7 +556,10 @@ def _write_parquet_bomb(path: Path, rng: random.Random) -> str:
 
 
 def _is_checksummed(damage: Damage) -> bool:
-    """Gz and zst hold a checksum of the text; bombs are no damage."""
+    """Returns whether the file has a checksum of its text, as gz and zst do.
+
+    Bombs are not damage.
+    """
     return not damage.how.startswith("bomb") and damage.file.endswith((".gz", ".zst"))
 
 
@@ -821,7 +824,7 @@ def _damage_yaml(folder: Path, rng: random.Random) -> Damage:
 
 
 def _aliases(rng: random.Random) -> bytes:
-    """Aliases that multiply what they name."""
+    """Returns YAML aliases that multiply what they refer to."""
     lines = ["model: {num_layers: 2}", "a0: &a0 " + rng.choice(["[x, x, x]", "{k: 1}", "x"])]
     for k in range(1, rng.choice([4, 12, 40])):
         names = ", ".join([f"*a{k - 1}"] * rng.choice([2, 9]))

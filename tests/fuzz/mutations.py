@@ -28,14 +28,14 @@ VALUES += [[], {}, [[]], [1, 2], {"": 0}, {"a\nb" * 9000: -1}, [None] * 1000, [[
 
 
 def mutate_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Damages bytes in one to three places.
+    """Damages bytes at one to three places.
 
     Args:
         content: The bytes.
-        rng: What chooses.
+        rng: Generator of the random choices.
 
     Returns:
-        Other bytes, and what was done, such as ``truncate``.
+        The damaged bytes and the kind of damage, such as ``truncate``.
     """
     changed = bytearray(content)
     done = []
@@ -50,7 +50,7 @@ def mutate_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 
 def _place(content: bytearray, rng: random.Random) -> int:
-    """A position; often one at the beginning or the end, where headers and directories lie."""
+    """Draws a position, often near the beginning or the end, where headers and directories are."""
     size = len(content)
     near = min(size, 64)
     return rng.choice(
@@ -133,9 +133,9 @@ _BYTE_MUTATIONS: dict[str, Callable[[bytearray, random.Random], None]] = {
 
 
 def places(value: Any, most: int = 20_000) -> list[tuple[Any, Any]]:
-    """Every container in a value with each of its keys, at most ``most``.
+    """Returns every container in a value with each of its keys, at most ``most``.
 
-    Dictionaries, lists and dataclasses count as containers; a dataclass's keys are its fields.
+    Dictionaries, lists and dataclasses are containers. The keys of a dataclass are its fields.
     """
     found: list[tuple[Any, Any]] = []
     todo = [value]
@@ -158,7 +158,7 @@ def _keys(value: Any) -> list[Any]:
 
 
 def get(container: Any, key: Any) -> Any:
-    """The value at a place."""
+    """Returns the value at a place."""
     return container[key] if isinstance(container, (dict, list)) else getattr(container, key)
 
 
@@ -173,16 +173,16 @@ def put(container: Any, key: Any, value: Any) -> None:
 def mutate_object(
     value: Any, rng: random.Random, values: Sequence[Any] = VALUES, depth: int = 0
 ) -> tuple[Any, str]:
-    """Changes a copy of nested containers in one or two places.
+    """Changes a copy of nested containers at one or two places.
 
     Args:
-        value: Dictionaries, lists and dataclasses of anything.
-        rng: What chooses.
-        values: What may take a value's place.
-        depth: Not to be given.
+        value: Nested dictionaries, lists and dataclasses.
+        rng: Generator of the random choices.
+        values: Values that may replace another one.
+        depth: Recursion depth. Callers leave it at its default.
 
     Returns:
-        The copy, and what was done, such as ``delete key``.
+        The copy and the kind of damage, such as ``delete key``.
     """
     changed = copy.deepcopy(value)
     done = []
@@ -213,7 +213,7 @@ def mutate_object(
 
 
 def vary(value: Any, rng: random.Random) -> Any:
-    """A value near another one: a number by one or by a factor, text with a character changed."""
+    """Returns a similar value: a number changed by one or by a factor, text with one edit."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -226,7 +226,7 @@ def vary(value: Any, rng: random.Random) -> Any:
         changed = mutate_object(list(value), rng)[0]
         try:
             return type(value)(changed)
-        except TypeError:  # a torch.Size holds whole numbers alone
+        except TypeError:  # a torch.Size only holds integers
             return tuple(changed)
     if isinstance(value, list):
         return rng.sample(value, len(value))
@@ -234,7 +234,7 @@ def vary(value: Any, rng: random.Random) -> Any:
 
 
 def mutate_json(content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Damages a JSON file by its values, by its text or by its bytes."""
+    """Damages a JSON file in its values, its text or its bytes."""
     way = rng.random()
     if way < 0.7:
         value, done = mutate_object(json.loads(content), rng)
@@ -260,7 +260,7 @@ JSON_TOKENS += ["[" * 3000, "\n", "\n\n", "\ufeff", "\r\n", "//", "\x00", '{"a":
 
 
 def mutate_text(content: bytes, rng: random.Random, tokens: Sequence[str]) -> tuple[bytes, str]:
-    """Inserts tokens of a grammar into text, or puts them in place of some of it."""
+    """Inserts tokens of a grammar into text, or replaces parts of it by them."""
     text = content.decode("utf-8", "surrogateescape")
     for _ in range(rng.choice([1, 1, 2, 4])):
         at = rng.randrange(len(text) + 1)

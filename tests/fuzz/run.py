@@ -1,4 +1,4 @@
-"""Makes the corpora, runs cases until the time is up, and saves what was found."""
+"""Makes the corpora, runs cases until the time is up, and saves the findings."""
 
 import argparse
 import importlib
@@ -23,7 +23,7 @@ _NO_DAMAGE = Damage("", "none")
 
 
 def main() -> int:
-    """Parses the command line and fuzzes; 1 if there is a finding."""
+    """Parses the command line and fuzzes. Returns 1 if there is a finding."""
     from fuzz.kinds import KINDS
 
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
@@ -46,13 +46,13 @@ def main() -> int:
 
 
 def import_everything() -> None:
-    """Imports the package with all that it needs, so that cases need not."""
+    """Imports the package with all of its dependencies, so that cases need not."""
     import torch
 
     torch.set_num_threads(1)
     from megatron_chatflow.runtime import cpu
 
-    cpu.install()  # megatron-core has to be imported after this
+    cpu.install()  # megatron-core must be imported after this
     import megatron_chatflow
 
     for module in pkgutil.walk_packages(megatron_chatflow.__path__, "megatron_chatflow."):
@@ -68,7 +68,7 @@ def import_everything() -> None:
 
 
 def _with_needs(chosen: Sequence[Kind], kinds: dict[str, Kind]) -> list[Kind]:
-    """The chosen kinds, each behind those whose corpora it needs."""
+    """Returns the chosen kinds, each after the kinds whose corpora it needs."""
     found: dict[str, Kind] = {}
 
     def visit(kind: Kind) -> None:
@@ -83,7 +83,7 @@ def _with_needs(chosen: Sequence[Kind], kinds: dict[str, Kind]) -> list[Kind]:
 
 @dataclass
 class Counts:
-    """What came of a kind's cases."""
+    """Counts the results of a kind's cases."""
 
     num_cases: int = 0
     num_refused: int = 0
@@ -93,22 +93,22 @@ class Counts:
 
 
 class Fuzzer:
-    """Runs cases and keeps what it finds."""
+    """Runs cases and keeps its findings."""
 
     def __init__(self, work: Path, output: Path, seed: int) -> None:
-        """Initializes; corpora are made by `prepare`.
+        """Initializes the fuzzer. `prepare` makes the corpora.
 
         Args:
             work: A folder for corpora and cases.
-            output: Findings go below this folder.
-            seed: Of all damage.
+            output: The folder for findings.
+            seed: Seed of all damage.
         """
         self._work, self._output, self._seed = work, output, seed
         self._expected: dict[tuple[str, str], Result] = {}
         self.counts: dict[str, Counts] = {}
 
     def prepare(self, kind: Kind, *, is_fuzzed: bool = True) -> None:
-        """Makes a kind's corpus, and runs its commands on it undamaged.
+        """Makes a kind's corpus and runs its commands on it undamaged.
 
         Raises:
             RuntimeError: A command fails although nothing is damaged.
@@ -130,14 +130,17 @@ class Fuzzer:
             self._expected[kind.name, command.name] = result
 
     def _run(self, kind: Kind, command: Command, damage: Damage) -> Result:
-        """Runs a command in the working folder; copies an undamaged corpus there first."""
+        """Runs a command in the working folder.
+
+        Without damage, the corpus is copied there first.
+        """
         folder = self._work / "case"
         if damage is _NO_DAMAGE:
             copy_corpus(self._work / "corpora" / kind.name, folder)
         return run_command(command, damage, folder, self._work / "logs", kind.limits)
 
     def run(self, kinds: Sequence[Kind], seconds: float) -> int:
-        """Runs cases, each of the kind that has had the least time so far.
+        """Runs cases, each of the kind that has used the least time so far.
 
         Returns:
             1 if there is a finding, else 0.
@@ -151,7 +154,7 @@ class Fuzzer:
         return self._report()
 
     def run_case(self, kind: Kind, number: int) -> str | None:
-        """Runs the ``number``-th case of a kind; returns the finding, if it is one."""
+        """Runs the ``number``-th case of a kind. Returns the finding, or None."""
         counts = self.counts.setdefault(kind.name, Counts())
         begin = time.monotonic()
         rng = random.Random(f"{self._seed} {kind.name} {number}")
@@ -165,7 +168,7 @@ class Fuzzer:
         expected = self._expected.get((kind.name, command.name))
         original = self._work / "corpora" / kind.name / damage.file
         is_same = (self._work / "kept" / damage.file).read_bytes() == original.read_bytes()
-        judged = None if is_same else damage  # lists of one entry cannot be shuffled
+        judged = None if is_same else damage  # for example, a list of one entry cannot be shuffled
         problem = judge(command, judged, result, expected, kind.limits)
         counts.num_cases += 1
         counts.num_refused += result.outcome.status == 2
@@ -219,7 +222,7 @@ class Fuzzer:
 
 
 def replay(case: Path, kinds: dict[str, Kind], work: Path) -> int:
-    """Runs a saved finding again; 1 if it is still one."""
+    """Runs a saved finding again. Returns 1 if it is still a finding."""
     saved = json.loads((case / _CASE).read_text())
     kind = kinds[saved["kind"]]
     command, damage = kind.command(saved["command"]), Damage(**saved["damage"])

@@ -24,13 +24,13 @@ _MOST_SHOWN = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What one case may use.
+    """Resource limits of one case.
 
     Attributes:
         cpu_seconds: Processor time of each of its processes.
-        wall_seconds: Time until all its processes are killed.
-        memory_bytes: Peak resident memory above what the process begins with.
-        address_bytes: Address space above what the process begins with; protects the machine.
+        wall_seconds: Time after which all of its processes are killed.
+        memory_bytes: Peak resident memory above that at the start of the process.
+        address_bytes: Address space above that at the start of the process. Protects the machine.
         file_bytes: Size of each file that it writes.
     """
 
@@ -43,14 +43,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended.
+    """Describes how a process ended.
 
     Attributes:
-        status: Exit status; negative for the signal that ended it.
-        stdout: What it wrote there, at most 1 MiB of it.
-        stderr: Likewise.
-        memory_bytes: Peak resident memory above what it began with.
-        cpu_seconds: Of the process and of those that it waited for.
+        status: Exit status, negative for the signal that ended the process.
+        stdout: Standard output, at most 1 MiB of it.
+        stderr: Standard error, at most 1 MiB of it.
+        memory_bytes: Peak resident memory above that at its start.
+        cpu_seconds: Processor time of the process and of the children that it waited for.
         is_late: Whether it was killed at its wall clock limit.
     """
 
@@ -68,24 +68,24 @@ def run_limited(
     """Runs a function in a forked process.
 
     Args:
-        target: What to run. Its result is the exit status if it is an integer.
-        folder: The process's working folder.
-        logs: Where its two output streams are written.
-        limits: What it may use.
+        target: The function. Its result is the exit status if it is an integer.
+        folder: Working folder of the process.
+        logs: Folder for its two output streams.
+        limits: Resource limits.
 
     Returns:
         How it ended.
     """
     limits = limits or Limits()
     logs.mkdir(parents=True, exist_ok=True)
-    # Freed memory that malloc keeps is resident already: a child could use it unmeasured.
+    # Freed memory that malloc keeps is already resident: a child could use it unmeasured.
     return_freed_memory()
     sys.stdout.flush()
     sys.stderr.flush()
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-        # Pages of mapped files are not copied, so it begins with less than its parent has.
+        # Pages of mapped files are not copied, so the child starts with less than its parent has.
         resident, address = _memory_bytes()
         os.write(writer, b"%d" % resident)
         os.close(reader)
@@ -106,7 +106,7 @@ def run_limited(
 
 
 def _memory_bytes() -> tuple[int, int]:
-    """Resident memory and address space of this process."""
+    """Returns resident memory and address space of this process, in bytes."""
     pages = [int(field) for field in Path("/proc/self/statm").read_text().split()]
     return pages[1] * resource.getpagesize(), pages[0] * resource.getpagesize()
 
@@ -114,7 +114,7 @@ def _memory_bytes() -> tuple[int, int]:
 def _run_child(
     target: Callable[[], object], folder: Path, logs: Path, limits: Limits, address: int
 ) -> None:
-    """Everything that the forked process does; it does not return."""
+    """Does everything that the forked process does. Does not return."""
     status = 1
     try:
         os.setsid()
@@ -150,7 +150,7 @@ def _run_child(
 
 
 def _wait(process: int, seconds: float) -> tuple[int, resource.struct_rusage, bool]:
-    """Waits for a process, then ends whatever it leaves behind in its session."""
+    """Waits for a process, then ends all remaining processes of its session."""
     deadline, is_late, pause = time.monotonic() + seconds, False, 0.001
     while True:
         found, status, usage = os.wait4(process, 0 if is_late else os.WNOHANG)
