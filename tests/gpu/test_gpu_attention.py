@@ -1,4 +1,4 @@
-"""Every attention back end that is installed, against fp32, forward and backward."""
+"""Compares every installed attention backend with fp32, forward and backward."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ class _Settings:
 
 
 def attend(backend: str, tensors: list[torch.Tensor], boundaries: list[int]) -> list[torch.Tensor]:
-    """The context and its gradients by queries, keys and values."""
+    """Returns the context and its gradients with respect to queries, keys and values."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     packed = pack_tokens(
         torch.tensor(boundaries, dtype=torch.int32),
@@ -58,7 +58,7 @@ def test_equals_fp32(
 def attend_as_rank(
     backend: str, tensors: list[torch.Tensor], shard: ContextShard, boundaries: list[int]
 ) -> list[torch.Tensor]:
-    """What one context-parallel rank computes, and its gradients by all keys and values."""
+    """Returns the context of one context-parallel rank and its gradients by all inputs."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     packed = pack_tokens(
         torch.tensor(boundaries, dtype=torch.int32),
@@ -78,9 +78,9 @@ def attend_as_rank(
 def test_fewer_queries_than_keys_equal_fp32(
     device: torch.device, backend: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As under context parallelism: the last query of a span sees the last of its keys."""
+    """Under context parallelism the last query of a span attends to the last of its keys."""
     skip_without(backend, device)
-    # One process holds what the ranks would gather; keys are not turned by angles here.
+    # One process holds what the ranks would gather. Rotary embedding is disabled.
     monkeypatch.setattr(attention, "gather_context", lambda tensor, shard: tensor)
     monkeypatch.setattr(attention, "apply_rotary", lambda query, key, *_: (query, key))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every implementation that is installed agrees with fp32 at 7B's widths, and one is chosen."""
+"""Tests that all installed implementations agree with fp32 at LLaMA-2 7B's widths."""
 
 import pytest
 import torch
@@ -31,5 +31,5 @@ def test_a_choice_at_the_width_of_7b(device: torch.device, num_groups: int) -> N
     for choice, operation in zip(choose_fastest(operations, device), operations, strict=True):
         print(f"{operation.name}: {choice.description}")
         assert choice.name in operation.implementations
-        # What is installed and fits these sizes is right.
+        # Every installed implementation that supports these sizes is correct.
         assert "left out" not in choice.description, choice.description

@@ -1,4 +1,4 @@
-"""The compiled kernels and their operators on a GPU, at the widths of LLaMA-2, against fp32."""
+"""Compares the compiled kernels and their operators on a GPU with fp32, at LLaMA-2's widths."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_softmax(device: torch.device, size: tuple[int, int, int], dtype: torch.
 
 @pytest.mark.parametrize("implementation", ["ours", "torch"])
 def test_linear_cross_entropy(device: torch.device, implementation: str) -> None:
-    """Loss and gradients of the whole function, over several chunks, a padded vocabulary."""
+    """Compares loss and gradients with several chunks and a padded vocabulary."""
     torch.manual_seed(0)
     num_tokens, width, pieces, num_rows = 5000, 512, 32003, 32128
     hidden = torch.randn(num_tokens, width, device=device).bfloat16()

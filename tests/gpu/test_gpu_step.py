@@ -1,4 +1,4 @@
-"""Whole training steps on a GPU, against the same steps on a CPU."""
+"""Compares whole training steps on a GPU with the same steps on a CPU."""
 
 import pytest
 from step_worker import take_steps
@@ -13,7 +13,7 @@ def test_steps_follow_those_of_a_cpu(dtype: str, rel: float, micro_batch_size: i
     )
     assert actual["losses"] == pytest.approx(expected["losses"], rel=rel)
     assert actual["norms"] == pytest.approx(expected["norms"], rel=10 * rel)
-    # What the steps change is far more than what is tolerated.
+    # The steps change the loss far more than the tolerance.
     assert expected["losses"][0] - expected["losses"][-1] > 10 * rel * expected["losses"][0]
 
 
