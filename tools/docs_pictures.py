@@ -1,4 +1,4 @@
-"""Makes the pictures of the README and the documentation."""
+"""Creates the images of the README and the documentation."""
 
 from megatron_chatflow.errors import exit_on_interrupt
 
@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   python tools/docs_pictures.py pipeline --output docs/images/pipeline.png
 """
 
-# Steps of the data's way: what it is, what makes the next, where the code lies.
+# Steps of the data path: what each step holds, what produces the next, and where the code is.
 STEPS = (
     ("Text", "JSON lines, Parquet,\npairs, chats", ""),
     ("Datasets", ".bin .idx .json\nloss masks", "preprocess/\ntokenizer/"),
@@ -37,7 +37,7 @@ STEPS = (
 
 
 def main() -> None:
-    """Parses the command line and makes a picture."""
+    """Parses the command line and creates an image."""
     parser = ArgumentParser(
         description="Makes a picture of a run for the documentation.",
         epilog=EXAMPLES,
@@ -157,7 +157,7 @@ def take_screenshot(run_dir: Path, width: int, height: int) -> bytes:
         command = [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *(f"--user-data-dir={scratch / 'profile'}", f"--window-size={width},{height}"),
-            # Charts are drawn before the picture is taken, however slow the machine is.
+            # Charts are drawn before the screenshot is taken, however slow the machine is.
             *("--virtual-time-budget=20000", f"--screenshot={picture}", page.as_uri()),
         ]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")

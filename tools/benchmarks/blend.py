@@ -136,7 +136,8 @@ def measure(schedule: Schedule, num_samples: int) -> dict[str, float | int | Non
 
     return {
         "first_batch_ms": 1e3 * _seconds(partial(start, 0)),
-        # The better of two tries, so that what else the machine does is not taken for the worst.
+        # The better of two tries, so that other activity of the machine does not count as the worst
+        # case.
         "cold_ms": 1e3 * max(min(_seconds(partial(start, at)) for _ in range(2)) for at in places),
         **_going_on(schedule, num_samples),
         "held_bytes": _held_bytes(schedule, num_samples),
@@ -145,7 +146,7 @@ def measure(schedule: Schedule, num_samples: int) -> dict[str, float | int | Non
 
 
 def _rounded_down(error: float) -> float:
-    """Rounds down to four digits, so that no error is reported that was not reached."""
+    """Rounds down to four digits, so that the reported error never exceeds the observed one."""
     return math.floor(1e4 * error) / 1e4
 
 
@@ -162,8 +163,8 @@ def _going_on(schedule: Schedule, num_samples: int) -> dict[str, float]:
     size = min(_ROUND_SAMPLES, num_samples // 2)
     rounds = []
     for number in range(_NUM_ROUNDS):
-        # Rounds begin with a leaf, and what is drawn before them belongs to the leaf before it:
-        # every sample of a round is drawn within it.
+        # Rounds begin at a leaf. Samples drawn earlier belong to the previous leaf, so every sample
+        # of a round is drawn within the round.
         begin = (num_samples - size) * number // _NUM_ROUNDS // _LEAF * _LEAF
         blend.take(max(begin - 1, 0), begin)
 

@@ -137,12 +137,13 @@ def _measure(
         for name, subject in subjects.items():
             torch.distributed.barrier()
             timing = _slowest(subject(number + 1), ranks)
-            # The first round of each touches memory and disk for the first time.
+            # The first round of each subject touches memory and disk for the first time.
             if number:
                 timings[name].append(timing)
             if ranks.process.rank == 0:
                 _empty(root)
-    # Steps of several processes wait for each other, and each is busy for another time.
+    # Not measured with several processes: their steps wait for each other, and each process is busy
+    # at other times.
     alone = ranks.process.world_size == 1
     slowdown = _slowdown(model, saver, chunks, optimizer) if alone else None
     return [_row(name, values, timings, num_bytes, slowdown) for name, values in timings.items()]

@@ -20,10 +20,10 @@ from megatron_chatflow.errors import UserError
 OURS, STANDARD, FAST = "megatron_chatflow", "preprocess_data.py", "preprocess_data_fast.py"
 SENTENCEPIECE = "sentencepiece"
 _SAMPLE_SECONDS = 0.1
-# What all three tools are told.
+# Arguments common to all three tools.
 _COMMON: tuple[str, ...] = ("--input", "{input}", "--output-prefix", "{prefix}", "--append-eod")
 
-# What sentencepiece in Python is on its own: parse, encode, write the ids, on one core.
+# The cost of sentencepiece in Python alone: parse, encode and write the ids, on one core.
 _SENTENCEPIECE_LOOP = """
 import json, sys
 import numpy as np
@@ -44,8 +44,8 @@ class Usage:
     Attributes:
         seconds: Wall time.
         cpu_seconds: User and system time of the job and its child processes.
-        rss_bytes: Peak of the summed resident sets; shared pages count once per process.
-        pss_bytes: Peak of the summed proportional sets; shared pages count once.
+        rss_bytes: Peak of the summed resident sets. Shared pages count once per process.
+        pss_bytes: Peak of the summed proportional sets. Shared pages count once.
     """
 
     seconds: float
@@ -118,12 +118,12 @@ def megatrons_tool(
 
 
 def megatrons_fast_tool(checkout: Path, python: str, folder: Path) -> Contender:
-    """Megatron-LM's `preprocess_data_fast.py`, which takes every core that it gets.
+    """Returns Megatron-LM's `preprocess_data_fast.py`, which uses every available core.
 
     Args:
-        checkout: Of Megatron-LM.
+        checkout: Checkout of Megatron-LM.
         python: Path of the interpreter.
-        folder: The model as transformers reads it: the script knows no other.
+        folder: Folder of the model for transformers, the only format that the script reads.
     """
     arguments: tuple[str, ...] = (
         "--input",
@@ -148,7 +148,7 @@ def _of_checkout(
     script = checkout / "tools" / name
     if not script.exists():
         raise UserError(f"--megatron-path: no tools/{name} in {checkout}: give a checkout's root")
-    # Before an installed megatron-core, which may be of another version than the script.
+    # Takes precedence over an installed megatron-core, which may differ in version from the script.
     path = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = (("PYTHONPATH", path), ("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
     return Contender(

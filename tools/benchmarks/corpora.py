@@ -20,9 +20,9 @@ import orjson
 from megatron_chatflow.data.indexed import HEADER, MAGIC, IndexedDatasetWriter, bin_path, idx_path
 from megatron_chatflow.errors import UserError
 
-VOCAB_SIZE = 32_000  # of the datasets of random ids
+VOCAB_SIZE = 32_000  # vocabulary of the datasets of random ids
 
-# A sentence runs to its mark, with the quotes and blanks behind it, or to the line's end.
+# A sentence ends with its punctuation mark and the quotes and blanks after it, or with the line.
 _SENTENCE = re.compile(r".+?(?:[。！？；]+[”』」）]*\n*|[.!?]+[\"')\]]*\s+|\n+|\Z)|\n+", re.DOTALL)
 _WORD = re.compile(r"\w+")
 _BATCH = 1 << 12
@@ -48,7 +48,7 @@ class MadeCorpus:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Splits a text into sentences; joined they are the text."""
+    """Splits a text into sentences. Their concatenation is the text."""
     return _SENTENCE.findall(text)
 
 

@@ -141,7 +141,8 @@ def _copy(sources: list[Path], target: Path) -> None:
                 while ahead.result():
                     number += 1
                     ahead = pool.submit(os.readv, reading, [blocks[number % 2]])
-                    os.write(writing, blocks[(number - 1) % 2])  # the last one whole as well
+                    # write the last block completely, too
+                    os.write(writing, blocks[(number - 1) % 2])
                 os.close(reading)
         os.fsync(writing)
     finally:

@@ -99,7 +99,7 @@ def _row(operation: Operation, name: str, num_rounds: int, device: torch.device)
     try:
         seconds = median_seconds(operation, operation.implementations[name], device, num_rounds)
     except Exception as error:
-        # A library may raise anything where it meets a GPU that it was not made for.
+        # A library may raise any exception on a GPU that it does not support.
         logger.warning("%s by %s: left out: %s", operation.name, name, error)
         return None
     return {

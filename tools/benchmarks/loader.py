@@ -35,7 +35,7 @@ _MICRO_BATCH_SIZE = 4
 _GLOBAL_BATCH_SIZE = 64
 _WEIGHTS = (0.7, 0.3)
 _SCALES = (10**9, 10**10, 10**11, 10**12)
-_LARGEST_OF_PEER = 10**10  # above it, building the peer's index takes minutes and gigabytes
+_LARGEST_OF_PEER = 10**10  # above this size, building the peer's index takes minutes and gigabytes
 
 OURS, PEER = "megatron_chatflow", "megatron-core"
 
@@ -103,7 +103,7 @@ class OurDataset:
 
     Attributes:
         num_samples: Number of samples in an epoch.
-        num_index_bytes: Size of the packing index; other kinds of samples need no index.
+        num_index_bytes: Size of the packing index. Other kinds of samples need no index.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class OurDataset:
         """Builds the source from a configuration.
 
         Raises:
-            UserError: It has no samples, or cannot be read.
+            UserError: The source has no samples or cannot be read.
         """
         source = SourceConfig(paths=(prefix,), boundaries=boundaries, packing=packing)
         knot = KnotConfig(at=0, weights={"corpus": 1.0})
@@ -137,10 +137,10 @@ class OurDataset:
 
 
 class OurBatches:
-    """Batches of a blend over one corpus, taken as two sources, assembled when they are asked for.
+    """Batches of a blend over one corpus, used as two sources and assembled on request.
 
     Attributes:
-        num_index_bytes: 0; no index is built.
+        num_index_bytes: 0, because no index is built.
     """
 
     num_index_bytes = 0
@@ -168,7 +168,7 @@ class OurBatches:
         self._batches = self._loader.batches(0, _GLOBAL_BATCH_SIZE)
 
     def batch(self, begin: int, end: int, micro_batch_size: int) -> GlobalBatch:
-        """Returns the batch that begins at ``begin``; sequential calls need no new iterator."""
+        """Returns the batch that begins at ``begin``. Sequential calls reuse the iterator."""
         batch = next(self._batches)
         if batch.begin != begin:
             self._batches = self._loader.batches(begin, end - begin)
@@ -231,7 +231,7 @@ class PeerDataset:
 
 
 class PeerBatches:
-    """Batches of a `BlendedDataset` over one corpus, taken as two sources.
+    """Batches of a `BlendedDataset` over one corpus, used as two sources.
 
     Attributes:
         num_index_bytes: Size of the indices of the blend and of its datasets.
@@ -268,7 +268,7 @@ def _fetch_rows(prefix: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     if arguments.peers:
         peer = partial(PeerDataset, prefix, length)
         yield _fetch_row("window", PEER, prefix, peer, num_samples)
-        # It isolates by a dense mask of seq_length squared: a few samples say enough.
+        # It isolates documents by a dense mask of seq_length squared, so a few samples suffice.
         few = min(num_samples, 2 * _NUM_ROUNDS)
         yield _fetch_row(isolated, PEER, prefix, partial(peer, isolate=True), few)
 

@@ -50,7 +50,7 @@ class PeerProcess:
         command = [sys.executable, "-m", __name__, json.dumps({**order, "shape": vars(shape)})]
         path = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).resolve().parents[1])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
-        # A file, because a pipe that nobody reads fills up.
+        # A file, because a pipe would fill up if nobody reads it.
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
         self._processes = [
             subprocess.Popen(
@@ -69,7 +69,7 @@ class PeerProcess:
         """Runs one step in the processes and returns the loss.
 
         Raises:
-            UserError: A process ended; the others are stopped as well.
+            UserError: A process ended. The others are stopped as well.
         """
         for process in self._processes:
             assert process.stdin is not None
@@ -114,7 +114,7 @@ def _ranks(num_processes: int) -> list[dict[str, str]]:
     size = str(num_processes)
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     job |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    # Together they have as many threads as the one process beside them.
+    # Together they have as many threads as the single process that they are compared with.
     job["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_processes))
     return [{**job, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
 

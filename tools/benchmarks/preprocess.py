@@ -48,7 +48,7 @@ from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = ("text", "roofs", "merge")
 _DEMO = Path(".demo/corpus")
-# Ours against whom, in what, and how many times at least.
+# The quantity and the minimum ratio of a peer's cost to ours, by peer and language.
 _TARGETS = {
     (STANDARD, "english"): ("cpu_seconds", 8.0),
     (STANDARD, "chinese"): ("cpu_seconds", 5.0),
@@ -56,7 +56,7 @@ _TARGETS = {
     (FAST, "chinese"): ("seconds", 2.0),
 }
 _MAX_RSS_BYTES = 300_000_000
-_START_NOISE = 0.1  # by so much of themselves start-ups differ
+_START_NOISE = 0.1  # the variation of start-up times, as a fraction
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +210,7 @@ def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str,
 
 
 def _beyond(whole: float, start: float) -> float | None:
-    """Subtracts the start-up; None if the rest is within the variation of start-ups."""
+    """Subtracts the start-up. Returns None if the rest is within the variation of start-ups."""
     return whole - start if whole - start > _START_NOISE * start else None
 
 
@@ -221,7 +221,7 @@ def _ratios(row: dict[str, Cell], ours: Row, name: str, language: str | None) ->
         row: The peer's row.
         ours: Our row with as many workers.
         name: Name of the peer.
-        language: Language of the corpus; None if there is no target.
+        language: Language of the corpus, None if there is no target.
     """
     found: dict[str, Cell] = {}
     for cost in ("seconds", "cpu_seconds"):
@@ -237,7 +237,7 @@ def _ratios(row: dict[str, Cell], ours: Row, name: str, language: str | None) ->
 
 
 def _differences(name: str, ours: Path, theirs: Path, tokenizer: Tokenizer) -> dict[str, Cell]:
-    """Counts documents with other ids than ours, and those of them with control ids in the text."""
+    """Counts documents whose ids differ from ours, and those among them with control ids."""
     own = IndexedDataset(f"{ours}_text_document")
     if name == SENTENCEPIECE:
         same = np.array_equal(np.fromfile(theirs, np.int32), own.tokens)
@@ -256,7 +256,7 @@ def _differences(name: str, ours: Path, theirs: Path, tokenizer: Tokenizer) -> d
 
 
 def _parse_rows(language: str, corpus: MadeCorpus, num_rounds: int) -> Iterator[Row]:
-    """Measures only parsing JSON, on one core, from memory."""
+    """Measures parsing JSON alone, on one core, from memory."""
     lines = corpus.path.read_bytes().splitlines()
     parsers: dict[str, Callable[[bytes], object]] = {"orjson": orjson.loads, "json": json.loads}
     for name, parse in parsers.items():

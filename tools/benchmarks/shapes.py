@@ -8,7 +8,7 @@ from megatron_chatflow.config import ModelConfig
 
 # The name of our step among the subjects.
 OURS = "ours"
-# Of the generator of the tokens, the same for every subject.
+# Seed of the tokens, the same for every subject.
 SUBJECT_SEED = 0
 
 
@@ -17,14 +17,14 @@ class Shape:
     """Shape of the model and of the batch that a benchmark trains.
 
     Attributes:
-        num_layers: Transformer layers.
-        hidden_size: Width.
-        ffn_hidden_size: Width inside the feed-forward block.
-        num_attention_heads: Heads.
-        num_query_groups: Key/value heads.
-        seq_length: Tokens of a sample.
-        micro_batch_size: Samples of a step.
-        vocab_size: Tokens of the vocabulary.
+        num_layers: Number of transformer layers.
+        hidden_size: Hidden size.
+        ffn_hidden_size: Width of the feed-forward block.
+        num_attention_heads: Number of attention heads.
+        num_query_groups: Number of key/value heads.
+        seq_length: Tokens per sample.
+        micro_batch_size: Samples per step.
+        vocab_size: Tokens in the vocabulary.
         recompute: Whether our step keeps only the input of each layer and recomputes the rest.
     """
 
@@ -60,11 +60,11 @@ class Shape:
         )
 
 
-# Widths of LLaMA-2, most with fewer layers, and a model that one CPU trains.
+# Widths of LLaMA-2, mostly with fewer layers, and a model that one CPU can train.
 SHAPES = {
     "58m": Shape(8, 512, 1376, 8, 8, 1024, 4),
     "7b": Shape(8, 4096, 11008, 32, 32, 4096, 2),
-    # The whole of it: 18 bytes a parameter are 121 GB.
+    # The complete model: 18 bytes per parameter are 121 GB.
     "7b-whole": Shape(32, 4096, 11008, 32, 32, 4096, 1, recompute=True),
     "13b": Shape(6, 5120, 13824, 40, 40, 4096, 2),
     "70b": Shape(3, 8192, 28672, 64, 8, 4096, 1),

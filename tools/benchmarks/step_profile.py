@@ -20,7 +20,7 @@ from megatron_chatflow.runtime.device import copy_rate, peak_flops, product_rate
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.table import Row
 
-# The first part whose words occur in an operation's name has its time.
+# An operation's time counts for the first part with a word that occurs in the operation's name.
 _PARTS = (
     ("loss", ("crossentropy", "cross_entropy", "softmax_statistics", "softmax_gradient")),
     ("RoPE", ("rope", "rotate", "rotary")),
@@ -51,9 +51,9 @@ def part_of(operation: str) -> str:
 def least_bytes(shape: Shape, tensor_parallel_size: int = 1) -> dict[str, int]:
     """Returns the bytes that each part must read and write in a bf16 step, each tensor once.
 
-    Norm: input and output, and backward input, gradient and gradient; SwiGLU likewise, twice as
-    wide on one side. Loss: the logits in and out. Optimizer: fp32 weight, gradient and two moments
-    in, all but the gradient out.
+    Norm: input and output; in the backward pass input, output gradient and input gradient. SwiGLU:
+    the same, with one side twice as wide. Loss: reads and writes the logits. Optimizer: reads the
+    fp32 weight, gradient and two moments, and writes all but the gradient.
     """
     tokens = shape.num_tokens
     wide = tokens * shape.ffn_hidden_size // tensor_parallel_size
@@ -71,16 +71,16 @@ def time_and_flops(
 ) -> dict[str, tuple[float, float]]:
     """Returns microseconds and FLOPs of each part from the averages of a profile.
 
-    On a GPU a profile holds operators, each with the time of the kernels that it launched, and the
-    kernels once more. Operators alone have our names and FLOPs, so they are what is counted; what
-    kernels took beyond them is a part of its own, `OUTSIDE`.
+    On a GPU a profile lists operators, each with the time of the kernels that it launched, and the
+    kernels themselves. Only operators have the package's names and FLOPs, so only they are counted.
+    Kernel time beyond theirs forms a separate part, `OUTSIDE`.
     """
     micros: dict[str, float] = defaultdict(float)
     flops: dict[str, float] = defaultdict(float)
     kernels = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            # A range that a user has named lies over kernels that are there themselves.
+            # A user-defined range covers kernels that are listed themselves.
             kernels += (
                 0.0 if getattr(event, "is_user_annotation", False) else event.self_device_time_total
             )
@@ -95,12 +95,12 @@ def time_and_flops(
 
 
 def profile_rows(step: Callable[[], float], shape: Shape, ranks: Ranks) -> list[Row]:
-    """Profiles one step after a warm-up step; collective over all ranks.
+    """Profiles one step after a warm-up step. Collective over all ranks.
 
     Args:
         step: Function that runs a step.
         shape: Shape of the model and batch.
-        ranks: Ranks of this process; on a GPU its kernels are timed.
+        ranks: Ranks of this process. On a GPU its kernels are timed.
     """
     step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ranks.is_cuda else [])
@@ -109,7 +109,7 @@ def profile_rows(step: Callable[[], float], shape: Shape, ranks: Ranks) -> list[
     parts = time_and_flops(trace.key_averages(), is_cuda=ranks.is_cuda)
     whole = sum(own for own, _ in parts.values())
     peak, _ = peak_flops(ranks.device, torch.bfloat16)
-    # A CPU's peak is such a product already.
+    # The peak of a CPU is measured by such a product already.
     product = product_rate(ranks.device, torch.bfloat16) if ranks.is_cuda else peak
     moved = least_bytes(shape, ranks.tensor_parallel_size)
     rate = copy_rate(ranks.device)

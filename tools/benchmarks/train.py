@@ -39,7 +39,7 @@ from megatron_chatflow.runtime.table import Row
 
 ON_DATA = "ours, on data"
 _SOURCE = "mock"  # the name that the guard of `training_steps.Ours` knows
-_NUM_TOKENS = 20_000_000  # of a made-up dataset: 40 MB
+_NUM_TOKENS = 20_000_000  # tokens of a made-up dataset: 40 MB
 AS_IT_COMES = ", as it comes"
 
 
@@ -147,7 +147,7 @@ def _check_tensor_parallel(size: int, shape: Shape, num_processes: int) -> None:
 
 
 def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Ranks) -> Row:
-    """Measures our step on data from files; its rounds alternate with those on mock data."""
+    """Measures our step on data from files. Its rounds alternate with those on mock data."""
     with (
         tempfile.TemporaryDirectory() as folder,
         OnData(ours, shape, arguments.data, Path(folder)) as on_data,
@@ -217,7 +217,7 @@ class OnData(AbstractContextManager["OnData"]):
         return float(self._ours.step(batch))
 
     def median_wait(self) -> float:
-        """Returns the median wait in seconds, without the first batch, which was not prefetched."""
+        """Returns the median wait in seconds, without the first batch, which is not prefetched."""
         return statistics.median(self.waits[1:])
 
     def __exit__(
@@ -233,7 +233,7 @@ class OnData(AbstractContextManager["OnData"]):
 def _beside_peers(
     ours: Subject, names: Sequence[str], shape: Shape, arguments: argparse.Namespace, ranks: Ranks
 ) -> list[Row]:
-    """Measures each peer in turn; its rounds alternate with ours."""
+    """Measures each peer in turn. Its rounds alternate with ours."""
     variants = [(name, True) for name in names]
     if not ranks.is_cuda:
         variants += [(name, False) for name in names]
@@ -253,7 +253,7 @@ def _beside_peers(
 def _beside_tensor_parallel(
     ours: Subject, shape: Shape, arguments: argparse.Namespace, ranks: Ranks
 ) -> list[Row]:
-    """Measures our step over several processes, without and with sequence parallelism."""
+    """Measures our step over several processes, with and without sequence parallelism."""
     num_processes = arguments.tensor_parallel
     rows: list[Row] = []
     for name, switches in (

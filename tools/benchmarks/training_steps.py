@@ -59,9 +59,13 @@ class Ours:
     """
 
     def __init__(self, shape: Shape, tokens: torch.Tensor, ranks: Ranks, **parallel: bool) -> None:
-        """Builds model and optimizer; ``tokens`` are int64[micro_batch_size, seq_length + 1].
+        """Builds model and optimizer.
 
-        ``parallel`` are keys of the configuration section of that name.
+        Args:
+            shape: Shape of the model and batch.
+            tokens: Token ids with the last label, int64[micro_batch_size, seq_length + 1].
+            ranks: Ranks of this process.
+            **parallel: Keys of the configuration section ``parallel``.
         """
         config = _run_config(shape, ranks, **parallel)
         self.config = config
@@ -144,7 +148,8 @@ class Transformers:
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True
         )
-        # transformers shifts the labels itself; the same tokens are seen, one fewer is predicted.
+        # transformers shifts the labels itself, so the same tokens are read and one fewer is
+        # predicted.
         self._tokens = tokens[:, :-1].contiguous().to(ranks.device)
         self._device = ranks.device.type
 
@@ -173,7 +178,7 @@ class PlainMegatron:
 
         config = _run_config(shape)
         settings = transformer_config(config.model, config.parallel, config.train, ranks)
-        # On GPUs its own SwiGLU is the one that it compiles, whatever ours takes.
+        # On GPUs use its own compiled SwiGLU, whatever our step uses.
         settings.bias_activation_fusion = ranks.is_cuda
         with device_mode(ranks.device):
             model = GPTModel(
@@ -196,7 +201,7 @@ class PlainMegatron:
         self._labels = tokens[:, 1:].contiguous().to(ranks.device)
         length = shape.seq_length
         self._positions = torch.arange(length, device=ranks.device).expand_as(self._tokens)
-        # Its unfused softmax wants the mask: True where a token may not look.
+        # Its unfused softmax needs a mask that is True for tokens that must not be attended to.
         causal = torch.ones(length, length, dtype=torch.bool, device=ranks.device).triu(1)
         self._mask = causal[None, None]
 
