@@ -1,18 +1,18 @@
-"""Atomic writes: files and folders appear under their final names complete, or not at all.
+"""Atomic writes: files and folders have their final names only once they are complete.
 
-Everything is written under a temporary name in the same folder, flushed to the disk and renamed:
+All data is written under a temporary name in the same folder, flushed to disk and renamed:
 
 * `write_atomically` for the content of a small file,
 * `StagedFile` and `publish_all` for large files that are written as a stream,
 * `new_folder` and `replace_folder` for whole folders.
 
-A file under a temporary name is locked with `flock`. The kernel releases the lock when the process
-ends, however it ends, so a temporary file that can be locked was left by a killed process. Process
-ids are not used, because they are reused and differ between containers. On a shared file system
-`flock` may be local to each machine, so temporary names contain the machine's name and only
-leftovers of the same machine are removed.
+Temporary files are locked with `flock`. The kernel releases the lock whenever the process ends,
+even if it is killed, so a temporary file that can be locked was left by a killed process. Process
+ids are not used, because they are reused and differ between containers. On a shared file system,
+`flock` may be local to each machine. Temporary names therefore contain the name of the machine, and
+only temporary files of the same machine are removed.
 
-`DirectWriter` is the one place that writes past the page cache.
+`DirectWriter` bypasses the page cache. It is the only writer that does so.
 """
 
 import errno
@@ -39,28 +39,29 @@ from megatron_chatflow.errors import DISK_FULL, UserError
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 1 << 12
-"""Direct writes need positions, lengths and memory addresses that are multiples of this."""
+"""Positions, lengths and memory addresses of direct writes must be multiples of this, in bytes."""
 COPY_BYTES = 1 << 23
-"""Bytes that `StagedFile.append_file` reads ahead, hashes and writes at a time."""
+"""Size of the blocks that `StagedFile.append_file` reads, hashes and writes, in bytes."""
 PARTIAL_SUFFIX = ".partial"
 
-_LARGE_BYTES = 1 << 22  # from here on, a second thread hashes while the bytes are written
+_LARGE_BYTES = 1 << 22  # blocks of this size or more are hashed in a second thread
 _PROBE_BYTES = 4096
-_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path keeps one of the two slashes
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path collapses the two slashes
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _PARTIAL, _OLD = "partial", "old"
 _LEFTOVER = re.compile(rf"\.(.+)\.([\w-]+)\.([0-9a-f]{{8}})\.({_PARTIAL}|{_OLD})")
-_EARLIER_LEFTOVER = re.compile(rf"\.(.+)\.\d+\.({_PARTIAL}|{_OLD})")  # with a process id
+# Earlier versions used a process id.
+_EARLIER_LEFTOVER = re.compile(rf"\.(.+)\.\d+\.({_PARTIAL}|{_OLD})")
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a disk, a quota or a limit on file sizes is exhausted."""
+    """Returns whether a disk is full, or a quota or a limit on file sizes is exceeded."""
     return error.errno in DISK_FULL
 
 
 @contextmanager
 def as_user_error(path: Path) -> Iterator[None]:
-    """Turns an `OSError` of writing ``path`` into a `UserError`."""
+    """Converts an `OSError` in the block to a `UserError` that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -71,10 +72,14 @@ def as_user_error(path: Path) -> Iterator[None]:
 def host_name(
     id_files: tuple[str, ...] = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id"),
 ) -> str:
-    """Returns this machine's name for use in temporary names; it contains no dots.
+    """Returns a name of this machine for temporary files. It contains no dots.
 
-    Machines that share a file system may have the same host name (``localhost``, containers), so
-    eight digits of a hash of the machine id follow it, or of the boot id where there is none.
+    Machines that share a file system may have the same host name (``localhost``, containers). The
+    name therefore ends with eight digits of a hash of the machine id, or of the boot id if there is
+    no machine id.
+
+    Args:
+        id_files: Files with an id of the machine. The first that is not empty is used.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", os.uname().nodename) or "host"
     for path in id_files:
@@ -85,7 +90,11 @@ def host_name(
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes a file to the disk."""
+    """Flushes a file to disk.
+
+    Raises:
+        OSError: The file cannot be opened or flushed.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -94,14 +103,14 @@ def fsync_path(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, where its file system supports that for folders.
+    """Flushes the entries of a folder to disk, if its file system supports this.
 
     Raises:
-        OSError: The disk fails. Files that were renamed before keep their final names.
+        OSError: The flush failed. Files that were renamed before keep their final names.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # the folder can be written to but not listed
+    except PermissionError:  # the folder is writable but not readable
         return
     try:
         os.fsync(descriptor)
@@ -119,7 +128,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flushes every file below ``folder``, and the entries of every folder."""
+    """Flushes all files below ``folder`` and the entries of all folders to disk.
+
+    Raises:
+        OSError: A file or folder cannot be flushed.
+    """
     for parent, _, names in os.walk(folder):
         for name in names:
             fsync_path(Path(parent) / name)
@@ -127,15 +140,16 @@ def sync_tree(folder: Path) -> None:
 
 
 class FileLock:
-    """An exclusive lock on a path, released when its process ends.
+    """An exclusive lock on a path, which the kernel releases when the process ends.
 
     Attributes:
-        is_effective: False on a file system without locks, where other processes go unnoticed.
-        descriptor: The open file.
+        is_effective: Whether the lock excludes other processes; False if the file system does not
+            support locks.
+        descriptor: The descriptor of the locked file.
     """
 
     def __init__(self, path: Path, descriptor: int, *, is_effective: bool) -> None:
-        """Takes ownership of an open descriptor. Use `acquire` instead."""
+        """Initializes the lock with a descriptor, which it will close. Use `acquire` instead."""
         self.is_effective = is_effective
         self.descriptor = descriptor
         self._path = path
@@ -147,13 +161,13 @@ class FileLock:
         """Opens the file, creating it if it is missing, and locks it.
 
         Args:
-            path: A lock file, or the temporary file to be written.
-            wait: Whether to wait for another process to release it.
+            path: A lock file, or the temporary file that will be written.
+            wait: Whether to wait until another process releases the lock.
             for_writing: Whether the caller writes to the file. If not, a file of another user is
-                opened read-only, which is enough to lock it.
+                opened read-only, which is sufficient to lock it.
 
         Returns:
-            The lock; None while another process holds it.
+            The lock; None if another process holds it and ``wait`` is False.
 
         Raises:
             OSError: The file cannot be opened.
@@ -166,7 +180,7 @@ class FileLock:
                     raise
                 try:
                     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-                except FileNotFoundError:  # it could not be created
+                except FileNotFoundError:  # the file is missing and cannot be created
                     raise error from None
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,13 +192,17 @@ class FileLock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            # Between our open and our lock, the owner before us may have removed or renamed it.
+            # The previous owner may have removed or renamed the file between `open` and `flock`.
             if _is_same_file(descriptor, path):
                 return cls(path, descriptor, is_effective=True)
             os.close(descriptor)
 
     def release(self, *, remove: bool = True) -> None:
-        """Releases the lock, and first removes its file."""
+        """Releases the lock.
+
+        Args:
+            remove: Whether to remove the file before the lock is released.
+        """
         if remove:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
@@ -199,7 +217,7 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def refuse_url(path: str | Path) -> None:
-    """Raises `UserError` for a URL such as ``s3://bucket/name`` in place of a file's path."""
+    """Raises `UserError` if a path is a URL such as ``s3://bucket/name``."""
     if _URL.match(str(path)):
         raise UserError(
             f"{path}: is a URL, and only local paths are supported: copy it to a disk, or mount "
@@ -208,10 +226,11 @@ def refuse_url(path: str | Path) -> None:
 
 
 def check_output_file(path: Path) -> None:
-    """Checks that a file can be written, without leaving anything behind.
+    """Checks that a file can be written, without creating it.
 
     Raises:
-        UserError: It is a folder or a device, or its folder cannot be created or written.
+        UserError: The path is a URL, a folder or a device, or its folder is not writable and cannot
+            be created.
     """
     refuse_url(path)
     refuse_other_than_file(path)
@@ -219,10 +238,10 @@ def check_output_file(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """Checks that a folder, which may exist, can be written, without leaving anything behind.
+    """Checks that a folder is writable or can be created, without creating it.
 
     Raises:
-        UserError: It is a file, or cannot be created or written.
+        UserError: The path is a URL or a file, or the folder is not writable and cannot be created.
     """
     refuse_url(path)
     if path.exists() and not path.is_dir():
@@ -231,7 +250,7 @@ def check_output_folder(path: Path) -> None:
 
 
 def refuse_other_than_file(path: Path) -> None:
-    """Raises `UserError` for a path that renaming a file could not, or must not, replace."""
+    """Raises `UserError` if a path exists and is not a regular file, so it must not be replaced."""
     if path.is_dir():
         raise UserError(f"cannot write: {path}: is a folder; name a file")
     if path.exists() and not path.is_file():
@@ -239,7 +258,7 @@ def refuse_other_than_file(path: Path) -> None:
 
 
 def _try_to_write(path: Path, folder: Path) -> None:
-    """Writes a nameless file in a folder, or in the nearest parent that exists."""
+    """Writes an unnamed file in a folder, or in its nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         if folder.is_symlink():
             raise UserError(f"cannot write: {path}: {folder} is a link to nothing; name another")
@@ -256,7 +275,11 @@ def _try_to_write(path: Path, folder: Path) -> None:
 
 
 def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes a file in place and flushes it to the disk; the caller renames it or its folder."""
+    """Writes a file in place and flushes it to disk. The caller renames it or its folder.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -264,14 +287,18 @@ def write_and_sync(path: Path, content: bytes) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a small file: readers see either the old content or the new.
+    """Replaces a small file atomically. Readers see either the old or the new content.
 
-    The temporary file has a fixed name for each user of a host, so that the next process reuses
-    what a killed one left. Processes that share the name wait for each other.
+    The name of the temporary file is fixed for each user of a host, so that a file left by a killed
+    process is reused. Processes with the same temporary file wait for each other.
+
+    Args:
+        path: The file. Its folder must exist.
+        content: The content. Strings are encoded as UTF-8.
 
     Raises:
-        OSError: The file cannot be written. `path` is unchanged then, unless only the sync of its
-            folder failed; see `sync_folder`.
+        OSError: The file cannot be written. ``path`` is then unchanged, unless only the flush of
+            its folder failed; see `sync_folder`.
     """
     data = content.encode() if isinstance(content, str) else content
     owner = f"{host_name()}-{os.geteuid()}"
@@ -279,7 +306,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     lock = FileLock.acquire(temporary, wait=True, for_writing=True)
     assert lock is not None
     try:
-        if not lock.is_effective:  # nothing excludes other processes: use a file of our own
+        if not lock.is_effective:  # other processes are not excluded, so use a unique name
             lock.release()
             temporary = path.with_name(f".{path.name}.{owner}.{os.getpid()}.partial")
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -298,10 +325,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_output_file(path: Path, content: str | bytes) -> None:
-    """Writes a file that the user named as `write_atomically` does, and creates missing folders.
+    """Replaces a file atomically and creates missing folders; see `write_atomically`.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +339,7 @@ def remove_file(path: Path) -> None:
     """Removes a file if it exists.
 
     Raises:
-        UserError: It cannot be removed, for example on a read-only disk.
+        UserError: The file cannot be removed, for example on a read-only disk.
     """
     try:
         path.unlink(missing_ok=True)
@@ -321,15 +348,16 @@ def remove_file(path: Path) -> None:
 
 
 def check_new_folder(output: Path, *, overwrite: bool, mark: str) -> None:
-    """Checks, without leaving anything behind, that `new_folder` can create a folder.
+    """Checks that `new_folder` can create a folder, without creating it.
 
     Args:
-        output: The final name.
-        overwrite: Whether an existing folder of that name is replaced.
-        mark: A file that every folder of this kind contains.
+        output: The final path.
+        overwrite: Whether an existing folder may be replaced.
+        mark: Name of a file that every folder of this kind contains. Other folders are not
+            replaced.
 
     Raises:
-        UserError: The folder exists, or cannot be written.
+        UserError: The folder exists and may not be replaced, or its parent is not writable.
     """
     refuse_url(output)
     _refuse_existing(output, overwrite=overwrite, mark=mark)
@@ -338,20 +366,24 @@ def check_new_folder(output: Path, *, overwrite: bool, mark: str) -> None:
 
 @contextmanager
 def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> Iterator[Path]:
-    """Creates a temporary folder that becomes ``output`` when the block ends without an error.
+    """Creates a temporary folder and renames it to ``output`` if the block ends without an error.
 
-    ``.NAME.lock`` excludes a second process with the same output. What killed processes left in the
-    parent folder is removed first.
+    The lock file ``.NAME.lock`` excludes other processes with the same output. Temporary folders
+    that killed processes left in the parent folder are removed first.
 
     Args:
-        output: The final name.
-        overwrite: Whether an existing folder of that name is replaced.
-        mark: A file that every folder of this kind contains; no other folder is replaced.
-        num_bytes: About how many bytes will be written.
+        output: The final path.
+        overwrite: Whether an existing folder may be replaced.
+        mark: Name of a file that every folder of this kind contains. Other folders are not
+            replaced.
+        num_bytes: Estimated number of bytes that will be written.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        UserError: The folder exists, the disk is full or not writable, or another process is
-            writing the same folder.
+        UserError: The folder exists and may not be replaced, the disk is full or not writable, or
+            another process is writing the same folder.
     """
     _refuse_existing(output, overwrite=overwrite, mark=mark)
     try:
@@ -368,7 +400,8 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
     try:
         if lock.is_effective:
             _remove_leftovers(output)
-            _refuse_existing(output, overwrite=overwrite, mark=mark)  # it may have been restored
+            # `_remove_leftovers` may have restored the folder.
+            _refuse_existing(output, overwrite=overwrite, mark=mark)
         free = shutil.disk_usage(output.parent).free
         if free < num_bytes:
             raise UserError(
@@ -412,17 +445,17 @@ def _refuse_existing(output: Path, *, overwrite: bool, mark: str) -> None:
 
 
 def replace_folder(output: Path, temporary: Path, old: Path) -> None:
-    """Renames a complete and synced folder to its final name.
+    """Renames a complete and flushed folder to its final name.
 
     Args:
-        output: The final name. An existing folder is removed once the new one has its name.
+        output: The final path. An existing folder is removed after the new one has been renamed.
         temporary: The folder, in the same parent folder.
-        old: A temporary name for the existing folder. After an error of the last sync it stays
-            there.
+        old: A temporary path for the existing folder. If flushing the parent folder fails, the
+            existing folder stays there.
 
     Raises:
-        OSError: It cannot be renamed, in which case an existing folder stays as it was, or the
-            disk fails to make the name durable.
+        OSError: The folder cannot be renamed, and an existing folder is unchanged; or the parent
+            folder cannot be flushed.
     """
     _remove_tree(old)
     try:
@@ -448,15 +481,16 @@ def _publish(output: Path, temporary: Path, old: Path) -> None:
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Removes what killed processes of this host left in the folder of ``output``, which is locked.
+    """Removes temporary folders that killed processes of this host left next to ``output``.
 
-    A folder that a killed process had moved away gets its name back. Leftovers of other hosts,
-    whose locks may not be visible here, are only logged.
+    The caller must hold the lock of ``output``. A folder that a killed process had moved to a
+    temporary name is restored if its final name is free. Temporary folders of other hosts are only
+    logged, because their locks may not be visible here.
     """
     foreign = []
     try:
         paths = sorted(output.parent.iterdir())
-    except PermissionError:  # the folder can be written to but not listed
+    except PermissionError:  # the folder is writable but not readable
         return
     for path in paths:
         match = _LEFTOVER.fullmatch(path.name)
@@ -467,7 +501,7 @@ def _remove_leftovers(output: Path) -> None:
         elif match[1] == output.name:
             _clear(path, output)
         else:
-            with suppress(OSError):  # it belongs to another user
+            with suppress(OSError):  # the folder may belong to another user
                 _clear_locked(path, path.with_name(match[1]))
     if foreign:
         logger.warning(
@@ -509,19 +543,24 @@ def _remove_tree(path: Path) -> None:
 class StagedFile:
     """A large file that is written as a stream to ``<path>.partial``.
 
-    Call `write` and `append_file`, then `publish_all`. Leaving the ``with`` block before that
-    removes what was written. A killed job leaves at most ``.partial`` files, which the next job
+    Call `write` and `append_file`, then `publish_all`. Leaving the ``with`` block without
+    publishing removes the file. A killed job leaves only ``.partial`` files, which the next job
     overwrites.
+
+    Attributes:
+        path: The final path.
+        partial_path: The path during writing, ``<path>.partial``.
+        num_bytes: Number of bytes written so far.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Opens ``<path>.partial`` and locks it against a second job that writes the same file.
+        """Opens and locks ``<path>.partial``, so that no other job writes the same file.
 
         Args:
-            path: The final name. Missing folders are created.
+            path: The final path. Missing folders are created.
 
         Raises:
-            UserError: The file cannot be created there, or another process is writing it.
+            UserError: The file cannot be created, or another process is writing it.
         """
         refuse_url(path)
         self.path = Path(path)
@@ -544,7 +583,7 @@ class StagedFile:
         """Appends and hashes bytes.
 
         Raises:
-            UserError: They cannot be written, for example because the disk is full.
+            UserError: The bytes cannot be written, for example because the disk is full.
         """
         if len(data) < _LARGE_BYTES:
             self._hash.update(data)
@@ -563,16 +602,18 @@ class StagedFile:
     def append_file(self, source: Path) -> int:
         """Appends and hashes a whole file.
 
-        Blocks are read ahead while the previous one is hashed and written. Most are written past
-        the page cache: copying into the cache takes longer than the disk does, and evicts what
-        others keep there.
+        Each block is read while the previous one is hashed and written. Most blocks bypass the page
+        cache, because copying into it takes longer than writing to disk and evicts other data.
+
+        Args:
+            source: The file to append.
 
         Returns:
-            The number of bytes.
+            The number of appended bytes.
 
         Raises:
-            UserError: The source cannot be read or shrinks meanwhile, or the bytes cannot be
-                written.
+            UserError: The source cannot be read or becomes shorter during the copy, or the bytes
+                cannot be written.
         """
         with as_user_error(self.partial_path):
             self._file.flush()
@@ -615,16 +656,20 @@ class StagedFile:
         return self._hash.hexdigest()
 
     def seal(self) -> None:
-        """Flushes every byte written so far to the disk."""
+        """Flushes all bytes written so far to disk.
+
+        Raises:
+            UserError: The bytes cannot be written.
+        """
         with as_user_error(self.partial_path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def publish(self) -> None:
-        """Gives the file its final name. Nothing may be written afterwards.
+        """Renames the file to its final name. Nothing may be written afterwards.
 
         Raises:
-            UserError: The name cannot be given, for example because a folder has it.
+            UserError: The file cannot be renamed, for example because a folder has this name.
         """
         with as_user_error(self.path):
             os.replace(self.partial_path, self.path)
@@ -633,7 +678,7 @@ class StagedFile:
     def discard(self) -> None:
         """Removes the file, unless it has been published."""
         if not self._file.closed:
-            with suppress(OSError):  # a disk that has become read-only keeps the file
+            with suppress(OSError):  # the disk may have become read-only
                 self.partial_path.unlink(missing_ok=True)
             with suppress(OSError):  # buffered bytes may not fit on the disk
                 self._file.close()
@@ -653,14 +698,18 @@ class StagedFile:
 
 
 def _blocks(num_before: int, num_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yields begin and end of blocks; all but short ones at the ends have aligned positions."""
+    """Yields the begins and ends of blocks of a source file.
+
+    Begins and ends are relative to the source. The positions in the destination, which has
+    ``num_before`` bytes already, are aligned except for short blocks at both ends.
+    """
     begin = 0
     while begin < num_bytes:
         odd = (num_before + begin) % ALIGNMENT
         length = ALIGNMENT - odd if odd else COPY_BYTES
         end = min(begin + length, num_bytes)
         if end - begin > ALIGNMENT and end == num_bytes:
-            end -= (num_before + end) % ALIGNMENT  # the rest becomes a block of its own
+            end -= (num_before + end) % ALIGNMENT  # the rest becomes a separate block
         yield begin, end
         begin = end
 
@@ -675,21 +724,21 @@ def _read(descriptor: int, path: Path, begin: int, block: memoryview) -> memoryv
         if num_read == 0:
             raise UserError(f"cannot read: {path}: it became shorter while it was copied")
         at += num_read
-    if hasattr(os, "posix_fadvise"):  # it is read once, so it need not stay in the page cache
+    if hasattr(os, "posix_fadvise"):  # the block is read only once, so drop it from the page cache
         os.posix_fadvise(descriptor, begin, len(block), os.POSIX_FADV_DONTNEED)
     return block
 
 
 def publish_all(files: Iterable[StagedFile]) -> None:
-    """Flushes every file, renames them in the given order, and makes the names durable.
+    """Flushes all files, renames them in the given order, and flushes their folders.
 
     Args:
-        files: In the order in which the names may appear: the file by which the others are found
-            goes last.
+        files: The files in the order of renaming. The file that makes the others visible must be
+            last.
 
     Raises:
-        UserError: A file cannot be written or renamed; or all files have their names, but the disk
-            fails to make the names durable.
+        UserError: A file cannot be written or renamed; or all files were renamed, but a folder
+            cannot be flushed.
     """
     files = list(files)
     for file in files:
@@ -705,13 +754,16 @@ def publish_all(files: Iterable[StagedFile]) -> None:
 
 
 class Spool:
-    """Bytes kept in a nameless temporary file until they are read again."""
+    """An unnamed temporary file for bytes that are read back later."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens the file.
+        """Creates the file.
 
         Args:
             folder: A folder on the disk to use.
+
+        Raises:
+            UserError: The file cannot be created.
         """
         self._folder = folder
         with as_user_error(folder):
@@ -721,34 +773,34 @@ class Spool:
         """Appends bytes.
 
         Raises:
-            UserError: They cannot be written, for example because the disk is full.
+            UserError: The bytes cannot be written, for example because the disk is full.
         """
         with as_user_error(self._folder):
             self._file.write(data)
 
     def blocks(self) -> Iterator[bytes]:
-        """Yields everything from the beginning, a mebibyte at a time."""
+        """Yields all bytes from the begin of the file, in blocks of 1 MiB."""
         with as_user_error(self._folder):
             self._file.seek(0)
             while block := self._file.read(1 << 20):
                 yield block
 
     def close(self) -> None:
-        """Frees the space."""
+        """Closes the file, which frees its space on the disk."""
         with suppress(OSError):  # buffered bytes may not fit on the disk
             self._file.close()
 
 
 class DirectWriter:
-    """Writes a file past the page cache.
+    """Writes a file directly, bypassing the page cache.
 
-    Writing through the page cache copies every byte once more and leaves the disk idle meanwhile.
-    Blocks whose position, length and address are multiples of `ALIGNMENT` are written directly.
-    The rest, and everything on a file system without direct writes, goes through the page cache.
+    Writes through the page cache copy every byte once more, and the disk is idle during the copy.
+    Data is written directly if its position, length and address are multiples of `ALIGNMENT`. Other
+    data, and all data on file systems without direct writes, is written through the page cache.
     Several threads may write at the same time.
 
     Attributes:
-        descriptor: The file, opened for ordinary writes.
+        descriptor: Descriptor of the file for writes through the page cache.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
@@ -756,10 +808,10 @@ class DirectWriter:
 
         Args:
             path: The file.
-            create: Whether to create the file, or to empty an existing one.
+            create: Whether to create the file, or to truncate an existing one.
 
         Raises:
-            OSError: It cannot be opened.
+            OSError: The file cannot be opened.
         """
         flags = os.O_CREAT | os.O_TRUNC if create else 0
         self.descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
@@ -769,8 +821,12 @@ class DirectWriter:
     def write(self, data: memoryview, position: int) -> None:
         """Writes bytes at a position in the file.
 
+        Args:
+            data: The bytes.
+            position: Offset in the file, in bytes.
+
         Raises:
-            OSError: They cannot be written, for example because the disk is full.
+            OSError: The bytes cannot be written, for example because the disk is full.
         """
         done = 0
         while done < len(data):
@@ -783,9 +839,10 @@ class DirectWriter:
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    self._is_direct = False  # it can be opened for direct writes and refuses them
+                    # Some file systems accept O_DIRECT in `open` but not in writes.
+                    self._is_direct = False
                     continue
-                num_written &= -ALIGNMENT  # after a short write, continue at a block's begin
+                num_written &= -ALIGNMENT  # after a short write, continue at an aligned position
             else:
                 num_written = os.pwrite(self.descriptor, rest, position + done)
             if num_written == 0:
@@ -800,8 +857,8 @@ class DirectWriter:
 
 
 def _open_direct(path: Path) -> int | None:
-    """Returns a descriptor for direct writes; None where they are not supported."""
-    with suppress(OSError, AttributeError):  # AttributeError: a system without the flag
+    """Returns a descriptor for direct writes; None if they are not supported."""
+    with suppress(OSError, AttributeError):  # AttributeError: this system has no O_DIRECT
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     return None
 
@@ -810,19 +867,22 @@ def _open_direct(path: Path) -> int | None:
 def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """Creates a temporary folder and removes it when the block ends.
 
-    Folders of the same prefix that killed processes of this user and host left are removed first.
+    Folders with the same prefix that killed processes of this user and host left are removed first.
 
     Args:
-        prefix: The beginning of its name.
-        parent: The folder to create it in; the system's temporary folder if None.
+        prefix: Prefix of the folder's name.
+        parent: The parent folder; None means the system's temporary folder.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-        UserError: It cannot be created.
+        UserError: The folder cannot be created.
     """
     prefix = f"{prefix}{host_name()}."
     try:
         folder = Path(tempfile.gettempdir()) if parent is None else parent
-        with suppress(OSError):  # a folder that may not be listed
+        with suppress(OSError):  # the folder may not be readable
             for path in list(folder.iterdir()):
                 if path.name.startswith(prefix):
                     _remove_if_dead(path)
@@ -838,18 +898,18 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def _make_locked(prefix: str, parent: Path) -> tuple[Path, int]:
-    """Creates and locks a folder; returns it and the descriptor that holds the lock."""
+    """Creates and locks a folder. Returns the folder and the descriptor of the lock."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         try:
             descriptor = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # as below
+        except FileNotFoundError:  # removed by another process, as below
             continue
         with suppress(OSError):  # the file system may not lock folders
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_same_file(descriptor, made):
             return made, descriptor
-        os.close(descriptor)  # before it was locked, another process removed it
+        os.close(descriptor)  # another process removed the folder before it was locked
 
 
 def _remove_if_dead(folder: Path) -> None:
@@ -862,7 +922,7 @@ def _remove_if_dead(folder: Path) -> None:
         if os.fstat(descriptor).st_uid == os.geteuid():
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-    except OSError:  # it is in use, or there are no locks here
+    except OSError:  # the folder is in use, or the file system does not support locks
         return
     finally:
         os.close(descriptor)
