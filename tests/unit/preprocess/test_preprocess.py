@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import sentencepiece
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
@@ -193,11 +194,14 @@ def test_a_killed_job_leaves_nothing_under_a_final_name(jobs: Jobs) -> None:
 
 
 def _group_is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Returns whether a process of the group runs; ended ones may wait for init to reap them."""
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
+            continue
+    return False
 
 
 def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
