@@ -7,7 +7,7 @@
 - ``{"slow": {"rank": 1, "seconds": 0.2}}``: each forward pass of the rank takes longer by this.
 - ``{"hang": {"rank": 1, "iteration": 3}}``: the rank sleeps forever before the step of the
   iteration, unless the job has already been restarted.
-- ``{"mistake": {"rank": 1, "iteration": 3}}``: the rank raises a `UserError` at the iteration.
+- ``{"mistake": {"rank": 1, "iteration": 3}}``: the rank raises a `LocalError` at the iteration.
 - ``{"slow_save": {"rank": 1, "seconds": 3}}``: each checkpoint file of the rank takes longer by
   this.
 - ``{"kill": {"rank": 1, "iteration": 3}}``: the rank is killed at the iteration.

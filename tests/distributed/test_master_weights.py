@@ -54,7 +54,7 @@ NEW = [chr(0x6000 + 13 * k) for k in range(60)]
 
 @pytest.fixture(scope="module")
 def folder(tiny_run: TinyRun) -> Path:
-    """Trains a run in fp32 and one in bf16, and exports and re-imports the first."""
+    """Trains a run in fp32 and one in bf16, exports both, and imports the exports of the first."""
     root = tiny_run.folder / "master_weights"
     root.mkdir()
     base = ["--config", tiny_run.config, "--train-iters", 2]

@@ -28,7 +28,7 @@ from megatron_chatflow.errors import MAX_MESSAGE_CHARACTERS
 REPOSITORY = Path(__file__).parents[2]
 MAX_MESSAGE = len("error: ") + MAX_MESSAGE_CHARACTERS
 PLANTED = "planted"
-"""A file of this name in the working folder means that a file's content was run as code."""
+"""A file of this name in the working folder shows that a file's content was run as code."""
 
 
 @dataclass(frozen=True)

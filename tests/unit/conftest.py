@@ -9,7 +9,7 @@ import pytest
 def random_llama(tiny_sentencepiece_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Creates a LLaMA with the tiny tokenizer, the chatflow template and a context of 96 tokens.
 
-    Its weights are large enough that logits are far from uniform.
+    Its weights are far from 0.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -33,7 +33,7 @@ OURS, DISK, SAVE, ASYNC_SAVE = "ours", "disk_alone", "dcp_save", "dcp_async_save
 _STEP_ROUNDS = 3
 
 Timing = tuple[float, float]
-"""Seconds that training waited, and seconds until all was on the disk."""
+"""Seconds that training waited, and seconds until the checkpoint was durable."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

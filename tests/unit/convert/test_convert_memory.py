@@ -52,7 +52,7 @@ print(resident("VmHWM") - before)
 
 
 def shape_of(num_layers: int) -> LlamaShape:
-    """Returns a shape with many layers for the given tensor size."""
+    """Returns a shape with this number of layers. Tensor sizes do not depend on it."""
     return LlamaShape(
         num_layers=num_layers,
         hidden_size=512,

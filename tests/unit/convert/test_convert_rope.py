@@ -135,7 +135,7 @@ def test_verify_compares_logits_under_scaling(kind: str, tmp_path: Path) -> None
 
     done = verify()
     assert done.returncode == 0, done.stderr
-    # Beyond the original length, where the scaling has an effect.
+    # Dynamic scaling has an effect only beyond the original length.
     num_tokens = 256 if kind == "dynamic" else 64
     assert f"over {num_tokens} tokens" in done.stdout and "same model" in done.stdout
 

@@ -24,7 +24,7 @@ from megatron_chatflow.train.dry_run import dry_run
 
 NUM_DATASETS = 60
 NUM_SPARE = 24
-"""Descriptors that may be opened besides those that are open: fewer than there are datasets."""
+"""Number of descriptors that may still be opened. It is below the number of datasets."""
 
 
 def open_files() -> int:

@@ -30,7 +30,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def write_task(folder: Path, name: str, answers: list[int], few_shot_answers: list[int]) -> None:
-    """Writes a task file of questions whose answers are the choices with these numbers."""
+    """Writes a task of two-choice questions, given the index of the right choice for each."""
     for split, numbers in (("test", answers), ("dev", few_shot_answers)):
         lines = [
             json.dumps({"question": f"bana {k}?", "choices": ["kifu", "sodo"], "answer": answer})

@@ -23,7 +23,7 @@ from megatron_chatflow.model.rotary import Rotary
 
 
 def recorded(file: str, function: str) -> list[Any]:
-    """Returns the releases whose file name ends like this, each with its signature."""
+    """Returns the signature of ``function`` in each release with a path that contains ``file``."""
     return [
         pytest.param(signature(row["parameters"]), id=row["version"])
         for row in RECORD

@@ -64,7 +64,7 @@ def test_marks_say_where_answers_are() -> None:
     document = marked.document(CHAT, "response")
     end = ("</s>", "control")
     assert learnt(document) == [("A <|im_end|> b.", "text"), end, ("C.", "text"), end]
-    # the text's end depends on the length, so there is no place to cut
+    # the text ends with the number of messages, so it must not be cut
     assert document.cut_points == ()
 
 

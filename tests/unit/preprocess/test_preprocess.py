@@ -267,7 +267,7 @@ GOOD, DROPPED = {"en": "bana", "zh": "kedo"}, {"en": "bana", "zh": ""}
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("direction", ["hash", "both"])
 def test_most_records_dropped(jobs: Jobs, num_workers: int, direction: PairDirection) -> None:
-    """Any reason counts. Documents of one record count once, and duplicates are included."""
+    """Every reason except duplication counts. Documents of one record count once."""
     records = [GOOD] * 30 + [DROPPED] * 27 + [{"en": "x", "zh": "x"}, b"{", b"{", b"{"]
     path = jobs.lines("a.jsonl", records)
     corpus = CorpusSettings(format="pairs", pairs=PairSettings(direction=direction))

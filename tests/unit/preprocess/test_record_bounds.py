@@ -50,7 +50,7 @@ print(json.dumps([num_documents, num_dropped, error, max_kib]))
 
 
 def read_bounded(path: Path, limit: int, **settings: Any) -> tuple[int, dict[str, int], str | None]:
-    """Reads a file in a process that may use only this many bytes."""
+    """Reads a file in a process with a peak resident memory of less than ``limit`` bytes."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(path), json.dumps(settings)],
         capture_output=True,

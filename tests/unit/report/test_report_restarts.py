@@ -182,7 +182,7 @@ def test_following_ends_with_the_run(tmp_path: Path) -> None:
     pages: list[str] = []
 
     def sleep(seconds: float) -> None:
-        """Lets the run continue meanwhile."""
+        """Appends iterations to the run instead of sleeping."""
         assert seconds == 7
         if output.exists():
             pages.append(output.read_text())

@@ -89,7 +89,7 @@ def test_sparse_ids_are_refused(tmp_path: Path, byte_level_model: Path) -> None:
 
 
 def test_ordinary_normalizers_are_within_the_bounds(tmp_path: Path, byte_level_model: Path) -> None:
-    """Covers the normalizers of LLaMA and of models that replace white space."""
+    """Covers the normalizers of LLaMA and of models that spell out white space."""
     named = {" ": "\u2581", "\n": "<n>", "\t": "<|tab|>", "\r": "<return>"}
     steps = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"}, {"type": "Lowercase"}]
     steps += [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in named.items()]

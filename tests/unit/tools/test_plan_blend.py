@@ -123,7 +123,7 @@ def test_at_prints_the_knot_to_paste(tiny_run, tmp_path: Path) -> None:
     assert f"schedule edited at sample {samples}; " in table
     assert "phase (tokens)" in table and table.startswith(f"{20 * batch * seq_length:,} tokens (")
     assert f"0 to {samples * seq_length:,} " in table
-    # Before such a run starts, it has no plan.
+    # Without a checkpoint, as_planned has no weights to refer to.
     status, _, errors = run("--config", config, "--load", tmp_path / "another")
     assert status == 2 and "knots[0].weights: as_planned takes the weights from" in errors
 
