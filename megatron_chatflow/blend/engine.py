@@ -7,40 +7,43 @@ differs from ``W_k(i) / 2**32`` by less than one. Such a sequence is known to ex
 gives random access without replaying the sequence. `make_engine` returns the C++ engine of
 ``csrc/blend``, or `ReferenceEngine` if the extension is not built. Both draw the same sequence.
 
-**Jobs.** The error is below one if and only if every count is the quota rounded down or up. Draw
+**Jobs.** The error is below one if and only if every count is its quota rounded down or up. Draw
 number j of source k is therefore a unit job for one slot ``i`` with ``W_k(i + 1) > j`` and
-``W_k(i) < j + 1`` (in samples). Its release is the last ``i`` with ``W_k(i) <= j``, its deadline
-the first ``i`` with ``W_k(i) >= j + 1``; the slots between them are its window. The state at a
-boundary is a set U: the sources whose quota is fractional and whose count is rounded up. The
-fractional parts of all quotas sum to an integer ``m``, and U has ``m`` members.
+``W_k(i) < j + 1`` (in samples). The release of the job is the last ``i`` with ``W_k(i) <= j``, the
+deadline is the first ``i`` with ``W_k(i) >= j + 1``, and the window is the range of slots between
+them. The state at a boundary is the set U of sources with a fractional quota and a count that is
+rounded up. The fractional parts of all quotas sum to an integer ``m``, and U has ``m`` members.
 
-**Select.** Let U_L and U_R be states at L and R that some sequence with errors below one connects.
-`select` finds a state at T, L < T < R, that is connected to both, from the quotas at L, T and R
-alone. Sources whose current job at T was done before L must be in U; sources whose job is still
-open at R must not. For every deadline d, the number of members whose window ends at d or later is
-limited by the sum of the fractional parts of these windows at T, rounded up (`Caps`). The remaining
-members are added in the order of their release as long as the caps allow.
+**Select.** Let U_L and U_R be states at L and R that are connected by some sequence with errors
+below one. `select` computes a state at T, L < T < R, that is connected to both. It uses only these
+states and the quotas, not the sequence between them. A source must be in U if its current job at T
+was done before L, and must not be in U if this job is still open at R. For every deadline d, the
+number of members with a window that ends at d or later is limited to the sum of the fractional
+parts of these windows at T, rounded up (`Caps`). The remaining members are added in the order of
+release as long as the caps allow.
 
 **Why this works.** Connecting L to R means matching unit jobs to slots, so Hall's theorem for
 intervals applies. Intervals strictly inside [L, R] always have enough slots and jobs; only those
 that touch L or R can fail.
 
-- *Not too many jobs after T.* The jobs due before b fit into the slots before b if the members of U
-  whose window ends after b are at most as many as the fractional parts of those windows at b allow.
-  Fractional parts only grow inside a window, so the caps at T imply this for every later b.
-- *Enough jobs before T.* The slots from a to T can be filled if not too many sources released
-  before a are outside U. Adding sources by release keeps their number at most the larger of two
-  quantities: the number that is outside U_R, and the sum of what these windows still lack at T.
-  Both are within the limit at a.
+- *Not too many jobs after T.* The jobs due before b fit into the slots before b if the number of
+  members of U with a window that ends after b is within the limit given by the fractional parts of
+  these windows at b. Fractional parts only grow inside a window, so the caps at T imply this for
+  every later b.
+- *Enough jobs before T.* The slots from a to T can be filled if the number of sources that were
+  released before a and are outside U is within the limit at a. If sources are added in the order of
+  release, this number is at most the larger of two quantities: the number of these sources outside
+  U_R, and the sum of the fractions that are still missing in their windows at T. Both are within
+  the limit at a.
 
 Adding sources by deadline or by fraction fails. With weights (0, 0, 1/2, 1/2) followed by
 (1/2, 1/2, 0, 0), the first sample must not be drawn from source 0 or 1.
 
-**Tree.** The root covers 2**40 samples from the segment's begin; the state at its right end is
-selected with nothing known to the right. The root is halved down to leaves of 2**p samples
-(`leaf_bits`). Within a leaf, the job with the earliest deadline is drawn first, which meets all
-deadlines if any order does. Sizes and tie-breaks are part of the definition of the sequence. An
-engine keeps one count per source for each of at most 27 boundaries.
+**Tree.** The root covers 2**40 samples from the segment's begin. The state at its right end is
+selected without a boundary on the right. The root is halved repeatedly down to leaves of 2**p
+samples (`leaf_bits`). Within a leaf, the job with the earliest deadline is drawn first, which meets
+all deadlines if any order does. Sizes and tie-breaking rules are part of the definition of the
+sequence. An engine stores one count per source for each of at most 27 boundaries.
 """
 
 from __future__ import annotations
@@ -142,7 +145,7 @@ def select(
     for member, k in enumerate(members):
         if before[k] == counts[k] + 1:  # already drawn in the window that contains `at`
             forced.append(member)
-        elif after is None or after[k] != counts[k]:  # else it must not be drawn before `right`
+        elif after is None or after[k] != counts[k]:  # otherwise undrawn until `right`
             free.append((releases[member], deadlines[member], member))
     for member in forced + [entry[2] for entry in sorted(free)]:
         if wanted == 0:

@@ -163,7 +163,7 @@ class Positions:
         return sample
 
     def from_sample(self, sample: int, unit: str | None = None) -> int:
-        """Returns the first position at or after a sample, in ``unit`` (by default `self.unit`)."""
+        """Returns the first position at or after a sample, by default in the schedule's unit."""
         unit = unit or self.unit
         if unit == "iterations":
             return -((self.iteration_origin - sample) // self.samples_per_iteration)
@@ -378,7 +378,7 @@ class Schedule:
         return Quota(self.table(sample, 1), sample).weights(0)
 
     def position(self, sample: int, unit: str | None = None) -> int:
-        """Returns the first position at or after a sample, in ``unit`` (by default `self.unit`).
+        """Returns the first position at or after a sample, by default in the schedule's unit.
 
         For the sample of a knot, this is the knot's ``at`` as written.
         """
