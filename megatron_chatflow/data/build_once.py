@@ -1,8 +1,8 @@
-"""Lets one process build a file while all others wait for it, by a lock file.
+"""Builds a file in one process while all others wait for it, coordinated by a lock file.
 
-No collective is involved, so processes of different jobs can share the file. If a builder dies, the
-others recognize its lock as stale. At worst, two processes build the same file, and both write it
-atomically.
+No collective communication is used, so processes of different jobs can share the file. If the
+building process dies, the others detect that its lock is stale. At worst, two processes build the
+same file, and both write it atomically.
 """
 
 import json

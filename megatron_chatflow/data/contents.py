@@ -1,9 +1,10 @@
-"""Checks that the files of a run's datasets still contain what was recorded about them.
+"""Checks that the files of a run's datasets match their recorded hashes.
 
-Sizes and counts do not reveal bytes that changed in place, for example a copy that was resumed at
+Sizes and counts do not detect bytes that changed in place, for example a copy that was resumed at
 the wrong offset or a corpus that was rebuilt under the same name. Every start therefore hashes
 sample blocks of each `.bin`, `.idx` and loss mask (`fingerprint.block_hash`) and compares them with
-the sidecar; a resume compares them with the checkpoint. `verify_contents` compares whole files.
+the sidecar. A resume also compares them with the checkpoint. `verify_contents` compares whole
+files.
 """
 
 import logging
@@ -41,10 +42,10 @@ class _File(NamedTuple):
 
 
 def check_contents(data: DataConfig, splits: Iterable[Sequence[Source]]) -> None:
-    """Compares sample blocks of every file with its sidecar; records the hashes in the sources.
+    """Compares sample blocks of every file with its sidecar and records the hashes in the sources.
 
-    Files shared by several sources or splits are read once. 64 pages are read per file; see
-    `block_hash` for what this detects.
+    Files shared by several sources or splits are read once. 64 pages are read per file. See
+    `block_hash` for the changes that this detects.
 
     Args:
         data: The configuration's section.

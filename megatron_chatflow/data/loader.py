@@ -143,8 +143,9 @@ class Loader:
     def batches(self, begin_sample: int, global_batch_size: int) -> Iterator[GlobalBatch]:
         """Yields global batches indefinitely.
 
-        Micro-batch m of rank d holds the global samples ``begin + (m * data_parallel_size + d) *
-        micro_batch_size + k`` for k below the micro-batch size.
+        Micro-batch m of rank d contains the global samples
+        ``begin + (m * data_parallel_size + d) * micro_batch_size + k``,
+        0 <= k < micro_batch_size.
 
         Args:
             begin_sample: First global sample.

@@ -1,4 +1,4 @@
-"""Read-only memory maps of whole files that hold no file descriptor.
+"""Read-only memory maps of whole files that do not keep a file descriptor open.
 
 `mmap.mmap`, and `numpy.memmap` on top of it, duplicate the descriptor and keep it as long as the
 map exists (Python 3.13 added an option to avoid this). A few hundred datasets would then exceed the
