@@ -1,7 +1,8 @@
 """Runs a job of one or two processes that creates checkpoints of real models, or loads them.
 
-Tasks are given as JSON on the command line: `[{"do", "folder", "model", "tp", "pp", "logits"},
-...]`. Writes checkpoints, and the logits of the model in memory on `token_ids`.
+Tasks are given as JSON on the command line:
+`[{"do", "folder", "model", "tp", "pp", "logits"}, ...]`. Writes checkpoints, and the logits of the
+model in memory on `token_ids`.
 """
 
 import json
