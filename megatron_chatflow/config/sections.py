@@ -56,7 +56,10 @@ def _given(data: Any, key: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ModelConfig:
-    """The LLaMA's shape; once made, every size is set: a preset fills what was not given."""
+    """Shape of the LLaMA model.
+
+    Sizes that are not given are filled from the preset, so every size is set after construction.
+    """
 
     preset: Name | None = Field(
         default=None, description="published shape that fills what is unset: " + ", ".join(PRESETS)
@@ -138,7 +141,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TokenizerConfig:
-    """Which tokenizer the corpus was made with."""
+    """Tokenizer that the corpus was encoded with."""
 
     tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = Field(
         default="auto", description="kind of tokenizer; auto: as its files say"
@@ -155,7 +158,7 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ParallelConfig:
-    """How the model is cut over processes; data parallelism takes what the other kinds leave."""
+    """Parallel layout. Data parallelism uses the processes that the other kinds leave."""
 
     tensor_model_parallel_size: Size = Field(
         default=1, description="processes that share each layer"
@@ -196,7 +199,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SourceConfig:
-    """A named set of indexed datasets, and how samples are created from it."""
+    """Datasets of a source, and how samples are cut from them."""
 
     paths: tuple[FilePath, ...] = Field(
         min_length=1, description="prefixes of .bin/.idx files, such as data/en_text_document"
@@ -223,7 +226,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class KnotConfig:
-    """The weights of all sources at one point of the run. An omitted source has the weight 0."""
+    """Weights of all sources at one position of the run. An omitted source has weight 0."""
 
     at: Count = Field(description="where, in the schedule's unit")
     weights: KnotWeights = Field(
@@ -237,7 +240,7 @@ class KnotConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ScheduleConfig:
-    """The weights of the sources over the run."""
+    """Weights of the sources over the run."""
 
     unit: Literal["samples", "tokens", "iterations"] = Field(
         default="samples", description="what the knots count"
@@ -247,7 +250,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class DataConfig:
-    """What is read: sources, and the schedule that blends them.
+    """Data sources, and the schedule that blends them.
 
     With a single source, the schedule may be omitted; the source then has the whole weight.
     """
@@ -283,7 +286,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class OptimizerConfig:
-    """AdamW and its learning rate over the run."""
+    """AdamW and the learning-rate schedule."""
 
     lr: PositiveNumber = Field(description="peak learning rate")
     min_lr: NonNegativeNumber = Field(
@@ -317,7 +320,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainConfig:
-    """How long, in what batches and in what precision."""
+    """Length of the run, batch sizes, precision, recomputation, evaluation and kernels."""
 
     train_iters: PositiveCount | None = Field(
         default=None, description="iterations of the whole run"
@@ -398,7 +401,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class CheckpointConfig:
-    """Where weights and the run's records go to and come from."""
+    """Where checkpoints are saved, and where the initial weights are loaded from."""
 
     save: FilePath | None = Field(default=None, description="folder of the run")
     load: FilePath | None = Field(
@@ -453,7 +456,7 @@ Factor = Annotated[float, BeforeValidator(parse_number), Field(gt=1, allow_inf_n
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class FaultConfig:
-    """How a run answers bad steps, hung ranks and data that goes away."""
+    """Handling of bad steps, hung ranks and missing data files."""
 
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
@@ -490,7 +493,7 @@ Rank = Annotated[StrictInt, Field(ge=0)]
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class LoggingConfig:
-    """What is written while the run goes on."""
+    """Logs, metrics and profiles."""
 
     log_interval: PositiveCount = Field(
         default=1, description="iterations between logs, each a mean over those since the last"
