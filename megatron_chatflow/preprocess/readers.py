@@ -698,9 +698,8 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
             for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
                 position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
                 sizes = _content_sizes(batch, options.max_record_bytes)
-                # Rows that are too large are dropped without converting them.
-                kept = None if sizes is None else sizes[sizes <= options.max_record_bytes]
-                num_bytes += batch.nbytes if kept is None else int(kept.sum())
+                # Records that are dropped as too large take time to decode as well.
+                num_bytes += batch.nbytes if sizes is None else int(sizes.sum())
                 _refuse_expansion(num_bytes, file.num_bytes, file.name, options)
                 for rows in _rows(batch, sizes, options.max_record_bytes):
                     yield Chunk(file.name, first_row, "objects", rows, position)

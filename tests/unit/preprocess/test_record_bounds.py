@@ -174,8 +174,10 @@ def test_a_parquet_dictionary_is_not_multiplied(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"text": big}), path, compression="zstd")
     assert path.stat().st_size < 10_000
-    done = read_bounded(path, 1200 << 20, max_record_bytes=1 << 20)
+    done = read_bounded(path, 1200 << 20, max_record_bytes=1 << 20, max_expansion=0)
     assert done == (0, {"record_too_large": 300}, None)
+    _, _, error = read_bounded(path, 1200 << 20, max_record_bytes=1 << 20)
+    assert error is not None and "--max-expansion" in error
 
 
 def test_a_parquet_list_does_not_multiply_its_dictionary(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_a_parquet_list_does_not_multiply_its_dictionary(tmp_path: Path) -> None
     rows = pa.ListArray.from_arrays(pa.array([0, 1000, 1002]), messages)
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"messages": rows}), path, compression="zstd")
-    done = read_bounded(path, 1200 << 20, format="chat", json_keys=["messages"])
+    done = read_bounded(path, 1200 << 20, format="chat", json_keys=["messages"], max_expansion=0)
     assert done == (1, {"record_too_large": 1}, None)
 
 
