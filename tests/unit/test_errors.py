@@ -102,7 +102,7 @@ def test_programs_raise_the_limit_on_open_files() -> None:
 INTERRUPTING_SITE = """
 import os, signal, sys
 def before(event, arguments):
-    if event == "import" and arguments[0].startswith(("megatron_chatflow.", "steps")):
+    if event == "import" and arguments[0].startswith(("megatron_chatflow.", "examples.")):
         if arguments[0] != "megatron_chatflow.errors":
             os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(before)

@@ -127,7 +127,7 @@ def test_known_extras_are_passed_over(source: Path, tmp_path: Path) -> None:
     # A tied model may store its output layer if it equals the embedding. Otherwise it is refused.
     embedding = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
     change_config(source, tie_word_embeddings=True)
-    refused(source, tmp_path, "lm_head.weight is no tensor")
+    refused(source, tmp_path, "lm_head.weight is not a tensor")
     change_tensors(source, **{"lm_head.weight": embedding.clone()})
     import_huggingface(source, tmp_path / "b")
     for other in (
@@ -137,7 +137,7 @@ def test_known_extras_are_passed_over(source: Path, tmp_path: Path) -> None:
         torch.ones(2, 2, 2),
     ):
         change_tensors(source, **{"lm_head.weight": other})
-        refused(source, tmp_path, "lm_head.weight is no tensor")
+        refused(source, tmp_path, "lm_head.weight is not a tensor")
     change_tensors(source, **{"lm_head.weight": torch.ones(9, 16, dtype=torch.int8)})
     refused(source, tmp_path, "lm_head.weight is neither fp32, bf16 nor fp16")
 
@@ -225,7 +225,7 @@ def test_damaged_checkpoints(run: Path, tmp_path: Path) -> None:
 def test_missing_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
     path = run / "iter_0000000" / "config.yaml"
     path.write_text(path.read_text() + "tokenizer: {tokenizer_model: /nowhere/tokenizer.model}\n")
-    with pytest.raises(UserError, match="/nowhere/tokenizer.model: the run's tokenizer is not"):
+    with pytest.raises(UserError, match="/nowhere/tokenizer.model: the run's tokenizer is missing"):
         export_checkpoint(run, tmp_path / "hf")
     export_checkpoint(run, tmp_path / "hf", tokenizer=TokenizerChoice(leave_out=True))
 

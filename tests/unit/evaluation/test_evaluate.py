@@ -336,7 +336,7 @@ def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) 
     # Earlier versions recorded only the path of the tokenizer.
     shutil.rmtree(tmp_path / "run" / "iter_0000000" / "huggingface")
     advice = "name the run's own with --tokenizer-model"
-    with pytest.raises(UserError, match=f"the run's tokenizer is not there; {advice}$"):
+    with pytest.raises(UserError, match=f"the run's tokenizer is missing; {advice}$"):
         evaluate(tmp_path / "run", settings)
     results = evaluate(tmp_path / "run", settings, TokenizerChoice(moved))
     assert results["sources"] == expected

@@ -18,7 +18,7 @@ from megatron_chatflow.errors import run_main
 ROOT = Path(__file__).parents[3]
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9]")
 PRETRAIN = "megatron_chatflow.pretrain"
-OF_OTHERS = {"--nproc-per-node"}  # a flag of torchrun
+OF_OTHERS = {"--nproc-per-node", "--editable"}  # flags of torchrun and of pip
 BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
 
 # Modules that more commands import than call, and the commands that print their messages.
@@ -51,7 +51,6 @@ OF_ANOTHER_STEP = {
     ("preprocess.merge", "--dedup"),
     ("preprocess.merge", "--shard"),
     ("train.inputs", "--append-bos"),
-    ("tools.fetch_demo_corpus", "--editable"),  # a flag of pip
 }
 
 
