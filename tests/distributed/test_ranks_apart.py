@@ -82,7 +82,7 @@ def test_a_rank_without_the_checkpoint_is_named(
     assert f"rank 1 sees another checkpoint as {other}/iter_0000004" in line
     (other / "iter_0000004" / "__0_0.distcp").unlink()
     line = _refused(_apart(tiny_run, [["--load", saved], ["--load", other]]))
-    assert "rank 1 does not see it whole" in line and "__0_0.distcp: is missing" in line
+    assert "rank 1 cannot read it" in line and "__0_0.distcp: is missing" in line
 
 
 @pytest.mark.distributed

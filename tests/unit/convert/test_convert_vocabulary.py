@@ -160,7 +160,7 @@ def test_a_folder_without_tokenizer_cannot_be_resized(
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).symlink_to(trained / name)
-    with pytest.raises(UserError, match="has no tokenizer, from which"):
+    with pytest.raises(UserError, match="has no tokenizer that a larger one could extend"):
         import_huggingface(bare, tmp_path / "run", resize=Resize(new))
     import_huggingface(bare, tmp_path / "run")
     with pytest.raises(UserError, match="give it as --old-tokenizer-model"):

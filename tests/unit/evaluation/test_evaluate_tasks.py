@@ -111,10 +111,10 @@ def test_bad_input(random_llama: Path, tmp_path: Path) -> None:
     write_task(tmp_path, "lost", [0], [0])
     wrong = (tmp_path / "lost.yaml").read_text().replace("{{question}}", "{{question")
     (tmp_path / "lost.yaml").write_text(wrong)
-    with pytest.raises(UserError, match="lost cannot be run"):
+    with pytest.raises(UserError, match="lost cannot run"):
         run("lost")
     (tmp_path / "lost.test.jsonl").write_text("no json")
-    with pytest.raises(UserError, match="lost cannot be run"):
+    with pytest.raises(UserError, match="lost cannot run"):
         run("lost")
 
 

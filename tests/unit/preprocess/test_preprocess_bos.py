@@ -132,7 +132,7 @@ def test_a_model_that_begins_with_bos_is_pointed_out(
     jobs.run(path, append_bos=True)
     assert not caplog.records
     jobs.run(path)
-    assert "--append-bos stores it" in caplog.text
+    assert "--append-bos to store it" in caplog.text
 
 
 def test_datasets_with_and_without_bos_are_not_merged(jobs: Jobs) -> None:
@@ -164,5 +164,5 @@ def test_parts_of_an_earlier_version_are_kept(jobs: Jobs) -> None:
     del sidecar["settings"]["append_bos"]
     sidecar_path(part).write_text(json.dumps(sidecar))
     jobs.run(*paths, shard=(0, 2), overwrite=False)  # the finished dataset
-    with pytest.raises(UserError, match="made of other inputs or with other options"):
+    with pytest.raises(UserError, match="made from other inputs or with other options"):
         jobs.run(*paths, shard=(0, 2), overwrite=False, append_bos=True)
