@@ -4,6 +4,7 @@ The fixtures provide tiny tokenizers and a tiny training run. Their text consist
 syllables and characters, so it is free of third-party material.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -29,6 +30,14 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 from made_up_text import made_up_sentences  # noqa: E402  (the path is set just above)
 from tiny_run import TinyRun, make_tiny_run  # noqa: E402
+
+
+def pytest_sessionstart() -> None:
+    """Fails if a run under the sanitizers would test the compiled modules of the working tree."""
+    if (folder := os.environ.get("SANITIZED_LIB")) is not None:
+        from megatron_chatflow.blend import _native
+
+        assert _native.__file__.startswith(folder), f"{_native.__file__} is not in {folder}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,5 +16,8 @@ python setup.py --quiet build --build-base "$folder/temp" --build-lib "$folder/l
 # memory until the process ends, which is no leak of ours. A report goes past Python's own standard
 # error, so pytest must leave the file descriptor alone.
 runtime="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
-LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$folder/lib" \
-    pytest --capture=sys -m native tests/unit/{blend,data,kernels,tokenizer} "$@"
+# The sanitized package has to be found before the one of the working tree, which tests/conftest.py
+# checks.
+export LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 SANITIZED_LIB="$folder/lib"
+PYTHONPATH="$folder/lib" pytest --capture=sys --override-ini="pythonpath=$folder/lib ." \
+    -m native tests/unit/{blend,data,kernels,tokenizer} "$@"
