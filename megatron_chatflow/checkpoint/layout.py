@@ -23,8 +23,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -367,6 +365,10 @@ def unpadded_shards(
 
 def allow_padded_heads(state: dict[str, Any], unpadded_sizes: UnpaddedSizes) -> None:
     """Lets megatron-core load padded tensors from unpadded ones and fill the rest with zeros."""
+    # Readers of Hugging Face folders import this module and must not wait for megatron-core.
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and _find(tensor.key, unpadded_sizes) is not None:
             tensor.allow_shape_mismatch = True

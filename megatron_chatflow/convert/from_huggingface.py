@@ -27,6 +27,7 @@ from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary
 from megatron_chatflow.convert.weight_map import (
     Join,
     WeightRule,
+    check_weights,
     huggingface_shapes,
     join,
     placements,
@@ -42,10 +43,6 @@ from megatron_chatflow.tokenizer.small_files import (
 
 logger = logging.getLogger(__name__)
 
-# Buffers that older versions of transformers stored and that follow from the configuration.
-_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
-_TIED = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 # Rows of the vocabulary are padded to a multiple of this, the default of --make-vocab-size-
 # divisible-by; a run with another multiple loads the same rows.
 VOCAB_MULTIPLE = 128
@@ -167,43 +164,6 @@ def huggingface_tokenizer(source: Path) -> Tokenizer | None:
     if source.is_dir() and not any((source / name).is_file() for name in names):
         return None
     return load_tokenizer(source)
-
-
-def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
-    """Checks that a folder holds exactly the tensors that its config.json describes.
-
-    Raises:
-        UserError: A tensor is missing, quantized, of another shape, or unknown.
-    """
-    expected = huggingface_shapes(shape)
-    missing = [name for name in expected if name not in weights.files]
-    if missing:
-        raise UserError(
-            f"{weights.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
-        )
-    for name, size in expected.items():
-        weights.dtype(name)  # refuses quantized tensors
-        if weights.shape(name) != size:
-            raise UserError(
-                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
-                f"makes it {list(size)}; the two belong to different models"
-            )
-    for name in weights.files:
-        if name in expected or name.endswith(_DERIVED_SUFFIXES):
-            continue
-        if name == _TIED and _is_embedding(weights, name):
-            continue  # tied, but stored nevertheless
-        raise UserError(
-            f"{weights.files[name]}: {name} is not a tensor of the LLaMA that config.json describes"
-        )
-
-
-def _is_embedding(weights: HuggingFaceWeights, name: str) -> bool:
-    """Returns whether a tensor equals the embedding; refuses quantized tensors."""
-    is_alike = weights.dtype(name) == weights.dtype(_EMBEDDING) and (
-        weights.shape(name) == weights.shape(_EMBEDDING)
-    )
-    return is_alike and torch.equal(weights.read(name), weights.read(_EMBEDDING))
 
 
 def write_checkpoint(

@@ -14,11 +14,10 @@ import torch
 
 from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.state import master_weights
-from megatron_chatflow.convert.from_huggingface import check_weights
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, grow_tensor
-from megatron_chatflow.convert.weight_map import WeightRule, rules_of, segments
+from megatron_chatflow.convert.weight_map import WeightRule, check_weights, rules_of, segments
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks

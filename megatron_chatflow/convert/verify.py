@@ -12,11 +12,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_chatflow.convert.distributed import DistributedReader
-from megatron_chatflow.convert.from_huggingface import check_weights
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface, trained_shape
 from megatron_chatflow.convert.to_huggingface import check_shapes, find_checkpoint, read_weight
-from megatron_chatflow.convert.weight_map import placements
+from megatron_chatflow.convert.weight_map import check_weights, placements
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer import load_tokenizer
 

@@ -9,7 +9,9 @@ from enum import Enum
 
 import torch
 
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape
+from megatron_chatflow.errors import UserError
 
 
 class Join(Enum):
@@ -218,3 +220,50 @@ def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torc
     by_group = whole.reshape(groups, -1, whole.shape[-1])
     cut = torch.split(by_group, [count // groups for count in rows], dim=1)
     return [part.reshape(-1, whole.shape[-1]) for part in cut]
+
+
+# Buffers that older versions of transformers stored and that follow from the configuration.
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+
+
+_TIED = "lm_head.weight"
+
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
+    """Checks that a folder holds exactly the tensors that its config.json describes.
+
+    Raises:
+        UserError: A tensor is missing, quantized, of another shape, or unknown.
+    """
+    expected = huggingface_shapes(shape)
+    missing = [name for name in expected if name not in weights.files]
+    if missing:
+        raise UserError(
+            f"{weights.folder}: {len(missing)} tensors are missing, the first is {missing[0]}"
+        )
+    for name, size in expected.items():
+        weights.dtype(name)  # refuses quantized tensors
+        if weights.shape(name) != size:
+            raise UserError(
+                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
+                f"makes it {list(size)}; the two belong to different models"
+            )
+    for name in weights.files:
+        if name in expected or name.endswith(_DERIVED_SUFFIXES):
+            continue
+        if name == _TIED and _is_embedding(weights, name):
+            continue  # tied, but stored nevertheless
+        raise UserError(
+            f"{weights.files[name]}: {name} is not a tensor of the LLaMA that config.json describes"
+        )
+
+
+def _is_embedding(weights: HuggingFaceWeights, name: str) -> bool:
+    """Returns whether a tensor equals the embedding; refuses quantized tensors."""
+    is_alike = weights.dtype(name) == weights.dtype(_EMBEDDING) and (
+        weights.shape(name) == weights.shape(_EMBEDDING)
+    )
+    return is_alike and torch.equal(weights.read(name), weights.read(_EMBEDDING))

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from megatron_chatflow.config.huggingface import ARCHITECTURES, read_huggingface_config
-from megatron_chatflow.convert.from_huggingface import check_weights
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import TORCH_NAMES, shape_of_huggingface
+from megatron_chatflow.convert.weight_map import check_weights
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer import load_tokenizer

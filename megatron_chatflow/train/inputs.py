@@ -20,12 +20,13 @@ from megatron_chatflow.blend.plan import check_epochs, epoch_findings
 from megatron_chatflow.checkpoint.files import check_small_files
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import RunConfig, RunLength
-from megatron_chatflow.convert.from_huggingface import check_weights, huggingface_tokenizer
+from megatron_chatflow.convert.from_huggingface import huggingface_tokenizer
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.template import TokenizerChoice, files_of_run
 from megatron_chatflow.convert.to_huggingface import run_tokenizer
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, Resize, vocabulary_growth
+from megatron_chatflow.convert.weight_map import check_weights
 from megatron_chatflow.data.contents import check_contents, verify_contents
 from megatron_chatflow.data.findings import data_findings
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos

@@ -10,10 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.convert.from_huggingface import check_weights
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config, shape_of_huggingface
-from megatron_chatflow.convert.weight_map import huggingface_shapes
+from megatron_chatflow.convert.weight_map import check_weights, huggingface_shapes
 from megatron_chatflow.errors import UserError
 
 SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
