@@ -133,7 +133,7 @@ def draw_pipeline() -> bytes:
 
 
 def take_screenshot(run_dir: Path, width: int, height: int) -> bytes:
-    """Takes a screenshot of the top of a run's report.
+    """Captures the top of a run's report as a picture.
 
     Args:
         run_dir: The run's folder.

@@ -185,6 +185,7 @@ class _ShardPlanner(LoadPlanner):
         """Nothing to do: the tensor is the shard's own memory."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Is never called, because the plan reads tensors only; the base class requires it."""
         raise NotImplementedError("shards are tensors")
 
     def set_up_planner(

@@ -224,11 +224,7 @@ def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torc
 
 # Buffers that older versions of transformers stored and that follow from the configuration.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
-
-
 _TIED = "lm_head.weight"
-
-
 _EMBEDDING = "model.embed_tokens.weight"
 
 

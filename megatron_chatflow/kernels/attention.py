@@ -238,7 +238,7 @@ def choose(facts: Facts, wanted: str = "auto") -> tuple[str, str]:
 Kernel = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Segments, float | None, bool], torch.Tensor
 ]
-"""Takes queries, keys, values ``[tokens, heads, head_dim]``, segments, scale, determinism."""
+"""Arguments: queries, keys, values ``[tokens, heads, head_dim]``, segments, scale, determinism."""
 
 
 def _first(result: Any) -> torch.Tensor:

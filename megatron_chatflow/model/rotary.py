@@ -168,7 +168,7 @@ def _rotate(
 
 
 Rotation = Callable[[torch.Tensor, torch.Tensor, RotaryTable], tuple[torch.Tensor, torch.Tensor]]
-"""Takes queries ``[tokens, heads, head_dim]``, keys ``[tokens, groups, head_dim]`` and angles."""
+"""Arguments: queries ``[tokens, heads, head_dim]``, keys ``[tokens, groups, head_dim]``, angles."""
 
 
 def _by_ours(
