@@ -94,8 +94,8 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        where = error.filename or "the output, or a temporary file"
-        print(f"error: cannot write: {where}: {error.strerror}; make room", file=sys.stderr)
+        where = error.filename or "the output or a temporary file"
+        print(f"error: cannot write: {where}: {error.strerror}; free some space", file=sys.stderr)
         _discard_output()
         sys.exit(2)
     sys.exit(status or 0)

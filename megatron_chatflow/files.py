@@ -119,8 +119,8 @@ def sync_folder(folder: Path) -> None:
             return
         raise OSError(
             error.errno,
-            f"{error.strerror}, when the folder was synced: what was written is complete under its "
-            "name, which a crash of the machine may undo",
+            f"{error.strerror}, while the folder was synced: the output is complete under its "
+            "final name, but a crash of the machine may undo this",
             str(folder),
         ) from error
     finally:
@@ -261,7 +261,9 @@ def _try_to_write(path: Path, folder: Path) -> None:
     """Writes an unnamed file in a folder, or in its nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         if folder.is_symlink():
-            raise UserError(f"cannot write: {path}: {folder} is a link to nothing; name another")
+            raise UserError(
+                f"cannot write: {path}: {folder} is a dangling symbolic link; choose another path"
+            )
         folder = folder.parent
     try:
         if not folder.is_dir():
@@ -270,7 +272,7 @@ def _try_to_write(path: Path, folder: Path) -> None:
             file.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise UserError(
-            f"cannot write: {path}: {folder}: {error.strerror or error}; name another place"
+            f"cannot write: {path}: {folder}: {error.strerror or error}; choose another path"
         ) from error
 
 
@@ -392,7 +394,10 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
     except OSError as error:
         raise _cannot_be_written(output, error) from error
     if lock is None:
-        raise UserError(f"{output}: another process is writing it; wait for it or name another")
+        raise UserError(
+            f"{output}: another process is writing it; wait until it finishes, or choose another "
+            "folder"
+        )
     token = f"{host_name()}.{secrets.token_hex(4)}"
     temporary, old = (
         output.with_name(f".{output.name}.{token}.{kind}") for kind in (_PARTIAL, _OLD)
@@ -405,8 +410,8 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
         free = shutil.disk_usage(output.parent).free
         if free < num_bytes:
             raise UserError(
-                f"{output}: needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there; "
-                "free some or name another folder"
+                f"{output}: needs {num_bytes / 1e9:.2f} GB and "
+                f"{free / 1e9:.2f} GB are free; free some space or choose another folder"
             )
         temporary.mkdir()
         yield temporary
@@ -421,7 +426,7 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
 
 def _cannot_be_written(output: Path, error: OSError) -> UserError:
     reason = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    return UserError(f"{output}: cannot be written ({reason}); name another folder")
+    return UserError(f"{output}: cannot be written ({reason}); choose another folder")
 
 
 def _lock_path(output: Path) -> Path:
@@ -436,11 +441,10 @@ def _refuse_existing(output: Path, *, overwrite: bool, mark: str) -> None:
     if not any(output.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{output}: is there already; give --overwrite to replace it")
+        raise UserError(f"{output}: already exists; use --overwrite to replace it")
     if not (output / mark).exists():
         raise UserError(
-            f"{output}: holds something else (no {mark}), which --overwrite does not replace; "
-            "name another folder"
+            f"{output}: has no {mark}, so --overwrite does not replace it; choose another folder"
         )
 
 
@@ -476,7 +480,7 @@ def _publish(output: Path, temporary: Path, old: Path) -> None:
     except OSError as error:
         if temporary.exists():
             raise
-        kept = f"; what it replaced is in {old} until the next run" if old.exists() else ""
+        kept = f"; the replaced folder is in {old} until the next run" if old.exists() else ""
         raise UserError(f"{output}: {error.strerror}{kept}; check the disk") from error
 
 
@@ -505,8 +509,8 @@ def _remove_leftovers(output: Path) -> None:
                 _clear_locked(path, path.with_name(match[1]))
     if foreign:
         logger.warning(
-            "%s: %s: left, or being written, by another host or an earlier version; remove it if "
-            "no job is running there",
+            "%s: %s was left or is being written by another host or an earlier version; remove "
+            "it if no job is running there",
             output.parent,
             ", ".join(foreign),
         )
@@ -526,10 +530,10 @@ def _clear_locked(path: Path, output: Path) -> None:
 def _clear(path: Path, output: Path) -> None:
     if path.name.endswith(_OLD) and not output.exists():
         path.rename(output)
-        logger.info("%s: restored from %s, which a killed process left", output, path.name)
+        logger.info("%s: restored from %s, which a killed process left behind", output, path.name)
         return
     _remove_tree(path)
-    logger.info("%s: removed; a killed process had left it", path)
+    logger.info("%s: removed; a killed process had left it behind", path)
 
 
 def _remove_tree(path: Path) -> None:
@@ -573,7 +577,8 @@ class StagedFile:
             lock = FileLock.acquire(self.partial_path, for_writing=True)
         if lock is None:
             raise UserError(
-                f"another job is writing: {self.partial_path}: wait for it or choose another prefix"
+                f"another job is writing: {self.partial_path}: wait until it finishes, or choose "
+                "another prefix"
             )
         self._file = open(lock.descriptor, "wb", buffering=1 << 20)  # noqa: SIM115
         with as_user_error(self.partial_path):
@@ -722,7 +727,7 @@ def _read(descriptor: int, path: Path, begin: int, block: memoryview) -> memoryv
         except OSError as error:
             raise UserError(f"cannot read: {path}: {error.strerror}") from error
         if num_read == 0:
-            raise UserError(f"cannot read: {path}: it became shorter while it was copied")
+            raise UserError(f"cannot read: {path}: it was truncated while it was copied")
         at += num_read
     if hasattr(os, "posix_fadvise"):  # the block is read only once, so drop it from the page cache
         os.posix_fadvise(descriptor, begin, len(block), os.POSIX_FADV_DONTNEED)

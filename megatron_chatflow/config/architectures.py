@@ -64,24 +64,28 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
-        raise UserError(f"{path}: rope_scaling is {rope!r} and no object; correct it")
+        raise UserError(f"{path}: rope_scaling must be an object, not {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     if not is_positive_number(theta):
-        raise UserError(
-            f"{path}: rope_theta is {shorten(theta)} and no positive number; correct it"
-        )
+        raise UserError(f"{path}: rope_theta must be a positive number, not {shorten(theta)}")
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"{path}: has rotary parameters by kind of layer; LLaMA has one kind")
+        raise UserError(
+            f"{path}: has RoPE parameters by type of layer, which is not supported; LLaMA has "
+            "one type of layer"
+        )
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise UserError(f"{path}: partial_rotary_factor is {partial!r}; LLaMA rotates whole heads")
+        raise UserError(
+            f"{path}: partial_rotary_factor is {partial!r}; only 1 is supported, because LLaMA "
+            "applies RoPE to whole heads"
+        )
     if kind == "default":
         return {"rotary_base": float(theta)}
     if kind not in ROPE_SCALINGS:
         raise UserError(
-            f"{path}: rotary scaling of type {kind!r} is not among {', '.join(ROPE_SCALINGS)}; "
-            "such a model cannot be converted"
+            f"{path}: RoPE scaling of type {kind!r} is not supported; supported types are "
+            f"{', '.join(ROPE_SCALINGS)}"
         )
     fallback = config.get("original_max_position_embeddings", config["max_position_embeddings"])
     given = {"original_max_position_embeddings": fallback, **rope}
@@ -92,13 +96,13 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
         number: Any = given.get(name)
         if not is_positive_number(number):
             raise UserError(
-                f"{path}: rotary scaling of type {kind!r} needs a positive {name}, not "
+                f"{path}: RoPE scaling of type {kind!r} needs a positive {name}, not "
                 f"{shorten(number)}"
             )
         is_length = name == "original_max_position_embeddings"
         values[_FACTORS[name]] = int(number) if is_length else float(number)
     if kind == "llama3" and values["rope_low_freq_factor"] >= values["rope_high_freq_factor"]:
-        raise UserError(f"{path}: low_freq_factor is not below high_freq_factor; correct the two")
+        raise UserError(f"{path}: low_freq_factor must be below high_freq_factor")
     return values
 
 

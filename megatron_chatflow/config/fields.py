@@ -114,7 +114,9 @@ def parse_number(value: object) -> float:
         try:
             return float(value)
         except OverflowError:
-            raise UserError(f"must be a number of ordinary size, not {shorten(value)}") from None
+            raise UserError(
+                f"must be a number that fits into a float, not {shorten(value)}"
+            ) from None
     if isinstance(value, str) and _EXPONENT.fullmatch(value):
         return float(value)
     raise UserError(f"must be a number, not {shorten(value)}")
@@ -161,7 +163,7 @@ def parse_shares(value: object) -> tuple[float, float, float]:
         )
     shares = [float(word) for word in words] + [0.0] * (3 - len(words))
     if not shares[0]:
-        raise UserError(f"must leave something to training, not {shorten(value)}")
+        raise UserError(f"must have a training share above 0, not {shorten(value)}")
     total = sum(shares)
     train, validation, test = (share / total for share in shares)
     return train, validation, test
@@ -184,13 +186,15 @@ def _check_shares(value: str) -> str:
 
 def _check_name(value: str) -> str:
     if not value.strip() or not value.isprintable():
-        raise UserError(f"must be a name that can be printed, not {shorten(value)}")
+        raise UserError(f"must be a name of printable characters, not {shorten(value)}")
     return value
 
 
 def _parse_weights(value: Any, parse_mapping: Callable[[Any], Any]) -> Any:
     if isinstance(value, str) and value != "as_planned":
-        raise UserError(f"must be a weight for each source, or as_planned, not {shorten(value)}")
+        raise UserError(
+            f"must be a mapping from sources to weights, or as_planned, not {shorten(value)}"
+        )
     return value if isinstance(value, str) else parse_mapping(value)
 
 

@@ -24,8 +24,8 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 2 -m megatron_chatflow.pretrain --config run.yaml \\
       --tensor-model-parallel-size 2 --sequence-parallel
 
-A flag is stronger than the file, the file than the default. Counts may carry a unit (8K, 5M, 1.5B,
-1T); `none` unsets what has no default. Sources and their schedule stand in the file alone.
+Flags override the file, and the file overrides the defaults. Counts may have a unit (8K, 5M, 1.5B,
+1T). `none` unsets a setting without a default. Sources and their schedule are set only in the file.
 """
 
 
@@ -128,16 +128,25 @@ def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     if with_options:
-        group = parser.add_argument_group("this call")
-        group.add_argument("--config", type=Path, metavar="YAML", help="the run's configuration")
+        group = parser.add_argument_group("invocation")
         group.add_argument(
-            "--dry-run", action="store_true", help="check everything, print the plan, train nothing"
+            "--config", type=Path, metavar="YAML", help="path of the run's configuration file"
         )
         group.add_argument(
-            "--world-size", type=int, metavar="N", help="processes that --dry-run plans for"
+            "--dry-run",
+            action="store_true",
+            help="check the configuration and the data, print the plan, and exit without training",
         )
         group.add_argument(
-            "--verbose", action="store_true", help="--dry-run shows the resolved configuration too"
+            "--world-size",
+            type=int,
+            metavar="N",
+            help="number of processes that --dry-run assumes; the smallest possible one when unset",
+        )
+        group.add_argument(
+            "--verbose",
+            action="store_true",
+            help="with --dry-run, also print the resolved configuration",
         )
     for section, section_class in get_type_hints(RunConfig).items():
         summary = (section_class.__doc__ or "").splitlines()[0]
@@ -189,7 +198,7 @@ def parse_arguments(
     _refuse(translation, known)
     namespace, stray = parser.parse_known_args(translation.arguments)
     if stray:
-        raise UserError(f"{stray[0]}: a value without a flag; see --help")
+        raise UserError(f"{stray[0]}: unexpected value without a flag; see --help")
     given = vars(namespace)
     values = translation.values
     for flag in FLAGS:
@@ -210,7 +219,7 @@ def _refuse(translation: Translation, known: Iterable[str]) -> None:
     """Reports all unknown and unsupported flags in one error."""
     names = [*known, *(name for name in TABLE if not name.endswith("*"))]
     problems = [f"{flag}: unknown flag{did_you_mean(flag, names)}" for flag in translation.unknown]
-    problems += [f"{flag}: not available here ({text})" for flag, text in translation.refused]
+    problems += [f"{flag}: not supported ({text})" for flag, text in translation.refused]
     if not problems:
         return
     where = f"see {PAGE}" if translation.refused else "see --help"

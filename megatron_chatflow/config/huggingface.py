@@ -54,9 +54,9 @@ def read_huggingface_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
+        raise UserError(f"{path}: is damaged ({error}); download the folder again") from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: is damaged (no object); fetch the folder again")
+        raise UserError(f"{path}: is damaged (not a JSON object); download the folder again")
     return config
 
 
@@ -78,8 +78,8 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
     architecture = named[0] if isinstance(named, list) else named
     if kind not in tuple(ARCHITECTURES) or architecture not in (kind, ARCHITECTURES[kind]):
         raise UserError(
-            f"{path}: {architecture} is not a LLaMA; only LlamaForCausalLM is converted, "
-            "and MistralForCausalLM without a sliding window"
+            f"{path}: architecture {architecture} is not supported; use LlamaForCausalLM, or "
+            "MistralForCausalLM without a sliding window"
         )
     config = {**_CONFIG_DEFAULTS[kind], **config}
     if config.get("num_key_value_heads") is None:
@@ -88,10 +88,10 @@ def model_of_huggingface(folder: Path) -> dict[str, Any]:
         value: Any = config.get(name)
         is_size = ours not in ("norm_epsilon", "init_method_std")
         if not is_positive_number(value) or (is_size and not isinstance(value, int)):
-            raise UserError(f"{path}: {name} is missing or not a positive number; complete it")
+            raise UserError(f"{path}: {name} is missing or not a positive number; correct it")
         largest = MAX_LAYERS if ours == "num_layers" else _LARGEST_SIZE
         if is_size and value > largest:
-            raise UserError(f"{path}: {name} is {shorten(value)}; correct it")
+            raise UserError(f"{path}: {name} must be at most {largest}, not {shorten(value)}")
     _refuse_variants(path, config)
     rope = rope_of_huggingface(path, config)
     if kind == "mistral":
@@ -115,23 +115,24 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
     is_divided = head_dim is not None or hidden_size % heads == 0
     if not is_divided or heads % groups:
         raise UserError(
-            f"{path}: {heads} heads, {groups} of them with keys, do not make up hidden_size "
-            f"{hidden_size}; such a model cannot be converted"
+            f"{path}: {heads} attention heads and {groups} key/value heads do not fit "
+            f"hidden_size {hidden_size}; correct them"
         )
     size = hidden_size // heads if head_dim is None else head_dim
     if type(size) is not int or size % 2 or not 0 < size <= _LARGEST_SIZE:
         raise UserError(
-            f"{path}: heads of size {shorten(size)} cannot be rotated; only even ones can"
+            f"{path}: the head size {shorten(size)} is not supported; RoPE needs an even size of "
+            f"at most {_LARGEST_SIZE}"
         )
     if config.get("quantization_config") is not None:
-        raise UserError(f"{path}: the model is quantised; take one that is not")
+        raise UserError(f"{path}: the model is quantized; use one that is not")
     for name, expected in (
         ("hidden_act", "silu"),
         ("attention_bias", False),
         ("mlp_bias", False),
     ):
         if config.get(name, expected) != expected:
-            raise UserError(f"{path}: {name} is {config[name]!r}; LLaMA has {expected!r}")
+            raise UserError(f"{path}: {name} is {config[name]!r}; only {expected!r} is supported")
 
 
 def _refuse_window(path: Path, config: Mapping[str, Any], rope: Mapping[str, Any]) -> None:
@@ -142,7 +143,7 @@ def _refuse_window(path: Path, config: Mapping[str, Any], rope: Mapping[str, Any
     if window is None or (is_positive_number(window) and window >= longest):
         return
     raise UserError(
-        f"{path}: sliding_window is {shorten(window)}, and LLaMA's attention has no window; take a "
-        "Mistral whose sliding_window is null, or set max_position_embeddings there to no more "
-        "than the window, up to which the two are the same"
+        f"{path}: sliding_window is {shorten(window)}, but LLaMA's attention has no window; use "
+        "a Mistral model whose sliding_window is null, or lower max_position_embeddings in this "
+        "file to the window, up to which both models are equal"
     )

@@ -125,8 +125,8 @@ def _refuse_other_shape(config: RunConfig, shape: Mapping[str, Any], folder: Pat
         if name not in free and ours != {shape.get(name)}:
             shown = next(value for value in ours if value != shape.get(name))
             raise UserError(
-                f"model.{name}: {shown} here and {shape.get(name)} in {folder / 'config.json'}; "
-                "leave it out to take the folder's"
+                f"model.{name}: {shown} differs from {shape.get(name)} in "
+                f"{folder / 'config.json'}; remove it to use the folder's value"
             )
 
 

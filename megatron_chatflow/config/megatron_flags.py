@@ -72,13 +72,13 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
     ("--rope-type=rope --rotary-percent=1", "whole heads are rotated"),
     ("--disable-bias-linear", "linear layers have no bias"),
     ("--attention-dropout=0 --hidden-dropout=0", "there is no dropout"),
-    ("--group-query-attention", "--num-query-groups alone decides it"),
+    ("--group-query-attention", "--num-query-groups enables it"),
     ("--softmax-type=vanilla", "the softmax has no offset"),
     ("--attention-softmax-in-fp32", "softmax is computed in fp32"),
     ("--use-mcore-models --legacy-tokenizer", "the model is megatron-core's"),
     (
         "--use-flash-attn --transformer-impl=local|transformer_engine --flash-attention-version",
-        "the fastest attention that is installed is taken, see --attention-backend",
+        "the fastest installed attention is used; see --attention-backend",
     ),
     (
         "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion "
@@ -87,7 +87,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --fused-residual-rmsnorm "
         "--use-te-activation-func --use-transformer-engine-op-fuser --disable-jit-fuser "
         "--fp16-lm-cross-entropy",
-        "--fused-kernels decides which kernels are taken",
+        "--fused-kernels selects the kernels",
     ),
     ("--calculate-per-token-loss", "the loss is a mean over the global batch's loss tokens"),
     (
@@ -105,14 +105,20 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
     ("--override-opt-param-scheduler --override-opt_param-scheduler", "the configuration decides"),
     (
         "--load-main-params-from-ckpt",
-        "master weights are filled from the weights that are loaded, at full precision",
+        "master weights are always initialized from the loaded weights at full precision",
     ),
-    ("--no-load-rng --no-save-rng", "no random state carries over: the seed decides everything"),
+    (
+        "--no-load-rng --no-save-rng",
+        "no random state is saved: everything random follows from the seed",
+    ),
     (
         "--use-cpu-initialization --no-initialization --init-model-with-meta-device",
         "no effect on the weights",
     ),
-    ("--ckpt-format=torch_dist --dist-ckpt-format=torch_dist", "checkpoints are distributed ones"),
+    (
+        "--ckpt-format=torch_dist --dist-ckpt-format=torch_dist",
+        "checkpoints always have this format",
+    ),
     (
         "--use-dist-ckpt --auto-detect-ckpt-format --ckpt-fully-parallel-save "
         "--no-ckpt-fully-parallel-save --disable-ckpt-fully-parallel-save "
@@ -129,10 +135,16 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--no-stream-ckpt-dequant --disable-stream-ckpt-dequant --load-model-opt-format "
         "--verify-integrity --log-progress --no-save-tokenizer-assets "
         "--disable-save-tokenizer-assets",
-        "no effect: every rank writes its part, and any layout reads it",
+        "no effect: every rank writes its shards, and any layout can load them",
     ),
-    ("--exit-signal-handler --exit-signal-handler-for-training", "SIGTERM and SIGUSR1 save"),
-    ("--exit-signal=SIGTERM|SIGUSR1|SIGINT --exit-signal-handler-for-dataloader", "they save"),
+    (
+        "--exit-signal-handler --exit-signal-handler-for-training",
+        "on SIGTERM and SIGUSR1, a run always saves and exits",
+    ),
+    (
+        "--exit-signal=SIGTERM|SIGUSR1|SIGINT --exit-signal-handler-for-dataloader",
+        "on these signals, a run always saves and exits",
+    ),
     (
         "--num-workers --num-dataset-builder-threads --data-cache-path --no-mmap-bin-files "
         "--mid-level-dataset-surplus --dataloader-fast-cache-load "
@@ -140,11 +152,11 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "no effect: samples are read from the mapped files, without an index",
     ),
     ("--dataloader-type=single|cyclic", "no effect: each epoch of a source has its own order"),
-    ("--no-create-attention-mask-in-dataloader", "no mask is ever made"),
-    ("--multiple-validation-sets", "every source is validated by itself"),
+    ("--no-create-attention-mask-in-dataloader", "no attention mask is created"),
+    ("--multiple-validation-sets", "every source is validated separately"),
     ("--renormalize-blend-weights", "weights are normalized"),
     ("--distributed-backend=nccl", "NCCL on GPUs, gloo on CPUs"),
-    ("--local-rank --local_rank", "torchrun says it in the environment"),
+    ("--local-rank --local_rank", "torchrun sets it in the environment"),
     (
         "--no-async-tensor-model-parallel-allreduce "
         "--disable-async-tensor-model-parallel-allreduce "
@@ -164,21 +176,24 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--disable-bf16-reduced-precision-matmul --te-rng-tracker --onnx-safe --lazy-mpu-init "
         "--use-tp-pp-dp-mapping --cp-comm-type "
         "--microbatch-group-size-per-virtual-pipeline-stage",
-        "no effect on the result: communication and memory are arranged here",
+        "no effect on the result: communication and memory use fixed settings",
     ),
     ("--tp-comm-*", "no effect on the result: TP communication is not overlapped with GEMMs"),
     ("--no-tp-comm-* --disable-tp-comm-*", "no effect on the result"),
     ("--expert-model-parallel-size=1 --expert-tensor-parallel-size=1", "there are no experts"),
-    ("--num-distributed-optimizer-instances=1", "there is one"),
+    ("--num-distributed-optimizer-instances=1", "there is only one instance"),
     (
         "--encoder-tensor-model-parallel-size=0 --encoder-pipeline-model-parallel-size=0",
-        "no encoder",
+        "there is no encoder",
     ),
-    ("--vocab-extra-ids=0", "the tokenizer has every id"),
-    ("--manual-gc", "--manual-gc-interval alone turns it on"),
-    ("--recompute-modules=core_attn", "selective recomputation is of the attention core"),
-    ("--rerun-mode=disabled", "a step is not run twice"),
-    ("--log-throughput", "every log line has it"),
+    ("--vocab-extra-ids=0", "the tokenizer defines all ids"),
+    ("--manual-gc", "--manual-gc-interval enables it"),
+    (
+        "--recompute-modules=core_attn",
+        "selective recomputation always recomputes the attention core",
+    ),
+    ("--rerun-mode=disabled", "steps are not rerun"),
+    ("--log-throughput", "every log line includes the throughput"),
     (
         "--log-params-norm --log-num-zeros-in-grad --log-max-attention-logit --log-energy "
         "--log-memory-interval --log-device-memory-used --log-memory-to-tensorboard "
@@ -188,19 +203,19 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--no-log-learnig-rate-to-tensorboard --timing-log-level --timing-log-option "
         "--no-barrier-with-level-1-timing --tensorboard-log-interval --tensorboard-queue-size "
         "--logging-level --config-logger-dir --dump-param-to-param-group-map",
-        "no effect: what is recorded does not depend on flags",
+        "no effect: the recorded metrics are fixed",
     ),
     (
         "--straggler-ctrlr-port --disable-straggler-on-startup --nvtx-ranges --record-shapes "
         "--pytorch-profiler-collect-callstack --pytorch-profiler-collect-chakra "
         "--pytorch-profiler-collect-shapes",
-        "no effect: --log-straggler and --profile have no such parts",
+        "no effect: --log-straggler and --profile have no such option",
     ),
     (
         "--one-logger-* --enable-one-logger --no-one-logger --app-tag-run-name "
         "--app-tag-run-version --otel-* --run-workload-inspector-server --calc-ft-timeouts "
         "--ft-num-warmup-iters",
-        "no effect: nothing is reported to such a service",
+        "no effect: these services are not used",
     ),
     ("--enable-experimental --disable-msc --no-pin-cpu-grads --no-pin-cpu-params", "no effect"),
 )
@@ -213,7 +228,11 @@ _MAPPED: tuple[tuple[str, str, str | None], ...] = (
         "",
         "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     ),
-    ("--tensorboard-dir", "`--tensorboard`; the files lie in `tensorboard/` under --save", None),
+    (
+        "--tensorboard-dir",
+        "`--tensorboard`; the files are in `tensorboard/` in the folder of --save",
+        None,
+    ),
     (
         "--reset-position-ids",
         "`boundaries: isolate` of every source: positions and attention stay within a document",
@@ -223,21 +242,21 @@ _MAPPED: tuple[tuple[str, str, str | None], ...] = (
     ("--dataloader-inter-document-masking", "`boundaries: isolate` of every source", None),
     (
         "--eod-mask-loss",
-        "`boundaries: isolate` of every source: no loss on what follows another document's end",
+        "`boundaries: isolate` of every source: no loss on the first token of the next document",
         None,
     ),
     (
         "--data-path",
-        "sources with constant weights, instead of the YAML file's; `--split 969,30,1` unless "
-        "something is held out",
+        "sources with constant weights, which replace those of the YAML file; `--split "
+        "969,30,1` unless documents are held out in another way",
         None,
     ),
-    ("--data-args-path", "--data-path, read from the file", None),
+    ("--data-args-path", "--data-path with the arguments in the file", None),
     ("--train-data-path", "sources with constant weights and no split", None),
     ("--valid-data-path", "`validation_paths` of the sources of --train-data-path", None),
     (
         "--lr-warmup-fraction",
-        "--lr-warmup-iters or --lr-warmup-samples: this part of the decay's length",
+        "--lr-warmup-iters or --lr-warmup-samples, as this fraction of the decay's length",
         None,
     ),
     ("--encoder-num-layers", "", "--num-layers {}"),
@@ -261,33 +280,36 @@ _MAPPED: tuple[tuple[str, str, str | None], ...] = (
     ("--padded-vocab-size", "", "--vocab-size {}"),
 )
 
-_NOT_LLAMA = "the model is a LLaMA"
+_NOT_LLAMA = "only LLaMA models are supported"
 _REFUSED: tuple[tuple[str, str], ...] = (
-    ("--test-data-path", "tools/evaluate.py compares checkpoints on text that no run has read"),
+    ("--test-data-path", "tools/evaluate.py, to evaluate checkpoints on unseen text"),
     (
         "--per-split-data-args-path",
-        "name `paths` and `validation_paths` of each source in the YAML",
+        "set `paths` and `validation_paths` of each source in the YAML file",
     ),
-    ("--mock-data", "tools/benchmark.py train measures without data"),
-    ("--fim-*", "fill-in-the-middle is not made; preprocess such text beforehand"),
+    ("--mock-data", "tools/benchmark.py train, which needs no data"),
+    ("--fim-*", "fill-in-the-middle is not supported; transform the text before preprocessing"),
     ("--sft", "preprocess with --format chat and set `loss: response` of the source"),
     ("--sft-tokenizer-prompt-format", "--chat-template of tools/preprocess_data.py"),
     ("--chat-template", "--chat-template of tools/preprocess_data.py"),
-    ("--dataloader-type", "external data loaders cannot be plugged in"),
+    ("--dataloader-type", "external data loaders are not supported"),
     ("--hybrid-context-parallel --max-seqlen-per-dp-cp-rank", "--context-parallel-size"),
-    ("--per-dataset-sequences-path --object-storage-cache-path --s3-cache-path", "local files"),
-    ("--enable-msc", "local files, or a mounted file system"),
+    (
+        "--per-dataset-sequences-path --object-storage-cache-path --s3-cache-path",
+        "only local files are supported",
+    ),
+    ("--enable-msc", "only local files and mounted file systems are supported"),
     ("--vocab-file", "--tokenizer-model with the folder's tokenizer.json or tokenizer.model"),
     ("--merge-file", "--tokenizer-model with the folder's tokenizer.json"),
-    ("--tiktoken-*", "convert the tokenizer to a tokenizer.json, for --tokenizer-model"),
+    ("--tiktoken-*", "convert the tokenizer to a tokenizer.json for --tokenizer-model"),
     (
         "--tokenizer-metadata --tokenizer-special-tokens --tokenizer-hf-* "
         "--tokenizer-sentencepiece-* --no-tokenizer-* --disable-tokenizer-* --trust-remote-code "
         "--use-gigatoken",
-        "--tokenizer-model: the files of the tokenizer decide",
+        "--tokenizer-model: the tokenizer's files define these settings",
     ),
-    ("--no-use-tokenizer-model-from-checkpoint-args", "--tokenizer-model is always given"),
-    ("--disable-use-tokenizer-model-from-checkpoint-args", "--tokenizer-model is always given"),
+    ("--no-use-tokenizer-model-from-checkpoint-args", "--tokenizer-model is always required"),
+    ("--disable-use-tokenizer-model-from-checkpoint-args", "--tokenizer-model is always required"),
     ("--null-tokenizer-*", "--tokenizer-model"),
     ("--no-pad-vocab-size --disable-pad-vocab-size", "--make-vocab-size-divisible-by 1"),
     ("--vocab-extra-ids", "tools/extend_vocab.py"),
@@ -300,8 +322,14 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "--reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file",
         "--bf16: FP8 is not available",
     ),
-    ("--use-precision-aware-optimizer", "moments are fp32; --use-distributed-optimizer cuts them"),
-    ("--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype", "they are fp32"),
+    (
+        "--use-precision-aware-optimizer",
+        "moments are fp32; --use-distributed-optimizer shards them",
+    ),
+    (
+        "--main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
+        "these types are always fp32",
+    ),
     ("--megatron-fsdp-*", "--use-distributed-optimizer"),
     (
         "--use-megatron-fsdp --use-torch-fsdp2 --use-custom-fsdp --fsdp-* --torch-fsdp2-* "
@@ -324,28 +352,34 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("--recompute-modules", "--recompute-granularity full"),
     ("--optimizer", "AdamW is the only optimizer"),
     ("--muon-* --lion-* --sgd-momentum", "AdamW is the only optimizer"),
-    ("--decoupled-lr --decoupled-min-lr --head-lr-mult", "--lr: all weights have one rate"),
+    (
+        "--decoupled-lr --decoupled-min-lr --head-lr-mult",
+        "--lr: all weights have the same learning rate",
+    ),
     ("--lr-wsd-*", "--lr-decay-style cosine, linear or constant"),
     ("--warmup", "--lr-warmup-iters"),
     ("--start-weight-decay --end-weight-decay --weight-decay-incr-style", "--weight-decay"),
     ("--no-weight-decay-cond-type --apply-wd-to-qk-layernorm", "--weight-decay"),
-    ("--use-checkpoint-opt-param-scheduler", "a resume takes the configuration's values"),
-    ("--use-checkpoint-opt_param-scheduler", "a resume takes the configuration's values"),
-    ("--rampup-batch-size", "--global-batch-size may be changed at a resume"),
-    ("--step-batch-size-schedule", "--global-batch-size may be changed at a resume"),
-    ("--decrease-batch-size-if-needed", "a global batch size that the processes divide"),
+    ("--use-checkpoint-opt-param-scheduler", "a resume uses the configuration's values"),
+    ("--use-checkpoint-opt_param-scheduler", "a resume uses the configuration's values"),
+    ("--rampup-batch-size", "change --global-batch-size when you resume"),
+    ("--step-batch-size-schedule", "change --global-batch-size when you resume"),
+    (
+        "--decrease-batch-size-if-needed",
+        "a --global-batch-size that is divisible by the number of data-parallel ranks",
+    ),
     ("--iterations-to-skip --phase-transition-iterations", "--on-nan skip, or edit the schedule"),
     ("--skip-train", "tools/evaluate.py"),
-    ("--full-validation", "a large --eval-iters: validation ends with the held-out samples"),
+    ("--full-validation", "a large --eval-iters: a validation ends after the last held-out sample"),
     ("--eval-global-batch-size --eval-micro-batch-size", "--eval-iters"),
     ("--start-eval-at-iter --validation-set-names --test-mode", "--eval-interval"),
     ("--ckpt-step --override-ckpt-iteration", "--load RUN/iter_0000100"),
     (
         "--use-checkpoint-args --use-mp-args-from-checkpoint-args",
-        "--load-hf takes a folder's shape",
+        "--load-hf takes the model's sizes from the folder's config.json",
     ),
-    ("--exit-on-missing-checkpoint", "--pretrained-checkpoint, which has to be there"),
-    ("--no-save-optim", "tools/convert_checkpoint.py export writes the weights alone"),
+    ("--exit-on-missing-checkpoint", "--pretrained-checkpoint, which must exist"),
+    ("--no-save-optim", "tools/convert_checkpoint.py export writes only the weights"),
     ("--ckpt-convert-*", "tools/convert_checkpoint.py"),
     ("--ckpt-format --dist-ckpt-format", "tools/convert_checkpoint.py reads other formats"),
     ("--non-persistent-* --persistent-save-interval", "--save-interval"),
@@ -414,9 +448,12 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "--classes-fraction --data-per-class-fraction --iter-per-epoch --freeze-all-layers",
         _NOT_LLAMA,
     ),
-    ("--rl-* --grpo-* --langrl-* --perform-rl-step --refit-method", "no reinforcement learning"),
-    ("--use-same-sampling-seed-across-dp-ranks", "no reinforcement learning"),
-    ("--logits-*", "no distillation"),
+    (
+        "--rl-* --grpo-* --langrl-* --perform-rl-step --refit-method",
+        "reinforcement learning is not supported",
+    ),
+    ("--use-same-sampling-seed-across-dp-ranks", "reinforcement learning is not supported"),
+    ("--logits-*", "distillation is not supported"),
     (
         "--inference-* --flash-decode --enable-chunked-prefill --disable-chunked-prefill "
         "--decode-only-cuda-graphs --num-speculative-tokens --max-tokens-to-oom "
@@ -424,13 +461,13 @@ _REFUSED: tuple[tuple[str, str], ...] = (
         "--batch-invariant-*",
         "tools/generate.py, or export to Hugging Face and serve with vLLM",
     ),
-    ("--cuda-graph-* --enable-cuda-graph --external-cuda-graph", "CUDA graphs are not taken"),
+    ("--cuda-graph-* --enable-cuda-graph --external-cuda-graph", "CUDA graphs are not supported"),
     (
         "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
         "--account-for-* --standalone-embedding-stage --pipeline-model-parallel-split-rank "
         "--pipeline-model-parallel-layout --encoder-tensor-model-parallel-size "
         "--encoder-pipeline-model-parallel-size",
-        "--pipeline-model-parallel-size: stages have equal numbers of layers",
+        "--pipeline-model-parallel-size: all stages have the same number of layers",
     ),
     ("--pipeline-model-parallel-comm-backend --distributed-backend", "NCCL on GPUs, gloo on CPUs"),
     ("--use-ring-exchange-p2p --nccl-communicator-config-path", "NCCL's environment variables"),
@@ -688,7 +725,7 @@ def _set_blend(blends: Mapping[str, list[str]], result: Translation) -> None:
         return
     if "--data-path" in blends and len(blends) > 1:
         raise UserError(
-            "--data-path: is for all splits; leave out --train-data-path and --valid-data-path"
+            "--data-path: applies to all splits; remove --train-data-path and --valid-data-path"
         )
     prefixes, weights = read_blend(flag, blends[flag])
     sources: dict[str, dict[str, Any]]

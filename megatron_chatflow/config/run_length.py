@@ -108,6 +108,6 @@ class RunLength:
             str(given) if given == self.lr_warmup else f"{given}, which is {self.lr_warmup} {unit},"
         )
         raise UserError(
-            f"optimizer.{field}: {shown} is not below the {self.lr_decay} {unit} at whose end the "
-            "decay is done; lower it"
+            f"optimizer.{field}: {shown} is not below the {self.lr_decay} {unit} at which the "
+            "decay ends; lower it"
         )

@@ -62,48 +62,59 @@ class ModelConfig:
     """
 
     preset: Name | None = Field(
-        default=None, description="published shape that fills what is unset: " + ", ".join(PRESETS)
+        default=None,
+        description="published model whose sizes are used for the sizes that are not set: "
+        + ", ".join(PRESETS),
     )
-    num_layers: NumLayers = Field(description="transformer layers")
-    hidden_size: Size = Field(description="width of the residual stream")
-    ffn_hidden_size: Size = Field(description="width inside the SwiGLU feed-forward block")
-    num_attention_heads: Size = Field(description="attention heads")
+    num_layers: NumLayers = Field(description="number of transformer layers")
+    hidden_size: Size = Field(description="size of the hidden states")
+    ffn_hidden_size: Size = Field(
+        description="size of the intermediate activations of the SwiGLU MLP"
+    )
+    num_attention_heads: Size = Field(description="number of attention heads (query heads)")
     num_query_groups: Size = Field(
-        description="key/value heads of grouped-query attention; as many as heads when unset"
+        description="number of key/value heads for grouped-query attention; num_attention_heads "
+        "when unset"
     )
     kv_channels: Size | None = Field(
-        default=None, description="size of a head; hidden_size over the heads when unset"
+        default=None,
+        description="size of an attention head; hidden_size / num_attention_heads when unset",
     )
-    max_position_embeddings: Size = Field(description="longest sequence, in tokens")
-    rotary_base: PositiveNumber = Field(default=10000.0, description="base of the rotary angles")
+    max_position_embeddings: Size = Field(description="maximum sequence length in tokens")
+    rotary_base: PositiveNumber = Field(
+        default=10000.0, description="base of the rotary position embedding (RoPE theta)"
+    )
     rope_scaling_type: RopeScaling | None = Field(
-        default=None, description="how rotary angles are scaled for longer texts"
+        default=None, description="type of RoPE scaling for a longer context; no scaling when unset"
     )
     rope_scaling_factor: PositiveNumber | None = Field(
-        default=None, description="how much longer texts get by the scaling"
+        default=None, description="factor by which RoPE scaling extends the context"
     )
     rope_low_freq_factor: PositiveNumber | None = Field(
-        default=None, description="of llama3's scaling: where its ramp begins (1 when unset)"
+        default=None, description="low_freq_factor of llama3 RoPE scaling; 1 when unset"
     )
     rope_high_freq_factor: PositiveNumber | None = Field(
-        default=None, description="of llama3's scaling: where its ramp ends (4 when unset)"
+        default=None, description="high_freq_factor of llama3 RoPE scaling; 4 when unset"
     )
     rope_original_max_position_embeddings: Size | None = Field(
-        default=None, description="of llama3's scaling: longest sequence before it"
+        default=None, description="maximum sequence length in tokens before llama3 RoPE scaling"
     )
-    norm_epsilon: PositiveNumber = Field(default=1e-5, description="epsilon of RMSNorm")
+    norm_epsilon: PositiveNumber = Field(
+        default=1e-5, description="epsilon in the denominator of RMSNorm"
+    )
     init_method_std: PositiveNumber = Field(
-        default=0.02, description="spread of the initial weights"
+        default=0.02, description="standard deviation of the initial weights"
     )
     untie_embeddings_and_output_weights: Switch = Field(
-        default=True, description="own weights for the output layer"
+        default=True, description="use separate weights for the embedding and the output layer"
     )
     make_vocab_size_divisible_by: Size = Field(
         default=128,
-        description="the vocabulary is padded to a multiple of this, and of the TP size",
+        description="pad the vocabulary size to a multiple of this value and of the "
+        "tensor-parallel size",
     )
     vocab_size: Size | None = Field(
-        default=None, description="vocabulary before padding; the tokenizer's when unset"
+        default=None, description="vocabulary size before padding; the tokenizer's when unset"
     )
 
     @model_validator(mode="before")
@@ -144,15 +155,15 @@ class TokenizerConfig:
     """Tokenizer that the corpus was encoded with."""
 
     tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = Field(
-        default="auto", description="kind of tokenizer; auto: as its files say"
+        default="auto", description="type of the tokenizer; auto detects it from the files"
     )
     tokenizer_model: FilePath = Field(
-        description="SentencePiece model, tokenizer.json, or a folder with one"
+        description="path of a SentencePiece model, a tokenizer.json, or a folder that contains one"
     )
     old_tokenizer_model: FilePath | None = Field(
         default=None,
-        description="with --embedding-init: where the tokenizer of the weights lies now, if not "
-        "where they say",
+        description="with --embedding-init: path of the tokenizer that the loaded weights were "
+        "trained with; the path recorded with the weights when unset",
     )
 
 
@@ -161,39 +172,51 @@ class ParallelConfig:
     """Parallel layout. Data parallelism uses the processes that the other kinds leave."""
 
     tensor_model_parallel_size: Size = Field(
-        default=1, description="processes that share each layer"
+        default=1, description="number of tensor-parallel ranks, which split every layer"
     )
-    pipeline_model_parallel_size: Size = Field(default=1, description="stages of layers")
+    pipeline_model_parallel_size: Size = Field(
+        default=1, description="number of pipeline stages; each one holds a part of the layers"
+    )
     num_layers_per_virtual_pipeline_stage: Size | None = Field(
-        default=None, description="layers of each model chunk, for the interleaved schedule"
+        default=None,
+        description="number of layers per model chunk; enables the interleaved pipeline schedule",
     )
     num_virtual_stages_per_pipeline_rank: Size | None = Field(
-        default=None, description="model chunks of each pipeline stage, the other way to say it"
+        default=None,
+        description="number of model chunks per pipeline stage, as an alternative to "
+        "num_layers_per_virtual_pipeline_stage",
     )
     pad_attention_heads: Switch = Field(
         default=False,
-        description="heads of zeros where tensor_model_parallel_size does not divide them",
+        description="add zero-valued attention heads if tensor_model_parallel_size does not "
+        "divide their number",
     )
-    context_parallel_size: Size = Field(default=1, description="processes that share each sequence")
+    context_parallel_size: Size = Field(
+        default=1, description="number of context-parallel ranks, which split every sequence"
+    )
     sequence_parallel: Switch = Field(
         default=False,
-        description="norms and residuals cut along the sequence over the TP processes",
+        description="split the norms and residuals along the sequence over the tensor-parallel "
+        "ranks",
     )
     use_distributed_optimizer: Switch = Field(
-        default=False, description="optimizer state cut over the data-parallel processes"
+        default=False, description="shard the optimizer state over the data-parallel ranks"
     )
     overlap_grad_reduce: Switch = Field(
-        default=False, description="reduce gradients while the backward pass goes on"
+        default=False, description="overlap the gradient reduction with the backward pass"
     )
     overlap_param_gather: Switch = Field(
-        default=False, description="gather parameters while the forward pass goes on"
+        default=False,
+        description="overlap the parameter all-gather of the distributed optimizer with the "
+        "forward pass",
     )
     shared_memory_collectives: Switch = Field(
         default=True,
-        description="TP processes on one machine without GPUs exchange through shared memory",
+        description="on CPUs, use shared memory instead of gloo between tensor-parallel ranks "
+        "of one machine",
     )
     distributed_timeout_minutes: Size = Field(
-        default=20, description="minutes after which a stuck collective ends the run"
+        default=20, description="timeout of a collective in minutes; the run fails when it expires"
     )
 
 
@@ -202,25 +225,31 @@ class SourceConfig:
     """Datasets of a source, and how samples are cut from them."""
 
     paths: tuple[FilePath, ...] = Field(
-        min_length=1, description="prefixes of .bin/.idx files, such as data/en_text_document"
+        min_length=1,
+        description="prefixes of the source's .bin/.idx files, such as data/en_text_document",
     )
     validation_paths: tuple[FilePath, ...] = Field(
-        default=(), description="prefixes that only validation reads"
+        default=(), description="prefixes of datasets that are used only for validation"
     )
     loss: Literal["all", "response"] | None = Field(
         default=None,
-        description="tokens that count in the loss: all, or those of the loss-mask files; when "
-        "unset all, with a warning where there are masks",
+        description="tokens that count in the loss: all, or response (only those marked in the "
+        "loss-mask files). When unset, all tokens count, with a warning if there are loss masks",
     )
     packing: Literal["none", "best_fit"] = Field(
         default="none",
-        description="none: documents run on across samples; best_fit: whole ones are packed",
+        description="none: concatenate the documents and cut them every seq_length tokens; "
+        "best_fit: pack whole documents into samples",
     )
     boundaries: Literal["ignore", "isolate"] = Field(
-        default="ignore", description="isolate: attention does not cross documents"
+        default="ignore",
+        description="ignore: attention crosses document boundaries within a sample; "
+        "isolate: it does not",
     )
     max_epochs: PositiveNumber | None = Field(
-        default=None, description="error before training if the source would repeat more often"
+        default=None,
+        description="maximum number of epochs of the source; a schedule that needs more is "
+        "an error before training. No limit when unset",
     )
 
 
@@ -228,13 +257,13 @@ class SourceConfig:
 class KnotConfig:
     """Weights of all sources at one position of the run. An omitted source has weight 0."""
 
-    at: Count = Field(description="where, in the schedule's unit")
+    at: Count = Field(description="position of the knot in the schedule's unit")
     weights: KnotWeights = Field(
-        description="relative weights by source; or as_planned, in a run that goes on: up to here "
-        "the schedule of its checkpoint"
+        description="relative weights by source; or as_planned, in a resumed run: keep the "
+        "checkpoint's schedule up to this knot"
     )
     ramp: Literal["step", "linear", "cosine"] = Field(
-        default="step", description="how the interval that ends here is crossed"
+        default="step", description="how the weights change from the previous knot to this one"
     )
 
 
@@ -243,9 +272,11 @@ class ScheduleConfig:
     """Weights of the sources over the run."""
 
     unit: Literal["samples", "tokens", "iterations"] = Field(
-        default="samples", description="what the knots count"
+        default="samples", description="unit of the knots' positions"
     )
-    knots: tuple[KnotConfig, ...] = Field(min_length=1, description="weights by position")
+    knots: tuple[KnotConfig, ...] = Field(
+        min_length=1, description="positions and weights, in increasing order of the positions"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -255,22 +286,26 @@ class DataConfig:
     With a single source, the schedule may be omitted; the source then has the whole weight.
     """
 
-    seq_length: Size = Field(description="tokens in a sample")
-    sources: dict[Name, SourceConfig] = Field(min_length=1, description="datasets by source")
+    seq_length: Size = Field(description="length of a sample in tokens")
+    sources: dict[Name, SourceConfig] = Field(
+        min_length=1, description="datasets and settings by name of the source"
+    )
     schedule: ScheduleConfig = Field(description="weights of the sources over the run")
     holdout_every: Stride | None = Field(
         default=None,
-        description="every k-th document of a source without validation_paths is held out",
+        description="hold out every k-th document of each source without validation_paths for "
+        "validation; no documents are held out when unset",
     )
     split: Shares | None = Field(
         default=None,
-        description="instead: shares of training, validation and test in the documents of each "
-        "dataset, in order, such as 969,30,1",
+        description="alternative to holdout_every: shares of the documents of each dataset for "
+        "training, validation and test, in order, such as 969,30,1",
     )
-    num_prefetch: Size = Field(default=2, description="global batches that are prepared ahead")
+    num_prefetch: Size = Field(default=2, description="number of global batches to load ahead")
     data_verify: Switch = Field(
         default=False,
-        description="compare every dataset whole with its .json before training, not in samples",
+        description="compare all bytes of every dataset with its .json before training, instead "
+        "of a sample of blocks",
     )
 
     @model_validator(mode="before")
@@ -288,33 +323,37 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and the learning-rate schedule."""
 
-    lr: PositiveNumber = Field(description="peak learning rate")
+    lr: PositiveNumber = Field(description="maximum learning rate, which the warmup ends with")
     min_lr: NonNegativeNumber = Field(
-        default=0.0, description="learning rate at the end of the decay"
+        default=0.0, description="minimum learning rate, which the decay ends with"
     )
     lr_warmup_init: NonNegativeNumber = Field(
-        default=0.0, description="learning rate of the first iteration of a warmup"
+        default=0.0, description="learning rate at the start of the warmup"
     )
-    lr_warmup_iters: Count = Field(default=0, description="iterations of linear warmup")
+    lr_warmup_iters: Count = Field(
+        default=0, description="length of the linear warmup in iterations"
+    )
     lr_warmup_samples: Count = Field(
-        default=0, description="samples of linear warmup, for a run whose length is train_samples"
+        default=0, description="length of the linear warmup in samples; requires train_samples"
     )
     lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="form of the decay"
+        default="cosine", description="shape of the learning rate decay"
     )
     lr_decay_iters: PositiveCount | None = Field(
-        default=None, description="iteration at which the decay ends; the run's last when unset"
+        default=None, description="iteration at which the decay ends; the last iteration when unset"
     )
     lr_decay_samples: PositiveCount | None = Field(
         default=None,
-        description="sample at which the decay ends, for a run whose length is train_samples",
+        description="sample at which the decay ends; requires train_samples",
     )
-    weight_decay: NonNegativeNumber = Field(default=0.1, description="decoupled weight decay")
-    adam_beta1: Fraction = Field(default=0.9, description="decay of Adam's first moment")
-    adam_beta2: Fraction = Field(default=0.95, description="decay of Adam's second moment")
-    adam_eps: PositiveNumber = Field(default=1e-8, description="epsilon of Adam")
+    weight_decay: NonNegativeNumber = Field(
+        default=0.1, description="coefficient of the decoupled weight decay of AdamW"
+    )
+    adam_beta1: Fraction = Field(default=0.9, description="decay rate of Adam's first moment")
+    adam_beta2: Fraction = Field(default=0.95, description="decay rate of Adam's second moment")
+    adam_eps: PositiveNumber = Field(default=1e-8, description="epsilon in the denominator of Adam")
     clip_grad: NonNegativeNumber = Field(
-        default=1.0, description="largest gradient norm; 0 is no limit"
+        default=1.0, description="maximum global gradient norm; 0 disables clipping"
     )
 
 
@@ -323,54 +362,75 @@ class TrainConfig:
     """Length of the run, batch sizes, precision, recomputation, evaluation and kernels."""
 
     train_iters: PositiveCount | None = Field(
-        default=None, description="iterations of the whole run"
+        default=None, description="total number of iterations of the run"
     )
     train_samples: PositiveCount | None = Field(
-        default=None, description="samples of the whole run, instead of iterations"
+        default=None,
+        description="total number of samples of the run, as an alternative to train_iters",
     )
-    micro_batch_size: Size = Field(description="samples in one forward pass of one process")
-    global_batch_size: Size = Field(description="samples in one iteration, over all processes")
-    seed: Seed = Field(default=1234, description="seed of the weights and of the data's order")
+    micro_batch_size: Size = Field(description="number of samples per forward pass of a rank")
+    global_batch_size: Size = Field(description="number of samples per iteration over all ranks")
+    seed: Seed = Field(
+        default=1234, description="seed of the initial weights and of the order of the data"
+    )
     new_data_seed: Switch = Field(
         default=False,
-        description="let a resume change the seed; each source takes it from its next epoch on",
+        description="allow a resumed run to use another seed for the data; each source uses it "
+        "from its next epoch on",
     )
-    bf16: Switch = Field(default=True, description="compute in bfloat16 over fp32 master weights")
+    bf16: Switch = Field(
+        default=True, description="compute in bfloat16 with fp32 master weights; fp32 otherwise"
+    )
     recompute_granularity: Literal["full", "selective"] | None = Field(
-        default=None, description="activations to recompute in the backward pass"
+        default=None,
+        description="what to recompute in the backward pass to save memory: whole layers "
+        "(full) or the attention core (selective); nothing when unset",
     )
     recompute_method: Literal["uniform", "block"] | None = Field(
-        default=None, description="which layers full recomputation takes"
+        default=None,
+        description="how full recomputation selects layers: uniform (chunks of all layers) "
+        "or block (the first layers of each stage)",
     )
     recompute_num_layers: Size | None = Field(
-        default=None, description="layers of a recomputed chunk (uniform) or of a stage (block)"
+        default=None,
+        description="number of layers per recomputed chunk (uniform) or of recomputed "
+        "layers per stage (block)",
     )
     eval_interval: PositiveCount | None = Field(
-        default=None, description="iterations between validations; none when unset"
+        default=None,
+        description="number of iterations between validations; no validation when unset",
     )
     eval_iters: Count = Field(
-        default=8, description="global batches of a validation, per source; 0 for no validation"
+        default=8,
+        description="number of global batches per source in a validation; 0 disables validation",
     )
     choice_questions: FilePath | None = Field(
-        default=None, description="multiple-choice questions, JSON lines, scored while training"
+        default=None,
+        description="JSON Lines file of multiple-choice questions to evaluate during training",
     )
     choice_interval: PositiveCount | None = Field(
-        default=None, description="iterations between scorings of choice_questions"
+        default=None, description="number of iterations between evaluations of choice_questions"
     )
     choice_num_fewshot: Count = Field(
-        default=0, description="solved questions shown before each of choice_questions"
+        default=0,
+        description="number of few-shot examples before each question of choice_questions",
     )
     choice_scoring: Literal["letter", "continuation"] = Field(
-        default="letter", description="what is compared: the answers' letters, or whole answers"
+        default="letter",
+        description="what is scored for choice_questions: the answers' letters (letter) or "
+        "the whole answers (continuation)",
     )
     choice_language: Literal["en", "zh"] = Field(
-        default="en", description="of the words around choice_questions"
+        default="en", description="language of the prompt around choice_questions"
     )
     exit_interval: PositiveCount | None = Field(
-        default=None, description="save and leave at multiples of this iteration"
+        default=None,
+        description="save a checkpoint and exit at every multiple of this iteration; never "
+        "when unset",
     )
     exit_duration_in_mins: Size | None = Field(
-        default=None, description="save and leave after this many minutes"
+        default=None,
+        description="save a checkpoint and exit after this many minutes; never when unset",
     )
     attention_backend: Literal[
         "auto",
@@ -381,17 +441,21 @@ class TrainConfig:
         "cudnn",
         "flash",
         "sdpa",
-    ] = Field(default="auto", description="attention kernels; auto: on GPUs the fastest there is")
+    ] = Field(
+        default="auto",
+        description="attention implementation; auto selects the fastest available one on GPUs",
+    )
     fused_kernels: Literal["measured", "ours", "torch"] = Field(
         default="measured",
-        description="norm, RoPE, SwiGLU, loss on GPUs: the fastest here, csrc/kernels', composed",
+        description="implementation of norm, RoPE, SwiGLU and loss on GPUs: the fastest one "
+        "measured at the start, the project's CUDA kernels (ours), or plain PyTorch (torch)",
     )
     manual_gc_interval: PositiveCount | None = Field(
-        default=None, description="iterations between garbage collections; Python's own when unset"
+        default=None,
+        description="number of iterations between manual Python garbage collections; "
+        "automatic collection when unset",
     )
-    deterministic_mode: Switch = Field(
-        default=False, description="only kernels whose result is the same every time"
-    )
+    deterministic_mode: Switch = Field(default=False, description="use only deterministic kernels")
 
     @property
     def validates(self) -> bool:
@@ -403,51 +467,60 @@ class TrainConfig:
 class CheckpointConfig:
     """Where checkpoints are saved, and where the initial weights are loaded from."""
 
-    save: FilePath | None = Field(default=None, description="folder of the run")
+    save: FilePath | None = Field(
+        default=None,
+        description="folder of the run, for checkpoints, logs and metrics; nothing is saved "
+        "when unset",
+    )
     load: FilePath | None = Field(
-        default=None, description="folder to resume from, or to fine-tune from"
+        default=None,
+        description="folder of the checkpoints to resume from or, with finetune, to take "
+        "the weights from",
     )
     save_interval: PositiveCount | None = Field(
-        default=None, description="iterations between checkpoints; only the last when unset"
+        default=None,
+        description="number of iterations between checkpoints; only the last iteration is "
+        "saved when unset",
     )
     async_save: Switch = Field(
         default=True,
-        description="train on while a checkpoint is written from a copy in host memory",
+        description="continue training while a checkpoint is written from a copy in host memory",
     )
     ckpt_verify: Switch = Field(
-        default=False, description="compare every file's hash before a checkpoint is loaded"
+        default=False, description="verify the hash of every checkpoint file before loading"
     )
     save_retain: Size | None = Field(
-        default=None, description="checkpoints kept, the newest; all when unset"
+        default=None, description="number of newest checkpoints to keep; all are kept when unset"
     )
     save_keep_every: PositiveCount | None = Field(
-        default=None, description="iterations whose multiples are kept besides"
+        default=None, description="additionally keep the checkpoints at multiples of this iteration"
     )
     pretrained_checkpoint: FilePath | None = Field(
-        default=None, description="weights to begin with where --load holds no checkpoint yet"
+        default=None,
+        description="checkpoint to take the initial weights from if --load contains no "
+        "checkpoint yet",
     )
     load_hf: FilePath | None = Field(
         default=None,
-        description="Hugging Face folder of the weights to begin with where --load holds no "
-        "checkpoint yet; the model section is taken from its config.json",
+        description="Hugging Face model folder to take the initial weights from if --load "
+        "contains no checkpoint yet; its config.json sets the model section",
     )
     embedding_init: EmbeddingInit | None = Field(
         default=None,
-        description="how rows of new pieces begin where the tokenizer goes on from that of the "
-        "weights; without it such a tokenizer is refused",
+        description="initialization of the embedding rows of new tokens if the tokenizer "
+        "extends that of the loaded weights; an extended tokenizer is an error when unset",
     )
     finetune: Switch = Field(
-        default=False, description="load the weights alone and begin at iteration 0"
+        default=False, description="load only the weights and start at iteration 0"
     )
     from_scratch: Switch = Field(
         default=False,
-        description="begin with random weights on purpose where --load holds no checkpoint, "
-        "without the warning",
+        description="start with random weights without a warning if --load contains no checkpoint",
     )
     load_optim: Switch = Field(
         default=True,
-        description="resume with the optimizer's state; without it at the same iteration and with "
-        "a fresh optimizer",
+        description="load the optimizer state on a resume; otherwise the run continues at the "
+        "same iteration with a new optimizer state",
     )
 
 
@@ -461,30 +534,35 @@ class FaultConfig:
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
         description=(
-            "what a step whose loss or gradient is not finite, or whose loss is a spike, leads to: "
-            "end the run; leave the update out; or take the weights of the last checkpoint and go "
-            "on with the data that follows"
+            "what to do if the loss or gradient of a step is not finite, or the loss is a "
+            "spike: stop the run, skip the update, or roll back to the last checkpoint and "
+            "continue with the data that follows"
         ),
     )
     loss_spike_factor: Factor | None = Field(
         default=None,
-        description="a loss above this multiple of the recent median is a spike; none when unset",
+        description="a loss above this multiple of the median of recent losses is a spike; no "
+        "spike detection when unset",
     )
     loss_spike_window: Size = Field(
-        default=100, description="good steps whose median a spike is measured against"
+        default=100,
+        description="number of recent good steps whose median loss spikes are compared with",
     )
     max_bad_steps: Size = Field(
-        default=10, description="bad steps in a row after which the run ends whatever --on-nan says"
+        default=10,
+        description="maximum number of consecutive bad steps; the run stops after them with "
+        "any on_nan",
     )
     hang_timeout_minutes: NonNegativeNumber | None = Field(
         default=None,
         description=(
-            "minutes without progress after which a rank ends, its stacks written; 0: never; half "
-            "of the distributed timeout when unset, which would end the healthy ranks first"
+            "minutes without progress after which a rank writes the stacks of its threads and "
+            "exits; 0 disables the check; half of distributed_timeout_minutes when unset, so "
+            "that the hung rank is reported before the timeout stops the others"
         ),
     )
     data_retry_seconds: NonNegativeNumber = Field(
-        default=60.0, description="seconds in which a source that went away may come back"
+        default=60.0, description="seconds to wait for missing data files before the run fails"
     )
 
 
@@ -496,39 +574,55 @@ class LoggingConfig:
     """Logs, metrics and profiles."""
 
     log_interval: PositiveCount = Field(
-        default=1, description="iterations between logs, each a mean over those since the last"
+        default=1,
+        description="number of iterations between log lines; each line is the mean since "
+        "the previous one",
     )
     metrics_every_iteration: Switch = Field(
-        default=True, description="a row of metrics.jsonl for every iteration, not for every log"
+        default=True,
+        description="write a line of metrics.jsonl for every iteration instead of every "
+        "log_interval",
     )
     tensorboard: Switch = Field(
-        default=True, description="write TensorBoard files beside the metrics"
+        default=True, description="write TensorBoard files next to the metrics"
     )
     log_straggler: Switch = Field(
-        default=False, description="time every rank's computing and waiting, and name the slowest"
+        default=False,
+        description="measure the computing and waiting time of every rank and report the "
+        "slowest ranks",
     )
-    straggler_minmax_count: Size = Field(default=1, description="ranks that are named as slowest")
+    straggler_minmax_count: Size = Field(
+        default=1, description="number of slowest ranks to report with log_straggler"
+    )
     profile: Switch = Field(
         default=False,
-        description="profile some iterations: NVTX ranges between cudaProfilerStart and -Stop",
+        description="profile some iterations with NVTX ranges between cudaProfilerStart and "
+        "cudaProfilerStop, for Nsight Systems",
     )
     use_pytorch_profiler: Switch = Field(
-        default=False, description="profile by torch's profiler, into a trace in the run's folder"
+        default=False,
+        description="use PyTorch's profiler and write a trace to the run's folder; requires "
+        "profile",
     )
-    profile_step_start: Count = Field(default=10, description="iterations before the profile")
-    profile_step_end: PositiveCount = Field(
-        default=12, description="the last iteration of the profile"
+    profile_step_start: Count = Field(
+        default=10, description="number of iterations before the profiled ones"
     )
+    profile_step_end: PositiveCount = Field(default=12, description="last profiled iteration")
     profile_ranks: tuple[Rank, ...] = Field(
-        default=(0,), min_length=1, description="ranks that are profiled"
+        default=(0,), min_length=1, description="ranks to profile"
     )
     wandb_project: Name | None = Field(
-        default=None, description="project at Weights & Biases; nothing is sent when unset"
+        default=None, description="Weights & Biases project; nothing is sent when unset"
     )
     wandb_exp_name: Name | None = Field(
-        default=None, description="name of the run there; that of checkpoint.save when unset"
+        default=None,
+        description="name of the Weights & Biases run; the folder name of checkpoint.save "
+        "when unset",
     )
-    wandb_entity: Name | None = Field(default=None, description="team or user there")
+    wandb_entity: Name | None = Field(
+        default=None, description="Weights & Biases team or user; the account's default when unset"
+    )
     wandb_save_dir: FilePath | None = Field(
-        default=None, description="folder of its local files; that of checkpoint.save when unset"
+        default=None,
+        description="folder of the local Weights & Biases files; checkpoint.save when unset",
     )

@@ -28,13 +28,13 @@ def num_model_chunks(model: ModelConfig, parallel: ParallelConfig) -> int:
     if layers is None and chunks is None:
         return 1
     if layers is not None and chunks is not None:
-        raise UserError(f"{_LAYERS} and {_CHUNKS}: both are set; leave one of them out")
+        raise UserError(f"{_LAYERS} and {_CHUNKS}: both are set; remove one of them")
     path, given = (_CHUNKS, chunks) if layers is None else (_LAYERS, layers)
     stages = parallel.pipeline_model_parallel_size
     if stages == 1:
         raise UserError(
-            f"{path}: needs parallel.pipeline_model_parallel_size above 1; set that, or leave it "
-            "out"
+            f"{path}: needs parallel.pipeline_model_parallel_size above 1; set that, or remove "
+            "this one"
         )
     assert given is not None
     in_stage = model.num_layers // stages

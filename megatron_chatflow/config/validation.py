@@ -92,13 +92,13 @@ def _check_heads(model: "ModelConfig") -> None:
         )
     if model.kv_channels is not None and model.kv_channels % 2:
         raise UserError(
-            f"model.kv_channels: {model.kv_channels} is odd, and such heads cannot be rotated; use "
-            "an even size"
+            f"model.kv_channels: {model.kv_channels} is odd, but RoPE needs an even head size; "
+            "use an even number"
         )
     if model.head_dim % 2:
         raise UserError(
-            f"model.hidden_size: {model.hidden_size} over {heads} heads gives heads of the odd "
-            f"size {model.hidden_size // heads}, which cannot be rotated; use an even size"
+            f"model.hidden_size: {model.hidden_size} / {heads} heads is the odd head size "
+            f"{model.hidden_size // heads}, but RoPE needs an even one; change one of the two"
         )
     if heads % model.num_query_groups:
         raise UserError(
@@ -117,8 +117,9 @@ def _check_rope(model: "ModelConfig") -> None:
     for path, value in of_llama3.items():
         if (value is None) == (kind == "llama3"):
             raise UserError(
-                f"{path}: {'is missing' if value is None else 'is set'}, and model."
-                f"rope_scaling_type is {kind or 'unset'}; it belongs to llama3's scaling"
+                f"{path}: {'is missing' if value is None else 'is set'}, and "
+                f"model.rope_scaling_type is {kind or 'unset'}; llama3 requires it, and the "
+                "other types do not support it"
             )
     if (model.rope_scaling_factor is None) != (kind is None):
         raise UserError(
@@ -127,7 +128,8 @@ def _check_rope(model: "ModelConfig") -> None:
         )
     if kind == "dynamic" and model.head_dim == 2:
         raise UserError(
-            "model.rope_scaling_type: dynamic has no base for heads of size 2; use larger heads"
+            "model.rope_scaling_type: dynamic scaling is undefined for heads of size 2; use "
+            "larger heads"
         )
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
     if low is not None and high is not None and low >= high:
@@ -223,7 +225,7 @@ def _check_recompute(config: "RunConfig") -> None:
     elif train.recompute_method is not None or train.recompute_num_layers is not None:
         raise UserError(
             "train.recompute_method and train.recompute_num_layers: need "
-            "train.recompute_granularity full; set that, or leave them out"
+            "train.recompute_granularity full; set that, or remove them"
         )
 
 
@@ -233,12 +235,12 @@ def _check_length(config: "RunConfig") -> None:
         raise UserError("train.train_iters: is missing; set it, or train.train_samples")
     if train.train_iters is not None and train.train_samples is not None:
         raise UserError(
-            "train.train_iters and train.train_samples: both are set; leave one of them out"
+            "train.train_iters and train.train_samples: both are set; remove one of them"
         )
     if train.train_samples is not None and train.train_samples < train.global_batch_size:
         raise UserError(
             f"train.train_samples: {train.train_samples} is below train.global_batch_size "
-            f"{train.global_batch_size}, which is not one iteration; use more"
+            f"{train.global_batch_size}, so the run would have no iteration; increase it"
         )
     if train.global_batch_size % train.micro_batch_size:
         raise UserError(
@@ -274,8 +276,8 @@ def _check_learning_rate(config: "RunConfig") -> None:
     for name in ("lr_warmup", "lr_decay"):
         if getattr(optimizer, f"{name}_iters") and getattr(optimizer, f"{name}_samples"):
             raise UserError(
-                f"optimizer.{name}_iters and optimizer.{name}_samples: both are set; leave one of "
-                "them out"
+                f"optimizer.{name}_iters and optimizer.{name}_samples: both are set; remove one "
+                "of them"
             )
     # If a resumed run is measured in samples, its initial batch size is only known at the resume.
     if config.train.train_iters is not None or config.checkpoint.load is None:
@@ -286,17 +288,18 @@ def _check_checkpoint(config: "RunConfig") -> None:
     checkpoint = config.checkpoint
     if checkpoint.finetune and checkpoint.load is None:
         raise UserError(
-            "checkpoint.finetune: needs checkpoint.load, the folder of the weights to begin with"
+            "checkpoint.finetune: needs checkpoint.load, the folder of the initial weights"
         )
     if checkpoint.load_hf is not None and checkpoint.pretrained_checkpoint is not None:
         raise UserError(
-            "checkpoint.load_hf and checkpoint.pretrained_checkpoint: both are set; leave one out"
+            "checkpoint.load_hf and checkpoint.pretrained_checkpoint: both are set; remove one "
+            "of them"
         )
     for name in ("load_hf", "pretrained_checkpoint", "finetune"):
         if checkpoint.from_scratch and getattr(checkpoint, name):
             raise UserError(
-                f"checkpoint.from_scratch and checkpoint.{name}: both are set, and the first asks "
-                "for random weights; leave one out"
+                f"checkpoint.from_scratch and checkpoint.{name}: both are set, but the first "
+                "requests random weights; remove one of them"
             )
     begins = (checkpoint.load, checkpoint.load_hf, checkpoint.pretrained_checkpoint)
     if checkpoint.embedding_init is not None and not any(begins):
@@ -306,7 +309,7 @@ def _check_checkpoint(config: "RunConfig") -> None:
         )
     if not checkpoint.load_optim and checkpoint.load is None:
         raise UserError(
-            "checkpoint.load_optim: --no-load-optim needs checkpoint.load, the run to go on with"
+            "checkpoint.load_optim: --no-load-optim needs checkpoint.load, the run to resume"
         )
     if checkpoint.save_interval is not None and checkpoint.save is None:
         raise UserError("checkpoint.save_interval: needs checkpoint.save, the folder to write to")
@@ -318,22 +321,22 @@ def _check_faults(config: "RunConfig") -> None:
         shown = differing_numbers(minutes, limit)
         raise UserError(
             f"faults.hang_timeout_minutes: {shown[0]} is not below the {shown[1]} of "
-            "parallel.distributed_timeout_minutes, which would end the ranks that wait for a hung "
-            "one before that one is named; lower the first or raise the second"
+            "parallel.distributed_timeout_minutes, so the ranks that wait for a hung rank would "
+            "time out before it is reported; lower the first or raise the second"
         )
     seconds = config.faults.data_retry_seconds
     if minutes and seconds >= 60 * minutes:
         shown = differing_numbers(seconds, 60 * minutes)
         raise UserError(
-            f"faults.data_retry_seconds: a rank that waits {shown[0]} s for a source would count "
-            f"as hung after {shown[1]} s (faults.hang_timeout_minutes); lower the first or "
-            "raise the second"
+            f"faults.data_retry_seconds: a rank that waits {shown[0]} s for a source would be "
+            f"considered hung after {shown[1]} s (faults.hang_timeout_minutes); lower the first "
+            "or raise the second"
         )
 
 
 def _check_schedule(config: "RunConfig") -> None:
     if config.data.split is not None and config.data.holdout_every is not None:
-        raise UserError("data.split and data.holdout_every: both are set; leave one out")
+        raise UserError("data.split and data.holdout_every: both are set; remove one of them")
     check_knots(config.data.schedule.knots, list(config.data.sources))
 
 
@@ -349,8 +352,8 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
     for number, (before, after) in enumerate(pairwise(knots), start=1):
         if after.at <= before.at:
             raise UserError(
-                f"data.schedule.knots[{number}].at: {after.at} does not follow {before.at} of the "
-                "knot before it; put the knots in rising order"
+                f"data.schedule.knots[{number}].at: {after.at} is not above {before.at} of the "
+                "previous knot; list the knots in increasing order"
             )
 
 
@@ -407,7 +410,7 @@ def validate_for_world(config: "RunConfig", world_size: int) -> None:
             "parallel: tensor x pipeline x context parallel size "
             f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size} x "
             f"{parallel.context_parallel_size} = {model_parallel} does not divide the number of "
-            f"processes {world_size}; start a multiple of {model_parallel}"
+            f"processes {world_size}; use a multiple of {model_parallel} processes"
         )
     data_parallel = world_size // model_parallel
     if train.global_batch_size % (data_parallel * train.micro_batch_size):
@@ -421,8 +424,8 @@ def validate_for_world(config: "RunConfig", world_size: int) -> None:
     if num_model_chunks(config.model, parallel) > 1 and num_micro_batches % stages:
         raise UserError(
             f"train.global_batch_size: {train.global_batch_size} gives each pipeline "
-            f"{num_micro_batches} micro-batches, and the interleaved schedule wants a multiple of "
-            f"parallel.pipeline_model_parallel_size {stages}; use a multiple of "
+            f"{num_micro_batches} micro-batches, but the interleaved schedule needs a multiple "
+            f"of parallel.pipeline_model_parallel_size {stages}; use a multiple of "
             f"{data_parallel * train.micro_batch_size * stages}"
         )
 

@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value} comes twice", key_node.start_mark
+                    None, None, f"duplicate key {key_node.value}", key_node.start_mark
                 )
             seen.add(key_node.value)
         super().flatten_mapping(node)
@@ -100,11 +100,11 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         raise UserError(f"{name}:{line} {error.problem or error.context}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())  # some messages have several lines
-        raise UserError(f"{name}: is not YAML: {reason}") from None
+        raise UserError(f"{name}: is not valid YAML: {reason}") from None
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise UserError(f"{name}: must hold sections such as `model:`, not a bare value")
+        raise UserError(f"{name}: must contain sections such as `model:`, not a bare value")
     return document
 
 

@@ -66,7 +66,8 @@ def test_output_to_a_full_disk_is_one_line(body: str) -> None:
         status, complaint = run_program(body, full.fileno())
     assert status == 2
     assert complaint == (
-        "error: cannot write: the output, or a temporary file: No space left on device; make room\n"
+        "error: cannot write: the output or a temporary file: No space left on device; "
+        "free some space\n"
     )
 
 

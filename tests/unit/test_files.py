@@ -223,7 +223,7 @@ def test_a_folder_whose_names_cannot_be_made_durable(
     if code == errno.ENOTSUP:  # a file system that cannot sync folders
         WRITERS[name](tmp_path / "output", b"bytes")
     else:
-        with pytest.raises(UserError, match="complete under its name, which a crash"):
+        with pytest.raises(UserError, match="complete under its final name, but a crash"):
             WRITERS[name](tmp_path / "output", b"bytes")
     (output,) = tmp_path.iterdir()
     assert (output / "a" if output.is_dir() else output).read_bytes() == b"bytes"

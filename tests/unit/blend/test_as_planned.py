@@ -183,8 +183,8 @@ def test_another_batch_size_or_unit_keeps_the_line() -> None:
             r"knots\[0\].ramp: cosine, but the recorded schedule has linear",
         ),
         ([planned(-3)], r"knots\[0\].at: must be at least 0, not -3"),
-        ([{"at": 0, "weights": "planned"}], r"knots\[0\].weights: must be a weight for each"),
-        ([planned(300), {"at": 200, "weights": A}], r"knots\[\d\].at: 200 does not follow 300"),
+        ([{"at": 0, "weights": "planned"}], r"knots\[0\].weights: must be a mapping from sources"),
+        ([planned(300), {"at": 200, "weights": A}], r"knots\[\d\].at: 200 is not above 300"),
     ],
 )
 def test_mistakes(knots: list[dict[str, Any]], message: str) -> None:

@@ -216,7 +216,10 @@ BAD = [
     ({"knots": [knot(weights={"english": 0})]}, r"knots\[0\]\.weights: all weights are 0"),
     ({"knots": [knot(weights={})]}, r"knots\[0\]\.weights: all weights are 0"),
     ({"knots": [knot(weights=[1, 2])]}, r"knots\[0\]\.weights: must be a mapping"),
-    ({"knots": [knot(weights="even")]}, r"knots\[0\]\.weights: must be a weight for each source"),
+    (
+        {"knots": [knot(weights="even")]},
+        r"knots\[0\]\.weights: must be a mapping from sources to weights",
+    ),
     ({"knots": [{"at": 0}]}, r"knots\[0\]\.weights: is missing"),
     ({"knots": [{"weights": {"english": 1}}]}, r"knots\[0\]\.at: is missing"),
     ({"knots": [knot(at=True)]}, AT + "a count .*, not True"),
@@ -230,8 +233,8 @@ BAD = [
     ({"knots": [knot(at=1.5)]}, AT + "a whole number, not 1.5"),
     ({"knots": [knot(at="1.0001K")]}, AT + "a whole number, not '1.0001K'"),
     ({"knots": [knot(at="999T")]}, r"knots\[0\]\.at: sample 999000000000000 is too large"),
-    ({"knots": [knot(at=5), knot(at=5)]}, r"knots\[1\]\.at: 5 does not follow 5"),
-    ({"knots": [knot(at=5), knot(at=4)]}, r"knots\[1\]\.at: 4 does not follow 5"),
+    ({"knots": [knot(at=5), knot(at=5)]}, r"knots\[1\]\.at: 5 is not above 5"),
+    ({"knots": [knot(at=5), knot(at=4)]}, r"knots\[1\]\.at: 4 is not above 5"),
     (
         {"unit": "tokens", "knots": [knot(at=1), knot(at=2)]},
         r"knots\[1\]\.at: sample 1 does not come after",

@@ -68,7 +68,7 @@ def test_a_flag_for_the_length_replaces_the_files_other_spelling(path) -> None:
     [
         (["--train-iter", "3"], "--train-iter: unknown flag (did you mean --train-iters?)"),
         (["--zzzzzzz"], "--zzzzzzz: unknown flag; see --help"),
-        (["stray"], "stray: a value without a flag"),
+        (["stray"], "stray: unexpected value without a flag"),
         (["--lr"], "argument --lr: expected one argument; see --help"),
         (["--no-bf16=3"], "argument --bf16/--no-bf16: ignored explicit argument '3'"),
         (["--seed", "x"], "train.seed: must be a whole number, not 'x'"),

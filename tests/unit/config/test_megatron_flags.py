@@ -166,10 +166,10 @@ def test_everything_that_is_wrong_is_said_at_once(path) -> None:
     for part in (
         "--zzzzzz: unknown flag; ",
         "--swigul: unknown flag (did you mean --swiglu?); ",
-        "--fp16: not available here (--bf16, or --no-bf16 for fp32); ",
-        "--normalization LayerNorm: not available here (the model is a LLaMA); ",
-        "--moe-router-topk 2: not available here (the model is a LLaMA); ",
-        "--merge-file merges.txt: not available here (--tokenizer-model with the folder",
+        "--fp16: not supported (--bf16, or --no-bf16 for fp32); ",
+        "--normalization LayerNorm: not supported (only LLaMA models are supported); ",
+        "--moe-router-topk 2: not supported (only LLaMA models are supported); ",
+        "--merge-file merges.txt: not supported (--tokenizer-model with the folder",
     ):
         assert part in text
     assert text.endswith("see docs/coming_from_megatron.md") and "--profile" not in text
@@ -179,9 +179,9 @@ def test_everything_that_is_wrong_is_said_at_once(path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: not available here (the model is"),
-        (["--ckpt-format", "torch"], "--ckpt-format torch: not available here (tools/convert_"),
-        (["--expert-model-parallel-size", "2"], "--expert-model-parallel-size 2: not available"),
+        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1: not supported (only LLaMA"),
+        (["--ckpt-format", "torch"], "--ckpt-format torch: not supported (tools/convert_"),
+        (["--expert-model-parallel-size", "2"], "--expert-model-parallel-size 2: not supported"),
         (["--lr-warmup-fraction", "2"], "--lr-warmup-fraction: must be one number from 0 to 1"),
         (["--encoder-num-layers"], "--encoder-num-layers: takes one value, not 0"),
         (["--valid-data-path", "v"], "--valid-data-path: needs --train-data-path"),

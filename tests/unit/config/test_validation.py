@@ -26,8 +26,8 @@ REFUSED = [
         f"{TENSOR}: 4 does not divide model.ffn_hidden_size 690; use 1 or 2",
     ),
     ({PIPELINE: 3}, f"{PIPELINE}: 3 does not divide model.num_layers 4; use 1, 2 or 4"),
-    ({CHUNKS: 2}, f"{CHUNKS}: needs {PIPELINE} above 1; set that, or leave it out"),
-    ({CHUNK_LAYERS: 2}, f"{CHUNK_LAYERS}: needs {PIPELINE} above 1; set that, or leave it out"),
+    ({CHUNKS: 2}, f"{CHUNKS}: needs {PIPELINE} above 1; set that, or remove this one"),
+    ({CHUNK_LAYERS: 2}, f"{CHUNK_LAYERS}: needs {PIPELINE} above 1; set that, or remove this one"),
     (
         {PIPELINE: 2, CHUNKS: 3},
         f"{CHUNKS}: 3 does not divide the 2 layers of a pipeline stage; use a divisor of that",
@@ -38,7 +38,7 @@ REFUSED = [
     ),
     (
         {PIPELINE: 2, CHUNKS: 2, CHUNK_LAYERS: 1},
-        f"{CHUNK_LAYERS} and {CHUNKS}: both are set; leave one of them out",
+        f"{CHUNK_LAYERS} and {CHUNKS}: both are set; remove one of them",
     ),
     (
         {
@@ -57,7 +57,7 @@ REFUSED = [
     ({"model.num_attention_heads": 6}, "model.num_attention_heads: 6 does not divide model.hidden"),
     (
         {"model.num_attention_heads": 256},
-        "model.hidden_size: 256 over 256 heads gives heads of the",
+        "model.hidden_size: 256 / 256 heads is the odd head size 1",
     ),
     (
         {
@@ -65,9 +65,9 @@ REFUSED = [
             "model.rope_scaling_type": "dynamic",
             "model.rope_scaling_factor": 2.0,
         },
-        "model.rope_scaling_type: dynamic has no base for heads of size 2",
+        "model.rope_scaling_type: dynamic scaling is undefined for heads of size 2",
     ),
-    ({"model.kv_channels": 33}, "model.kv_channels: 33 is odd, and such heads cannot be rotated"),
+    ({"model.kv_channels": 33}, "model.kv_channels: 33 is odd, but RoPE needs an even head size"),
     ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel: needs parallel.tensor_mod"),
     (
         {"parallel.sequence_parallel": True, TENSOR: 4, "data.seq_length": 126},
@@ -166,7 +166,7 @@ REFUSED = [
         {"data.schedule.knots.0.weights": {"chat": float("nan")}},
         "data.schedule.knots[0].weights.chat: must be",
     ),
-    ({"data.schedule.knots.1.at": 0}, "data.schedule.knots[1].at: 0 does not follow 0 of the knot"),
+    ({"data.schedule.knots.1.at": 0}, "data.schedule.knots[1].at: 0 is not above 0 of the"),
 ]
 
 
@@ -219,8 +219,8 @@ def test_the_interleaved_schedule_wants_whole_groups_of_micro_batches(config) ->
     with pytest.raises(UserError) as caught:
         validate_for_world(run, 4)
     assert str(caught.value).startswith(
-        "train.global_batch_size: 12 gives each pipeline 3 micro-batches, and the interleaved "
-        f"schedule wants a multiple of {PIPELINE} 2; use a multiple of 8"
+        "train.global_batch_size: 12 gives each pipeline 3 micro-batches, but the interleaved "
+        f"schedule needs a multiple of {PIPELINE} 2; use a multiple of 8"
     )
     validate_for_world(config({PIPELINE: 2, "train.global_batch_size": 12}), 4)
 

@@ -55,12 +55,12 @@ def test_anchors_and_merges_work() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train:\n  seed: 1\n  seed: 2", "run.yaml: line 3 the key seed comes twice"),
+        ("train:\n  seed: 1\n  seed: 2", "run.yaml: line 3 duplicate key seed"),
         ("a: [1", "run.yaml: line"),
         ("a: b: c", "run.yaml: line 1 mapping values are not allowed here"),
         ("\ta: 1", "run.yaml: line 1 found character"),
-        ("- a\n- b", "run.yaml: must hold sections such as `model:`"),
-        ("just text", "run.yaml: must hold sections"),
+        ("- a\n- b", "run.yaml: must contain sections such as `model:`"),
+        ("just text", "run.yaml: must contain sections"),
         ("a: !!python/object/apply:os.system [true]", "run.yaml: line 1 could not determine a con"),
         ("a: !!python/name:os.system", "run.yaml: line 1 could not determine a constructor"),
         ("{a: 1}: 2", "run.yaml: line 1 a key must be plain text"),

@@ -162,17 +162,20 @@ def test_a_run_trained_beyond_the_original_length_is_exported_with_its_base(
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "of type 'yarn' is not among linear, dynamic, llam"),
-        ({"type": "longrope", "factor": 4.0}, "of type 'longrope' is not among linear"),
+        (
+            {"rope_type": "yarn", "factor": 4.0},
+            "of type 'yarn' is not supported; supported types are",
+        ),
+        ({"type": "longrope", "factor": 4.0}, "of type 'longrope' is not supported"),
         ({"rope_type": "linear"}, "type 'linear' needs a positive factor, not None"),
         ({"rope_type": "dynamic", "factor": "4"}, "type 'dynamic' needs a positive factor"),
         ({"rope_type": "llama3", "factor": 8.0}, "needs a positive low_freq_factor"),
         (
             {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 4.0},
-            "low_freq_factor is not below high_freq_factor",
+            "low_freq_factor must be below high_freq_factor",
         ),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"full_attention": {"rope_type": "linear"}}, "by kind of layer"),
+        ({"full_attention": {"rope_type": "linear"}}, "by type of layer"),
     ],
 )
 def test_scaling_that_the_model_does_not_have(

@@ -98,7 +98,7 @@ def test_a_folder_whose_replacement_was_killed_gets_its_name_back(tmp_path: Path
         assert in_child(output, "new", kill_at) == -signal.SIGKILL
         if not output.exists():
             break
-    with pytest.raises(UserError, match="is there already; give --overwrite"):
+    with pytest.raises(UserError, match="already exists; use --overwrite"):
         with new_folder(output, overwrite=False, mark="mark", num_bytes=1):
             raise AssertionError("the block must not begin")
     assert content_of(output) == "old"
@@ -160,7 +160,9 @@ def test_a_parent_that_cannot_be_synced(
         if code == errno.EINVAL:  # a file system that cannot sync folders
             write_folder(output, "new")
         else:
-            with pytest.raises(UserError, match="complete under its name.*what it replaced is in"):
+            with pytest.raises(
+                UserError, match="complete under its final name.*the replaced folder is in"
+            ):
                 write_folder(output, "new")
             assert len(list(tmp_path.iterdir())) == 2
     assert content_of(output) == "new"

@@ -435,5 +435,5 @@ def test_damaged_files_are_refused_before_any_training(
     name: str, make_base: MakeBase, tmp_path: Path
 ) -> None:
     base = make_base("jinja", **{name: "[1]"})
-    with pytest.raises(UserError, match=f"{name}: is damaged .*; fetch the folder again"):
+    with pytest.raises(UserError, match=f"{name}: is damaged .*; download the folder again"):
         import_huggingface(base, tmp_path / "run")
