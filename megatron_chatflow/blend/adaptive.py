@@ -106,7 +106,7 @@ class AdaptiveBlend:
         """
         if not 0 <= begin <= end:
             raise UserError(
-                f"take({begin}, {end}): the samples must not be negative or in falling order"
+                f"take({begin}, {end}): the samples must be non-negative and in increasing order"
             )
         sources, indices = [np.empty(0, np.int16)], [np.empty(0, np.int64)]
         while begin < end:
@@ -146,7 +146,7 @@ class AdaptiveBlend:
                 f"adaptive blend state: unknown format; this version reads {FORMAT_VERSION}"
             )
         if list(state["sources"]) != list(self.sources) or state["horizon"] != self.horizon:
-            raise UserError("adaptive blend state: it has other sources or another horizon")
+            raise UserError("adaptive blend state: its sources or its horizon differ")
         for number, weights in enumerate(state["weights"]):
             self._weights.append(np.array(weights, np.int64))
             self._horizon(number)
@@ -163,8 +163,8 @@ class AdaptiveBlend:
         weights = self._weights[number]
         if weights.shape != (len(self.sources),) or weights.min() < 0 or weights.sum() != GRID:
             raise UserError(
-                f"weights at sample {number * self.horizon}: must be {len(self.sources)} integers "
-                f"of 0 or more with the sum {GRID}"
+                f"weights at sample {number * self.horizon}: must be {len(self.sources)} "
+                f"non-negative integers with the sum {GRID}"
             )
         drawn, lags = draw_horizon(weights, self._lags[number], self.horizon)
         if number + 1 == len(self._counts):

@@ -230,5 +230,5 @@ class Blend:
     def _check(self, sample: int) -> int:
         sample = operator.index(sample)
         if not 0 <= sample <= MAX_SAMPLES:
-            raise UserError(f"sample {sample}: a run's samples lie between 0 and {MAX_SAMPLES}")
+            raise UserError(f"sample {sample}: must be between 0 and {MAX_SAMPLES}")
         return sample

@@ -362,15 +362,15 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
         with_flags = ""
         if len(schedule.knots) == 1:  # --data-path creates such schedules
             with_flags = (
-                "; flags alone cannot do this: with --data-path give the weights that the run "
-                "began with, or put the knot into a copy of the run's config.yaml and give that "
-                "as --config instead"
+                "; flags alone cannot do this: with --data-path, use the weights that the run "
+                "started with, or add the knot to a copy of the run's config.yaml and pass that "
+                "as --config"
             )
         raise UserError(
             f"data.schedule: sample {sample} was drawn with other weights ({what}): keep the "
-            f"schedule before sample {end} as it was and edit what comes after; the knot "
-            f"{as_planned_knot(schedule, end)} in place of all knots up to there does this "
-            f"(unit: {schedule.unit}{with_flags})"
+            f"schedule before sample {end} unchanged and edit only what follows; to do this, "
+            f"replace all knots up to there by {as_planned_knot(schedule, end)} (unit: "
+            f"{schedule.unit}{with_flags})"
         )
 
 
@@ -407,8 +407,8 @@ def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int])
     owed = last.quotas_at(sample)[k] - (counts[k] << GRID_BITS)
     if owed > 0:
         raise UserError(
-            f"data.sources.{name}: removed at sample {sample}, where {owed / GRID:.6g} of a sample "
-            "is still owed to it: keep it with weight 0"
+            f"data.sources.{name}: removed at sample {sample}, where its count is still "
+            f"{owed / GRID:.6g} samples below its quota: keep it with weight 0"
         )
 
 
@@ -539,7 +539,7 @@ def _planned_knots(
                 begin = max(begin, number + 1)
         if begin == len(planned):
             raise UserError(
-                f"data.sources.{recorded.sources[k]}: was removed, but still has weight at sample "
+                f"data.sources.{recorded.sources[k]}: removed, but it still has weight at sample "
                 f"{end}, where a knot is {AS_PLANNED}: keep it until a knot sets its weight to 0"
             )
     kept = planned[begin:]
@@ -577,7 +577,7 @@ def _in_unit(knot: Mapping[str, Any], positions: Positions) -> dict[str, Any]:
 def _check_ramp(ramp: str, planned: str, path: str) -> None:
     if ramp not in ("step", planned):
         raise UserError(
-            f"{path}.ramp: {ramp}, but the recorded schedule has {planned} here: leave ramp out"
+            f"{path}.ramp: {ramp}, but the recorded schedule has {planned} here: remove ramp"
         )
 
 
@@ -590,10 +590,10 @@ def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int,
     sample = first_difference(old, new, begin, end)
     if sample is not None:
         iteration = sample // recorded.samples_per_iteration
-        what = _difference(names, old, new, iteration, "the checkpoint plans")
+        what = _difference(names, old, new, iteration, "in the checkpoint")
         raise UserError(
             f"{path}: {AS_PLANNED}, but the knots before it differ from the plan at sample "
-            f"{sample} ({what}): leave those knots out, or give this one numbers"
+            f"{sample} ({what}): remove those knots, or give this knot numeric weights"
         )
 
 

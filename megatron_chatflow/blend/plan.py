@@ -137,10 +137,10 @@ def check_epochs(
     needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
     shown = _decimal(max_epochs[name])
     raise UserError(
-        f"data.sources.{name}.max_epochs: {shown} epochs of {size} samples are used "
-        f"up {'at' if sample >= samples else 'before'} iteration {iteration} (sample {sample}): "
-        "lower its weight in data.schedule, or raise max_epochs to the "
-        f"{_decimal(needed)} that the whole run needs"
+        f"data.sources.{name}.max_epochs: {shown} epochs of {size} samples are exceeded "
+        f"{'at' if sample >= samples else 'before'} iteration {iteration} (sample {sample}): "
+        f"lower its weight in data.schedule, or raise max_epochs to the {_decimal(needed)} that "
+        "the whole run needs"
     )
 
 

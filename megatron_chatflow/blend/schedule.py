@@ -216,7 +216,9 @@ def _merged(name: str, block: Mapping[str, Any], argument: Any) -> Any:
         return recorded if argument is None else argument
     same = list(argument) == list(recorded) if name == "sources" else argument == recorded
     if not same:
-        raise UserError(f"{PATH}.{name}: the block has {recorded!r}, the caller {argument!r}")
+        raise UserError(
+            f"{PATH}.{name}: is {recorded!r} in the schedule, but the caller passed {argument!r}"
+        )
     return recorded
 
 
@@ -228,9 +230,9 @@ def _check_sources(sources: Any) -> tuple[str, ...]:
     seen = set()
     for name in sources:
         if not isinstance(name, str) or not name:
-            raise UserError(f"{PATH}.sources: {name!r} is not a name: use a string")
+            raise UserError(f"{PATH}.sources: {name!r} is not a valid name: use a string")
         if name in seen:
-            raise UserError(f"{PATH}.sources: {name} is listed twice: give each its own name")
+            raise UserError(f"{PATH}.sources: {name} is listed twice: use unique names")
         seen.add(name)
     return tuple(sources)
 
@@ -306,13 +308,13 @@ class Schedule:
             if isinstance(entry.weights, str):
                 raise UserError(
                     f"{path}.weights: {AS_PLANNED} takes the weights from the checkpoint that a "
-                    "run continues from, and this run has none: give numbers"
+                    "run continues from, but this run starts without one: give numeric weights"
                 )
             sample = positions.to_sample(entry.at, path)
             if knots and sample <= knots[-1].at:
                 raise UserError(
                     f"{path}.at: sample {sample} does not come after the previous knot at sample "
-                    f"{knots[-1].at}: list knots in increasing order"
+                    f"{knots[-1].at}: list the knots in increasing order"
                 )
             written = {"at": entry.at, "weights": dict(entry.weights), "ramp": entry.ramp}
             goal = None
@@ -370,7 +372,7 @@ class Schedule:
             ValueError: ``sample`` is negative.
         """
         if sample < 0:
-            raise ValueError(f"sample {sample}: samples count from 0")
+            raise ValueError(f"sample {sample}: must not be negative")
         return self._quota.weights(max(sample - self._origin, 0) // self.samples_per_iteration)
 
     def weights_at(self, sample: int) -> npt.NDArray[np.int64]:

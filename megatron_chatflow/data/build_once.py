@@ -58,7 +58,7 @@ def build_once(
         try:
             lock = _Lock.acquire(watch.path, stale_seconds)
         except OSError as error:
-            logger.warning("cannot write beside %s (%s): built in memory", path, error.strerror)
+            logger.warning("cannot write next to %s (%s): building in memory", path, error.strerror)
             return build()
         if lock is not None:
             break
@@ -72,7 +72,7 @@ def build_once(
         try:
             save(content)
         except (OSError, UserError) as error:
-            logger.warning("cannot write %s (%s): kept in memory", path, error)
+            logger.warning("cannot write %s (%s): keeping it in memory", path, error)
         return content
 
 
@@ -156,7 +156,7 @@ class _LockWatch:
         if seen != self._seen:
             self._seen, self._seen_at = seen, time.monotonic()
         if _is_dead(owner) or time.monotonic() - self._seen_at > self._stale_seconds:
-            logger.warning("removed %s: its owner, %s, is gone", self.path, _describe(owner))
+            logger.warning("removed %s: its owner, %s, has ended", self.path, _describe(owner))
             self.path.unlink(missing_ok=True)
             return
         time.sleep(POLL_SECONDS)

@@ -82,8 +82,8 @@ def verify_contents(
     unknown = dict.fromkeys(file.prefix for file in files if read_sidecar(file.prefix) is None)
     if unknown and part == 0:
         logger.warning(
-            "--data-verify: %d datasets have no .json, so their contents are compared with the "
-            "checkpoint's sample blocks alone (first: %s)",
+            "--data-verify: %d datasets have no .json, so only sampled blocks are "
+            "compared with the checkpoint (first: %s)",
             *(len(unknown), next(iter(unknown))),
         )
     share = [file for file in files if file.prefix not in unknown][part::num_parts]

@@ -70,8 +70,8 @@ def _unchecked_tokenizers(label: str, source: Source) -> list[str]:
     if not unchecked:
         return []
     return [
-        f"{label}: {_count(unchecked, source.files)} no .json (first: {unchecked[0]}.json), so it "
-        "is unchecked which tokenizer made the ids: decode a few documents with "
+        f"{label}: {_count(unchecked, source.files)} no .json (first: {unchecked[0]}.json), so "
+        "the tokenizer that they were encoded with is unknown: decode a few documents with "
         "tools/inspect_dataset.py, or preprocess the data again"
     ]
 
@@ -85,10 +85,10 @@ def _unchecked_contents(label: str, files: Sequence[TokenFile]) -> list[str]:
     if not old:
         return []
     return [
-        f"{label}: {_count(old, files)} a .json of an earlier version, without block_hash, so this "
-        "start does not check that the files still hold what was preprocessed: --data-verify "
-        "compares all bytes once, and tools/merge_datasets.py writes a dataset with the hashes "
-        f"(first: {old[0]}.json)"
+        f"{label}: {_count(old, files)} a .json of an earlier version, without block_hash, so "
+        "the contents of the files are not checked at the start: use --data-verify to check all "
+        "bytes, or write the dataset with hashes by tools/merge_datasets.py (first: "
+        f"{old[0]}.json)"
     ]
 
 
@@ -97,8 +97,8 @@ def _ignored_masks(label: str, files: Sequence[TokenFile]) -> list[str]:
     if not masked:
         return []
     return [
-        f"{label}: {_count(masked, files)} loss masks, which loss: all, the default, ignores, so "
-        "prompts are trained like answers: set loss: response, or loss: all if this is wanted "
+        f"{label}: {_count(masked, files)} loss masks, which the default (loss: all) ignores, so "
+        "prompts are trained like answers: set loss: response, or set loss: all to confirm this "
         f"(first: {masked[0]})"
     ]
 
@@ -125,9 +125,9 @@ def _missing_ends(label: str, files: Sequence[TokenFile], tokenizer: Tokenizer) 
     if num_ended * 2 >= num_looked_at:
         return []
     return [
-        f"{label}: {num_looked_at - num_ended} of {num_looked_at} documents looked at do not end "
+        f"{label}: {num_looked_at - num_ended} of {num_looked_at} checked documents do not end "
         f"with EOD (id {tokenizer.eos_id}) or another control token, so the model does not learn "
-        f"where text ends: preprocess with --append-eod (first: {first})"
+        f"where a document ends: preprocess with --append-eod (first: {first})"
     ]
 
 
@@ -137,15 +137,15 @@ def _packing_losses(label: str, packing: Packing, seq_length: int) -> list[str]:
     if packing.num_without_loss:
         num_documents = num_packed + packing.num_without_loss
         findings.append(
-            f"{label}: packing leaves out {packing.num_without_loss:,} of {num_documents:,} "
-            f"documents, which have no loss token in their first {seq_length + 1:,} tokens: raise "
-            "data.seq_length if their prompts are longer than that"
+            f"{label}: packing drops {packing.num_without_loss:,} of {num_documents:,} "
+            f"documents, which have no loss token in their first {seq_length + 1:,} tokens: "
+            "raise data.seq_length if their prompts are longer than that"
         )
     share = packing.num_truncated_tokens / max(num_tokens + packing.num_truncated_tokens, 1)
     if share > MANY_CUT_TOKENS:
         findings.append(
             f"{label}: packing cuts {packing.num_truncated:,} of {num_packed:,} documents to "
-            f"{seq_length + 1:,} tokens and never trains {packing.num_truncated_tokens:,} tokens "
+            f"{seq_length + 1:,} tokens and drops {packing.num_truncated_tokens:,} tokens "
             f"({share:.1%}): split long documents, raise data.seq_length, or set packing: none"
         )
     return findings
@@ -193,13 +193,15 @@ def _same_data(trained: Sequence[_Dataset]) -> list[str]:
     for (source, other), names in found.items():
         if source == other:
             findings.append(
-                f"data.sources.{source}: {_first_of(names)} is given twice, so its documents come "
-                "more often than others: name it once, and raise the source's weight instead"
+                f"data.sources.{source}: {_first_of(names)} is listed twice, so its documents "
+                "are seen more often than others: list it once, and raise the source's weight "
+                "instead"
             )
         else:
             findings.append(
                 f"data.sources.{source}: {_first_of(names)} is also in data.sources.{other}, so "
-                "its documents come from both and each counts its own epochs: keep it in one"
+                "its documents are drawn by both sources, which count epochs separately: list "
+                "it in one source only"
             )
     return findings
 
@@ -220,8 +222,8 @@ def _validation_on_training_data(
                 found[dataset.source, other.source].append(_name(dataset, other))
     return [
         f"data.sources.{source}: validates on {_first_of(names)}, which data.sources.{other} "
-        "trains on, so its validation loss says nothing about unseen text: hold the same documents "
-        "out of both"
+        "trains on, so its validation loss says nothing about unseen text: hold out the same "
+        "documents in both"
         for (source, other), names in found.items()
     ]
 

@@ -126,8 +126,8 @@ def check_recorded_hash(
     recorded = sidecar.get(key, {}).get(name)
     if recorded not in (None, found):
         raise UserError(
-            f"other contents: {path}: differs from what {sidecar_path(prefix)} was written for: "
-            "copy the dataset with its .json again, or preprocess the data again"
+            f"wrong contents: {path}: does not match the hash in {sidecar_path(prefix)}: copy "
+            "the dataset with its .json again, or preprocess the data again"
         )
 
 
@@ -208,9 +208,9 @@ def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabular
         return
     if made_with is not None:
         raise UserError(
-            f"{file.name} was made with another tokenizer (sha256 {made_with[:12]}...) than the "
-            f"run's (sha256 {tokenizer.fingerprint[:12]}...): preprocess it with the run's, or "
-            "give its own as tokenizer.tokenizer_model"
+            f"{file.name} was encoded with another tokenizer (sha256 {made_with[:12]}...) than "
+            f"the run's (sha256 {tokenizer.fingerprint[:12]}...): preprocess it with the run's "
+            "tokenizer, or set tokenizer.tokenizer_model to its own"
         )
     last = max(len(file.tokens) - _CHECKED_BLOCK_TOKENS, 0)
     for block in range(_NUM_CHECKED_BLOCKS):
@@ -221,7 +221,7 @@ def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabular
             at = int(np.argmax(outside))
             raise UserError(
                 f"{file.name}: token {begin + at} is id {ids[at]}, outside the tokenizer's "
-                f"{tokenizer.vocab_size}: preprocess it with the run's tokenizer"
+                f"vocabulary of {tokenizer.vocab_size}: preprocess it with the run's tokenizer"
             )
 
 

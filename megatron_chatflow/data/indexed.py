@@ -130,8 +130,8 @@ class IndexedDataset:
             length = sequence_length - offset
         if offset < 0 or length < 0 or offset + length > sequence_length:
             raise IndexError(
-                f"tokens {offset}..{offset + length} of sequence {index} in {self.prefix}, "
-                f"which has {sequence_length}"
+                f"tokens {offset}..{offset + length} of sequence {index} in {self.prefix}, which "
+                f"has {sequence_length} tokens"
             )
         begin = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
         return self.tokens[begin : begin + length]
@@ -165,12 +165,13 @@ class IndexedDataset:
         if end != num_bin_bytes:
             relation = "shorter" if num_bin_bytes < end else "longer"
             raise UserError(
-                f"damaged dataset: {bin_path(self.prefix)}: has {num_bin_bytes} bytes, {relation} "
-                f"than the {end} that its .idx describes: copy or preprocess it again"
+                f"damaged dataset: {bin_path(self.prefix)}: has {num_bin_bytes} bytes, "
+                f"{relation} than the {end} bytes that its .idx describes: copy or preprocess it "
+                "again"
             )
         boundaries = self.document_indices
         if len(boundaries) == 0 or boundaries[0] != 0 or boundaries[-1] != num_sequences:
-            self._fail(f"its documents do not run from sequence 0 to {num_sequences}")
+            self._fail(f"its documents do not cover sequences 0 to {num_sequences}")
 
     def _check_block(self, begin: int) -> None:
         """Checks that each sequence of a block begins where the previous one ends."""
@@ -189,8 +190,8 @@ class IndexedDataset:
         if not agree.all():
             bad = int(np.argmin(agree))
             self._fail(
-                f"sequence {first + bad + 1} begins at byte {pointers[bad + 1]}, "
-                f"but the one before it ends at {ends[bad]}"
+                f"sequence {first + bad + 1} begins at byte {pointers[bad + 1]}, but the "
+                f"previous one ends at {ends[bad]}"
             )
 
     def _check_document_block(self, begin: int) -> None:
@@ -233,7 +234,7 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype)
         codes = [code for code, known in DTYPE_CODES.items() if known == self.dtype]
         if not codes:
-            raise UserError(f"no such dtype in an indexed dataset: {self.dtype}: use int32")
+            raise UserError(f"dtype not supported by indexed datasets: {self.dtype}: use int32")
         self._dtype_code = codes[0]
         with ExitStack() as stack:
             self.bin_file = StagedFile(bin_path(prefix))
@@ -380,7 +381,8 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
         return map_file(path)
     except OSError as error:
         raise UserError(
-            f"cannot open dataset: {path}: {error.strerror}: a path is given without .bin or .idx"
+            f"cannot open dataset: {path}: {error.strerror}: check the path, which must be given "
+            "without .bin or .idx"
         ) from error
 
 
@@ -394,7 +396,7 @@ def _read_header(path: Path, buffer: npt.NDArray[np.uint8]) -> tuple[np.dtype[An
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise fail(f"begins with {data[: len(MAGIC)]!r} instead of {MAGIC!r}")
     if len(data) < HEADER.size:
-        raise fail(f"truncated: {len(data)} bytes, the header alone has {HEADER.size}")
+        raise fail(f"truncated: {len(data)} bytes, but the header has {HEADER.size}")
     _, version, code, num_sequences, num_boundaries = HEADER.unpack(data)
     if version != VERSION:
         raise fail(f"version {version} instead of {VERSION}")
@@ -403,13 +405,13 @@ def _read_header(path: Path, buffer: npt.NDArray[np.uint8]) -> tuple[np.dtype[An
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
     if num_sequences and buffer.size == expected + num_sequences:
         raise UserError(
-            f"multimodal dataset: {path}: it holds a mode for each of its {num_sequences} "
-            "sequences: preprocess the text alone"
+            f"multimodal dataset: {path}: it stores a mode for each of its {num_sequences} "
+            "sequences: preprocess only the text"
         )
     if buffer.size != expected:
         relation = "truncated" if buffer.size < expected else "too long"
         raise fail(
-            f"{relation}: {buffer.size} bytes, {expected} expected for {num_sequences} sequences"
+            f"{relation}: {buffer.size} bytes instead of {expected} for {num_sequences} sequences"
         )
     return DTYPE_CODES[code], num_sequences, num_boundaries
 

@@ -205,7 +205,7 @@ class Loader:
                 if now >= deadline:
                     raise SourceUnavailableError(
                         f"{error}; it stayed unavailable for {self._retry_seconds:g} s "
-                        "(--data-retry-seconds): make it available and resume"
+                        "(--data-retry-seconds): make it available, then resume the run"
                     ) from error
                 time.sleep(min(1.0, deadline - now))
 

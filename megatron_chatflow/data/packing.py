@@ -407,8 +407,8 @@ def cached_packing(
         packing = pack_documents(files, split, holdout_every, seq_length, version, shares)
         room = packing.num_samples * (seq_length + 1)
         logger.info(
-            "packed %d documents of %s into %d samples, %.1f%% full; %d documents cut by %d "
-            "tokens; %d documents without loss tokens left out",
+            "packed %d documents of %s into %d samples, %.1f%% full; %d documents truncated by "
+            "%d tokens; %d documents without loss tokens dropped",
             len(packing.documents),
             files[0].name,
             packing.num_samples,

@@ -422,7 +422,7 @@ def open_token_file(prefix: str | Path, *, with_loss_mask: bool) -> TokenFile:
     """
     dataset = IndexedDataset(prefix)
     if dataset.dtype.kind not in "iu":
-        raise UserError(f"no token ids: {prefix}: holds {dataset.dtype}: preprocess the text")
+        raise UserError(f"no token ids: {prefix}: contains {dataset.dtype}: preprocess the text")
     return TokenFile(
         name=str(prefix),
         tokens=dataset.tokens,
@@ -440,7 +440,9 @@ def _open_loss_mask(prefix: str | Path, dataset: IndexedDataset) -> npt.NDArray[
     except UserError as error:
         raise UserError(f"no loss masks for {prefix}: {error}: {remedy}") from error
     if masks.dtype != np.uint8:
-        raise UserError(f"no loss masks: {mask_prefix}: holds {masks.dtype}, not uint8: {remedy}")
+        raise UserError(
+            f"no loss masks: {mask_prefix}: contains {masks.dtype} instead of uint8: {remedy}"
+        )
     if not np.array_equal(masks.sequence_lengths, dataset.sequence_lengths):
         raise UserError(
             f"loss masks do not fit: {mask_prefix}: its lengths differ from {prefix}'s: {remedy}"

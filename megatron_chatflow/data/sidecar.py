@@ -158,7 +158,7 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
-        raise _damaged(path, "is no JSON object")
+        raise _damaged(path, "is not a JSON object")
     version = content.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
@@ -192,8 +192,8 @@ def check_counts(
     for key, count in counts.items():
         if sidecar[key] != count:
             raise UserError(
-                f"{sidecar_path(prefix)} describes another dataset: {key} is {sidecar[key]} there "
-                f"and {count} in the .idx: copy both again, or remove the .json"
+                f"{sidecar_path(prefix)} describes another dataset: {key} is {sidecar[key]} in "
+                f"the .json, but {count} in the .idx: copy both again, or remove the .json"
             )
 
 
@@ -204,7 +204,7 @@ def _read_small_file(path: Path) -> bytes:
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise UserError(f"cannot read: {path}: is {kind}")
     with path.open("rb") as file:
         data = file.read(MAX_SIDECAR_BYTES + 1)

@@ -152,7 +152,9 @@ class Source:
 
     def _shuffled(self) -> SampleOrder:
         if self._order is None:
-            raise UserError(f"data.sources.{self.name}: has no samples: give it data or weight 0")
+            raise UserError(
+                f"data.sources.{self.name}: has no samples: add data, or set its weight to 0"
+            )
         return self._order
 
     def sample_in_order(self, ordinal: int) -> Sample:
@@ -212,8 +214,8 @@ class Source:
             if found != before and path in self._hashes:
                 if block_hash(path) != self._hashes[path]:
                     raise SourceUnavailableError(
-                        f"data.sources.{self.name}: {path}: changed during the run; its size "
-                        "is the same"
+                        f"data.sources.{self.name}: {path}: changed during the run, with the "
+                        "same size"
                     )
                 self._states[number] = found
         self._checked_at = now
@@ -268,12 +270,12 @@ def build_sources(
         version = min((packing_versions or {}).get(name, ALGORITHM_VERSION), ALGORITHM_VERSION)
         source = _build_source(name, config, data, seed, tokenizer, seq_length, split, version)
         if source.num_samples == 0 and split == "train" and has_weight(data, name):
-            reason = f"{source.num_tokens} tokens make no sample of"
+            reason = f"{source.num_tokens} tokens do not fill a sample of"
             if source.packing is not None and source.packing.num_without_loss:
                 reason = f"{source.packing.num_without_loss} documents have no loss token in"
             raise UserError(
-                f"data.sources.{name}: is empty ({reason} {seq_length or data.seq_length} tokens) "
-                "and its weight is above 0: give it data or weight 0"
+                f"data.sources.{name}: is empty ({reason} {seq_length or data.seq_length} "
+                "tokens) and its weight is above 0: add data, or set its weight to 0"
             )
         sources.append(source)
     return sources

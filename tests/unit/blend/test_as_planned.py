@@ -133,7 +133,7 @@ def test_a_source_comes_with_the_edit() -> None:
         assert shares[0] == 0
         np.testing.assert_array_equal(shares[1:], old.schedule.weights_at(i))
     assert resume({"knots": [planned(200), tail]}, new, 300, more).edit is None
-    with pytest.raises(UserError, match=r"data.sources.en: was removed, but .* at sample 390"):
+    with pytest.raises(UserError, match=r"data.sources.en: removed, but .* at sample 390"):
         resume({"knots": [planned(390), tail]}, new, 380, ["code", "zh"])
 
 
@@ -176,7 +176,7 @@ def test_another_batch_size_or_unit_keeps_the_line() -> None:
         (
             [{"at": 0, "weights": {"en": 8, "zh": 2}}, planned(300)],
             r"knots\[1\]: as_planned, but the knots before it differ from the plan at sample 0 "
-            r"\(en 0.8, the checkpoint plans 0.9\): leave those knots out",
+            r"\(en 0.8, in the checkpoint 0.9\): remove those knots",
         ),
         (
             [planned(300, ramp="cosine")],
@@ -218,7 +218,7 @@ def test_the_refusal_prints_the_knot_that_repairs(unit: str) -> None:
     was, now = text.split("weights (")[1].split(")")[0].replace("zh ", "").split(", now ")
     assert was.removeprefix("en ") != now
     knot = as_planned_knot(old.schedule, position)
-    assert f"the knot {knot} in place of all" in text and f"(unit: {unit})" in text
+    assert f"replace all knots up to there by {knot}" in text and f"(unit: {unit})" in text
     assert knot == f"{{at: {400 * per}, weights: as_planned}}"
     new = resume({"unit": unit, "knots": [planned(400 * per), tail]}, old, position)
     assert new.edit is not None
@@ -230,8 +230,8 @@ def test_the_refusal_says_what_flags_can_do() -> None:
     with pytest.raises(UserError, match="was drawn with other weights") as caught:
         resume({"knots": [{"at": 0, "weights": B}]}, old, 500)
     text = str(caught.value)
-    assert "with --data-path give the weights that the run began with" in text
-    assert "into a copy of the run's config.yaml and give that as --config" in text
+    assert "with --data-path, use the weights that the run started with" in text
+    assert "to a copy of the run's config.yaml and pass that as --config" in text
 
 
 def test_differing_numbers_show_that_they_differ() -> None:

@@ -123,11 +123,11 @@ def test_bad_answers_and_states_are_refused() -> None:
         with pytest.raises(UserError, match="weights at sample 0"):
             AdaptiveBlend(list("ab"), Wrong([row], 4)).take(0, 1)
     blend = AdaptiveBlend(list("ab"), Answers([[1, 1]], 4))
-    with pytest.raises(UserError, match="must not be negative"):
+    with pytest.raises(UserError, match="must be non-negative"):
         blend.take(3, 2)
     state = blend.state_at(0)
     for names, horizon in [("abc", 4), ("ab", 5)]:
-        with pytest.raises(UserError, match="other sources or another horizon"):
+        with pytest.raises(UserError, match="its sources or its horizon differ"):
             AdaptiveBlend(list(names), Answers([[1] * len(names)], horizon), state)
     with pytest.raises(UserError, match="unknown format"):
         AdaptiveBlend(list("ab"), Answers([[1, 1]], 4), {"format_version": 7})

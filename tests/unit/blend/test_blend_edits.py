@@ -193,7 +193,7 @@ def test_a_source_in_use_is_not_removed() -> None:
     ):
         resumed(new, old, 20)
     position = next(i for i in range(44, 99) if old.counts(i)[1] * GRID < old.quotas(i)[1])
-    with pytest.raises(UserError, match="0.9 of a sample is still owed"):
+    with pytest.raises(UserError, match="its count is still 0.9 samples below its quota"):
         resumed(new, old, position)
 
 

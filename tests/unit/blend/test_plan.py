@@ -123,7 +123,7 @@ def test_the_iteration_of_a_resumed_run_counts_from_its_present_batch_size() -> 
         check_epochs(blend(), 800, sizes, {"english": 1.0}, 20)
     sample = int(re.search(r"sample (\d+)", str(fresh.value))[1])
     assert sample > 200
-    with pytest.raises(UserError, match=f"used up at iteration {10 + (sample - 200) // 50 + 1} "):
+    with pytest.raises(UserError, match=f"exceeded at iteration {10 + (sample - 200) // 50 + 1} "):
         check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(10, 200))
-    with pytest.raises(UserError, match="used up before iteration 40 "):
+    with pytest.raises(UserError, match="exceeded before iteration 40 "):
         check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(40, 790))

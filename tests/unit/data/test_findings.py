@@ -75,8 +75,10 @@ def test_clean_data_has_no_findings(tmp_path: Path) -> None:
 def test_loss_masks_that_are_ignored(tmp_path: Path) -> None:
     paths = [dataset(tmp_path, "a", masks=True), dataset(tmp_path, "b", seed=1)]
     [finding] = findings_of({"x": {"paths": paths}})
-    assert finding.startswith("data.sources.x: 1 of 2 datasets has loss masks, which loss: all")
-    assert "set loss: response, or loss: all if" in finding and f"(first: {paths[0]})" in finding
+    assert finding.startswith(
+        "data.sources.x: 1 of 2 datasets has loss masks, which the default (loss: all)"
+    )
+    assert "set loss: response, or set loss: all" in finding and f"(first: {paths[0]})" in finding
     assert findings_of({"x": {"paths": paths, "loss": "all"}}) == []
 
 
@@ -91,7 +93,7 @@ def test_documents_without_an_end(tmp_path: Path, last: list[int]) -> None:
         assert found == []
     else:
         assert found[0].startswith(
-            "data.sources.x: 4 of 4 documents looked at do not end with EOD (id 2)"
+            "data.sources.x: 4 of 4 checked documents do not end with EOD (id 2)"
         )
         assert "--append-eod" in found[0]
 
@@ -113,7 +115,7 @@ def test_a_dataset_given_twice(tmp_path: Path, is_copy: bool) -> None:
     [finding] = findings_of({"x": {"paths": [path, other, again]}})
     assert finding.startswith(f"data.sources.x: {again}")
     assert (f"(the same data as {path})" in finding) == is_copy
-    assert "is given twice" in finding
+    assert "is listed twice" in finding
     [finding] = findings_of({"x": {"paths": [path]}, "y": {"paths": [other, again]}})
     assert finding.startswith(f"data.sources.y: {again}")
     assert "is also in data.sources.x" in finding
@@ -167,14 +169,14 @@ def test_documents_without_loss_tokens(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "m_document", documents, masks=masks)
     source = {"paths": [path], "loss": "response", "packing": "best_fit", "boundaries": "isolate"}
     [finding] = findings_of({"x": source})
-    assert finding.startswith("data.sources.x: packing leaves out 1 of 3 documents")
+    assert finding.startswith("data.sources.x: packing drops 1 of 3 documents")
 
 
 def test_packing_that_cuts_much(tmp_path: Path) -> None:
     source = {"packing": "best_fit", "boundaries": "isolate"}
     path = write_dataset(tmp_path / "huge_document", [[*numbered_documents([1008])[0], EOS]])
     [finding] = findings_of({"x": {"paths": [path], **source}})
-    assert "packing cuts 1 of 1 documents to 9 tokens and never trains 1,000 tokens" in finding
+    assert "packing cuts 1 of 1 documents to 9 tokens and drops 1,000 tokens" in finding
     assert "(99.1%)" in finding
     documents = [[*document, EOS] for document in numbered_documents([8] * 120 + [9])]
     path = write_dataset(tmp_path / "long_document", documents)
@@ -191,6 +193,6 @@ def test_sidecars_without_block_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(findings, "read_sidecar", lambda prefix: sidecars[str(prefix)])
     [finding] = [one for one in data_findings(config, built, [], tokenizer) if "hash" in one]
     assert finding.startswith("data.sources.x: 1 of 2 datasets has a .json of an earlier version")
-    assert "--data-verify compares all bytes once" in finding and f"{paths[1]}.json" in finding
+    assert "use --data-verify to check all bytes" in finding and f"{paths[1]}.json" in finding
     config = data_config(sources, data_verify=True)
     assert not [one for one in data_findings(config, built, [], tokenizer) if "hash" in one]

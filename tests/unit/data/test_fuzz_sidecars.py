@@ -172,7 +172,7 @@ def test_hashes_that_repeat_more_than_there_is(parts: list[Path]) -> None:
     records = np.frombuffer(hashes.read_bytes(), np.uint8).copy()
     records.reshape(-1, 24)[:, 16:] = 1
     hashes.write_bytes(records.tobytes())
-    with pytest.raises(UserError, match=f"other contents: {hashes}: not the bytes"):
+    with pytest.raises(UserError, match=f"wrong contents: {hashes}: does not match the hash"):
         merge_datasets(parts, parts[0].with_name("merged_document"))
     content = json.loads(sidecar_path(parts[1]).read_bytes())
     del content["sha256"]["hashes"]
@@ -184,7 +184,7 @@ def test_hashes_that_repeat_more_than_there_is(parts: list[Path]) -> None:
 def test_what_is_no_file_of_a_sidecars_size(tmp_path: Path) -> None:
     path = sidecar_path(tmp_path / "a")
     os.mkfifo(path)
-    with pytest.raises(UserError, match="cannot read: .*a.json: is no regular file"):
+    with pytest.raises(UserError, match="cannot read: .*a.json: is not a regular file"):
         read_sidecar(tmp_path / "a")
     path.unlink()
     path.mkdir()

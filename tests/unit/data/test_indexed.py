@@ -184,9 +184,9 @@ BOUNDARIES = POINTERS + 8 * len(DOCUMENTS)
         (LENGTHS + 12, struct.pack("<i", 1), "x.bin"),
         (POINTERS, struct.pack("<q", 2), "sequence 0 begins at byte 2"),
         (POINTERS + 8, struct.pack("<q", 5), "sequence 1 begins at byte 5"),
-        (BOUNDARIES, struct.pack("<q", 1), "do not run"),
+        (BOUNDARIES, struct.pack("<q", 1), "do not cover"),
         (BOUNDARIES + 8, struct.pack("<q", 9), "document 1 ends before it begins"),
-        (BOUNDARIES + 32, struct.pack("<q", 3), "do not run"),
+        (BOUNDARIES + 32, struct.pack("<q", 3), "do not cover"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, offset: int, data: bytes, message: str) -> None:

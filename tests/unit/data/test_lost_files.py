@@ -129,4 +129,4 @@ def test_a_source_that_stays_away_is_named(tmp_path: Path, monkeypatch: pytest.M
         next(batches)
     loader.close()
     assert time.monotonic() - begin >= 1.0
-    assert "make it available and resume" in str(caught.value)
+    assert "make it available, then resume the run" in str(caught.value)

@@ -187,5 +187,5 @@ def test_loss_masks_must_fit(tmp_path):
     with pytest.raises(UserError, match="loss masks do not fit: .*c_loss_mask"):
         open_token_file(prefix, with_loss_mask=True)
     prefix = write_dataset(tmp_path / "d_document", [[1.0]], np.float32)
-    with pytest.raises(UserError, match="holds float32"):
+    with pytest.raises(UserError, match="contains float32"):
         open_token_file(prefix, with_loss_mask=False)

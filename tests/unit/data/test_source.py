@@ -198,7 +198,9 @@ def test_an_empty_source_may_have_no_weight(tmp_path):
     config = {"a": {"paths": [full]}, "b": {"paths": [empty]}}
     sources = build(config, weights={"a": 1, "b": 0})
     assert [source.num_samples for source in sources] == [6, 0]
-    with pytest.raises(UserError, match=r"data\.sources\.b: is empty \(2 tokens make no sample"):
+    with pytest.raises(
+        UserError, match=r"data\.sources\.b: is empty \(2 tokens do not fill a sample"
+    ):
         build(config, weights={"a": 1, "b": 0.5})
 
 
@@ -241,10 +243,12 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
     write_sidecar(path, num_documents=1, num_tokens=50)
     assert build(config)[0].num_samples == 6
     write_sidecar(path, num_documents=1, num_tokens=50, sha256="e" * 64)
-    with pytest.raises(UserError, match=r"paths\[0\]: .* made with another tokenizer .*eeee"):
+    with pytest.raises(UserError, match=r"paths\[0\]: .* encoded with another tokenizer .*eeee"):
         build(config)
     write_sidecar(path, num_documents=1, num_tokens=51)
-    with pytest.raises(UserError, match="describes another dataset: num_tokens is 51 there and 50"):
+    with pytest.raises(
+        UserError, match="describes another dataset: num_tokens is 51 in the .json, but 50"
+    ):
         build(config)
 
 

@@ -81,10 +81,11 @@ def test_a_start_compares_with_the_sidecar(make_config, chats: Path, name: str) 
         merge_first_documents(path)
     else:
         swap_halves(path)
-    message = rf"data\.sources\.first\.paths\[0\]: other contents: {path}: differs from what .*json"
+    place = r"data\.sources\.first\.paths\[0\]"
+    message = rf"{place}: wrong contents: {path}: does not match the hash in .*json"
     with pytest.raises(UserError, match=message):
         open_inputs(config)
-    with pytest.raises(UserError, match=f"other contents: {path}"):
+    with pytest.raises(UserError, match=f"wrong contents: {path}"):
         merge_datasets([chats], chats.with_name("merged_document"))
 
 
@@ -93,7 +94,7 @@ def test_validation_data_is_compared_as_well(make_config, chats: Path, tiny_run:
     changes = {"data__sources__first": {"paths": [first], "validation_paths": [str(chats)]}}
     swap_halves(f"{chats}.bin")
     open_inputs(make_config(**changes, train__eval_interval=None))
-    with pytest.raises(UserError, match=r"first\.validation_paths\[0\]: other contents"):
+    with pytest.raises(UserError, match=r"first\.validation_paths\[0\]: wrong contents"):
         open_inputs(make_config(**changes, train__eval_interval=5, train__eval_iters=1))
 
 
@@ -159,7 +160,7 @@ def test_all_bytes_are_compared_on_request(make_config, tiny_run: TinyRun, tmp_p
     assert block_hash(path) == before
     config = make_config(**uses(chats), data__data_verify=True)
     inputs = open_inputs(config)
-    message = rf"data\.sources\.first\.paths\[0\]: other contents: {path}"
+    message = rf"data\.sources\.first\.paths\[0\]: wrong contents: {path}"
     with pytest.raises(UserError, match=message):
         verify_data(config, inputs)
     with pytest.raises(UserError, match=message):
@@ -193,9 +194,7 @@ def test_files_overwritten_during_the_run(
     source.check_files()
     swap_halves(f"{chats}.bin")
     os.utime(f"{chats}.bin", ns=(1, 1))
-    with pytest.raises(
-        UserError, match="first: .*bin: changed during the run; its size is the same"
-    ):
+    with pytest.raises(UserError, match="first: .*bin: changed during the run, with the same size"):
         source.check_files()
 
 
