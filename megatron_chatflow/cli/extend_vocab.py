@@ -46,9 +46,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parse()
     if args.num_new < 1:
-        raise UserError(f"--num-new: {args.num_new} is below 1; ask for some")
+        raise UserError(f"--num-new: must be at least 1, not {args.num_new}")
     if (args.corpus is None) == (args.list is None):
-        raise UserError("give either --corpus or --list: pieces come from one of them")
+        raise UserError("give either --corpus or --list")
     check_new_folder(args.output_dir, overwrite=args.overwrite, mark=MARK)
     tokenizer = load_tokenizer(args.tokenizer_model)
     held_out = {Path(name).name: list(islice(_texts(args, [name]), 500)) for name in args.held_out}
@@ -80,33 +80,67 @@ def _parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tokenizer-model", type=Path, required=True, help="SentencePiece model or tokenizer.json")
-    add("--corpus", nargs="+", metavar="F", help="text of the language: files, folders or globs")
+    add(
+        "--corpus", nargs="+", metavar="F", help="text in the new language: files, folders or globs"
+    )
     add(
         "--list",
         type=Path,
         metavar="F",
-        help="file of pieces, one per line, to add instead of choosing from --corpus",
+        help="text file with the pieces to add, one per line, as an alternative to --corpus",
     )
     add(
         "--held-out",
         nargs="+",
         default=[],
         metavar="F",
-        help="files to compare the two tokenizers on",
+        help="files on which the number of tokens is compared; default: every 20th document of "
+        "--corpus",
     )
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys of the text")
-    add("--encoding", default="utf-8", metavar="E", help="encoding of the text, such as gb18030")
-    add("--num-new", type=int, default=8076, help="number of pieces; default: %(default)s")
-    add("--output-dir", type=Path, required=True, help="folder to create")
-    add("--method", choices=PIECE_KINDS, default="characters", help="default: %(default)s")
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="JSON keys of the text; default: text",
+    )
+    add(
+        "--encoding",
+        default="utf-8",
+        metavar="E",
+        help="encoding of the text, such as gb18030; default: %(default)s",
+    )
+    add("--num-new", type=int, default=8076, help="number of pieces to add; default: %(default)s")
+    add(
+        "--output-dir",
+        type=Path,
+        required=True,
+        help="folder of the extended tokenizer, which is created",
+    )
+    add(
+        "--method",
+        choices=PIECE_KINDS,
+        default="characters",
+        help="add only characters, or also pieces trained on the corpus; default: %(default)s",
+    )
     add(
         "--add-as",
         choices=ADDITIONS,
         default="added-tokens",
-        help="how a tokenizer.json is extended",
+        help="how a tokenizer.json is extended: added tokens, or merges; default: %(default)s",
     )
-    add("--script", choices=SCRIPTS, default="han", help="characters to take; default: %(default)s")
-    add("--min-count", type=int, default=2, help="leave out rarer characters; default: %(default)s")
+    add(
+        "--script",
+        choices=SCRIPTS,
+        default="han",
+        help="script of the characters to add; default: %(default)s",
+    )
+    add(
+        "--min-count",
+        type=int,
+        default=2,
+        help="minimum number of occurrences of a character in the corpus; default: %(default)s",
+    )
     add("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
 
@@ -135,7 +169,10 @@ def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
             yield from texts
     if not num_bad:
         return
-    found = f"{num_bad} lines are no documents, {num_documents} are; the first is {first_bad}"
+    found = (
+        f"{num_bad} lines are not documents and {num_documents} are; the first bad line is "
+        f"{first_bad}"
+    )
     if num_bad > num_documents:
         raise UserError(f"{' '.join(inputs)}: {found} (see --encoding and --json-keys)")
     logger.warning("%s: %s", " ".join(inputs), found)

@@ -11,7 +11,7 @@ from megatron_chatflow.tokenizer import load_tokenizer
 DESCRIPTION = """Describes an indexed dataset and checks all of its offsets and ids.
 
 Prints counts, a histogram of document lengths and decoded samples. Two datasets are also compared.
-The exit status is 0 if all is well, 1 if two datasets differ, and 2 if a dataset is damaged.
+The exit status is 0 on success, 1 if two datasets differ, and 2 if a dataset is damaged.
 """
 EXAMPLES = """examples:
   %(prog)s data/en_text_document
@@ -32,26 +32,30 @@ def main() -> int:
         "prefix",
         nargs="+",
         metavar="PREFIX",
-        help="path without .bin or .idx; give two to compare them",
+        help="path of a dataset without .bin or .idx; two datasets are compared",
     )
-    add("--tokenizer-model", metavar="M", help="tokenizer with which samples are decoded")
+    add(
+        "--tokenizer-model",
+        metavar="M",
+        help="tokenizer for decoding samples; without it, no samples are printed",
+    )
     add(
         "--num-samples",
         type=int,
         default=3,
         metavar="K",
-        help="how many samples to decode; default: %(default)s",
+        help="number of samples to decode; default: %(default)s",
     )
-    add("--seed", type=int, default=0, help="seed of the choice of samples; default: %(default)s")
+    add("--seed", type=int, default=0, help="seed for selecting the samples; default: %(default)s")
     add(
         "--color",
         choices=["auto", "always", "never"],
         default="auto",
-        help="mark tokens with loss in colour; default: %(default)s",
+        help="mark tokens with loss in color; default: %(default)s",
     )
     arguments = parser.parse_args()
     if len(arguments.prefix) > 2:
-        raise UserError("too many datasets: name one, or two to compare")
+        raise UserError("too many datasets: give one, or two to compare")
 
     inspections = [Inspection(prefix) for prefix in arguments.prefix]
     tokenizer = load_tokenizer(arguments.tokenizer_model) if arguments.tokenizer_model else None
@@ -66,17 +70,19 @@ def main() -> int:
         if vocab_size is not None:
             inspection.check_ids(vocab_size)
             inspection.check_hashes()
-            hashes = ", the files' hashes" if sidecar is not None else ""
+            hashes = ", file hashes" if sidecar is not None else ""
             print(f"  checked     every offset, every id{hashes}")
         else:
-            print("  checked     every offset; ids not, without a sidecar or --tokenizer-model")
+            print(
+                "  checked     every offset, but no ids (they need a sidecar or --tokenizer-model)"
+            )
         if tokenizer is not None:
-            coloured = arguments.color == "always"
-            coloured = coloured or (arguments.color == "auto" and sys.stdout.isatty())
+            colored = arguments.color == "always"
+            colored = colored or (arguments.color == "auto" and sys.stdout.isatty())
             indices = range(len(inspection.dataset))
             num_samples = min(arguments.num_samples, len(indices))
             for index in sorted(random.Random(arguments.seed).sample(indices, num_samples)):
-                print(inspection.sample(index, tokenizer, coloured=coloured))
+                print(inspection.sample(index, tokenizer, colored=colored))
     if len(inspections) == 1:
         return 0
     first, second = inspections
@@ -86,5 +92,5 @@ def main() -> int:
     if difference is None and first.mask is not None and second.mask is not None:
         difference = first_difference(first.mask, second.mask)
         difference = difference and f"loss mask: {difference}"
-    print(f"first difference: {difference}" if difference else "the two are equal")
+    print(f"first difference: {difference}" if difference else "the datasets are equal")
     return 1 if difference else 0

@@ -35,20 +35,21 @@ def main() -> None:
     add(
         "--allow-missing",
         action="store_true",
-        help="merge the parts of a job array even if some are missing",
+        help="merge the partitions of a job even if some are missing",
     )
     add(
         "--max-bad-lines",
         type=int,
         metavar="N",
-        help="maximum number of bad lines in all parts together (default: as the parts were made)",
+        help="maximum number of bad lines in all partitions together; default: the limit of the "
+        "preprocessing job",
     )
     add(
         "--max-dropped-share",
         type=float,
         metavar="S",
-        help="maximum share of dropped records in all parts together "
-        "(default: as the parts were made)",
+        help="maximum share of dropped records in all partitions together, from 0 to 1; "
+        "default: the limit of the preprocessing job",
     )
     arguments = parser.parse_args()
     prefixes = find_datasets(arguments.input)

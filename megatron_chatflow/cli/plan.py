@@ -35,8 +35,8 @@ DESCRIPTION = """Shows the mixture that a run's schedule will draw, before train
 Prints the planned and the realised mixture of every phase, and the epochs of every source. With
 --output, also writes them as CSV and plots the whole run as PNG. If --load of the run holds a
 checkpoint, the plan continues from it, as training would. --at prints the weights at one point of
-the run and the knot that keeps the schedule unchanged up to that point, to be pasted into the YAML
-file before an edit.
+the run and the knot that keeps the schedule unchanged up to that point, which can be pasted into
+the YAML file before an edit.
 """
 EXAMPLES = """examples:
   %(prog)s --config run.yaml
@@ -56,7 +56,7 @@ def epoch_sizes(config: RunConfig) -> dict[str, int]:
         )
         sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
     except UserError as error:
-        print(f"epochs are left out: {error}", file=sys.stderr)
+        print(f"not showing epochs: {error}", file=sys.stderr)
         return {}
     return {source.name: source.num_samples for source in sources}
 
@@ -85,7 +85,7 @@ def find_resumed(config: RunConfig) -> Resumed | None:
     return Resumed(folder, *(state[name] for name in names))
 
 
-def knot_in_numbers(schedule: Schedule, sample: int, unit: str) -> str:
+def numeric_knot(schedule: Schedule, sample: int, unit: str) -> str:
     """Returns the weights at a sample as a YAML knot that rounds to exactly these weights."""
     # Parsing a knot rounds its levels down. Rounding up here yields the same levels again.
     levels = np.cumsum(schedule.weights_at(sample)).tolist()
@@ -102,11 +102,11 @@ def knot_in_numbers(schedule: Schedule, sample: int, unit: str) -> str:
         return f"{{{text}}}"
     text = f"{{{text}, ramp: {following.ramp}}}"
     if following.ramp == "cosine" and (following.at > sample or following.towards):
-        text += "  # no part of the longer cosine: the weights before it change"
+        text += "  # starts a shorter cosine ramp: the weights before this knot change"
     return text
 
 
-def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
+def describe_position(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
     """Describes the weights at a sample and a knot that preserves the schedule up to it.
 
     Args:
@@ -124,18 +124,21 @@ def describe_place(blend: Blend, sample: int, unit: str, folder: Path | None) ->
     kept = ""
     if folder is not None:
         lines += [
-            f"to keep the schedule of {folder} up to there, put this knot in place of all knots "
-            "up to there:",
+            f"to keep the schedule of {folder} up to this sample, replace all knots up to it by "
+            "this knot:",
             f"      - {as_planned_knot(schedule, sample, unit)}",
         ]
-        kept = " (the knots before it have to stay)"
-    lines += [f"the same in numbers{kept}:", f"      - {knot_in_numbers(schedule, sample, unit)}"]
+        kept = " (keep the knots before it)"
+    lines += [
+        f"the same knot with numeric weights{kept}:",
+        f"      - {numeric_knot(schedule, sample, unit)}",
+    ]
     if folder is None:
-        lines.append("(a run that goes on from a checkpoint may say `weights: as_planned` instead)")
+        lines.append("(a run that resumes from a checkpoint can use `weights: as_planned` instead)")
     return "\n".join(lines)
 
 
-def place_of(text: str, resumed: Resumed | None) -> int:
+def parse_position(text: str, resumed: Resumed | None) -> int:
     """Parses the value of ``--at`` to a global sample.
 
     Raises:
@@ -145,13 +148,13 @@ def place_of(text: str, resumed: Resumed | None) -> int:
         try:
             sample = int(text) if text.isdigit() else parse_count(text)
         except UserError as error:
-            raise UserError(f"--at: {error}; or now") from None
+            raise UserError(f"--at: {error}; or use now") from None
         if sample < 0:
-            raise UserError(f"--at: {text} is negative: samples count from 0")
+            raise UserError(f"--at: must not be negative, but is {text}")
         return sample
     if resumed is None:
         raise UserError(
-            "--at: now needs a run in progress: name its folder with --load, or give a sample"
+            "--at: now needs a run with a checkpoint: set its folder with --load, or give a sample"
         )
     return resumed.consumed_samples
 
@@ -163,8 +166,12 @@ def main() -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
-    parser.add_argument("--output", type=Path, help="folder for plan.csv and plan.png")
+    parser.add_argument("--config", type=Path, required=True, help="path of the run's YAML file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder in which plan.csv and plan.png are written; default: only print the plan",
+    )
     parser.add_argument(
         "--at", metavar="now|SAMPLE", help="print only the weights and the knot at this point"
     )
@@ -191,8 +198,8 @@ def main() -> None:
         blend = Blend(schedule, resumed.blend)
     if arguments.at is not None:
         folder = None if resumed is None else resumed.folder
-        sample = place_of(arguments.at, resumed)
-        print(describe_place(blend, sample, config.data.schedule.unit, folder))
+        sample = parse_position(arguments.at, resumed)
+        print(describe_position(blend, sample, config.data.schedule.unit, folder))
         return
     show_plan(config, blend, resumed, arguments)
 
@@ -217,7 +224,7 @@ def show_plan(
         shown = f"{num_samples * seq_length:,} tokens ({shown})"
     print(f"{shown}, from {arguments.config}")
     if resumed is not None:
-        print(f"goes on from {resumed.folder}, sample {resumed.consumed_samples:,}")
+        print(f"continues from {resumed.folder}, sample {resumed.consumed_samples:,}")
     if blend.edit is not None:
         print(blend.edit)
     print("\n" + format_table(to_table(rows, blend)))

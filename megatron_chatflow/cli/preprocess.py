@@ -16,7 +16,7 @@ DESCRIPTION = """Tokenizes a corpus into Megatron's indexed datasets.
 
 Reads text, sentence pairs or chats from .jsonl, .json, .parquet, .txt and .tsv files; all but
 .parquet may be compressed (.gz, .zst). Writes <prefix>_<key>_document.{bin,idx,json}, and for pairs
-and chats a loss mask beside them.
+and chats also a loss mask.
 """
 EXAMPLES = """examples:
   %(prog)s --input 'en/*.zst' --output-prefix data/en --tokenizer-model M --append-eod
@@ -54,68 +54,91 @@ def _parse_arguments() -> argparse.Namespace:
         required=True,
         dest="inputs",
         metavar="F",
-        help="files, folders, globs, or - for lines on standard input",
+        help="files, folders or globs to read; - reads lines from standard input",
     )
-    add("--output-prefix", required=True, metavar="P", help="prefix of the output files' paths")
-    add("--format", choices=["text", "pairs", "chat"], default="text", help="default: %(default)s")
-    add("--json-keys", nargs="+", metavar="KEY", help="default: text; for chats: messages")
-    add("--tokenizer-type", choices=[*TOKENIZER_TYPES, "auto"], default="auto")
+    add("--output-prefix", required=True, metavar="P", help="path prefix of the output files")
+    add(
+        "--format",
+        choices=["text", "pairs", "chat"],
+        default="text",
+        help="kind of the input; default: %(default)s",
+    )
+    add(
+        "--json-keys",
+        nargs="+",
+        metavar="KEY",
+        help="JSON keys or parquet columns to read; default: text, or messages for chats",
+    )
+    add(
+        "--tokenizer-type",
+        choices=[*TOKENIZER_TYPES, "auto"],
+        default="auto",
+        help="type of the tokenizer; auto detects it from the files; default: %(default)s",
+    )
     add(
         "--tokenizer-model",
         required=True,
         metavar="M",
-        help="SentencePiece model, tokenizer.json, or a folder with one",
+        help="path of a SentencePiece model, a tokenizer.json, or a folder that contains one",
     )
     add("--append-bos", action="store_true", help="begin every document with the BOS token")
     add("--append-eod", action="store_true", help="end every document with the EOD token")
-    add("--workers", type=int, dest="num_workers", metavar="N", help="default: all cores")
+    add(
+        "--workers",
+        type=int,
+        dest="num_workers",
+        metavar="N",
+        help="number of worker processes; default: number of cores",
+    )
     add(
         "--max-bad-lines",
         type=int,
         default=100,
         metavar="N",
-        help="fail if more lines than this are invalid; default: %(default)s",
+        help="maximum number of invalid lines before the job fails; default: %(default)s",
     )
     add(
         "--max-dropped-share",
         type=float,
         default=DEFAULT_MAX_SHARE,
         metavar="S",
-        help="fail if a larger share of all records is dropped, for any reason; "
+        help="maximum share of records that may be dropped for any reason, from 0 to 1; "
         "default: %(default)s",
     )
     add(
         "--invalid-utf8",
         choices=["drop", "replace"],
         default="drop",
-        help="what to do with lines that are not UTF-8; .txt files always replace",
+        help="drop invalid UTF-8 lines or replace the invalid bytes, as always in .txt files; "
+        "default: %(default)s",
     )
     add(
         "--encoding",
         default="utf-8",
         metavar="E",
-        help="encoding of txt, tsv and JSON, such as gb18030, big5 or utf-16; default: %(default)s",
+        help="encoding of txt, tsv and JSON files, such as gb18030, big5 or utf-16; default: "
+        "%(default)s",
     )
     add(
         "--txt-documents",
         choices=["file", "line"],
         default="file",
-        help="whether a .txt file or each of its lines is a document; default: %(default)s",
+        help="whether a document is a whole .txt file or one of its lines; default: %(default)s",
     )
     add(
         "--max-record-bytes",
         type=int,
         default=MAX_RECORD_BYTES,
         metavar="N",
-        help="maximum size of a line, row or text file; larger ones count as bad lines; "
-        "default: %(default)s",
+        help="maximum size of a line, row or text file in bytes; larger ones count as bad "
+        "lines; default: %(default)s",
     )
     add(
         "--max-expansion",
         type=float,
         default=MAX_EXPANSION,
         metavar="X",
-        help="refuse a compressed file that expands to more than X times its size; 0: no limit; "
+        help="maximum ratio of the decompressed to the compressed size of a file; 0: no limit; "
         "default: %(default)s",
     )
     add(
@@ -124,41 +147,54 @@ def _parse_arguments() -> argparse.Namespace:
         default=1,
         dest="num_partitions",
         metavar="N",
-        help="process the inputs in N parts and merge them; a restarted job keeps finished parts",
+        help="split the inputs into N partitions and merge the results; a restarted job skips "
+        "finished partitions; default: %(default)s",
     )
     add(
         "--shard",
         type=parse_shard,
         metavar="I/N",
-        help="process only part I of N (counting from 0), for job arrays",
+        help="process only partition I of N (counted from 0), for job arrays",
     )
     add(
         "--ray",
         metavar="ADDRESS",
-        help="process the parts on this Ray cluster; auto: the cluster of this machine",
+        help="process the partitions on this Ray cluster; auto: the cluster of this machine",
     )
-    add("--dedup", action="store_true", help="drop exact repetitions of earlier documents")
+    add("--dedup", action="store_true", help="drop exact duplicates of earlier documents")
     add("--overwrite", action="store_true", help="replace existing outputs")
     chats = parser.add_argument_group("chats and translation instructions")
     add = chats.add_argument
-    add("--template", choices=list(TEMPLATES), default="chatflow", help="default: %(default)s")
+    add(
+        "--template",
+        choices=list(TEMPLATES),
+        default="chatflow",
+        help="built-in chat template; default: %(default)s",
+    )
     add(
         "--chat-template",
         metavar="PATH",
-        help="Jinja file, model folder or tokenizer_config.json to use instead of --template",
+        help="Jinja file, model folder or tokenizer_config.json with a chat template, instead "
+        "of --template",
     )
     add(
         "--loss",
         choices=["response", "all"],
         default="response",
-        help="which tokens have loss; default: %(default)s",
+        help="tokens with loss: responses only, or all; default: %(default)s",
     )
-    add("--max-tokens", type=int, metavar="N", help="maximum length of a document")
+    add(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="maximum length of a document in tokens; default: no limit",
+    )
     add(
         "--over-long",
         choices=["truncate", "drop"],
         default="truncate",
-        help="whether longer documents are cut between turns or dropped; default: %(default)s",
+        help="truncate documents longer than --max-tokens between turns, or drop them; default: "
+        "%(default)s",
     )
     pairs = parser.add_argument_group("pairs: en<TAB>zh lines, or JSON with a key for each side")
     add = pairs.add_argument
@@ -173,40 +209,48 @@ def _parse_arguments() -> argparse.Namespace:
         "--pair-columns",
         nargs=2,
         metavar=("A", "B"),
-        help="columns of a tsv file with more than two: numbers from 1, or names of its header",
+        help="the two columns of a tsv file with more columns: numbers from 1, or names in the "
+        "header",
     )
     add(
         "--pair-languages",
         nargs=2,
         default=["English", "Chinese"],
         metavar=("A", "B"),
-        help="names of the languages in instructions; default: English Chinese",
+        help="language names for instructions; default: English Chinese",
     )
     add(
         "--pair-scripts",
         nargs=2,
         choices=["any", *SCRIPTS],
         default=["any", "any"],
-        help="drop pairs whose sides are not mostly in these scripts",
+        help="drop pairs whose sides are not mostly in these scripts; default: any any",
     )
-    add("--pair-template", default="plain", help="plain, translate, or a YAML file of templates")
+    add(
+        "--pair-template",
+        default="plain",
+        help="plain, translate, or a YAML file of templates; default: %(default)s",
+    )
     add(
         "--pair-level",
         choices=["sentence", "document"],
         default="sentence",
-        help="whether lists of sentences become one pair per sentence or one per document",
+        help="make one pair per sentence or one per document from lists of sentences; default: "
+        "%(default)s",
     )
     add(
         "--pair-direction",
         choices=["both", "forward", "backward", "hash"],
         default="hash",
-        help="hash: a hash of the pair chooses one direction; default: %(default)s",
+        help="translation direction; both writes two documents, and hash selects one direction "
+        "by a hash of the pair; default: %(default)s",
     )
     add(
         "--pair-max-length-ratio",
         type=float,
         default=9.0,
         metavar="R",
-        help="drop pairs whose sides differ more in bytes; 0: no limit; default: %(default)s",
+        help="drop pairs whose lengths in bytes have a larger ratio; 0: no limit; default: "
+        "%(default)s",
     )
     return parser.parse_args()

@@ -128,15 +128,15 @@ def _turns(messages: Any) -> list[Turn]:
         if not isinstance(message, dict):
             raise BadLineError("message_not_an_object")
         _refuse_unsupported_fields(message, "message")
-        role = ROLES.get(str(_first_given(message, "role", "from")).lower())
+        role = ROLES.get(str(_first_present(message, "role", "from")).lower())
         if role is None:
             raise DroppedError("unknown_role")
         loss = _loss(message, role)
-        turns.append(Turn(role, _content(_first_given(message, "content", "value")), loss))
+        turns.append(Turn(role, _content(_first_present(message, "content", "value")), loss))
     return turns
 
 
-def _first_given(fields: Mapping[str, Any], *names: str) -> Any:
+def _first_present(fields: Mapping[str, Any], *names: str) -> Any:
     """Returns the first field that is present and not null. Parquet has null for missing fields."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 

@@ -63,7 +63,9 @@ def decompress(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
         elif is_at_end and any(m.startswith(magic) for m in (ZSTD_MAGIC, GZIP_MAGIC)):
             raise _truncated(name)
         else:
-            raise UserError(f"cannot read: {name}: garbage after its compressed end")
+            raise UserError(
+                f"cannot read: {name}: invalid data after the end of the compressed content"
+            )
         is_first = False
 
 
@@ -143,4 +145,4 @@ def _gzip_member(
 
 
 def _truncated(name: str) -> UserError:
-    return UserError(f"cannot read: {name}: its compressed content is truncated")
+    return UserError(f"cannot read: {name}: the compressed content is truncated")

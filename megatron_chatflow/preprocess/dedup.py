@@ -153,8 +153,8 @@ class DuplicateMarks:
         for path, number in zip(paths, num_documents, strict=True):
             if not path.exists() or path.stat().st_size != number * HASH_RECORD.itemsize:
                 raise UserError(
-                    f"no hashes of {number} documents: {path}: parts of a job with --dedup are "
-                    "merged with the .hashes that lie beside them: make this part again"
+                    f"no hashes of {number} documents: {path}: merging the partitions of a job "
+                    "with --dedup needs their .hashes files: create this partition again"
                 )
         with as_user_error(folder):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)
@@ -194,13 +194,13 @@ class DuplicateMarks:
                 sizes += np.bincount(_buckets(records["hash"], bits), minlength=len(sizes))
         ends = np.cumsum(sizes)
         with tempfile.TemporaryFile(dir=folder) as placed:
-            self._deal(placed.fileno(), bits, ends - sizes)
+            self._fill_buckets(placed.fileno(), bits, ends - sizes)
             for begin, end in zip((ends - sizes).tolist(), ends.tolist(), strict=True):
                 size, offset = (end - begin) * _PLACED.itemsize, begin * _PLACED.itemsize
                 bucket = np.frombuffer(_read(placed.fileno(), size, offset), _PLACED)
                 self._mark_bucket(bucket)
 
-    def _deal(self, placed: int, bits: int, positions: npt.NDArray[np.int64]) -> None:
+    def _fill_buckets(self, placed: int, bits: int, positions: npt.NDArray[np.int64]) -> None:
         """Writes each hash and the index of its document to its bucket."""
         index = 0
         for path in self._paths:

@@ -9,20 +9,20 @@ DEFAULT_MAX_SHARE = 0.5
 # Duplicates are dropped on request, and header lines are not records.
 _NOT_COUNTED = ("duplicate", "header")
 _HINTS = {
-    "malformed_json": "a JSON array has to be named .json, tab-separated pairs .tsv or .txt",
-    "not_an_object": "each line has to be a JSON object",
-    "not_utf8": "name the text's --encoding",
-    "no_key_": "name its keys with --json-keys, or of pairs with --pair-keys",
-    "not_text_": "name another key with --json-keys, or of pairs with --pair-keys",
-    "no_chat_key": "name the key of the messages with --json-keys",
-    "no_tab": "pairs are two columns with a tab between them, or JSON under a name in .jsonl",
-    "wrong_number_of_columns": "texts may hold tabs: write jsonl",
-    "empty": "is this the right key?",
+    "malformed_json": "rename a JSON array to .json, and tab-separated pairs to .tsv or .txt",
+    "not_an_object": "each line must be a JSON object",
+    "not_utf8": "set --encoding",
+    "no_key_": "set --json-keys, or --pair-keys for pairs",
+    "not_text_": "set another key with --json-keys, or --pair-keys for pairs",
+    "no_chat_key": "set the key of the messages with --json-keys",
+    "no_tab": "pairs must be two columns separated by a tab, or JSON in a .jsonl file",
+    "wrong_number_of_columns": "the texts may contain tabs: convert them to jsonl",
+    "empty": "check the key",
     "length_ratio": "see --pair-max-length-ratio",
-    "wrong_script": "see --pair-scripts, and whether the sides are the other way round",
-    "identical_sides": "is one side a copy of the other?",
+    "wrong_script": "check --pair-scripts and the order of the two sides",
+    "identical_sides": "check whether one side is a copy of the other",
     "record_too_large": "see --max-record-bytes",
-    "template_limit": "mend the chat template",
+    "template_limit": "correct the chat template",
     "too_long": "see --max-tokens and --over-long",
     "no_loss_tokens": "see --max-tokens",
 }
@@ -36,7 +36,7 @@ def hint_of(reason: str) -> str:
     return ""
 
 
-def check_left_over(sidecar: Mapping[str, Any], prefix: object, max_share: float) -> None:
+def check_dropped_share(sidecar: Mapping[str, Any], prefix: object, max_share: float) -> None:
     """Checks that a job kept at least one document and dropped no more than the allowed share.
 
     Args:
@@ -66,7 +66,7 @@ def check_left_over(sidecar: Mapping[str, Any], prefix: object, max_share: float
     reason = max(counted, key=lambda name: counted[name])
     hint = hint_of(reason)
     raise UserError(
-        f"too many records dropped: {prefix}: {num_dropped} of {num_records}, "
-        f"{counted[reason]} of them {reason}{hint and f' ({hint})'}: mend the input, or raise "
+        f"too many records dropped: {prefix}: {num_dropped} of {num_records}, {counted[reason]} "
+        f"of them {reason}{hint and f' ({hint})'}: correct the input, or raise "
         f"--max-dropped-share ({max_share:g})"
     )

@@ -168,14 +168,14 @@ class DocumentEncoder:
         if encoded is None:
             return None
         ids, lengths, num_text_bytes = encoded
-        ids, lengths = self._begun(ids, lengths)
+        ids, lengths = self._insert_bos(ids, lengths)
         return _packed(ids, lengths, np.array([num_text_bytes]), None)
 
     @property
     def _end_id(self) -> int:
         return self.tokenizer.eos_id if self.settings.append_eod else -1
 
-    def _begun(
+    def _insert_bos(
         self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """Inserts BOS before each document that has ids, if `append_bos` is set."""
@@ -186,7 +186,7 @@ class DocumentEncoder:
         return np.insert(ids, begins, self.tokenizer.bos_id), lengths + has_ids.astype(np.int32)
 
     def _encode_texts(self, texts: list[str]) -> EncodedDocuments:
-        ids, lengths = self._begun(*self.tokenizer.encode_arrays(texts, self._end_id))
+        ids, lengths = self._insert_bos(*self.tokenizer.encode_arrays(texts, self._end_id))
         utf8 = [text.encode() for text, n in zip(texts, lengths.tolist(), strict=True) if n]
         text_bytes = np.array([len(text) for text in utf8], np.int64)
         hashes = hashes_of(utf8) if self.settings.dedup else None
@@ -288,11 +288,11 @@ def start_worker(settings: PreprocessSettings) -> None:
     assert parent is not None
     sentinel = parent.sentinel
 
-    def end_with_parent() -> None:
+    def exit_with_parent() -> None:
         wait([sentinel])
         os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     # The tokenizers library's own threads would compete with the other workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)

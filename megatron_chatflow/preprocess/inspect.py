@@ -25,10 +25,10 @@ from megatron_chatflow.tokenizer import Tokenizer
 
 BLOCK = 1 << 22
 BAR_WIDTH = 40
-LEARNT_COLOUR = "\x1b[32m"
-PROMPT_COLOUR = "\x1b[2m"
-CONTROL_COLOUR = "\x1b[4m"
-END_COLOUR = "\x1b[0m"
+LOSS_COLOR = "\x1b[32m"
+PROMPT_COLOR = "\x1b[2m"
+CONTROL_COLOR = "\x1b[4m"
+END_COLOR = "\x1b[0m"
 
 
 class Inspection:
@@ -62,8 +62,8 @@ class Inspection:
         for name, path in paths.items():
             if name in recorded and sha256_of(path) != recorded[name]:
                 raise UserError(
-                    f"damaged dataset: {path}: not the bytes whose SHA-256 its sidecar has: copy "
-                    "or preprocess it again"
+                    f"damaged dataset: {path}: does not match the hash in its sidecar: copy the "
+                    "dataset or preprocess it again"
                 )
 
     def check_ids(self, vocab_size: int) -> None:
@@ -82,7 +82,8 @@ class Inspection:
                 after = self.dataset.sequence_pointers.searchsorted(pointer, side="right")
                 raise UserError(
                     f"id outside the vocabulary: {self.dataset.prefix}: {tokens[position]} in "
-                    f"sequence {after - 1} at byte {pointer}, the vocabulary has {vocab_size}"
+                    f"sequence {after - 1} at byte {pointer}, but the vocabulary size is "
+                    f"{vocab_size}"
                 )
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -95,8 +96,8 @@ class Inspection:
             made_by = self.sidecar["tokenizer"]["sha256"]
             if made_by != tokenizer.fingerprint:
                 raise UserError(
-                    f"another tokenizer made it: {self.dataset.prefix}: {made_by[:12]} instead of "
-                    f"{tokenizer.fingerprint[:12]}: check --tokenizer-model"
+                    f"encoded with another tokenizer: {self.dataset.prefix}: {made_by[:12]} "
+                    f"instead of {tokenizer.fingerprint[:12]}: check --tokenizer-model"
                 )
 
     def describe(self) -> str:
@@ -122,31 +123,31 @@ class Inspection:
             lines += _histogram(lengths)
         return "\n".join(lines)
 
-    def sample(self, index: int, tokenizer: Tokenizer, *, coloured: bool) -> str:
+    def sample(self, index: int, tokenizer: Tokenizer, *, colored: bool) -> str:
         """Decodes one sequence and marks its loss spans. Control tokens are shown by name.
 
         Args:
             index: The index of the sequence.
             tokenizer: The tokenizer that made the dataset.
-            coloured: Whether to mark loss spans with ANSI colours and underline control tokens.
+            colored: Whether to mark loss spans with ANSI colors and underline control tokens.
                 Otherwise, loss spans are enclosed in ``<<`` and ``>>``.
         """
         ids = self.dataset[index].tolist()
-        learnt = None if self.mask is None else self.mask[index].astype(bool)
-        boundaries = [] if learnt is None else (np.flatnonzero(np.diff(learnt)) + 1).tolist()
+        loss = None if self.mask is None else self.mask[index].astype(bool)
+        boundaries = [] if loss is None else (np.flatnonzero(np.diff(loss)) + 1).tolist()
         text = f"--- sequence {index}: {len(ids)} tokens\n"
-        was_learnt = False
+        had_loss = False
         for begin, part, is_control in _decoded(ids, boundaries, tokenizer):
-            is_learnt = learnt is not None and bool(learnt[begin])
-            if coloured:
-                colour = LEARNT_COLOUR if is_learnt else "" if learnt is None else PROMPT_COLOUR
-                colour += CONTROL_COLOUR if is_control else ""
-                text += f"{colour}{part}{END_COLOUR}" if colour else part
+            has_loss = loss is not None and bool(loss[begin])
+            if colored:
+                color = LOSS_COLOR if has_loss else "" if loss is None else PROMPT_COLOR
+                color += CONTROL_COLOR if is_control else ""
+                text += f"{color}{part}{END_COLOR}" if color else part
                 continue
-            text += "<<" * (is_learnt and not was_learnt) + ">>" * (was_learnt and not is_learnt)
+            text += "<<" * (has_loss and not had_loss) + ">>" * (had_loss and not has_loss)
             text += part
-            was_learnt = is_learnt
-        return text + ">>" * was_learnt
+            had_loss = has_loss
+        return text + ">>" * had_loss
 
 
 def _decoded(
@@ -212,7 +213,7 @@ def _sidecar_lines(sidecar: dict[str, Any]) -> list[str]:
     num_bytes = sidecar["num_text_bytes"]
     per_token = num_bytes / max(sidecar["num_tokens"], 1)
     lines = [
-        f"  text        {num_bytes} bytes, {per_token:.2f} a token",
+        f"  text        {num_bytes} bytes, {per_token:.2f} per token",
         f"  tokenizer   {tokenizer['type']} {tokenizer['sha256'][:12]}",
         f"  vocabulary  {tokenizer['vocab_size']}",
         f"  inputs      {', '.join(given['name'] for given in sidecar['inputs'][:8])}",

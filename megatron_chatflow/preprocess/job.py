@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import PARTIAL_SUFFIX, check_output_file, publish_all, remove_file
-from megatron_chatflow.preprocess.dropped import check_left_over, hint_of
+from megatron_chatflow.preprocess.dropped import check_dropped_share, hint_of
 from megatron_chatflow.preprocess.encode import (
     ChunkWorker,
     EncodedChunk,
@@ -105,14 +105,14 @@ def preprocess_files(
 def _check_bos(settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
     if settings.append_bos and tokenizer.bos_id < 0:
         raise UserError(
-            f"--append-bos: tokenizer has no BOS token: {tokenizer.model_path}: leave the flag out"
+            f"--append-bos: the tokenizer has no BOS token: {tokenizer.model_path}: remove the flag"
         )
     template = settings.corpus.chat_template
     is_written = template is not None and "bos_token" in template.source
     if tokenizer.add_bos_token and not settings.append_bos and not is_written:
         logger.warning(
             "%s begins texts with BOS (add_bos_token), but these documents do not: use "
-            "--append-bos to store it",
+            "--append-bos to add it",
             tokenizer.model_path,
         )
 
@@ -151,18 +151,27 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
             raise UserError(f"{name}: {value}: must be at least {smallest}")
     if settings.shard is not None and not 0 <= settings.shard[0] < settings.shard[1]:
         number, num_partitions = settings.shard
-        raise UserError(f"--shard {number}/{num_partitions}: shards count from 0/{num_partitions}")
+        raise UserError(
+            f"--shard {number}/{num_partitions}: the first shard is 0/{num_partitions}, and the "
+            f"last one is {num_partitions - 1}/{num_partitions}"
+        )
     if settings.shard is not None and (settings.num_partitions > 1 or settings.ray is not None):
         raise UserError(
-            "--shard builds a single partition: do not combine it with --partitions or --ray"
+            "--shard processes a single partition: do not combine it with --partitions or --ray"
         )
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
-        raise UserError(f"--json-keys: {' '.join(keys)}: name each key once")
+        raise UserError(f"--json-keys: {' '.join(keys)}: list each key only once")
     if settings.corpus.format != "text" and len(keys) > 1:
-        raise UserError(f"--json-keys: {' '.join(keys)}: pairs and chats have one output key")
+        raise UserError(
+            f"--json-keys: {' '.join(keys)}: give only one key for pairs and chats, which have "
+            "one output"
+        )
     if len(keys) > 1 and any(file.kind == "txt" for file in files):
-        raise UserError("--json-keys: .txt files have no keys: name one, for the output")
+        raise UserError(
+            "--json-keys: give only one key, which names the output, because .txt files have no "
+            "keys"
+        )
     for key in keys:
         _check_output(settings, files, key)
 
@@ -202,9 +211,9 @@ def _fill(
             first_bad = first_bad or parsed.first_bad
             if num_bad_before + num_bad > settings.max_bad_lines:
                 reasons = [hint for name in parsed.num_dropped if (hint := hint_of(name))]
-                advice = "; ".join([*reasons, "mend the input, or raise --max-bad-lines"])
+                advice = "; ".join([*reasons, "correct the input, or raise --max-bad-lines"])
                 raise UserError(
-                    f"too many bad lines: {first_bad}: the first of more than "
+                    f"too many bad lines: {first_bad}: this is the first of more than "
                     f"{settings.max_bad_lines}: {advice}"
                 )
             for key, output in outputs.items():
@@ -216,7 +225,7 @@ def _fill(
     finally:
         progress.close()
     if first_bad is not None:
-        logger.warning("%d bad lines dropped, the first at %s", num_bad, first_bad)
+        logger.warning("dropped %d bad lines, the first at %s", num_bad, first_bad)
     inputs = [
         {"name": file.name, "num_bytes": num_bytes}
         for file, num_bytes in zip(files, reader.num_bytes, strict=True)
@@ -288,7 +297,7 @@ def _publish(
         key_files, contents[key] = output.seal(inputs, num_bad)
         files += key_files
         if settings.shard is None:
-            check_left_over(contents[key], output.prefix, settings.max_dropped_share)
+            check_dropped_share(contents[key], output.prefix, settings.max_dropped_share)
     for key in outputs:
         for path in output_paths(settings.output_prefix, key):
             remove_file(path)  # with --overwrite, so that new and old files never coexist

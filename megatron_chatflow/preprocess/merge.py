@@ -38,7 +38,7 @@ from megatron_chatflow.files import (
     remove_file,
 )
 from megatron_chatflow.preprocess.dedup import DuplicateMarks
-from megatron_chatflow.preprocess.dropped import check_left_over
+from megatron_chatflow.preprocess.dropped import check_dropped_share
 
 COPY_TOKENS = 1 << 22  # tokens that are copied at once
 COPY_SEQUENCES = 1 << 20
@@ -65,7 +65,7 @@ class PartitionPolicy:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class DuplicateCounts:
     """Counts of the repeated documents of a partition that are not copied.
 
     Attributes:
@@ -111,9 +111,9 @@ def check_partitions(
     if len(known) < len(sidecars) or not same_job:
         if dedup:
             raise UserError(
-                f"not one job: {prefixes[0]} and the others: documents of parts that were made "
-                "with --dedup are compared when they are merged: merge each job's parts by "
-                "themselves, all made with the same options"
+                f"not from one job: {prefixes[0]} and the others: partitions made with --dedup "
+                "can be merged only with those of the same job and options: merge each job "
+                "separately"
             )
         return False
     numbers = [sidecar["part"][0] for sidecar in known]
@@ -121,11 +121,13 @@ def check_partitions(
     for number in range(count):
         found = [str(prefix) for n, prefix in zip(numbers, prefixes, strict=True) if n == number]
         if len(found) > 1:
-            raise UserError(f"the same part twice: {' and '.join(found)}: merge each key by itself")
+            raise UserError(
+                f"the same partition twice: {' and '.join(found)}: merge each key separately"
+            )
         if not found and not policy.allow_missing:
             raise UserError(
-                f"part {number}/{count} is missing beside {prefixes[0]}: make it with "
-                f"--shard {number}/{count}, or merge with --allow-missing"
+                f"partition {number}/{count} of {prefixes[0]} is missing: create it with --shard "
+                f"{number}/{count}, or use --allow-missing"
             )
     limit = policy.max_bad_lines
     if limit is None:
@@ -133,8 +135,8 @@ def check_partitions(
     num_bad = sum(sidecar["num_bad_lines"] for sidecar in known)
     if num_bad > limit:
         raise UserError(
-            f"too many bad lines: {num_bad} in all parts of {prefixes[0]}, more than {limit}: "
-            "mend the input, or raise --max-bad-lines"
+            f"too many bad lines: {num_bad} in all partitions of {prefixes[0]}, more than "
+            f"{limit}: correct the input, or raise --max-bad-lines"
         )
     share = policy.max_dropped_share
     if share is None:  # sidecars of earlier versions have no limit
@@ -144,7 +146,7 @@ def check_partitions(
         dropped.update(sidecar["dropped"])
     num_documents = sum(sidecar["num_documents"] for sidecar in known)
     counts = {**first, "dropped": dropped, "num_documents": num_documents}
-    check_left_over(counts, prefixes[0], share)
+    check_dropped_share(counts, prefixes[0], share)
     return dedup
 
 
@@ -181,7 +183,7 @@ def find_duplicates(
 
 def copy_new_documents(
     writer: IndexedDatasetWriter, dataset: IndexedDataset, repeats: DuplicateMarks, number: int
-) -> LeftOut:
+) -> DuplicateCounts:
     """Appends the documents of a partition that do not repeat an earlier document.
 
     Args:
@@ -198,8 +200,8 @@ def copy_new_documents(
     """
     if dataset.num_documents != len(dataset):
         raise UserError(
-            f"not a part of a job: {dataset.prefix}: has {len(dataset)} sequences in "
-            f"{dataset.num_documents} documents: make this part again"
+            f"not a partition of a job: {dataset.prefix}: has {len(dataset)} sequences in "
+            f"{dataset.num_documents} documents: create this partition again"
         )
     num_documents = num_tokens = num_nonzero = 0
     begin, count = 0, len(dataset)
@@ -212,22 +214,22 @@ def copy_new_documents(
         first = offset // dataset.dtype.itemsize
         tokens = dataset.tokens[first : first + int(lengths.sum(dtype=np.int64))]
         repeated = repeats.of_partition(number, begin, end)
-        left_out = tokens[np.repeat(repeated, lengths)]
+        repeated_tokens = tokens[np.repeat(repeated, lengths)]
         num_documents += int(repeated.sum())
-        num_tokens += len(left_out)
-        num_nonzero += int(np.count_nonzero(left_out))
+        num_tokens += len(repeated_tokens)
+        num_nonzero += int(np.count_nonzero(repeated_tokens))
         kept = tokens[np.repeat(~repeated, lengths)].astype(writer.dtype, copy=False)
         writer.add_documents(kept, lengths[~repeated])
         begin = end
-    return LeftOut(num_documents, num_tokens, num_nonzero)
+    return DuplicateCounts(num_documents, num_tokens, num_nonzero)
 
 
 def without_repeats(
     prefixes: Sequence[Path],
     sidecars: Sequence[dict[str, Any]],
     repeats: DuplicateMarks,
-    left_out: Sequence[LeftOut],
-    left_out_of_masks: Sequence[LeftOut],
+    duplicates: Sequence[DuplicateCounts],
+    mask_duplicates: Sequence[DuplicateCounts],
 ) -> list[dict[str, Any]]:
     """Subtracts the repeated documents from the counts in the partitions' sidecars.
 
@@ -235,9 +237,9 @@ def without_repeats(
         prefixes: The prefixes of the partitions for error messages.
         sidecars: The sidecar of each partition. They are not modified.
         repeats: The repeated documents of all partitions.
-        left_out: Counts of the repeated documents of each partition.
-        left_out_of_masks: The same counts for each loss mask. For text, which has no loss masks,
-            the elements of ``left_out``.
+        duplicates: Counts of the repeated documents of each partition.
+        mask_duplicates: The same counts for each loss mask. For text, which has no loss masks,
+            the elements of ``duplicates``.
 
     Returns:
         The new sidecars.
@@ -247,7 +249,7 @@ def without_repeats(
     """
     counted = []
     for number, sidecar in enumerate(sidecars):
-        part, mask = left_out[number], left_out_of_masks[number]
+        part, mask = duplicates[number], mask_duplicates[number]
         num_loss_tokens = part.num_tokens if mask is part else mask.num_nonzero
         dropped = Counter(sidecar["dropped"])
         dropped["duplicate"] += part.num_documents
@@ -261,8 +263,8 @@ def without_repeats(
         wrong = next((name for name, n in kept.items() if n < 0), None)
         if wrong is not None:
             raise UserError(
-                f"damaged part: {prefixes[number]}: its .hashes count more {wrong} as repeated "
-                "than its .json counts in all: make this part again"
+                f"damaged partition: {prefixes[number]}: its .hashes count more repeated {wrong} "
+                "than its .json counts in total: create this partition again"
             )
         counted.append({**sidecar, **kept, "dropped": dict(+dropped)})
     return counted
@@ -344,7 +346,7 @@ def merge_datasets(
     sidecars = [given.sidecar for given in inputs]
     policy = policy or PartitionPolicy()
     if not all(sidecars):
-        logger.warning("no sidecar written: not every input has one")
+        logger.warning("writing no sidecar, because some inputs have none")
     compare = check_partitions(prefixes, sidecars, policy)
     repeats = None
     if compare:
@@ -355,15 +357,15 @@ def merge_datasets(
     try:
         files: list[StagedFile] = []
         named: dict[str, StagedFile] = {}
-        left_out_of_masks: list[LeftOut] = []
+        mask_duplicates: list[DuplicateCounts] = []
         if inputs[0].has_mask:
             masks = [loss_mask_prefix(prefix) for prefix in prefixes]
-            mask_files, left_out_of_masks = _write(
+            mask_files, mask_duplicates = _write(
                 mask_prefix, masks, np.dtype(np.uint8), staged, repeats
             )
             named["loss_mask_bin"] = mask_files[0]
             files += mask_files
-        (bin_file, idx_file), left_out = _write(
+        (bin_file, idx_file), duplicates = _write(
             Path(output_prefix), prefixes, dtype, staged, repeats
         )
         named |= {"bin": bin_file, "idx": idx_file}
@@ -371,7 +373,7 @@ def merge_datasets(
         known = [sidecar for sidecar in sidecars if sidecar is not None]
         if repeats is not None:
             known = without_repeats(
-                prefixes, known, repeats, left_out, left_out_of_masks or left_out
+                prefixes, known, repeats, duplicates, mask_duplicates or duplicates
             )
         if len(known) == len(sidecars):
             files.append(_sidecar(output_prefix, _merged(known, named, policy), staged))
@@ -384,7 +386,7 @@ def merge_datasets(
         if repeats is not None:
             repeats.close()
     return sum(given.num_documents for given in inputs) - sum(
-        part.num_documents for part in left_out
+        part.num_documents for part in duplicates
     )
 
 
@@ -401,7 +403,7 @@ def _outputs_to_replace(
 ) -> list[Path]:
     """Returns the output files that already exist; raises an error if they must not be replaced."""
     if not prefixes:
-        raise UserError("nothing to merge: name at least one dataset after --input")
+        raise UserError("nothing to merge: give at least one dataset with --input")
     outputs = [idx_path, bin_path, sidecar_path]
     mask_prefix = loss_mask_prefix(output_prefix)
     existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
@@ -422,18 +424,18 @@ def _write(
     dtype: np.dtype[Any],
     staged: list[StagedFile],
     repeats: DuplicateMarks | None,
-) -> tuple[list[StagedFile], list[LeftOut]]:
+) -> tuple[list[StagedFile], list[DuplicateCounts]]:
     """Writes a dataset. Returns its staged files and the counts left out of each partition."""
     writer = IndexedDatasetWriter(prefix, dtype)
     staged += [writer.bin_file, writer.idx_file]
-    left_out = []
+    duplicates = []
     for number, path in enumerate(inputs):
         dataset = IndexedDataset(path)
         if repeats is None:
             writer.add_dataset(dataset)
         else:
-            left_out.append(copy_new_documents(writer, dataset, repeats, number))
-    return writer.seal(), left_out
+            duplicates.append(copy_new_documents(writer, dataset, repeats, number))
+    return writer.seal(), duplicates
 
 
 def _check_input(prefix: Path) -> _Input:
@@ -455,14 +457,16 @@ def _common_dtype(inputs: Sequence[_Input]) -> np.dtype[Any]:
     for given in inputs:
         if (given.dtype.kind == "f") != (first.dtype.kind == "f"):
             raise UserError(
-                f"not token ids alone: {given.prefix} has {given.dtype}, {first.prefix} "
+                f"different kinds of data: {given.prefix} has {given.dtype}, {first.prefix} "
                 f"{first.dtype}: merge datasets of integers and of floating-point values "
                 "separately"
             )
     dtype = np.result_type(*(given.dtype for given in inputs))
     for given in inputs:
         if given.dtype != dtype:
-            logger.warning("%s is widened from %s to %s", given.prefix, given.dtype, dtype)
+            logger.warning(
+                "converting %s from %s to the wider %s", given.prefix, given.dtype, dtype
+            )
     return dtype
 
 
@@ -472,22 +476,22 @@ def _check_alike(inputs: Sequence[_Input]) -> None:
     without = [g.prefix for g in inputs if g.sidecar is not None and not appends_bos(g.sidecar)]
     if with_bos and without:
         raise UserError(
-            f"different beginnings: documents of {with_bos[0]} begin with BOS, those of "
-            f"{without[0]} do not: preprocess one again, with or without --append-bos"
+            f"different settings: documents of {with_bos[0]} begin with BOS, but those of "
+            f"{without[0]} do not: preprocess one of them again, with or without --append-bos"
         )
     known = [(g.prefix, g.sidecar["tokenizer"]["sha256"]) for g in inputs if g.sidecar is not None]
     for prefix, sha256 in known:
         if sha256 != known[0][1]:
             raise UserError(
-                f"different tokenizers: {prefix} was made with {sha256[:12]}, {known[0][0]} with "
-                f"{known[0][1][:12]}: preprocess one again"
+                f"different tokenizers: {prefix} was encoded with {sha256[:12]}, but "
+                f"{known[0][0]} with {known[0][1][:12]}: preprocess one of them again"
             )
     masked = [given.prefix for given in inputs if given.has_mask]
     unmasked = [given.prefix for given in inputs if not given.has_mask]
     if masked and unmasked:
         raise UserError(
-            f"no loss mask: {unmasked[0]}, but {masked[0]} has one: merge those with a mask and "
-            "those without into two datasets"
+            f"no loss mask: {unmasked[0]}, but {masked[0]} has one: merge datasets with and "
+            "without a mask separately"
         )
 
 
@@ -501,7 +505,7 @@ def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
         earlier = next((seen[key] for key in keys if key in seen), None)
         if earlier is not None:
             logger.warning(
-                "%s holds the same documents as %s: they are in the output twice",
+                "%s contains the same documents as %s, so they are in the output twice",
                 given.prefix,
                 "an earlier input" if earlier == given.prefix else earlier,
             )
@@ -527,7 +531,7 @@ def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> Ind
     missing = [path for path in (idx_path(prefix), bin_path(prefix)) if not path.exists()]
     if missing and sidecar is not None and "loss_mask_bin" in sidecar["sha256"]:
         raise UserError(
-            f"no loss mask: {missing[0]}: the sidecar of {dataset.prefix} tells of one: copy or "
+            f"no loss mask: {missing[0]}: the sidecar of {dataset.prefix} lists one: copy or "
             "preprocess it again"
         )
     if len(missing) == 2:
@@ -536,16 +540,16 @@ def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> Ind
     mask.validate()
     if mask.dtype != np.uint8:
         raise UserError(
-            f"not a loss mask: {mask.prefix}: holds {mask.dtype}, not uint8: preprocess the data "
-            "again"
+            f"not a loss mask: {mask.prefix}: contains {mask.dtype} instead of uint8: preprocess "
+            "the data again"
         )
     num_common = min(len(mask), len(dataset))
     agree = mask.sequence_lengths[:num_common] == dataset.sequence_lengths[:num_common]
     if len(mask) != len(dataset) or not agree.all():
         bad = num_common if agree.all() else int(agree.argmin())
         raise UserError(
-            f"loss mask does not fit: {mask.prefix}: differs from {dataset.prefix} at sequence "
-            f"{bad}: preprocess the data again"
+            f"loss mask does not fit: {mask.prefix}: its length differs from {dataset.prefix} at "
+            f"sequence {bad}: preprocess the data again"
         )
     return mask
 
@@ -561,7 +565,9 @@ def _merged(
     if policy.max_dropped_share is not None:
         merged["max_dropped_share"] = policy.max_dropped_share
     if any(sidecar.get("template") != merged.get("template") for sidecar in sidecars):
-        logger.warning("written with different templates: the merged sidecar names none")
+        logger.warning(
+            "the inputs were written with different templates, so the merged sidecar names none"
+        )
         merged.pop("template", None)
     merged["tool_version"] = __version__
     merged["inputs"] = [given for sidecar in sidecars for given in sidecar["inputs"]]

@@ -98,34 +98,35 @@ def read_pair_templates(path: str | Path) -> tuple[PairText, ...]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"cannot read pair template: {path}: {error.strerror}: name plain, translate or a file"
+            f"cannot read pair template: {path}: {error.strerror}: use plain, translate or an "
+            "existing file"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not YAML: {path}: {error}") from error
+        raise UserError(f"not valid YAML: {path}: {error}") from error
     entries = content.get("templates") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"no templates: {path}: has to have a list called templates")
+        raise UserError(f"no templates: {path}: must contain a list called templates")
     return tuple(_pair_text(entry, f"{path}: templates[{k}]") for k, entry in enumerate(entries))
 
 
 def _pair_text(entry: Any, where: str) -> PairText:
     keys = set(entry) if isinstance(entry, dict) else set()
     if keys not in ({"text"}, {"prompt", "response"}):
-        raise UserError(f"{where}: has to have either text, or prompt and response")
+        raise UserError(f"{where}: must contain either text, or prompt and response")
     for key in keys:
         try:
             names = {
                 name for _, name, _, _ in string.Formatter().parse(entry[key]) if name is not None
             }
         except (TypeError, ValueError) as error:
-            raise UserError(f"{where}.{key}: {error}: write a brace of your own as two") from error
+            raise UserError(f"{where}.{key}: {error}: double literal braces") from error
         if names - NAMES:
             unknown = ", ".join(sorted(names - NAMES))
             raise UserError(
-                f"{where}.{key}: no such name: {unknown}: use {', '.join(sorted(NAMES))}"
+                f"{where}.{key}: unknown placeholder {unknown}: use {', '.join(sorted(NAMES))}"
             )
     if "{target}" not in entry.get("text", entry.get("response")):
-        raise UserError(f"{where}: nothing to learn: name {{target}} in text or response")
+        raise UserError(f"{where}: no target text: use {{target}} in text or response")
     return PairText(entry.get("prompt", ""), entry.get("text", entry.get("response")))
 
 

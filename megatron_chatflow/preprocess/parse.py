@@ -178,8 +178,8 @@ class _Parser:
         limit = self.settings.max_record_bytes
         return BadLineError(
             "record_too_large",
-            f"record_too_large: more than {limit} bytes: is this a file of lines? "
-            "--max-record-bytes raises the bound",
+            f"record_too_large: more than {limit} bytes: check that the file consists of lines, "
+            "or raise --max-record-bytes",
         )
 
     def _take_line(self, line: bytes) -> None:
@@ -196,7 +196,7 @@ class _Parser:
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
-            record = self._mended_record(line)
+            record = self._repaired_record(line)
         self._take_record(record)
 
     def _take_record(self, record: Any) -> None:
@@ -242,8 +242,8 @@ class _Parser:
         if b"\0" in data:
             number = self.number + data.count(b"\n", 0, data.index(b"\0"))
             raise UserError(
-                f"not text: {self.chunk.name}:{number}: has a NUL character, as binary files and "
-                "UTF-16 have: name its --encoding, or remove it (tr -d '\\0')"
+                f"not text: {self.chunk.name}:{number}: contains a NUL character, so it may be "
+                "binary or UTF-16: set --encoding, or remove the character (tr -d '\\0')"
             )
         try:
             text = data.decode()
@@ -270,17 +270,17 @@ class _Parser:
         self.num_invalid += num_invalid_characters(data, text)
         return text
 
-    def _mended_record(self, line: bytes) -> Any:
+    def _repaired_record(self, line: bytes) -> Any:
         """Parses a line that orjson rejected. Lone surrogates are replaced and counted."""
         text = self._decode(line)
         try:
             record = json.loads(text)
-            mended = _without_surrogates(record)
+            repaired = _without_surrogates(record)
         except (ValueError, RecursionError) as error:
             raise BadLineError("malformed_json") from error
-        if mended != record:
+        if repaired != record:
             self.num_repaired["lone_surrogate"] += 1
-        return mended
+        return repaired
 
 
 def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:

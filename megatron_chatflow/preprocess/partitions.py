@@ -84,7 +84,7 @@ def make_partitions(
         if settings.num_workers > max_cpus:
             raise UserError(
                 f"--workers {settings.num_workers}: a partition needs that many CPUs, and the "
-                f"largest machine of the cluster has {max_cpus}; use fewer"
+                f"largest machine of the cluster has {max_cpus}; use fewer workers"
             )
         task = ray.remote(num_cpus=settings.num_workers, max_retries=2)(_run_task)
         count = settings.num_partitions
@@ -304,7 +304,8 @@ def _check_divisible(files: Sequence[InputFile]) -> None:
     for file in files:
         if file.path is None or not file.path.is_file():
             raise UserError(
-                f"cannot be split into partitions: {file.name}: pass files, folders or globs"
+                f"cannot be split into partitions: {file.name}: use files, folders or globs as "
+                "the input"
             )
 
 
@@ -322,8 +323,8 @@ def _finished(
         if settings.overwrite:
             return None
         raise UserError(
-            f"other data under this name: {prefix}: made from other inputs or with other options: "
-            "choose another prefix or use --overwrite"
+            f"other output with this name: {prefix}: it was created from other inputs or with "
+            "other options: choose another prefix or use --overwrite"
         )
     paths = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
     paths["loss_mask_bin"] = bin_path(loss_mask_prefix(prefix))

@@ -56,7 +56,7 @@ UNREADABLE_SUFFIXES = frozenset(
 )
 STANDARD_INPUT_NAMES = frozenset(["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 # Names of text files that describe a corpus and are not part of it.
-_ABOUT_A_CORPUS = re.compile(
+_CORPUS_METADATA = re.compile(
     r"readme([-._].*)?|licen[cs]es?([-._](mit|apache|bsd|l?gpl|cc|odc).*)?|copying|notice|authors|"
     r"change(log|s)|citation|contributing|requirements|(sha\d*|md5)(sums?)?|checksums?",
     re.IGNORECASE,
@@ -124,40 +124,40 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     except OSError as error:
         raise UserError(f"cannot read: {error.filename}: {error.strerror}") from error
     if not files:
-        raise UserError("no input: name at least one file, folder or glob")
+        raise UserError("no input: give at least one file, folder or glob")
     given: dict[str, str] = {}
     for file in files:
         real = "-" if file.path is None else os.path.realpath(file.path)
         name = file.name if file.path is None else str(file.path)
         if real in given:
             raise UserError(
-                f"input given twice: {given[real]} and {name}: name it once; how often data is "
-                "seen is up to its weight in training"
+                f"input given twice: {given[real]} and {name}: list it once; its weight in the "
+                "schedule decides how often it is trained on"
             )
         given[real] = name
     return files
 
 
 @dataclass
-class _Found:
+class _FoundFiles:
     """Files found in a folder or by a glob: to read, unsupported, and counts of skipped ones."""
 
     files: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def sort_in(self, path: Path) -> bool:
+    def classify(self, path: Path) -> bool:
         """Adds a file to one of the groups by its name. Returns whether the file is to be read."""
         kind = _kind_of(path)
         ending = path.suffix.lower()
         if kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
-            self.skipped[ending or "without an ending"] += 1
-        elif kind is not None and _is_about_a_corpus(path):
+            self.skipped[ending or "without an extension"] += 1
+        elif kind is not None and _is_corpus_metadata(path):
             self.skipped[path.name] += 1
         elif not path.exists():
-            raise UserError(f"cannot read: {path}: the link leads to no file")
+            raise UserError(f"cannot read: {path}: the link is broken")
         elif not path.is_file():
-            self.skipped["neither files nor folders"] += 1
+            self.skipped["special files"] += 1
         elif kind is None:
             self.unreadable.append(path)
         else:
@@ -173,12 +173,12 @@ class _Found:
             others = ", ..." if len(self.unreadable) > _NUM_NAMED else ""
             raise UserError(
                 f"cannot read: {len(self.unreadable)} files in {name}: {_counts(endings)} "
-                f"({named}{others}): convert them to jsonl or parquet, decompress or compress them "
-                "as .gz or .zst, or name what to read with a glob such as "
+                f"({named}{others}): convert them to jsonl or parquet, recompress them as .gz or "
+                ".zst, or select the files to read with a glob such as "
                 f"'{name.rstrip('/')}/**/*.jsonl'"
             )
         if self.skipped:
-            logger.warning("left out of %s: %s", name, _counts(self.skipped))
+            logger.warning("ignored in %s: %s", name, _counts(self.skipped))
 
 
 def _expand(name: str) -> list[InputFile]:
@@ -186,8 +186,8 @@ def _expand(name: str) -> list[InputFile]:
         return [InputFile(None, "<stdin>", "lines", 0)]
     if _URL.match(name):
         raise UserError(
-            f"not a local path: {name}: download it first, or pipe its lines in and name - as the "
-            "input"
+            f"not a local path: {name}: download it first, or pipe its lines to standard input "
+            "and use - as the input"
         )
     path = Path(name)
     if path.is_dir():
@@ -195,7 +195,9 @@ def _expand(name: str) -> list[InputFile]:
         found.report(name)
         if not found.files:
             endings = " ".join(RECORD_KINDS)
-            raise UserError(f"no input in folder: {path}: none of its files ends in {endings}")
+            raise UserError(
+                f"no input in folder: {path}: none of its files has an extension among {endings}"
+            )
         return [_input_file(file, file.relative_to(path).as_posix()) for file in found.files]
     if path.exists():
         return [_input_file(path, path.name)]
@@ -208,9 +210,9 @@ def _expand(name: str) -> list[InputFile]:
     return [_input_file(match, match.name) for match in found.files]
 
 
-def _matches(pattern: str) -> _Found:
+def _matches(pattern: str) -> _FoundFiles:
     """Finds the files of a glob. `_input_file` raises an error for unknown extensions."""
-    found = _Found()
+    found = _FoundFiles()
     matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
     folders = [match for match in matches if match.is_dir()]
     if folders and "**" not in pattern:
@@ -221,8 +223,8 @@ def _matches(pattern: str) -> _Found:
         if real in seen:
             found.skipped["other links to the same files"] += 1
         elif not match.exists():
-            raise UserError(f"cannot read: {match}: the link leads to no file")
-        elif _kind_of(match) is not None and _is_about_a_corpus(match):
+            raise UserError(f"cannot read: {match}: the link is broken")
+        elif _kind_of(match) is not None and _is_corpus_metadata(match):
             found.skipped[match.name] += 1
         else:
             seen.add(real)
@@ -231,13 +233,13 @@ def _matches(pattern: str) -> _Found:
     return found
 
 
-def _search(folder: Path) -> _Found:
+def _search(folder: Path) -> _FoundFiles:
     """Finds the files in a folder and its subfolders.
 
     Linked folders are entered after all others, so that a folder with several paths is read under
     its own path. Every folder is entered only once, which also prevents cycles.
     """
-    found = _Found()
+    found = _FoundFiles()
     top = os.path.realpath(folder)
     entered: set[str] = set()
     seen: set[str] = set()
@@ -265,14 +267,14 @@ def _search(folder: Path) -> _Found:
                 links += [Path(parent, name) for name in folders if _is_link(parent, name)]
                 linked_files += [Path(parent, name) for name in kept if _is_link(parent, name)]
                 for name in kept:
-                    if not _is_link(parent, name) and found.sort_in(Path(parent, name)):
+                    if not _is_link(parent, name) and found.classify(Path(parent, name)):
                         seen.add(os.path.join(real, name))
         waiting = sorted(links)
     for path in sorted(linked_files):
         real = os.path.realpath(path)
         if real in seen:
             found.skipped["other links to the same files"] += 1
-        elif found.sort_in(path):
+        elif found.classify(path):
             seen.add(real)
     found.files.sort()
     return found
@@ -286,7 +288,7 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _is_about_a_corpus(path: Path) -> bool:
+def _is_corpus_metadata(path: Path) -> bool:
     """Returns whether a file is documentation or metadata of a dataset in the same folder."""
     name = path.name
     while Path(name).suffix.lower() in (*RECORD_KINDS, *COMPRESSION_SUFFIXES):
@@ -295,14 +297,14 @@ def _is_about_a_corpus(path: Path) -> bool:
         path.name in _DATASETS_METADATA or path.with_suffix(".idx").exists()
     ):
         return True
-    return _kind_of(path) == "txt" and _ABOUT_A_CORPUS.fullmatch(name) is not None
+    return _kind_of(path) == "txt" and _CORPUS_METADATA.fullmatch(name) is not None
 
 
 def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in _by_number(counts.items()))
+    return ", ".join(f"{number} {name}" for name, number in _most_frequent_first(counts.items()))
 
 
-def _by_number(items: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+def _most_frequent_first(items: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     return sorted(items, key=lambda item: (-item[1], item[0]))
 
 
@@ -324,8 +326,8 @@ def _input_file(path: Path, name: str) -> InputFile:
     if kind is None:
         endings = " ".join(RECORD_KINDS)
         raise UserError(
-            f"unknown kind of input: {path}: its name should end in one of {endings}, "
-            "optionally followed by .gz or .zst"
+            f"unknown kind of input: {path}: the extension must be one of {endings}, optionally "
+            "followed by .gz or .zst"
         )
     if not os.access(path, os.R_OK):
         raise UserError(f"cannot read: {path}: permission denied")
@@ -422,7 +424,7 @@ def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterat
         yield from _read_parquet(file, options)
         return
     if file.kind == "tsv" and options.tabs is None:
-        raise UserError(f"tab-separated lines hold pairs: {file.name}: read it in the format pairs")
+        raise UserError(f"tab-separated lines are pairs: {file.name}: use --format pairs")
     source = _Source(file)
     try:
         expanded = _check_expansion(_decompressed(source, file.name), source, file.name, options)
@@ -493,8 +495,8 @@ def _refuse_expansion(num_bytes: int, num_bytes_read: int, name: str, options: R
     if options.max_expansion and num_bytes > limit:
         raise UserError(
             f"cannot read: {name}: {num_bytes_read:,} bytes of it expand to more than "
-            f"{num_bytes:,} bytes; if that is intended, raise --max-expansion "
-            f"({options.max_expansion:g}; 0 is no limit)"
+            f"{num_bytes:,} bytes; if this is expected, raise --max-expansion "
+            f"({options.max_expansion:g}; 0 means no limit)"
         )
 
 
@@ -569,11 +571,13 @@ def _with_layout(
             if tabs is not None and not is_json:
                 layout = tab_layout(chunk.data, file.name, chunk.first_line, tabs)
             elif tabs is not None and tabs.columns is not None:
-                raise UserError(f"--pair-columns: {file.name}: its lines are JSON, without columns")
+                raise UserError(
+                    f"--pair-columns: {file.name}: its lines are JSON and have no columns"
+                )
             elif chunk.data.lstrip().startswith(b"["):
                 raise UserError(
                     f"not JSON lines: {file.name}:{chunk.first_line}: begins with [ like a JSON "
-                    "array: give the file a name that ends in .json"
+                    "array: rename the file to .json"
                 )
         yield chunk if layout is None else replace(chunk, layout=layout)
 
@@ -602,23 +606,23 @@ def _num_separators_outside_texts(data: bytes) -> int:
     return num_separators
 
 
-def _whole(blocks: Iterator[bytes], limit: int, complaint: str) -> bytes:
+def _read_all(blocks: Iterator[bytes], limit: int, message: str) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     for block in blocks:
         parts.append(block)
         num_bytes += len(block)
         if num_bytes > limit:
-            raise UserError(complaint)
+            raise UserError(message)
     return b"".join(parts)
 
 
 def _whole_text(blocks: Iterator[bytes], name: str, source: _Source, limit: int) -> Chunk:
-    data = _whole(
+    data = _read_all(
         blocks,
         limit,
         f"text file too large: {name}: more than {limit} bytes as one document: use "
-        "--txt-documents line, or jsonl, or raise --max-record-bytes",
+        "--txt-documents line, convert it to jsonl, or raise --max-record-bytes",
     )
     return Chunk(name, 1, "text", data, source.num_bytes_read)
 
@@ -638,20 +642,22 @@ def _read_json(
         return
     limit = NUM_RECORDS_OF_ARRAY * max_record_bytes
     advice = "convert it to jsonl, or raise --max-record-bytes"
-    data = _whole(rest, limit, f"JSON array too large: {name}: more than {limit} bytes: {advice}")
+    data = _read_all(
+        rest, limit, f"JSON array too large: {name}: more than {limit} bytes: {advice}"
+    )
     num_values = limit // RECORD_BYTES_PER_VALUE
     if len(data) > num_values and num_json_values(data) > num_values:
         raise UserError(f"JSON array too large: {name}: more than {num_values} values: {advice}")
     try:
         objects = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise UserError(_complaint_about_array(name, data, error)) from error
+        raise UserError(_array_error_message(name, data, error)) from error
     for begin in range(0, len(objects), NUM_OBJECTS_PER_CHUNK):
         part = objects[begin : begin + NUM_OBJECTS_PER_CHUNK]
         yield Chunk(name, begin + 1, "objects", part, source.num_bytes_read)
 
 
-def _complaint_about_array(name: str, data: bytes, error: orjson.JSONDecodeError) -> str:
+def _array_error_message(name: str, data: bytes, error: orjson.JSONDecodeError) -> str:
     try:
         data.decode()
     except UnicodeDecodeError as undecodable:
@@ -678,7 +684,7 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise UserError(
-            f"cannot read: {file.name}: parquet needs pyarrow: pip install pyarrow"
+            f"cannot read: {file.name}: parquet files need pyarrow: pip install pyarrow"
         ) from (error)
     assert file.path is not None  # standard input has the kind "lines"
     columns = options.columns
@@ -689,8 +695,8 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
             wanted = None if columns is None else [name for name in columns if name in names]
             if wanted == []:
                 raise UserError(
-                    f"no such column: {file.name}: has {', '.join(names)}, "
-                    f"but {', '.join(columns or ())} is wanted"
+                    f"no such column: {file.name}: has {', '.join(names)}, but none of "
+                    f"{', '.join(columns or ())}: set --json-keys or --pair-keys"
                 )
             num_rows, shared = _decoding(file.path, content.metadata, wanted)
         with parquet.ParquetFile(file.path, read_dictionary=shared) as content:

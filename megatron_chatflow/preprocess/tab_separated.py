@@ -94,22 +94,22 @@ def tab_layout(data: bytes, name: str, first_line: int, options: TabOptions) -> 
         return TabLayout((0, 1), 2)
     num_columns = Counter(map(len, rows)).most_common(1)[0][0]
     titles = [title.strip().strip('"').lstrip("#").strip().lower() for title in rows[0]]
-    wanted = None if options.columns is None else tuple(map(_by_number, options.columns))
+    wanted = None if options.columns is None else tuple(map(_parse_column, options.columns))
     names_title = wanted is not None and any(isinstance(column, str) for column in wanted)
     words = _HEADER_WORDS.union(*options.names)
     has_header = names_title or (len(titles) > 1 and all(title in words for title in titles))
     header_line = numbered[0][0] if has_header else 0
     if wanted is not None:
-        first, second = (_found(column, titles, num_columns, name) for column in wanted)
+        first, second = (_column_index(column, titles, num_columns, name) for column in wanted)
         if first == second:
-            raise UserError(f"--pair-columns: {name}: names the same column twice")
+            raise UserError(f"--pair-columns: {name}: the two columns are the same")
         columns = (first, second)
     elif num_columns > 2:
         shown = ", ".join(cell[:30] for cell in rows[0])
         raise UserError(
-            f"which columns are the pair: {name}:{numbered[0][0]}: has {num_columns} "
-            f"columns ({shown:.300}): name two with --pair-columns, by number from 1 or by "
-            "the header's names"
+            f"ambiguous pair columns: {name}:{numbered[0][0]}: has {num_columns} columns "
+            f"({shown:.300}): select two with --pair-columns, by number from 1 or by name in the "
+            "header"
         )
     else:
         first_names, second_names = options.names
@@ -140,23 +140,21 @@ def _first_line(data: bytes) -> bytes:
     return data[begin : len(data) if end < 0 else end]
 
 
-def _by_number(column: str) -> int | str:
+def _parse_column(column: str) -> int | str:
     return int(column) - 1 if column.isascii() and column.isdigit() else column.lower()
 
 
-def _found(column: int | str, titles: list[str], num_columns: int, name: str) -> int:
+def _column_index(column: int | str, titles: list[str], num_columns: int, name: str) -> int:
     """Returns the index of a column."""
     if isinstance(column, str):
         if column in titles:
             return titles.index(column)
         shown = ", ".join(title[:30] for title in titles)
-        raise UserError(
-            f"--pair-columns: {name}: no column {column} in its first line ({shown:.300})"
-        )
+        raise UserError(f"--pair-columns: {name}: no column {column} in the header ({shown:.300})")
     if not 0 <= column < num_columns:
         raise UserError(
-            f"--pair-columns: {name}: column {column + 1} is not there: it has {num_columns}, "
-            "counted from 1"
+            f"--pair-columns: {name}: there is no column {column + 1}, only columns 1 to "
+            f"{num_columns}"
         )
     return column
 
@@ -168,6 +166,6 @@ def _check_quoting(lines: list[str], name: str, layout: TabLayout) -> None:
     )
     if num_quoted * 2 > len(pairs):
         raise UserError(
-            f"quoted as in CSV: {name}: {num_quoted} of its first {len(pairs)} pairs: write it as "
-            "plain tab-separated lines or as jsonl"
+            f"quoted as in CSV: {name}: {num_quoted} of the first {len(pairs)} pairs: convert it "
+            "to plain tab-separated lines or as jsonl"
         )

@@ -128,7 +128,7 @@ def template_source(asked: str) -> str:
         return JINJA_TEMPLATES[asked]
     if not Path(asked).exists():
         names = ", ".join(JINJA_TEMPLATES)
-        raise UserError(f"no chat template: {asked}: name one of {names}, or a file or folder")
+        raise UserError(f"no chat template: {asked}: use one of {names}, or a file or folder")
     return read_chat_template(asked).source
 
 

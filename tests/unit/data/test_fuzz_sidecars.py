@@ -177,7 +177,7 @@ def test_hashes_that_repeat_more_than_there_is(parts: list[Path]) -> None:
     content = json.loads(sidecar_path(parts[1]).read_bytes())
     del content["sha256"]["hashes"]
     sidecar_path(parts[1]).write_text(json.dumps(content))
-    with pytest.raises(UserError, match="damaged part: .*num_text_bytes"):
+    with pytest.raises(UserError, match="damaged partition: .*num_text_bytes"):
         merge_datasets(parts, parts[0].with_name("merged_document"))
 
 

@@ -102,7 +102,7 @@ def test_another_template_is_taken_when_asked_for(
     none = with_template(random_llama, tmp_path / "none", None, in_file=True)
     assert loss(None, none) == loss("chatflow", folder)
     assert "chatflow (the model has none)" in "".join(lines)
-    with pytest.raises(UserError, match="no chat template: nowhere: name one of chatflow"):
+    with pytest.raises(UserError, match="no chat template: nowhere: use one of chatflow"):
         loss("nowhere")
     assert (folder / "chat_template.jinja").read_text() == JINJA_TEMPLATES["llama2"]
 

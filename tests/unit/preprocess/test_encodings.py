@@ -46,7 +46,7 @@ def texts_of(
         (TEXT.encode("utf-32"), "begins with the mark of utf-32"),
         (b"\xfe\xff" + TEXT.encode("utf-16-be"), "begins with the mark of utf-16"),
         ("plain text".encode("utf-16-le"), "NUL, as in UTF-16 without a mark"),
-        (b"plain text\n" * 99 + b"a\0b", "not text: a.txt:100: has a NUL"),
+        (b"plain text\n" * 99 + b"a\0b", "not text: a.txt:100: contains a NUL"),
         (lzma.compress(TEXT.encode()), "not text: a.txt: its content is xz"),
         (bz2.compress(TEXT.encode()), "its content is bzip2"),
         (zstandard.compress(gzip.compress(TEXT.encode())), "its content is gzip"),

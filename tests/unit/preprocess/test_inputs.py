@@ -43,9 +43,9 @@ def test_what_is_left_out_of_a_folder_is_counted(
     assert names(tmp_path) == ["a.jsonl", "b.jsonl.zstd", "c.JSONL.GZIP", "sub/d.txt"]
     (message,) = caplog.messages
     assert message == (
-        f"left out of {tmp_path}: 2 .py, 2 hidden, 1 .idx, 1 .md, 1 LICENSE-MIT.txt, 1 README.txt, "
+        f"ignored in {tmp_path}: 2 .py, 2 hidden, 1 .idx, 1 .md, 1 LICENSE-MIT.txt, 1 README.txt, "
         "1 dataset_info.json, 1 out_text_document.json, 1 readme_zh.txt, 1 sha256sums.txt, "
-        "1 without an ending"
+        "1 without an extension"
     )
 
 
@@ -58,7 +58,7 @@ def test_text_that_is_named_like_documentation_is_read_when_named(
     assert names(tmp_path) == ["a.txt", "license_plates.txt", "readmission.txt"]
     caplog.clear()
     assert names(tmp_path / "*.txt") == ["a.txt", "license_plates.txt", "readmission.txt"]
-    assert caplog.messages == [f"left out of {tmp_path}/*.txt: 1 README.txt"]
+    assert caplog.messages == [f"ignored in {tmp_path}/*.txt: 1 README.txt"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_links_are_followed_once_and_cycles_end(
         "w.jsonl",
     ]
     assert caplog.messages == [
-        f"left out of {tmp_path}/in: 3 other links to the same folders, 1 links to a folder above, "
+        f"ignored in {tmp_path}/in: 3 other links to the same folders, 1 links to a folder above, "
         "1 other links to the same files"
     ]
 
@@ -108,7 +108,7 @@ def test_a_link_to_nowhere_is_an_error(tmp_path: Path, write: Write) -> None:
     write("a.jsonl")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "absent")
     for pattern in (tmp_path, tmp_path / "*.jsonl"):
-        with pytest.raises(UserError, match=r"b.jsonl: the link leads to no file"):
+        with pytest.raises(UserError, match=r"b.jsonl: the link is broken"):
             find_inputs([str(pattern)])
 
 
@@ -117,7 +117,7 @@ def test_folders_that_a_glob_matches_are_counted(
 ) -> None:
     write("a.jsonl", "sub/b.jsonl")
     assert names(tmp_path / "*") == ["a.jsonl"]
-    assert caplog.messages == [f"left out of {tmp_path}/*: 1 folders"]
+    assert caplog.messages == [f"ignored in {tmp_path}/*: 1 folders"]
     caplog.clear()
     assert names(tmp_path / "**" / "*.jsonl") == ["a.jsonl", "b.jsonl"]
     assert not caplog.messages
@@ -127,7 +127,7 @@ def test_an_input_given_twice_is_an_error(tmp_path: Path, write: Write) -> None:
     write("a.jsonl", "b.jsonl")
     (tmp_path / "c.jsonl").symlink_to(tmp_path / "a.jsonl")
     for inputs in (["a.jsonl", "a.jsonl"], ["*.jsonl", "./a.jsonl"], ["", "b.jsonl"]):
-        with pytest.raises(UserError, match="input given twice: .*name it once"):
+        with pytest.raises(UserError, match="input given twice: .*list it once"):
             find_inputs([str(tmp_path / name) for name in inputs])
     with pytest.raises(UserError, match="input given twice: <stdin> and <stdin>"):
         find_inputs(["-", "/dev/stdin"])

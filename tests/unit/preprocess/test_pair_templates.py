@@ -63,9 +63,9 @@ def test_documents() -> None:
     [
         ("templates: []", "list called templates"),
         ("- a", "list called templates"),
-        ("templates: [{prompt: a}]", r"templates\[0\]: has to have either text"),
-        ("templates: [{text: '{target}', prompt: a, response: b}]", "has to have either text"),
-        ("templates: [{text: '{target} {sauce}'}]", "no such name: sauce"),
+        ("templates: [{prompt: a}]", r"templates\[0\]: must contain either text"),
+        ("templates: [{text: '{target}', prompt: a, response: b}]", "must contain either text"),
+        ("templates: [{text: '{target} {sauce}'}]", "unknown placeholder sauce"),
         ("templates: [{text: '{target'}]", r"templates\[0\].text: .*brace"),
         ("templates: [{text: 5}]", r"templates\[0\].text"),
         ("templates: [{prompt: '{target}', response: '{source}'}]", "nothing to learn"),

@@ -103,7 +103,9 @@ def test_too_many_bad_lines(jobs: Jobs, num_workers: int) -> None:
     content = jobs.run(good, bad, max_bad_lines=2, num_workers=num_workers, overwrite=False)
     assert content["dropped"] == {"malformed_json": 2}
     before = {path: path.read_bytes() for path in jobs.folder.iterdir()}
-    with pytest.raises(UserError, match=r"bad.jsonl:2: malformed_json: the first of more than 1"):
+    with pytest.raises(
+        UserError, match=r"bad.jsonl:2: malformed_json: this is the first of more than 1"
+    ):
         jobs.run(good, bad, max_bad_lines=1, num_workers=num_workers)
     assert {path: path.read_bytes() for path in jobs.folder.iterdir()} == before
 
@@ -155,8 +157,8 @@ def test_parquet_and_compressed_inputs_together(jobs: Jobs) -> None:
         ({"num_workers": 0}, "num_workers: 0"),
         ({"max_tokens": 0}, "max_tokens: 0"),
         ({"max_bad_lines": -1}, "max_bad_lines: -1"),
-        ({"corpus": CorpusSettings(json_keys=("text", "text"))}, "name each key once"),
-        ({"corpus": CorpusSettings(format="chat", json_keys=("a", "b"))}, "one output key"),
+        ({"corpus": CorpusSettings(json_keys=("text", "text"))}, "list each key only once"),
+        ({"corpus": CorpusSettings(format="chat", json_keys=("a", "b"))}, "only one key"),
         ({"corpus": CorpusSettings(json_keys=("content",))}, "no document left.*no_key_content"),
     ],
 )
@@ -308,8 +310,8 @@ def test_most_records_of_a_part_may_be_dropped(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b'[\n {"text": "bana"},\n {"text": "kedo"}\n]', r"a JSON array: .* ends in .json"),
-        (b'{\n"text": "bana"\n}\n' * 60, r"a.jsonl:1: malformed_json: .*a JSON array has"),
+        (b'[\n {"text": "bana"},\n {"text": "kedo"}\n]', r"a JSON array: rename the file to .json"),
+        (b'{\n"text": "bana"\n}\n' * 60, r"a.jsonl:1: malformed_json: .*rename a JSON array"),
         (
             b'{"content": "bana", "id": 1}\n' * 200,
             r"no_key_text \(has content, id\): .*--json-keys",

@@ -118,7 +118,7 @@ def test_a_tokenizer_without_bos_is_refused(tmp_path: Path, byte_level_model: Pa
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     jobs = Jobs(tmp_path, tmp_path)
     path = jobs.lines("a.jsonl", [{"text": "bana"}])
-    with pytest.raises(UserError, match="--append-bos: tokenizer has no BOS token"):
+    with pytest.raises(UserError, match="--append-bos: the tokenizer has no BOS token"):
         jobs.run(path, append_bos=True)
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_begins_with_bos_is_pointed_out(
     jobs.run(path, append_bos=True)
     assert not caplog.records
     jobs.run(path)
-    assert "--append-bos to store it" in caplog.text
+    assert "--append-bos to add it" in caplog.text
 
 
 def test_datasets_with_and_without_bos_are_not_merged(jobs: Jobs) -> None:
@@ -148,7 +148,7 @@ def test_datasets_with_and_without_bos_are_not_merged(jobs: Jobs) -> None:
     sidecar_path(prefixes["old"]).write_text(json.dumps(sidecar))
     merged = jobs.folder / "merged_text_document"
     for other in "plain", "old":
-        with pytest.raises(UserError, match="different beginnings: documents of .*begun_text"):
+        with pytest.raises(UserError, match="different settings: documents of .*begun_text"):
             merge_datasets([prefixes[other], prefixes["begun"]], merged)
     assert merge_datasets([prefixes["plain"], prefixes["old"]], merged) == 2
     merge_datasets([prefixes["begun"], prefixes["begun"]], merged, overwrite=True)
@@ -164,5 +164,5 @@ def test_parts_of_an_earlier_version_are_kept(jobs: Jobs) -> None:
     del sidecar["settings"]["append_bos"]
     sidecar_path(part).write_text(json.dumps(sidecar))
     jobs.run(*paths, shard=(0, 2), overwrite=False)  # the finished dataset
-    with pytest.raises(UserError, match="made from other inputs or with other options"):
+    with pytest.raises(UserError, match="created from other inputs or with other options"):
         jobs.run(*paths, shard=(0, 2), overwrite=False, append_bos=True)

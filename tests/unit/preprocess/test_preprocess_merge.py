@@ -92,9 +92,12 @@ def test_refuses_what_does_not_belong_together(
     writer.finalize()
     out = tmp_path / "out_text_document"
     for inputs, message in [
-        ([text, other], "different tokenizers: .*other_text_document was made with"),
+        ([text, other], "different tokenizers: .*other_text_document was encoded with"),
         ([text, pairs], "no loss mask: .*text_text_document"),
-        ([text, tmp_path / "fractions"], "not token ids alone: .*fractions has float32, .* uint16"),
+        (
+            [text, tmp_path / "fractions"],
+            "different kinds of data: .*fractions has float32, .* uint16",
+        ),
         ([], "nothing to merge"),
         ([text, tmp_path / "absent"], "absent.idx"),
         ([text, out], "output is also an input"),
@@ -128,7 +131,7 @@ def test_integer_types_are_widened(
     expected = sum(documents.values(), [])
     assert merged.dtype == np.int32
     assert [merged[k].tolist() for k in range(len(merged))] == expected
-    assert "uint16_document is widened from uint16 to int32" in caplog.text
+    assert "uint16_document from uint16 to the wider int32" in caplog.text
     # The bytes equal those of a dataset that was int32 from the beginning.
     write_dataset(tmp_path / "direct", expected, np.int32)
     for suffix in ("bin", "idx"):
@@ -150,9 +153,9 @@ def test_a_dataset_given_twice_is_reported(
     merge_datasets([first, tmp_path / "b_text_document"], tmp_path / "one_text_document")
     assert "twice" not in caplog.text
     merge_datasets([first, again], tmp_path / "two_text_document")
-    assert f"{again} holds the same documents as {first}" in caplog.text
+    assert f"{again} contains the same documents as {first}" in caplog.text
     merge_datasets([first, copy], tmp_path / "three_text_document")
-    assert f"{copy} holds the same documents as {first}" in caplog.text
+    assert f"{copy} contains the same documents as {first}" in caplog.text
 
 
 def test_a_damaged_mask_is_refused(tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
@@ -167,7 +170,7 @@ def test_a_damaged_mask_is_refused(tmp_path: Path, tiny_sentencepiece_model: Pat
     with pytest.raises(UserError, match="loss mask does not fit"):
         Inspection(first)
     write_dataset(tmp_path / "a_text_loss_mask", IndexedDataset(first), np.int32)
-    with pytest.raises(UserError, match="not a loss mask: .* holds int32, not uint8"):
+    with pytest.raises(UserError, match="not a loss mask: .* contains int32 instead of uint8"):
         merge_datasets([first], tmp_path / "out_text_document")
 
 

@@ -107,10 +107,10 @@ def test_finished_parts_are_kept_and_verified(jobs: Jobs) -> None:
         {"corpus": CorpusSettings(encoding="gb18030")},
         {"corpus": CorpusSettings(format="pairs", pairs=PairSettings(columns=("2", "3")))},
     ):
-        with pytest.raises(UserError, match="other data under this name"):
+        with pytest.raises(UserError, match="other output with this name"):
             jobs.run(folder, shard=(0, 2), overwrite=False, **changes)
     jobs.lines("in/0.jsonl", [{"text": "kedo"}] * 3)
-    with pytest.raises(UserError, match="other data under this name"):
+    with pytest.raises(UserError, match="other output with this name"):
         jobs.run(folder, shard=(0, 2), overwrite=False)
     jobs.run(folder, shard=(0, 2), overwrite=True)
     assert path.read_bytes() != first[1]
@@ -143,7 +143,7 @@ def test_split_is_by_bytes_and_in_order() -> None:
 def test_mistakes(jobs: Jobs) -> None:
     folder = write_inputs(jobs)
     for shard in ((4, 4), (-1, 4), (0, 0)):
-        with pytest.raises(UserError, match="shards count from 0/"):
+        with pytest.raises(UserError, match="the first shard is 0/"):
             jobs.run(folder, shard=shard)
     with pytest.raises(UserError, match="num_partitions: 0"):
         jobs.run(folder, num_partitions=0)

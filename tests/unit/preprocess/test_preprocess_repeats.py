@@ -76,7 +76,7 @@ def test_shards_of_a_job_array_are_compared_when_merged(jobs: Jobs) -> None:
     merge_datasets(prefixes, jobs.folder / "out_messages_document", overwrite=True)
     assert contents(jobs.folder) == whole
     Path(f"{prefixes[1]}.hashes").unlink()
-    with pytest.raises(UserError, match="no hashes of .* make this part again"):
+    with pytest.raises(UserError, match="no hashes of .* create this partition again"):
         merge_datasets(prefixes, jobs.folder / "again_messages_document")
     jobs.run(folder, dedup=True, corpus=CHATS, shard=(1, 4), overwrite=False)  # follow the advice
     merge_datasets(prefixes, jobs.folder / "again_messages_document")
@@ -94,9 +94,9 @@ def test_parts_that_cannot_be_merged(jobs: Jobs) -> None:
     (other,) = find_datasets([str(jobs.folder / "other")])
     output = jobs.folder / "merged_text_document"
     for prefixes, message in [
-        ([first, third], "part 1/3 is missing beside .*--shard 1/3.*--allow-missing"),
-        ([first, second, third, first], "the same part twice"),
-        ([first, other, third], "not one job"),
+        ([first, third], "partition 1/3 of .* is missing.*--shard 1/3.*--allow-missing"),
+        ([first, second, third, first], "the same partition twice"),
+        ([first, other, third], "not from one job"),
     ]:
         with pytest.raises(UserError, match=message):
             merge_datasets(prefixes, output)
@@ -116,7 +116,7 @@ def test_bad_lines_count_over_all_parts(jobs: Jobs) -> None:
     for number in range(7):
         jobs.run(folder, shard=(number, 7), max_bad_lines=2)
     prefixes = find_datasets([str(jobs.folder / "shards")])
-    with pytest.raises(UserError, match="too many bad lines: 7 in all parts of .*more than 2"):
+    with pytest.raises(UserError, match="too many bad lines: 7 in all partitions of .*more than 2"):
         merge_datasets(prefixes, jobs.folder / "m_text_document")
     merge_datasets(
         prefixes, jobs.folder / "m_text_document", policy=PartitionPolicy(max_bad_lines=7)

@@ -97,7 +97,7 @@ def test_parquet(tmp_path: Path) -> None:
     (file,) = find_inputs([str(tmp_path / "a.parquet")])
     chunk = next(read_chunks(file, ReadOptions(columns=["text", "absent"])))
     assert set(chunk.data[0]) == {"text"}
-    with pytest.raises(UserError, match=r"a.parquet: has id, text, but content is wanted"):
+    with pytest.raises(UserError, match=r"a.parquet: has id, text, but none of content"):
         next(read_chunks(file, ReadOptions(columns=["content"])))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"cannot read: a.parquet"):
@@ -143,7 +143,11 @@ def test_txt_too_large_for_one_document(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(LINES)[:40] + b"\xff" * 400, "a.jsonl.gz"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:20] + b"\xff" * 400, "a.jsonl.zst"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', r"a.json:2"),
-        ("a.jsonl", b'\n [\n{"text": "a"}\n]', r"not JSON lines: a.jsonl:1: .* ends in .json"),
+        (
+            "a.jsonl",
+            b'\n [\n{"text": "a"}\n]',
+            r"not JSON lines: a.jsonl:1: .* rename the file to .json",
+        ),
         ("a.tsv", b"bana\tkedo\n", r"tab-separated lines hold pairs: a.tsv"),
     ],
 )

@@ -80,10 +80,10 @@ def test_columns_and_headers(
     [
         (lines_of(*URLS), None, r"a.tsv:1: has 5 columns \(http://a.b/0, .*--pair-columns"),
         (lines_of(*SCORES), None, r"a.tsv:1: has 3 columns \(1.1, bana 0, "),
-        (lines_of(*SCORES), ("2", "4"), "column 4 is not there: it has 3"),
-        (lines_of(*SCORES), ("0", "1"), "column 0 is not there: it has 3, counted from 1"),
-        (lines_of(*SCORES), ("en", "zh"), r"no column en in its first line \(1.1, bana 0, "),
-        (lines_of(*SCORES), ("2", "2"), "names the same column twice"),
+        (lines_of(*SCORES), ("2", "4"), "there is no column 4, only columns 1 to 3"),
+        (lines_of(*SCORES), ("0", "1"), "there is no column 0, only columns 1 to 3"),
+        (lines_of(*SCORES), ("en", "zh"), r"no column en in the header \(1.1, bana 0, "),
+        (lines_of(*SCORES), ("2", "2"), "the two columns are the same"),
         (lines_of(*((f'"{a}"', f'"{b}"') for a, b in PAIRS)), None, "quoted as in CSV: a.tsv: "),
     ],
 )

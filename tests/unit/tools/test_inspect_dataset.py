@@ -81,13 +81,13 @@ def test_control_tokens_are_shown(
         )
         preprocess(settings)
         inspection = Inspection(f"{tmp_path / name}_{corpus.json_keys[0]}_document")
-        shown = inspection.sample(0, load_tokenizer(model), coloured=False)
+        shown = inspection.sample(0, load_tokenizer(model), colored=False)
         assert shown.split("\n", 1)[1] == expected, name
-    coloured = Inspection(tmp_path / "text_text_document").sample(
-        0, load_tokenizer(tiny_sentencepiece_model), coloured=True
+    colored = Inspection(tmp_path / "text_text_document").sample(
+        0, load_tokenizer(tiny_sentencepiece_model), colored=True
     )
     # In a terminal, the token is distinguished from text that looks like it.
-    assert coloured.endswith("\x1b[4m<s>\x1b[0mbana </s> kedo\x1b[4m</s>\x1b[0m")
+    assert colored.endswith("\x1b[4m<s>\x1b[0mbana </s> kedo\x1b[4m</s>\x1b[0m")
 
 
 def test_compares_two(chats: Path, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_compares_two(chats: Path, tmp_path: Path) -> None:
     assert status == 1
     assert "first difference: number of sequences: 3 and 6" in output
     status, output, _ = run("inspect_dataset.py", chats, chats)
-    assert status == 0 and "the two are equal" in output
+    assert status == 0 and "the datasets are equal" in output
 
 
 def test_damage_and_mistakes(chats: Path, tmp_path: Path, tiny_sentencepiece_model: Path) -> None:
@@ -123,7 +123,7 @@ def test_what_the_sidecar_tells_of_is_there(chats: Path) -> None:
     mask.with_suffix(".bin").write_bytes(bytes([1]) + masked[1:])  # as valid a mask as the other
     status, _, error = run("inspect_dataset.py", chats)
     assert (status, error.count("\n")) == (2, 1)
-    assert f"damaged dataset: {mask}.bin: not the bytes whose SHA-256" in error
+    assert f"damaged dataset: {mask}.bin: does not match the hash" in error
     mask.with_suffix(".idx").unlink()
     status, _, error = run("inspect_dataset.py", chats)
     assert (status, error[: error.index(":", 8)]) == (2, "error: no loss mask")

@@ -57,7 +57,7 @@ def test_without_data_the_epochs_are_left_out(tiny_run, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(values))
     status, table, errors = run("--config", config)
     assert status == 0
-    assert "epochs are left out: " in errors and "realised" in table
+    assert "not showing epochs: " in errors and "realised" in table
 
 
 def test_mistakes_are_one_line(tiny_run, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_the_knot_in_numbers_changes_nothing(tiny_run, tmp_path: Path, ramp: str
     status, shown, errors = run("--config", config, "--at", "now")
     assert status == 0, errors
     hint, numbers = shown.splitlines()[-2:]
-    assert hint == "the same in numbers (the knots before it have to stay):"
+    assert hint == "the same knot with numeric weights (keep the knots before it):"
     first = values["data"]["schedule"]["knots"][0]
     tail = {"at": samples + 100, "weights": {"second": 1}}
     values["data"]["schedule"]["knots"] = [first, *yaml.safe_load(numbers), tail]
