@@ -32,8 +32,8 @@ from megatron_chatflow.tokenizer.small_files import (
     SPECIAL_IDS,
     SmallFiles,
     complete_tokenizer,
+    default_chat_template,
     json_bytes,
-    own_chat_template,
     read_model_files,
     read_tokenizer_files,
     replace_tokenizer,
@@ -144,7 +144,7 @@ def files_of_run(
             is_same = recorded.get("sha256") == tokenizer.fingerprint
             files = files_of_checkpoint(base, tokenizer if is_same else None)
     files = replace_tokenizer(files or {}, tokenizer)
-    template = trained_chat_template(sources, own_chat_template(files, base or Path()))
+    template = trained_chat_template(sources, default_chat_template(files, base or Path()))
     return files if template is None else with_chat_template(files, template)
 
 
@@ -167,7 +167,7 @@ def files_of_checkpoint(checkpoint: Path, tokenizer: Tokenizer | None = None) ->
     sources = read_run_config(checkpoint).data.sources
     template = trained_chat_template(
         {name: source.paths for name, source in sources.items()},
-        own_chat_template(files, tokenizer.model_path.parent),
+        default_chat_template(files, tokenizer.model_path.parent),
     )
     return files if template is None else with_chat_template(files, template)
 
@@ -201,7 +201,7 @@ def files_of_export(
             files = with_bos(files, tokenizer)
     if choice.chat_template is not None:
         files = with_chat_template(files, template_source(choice.chat_template))
-    if tokenizer is not None and own_chat_template(files, checkpoint / CARRIED) is None:
+    if tokenizer is not None and default_chat_template(files, checkpoint / CARRIED) is None:
         logger.warning(
             "no chat template is known: neither the base model nor the run's data has one, and the "
             "export gets none; a model that chats needs one (convert_checkpoint.py export "

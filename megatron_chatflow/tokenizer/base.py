@@ -192,7 +192,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"not a tokenizer configuration: {path}: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"not a tokenizer configuration: {path}: it is no object")
+        raise UserError(f"not a tokenizer configuration: {path}: it is not a JSON object")
     return config
 
 

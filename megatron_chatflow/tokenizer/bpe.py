@@ -153,22 +153,24 @@ def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | Non
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
-    reason = _why_not(model)
+    reason = _unsupported_reason(model)
     encoder: CompiledBpeEncoder | None = None
     if reason is None:
         encoder = compiled_bpe_encoder(_pieces_of(model))
         if encoder is None:
             reason = "csrc/tokenizer is not built"
-        elif not _agree(encoder, processor, model):
-            encoder, reason = None, "its ids differ from sentencepiece's"
+        elif not _has_same_ids(encoder, processor, model):
+            encoder, reason = None, "its ids differ from those of sentencepiece"
     if encoder is None:
-        logger.info("encoding with sentencepiece, not the compiled encoder: %s", reason)
+        logger.info("encoding with sentencepiece instead of the compiled encoder: %s", reason)
     else:
-        logger.info("encoding with the compiled byte-pair encoder, ids are sentencepiece's")
+        logger.info(
+            "encoding with the compiled byte-pair encoder, whose ids equal those of sentencepiece"
+        )
     return encoder
 
 
-def _why_not(model: Any) -> str | None:
+def _unsupported_reason(model: Any) -> str | None:
     """Returns why the compiled encoder does not support a model, or None if it does."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     is_bpe = trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
@@ -180,17 +182,17 @@ def _why_not(model: Any) -> str | None:
         "it has user-defined pieces": Piece.USER_DEFINED in kinds,
         "it has unused pieces": Piece.UNUSED in kinds,
         "it has no byte fallback": not trainer.byte_fallback,
-        "its bytes are not 256 pieces": len(_byte_ids(model)) != 256,
+        "it does not have 256 byte pieces": len(_byte_ids(model)) != 256,
         "it normalizes characters": bool(normalizer.precompiled_charsmap),
         "it removes spaces": normalizer.remove_extra_whitespaces,
         "it does not escape spaces": not normalizer.escape_whitespaces,
-        "it puts spaces last": trainer.treat_whitespace_as_suffix,
-        "a control piece is one character": any(len(piece.piece) == 1 for piece in reserved),
+        "it puts spaces at the end of pieces": trainer.treat_whitespace_as_suffix,
+        "a control piece has only one character": any(len(piece.piece) == 1 for piece in reserved),
         "a piece is empty": any(not piece.piece for piece in ordinary),
-        "a piece is given twice": len({piece.piece for piece in ordinary}) != len(ordinary),
+        "it has duplicate pieces": len({piece.piece for piece in ordinary}) != len(ordinary),
         "a score is not a number": any(math.isnan(piece.score) for piece in ordinary),
     }
-    return next((name for name, stands in obstacles.items() if stands), None)
+    return next((name for name, applies in obstacles.items() if applies), None)
 
 
 def _byte_ids(model: Any) -> dict[str, int]:
@@ -204,7 +206,7 @@ def _pieces_of(model: Any) -> BpePieces:
     return BpePieces(pieces, ids, scores, tuple(byte_ids[f"<0x{b:02X}>"] for b in range(256)))
 
 
-def _agree(encoder: CompiledBpeEncoder, processor: Any, model: Any) -> bool:
+def _has_same_ids(encoder: CompiledBpeEncoder, processor: Any, model: Any) -> bool:
     """Compares both encoders on concatenated pieces and on known difficult texts."""
     pieces = [piece.piece for piece in model.pieces if piece.type == Piece.NORMAL]
     step = max(1, len(pieces) // NUM_PROBED_PIECES)

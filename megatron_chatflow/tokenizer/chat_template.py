@@ -115,9 +115,9 @@ class JinjaTemplate:
         segments: list[Segment] = []
         cut_points = []
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-            learnt = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
-            learnt = learnt and not any(a <= begin and end <= b for a, b in excepted)
-            segments += self._segments(rendered.text[begin:end], rendered.guard, learnt)
+            has_loss = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
+            has_loss = has_loss and not any(a <= begin and end <= b for a, b in excepted)
+            segments += self._segments(rendered.text[begin:end], rendered.guard, has_loss)
             if end in rendered.cut_points:
                 cut_points.append(len(segments))
         return Document(tuple(segments), tuple(cut_points))
@@ -131,36 +131,36 @@ class JinjaTemplate:
         try:
             rendered = self._rendered(Chat(SYSTEM, PROBE))
         except TemplateLimitError as error:
-            raise self._stopped(error) from error
+            raise self._limit_error(error) from error
         except DroppedError:  # some templates reject a system message
             try:
                 rendered = self._rendered(Chat(None, PROBE))
             except TemplateLimitError as error:
-                raise self._stopped(error) from error
+                raise self._limit_error(error) from error
             except DroppedError as error:
                 why = (
                     _reason(error.__cause__)
-                    or "a chat's text does not begin with its first turns' text"
+                    or "the text of a chat does not begin with the text of its first turns"
                 )
                 if "strftime_now" in why:
                     raise UserError(
-                        f"chat template cannot be trained on: {self.name}: it writes the day's "
-                        "date (strftime_now) into chats, and a corpus must not depend on the day: "
-                        "put a fixed date in its place in a copy of the template"
+                        f"chat template cannot be trained on: {self.name}: it writes the current "
+                        "date (strftime_now) into chats, but a corpus must not depend on the "
+                        "date: use a copy of the template with a fixed date"
                     ) from error
                 raise UserError(
                     f"chat template cannot be trained on: {self.name}: {why}: mark its answers "
                     "with {% generation %} and {% endgeneration %}"
                 ) from error
-        learnt = [rendered.text[begin:end] for begin, end in rendered.spans]
-        fits = len(learnt) == len(PROBE) and all(
-            answer in text and question not in "".join(learnt)
-            for text, (question, answer) in zip(learnt, PROBE, strict=True)
+        answers = [rendered.text[begin:end] for begin, end in rendered.spans]
+        fits = len(answers) == len(PROBE) and all(
+            answer in text and question not in "".join(answers)
+            for text, (question, answer) in zip(answers, PROBE, strict=True)
         )
         if not fits:
             raise UserError(
-                f"chat template cannot be trained on: {self.name}: it learns {learnt!r:.200} of "
-                "a chat of two answers: mark its answers with {% generation %}"
+                f"chat template cannot be trained on: {self.name}: in a chat with two answers, "
+                f"it marks {answers!r:.200} as answers: mark its answers with {{% generation %}}"
             )
 
     def turn_end(self) -> str | None:
@@ -174,7 +174,7 @@ class JinjaTemplate:
             try:
                 text = self._render(self._messages(Chat(system, PROBE), ""), False, {})
             except TemplateLimitError as error:
-                raise self._stopped(error) from error
+                raise self._limit_error(error) from error
             except DroppedError:
                 continue
             _, found, behind = text.rpartition(PROBE[-1][1])
@@ -182,10 +182,10 @@ class JinjaTemplate:
             return match[0] if match else None
         return None
 
-    def _stopped(self, error: TemplateLimitError) -> UserError:
+    def _limit_error(self, error: TemplateLimitError) -> UserError:
         return UserError(
-            f"chat template cannot be used: {self.name}: it {error.limit} for a chat of two "
-            "answers: mend it, or name another one"
+            f"chat template cannot be used: {self.name}: it {error.limit} for a chat with two "
+            "answers: correct it, or use another template"
         )
 
     def _rendered(self, chat: Chat) -> _Rendered:
@@ -296,7 +296,7 @@ def read_chat_template(path: str | Path) -> JinjaTemplate:
         if found is None:
             raise UserError(
                 f"no chat template: {file}: neither {CHAT_TEMPLATE_FILE} nor {_TOKENIZER_CONFIG} "
-                "there has one: name a file of Jinja"
+                "in this folder has one: use a Jinja file"
             )
         return found
     try:
@@ -382,7 +382,7 @@ def _templates_of_json(file: Path, data: bytes) -> dict[str, str]:
         if not all(isinstance(text, str) for item in template.items() for text in item):
             raise TypeError("chat_template is not text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+        raise UserError(f"no chat template: {file}: {error}: use a Jinja file") from error
     return template
 
 
@@ -392,14 +392,14 @@ def _default_of(file: Path, templates: Mapping[str, str]) -> str:
     has = (
         f"has only {', '.join(templates)}, and none is called default" if templates else "has none"
     )
-    raise UserError(f"no chat template: {file}: {has}: name a file of Jinja")
+    raise UserError(f"no chat template: {file}: {has}: use a Jinja file")
 
 
 def _decoded(file: Path, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"no chat template: {file}: {error}: name a file of Jinja") from error
+        raise UserError(f"no chat template: {file}: {error}: use a Jinja file") from error
 
 
 def _checked(file: Path, source: str) -> JinjaTemplate:
@@ -419,8 +419,8 @@ def _checked(file: Path, source: str) -> JinjaTemplate:
 def _compiled(source: str) -> Any:
     if len(source) > MAX_SOURCE_CHARACTERS:
         raise UserError(
-            f"chat template too large: {len(source)} characters: {MAX_SOURCE_CHARACTERS} are the "
-            "most that are compiled"
+            f"chat template too large: {len(source)} characters: the maximum is "
+            f"{MAX_SOURCE_CHARACTERS}"
         )
     try:
         from megatron_chatflow.tokenizer.template_sandbox import LimitedEnvironment

@@ -47,7 +47,7 @@ def sentencepiece_files(
     exact = converted is not None and _gives_same_ids(converted, tokenizer, model)
     if not exact:
         logger.warning(
-            "tokenizer.json would not give this model's ids: only tokenizer.model written"
+            "a tokenizer.json would give other ids than this model: writing only tokenizer.model"
         )
     # sentencepiece finds these by their names. The ids in the trainer's settings may be wrong.
     special_tokens = {

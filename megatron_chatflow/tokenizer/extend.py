@@ -76,7 +76,9 @@ def with_merges(
     """
     model = content["model"]
     if model.get("type") != "BPE" or "ByteLevel" not in str(content.get("pre_tokenizer")):
-        raise UserError("merges can be added to byte-level byte-pair models alone; add tokens")
+        raise UserError(
+            "merges can be added only to byte-level BPE models; use --add-as added-tokens"
+        )
     vocabulary: dict[str, int] = dict(model["vocab"])
     are_lists = not model["merges"] or isinstance(model["merges"][0], list)
     merges = [tuple(m) if are_lists else tuple(m.split(" ")) for m in model["merges"]]
@@ -85,14 +87,14 @@ def with_merges(
     next_id = first_id
     ids = []
     for piece in pieces:
-        spelt = "".join(alphabet[byte] for byte in piece.encode())
-        while len(symbols := _merged(spelt, ranks)) > 1:
+        characters = "".join(alphabet[byte] for byte in piece.encode())
+        while len(symbols := _merged(characters, ranks)) > 1:
             left, right = symbols[:2]
             if left + right not in vocabulary:
                 vocabulary[left + right] = next_id
                 next_id += 1
             ranks[left, right] = len(ranks)
-        ids.append(vocabulary[spelt])
+        ids.append(vocabulary[characters])
     written = [list(m) if are_lists else " ".join(m) for m in ranks]
     return {**content, "model": {**model, "vocab": vocabulary, "merges": written}}, ids
 
@@ -165,13 +167,14 @@ def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) ->
     ]
     new = [c for c in characters if len(tokenizer.encode_continuation(c)) > 1]
     if choice.kind == "pieces":
-        new += _learnt_pieces(tokenizer, kept, set(characters), choice.num_new - len(new))
+        new += _train_pieces(tokenizer, kept, set(characters), choice.num_new - len(new))
     if not new:
         raise UserError(
-            "--corpus: holds no character that the tokenizer lacks; is it text of the new language?"
+            "--corpus: contains no new character for the tokenizer; check that it is text in "
+            "the new language"
         )
     if len(new) < choice.num_new:
-        logger.warning("the corpus gives %d pieces, fewer than %d", len(new), choice.num_new)
+        logger.warning("the corpus has only %d new pieces instead of %d", len(new), choice.num_new)
     return new[: choice.num_new]
 
 
@@ -208,7 +211,7 @@ def listed_pieces(
     listed = dict.fromkeys(text.replace("\r\n", "\n").split("\n"))
     new = [p for p in listed if p and len(tokenizer.encode_continuation(p)) > 1]
     if not new:
-        raise UserError("--list: holds no piece that the tokenizer lacks; one stands in each line")
+        raise UserError("--list: contains no new piece for the tokenizer; write one piece per line")
     return new[:num_new]
 
 
@@ -255,8 +258,8 @@ def extend_tokenizer(
         ids = extended.encode_continuation(piece)
         if ids != [token_id]:
             raise UserError(
-                f"{tokenizer.model_path}: {piece!r} becomes {ids} instead of one new id; "
-                "this tokenizer cannot be extended so"
+                f"{tokenizer.model_path}: {piece!r} is encoded as {ids} instead of one new id, "
+                "so this tokenizer cannot be extended in this way"
             )
     return extended
 
@@ -275,7 +278,7 @@ def _extended_model(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     # LLaMA's runs of spaces have the score -1e9. Near it, float32 cannot represent single ranks.
     scores = [p.score for p in model.pieces if p.type == normal and p.piece.strip(SPACE)]
     if not scores:
-        raise UserError(f"{tokenizer.model_path}: has no pieces of text; it cannot be extended")
+        raise UserError(f"{tokenizer.model_path}: has no text pieces, so it cannot be extended")
     lowest = min(scores)
     # In a byte-pair model scores are ranks; in a unigram model they are log-probabilities.
     is_ranked = model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
@@ -293,8 +296,8 @@ def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     """Adds pieces to the `tokenizer.json` as tokens that are matched before the text is split."""
     if any(len(piece) > 1 for piece in pieces):
         raise UserError(
-            f"{tokenizer.model_path}: longer pieces cannot be added as tokens; "
-            "take --method characters or --add-as merges"
+            f"{tokenizer.model_path}: longer pieces cannot be added as tokens; use --method "
+            "characters or --add-as merges"
         )
     content: dict[str, Any] = json.loads(tokenizer.model_path.read_bytes())
     content["added_tokens"] = [
@@ -316,13 +319,15 @@ def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     try:
         opened = open_tokenizer_json(content)
     except ValueError as error:
-        raise UserError(f"{tokenizer.model_path}: it cannot be extended: {error}") from error
+        raise UserError(f"{tokenizer.model_path}: cannot be extended: {error}") from error
     if opened.get_vocab_size() != tokenizer.vocab_size + len(pieces):
-        raise UserError(f"{tokenizer.model_path}: has ids without a piece; it cannot be extended")
+        raise UserError(
+            f"{tokenizer.model_path}: has ids without a piece, so it cannot be extended"
+        )
     return text.encode()
 
 
-def _learnt_pieces(
+def _train_pieces(
     tokenizer: Tokenizer, texts: Sequence[str], characters: set[str], num_new: int
 ) -> list[str]:
     """Trains a byte-pair model and returns its longer pieces in the order of its merges.
@@ -347,10 +352,10 @@ def _learnt_pieces(
         minloglevel=2,
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    learnt = [processor.id_to_piece(i) for i in range(3, processor.vocab_size())]
+    trained = [processor.id_to_piece(i) for i in range(3, processor.vocab_size())]
     return [
         piece
-        for piece in learnt
+        for piece in trained
         if len(piece) > 1
         and all(character in characters for character in piece)
         and len(tokenizer.encode_continuation(piece)) > 1
@@ -383,16 +388,21 @@ def growth_lines(
         held_out: Held-out documents by the name of their language.
     """
     num_parts = new.vocab_size - old.vocab_size - len(pieces)
-    parts = f" and {num_parts} parts of them" if num_parts > 0 else ""
+    parts = f" and {num_parts} intermediate pieces" if num_parts > 0 else ""
     yield f"added {len(pieces)} pieces{parts}: {old.vocab_size} -> {new.vocab_size}"
     for name, texts in held_out.items():
         if not texts:
             continue
         before, after = (tokens_per_character(tokenizer, texts) for tokenizer in (old, new))
-        yield f"tokens a character, {name} ({len(texts)} documents): {before:.3f} -> {after:.3f}"
+        yield (
+            f"tokens per character, {name} ({len(texts)} documents): {before:.3f} -> {after:.3f}"
+        )
     decompositions = [old.encode_continuation(piece) for piece in pieces]
     mean = sum(map(len, decompositions)) / max(1, len(pieces))
-    yield f"a new piece was {mean:.2f} old ones, whose embeddings its own can begin with, such as"
+    yield (
+        f"a new piece replaces {mean:.2f} old ones on average, whose embeddings can "
+        "initialize its own; for example:"
+    )
     for piece, ids in list(zip(pieces, decompositions, strict=True))[:_NUM_SHOWN]:
-        spelt = " ".join(f"{token_id}:{old.decode([token_id])!r}" for token_id in ids)
-        yield f"  {piece} = {spelt}"
+        decomposition = " ".join(f"{token_id}:{old.decode([token_id])!r}" for token_id in ids)
+        yield f"  {piece} = {decomposition}"

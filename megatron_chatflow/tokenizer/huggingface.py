@@ -60,7 +60,7 @@ class HuggingFaceTokenizer:
             self._content = parse_tokenizer_json(data)
             self._tokenizer = open_tokenizer_json(self._content)
         except ValueError as error:
-            raise UserError(f"not a tokenizer.json: {path}: {error}; fetch it again") from error
+            raise UserError(f"not a tokenizer.json: {path}: {error}; download it again") from error
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         self._special_tokens = _special_tokens(path, self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -70,7 +70,8 @@ class HuggingFaceTokenizer:
         self.unk_id = self._id_of("unk_token")
         if self.eos_id < 0:
             raise UserError(
-                f"tokenizer has no EOS token: {path}: name one in tokenizer_config.json beside it"
+                f"tokenizer has no EOS token: {path}: set eos_token in the tokenizer_config.json "
+                "next to it"
             )
         pad_id = self._id_of("pad_token")
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id

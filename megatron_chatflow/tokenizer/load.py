@@ -23,9 +23,9 @@ def load_tokenizer(tokenizer_model: str | Path, tokenizer_type: str = "auto") ->
     path = Path(tokenizer_model)
     if tokenizer_type not in (*TOKENIZER_TYPES, "auto"):
         known = ", ".join(TOKENIZER_TYPES)
-        raise UserError(f"unknown tokenizer type: {tokenizer_type}: choose one of {known}, auto")
+        raise UserError(f"unknown tokenizer type: {tokenizer_type}: use one of {known}, auto")
     if not path.exists():
-        raise UserError(f"tokenizer model not found: {path}: name a file or folder that is there")
+        raise UserError(f"tokenizer model not found: {path}: use an existing file or folder")
     if tokenizer_type == "auto":
         is_json = path.suffix == ".json" or (path / "tokenizer.json").exists()
         has_sentencepiece = (path / "tokenizer.model").exists()
@@ -35,9 +35,9 @@ def load_tokenizer(tokenizer_model: str | Path, tokenizer_type: str = "auto") ->
         wanted, other = other, wanted
     if path.is_dir() and not (path / wanted).exists():
         if (path / other).exists():
-            has = f"has {other} and no {wanted}: leave out the tokenizer's type"
+            has = f"has {other} but no {wanted}: do not set the tokenizer type"
         else:
-            has = f"has neither {wanted} nor {other}: name a folder or file that is a tokenizer"
+            has = f"has neither {wanted} nor {other}: use the folder or file of a tokenizer"
         raise UserError(f"tokenizer model not found: {path}: {has}")
     if tokenizer_type == "HuggingFaceTokenizer":
         return HuggingFaceTokenizer(path / "tokenizer.json" if path.is_dir() else path)

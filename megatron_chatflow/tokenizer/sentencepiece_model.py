@@ -53,7 +53,7 @@ class SentencePieceTokenizer:
         self.eos_id = int(self._processor.eos_id())
         self.unk_id = int(self._processor.unk_id())
         if self.eos_id < 0:
-            raise UserError(f"tokenizer has no EOS token: {path}: train the model with one")
+            raise UserError(f"tokenizer has no EOS token: {path}: use a model that has one")
         pad_id = int(self._processor.pad_id())
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
 
@@ -180,7 +180,7 @@ def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"not a SentencePiece model: {path}: {error_text(error)}") from error
     if not loaded or processor.vocab_size() == 0:
-        raise UserError(f"not a SentencePiece model: {path}: name a tokenizer.model")
+        raise UserError(f"not a SentencePiece model: {path}: use a tokenizer.model")
     return processor
 
 
@@ -196,8 +196,8 @@ def _check_pieces(data: bytes, path: Path) -> None:
         if getattr(model.trainer_spec, name) >= num_pieces:
             raise UserError(
                 f"damaged SentencePiece model: {path}: {name} is "
-                f"{getattr(model.trainer_spec, name)} and it has {num_pieces} pieces; "
-                "fetch it again"
+                f"{getattr(model.trainer_spec, name)}, but it has {num_pieces} pieces; download "
+                "it again"
             )
     reserved = (sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL,)
     texts: set[str] = set()
@@ -207,12 +207,13 @@ def _check_pieces(data: bytes, path: Path) -> None:
         if not isinstance(text, str):  # protobuf returns bytes if they are not valid UTF-8
             problem = "is not UTF-8"
         elif text in texts:
-            problem = f"repeats {shorten(text)}"
+            problem = f"is a duplicate of {shorten(text)}"
         elif not math.isfinite(piece.score) and piece.type not in reserved:
             problem = f"has the score {piece.score}"
         if problem:
             raise UserError(
-                f"damaged SentencePiece model: {path}: piece {token_id} {problem}; fetch it again"
+                f"damaged SentencePiece model: {path}: piece {token_id} {problem}; download it "
+                "again"
             )
         texts.add(text)
 

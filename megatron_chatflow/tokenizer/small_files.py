@@ -122,7 +122,9 @@ def _read(folder: Path, names: list[str]) -> SmallFiles:
             if not path.is_file():
                 continue
             if path.stat().st_size > _MOST_BYTES:
-                logger.warning("%s: is above %d MB and is left behind", path, _MOST_BYTES >> 20)
+                logger.warning(
+                    "%s: is larger than %d MB and is not copied", path, _MOST_BYTES >> 20
+                )
                 continue
             files[name] = path.read_bytes()
         except OSError as error:
@@ -131,7 +133,9 @@ def _read(folder: Path, names: list[str]) -> SmallFiles:
             try:
                 _check_added_tokens(name, _json_object(files, name))
             except ValueError as error:
-                raise UserError(f"{path}: is damaged ({error}); fetch the folder again") from None
+                raise UserError(
+                    f"{path}: is damaged ({error}); download the folder again"
+                ) from None
     return files
 
 
@@ -264,7 +268,7 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
         result[_SPECIAL_TOKENS_MAP] = json_bytes(special)
     if lost:
         logger.warning(
-            "%s: has no %s of the old tokenizer, which the export will not name",
+            "%s: has no %s of the old tokenizer, so the export omits it",
             *(tokenizer.model_path, ", ".join(lost)),
         )
         for name in (MODEL_CONFIG, GENERATION_CONFIG):
@@ -366,7 +370,7 @@ def token_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, int
     return ids
 
 
-def own_chat_template(files: Mapping[str, bytes], folder: Path) -> str | None:
+def default_chat_template(files: Mapping[str, bytes], folder: Path) -> str | None:
     """Returns the Jinja source of the default chat template, or None if there is none.
 
     Args:
@@ -393,7 +397,7 @@ def with_chat_template(files: Mapping[str, bytes], source: str) -> SmallFiles:
         The new files, or a copy of the old ones if they already have this template.
     """
     result = dict(files)
-    if own_chat_template(files, Path()) == source:
+    if default_chat_template(files, Path()) == source:
         return result
     result.pop(_PROCESSOR_TEMPLATE, None)
     config = _json_object(files, TOKENIZER_CONFIG)
@@ -485,7 +489,7 @@ def _as_list(value: Any) -> list[Any]:
 
 def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
     """Returns the ids of the tokens that end an answer in the chat template."""
-    source = own_chat_template(files, Path())
+    source = default_chat_template(files, Path())
     if source is None:
         return []
     ids = token_ids(files, tokenizer)
@@ -516,7 +520,7 @@ def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         return {}
     content = parse_json(files[name])
     if not isinstance(content, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return content
 
 

@@ -220,7 +220,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if self._steps_left < 0:
             raise TemplateLimitError(f"takes more than {self._max_steps} steps")
         if self._characters_left < 0:
-            raise TemplateLimitError(f"makes more than {self._max_characters} characters")
+            raise TemplateLimitError(f"produces more than {self._max_characters} characters")
         if not self._steps_left % _STEPS_BETWEEN_CLOCKS:
             now = time.perf_counter()
             if not self._deadline:  # set late, because most renderings end earlier
@@ -297,7 +297,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 else left.bit_length() + right.bit_length()
             )
             if num_bits > MAX_INT_BITS and abs(left) > 1:
-                raise TemplateLimitError(f"makes an integer of more than {MAX_INT_BITS} bits")
+                raise TemplateLimitError(f"produces an integer of more than {MAX_INT_BITS} bits")
         elif operator == "*":
             sequence, factor = (left, right) if isinstance(left, Sized) else (right, left)
             if isinstance(sequence, Sized) and isinstance(factor, int):

@@ -65,10 +65,11 @@ def canonical_encoding(name: str) -> str:
         info = codecs.lookup(name)
     except (LookupError, ValueError) as error:
         raise UserError(
-            f"--encoding: {name}: no such encoding: such as utf-8, utf-16, gb18030, big5, shift_jis"
+            f"--encoding: {name}: unknown encoding: use one such as utf-8, utf-16, gb18030, big5 "
+            "or shift_jis"
         ) from error
     if not info._is_text_encoding or info.incrementaldecoder is None:
-        raise UserError(f"--encoding: {name}: is not an encoding of text")
+        raise UserError(f"--encoding: {name}: is not a text encoding")
     return info.name
 
 
@@ -125,37 +126,36 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
     marked = next((names for mark, names in _MARKS.items() if head.startswith(mark)), None)
     if marked is not None and encoding not in marked:
         raise UserError(
-            f"not {encoding}: {name}: begins with the mark of {marked[0]}: "
-            f"name it with --encoding {marked[0]}"
+            f"not {encoding}: {name}: begins with the byte-order mark of {marked[0]}: set "
+            f"--encoding {marked[0]}"
         )
     for magic, kind in _BINARY_MAGICS.items():
         if head.startswith(magic) and (
             magic not in _MAGICS_THAT_TEXT_MAY_HAVE or _has_control_character(head)
         ):
-            raise UserError(
-                f"not text: {name}: its content is {kind}: decompress or convert it first"
-            )
+            raise UserError(f"not text: {name}: it is {kind}: decompress or convert it first")
     if head[_TAR_MAGIC_OFFSET:].startswith(_TAR_MAGIC) and b"\0" in head[:_TAR_MAGIC_OFFSET]:
-        raise UserError(f"not text: {name}: its content is a tar archive: unpack it first")
+        raise UserError(f"not text: {name}: it is a tar archive: unpack it first")
     num_zeros = head.count(b"\0")
     if encoding.startswith(("utf-16", "utf-32")):
         if marked is None and encoding in ("utf-16", "utf-32") and head:
             raise UserError(
-                f"not {encoding}: {name}: has no byte-order mark: name it with "
-                f"--encoding {encoding}-le or {encoding}-be, if it is"
+                f"not {encoding}: {name}: has no byte-order mark: set --encoding {encoding}-le "
+                f"or {encoding}-be"
             )
         is_utf8 = len(head) >= _MIN_TELLING_BYTES and not num_zeros and _is_utf8(head)
     else:
         if num_zeros * 16 > len(head):
             raise UserError(
-                f"not text: {name}: {num_zeros} of its first {len(head)} bytes are NUL, as in "
-                "UTF-16 without a mark (--encoding utf-16-le or utf-16-be) or in a binary file"
+                f"not text: {name}: {num_zeros} of its first {len(head)} bytes are NUL, so it is "
+                "binary or UTF-16 without a byte-order mark (set --encoding utf-16-le or "
+                "utf-16-be)"
             )
         if encoding in _MARKS[UTF8_MARK]:
             return
         is_utf8 = sum(byte >= 0x80 for byte in head) >= _MIN_TELLING_BYTES and _is_utf8(head)
     if is_utf8:
-        raise UserError(f"not {encoding}: {name}: is UTF-8: leave --encoding out")
+        raise UserError(f"not {encoding}: {name}: is UTF-8: remove --encoding")
 
 
 def check_share_of_invalid(num_invalid: int, data: bytes, where: str) -> None:
@@ -172,7 +172,7 @@ def check_share_of_invalid(num_invalid: int, data: bytes, where: str) -> None:
     limit = min(NUM_INVALID_LET_PASS + MAX_INVALID_SHARE * len(data), len(data) / 2)
     if num_invalid > limit:
         raise UserError(
-            f"not UTF-8: {where}: {num_invalid} characters in {len(data)} bytes: "
+            f"not UTF-8: {where}: {num_invalid} invalid characters in {len(data)} bytes: "
             f"{guess_encoding(data)}"
         )
 
@@ -194,8 +194,8 @@ def guess_encoding(data: bytes) -> str:
             continue
         fitting.append(encoding)
     if not fitting:
-        return "name its encoding with --encoding, if it is text"
-    return f"name its encoding with --encoding ({' or '.join(fitting[:3])} would fit)"
+        return "set its encoding with --encoding, if it is text"
+    return f"set its encoding with --encoding (it may be {' or '.join(fitting[:3])})"
 
 
 def _replace_invalid(error: UnicodeError) -> tuple[str, int]:

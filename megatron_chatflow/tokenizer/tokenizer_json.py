@@ -72,7 +72,7 @@ def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
     """
     content = parse_json(data)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError("it is no JSON object with a model")
+        raise ValueError("it is not a JSON object with a model")
     content |= {"truncation": None, "padding": None}
     dropout = content["model"].get("dropout")
     if type(dropout) in (int, float) and 0 < dropout <= 1:  # the library rejects other values
@@ -86,13 +86,13 @@ def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
     growth = max(_text_growth(content.get("normalizer")), _text_growth(content.get("decoder")))
     if growth > _MAX_GROWTH:
         raise ValueError(
-            f"its normalizer or decoder can make text {growth:.3g} times longer; at most "
-            f"{_MAX_GROWTH} times is allowed"
+            f"its normalizer or decoder can make text {growth:.3g} times longer; the maximum is "
+            f"{_MAX_GROWTH} times"
         )
     _check_added_tokens(content.get("added_tokens"), growth)
     num_around = _template_growth(content.get("post_processor"))
     if num_around > _MAX_TEMPLATE_TOKENS:
-        raise ValueError(f"its post-processor puts {num_around:.3g} tokens around a text")
+        raise ValueError(f"its post-processor adds {num_around:.3g} tokens to a text")
     return content
 
 
@@ -115,7 +115,7 @@ def open_tokenizer_json(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
         raise ValueError(error_text(error)) from error
     largest = max(vocabulary.values(), default=-1)
     if largest >= _MAX_SPARE_IDS + _MAX_IDS_PER_TOKEN * len(vocabulary):
-        raise ValueError(f"it has an id of {largest} and only {len(vocabulary)} tokens")
+        raise ValueError(f"its largest id is {largest}, but it has only {len(vocabulary)} tokens")
     tokenizer.encode_special_tokens = True
     return tokenizer
 

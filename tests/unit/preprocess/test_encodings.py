@@ -42,14 +42,17 @@ def texts_of(
         (("d\u00e9j\u00e0 vu, " * 90).encode("cp1252"), "--encoding .*cp1252"),
         (("x" * 80 + "\n").encode() * 50 + TEXT.encode("gb18030"), r"not UTF-8: a.txt:51: "),
         (SENTENCE[:2].encode("gb18030"), "not UTF-8: a.txt:1: "),
-        (TEXT.encode("utf-16"), "begins with the mark of utf-16: .*--encoding utf-16"),
-        (TEXT.encode("utf-32"), "begins with the mark of utf-32"),
-        (b"\xfe\xff" + TEXT.encode("utf-16-be"), "begins with the mark of utf-16"),
-        ("plain text".encode("utf-16-le"), "NUL, as in UTF-16 without a mark"),
+        (TEXT.encode("utf-16"), "begins with the byte-order mark of utf-16: .*--encoding utf-16"),
+        (TEXT.encode("utf-32"), "begins with the byte-order mark of utf-32"),
+        (b"\xfe\xff" + TEXT.encode("utf-16-be"), "begins with the byte-order mark of utf-16"),
+        (
+            "plain text".encode("utf-16-le"),
+            "NUL, so it is binary or UTF-16 without a byte-order mark",
+        ),
         (b"plain text\n" * 99 + b"a\0b", "not text: a.txt:100: contains a NUL"),
-        (lzma.compress(TEXT.encode()), "not text: a.txt: its content is xz"),
-        (bz2.compress(TEXT.encode()), "its content is bzip2"),
-        (zstandard.compress(gzip.compress(TEXT.encode())), "its content is gzip"),
+        (lzma.compress(TEXT.encode()), "not text: a.txt: it is xz"),
+        (bz2.compress(TEXT.encode()), "it is bzip2"),
+        (zstandard.compress(gzip.compress(TEXT.encode())), "it is gzip"),
     ],
 )
 def test_text_that_is_not_utf8_is_refused(
@@ -63,7 +66,7 @@ def test_text_that_is_not_utf8_is_refused(
 def test_an_archive_under_the_name_of_a_text_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.txt", "w") as archive:
         archive.writestr("b.txt", TEXT)
-    with pytest.raises(UserError, match="its content is zip"):
+    with pytest.raises(UserError, match="it is zip"):
         texts_of(tmp_path / "a.txt")
 
 
@@ -101,7 +104,7 @@ def test_named_encodings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encodi
 
 def test_json_lines_in_utf16_are_refused_by_their_mark(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16"))
-    with pytest.raises(UserError, match="mark of utf-16: name it with --encoding utf-16"):
+    with pytest.raises(UserError, match="mark of utf-16: set --encoding utf-16"):
         texts_of(tmp_path / "a.jsonl")
 
 
@@ -122,12 +125,16 @@ def test_what_a_named_encoding_cannot_read_stays_invalid(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("encoding", "content", "message"),
     [
-        ("gb18030", TEXT.encode(), "is UTF-8: leave --encoding out"),
-        ("big5", b"\xef\xbb\xbf" + TEXT.encode(), "begins with the mark of utf-8"),
+        ("gb18030", TEXT.encode(), "is UTF-8: remove --encoding"),
+        ("big5", b"\xef\xbb\xbf" + TEXT.encode(), "begins with the byte-order mark of utf-8"),
         ("utf-16", TEXT.encode("utf-16-be"), "has no byte-order mark"),
-        ("utf-16-le", TEXT.encode(), "is UTF-8: leave --encoding out"),
-        ("utf-16-le", b"\xfe\xff" + TEXT.encode("utf-16-be"), "begins with the mark of utf-16"),
-        ("gb18030", TEXT.encode("utf-16"), "begins with the mark of utf-16"),
+        ("utf-16-le", TEXT.encode(), "is UTF-8: remove --encoding"),
+        (
+            "utf-16-le",
+            b"\xfe\xff" + TEXT.encode("utf-16-be"),
+            "begins with the byte-order mark of utf-16",
+        ),
+        ("gb18030", TEXT.encode("utf-16"), "begins with the byte-order mark of utf-16"),
     ],
 )
 def test_the_wrong_encoding_is_refused(

@@ -71,13 +71,13 @@ def test_marks_say_where_answers_are() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (FORGETS, "does not begin with its first turns"),
+        (FORGETS, "does not begin with the text of its first turns"),
         ("{{ raise_exception('never') }}", "never"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages[-1].content }}", "first turns"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}x{% endgeneration %}",
-         "it learns"),
+         "it marks"),
     ],
 )  # fmt: skip
 def test_templates_that_cannot_be_trained_on(source: str, message: str) -> None:
@@ -164,7 +164,7 @@ def test_the_token_that_ends_a_turn(source: str, token: str | None) -> None:
 
 def test_a_template_that_writes_the_date() -> None:
     chat = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
-    with pytest.raises(UserError, match=r"the day's date \(strftime_now\).* a fixed date"):
+    with pytest.raises(UserError, match=r"the current date \(strftime_now\).* a fixed date"):
         template("{{ strftime_now('%Y-%m-%d') }}" + chat).check()
     guarded = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}"
     template(guarded + chat + "{% if add_generation_prompt %}[assistant]{% endif %}").check()

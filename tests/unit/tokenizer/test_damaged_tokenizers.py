@@ -67,7 +67,7 @@ def changed(original: Path, folder: Path, **components: Any) -> Path:
                     "special_tokens": {"x": {"id": "x", "ids": [0] * 1000, "tokens": ["x"] * 1000}},
                 }
             },
-            "tokens around a text",
+            "tokens to a text",
         ),
         ({"model": 5}, "with a model"),
     ],
@@ -82,7 +82,7 @@ def test_what_asks_for_too_much_memory_is_refused_before_it_is_loaded(
 def test_sparse_ids_are_refused(tmp_path: Path, byte_level_model: Path) -> None:
     model = json.loads(byte_level_model.read_bytes())["model"]
     model["vocab"]["zz"] = 3_000_000_000
-    with pytest.raises(UserError, match="an id of 3000000000 and only 501 tokens"):
+    with pytest.raises(UserError, match="largest id is 3000000000, but it has only 501 tokens"):
         load_tokenizer(changed(byte_level_model, tmp_path, model=model))
     model["vocab"]["zz"] = 900_000  # a gap is not damage
     assert load_tokenizer(changed(byte_level_model, tmp_path, model=model)).vocab_size == 900_001
@@ -206,8 +206,8 @@ def _repeat_a_piece(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_set_id("unk_id", 5000), "unk_id is 5000 and it has 512 pieces"),
-        (_set_id("bos_id", 512), "bos_id is 512 and it has 512 pieces"),
+        (_set_id("unk_id", 5000), "unk_id is 5000, but it has 512 pieces"),
+        (_set_id("bos_id", 512), "bos_id is 512, but it has 512 pieces"),
         (_set_id("eos_id", 2**31 - 1), "eos_id is 2147483647"),
         (_set_id("pad_id", 5000), "pad_id is 5000"),
         (lambda model: model.ClearField("pieces"), "not a SentencePiece model"),
@@ -270,7 +270,7 @@ def test_a_model_without_pieces_of_text_cannot_be_extended(
     model.pieces.extend(kept)
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match="no pieces of text"):
+    with pytest.raises(UserError, match="has no text pieces"):
         extend_tokenizer(load_tokenizer(path), ["\u4e00"], tmp_path / "out")
 
 

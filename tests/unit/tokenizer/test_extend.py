@@ -74,7 +74,7 @@ def test_the_most_frequent_new_characters_are_chosen(old: Tokenizer) -> None:
     other = [*lines, "ΩΩΩ"]
     assert "Ω" not in choose_pieces(old, other, Choice(num_new=1000))
     assert "Ω" in choose_pieces(old, other, Choice(num_new=1000, script="any"))
-    with pytest.raises(UserError, match="holds no character that the tokenizer lacks"):
+    with pytest.raises(UserError, match="contains no new character for the tokenizer"):
         choose_pieces(old, ["plain text"], Choice(num_new=10))
 
 
@@ -119,7 +119,7 @@ def test_byte_level_tokenizers_take_characters(byte_level: Tokenizer, tmp_path: 
     for text in lines:
         assert extended.decode(extended.encode(text)) == text
         assert extended.num_bytes_per_id[extended.encode(text)].sum() == len(text.encode())
-    with pytest.raises(UserError, match="take --method characters"):
+    with pytest.raises(UserError, match="use --method characters"):
         extend_tokenizer(byte_level, ["ab"], tmp_path / "x")
 
 
@@ -157,7 +157,7 @@ def test_byte_level_tokenizers_take_merges(byte_level: Tokenizer, tmp_path: Path
 
 
 def test_merges_need_a_byte_level_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="byte-level byte-pair models alone"):
+    with pytest.raises(UserError, match="only to byte-level BPE models"):
         with_merges({"model": {"type": "Unigram"}, "pre_tokenizer": None}, ["a"], 3)
 
 
@@ -168,13 +168,13 @@ def test_a_list_of_pieces(old: Tokenizer, tmp_path: Path) -> None:
     path.write_bytes("龍\r\n龘\u2028鳳\r\n".encode())  # U+2028 is an ordinary character here
     assert listed_pieces(old, path, 2) == ["龍", "龘\u2028鳳"]
     path.write_text("a\n")
-    with pytest.raises(UserError, match="holds no piece"):
+    with pytest.raises(UserError, match="contains no new piece"):
         listed_pieces(old, path, 2)
     with pytest.raises(UserError, match="cannot read"):
         listed_pieces(old, tmp_path / "absent", 2)
     path.write_bytes("龍\n鳳\n".encode("gb18030"))
     assert listed_pieces(old, path, 2, "gb18030") == ["龍", "鳳"]
-    with pytest.raises(UserError, match="--list: not utf-8: .*name its encoding with --encoding"):
+    with pytest.raises(UserError, match="--list: not utf-8: .*set its encoding with --encoding"):
         listed_pieces(old, path, 2)
 
 
@@ -206,8 +206,8 @@ def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "added 20 pieces: 512 -> 532" in done.stdout
-    assert "tokens a character, corpus, held out (2 documents): " in done.stdout
-    assert "a new piece was 3.00 old ones" in done.stdout
+    assert "tokens per character, corpus, held out (2 documents): " in done.stdout
+    assert "a new piece replaces 3.00 old ones" in done.stdout
     assert load_tokenizer(tmp_path / "zh").vocab_size == 532
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "give --overwrite" in again.stderr
@@ -215,4 +215,4 @@ def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
     command[2:4] = ["--list", str(tmp_path / "pieces.txt"), "--held-out", str(corpus)]
     done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)
     assert "added 2 pieces: 512 -> 514" in done.stdout
-    assert "tokens a character, zh.jsonl (50 documents): " in done.stdout
+    assert "tokens per character, zh.jsonl (50 documents): " in done.stdout

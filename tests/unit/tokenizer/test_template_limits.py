@@ -81,8 +81,8 @@ TOO_MANY_STEPS = [
     doubled("[1]", "{'a': ns.s, 'b': ns.s}", "{{ ns.s | tojson | length }}"),
 ]
 OTHERS = {
-    "{{ 10 ** (10 ** 8) }}": "makes an integer of more than 4096 bits",
-    doubled("9", "ns.s * ns.s", ""): "makes an integer of more than 4096 bits",
+    "{{ 10 ** (10 ** 8) }}": "produces an integer of more than 4096 bits",
+    doubled("9", "ns.s * ns.s", ""): "produces an integer of more than 4096 bits",
     "{{ lipsum(n=100000) }}": "'lipsum' is undefined",
     "{{ (1).to_bytes(3000000000, 'big') }}": "'to_bytes' of 'int' object is unsafe",
     "{{ 'a'.translate({97: 'b' * 1000000}) }}": "'translate' of 'str' object is unsafe",
@@ -105,7 +105,7 @@ for source in json.load(sys.stdin):
 
 def test_templates_end_within_memory_and_time() -> None:
     expected = {
-        **dict.fromkeys(TOO_LONG, "it makes more than"),
+        **dict.fromkeys(TOO_LONG, "it produces more than"),
         **dict.fromkeys(TOO_MANY_STEPS, "it takes more than 1000500 steps"),
         **OTHERS,
     }
@@ -134,7 +134,7 @@ def test_a_chat_that_reaches_a_limit_is_a_bad_line_with_the_reason() -> None:
     template.check()
     with pytest.raises(TemplateLimitError) as caught:
         template.document(Chat(None, (("boom", "x"),)), "response")
-    assert caught.value.limit.startswith("makes more than")
+    assert caught.value.limit.startswith("produces more than")
     lines = [
         json.dumps(
             {"messages": [{"role": "user", "content": text}, {"role": "bot", "content": "a"}]}
@@ -158,7 +158,7 @@ def test_limits_grow_with_the_chat() -> None:
 
 
 def test_exports_name_the_limit() -> None:
-    with pytest.raises(UserError, match=r"t.jinja: it makes more than \d+ characters .*another"):
+    with pytest.raises(UserError, match=r"t.jinja: it produces more than \d+ characters .*another"):
         JinjaTemplate("t.jinja", "{{ 'a' * 3000000000 }}").turn_end()
 
 

@@ -283,7 +283,7 @@ def test_a_folder_without_the_file_of_a_type_is_refused_by_name(
     byte_level_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.json").write_bytes(byte_level_model.read_bytes())
-    with pytest.raises(UserError, match=r"has tokenizer.json and no tokenizer.model: leave out"):
+    with pytest.raises(UserError, match=r"has tokenizer.json but no tokenizer.model: do not set"):
         load_tokenizer(tmp_path, "Llama2Tokenizer")
     (tmp_path / "empty").mkdir()
     for tokenizer_type in ("auto", "HuggingFaceTokenizer"):
