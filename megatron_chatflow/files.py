@@ -233,7 +233,7 @@ def check_output_file(path: Path) -> None:
             be created.
     """
     refuse_url(path)
-    refuse_other_than_file(path)
+    check_regular_file(path)
     _try_to_write(path, path.absolute().parent)
 
 
@@ -249,7 +249,7 @@ def check_output_folder(path: Path) -> None:
     _try_to_write(path, path.absolute())
 
 
-def refuse_other_than_file(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Raises `UserError` if a path exists and is not a regular file, so it must not be replaced."""
     if path.is_dir():
         raise UserError(f"cannot write: {path}: is a folder; name a file")
@@ -568,7 +568,7 @@ class StagedFile:
         """
         refuse_url(path)
         self.path = Path(path)
-        refuse_other_than_file(self.path)
+        check_regular_file(self.path)
         self.partial_path = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
         self.num_bytes = 0
         self._hash = hashlib.sha256()

@@ -404,11 +404,11 @@ def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int])
             f"data.sources.{name}: removed at sample {sample}, where its weight is still "
             f"{weight / GRID:.6g}: keep it until a knot sets its weight to 0"
         )
-    owed = last.quotas_at(sample)[k] - (counts[k] << GRID_BITS)
-    if owed > 0:
+    deficit = last.quotas_at(sample)[k] - (counts[k] << GRID_BITS)
+    if deficit > 0:
         raise UserError(
             f"data.sources.{name}: removed at sample {sample}, where its count is still "
-            f"{owed / GRID:.6g} samples below its quota: keep it with weight 0"
+            f"{deficit / GRID:.6g} samples below its quota: keep it with weight 0"
         )
 
 

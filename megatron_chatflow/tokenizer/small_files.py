@@ -244,12 +244,15 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
     """
     if has_tokenizer(files, tokenizer):
         return dict(files)
-    beside = read_tokenizer_files(tokenizer)
-    is_bare = TOKENIZER_CONFIG not in beside
-    old, new = _json_object(files, TOKENIZER_CONFIG), _json_object(beside, TOKENIZER_CONFIG)
+    tokenizer_files = read_tokenizer_files(tokenizer)
+    is_bare = TOKENIZER_CONFIG not in tokenizer_files
+    old, new = (
+        _json_object(files, TOKENIZER_CONFIG),
+        _json_object(tokenizer_files, TOKENIZER_CONFIG),
+    )
     if not old and _SPECIAL_TOKENS_MAP not in files:
-        return {**{k: v for k, v in files.items() if k not in _VOCABULARY}, **beside}
-    has_templates = bool(chat_templates_in(beside, tokenizer.model_path.parent))
+        return {**{k: v for k, v in files.items() if k not in _VOCABULARY}, **tokenizer_files}
+    has_templates = bool(chat_templates_in(tokenizer_files, tokenizer.model_path.parent))
     result = {
         name: data
         for name, data in files.items()
@@ -260,7 +263,7 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
     }
     if has_templates:
         old.pop("chat_template", None)
-    known = _vocabulary_of(beside[_MODEL_FILES[tokenizer.tokenizer_type]], tokenizer)
+    known = _vocabulary_of(tokenizer_files[_MODEL_FILES[tokenizer.tokenizer_type]], tokenizer)
     lost = _drop_unknown_tokens(old, known)
     special = _json_object(files, _SPECIAL_TOKENS_MAP)
     lost |= _drop_unknown_tokens(special, known)
@@ -275,12 +278,14 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
             _drop_ids(result, name, set(lost.values()))
     if is_bare and tokenizer.tokenizer_type == "Llama2Tokenizer":
         post_processor = _json_object(files, "tokenizer.json").get("post_processor")
-        made = sentencepiece_files(beside["tokenizer.model"], tokenizer, old, post_processor)
-        return {**made, **result, **beside, TOKENIZER_CONFIG: made[TOKENIZER_CONFIG]}
+        made = sentencepiece_files(
+            tokenizer_files["tokenizer.model"], tokenizer, old, post_processor
+        )
+        return {**made, **result, **tokenizer_files, TOKENIZER_CONFIG: made[TOKENIZER_CONFIG]}
     config = {**old, **new}
     if config != new:
-        beside[TOKENIZER_CONFIG] = json_bytes(config)
-    return {**result, **beside}
+        tokenizer_files[TOKENIZER_CONFIG] = json_bytes(config)
+    return {**result, **tokenizer_files}
 
 
 def _drop_ids(files: SmallFiles, name: str, lost: set[int]) -> None:

@@ -272,7 +272,7 @@ def test_bad_schedules_are_named(block: Any, message: str) -> None:
         ({"sources": None}, "no sources"),
         ({"sources": "english"}, "no sources"),
         ({"sources": ["english", "english"]}, "english is listed twice"),
-        ({"sources": ["english", True]}, "True is not a name"),
+        ({"sources": ["english", True]}, "True is not a valid name"),
         ({"sources": [f"s{k}" for k in range(32768)]}, "use at most 32767"),
         ({"samples_per_iteration": 0}, "samples_per_iteration: must be a whole number .*, not 0"),
         ({"samples_per_iteration": True}, "samples_per_iteration: must be .*, not True"),

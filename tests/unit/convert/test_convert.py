@@ -352,4 +352,4 @@ def test_command_line(checkpoints: Path, tmp_path: Path) -> None:
     done = run("export", "--checkpoint", checkpoint, "--output", tmp_path / "hf")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "give --overwrite" in done.stderr and "Traceback" not in done.stderr
+    assert "use --overwrite" in done.stderr and "Traceback" not in done.stderr

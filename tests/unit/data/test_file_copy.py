@@ -69,7 +69,7 @@ def test_a_source_that_is_missing_or_shrinks_is_told(
                 os.truncate(part, 9000)
 
         monkeypatch.setattr(file, "_hash", Shrinking())
-        with pytest.raises(UserError, match="became shorter"):
+        with pytest.raises(UserError, match="was truncated"):
             file.append_file(part)
     assert not list(tmp_path.glob("whole*"))
 

@@ -105,7 +105,7 @@ def test_ids_outside_the_vocabulary_end_nothing(tmp_path: Path) -> None:
     config = data_config(sources)
     built = build_sources(config, seed=1, tokenizer=PlainTokenizer())
     [finding] = [f for f in data_findings(config, built, [], ControlTokenizer()) if "EOD" in f]
-    assert "39 of 40 documents" in finding
+    assert "39 of 40 checked documents" in finding
 
 
 @pytest.mark.parametrize("is_copy", [False, True])

@@ -59,7 +59,7 @@ def prefix(tmp_path: Path) -> str:
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPE_CODES.values() if dtype != np.uint8])
 def test_masks_of_another_type(prefix: str, dtype: np.dtype) -> None:
     write_mask(prefix, [4, 2, 6], dtype)
-    refused(prefix, rf"a_loss_mask: holds {dtype}, not uint8")
+    refused(prefix, rf"a_loss_mask: contains {dtype} instead of uint8")
 
 
 @pytest.mark.parametrize("code", [0, 2, 4, 7, 8, 9, 255])

@@ -134,12 +134,12 @@ def test_txt_too_large_for_one_document(tmp_path: Path) -> None:
     [
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "truncated"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:-5], "truncated"),
-        ("a.jsonl.gz", gzip.compress(LINES) + b"tail", "garbage after"),
-        ("a.jsonl.gz", gzip.compress(LINES) + b"\0\0\0tail", "garbage after"),
+        ("a.jsonl.gz", gzip.compress(LINES) + b"tail", "invalid data after"),
+        ("a.jsonl.gz", gzip.compress(LINES) + b"\0\0\0tail", "invalid data after"),
         ("a.jsonl.gz", gzip.compress(LINES) + b"\x1f", "truncated"),
         ("a.jsonl.zst", zstandard.compress(LINES) + skippable(b"x" * 900)[:-1], "truncated"),
         ("a.jsonl.zst", zstandard.compress(LINES) + skippable(b"")[:6], "truncated"),
-        ("a.jsonl.zst", zstandard.compress(LINES) + b"\0", "garbage after"),
+        ("a.jsonl.zst", zstandard.compress(LINES) + b"\0", "invalid data after"),
         ("a.jsonl.gz", gzip.compress(LINES)[:40] + b"\xff" * 400, "a.jsonl.gz"),
         ("a.jsonl.zst", zstandard.compress(LINES)[:20] + b"\xff" * 400, "a.jsonl.zst"),
         ("a.json", b'[{"text": "a"},\n{"text": }]', r"a.json:2"),
@@ -148,7 +148,7 @@ def test_txt_too_large_for_one_document(tmp_path: Path) -> None:
             b'\n [\n{"text": "a"}\n]',
             r"not JSON lines: a.jsonl:1: .* rename the file to .json",
         ),
-        ("a.tsv", b"bana\tkedo\n", r"tab-separated lines hold pairs: a.tsv"),
+        ("a.tsv", b"bana\tkedo\n", r"tab-separated lines are pairs: a.tsv"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -214,7 +214,7 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
     [
         ("absent.jsonl", "no such file"),
         ("*.nothing", "matches no file"),
-        ("empty", "none of its files ends in"),
+        ("empty", "none of its files has an extension"),
         ("notes.md", "unknown kind of input"),
     ],
 )

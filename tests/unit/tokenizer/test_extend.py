@@ -210,7 +210,7 @@ def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
     assert "a new piece replaces 3.00 old ones" in done.stdout
     assert load_tokenizer(tmp_path / "zh").vocab_size == 532
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and "give --overwrite" in again.stderr
+    assert again.returncode == 2 and "use --overwrite" in again.stderr
     (tmp_path / "pieces.txt").write_text("龍\n鳳\n")
     command[2:4] = ["--list", str(tmp_path / "pieces.txt"), "--held-out", str(corpus)]
     done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)

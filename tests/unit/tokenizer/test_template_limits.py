@@ -146,7 +146,7 @@ def test_a_chat_that_reaches_a_limit_is_a_bad_line_with_the_reason() -> None:
     parsed = parse_chunk(chunk, settings)
     assert len(parsed.documents["messages"]) == 2
     assert parsed.num_dropped == {"template_limit": 1} and parsed.num_bad == 1
-    assert str(parsed.first_bad).startswith("c.jsonl:2: template_limit: the template makes more")
+    assert str(parsed.first_bad).startswith("c.jsonl:2: template_limit: the template produces more")
 
 
 def test_limits_grow_with_the_chat() -> None:

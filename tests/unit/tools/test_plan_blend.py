@@ -104,7 +104,7 @@ def test_at_prints_the_knot_to_paste(tiny_run, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
     status, _, errors = run("--config", config, "--at", "now")
-    assert status == 2 and errors.startswith("error: --at: now needs a run in progress")
+    assert status == 2 and errors.startswith("error: --at: now needs a run with a checkpoint")
     samples = write_checkpoint(config, tmp_path / "run", 3)
     status, shown, errors = run("--config", config, "--at", "now")
     assert status == 0, errors
