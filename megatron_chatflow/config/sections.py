@@ -323,9 +323,11 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and the learning-rate schedule."""
 
-    lr: PositiveNumber = Field(description="maximum learning rate, which the warmup ends with")
+    lr: PositiveNumber = Field(
+        description="maximum learning rate, reached at the end of the warmup"
+    )
     min_lr: NonNegativeNumber = Field(
-        default=0.0, description="minimum learning rate, which the decay ends with"
+        default=0.0, description="minimum learning rate, reached at the end of the decay"
     )
     lr_warmup_init: NonNegativeNumber = Field(
         default=0.0, description="learning rate at the start of the warmup"
@@ -402,7 +404,8 @@ class TrainConfig:
     )
     eval_iters: Count = Field(
         default=8,
-        description="number of global batches per source in a validation; 0 disables validation",
+        description="maximum number of global batches per source in a validation; 0 disables "
+        "validation",
     )
     choice_questions: FilePath | None = Field(
         default=None,
@@ -550,8 +553,7 @@ class FaultConfig:
     )
     max_bad_steps: Size = Field(
         default=10,
-        description="maximum number of consecutive bad steps; the run stops after them with "
-        "any on_nan",
+        description="number of consecutive bad steps after which the run stops, whatever on_nan is",
     )
     hang_timeout_minutes: NonNegativeNumber | None = Field(
         default=None,
@@ -575,8 +577,8 @@ class LoggingConfig:
 
     log_interval: PositiveCount = Field(
         default=1,
-        description="number of iterations between log lines; each line is the mean since "
-        "the previous one",
+        description="number of iterations between log lines; each line averages the iterations "
+        "since the previous one",
     )
     metrics_every_iteration: Switch = Field(
         default=True,

@@ -139,7 +139,7 @@ def test_numbers_that_other_yaml_readers_take_for_text(config) -> None:
         (
             "optimizer.lr",
             None,
-            "optimizer.lr: is missing (maximum learning rate, which the warmup ends with)",
+            "optimizer.lr: is missing (maximum learning rate, reached at the end of the warmup)",
         ),
         ("optimizer.adam_beta1", 1, "optimizer.adam_beta1: must be below 1"),
         ("optimizer.lr_decay_style", "cos", "optimizer.lr_decay_style: must be 'cosine', 'linear'"),

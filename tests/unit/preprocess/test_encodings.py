@@ -37,7 +37,7 @@ def texts_of(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (TEXT.encode("gb18030"), r"not UTF-8: a.txt:1: .*--encoding \(gb18030 or"),
+        (TEXT.encode("gb18030"), r"not UTF-8: a.txt:1: .*--encoding \(it may be gb18030 or"),
         (TRADITIONAL.encode("big5") * 20, "not UTF-8: a.txt:1: .*--encoding .*big5"),
         (("d\u00e9j\u00e0 vu, " * 90).encode("cp1252"), "--encoding .*cp1252"),
         (("x" * 80 + "\n").encode() * 50 + TEXT.encode("gb18030"), r"not UTF-8: a.txt:51: "),

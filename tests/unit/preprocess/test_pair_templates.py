@@ -68,8 +68,8 @@ def test_documents() -> None:
         ("templates: [{text: '{target} {sauce}'}]", "unknown placeholder sauce"),
         ("templates: [{text: '{target'}]", r"templates\[0\].text: .*brace"),
         ("templates: [{text: 5}]", r"templates\[0\].text"),
-        ("templates: [{prompt: '{target}', response: '{source}'}]", "nothing to learn"),
-        ("a: [", "not YAML"),
+        ("templates: [{prompt: '{target}', response: '{source}'}]", "no target text"),
+        ("a: [", "not valid YAML"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
