@@ -245,16 +245,16 @@ def check_output_folder(path: Path) -> None:
     """
     refuse_url(path)
     if path.exists() and not path.is_dir():
-        raise UserError(f"cannot write: {path}: is a file; name a folder")
+        raise UserError(f"cannot write: {path}: is a file; give the path of a folder")
     _try_to_write(path, path.absolute())
 
 
 def check_regular_file(path: Path) -> None:
     """Raises `UserError` if a path exists and is not a regular file, so it must not be replaced."""
     if path.is_dir():
-        raise UserError(f"cannot write: {path}: is a folder; name a file")
+        raise UserError(f"cannot write: {path}: is a folder; give the path of a file")
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot write: {path}: is a device or a pipe; name a file")
+        raise UserError(f"cannot write: {path}: is a device or a pipe; give the path of a file")
 
 
 def _try_to_write(path: Path, folder: Path) -> None:
@@ -437,7 +437,7 @@ def _refuse_existing(output: Path, *, overwrite: bool, mark: str) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise UserError(f"{output}: is a file; name a folder")
+        raise UserError(f"{output}: is a file; give the path of a folder")
     if not any(output.iterdir()):
         return
     if not overwrite:

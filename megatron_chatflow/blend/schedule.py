@@ -224,7 +224,7 @@ def _merged(name: str, block: Mapping[str, Any], argument: Any) -> Any:
 
 def _check_sources(sources: Any) -> tuple[str, ...]:
     if not isinstance(sources, Sequence) or isinstance(sources, str) or not sources:
-        raise UserError(f"{PATH}.sources: no sources: name at least one")
+        raise UserError(f"{PATH}.sources: no sources: list at least one")
     if len(sources) > MAX_SOURCES:
         raise UserError(f"{PATH}.sources: {len(sources)} sources: use at most {MAX_SOURCES}")
     seen = set()

@@ -50,7 +50,9 @@ def read_huggingface_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder}: has no config.json; name a Hugging Face model folder") from None
+        raise UserError(
+            f"{folder}: has no config.json; give the path of a Hugging Face model folder"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -127,7 +127,7 @@ def test_a_name_that_a_folder_has(tmp_path: Path) -> None:
         (tmp_path / "a").mkdir()
         with pytest.raises(UserError, match="cannot write: .*/a: Is a directory"):
             publish_all([file])
-    with pytest.raises(UserError, match="cannot write: .*/a: is a folder; name a file"):
+    with pytest.raises(UserError, match="cannot write: .*/a: is a folder; give the path of a file"):
         StagedFile(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -83,7 +83,7 @@ def test_a_folder_where_a_file_belongs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: dict[str, Path], tool: str
 ) -> None:
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="folder: is a folder; name a file"):
+    with pytest.raises(UserError, match="folder: is a folder; give the path of a file"):
         run_tool(monkeypatch, [*WITH_FILES[tool], str(places["folder"])])
     assert contents(tmp_path) == before
 
