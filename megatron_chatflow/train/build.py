@@ -78,7 +78,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
-            logger.info("every file of %s matches its recorded hash", inputs.checkpoint)
+            logger.info("verified: every file of %s matches its recorded hash", inputs.checkpoint)
         _load_checkpoint(config, inputs, llama, optimization, ranks)
     state = TrainState(0, 0, np.zeros(len(inputs.blend.schedule.sources), dtype=np.int64))
     if inputs.resumed is not None:
@@ -95,8 +95,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
     stack.callback(watchdog.close)
     if config.train.bf16 and not has_fast_bf16(ranks.device):
         logger.warning(
-            "bf16: this CPU has no AVX-512, and PyTorch's bf16 matrix products are up to 50 times "
-            "slower than fp32 ones on it: use --no-bf16"
+            "train.bf16: this CPU has no AVX-512, so PyTorch's bf16 matrix products are up to "
+            "50 times slower than fp32; use --no-bf16"
         )
     peak, peak_source = peak_flops(ranks.device, llama.dtype)
     _log_implementations(llama, optimization, peak_source)
@@ -194,10 +194,10 @@ def _open_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
         # Every node checks the files that it sees itself, which may be local copies.
         part, num_parts = ranks.process.local_rank, ranks.process.local_world_size
         run_on_all_ranks(lambda: verify_data(config, inputs, part=part, num_parts=num_parts))
-        logger.info("every dataset with a .json file matches it")
+        logger.info("verified: every dataset that has a .json file matches it")
     if inputs.changes:
         logger.info(
-            "settings that differ from those of %s:\n%s",
+            "settings that differ from %s:\n%s",
             inputs.checkpoint,
             format_table(inputs.changes),
         )
@@ -214,10 +214,10 @@ def _interrupt_notice(config: RunConfig, ranks: Ranks) -> str | None:
     """Returns the message that rank 0 prints at the first Ctrl-C."""
     if ranks.process.rank != 0:
         return None
-    what = "exiting after this iteration (no --save: nothing is saved)"
+    what = "exiting after this iteration without saving, because --save is not set"
     if config.checkpoint.save is not None:
         what = "saving and exiting after this iteration"
-    return f"interrupted: {what}; Ctrl-C again ends the run at once"
+    return f"interrupted: {what}; press Ctrl-C again to exit immediately"
 
 
 def _load_checkpoint(
@@ -240,8 +240,8 @@ def _load_checkpoint(
     logger.info("loaded %s from %s", what, checkpoint)
     if inputs.resumed is not None and weights_only:
         logger.warning(
-            "the optimizer starts with fresh state at iteration %d (--no-load-optim); leave the "
-            "flag out of later restarts, which would reset it again",
+            "the optimizer starts with fresh state at iteration %d (--no-load-optim); remove "
+            "the flag before the next restart, or the state is reset again",
             inputs.resumed.iteration + 1,
         )
 
@@ -306,7 +306,7 @@ def _log_implementations(llama: Llama, optimization: Optimization, peak_source: 
     for part, implementation in implementations.items():
         logger.info("%s: %s", part, implementation)
     logger.info(
-        "%s parameters in this process, %d pieces padded to %d rows",
+        "%s parameters in this process; vocabulary of %d tokens padded to %d rows",
         f"{llama.num_local_parameters():,}",
         llama.vocab_size,
         llama.padded_vocab_size,

@@ -70,7 +70,7 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
         parts = ["no errors, no findings"]
     if inputs.changes:
         changes = format_table(inputs.changes)
-        parts.append(f"settings that differ from the checkpoint's:\n{changes}")
+        parts.append(f"settings that differ from the checkpoint:\n{changes}")
     parts += [
         _describe_data(config, inputs, verbose=verbose),
         _describe_work(config, inputs, num_processes),
@@ -78,7 +78,7 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
     if verbose:
         parts.append("resolved configuration:\n" + config.to_yaml().rstrip())
     else:
-        parts.append("--verbose adds the resolved configuration")
+        parts.append("use --verbose to also print the resolved configuration")
     return "\n\n".join(parts)
 
 
@@ -115,13 +115,13 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
     shown = format_table(to_table(rows, inputs.blend))
     if len(rows) > _MAX_PLAN_ROWS and not verbose:
         shown = (
-            f"{len(rows)} rows are left out: --verbose shows them, and so does tools/plan_blend.py"
+            f"{len(rows)} rows are not shown; use --verbose or tools/plan_blend.py to print them"
         )
     sources: list[Row] = [
         {
             "source": source.name,
             "tokens": source.num_tokens,
-            "samples an epoch": source.num_samples,
+            "samples per epoch": source.num_samples,
             **_describe_packing(source.packing),
         }
         for source in inputs.sources
@@ -130,7 +130,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
     begin = "starts fresh"
     if inputs.resumed is not None:
         begin = (
-            f"resumes {inputs.checkpoint}, iteration {length.iteration:,} of "
+            f"resumes {inputs.checkpoint} at iteration {length.iteration:,} of "
             f"{length.last_iteration:,}, sample {length.consumed_samples:,} of "
             f"{length.num_samples:,}"
         )
@@ -148,9 +148,9 @@ def _describe_packing(packing: Packing | None) -> Row:
     if packing is None:
         return {}
     return {
-        "documents packed": len(packing.documents),
-        "of these cut": packing.num_truncated,
-        "left out, without loss tokens": packing.num_without_loss,
+        "packed documents": len(packing.documents),
+        "of these truncated": packing.num_truncated,
+        "skipped, no loss tokens": packing.num_without_loss,
     }
 
 
@@ -164,11 +164,14 @@ def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> 
         memory.append(_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=True))
     return (
         f"{num_parameters(config.model, inputs.vocab_size):,} parameters, {inputs.vocab_size:,} "
-        f"pieces padded to {rows:,} rows\n"
-        f"{num_processes} processes: {config.model_parallel_size} hold one copy of the model, "
+        f"tokens in the vocabulary, padded to {rows:,} rows\n{num_processes} processes: "
+        f"{config.model_parallel_size} per copy of the model, "
         f"{num_processes // config.model_parallel_size} copies\n"
         + "".join(memory)
-        + f"{flops / 1e9:.3f} GFLOP a token, {flops * tokens / num_processes:.3e} FLOP a process"
+        + (
+            f"{flops / 1e9:.3f} GFLOP per token, {flops * tokens / num_processes:.3e} FLOP per "
+            "process"
+        )
     )
 
 
@@ -178,8 +181,8 @@ def _describe_memory(
     memory = estimate_memory(config, vocab_size, num_processes, on_cpu=on_cpu)
     listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items())
     where = "on CPUs" if on_cpu else "on GPUs"
-    text = f"memory of the fullest process {where}: {memory.total / 2**30:.2f} GiB ({listing})\n"
+    text = f"memory of the largest process {where}: {memory.total / 2**30:.2f} GiB ({listing})\n"
     copy = saving_copy_bytes(config, vocab_size, num_processes)
     if copy and not on_cpu:
-        text += f"and of the host, a process's copy for its checkpoints: {copy / 2**30:.2f} GiB\n"
+        text += f"host memory per process for the checkpoint copy: {copy / 2**30:.2f} GiB\n"
     return text

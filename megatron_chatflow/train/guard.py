@@ -97,7 +97,7 @@ class Guard:
         if bad:
             return Verdict(f"the loss is not finite (source {', '.join(bad)})")
         if not math.isfinite(grad_norm):
-            return Verdict(f"the gradient's norm is {grad_norm}")
+            return Verdict(f"the gradient norm is {grad_norm}")
         num_tokens = sum(row[1] for row in source_sums)
         if not num_tokens:
             return Verdict(None, has_loss_tokens=False)
@@ -135,8 +135,8 @@ class Guard:
             self.skipped_no_loss_tokens += 1
             if self.skipped_no_loss_tokens == 1:
                 logger.warning(
-                    "samples %d to %d: no loss tokens; the update is skipped. Further such steps "
-                    "are counted as skipped_no_loss_tokens",
+                    "samples %d to %d: no loss tokens; the update is skipped. Further such "
+                    "steps are only counted, in skipped_no_loss_tokens",
                     begin,
                     end,
                 )
@@ -144,8 +144,8 @@ class Guard:
         where = f"samples {begin} to {end}: {verdict.problem}"
         if self._faults.on_nan == "stop":
             raise UserError(
-                f"{where}; the update was not made. Resume from the last checkpoint with a lower "
-                "--lr, or with --on-nan skip or rollback"
+                f"{where}; the update was not applied. Resume from the last checkpoint with a "
+                "lower --lr, or with --on-nan skip or rollback"
             )
         self._num_in_a_row += 1
         self.num_skipped += 1

@@ -145,8 +145,8 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         if not checkpoint.weights_only:
             if "samples_per_iteration" not in saved.schedule:
                 raise UserError(
-                    f"checkpoint.load: {checkpoint.folder} holds only weights, no run to resume; "
-                    "add --finetune"
+                    f"checkpoint.load: {checkpoint.folder} contains only weights and cannot be "
+                    "resumed; add --finetune to start a new run from them"
                 )
             check_same_seq_length(config, saved, checkpoint.folder)
             if grown is None:
@@ -202,13 +202,13 @@ def _weight_findings(config: RunConfig, checkpoint: InitialCheckpoint | None) ->
     settings = config.checkpoint
     if checkpoint is not None or settings.from_scratch:
         return []
-    why = "no weights are named"
+    why = "no initial weights are given"
     if settings.load is not None:
-        why = f"{settings.load} holds no checkpoint and no other weights are named"
+        why = f"{settings.load} contains no checkpoint and no other weights are given"
     return [
-        f"checkpoint: RANDOM WEIGHTS: {why}, so the model is trained from scratch; name the "
-        "weights to start from (--load-hf, --pretrained-checkpoint or --load), or give "
-        "--from-scratch if this is what you want"
+        f"checkpoint: RANDOM WEIGHTS: {why}, so the model is trained from scratch; set the "
+        "initial weights with --load-hf, --pretrained-checkpoint or --load, or confirm with "
+        "--from-scratch"
     ]
 
 
@@ -262,12 +262,12 @@ def _validation_findings(config: RunConfig, held_out: list[Source]) -> list[str]
     if not without:
         return []
     if len(without) == len(held_out):
-        what = "no source has held-out samples, so nothing is validated"
+        what = "no source has held-out samples, so validation is skipped"
     else:
-        what = f"no held-out samples of {', '.join(without)}, which validation leaves out"
+        what = f"{', '.join(without)} has no held-out samples and is not validated"
     every = config.data.holdout_every
     fix = "set data.holdout_every" if every is None else f"lower data.holdout_every ({every})"
-    return [f"train.eval_interval: {what}; give validation_paths or {fix}"]
+    return [f"train.eval_interval: {what}; set validation_paths or {fix}"]
 
 
 def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
@@ -308,7 +308,7 @@ def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
     if configured < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size: {configured} is below the {tokenizer.vocab_size} tokens of "
-            f"{config.tokenizer.tokenizer_model}; leave it out to take the tokenizer's"
+            f"{config.tokenizer.tokenizer_model}; remove the setting to use the tokenizer's size"
         )
     return configured
 
@@ -337,8 +337,8 @@ def _begins_with_bos(
     without = [name for name, found in sidecars.items() if not all(map(writes_bos, found))]
     if begins and without:
         logger.warning(
-            "data.sources: documents of %s do not start with BOS, but the model's texts do: "
-            "preprocess them with preprocess_data.py --append-bos",
+            "data.sources: the documents of %s do not start with BOS, but this model expects "
+            "it; preprocess them again with preprocess_data.py --append-bos",
             ", ".join(without),
         )
     return begins
@@ -390,15 +390,15 @@ def _growth(
     old = _old_tokenizer(config, checkpoint)
     if old is None:
         raise UserError(
-            f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer to compare a larger "
-            "one with; give the tokenizer of the weights as --old-tokenizer-model"
+            f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer, so the new tokens "
+            "cannot be determined; give the tokenizer of the weights with --old-tokenizer-model"
         )
     if old.fingerprint == tokenizer.fingerprint:
         return None  # already grown
     num_rows = int(saved.model["vocab_size"])
     growth = vocabulary_growth(old, tokenizer, max(num_rows, config.model.vocab_size or 0))
     logger.info(
-        "%d new tokens are initialized by %s: %d rows grow to %d",
+        "%d new tokens are initialized with %s; the embedding grows from %d to %d rows",
         *(len(growth.pieces), init, num_rows, growth.num_rows),
     )
     return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
@@ -414,7 +414,7 @@ def _old_tokenizer(config: RunConfig, checkpoint: InitialCheckpoint) -> Tokenize
     except UserError as error:
         reason = str(error).partition(";")[0]
         raise UserError(
-            f"tokenizer.old_tokenizer_model: {reason}; give the tokenizer of the weights as "
+            f"tokenizer.old_tokenizer_model: {reason}; give the tokenizer of the weights with "
             "--old-tokenizer-model"
         ) from None
 
@@ -435,14 +435,16 @@ def _check_same_tokens(
     old = _old_tokenizer(config, checkpoint) if is_known else None
     if old is None:
         logger.warning(
-            "%s names no tokenizer, so the tokenizer cannot be compared", checkpoint.folder
+            "%s does not record its tokenizer, so it cannot be compared with "
+            "tokenizer.tokenizer_model",
+            checkpoint.folder,
         )
         return
     growth = vocabulary_growth(old, tokenizer, old.vocab_size)
     if growth.pieces:
         raise UserError(
-            f"tokenizer.tokenizer_model: has {len(growth.pieces)} pieces more than that of "
-            f"{checkpoint.folder}; choose their initialization with --embedding-init"
+            f"tokenizer.tokenizer_model: has {len(growth.pieces)} more tokens than the tokenizer "
+            f"of {checkpoint.folder}; choose their initialization with --embedding-init"
         )
 
 

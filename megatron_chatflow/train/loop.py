@@ -296,8 +296,8 @@ def roll_back(run: Run, state: TrainState) -> None:
         checkpoint = run.saver.newest or checkpoint
     if checkpoint is None:
         raise UserError(
-            f"iteration {state.iteration}: --on-nan rollback finds no checkpoint of this run; "
-            "give --save and --save-interval, or use --on-nan skip"
+            f"iteration {state.iteration}: --on-nan rollback found no checkpoint of this run; "
+            "set --save and --save-interval, or use --on-nan skip"
         )
     optimization = run.optimization
     load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, run.ranks)
@@ -406,7 +406,7 @@ def ensure_saved(run: Run, state: TrainState) -> None:
     if run.saver.finish() != state.iteration:
         raise UserError(
             f"checkpoint.save: {run.config.checkpoint.save}: the last checkpoint could not be "
-            "written; free space and resume from the one before"
+            "written; free disk space and resume from the previous checkpoint"
         )
 
 

@@ -53,8 +53,8 @@ class FusedAdamW(torch.optim.Optimizer):
             adam_w_mode: Must be True.
             capturable: Must be False, because the step counter lies on the host.
         """
-        assert adam_w_mode, "weight decay is decoupled in this optimizer"
-        assert not capturable, "the optimizer's step cannot be captured in a CUDA graph"
+        assert adam_w_mode, "this optimizer only supports decoupled weight decay"
+        assert not capturable, "this optimizer does not support CUDA graph capture"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
         super().__init__(params, defaults)
 

@@ -70,12 +70,12 @@ def check_same_model(
         if name == "vocab_size" and isinstance(value, int) and value > int(saved or 0):
             raise UserError(
                 f"model.vocab_size: {value} here and {saved} in {checkpoint}; if the tokenizer "
-                "extends that of the weights, choose with --embedding-init how new rows start"
+                "extends the one of the weights, set --embedding-init to initialize the new rows"
             )
         if saved != value:
             raise UserError(
-                f"model.{name}: {value} here and {saved} in {checkpoint}; give "
-                "the model the checkpoint's shape"
+                f"model.{name}: {value} here and {saved} in {checkpoint}; use the checkpoint's "
+                "value"
             )
 
 
@@ -89,8 +89,8 @@ def check_same_data(
     """
     if resumed.tokenizer.get("sha256") != state.tokenizer["sha256"]:
         raise UserError(
-            f"tokenizer.tokenizer_model: is not the one that {checkpoint} was trained with; give "
-            "that one, or start from its weights alone with --finetune"
+            f"tokenizer.tokenizer_model: is not the tokenizer that {checkpoint} was trained "
+            "with; use that tokenizer, or start a new run from the weights with --finetune"
         )
     for name, found in state.sources.items():
         recorded = resumed.sources.get(name)
@@ -115,9 +115,9 @@ def _check_same_contents(
                 prefix = config.data.sources[name].paths[number]
                 path = dataset_files(prefix, with_loss_mask=True)[kind]
                 raise UserError(
-                    f"data.sources.{name}.paths[{number}]: {path}: does not hold what it held when "
-                    f"{at} was saved, though as many bytes; give the same files, or start from its "
-                    "weights alone with --finetune"
+                    f"data.sources.{name}.paths[{number}]: {path}: the size is unchanged, but "
+                    f"the content differs from when {at} was saved; restore the original file, "
+                    "or start a new run from the weights with --finetune"
                 )
 
 
@@ -133,10 +133,10 @@ def check_same_seq_length(config: RunConfig, resumed: RunState, checkpoint: Path
     other = next((one for one in recorded if one not in (None, length)), None)
     if other is not None:
         raise UserError(
-            f"data.seq_length: {length} here and {other} in {checkpoint}; a run keeps its sequence "
-            "length, because its samples and its schedule are counted by it. Give --seq-length "
-            f"{other}, or begin a new run of length {length} with these weights: --finetune and "
-            "another --save"
+            f"data.seq_length: {length} here and {other} in {checkpoint}; the sequence length of "
+            "a run cannot change, because samples and schedule are counted in it. Use "
+            f"--seq-length {other}, or start a new run of length {length} from these weights "
+            "with --finetune and another --save"
         )
 
 
@@ -144,26 +144,27 @@ def _difference(
     config: RunConfig, name: str, recorded: Mapping[str, Any], found: Mapping[str, Any], at: Path
 ) -> str:
     """Describes why a source's samples differ from the recorded ones, and what to do."""
-    way_out = "or start from its weights alone with --finetune"
+    way_out = "or start a new run from the weights with --finetune"
     path = f"data.sources.{name}"
     if recorded.get("packing") != found["packing"]:
         was, now = recorded.get("packing"), found["packing"]
         if was is not None and now is not None and was > ALGORITHM_VERSION:
             return (
-                f"{path}.packing: best_fit of version {now} here and {was} in {at}; resume with "
-                f"the version of this package that began the run, {way_out}"
+                f"{path}.packing: best_fit version {now} here and {was} in {at}; resume with the "
+                f"package version that started the run, {way_out}"
             )
         if was is None or now is None:
             was, now = ("none" if one is None else "best_fit" for one in (was, now))
-            return f"{path}.packing: {now} here and {was} in {at}; give {was}, {way_out}"
+            return f"{path}.packing: {now} here and {was} in {at}; set it to {was}, {way_out}"
     if recorded.get("holdout_every") != found["holdout_every"]:
         was, now = (
             "none" if one is None else str(one)
             for one in (recorded.get("holdout_every"), found["holdout_every"])
         )
         return (
-            f"data.holdout_every: {now} for {path} here and {was} in {at}, which decides what is "
-            f"trained on (validation_paths make it none); give what the run began with, {way_out}"
+            f"data.holdout_every: {now} for {path} here and {was} in {at}, which changes the "
+            "training documents (with validation_paths it is none); restore the setting the run "
+            f"started with, {way_out}"
         )
     if recorded.get("split") != found.get("split"):
         was, now = (
@@ -171,42 +172,48 @@ def _difference(
             for one in (recorded.get("split"), found.get("split"))
         )
         return (
-            f"data.split: {now} (in percent) for {path} here and {was} in {at}, which decides what "
-            f"is trained on; give what the run began with, {way_out}"
+            f"data.split: {now} (in percent) for {path} here and {was} in {at}, which changes "
+            f"the training documents; restore the setting the run started with, {way_out}"
         )
     before, after = recorded.get("datasets") or [], found["datasets"]
     paths = config.data.sources[name].paths
     if before == after:
         if recorded.get("loss_masks") != found.get("loss_masks"):
             return (
-                f"{path}.loss: packing leaves out documents without loss tokens, which are not the "
-                f"same here as in {at}; give the loss and the loss masks that the run began with, "
+                f"{path}.loss: packing skips documents without loss tokens, and these differ "
+                f"from {at}; restore the loss setting and the loss masks the run started with, "
                 f"{way_out}"
             )
         return (
-            f"{path}: its {found['num_samples']} samples here were {recorded.get('num_samples')} "
-            f"in {at}; resume with the version of this package that began the run, {way_out}"
+            f"{path}: has {found['num_samples']} samples here and {recorded.get('num_samples')} "
+            f"in {at}; resume with the package version that started the run, {way_out}"
         )
     if len(before) != len(after):
         what = f"lists {len(after)} datasets here and {len(before)} in {at}"
-        return f"{path}.paths: {what}; give the same ones, or put new data into a new source"
+        return f"{path}.paths: {what}; use the same datasets, and put new data into a new source"
     if sorted(map(str, before)) == sorted(map(str, after)):
-        return f"{path}.paths: lists the datasets of {at} in another order; give that of before"
+        return (
+            f"{path}.paths: lists the datasets of {at} in another order; restore the original order"
+        )
     number = next(n for n, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
     was, now = before[number], after[number]
     place = f"{path}.paths[{number}]: {paths[number]}"
     sizes = ("num_documents", "num_tokens")
     if ("sha256" in was) != ("sha256" in now) and all(was.get(k) == now.get(k) for k in sizes):
-        change = "has no .json beside it, and had one" if "sha256" in was else "has got a .json"
-        verb = "put it back" if "sha256" in was else "take it away"
+        change = (
+            "no longer has a .json file, but had one"
+            if "sha256" in was
+            else "now has a .json file, but had none"
+        )
+        verb = "restore the file" if "sha256" in was else "remove the file"
         return (
-            f"{place} {change} when {at} was saved, so that nothing shows whether it is the same "
-            f"data; {verb}, {way_out}"
+            f"{place} {change} when {at} was saved, so the data cannot be verified to be the "
+            f"same; {verb}, {way_out}"
         )
     return (
         f"{place} is not the data that {at} was trained on ({was.get('num_documents')} documents "
-        f"and {was.get('num_tokens')} tokens there, {now.get('num_documents')} and "
-        f"{now.get('num_tokens')} here); give the same files, {way_out}"
+        f"and {was.get('num_tokens')} tokens in the checkpoint, {now.get('num_documents')} and "
+        f"{now.get('num_tokens')} here); use the same files, {way_out}"
     )
 
 
@@ -244,7 +251,9 @@ def data_seeds(
         train = recorded_settings(checkpoint).get("train")
         first = train.get("seed") if isinstance(train, Mapping) else None
         if type(first) is not int:
-            logger.warning("%s names no seed, so the seed cannot be compared", checkpoint)
+            logger.warning(
+                "%s does not record a seed, so it cannot be compared with train.seed", checkpoint
+            )
             first = seed
         recorded = {name: [[0, first]] for name in resumed.sources}
     counts = blend.counts(resumed.consumed_samples).tolist()
@@ -256,10 +265,10 @@ def data_seeds(
         # A source without drawn samples has no order to keep.
         if count and not config.train.new_data_seed:
             raise UserError(
-                f"train.seed: {seed} here and {history[-1][1]} in {checkpoint}; in another order "
-                f"the current epoch of {source.name} would repeat some documents and leave others "
-                f"out. Give --seed {history[-1][1]}, or --new-data-seed to take the new seed from "
-                "each source's next epoch on"
+                f"train.seed: {seed} here and {history[-1][1]} in {checkpoint}; a new order "
+                f"would repeat some documents of {source.name} and skip others in the current "
+                f"epoch. Use --seed {history[-1][1]}, or --new-data-seed to apply the new seed "
+                "from the next epoch of each source"
             )
         epoch = -(-count // max(source.num_samples, 1))
         kept = [pair for pair in history if pair[0] < epoch]
@@ -284,7 +293,7 @@ def changed_settings(
     """
     recorded = recorded_settings(checkpoint)
     if not recorded:
-        logger.warning("%s has no config.yaml: settings cannot be compared", checkpoint)
+        logger.warning("%s has no config.yaml, so settings cannot be compared", checkpoint)
         return []
     was, now = _flat(recorded), _flat(config.to_dict())
     names = [
@@ -305,7 +314,7 @@ def changed_settings(
         rows.append(_row(key, *shown, consequences.of(key)))
     for source in sorted(names[1] - names[0]):
         draw = blend.first_draw(blend.sources.index(source), 0)
-        what = "is not drawn from" if draw is None else f"first drawn from at sample {draw:,}"
+        what = "never drawn from" if draw is None else f"first drawn from at sample {draw:,}"
         rows.append(_row(f"data.sources.{source}", "-", "added", what))
     rows += [_row(f"data.sources.{name}", "there", "-", "") for name in sorted(names[0] - names[1])]
     return rows
@@ -349,25 +358,25 @@ class _Consequences:
             self._rate = ""
         if key in ("train.global_batch_size", "train.eval_iters") and train.eval_interval:
             samples = train.eval_iters * train.global_batch_size
-            parts.append(f"a validation reads up to {samples:,} samples of a source")
+            parts.append(f"validation reads up to {samples:,} samples per source")
         if key == "data.schedule":
             edit = self._blend.edit
             parts.append("the same weights" if edit is None else f"edited at sample {edit.begin:,}")
         if key == "train.seed":
-            parts.append("sources take it from their next epoch on")
+            parts.append("applies from the next epoch of each source")
         if key.startswith("data.sources."):
             field = key.rpartition(".")[2]
             texts = {
                 "paths": "the same data",
-                "validation_paths": "validation losses are of other samples",
-                "loss": "other tokens count in the loss from here on",
-                "boundaries": "attention sees other tokens from here on",
+                "validation_paths": "validation uses other samples",
+                "loss": "other tokens count in the loss from now on",
+                "boundaries": "attention sees other tokens from now on",
             }
             parts += [texts[field]] if field in texts else []
         if key == "tokenizer.tokenizer_model":
             parts.append("the same tokenizer")
         if key == "train.bf16":
-            parts.append("losses change by rounding")
+            parts.append("losses change by rounding errors")
         return "; ".join(parts)
 
     def _learning_rate(self, resumed: RunState) -> str:
@@ -388,7 +397,7 @@ class _Consequences:
             return f"learning rate of iteration {place[0] + 1:,}: {now:.4g} instead of {was:.4g}"
         if (before.lr_decay, before.counts_samples) != (length.lr_decay, length.counts_samples):
             unit = "sample" if length.counts_samples else "iteration"
-            return f"the learning rate's decay ends at {unit} {length.lr_decay:,}"
+            return f"learning rate decay ends at {unit} {length.lr_decay:,}"
         return ""
 
 

@@ -67,7 +67,7 @@ class RunFolder:
                 os.close(self._descriptor)
                 raise UserError(
                     f"checkpoint.save: {folder}: another run ({owner or 'unknown'}) is writing "
-                    "there; stop it, or give this run another --save"
+                    "to this folder; stop it, or use another --save"
                 )
             time.sleep(0.1)
         with contextlib.suppress(OSError):  # on a full disk the lock has no owner's name
@@ -82,8 +82,8 @@ class RunFolder:
             return False
         except OSError as error:  # a file system without locks
             logger.warning(
-                "checkpoint.save: no locks there (%s); a second run in the same folder will not be "
-                "noticed",
+                "checkpoint.save: the file system does not support locks (%s); a second run in "
+                "the same folder will not be detected",
                 error.strerror,
             )
         return True
@@ -115,7 +115,8 @@ def open_run_folder(
         return [], Downtime()
     if config.logging.wandb_project is not None and find_spec("wandb") is None:
         raise LocalError(
-            "logging.wandb_project: wandb is not installed; pip install wandb, or leave it out"
+            "logging.wandb_project: wandb is not installed; run pip install wandb, or "
+            "remove this setting"
         )
     iteration = length.iteration
     makers: list[Callable[[], Callback]] = [
@@ -166,7 +167,7 @@ def _record_restart(
     delete_restarts(folder)
     if truncation.last_dropped is not None:
         logger.warning(
-            "%s: the iterations of a run that left no checkpoint are dropped, up to %s",
+            "%s: removed the iterations up to %s of an earlier run that left no checkpoint",
             folder / METRICS_FILE,
             truncation.last_dropped["iteration"],
         )

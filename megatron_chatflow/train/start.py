@@ -65,21 +65,23 @@ def find_initial_checkpoint(config: RunConfig) -> InitialCheckpoint | None:
             return InitialCheckpoint(checkpoint, "load", weights_only=settings.finetune)
         if settings.finetune:
             raise UserError(
-                f"checkpoint.load: {settings.load} holds no checkpoint, and --finetune needs its "
-                "weights; name a run's folder or one of its iter_ folders"
+                f"checkpoint.load: {settings.load} contains no checkpoint, but --finetune needs "
+                "its weights; give the folder of a run or one of its iter_ folders"
             )
     if settings.pretrained_checkpoint is not None:
         checkpoint = resolve_checkpoint(Path(settings.pretrained_checkpoint))
         if checkpoint is None:
             raise UserError(
-                f"checkpoint.pretrained_checkpoint: {settings.pretrained_checkpoint} holds no "
-                "checkpoint; name a run's folder or one of its iter_ folders"
+                f"checkpoint.pretrained_checkpoint: {settings.pretrained_checkpoint} contains no "
+                "checkpoint; give the folder of a run or one of its iter_ folders"
             )
         return InitialCheckpoint(checkpoint, "pretrained_checkpoint", weights_only=True)
     if settings.load_hf is not None:
         return InitialCheckpoint(Path(settings.load_hf), "load_hf", weights_only=True)
     if settings.load is not None:
-        logger.warning("checkpoint.load: %s holds no checkpoint: starting fresh", settings.load)
+        logger.warning(
+            "checkpoint.load: %s contains no checkpoint; starting from scratch", settings.load
+        )
     return None
 
 
@@ -101,8 +103,8 @@ def check_save_folder(settings: CheckpointConfig, checkpoint: InitialCheckpoint 
         return
     if has_latest or any(is_iteration_folder(path) for path in save.glob("iter_*")):
         raise UserError(
-            f"checkpoint.save: {settings.save} holds another run's checkpoints, which this one "
-            f"would replace; resume that run with --load {settings.save}, or give this run another "
+            f"checkpoint.save: {settings.save} contains checkpoints of another run, which this "
+            f"run would overwrite; resume that run with --load {settings.save}, or use another "
             "--save"
         )
 
@@ -148,7 +150,7 @@ def _choice(own: InitialCheckpoint | None, problem: str) -> _Choice:
     if problem:
         return _Choice(problem, problem=True)
     if own is None:
-        return _Choice("sees no checkpoint and would start fresh")
+        return _Choice("found no checkpoint and would start from scratch")
     try:
         what = identity(own.folder, is_huggingface=own.is_huggingface)
     except (UserError, OSError):
@@ -161,10 +163,10 @@ def _look_for(
 ) -> tuple[InitialCheckpoint | None, str | None]:
     """Returns rank 0's choice as this rank sees it, and what differs if anything does."""
     if choice.option is None:
-        return None, problem or (None if own is None else f"sees {own.folder}")
+        return None, problem or (None if own is None else f"found {own.folder}")
     named = getattr(config.checkpoint, choice.option)
     if named is None:
-        return None, f"is not given --{choice.option.replace('_', '-')}"
+        return None, f"started without --{choice.option.replace('_', '-')}"
     folder = Path(named)
     is_huggingface = choice.option == "load_hf"
     if not is_huggingface and not is_iteration_folder(folder):
@@ -182,14 +184,14 @@ def _look_for(
 def _find_mismatch(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str | None:
     """Returns what is wrong with this rank's folder; None if it holds rank 0's choice."""
     if not folder.is_dir():
-        return f"sees no {folder}"
+        return f"found no {folder}"
     if not choice.identity:
         return None
     try:
         what = identity(folder, is_huggingface=is_huggingface)
     except (UserError, OSError) as error:
-        return f"cannot read it ({error})"
-    return None if what == choice.identity else f"sees another checkpoint as {folder}"
+        return f"could not read it ({error})"
+    return None if what == choice.identity else f"found a different checkpoint at {folder}"
 
 
 def _raise_if_ranks_differ(choice: _Choice, mismatches: list[str | None]) -> None:
@@ -203,6 +205,6 @@ def _raise_if_ranks_differ(choice: _Choice, mismatches: list[str | None]) -> Non
     option = choice.option or "load"
     raise UserError(
         f"checkpoint.{option}: the ranks would start from different checkpoints: rank 0 "
-        f"{choice.text}; {listing}; name a folder that every node sees, or copy the whole "
+        f"{choice.text}; {listing}; use a folder that every node can read, or copy the whole "
         "checkpoint to each node"
     )

@@ -155,7 +155,7 @@ def test_a_new_seed_keeps_the_order_of_the_epoch(tiny_run: TinyRun, tmp_path: Pa
     assert "train.seed: 8 here and 7 in" in output
     output = jobs.run(jobs.pretrain(*run, "--seed", 7, "--lr", "1e-3", "--eval-iters", 2))
     assert re.search(r"optimizer\.lr +0\.003 +0\.001", output)
-    assert re.search(r"train\.eval_iters +1 +2 +a validation reads up to 16 samples", output)
+    assert re.search(r"train\.eval_iters +1 +2 +validation reads up to 16 samples", output)
     assert output.count("settings that differ") == 1
 
 

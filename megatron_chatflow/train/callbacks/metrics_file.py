@@ -68,7 +68,7 @@ def truncate_metrics(path: Path, iteration: int) -> Truncation:
         fsync_path(path)
     else:
         write_unless_disk_full(
-            path, whole.decode(errors="replace"), otherwise="some iterations stand in it twice"
+            path, whole.decode(errors="replace"), otherwise="some iterations are listed twice in it"
         )
     return Truncation(last_kept, first_dropped, last_dropped)
 

@@ -36,8 +36,9 @@ class ProfilerWindow(Callback):
             raise UserError("logging.profile: NVTX ranges need CUDA; add --use-pytorch-profiler")
         if settings.profile and max(settings.profile_ranks) >= ranks.process.world_size:
             raise UserError(
-                f"logging.profile_ranks: {max(settings.profile_ranks)} is not below the number of "
-                f"processes {ranks.process.world_size}"
+                f"logging.profile_ranks: {max(settings.profile_ranks)} is not a rank of this "
+                f"run, which has {ranks.process.world_size} processes; use ranks from 0 to "
+                f"{ranks.process.world_size - 1}"
             )
         is_chosen = settings.profile and ranks.process.rank in settings.profile_ranks
         self._window = (settings.profile_step_start, settings.profile_step_end)
@@ -59,7 +60,7 @@ class ProfilerWindow(Callback):
             try:
                 self._start(self._running, iteration)
             except Exception as error:
-                logger.warning("the profiler cannot be started: %s", error)
+                logger.warning("the profiler could not be started: %s", error)
                 self.close()
 
     def close(self) -> None:
@@ -70,7 +71,7 @@ class ProfilerWindow(Callback):
         try:
             running.close()
         except Exception as error:
-            logger.warning("the profile of rank %d is lost: %s", self._rank, error)
+            logger.warning("the profile of rank %d could not be written: %s", self._rank, error)
 
     def _start(self, running: ExitStack, iteration: int) -> None:
         if self._folder is None:
@@ -100,4 +101,4 @@ def _write(recorder: profile, path: Path) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    logger.info("wrote the profile %s", path)
+    logger.info("wrote profile %s", path)

@@ -187,7 +187,7 @@ class StragglerDetector(Callback):
         try:
             return [float(value) for value in self._detector.elapsed()[2:]]
         except Exception as error:
-            logger.warning("megatron-core's straggler detector: %s", error)
+            logger.warning("megatron-core's straggler detector failed: %s", error)
             return [math.nan] * len(READINGS)
 
 
@@ -226,8 +226,8 @@ def _core_detector(ranks: Ranks) -> Any | None:
     able = torch.tensor(int(ranks.is_cuda and has_nvml), device=ranks.device)
     torch.distributed.all_reduce(able, op=torch.distributed.ReduceOp.MIN)
     if not able.item():
-        why = "pynvml is not on every node" if ranks.is_cuda else "it needs CUDA"
-        logger.info("stragglers: without megatron-core's detector (%s)", why)
+        why = "pynvml is not installed on every node" if ranks.is_cuda else "it needs CUDA"
+        logger.info("stragglers: megatron-core's detector is not used (%s)", why)
         return None
     from megatron.core.utils import StragglerDetector
 

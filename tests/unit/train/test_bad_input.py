@@ -199,7 +199,7 @@ def test_checkpoint_of_other_data(make_config, tiny_run: TinyRun, tmp_path: Path
     other = str(tiny_run.folder / "second_text_document")
     _refused(
         r"data\.sources\.first\.paths\[0\]: .*second_text_document is not the data that .* \(400 "
-        r"documents and \d+ tokens there, 300 and \d+ here\)",
+        r"documents and \d+ tokens in the checkpoint, 300 and \d+ here\)",
         make_config,
         data__sources__first__paths=[other],
         checkpoint__load=str(tmp_path),
@@ -231,8 +231,8 @@ def test_checkpoint_of_the_same_data_in_another_order(
     [
         (
             {"data__seq_length": 32},
-            r"data\.seq_length: 32 here and 64 in .*iter_0000005; .* Give --seq-length 64, or "
-            r"begin a new run of length 32 with these weights: --finetune and another --save",
+            r"data\.seq_length: 32 here and 64 in .*iter_0000005; .* Use --seq-length 64, or "
+            r"start a new run of length 32 from these weights with --finetune and another --save",
         ),
         (
             {"data__holdout_every": 40},
@@ -248,7 +248,7 @@ def test_checkpoint_of_the_same_data_in_another_order(
         ),
         (
             {"data__sources__second__packing": "none"},
-            r"data\.sources\.second\.packing: none here and best_fit in .*; give best_fit",
+            r"data\.sources\.second\.packing: none here and best_fit in .*; set it to best_fit",
         ),
     ],
     ids=["sequence length", "holdout", "validation paths", "split for holdout", "packing"],
@@ -312,7 +312,7 @@ def test_packing_without_loss_tokens_on_resume(make_config, tmp_path: Path) -> N
     inputs = open_inputs(make_config(checkpoint__load=str(tmp_path / "response"), **response))
     assert len(inputs.sources[1].packing.documents) == 4
     _refused(
-        r"data\.sources\.second\.loss: packing leaves out documents without loss tokens",
+        r"data\.sources\.second\.loss: packing skips documents without loss tokens",
         make_config,
         checkpoint__load=str(tmp_path / "response"),
         **every,
@@ -347,11 +347,13 @@ def test_a_json_that_came_or_went_is_named(make_config, tiny_run: TinyRun, tmp_p
     write_checkpoint_state(make_config(**data), tmp_path / "with")
     Path(f"{prefix}.json").unlink()
     load = {"checkpoint__load": str(tmp_path / "with")}
-    _refused(r"paths\[0\]: .* has no \.json beside it, and had one", make_config, **data, **load)
+    _refused(
+        r"paths\[0\]: .* no longer has a \.json file, but had one", make_config, **data, **load
+    )
     write_checkpoint_state(make_config(**data), tmp_path / "without")
     _write_sidecar(prefix, load_tokenizer(tiny_run.tokenizer_model).fingerprint)
     load = {"checkpoint__load": str(tmp_path / "without")}
-    _refused(r"paths\[0\]: .* has got a \.json .*take it away", make_config, **data, **load)
+    _refused(r"paths\[0\]: .* now has a \.json file.*remove the file", make_config, **data, **load)
 
 
 def test_checkpoint_of_another_tokenizer(make_config, tmp_path: Path) -> None:
@@ -359,7 +361,7 @@ def test_checkpoint_of_another_tokenizer(make_config, tmp_path: Path) -> None:
     other = train_tokenizer(tmp_path / "other.model")
     other.write_bytes(other.read_bytes() + b"\x2a\x00")  # an empty field: the same pieces
     _refused(
-        r"tokenizer\.tokenizer_model: is not the one",
+        r"tokenizer\.tokenizer_model: is not the tokenizer that",
         make_config,
         tokenizer__tokenizer_model=str(other),
         checkpoint__load=str(tmp_path / "run"),
@@ -421,12 +423,12 @@ def test_load_of_a_folder_without_a_checkpoint_starts_fresh(
 ) -> None:
     inputs = open_inputs(make_config(checkpoint__load=str(tmp_path / "nothing")))
     assert inputs.resumed is None
-    assert re.search("holds no checkpoint: starting fresh", caplog.text)
+    assert re.search("contains no checkpoint; starting from scratch", caplog.text)
 
 
 def test_finetune_needs_a_checkpoint(make_config, tmp_path: Path) -> None:
     _refused(
-        r"checkpoint\.load: .*holds no checkpoint",
+        r"checkpoint\.load: .*contains no checkpoint",
         make_config,
         checkpoint__load=str(tmp_path),
         checkpoint__finetune=True,
@@ -452,7 +454,7 @@ def test_pretrained_weights_serve_until_the_run_has_a_checkpoint(
 
 def test_pretrained_weights_have_to_be_there(make_config, tmp_path: Path) -> None:
     _refused(
-        r"checkpoint\.pretrained_checkpoint: .*holds no checkpoint",
+        r"checkpoint\.pretrained_checkpoint: .*contains no checkpoint",
         make_config,
         checkpoint__pretrained_checkpoint=str(tmp_path),
     )
@@ -461,7 +463,7 @@ def test_pretrained_weights_have_to_be_there(make_config, tmp_path: Path) -> Non
 def test_imported_weights_are_no_run_to_resume(make_config, tmp_path: Path) -> None:
     _checkpoint(make_config, tmp_path, schedule={})
     _refused(
-        "holds only weights, no run to resume; add --finetune",
+        "contains only weights and cannot be resumed; add --finetune",
         make_config,
         checkpoint__load=str(tmp_path),
     )

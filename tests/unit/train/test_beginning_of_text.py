@@ -18,7 +18,7 @@ from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 from megatron_chatflow.train.inputs import RunInputs, open_inputs
 
-WARNING = "do not begin with BOS, but the model's texts do"
+WARNING = "do not start with BOS, but this model expects it"
 
 
 @pytest.fixture(scope="module")

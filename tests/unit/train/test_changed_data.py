@@ -115,7 +115,7 @@ def test_a_resume_compares_with_the_checkpoint(
     assert open_inputs(make_config(**uses(chats, loss="all"), **load)).resumed is not None
     swap_halves(f"{loss_mask_prefix(chats)}.bin" if "mask" in name else f"{chats}.bin")
     open_inputs(config)  # a fresh start has nothing to compare them with
-    message = r"data\.sources\.first\.paths\[0\]: .*(does not hold what it held|is not the data)"
+    message = r"data\.sources\.first\.paths\[0\]: .*(the content differs from when|is not the data)"
     with pytest.raises(UserError, match=message) as caught:
         open_inputs(make_config(**uses(chats), **load))
     assert "--finetune" in str(caught.value) and "\n" not in str(caught.value)

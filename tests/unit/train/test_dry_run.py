@@ -27,13 +27,13 @@ def test_it_shows_configuration_blend_epochs_and_sizes(make_config) -> None:
     assert "resolved configuration:\nmodel:" in text
     assert "10 iterations of 8 samples of 64 tokens; starts fresh" in text
     assert "0 to 64" in text and "64 to 80" in text
-    assert "600 pieces padded to 640 rows" in text
+    assert "600 tokens in the vocabulary, padded to 640 rows" in text
     assert "1 processes" in text
 
 
 def test_more_processes_are_more_copies(make_config) -> None:
     text = dry_run(make_config(parallel__tensor_model_parallel_size=2), world_size=8)
-    assert "8 processes: 2 hold one copy of the model, 4 copies" in text
+    assert "8 processes: 2 per copy of the model, 4 copies" in text
 
 
 def test_a_world_that_does_not_fit_is_refused(make_config) -> None:
@@ -46,11 +46,11 @@ def test_a_world_that_does_not_fit_is_refused(make_config) -> None:
     [
         (
             {"train__train_iters": 10},
-            "5 iterations of 16 samples of 64 tokens; .*, iteration 5 of 10, sample 40 of 120\n",
+            "5 iterations of 16 samples of 64 tokens; .* at iteration 5 of 10, sample 40 of 120\n",
         ),
         (
             {"train__train_iters": None, "train__train_samples": 80},
-            "2 iterations of 16 samples of 64 tokens; .*, iteration 5 of 7, sample 40 of 72\n",
+            "2 iterations of 16 samples of 64 tokens; .* at iteration 5 of 7, sample 40 of 72\n",
         ),
     ],
     ids=["train_iters", "train_samples"],
@@ -86,7 +86,9 @@ def test_every_error_and_every_warning_is_told(make_config, tmp_path: Path) -> N
     assert "; (2) data.sources.second.max_epochs: " in text
     text = dry_run(make_config(checkpoint__load=str(tmp_path)))
     findings, _, summary = text.partition("\n\n")
-    assert f"  - checkpoint.load: {tmp_path} holds no checkpoint: starting fresh" in findings
+    assert (
+        f"  - checkpoint.load: {tmp_path} contains no checkpoint; starting from scratch" in findings
+    )
     assert summary.startswith("10 iterations of ")
 
 
@@ -104,7 +106,7 @@ def test_a_long_plan_is_left_out(make_config) -> None:
     weights = {"first": 1, "second": 1}
     knots = [{"at": at, "weights": weights} for at in range(15)]
     config = make_config(data__schedule={"knots": knots})
-    assert "30 rows are left out" in dry_run(config)
+    assert "30 rows are not shown" in dry_run(config)
     assert "14 to 80" in dry_run(config, verbose=True)
 
 
@@ -141,9 +143,9 @@ def test_packed_documents_are_counted(make_config, tiny_run: TinyRun, tmp_path: 
     )
     [header, _, _, row] = text[text.index("source  tokens") :].splitlines()[:4]
     assert header.split("  ")[-3:] == [
-        "documents packed",
-        "of these cut",
-        "left out, without loss tokens",
+        "packed documents",
+        "of these truncated",
+        "skipped, no loss tokens",
     ]
     assert row.split()[0] == "second" and row.split()[-3:] == ["2", "1", "1"]
 
@@ -157,20 +159,20 @@ def test_a_validation_without_data_is_a_finding(make_config, tiny_run: TinyRun) 
 
     assert findings() == []
     assert findings(data__holdout_every=None) == [
-        "train.eval_interval: no source has held-out samples, so nothing is validated; give "
+        "train.eval_interval: no source has held-out samples, so validation is skipped; set "
         "validation_paths or set data.holdout_every"
     ]
     assert findings(data__holdout_every=None, train__eval_interval=None) == []
     assert findings(data__holdout_every=None, train__eval_iters=0) == []
     # The second source has 300 documents, the first 400.
     assert findings(data__holdout_every=350) == [
-        "train.eval_interval: no held-out samples of second, which validation leaves out; give "
+        "train.eval_interval: second has no held-out samples and is not validated; set "
         "validation_paths or lower data.holdout_every (350)"
     ]
     paths = [str(tiny_run.folder / "first_text_document")]
     changes = {"data__holdout_every": None, "data__sources__first__validation_paths": paths}
     (finding,) = findings(**changes)
-    assert "no held-out samples of second" in finding
+    assert "second has no held-out samples" in finding
     assert open_inputs(make_config(train__eval_iters=0)).validation_sources == []
 
 
@@ -196,4 +198,4 @@ def test_the_command_line_needs_no_process_group(tiny_run: TinyRun) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "4 processes: 1 hold one copy of the model, 4 copies" in result.stdout
+    assert "4 processes: 1 per copy of the model, 4 copies" in result.stdout

@@ -52,7 +52,7 @@ def test_another_seed_is_taken_from_the_next_epoch_on(make_config, tmp_path: Pat
         # Each epoch contains every sample once.
         assert sorted(now.ordinals(epochs[1])) == sorted(epochs[0])
     assert _changes(after) == {
-        "train.seed": ("1234", "7", "sources take it from their next epoch on")
+        "train.seed": ("1234", "7", "applies from the next epoch of each source")
     }
 
 
@@ -119,7 +119,7 @@ def test_checkpoints_of_earlier_versions(
         with caplog.at_level(logging.WARNING):
             inputs = _resume(make_config, tmp_path, train__seed=7)
         assert inputs.state.data_seeds["first"] == [[0, 7]]
-        assert "names no seed" in caplog.text and "has no config.yaml" in caplog.text
+        assert "does not record a seed" in caplog.text and "has no config.yaml" in caplog.text
 
 
 def test_nothing_is_listed_where_nothing_changed(make_config, tmp_path: Path) -> None:
@@ -157,13 +157,13 @@ def test_every_changed_setting_is_listed_with_its_consequence(make_config, tmp_p
         "train.global_batch_size": (
             "8",
             "16",
-            "a validation reads up to 16 samples of a source",
+            "validation reads up to 16 samples per source",
         ),
         "train.eval_interval": ("5", "2", ""),
         "data.sources.first.boundaries": (
             "ignore",
             "isolate",
-            "attention sees other tokens from here on",
+            "attention sees other tokens from now on",
         ),
         "checkpoint.save": ("-", inputs.changes[-1]["now"], ""),
     }

@@ -104,7 +104,7 @@ def _window(make_config, *, is_cuda: bool = False, **logging_section: object) ->
 def test_profiles_that_cannot_be_made_are_refused(make_config) -> None:
     with pytest.raises(UserError, match="NVTX ranges need CUDA"):
         _window(make_config, profile=True)
-    with pytest.raises(UserError, match=r"profile_ranks: 2 is not below"):
+    with pytest.raises(UserError, match=r"profile_ranks: 2 is not a rank of this run"):
         _window(make_config, profile=True, use_pytorch_profiler=True, profile_ranks=[0, 2])
     with pytest.raises(UserError, match=r"profile_step_start: 5 is not below"):
         _window(make_config, profile=True, profile_step_start=5, profile_step_end=5)
