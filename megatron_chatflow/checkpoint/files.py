@@ -66,13 +66,14 @@ def latest_iteration(root: Path) -> int | None:
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise UserError(
-            f"{path}: {text[:40]!r} is not an iteration; write an iteration's number there"
+            f"{path}: {text[:40]!r} is not an iteration number; write the number of an "
+            "existing checkpoint"
         )
     iteration = int(text)
     if not iteration_folder(root, iteration).is_dir():
         raise UserError(
-            f"{path}: names iteration {iteration}, and {iteration_folder(root, iteration)} is not "
-            "there; write the number of an existing checkpoint"
+            f"{path}: names iteration {iteration}, but {iteration_folder(root, iteration)} does "
+            "not exist; write the number of an existing checkpoint"
         )
     return iteration
 
@@ -133,11 +134,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{checkpoint}: has no state.json and so is no checkpoint") from None
+        raise UserError(f"{checkpoint}: is not a checkpoint (no state.json)") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); load another checkpoint") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path}: is damaged (no object); load another checkpoint")
+        raise UserError(f"{path}: is damaged (not a JSON object); load another checkpoint")
     return state
 
 
@@ -165,7 +166,7 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["algorithm"] != ALGORITHM:
-            raise ValueError("hashes of another kind")
+            raise ValueError("unsupported hash algorithm")
         return {name: _entry(name, entry) for name, entry in content["files"].items()}
     except FileNotFoundError:
         raise UserError(
@@ -181,10 +182,10 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
 def _entry(name: str, entry: Any) -> FileHash:
     parts = name.split("/")
     if "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"{name!r} is no file of the folder")
+        raise ValueError(f"{name!r} is not a file name within the folder")
     num_bytes, digest = entry["bytes"], entry["digest"]
     if type(num_bytes) is not int or not _HEXADECIMAL.fullmatch(digest):
-        raise ValueError(f"no hash of {name}")
+        raise ValueError(f"invalid hash of {name}")
     return FileHash(num_bytes, digest)
 
 
@@ -219,12 +220,14 @@ def find_damage(
             size = path.stat().st_size
             if size != recorded[name].num_bytes:
                 found.append(
-                    f"{name} has {size} bytes, not {recorded[name].num_bytes} as {MANIFEST} says"
+                    f"{name} has {size} bytes, but {MANIFEST} records {recorded[name].num_bytes}"
                 )
             elif hash_file(path) != recorded[name]:
-                found.append(f"{name} is not what was saved (its hash is not that of {MANIFEST})")
+                found.append(
+                    f"{name} has changed since it was saved (its hash differs from {MANIFEST})"
+                )
         except FileNotFoundError:
-            found.append(f"{name} is missing, and {MANIFEST} names it")
+            found.append(f"{name} is missing, but listed in {MANIFEST}")
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
     return found
@@ -264,13 +267,16 @@ def identity(folder: Path, *, is_huggingface: bool = False) -> str:
             size = path.stat().st_size if path.is_file() else None
             if size != file.num_bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"{path}: {found}, and {MANIFEST} says {file.num_bytes} bytes")
+                raise UserError(
+                    f"{path}: {found}, but {MANIFEST} records {file.num_bytes} bytes; use "
+                    "another checkpoint"
+                )
             digest.update(f"{name} {file.num_bytes} {file.digest}\n".encode())
         return digest.hexdigest()
     patterns = _HUGGINGFACE_FILES if is_huggingface else ("*", ".metadata")
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     if not paths:
-        raise UserError(f"{folder}: is not a folder with a checkpoint")
+        raise UserError(f"{folder}: contains no checkpoint")
     for path in sorted(paths):
         digest.update(f"{path.name} {sampled_hash(path)}\n".encode())
     return digest.hexdigest()

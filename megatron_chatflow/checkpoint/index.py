@@ -75,22 +75,22 @@ def coverage_fault(size: Sequence[int], boxes: Iterable[Box]) -> str | None:
     filled: list[Box] = []
     for offsets, sizes in boxes:
         if not len(offsets) == len(sizes) == len(size):
-            return "has a chunk with another number of axes"
+            return "has a chunk with a different number of dimensions"
         for offset, length, limit in zip(offsets, sizes, size, strict=True):
             if offset < 0 or length < 0 or offset + length > limit:
-                return "has a chunk outside of its shape"
+                return "has a chunk outside its shape"
         num_values = math.prod(sizes)
         if num_values:
             held += num_values
             filled.append((offsets, sizes))
     num_values = math.prod(size)
     if held != num_values:
-        return f"has {num_values} values, of which its chunks hold {held}"
+        return f"has {num_values} values, but its chunks contain {held}"
     if len(filled) <= 1:
         return None
     cut = [a for a, limit in enumerate(size) if any(sizes[a] != limit for _, sizes in filled)]
     if len(cut) > _MAX_CUT_AXES:
-        return f"is cut along more than {_MAX_CUT_AXES} axes"
+        return f"is split along more than {_MAX_CUT_AXES} dimensions"
     # A corner is numbered like an element of a tensor that is longer by one along each axis.
     strides: list[tuple[int, int]] = []
     stride = 1
@@ -111,7 +111,7 @@ def coverage_fault(size: Sequence[int], boxes: Iterable[Box]) -> str | None:
         whole += [(number + size[axis] * stride, -sign) for number, sign in whole]
     for number, sign in whole:
         sums[number] -= 2 * sign
-    return "has chunks that overlap and others that are missing" if any(sums.values()) else None
+    return "has overlapping and missing chunks" if any(sums.values()) else None
 
 
 class _Entry(BaseModel):
@@ -190,7 +190,7 @@ def read_index(folder: Path) -> Metadata:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{folder}: holds no distributed checkpoint (no .metadata)") from None
+        raise UserError(f"{folder}: contains no distributed checkpoint (no .metadata)") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
@@ -202,8 +202,8 @@ def read_index(folder: Path) -> Metadata:
     file = _read(folder / TENSOR_INDEX, _IndexFile.model_validate_json, text)
     if file.metadata_sha256 != hashlib.sha256(content).hexdigest():
         raise UserError(
-            f"{folder}: .metadata is not the one that {TENSOR_INDEX} was written with; load "
-            f"another checkpoint or, if a program that you trust changed it, remove {TENSOR_INDEX}"
+            f"{folder}: .metadata was changed after {TENSOR_INDEX} was written; load another "
+            f"checkpoint or, if a trusted program changed it, delete {TENSOR_INDEX}"
         )
     return _read(folder / TENSOR_INDEX, _index_of_json, file)
 
@@ -228,7 +228,7 @@ def _read(path: Path, parse: Callable[[From], To], content: From) -> To:
 def _index_of_json(file: _IndexFile) -> Metadata:
     def place(number: int, offset: int, length: int) -> Place:
         if number >= len(file.files):
-            raise ValueError(f"there is no file {number}")
+            raise ValueError(f"file number {number} does not exist")
         return file.files[number], offset, length
 
     tensors = {}
@@ -264,16 +264,16 @@ def _checked(
             if num_bytes == 0:
                 continue
             if place is None:
-                raise ValueError(f"a chunk of {name} is nowhere")
+                raise ValueError(f"a chunk of {name} has no storage location")
             if place[2] < num_bytes:
-                raise ValueError(f"{name} has a chunk that is larger than its record")
+                raise ValueError(f"{name} has a chunk that is larger than its stored record")
             chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
             places[MetadataIndex(name, chunk.offsets, len(kept))] = _StorageInfo(*place)
             kept.append(chunk)
         entries[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), kept)
     for name, place in objects.items():
         if place is None:
-            raise ValueError(f"{name} is nowhere")
+            raise ValueError(f"{name} has no storage location")
         _check_file(place[0])
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = _StorageInfo(*place)
@@ -282,7 +282,7 @@ def _checked(
 
 def _check_file(file: str) -> None:
     if Path(file).name != file or file in ("", "..") or "\0" in file:
-        raise ValueError(f"{file[:80]!r} is no file of the folder")
+        raise ValueError(f"{file[:80]!r} is not a file name within the folder")
 
 
 class _StandIn:
@@ -303,7 +303,7 @@ class _StandIn:
 
     def __setstate__(self, state: Any) -> None:
         if self.state is not None or type(state) not in (dict, tuple):
-            raise pickle.UnpicklingError("an entry has no state, or two")
+            raise pickle.UnpicklingError("an entry has no state or more than one")
         self.state = state
 
     def get(self, name: str) -> Any:
@@ -368,7 +368,7 @@ class _Function:
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a function has no state")
+        raise pickle.UnpicklingError("a function cannot have a state")
 
 
 class _Size(_Function):
@@ -377,7 +377,7 @@ class _Size(_Function):
     def __call__(self, values: Any = ()) -> tuple[int, ...]:
         counts = tuple(values) if type(values) in (list, tuple) else (None,)
         if not _are_counts(counts):
-            raise pickle.UnpicklingError("a size consists of whole numbers, none negative")
+            raise pickle.UnpicklingError("a size is not a tuple of non-negative integers")
         return counts
 
 
@@ -402,7 +402,7 @@ class _Path(_Function):
 
     def __call__(self, *parts: Any) -> str:
         if not all(type(part) is str for part in parts):
-            raise pickle.UnpicklingError("a path consists of texts")
+            raise pickle.UnpicklingError("a path is not made of strings")
         return "/".join(parts)
 
 
@@ -418,7 +418,7 @@ class _Getattr(_Function):
     def __call__(self, owner: Any, name: Any) -> None:
         names = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
         if type(owner) is not _MemoryFormats or name not in names:
-            raise pickle.UnpicklingError("builtins.getattr does not belong there")
+            raise pickle.UnpicklingError("builtins.getattr is not allowed in an index")
 
 
 def _are_counts(values: Any) -> bool:
@@ -456,7 +456,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in an index")
         return _STAND_INS[module, name]
 
 
@@ -474,9 +474,9 @@ def _unpickled(content: bytes) -> Metadata:
         offset: int = _part(place, _Stored, "offset", int)
         length: int = _part(place, _Stored, "length", int)
         if not _are_counts((offset, length)):
-            raise ValueError(f"the place of {name} is none in a file")
+            raise ValueError(f"the storage location of {name} is invalid")
         if place.get("transform_descriptors"):
-            raise ValueError(f"{name} is stored compressed, which is not read")
+            raise ValueError(f"{name} is compressed, which is not supported")
         places[key.key] = (file, offset, length)
     for file in {place[0] for place in places.values()}:  # also where no entry refers to it
         _check_file(file)
@@ -484,7 +484,7 @@ def _unpickled(content: bytes) -> Metadata:
     objects: dict[str, Place | None] = {}
     for name, entry in entries.items():
         if type(name) is not str or type(entry) not in (_Tensor, _Object):
-            raise ValueError("an entry is none of an index")
+            raise ValueError("an entry has an unknown type")
         if type(entry) is _Object:
             objects[name] = places.get((name, None))
             continue
@@ -514,7 +514,7 @@ def _part(owner: object, kind: type[_StandIn], name: str, expected: type) -> Any
     """
     value = owner.get(name) if isinstance(owner, kind) else None
     if type(value) is not expected:
-        raise ValueError(f"{name} is missing or of another type")
+        raise ValueError(f"{name} is missing or has the wrong type")
     return value
 
 
@@ -540,7 +540,7 @@ def _check_opcodes(content: bytes) -> None:
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(memo) if argument is None else int(argument)
             if place > len(content):
-                raise ValueError("a value's number is too large")
+                raise ValueError("a memo index is too large")
             memo[place] = stack[-1] if stack else 0
             continue
         if name in ("GET", "BINGET", "LONG_BINGET"):

@@ -203,7 +203,7 @@ def index_files(plans: Sequence[Plan]) -> dict[str, bytes]:
             assert isinstance(entry, TensorStorageMetadata)
             key = MetadataIndex(name, torch.Size(offsets), len(entry.chunks))
             if key in places:
-                raise ValueError(f"{name} at {offsets} is saved by two ranks")
+                raise ValueError(f"{name} at offset {offsets} would be saved by two ranks")
             entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
             places[key] = _StorageInfo(plan["file"], begin, length)
         for given, begin, length in plan["objects"]:
@@ -430,7 +430,7 @@ class Frame:
 def _pickled(dtype: torch.dtype, shape: tuple[int, ...], num_values: int) -> bytes:
     file = io.BytesIO()
     if dtype not in _STORAGES:
-        raise ValueError(f"a checkpoint cannot hold tensors of {dtype}")
+        raise ValueError(f"checkpoints do not support tensors of {dtype}")
     _Pickler(file, ("storage", _STORAGES[dtype], "0", "cpu", num_values)).dump(_Tensor(shape))
     return file.getvalue()
 

@@ -208,7 +208,7 @@ def parameter_shards(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[Para
 
 
 def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterShard:
-    assert tensor.data.is_contiguous(), f"{tensor.key} is not a range of its parameter"
+    assert tensor.data.is_contiguous(), f"{tensor.key} is not a contiguous range of its parameter"
     return ParameterShard(
         name=tensor.key,
         global_shape=tuple(tensor.global_shape),

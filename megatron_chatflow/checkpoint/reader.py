@@ -57,8 +57,8 @@ def read_record(
     tensor = tensor.detach()
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(sizes):
         raise ValueError(
-            f"a tensor is {tensor.dtype} of shape {list(tensor.shape)} and not {dtype} of shape "
-            f"{list(sizes)}, as the index says"
+            f"a tensor is {tensor.dtype} of shape {list(tensor.shape)}, but the index says "
+            f"{dtype} of shape {list(sizes)}"
         )
     return tensor
 
@@ -66,11 +66,11 @@ def read_record(
 def tensor_fault(value: Any) -> str | None:
     """Returns why a loaded value is not an ordinary CPU tensor; None if it is one."""
     if not isinstance(value, torch.Tensor):
-        return "an object is stored in place of a tensor"
+        return "found an object instead of a tensor"
     if value.is_nested or value.layout != torch.strided:
         return "a tensor is sparse or nested"
     if value.is_quantized:
-        return "a tensor is quantised"
+        return "a tensor is quantized"
     if value.device.type != "cpu":
         return f"a tensor's values are missing (its device is {value.device.type})"
     return None
@@ -78,7 +78,7 @@ def tensor_fault(value: Any) -> str | None:
 
 def _read_bytes(file: io.BufferedReader, place: Any) -> io.BytesIO:
     if place.offset + place.length > os.fstat(file.fileno()).st_size:
-        raise ValueError("it ends too early")
+        raise ValueError("the file is truncated")
     file.seek(place.offset)
     return io.BytesIO(file.read(place.length))
 
@@ -115,7 +115,10 @@ class SafeReader(FileSystemReader):
         for item in plan.items:
             place = self.storage_data.get(item.storage_index)
             if place is None:
-                raise UserError(f"{self.path}: .metadata lacks a part of {item.storage_index.fqn}")
+                raise UserError(
+                    f"{self.path}: .metadata has no location for a chunk of "
+                    f"{item.storage_index.fqn}; load another checkpoint"
+                )
             by_file.setdefault(place.relative_path, []).append((place.offset, item))
         for name, items in by_file.items():
             path = Path(self.path) / name
@@ -147,9 +150,9 @@ class SafeReader(FileSystemReader):
             stored = stored.narrow(axis, first, length)
         target = planner.resolve_tensor(item).detach()
         if target.shape != stored.shape:
-            raise ValueError("a tensor has another shape than the model's")
+            raise ValueError("a tensor has a different shape than in the model")
         if target.is_floating_point() != stored.is_floating_point():
-            raise ValueError(f"a tensor is {stored.dtype} and the model's is {target.dtype}")
+            raise ValueError(f"a tensor is {stored.dtype}, but {target.dtype} in the model")
         target.copy_(stored)
         planner.commit_tensor(item, target)
 
@@ -186,7 +189,7 @@ class _ShardPlanner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Is never called, because the plan reads tensors only; the base class requires it."""
-        raise NotImplementedError("shards are tensors")
+        raise NotImplementedError("the plan contains only tensors")
 
     def set_up_planner(
         self,
@@ -217,7 +220,7 @@ def _check_shape(folder: Path, shard: TensorShard, stored: tuple[int, ...]) -> N
         is_same = len(stored) == len(wanted) and stored[1:] == wanted[1:]
     if not is_same:
         raise UserError(
-            f"{folder}: {shard.name} has shape {stored}, and this model's is {wanted}; load a "
+            f"{folder}: {shard.name} has shape {stored}, but this model expects {wanted}; load a "
             "checkpoint of this model"
         )
 

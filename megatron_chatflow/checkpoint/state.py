@@ -200,8 +200,8 @@ def load(
     num_steps = _num_steps(common, folder)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
         raise UserError(
-            f"{folder}: holds no optimizer state; continue with a fresh optimizer by "
-            "--no-load-optim, or start a new run from its weights by --finetune"
+            f"{folder}: contains no optimizer state; continue with a fresh optimizer "
+            "(--no-load-optim), or start a new run from the weights (--finetune)"
         )
     shards += _fp32_weights(layout, names)
     with torch.no_grad():
@@ -294,7 +294,7 @@ def _num_steps(common: Any, folder: Path) -> int | None:
         is_number = False  # NaN, a tensor without exactly one value, a recursive structure
     if not is_number:
         raise UserError(
-            f"{folder / 'common.pt'}: the optimizer's step is not a number; load another checkpoint"
+            f"{folder / 'common.pt'}: the optimizer step is not a number; load another checkpoint"
         )
     return num_steps
 

@@ -144,8 +144,8 @@ class RunState:
             return cls(**state)
         except TypeError as error:
             raise UserError(
-                f"{checkpoint / 'state.json'}: is of another version ({error}); load another "
-                "checkpoint"
+                f"{checkpoint / 'state.json'}: was written by an incompatible version ({error}); "
+                "load another checkpoint"
             ) from None
 
 
@@ -234,7 +234,7 @@ class CheckpointSaver:
         self._start(state, image, common, write, (final, temporary), begin)
         if self._ranks.is_reporter:
             logger.info(
-                "saving %s: training waited %.3f s for %.2f GB a rank",
+                "saving %s: training was blocked for %.3f s (%.2f GB per rank)",
                 final,
                 time.perf_counter() - begin,
                 image.num_bytes / 1e9,
@@ -261,7 +261,7 @@ class CheckpointSaver:
         if pending is None:
             return self._durable
         if self.is_busy and self._ranks.is_reporter and self._has_copy:
-            logger.info("waiting for the save of iteration %d", pending.iteration)
+            logger.info("waiting for iteration %d to be saved", pending.iteration)
         succeeded = pending.wait(self._on_progress)
         self._pending = None
         if _all_ranks_succeeded(succeeded, self._ranks.device):

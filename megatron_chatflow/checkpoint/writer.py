@@ -91,8 +91,8 @@ class StagingBuffer:
         memory = psutil.virtual_memory()
         if num_bytes > memory.available - _MEMORY_MARGIN * memory.total:
             logger.warning(
-                "a copy of this rank's checkpoint (%.1f GB) does not fit into the available memory "
-                "(%.1f GB): training will wait while checkpoints are written",
+                "a copy of this rank's checkpoint (%.1f GB) does not fit in the available "
+                "memory (%.1f GB); training is blocked while checkpoints are written",
                 num_bytes / 1e9,
                 memory.available / 1e9,
             )
@@ -134,7 +134,11 @@ class StagingBuffer:
         code = _cuda().cudaHostRegister(tensor.data_ptr(), len(tensor), 0)
         self._is_pinned = int(code) == 0
         if not self._is_pinned:
-            logger.warning("the checkpoint's staging buffer could not be pinned (CUDA %d)", code)
+            logger.warning(
+                "the staging buffer for checkpoints could not be pinned (CUDA error %d); copies "
+                "to it are slower",
+                code,
+            )
 
 
 def _cuda() -> Any:
@@ -216,7 +220,7 @@ class SaveReports:
         while not self._store.check(keys):
             on_wait()
             if is_cancelled():
-                raise RuntimeError("the job ended before every rank had written its part")
+                raise RuntimeError("the job ended before all ranks had written their files")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         reports = [Report.from_json(self._store.get(key).decode()) for key in keys]
@@ -324,7 +328,7 @@ class Publication:
         try:
             prune(self.root, retain=self.retain, keep_every=self.keep_every)
         except Exception as error:
-            logger.warning("old checkpoints in %s were not removed: %s", self.root, error)
+            logger.warning("could not remove old checkpoints in %s: %s", self.root, error)
 
 
 class BackgroundSave:
@@ -464,8 +468,8 @@ def log_failure(final: Path, error: BaseException) -> None:
     """Logs that a save failed and what follows from it."""
     folder = final.parent
     logger.error(
-        "saving %s failed: %s (%.1f GB free there); the previous checkpoint is untouched, training "
-        "continues and the next save tries again",
+        "saving %s failed: %s (%.1f GB free there); the previous checkpoint is intact, training "
+        "continues, and the next save is attempted as scheduled",
         final,
         reason(error),
         shutil.disk_usage(folder).free / 1e9 if folder.exists() else 0.0,

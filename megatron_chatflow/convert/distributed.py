@@ -73,8 +73,8 @@ class DistributedReader:
             if single in self.tensors:
                 return single, None
         raise UserError(
-            f"{self.folder}: has no tensor {rule.megatron.format(layer=layer)}; "
-            "it is a checkpoint of another model"
+            f"{self.folder}: has no tensor {rule.megatron.format(layer=layer)}; the checkpoint "
+            "belongs to another model"
         )
 
     def shape(self, rule: WeightRule, layer: int | None) -> tuple[int, ...]:
@@ -93,7 +93,8 @@ class DistributedReader:
         dtype: torch.dtype = self.tensors[name].properties.dtype
         if dtype not in TORCH_NAMES:
             raise UserError(
-                f"{self.folder}: {name} is {dtype}, not fp32, bf16 or fp16; use another checkpoint"
+                f"{self.folder}: {name} is {dtype}, but must be fp32, bf16 or fp16; use "
+                "another checkpoint"
             )
         return dtype
 
@@ -111,7 +112,10 @@ class DistributedReader:
         else:
             num_layers = size[0] if size else 0
             if index >= num_layers:
-                raise UserError(f"{self.folder}: {name} has {num_layers} layers, not {index + 1}")
+                raise UserError(
+                    f"{self.folder}: {name} has only {num_layers} layers, but layer {index} was "
+                    "requested"
+                )
             begin, end = [index] + [0] * (len(size) - 1), [index + 1, *size[1:]]
         box = self._read_box(name, begin, end)
         return box if index is None else box[0]

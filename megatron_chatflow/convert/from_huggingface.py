@@ -83,18 +83,20 @@ def import_huggingface(
     """
     check_new_folder(output, overwrite=overwrite, mark=LATEST)
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder; name a Hugging Face model folder")
+        raise UserError(f"{source}: folder not found; give a Hugging Face model folder")
     shape = shape_of_huggingface(source)
     weights = HuggingFaceWeights(source)
     check_weights(weights, shape)
     files = read_model_files(source)
     tokenizer = huggingface_tokenizer(source)
     if tokenizer is None:
-        logger.warning("%s has no tokenizer files: the checkpoint will name no tokenizer", source)
+        logger.warning(
+            "%s has no tokenizer files, so the checkpoint is written without a tokenizer", source
+        )
     elif tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} pieces and the embedding "
-            f"{shape.vocab_size} rows; give the folder its own tokenizer"
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding only "
+            f"{shape.vocab_size} rows; put the tokenizer of this model into the folder"
         )
     # A tensor over all layers has one dtype, so a folder with several dtypes becomes fp32.
     stored = {weights.dtype(name) for name in huggingface_shapes(shape)}
@@ -104,7 +106,8 @@ def import_huggingface(
     if resize is not None:
         if tokenizer is None:
             raise UserError(
-                f"{source}: has no tokenizer that a larger one could extend; add its tokenizer"
+                f"{source}: has no tokenizer, so the new tokens cannot be determined; put "
+                "the tokenizer of this model into the folder"
             )
         read, shape = _grown(read, shape, tokenizer, resize)
         tokenizer = resize.tokenizer
@@ -226,7 +229,7 @@ def stored_chunks(
     """
     rows, *columns = rule.shape(shape)
     padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if rule.has_vocabulary_rows else rows
-    assert sum(count for count, _ in blocks) == rows, f"{rule.megatron} has other rows"
+    assert sum(count for count, _ in blocks) == rows, f"{rule.megatron} has a wrong number of rows"
     if padded > rows:
         size = (padded - rows, *columns)
         blocks = [*blocks, (padded - rows, lambda: torch.zeros(size))]

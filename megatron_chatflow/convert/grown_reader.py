@@ -130,8 +130,8 @@ class GrownReader(SafeReader):
             is_whole = len(entry.size) > 0 and entry.size[0] >= self._grown.num_old_rows
             if not is_whole or entry.size[1:] != row:
                 raise UserError(
-                    f"{self._folder}: {stored} is {list(entry.size)} and the vocabulary has "
-                    f"{self._grown.num_old_rows} rows; load another checkpoint"
+                    f"{self._folder}: {stored} has shape {list(entry.size)}, but the vocabulary "
+                    f"has {self._grown.num_old_rows} rows; load another checkpoint"
                 )
             if not entry.properties.dtype.is_floating_point:
                 raise UserError(

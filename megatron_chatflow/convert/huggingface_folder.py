@@ -56,8 +56,8 @@ def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> N
         num_rows = read_huggingface_config(path).get("vocab_size")
         if isinstance(num_rows, int) and tokenizer.vocab_size > num_rows:
             raise UserError(
-                f"{choice.model}: has {tokenizer.vocab_size} ids and the model {num_rows} rows; "
-                f"{choice.advice}"
+                f"{choice.model}: has {tokenizer.vocab_size} tokens, but the embedding of the "
+                f"model only {num_rows} rows; {choice.advice}"
             )
         files = replace_tokenizer(files, tokenizer)
     if choice.chat_template is not None:
@@ -92,7 +92,9 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
             yield changed
         return
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; name a Hugging Face folder or a run")
+        raise UserError(
+            f"{path}: folder not found; give a Hugging Face folder or the folder of a run"
+        )
     # Importing megatron-core takes seconds, which a Hugging Face folder does not need.
     from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
@@ -100,6 +102,6 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
         _leaving_on_sigterm(),
         scratch_folder("chatflow_export_") as folder,
     ):
-        logger.info("exporting %s to a temporary folder (set TMPDIR to move it)", path)
+        logger.info("exporting %s to a temporary folder (set TMPDIR to choose its location)", path)
         export_checkpoint(path, folder / "model", tokenizer=choice)
         yield folder / "model"

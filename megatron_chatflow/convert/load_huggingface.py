@@ -62,7 +62,10 @@ def load_huggingface(
                 layer = int(named[1]) if named else shard.layer
                 rule = rules.get(_LAYER.sub("decoder.layers.", shard.name))
                 if rule is None:
-                    raise UserError(f"{folder}: has no weights for the model's {shard.name}")
+                    raise UserError(
+                        f"{folder}: has no weights for {shard.name} of this model; check that "
+                        "its config.json describes the same model"
+                    )
                 part = _read(weights, shape, rule, layer, shard, grown)
                 shard.data.copy_(part)
                 if shard.parameter in masters:
@@ -105,5 +108,5 @@ def _read(
     if rule.has_vocabulary_rows and num_rows < last - first:
         width = shard.data.shape[1]
         blocks.append(torch.zeros(last - first - num_rows, width, device="cpu"))
-    assert sum(map(len, blocks)) == last - first, f"{shard.name} has other rows"
+    assert sum(map(len, blocks)) == last - first, f"{shard.name} has a wrong number of rows"
     return torch.cat(blocks) if len(blocks) > 1 else blocks[0]

@@ -29,7 +29,7 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import check_new_folder, new_folder
 from megatron_chatflow.tokenizer.small_files import replace_tokenizer
 
-_ADVICE = "name the run's own with --old-tokenizer-model"
+_ADVICE = "give the run's tokenizer with --old-tokenizer-model"
 
 
 def resize_checkpoint(
@@ -60,7 +60,10 @@ def resize_checkpoint(
     check_shapes(reader, shape)
     old = run_tokenizer(checkpoint, TokenizerChoice(model=old_tokenizer, advice=_ADVICE))
     if old is None:
-        raise UserError(f"{checkpoint}: names no tokenizer; give it as --old-tokenizer-model")
+        raise UserError(
+            f"{checkpoint}: does not record a tokenizer; give the run's tokenizer with "
+            "--old-tokenizer-model"
+        )
     files = replace_tokenizer(files_of_checkpoint(checkpoint, old), resize.tokenizer)
     growth = vocabulary_growth(old, resize.tokenizer, shape.vocab_size)
     grown = replace(shape, vocab_size=growth.num_rows)

@@ -54,8 +54,8 @@ class SafetensorsFile:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError):
             raise UserError(
-                f"{path}: is damaged, or not a safetensors file (its header cannot be read); fetch "
-                "it again"
+                f"{path}: is damaged or not a safetensors file (cannot read its header); "
+                "download it again"
             ) from None
         entries: dict[str, Any] = header if isinstance(header, dict) else {"": None}
         metadata = entries.get("__metadata__")
@@ -63,20 +63,20 @@ class SafetensorsFile:
             isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
         ):
             raise UserError(
-                f"{path}: is damaged at __metadata__ (not an object of strings); fetch it again"
+                f"{path}: is damaged at __metadata__ (not an object of strings); download it again"
             )
         self.entries = {name: entries[name] for name in entries if name != "__metadata__"}
         for name, entry in self.entries.items():
             fault = _fault(entry, num_bytes)
             if fault is not None:
                 raise UserError(
-                    f"{path}: is damaged at {name or 'its header'} ({fault}); fetch it again"
+                    f"{path}: is damaged at {name or 'its header'} ({fault}); download it again"
                 )
         place = _misplaced(self.entries, num_bytes)
         if place is not None:
             raise UserError(
-                f"{path}: is damaged at {place} (values overlap or belong to no tensor); fetch it "
-                "it again"
+                f"{path}: is damaged at {place} (values overlap or belong to no tensor); "
+                "download it again"
             )
 
     def read(
@@ -99,7 +99,7 @@ class SafetensorsFile:
                 tensor: torch.Tensor = part[rows] if is_vector else part[rows, columns]
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{self.path}: is damaged at {name} ({first_line(error)}); fetch it again"
+                f"{self.path}: is damaged at {name} ({first_line(error)}); download it again"
             ) from None
         return tensor
 
@@ -113,10 +113,10 @@ def _fault(entry: Any, num_bytes: int) -> str | None:
     if not (isinstance(dtype, str) and _are_counts(shape) and _are_counts(offsets)):
         return "not the entry of a tensor"
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= num_bytes:
-        return "values are missing at the file's end"
+        return "its values lie outside the file"
     known = _TORCH_DTYPES.get(dtype)
     if known and offsets[1] - offsets[0] != math.prod(shape) * known.itemsize:
-        return "its shape does not match its values"
+        return "the shape does not match the number of bytes"
     return None
 
 
@@ -142,7 +142,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
+        raise ValueError("duplicate name")
     return found
 
 
@@ -189,8 +189,7 @@ class HuggingFaceWeights:
             dtype = self._pickled(path)[name].dtype
         if dtype not in _DTYPE_NAMES:
             raise UserError(
-                f"{path}: {name} is neither fp32, bf16 nor fp16; "
-                "convert a folder that is not quantized"
+                f"{path}: {name} is not fp32, bf16 or fp16; use a model that is not quantized"
             )
         return dtype
 
@@ -216,15 +215,15 @@ class HuggingFaceWeights:
                 files = self._read_index(index)
                 if single.is_file() and single not in files.values():
                     raise UserError(
-                        f"{self.folder}: has {single.name} and {index.name}, which does not name "
-                        "it, so there are two models; remove one of the two files"
+                        f"{self.folder}: contains two models, {single.name} and the files in "
+                        f"{index.name}; remove one of them"
                     )
                 return files
             if single.is_file():
                 return dict.fromkeys(self._names(single), single)
         raise UserError(
-            f"{self.folder}: has no model.safetensors, no index of shards and no "
-            "pytorch_model.bin; name a Hugging Face model folder"
+            f"{self.folder}: has no model.safetensors, no pytorch_model.bin and no index of "
+            "shards; give a Hugging Face model folder"
         )
 
     def _read_index(self, index: Path) -> dict[str, Path]:
@@ -236,21 +235,26 @@ class HuggingFaceWeights:
             files = {str(name): self.folder / str(file) for name, file in weight_map.items()}
             listed = {path.name for path in self.folder.iterdir() if path.is_file()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{index}: is damaged; fetch it again") from None
+            raise UserError(f"{index}: is damaged; download it again") from None
         found: dict[str, Path] = {}
         for path in sorted(set(files.values())):
             if path.parent != self.folder or path.name not in listed:
                 shown = repr(str(path))[1:-1]  # the name may contain anything
-                raise UserError(f"{shown}: is missing, and {index.name} names it; fetch it again")
+                raise UserError(
+                    f"{shown}: is missing, but listed in {index.name}; download it again"
+                )
             held = set(self._names(path))
             lost = [name for name, file in files.items() if file == path and name not in held]
             if lost:
-                raise UserError(f"{path}: lacks {lost[0]}, which {index.name} places there")
+                raise UserError(
+                    f"{path}: does not contain {lost[0]}, which {index.name} lists in this file; "
+                    "download the folder again"
+                )
             twice = next((name for name in sorted(held) if name in found), None)
             if twice is not None:
                 raise UserError(
-                    f"{path}: has {ascii(twice)[1:-1]}, as has {found[twice].name}; fetch the "
-                    "folder again"
+                    f"{path}: contains {ascii(twice)[1:-1]}, which {found[twice].name} contains "
+                    "as well; download the folder again"
                 )
             found |= dict.fromkeys(held, path)
         return found  # including tensors that the index does not name, as in transformers
@@ -276,13 +280,15 @@ class HuggingFaceWeights:
                 )
             except Exception as error:  # a damaged or malicious pickle may raise anything
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"{path}: cannot be loaded safely ({reason})") from None
+                raise UserError(
+                    f"{path}: cannot be loaded safely ({reason}); save the model as safetensors"
+                ) from None
             loaded: Any = self._maps[path]
             fault = _pickled_fault(loaded)
             if fault is not None:
                 raise UserError(
-                    f"{path}: does not hold only tensors by name ({fault}); save the model's "
-                    "state_dict alone"
+                    f"{path}: is not a dictionary of tensors ({fault}); save only the state_dict "
+                    "of the model"
                 )
         return self._maps[path]
 
@@ -290,7 +296,7 @@ class HuggingFaceWeights:
 def _pickled_fault(loaded: Any) -> str | None:
     """Returns why a `.bin` file is not a dictionary of ordinary tensors; None if it is."""
     if not isinstance(loaded, dict):
-        return "it is not a dictionary"
+        return "not a dictionary"
     for name, value in loaded.items():
         if not isinstance(name, str):
             return "a name is not a string"
@@ -357,9 +363,9 @@ def write_shards(
             file.write(_header({name: shapes[name] for name in shard}, sizes, dtype))
             for expected in shard:
                 name, tensor = next(stream)
-                assert name == expected, f"{name} came where {expected} was planned"
+                assert name == expected, f"got {name}, expected {expected}"
                 tensor = tensor.to(dtype).contiguous()
-                assert tuple(tensor.shape) == shapes[name], f"{name} has another shape"
+                assert tuple(tensor.shape) == shapes[name], f"{name} has an unexpected shape"
                 file.write(tensor.view(torch.uint8).flatten().numpy().data)
     if len(shards) > 1:
         weight_map = {

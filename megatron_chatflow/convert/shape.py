@@ -112,7 +112,8 @@ def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
     missing = [name for name, value in known.items() if value is None and name not in _DEFAULTS]
     if missing:
         raise UserError(
-            f"{path}: model.{missing[0]} is missing; the checkpoint is of another version"
+            f"{path}: model.{missing[0]} is missing; the checkpoint was written by an "
+            "incompatible version"
         )
     try:
         model = _adapter.validate_python(known)

@@ -61,7 +61,7 @@ class TokenizerChoice:
     model: Path | None = None
     chat_template: str | None = None
     leave_out: bool = False
-    advice: str = "name the run's own with --tokenizer-model"
+    advice: str = "give the run's tokenizer with --tokenizer-model"
 
 
 def trained_chat_template(
@@ -96,8 +96,8 @@ def trained_chat_template(
     if len(every) > 1:
         listing = [f"{next(iter(uses.values()))} in {', '.join(uses)}" for uses in every.values()]
         logger.warning(
-            "the run's chats are written in different templates (%s): exports get the one of %s; "
-            "preprocess all chats with one template, or name another to the export as "
+            "the chats of the run use different templates (%s); exports use the template of %s. "
+            "Preprocess all chats with the same template, or select one for the export with "
             "--chat-template",
             *("; ".join(listing), next(iter(every[chosen]))),
         )
@@ -203,9 +203,8 @@ def files_of_export(
         files = with_chat_template(files, template_source(choice.chat_template))
     if tokenizer is not None and default_chat_template(files, checkpoint / CARRIED) is None:
         logger.warning(
-            "no chat template is known: neither the base model nor the run's data has one, and the "
-            "export gets none; a model that chats needs one (convert_checkpoint.py export "
-            "--chat-template)"
+            "no chat template found in the base model or in the run's data, so the export has "
+            "none; a chat model needs one (convert_checkpoint.py export --chat-template)"
         )
     ids = {}
     if tokenizer is not None:

@@ -73,7 +73,7 @@ def find_checkpoint(path: Path) -> Path:
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
         raise UserError(
-            f"{path}: holds no checkpoint; name a run's folder or one of its iter_ ones"
+            f"{path}: contains no checkpoint; give the folder of a run or one of its iter_ folders"
         )
     check_small_files(checkpoint)
     return checkpoint
@@ -144,8 +144,9 @@ def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:
         )
         if not (is_padded or stored == expected):
             raise UserError(
-                f"{reader.folder}: {rule.megatron.format(layer=layer)} is {list(stored)} and the "
-                f"model's is {list(expected)}; state.json belongs to another checkpoint"
+                f"{reader.folder}: {rule.megatron.format(layer=layer)} has shape {list(stored)}, "
+                f"but the model expects {list(expected)}; state.json belongs to another "
+                "checkpoint"
             )
 
 
@@ -193,7 +194,7 @@ def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None
     path = choice.model or _carried_tokenizer(checkpoint, recorded)
     path = path or read_run_config(checkpoint).tokenizer.tokenizer_model
     if path is None:
-        logger.warning("%s names no tokenizer: exporting without one", checkpoint)
+        logger.warning("%s does not record a tokenizer; exporting without one", checkpoint)
         return None
     if not path.exists():
         raise UserError(f"{path}: the run's tokenizer is missing; {choice.advice}")

@@ -78,8 +78,8 @@ def compare(
         ours_value, their_value = getattr(shape, name), getattr(theirs, name)
         if ours_value != their_value and name != "init_method_std":
             raise UserError(
-                f"{huggingface}: {name} is {their_value} and in {checkpoint} it is {ours_value}; "
-                "they are different models"
+                f"{huggingface}: {name} is {their_value}, but {ours_value} in {checkpoint}; they "
+                "are different models"
             )
     different, num_tensors = compare_weights(huggingface, checkpoint, shape)
     if weights_only:
@@ -133,7 +133,7 @@ def token_ids(huggingface: Path, texts: Sequence[str], shape: LlamaShape) -> lis
         encoded = [[byte % shape.vocab_size for byte in text.encode()] for text in texts]
     ids = [sequence[: shape.longest] for sequence in encoded if sequence]
     if not ids:
-        raise UserError("--text: is empty; give a text to compare on")
+        raise UserError("--text: is empty; give some text to compare the logits on")
     return ids
 
 
@@ -147,7 +147,7 @@ def transformers_logits(huggingface: Path, ids: Sequence[Sequence[int]]) -> list
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UserError(
-            "transformers is not installed: pip install 'megatron-chatflow[hf]', or give "
+            "transformers is not installed; run pip install 'megatron-chatflow[hf]', or use "
             "--weights-only"
         ) from None
     model: Any = AutoModelForCausalLM.from_pretrained(huggingface, local_files_only=True)
@@ -216,7 +216,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def describe(result: Comparison) -> str:
     """Formats a comparison in a few lines."""
-    lines = [f"weights: all {result.num_tensors} tensors are equal, bit for bit"]
+    lines = [f"weights: all {result.num_tensors} tensors are bitwise equal"]
     if result.different:
         shown = ", ".join(result.different[:3])
         more = f" and {len(result.different) - 3} more" if len(result.different) > 3 else ""
@@ -224,8 +224,8 @@ def describe(result: Comparison) -> str:
         lines = [f"weights: {count} tensors differ: {shown}{more}"]
     if result.largest_difference is not None:
         lines.append(
-            f"logits: largest difference {result.largest_difference:.3e} over {result.num_tokens} "
-            f"tokens in fp32, where the largest logit is {result.largest_logit:.3f}"
+            f"logits: largest difference {result.largest_difference:.3e} over "
+            f"{result.num_tokens} tokens in fp32 (largest logit {result.largest_logit:.3f})"
         )
     lines.append("same model" if result.is_same else "DIFFERENT models")
     return "\n".join(lines)

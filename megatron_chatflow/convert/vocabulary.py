@@ -81,14 +81,14 @@ def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> Vocabula
     """
     if new.vocab_size < old.vocab_size:
         raise UserError(
-            f"{new.model_path}: has {new.vocab_size} pieces, fewer than the {old.vocab_size} of "
+            f"{new.model_path}: has {new.vocab_size} tokens, fewer than the {old.vocab_size} of "
             f"{old.model_path}; a vocabulary can only grow"
         )
     for token_id in range(old.vocab_size):
         if old.decode([token_id]) != new.decode([token_id]):
             raise UserError(
-                f"{new.model_path}: id {token_id} is {new.decode([token_id])!r} and in "
-                f"{old.model_path} it is {old.decode([token_id])!r}; extend that tokenizer instead"
+                f"{new.model_path}: id {token_id} is {new.decode([token_id])!r}, but "
+                f"{old.decode([token_id])!r} in {old.model_path}; extend that tokenizer instead"
             )
     # Decode each piece after another one, because decoders drop a leading space of a text.
     anchor = old.encode("a")[-1:]

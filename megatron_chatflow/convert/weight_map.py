@@ -244,8 +244,8 @@ def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
         weights.dtype(name)  # refuses quantized tensors
         if weights.shape(name) != size:
             raise UserError(
-                f"{weights.files[name]}: {name} is {list(weights.shape(name))} and config.json "
-                f"makes it {list(size)}; the two belong to different models"
+                f"{weights.files[name]}: {name} has shape {list(weights.shape(name))}, but "
+                f"{list(size)} according to config.json; the two files belong to different models"
             )
     for name in weights.files:
         if name in expected or name.endswith(_DERIVED_SUFFIXES):

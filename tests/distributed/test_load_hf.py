@@ -251,5 +251,5 @@ def test_small_files_travel_through_training_and_resume(tiny_run: TinyRun, tmp_p
         assert (tmp_path / "hf" / name).read_text() == text
     carried = run / "iter_0000003" / "huggingface" / "chat_template.jinja"
     carried.write_text("another")
-    with pytest.raises(UserError, match="huggingface/chat_template.jinja has 7 bytes, not "):
+    with pytest.raises(UserError, match="huggingface/chat_template.jinja has 7 bytes, but "):
         export_checkpoint(run, tmp_path / "damaged")

@@ -50,7 +50,7 @@ def test_an_index_of_safetensors(folder: Path, number: int) -> None:
     name = names(folder)[number]
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(UserError, match="fetch it again") as caught:
+    with pytest.raises(UserError, match="download it again") as caught:
         HuggingFaceWeights(folder)
     assert "\n" not in str(caught.value)
     save_file({"w": torch.ones(3)}, folder / "inside.safetensors")
@@ -84,7 +84,7 @@ def test_a_manifest(folder: Path, number: int) -> None:
     entry = {"bytes": hashed.num_bytes, "digest": hashed.digest}
     content = {"algorithm": ALGORITHM, "files": {names(folder)[number]: entry}}
     (folder / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(UserError, match="is no file of the folder"):
+    with pytest.raises(UserError, match="is not a file name within the folder"):
         read_manifest(folder)
 
 

@@ -65,7 +65,7 @@ def test_an_enum_by_value_and_by_name(tmp_path: Path) -> None:
 )
 def test_nothing_else_is_got_by_name(tmp_path: Path, owner: Any, name: str) -> None:
     _write(tmp_path, _ByName(owner, name))
-    with pytest.raises(UserError, match="does not belong there"):
+    with pytest.raises(UserError, match="is not allowed in an index"):
         read_index(tmp_path)
 
 

@@ -97,7 +97,7 @@ def test_parts_that_make_no_whole_are_refused() -> None:
     values = torch.zeros(2, 3)
     half = TensorShard("a", (4, 3), (0, 0), (2, 3), values)
     plan = build_file_image("__0_0.distcp", [half], []).plan
-    with pytest.raises(ValueError, match="a has 12 values, of which its chunks hold 6"):
+    with pytest.raises(ValueError, match="a has 12 values, but its chunks contain 6"):
         index_files([plan])
     with pytest.raises(ValueError, match="saved by two ranks"):
         index_files([plan, build_file_image("__1_0.distcp", [half], []).plan])
@@ -133,7 +133,7 @@ def _damaged(path: Path, change: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [("flipped", "its hash is not"), ("cut", "bytes, not"), ("missing", "is missing")],
+    [("flipped", "its hash differs"), ("cut", "bytes, but"), ("missing", "is missing")],
 )
 def test_damage_is_named_by_file(tmp_path: Path, change: str, says: str) -> None:
     names = ("a", "b", "c")

@@ -92,7 +92,10 @@ def refused(source: Path, tmp_path: Path, message: str) -> None:
         ({"architectures": ["LlamaForSequenceClassification"]}, "architecture .* is not supported"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"head_dim": 8}, r"q_proj.weight is \[16, 16\] and config.json makes it \[32, 16\]"),
+        (
+            {"head_dim": 8},
+            r"q_proj.weight has shape \[16, 16\], but \[32, 16\] according to config.json",
+        ),
         ({"head_dim": 3}, "the head size 3 is not supported"),
         ({"head_dim": "4"}, "the head size '4' is not supported"),
         ({"num_attention_heads": 5, "head_dim": None}, "do not fit hidden_size 16"),
@@ -100,7 +103,7 @@ def refused(source: Path, tmp_path: Path, message: str) -> None:
         ({"hidden_size": None}, "hidden_size is missing"),
         (
             {"vocab_size": 10},
-            r"embed_tokens.weight is \[9, 16\] and config.json makes it \[10, 16\]",
+            r"embed_tokens.weight has shape \[9, 16\], but \[10, 16\] according to config.json",
         ),
         ({"num_hidden_layers": 3}, "9 tensors are missing, the first is model.layers.2"),
         ({"num_hidden_layers": 1}, "model.layers.1.* is not a tensor of the LLaMA"),
@@ -117,9 +120,9 @@ def test_tensors_that_do_not_fit(source: Path, tmp_path: Path) -> None:
     change_tensors(source, **{"model.extra.weight": torch.ones(1)})
     refused(source, tmp_path, "model.extra.weight is not a tensor of the LLaMA")
     change_tensors(source, drop="model.extra.weight", **{"model.norm.weight": torch.ones(7)})
-    refused(source, tmp_path, r"model.norm.weight is \[7\]")
+    refused(source, tmp_path, r"model.norm.weight has shape \[7\]")
     change_tensors(source, **{"model.norm.weight": torch.ones(16, dtype=torch.int8)})
-    refused(source, tmp_path, "model.norm.weight is neither fp32, bf16 nor fp16")
+    refused(source, tmp_path, "model.norm.weight is not fp32, bf16 or fp16")
     change_tensors(source, drop="model.norm.weight")
     refused(source, tmp_path, "1 tensors are missing, the first is model.norm.weight")
 
@@ -142,7 +145,7 @@ def test_known_extras_are_passed_over(source: Path, tmp_path: Path) -> None:
         change_tensors(source, **{"lm_head.weight": other})
         refused(source, tmp_path, "lm_head.weight is not a tensor")
     change_tensors(source, **{"lm_head.weight": torch.ones(9, 16, dtype=torch.int8)})
-    refused(source, tmp_path, "lm_head.weight is neither fp32, bf16 nor fp16")
+    refused(source, tmp_path, "lm_head.weight is not fp32, bf16 or fp16")
 
 
 def test_damaged_files(source: Path, tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_damaged_files(source: Path, tmp_path: Path) -> None:
     refused(source, tmp_path, "config.json: is damaged")
     (source / "config.json").unlink()
     refused(source, tmp_path, "has no config.json")
-    refused(tmp_path / "none", tmp_path, "no such folder")
+    refused(tmp_path / "none", tmp_path, "folder not found")
 
 
 class _Harmful:
@@ -181,10 +184,10 @@ def test_pickles_are_never_executed(
     torch.save({"lm_head.weight": _Harmful()}, source / "pytorch_model.bin")
     refused(source, tmp_path, "cannot be loaded safely")
     (run / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(_Harmful()))
-    with pytest.raises(UserError, match=r"\.metadata is not the one that tensor_index\.json was"):
+    with pytest.raises(UserError, match=r"\.metadata was changed after tensor_index\.json was"):
         export_checkpoint(run, tmp_path / "hf")
     (run / "iter_0000000" / "tensor_index.json").unlink()
-    with pytest.raises(UserError, match="does not belong there"):
+    with pytest.raises(UserError, match="is not allowed in an index"):
         export_checkpoint(run, tmp_path / "hf")
     assert not (tmp_path / "harmed").exists()
 
@@ -207,9 +210,13 @@ def test_damaged_checkpoints(run: Path, tmp_path: Path) -> None:
     shard.write_bytes(whole)
     state = json.loads((checkpoint / "state.json").read_text())
     for name, value, message in (
-        ("hidden_size", 32, r"embedding.word_embeddings.weight is \[128, 16\] and the model's"),
-        ("vocab_size", 129, r"embedding.word_embeddings.weight is \[128, 16\]"),
-        ("num_layers", 3, "has 2 layers, not 3"),
+        (
+            "hidden_size",
+            32,
+            r"embedding.word_embeddings.weight has shape \[128, 16\], but the model",
+        ),
+        ("vocab_size", 129, r"embedding.word_embeddings.weight has shape \[128, 16\]"),
+        ("num_layers", 3, "has only 2 layers, but layer 2 was requested"),
         ("norm_epsilon", None, "model.norm_epsilon is missing"),
     ):
         changed = {**state, "model": {**state["model"], name: value}}
@@ -217,12 +224,12 @@ def test_damaged_checkpoints(run: Path, tmp_path: Path) -> None:
         (checkpoint / "config.yaml").unlink(missing_ok=True)
         refused_export(message)
     (checkpoint / "state.json").unlink()
-    refused_export("has no state.json")
+    refused_export("is not a checkpoint")
     (checkpoint / ".metadata").unlink()
     (checkpoint / "state.json").write_text(json.dumps(state))
     refused_export("no .metadata")
     shutil.rmtree(run)
-    refused_export("holds no checkpoint")
+    refused_export("contains no checkpoint")
 
 
 def test_missing_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
@@ -239,7 +246,7 @@ def test_tokenizer_larger_than_the_embedding(source: Path, tmp_path: Path) -> No
     vocabulary = {piece: number for number, piece in enumerate("abcdefghijk")}
     Tokenizer(models.WordLevel(vocabulary, unk_token="a")).save(str(source / "tokenizer.json"))
     (source / "tokenizer_config.json").write_text('{"eos_token": "b"}')
-    refused(source, tmp_path, "the tokenizer has 11 pieces and the embedding 9 rows")
+    refused(source, tmp_path, "the tokenizer has 11 tokens, but the embedding only 9 rows")
 
 
 def test_outputs_are_not_replaced_unasked(source: Path, run: Path, tmp_path: Path) -> None:

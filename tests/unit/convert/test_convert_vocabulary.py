@@ -160,10 +160,10 @@ def test_a_folder_without_tokenizer_cannot_be_resized(
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).symlink_to(trained / name)
-    with pytest.raises(UserError, match="has no tokenizer that a larger one could extend"):
+    with pytest.raises(UserError, match="has no tokenizer, so the new tokens cannot"):
         import_huggingface(bare, tmp_path / "run", resize=Resize(new))
     import_huggingface(bare, tmp_path / "run")
-    with pytest.raises(UserError, match="give it as --old-tokenizer-model"):
+    with pytest.raises(UserError, match="give the run's tokenizer with --old-tokenizer-model"):
         resize_checkpoint(tmp_path / "run", tmp_path / "run2", Resize(new))
     done = resize_checkpoint(
         tmp_path / "run",

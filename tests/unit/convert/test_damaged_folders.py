@@ -42,16 +42,16 @@ def refused(folder: Path, message: str) -> None:
         ({"shape": ["x"]}, "not the entry of a tensor"),
         ({"shape": [-16]}, "not the entry of a tensor"),
         ({"shape": [16.0]}, "not the entry of a tensor"),
-        ({"shape": [7]}, "its shape does not match its values"),
+        ({"shape": [7]}, "the shape does not match the number of bytes"),
         ({"dtype": ["F32"]}, "not the entry of a tensor"),
-        ({"dtype": "F16"}, "its shape does not match its values"),
-        ({"dtype": "I8"}, "neither fp32, bf16 nor fp16"),
+        ({"dtype": "F16"}, "the shape does not match the number of bytes"),
+        ({"dtype": "I8"}, "is not fp32, bf16 or fp16"),
         ({"data_offsets": None}, "not the entry of a tensor"),
         ({"data_offsets": ["0", "64"]}, "not the entry of a tensor"),
         ({"data_offsets": [0.0, 64.0]}, "not the entry of a tensor"),
-        ({"data_offsets": [0, 32, 64]}, "values are missing"),
-        ({"data_offsets": [64, 0]}, "values are missing"),
-        ({"data_offsets": [0, 2**62]}, "values are missing"),
+        ({"data_offsets": [0, 32, 64]}, "its values lie outside the file"),
+        ({"data_offsets": [64, 0]}, "its values lie outside the file"),
+        ({"data_offsets": [0, 2**62]}, "its values lie outside the file"),
     ],
 )
 def test_headers(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -136,9 +136,9 @@ def test_bin_files_hold_tensors_by_name(folder: Path) -> None:
     sparse = {**tensors, NORM: tensors[NORM].to_sparse()}
     for content in ([torch.ones(2)], torch.ones(2), {1: torch.ones(2)}, {NORM: 3}, sparse):
         torch.save(content, path)
-        refused(folder, "pytorch_model.bin: does not hold only tensors by name")
+        refused(folder, "pytorch_model.bin: is not a dictionary of tensors")
     torch.save({"state_dict": tensors}, path)
-    refused(folder, "save the model's state_dict alone")
+    refused(folder, "save only the state_dict of the model")
     torch.save(tensors, path)
     check_weights(HuggingFaceWeights(folder), shape_of_huggingface(folder))
     path.write_bytes(path.read_bytes()[:-500])
@@ -183,11 +183,11 @@ def test_shards_hold_every_tensor_once(folder: Path, suffix: str) -> None:
     other = next(name for name, file in weight_map.items() if file == shards[1].name)
     # A tensor is in both shards, with different values in the shard that the index does not name.
     save_shard({**contents[0], other: contents[1][other] + 1}, shards[0])
-    refused(folder, f"part-1.{suffix}: has {other}, as has part-0.{suffix}")
+    refused(folder, f"part-1.{suffix}: contains {other}, which part-0.{suffix} contains")
     save_shard(contents[0], shards[0])
     # A tensor is in the index but in no shard.
     save_shard({n: t for n, t in contents[1].items() if n != other}, shards[1])
-    refused(folder, f"part-1.{suffix}: lacks {other}")
+    refused(folder, f"part-1.{suffix}: does not contain {other}")
     save_shard(contents[1], shards[1])
     # A tensor is in a shard but not in the index, and an extra tensor belongs to no model.
     del weight_map[other]
@@ -204,7 +204,7 @@ def test_shards_hold_every_tensor_once(folder: Path, suffix: str) -> None:
     index.write_text(text)
     single = folder / index.name.removesuffix(".index.json")
     save_shard({**contents[0], **contents[1]}, single)
-    refused(folder, "so there are two models")
+    refused(folder, "contains two models")
 
 
 def test_values_of_safetensors_overlap_nowhere(folder: Path) -> None:
@@ -229,7 +229,7 @@ def test_values_of_safetensors_overlap_nowhere(folder: Path) -> None:
     twice = header[:-1] + b"," + header[1:]
     content = len(twice).to_bytes(8, "little") + twice + good[8 + length :]
     (folder / "model.safetensors").write_bytes(content)
-    refused(folder, "its header cannot be read")
+    refused(folder, "cannot read its header")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -244,15 +244,15 @@ def test_bin_files_with_values_of_other_kinds(folder: Path) -> None:
         "sparse": (norm.to_sparse(), "sparse or nested"),
         "csr": (tensors["lm_head.weight"].to_sparse_csr(), "sparse or nested"),
         "nested": (torch.nested.nested_tensor([norm]), "sparse or nested"),
-        "quantized": (torch.quantize_per_tensor(norm, 0.1, 0, torch.qint8), "is quantised"),
-        "list": ([norm], "in place of a tensor"),
-        "nothing": (None, "in place of a tensor"),
-        "int8": (norm.to(torch.int8), "neither fp32, bf16 nor fp16"),
-        "float64": (norm.double(), "neither fp32, bf16 nor fp16"),
-        "float8": (norm.to(torch.float8_e4m3fn), "neither fp32, bf16 nor fp16"),
-        "complex": (norm.to(torch.complex64), "neither fp32, bf16 nor fp16"),
-        "scalar": (torch.tensor(1.0), r"is \[\]"),
-        "other shape": (norm.unsqueeze(0).clone(), r"is \[1, 16\]"),
+        "quantized": (torch.quantize_per_tensor(norm, 0.1, 0, torch.qint8), "is quantized"),
+        "list": ([norm], "instead of a tensor"),
+        "nothing": (None, "instead of a tensor"),
+        "int8": (norm.to(torch.int8), "is not fp32, bf16 or fp16"),
+        "float64": (norm.double(), "is not fp32, bf16 or fp16"),
+        "float8": (norm.to(torch.float8_e4m3fn), "is not fp32, bf16 or fp16"),
+        "complex": (norm.to(torch.complex64), "is not fp32, bf16 or fp16"),
+        "scalar": (torch.tensor(1.0), r"has shape \[\]"),
+        "other shape": (norm.unsqueeze(0).clone(), r"has shape \[1, 16\]"),
     }
     for value, message in kinds.values():
         torch.save({**tensors, NORM: value}, path)

@@ -305,8 +305,8 @@ def test_different_templates_are_warned_of(
     config = make_config(**start, **pack(**chats))
     hf = trained(config, tmp_path / "run", tmp_path / "hf")
     assert (
-        "the run's chats are written in different templates (chatflow in a; chat_template.jinja in "
-        "b): exports get the one of b;" in caplog.text
+        "the chats of the run use different templates (chatflow in a; chat_template.jinja in "
+        "b); exports use the template of b." in caplog.text
     )
     assert small(hf) == small(base)  # the base's own, if it is among them
 
@@ -316,7 +316,7 @@ def test_no_known_template_is_warned_of(
 ) -> None:
     import_huggingface(make_base("without"), tmp_path / "run")
     export_checkpoint(tmp_path / "run", tmp_path / "hf")
-    assert "no chat template is known" in caplog.text
+    assert "no chat template found" in caplog.text
     assert find_chat_template(tmp_path / "hf") is None
 
 
