@@ -103,29 +103,31 @@ def read_questions(path: Path) -> list[Question]:
             questions.append(_question(json.loads(line), f"{path}: line {number}"))
         except (ValueError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{path}: line {number} is no question ({type(error).__name__}: {error}); it needs "
-                "question, choices and answer"
+                f"{path}: line {number} is not a question ({type(error).__name__}: {error}); "
+                "write an object with question, choices and answer"
             ) from None
     if not questions:
-        raise UserError(f"{path}: holds no question; write one JSON object a line")
+        raise UserError(f"{path}: contains no questions; write one JSON object per line")
     return questions
 
 
 def _question(record: Any, place: str) -> Question:
     if not isinstance(record, Mapping):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     given = record.get("choices")
     if given is None:
         given = [record[letter] for letter in LETTERS if letter in record]
     if not isinstance(given, list) or not 2 <= len(given) <= len(LETTERS):
-        raise ValueError(f"choices are no list of 2 to {len(LETTERS)}")
+        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} entries")
     for letter, choice in zip(LETTERS, given, strict=False):
         # The probability of an empty choice would be 1.
         if not isinstance(choice, str | int | float) or not str(choice).strip():
-            raise ValueError(f"choice {letter} is empty or no text")
+            raise ValueError(f"choice {letter} is empty or not a string")
     index = _index(record["answer"])
     if not 0 <= index < len(given):
-        raise ValueError(f"answer {shorten(record['answer'])} of {len(given)} choices")
+        raise ValueError(
+            f"answer {shorten(record['answer'])} is not one of the {len(given)} choices"
+        )
     subject = str(record.get("subject", "")).replace("_", " ")
     question, choices = str(record["question"]), tuple(map(str, given))
     "".join((subject, question, *choices)).encode()  # raises for lone surrogates
@@ -289,8 +291,8 @@ def encode_question(
     for letter, ids in zip(LETTERS, answers, strict=False):
         if not ids:
             raise UserError(
-                f"{question.place}: choice {letter} has no token in this model's tokenizer; "
-                "leave the question out"
+                f"{question.place}: choice {letter} encodes to no tokens with this model's "
+                "tokenizer; remove the question"
             )
     longest = max(map(len, answers))
     for first in range(len(examples) + 1):

@@ -58,7 +58,7 @@ class EvaluationSettings:
             ("--num-fewshot", few_shot, 0),
         ):
             if value is not None and value < least:
-                raise UserError(f"{flag}: {value} is below {least}")
+                raise UserError(f"{flag}: must be at least {least}, not {value}")
 
 
 def evaluate(
@@ -107,7 +107,7 @@ def _describe(facts: Mapping[str, Any], choice: TokenizerChoice | None) -> str:
     begin = facts["begins_with"] or "nothing"
     template = facts["chat_template"]
     if choice is not None and choice.chat_template is not None:
-        chats = f"{choice.chat_template} (as asked)"
+        chats = f"{choice.chat_template} (from --chat-template)"
     elif template is not None:
         chats = f"{template['name']} (the model's own)"
     else:

@@ -51,7 +51,7 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         import transformers
     except ImportError:
         raise UserError(
-            "transformers is not installed: pip install 'megatron-chatflow[hf]'"
+            "transformers is not installed; run pip install 'megatron-chatflow[hf]'"
         ) from None
     library_logging: Any = transformers.utils.logging
     library_logging.set_verbosity_error()
@@ -75,10 +75,10 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
         text = error_text(error) or type(error).__name__
         raise _refusal(folder, f"transformers cannot load {what} ({text})") from None
     model, info = loaded
-    for kind, fault in (("missing_keys", "is missing"), ("unexpected_keys", "is not its own")):
+    for kind, fault in (("missing_keys", "is missing"), ("unexpected_keys", "is unexpected")):
         if info[kind]:
             name = min(info[kind])
-            raise _refusal(folder, f"{name} {fault}; config.json and weights do not fit together")
+            raise _refusal(folder, f"{name} {fault}; config.json and the weights do not match")
     _configure_bos(tokenizer, folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return tokenizer, model.to(device=device, dtype=dtype).eval()
@@ -91,7 +91,7 @@ def _dtype(folder: Path) -> torch.dtype:
     known = {name: dtype for dtype, name in TORCH_NAMES.items()}
     if not isinstance(named, str) or named not in known:
         raise UserError(
-            f"{folder / 'config.json'}: torch_dtype is {named!r}; it can be {', '.join(known)}"
+            f"{folder / 'config.json'}: torch_dtype is {named!r}; use one of {', '.join(known)}"
         )
     return known[named]
 

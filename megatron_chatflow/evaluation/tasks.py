@@ -62,11 +62,13 @@ class TaskSettings:
             UserError: A value is out of range.
         """
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit: {self.limit} is below 1; ask for some questions")
+            raise UserError(f"--limit: must be at least 1, not {self.limit}")
         size = self.batch_size.partition(":")  # lm-eval's auto:N tries N times
         number = size[2] or "1" if size[0] == "auto" else self.batch_size
         if not number.isdecimal() or int(number) < 1:
-            raise UserError(f"--batch-size: {self.batch_size!r} is neither a number nor auto")
+            raise UserError(
+                f"--batch-size: {self.batch_size!r} is neither a positive integer nor auto"
+            )
 
 
 def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, dict[str, Any]]:
@@ -89,12 +91,12 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
         adapter_type: Any = importlib.import_module("lm_eval.models.huggingface").HFLM
     except ImportError:
         raise UserError(
-            "lm-eval is not installed: pip install 'megatron-chatflow[eval]', or score local files "
-            "with --choice"
+            "lm-eval is not installed; run pip install 'megatron-chatflow[eval]', or use "
+            "--choice to score local files"
         ) from None
     if settings.apply_chat_template and model.chat_template is None:
         raise UserError(
-            f"--apply-chat-template: {model.folder} has no chat template; name one with "
+            f"--apply-chat-template: {model.folder} has no chat template; set one with "
             "--chat-template"
         )
     if settings.apply_chat_template and isinstance(model.chat_template, JinjaTemplate):
@@ -118,8 +120,8 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
         except _task_errors() as error:
             reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UserError(
-                f"--tasks: {name} cannot run, or its data cannot be loaded ({reason}); correct its "
-                "task file, or score local files with --choice"
+                f"--tasks: {name} cannot run, or its data cannot be loaded ({reason}); fix its "
+                "task file, or use --choice to score local files"
             ) from None
         results |= _metrics(output, few_shot)
         if len(tasks) > 1:
@@ -137,7 +139,7 @@ def _chosen(
     """
     include = None if settings.include_path is None else str(settings.include_path)
     if settings.include_path is not None and not settings.include_path.is_dir():
-        raise UserError(f"--include-path: {include} is no folder; name one with task files")
+        raise UserError(f"--include-path: {include} is not a folder; give a folder with task files")
     # Reading lm-eval's thousands of files takes seconds, which local tasks do not need.
     local = manager_type(include_path=include, include_defaults=False) if include else None
     whole = None
@@ -152,8 +154,8 @@ def _chosen(
         unknown = [task for task in tasks if task not in whole.all_tasks]
         if unknown:
             raise UserError(
-                f"--tasks: lm-eval has no task {unknown[0]}; use a name of lm-eval, or give the "
-                "folder of the task's file with --include-path"
+                f"--tasks: lm-eval has no task {unknown[0]}; use a task of lm-eval, or set "
+                "--include-path to the folder of the task file"
             )
         chosen.append((name, tasks, few_shot, whole))
     return chosen

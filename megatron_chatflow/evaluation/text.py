@@ -62,7 +62,7 @@ class TextSource:
         kind = given or "text"
         if not name or not path or kind not in FORMATS:
             raise UserError(
-                f"--source: {text!r} is not NAME=FILE or NAME:FORMAT=FILE with a format of "
+                f"--source: {text!r} is not NAME=FILE or NAME:FORMAT=FILE; FORMAT is one of "
                 f"{', '.join(FORMATS)}"
             )
         keys = ("messages",) if kind == "chat" else ("text",)
@@ -184,7 +184,7 @@ def evaluate_text(
     reasons = ", ".join(f"{count} {reason}" for reason, count in num_dropped.most_common())
     if not result.num_documents:
         raise UserError(
-            f"--source: {source.path} holds no document of the format that was named"
+            f"--source: {source.path} contains no documents in the given format"
             + (f" (dropped: {reasons})" if reasons else "")
         )
     if reasons:

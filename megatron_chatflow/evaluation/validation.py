@@ -80,8 +80,9 @@ class Validator:
             if source.num_samples and not rows[source.name][1] and source.name not in self.reported:
                 self.reported.add(source.name)
                 logger.warning(
-                    "validation: the first %d held-out samples of %s have no loss tokens, so it is "
-                    "skipped; raise train.eval_iters or hold out other documents",
+                    "validation: the first %d held-out samples of %s have no loss tokens, so "
+                    "this source is not validated; raise train.eval_iters or hold out other "
+                    "documents",
                     min(self.max_samples, source.num_samples),
                     source.name,
                 )

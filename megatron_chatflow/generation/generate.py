@@ -50,11 +50,11 @@ class Sampling:
             UserError: A value is out of range.
         """
         if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens: {self.max_new_tokens} is below 1; ask for some")
+            raise UserError(f"--max-new-tokens: must be at least 1, not {self.max_new_tokens}")
         if not 0 <= self.temperature <= 100:
-            raise UserError(f"--temperature: {self.temperature} is not between 0 and 100")
+            raise UserError(f"--temperature: must be between 0 and 100, not {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p: {self.top_p} is not above 0 and at most 1")
+            raise UserError(f"--top-p: must be above 0 and at most 1, not {self.top_p}")
 
 
 class TextStream:
@@ -155,7 +155,7 @@ class Generator:
             UserError: The folder has no chat template, or it rejects the conversation.
         """
         if not self.has_chat_template:
-            raise UserError(f"{self.folder}: has no chat template; name one with --chat-template")
+            raise UserError(f"{self.folder}: has no chat template; set one with --chat-template")
         try:
             # Not apply_chat_template, which does not limit time and memory.
             prompt = render(
@@ -171,14 +171,14 @@ class Generator:
             )
         except TemplateLimitError as error:
             raise UserError(
-                f"{self.folder}: its chat template {error.limit} for this conversation: name "
+                f"{self.folder}: its chat template {error.limit} for this conversation; set "
                 "another one with --chat-template"
             ) from None
         except Exception as error:  # from Jinja or from Python code in the template
             reason = str(error) or type(error).__name__
             raise UserError(
-                f"{self.folder}: its chat template refuses this ({reason}); it may not support "
-                "system messages, or be damaged"
+                f"{self.folder}: its chat template rejects this conversation ({reason}); it may "
+                "be damaged or not support system messages"
             ) from None
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return with_prefix(ids, bos_prefix(self._tokenizer))
@@ -190,12 +190,12 @@ class Generator:
             UserError: The prompt is empty, or as long as the model's context.
         """
         if not prompt:
-            raise UserError("the prompt is empty; give some text to continue")
+            raise UserError("the prompt is empty; provide some text")
         room = self.max_length - len(prompt)
         if room < 1:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens and the model reads {self.max_length}; "
-                "shorten it"
+                f"the prompt has {len(prompt)} tokens, but the context of the model is "
+                f"{self.max_length}; shorten the prompt"
             )
         return room
 
@@ -294,22 +294,38 @@ def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
 
 
-TEMPLATE_HELP = "instead of the model's own: chatflow, llama2, chatml, or a file or folder with one"
+TEMPLATE_HELP = (
+    "chat template to use instead of the model's: chatflow, llama2, chatml, or a file or folder "
+    "with one"
+)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of sampling, chat template and tokenizer."""
     defaults = Sampling()
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default: %(default)s")
-    add("--temperature", type=float, default=defaults.temperature, help="0: the most likely token")
-    add("--top-p", type=float, default=defaults.top_p, help="nucleus; default: %(default)s")
     add(
-        "--seed", type=int, default=defaults.seed, help="seed of the sampling; default: %(default)s"
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        help="maximum number of tokens to generate; default: %(default)s",
     )
-    add("--stop", action="append", default=[], help="text that ends an answer (repeatable)")
+    add(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        help="0 always selects the most likely token; default: %(default)s",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        help="probability mass of nucleus sampling; default: %(default)s",
+    )
+    add("--seed", type=int, default=defaults.seed, help="random seed; default: %(default)s")
+    add("--stop", action="append", default=[], help="stop generating at this text (repeatable)")
     add("--chat-template", metavar="T", help=TEMPLATE_HELP)
-    add("--tokenizer-model", type=Path, metavar="M", help="instead of the model's own")
+    add("--tokenizer-model", type=Path, metavar="M", help="tokenizer to use instead of the model's")
 
 
 def read_prompt(text: str) -> str:
@@ -322,7 +338,9 @@ def read_prompt(text: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt: is not UTF-8 at byte {error.start}; convert it") from None
+        raise UserError(
+            f"--prompt: is not valid UTF-8 at byte {error.start}; convert it to UTF-8"
+        ) from None
 
 
 def sampling_from_args(args: argparse.Namespace) -> Sampling:

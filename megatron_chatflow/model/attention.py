@@ -29,7 +29,7 @@ def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> s
     """Returns the reason of `choose` for the log, or a description of the CPU's kernel in bf16."""
     if cpu_kernels.is_available(torch.empty(0, dtype=dtype, device=device)):
         return (
-            "composed of oneDNN's products and our softmax; torch's "
+            "composed of oneDNN matrix products and our softmax; torch's "
             f"scaled_dot_product_attention for documents of more than {MAX_LENGTH:,} tokens"
         )
     return reason

@@ -254,7 +254,7 @@ def build_llama(
 def _collectives(parallel: ParallelConfig, ranks: Ranks) -> str:
     """Enables shared-memory collectives if possible; returns a description for the log."""
     if ranks.tensor_parallel_size == 1:
-        return "none: one process holds every layer whole"
+        return "none: layers are not split"
     if ranks.is_cuda:
         return "NCCL"
     if not parallel.shared_memory_collectives:

@@ -45,14 +45,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, 
     """
     if device.type != "cuda":
         rate = _measure(device, dtype)
-        return rate, f"measured on this process's CPU threads: {rate / 1e9:.0f} GFLOP/s"
+        return rate, f"{rate / 1e9:.0f} GFLOP/s, measured on the CPU threads of this process"
     name = torch.cuda.get_device_name(device)
     if dtype != torch.bfloat16:
-        return None, f"peak FLOP/s of {dtype} are not known"
+        return None, f"peak FLOP/s unknown for {dtype}"
     for key, rate in _BF16_PEAKS.items():
         if key in name:
             return rate, f"{name}: {rate / 1e12:.0f} TFLOP/s according to its data sheet"
-    return None, f"{name}: peak FLOP/s are not known"
+    return None, f"{name}: peak FLOP/s unknown"
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -139,10 +139,13 @@ class ExitReporter:
         """Describes which rank ended this one."""
         mine = f"rank {self._process.rank}: "
         if note is None:
-            return f"{mine}ends because its peers are gone ({reason}); see what ended them"
+            return (
+                f"{mine}exiting because its peers are gone ({reason}); check the logs of the "
+                "other ranks"
+            )
         if note.node == self._node:
-            return f"{mine}ends because rank {note.rank} failed, which reports why"
-        return f"{mine}ends because rank {note.rank} on {note.host} failed: {note.text}"
+            return f"{mine}exiting because rank {note.rank} failed; see its error"
+        return f"{mine}exiting because rank {note.rank} on {note.host} failed: {note.text}"
 
     def _leave_fault(self, error: BaseException) -> bool:
         words = str(error).strip().splitlines() or [""]

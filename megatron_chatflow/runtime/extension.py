@@ -24,7 +24,8 @@ def load_extension(package: str) -> ModuleType | None:
         return importlib.import_module(f"megatron_chatflow.{package}._native")
     except ImportError as error:
         logging.getLogger(__name__).warning(
-            "csrc/%s is not built (%s): NumPy and Python do its work; make build compiles it",
+            "csrc/%s is not built (%s); falling back to NumPy and Python, which is slower. "
+            "Run make build to compile it",
             package,
             error,
         )

@@ -86,15 +86,15 @@ def use_deterministic_algorithms(environment: MutableMapping[str, str] = os.envi
     has_started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if has_started:
         raise UserError(
-            "train.deterministic_mode: CUDA has started already, and cuBLAS with it; set it before "
-            "the first use of CUDA"
+            "train.deterministic_mode: CUDA and cuBLAS are already initialized; enable "
+            "deterministic mode before the first use of CUDA"
         )
     for name, values in _REQUIRED.items():
         given = environment.setdefault(name, values[0])
         if given not in values:
             raise UserError(
                 f"environment variable {name}: {given!r} is not deterministic; use "
-                f"{' or '.join(values)}, or leave it out"
+                f"{' or '.join(values)}, or unset it"
             )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -138,8 +138,8 @@ def resolve_attempt_store(
             return PrefixStore(f"{_PREFIX}/{signed}", store)
         time.sleep(_PAUSE_SECONDS)
     raise UserError(
-        f"rank {rank}: not all {world_size} processes came within {timeout}; see the logs of the "
-        "other nodes (--distributed-timeout-minutes)"
+        f"rank {rank}: not all {world_size} processes connected within {timeout}; check the logs "
+        "of the other nodes or raise --distributed-timeout-minutes"
     )
 
 
@@ -197,7 +197,7 @@ def _choose_device(process: ProcessRank) -> torch.device:
     if process.local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {process.local_rank}: this node has {torch.cuda.device_count()} GPUs; "
-            "start no more processes a node than it has GPUs (--nproc-per-node)"
+            "start at most one process per GPU (--nproc-per-node)"
         )
     return torch.device("cuda", process.local_rank)
 
@@ -306,7 +306,10 @@ def _init_process_group(process: ProcessRank, device: torch.device, timeout: tim
         torch.distributed.init_process_group(backend, timeout=timeout, **arguments)
         return
     if process.world_size > 1:
-        raise UserError("WORLD_SIZE is above 1 and MASTER_ADDR is not set; launch with torchrun")
+        raise UserError(
+            "environment variable MASTER_ADDR: is not set although WORLD_SIZE is above 1; "
+            "launch with torchrun"
+        )
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(
         backend, store=store, rank=0, world_size=1, timeout=timeout

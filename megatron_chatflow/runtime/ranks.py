@@ -43,11 +43,14 @@ class ProcessRank:
         ):
             text = environment.get(name, default)
             if not text.isdecimal():
-                raise UserError(f"environment variable {name}: {text!r} is not a rank or a size")
+                raise UserError(
+                    f"environment variable {name}: {text!r} is not a non-negative integer; "
+                    "launch with torchrun"
+                )
             values[name] = int(text)
         if values["RANK"] >= values["WORLD_SIZE"]:
             raise UserError(
-                f"environment variable RANK: {values['RANK']} is not below WORLD_SIZE "
+                f"environment variable RANK: {values['RANK']} must be below WORLD_SIZE "
                 f"{values['WORLD_SIZE']}; launch with torchrun"
             )
         return cls(

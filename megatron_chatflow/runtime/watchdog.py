@@ -136,7 +136,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(60 + _SECONDS_FOR_OTHERS, exit=True)
         place = self._place
         print(
-            f"rank {self._rank}: no progress for {waited:.0f} s at {place}; its threads' stacks:",
+            f"rank {self._rank}: no progress for {waited:.0f} s at {place}; stacks of its threads:",
             file=sys.stderr,
             flush=True,
         )
@@ -174,20 +174,22 @@ class Watchdog:
     def _verdict(self, place: _Place, waited: float) -> str:
         text = f"hung: no progress for {waited:.0f} s (--hang-timeout-minutes) at {place}"
         if self._folder is None or self._world_size == 1:
-            return f"{text}; ending rank {self._rank}"
+            return f"{text}; exiting rank {self._rank}"
         lines = {rank: self._first_line(rank) for rank in range(self._world_size)}
         usual = Counter(line for line in lines.values() if line).most_common(1)
         silent = [rank for rank, line in lines.items() if line is None]
         elsewhere = [rank for rank, line in lines.items() if line and line != usual[0][0]]
         if silent:
-            text += f"; no sign of life from rank {', '.join(map(str, silent))}"
+            text += f"; no report from rank {', '.join(map(str, silent))}"
         if elsewhere:
-            text += "; elsewhere: " + ", ".join(f"rank {r} ({lines[r]})" for r in elsewhere)
-        return f"{text}; stacks are in {self._folder}"
+            text += "; at a different point: " + ", ".join(
+                f"rank {r} ({lines[r]})" for r in elsewhere
+            )
+        return f"{text}; stack traces are in {self._folder}"
 
     def _first_line(self, rank: int) -> str | None:
         path = self._report_path(rank)
-        assert path is not None, "asked for only where there is a folder"
+        assert path is not None, "needs a folder"
         try:
             return path.read_text(encoding="utf-8").splitlines()[0]
         except (OSError, IndexError):

@@ -70,19 +70,19 @@ def test_a_rank_without_the_checkpoint_is_named(
     empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()
     line = _refused(_apart(tiny_run, [["--load", saved], ["--load", empty]]))
-    assert f"rank 0 starts from {saved}/iter_0000004; rank 1 sees no {empty}/iter_0000004" in line
+    assert f"rank 0 starts from {saved}/iter_0000004; rank 1 found no {empty}/iter_0000004" in line
     assert "copy the whole checkpoint to each node" in line
     line = _refused(_apart(tiny_run, [["--load", empty], ["--load", saved]]))
-    assert f"would start fresh; rank 1 sees {saved}/iter_0000004" in line
+    assert f"would start from scratch; rank 1 found {saved}/iter_0000004" in line
 
     shutil.copytree(saved, other)
     shutil.rmtree(other / "iter_0000004")
     shutil.copytree(other / "iter_0000002", other / "iter_0000004")
     line = _refused(_apart(tiny_run, [["--load", saved], ["--load", other]]))
-    assert f"rank 1 sees another checkpoint as {other}/iter_0000004" in line
+    assert f"rank 1 found a different checkpoint at {other}/iter_0000004" in line
     (other / "iter_0000004" / "__0_0.distcp").unlink()
     line = _refused(_apart(tiny_run, [["--load", saved], ["--load", other]]))
-    assert "rank 1 cannot read it" in line and "__0_0.distcp: is missing" in line
+    assert "rank 1 could not read it" in line and "__0_0.distcp: is missing" in line
 
 
 @pytest.mark.distributed
@@ -93,7 +93,7 @@ def test_data_that_one_rank_lacks_is_named_once(tiny_run: TinyRun, tmp_path: Pat
     output = jobs.run(_apart(tiny_run, [[], ["--config", lacking]]), expect=1)
     mine, other = sorted(_lines(output), reverse=True)
     assert mine.startswith("error: rank 1: data.sources.first.paths[0]")
-    assert other == "error: rank 0: ends because rank 1 failed, which reports why"
+    assert other == "error: rank 0: exiting because rank 1 failed; see its error"
     assert output.count("nowhere_text_document") == 1
 
     write_dataset(
@@ -145,7 +145,7 @@ def test_a_mistake_in_mid_run_is_said_by_the_rank_that_meets_it(
     status, (line,) = said[other]
     assert status == 2
     # Without a launcher rank 0 hosts the store for these reports and may have ended with it.
-    follows = [f"ends because rank {culprit} failed", "ends because its peers are gone"]
+    follows = [f"exiting because rank {culprit} failed", "exiting because its peers are gone"]
     assert line.startswith(tuple(f"error: rank {other}: {text}" for text in follows[: 2 - culprit]))
 
 
@@ -154,4 +154,4 @@ def test_a_killed_peer_costs_a_line(tiny_run: TinyRun) -> None:
     (status, output), (killed, _) = _two_processes(tiny_run, {"kill": {"rank": 1, "iteration": 3}})
     (line,) = _lines(output)
     assert (status, killed) == (2, -9)
-    assert line.startswith("error: rank 0: ends because its peers are gone")
+    assert line.startswith("error: rank 0: exiting because its peers are gone")

@@ -213,13 +213,13 @@ def test_question_files(tmp_path: Path) -> None:
         [],
     ):
         path.write_text(json.dumps(record))
-        with pytest.raises(UserError, match="line 1 is no question"):
+        with pytest.raises(UserError, match="line 1 is not a question"):
             read_questions(path)
     path.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="line 1 is no question"):
+    with pytest.raises(UserError, match="line 1 is not a question"):
         read_questions(path)
     path.write_text("\n")
-    with pytest.raises(UserError, match="holds no question"):
+    with pytest.raises(UserError, match="contains no questions"):
         read_questions(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_questions(tmp_path / "none")
@@ -252,7 +252,7 @@ def test_a_choice_without_any_token_is_refused(tmp_path: Path) -> None:
     settings = ChoiceSettings("continuation")
     _, answers = encode_question(tokenizer, [0], 64, first, [], settings)
     assert all(answers)
-    with pytest.raises(UserError, match=r"q.jsonl: line 2: choice B has no token"):
+    with pytest.raises(UserError, match=r"q.jsonl: line 2: choice B encodes to no tokens"):
         encode_question(tokenizer, [0], 64, second, [], settings)
 
 
@@ -262,7 +262,7 @@ def test_source_arguments(model: LanguageModel, tmp_path: Path) -> None:
             TextSource.parse(text, "chatflow")
     assert TextSource.parse("a=b=c", "chatflow").path == "b=c"
     path = write_lines(tmp_path / "x.jsonl", [{"other": "key"}])
-    with pytest.raises(UserError, match="holds no document"):
+    with pytest.raises(UserError, match="contains no documents"):
         evaluate_text(model, TextSource.parse(f"a={path}", "chatflow"))
 
 
@@ -320,7 +320,7 @@ def test_command_line(random_llama: Path, tmp_path: Path) -> None:
     base, ours = json.loads(output.read_text())
     assert base == ours and set(ours["choice"]) == {"quiz"}
     failed = run(random_llama)
-    assert failed.returncode == 2 and "nothing to evaluate on" in failed.stderr
+    assert failed.returncode == 2 and "nothing to evaluate;" in failed.stderr
 
 
 def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) 
     assert evaluate(tmp_path / "run", settings)["sources"] == expected
     # Earlier versions recorded only the path of the tokenizer.
     shutil.rmtree(tmp_path / "run" / "iter_0000000" / "huggingface")
-    advice = "name the run's own with --tokenizer-model"
+    advice = "give the run's tokenizer with --tokenizer-model"
     with pytest.raises(UserError, match=f"the run's tokenizer is missing; {advice}$"):
         evaluate(tmp_path / "run", settings)
     results = evaluate(tmp_path / "run", settings, TokenizerChoice(moved))

@@ -100,7 +100,7 @@ def test_bad_input(random_llama: Path, tmp_path: Path) -> None:
     def run(*tasks: str, include_path: Path = tmp_path) -> None:
         evaluate_tasks(model, TaskSettings(tasks, include_path=include_path))
 
-    with pytest.raises(UserError, match="--include-path: .* is no folder"):
+    with pytest.raises(UserError, match="--include-path: .* is not a folder"):
         run("x", include_path=tmp_path / "none")
     write_task(tmp_path, "lost", [0], [0])
     with pytest.raises(UserError, match="has no task no_such_task"):

@@ -93,7 +93,7 @@ def test_another_template_is_taken_when_asked_for(
     for asked in (str(tmp_path / "own.jinja"), "chatflow", str(folder)):
         for path in (folder, with_template(random_llama, tmp_path / "none", None, in_file=True)):
             found = loss(asked, path)
-            assert lines[-1].endswith(f"chat template: {asked} (as asked)")
+            assert lines[-1].endswith(f"chat template: {asked} (from --chat-template)")
             if asked.endswith(".jinja"):
                 assert found == pytest.approx(own, rel=1e-5)
             elif asked == str(folder):
@@ -123,7 +123,7 @@ def test_what_a_template_refuses_is_counted(
     assert result.num_documents == 1 and result.num_dropped == {"template_refused": 1}
     assert "c: dropped records: 1 template_refused" in caplog.text
     path.write_text(json.dumps({"messages": refused}) + "\n")
-    with pytest.raises(UserError, match=r"holds no document .*\(dropped: 1 template_refused\)"):
+    with pytest.raises(UserError, match=r"contains no documents .*\(dropped: 1 template_refused\)"):
         evaluate_text(model, TextSource.parse(f"c:chat={path}"))
 
 
@@ -152,7 +152,9 @@ def test_generation_takes_a_template_and_a_tokenizer_for_a_folder(
             assert Generator(opened).encode("bana") == tokenizer.encode("bana")
     larger = extend_tokenizer(tokenizer, ["龍"], tmp_path / "larger")
     with (
-        pytest.raises(UserError, match="has 513 ids and the model 512; name the run's own"),
+        pytest.raises(
+            UserError, match="has 513 tokens, .* only 512 rows; give the run's tokenizer"
+        ),
         huggingface_folder(folder, TokenizerChoice(larger.model_path)),
     ):
         pass

@@ -145,7 +145,7 @@ def test_conversation_uses_the_template_and_forgets_what_does_not_fit(
     assert max(forgotten) == 2
     assert all(len(ids) + GREEDY.max_new_tokens <= generator.max_length for ids in prompts)
     before = list(conversation.messages)
-    with pytest.raises(UserError, match="the prompt has .* tokens and the model reads 96"):
+    with pytest.raises(UserError, match="prompt has .* tokens, but the context of the model is 96"):
         conversation.answer("the river " * 60, lambda piece: None)
     assert conversation.messages == before
     conversation.reset()
@@ -164,9 +164,9 @@ def test_templates_that_refuse(folder: Path) -> None:
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}?"
     )
     conversation(unwilling)
-    with pytest.raises(UserError, match=r"refuses this \(no system\)"):
+    with pytest.raises(UserError, match=r"rejects this conversation \(no system\)"):
         conversation(unwilling, "the water")
-    with pytest.raises(UserError, match="its chat template refuses this"):
+    with pytest.raises(UserError, match="its chat template rejects this"):
         conversation("{% if %}")
 
 
@@ -181,11 +181,11 @@ def test_bad_input(generator: Generator, folder: Path, tmp_path: Path) -> None:
             Sampling(**sampling)
     with pytest.raises(UserError, match="the prompt is empty"):
         generator.stream([], GREEDY, print)
-    with pytest.raises(UserError, match="has 200 tokens and the model reads 96"):
+    with pytest.raises(UserError, match="has 200 tokens, but the context of the model is 96"):
         generator.stream([5] * 200, GREEDY, print)
-    with pytest.raises(UserError, match="no such folder"), huggingface_folder(tmp_path / "x"):
+    with pytest.raises(UserError, match="folder not found"), huggingface_folder(tmp_path / "x"):
         pass
-    with pytest.raises(UserError, match="holds no checkpoint"), huggingface_folder(tmp_path):
+    with pytest.raises(UserError, match="contains no checkpoint"), huggingface_folder(tmp_path):
         pass
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(UserError, match="transformers cannot load|has no model.safetensors"):
@@ -213,10 +213,10 @@ def test_folders_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
     refused("model.extra is not a tensor of the LLaMA")
     short = {**tensors, "model.norm.weight": torch.ones(7)}
     save_file(short, path, metadata={"format": "pt"})
-    refused(r"model.norm.weight is \[7\] and config.json makes it \[32\]")
+    refused(r"model.norm.weight has shape \[7\], but \[32\] according to config.json")
     save_file(tensors, path, metadata={"format": "pt"})
     path.write_bytes(path.read_bytes()[:-100])
-    refused("model.safetensors: is damaged at .* missing")
+    refused("model.safetensors: is damaged at .* outside the file")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "float99"}))
     refused("torch_dtype is 'float99'")
@@ -225,9 +225,9 @@ def test_folders_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
 def test_prompts_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = io.TextIOWrapper(io.BytesIO("前".encode() + b"\xff"))
     monkeypatch.setattr(sys, "stdin", wrong)
-    with pytest.raises(UserError, match="--prompt: is not UTF-8 at byte 3"):
+    with pytest.raises(UserError, match="--prompt: is not valid UTF-8 at byte 3"):
         read_prompt("-")
-    with pytest.raises(UserError, match="--prompt: is not UTF-8 at byte 1"):
+    with pytest.raises(UserError, match="--prompt: is not valid UTF-8 at byte 1"):
         read_prompt("a\udcff")  # as Python represents an invalid byte of the command line
     assert read_prompt("雨 a") == "雨 a"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("雨\n".encode())))
@@ -281,10 +281,10 @@ def test_chat_answers_every_line(folder: Path) -> None:
     lines = f"the river\n\n/reset\nthe river\n{'long ' * 200}\n/exit\nnever\n"
     done = run_tool("chat.py", folder, "--temperature", 0, "--max-new-tokens", 8, stdin=lines)
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("> /reset\n(a new conversation)\n")
+    first, second = done.stdout.split("> /reset\n(started a new conversation)\n")
     second, refused = second.split("> long", 1)
     assert first.removesuffix("> \n") == second
-    assert "(the prompt has " in refused and refused.endswith("shorten it)\n> /exit\n")
+    assert "(the prompt has " in refused and refused.endswith("shorten the prompt)\n> /exit\n")
     assert "never" not in done.stdout
 
 

@@ -54,7 +54,7 @@ def test_every_attempt_has_a_name_of_its_own(server: TCPStore, delays: list[floa
 def test_workers_of_an_attempt_that_died_halfway_do_no_harm(server: TCPStore) -> None:
     store = TCPStore("127.0.0.1", server.port, is_master=False, timeout=_TIMEOUT)
     for rank in (0, 2):  # rank 1 never arrived
-        with pytest.raises(UserError, match="not all 3 processes came"):
+        with pytest.raises(UserError, match="not all 3 processes connected"):
             resolve_attempt_store(store, rank, 3, timedelta(seconds=0.2))
     found = _attempt(server.port, [0.2, 0.0, 0.1])
     assert len(set(found)) == 1 and found[0]
