@@ -34,7 +34,7 @@ COMMANDS = {
 
 _HELP = """usage: chatflow COMMAND [arguments]
 
-Bring a LLaMA model into a new language: continued training on a blend that follows a schedule.
+Adapt a LLaMA model to a new language: continued training on a blend that follows a schedule.
 
 commands:
 {commands}

@@ -48,18 +48,20 @@ def main() -> None:
                 break
             if line == "/reset":
                 conversation.reset()
-                print("(a new conversation)")
+                print("(started a new conversation)")
             elif line:
                 try:
                     num_forgotten = conversation.answer(line, _show)
                     if num_forgotten:
-                        print(f"\n(the first {num_forgotten} turns no longer fit)", end="")
+                        print(
+                            f"\n(dropped the first {num_forgotten} turns to fit into the context)",
+                            end="",
+                        )
                 except KeyboardInterrupt:
                     pass  # Ctrl-C stops the answer but not the conversation
                 except UserError as error:
-                    print(
-                        f"({error})", end=""
-                    )  # For example, the message is too long. The conversation continues.
+                    # For example, the message is too long. The conversation continues.
+                    print(f"({error})", end="")
                 print(flush=True)
 
 
@@ -85,4 +87,4 @@ def _lines() -> Iterator[str]:
             print()
             return
         except KeyboardInterrupt:
-            print("\n(/exit or Ctrl-D leaves)")
+            print("\n(use /exit or Ctrl-D to exit)")

@@ -39,7 +39,7 @@ def _parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="checkpoint to Hugging Face folder")
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
     _add_checkpoint(export)
     export.add_argument(
         "--max-shard-size",
@@ -51,17 +51,22 @@ def _parse_arguments() -> argparse.Namespace:
         "--tokenizer-model", type=Path, help="where the run's tokenizer is now, if it was moved"
     )
     export.add_argument(
-        "--chat-template", help="chatflow, llama2, chatml, a Jinja file, or a model's folder"
+        "--chat-template",
+        help=(
+            "chat template of the export: chatflow, llama2, chatml, a Jinja file or a model folder"
+        ),
     )
     export.add_argument(
         "--no-tokenizer", action="store_true", help="export the model without a tokenizer"
     )
-    import_ = commands.add_parser("import", help="Hugging Face folder to checkpoint")
+    import_ = commands.add_parser("import", help="write a Hugging Face folder as a checkpoint")
     _add_huggingface(import_)
     import_.add_argument(
-        "--tokenizer-model", type=Path, help="extended tokenizer to resize the model to"
+        "--tokenizer-model",
+        type=Path,
+        help="extended tokenizer; the embeddings are resized to its vocabulary",
     )
-    resize = commands.add_parser("resize", help="checkpoint to one with a larger vocabulary")
+    resize = commands.add_parser("resize", help="extend the vocabulary of a checkpoint")
     _add_checkpoint(resize)
     resize.add_argument(
         "--tokenizer-model",
@@ -80,7 +85,7 @@ def _parse_arguments() -> argparse.Namespace:
             help="initialization of the rows of new tokens (default: %(default)s)",
         )
         command.add_argument(
-            "--seed", type=int, default=1234, help="seed of random rows (default: %(default)s)"
+            "--seed", type=int, default=1234, help="seed for random rows (default: %(default)s)"
         )
     for command in (export, import_):
         command.add_argument(
@@ -96,7 +101,7 @@ def _parse_arguments() -> argparse.Namespace:
     _add_huggingface(verify)
     _add_checkpoint(verify)
     verify.add_argument(
-        "--text", action="append", help="text on which logits are compared (repeatable)"
+        "--text", action="append", help="text to compare the logits on (repeatable)"
     )
     verify.add_argument("--weights-only", action="store_true", help="do not compare logits")
     args = parser.parse_args()
@@ -128,7 +133,7 @@ def _export(args: argparse.Namespace) -> int:
             model=args.tokenizer_model,
             chat_template=args.chat_template,
             leave_out=args.no_tokenizer,
-            advice="name the run's own with --tokenizer-model, or give --no-tokenizer",
+            advice="give the run's tokenizer with --tokenizer-model, or use --no-tokenizer",
         ),
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,

@@ -33,17 +33,19 @@ def main() -> None:
     args = _parse()
     settings = _settings(args)
     if not (settings.sources or settings.questions or settings.tasks):
-        raise UserError("nothing to evaluate on: give --source, --choice or --tasks")
+        raise UserError("nothing to evaluate; set --source, --choice or --tasks")
     if args.output:
         check_output_file(args.output)
     if args.template and args.chat_template:
-        raise UserError("--template and --chat-template: give one of the two")
+        raise UserError("--template and --chat-template: set only one of them")
     if args.apply_chat_template and not args.tasks:
-        raise UserError("--apply-chat-template: is of lm-eval's tasks; name some with --tasks")
+        raise UserError(
+            "--apply-chat-template: only applies to lm-eval tasks; set them with --tasks"
+        )
     template = args.template or args.chat_template
     models = [(args.model, TokenizerChoice(args.tokenizer_model, template))]
     if args.baseline:
-        advice = "name the run's own with --baseline-tokenizer-model"
+        advice = "give the run's tokenizer with --baseline-tokenizer-model"
         choice = TokenizerChoice(args.baseline_tokenizer_model, template, advice=advice)
         models.insert(0, (args.baseline, choice))
     results = [evaluate(model, settings, tokenizer, print) for model, tokenizer in models]
@@ -71,13 +73,20 @@ def _parse() -> argparse.Namespace:
         help="file to evaluate on; FORMAT is text, pairs or chat",
     )
     add("--chat-template", metavar="T", help=TEMPLATE_HELP)
-    add("--template", choices=list(TEMPLATES), help="the same, by name")
+    add(
+        "--template",
+        choices=list(TEMPLATES),
+        help="built-in chat template to use instead of the model's",
+    )
     add("--encoding", default="utf-8", metavar="E", help="encoding of the sources")
     add("--max-documents", type=int, help="maximum number of documents per source")
     add("--max-length", type=int, help="context length (default: the model's)")
     add("--choice", action="append", type=Path, default=[], help="file of questions (repeatable)")
     add(
-        "--scoring", choices=SCORINGS, default="letter", help="what is scored; default: %(default)s"
+        "--scoring",
+        choices=SCORINGS,
+        default="letter",
+        help="what to score in each choice; default: %(default)s",
     )
     add(
         "--num-fewshot",
@@ -95,13 +104,13 @@ def _parse() -> argparse.Namespace:
         "--tasks",
         type=parse_task_names,
         default=(),
-        help="lm-eval tasks, and mmlu,ceval-valid,cmmlu,gaokao",
+        help="comma-separated lm-eval tasks, and mmlu,ceval-valid,cmmlu,gaokao",
     )
     add("--include-path", type=Path, help="folder of local lm-eval task files")
     add("--apply-chat-template", action="store_true", help="format lm-eval questions as chats")
     add("--limit", type=int, help="maximum number of questions per lm-eval task")
     add("--batch-size", default="8", help="batch size of lm-eval; default: %(default)s")
-    add("--output", type=Path, help="write the results to this file, as JSON")
+    add("--output", type=Path, help="JSON file to write the results to")
     return parser.parse_args()
 
 

@@ -25,18 +25,21 @@ def main() -> None:
     """Prints one continuation of each prompt as its tokens are generated."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = ArgumentParser(
-        description="Continues prompts, or answers them with --chat.",
+        description="Completes prompts, or answers them with --chat.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
     parser.add_argument(
-        "--prompt", action="append", required=True, help="text (repeatable); - reads standard input"
+        "--prompt",
+        action="append",
+        required=True,
+        help="prompt (repeatable); - reads standard input",
     )
     parser.add_argument(
-        "--chat", action="store_true", help="answer the prompt in the chat template"
+        "--chat", action="store_true", help="format the prompt with the chat template and answer it"
     )
-    parser.add_argument("--system", help="system message of --chat")
+    parser.add_argument("--system", help="system message for --chat")
     add_sampling_arguments(parser)
     args = parser.parse_args()
     sampling = sampling_from_args(args)

@@ -26,7 +26,7 @@ def main() -> None:
         nargs="+",
         type=Path,
         metavar="RUN_DIR",
-        help="folder that --save of the run named",
+        help="--save folder of a run",
     )
     parser.add_argument(
         "--output", type=Path, help="file to write (default: report.html in the first run's folder)"
@@ -37,7 +37,7 @@ def main() -> None:
         type=float,
         const=30.0,
         metavar="SECONDS",
-        help="rewrite the page while the runs continue (default: every 30 seconds), until Ctrl-C",
+        help="keep updating the page until Ctrl-C (default: every 30 seconds)",
     )
     args = parser.parse_args()
     output = args.output or args.run_dirs[0] / "report.html"
@@ -47,7 +47,7 @@ def main() -> None:
     elif 1 <= args.follow <= 86400:
         runs = follow_runs(args.run_dirs, output, args.follow, say=print)
     else:
-        raise UserError(f"--follow: {args.follow:g} is not between 1 and 86400 seconds")
+        raise UserError(f"--follow: must be between 1 and 86400 seconds, not {args.follow:g}")
     size = output.stat().st_size / 1e3
     logged = sum(len(run.iteration) for run in runs)
     print(f"wrote {output} ({size:,.0f} kB, {logged:,} logged iterations of {len(runs)} run(s))")

@@ -318,8 +318,8 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
                 if deviation
             ],
             find_marks(run, by_samples),
-            "Samples of a source drawn so far minus the sum of its weights, for the source with "
-            "the largest deviation. An exact blend never reaches one whole sample.",
+            "Samples drawn so far minus samples planned, for the source with the largest "
+            "deviation. An exact blend stays below one sample.",
             levels=(-1.0, 0.0, 1.0),
         )
     return charts + line_chart(
@@ -328,7 +328,7 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
         "Epochs",
         _per_source(run, run.sources, axis.x, "epochs"),
         find_marks(run, axis),
-        "How often each source has been read so far.",
+        "Number of times each source has been read so far.",
         from_zero=True,
     )
 
@@ -380,7 +380,7 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             "Learning rate",
             [Line("learning rate", *condense(x, columns["learning_rate"], "last"), 0)],
             marks,
-            "As the optimizer used it.",
+            "As used by the optimizer.",
             from_zero=True,
         ),
         *line_chart(
@@ -408,7 +408,7 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             "Part of the step",
             [Line.smoothed("waiting", x, waiting, 3)],
             marks,
-            f"Part of the step in which the reporting rank had no batch. {SMOOTHED}",
+            f"Fraction of the step in which the reporting rank waited for a batch. {SMOOTHED}",
             from_zero=True,
             percent=True,
         ),

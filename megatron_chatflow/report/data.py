@@ -29,9 +29,9 @@ FloatArray = npt.NDArray[np.float64]
 BySource = Mapping[str, Mapping[str, FloatArray]]
 
 PLANNED_CAUSES = {
-    "finished": "extended after its end",
+    "finished": "extended after its last iteration",
     "exit_interval": "exit interval",
-    "stop_requested": "asked to stop",
+    "stop_requested": "stop requested",
     "another_folder": "continued from another folder",
 }
 """Causes of restarts that are not failures, with their descriptions in the report."""
@@ -357,19 +357,19 @@ class RunReader:
         """
         folder, metrics = self._folder, self._metrics
         if not folder.is_dir():
-            raise UserError(f"no such run: {folder}: name the folder that --save wrote")
+            raise UserError(f"{folder}: folder not found; give the --save folder of a run")
         if not metrics.path.is_file():
-            raise UserError(f"no metrics.jsonl in {folder}: name the folder that --save wrote")
+            raise UserError(f"{folder}: has no metrics.jsonl; give the --save folder of a run")
         try:
             metrics.read_new_lines()
             lines = _read_if_present(folder / "restarts.jsonl").splitlines()
             status = parse_object(_read_if_present(folder / "status.json")) or {}
         except OSError as error:
-            raise UserError(f"cannot read {metrics.path}: {error.strerror}") from None
+            raise UserError(f"{metrics.path}: cannot be read ({error.strerror})") from None
         training, validation = metrics.training, metrics.validation
         if not len(training.iteration) and not len(validation.iteration):
             raise UserError(
-                f"{metrics.path} holds no logged iteration yet: wait for the first log interval"
+                f"{metrics.path}: contains no logged iteration yet; wait for the first log interval"
             )
         parsed = [_parse_restart(parse_object(line) or {}) for line in lines if line.strip()]
         recorded = tuple(restart for restart in parsed if restart is not None)
@@ -423,7 +423,9 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         return {}, ""
     except (UserError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}: restore it or move it away") from None
+        raise UserError(
+            f"{path}: is not valid YAML ({error}); restore the file or move it away"
+        ) from None
 
 
 def last_value(values: FloatArray) -> float:

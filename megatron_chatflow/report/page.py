@@ -42,8 +42,8 @@ MAX_RESTARTS = 50
 """Maximum number of rows in the table of restarts."""
 STATES = {
     "running": "running or killed",
-    "exit_interval": "left at its exit interval",
-    "stop_requested": "stopped as asked",
+    "exit_interval": "exited at its exit interval",
+    "stop_requested": "stopped on request",
     "failed": "failed",
 }
 POLICY = (
@@ -253,9 +253,7 @@ def build_page(
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise UserError(
-            "plotly: is not installed, and the report needs it: pip install plotly"
-        ) from error
+        raise UserError("plotly: is not installed; run pip install plotly") from error
     names = run_names(runs)
     articles = [
         _article(run, name, f"run-{index}", now)
@@ -282,9 +280,9 @@ def build_page(
         f"{refresh}<title>{html.escape(' and '.join(names))} – training report</title>"
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><main>\n'
         + "\n".join(articles)
-        + f"\n<footer>{' '.join(notes)}</footer>\n"
-        "<noscript>The charts need JavaScript, all of which is in this file.</noscript>\n</main>"
-        f"<script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script></body></html>\n"
+        + f"\n<footer>{' '.join(notes)}</footer>\n<noscript>The charts need JavaScript, which is "
+        "included in this "
+        f"file.</noscript>\n</main><script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -422,7 +420,7 @@ def _tiles(run: RunMetrics) -> str:
         note = f"{format_duration(float(lost))} lost"
         tiles.append(("Restarts", f"{num_restarts - num_planned:,}", note))
     if num_planned:
-        tiles.append(("Planned restarts", f"{num_planned:,}", "after a planned end"))
+        tiles.append(("Planned restarts", f"{num_planned:,}", "after a planned exit"))
     if last["num_skipped"] > 0 or last["num_rollbacks"] > 0:
         note = f"{last['num_rollbacks']:,.0f} rollbacks"
         tiles.append(("Skipped updates", f"{last['num_skipped']:,.0f}", note))
@@ -509,13 +507,16 @@ def _restarts_table(run: RunMetrics) -> str:
         for one in shown
     ]
     num_omitted = len(run.restarts) - len(shown)
-    note = f" The last {len(shown)}; {num_omitted:,} came before." if num_omitted else ""
+    note = (
+        f" Only the last {len(shown)} are shown; {num_omitted:,} earlier ones are omitted."
+        if num_omitted
+        else ""
+    )
     return _table(
-        "Pause: time from the last iteration that counts until training continued; after a failure "
-        f"this time is lost.{note}",
-        "Attempt,Resumed from iteration,Iterations repeated,Pause,Why it had ended,Changed".split(
-            ","
-        ),
+        "Pause: time from the last iteration that was kept until training continued; after a "
+        f"failure this time is lost.{note}",
+        "Attempt,Resumed from iteration,Iterations repeated,Pause,Reason for the "
+        "exit,Changed".split(","),
         rows,
         num_text_columns=2,
     )

@@ -115,7 +115,7 @@ def plot_blend(run: RunMetrics) -> bytes:
     from matplotlib.figure import Figure
 
     if not run.sources:
-        raise UserError(f"{run.folder}: its metrics have no sources: name another run")
+        raise UserError(f"{run.folder}: its metrics contain no sources; give another run")
     axis, samples = XAxis.of(run, SAMPLES), samples_per_record(run)
     families, labels = _readable_labels(list(run.sources))
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -152,9 +152,7 @@ def import_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            "matplotlib: is not installed, and the plot needs it: pip install matplotlib"
-        ) from error
+        raise UserError("matplotlib: is not installed; run pip install matplotlib") from error
 
 
 def _to_png(figure: Figure, dpi: int) -> bytes:
@@ -198,8 +196,8 @@ def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         labels.append(f"#{number}")
         logger.warning(
-            "no installed font shows %s, which is drawn as #%d; install one that does, such as "
-            "Noto Sans CJK (fonts-noto-cjk)",
+            "no installed font has glyphs for %s, which is shown as #%d; install one that has, "
+            "such as Noto Sans CJK (fonts-noto-cjk)",
             *(text, number),
         )
     return families, labels

@@ -95,7 +95,7 @@ def test_names_fall_back_to_fonts_that_have_them(caplog: pytest.LogCaptureFixtur
     assert "Last Resort" not in "".join(families)
     unknown = "\U0010fffd"  # a private-use character, which no font has
     assert _readable_labels(["plain", unknown, "x"])[1] == ["plain", "#2", "x"]
-    assert "no installed font shows \U0010fffd, which is drawn as #2" in caplog.text
+    assert "no installed font has glyphs for \U0010fffd, which is shown as #2" in caplog.text
 
 
 def test_fonts_that_are_newer_than_the_list_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

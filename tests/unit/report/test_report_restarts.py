@@ -100,12 +100,12 @@ def test_planned_ends_are_no_failures(tmp_path: Path) -> None:
         "restarted": {30: "1 restart after a failure (1 min 0 s lost) at iteration 30"},
         "planned restart": {
             20: "1 planned restart (exit interval) at iteration 20",
-            40: "1 planned restart (asked to stop) at iteration 40",
+            40: "1 planned restart (stop requested) at iteration 40",
         },
     }
     assert '<div class="tile"><dt>Restarts</dt><dd>1<small>1 min 0 s lost</small>' in page
     assert "<dt>Planned restarts</dt><dd>2<small>" in page
-    assert "left at its exit interval" in page and "running or stopped" not in page
+    assert "exited at its exit interval" in page and "running or stopped" not in page
     assert "<td>1 min 0 s</td>" in without_labels(page) and ">failed or killed</td>" in page
 
 
@@ -195,7 +195,11 @@ def test_following_ends_with_the_run(tmp_path: Path) -> None:
 
     (run,) = follow_runs([folder], output, 7, say=said.append, sleep=sleep)
     assert run.iteration[-1] == 30
-    assert said[0].startswith("waiting: no such run") and said[1] == "run: iteration 11"
+    assert (
+        said[0].startswith("waiting: ")
+        and "folder not found" in said[0]
+        and said[1] == "run: iteration 11"
+    )
     assert pages and all('http-equiv="refresh" content="7"' in page for page in pages)
     assert 'http-equiv="refresh"' not in output.read_text()
     check_page(output.read_text())
@@ -292,7 +296,7 @@ def test_damaged_configuration_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", synthetic_records(3))
     for text in (b"\xff\xfe", b"[" * 20_000, b"a: !!python/object:os.system {}"):
         (folder / "config.yaml").write_bytes(text)
-        with pytest.raises(UserError, match=r"config\.yaml is not YAML"):
+        with pytest.raises(UserError, match=r"config\.yaml: is not valid YAML"):
             read_run(folder)
 
 
