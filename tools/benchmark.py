@@ -16,12 +16,12 @@ from benchmarks.harness import load_benchmark, run_benchmark
 from megatron_chatflow.errors import ArgumentParser, run_main
 
 SUBJECTS = {
-    "preprocess": "corpus to .bin/.idx: bytes a second, CPU-seconds, memory",
-    "blend": "draws of a schedule: time a sample, cold and going on",
-    "loader": "samples and global batches a second",
-    "checkpoint": "how long training waits for a save, and how long until it is on the disk",
-    "kernels": "norm, RoPE, SwiGLU, loss and attention, each by every implementation that is here",
-    "train": "tokens a second of a training step, and its share of the hardware's peak",
+    "preprocess": "corpus to .bin/.idx: bytes per second, CPU-seconds, memory",
+    "blend": "draws of a schedule: time per sample, at the start and while continuing",
+    "loader": "samples and global batches per second",
+    "checkpoint": "time that a save blocks training, and time until it is on disk",
+    "kernels": "norm, RoPE, SwiGLU, loss and attention, for every available implementation",
+    "train": "tokens per second of a training step, and MFU",
 }
 EXAMPLES = """examples:
   benchmark.py blend --output blend.json

@@ -39,7 +39,7 @@ STEPS = (
 def main() -> None:
     """Parses the command line and creates an image."""
     parser = ArgumentParser(
-        description="Makes a picture of a run for the documentation.",
+        description="Creates an image for the documentation.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -50,13 +50,13 @@ def main() -> None:
     ):
         picture = pictures.add_parser(name, help=text, description=text)
         picture.add_argument(
-            "run_dir", type=Path, metavar="RUN_DIR", help="folder that --save named"
+            "run_dir", type=Path, metavar="RUN_DIR", help="--save folder of the run"
         )
         picture.add_argument("--output", type=Path, required=True, help="the PNG file")
         if name == "report":
             picture.add_argument("--width", type=int, default=1280, help="pixels (default: 1280)")
             picture.add_argument("--height", type=int, default=1500, help="pixels (default: 1500)")
-    text = "the data's way from text to a Hugging Face folder, drawn with matplotlib"
+    text = "data flow from text to a Hugging Face folder, drawn with matplotlib"
     picture = pictures.add_parser("pipeline", help=text, description=text)
     picture.add_argument("--output", type=Path, required=True, help="the PNG file")
     args = parser.parse_args()
@@ -85,7 +85,7 @@ def draw_pipeline() -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
     except ImportError:
-        raise UserError("matplotlib: is not installed; pip install matplotlib") from None
+        raise UserError("matplotlib: is not installed; run pip install matplotlib") from None
     figure = Figure(figsize=(16, 3.6), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
@@ -148,9 +148,7 @@ def take_screenshot(run_dir: Path, width: int, height: int) -> bytes:
     """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        raise UserError(
-            "chromium: is not installed, and the screenshot needs it: apt-get install chromium"
-        )
+        raise UserError("chromium: is not installed; run apt-get install chromium")
     with scratch_folder("report") as scratch:
         page, picture = scratch / "report.html", scratch / "report.png"
         write_report([run_dir], page)
@@ -163,7 +161,7 @@ def take_screenshot(run_dir: Path, width: int, height: int) -> bytes:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode or not picture.is_file():
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise UserError(f"{browser}: took no screenshot of {page}: {lines[-1]}")
+            raise UserError(f"{browser}: could not take a screenshot of {page}: {lines[-1]}")
         return picture.read_bytes()
 
 

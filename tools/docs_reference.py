@@ -324,7 +324,9 @@ def pages() -> dict[Path, str]:
 def main() -> None:
     """Writes or checks the pages."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="only check that the pages are up to date"
+    )
     check = parser.parse_args().check
     stale = [
         (path, text)
@@ -333,10 +335,10 @@ def main() -> None:
     ]
     names = ", ".join(str(path.relative_to(DOCS.parent)) for path, _ in stale)
     if check and stale:
-        raise UserError(f"out of date: {names}; python tools/docs_reference.py renews them")
+        raise UserError(f"out of date: {names}; run python tools/docs_reference.py")
     for path, text in stale:
         path.write_text(text, encoding="utf-8")
-    print(f"wrote {names}" if stale else "every page is up to date")
+    print(f"wrote {names}" if stale else "all pages are up to date")
 
 
 if __name__ == "__main__":

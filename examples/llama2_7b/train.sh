@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Trains on one or many nodes; run it on each node with the same arguments.
+# Trains on one or several nodes. Run it on each node with the same arguments.
 #
 #   examples/llama2_7b/train.sh 7b.yaml --save /shared/zh --load /shared/zh
 #
-#   NNODES          nodes of the job (1), or a range such as 2:4 for an elastic one
-#   GPUS_PER_NODE   processes a node (8)
+#   NNODES          number of nodes (1), or a range such as 2:4 for an elastic job
+#   GPUS_PER_NODE   number of processes per node (8)
 #   RDZV_ENDPOINT   host:port of one of the nodes (localhost:29500)
-#   MAX_RESTARTS    how often a failed job is started again from its last checkpoint (3)
-#   GRACE_SECONDS   for saving after SIGTERM or SIGUSR1 (100)
-#   LAUNCHER        torchrun, or another that takes its arguments, such as "ft_launcher ..."
+#   MAX_RESTARTS    how often a failed job is restarted from its last checkpoint (3)
+#   GRACE_SECONDS   time for saving after SIGTERM or SIGUSR1, in seconds (100)
+#   LAUNCHER        torchrun, or a launcher with the same arguments, such as "ft_launcher ..."
 #
-# A node that was lost may come back: start the script on it again. The node of RDZV_ENDPOINT holds
-# the rendezvous; without it the job ends and is started anew. Where hosts have no DNS names, set on
-# each node
+# A lost node can rejoin the job: start the script on it again. The node of RDZV_ENDPOINT hosts the
+# rendezvous; if it is lost, the job ends and must be started again. If hosts have no DNS names, set
+# on each node
 #
-#   PET_RDZV_CONF   is_host=1 on the node of RDZV_ENDPOINT, is_host=0 on the others (of torchrun,
-#                   which otherwise looks up by name whether the endpoint is this node)
-#   PET_LOCAL_ADDR  the node's own address
+#   PET_RDZV_CONF   is_host=1 on the node of RDZV_ENDPOINT, is_host=0 on the others (torchrun would
+#                   otherwise compare host names to find out whether this node is the endpoint)
+#   PET_LOCAL_ADDR  address of this node
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   the network interface with that address
 #
-# With --dry-run among the arguments the job is checked here and nothing is launched.
+# With --dry-run among the arguments, the job is only checked on this machine and not launched.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 config=$1
@@ -34,19 +34,20 @@ for argument in "$@"; do
     fi
 done
 
-# Kernels of overlapped collectives have to be scheduled in the order in which they are launched.
+# Overlapped collectives require kernels to be scheduled in the order of their launch.
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 
-# Of torchrun: pass these signals on to the processes, which save and leave, and give them the time.
-# Where torch is too old to know of them, SIGUSR1 ends the job at once and SIGTERM grants 30 s.
+# torchrun forwards these signals to the processes, which save and exit within the given time. Older
+# versions of torch ignore these variables: SIGUSR1 then ends the job at once, and SIGTERM allows
+# 30 s.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export PET_SHUTDOWN_TIMEOUT=${GRACE_SECONDS:-100}
 
-# Of torchrun: a store for each attempt. The agents' shared store, the default, keeps the address of
-# the first attempt, and a node that comes back waits for one until the whole job ends.
+# Makes torchrun use a new store for each attempt. The default is a store shared by the agents: the
+# address of the first attempt is kept, and a node that rejoins waits until the whole job ends.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# shellcheck disable=SC2086  # a launcher may carry arguments of its own
+# shellcheck disable=SC2086  # LAUNCHER may contain arguments
 exec ${LAUNCHER:-torchrun} \
     --nnodes "${NNODES:-1}" \
     --nproc-per-node "${GPUS_PER_NODE:-8}" \

@@ -104,11 +104,13 @@ class Variant:
 def main() -> None:
     """Runs every step and prints the results."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="few iterations: about 3 minutes")
+    parser.add_argument("--short", action="store_true", help="run few iterations, about 3 minutes")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: both"
     )
-    parser.add_argument("--iterations", type=int, metavar="N", help="of each variant's training")
+    parser.add_argument(
+        "--iterations", type=int, metavar="N", help="number of training iterations of each variant"
+    )
     args = parser.parse_args()
     length = _length(args.short, args.iterations)
     os.chdir(ROOT)
@@ -147,7 +149,7 @@ def _length(is_short: bool, iterations: int | None) -> Length:
     if iterations is None:
         return length
     if iterations < 4:
-        raise UserError(f"--iterations: {iterations} is below 4; use at least 4")
+        raise UserError(f"--iterations: must be at least 4, not {iterations}")
     folder = length.folder.with_name(f"{length.folder.name}_{iterations}")
     return replace(length, folder=folder, iterations=iterations)
 
@@ -241,9 +243,9 @@ def compare_tensor_parallel(variant: Variant) -> None:
             shutil.rmtree(checkpoint)
     expected, found = first_losses(variant.folder / "run"), first_losses(run)
     difference = max(abs(ours - theirs) for ours, theirs in zip(found, expected, strict=True))
-    print(f"losses at DP 2 and at TP 2 differ by {difference:.1e} at most")
+    print(f"losses at DP 2 and TP 2 differ by at most {difference:.1e}")
     if difference > TENSOR_PARALLEL_TOLERANCE:
-        raise UserError(f"{metrics}: losses {found} are not those at DP 2, {expected}")
+        raise UserError(f"{metrics}: losses {found} differ from those at DP 2, {expected}")
 
 
 def first_losses(run: Path) -> list[float]:

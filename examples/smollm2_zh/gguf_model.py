@@ -101,13 +101,13 @@ def open_gguf(path: Path) -> "GGUFReader":
     except ImportError:
         raise UserError("gguf is not installed; run: pip install --editable '.[demo]'") from None
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name a .gguf file")
+        raise UserError(f"{path}: file not found; give a .gguf file")
     try:
         return GGUFReader(str(path))
     except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{path}: is damaged or not a GGUF file ({reason}); fetch it again"
+            f"{path}: is damaged or not a GGUF file ({reason}); download it again"
         ) from None
 
 
@@ -129,11 +129,13 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
     """
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{path}: architecture {architecture!r}: only 'llama' is converted")
+        raise UserError(
+            f"{path}: architecture {architecture!r} is not supported; use a 'llama' model"
+        )
     if fields.get("llama.expert_count") or "rope_freqs.weight" in tensors:
-        raise UserError(f"{path}: has experts or scaled rotary embeddings: not converted")
+        raise UserError(f"{path}: has experts or scaled rotary embeddings, which are not supported")
     if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: has scaled rotary embeddings: not converted")
+        raise UserError(f"{path}: has scaled rotary embeddings, which are not supported")
     numbers = {}
     for key in (
         "block_count",
@@ -145,7 +147,7 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
     ):
         value = fields.get(f"llama.{key}")
         if not isinstance(value, (int, float)) or value <= 0:
-            raise UserError(f"{path}: llama.{key} is {value!r}; fetch a complete file")
+            raise UserError(f"{path}: llama.{key} is {value!r}; download a complete file")
         numbers[key] = value
     num_heads, hidden_size = int(numbers["attention.head_count"]), int(numbers["embedding_length"])
     num_groups = fields.get("llama.attention.head_count_kv", num_heads)
@@ -156,11 +158,11 @@ def shape_of_gguf(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, A
         or head_dim * num_heads != hidden_size
     ):
         raise UserError(
-            f"{path}: {num_heads} heads of {head_dim}, {num_groups} of them with keys, do not make "
-            f"up {hidden_size}: such a model cannot be converted"
+            f"{path}: {num_heads} heads of {head_dim} with {num_groups} key-value heads do not "
+            f"match the hidden size {hidden_size}; such a model is not supported"
         )
     if "token_embd.weight" not in tensors:
-        raise UserError(f"{path}: has no tensor token_embd.weight; fetch a complete file")
+        raise UserError(f"{path}: has no tensor token_embd.weight; download a complete file")
     return LlamaShape(
         num_layers=int(numbers["block_count"]),
         hidden_size=hidden_size,
@@ -206,11 +208,11 @@ def _check_tensors(
     expected = {gguf_name(name): shape for name, shape in shapes.items()}
     for name, shape in expected.items():
         if name not in tensors:
-            raise UserError(f"{path}: has no tensor {name}; fetch a complete file")
+            raise UserError(f"{path}: has no tensor {name}; download a complete file")
         if _shape(tensors[name]) != shape:
             raise UserError(
-                f"{path}: {name} is {list(_shape(tensors[name]))} and should be {list(shape)}: "
-                "such a model cannot be converted"
+                f"{path}: {name} has shape {list(_shape(tensors[name]))}, expected "
+                f"{list(shape)}; such a model is not supported"
             )
     for name in tensors:
         if name not in expected:

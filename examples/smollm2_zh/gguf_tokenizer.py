@@ -57,7 +57,9 @@ def write_tokenizer(
         token_id = _special_id(fields, name)
         if token_id is not None:
             if token_id >= len(tokens):
-                raise UserError(f"{path}: {name} token {token_id} is outside the vocabulary")
+                raise UserError(
+                    f"{path}: {name} token {token_id} is outside the vocabulary; download it again"
+                )
             config[f"{name}_token"] = tokens[token_id]
     config["chat_template"] = fields.get("tokenizer.chat_template") or JINJA_TEMPLATES["chatml"]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -79,12 +81,12 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeniz
     merges: list[str] = fields.get("tokenizer.ggml.merges") or []
     if kind != "gpt2" or not merges:
         raise UserError(
-            f"{path}: tokenizer of kind {kind!r}: only byte-level BPE ('gpt2') is converted; take "
-            "the tokenizer from the model's original folder"
+            f"{path}: tokenizer type {kind!r} is not supported, only byte-level BPE ('gpt2'); "
+            "use the tokenizer of the original model folder"
         )
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise UserError(f"{path}: its vocabulary has a token twice; fetch it again")
+        raise UserError(f"{path}: its vocabulary contains a token twice; download it again")
     # Tokens contain no spaces, so the one space in a merge separates its two tokens.
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
@@ -93,7 +95,9 @@ def build_tokenizer(path: Path, fields: Mapping[str, Any]) -> tokenizers.Tokeniz
         if not is_library_error(error):
             raise
         text = error_text(error)
-        raise UserError(f"{path}: its merges do not fit its vocabulary ({text})") from None
+        raise UserError(
+            f"{path}: its merges do not match its vocabulary ({text}); download it again"
+        ) from None
     tokenizer.pre_tokenizer = _pre_tokenizer(path, str(fields.get("tokenizer.ggml.pre")))
     tokenizer.decoder = decoders.ByteLevel()
     types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -117,6 +121,6 @@ def _pre_tokenizer(path: Path, name: str) -> Any:
     if name == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     raise UserError(
-        f"{path}: pre-tokenizer {name!r} is not supported (gpt-2 and smollm are); take the "
-        "tokenizer from the model's original folder"
+        f"{path}: pre-tokenizer {name!r} is not supported, only gpt-2 and smollm; use the "
+        "tokenizer of the original model folder"
     )

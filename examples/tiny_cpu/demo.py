@@ -73,7 +73,7 @@ SHORT = Lengths(16, 32, 20, 14, 4, 16)
 def main() -> None:
     """Runs every step and prints the results."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--short", action="store_true", help="few iterations: about 5 minutes")
+    parser.add_argument("--short", action="store_true", help="run few iterations, about 5 minutes")
     is_short = parser.parse_args().short
     length = SHORT if is_short else FULL
     os.chdir(ROOT)

@@ -41,7 +41,7 @@ def anchors(text: str) -> set[str]:
 
 def test_generated_pages_are_up_to_date() -> None:
     for path, text in reference().pages().items():
-        renew = f"{path.relative_to(ROOT)}: python tools/docs_reference.py renews it"
+        renew = f"{path.relative_to(ROOT)}: run python tools/docs_reference.py"
         assert path.read_text(encoding="utf-8") == text, renew
 
 

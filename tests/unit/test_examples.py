@@ -44,4 +44,4 @@ def test_too_few_iterations_are_a_users_mistake() -> None:
     command = [sys.executable, str(EXAMPLES / "smollm2_zh" / "demo.py"), "--iterations", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "error: --iterations: 3 is below 4; use at least 4" in done.stderr
+    assert "error: --iterations: must be at least 4, not 3" in done.stderr

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--folder",
         type=Path,
         default=Path(),
-        help="folder on the disk to measure; checkpoints are removed",
+        help="folder on the disk to measure; the checkpoints are deleted afterwards",
     )
 
 
@@ -64,9 +64,9 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     """Runs the benchmark, see the module docstring."""
     for name in ("num_layers", "num_rounds"):
         if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: is below 1")
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
     if not arguments.folder.is_dir():
-        raise UserError(f"--folder: {arguments.folder} is no folder")
+        raise UserError(f"--folder: {arguments.folder} is not a folder")
     ranks = initialize()
     with ExitStack() as stack:
         stack.callback(finalize)

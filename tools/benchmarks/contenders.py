@@ -89,7 +89,7 @@ def our_tool(model: Path, num_workers: int) -> Contender:
     """Returns this project's ``preprocess_data.py``."""
     tool = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
     if not tool.exists():
-        raise UserError(f"no such tool: {tool}: run the benchmark from a working tree")
+        raise UserError(f"{tool}: not found; run the benchmark from a source checkout")
     arguments: tuple[str, ...] = (
         "--input",
         "{input}",
@@ -147,7 +147,9 @@ def _of_checkout(
 ) -> Contender:
     script = checkout / "tools" / name
     if not script.exists():
-        raise UserError(f"--megatron-path: no tools/{name} in {checkout}: give a checkout's root")
+        raise UserError(
+            f"--megatron-path: {checkout} has no tools/{name}; give the root of a checkout"
+        )
     # Takes precedence over an installed megatron-core, which may differ in version from the script.
     path = os.pathsep.join([str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = (("PYTHONPATH", path), ("CUDA_DEVICE_MAX_CONNECTIONS", "1"))
@@ -171,7 +173,7 @@ def measure_job(
             *(command,), env=dict(environment), cwd=folder, stderr=subprocess.PIPE, stdout=-3
         )
     except OSError as error:
-        raise UserError(f"cannot start: {command[0]}: {error.strerror}") from error
+        raise UserError(f"{command[0]}: cannot be started ({error.strerror})") from error
     memory = _Memory(process.pid)
     memory.start()
     assert process.stderr is not None
@@ -182,7 +184,9 @@ def measure_job(
     memory.stop()
     if process.returncode:
         last = (errors.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"failed with code {process.returncode}: {' '.join(command[:2])}: {last}")
+        raise UserError(
+            f"{' '.join(command[:2])}: failed with exit code {process.returncode}: {last}"
+        )
     return Usage(seconds, usage.ru_utime + usage.ru_stime, memory.rss_bytes, memory.pss_bytes)
 
 

@@ -63,11 +63,11 @@ def read_texts(path: Path, key: str = "text") -> list[str]:
         texts = [orjson.loads(line)[key] for line in lines if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"cannot read corpus: {path}: {error}: give --corpus, or make the demo's "
-            "with tools/fetch_demo_corpus.py"
+            f"{path}: cannot be read ({error}); set --corpus, or create the demo corpus with "
+            "tools/fetch_demo_corpus.py"
         ) from error
     if not any(texts):
-        raise UserError(f"no text in corpus: {path}: name another file with --corpus")
+        raise UserError(f"{path}: contains no text; set another corpus with --corpus")
     return [text for text in texts if text]
 
 
@@ -168,4 +168,4 @@ def write_sparse_corpus(prefix: Path, num_tokens: int) -> None:
         with bin_path(prefix).open("wb") as file:
             file.truncate(2 * num_tokens)
     except OSError as error:
-        raise UserError(f"cannot make a sparse file: {prefix}: {error.strerror}") from error
+        raise UserError(f"{prefix}: cannot create a sparse file ({error.strerror})") from error

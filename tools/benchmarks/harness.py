@@ -146,8 +146,10 @@ def run_benchmark(
     parser = ArgumentParser(
         prog=f"{prog} {name}", description=(benchmark.__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--peers", action="store_true", help="measure installed peers beside ours")
-    parser.add_argument("--output", type=Path, metavar="R.json", help="where to write the report")
+    parser.add_argument(
+        "--peers", action="store_true", help="also measure installed peer libraries"
+    )
+    parser.add_argument("--output", type=Path, metavar="R.json", help="file to write the report to")
     benchmark.add_arguments(parser)
     arguments = parser.parse_args(list(command_line))
     with contextlib.ExitStack() as stack:

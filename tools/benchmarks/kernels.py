@@ -100,7 +100,7 @@ def _row(operation: Operation, name: str, num_rounds: int, device: torch.device)
         seconds = median_seconds(operation, operation.implementations[name], device, num_rounds)
     except Exception as error:
         # A library may raise any exception on a GPU that it does not support.
-        logger.warning("%s by %s: left out: %s", operation.name, name, error)
+        logger.warning("%s by %s: skipped: %s", operation.name, name, error)
         return None
     return {
         "operation": operation.name,

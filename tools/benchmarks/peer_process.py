@@ -99,9 +99,11 @@ class PeerProcess:
         for process in self._processes:
             process.kill()
         self._log.seek(0)
-        said = self._log.read().strip().splitlines() or ["it said nothing; is there enough memory?"]
+        said = self._log.read().strip().splitlines() or [
+            "no output; check that there is enough memory"
+        ]
         self.close()
-        raise UserError(f"a subject's own process ended: {said[-1]}")
+        raise UserError(f"a benchmark process exited: {said[-1]}")
 
 
 def _ranks(num_processes: int) -> list[dict[str, str]]:

@@ -69,16 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--megabytes",
         type=int,
         default=200,
-        help="size of the recombined text; default: %(default)s",
+        help="size of the recombined text in MB; default: %(default)s",
     )
     add("--workers", type=int, nargs="+", default=[1, 2])
     add("--rounds", type=int, default=2)
     add("--seed", type=int, default=1)
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--scratch", type=Path, help="folder on the disk to measure (default: temporary)")
-    add("--megatron-path", type=Path, help="checkout of Megatron-LM, to measure its scripts")
+    add("--scratch", type=Path, help="folder on the disk to measure (default: a temporary folder)")
+    add("--megatron-path", type=Path, help="Megatron-LM checkout whose scripts are measured")
     python = Path(sys.executable)
-    add("--megatron-python", type=Path, default=python, help="interpreter that runs them")
+    add("--megatron-python", type=Path, default=python, help="Python interpreter for these scripts")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

@@ -61,13 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute",
         action="store_true",
-        help="our step recomputes activations from the input of each layer",
+        help="recompute activations from the input of each layer in our step",
     )
     parser.add_argument(
         "--tensor-parallel",
         type=int,
         metavar="N",
-        help="also measure our step over N processes, on a CPU",
+        help="also measure our step with N processes, on CPUs",
     )
     parser.add_argument(
         "--num-rounds", type=int, default=7, help="rounds per subject; default: %(default)s"
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, help="prefix of a dataset (default: a random one)")
     parser.add_argument(
-        "--sequence-parallel", action="store_true", help="under torchrun: sequence parallelism"
+        "--sequence-parallel", action="store_true", help="use sequence parallelism (under torchrun)"
     )
     parser.add_argument("--profile", action="store_true", help="also profile our step")
 
@@ -98,7 +98,7 @@ def shape_of(arguments: argparse.Namespace) -> Shape:
     }
     for name, value in changes.items():
         if value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value} is below 1")
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, not {value}")
     preset = SHAPES[arguments.preset]
     return replace(preset, **changes, recompute=preset.recompute or arguments.recompute)
 
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     shape = shape_of(arguments)
     num_processes = ProcessRank.from_environment().world_size
     if arguments.peers and num_processes > 1:
-        raise UserError("--peers: the peers run in one process; start without torchrun")
+        raise UserError("--peers: the peers run in one process; run without torchrun")
     if arguments.tensor_parallel is not None:
         _check_tensor_parallel(arguments.tensor_parallel, shape, num_processes)
     ranks = initialize(tensor_model_parallel_size=num_processes)
@@ -138,12 +138,14 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 def _check_tensor_parallel(size: int, shape: Shape, num_processes: int) -> None:
     if num_processes > 1:
-        raise UserError("--tensor-parallel: starts its processes itself; start without torchrun")
+        raise UserError("--tensor-parallel: starts its own processes; run without torchrun")
     if torch.cuda.is_available():
-        raise UserError("--tensor-parallel: for CPUs; on GPUs start the benchmark with torchrun")
+        raise UserError(
+            "--tensor-parallel: only works on CPUs; on GPUs, run the benchmark with torchrun"
+        )
     heads = shape.num_query_groups
     if size < 2 or heads % size:
-        raise UserError(f"--tensor-parallel: {size} is below 2 or does not divide {heads} heads")
+        raise UserError(f"--tensor-parallel: {size} must be at least 2 and divide {heads} heads")
 
 
 def _on_data(ours: Any, shape: Shape, arguments: argparse.Namespace, ranks: Ranks) -> Row:
@@ -212,7 +214,8 @@ class OnData(AbstractContextManager["OnData"]):
         highest = int(max(micro_batch.tokens.max() for micro_batch in batch.micro_batches))
         if highest >= self._vocab_size:
             raise UserError(
-                f"--data: id {highest} is outside of the shape's vocabulary of {self._vocab_size}"
+                f"--data: token id {highest} is outside the vocabulary of {self._vocab_size} "
+                "tokens of the model shape"
             )
         return float(self._ours.step(batch))
 

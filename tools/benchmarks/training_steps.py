@@ -128,7 +128,7 @@ class Transformers:
             from transformers import LlamaConfig, LlamaForCausalLM
         except ImportError:
             raise UserError(
-                "--peers: transformers is not installed; pip install 'megatron-chatflow[hf]'"
+                "--peers: transformers is not installed; run pip install 'megatron-chatflow[hf]'"
             ) from None
         # Typed loosely: transformers wraps `to` in a way that type checkers misread.
         model: Any = LlamaForCausalLM(

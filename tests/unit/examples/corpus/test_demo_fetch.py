@@ -96,6 +96,6 @@ def test_folder_is_locked_against_other_runs(folder: Path) -> None:
     root = Path(__file__).parents[4]
     with locked(folder):
         other = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-        assert "another run is writing there" in other.stderr
+        assert "another process is writing to this folder" in other.stderr
     other = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert other.stdout == "in\n"

@@ -125,7 +125,7 @@ def test_a_process_that_ends_is_an_error() -> None:
     with closing(PeerProcess(OURS, shape, num_processes=2)) as ours:
         ours.step()
         ours._processes[1].kill()
-        with pytest.raises(UserError, match=r"a subject's own process ended: \S"):
+        with pytest.raises(UserError, match=r"a benchmark process exited: \S"):
             ours.step()
         assert all(process.poll() is not None for process in ours._processes)
     with pytest.raises(UserError, match=r"KeyError: 'nothing'"):
