@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Draws random hard schedules under AddressSanitizer and UndefinedBehaviorSanitizer and checks every
-# prefix in integers. `make sanitize` runs the Python tests under the same sanitizers.
+# Generates difficult random schedules under AddressSanitizer and UndefinedBehaviorSanitizer and
+# checks every prefix in integers. `make sanitize` runs the Python tests under the same sanitizers.
 #
 #   csrc/fuzz.sh [SECONDS [SEED]]
 #

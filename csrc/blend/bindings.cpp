@@ -1,6 +1,6 @@
 /// \file
-/// The extension module `megatron_chatflow.blend._native`: the engine of a segment, and where
-/// windows end.
+/// The extension module `megatron_chatflow.blend._native`: the engine of a segment, and the ends of
+/// windows.
 #include <pybind11/numpy.h>
 
 #include <cstdint>
@@ -18,58 +18,60 @@ namespace {
 
 using Integers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-constexpr int64_t kPieceFields = 8;
+constexpr int64_t kIntervalFields = 8;
 
 WeightTable table_from(int64_t origin, int64_t samples_per_iteration, const Integers& levels,
-                       const Integers& pieces) {
+                       const Integers& intervals) {
   if (levels.ndim() != 2 || levels.shape(1) < 2 || levels.shape(1) > 32768) {
-    throw std::invalid_argument("weight table: levels are [rows, 2 to 32768]");
+    throw std::invalid_argument("weight table: levels must have shape [num_rows, 2 to 32768]");
   }
-  if (pieces.ndim() != 2 || pieces.shape(1) != kPieceFields) {
-    throw std::invalid_argument("weight table: pieces are [num_pieces, 8]");
+  if (intervals.ndim() != 2 || intervals.shape(1) != kIntervalFields) {
+    throw std::invalid_argument("weight table: intervals must have shape [num_intervals, 8]");
   }
   WeightTable table;
   table.origin = origin;
   table.samples_per_iteration = samples_per_iteration;
   table.num_sources = static_cast<int>(levels.shape(1)) - 1;
   table.levels.assign(levels.data(), levels.data() + levels.size());
-  const auto rows = pieces.unchecked<2>();
-  for (py::ssize_t row = 0; row < pieces.shape(0); ++row) {
-    table.pieces.push_back({rows(row, 0), rows(row, 1), rows(row, 2), rows(row, 3), rows(row, 4),
-                            rows(row, 5), rows(row, 6), rows(row, 7)});
+  const auto rows = intervals.unchecked<2>();
+  for (py::ssize_t row = 0; row < intervals.shape(0); ++row) {
+    table.intervals.push_back({rows(row, 0), rows(row, 1), rows(row, 2), rows(row, 3), rows(row, 4),
+                               rows(row, 5), rows(row, 6), rows(row, 7)});
   }
   return table;
 }
 
-/// Quotas from their whole samples and their fractions in units of 2^-32.
+/// Combines the whole parts of quotas and their fractions in units of 2^-32.
 std::vector<Int128> quotas_from(const Integers& whole, const Integers& fraction) {
   if (whole.ndim() != 1 || fraction.ndim() != 1 || whole.size() != fraction.size()) {
-    throw std::invalid_argument("blend: quotas are two arrays of one length");
+    throw std::invalid_argument(
+        "blend: whole parts and fractions must be 1-D arrays of the same length");
   }
   std::vector<Int128> quotas;
   for (py::ssize_t k = 0; k < whole.size(); ++k) {
     const int64_t part = fraction.at(k);
-    if (part < 0 || part >= kGrid) throw std::invalid_argument("blend: a fraction is not below 1");
+    if (part < 0 || part >= kGrid)
+      throw std::invalid_argument("blend: a fraction must be at least 0 and below 1");
     quotas.push_back(static_cast<Int128>(whole.at(k)) * kGrid + part);
   }
   return quotas;
 }
 
 std::unique_ptr<BlendEngine> make_engine(int64_t origin, int64_t samples_per_iteration,
-                                         const Integers& levels, const Integers& pieces,
+                                         const Integers& levels, const Integers& intervals,
                                          int64_t begin, const Integers& whole,
                                          const Integers& fraction, const Integers& counts,
                                          int num_leaf_bits) {
-  WeightTable table = table_from(origin, samples_per_iteration, levels, pieces);
+  WeightTable table = table_from(origin, samples_per_iteration, levels, intervals);
   const std::vector<Int128> base = quotas_from(whole, fraction);
-  if (counts.ndim() != 1) throw std::invalid_argument("blend: counts are one array");
+  if (counts.ndim() != 1) throw std::invalid_argument("blend: counts must be a 1-D array");
   const std::vector<int64_t> drawn(counts.data(), counts.data() + counts.size());
   const py::gil_scoped_release release;
   return std::make_unique<BlendEngine>(std::move(table), begin, base, drawn, num_leaf_bits);
 }
 
 py::tuple take(BlendEngine& engine, int64_t begin, int64_t end) {
-  if (begin > end) throw std::invalid_argument("blend: samples end before they begin");
+  if (begin > end) throw std::invalid_argument("blend: samples: the end lies before the begin");
   py::array_t<int16_t> source(end - begin);
   py::array_t<int64_t> index(end - begin);
   int16_t* const source_data = source.mutable_data();
@@ -91,12 +93,13 @@ py::array_t<int64_t> counts_of(BlendEngine& engine, int64_t sample) {
   return counts;
 }
 
-/// Where each source's present window ends: the first sample that owes it one more whole sample.
+/// The end of each source's current window: the first sample at which its quota reaches the next
+/// whole number.
 py::array_t<int64_t> window_ends(int64_t origin, int64_t samples_per_iteration,
-                                 const Integers& levels, const Integers& pieces, int64_t begin,
+                                 const Integers& levels, const Integers& intervals, int64_t begin,
                                  const Integers& whole, const Integers& fraction) {
   const std::vector<Int128> base = quotas_from(whole, fraction);
-  const Quota quota(table_from(origin, samples_per_iteration, levels, pieces), begin, base);
+  const Quota quota(table_from(origin, samples_per_iteration, levels, intervals), begin, base);
   py::array_t<int64_t> ends(quota.num_sources());
   int64_t* const data = ends.mutable_data();
   const py::gil_scoped_release release;
@@ -114,20 +117,21 @@ py::array_t<int64_t> window_ends(int64_t origin, int64_t samples_per_iteration,
 
 PYBIND11_MODULE(_native, module) {
   using namespace chatflow;
-  module.doc() = "The blend in C++; equals megatron_chatflow.blend.engine and quota.";
+  module.doc() = "C++ implementation of megatron_chatflow.blend.engine and quota.";
   py::class_<BlendEngine>(module, "BlendEngine", "Draws of one segment of a blend.")
       .def(py::init(&make_engine), py::arg("origin"), py::arg("samples_per_iteration"),
-           py::arg("levels"), py::arg("pieces"), py::arg("begin"), py::arg("whole"),
+           py::arg("levels"), py::arg("intervals"), py::arg("begin"), py::arg("whole"),
            py::arg("fraction"), py::arg("counts"), py::arg("num_leaf_bits") = -1)
       .def("take", &take, py::arg("begin"), py::arg("end"),
            "Sources (int16) and indices (int64) of the samples [begin, end).")
-      .def("counts", &counts_of, py::arg("sample"), "Draws of each source before a sample, int64.")
+      .def("counts", &counts_of, py::arg("sample"),
+           "Number of draws of each source before a sample, int64.")
       .def("find", &BlendEngine::find, py::arg("source"), py::arg("index"),
            py::call_guard<py::gil_scoped_release>(),
-           "The sample that is the source's index-th, or -1.")
-      .def("num_bytes", &BlendEngine::num_bytes, "Bytes that the engine holds.");
+           "The sample of the source's index-th draw, or -1.")
+      .def("num_bytes", &BlendEngine::num_bytes, "Memory of the engine in bytes.");
   module.def("window_ends", &window_ends, py::arg("origin"), py::arg("samples_per_iteration"),
-             py::arg("levels"), py::arg("pieces"), py::arg("begin"), py::arg("whole"),
+             py::arg("levels"), py::arg("intervals"), py::arg("begin"), py::arg("whole"),
              py::arg("fraction"),
              "The first sample at which each quota reaches its next whole number, int64.");
 }

@@ -9,10 +9,11 @@
 namespace chatflow {
 namespace {
 
-/// The state with which a segment begins.
+/// The state at the begin of a segment.
 Boundary first_boundary(int64_t begin, const std::vector<Int128>& base,
                         const std::vector<int64_t>& counts) {
-  if (counts.size() != base.size()) throw std::invalid_argument("blend: one count per source");
+  if (counts.size() != base.size())
+    throw std::invalid_argument("blend: expected one count per source");
   Boundary first;
   first.sample = begin;
   first.counts = counts;
@@ -23,10 +24,10 @@ Boundary first_boundary(int64_t begin, const std::vector<Int128>& base,
     first.is_ahead.push_back(ahead == 1);
     excess += (static_cast<Int128>(counts[k]) << kGridBits) - base[k];
     if (ahead != 0 && !(ahead == 1 && first.fractions[k] != 0)) {
-      throw std::invalid_argument("blend: a count is not its quota rounded down or up");
+      throw std::invalid_argument("blend: a count must be its quota rounded down or up");
     }
   }
-  if (excess != 0) throw std::invalid_argument("blend: counts and quotas differ in their sums");
+  if (excess != 0) throw std::invalid_argument("blend: the sums of counts and quotas differ");
   return first;
 }
 
@@ -48,7 +49,7 @@ BlendEngine::BlendEngine(WeightTable table, int64_t begin, const std::vector<Int
       leaf_size_(
           int64_t{1} << (num_leaf_bits < 0 ? leaf_bits(quota_.num_sources()) : num_leaf_bits)),
       root_begin_(first_boundary(begin, base, counts)) {
-  if (num_leaf_bits > 20) throw std::invalid_argument("blend: a leaf has at most 2^20 samples");
+  if (num_leaf_bits > 20) throw std::invalid_argument("blend: num_leaf_bits must be at most 20");
   root_end_ = select(quota_, root_begin_, nullptr, begin + (int64_t{1} << kRootBits));
   reset();
 }
@@ -89,7 +90,7 @@ void BlendEngine::counts(int64_t sample, int64_t* counts) {
 int64_t BlendEngine::find(int source, int64_t index) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (source < 0 || source >= num_sources() || index < root_begin_.counts[source]) {
-    throw std::invalid_argument("blend: no such draw in this segment");
+    throw std::invalid_argument("blend: the draw does not lie in this segment");
   }
   if (root_end_.counts[source] <= index) return -1;
   reset();
@@ -118,7 +119,7 @@ std::size_t BlendEngine::num_bytes() {
   return bytes;
 }
 
-/// Forgets the leaf: the next `seek` starts at the root.
+/// Discards the current leaf, so that the next `seek` starts at the root.
 void BlendEngine::reset() {
   left_ = root_begin_;
   rights_.assign(1, root_end_);
@@ -148,7 +149,7 @@ void BlendEngine::seek(int64_t sample) {
 }
 
 void BlendEngine::draw_current_leaf() {
-  drawn_.clear();  // nothing stale is left if drawing throws
+  drawn_.clear();  // so that no stale draws remain if `draw_leaf` throws
   draw_leaf(quota_, left_, rights_.back(), &drawn_);
   counts_ = left_.counts;
   cursor_ = 0;
@@ -156,7 +157,7 @@ void BlendEngine::draw_current_leaf() {
 
 void BlendEngine::check_range(int64_t begin, int64_t end) const {
   if (begin < root_begin_.sample || begin > end || end > root_end_.sample) {
-    throw std::invalid_argument("blend: samples outside the segment's tree");
+    throw std::invalid_argument("blend: samples lie outside the segment's tree");
   }
 }
 

@@ -9,25 +9,25 @@
 namespace chatflow {
 namespace {
 
-constexpr uint16_t kNobody = 0xFFFF;
+constexpr uint16_t kNoSource = 0xFFFF;
 
-/// The least of one key per source, kept in a tree with four children to a node.
+/// Maintains the minimum of one key per source, in a tree with four children per node.
 template <typename Key>
 class Tournament {
  public:
   static constexpr Key kAbsent = std::numeric_limits<Key>::max();
 
-  explicit Tournament(int num_players) {
+  explicit Tournament(int num_sources) {
     std::size_t size = 4;
-    while (size < static_cast<std::size_t>(num_players)) size *= 4;
+    while (size < static_cast<std::size_t>(num_sources)) size *= 4;
     for (;; size /= 4) {
       levels_.push_back(std::vector<Key>(size, kAbsent));
       if (size == 4) break;
     }
   }
 
-  void set(int player, Key key) {
-    std::size_t at = static_cast<std::size_t>(player);
+  void set(int source, Key key) {
+    std::size_t at = static_cast<std::size_t>(source);
     levels_[0][at] = key;
     for (std::size_t level = 1; level < levels_.size(); ++level) {
       at /= 4;
@@ -58,10 +58,11 @@ void draw_by_deadline(const LeafJobs& leaf, int source_bits, std::vector<uint16_
   const int num_sources = static_cast<int>(leaf.begins.size()) - 1;
   const Key source_mask = (Key{1} << source_bits) - 1;
   Tournament<Key> tournament(num_sources);
-  // A source has one job open or waiting at a time. Those that wait stand in a list for their slot.
+  // Each source has at most one open or waiting job. Waiting ones are linked in a list for their
+  // slot.
   std::vector<uint32_t> job(leaf.begins.begin(), leaf.begins.end() - 1);
-  std::vector<uint16_t> waiting(size, kNobody);
-  std::vector<uint16_t> following(num_sources, kNobody);
+  std::vector<uint16_t> waiting(size, kNoSource);
+  std::vector<uint16_t> following(num_sources, kNoSource);
   const auto key_of = [&](int k) {
     return static_cast<Key>(Key{leaf.jobs[job[k]].deadline} << source_bits | static_cast<Key>(k));
   };
@@ -74,11 +75,12 @@ void draw_by_deadline(const LeafJobs& leaf, int source_bits, std::vector<uint16_
     if (job[k] != leaf.begins[k + 1]) wait(k, leaf.jobs[job[k]].release);
   }
   for (uint32_t slot = 0; slot < size; ++slot) {
-    for (uint16_t k = waiting[slot]; k != kNobody; k = following[k]) tournament.set(k, key_of(k));
+    for (uint16_t k = waiting[slot]; k != kNoSource; k = following[k]) tournament.set(k, key_of(k));
     const Key winner = tournament.winner();
-    if (winner == Tournament<Key>::kAbsent) throw std::logic_error("blend: a slot without a job");
+    if (winner == Tournament<Key>::kAbsent) throw std::logic_error("blend: a slot has no job");
     const int k = static_cast<int>(winner & source_mask);
-    if (winner >> source_bits <= slot) throw std::logic_error("blend: a job after its deadline");
+    if (winner >> source_bits <= slot)
+      throw std::logic_error("blend: a job is drawn after its deadline");
     (*drawn)[slot] = static_cast<uint16_t>(k);
     ++job[k];
     if (job[k] != leaf.begins[k + 1] && leaf.jobs[job[k]].release <= slot + 1) {

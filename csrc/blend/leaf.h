@@ -1,7 +1,5 @@
 /// \file
-/// The draws between two neighbouring boundaries, by earliest deadline.
-///
-/// In: quotas and the states at both ends. Out: the source of every sample in between.
+/// The source of every sample between two neighbouring boundaries, by earliest deadline first.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +12,12 @@ namespace chatflow {
 
 /// Draws a leaf.
 ///
-/// Source k's draw number j may take a slot from its release, the last sample with W_k <= j, to
-/// before its deadline, the first with W_k >= j + 1, both clipped to the leaf. Every slot goes to
-/// the released job with the earliest deadline; of equal ones to the lowest source.
+/// Draw j of source k is allowed in the slots from its release (the last sample with W_k <= j) to
+/// before its deadline (the first sample with W_k >= j + 1), both clipped to the leaf. Each slot is
+/// assigned to the released job with the earliest deadline; ties go to the lowest source number.
 ///
 /// \param drawn Source of each sample from left.sample to before right.sample; resized.
-/// \throws std::logic_error if a slot finds no job or a job no slot, which `select` excludes.
+/// \throws std::logic_error if a slot has no job or a job has no slot, which `select` rules out.
 void draw_leaf(const Quota& quota, const Boundary& left, const Boundary& right,
                std::vector<uint16_t>* drawn);
 

@@ -6,10 +6,10 @@
 namespace chatflow {
 namespace {
 
-/// Part of a leaf in one piece of the schedule.
+/// The part of a leaf that lies in one interval of the weight table.
 struct Stretch {
-  int piece;
-  /// First iteration, counted from the piece's begin.
+  int interval;
+  /// First iteration, counted from the begin of the interval.
   int64_t iteration;
   /// First and last sample, counted from the leaf's begin.
   int64_t begin;
@@ -18,7 +18,7 @@ struct Stretch {
   int64_t first_end;
 };
 
-/// A level from iteration to iteration, by adding: begin + floor(rise * place / span).
+/// Steps a level from one iteration to the next by additions: begin + floor(rise * place / span).
 struct LevelWalk {
   int64_t level;
   int64_t remainder;
@@ -47,15 +47,15 @@ void floor_divide(Int128 dividend, int64_t divisor, int64_t* quotient, int64_t* 
 }
 
 LevelWalk walk_from(const Quota& quota, const Stretch& stretch, int k) {
-  const Piece& piece = quota.table().pieces[stretch.piece];
-  const Line line = quota.line_of(stretch.piece, k);
+  const Interval& interval = quota.table().intervals[stretch.interval];
+  const Line line = quota.line_of(stretch.interval, k);
   LevelWalk walk{line.begin, 0, 0, 0};
   if (line.rise == 0) return walk;
-  const Int128 place = static_cast<Int128>(piece.step) * stretch.iteration + piece.phase;
+  const Int128 place = static_cast<Int128>(interval.step) * stretch.iteration + interval.phase;
   int64_t risen = 0;
-  floor_divide(line.rise * place, piece.span, &risen, &walk.remainder);
+  floor_divide(line.rise * place, interval.span, &risen, &walk.remainder);
   walk.level += risen;
-  floor_divide(static_cast<Int128>(line.rise) * piece.step, piece.span, &walk.level_step,
+  floor_divide(static_cast<Int128>(line.rise) * interval.step, interval.span, &walk.level_step,
                &walk.remainder_step);
   return walk;
 }
@@ -63,29 +63,30 @@ LevelWalk walk_from(const Quota& quota, const Stretch& stretch, int k) {
 std::vector<Stretch> stretches_of(const Quota& quota, int64_t left, int64_t right) {
   std::vector<Stretch> stretches;
   const Place place = quota.place_of(left);
-  int64_t iteration = place.iteration - quota.table().pieces[place.piece].begin;
+  int64_t iteration = place.iteration - quota.table().intervals[place.interval].begin;
   const int64_t batch = quota.table().samples_per_iteration;
   int64_t sample = left;
-  for (int piece = place.piece; sample < right; ++piece, iteration = 0) {
-    const int64_t end = std::min(quota.piece_end(piece), right);
-    const bool is_constant = quota.table().pieces[piece].is_constant();
-    const int64_t next = quota.piece_sample(piece) + (iteration + 1) * batch;
+  for (int interval = place.interval; sample < right; ++interval, iteration = 0) {
+    const int64_t end = std::min(quota.interval_end(interval), right);
+    const bool is_constant = quota.table().intervals[interval].is_constant();
+    const int64_t next = quota.interval_begin(interval) + (iteration + 1) * batch;
     const int64_t first_end = is_constant ? end : std::min(next, end);
-    stretches.push_back({piece, iteration, sample - left, end - left, first_end - left});
+    stretches.push_back({interval, iteration, sample - left, end - left, first_end - left});
     sample = end;
   }
   return stretches;
 }
 
-/// Follows one source's quota through a leaf and notes where it crosses whole samples.
+/// Follows the quota of one source through a leaf and records where it crosses whole numbers.
 ///
-/// Quotas are relative to the floor at the leaf's begin. Leaving the whole number j releases job j,
-/// reaching j + 1 ends its window: at one crossing one job ends and the next is released, unless
-/// the quota rests there; then the release waits until it moves on.
+/// Quotas are relative to the floor at the leaf's begin. Job j is released when the quota rises
+/// above j, and its window ends when the quota reaches j + 1. Usually both happen at the same
+/// crossing: one job ends and the next is released. If the weight is 0 there, the release is
+/// delayed until the quota rises again.
 class JobWriter {
  public:
   /// \param due The quota at the leaf's begin, below one sample.
-  /// \param is_ahead Whether the job that is open there has been drawn already.
+  /// \param is_ahead Whether the job that is open at the leaf's begin has already been drawn.
   JobWriter(uint64_t due, bool is_ahead, Job* jobs, Job* end)
       : due_(due), target_(is_ahead ? kGrid : 0), job_(jobs), end_(end) {
     if (!is_done() && due_ > target_) release(0);
@@ -93,7 +94,7 @@ class JobWriter {
 
   bool is_done() const { return job_ == end_; }
 
-  /// Goes on to the sample `end` with a constant weight.
+  /// Advances to the sample `end` with a constant weight.
   void advance(int64_t begin, int64_t end, uint64_t weight) {
     if (weight == 0) return;
     const uint64_t length = static_cast<uint64_t>(end - begin);
@@ -102,13 +103,13 @@ class JobWriter {
     due_ = after;
   }
 
-  /// Ends the last window where the leaf ends.
+  /// Ends the last window at the end of the leaf.
   void finish(int64_t size) {
     if (!is_done() && is_released_) {
       job_->deadline = static_cast<uint32_t>(size);
       ++job_;
     }
-    if (!is_done()) throw std::logic_error("blend: a leaf has no room for a source's draws");
+    if (!is_done()) throw std::logic_error("blend: the draws of a source do not fit into a leaf");
   }
 
  private:
@@ -131,7 +132,7 @@ class JobWriter {
         is_released_ = false;
         if (is_done()) return;
       }
-      if (at == length) return;  // reached, not left
+      if (at == length) return;  // the quota reaches the whole number but does not exceed it
       release(begin + at);
       if (target_ > after) return;
       at += stride;
@@ -163,9 +164,9 @@ LeafJobs jobs_of_leaf(const Quota& quota, const Boundary& left, const Boundary& 
     result.begins[k] = static_cast<uint32_t>(total);
     const int64_t drawn = right.counts[k] - left.counts[k];
     total += drawn;
-    if (drawn < 0 || total > size) throw std::logic_error("blend: counts fall within a leaf");
+    if (drawn < 0 || total > size) throw std::logic_error("blend: counts decrease within a leaf");
   }
-  if (total != size) throw std::logic_error("blend: counts do not fill a leaf");
+  if (total != size) throw std::logic_error("blend: counts do not add up to the size of a leaf");
   result.begins[num_sources] = static_cast<uint32_t>(total);
   result.jobs.resize(total);
 
@@ -178,7 +179,7 @@ LeafJobs jobs_of_leaf(const Quota& quota, const Boundary& left, const Boundary& 
     JobWriter writer(left.fractions[k], left.is_ahead[k] != 0, jobs, jobs_end);
     for (std::size_t part = 0; part < stretches.size(); ++part) {
       const Stretch& stretch = stretches[part];
-      const int64_t span = quota.table().pieces[stretch.piece].span;
+      const int64_t span = quota.table().intervals[stretch.interval].span;
       LevelWalk low = below[part];
       LevelWalk high = walk_from(quota, stretch, k + 1);
       below[part] = high;

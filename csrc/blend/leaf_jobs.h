@@ -1,7 +1,8 @@
 /// \file
 /// The jobs of a leaf: when each draw may happen.
 ///
-/// In: quotas and the states at a leaf's ends. Out: release and deadline of every draw in it.
+/// Given the quotas and the states at both ends of a leaf, computes the release and the deadline of
+/// every draw in it.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@
 
 namespace chatflow {
 
-/// A draw that may take the slots [release, deadline), counted from the leaf's first sample.
+/// A draw that is allowed in the slots [release, deadline), counted from the leaf's first sample.
 struct Job {
   uint32_t release;
   uint32_t deadline;

@@ -18,10 +18,10 @@ Member window_of(const Quota& quota, const Place& place, Int128 at, const Bounda
   member.fraction = static_cast<uint32_t>(fraction);
   member.release = left.sample;
   member.deadline = right == nullptr ? kNever : right->sample;
-  if (right == nullptr || right->floor(k) > floor) {  // else the window ends after `right`
+  if (right == nullptr || right->floor(k) > floor) {  // otherwise the window ends after `right`
     member.deadline = quota.forward(k, place, at, kGrid - fraction, member.deadline);
   }
-  if (left.floor(k) < floor || left.fractions[k] == 0) {  // else it begins before `left`
+  if (left.floor(k) < floor || left.fractions[k] == 0) {  // otherwise it begins before `left`
     member.release = quota.backward(k, place, at, fraction - 1, left.sample) - 1;
   }
   member.is_forced = left.counts[k] == floor + 1;
@@ -118,7 +118,7 @@ Boundary select(const Quota& quota, const Boundary& left, const Boundary* right,
     if (wanted == 0) break;
     admit(member);
   }
-  if (wanted != 0) throw std::logic_error("blend: no state joins two boundaries");
+  if (wanted != 0) throw std::logic_error("blend: no state connects two boundaries");
   return here;
 }
 

@@ -1,7 +1,7 @@
 /// \file
-/// The extension module `megatron_chatflow.data._native`: the order of samples, packing, samples,
-/// the loader and hashes. Shapes and types are checked here, memory stays NumPy's, and the global
-/// interpreter lock is released while data moves.
+/// The extension module `megatron_chatflow.data._native`: permutations, packing, samples, the
+/// loader and hashes. The bindings check shapes and types, work on memory that NumPy owns, and
+/// release the global interpreter lock while data is copied.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -24,7 +24,7 @@ namespace py = pybind11;
 namespace chatflow {
 namespace {
 
-/// The memory of an array of one dimension, which must be of this type and without gaps.
+/// The memory of a 1-D array, which must have this type and be contiguous.
 template <typename Item>
 const uint8_t* bytes_of(const py::array& array, const char* what, bool aligned) {
   const auto* data = static_cast<const uint8_t*>(array.data());
@@ -32,7 +32,8 @@ const uint8_t* bytes_of(const py::array& array, const char* what, bool aligned) 
       array.ndim() == 1 && py::isinstance<py::array_t<Item>>(array) &&
       (array.shape(0) < 2 || array.strides(0) == static_cast<py::ssize_t>(sizeof(Item)));
   if (!fits || (aligned && reinterpret_cast<uintptr_t>(data) % alignof(Item) != 0)) {
-    throw std::invalid_argument(std::string(what) + ": is not a flat array of the right type");
+    throw std::invalid_argument(std::string(what) +
+                                ": must be a contiguous 1-D array of the right type");
   }
   return data;
 }
@@ -53,12 +54,14 @@ TokenType type_of(const py::array& tokens) {
   if (py::isinstance<py::array_t<uint8_t>>(tokens)) return TokenType::kUint8;
   if (py::isinstance<py::array_t<int8_t>>(tokens)) return TokenType::kInt8;
   if (py::isinstance<py::array_t<int16_t>>(tokens)) return TokenType::kInt16;
-  throw std::invalid_argument("tokens: are of a type that holds no ids");
+  throw std::invalid_argument("tokens: unsupported type of ids");
 }
 
-/// A file as Python gives it: name, tokens, sequence pointers, document indices, loss mask or None.
+/// A file as passed from Python: name, tokens, sequence pointers, document indices, loss mask or
+/// None.
 TokenFile file_of(const py::tuple& columns) {
-  if (columns.size() != 5) throw std::invalid_argument("a token file has five columns");
+  if (columns.size() != 5)
+    throw std::invalid_argument("a token file must be a tuple of five entries");
   const auto tokens = columns[1].cast<py::array>();
   const auto pointers = columns[2].cast<py::array>();
   const auto documents = columns[3].cast<py::array>();
@@ -67,7 +70,7 @@ TokenFile file_of(const py::tuple& columns) {
   file.type = type_of(tokens);
   if (tokens.ndim() != 1 || (tokens.shape(0) > 1 && tokens.strides(0) != item_size(file.type)) ||
       reinterpret_cast<uintptr_t>(tokens.data()) % static_cast<uintptr_t>(item_size(file.type))) {
-    throw std::invalid_argument(file.name + ": its tokens are not a flat array");
+    throw std::invalid_argument(file.name + ": tokens must be a contiguous 1-D array");
   }
   file.tokens = tokens.data();
   file.num_tokens = tokens.shape(0);
@@ -100,7 +103,7 @@ SampleShape shape_of(int64_t seq_length, int32_t pad_id, int64_t vocab_size, boo
   return {seq_length, pad_id, vocab_size, isolate};
 }
 
-/// A reader, and the arrays that it reads.
+/// A reader, and references to the arrays that it reads.
 struct KeptReader {
   std::unique_ptr<RowReader> reader;
   py::object arrays;
@@ -151,7 +154,7 @@ py::tuple read_one(const KeptReader& kept, int64_t ordinal) {
     py::gil_scoped_release release;
     kept.reader->read(ordinal, &row);
   }
-  // The mask is of the tokens; that of the labels is a view of it.
+  // The mask covers all tokens. The mask of the labels is a view of it.
   py::array_t<uint8_t> of_labels(seq_length, loss_mask.data() + 1, loss_mask);
   return py::make_tuple(tokens, of_labels, array_of(row.cu_seqlens));
 }
@@ -164,7 +167,7 @@ Item* buffer_of(const py::array& array, std::vector<int64_t> shape, const char* 
     fits = array.shape(static_cast<py::ssize_t>(k)) == shape[k];
   }
   if (!fits)
-    throw std::invalid_argument(std::string(what) + ": is not a buffer of the right shape");
+    throw std::invalid_argument(std::string(what) + ": must be a buffer of the right shape");
   return static_cast<Item*>(const_cast<void*>(array.data()));
 }
 
@@ -176,7 +179,8 @@ py::list read_rows_of(const std::vector<const KeptReader*>& kept, const py::arra
   const Int64Span rows = span_of(ordinals, "ordinals");
   if (tokens.ndim() != 2 || numbers.size != rows.size || micro_batch_size < 1 ||
       rows.size % micro_batch_size != 0) {
-    throw std::invalid_argument("read_rows: rows do not form micro-batches");
+    throw std::invalid_argument(
+        "read_rows: the number of rows is not a multiple of the micro-batch size");
   }
   const int64_t seq_length = tokens.shape(1);
   if (micro_batch_size > std::numeric_limits<int32_t>::max() / std::max<int64_t>(seq_length, 1)) {
@@ -191,7 +195,7 @@ py::list read_rows_of(const std::vector<const KeptReader*>& kept, const py::arra
     const int64_t number = numbers.data[row];
     if (number < 0 || number >= static_cast<int64_t>(kept.size()) ||
         kept[static_cast<size_t>(number)]->reader->shape().seq_length != seq_length) {
-      throw std::invalid_argument("read_rows: no reader of these samples for a row");
+      throw std::invalid_argument("read_rows: a row has no matching reader");
     }
     readers.push_back(kept[static_cast<size_t>(number)]->reader.get());
   }
@@ -257,13 +261,13 @@ py::tuple best_fit_of(py::array& lengths, int64_t capacity) {
     auto items = py::reinterpret_borrow<py::array_t<int64_t>>(lengths);
     return best_fit_in_place(items, capacity);
   }
-  throw std::invalid_argument("lengths: is not a flat array of int32 or int64");
+  throw std::invalid_argument("lengths: must be a contiguous 1-D array of int32 or int64");
 }
 
 py::bytes hash_leaves_of(const py::buffer& data) {
   const py::buffer_info info = data.request();
   if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
-    throw std::invalid_argument("hash_leaves: takes bytes that lie one behind the other");
+    throw std::invalid_argument("hash_leaves: data must be contiguous bytes");
   }
   const auto num_bytes = static_cast<size_t>(info.size);
   std::string digests((num_bytes + kHashLeafBytes - 1) / kHashLeafBytes * kHashDigestBytes, '\0');
@@ -280,7 +284,8 @@ py::bytes hash_leaves_of(const py::buffer& data) {
 
 PYBIND11_MODULE(_native, module) {
   using namespace chatflow;
-  module.doc() = "The data path in C++; each part equals its reference in megatron_chatflow.data.";
+  module.doc() =
+      "C++ implementation of the data path. The references are in megatron_chatflow.data.";
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

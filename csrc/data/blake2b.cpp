@@ -55,7 +55,7 @@ void Blake2b128::compress(const uint8_t* block, bool last) {
 void Blake2b128::update(const void* data, size_t num_bytes) {
   const auto* bytes = static_cast<const uint8_t*>(data);
   while (num_bytes > 0) {
-    // The last block waits for `finish`, which marks it, so a full one is flushed by what follows.
+    // A full block is kept until more data follows, because `finish` must mark the last block.
     if (num_buffered_ == kBlockBytes) {
       num_bytes_ += kBlockBytes;
       compress(block_.data(), false);

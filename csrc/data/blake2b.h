@@ -28,7 +28,7 @@ inline constexpr uint8_t kBlake2bSigma[12][16] = {
     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
     {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3}};
 
-/// Hashes bytes that come in pieces.
+/// Hashes bytes that arrive in chunks.
 class Blake2b128 {
  public:
   Blake2b128();

@@ -48,7 +48,7 @@ std::vector<std::vector<int32_t>> read_rows(const std::vector<const RowReader*>&
     if (place == 0) segments.emplace_back(1, 0);
     std::vector<int32_t>& cu_seqlens = segments.back();
     const auto shift = static_cast<int32_t>(place * reader.shape().seq_length);
-    // A row begins where the one before it ended, which is in the list already.
+    // The begin of a row equals the end of the previous one, which the list already contains.
     for (size_t k = 1; k < row.cu_seqlens.size(); ++k) {
       cu_seqlens.push_back(shift + row.cu_seqlens[k]);
     }

@@ -20,7 +20,8 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
   } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
     previous.sa_handler(number);
   } else {
-    // The read is tried again when this returns, and then ends the process as it would have.
+    // When the handler returns, the read is repeated, and the fault then ends the process by
+    // default.
     signal(SIGBUS, SIG_DFL);
   }
 }

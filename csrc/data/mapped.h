@@ -1,5 +1,5 @@
 /// \file
-/// Reads of memory-mapped files that may vanish: a fault becomes an exception.
+/// Safe reads of memory-mapped files: if a file disappears, the SIGBUS becomes an exception.
 #pragma once
 
 #include <csetjmp>
@@ -7,7 +7,7 @@
 
 namespace chatflow {
 
-/// A mapped file could not be read: its disk or its server is gone, or it became shorter.
+/// A mapped file could not be read, because its disk or server is gone or it was truncated.
 class MappedReadError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -15,25 +15,26 @@ class MappedReadError : public std::runtime_error {
 
 namespace mapped {
 
-/// Where this thread goes on when a read of mapped memory faults; null outside `guarded`.
+/// Where this thread continues after a fault in mapped memory; null outside `guarded`.
 extern thread_local sigjmp_buf* landing;
 
-/// Installs the handler of SIGBUS, once for the process. A fault outside `guarded` goes to the
-/// handler that was there before.
+/// Installs the SIGBUS handler once per process. A fault outside `guarded` is passed to the
+/// previous handler.
 void install_handler();
 
 /// Runs `body`, which reads mapped memory.
 ///
-/// Where the fault comes, nothing that has a destructor may be under construction in `body` or
-/// below: between the fault and here no frame is unwound. Loads into locals that are numbers, and
-/// copies into memory that the caller keeps, are what belongs in it.
-/// \return whether all of it could be read
+/// After a fault, the frames between the read and this function are not unwound. At every read,
+/// `body` and the functions that it calls must therefore have no live objects with destructors.
+/// Limit them to loads into local numbers and copies into memory that the caller owns.
+/// \return whether everything could be read
 template <typename Body>
 bool guarded(const Body& body) {
   install_handler();
   sigjmp_buf here;
   sigjmp_buf* const outer = landing;
-  // Without the signal mask, which would cost a system call: the handler does not block its signal.
+  // The signal mask is not saved, which would cost a system call. The handler does not block
+  // SIGBUS.
   if (sigsetjmp(here, 0) != 0) {
     landing = outer;
     return false;

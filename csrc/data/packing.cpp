@@ -10,8 +10,8 @@
 namespace chatflow {
 namespace {
 
-/// A set of small integers that finds its least member from a given one on in a few steps: a bit a
-/// member, and above it levels of one bit a word.
+/// A set of small integers with a fast search for the least member that is not below a given value.
+/// It has one bit per integer, and levels above with one bit per word.
 class OrderedSet {
  public:
   explicit OrderedSet(int64_t num_values) {
@@ -61,15 +61,15 @@ class OrderedSet {
   std::vector<std::vector<uint64_t>> levels_;
 };
 
-/// Samples by the room that is left in them; of equal ones, the latest comes first.
+/// Samples by their remaining capacity; among equal ones, the latest comes first.
 template <typename Item>
 class OpenSamples {
  public:
-  /// \param before memory for an item of each sample
+  /// \param before memory for one item per sample
   OpenSamples(int64_t capacity, Item* before)
       : rooms_(capacity + 1), latest_(static_cast<size_t>(capacity) + 1, -1), before_(before) {}
 
-  /// Takes out the fullest sample with room for `length`; -1 if there is none.
+  /// Removes and returns the fullest sample with room for `length`; -1 if there is none.
   Item take(int64_t length, int64_t* room) {
     *room = rooms_.find(length);
     if (*room < 0) return -1;
@@ -90,19 +90,19 @@ class OpenSamples {
  private:
   OrderedSet rooms_;
   std::vector<Item> latest_;
-  Item* before_;  // the sample that had the same room before each
+  Item* before_;  // for each sample, the previous one with the same remaining capacity
 };
 
-/// Memory whose pages count only once they are written to.
+/// Memory whose pages are allocated on the first write.
 template <typename Item>
 std::unique_ptr<Item[]> uninitialized(int64_t size) {
   return std::unique_ptr<Item[]>(new Item[static_cast<size_t>(size)]);
 }
 
-/// Documents by length, and those of equal length in their own order.
+/// Documents sorted by length; those of equal length keep their order.
 template <typename Item>
 struct ByLength {
-  std::vector<int64_t> ends;  ///< where the documents of each length end in `order`
+  std::vector<int64_t> ends;  ///< end of the documents of each length in `order`
   std::unique_ptr<Item[]> order;
 };
 
@@ -115,7 +115,7 @@ ByLength<Item> sort_by_length(const Item* lengths, int64_t num_documents, int64_
   }
   int64_t begin = 0;
   for (int64_t& end : sorted.ends) begin += std::exchange(end, begin);
-  // Each entry is a begin until its documents have been placed.
+  // Each entry is the begin of its documents until they have been placed.
   for (int64_t document = 0; document < num_documents; ++document) {
     int64_t& place = sorted.ends[static_cast<size_t>(lengths[document])];
     sorted.order[static_cast<size_t>(place++)] = static_cast<Item>(document);
@@ -123,7 +123,7 @@ ByLength<Item> sort_by_length(const Item* lengths, int64_t num_documents, int64_
   return sorted;
 }
 
-/// \param number memory for an item of each sample
+/// \param number memory for one item per sample
 template <typename Item>
 void number_by_first_document(Item* samples, int64_t num_documents, int64_t num_samples,
                               Item* number) {
@@ -189,7 +189,7 @@ void group_by_sample(const Item* samples, int64_t num_documents, int64_t num_sam
   for (int64_t document = 0; document < num_documents; ++document) {
     if (samples[document] >= 0) documents[offsets[samples[document]]++] = document;
   }
-  // Each offset has moved to its sample's end, which is where the next sample begins.
+  // Each offset now is the end of its sample, which is the begin of the next one.
   std::copy_backward(offsets, offsets + num_samples, offsets + num_samples + 1);
   offsets[0] = 0;
 }

@@ -7,7 +7,7 @@
 namespace chatflow {
 namespace {
 
-/// Least r with r * r >= value.
+/// The least r with r * r >= value.
 uint64_t ceil_sqrt(uint64_t value) {
   auto root = static_cast<uint64_t>(std::sqrt(static_cast<double>(value)));
   while (root > 0 && (root - 1) * (root - 1) >= value) --root;

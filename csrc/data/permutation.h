@@ -1,6 +1,6 @@
 /// \file
 /// A keyed permutation of 0..size-1 that needs no memory: a Feistel network on a near-square
-/// rectangle with cycle walking. `megatron_chatflow/data/permutation.py` defines it and says why.
+/// rectangle with cycle walking. `megatron_chatflow/data/permutation.py` is the reference.
 #pragma once
 
 #include <array>
@@ -8,12 +8,12 @@
 
 namespace chatflow {
 
-/// Rounds of the network, hence round keys.
+/// Number of rounds and of round keys.
 inline constexpr int kNumRounds = 16;
-/// Largest domain: both halves then stay below 2^32, which the reduction needs.
+/// Maximum size of the domain. Both halves are then below 2^32, as the reduction requires.
 inline constexpr int64_t kMaxPermutationSize = int64_t{1} << 62;
 
-/// One permutation; cheap to make, safe to share between threads.
+/// A permutation. Cheap to construct and thread-safe.
 class Permutation {
  public:
   /// \param size number of elements, 1 to 2^62
@@ -21,8 +21,8 @@ class Permutation {
   /// \throws std::invalid_argument the size is out of range
   Permutation(int64_t size, const std::array<uint64_t, kNumRounds>& keys);
 
-  /// The image of a place.
-  /// \throws std::invalid_argument the place is not in [0, size)
+  /// Returns the image of a position.
+  /// \throws std::invalid_argument the position is not in [0, size)
   int64_t operator()(int64_t place) const;
 
  private:

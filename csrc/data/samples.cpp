@@ -18,10 +18,10 @@ int64_t load_int64(const uint8_t* array, int64_t index) {
   return value;
 }
 
-/// Copies ids, and says whether all lie in the vocabulary.
+/// Copies ids and returns whether all of them are in the vocabulary.
 template <typename Id>
 bool copy_ids(const Id* ids, int64_t length, int64_t vocab_size, int32_t* out) {
-  // One pass without branches, so that it vectorises; a negative id turns into a large one.
+  // One pass without branches, so that it is vectorized. A negative id becomes a large number.
   using Unsigned = std::make_unsigned_t<std::common_type_t<Id, int32_t>>;
   Unsigned largest = 0;
   for (int64_t k = 0; k < length; ++k) {
@@ -80,7 +80,7 @@ void will_need(const uint8_t* data, int64_t num_bytes) {
   static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto begin = reinterpret_cast<uintptr_t>(data) / page * page;
   const auto end = reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(num_bytes);
-  // Only advice: memory that is no file's is refused, which does no harm.
+  // Errors are ignored, because this is only advice. Memory that is not file-backed is rejected.
   posix_madvise(reinterpret_cast<void*>(begin), end - begin, POSIX_MADV_WILLNEED);
 }
 
@@ -151,19 +151,19 @@ RowReader::RowReader(std::string label, std::vector<TokenFile> files, SampleShap
   }
 }
 
-void RowReader::find_pieces(int64_t ordinal, Row* row) const {
+void RowReader::find_spans(int64_t ordinal, Row* row) const {
   if (ordinal < 0 || ordinal >= num_samples_) {
     throw std::invalid_argument(label_ + ": sample " + std::to_string(ordinal) + " is not one of " +
                                 std::to_string(num_samples_));
   }
   row->starts.clear();
-  row->pieces.clear();
+  row->spans.clear();
   try {
     locate(ordinal, row);
-    for (const TokenSpan& piece : row->pieces) {
-      if (piece.begin > piece.file->num_tokens - piece.length) {
-        throw std::invalid_argument(piece.file->name + ": ends before token " +
-                                    std::to_string(piece.begin + piece.length));
+    for (const TokenSpan& span : row->spans) {
+      if (span.begin > span.file->num_tokens - span.length) {
+        throw std::invalid_argument(span.file->name + ": ends before token " +
+                                    std::to_string(span.begin + span.length));
       }
     }
   } catch (const std::invalid_argument& error) {
@@ -172,14 +172,14 @@ void RowReader::find_pieces(int64_t ordinal, Row* row) const {
 }
 
 void RowReader::prefetch(int64_t ordinal, Row* row) const {
-  // `read` says what cannot be read.
-  if (!mapped::guarded([&] { find_pieces(ordinal, row); })) return;
-  for (const TokenSpan& piece : row->pieces) {
-    const int64_t item = item_size(piece.file->type);
-    const auto* tokens = static_cast<const uint8_t*>(piece.file->tokens);
-    will_need(tokens + piece.begin * item, piece.length * item);
-    if (piece.file->loss_mask != nullptr) {
-      will_need(piece.file->loss_mask + piece.begin, piece.length);
+  // `read` reports errors.
+  if (!mapped::guarded([&] { find_spans(ordinal, row); })) return;
+  for (const TokenSpan& span : row->spans) {
+    const int64_t item = item_size(span.file->type);
+    const auto* tokens = static_cast<const uint8_t*>(span.file->tokens);
+    will_need(tokens + span.begin * item, span.length * item);
+    if (span.file->loss_mask != nullptr) {
+      will_need(span.file->loss_mask + span.begin, span.length);
     }
   }
 }
@@ -187,17 +187,17 @@ void RowReader::prefetch(int64_t ordinal, Row* row) const {
 void RowReader::read(int64_t ordinal, Row* row) const {
   if (mapped::guarded([&] { read_unguarded(ordinal, row); })) return;
   std::string message = label_ + ": sample " + std::to_string(ordinal) + " cannot be read any more";
-  for (const TokenSpan& piece : row->pieces) message += ", in " + piece.file->name;
+  for (const TokenSpan& span : row->spans) message += ", in " + span.file->name;
   throw MappedReadError(message + ": a file became shorter, or its disk or server is gone");
 }
 
 void RowReader::read_unguarded(int64_t ordinal, Row* row) const {
-  find_pieces(ordinal, row);
+  find_spans(ordinal, row);
   int64_t filled = 0;
   try {
-    for (const TokenSpan& piece : row->pieces) {
-      copy(piece, filled, row);
-      filled += piece.length;
+    for (const TokenSpan& span : row->spans) {
+      copy(span, filled, row);
+      filled += span.length;
     }
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(label_ + ": " + error.what());
@@ -205,15 +205,15 @@ void RowReader::read_unguarded(int64_t ordinal, Row* row) const {
   finish(filled, row);
 }
 
-void RowReader::copy(const TokenSpan& piece, int64_t filled, Row* row) const {
-  const TokenFile& file = *piece.file;
-  copy_tokens(file, piece.begin, piece.length, shape_.vocab_size, row->tokens + filled);
+void RowReader::copy(const TokenSpan& span, int64_t filled, Row* row) const {
+  const TokenFile& file = *span.file;
+  copy_tokens(file, span.begin, span.length, shape_.vocab_size, row->tokens + filled);
   uint8_t* mask = row->loss_mask + filled;
   if (file.loss_mask == nullptr) {
-    std::fill(mask, mask + piece.length, uint8_t{1});
+    std::fill(mask, mask + span.length, uint8_t{1});
   } else {
-    const uint8_t* from = file.loss_mask + piece.begin;
-    std::transform(from, from + piece.length, mask,
+    const uint8_t* from = file.loss_mask + span.begin;
+    std::transform(from, from + span.length, mask,
                    [](uint8_t value) { return static_cast<uint8_t>(value != 0); });
   }
 }
@@ -226,7 +226,7 @@ void RowReader::finish(int64_t filled, Row* row) const {
   cu_seqlens.assign(1, 0);
   const auto seq_length = static_cast<int32_t>(shape_.seq_length);
   if (shape_.isolate) {
-    row->starts.push_back(static_cast<int32_t>(filled));  // where the padding begins
+    row->starts.push_back(static_cast<int32_t>(filled));  // begin of the padding
     for (const int32_t start : row->starts) {
       if (start <= seq_length) row->loss_mask[start] = 0;
       if (start > cu_seqlens.back() && start < seq_length) cu_seqlens.push_back(start);
@@ -262,7 +262,7 @@ void WindowReader::locate(int64_t ordinal, Row* row) const {
     const int64_t begin = token_begin_.data[run] + (position - cumulative_.data[run]);
     const int64_t length = std::min(remaining, cumulative_.data[run + 1] - position);
     if (shape_.isolate) file.document_begins(begin, begin + length, filled - begin, &row->starts);
-    row->pieces.push_back({&file, begin, length});
+    row->spans.push_back({&file, begin, length});
     position += length;
     remaining -= length;
     filled += length;
@@ -296,14 +296,14 @@ void PackedReader::locate(int64_t ordinal, Row* row) const {
   const int64_t capacity = shape_.seq_length + 1;
   int64_t filled = 0;
   for (int64_t place = begin; place < end; ++place) {
-    const TokenSpan piece = document_span(documents_.data[place], capacity - filled);
-    if (piece.length == 0) continue;
-    row->pieces.push_back(piece);
+    const TokenSpan span = document_span(documents_.data[place], capacity - filled);
+    if (span.length == 0) continue;
+    row->spans.push_back(span);
     row->starts.push_back(static_cast<int32_t>(filled));
-    filled += piece.length;
-    // The documents lie far apart: the processor fetches them while it looks up the next ones.
-    __builtin_prefetch(static_cast<const uint8_t*>(piece.file->tokens) +
-                       piece.begin * item_size(piece.file->type));
+    filled += span.length;
+    // Documents are far apart in memory. Prefetch this one while the next ones are looked up.
+    __builtin_prefetch(static_cast<const uint8_t*>(span.file->tokens) +
+                       span.begin * item_size(span.file->type));
   }
 }
 

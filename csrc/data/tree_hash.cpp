@@ -69,7 +69,7 @@ CHATFLOW_INLINE void compress(Lanes* state, const Lanes* m, uint64_t num_hashed,
   for (int k = 0; k < 8; ++k) state[k] ^= v[k] ^ v[k + 8];
 }
 
-/// Hashes eight whole leaves that lie one behind the other.
+/// Hashes eight consecutive whole leaves.
 CHATFLOW_INLINE void hash_eight(const uint8_t* data, uint8_t* digests) {
   Lanes state[8];
   for (int k = 0; k < 8; ++k) state[k] = Lanes{} + kBlake2bInitial[k];

@@ -109,17 +109,17 @@ CHATFLOW_DECLARE(chatflow_swiglu_backward, const void* grad_y, const void* x, vo
  *
  * @param logits     T[num_rows, num_columns]: this slice's.
  * @param labels     int64[num_rows], counted from the slice's first column; the label lies in
- *                   another slice if it is not in [0, num_pieces).
- * @param highest    fp32[num_rows], out: the highest logit; -1e30 where num_pieces is 0.
+ *                   another slice if it is not in [0, num_valid_tokens).
+ * @param highest    fp32[num_rows], out: the highest logit; -1e30 where num_valid_tokens is 0.
  * @param sum        fp32[num_rows], out: sum of exp(logit - highest).
  * @param target     fp32[num_rows], out: the label's logit; 0 if it lies in another slice.
  * @param num_rows   At least 1.
  * @param num_columns Whole packs.
- * @param num_pieces Columns that take part; those behind are padding.
+ * @param num_valid_tokens Columns that take part; those behind are padding.
  */
 CHATFLOW_DECLARE(chatflow_softmax_statistics, const void* logits, const int64_t* labels,
                  float* highest, float* sum, float* target, int64_t num_rows, int64_t num_columns,
-                 int64_t num_pieces, void* stream)
+                 int64_t num_valid_tokens, void* stream)
 
 /**
  * @brief Overwrites logits by scale * (softmax - onehot(label)), 0 in the padding.
@@ -132,4 +132,4 @@ CHATFLOW_DECLARE(chatflow_softmax_statistics, const void* logits, const int64_t*
  */
 CHATFLOW_DECLARE(chatflow_softmax_gradient, void* logits, const int64_t* labels,
                  const float* highest, const float* sum, const float* scale, int64_t num_rows,
-                 int64_t num_columns, int64_t num_pieces, void* stream)
+                 int64_t num_columns, int64_t num_valid_tokens, void* stream)

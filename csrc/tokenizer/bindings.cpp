@@ -30,12 +30,12 @@ py::array to_array(std::vector<T>&& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
-/// Ids of texts one after the other, in 16 or 32 bits.
+/// Concatenated ids of texts, in 16 or 32 bits.
 class Output {
  public:
   Output(bool narrow, int32_t end_id) : is_narrow_(narrow), end_id_(end_id) {}
 
-  /// Encodes a text behind those before it.
+  /// Encodes a text and appends its ids.
   void add(BpeEncoder* encoder, std::string_view text, bool with_prefix) {
     room_.resize(std::max(room_.size(), BpeEncoder::max_ids(text.size()) + 1));
     int32_t* end = encoder->encode(text, with_prefix, room_.data());
@@ -60,7 +60,7 @@ class Output {
   std::vector<int32_t> lengths_;
 };
 
-/// An encoder that any number of threads may call at once: each call borrows one of its own.
+/// A thread-safe encoder. Each call uses its own `BpeEncoder` from a pool.
 class SharedEncoder {
  public:
   SharedEncoder(const std::vector<py::bytes>& pieces, const std::vector<int32_t>& ids,
@@ -70,7 +70,7 @@ class SharedEncoder {
 
   py::tuple encode_batch(const py::sequence& texts, bool with_prefix, int32_t end_id, bool narrow) {
     std::vector<std::string_view> views;
-    std::vector<py::object> held;  // the views point into these
+    std::vector<py::object> held;  // owns the memory of the views
     for (const py::handle text : texts) {
       Py_ssize_t num_bytes = 0;
       const char* const data = PyUnicode_AsUTF8AndSize(text.ptr(), &num_bytes);
@@ -104,7 +104,7 @@ class SharedEncoder {
   }
 
  private:
-  /// An encoder for the time of a call.
+  /// Borrows an encoder for the duration of a call.
   class Loan {
    public:
     explicit Loan(SharedEncoder* owner) : owner_(owner) {
@@ -156,8 +156,8 @@ class SharedEncoder {
 
 PYBIND11_MODULE(_native, module) {
   using namespace chatflow;
-  module.doc() = "Byte-pair encoding in C++; its ids are sentencepiece's.";
-  py::class_<SharedEncoder>(module, "BpeEncoder", "A SentencePiece byte-pair model's encoder.")
+  module.doc() = "Byte-pair encoding in C++ with the ids of the sentencepiece library.";
+  py::class_<SharedEncoder>(module, "BpeEncoder", "Encoder of a SentencePiece byte-pair model.")
       .def(py::init<const std::vector<py::bytes>&, const std::vector<int32_t>&,
                     const std::vector<double>&, const std::array<int32_t, 256>&>(),
            py::arg("pieces"), py::arg("ids"), py::arg("scores"), py::arg("byte_ids"))

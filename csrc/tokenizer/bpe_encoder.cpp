@@ -11,7 +11,7 @@ uint32_t with_space_sign(uint32_t code_point) {
   return code_point == ' ' ? BpeModel::kSpace : code_point;
 }
 
-/// For each length, ones over the bytes of a key that belong to the text.
+/// For each length, a mask of the bytes of a key that belong to the text.
 constexpr std::array<std::array<uint64_t, 3>, 24> make_masks() {
   std::array<std::array<uint64_t, 3>, 24> masks{};
   for (size_t num_bytes = 0; num_bytes < 24; ++num_bytes) {
@@ -76,7 +76,7 @@ BpeEncoder::Key BpeEncoder::key_of(const uint8_t* begin, size_t num_bytes) {
   return key;
 }
 
-/// Encodes a stretch, or lets it wait until its entries have come from memory.
+/// Encodes a stretch, or defers it until its cache entries have been prefetched.
 int32_t* BpeEncoder::add_stretch(const uint8_t* begin, const uint8_t* end, int32_t* ids) {
   const auto num_bytes = static_cast<size_t>(end - begin);
   const CodePoint first = decode_utf8(begin);
@@ -118,9 +118,10 @@ int32_t* BpeEncoder::encode_waiting(const Waiting& stretch, int32_t* ids) {
     const Entry& entry = set[way];
     const Key& key = entry.key;
     if (((key[0] ^ stretch.key[0]) | (key[1] ^ stretch.key[1]) | (key[2] ^ stretch.key[2])) == 0) {
-      std::memcpy(ids, entry.ids.data(), sizeof(entry.ids));  // all of them: a fixed size is faster
+      std::memcpy(ids, entry.ids.data(),
+                  sizeof(entry.ids));  // copies all ids, because a fixed size is faster
       ids += entry.num_ids;
-      if (way > 0) std::swap(set[0], set[way]);  // the one last used comes first
+      if (way > 0) std::swap(set[0], set[way]);  // keeps the most recently used entry first
       return ids;
     }
   }
@@ -140,11 +141,11 @@ int32_t* BpeEncoder::encode_uncached(const uint8_t* begin, const uint8_t* end, i
   return is_short ? merge_by_scan(begin, end, ids) : merge_by_heap(begin, end, ids);
 }
 
-/// Joins the best pair until there is none, looking at every pair each time.
+/// Merges the best pair until there is none, by a scan of all pairs.
 int32_t* BpeEncoder::merge_by_scan(const uint8_t* begin, const uint8_t* end, int32_t* ids) {
   std::array<int32_t, kMaxScanned> symbols;
   std::array<const uint8_t*, kMaxScanned + 1> borders;
-  std::array<int32_t, kMaxScanned> joints;  // of each symbol and the next
+  std::array<int32_t, kMaxScanned> joints;  // merged symbol of each symbol and the next
   std::array<uint32_t, kMaxScanned> ranks;
   size_t num_symbols = 0;
   for (const uint8_t* at = begin; at < end; ++num_symbols) {
@@ -182,7 +183,7 @@ int32_t* BpeEncoder::merge_by_scan(const uint8_t* begin, const uint8_t* end, int
   return ids;
 }
 
-/// Joins the best pair until there is none, with a heap of pairs, some of which are stale.
+/// Merges the best pair until there is none, with a heap of pairs that may contain stale ones.
 int32_t* BpeEncoder::merge_by_heap(const uint8_t* begin, const uint8_t* end, int32_t* ids) {
   links_.clear();
   for (const uint8_t* at = begin; at < end;) {
@@ -236,13 +237,13 @@ void BpeEncoder::push_candidate(int32_t left, int32_t right) {
       {model_.rank_of(joint), static_cast<uint32_t>(left), left_symbol, right_symbol, joint});
 }
 
-/// The id of a symbol; of one that has none, those of its bytes.
+/// Writes the id of a symbol, or the ids of its bytes if it has none.
 int32_t* BpeEncoder::emit(int32_t symbol, const uint8_t* begin, const uint8_t* end,
                           int32_t* ids) const {
   const int32_t id = symbol < 0 ? BpeModel::kNone : model_.id_of(symbol);
   if (id >= 0) {
     *ids++ = id;
-  } else if (*begin == ' ') {  // the space sign itself, where the vocabulary lacks it
+  } else if (*begin == ' ') {  // the space character itself, if the vocabulary lacks it
     for (const uint8_t byte : {0xE2, 0x96, 0x81}) *ids++ = model_.byte_id(byte);
   } else {
     for (; begin < end; ++begin) *ids++ = model_.byte_id(*begin);

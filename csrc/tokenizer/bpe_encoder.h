@@ -1,9 +1,10 @@
 /// \file
-/// Text to the ids of a SentencePiece byte-pair model, equal to the library's, many times faster.
+/// Encodes text to the ids of a SentencePiece byte-pair model. The ids equal those of the library,
+/// and encoding is many times faster.
 ///
-/// SentencePiece joins neighbours over the whole text, best score first. Two characters that stand
-/// side by side in no piece can never be joined across, so the text falls apart there into
-/// stretches that have nothing to do with each other: mostly words. Short ones are remembered.
+/// SentencePiece merges neighbours over the whole text, best score first. Two characters that are
+/// adjacent in no piece are never merged, so the text can be split between them into independent
+/// stretches, mostly words. The ids of short stretches are cached.
 #pragma once
 
 #include <array>
@@ -17,19 +18,19 @@
 
 namespace chatflow {
 
-/// Encodes texts one after the other; not for several threads at once.
+/// Encodes one text at a time. Not thread-safe.
 class BpeEncoder {
  public:
   explicit BpeEncoder(std::shared_ptr<const BpeModel> model);
 
-  /// Room that the ids of a text may need, in ids.
+  /// Maximum number of ids of a text.
   static size_t max_ids(size_t num_bytes) { return 3 * (num_bytes + 1) + kMaxCachedIds; }
 
   /// Writes the ids of a text.
   /// \param text Valid UTF-8; spaces count as the model's space sign.
-  /// \param with_prefix Whether a text that is not empty gets a space put before it.
-  /// \param ids Where to: max_ids(text.size()) of them may be written.
-  /// \return Behind the last id.
+  /// \param with_prefix Whether to put a space before a text that is not empty.
+  /// \param ids Output, with room for max_ids(text.size()) ids.
+  /// \return The end of the written ids.
   int32_t* encode(std::string_view text, bool with_prefix, int32_t* ids);
 
  private:
@@ -38,7 +39,7 @@ class BpeEncoder {
   static constexpr size_t kLogSets = 16;
   static constexpr size_t kNumWays = 2;
   static constexpr size_t kNumWaiting = 16;
-  static constexpr size_t kPadding = 32;  // bytes that may be read behind a text
+  static constexpr size_t kPadding = 32;  // bytes that may be read beyond the end of a text
   static constexpr size_t kMaxScanned = 40;
 
   /// A stretch of text, zero-padded, with its length in the last byte.
@@ -51,7 +52,7 @@ class BpeEncoder {
     uint32_t num_ids = 0;
   };
 
-  /// A stretch whose set of entries is on its way from memory.
+  /// A stretch whose set of cache entries is being prefetched.
   struct Waiting {
     const uint8_t* begin;
     uint32_t num_bytes;

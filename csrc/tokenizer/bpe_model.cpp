@@ -9,7 +9,7 @@ namespace {
 
 constexpr size_t kNumBasic = 0x10000;
 
-/// Where each character of a piece begins, and its end.
+/// The begin of each character of a piece, and the end of the piece.
 std::vector<size_t> borders_of(const std::string& piece) {
   std::vector<size_t> borders;
   for (size_t at = 0; at < piece.size();) {
@@ -19,7 +19,7 @@ std::vector<size_t> borders_of(const std::string& piece) {
     for (size_t k = 1; valid && k < num_bytes; ++k) {
       valid = (static_cast<uint8_t>(piece[at + k]) & 0xC0) == 0x80;
     }
-    if (!valid) throw std::invalid_argument("byte-pair model: a piece is not UTF-8");
+    if (!valid) throw std::invalid_argument("byte-pair model: a piece is not valid UTF-8");
     borders.push_back(at);
     at += num_bytes;
   }
@@ -31,7 +31,7 @@ uint32_t code_point_at(const std::string& piece, size_t at) {
   return decode_utf8(reinterpret_cast<const uint8_t*>(piece.data()) + at).value;
 }
 
-/// Rank of each score: 0 for the highest, the same for equal ones.
+/// Rank of each score: 0 for the highest. Equal scores have equal ranks.
 std::vector<uint32_t> ranks_of(const std::vector<double>& scores) {
   std::vector<size_t> order(scores.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -56,7 +56,7 @@ BpeModel::BpeModel(const std::vector<std::string>& pieces, const std::vector<int
       joints_((1u << kLogBits) / 64),
       filter_((1u << kLogFilterBits) / 64) {
   if (pieces.size() != ids.size() || pieces.size() != scores.size()) {
-    throw std::invalid_argument("byte-pair model: pieces, ids and scores differ in number");
+    throw std::invalid_argument("byte-pair model: expected as many ids and scores as pieces");
   }
   std::vector<std::vector<size_t>> borders;
   std::unordered_map<std::string, int32_t> symbols;
@@ -64,7 +64,7 @@ BpeModel::BpeModel(const std::vector<std::string>& pieces, const std::vector<int
     borders.push_back(borders_of(pieces[k]));
     const bool is_new = symbols.emplace(pieces[k], static_cast<int32_t>(k)).second;
     if (pieces[k].empty() || !is_new) {
-      throw std::invalid_argument("byte-pair model: a piece is empty or given twice");
+      throw std::invalid_argument("byte-pair model: a piece is empty or occurs twice");
     }
     if (borders[k].size() == 2) add_character(code_point_at(pieces[k], 0), static_cast<int32_t>(k));
   }

@@ -1,5 +1,5 @@
 /// \file
-/// Tables of a SentencePiece byte-pair model: what its characters and pairs of pieces become.
+/// Tables of a SentencePiece byte-pair model: symbols of characters, and merges of pairs.
 #pragma once
 
 #include <array>
@@ -11,7 +11,7 @@
 
 namespace chatflow {
 
-/// A code point and how many bytes of UTF-8 it takes.
+/// A code point, and its number of bytes in UTF-8.
 struct CodePoint {
   uint32_t value;
   uint32_t num_bytes;
@@ -32,16 +32,16 @@ inline CodePoint decode_utf8(const uint8_t* text) {
 
 /// A byte-pair model with byte fallback and without user-defined or unused pieces.
 ///
-/// A *symbol* is a piece of the vocabulary, or a character that is no piece but occurs in one.
+/// A *symbol* is a piece of the vocabulary, or a character that is not a piece but occurs in one.
 class BpeModel {
  public:
-  static constexpr uint32_t kSpace = 0x2581;  ///< The sign that stands for a space in pieces.
+  static constexpr uint32_t kSpace = 0x2581;  ///< The character that represents a space in pieces.
   static constexpr int32_t kNone = -1;
   static constexpr uint32_t kNoRank = UINT32_MAX;
 
   /// \param pieces UTF-8 of the ordinary pieces.
-  /// \param ids The id of each.
-  /// \param scores The score of each; the highest joins first.
+  /// \param ids The id of each piece.
+  /// \param scores The score of each piece; the highest is merged first.
   /// \param byte_ids The id of the piece of each byte.
   /// \throws std::invalid_argument Sizes differ, a piece is empty, given twice, or not UTF-8, or
   ///     there are more than 2^21 pieces and characters.
@@ -55,25 +55,26 @@ class BpeModel {
     return found == astral_.end() ? kNone : found->second;
   }
 
-  /// The id of a symbol, or kNone if it is a character that is no piece.
+  /// The id of a symbol, or kNone if it is a character that is not a piece.
   int32_t id_of(int32_t symbol) const { return ids_[symbol]; }
 
   /// The id of a byte.
   int32_t byte_id(uint8_t byte) const { return byte_ids_[byte]; }
 
-  /// Whether two characters may stand next to each other in a piece. Never false where they do.
+  /// Whether two characters may be adjacent in a piece. There are false positives, but no false
+  /// negatives.
   bool may_join(uint32_t left, uint32_t right) const {
     const uint32_t bit = bit_of(left, right);
     return joints_[bit >> 6] >> (bit & 63) & 1;
   }
 
-  /// The symbol that two neighbours become, or kNone if they do not join.
+  /// The symbol that two neighbours merge into, or kNone if they do not merge.
   int32_t joint_of(int32_t left, int32_t right) const {
     const uint64_t key = static_cast<uint64_t>(left) << kSymbolBits | static_cast<uint64_t>(right);
     const uint64_t hash = key * 0x9E3779B97F4A7C15u;
     const uint64_t bit = hash >> (64 - kLogFilterBits);
     if ((filter_[bit >> 6] >> (bit & 63) & 1) == 0)
-      return kNone;  // most pairs, from a nearer cache
+      return kNone;  // true for most pairs, and fits into a closer cache
     for (uint64_t slot = hash >> shift_;; slot = (slot + 1) & (slots_.size() - 1)) {
       if (slots_[slot] == kEmpty) return kNone;
       if (slots_[slot] >> kSymbolBits == key) {
@@ -82,7 +83,7 @@ class BpeModel {
     }
   }
 
-  /// How early a joint symbol comes about: lower joins first, equal ranks from left to right.
+  /// Priority of the merge into a symbol: lower ranks first, equal ranks from left to right.
   uint32_t rank_of(int32_t joint) const { return joint < 0 ? kNoRank : ranks_[joint]; }
 
  private:
@@ -105,7 +106,7 @@ class BpeModel {
   std::unordered_map<uint32_t, int32_t> astral_;
   std::vector<uint64_t> joints_;
   std::vector<uint64_t> filter_;
-  std::vector<uint64_t> slots_;  // left, right and joint symbol of each merge
+  std::vector<uint64_t> slots_;  // left, right and merged symbol of each merge
   uint32_t shift_ = 0;
 };
 

@@ -12,13 +12,14 @@ constexpr uint64_t kHighBits = 0x8080808080808080u;
 
 bool is_digit(uint8_t byte) { return byte >= '0' && byte <= '9'; }
 
-/// High bits of the bytes of a word that equal one byte, and possibly of bytes above such a one.
+/// High bits of the bytes of a word that equal a given byte. Bytes above such a byte may be set
+/// too.
 uint64_t equal(uint64_t word, uint8_t byte) {
   const uint64_t difference = word ^ (kOnes * byte);
   return (difference - kOnes) & ~difference & kHighBits;
 }
 
-/// Whether eight bytes are printable ASCII without quote and backslash.
+/// Whether eight bytes are printable ASCII without quotes and backslashes.
 bool is_plain(uint64_t word) {
   const uint64_t below_space = (word - kOnes * 0x20) & ~word & kHighBits;
   return ((word & kHighBits) | below_space | equal(word, '"') | equal(word, '\\')) == 0;
@@ -30,7 +31,7 @@ int hex_value(uint8_t byte) {
   return letter >= 'a' && letter <= 'f' ? letter - 'a' + 10 : -1;
 }
 
-/// The number that four hexadecimal digits spell, or -1.
+/// The value of four hexadecimal digits, or -1.
 int32_t hex_unit(const uint8_t* at) {
   int32_t unit = 0;
   for (int k = 0; k < 4; ++k) {
@@ -83,13 +84,13 @@ bool JsonText::take(uint8_t byte) {
   return true;
 }
 
-/// A value of any kind, passed over.
+/// Skips a value of any kind.
 bool JsonText::value(int depth) {
   if (at_ == end_) return false;
   switch (*at_) {
     case '"': {
       Raw raw;
-      // An escape is only looked into by unescape: the halves of its surrogate pairs have to fit.
+      // Escapes are checked by `unescape`, which also checks surrogate pairs.
       return string(&raw) && (!raw.has_escapes || unescape(raw));
     }
     case '{':
@@ -109,7 +110,7 @@ bool JsonText::value(int depth) {
   }
 }
 
-/// An object from behind its brace; of several equal keys the last one counts.
+/// Reads an object after its opening brace. If a key is repeated, the last one counts.
 bool JsonText::object(int depth, Raw* text) {
   space();
   if (take('}')) return true;
@@ -132,7 +133,7 @@ bool JsonText::object(int depth, Raw* text) {
   return take('}');
 }
 
-/// An array from behind its bracket.
+/// Skips an array after its opening bracket.
 bool JsonText::array(int depth) {
   space();
   if (take(']')) return true;
@@ -174,7 +175,7 @@ bool JsonText::string(Raw* raw) {
   }
 }
 
-/// Characters of two bytes and more, as long as they last.
+/// Skips consecutive characters of two or more bytes.
 bool JsonText::multi_byte() {
   do {
     const uint8_t first = *at_;
@@ -226,7 +227,8 @@ bool JsonText::literal(std::string_view word) {
   return true;
 }
 
-/// Writes a string with its escapes resolved; false for an unknown one or half a pair.
+/// Writes a string with its escapes resolved; returns false for an unknown escape or an unpaired
+/// surrogate.
 bool JsonText::unescape(const Raw& raw) {
   unescaped_.clear();
   for (const uint8_t* at = raw.begin; at < raw.end;) {

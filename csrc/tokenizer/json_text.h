@@ -1,7 +1,5 @@
 /// \file
-/// Finds the text in a line of JSON, without building anything else of it.
-///
-/// In: one line and a key. Out: where the key's string lies, or that a full parser should look.
+/// Finds the string under a key in a line of JSON, without parsing the values into objects.
 #pragma once
 
 #include <cstddef>
@@ -13,21 +11,21 @@ namespace chatflow {
 
 /// Reads lines that are objects with a string under one key.
 ///
-/// Strict where it answers: the whole line is checked, UTF-8 included. Where it is in doubt (a
-/// malformed line, a missing key, an escaped key, half a surrogate pair, deep nesting, a huge
-/// exponent) it says so, and the caller asks a full parser.
+/// If it returns a string, it has checked the whole line, including UTF-8. In doubtful cases (a
+/// malformed line, a missing key, an escaped key, an unpaired surrogate, deep nesting, a huge
+/// exponent) it returns false, and the caller uses a full parser.
 class JsonText {
  public:
   explicit JsonText(std::string key) : key_(std::move(key)) {}
 
   /// Finds the text.
-  /// \param line Without its line end.
-  /// \param text Receives the text, which lies in the line or in this reader, until the next call.
-  /// \return Whether the line was understood and has one.
+  /// \param line The line, without its line ending.
+  /// \param text Output. A view of the line or of this reader's buffer, valid until the next call.
+  /// \return Whether the line was parsed and has a string under the key.
   bool find(std::string_view line, std::string_view* text);
 
  private:
-  /// A string as it stands in the line, between its quotes.
+  /// A string of the line with its escapes, between the quotes.
   struct Raw {
     const uint8_t* begin = nullptr;
     const uint8_t* end = nullptr;

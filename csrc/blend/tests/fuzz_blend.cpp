@@ -1,8 +1,9 @@
 /// \file
-/// Draws random hard schedules and checks every prefix in integers; see csrc/README.md.
+/// Generates difficult random schedules and checks every prefix in integers; see csrc/README.md.
 ///
-/// In: seconds to run and a seed. Out: how much was tried and the worst error; status 1 and the
-/// case's seed if any count was a whole sample away from its quota, or if random access differed.
+/// Arguments are the seconds to run and the first seed. Prints the number of schedules and the
+/// worst error. Exits with status 1 and prints the seed if a count is one sample or more away from
+/// its quota, or if random access gives other draws.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -18,8 +19,8 @@ namespace {
 
 using chatflow::BlendEngine;
 using chatflow::Int128;
+using chatflow::Interval;
 using chatflow::kGrid;
-using chatflow::Piece;
 using chatflow::WeightTable;
 
 class Random {
@@ -35,16 +36,16 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-/// Relative weights of one knot, in the manner of a family of adversarial schedules.
+/// Relative weights of one knot, from one of ten families of adversarial schedules.
 std::vector<int64_t> weights_of(Random& random, int family, int num_sources, int knot) {
   std::vector<int64_t> weights(num_sources, 0);
   for (int k = 0; k < num_sources; ++k) {
     int64_t& weight = weights[k];
     switch (family) {
-      case 0:  // anything
+      case 0:  // arbitrary weights
         weight = random.between(0, 9);
         break;
-      case 1:  // most sources rest for long
+      case 1:  // most sources have weight 0 for long
         weight = k < 2 || knot > 3 ? random.between(0, 9) : 0;
         break;
       case 2:  // one source at a time
@@ -53,16 +54,16 @@ std::vector<int64_t> weights_of(Random& random, int family, int num_sources, int
       case 3:  // a source joins at each knot
         weight = k <= knot;
         break;
-      case 4:  // uniform over fewer and fewer
+      case 4:  // uniform over a decreasing number of sources
         weight = k < std::max(1, num_sources - knot);
         break;
-      case 5:  // one with nearly all, the others tiny
+      case 5:  // one source has nearly all weight
         weight = k + 1 == num_sources ? random.between(1000, 1000000000) : random.between(0, 2);
         break;
       case 6:  // two groups take turns
         weight = (k + knot) % 2;
         break;
-      case 7:  // dyadic weights hit whole quotas exactly, then rest
+      case 7:  // powers of two reach whole quotas exactly, then stay
         weight = int64_t{1} << random.between(0, 3);
         if (random.between(0, 1) == 0) weight = 0;
         break;
@@ -104,37 +105,37 @@ WeightTable random_table(Random& random, int num_sources, int64_t num_samples) {
     const std::vector<int64_t> levels = levels_of(weights_of(random, family, num_sources, knot));
     table.levels.insert(table.levels.end(), levels.begin(), levels.end());
     if (knot + 1 == num_knots || random.between(0, 1) == 0) {
-      table.pieces.push_back({iteration, knot, knot, 0, 0, 0, 0, 1});
+      table.intervals.push_back({iteration, knot, knot, 0, 0, 0, 0, 1});
     } else {
       const int64_t length = random.between(1, longest);
       const int64_t step = random.between(1, 5);
       const int64_t phase = random.between(0, step - 1);
       const int64_t first = random.between(0, kGrid / 2);
-      table.pieces.push_back({iteration, knot, knot + 1, first, random.between(first, kGrid), step,
-                              phase, step * length});
+      table.intervals.push_back({iteration, knot, knot + 1, first, random.between(first, kGrid),
+                                 step, phase, step * length});
     }
-    iteration += table.pieces.back().is_constant()
+    iteration += table.intervals.back().is_constant()
                      ? random.between(1, longest)
-                     : table.pieces.back().span / table.pieces.back().step;
+                     : table.intervals.back().span / table.intervals.back().step;
   }
   return table;
 }
 
-/// The weights of one iteration, straight from their definition.
+/// The weights of one iteration, computed from their definition.
 void weights_at(const WeightTable& table, int64_t iteration, std::vector<int64_t>* weights) {
-  std::size_t number = table.pieces.size() - 1;
-  while (table.pieces[number].begin > iteration) --number;
-  const Piece& piece = table.pieces[number];
-  const int64_t place = piece.step * (iteration - piece.begin) + piece.phase;
+  std::size_t number = table.intervals.size() - 1;
+  while (table.intervals[number].begin > iteration) --number;
+  const Interval& interval = table.intervals[number];
+  const int64_t place = interval.step * (iteration - interval.begin) + interval.phase;
   int64_t below = 0;
   for (int k = 1; k <= table.num_sources; ++k) {
     const int64_t width = table.num_sources + 1;
-    const int64_t first = table.levels[piece.row_begin * width + k];
-    const Int128 difference = table.levels[piece.row_end * width + k] - first;
-    const int64_t begin = first + static_cast<int64_t>(difference * piece.portion_begin >> 32);
-    const int64_t end = first + static_cast<int64_t>(difference * piece.portion_end >> 32);
+    const int64_t first = table.levels[interval.row_begin * width + k];
+    const Int128 difference = table.levels[interval.row_end * width + k] - first;
+    const int64_t begin = first + static_cast<int64_t>(difference * interval.portion_begin >> 32);
+    const int64_t end = first + static_cast<int64_t>(difference * interval.portion_end >> 32);
     const Int128 product = static_cast<Int128>(end - begin) * place;
-    const Int128 risen = product / piece.span - (product % piece.span < 0);
+    const Int128 risen = product / interval.span - (product % interval.span < 0);
     const int64_t level = begin + static_cast<int64_t>(risen);
     (*weights)[k - 1] = level - below;
     below = level;
@@ -147,7 +148,7 @@ struct Tally {
   int64_t worst = 0;
 };
 
-/// Checks one schedule; says whether it passed.
+/// Checks one schedule; returns whether it passed.
 bool check(uint64_t seed, Tally* tally) {
   Random random(seed);
   const int sizes[] = {2, 3, 4, 5, 8, 13, 33, 64, 130, 512};

@@ -37,9 +37,11 @@ void start(const Arguments& arguments, Size rows, int threads) {
 }
 
 void exponentiate(Address logits, Address highest, Address sums, Size rows, Size row_size,
-                  Size num_pieces, int threads) {
-  check(0 <= num_pieces && num_pieces <= row_size, "exponentiate: more pieces than entries");
-  start(Exponentiate{at<bf16>(logits), at<float>(highest), at<float>(sums), row_size, num_pieces},
+                  Size num_valid_tokens, int threads) {
+  check(0 <= num_valid_tokens && num_valid_tokens <= row_size,
+        "exponentiate: num_valid_tokens is larger than the row");
+  start(Exponentiate{at<bf16>(logits), at<float>(highest), at<float>(sums), row_size,
+                     num_valid_tokens},
         rows, threads);
 }
 

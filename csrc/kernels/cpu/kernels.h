@@ -25,10 +25,10 @@ constexpr int kMaxInputs = 64;
 /// Turns logits into `exp(logit - row's highest)`.
 struct Exponentiate {
   bf16* logits;    ///< [rows, row_size], overwritten
-  float* highest;  ///< [rows], each row's highest logit; finite also where a row has no piece
+  float* highest;  ///< [rows], each row's highest logit; finite even if a row has no valid token
   float* sums;     ///< [rows], sums of the exponentials before they are rounded
   std::int64_t row_size;
-  std::int64_t num_pieces;  ///< entries from here on become 0
+  std::int64_t num_valid_tokens;  ///< entries from here on become 0
 };
 
 /// RMSNorm of each row, `x * rsqrt(mean(x^2) + epsilon) * weight`.

@@ -48,10 +48,10 @@ CHATFLOW_INLINE float exponentiate_row(bf16* row, std::int64_t size, float shift
 static void exponentiate(const Exponentiate& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t r = begin; r < end; ++r) {
     bf16* row = a.logits + r * a.row_size;
-    float top = a.num_pieces > 0 ? row_highest(row, a.num_pieces) : -1e30f;
+    float top = a.num_valid_tokens > 0 ? row_highest(row, a.num_valid_tokens) : -1e30f;
     a.highest[r] = top;
-    a.sums[r] = exponentiate_row(row, a.num_pieces, top);
-    std::memset(row + a.num_pieces, 0, (a.row_size - a.num_pieces) * sizeof(bf16));
+    a.sums[r] = exponentiate_row(row, a.num_valid_tokens, top);
+    std::memset(row + a.num_valid_tokens, 0, (a.row_size - a.num_valid_tokens) * sizeof(bf16));
   }
 }
 

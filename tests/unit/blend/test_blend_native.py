@@ -113,7 +113,7 @@ def test_find_says_never() -> None:
     native, _ = engines(Schedule.from_dict(block, ["a", "b"], 4))
     assert native.find(0, 7) == 7
     assert native.find(0, 8) == -1
-    with pytest.raises(ValueError, match="no such draw"):
+    with pytest.raises(ValueError, match="does not lie in this segment"):
         native.find(2, 0)
 
 
@@ -179,14 +179,20 @@ BAD_TABLES = [
     (WeightTable(-1, 1, ROWS, (CONSTANT,)), "origin"),
     (WeightTable(0, 0, ROWS, (CONSTANT,)), "samples_per_iteration"),
     (WeightTable(0, 1, ((0, 5, GRID - 1),), (CONSTANT,)), "0 to 2\\^32"),
-    (WeightTable(0, 1, ((0, GRID + 1, GRID),), (CONSTANT,)), "falls"),
+    (WeightTable(0, 1, ((0, GRID + 1, GRID),), (CONSTANT,)), "decrease"),
     (WeightTable(0, 1, ROWS, (CONSTANT._replace(begin=1),)), "iteration 0"),
-    (WeightTable(0, 1, ROWS, (CONSTANT._replace(row_begin=1, row_end=1),)), "a row that is not"),
-    (WeightTable(0, 1, ROWS, (CONSTANT._replace(row_end=-1),)), "not constant"),
+    (
+        WeightTable(0, 1, ROWS, (CONSTANT._replace(row_begin=1, row_end=1),)),
+        "a row that does not exist",
+    ),
+    (WeightTable(0, 1, ROWS, (CONSTANT._replace(row_end=-1),)), "must be constant"),
     (WeightTable(0, 1, ROWS, (CONSTANT._replace(portion_end=GRID + 1),)), "portion"),
-    (WeightTable(0, 1, ROWS, (CONSTANT._replace(span=0),)), "line"),
-    (WeightTable(0, 1, ROWS, (CONSTANT, CONSTANT)), "follow each other"),
-    (WeightTable(0, 1, ROWS, (CONSTANT._replace(step=1), CONSTANT._replace(begin=9))), "overshoot"),
+    (WeightTable(0, 1, ROWS, (CONSTANT._replace(span=0),)), "span"),
+    (WeightTable(0, 1, ROWS, (CONSTANT, CONSTANT)), "ascending order"),
+    (
+        WeightTable(0, 1, ROWS, (CONSTANT._replace(step=1), CONSTANT._replace(begin=9))),
+        "longer than its span",
+    ),
 ]
 
 
