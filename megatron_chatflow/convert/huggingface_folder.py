@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
+def _exiting_on_sigterm() -> Iterator[None]:
     """Turns SIGTERM into an exception, so that temporary folders are removed."""
 
-    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+    def exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
     try:
-        previous = signal.signal(signal.SIGTERM, leave)
+        previous = signal.signal(signal.SIGTERM, exit_on_signal)
     except ValueError:  # only the main thread may install a handler
         yield
         return
@@ -84,7 +84,7 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
             yield path
             return
         with (
-            _leaving_on_sigterm(),
+            _exiting_on_sigterm(),
             scratch_folder("chatflow_model_") as folder,
         ):
             changed = folder / (path.name or "model")
@@ -99,7 +99,7 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
     from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
     with (
-        _leaving_on_sigterm(),
+        _exiting_on_sigterm(),
         scratch_folder("chatflow_export_") as folder,
     ):
         logger.info("exporting %s to a temporary folder (set TMPDIR to choose its location)", path)

@@ -81,18 +81,18 @@ class ExitReporter:
         if lost is not None:
             note = self._find_note(_NOTE_TIMEOUT_SECONDS if lost.is_certain else 0.0)
             if note is None and not lost.is_certain:
-                return self._leave_fault(error)
+                return self._record_fault(error)
             self._print_once("lost", self._describe_lost(note, lost.text))
             return True
         if not isinstance(error, UserError):
-            return self._leave_fault(error)
+            return self._record_fault(error)
         text = " ".join(str(error).split())
         if isinstance(error, PeerError):
             note = self._find_note(_NOTE_TIMEOUT_SECONDS)
             self._print_once("lost", self._describe_lost(note, text))
             return True
         rank = f"rank {self._process.rank}: " if isinstance(error, LocalError) else ""
-        self._leave_note(text)
+        self._write_note(text)
         self._print_once(text, rank + text)
         return True
 
@@ -147,12 +147,12 @@ class ExitReporter:
             return f"{mine}exiting because rank {note.rank} failed; see its error"
         return f"{mine}exiting because rank {note.rank} on {note.host} failed: {note.text}"
 
-    def _leave_fault(self, error: BaseException) -> bool:
+    def _record_fault(self, error: BaseException) -> bool:
         words = str(error).strip().splitlines() or [""]
-        self._leave_note(f"{type(error).__name__}: {words[0]}")
+        self._write_note(f"{type(error).__name__}: {words[0]}")
         return False
 
-    def _leave_note(self, text: str) -> None:
+    def _write_note(self, text: str) -> None:
         note = {"rank": self._process.rank, "node": self._node, "host": self._host, "text": text}
         with contextlib.suppress(Exception):
             # Only the first note is kept, because later errors may be its consequences.

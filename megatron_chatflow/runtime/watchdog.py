@@ -27,7 +27,7 @@ _SECONDS_FOR_OTHERS = 3.0
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Position:
     """The iteration and phase that a rank is in."""
 
     iteration: int
@@ -93,7 +93,7 @@ class Watchdog:
         self._rank = rank
         self._world_size = world_size
         self._folder = None if folder is None else folder / "hangs"
-        self._place = _Place(0, "starting")
+        self._place = _Position(0, "starting")
         self._num_heartbeats = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -108,7 +108,7 @@ class Watchdog:
             iteration: Current iteration.
             phase: What this rank does next, such as ``loading``.
         """
-        self._place = _Place(iteration, phase)
+        self._place = _Position(iteration, phase)
         self._num_heartbeats += 1
 
     def heartbeat(self) -> None:
@@ -158,7 +158,7 @@ class Watchdog:
         except OSError:
             pass  # the checkpoint reports a folder that cannot be written
 
-    def _write_report(self, place: _Place) -> None:
+    def _write_report(self, place: _Position) -> None:
         path = self._report_path(self._rank)
         if path is None:
             return
@@ -171,7 +171,7 @@ class Watchdog:
         except OSError as error:
             logger.warning("%s: %s", path, error.strerror)
 
-    def _verdict(self, place: _Place, waited: float) -> str:
+    def _verdict(self, place: _Position, waited: float) -> str:
         text = f"hung: no progress for {waited:.0f} s (--hang-timeout-minutes) at {place}"
         if self._folder is None or self._world_size == 1:
             return f"{text}; exiting rank {self._rank}"

@@ -141,7 +141,7 @@ def resolve_initial_checkpoint(config: RunConfig, ranks: Ranks) -> InitialCheckp
     choice: _Choice = chosen[0]
     if choice.problem:
         raise UserError(choice.text)
-    found, mismatch = _look_for(choice, config, own, problem)
+    found, mismatch = _find_on_this_rank(choice, config, own, problem)
     _raise_if_ranks_differ(choice, gather_objects(mismatch))
     return found
 
@@ -158,7 +158,7 @@ def _choice(own: InitialCheckpoint | None, problem: str) -> _Choice:
     return _Choice(f"starts from {own.folder}", own.option, own.folder.name, what)
 
 
-def _look_for(
+def _find_on_this_rank(
     choice: _Choice, config: RunConfig, own: InitialCheckpoint | None, problem: str
 ) -> tuple[InitialCheckpoint | None, str | None]:
     """Returns rank 0's choice as this rank sees it, and what differs if anything does."""

@@ -76,7 +76,7 @@ def _rows(
     rates: dict[int, dict[str, float]] = {}
     shown: set[tuple[int, int]] = set()
     for num_samples, num_sources, ramp in cases:
-        schedule = made_up_schedule(num_samples, num_sources, ramp, samples_per_iteration)
+        schedule = random_schedule(num_samples, num_sources, ramp, samples_per_iteration)
         yield {
             "num_samples": num_samples,
             "num_sources": num_sources,
@@ -93,7 +93,7 @@ def _rows(
         yield _peer_row(num_samples, num_sources, rates[num_sources])
 
 
-def made_up_schedule(
+def random_schedule(
     num_samples: int, num_sources: int, ramp: str, samples_per_iteration: int
 ) -> Schedule:
     """Makes a schedule of random weights, a quarter of them 0: one knot, or five ramps.
@@ -139,7 +139,7 @@ def measure(schedule: Schedule, num_samples: int) -> dict[str, float | int | Non
         # The better of two tries, so that other activity of the machine does not count as the worst
         # case.
         "cold_ms": 1e3 * max(min(_seconds(partial(start, at)) for _ in range(2)) for at in places),
-        **_going_on(schedule, num_samples),
+        **_measure_consecutive_batches(schedule, num_samples),
         "held_bytes": _held_bytes(schedule, num_samples),
         "worst_error": _rounded_down(worst_error(schedule, num_samples)),
     }
@@ -156,7 +156,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _going_on(schedule: Schedule, num_samples: int) -> dict[str, float]:
+def _measure_consecutive_batches(schedule: Schedule, num_samples: int) -> dict[str, float]:
     """Measures nanoseconds per sample of consecutive global batches."""
     batch = schedule.samples_per_iteration
     blend = Blend(schedule)
@@ -224,7 +224,7 @@ def _peer_builder() -> Builder | None:
 
 def _measure_peer(build: Builder, num_sources: int) -> dict[str, float]:
     """Measures the peer with the weights of the first knot."""
-    weights = made_up_schedule(1, num_sources, "constant", 1).weights(0) / GRID
+    weights = random_schedule(1, num_sources, "constant", 1).weights(0) / GRID
     source = np.zeros(_PEER_SAMPLES, np.int16)
     index = np.zeros(_PEER_SAMPLES, np.int64)
     rounds = [

@@ -101,7 +101,7 @@ def our_tool(model: Path, num_workers: int) -> Contender:
     return Contender(OURS, num_workers, (str(tool), *arguments))
 
 
-def megatrons_tool(
+def megatron_tool(
     checkout: Path, python: str, model: Path, tokenizer_type: str, num_workers: int
 ) -> Contender:
     """Returns Megatron-LM's ``preprocess_data.py`` with the same model."""
@@ -117,7 +117,7 @@ def megatrons_tool(
     return _of_checkout(STANDARD, num_workers, checkout, python, arguments)
 
 
-def megatrons_fast_tool(checkout: Path, python: str, folder: Path) -> Contender:
+def megatron_fast_tool(checkout: Path, python: str, folder: Path) -> Contender:
     """Returns Megatron-LM's `preprocess_data_fast.py`, which uses every available core.
 
     Args:

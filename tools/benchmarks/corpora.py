@@ -4,8 +4,8 @@ Text of a given size consists of documents that recombine the sentences of a sma
 document occurs twice, and equal seeds give equal files. Recombination keeps the sentences and the
 distribution of document lengths in sentences. It repeats each sentence about size / corpus size
 times and adds none of the new words that a larger real corpus would have, so an encoder that caches
-words has fewer misses than on real text of that size. ``MadeCorpus.num_distinct_words`` reports
-their number, and the preprocessing benchmark also measures the corpus as it is.
+words has fewer misses than on real text of that size. `GeneratedCorpus` reports the number of
+distinct words, and the preprocessing benchmark also measures the corpus as it is.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _BATCH = 1 << 12
 
 
 @dataclass(frozen=True)
-class MadeCorpus:
+class GeneratedCorpus:
     """A file of JSON lines.
 
     Attributes:
@@ -71,12 +71,12 @@ def read_texts(path: Path, key: str = "text") -> list[str]:
     return [text for text in texts if text]
 
 
-def write_as_it_is(texts: list[str], path: Path) -> MadeCorpus:
+def write_distinct(texts: list[str], path: Path) -> GeneratedCorpus:
     """Writes the documents without repetitions."""
     return _write(list(dict.fromkeys(texts)), path, _facts(texts))
 
 
-def write_recombined(texts: list[str], path: Path, num_bytes: int, seed: int) -> MadeCorpus:
+def write_recombined(texts: list[str], path: Path, num_bytes: int, seed: int) -> GeneratedCorpus:
     """Writes documents of sentences drawn from all documents, up to a number of bytes.
 
     Args:
@@ -118,14 +118,14 @@ def _facts(texts: list[str]) -> tuple[int, int]:
     return len(words), len(sentences)
 
 
-def _write(texts: Iterator[str] | list[str], path: Path, facts: tuple[int, int]) -> MadeCorpus:
+def _write(texts: Iterator[str] | list[str], path: Path, facts: tuple[int, int]) -> GeneratedCorpus:
     num_documents = num_text_bytes = 0
     with path.open("wb") as file:
         for text in texts:
             file.write(orjson.dumps({"text": text}) + b"\n")
             num_documents += 1
             num_text_bytes += len(text.encode())
-    return MadeCorpus(path, num_documents, num_text_bytes, *facts)
+    return GeneratedCorpus(path, num_documents, num_text_bytes, *facts)
 
 
 @dataclass(frozen=True)

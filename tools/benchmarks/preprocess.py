@@ -28,15 +28,15 @@ from benchmarks.contenders import (
     STANDARD,
     Contender,
     Usage,
-    megatrons_fast_tool,
-    megatrons_tool,
+    megatron_fast_tool,
+    megatron_tool,
     our_tool,
     sentencepiece_loop,
 )
 from benchmarks.corpora import (
-    MadeCorpus,
+    GeneratedCorpus,
     read_texts,
-    write_as_it_is,
+    write_distinct,
     write_recombined,
 )
 from benchmarks.disk import disk_rows, merge_rows
@@ -107,11 +107,11 @@ def _language_rows(
     language: str, tokenizer: Tokenizer, arguments: argparse.Namespace, folder: Path
 ) -> Iterator[Row]:
     texts = read_texts(arguments.corpus / f"{language}.train.jsonl")
-    as_it_is = write_as_it_is(texts, folder / f"{language}_as_it_is.jsonl")
+    distinct = write_distinct(texts, folder / f"{language}_as_it_is.jsonl")
     num_bytes = arguments.megabytes * 10**6
     large = write_recombined(texts, folder / f"{language}.jsonl", num_bytes, arguments.seed)
-    first = write_as_it_is(texts[:1], folder / "first.jsonl")
-    made = {"as it is": as_it_is, "recombined": large}
+    first = write_distinct(texts[:1], folder / "first.jsonl")
+    made = {"as it is": distinct, "recombined": large}
     for kind, corpus in made.items():
         yield {
             "what": f"{language}, {kind}",
@@ -125,7 +125,9 @@ def _language_rows(
     if "text" in arguments.parts:
         contenders = _contenders(tokenizer, arguments, folder)
         for kind, corpus in made.items():
-            yield from _contest(language, kind, corpus, first, contenders, arguments, tokenizer)
+            yield from _measure_contenders(
+                language, kind, corpus, first, contenders, arguments, tokenizer
+            )
     if "roofs" in arguments.parts:
         yield from _parse_rows(language, large, arguments.rounds)
     for corpus in made.values():
@@ -144,20 +146,20 @@ def _contenders(
         tokenizer.save_pretrained(hugging_face)
         given = model if is_sentencepiece else hugging_face
         contenders += [
-            megatrons_tool(checkout, python, given, tokenizer.tokenizer_type, number)
+            megatron_tool(checkout, python, given, tokenizer.tokenizer_type, number)
             for number in arguments.workers
         ]
-        contenders.append(megatrons_fast_tool(checkout, python, hugging_face))
+        contenders.append(megatron_fast_tool(checkout, python, hugging_face))
     if arguments.peers and is_sentencepiece:
         contenders.append(sentencepiece_loop(model, tokenizer.eos_id))
     return contenders
 
 
-def _contest(
+def _measure_contenders(
     language: str,
     kind: str,
-    corpus: MadeCorpus,
-    first: MadeCorpus,
+    corpus: GeneratedCorpus,
+    first: GeneratedCorpus,
     contenders: list[Contender],
     arguments: argparse.Namespace,
     tokenizer: Tokenizer,
@@ -195,8 +197,8 @@ def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str,
     """Returns the best round with the best start-up subtracted."""
     start_seconds = min(usage.seconds for usage in starts)
     start_cpu_seconds = min(usage.cpu_seconds for usage in starts)
-    seconds = _beyond(min(usage.seconds for usage in usages), start_seconds)
-    cpu_seconds = _beyond(min(usage.cpu_seconds for usage in usages), start_cpu_seconds)
+    seconds = _without_startup(min(usage.seconds for usage in usages), start_seconds)
+    cpu_seconds = _without_startup(min(usage.cpu_seconds for usage in usages), start_cpu_seconds)
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
@@ -209,7 +211,7 @@ def _cost(starts: list[Usage], usages: list[Usage], num_bytes: int) -> dict[str,
     }
 
 
-def _beyond(whole: float, start: float) -> float | None:
+def _without_startup(whole: float, start: float) -> float | None:
     """Subtracts the start-up. Returns None if the rest is within the variation of start-ups."""
     return whole - start if whole - start > _START_NOISE * start else None
 
@@ -255,7 +257,7 @@ def _differences(name: str, ours: Path, theirs: Path, tokenizer: Tokenizer) -> d
     return {"num_different_documents": len(different), "num_with_control_ids": with_control}
 
 
-def _parse_rows(language: str, corpus: MadeCorpus, num_rounds: int) -> Iterator[Row]:
+def _parse_rows(language: str, corpus: GeneratedCorpus, num_rounds: int) -> Iterator[Row]:
     """Measures parsing JSON alone, on one core, from memory."""
     lines = corpus.path.read_bytes().splitlines()
     parsers: dict[str, Callable[[bytes], object]] = {"orjson": orjson.loads, "json": json.loads}

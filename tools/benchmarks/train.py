@@ -40,7 +40,7 @@ from megatron_chatflow.runtime.table import Row
 ON_DATA = "ours, on data"
 _SOURCE = "mock"  # the name that the guard of `training_steps.Ours` knows
 _NUM_TOKENS = 20_000_000  # tokens of a made-up dataset: 40 MB
-AS_IT_COMES = ", as it comes"
+DEFAULT_MALLOC_SUFFIX = ", as it comes"
 
 
 class Subject(Protocol):
@@ -243,7 +243,7 @@ def _beside_peers(
     rows: list[Row] = []
     our_seconds: list[float] = []
     for name, keep_freed_memory in variants:
-        subject = name if keep_freed_memory else name + AS_IT_COMES
+        subject = name if keep_freed_memory else name + DEFAULT_MALLOC_SUFFIX
         with closing(PeerProcess(name, shape, keep_freed_memory=keep_freed_memory)) as peer:
             seconds = measure(
                 {OURS: ours, subject: peer}, arguments.num_rounds, arguments.num_steps, ranks

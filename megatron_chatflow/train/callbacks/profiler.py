@@ -42,7 +42,7 @@ class ProfilerWindow(Callback):
             )
         is_chosen = settings.profile and ranks.process.rank in settings.profile_ranks
         self._window = (settings.profile_step_start, settings.profile_step_end)
-        self._is_ahead = is_chosen
+        self._is_pending = is_chosen
         self._is_cuda = ranks.is_cuda
         self._rank = ranks.process.rank
         self._folder: Path | None = None
@@ -54,8 +54,8 @@ class ProfilerWindow(Callback):
         """Starts or stops the profile."""
         if self._running is not None and iteration > self._window[1]:
             self.close()
-        if self._is_ahead and self._window[0] < iteration <= self._window[1]:
-            self._is_ahead = False
+        if self._is_pending and self._window[0] < iteration <= self._window[1]:
+            self._is_pending = False
             self._running = ExitStack()
             try:
                 self._start(self._running, iteration)

@@ -9,7 +9,7 @@ from benchmarks.blend import (
     OURS,
     PEER,
     add_arguments,
-    made_up_schedule,
+    random_schedule,
     run,
     worst_error,
 )
@@ -48,10 +48,10 @@ def test_the_peer_stands_beside_it() -> None:
 
 
 def test_schedules_are_made_up_alike() -> None:
-    one, other = (made_up_schedule(10**6, 8, "linear", 512) for _ in range(2))
+    one, other = (random_schedule(10**6, 8, "linear", 512) for _ in range(2))
     assert one.to_dict() == other.to_dict()
     assert len(one.knots) == 6
     np.testing.assert_array_equal(
-        made_up_schedule(10**6, 8, "constant", 512).weights(0), one.weights(0)
+        random_schedule(10**6, 8, "constant", 512).weights(0), one.weights(0)
     )
     assert worst_error(one, 1000) < 1

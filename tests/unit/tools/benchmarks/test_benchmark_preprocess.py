@@ -14,7 +14,7 @@ from benchmarks.contenders import (
     SENTENCEPIECE,
     Usage,
     measure_job,
-    megatrons_fast_tool,
+    megatron_fast_tool,
 )
 from benchmarks.corpora import (
     read_texts,
@@ -120,6 +120,6 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be started"):
         measure_job([str(tmp_path / "absent")], {})
     with pytest.raises(UserError, match="has no tools/preprocess_data_fast.py"):
-        megatrons_fast_tool(tmp_path, sys.executable, tmp_path)
+        megatron_fast_tool(tmp_path, sys.executable, tmp_path)
     with pytest.raises(UserError, match="create the demo corpus"):
         read_texts(tmp_path / "absent.jsonl")
