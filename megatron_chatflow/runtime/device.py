@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -64,15 +65,16 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@cache
 def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Measures products of square matrices and returns the rate of the fastest, in FLOP/s.
 
-    Other work may slow some of them down, so there are up to thirty, for about a second. Where a
+    Other work may slow some of them down, so there are up to thirty, for half a second. Where a
     small product shows that ``size`` would take long, the small one has to do.
     """
     small = size // 4
     seconds = _fastest_product(device, dtype, small)
-    if seconds * (size / small) ** 3 > 0.5:
+    if seconds * (size / small) ** 3 > 0.25:
         return 2 * small**3 / seconds
     return 2 * size**3 / _fastest_product(device, dtype, size)
 
@@ -82,7 +84,7 @@ def _fastest_product(device: torch.device, dtype: torch.dtype, size: int) -> flo
     left = torch.ones(size, size, dtype=dtype, device=device)
     right = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
-    end = time.perf_counter() + 1.0
+    end = time.perf_counter() + 0.5
     for _ in range(30):
         begin = time.perf_counter()
         torch.matmul(left, right)
