@@ -1,4 +1,4 @@
-"""Starts real processes, through torchrun or alone, and parses the metrics that they wrote."""
+"""Starts processes, by torchrun, alone or as forks, and parses the metrics that they wrote."""
 
 import json
 import os
@@ -8,6 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fork_server
+from fork_server import run_forked
+
+# What a launcher starts in place of Python so that the program becomes a fork.
+FORKED = [sys.executable, "-S", fork_server.__file__]
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -17,7 +22,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def torchrun(num_processes: int) -> list[str]:
+def torchrun(num_processes: int, *options: str) -> list[str]:
     """Returns the torchrun command for ``num_processes`` on this machine, with its own port."""
     return [
         sys.executable,
@@ -25,14 +30,31 @@ def torchrun(num_processes: int) -> list[str]:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={num_processes}",
+        *options,
     ]
+
+
+def forking_torchrun(num_processes: int, *options: str) -> list[str]:
+    """Returns a torchrun command for `run` whose workers are forks, see `fork_server`."""
+    return [*torchrun(num_processes, "--no-python", *options), *FORKED]
 
 
 def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path) -> None:
     """Trains all jobs of a list in the same processes. Fails with their output."""
     path = folder / f"jobs_{num_processes}.json"
     path.write_text(json.dumps([list(map(str, job)) for job in jobs]), encoding="utf-8")
-    run([*torchrun(num_processes), str(WORKER), str(path)], timeout=900)
+    run_ranks(num_processes, WORKER, path, timeout=900)
+
+
+def run_ranks(num_ranks: int, script: Path, *arguments: object, timeout: int = 300) -> str:
+    """Runs a script in a forked process per rank and returns the output of all ranks.
+
+    Use `torchrun` where the launcher matters, for example after a failure.
+    """
+    command = [script, *arguments]
+    done = run_forked(command, num_ranks=num_ranks, timeout=timeout, merge_output=True)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
 
 
 def run(
@@ -42,18 +64,41 @@ def run(
     timeout: int = 300,
     extra_environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    fresh: bool = False,
 ) -> str:
-    """Runs a command, in ``folder`` if given, checks its exit status and returns its output."""
-    result = subprocess.run(
-        list(map(str, command)),
-        env={**environment(), **(extra_environment or {})},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Runs a command, checks its exit status and returns its output.
+
+    A Python program runs in a fork of a process that has imported torch, see `fork_server`.
+
+    Args:
+        command: The command line.
+        expect: The exit status that it has to have.
+        timeout: In seconds.
+        extra_environment: Environment variables in addition to those of `environment`.
+        folder: The working folder.
+        fresh: Whether a Python program has to run in an interpreter of its own.
+    """
+    interpreter, *rest = map(str, command)
+    launcher = rest[:2] == ["-m", "torch.distributed.run"] and FORKED[-1] not in rest
+    if interpreter == sys.executable and rest[0] != "-c" and not launcher and not fresh:
+        result = run_forked(
+            rest,
+            environment=extra_environment,
+            folder=folder,
+            timeout=timeout,
+            merge_output=True,
+        )
+    else:
+        result = subprocess.run(
+            [interpreter, *rest],
+            env={**environment(), **(extra_environment or {})},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
     assert result.returncode == expect, result.stdout[-6000:]
     return result.stdout
 

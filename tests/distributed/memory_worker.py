@@ -1,12 +1,13 @@
 """Trains one configuration and records the memory that each rank used.
 
-``torchrun --nproc-per-node N memory_worker.py FOLDER ARGUMENTS...``. Each rank writes
+``memory_worker.py FOLDER ARGUMENTS...`` on each rank. Each rank writes
 ``FOLDER/rank_R``: the peak resident memory during training minus the resident memory before its
 model was built, in bytes. A small run goes first, so that libraries and process groups do not
 count. The allocator returns every large block when it is freed, so that the figure is the memory of
 tensors. (A real run keeps freed blocks, which is faster.)
 """
 
+import ctypes
 import gc
 import sys
 import warnings
@@ -17,6 +18,7 @@ from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.runtime.launch import initialize, running
 from megatron_chatflow.runtime.ranks import Ranks
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _STATUS = Path("/proc/self/status")
 _SMALL = "--hidden-size 64 --ffn-hidden-size 64 --seq-length 64 --vocab-size none".split()
 
@@ -43,6 +45,8 @@ def _measure(arguments: list[str], ranks: Ranks) -> int:
 
 def main() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
+    # Blocks of 64 KiB and more are mapped by the system, which reclaims them when they are freed.
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16) == 1
     arguments = sys.argv[2:]
     config, _ = load_config_from_argv(arguments)
     parallel = config.parallel

@@ -37,7 +37,8 @@ def test_missing_data(tiny_run: TinyRun, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_say_it_once(tiny_run: TinyRun) -> None:
-    command = [*jobs.torchrun(2), "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]
+    command = [*jobs.forking_torchrun(2), "-m", "megatron_chatflow.pretrain"]
+    command += ["--config", tiny_run.config]
     output = jobs.run([*map(str, command), "--seq-length", "128", "--vocab-size", "599"], expect=1)
     assert output.count("error: model.vocab_size") == 1
 
@@ -84,9 +85,8 @@ def test_a_failed_save_on_the_way_does_not_end_the_run(tiny_run: TinyRun, tmp_pa
 
 @pytest.mark.distributed
 def test_a_run_leaves_what_it_promises(tiny_run: TinyRun, tmp_path: Path) -> None:
-    output = jobs.run(
-        jobs.pretrain("--config", tiny_run.config, "--save", tmp_path, "--train-iters", "3")
-    )
+    command = jobs.pretrain("--config", tiny_run.config, "--save", tmp_path, "--train-iters", "3")
+    output = jobs.run(command, fresh=True)
     assert "* data.sources.first: 1 of 1 datasets has no .json" in output
     assert (tmp_path / "config.yaml").is_file()
     assert list((tmp_path / "tensorboard").iterdir())

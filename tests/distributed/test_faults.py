@@ -112,7 +112,7 @@ def test_rollback_takes_no_other_runs_weights(tiny_run: TinyRun, tmp_path: Path)
 def test_a_stop_lets_the_save_under_way_finish(tiny_run: TinyRun, tmp_path: Path) -> None:
     fault = json.dumps({"nan": [4], "slow_save": {"rank": 1, "seconds": 3}})
     flags = ["--config", tiny_run.config, "--save", tmp_path, "--save-interval", 3]
-    output = jobs.run([*jobs.torchrun(2), FAULTY, fault, *flags], expect=1)
+    output = jobs.run([*jobs.forking_torchrun(2), FAULTY, fault, *flags], expect=1)
     assert output.count("error: samples 24 to 32: the loss is not finite") == 1
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     assert (tmp_path / "iter_0000003" / "state.json").is_file()
@@ -132,7 +132,7 @@ def test_a_hung_rank_is_named_and_the_job_restarts_by_itself(
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    command = [*jobs.torchrun(2), "--max-restarts=1", FAULTY]
+    command = [*jobs.forking_torchrun(2, "--max-restarts=1"), FAULTY]
     command += [json.dumps({"hang": {"rank": 1, "iteration": 6}}), "--config", tiny_run.config]
     command += ["--save", folder, "--load", folder, "--save-interval", 2]
     output = jobs.run([*command, "--hang-timeout-minutes", 0.25, "--data-retry-seconds", 5])

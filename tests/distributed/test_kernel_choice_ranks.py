@@ -10,7 +10,7 @@ WORKER = Path(__file__).with_name("kernel_choice_worker.py")
 
 @pytest.mark.distributed
 def test_ranks_that_measure_other_times_choose_alike(tmp_path: Path) -> None:
-    jobs.run([*jobs.torchrun(2), WORKER, tmp_path])
+    jobs.run_ranks(2, WORKER, tmp_path)
     first, second = ((tmp_path / f"rank_{rank}").read_text().splitlines() for rank in range(2))
     assert [line.split(":")[0] for line in first] == ["torch", "b", "b"]
     assert [line.split(":")[0] for line in second] == ["torch", "b", "b"]

@@ -47,10 +47,7 @@ def test_the_estimate_is_near_the_measured_peak(
     num_processes, flags = RUNS[name]
     flags = [str(tmp_path / flag) if flag == "run" else flag for flag in flags]
     arguments = ["--config", str(tiny_run.config), *SHAPE, *flags]
-    # Blocks of 64 KiB and more are mapped by the system, which reclaims them when they are freed.
-    extra = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [*jobs.torchrun(num_processes), WORKER, tmp_path, *arguments]
-    jobs.run(command, timeout=900, extra_environment=extra)
+    jobs.run_ranks(num_processes, WORKER, tmp_path, *arguments, timeout=900)
     peaks = [int(path.read_text()) for path in tmp_path.glob("rank_*")]
     assert len(peaks) == num_processes
     config, _ = load_config_from_argv(arguments)

@@ -11,6 +11,7 @@ from typing import Any
 import jobs
 import psutil
 import pytest
+from fork_server import launcher_environment
 from tiny_run import TinyRun
 
 pytestmark = pytest.mark.slow
@@ -26,18 +27,19 @@ def _agents(nodes: str, flags: list[object], folder: Path) -> list[psutil.Popen]
     port = _free_port()
     agents = []
     for number in (1, 2):
-        command: list[Any] = [sys.executable, "-m", "torch.distributed.run"]
+        command: list[Any] = [sys.executable, "-m", "torch.distributed.run", "--no-python"]
         command += [f"--nnodes={nodes}", "--nproc-per-node=1", "--max-restarts=3"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
         command += ["--rdzv-conf=keep_alive_interval=1,last_call_timeout=3"]
-        command += [f"--local-addr=127.0.0.{number}", "-m", "megatron_chatflow.pretrain", *flags]
+        command += [f"--local-addr=127.0.0.{number}", *jobs.FORKED]
+        command += ["-m", "megatron_chatflow.pretrain", *flags]
         log = open(folder / f"agent_{number}.log", "wb")
         agents.append(
             psutil.Popen(
                 [str(part) for part in command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=jobs.environment(),
+                env={**jobs.environment(), **launcher_environment()},
             )
         )
         # The first agent hosts the store of the rendezvous.

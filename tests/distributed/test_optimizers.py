@@ -42,7 +42,7 @@ PRECISIONS = {"fp32": [], "bf16": ["--bf16"]}
 def _resave(num_processes: int, commands: list[list[object]], folder: Path) -> None:
     path = folder / f"resave_{num_processes}.json"
     path.write_text(json.dumps([list(map(str, command)) for command in commands]))
-    jobs.run([*jobs.torchrun(num_processes), WORKER, "resave", path], timeout=900)
+    jobs.run_ranks(num_processes, WORKER, "resave", path, timeout=900)
 
 
 @pytest.fixture(scope="module")

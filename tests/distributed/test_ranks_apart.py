@@ -38,7 +38,7 @@ def _lines(output: str) -> list[str]:
 
 def _apart(tiny_run: TinyRun, per_rank: Sequence[Sequence[object]], *flags: object) -> list[object]:
     own = json.dumps([[str(flag) for flag in flags] for flags in per_rank])
-    launcher = [*jobs.torchrun(len(per_rank)), PER_RANK, own, "--config", tiny_run.config]
+    launcher = [*jobs.forking_torchrun(len(per_rank)), PER_RANK, own, "--config", tiny_run.config]
     return [*launcher, *FLAGS, *flags]
 
 

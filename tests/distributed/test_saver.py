@@ -16,7 +16,7 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(
 ) -> None:
     flags = ["--config", tiny_run.config, "--save", tmp_path / "run", "--save-retain", 2, flag]
     flags += ["--tensor-model-parallel-size", 2, "--exit-interval", 2, "--no-tensorboard"]
-    output = jobs.run([*jobs.torchrun(2), WORKER, "failures", *flags])
+    output = jobs.run_ranks(2, WORKER, "failures", *flags)
     assert "Traceback" not in output
 
 
@@ -27,7 +27,7 @@ def test_damaged_checkpoints_are_errors(
 ) -> None:
     flags = ["--config", tiny_run.config, "--save", tmp_path / "run", "--exit-interval", 2]
     flags += ["--use-distributed-optimizer", "--no-tensorboard"]
-    output = jobs.run([*jobs.torchrun(num_processes), WORKER, "damage", *flags], timeout=900)
+    output = jobs.run_ranks(num_processes, WORKER, "damage", *flags, timeout=900)
     assert "kinds of damage" in output
     print(output.splitlines()[-1])
 

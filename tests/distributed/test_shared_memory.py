@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("shared_memory_worker.py")
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_the_same_as_gloo(num_ranks: int) -> None:
-    output = jobs.run([*jobs.torchrun(num_ranks), WORKER, "compare"])
+    output = jobs.run_ranks(num_ranks, WORKER, "compare")
     assert output.count("equal") == num_ranks
 
 
@@ -39,5 +39,5 @@ def test_a_rank_that_is_gone_is_an_error(mode: str, error: str) -> None:
 
 def test_ranks_that_cannot_share_go_through_gloo() -> None:
     """All ranks use gloo and report it if one rank lacks the extension."""
-    output = jobs.run([*jobs.torchrun(2), WORKER, "apart"])
+    output = jobs.run_ranks(2, WORKER, "apart")
     assert output.count("gloo: ") == 2

@@ -23,7 +23,7 @@ def test_a_run_of_version_0_1_continues(tmp_path: Path) -> None:
     # The paths in the run's configuration are relative to its folder.
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = jobs.pretrain("--config", "run.yaml", "--save", "run", "--load", "run")
-    output = jobs.run(command, folder=folder, extra_environment=path)
+    output = jobs.run(command, folder=folder, extra_environment=path, fresh=True)
     # The two findings concern chats longer than a sample, not the files.
     warnings = [line for line in output.splitlines() if " WARNING " in line]
     assert len(warnings) == 1 and warnings[0].endswith(" WARNING 2 findings:"), warnings
@@ -42,5 +42,5 @@ def test_a_run_of_version_0_1_continues(tmp_path: Path) -> None:
     export = [sys.executable, ROOT / "tools" / "convert_checkpoint.py", "export"]
     checkpoint = ["--checkpoint", "run", "--output", "huggingface"]
     tokenizer = ["--tokenizer-model", "tokenizer.model"]
-    jobs.run([*export, *checkpoint, *tokenizer], folder=folder, extra_environment=path)
+    jobs.run([*export, *checkpoint, *tokenizer], folder=folder, extra_environment=path, fresh=True)
     assert (folder / "huggingface" / "model.safetensors").stat().st_size > 0

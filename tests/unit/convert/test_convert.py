@@ -1,9 +1,7 @@
 """Tests conversion of real megatron-core models: logits against transformers, and round trips."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import run_forked, run_tool
 
 from megatron_chatflow.convert.distributed import DistributedReader
 from megatron_chatflow.convert.from_huggingface import import_huggingface
@@ -50,31 +49,14 @@ TEXT = "the river rose and the bridge fell into the water of the river "
 
 def run_job(tasks: list[dict[str, Any]], world_size: int) -> None:
     """Runs convert_job.py on `world_size` processes."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    command = [sys.executable, str(Path(__file__).with_name("convert_job.py")), json.dumps(tasks)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
+    done = run_forked(
+        [Path(__file__).with_name("convert_job.py"), json.dumps(tasks)],
+        num_ranks=world_size,
+        environment={"PYTHONWARNINGS": "ignore"},
+        timeout=600,
+        merge_output=True,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def random_llama(folder: Path, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> Path:
@@ -335,13 +317,7 @@ def test_tokenizer_and_chat_template_go_with_the_model(
 @pytest.mark.distributed
 def test_command_line(checkpoints: Path, tmp_path: Path) -> None:
     def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
-        return subprocess.run(
-            [*command, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )
+        return run_tool("convert_checkpoint.py", *arguments)
 
     checkpoint = checkpoints / "gqa_tp2"
     export_checkpoint(checkpoint, tmp_path / "hf", tokenizer=NO_TOKENIZER)

@@ -1,14 +1,13 @@
 """Tests that a Mistral without a sliding window is converted like a LLaMA, with the same logits."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import run_tool
 
 from megatron_chatflow.convert.shape import shape_of_huggingface
 from megatron_chatflow.errors import UserError
@@ -44,13 +43,7 @@ def save_mistral(folder: Path, **changes: Any) -> Any:
 
 
 def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
+    return run_tool("convert_checkpoint.py", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,15 @@
 """Tests rotary scaling: transformers' frequencies and logits, and round trips of every spelling."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import run_tool
 from safetensors.torch import load_file, save_file
 
 from megatron_chatflow.config import ModelConfig
@@ -124,14 +123,9 @@ def test_verify_compares_logits_under_scaling(kind: str, tmp_path: Path) -> None
     import_huggingface(folder, tmp_path / "run")
 
     def verify() -> subprocess.CompletedProcess[str]:
-        tool = str(ROOT / "tools" / "convert_checkpoint.py")
-        flags = ["--hf", str(folder), "--checkpoint", str(tmp_path / "run")]
-        return subprocess.run(
-            [sys.executable, tool, "verify", *flags, "--text", "the river rose " * 20],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )
+        flags = ["--hf", folder, "--checkpoint", tmp_path / "run"]
+        text = "the river rose " * 20
+        return run_tool("convert_checkpoint.py", "verify", *flags, "--text", text)
 
     done = verify()
     assert done.returncode == 0, done.stderr

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fork_server import run_tool
 from made_up_text import made_up_sentences
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
@@ -297,12 +296,7 @@ def test_a_source_without_loss_tokens_is_null_in_json() -> None:
 
 def test_command_line(random_llama: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )
+        return run_tool("evaluate.py", *arguments)
 
     texts = write_lines(tmp_path / "t.jsonl", [{"text": text} for text in made_up_sentences(4)])
     questions = tmp_path / "quiz.jsonl"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fork_server import run_tool
 from safetensors.torch import load_file, save_file
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
@@ -232,17 +233,6 @@ def test_prompts_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_prompt("雨 a") == "雨 a"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("雨\n".encode())))
     assert read_prompt("-") == "雨\n"
-
-
-def run_tool(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    name, *rest = map(str, arguments)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *rest],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
 
 
 def test_generate_from_a_checkpoint_as_from_its_export(
