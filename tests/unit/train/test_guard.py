@@ -80,7 +80,7 @@ def test_a_spike_does_not_move_the_median() -> None:
 
 def test_policies() -> None:
     bad = Verdict("the loss is not finite (source chinese)")
-    with pytest.raises(UserError, match="samples 8 to 16: the loss is not finite.*not made"):
+    with pytest.raises(UserError, match="samples 8 to 16: the loss is not finite.*not applied"):
         _guard().record(bad, math.nan, 8, 16)
     skipping, rolling = _guard(on_nan="skip"), _guard(on_nan="rollback")
     assert skipping.record(bad, math.nan, 8, 16) is False

@@ -67,7 +67,7 @@ def test_weights_are_refused_by_the_first_piece_that_differs(
 ) -> None:
     for begin in beginnings(weights):
         open_inputs(make_config(**begin))
-        with pytest.raises(UserError, match=r"id \d+ is '.*' and in .* it is '.*'"):
+        with pytest.raises(UserError, match=r"id \d+ is '.*', but '.*' in "):
             open_inputs(make_config(tokenizer__tokenizer_model=str(other.model_path), **begin))
 
 
