@@ -1,6 +1,6 @@
 /// \file
-/// The extension module `megatron_chatflow.data._native`: permutations, packing, samples, the
-/// loader and hashes. The bindings check shapes and types, work on memory that NumPy owns, and
+/// The extension module `megatron_chatflow.data._native`: permutations, packing, samples and
+/// the loader. The bindings check shapes and types, work on memory that NumPy owns, and
 /// release the global interpreter lock while data is copied.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -17,7 +17,6 @@
 #include "packing.h"
 #include "permutation.h"
 #include "samples.h"
-#include "tree_hash.h"
 
 namespace py = pybind11;
 
@@ -264,21 +263,6 @@ py::tuple best_fit_of(py::array& lengths, int64_t capacity) {
   throw std::invalid_argument("lengths: must be a contiguous 1-D array of int32 or int64");
 }
 
-py::bytes hash_leaves_of(const py::buffer& data) {
-  const py::buffer_info info = data.request();
-  if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
-    throw std::invalid_argument("hash_leaves: data must be contiguous bytes");
-  }
-  const auto num_bytes = static_cast<size_t>(info.size);
-  std::string digests((num_bytes + kHashLeafBytes - 1) / kHashLeafBytes * kHashDigestBytes, '\0');
-  {
-    py::gil_scoped_release release;
-    hash_leaves(static_cast<const uint8_t*>(info.ptr), num_bytes,
-                reinterpret_cast<uint8_t*>(&digests[0]));
-  }
-  return py::bytes(digests);
-}
-
 }  // namespace
 }  // namespace chatflow
 
@@ -307,5 +291,4 @@ PYBIND11_MODULE(_native, module) {
   py::class_<KeptPackedReader, KeptReader>(module, "PackedReader")
       .def(py::init(&make_packed_reader));
   module.def("read_rows", &read_rows_of);
-  module.def("hash_leaves", &hash_leaves_of, py::arg("data"));
 }

@@ -1,4 +1,8 @@
-"""Checkpoint files, which several threads write past the page cache and hash on the way."""
+"""Checkpoint files, which several threads write past the page cache and hash on the way.
+
+A file's hash is a tree of two levels, so that threads can hash its chunks in any order: a digest of
+128 bits of each leaf, and of the file's length and these digests.
+"""
 
 import contextlib
 import ctypes
@@ -7,21 +11,62 @@ import io
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import TypeAlias
 
-from megatron_chatflow.data.fingerprint import DIGEST_BYTES, LEAF_BYTES, hash_leaves, root_digest
+import blake3
+
 from megatron_chatflow.files import DirectWriter
 
 CHUNK_BYTES = 16 * 2**20
 NUM_THREADS = 2
 _NICENESS = 10
 
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class TreeHash:
+    """A hash function over leaves of fixed length.
+
+    Attributes:
+        leaf_bytes: Length of a leaf. It divides `CHUNK_BYTES`.
+        digest: Returns the 16 bytes of a buffer's digest.
+    """
+
+    leaf_bytes: int
+    digest: Callable[[Buffer], bytes]
+
+    def leaves(self, data: Buffer) -> bytes:
+        """Returns the digests of the leaves of ``data`` in order. The last may be shorter."""
+        view = memoryview(data)
+        size = self.leaf_bytes
+        return b"".join(self.digest(view[at : at + size]) for at in range(0, len(view), size))
+
+    def root(self, num_bytes: int, leaves: bytes) -> str:
+        """Returns the digest of a file's length and leaf digests, in hexadecimal."""
+        return self.digest(num_bytes.to_bytes(8, "little") + leaves).hex()
+
+
+ALGORITHM = "blake3-128 of the length and of each 16 MiB leaf's blake3-128"
+# By their names in checkpoints.
+ALGORITHMS = {
+    ALGORITHM: TreeHash(CHUNK_BYTES, lambda data: blake3.blake3(data).digest(16)),
+    # Checkpoints of version 0.1.
+    "blake2b-128 of the length and of each 64 KiB leaf's blake2b-128": TreeHash(
+        1 << 16, lambda data: blake2b(data, digest_size=16).digest()
+    ),
+}
+_HASH = ALGORITHMS[ALGORITHM]
+
 
 @dataclass(frozen=True)
 class FileHash:
-    """A file's length in bytes and its hash, see `data.fingerprint.root_digest`."""
+    """A file's length in bytes and its hash, in hexadecimal."""
 
     num_bytes: int
     digest: str
@@ -70,8 +115,7 @@ class DirectFile:
         self._pool.shutdown()
         os.fsync(self._writer.descriptor)
         leaves = b"".join(self._digests[offset] for offset in sorted(self._digests))
-        assert len(leaves) == -(-self._num_bytes // LEAF_BYTES) * DIGEST_BYTES
-        return FileHash(self._num_bytes, root_digest(self._num_bytes, leaves))
+        return FileHash(self._num_bytes, _HASH.root(self._num_bytes, leaves))
 
     def close(self) -> None:
         """Closes the file. Chunks that no thread has begun to write are dropped."""
@@ -80,7 +124,7 @@ class DirectFile:
 
     def _write(self, offset: int, data: memoryview) -> None:
         chunk = data[: min(CHUNK_BYTES, self._num_bytes - offset)]
-        self._digests[offset] = hash_leaves(chunk)
+        self._digests[offset] = _HASH.leaves(chunk)
         self._writer.write(chunk, offset)
 
 
@@ -100,20 +144,25 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def hash_file(path: Path) -> FileHash:
+def hash_file(path: Path, algorithm: str = ALGORITHM) -> FileHash:
     """Reads a file and returns its hash.
+
+    Args:
+        path: The file.
+        algorithm: One of `ALGORITHMS`.
 
     Raises:
         OSError: It cannot be read.
     """
+    tree = ALGORITHMS[algorithm]
     leaves = []
     num_bytes = 0
     buffer = mmap.mmap(-1, CHUNK_BYTES)
     with open(path, "rb", buffering=0) as file, memoryview(buffer) as view:
         while read := _read_fully(file, view):
-            leaves.append(hash_leaves(view[:read]))
+            leaves.append(tree.leaves(view[:read]))
             num_bytes += read
-    return FileHash(num_bytes, root_digest(num_bytes, b"".join(leaves)))
+    return FileHash(num_bytes, tree.root(num_bytes, b"".join(leaves)))
 
 
 def _read_fully(file: io.FileIO, view: memoryview) -> int:

@@ -11,11 +11,12 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.checkpoint.direct_file import FileHash, hash_file
+from megatron_chatflow.checkpoint.direct_file import ALGORITHM, ALGORITHMS, FileHash, hash_file
 from megatron_chatflow.data.fingerprint import sampled_hash
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import is_disk_full, write_atomically
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 LATEST = "latest_checkpointed_iteration.txt"
 CARRIED = "huggingface"  # the folder of small files that an export writes back
 MANIFEST = "hashes.json"
-ALGORITHM = "blake2b-128 of the length and of each 64 KiB leaf's blake2b-128"
 TENSORS = ".distcp"
 _HEXADECIMAL = re.compile(r"[0-9a-f]{32}")
 _MOST_DIGITS = 18
@@ -156,7 +156,20 @@ def manifest_text(hashes: Mapping[str, FileHash]) -> str:
     return json.dumps({"algorithm": ALGORITHM, "files": files}, indent=1) + "\n"
 
 
-def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``hashes.json``.
+
+    Attributes:
+        algorithm: One of `direct_file.ALGORITHMS`.
+        files: The hash of each file, by name relative to the checkpoint's folder.
+    """
+
+    algorithm: str
+    files: dict[str, FileHash]
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
     """Reads ``hashes.json``.
 
     Raises:
@@ -165,9 +178,10 @@ def read_manifest(checkpoint: Path) -> dict[str, FileHash]:
     path = checkpoint / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["algorithm"] != ALGORITHM:
+        if content["algorithm"] not in ALGORITHMS:
             raise ValueError("unsupported hash algorithm")
-        return {name: _entry(name, entry) for name, entry in content["files"].items()}
+        files = {name: _entry(name, entry) for name, entry in content["files"].items()}
+        return Manifest(content["algorithm"], files)
     except FileNotFoundError:
         raise UserError(
             f"{checkpoint}: has no {MANIFEST}, so its files cannot be verified; it was saved by "
@@ -206,7 +220,8 @@ def find_damage(
     Raises:
         UserError: The recorded hashes are missing or damaged.
     """
-    recorded = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
+    recorded = manifest.files
     present = {
         path.relative_to(checkpoint).as_posix()
         for path in checkpoint.rglob("*")
@@ -222,7 +237,7 @@ def find_damage(
                 found.append(
                     f"{name} has {size} bytes, but {MANIFEST} records {recorded[name].num_bytes}"
                 )
-            elif hash_file(path) != recorded[name]:
+            elif hash_file(path, manifest.algorithm) != recorded[name]:
                 found.append(
                     f"{name} has changed since it was saved (its hash differs from {MANIFEST})"
                 )
@@ -262,7 +277,7 @@ def identity(folder: Path, *, is_huggingface: bool = False) -> str:
     """
     digest = blake2b(digest_size=16)
     if not is_huggingface and (folder / MANIFEST).is_file():
-        for name, file in read_manifest(folder).items():
+        for name, file in read_manifest(folder).files.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != file.num_bytes:

@@ -4,20 +4,15 @@
 checkpoints and are part of the key of the packing cache. They contain the hashes of the sidecar, or
 hashes of sampled blocks if there is no sidecar. `block_hash` samples the files to check that they
 still match the sidecar.
-
-`hash_leaves` and `root_digest` form the tree hash of checkpoint files: BLAKE2b-128 of every 64 KiB,
-then BLAKE2b-128 of the file's length and these digests. Threads can hash parts of a file in any
-order.
 """
 
-import hashlib
 import os
 import time
 from collections.abc import Mapping
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,9 +25,6 @@ from megatron_chatflow.data.sidecar import (
     sidecar_path,
 )
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.extension import load_extension
-
-extension = load_extension("data")
 
 _NUM_BLOCKS = 64
 _BLOCK_BYTES = 1 << 18
@@ -49,10 +41,6 @@ _SETTLED_NS = 5_000_000_000
 
 _NUM_CHECKED_BLOCKS = 16
 _CHECKED_BLOCK_TOKENS = 1 << 15
-
-Buffer: TypeAlias = bytes | bytearray | memoryview
-LEAF_BYTES = 65536
-DIGEST_BYTES = 16
 
 
 class Vocabulary(Protocol):
@@ -223,33 +211,3 @@ def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabular
                 f"{file.name}: token {begin + at} is id {ids[at]}, outside the tokenizer's "
                 f"vocabulary of {tokenizer.vocab_size}: preprocess it with the run's tokenizer"
             )
-
-
-def hash_leaves_reference(data: Buffer) -> bytes:
-    """The reference implementation of `hash_leaves`, in Python."""
-    view = memoryview(data)
-    leaves = (view[begin : begin + LEAF_BYTES] for begin in range(0, len(view), LEAF_BYTES))
-    return b"".join(hashlib.blake2b(leaf, digest_size=DIGEST_BYTES).digest() for leaf in leaves)
-
-
-def hash_leaves(data: Buffer) -> bytes:
-    """Hashes all leaves of ``data`` with BLAKE2b-128.
-
-    The C++ version hashes eight leaves at once and releases the GIL.
-
-    Args:
-        data: Contiguous bytes of a file, beginning at a multiple of `LEAF_BYTES`.
-
-    Returns:
-        The digests in order, `DIGEST_BYTES` each. The last leaf may be shorter.
-    """
-    if extension is None:
-        return hash_leaves_reference(data)
-    digests: bytes = extension.hash_leaves(data)
-    return digests
-
-
-def root_digest(num_bytes: int, leaf_digests: bytes) -> str:
-    """Combines a file's length and its leaf digests into the file's digest, in hexadecimal."""
-    length = num_bytes.to_bytes(8, "little")
-    return hashlib.blake2b(length + leaf_digests, digest_size=DIGEST_BYTES).hexdigest()

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from megatron_chatflow.checkpoint.direct_file import ALGORITHM, hash_file
 from megatron_chatflow.checkpoint.files import (
-    ALGORITHM,
     MANIFEST,
-    hash_file,
     latest_iteration,
     read_manifest,
     resolve_checkpoint,

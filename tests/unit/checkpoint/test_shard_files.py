@@ -4,6 +4,7 @@ import errno
 import io
 import math
 import os
+import re
 import resource
 import zipfile
 from collections.abc import Iterator
@@ -13,7 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_chatflow.checkpoint.direct_file import CHUNK_BYTES, DirectFile, hash_file
+from megatron_chatflow.checkpoint.direct_file import (
+    ALGORITHMS,
+    CHUNK_BYTES,
+    DirectFile,
+    hash_file,
+)
 from megatron_chatflow.checkpoint.files import MANIFEST, find_damage, manifest_text, read_manifest
 from megatron_chatflow.checkpoint.layout import (
     ALIGNMENT,
@@ -146,6 +152,26 @@ def test_damage_is_named_by_file(tmp_path: Path, change: str, says: str) -> None
     shares = [find_damage(tmp_path, part=part, num_parts=2) for part in range(2)]
     assert [line.split()[0] for lines in shares for line in lines] == ["b"]
     assert says in find_damage(tmp_path)[0]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_hash_depends_on_every_bit_and_the_length(tmp_path: Path, algorithm: str) -> None:
+    path = tmp_path / "a"
+    data = bytearray(os.urandom(CHUNK_BYTES + 100))
+    path.write_bytes(data)
+    before = hash_file(path, algorithm)
+    assert re.fullmatch("[0-9a-f]{32}", before.digest)
+    for place in (0, 65535, 65536, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 99):
+        data[place] ^= 1
+        path.write_bytes(data)
+        assert hash_file(path, algorithm).digest != before.digest
+        data[place] ^= 1
+    assert len({_hash_of_zeros(path, algorithm, n) for n in (0, 1, 65536, CHUNK_BYTES)}) == 4
+
+
+def _hash_of_zeros(path: Path, algorithm: str, num_bytes: int) -> str:
+    path.write_bytes(bytes(num_bytes))
+    return hash_file(path, algorithm).digest
 
 
 def test_files_without_a_hash_are_damage(tmp_path: Path) -> None:
