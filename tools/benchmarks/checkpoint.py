@@ -1,10 +1,12 @@
 """Time that training is blocked by a save, and time until the checkpoint is durable.
 
 Prints a row for our saver, a row for the disk alone (direct writes of as many bytes), and with
-``--peers`` rows for torch's ``dcp.save`` and ``dcp.async_save`` of the same tensors. The model is a
-real one with its optimizer. The rounds of the subjects alternate, and medians are reported. Every
-subject's bytes are flushed to the disk before its clock stops. Under torchrun the processes are
-data-parallel, each saves its shard, and the slowest process counts.
+``--peers`` rows for torch's ``dcp.save`` and ``dcp.async_save`` and for megatron-core's
+asynchronous ``dist_checkpointing.save`` of the same tensors. The model is a real one with its
+optimizer. The rounds of the subjects alternate, and medians are reported. Every subject's bytes are
+flushed to the disk before its clock stops. Under torchrun the processes are data-parallel, each
+saves its shard, and the slowest process counts. In one process, the time of a training step during
+a save is also measured, for our saver and megatron-core's.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.table import Row
 
 OURS, DISK, SAVE, ASYNC_SAVE = "ours", "disk_alone", "dcp_save", "dcp_async_save"
+MEGATRON = "megatron_core_async_save"
 _STEP_ROUNDS = 3
 
 Timing = tuple[float, float]
@@ -132,6 +135,8 @@ def _measure(
     if arguments.peers:
         subjects[SAVE] = lambda number: _time_save(tensors, root / f"save{number}")
         subjects[ASYNC_SAVE] = lambda number: _time_async_save(tensors, root / f"async{number}")
+        megatron = MegatronAsyncSave(tensors, root, ranks)
+        subjects[MEGATRON] = megatron.time
     timings: dict[str, list[Timing]] = {name: [] for name in subjects}
     for number in range(arguments.num_rounds + 1):
         for name, subject in subjects.items():
@@ -145,8 +150,22 @@ def _measure(
     # Not measured with several processes: their steps wait for each other, and each process is busy
     # at other times.
     alone = ranks.process.world_size == 1
-    slowdown = _slowdown(model, saver, chunks, optimizer) if alone else None
-    return [_row(name, values, timings, num_bytes, slowdown) for name, values in timings.items()]
+    slowdowns: dict[str, float] = {}
+    if alone:
+        slowdowns[OURS] = _slowdown(
+            model,
+            lambda number: saver.save(_state(number), chunks, optimizer),
+            lambda: saver.is_busy,
+            saver.finish,
+        )
+        if arguments.peers:
+            slowdowns[MEGATRON] = _slowdown(
+                model, megatron.start, megatron.is_busy, megatron.finish
+            )
+    return [
+        _row(name, values, timings, num_bytes, slowdowns.get(name))
+        for name, values in timings.items()
+    ]
 
 
 def _empty(folder: Path) -> None:
@@ -207,7 +226,62 @@ def _time_async_save(tensors: dict[str, torch.Tensor], folder: Path) -> Timing:
     return blocked, time.perf_counter() - begin
 
 
-def _slowdown(model: Any, saver: CheckpointSaver, chunks: list[Any], optimizer: Any) -> float:
+class MegatronAsyncSave:
+    """Saves as Megatron-LM does with ``--async-save``.
+
+    Args:
+        tensors: The tensors by name.
+        root: The folder of the checkpoints.
+        ranks: This process's ranks.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], root: Path, ranks: Ranks) -> None:
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self._tensors = {f"rank{ranks.process.rank}.{key}": value for key, value in tensors.items()}
+        self._root = root
+        self._queue = AsyncCallsQueue()
+
+    def start(self, number: int) -> Path:
+        """Starts a save and returns its folder."""
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+        folder = self._root / f"megatron{number}"
+        folder.mkdir(exist_ok=True)
+        sharded = {
+            name: ShardedTensor.from_rank_offsets(name, tensor)
+            for name, tensor in self._tensors.items()
+        }
+        request = dist_checkpointing.save(sharded, str(folder), async_sharded_save=True)
+        self._queue.schedule_async_request(request)
+        return folder
+
+    def is_busy(self) -> bool:
+        """Publishes the save if all files are written, and returns whether they are not."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+        return bool(self._queue.get_num_unfinalized_calls())
+
+    def finish(self) -> None:
+        """Waits for the save."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def time(self, number: int) -> Timing:
+        """Returns the seconds until training goes on, and until the checkpoint is durable."""
+        begin = time.perf_counter()
+        folder = self.start(number)
+        blocked = time.perf_counter() - begin
+        self.finish()
+        sync_tree(folder)
+        return blocked, time.perf_counter() - begin
+
+
+def _slowdown(
+    model: Any,
+    start: Callable[[int], object],
+    is_busy: Callable[[], bool],
+    finish: Callable[[], object],
+) -> float:
     """Returns the time of a step during a save relative to that of a step alone."""
 
     def step() -> float:
@@ -218,11 +292,11 @@ def _slowdown(model: Any, saver: CheckpointSaver, chunks: list[Any], optimizer: 
     ratios = []
     for number in range(_STEP_ROUNDS):
         alone = statistics.median(step() for _ in range(3))
-        saver.save(_state(1000 + number), chunks, optimizer)
+        start(1000 + number)
         during = []
-        while saver.is_busy:
+        while is_busy():
             during.append(step())
-        saver.finish()
+        finish()
         ratios.append(statistics.fmean(during) / alone if during else 1.0)
     return statistics.median(ratios)
 
@@ -244,5 +318,5 @@ def _row(
         "durable_seconds": durable,
         "durable_gb_per_second": num_bytes / 1e9 / durable,
         "ours_is_durable_sooner_by": statistics.median(ratios),
-        "step_slowdown_meanwhile": slowdown if name == OURS else None,
+        "step_slowdown_meanwhile": slowdown,
     }
