@@ -109,31 +109,27 @@ def test_merged_keys_are_overridden_and_repeated_ones_refused() -> None:
 
 
 def test_aliases_do_not_multiply() -> None:
-    """A "billion laughs" file: nine levels of nine aliases would make 387 million entries."""
-    lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    """A "billion laughs" file: nine levels of nine aliases would make 387 million entries.
+
+    They stand in the value of a known field, which the message prints.
+    """
+    levels = ["&a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     for k in range(1, 30):
-        lines.append(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]")
-    text = "\n".join(lines)
-    assert refused(load_text, text)
+        levels.append(f"&a{k} [{', '.join([f'*a{k - 1}'] * 9)}]")
+    with pytest.raises(UserError, match=r"^model\.num_layers: must be .* not \[\[") as caught:
+        load_text(f"model: {{preset: tiny, num_layers: [{', '.join(levels)}]}}")
+    assert len(str(caught.value)) < 2000
 
 
 def test_merged_aliases_do_not_multiply() -> None:
     lines = ["a0: &a0 {k: 1}"]
     for k in range(1, 40):
         lines.append(f"a{k}: &a{k} {{<<: [{', '.join([f'*a{k - 1}'] * 9)}]}}")
-    assert refused(load_text, "\n".join(lines))
+    assert parse_yaml("\n".join(lines), "x")["a39"] == {"k": 1}
 
 
 def load_text(text: str) -> RunConfig:
     return RunConfig.from_dict(parse_yaml(text, "bomb.yaml"))
-
-
-def test_a_bomb_inside_a_known_field_is_refused() -> None:
-    lines = ["model:", "  a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
-    for k in range(1, 25):
-        lines.append(f"  a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]")
-    lines.append("  num_layers: *a24")
-    assert refused(load_text, "\n".join(lines))
 
 
 @FUZZ

@@ -182,7 +182,3 @@ FROZEN_FLAGS = """
 def test_the_flags_are_frozen() -> None:
     flags = {name for action in build_parser()._actions for name in action.option_strings}
     assert sorted(flags - {"-h"}) == FROZEN_FLAGS
-
-
-def test_every_field_has_one_flag_of_its_own() -> None:
-    assert len({flag.name for flag in FLAGS}) == len(FLAGS)
