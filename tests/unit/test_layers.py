@@ -25,6 +25,7 @@ LAYERS = (
     "convert",
     "evaluation",
     "train",
+    "simulate",
     "generation",
     "report",
     "pretrain",
