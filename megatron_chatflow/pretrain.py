@@ -55,9 +55,17 @@ def _run(process: ProcessRank) -> None:
     for note in options.notes:
         logger.info("Megatron-LM's %s", note)
     if options.dry_run:
+        from megatron_chatflow.simulate.layout_search import describe_step
         from megatron_chatflow.train.dry_run import dry_run
 
-        print(dry_run(config, options.world_size, verbose=options.verbose))
+        print(
+            dry_run(
+                config,
+                options.world_size,
+                verbose=options.verbose,
+                describe_step=describe_step,
+            )
+        )
         return
     _initialize_and_train(config)
 

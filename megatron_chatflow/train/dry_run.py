@@ -5,7 +5,7 @@ resolved configuration and a long plan.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -25,13 +25,24 @@ _MAX_PLAN_ROWS = 24
 """A longer plan is shown only with ``--verbose``."""
 
 
-def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool = False) -> str:
+DescribeStep = Callable[[RunConfig, int, int], str]
+"""Describes the predicted step of a run, given its vocabulary size and number of processes."""
+
+
+def dry_run(
+    config: RunConfig,
+    world_size: int | None = None,
+    *,
+    verbose: bool = False,
+    describe_step: DescribeStep | None = None,
+) -> str:
     """Checks a run and describes it.
 
     Args:
         config: Configuration of the run.
         world_size: Number of processes; None for the minimum of the layout.
         verbose: Add the resolved configuration, and the plan even if it is long.
+        describe_step: Predicts the step on GPUs. None to leave the prediction out.
 
     Returns:
         The description to print.
@@ -75,6 +86,9 @@ def dry_run(config: RunConfig, world_size: int | None = None, *, verbose: bool =
         _describe_data(config, inputs, verbose=verbose),
         _describe_work(config, inputs, num_processes),
     ]
+    if describe_step is not None:
+        step = describe_step(config, inputs.vocab_size, num_processes)
+        parts[-1] += f"\n{step}" if step else ""
     if verbose:
         parts.append("resolved configuration:\n" + config.to_yaml().rstrip())
     else:

@@ -16,6 +16,7 @@ TOOL_OF = {
     "merge": "merge_datasets.py",
     "inspect": "inspect_dataset.py",
     "plan": "plan_blend.py",
+    "plan-layout": "plan_layout.py",
     "extend-vocab": "extend_vocab.py",
     "convert": "convert_checkpoint.py",
     "evaluate": "evaluate.py",

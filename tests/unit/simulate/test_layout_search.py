@@ -1,0 +1,221 @@
+"""Tests the search for layouts, and the layouts of the LLaMA-2 page against it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_chatflow.config import RunConfig, load_config, validate_for_world
+from megatron_chatflow.config.memory import estimate_memory
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.simulate.layout_search import (
+    MEMORY_SHARE,
+    TIE,
+    calibrate,
+    describe_step,
+    plan_layout,
+    search_layouts,
+    valid_layouts,
+    vocab_size_of,
+)
+from megatron_chatflow.simulate.step_time import GPUS, Stack
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = ROOT / "examples" / "llama2_7b"
+H100 = GPUS["h100"]
+NVIDIA = Stack(gradient_bytes=2, overlaps_tensor_exchange=True)
+"""What NVIDIA's recipes switch on beyond this project: gradients in bf16, overlapped products."""
+
+LLAMA_3 = {
+    "preset": None,
+    "max_position_embeddings": 8192,
+    "num_query_groups": 8,
+    "vocab_size": 128256,
+}
+LLAMA_3_8B = LLAMA_3 | {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+}
+LLAMA_3_70B = LLAMA_3 | {
+    "num_layers": 80,
+    "hidden_size": 8192,
+    "ffn_hidden_size": 28672,
+    "num_attention_heads": 64,
+}
+
+
+def run(model: dict[str, Any], global_batch_size: int, seq_length: int) -> RunConfig:
+    """Returns a run of a model on one GPU."""
+    return RunConfig.from_dict(
+        {
+            "model": model,
+            "tokenizer": {"tokenizer_model": "tokenizer.model"},
+            "data": {"seq_length": seq_length, "sources": {"text": {"paths": ["text"]}}},
+            "optimizer": {"lr": 1e-4},
+            "train": {
+                "train_iters": 10,
+                "micro_batch_size": 1,
+                "global_batch_size": global_batch_size,
+            },
+        }
+    )
+
+
+def with_layout(config: RunConfig, sizes: tuple[int, int, int, int]) -> RunConfig:
+    """Returns the run with TP, PP, VP and CP as NVIDIA's recipes have them."""
+    tensor, stages, chunks, context = sizes
+    layers = config.model.num_layers // stages // chunks
+    return replace(
+        config,
+        parallel=replace(
+            config.parallel,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=stages,
+            num_layers_per_virtual_pipeline_stage=layers if chunks > 1 else None,
+            context_parallel_size=context,
+            sequence_parallel=tensor > 1,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        ),
+    )
+
+
+# Model, sequence length, GPUs, global batch, and TP, PP, VP and CP of recipes for bf16 on H100:
+# dgxc-benchmarking v25.04.02 (LLaMA-3) and the NeMo framework launcher (LLaMA-2). With gradients in
+# fp32, as here, the recipe of 8B does not fit on 8 or 16 GPUs.
+RECIPES = [
+    (LLAMA_3_8B, 8192, 64, 1024, (1, 1, 1, 2)),
+    (LLAMA_3_8B, 8192, 128, 2048, (1, 1, 1, 2)),
+    (LLAMA_3_70B, 8192, 64, 128, (4, 4, 5, 2)),
+    (LLAMA_3_70B, 8192, 1024, 2048, (4, 4, 5, 2)),
+    ({"preset": "llama2-7b"}, 4096, 128, 2048, (1, 1, 1, 1)),
+    ({"preset": "llama2-13b"}, 4096, 16, 128, (1, 4, 10, 1)),
+    ({"preset": "llama2-70b"}, 4096, 64, 128, (4, 4, 20, 1)),
+]
+
+
+@pytest.mark.parametrize(("model", "seq_length", "num_gpus", "global_batch", "sizes"), RECIPES)
+def test_nvidias_recipes_are_within_5_percent_of_the_best(
+    model: dict[str, Any],
+    seq_length: int,
+    num_gpus: int,
+    global_batch: int,
+    sizes: tuple[int, int, int, int],
+) -> None:
+    config = run(model, global_batch, seq_length)
+    vocab_size = config.model.vocab_size or 32000
+    recipe = plan_layout(with_layout(config, sizes), num_gpus, H100, vocab_size, stack=NVIDIA)
+    found = search_layouts(config, num_gpus, H100, vocab_size, stack=NVIDIA)
+    assert recipe.memory <= MEMORY_SHARE * H100.memory
+    assert recipe.config in [layout.config for layout in found]
+    assert recipe.seconds <= 1.05 * min(layout.seconds for layout in found)
+
+
+def test_layouts_are_valid_fit_and_are_ranked() -> None:
+    config = load_config(EXAMPLES / "13b.yaml")
+    found = search_layouts(config, 16, H100, 40076)
+    assert len(found) > 50
+    fastest = min(layout.seconds for layout in found)
+    tied = [layout for layout in found if layout.seconds < fastest * (1 + TIE)]
+    assert found[: len(tied)] == tied
+    keys = [(layout.num_dimensions, layout.memory) for layout in tied]
+    assert keys == sorted(keys)
+    rest = [layout.seconds for layout in found[len(tied) :]]
+    assert rest == sorted(rest) and rest[0] >= fastest * (1 + TIE)
+    for layout in found[:: len(found) // 50]:
+        validate_for_world(layout.config, 16)
+        assert RunConfig.from_dict(layout.config.to_dict()) == layout.config
+        memory = estimate_memory(layout.config, 40076, 16).total
+        assert layout.memory == memory <= 0.9 * 80 * 2**30
+        assert replace(layout.config, parallel=config.parallel, train=config.train) == config
+        assert layout.config.train.global_batch_size == 256
+    assert len({layout.name for layout in found}) == len(found)
+
+
+def test_a_layout_is_found_only_for_enough_gpus() -> None:
+    config = load_config(EXAMPLES / "70b.yaml")
+    assert search_layouts(config, 8, H100, 40076) == []
+    assert search_layouts(config, 7, H100, 40076) == []
+
+
+def test_every_technique_is_considered() -> None:
+    names = [
+        plan_layout(config, 32, H100, 40076).name
+        for config in valid_layouts(load_config(EXAMPLES / "7b.yaml"), 32)
+    ]
+    assert "DP32 MBS1" in names and "TP8 PP2 VP4 CP2 DP1 MBS4 full" in names
+    assert "TP2 PP4 VP8 DP4 MBS2 selective" in names
+
+
+def write_metrics(folder: Path, config: RunConfig, num_gpus: int, seconds: list[float]) -> Path:
+    """Writes what a run with these times of its steps would leave in its folder."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    tokens = config.train.global_batch_size * config.data.seq_length
+    lines: list[dict[str, Any]] = [
+        {
+            "iteration": number,
+            "seconds": time,
+            "tokens_per_second": tokens / time,
+            "tokens_per_second_per_gpu": tokens / time / num_gpus,
+        }
+        for number, time in enumerate(seconds, 1)
+    ]
+    lines.insert(7, {"iteration": 7, "validation": {}})
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 99')
+    return path
+
+
+def test_a_measured_run_scales_the_prediction(tmp_path: Path) -> None:
+    config = load_config(EXAMPLES / "7b.yaml", ["--vocab-size", "40076"])
+    planned = plan_layout(config, 16, H100, 40076)
+    slow = planned.seconds / 0.8
+    path = write_metrics(tmp_path / "run", config, 16, [9 * slow] * 5 + [slow] * 20 + [2 * slow])
+    speed, measured = calibrate(path, H100)
+    assert speed == pytest.approx(0.8)
+    assert measured == planned
+    scaled = plan_layout(config, 16, H100, 40076, speed=speed)
+    assert scaled.seconds == pytest.approx(slow)
+    assert scaled.mfu == pytest.approx(0.8 * planned.mfu)
+
+
+def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    config = load_config(EXAMPLES / "7b.yaml", ["--vocab-size", "40076"])
+    path = write_metrics(tmp_path / "cpu", config, 8, [1e4] * 20)
+    with pytest.raises(UserError, match="give the GPU that it was measured on by --gpu"):
+        calibrate(path, H100)
+    path = write_metrics(tmp_path / "short", config, 8, [2.0] * 5)
+    with pytest.raises(UserError, match="has 5 iterations .*needs more than 5"):
+        calibrate(path, H100)
+    with pytest.raises(UserError, match="no such configuration file"):
+        calibrate(tmp_path / "metrics.jsonl", H100)
+    (tmp_path / "short" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read"):
+        calibrate(path, H100)
+
+
+def test_the_vocabulary_is_assumed_only_if_it_cannot_be_read(tiny_run, tmp_path: Path) -> None:
+    assert vocab_size_of(load_config(tiny_run.config)) == (600, None)
+    flags = ["--tokenizer-model", str(tmp_path / "absent.model")]
+    size, note = vocab_size_of(load_config(tiny_run.config, flags))
+    assert size == 32000 and note is not None and "assuming a vocabulary of 32,000" in note
+    assert vocab_size_of(load_config(tiny_run.config, [*flags, "--vocab-size", "700"])) == (
+        700,
+        None,
+    )
+
+
+def test_a_dry_run_describes_the_step() -> None:
+    config = load_config(EXAMPLES / "7b.yaml")
+    planned = plan_layout(config, 8, H100, 40076)
+    text = describe_step(config, 40076, 8)
+    assert text.startswith("predicted for 8 x h100, not measured: ")
+    assert f" {planned.seconds:.3g} s per step, " in text
+    assert f"{planned.tokens_per_second / 8:,.0f} tokens/s per GPU" in text
+    assert describe_step(load_config(EXAMPLES / "7b.yaml", ["--no-bf16"]), 40076, 8) == ""
