@@ -289,7 +289,7 @@ def calibrate(
     if not low < speed < high:
         raise UserError(
             f"{metrics}: its steps take {planned.seconds / speed:.3g} s, {1 / speed:.3g} times the "
-            f"prediction {planned.seconds:.3g} s; give the GPU that it was measured on by --gpu"
+            f"prediction {planned.seconds:.3g} s; name the GPU that it was measured on"
         )
     return speed, planned
 

@@ -90,7 +90,7 @@ def find_gpu(name: str) -> GpuSpec:
     """
     if name.lower() not in GPUS:
         raise UserError(
-            f"--gpu: there is no {name!r}{did_you_mean(name.lower(), GPUS)}; use one of "
+            f"GPU {name!r}: is not known{did_you_mean(name.lower(), GPUS)}; use one of "
             f"{', '.join(GPUS)}"
         )
     return GPUS[name.lower()]

@@ -188,7 +188,7 @@ def test_a_measured_run_scales_the_prediction(tmp_path: Path) -> None:
 def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     config = load_config(EXAMPLES / "7b.yaml", ["--vocab-size", "40076"])
     path = write_metrics(tmp_path / "cpu", config, 8, [1e4] * 20)
-    with pytest.raises(UserError, match="give the GPU that it was measured on by --gpu"):
+    with pytest.raises(UserError, match="name the GPU that it was measured on"):
         calibrate(path, H100)
     path = write_metrics(tmp_path / "short", config, 8, [2.0] * 5)
     with pytest.raises(UserError, match="has 5 iterations .*needs more than 5"):

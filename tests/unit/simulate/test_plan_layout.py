@@ -110,7 +110,10 @@ def test_without_the_tokenizer_the_vocabulary_is_assumed(call) -> None:
         (["--gpus", "8;16"], "--gpus: must be numbers of GPUs such as 64 or 64,256, not '8;16'"),
         (["--gpus", "0"], "--gpus: must be numbers of GPUs such as 64 or 64,256, not '0'"),
         (["--gpus", "1"], "--gpus: no valid layout fits on 1 x h100; use more GPUs, or a global "),
-        (["--gpus", "8", "--gpu", "h10"], "--gpu: there is no 'h10' (did you mean h100?)"),
+        (
+            ["--gpus", "8", "--gpu", "h10"],
+            "GPU 'h10': is not known (did you mean h100?); use one of a100-80, h100,",
+        ),
         (["--gpus", "8", "--price", "0"], "--price: must be above 0, not 0.0"),
         (["--gpus", "8", "--network-gbps", "-1"], "--network-gbps: must be above 0, not -1.0"),
         (["--gpus", "8", "--tokens", "many"], "--tokens: must be a count such as 500, 8K"),

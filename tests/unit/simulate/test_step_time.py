@@ -284,5 +284,5 @@ def test_a_run_becomes_a_shape_and_a_layout() -> None:
 
 def test_an_unknown_gpu_is_a_users_mistake() -> None:
     assert find_gpu("H100") is H100
-    with pytest.raises(UserError, match=r"--gpu: there is no 'h10' \(did you mean h100\?\)"):
+    with pytest.raises(UserError, match=r"GPU 'h10': is not known \(did you mean h100\?\)"):
         find_gpu("h10")

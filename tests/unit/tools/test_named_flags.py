@@ -150,7 +150,8 @@ def flags() -> dict[str, set[str]]:
     found[PRETRAIN] |= {
         name for name, entries in TABLE.items() if any(isinstance(e, Mapped) for e in entries)
     }
-    found["tools.plan_blend"] |= found[PRETRAIN]  # it passes the rest to the run's parser
+    for tool in ("tools.plan_blend", "tools.plan_layout"):
+        found[tool] |= found[PRETRAIN]  # they pass the rest to the run's parser
     return found
 
 
