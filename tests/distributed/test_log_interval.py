@@ -121,7 +121,7 @@ def test_nothing_is_printed_of_a_validation_without_data(tiny_run: TinyRun, tmp_
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
     output = jobs.run(jobs.pretrain("--config", config, "--save", tmp_path / "run"))
-    assert output.count("nothing is validated") == 1
+    assert output.count("no source has held-out samples, so validation is skipped") == 1
     assert "validation at iteration" not in output
     rows, validations = jobs.read_metrics(tmp_path / "run")
     assert len(rows) == 2 and not validations
