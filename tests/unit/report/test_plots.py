@@ -35,9 +35,10 @@ def pixels(num_sources: int, sizes: dict[str, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("num_sources", [1, 4, 40])
 def test_every_source_has_its_area(num_sources: int) -> None:
-    shown = pixels(num_sources, {})
-    colors = {tuple(color) for color in (shown.reshape(-1, 4) * 15).round().astype(int)}
-    assert len(colors) >= num_sources + 2
+    shown = (pixels(num_sources, {})[..., :3] * 255).round().astype(int)
+    colors, counts = np.unique(shown.reshape(-1, 3), axis=0, return_counts=True)
+    is_grey = np.ptp(colors, axis=1) < 9  # text, frames and the dots of the draws
+    assert (counts[~is_grey] > 300).sum() >= num_sources
 
 
 def test_epochs_add_a_second_plot() -> None:
