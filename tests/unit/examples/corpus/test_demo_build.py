@@ -113,7 +113,9 @@ def test_characters_count_texts_only():
 
 
 def test_sources_without_their_packages_are_left_out(tmp_path):
-    assert extract_corpus({"django": tmp_path}, [extractor("english", "gensim")]).records == {}
+    found = Extractor("english", ("gensim",), lambda archives: iter(documents("a", 1)))
+    assert extract_corpus({"django": tmp_path}, [found], num_workers=0).records == {}
+    assert extract_corpus({"gensim": tmp_path}, [found], num_workers=0).records != {}
 
 
 def test_every_pinned_package_feeds_what_it_says():

@@ -154,7 +154,7 @@ def small(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_values_and_logits_are_the_models_own(tokenizer, tmp_path, tied):
+def test_values_are_the_models_own(tokenizer, tmp_path, tied):
     model = shape(tied, tokenizer.get_vocab_size())
     weights = random_weights(model)
     path = tmp_path / "m.gguf"
@@ -162,15 +162,9 @@ def test_values_and_logits_are_the_models_own(tokenizer, tmp_path, tied):
     written = convert_gguf(path, tmp_path / "hf")
     assert shape_of_huggingface(written.folder) == model
     assert written.num_tensors == len(weights)
-    loaded = transformers.LlamaForCausalLM.from_pretrained(written.folder).eval()
-    original = transformers.LlamaForCausalLM(loaded.config).eval()
-    state = {name: torch.from_numpy(values) for name, values in weights.items()}
-    original.load_state_dict(state, strict=not tied)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(written.folder).state_dict()
     for name, values in weights.items():
-        assert torch.equal(loaded.state_dict()[name], torch.from_numpy(values)), name
-    ids = torch.arange(40)[None] * 7 % model.vocab_size
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, original(ids).logits)
+        assert torch.equal(loaded[name], torch.from_numpy(values)), name
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
@@ -198,12 +192,6 @@ def test_bf16_halves_the_file(small, tmp_path):
     half = convert_gguf(path, tmp_path / "bf16", dtype="bf16")
     assert half.num_bytes * 2 == whole.num_bytes
     assert json.loads((half.folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-def test_unpermute_undoes_permute():
-    weight = np.arange(4 * 6 * 5, dtype=np.float32).reshape(24, 5)
-    assert not np.array_equal(permute(weight, 4), weight)
-    np.testing.assert_array_equal(unpermute(permute(weight, 4), 4), weight)
 
 
 def test_tokenizer_is_the_files_own(small, tokenizer, tmp_path):
