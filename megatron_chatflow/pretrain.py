@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
+from megatron_chatflow.config.flags import RunOptions
 from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.runtime.exit_reporter import ExitReporter
@@ -55,9 +56,19 @@ def _run(process: ProcessRank) -> None:
     for note in options.notes:
         logger.info("Megatron-LM's %s", note)
     if options.dry_run:
-        from megatron_chatflow.simulate.layout_search import describe_step
-        from megatron_chatflow.train.dry_run import dry_run
+        _dry_run(config, options)
+        return
+    _initialize_and_train(config)
 
+
+def _dry_run(config: RunConfig, options: RunOptions) -> None:
+    # Nothing that trains may import `simulate`.
+    from megatron_chatflow.simulate.inputs import missing_files
+    from megatron_chatflow.simulate.layout_search import describe_step
+    from megatron_chatflow.train.dry_run import dry_run
+
+    # A simulation needs neither data nor weights; the plain dry run does.
+    if not options.simulate or not missing_files(config):
         print(
             dry_run(
                 config,
@@ -66,8 +77,19 @@ def _run(process: ProcessRank) -> None:
                 describe_step=describe_step,
             )
         )
+    if not options.simulate:
         return
-    _initialize_and_train(config)
+    from megatron_chatflow.simulate.run import simulate
+
+    print(
+        simulate(
+            config,
+            gpu=options.gpu,
+            world_size=options.world_size,
+            ranks=options.rank,
+            output=options.output,
+        )
+    )
 
 
 def train(config: RunConfig) -> None:

@@ -5,7 +5,7 @@ apply to one invocation and are not part of the run's configuration.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -39,6 +39,10 @@ class RunOptions:
         world_size: Number of processes that a dry run assumes. None selects the smallest possible
             number.
         verbose: Whether a dry run also prints the resolved configuration.
+        simulate: Whether a dry run also executes ranks on a simulated GPU.
+        gpu: The simulated GPU.
+        rank: The ranks to simulate: a rank, ``stages`` or ``all-distinct``.
+        output: File that receives the simulation's report as JSON; None for none.
         notes: One line for each Megatron-LM flag that was accepted or mapped.
     """
 
@@ -46,6 +50,10 @@ class RunOptions:
     dry_run: bool = False
     world_size: int | None = None
     verbose: bool = False
+    simulate: bool = False
+    gpu: str = "h100"
+    rank: str = "stages"
+    output: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -148,6 +156,30 @@ def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
             action="store_true",
             help="with --dry-run, also print the resolved configuration",
         )
+        group.add_argument(
+            "--simulate",
+            action="store_true",
+            help="with --dry-run, execute two steps and a validation on a simulated GPU and report "
+            "memory, FLOPs, messages and where the host waits",
+        )
+        group.add_argument(
+            "--gpu",
+            metavar="NAME",
+            help="GPU that --simulate simulates: a100-80, h100, h200, b200 or gb200 (default: "
+            f"{RunOptions.gpu})",
+        )
+        group.add_argument(
+            "--rank",
+            metavar="N|stages|all-distinct",
+            help="ranks that --simulate simulates: a rank, the first of every pipeline stage, or "
+            f"all that may differ (default: {RunOptions.rank})",
+        )
+        group.add_argument(
+            "--output",
+            type=Path,
+            metavar="FILE.json",
+            help="with --simulate, also write the report to this file",
+        )
     for section, section_class in get_type_hints(RunConfig).items():
         summary = (section_class.__doc__ or "").splitlines()[0]
         group = parser.add_argument_group(section, summary)
@@ -204,9 +236,19 @@ def parse_arguments(
     for flag in FLAGS:
         if flag.destination in given:
             values.setdefault(flag.section, {})[flag.field] = given[flag.destination]
-    names = ("config", "dry_run", "world_size", "verbose")
-    options = {name: given[name] for name in names if name in given}
+    names = [field.name for field in fields(RunOptions)]
+    options = {name: given[name] for name in names if given.get(name) is not None}
+    _check_options(options)
     return values, RunOptions(**options, notes=tuple(translation.notes))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Rejects options that would have no effect."""
+    if options.get("simulate") and not options.get("dry_run"):
+        raise UserError("--simulate: needs --dry-run; add it, or remove --simulate to train")
+    for name in ("gpu", "rank", "output"):
+        if name in options and not options.get("simulate"):
+            raise UserError(f"--{name}: needs --dry-run --simulate; add them, or remove --{name}")
 
 
 class FlagsError(UserError):

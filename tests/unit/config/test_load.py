@@ -1,5 +1,7 @@
 """Tests the precedence of defaults, YAML and flags, and the command line of a run."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_chatflow.config import load_config, load_config_from_argv
@@ -111,6 +113,11 @@ def test_options_of_a_call(path) -> None:
     assert run.train.seed == 9
     _, options = load_config_from_argv(["--config", str(path)])
     assert (options.dry_run, options.world_size) == (False, None)
+    assert (options.simulate, options.gpu, options.rank) == (False, "h100", "stages")
+    _, options = load_config_from_argv(
+        f"--config {path} --dry-run --simulate --gpu b200 --rank 3 --output r.json".split()
+    )
+    assert (options.gpu, options.rank, options.output) == ("b200", "3", Path("r.json"))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +127,9 @@ def test_options_of_a_call(path) -> None:
         (["--config", "none.yaml"], "none.yaml: no such configuration file"),
         (["--config", "c", "--world-size", "0"], "--world-size: must be at least 1, not 0"),
         (["--config", "c", "--world-size", "x"], "argument --world-size: invalid int value: 'x'"),
+        (["--config", "c", "--simulate"], "--simulate: needs --dry-run"),
+        (["--config", "c", "--dry-run", "--gpu", "h100"], "--gpu: needs --dry-run --simulate"),
+        (["--config", "c", "--output", "r"], "--output: needs --dry-run --simulate"),
     ],
 )
 def test_wrong_options(arguments, message) -> None:
@@ -152,7 +162,8 @@ FROZEN_FLAGS = """
 --config --context-parallel-size --data-retry-seconds --data-verify --deterministic-mode
 --distributed-timeout-minutes --dry-run --embedding-init --eval-interval --eval-iters
 --exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --from-scratch --fused-kernels
---global-batch-size --hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std
+--global-batch-size --gpu --hang-timeout-minutes --help --hidden-size --holdout-every
+--init-method-std
 --kv-channels --load --load-hf --load-optim --log-interval --log-straggler --loss-spike-factor
 --loss-spike-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-init
 --lr-warmup-iters --lr-warmup-samples --make-vocab-size-divisible-by --manual-gc-interval
@@ -165,13 +176,13 @@ FROZEN_FLAGS = """
 --no-untie-embeddings-and-output-weights --no-use-distributed-optimizer --no-use-pytorch-profiler
 --norm-epsilon --num-attention-heads --num-layers --num-layers-per-virtual-pipeline-stage
 --num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --old-tokenizer-model
---on-nan --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
+--on-nan --output --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
 --pipeline-model-parallel-size --preset --pretrained-checkpoint --profile --profile-ranks
---profile-step-end --profile-step-start --recompute-granularity --recompute-method
+--profile-step-end --profile-step-start --rank --recompute-granularity --recompute-method
 --recompute-num-layers --rope-high-freq-factor --rope-low-freq-factor
 --rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base
 --save --save-interval --save-keep-every --save-retain --seed --seq-length --sequence-parallel
---shared-memory-collectives --split --straggler-minmax-count --tensor-model-parallel-size
+--shared-memory-collectives --simulate --split --straggler-minmax-count --tensor-model-parallel-size
 --tensorboard --tokenizer-model --tokenizer-type --train-iters --train-samples
 --untie-embeddings-and-output-weights --use-distributed-optimizer --use-pytorch-profiler --verbose
 --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay

@@ -1,0 +1,1 @@
+../../csrc/simulate/guard.cpp

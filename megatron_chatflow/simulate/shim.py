@@ -1,0 +1,93 @@
+"""Compiles and loads ``csrc/simulate/guard.cpp``, the part of a simulated GPU that is C++.
+
+It is compiled on first use against the installed torch and kept in the user's cache folder under a
+name that contains torch's version and a hash of the source and of torch's place.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from megatron_chatflow.errors import UserError
+
+# In a checkout a link to csrc/simulate, in an installation a copy.
+_SOURCE = Path(__file__).with_name("guard.cpp")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "megatron_chatflow" / "simulate"
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    for name in (named,) if named else _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    wanted = f"CXX={named}" if named else " or ".join(_COMPILERS)
+    raise UserError(
+        f"--simulate: no C++ compiler was found ({wanted}); the simulation compiles a small "
+        "library once for each version of torch: install g++, or name a compiler in CXX"
+    )
+
+
+def _compile(target: Path) -> None:
+    torch_folder = Path(torch.__file__).parent
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        built = Path(folder) / target.name
+        command = [
+            *(_compiler(), "-shared", "-fPIC", "-std=c++20", "-O1", "-w"),
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+            f"-I{torch_folder / 'include'}",
+            *(str(_SOURCE), "-o", str(built)),
+            *(f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}"),
+            *("-ltorch_cpu", "-lc10"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            raise UserError(
+                f"--simulate: {_SOURCE.name} does not compile against torch {torch.__version__}: "
+                f"{lines[0] if lines else done.stderr.strip()[:200]}; use a compiler that this "
+                "torch supports"
+            )
+        os.replace(built, target)
+
+
+def library_path() -> Path:
+    """Returns the compiled library, which is compiled first if the cache does not have it.
+
+    Raises:
+        UserError: There is no compiler, or it fails.
+    """
+    content = _SOURCE.read_bytes() + str(Path(torch.__file__).parent).encode()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    target = _cache_folder() / f"libguard-{torch.__version__}-{digest}.so"
+    if not target.exists():
+        try:
+            _compile(target)
+        except OSError as error:
+            raise UserError(
+                f"--simulate: cannot write {target}: {error.strerror}; set XDG_CACHE_HOME to a "
+                "folder that can be written"
+            ) from None
+    return target
+
+
+def loaded_library() -> ctypes.CDLL:
+    """Returns the library, which the process must have loaded before it imported torch.
+
+    torch asks for CUDA once, while it is imported, and remembers the answer.
+    """
+    library = ctypes.CDLL(str(library_path()))
+    assert torch._C._get_accelerator().type == "cuda", "loaded after torch"
+    return library

@@ -1,0 +1,148 @@
+"""Simulates ranks, one after the other, each in a fork of this process.
+
+``python -m megatron_chatflow.simulate.worker LIBRARY REQUEST.json`` is started by `run.simulate`.
+Every rank runs the entry point of training, as torchrun would start it, and believes in the GPU.
+"""
+
+import ctypes
+import sys
+
+if __name__ == "__main__":
+    ctypes.CDLL(sys.argv[1])  # before torch, see `shim.loaded_library`
+
+import json
+import os
+import runpy
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_chatflow.simulate import libraries
+from megatron_chatflow.simulate.device import GPUS, install
+from megatron_chatflow.simulate.mode import SimulatedGpu
+from megatron_chatflow.simulate.observer import Observation, Observer
+from megatron_chatflow.simulate.process_group import join
+from megatron_chatflow.simulate.recorder import Recorder, is_left_out, shown
+
+ENTRY_POINT = "megatron_chatflow.pretrain"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to simulate.
+
+    Attributes:
+        config: The YAML file of the run.
+        gpu: One of `device.GPUS`.
+        world_size: Number of ranks of the job.
+        ranks: The ranks to simulate.
+        folder: Where a file ``rank_R.json`` is written for each, and ``rank_R.log``.
+    """
+
+    config: str
+    gpu: str
+    world_size: int
+    ranks: tuple[int, ...]
+    folder: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a simulated rank failed.
+
+    Attributes:
+        error: The exception, in one line.
+        line: Where it was raised, in the innermost frame outside of torch.
+        traceback: All of it.
+    """
+
+    error: str
+    line: str
+    traceback: str
+
+
+def execute(config: str, gpu: str, world_size: int, rank: int) -> Observation | Failure:
+    """Runs the entry point on a simulated GPU, in this process and for good.
+
+    Args:
+        config: The YAML file of the run.
+        gpu: One of `device.GPUS`.
+        world_size: Number of ranks of the job.
+        rank: The rank that this process simulates.
+    """
+    recorder = Recorder()
+    install(GPUS[gpu], recorder)
+    libraries.install(GPUS[gpu])
+    join(rank, world_size)
+    observer = Observer(recorder)
+    observer.install()
+    sys.argv = [ENTRY_POINT, "--config", config]
+    try:
+        with SimulatedGpu(recorder):
+            runpy.run_module(ENTRY_POINT, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            return Failure(f"exit status {end.code}", "", "")
+    except Exception as error:
+        return _failure(error)
+    return observer.finish()
+
+
+def _failure(error: Exception) -> Failure:
+    lines = " ".join(str(error).split())
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not is_left_out(frame.filename)
+    ]
+    last = frames[-1]
+    return Failure(
+        f"{type(error).__name__}: {lines}",
+        f"{shown(last.filename)}:{last.lineno} {last.name}",
+        "".join(traceback.format_exception(error)),
+    )
+
+
+def run_in_fork(work: Callable[[], Observation | Failure], result: Path, log: Path) -> None:
+    """Runs ``work`` in a forked process and writes its result and its output to files."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    status = 1
+    try:
+        with log.open("w", encoding="utf-8") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            with redirect_stdout(output), redirect_stderr(output):
+                outcome = work()
+        content = {type(outcome).__name__.lower(): asdict(outcome)}
+        result.write_text(json.dumps(content), encoding="utf-8")
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def main() -> None:
+    """Simulates every rank of a request."""
+    values: dict[str, Any] = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    request = Request(**{**values, "ranks": tuple(values["ranks"])})
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    folder = Path(request.folder)
+    for rank in request.ranks:
+        run_in_fork(
+            lambda rank=rank: execute(request.config, request.gpu, request.world_size, rank),  # type: ignore[misc]
+            folder / f"rank_{rank}.json",
+            folder / f"rank_{rank}.log",
+        )
+
+
+if __name__ == "__main__":
+    main()

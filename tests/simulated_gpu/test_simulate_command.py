@@ -1,0 +1,126 @@
+"""Tests ``--dry-run --simulate`` as a user calls it, and that training never imports it."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fork_server import run_forked
+from simulator import EXAMPLES, ROOT, example
+from tiny_run import TinyRun
+
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.simulate import shim
+from megatron_chatflow.simulate.run import selected_ranks, simulate
+
+SMALL = ("--num-layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "704")
+SMALL = (*SMALL, "--num-attention-heads", "8", "--num-query-groups", "8", "--seq-length", "512")
+SMALL = (*SMALL, "--max-position-embeddings", "512")
+
+
+def run_command(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_chatflow.pretrain", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """Simulates a small model on the page's 7B layout, without its data."""
+    output = tmp_path_factory.mktemp("report") / "r.json"
+    command = [*("--config", EXAMPLES / "7b.yaml", *SMALL, "--preset", "none", "--dry-run")]
+    done = run_command(*command, "--simulate", "--world-size", 8, "--output", output)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(output.read_text())
+
+
+def test_the_report_says_what_was_generated(report: tuple[str, dict[str, Any]]) -> None:
+    text, content = report
+    assert "data/tokenizer.model is missing: a generated tokenizer of 32,000 pieces" in text
+    assert content["vocab_size"] == 32_000
+    assert "executes 2 of the 64 micro-batches" in text
+    assert content["micro_batches"] == {"per_step": 64, "executed": 2}
+    assert content["gpu"]["key"] == "h100" and content["layout"]["data"] == 4
+
+
+def test_the_report_accounts_for_a_rank(report: tuple[str, dict[str, Any]]) -> None:
+    _, content = report
+    (rank,) = content["ranks"]
+    memory = rank["memory"]
+    kinds = ("weights", "gradients", "optimizer", "activations", "temporary")
+    assert sum(memory[kind] for kind in kinds) == memory["peak_bytes"]
+    layer = 256 * (4 * 256 + 3 * 704) // 2 + 2 * 256
+    parameters = 2 * 32_000 * 256 // 2 + 2 * layer + 256
+    # Buffers are padded, and the optimizer's state is divided among 4 ranks.
+    assert memory["weights"] == pytest.approx(2 * parameters, rel=1e-3)
+    assert memory["gradients"] == pytest.approx(4 * parameters, rel=1e-3)
+    assert memory["optimizer"] == pytest.approx(12 * parameters / 4, rel=1e-3)
+    assert any("megatron_chatflow/kernels/swiglu.py" in one["line"] for one in memory["holders"])
+    tokens = 64 * 512
+    products = 6 * tokens * (2 * (layer - 2 * 256) + 32_000 * 256 // 2)
+    attention = 14 * 2 * tokens * 512 * 256 // 2  # the backward pass computes scores again
+    assert rank["flops_per_step"]["total"] == pytest.approx(products + attention, rel=1e-6)
+    assert rank["cpu_tensors"] == []
+    sent = {
+        (one["group"], one["collective"]): one["num_bytes"] for one in rank["messages_per_step"]
+    }
+    assert sent["data (4)", "reduce-scatter"] == pytest.approx(4 * parameters, rel=1e-3)
+    assert sent["data (4)", "all-gather"] == pytest.approx(2 * parameters, rel=1e-3)
+
+
+def test_mistakes_of_the_user_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = example("7b.yaml")
+    with pytest.raises(UserError, match="--gpu: 'v100' is not known; use one of a100-80, h100"):
+        simulate(config, gpu="v100", world_size=8)
+    with pytest.raises(UserError, match="--rank: '8' is neither stages nor all-distinct nor a ra"):
+        simulate(config, gpu="h100", world_size=8, ranks="8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"no C\+\+ compiler was found \(CXX=no-such-compiler\)"):
+        shim.library_path()
+
+
+def test_ranks_that_differ_are_selected() -> None:
+    config = example(
+        "7b.yaml", *"--pipeline-model-parallel-size 2 --context-parallel-size 2".split()
+    )
+    assert selected_ranks(config, 32, "stages") == (0, 16)
+    assert selected_ranks(config, 32, "7") == (7,)
+    in_stage = (0, 1, 2, 3, 12, 13, 14, 15)
+    expected = (*in_stage, *(16 + rank for rank in in_stage))
+    assert selected_ranks(config, 32, "all-distinct") == expected
+
+
+def test_training_never_imports_the_simulation(tiny_run: TinyRun, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from megatron_chatflow.config import load_config\n"
+        "from megatron_chatflow.pretrain import train\n"
+        "train(load_config(sys.argv[1], ['--train-iters', '2']))\n"
+        "assert 'megatron_chatflow.train.loop' in sys.modules\n"
+        "assert not [name for name in sys.modules if 'simulate' in name]\n"
+    )
+    done = run_forked([script, tiny_run.config])
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_dry_runs_and_commands_import_the_simulation() -> None:
+    for path in sorted((ROOT / "megatron_chatflow").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if path.parent.name in ("simulate", "cli") or "megatron_chatflow.simulate" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "megatron_chatflow.simulate"
+            ):
+                assert path.name == "pretrain.py" and node.col_offset > 0
