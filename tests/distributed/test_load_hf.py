@@ -197,7 +197,7 @@ def test_a_model_section_that_is_not_the_folders_is_refused(folder: Path) -> Non
     output = jobs.run(jobs.pretrain(*config, "--num-layers", 3), expect=2)
     assert "error: model.num_layers: 3 differs from 4 in" in output
     output = jobs.run(jobs.pretrain(*config, "--preset", "llama2-7b"), expect=2)
-    assert "error: model.num_layers: 32 here and 4 in" in output
+    assert "error: model.num_layers: 32 differs from 4 in" in output
     assert "num_layers: 4" in jobs.run(jobs.pretrain(*config, "--verbose"))
 
 

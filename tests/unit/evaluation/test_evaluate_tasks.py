@@ -124,7 +124,7 @@ def test_ranges() -> None:
             TaskSettings(("x",), batch_size=wrong)
     for right in ("1", "auto", "auto:4"):
         TaskSettings(("x",), batch_size=right)
-    with pytest.raises(UserError, match="--limit: 0"):
+    with pytest.raises(UserError, match="--limit: must be at least 1, not 0"):
         TaskSettings(("x",), limit=0)
     with pytest.raises(UserError, match="--num-fewshot: -1"):
         EvaluationSettings(tasks=TaskSettings(("x",), -1))
