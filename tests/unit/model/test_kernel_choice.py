@@ -12,7 +12,6 @@ import torch
 from megatron_chatflow.config import TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels.attention import gather_facts
-from megatron_chatflow.model import kernel_choice as kernel_operations
 from megatron_chatflow.model import kernel_choice as kernels
 from megatron_chatflow.model.kernel_choice import (
     Choice,
@@ -214,12 +213,12 @@ def test_what_sizes_rule_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in step_operations(odd):
         assert given.absent["ours"] == "csrc/kernels has none for these sizes in torch.bfloat16"
     gpu = torch.device("cuda")
-    monkeypatch.setattr(kernel_operations, "can_import", lambda module: True)
-    monkeypatch.setattr(kernel_operations, "load_kernels", lambda: (object(), "csrc/kernels"))
+    monkeypatch.setattr(kernels, "can_import", lambda module: True)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: (object(), "csrc/kernels"))
 
     def missing(name: str, **changes: Any) -> str | None:
         given = sizes(torch.bfloat16, device=gpu, **changes)
-        return kernel_operations._missing(given, "SwiGLU", name)
+        return kernels._missing(given, "SwiGLU", name)
 
     assert missing("liger") is None
     assert missing("liger", num_tokens=2**24) == "its kernels reckon places in 32 bits"
@@ -243,8 +242,7 @@ def chosen(
     library = (object(), "csrc/kernels") if is_built else (None, "csrc/kernels is not built")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    for module in (kernels, kernel_operations):
-        monkeypatch.setattr(module, "load_kernels", lambda: library)
+    monkeypatch.setattr(kernels, "load_kernels", lambda: library)
     for name, function in {
         "choose_fastest": measured,
         "step_operations": lambda sizes: [SimpleNamespace(name=given) for given in FUSED],
