@@ -147,7 +147,7 @@ def test_every_changed_setting_is_listed_with_its_consequence(make_config, tmp_p
         "train__train_iters": 12,
         "train__eval_interval": 2,
         "data__sources__first__boundaries": "isolate",
-        "checkpoint__save": str(tmp_path),
+        "checkpoint__save": "runs/" + "a" * 50 + "/chatflow",
     }
     inputs = _resume(make_config, tmp_path, **changes)
     rate = "learning rate of iteration 6: 0.0007954 instead of 0.001884"
@@ -165,7 +165,7 @@ def test_every_changed_setting_is_listed_with_its_consequence(make_config, tmp_p
             "isolate",
             "attention sees other tokens from now on",
         ),
-        "checkpoint.save": ("-", inputs.changes[-1]["now"], ""),
+        "checkpoint.save": ("-", "runs/aaaaaaaaaaaaa...aaaaaaaaaa/chatflow", ""),
     }
     text = dry_run(make_config(checkpoint__load=str(tmp_path), **changes))
     assert format_table(inputs.changes) in text
