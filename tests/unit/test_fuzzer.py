@@ -151,7 +151,6 @@ def test_memory_is_measured_in_a_process_that_was_large(tmp_path: Path) -> None:
 
 def test_a_hang_is_ended(tmp_path: Path) -> None:
     limits = Limits(wall_seconds=0.2)
-    kind = Kind("made-up", make, damage, [Command("hangs", on_damage(lambda: time.sleep(60)))])
     fuzzer = Fuzzer(tmp_path / "work", tmp_path / "found", seed=1)
     command = Command("hangs", on_damage(lambda: time.sleep(60)), outputs=["out.txt"])
     kind = Kind("made-up", make, damage, [command], limits=limits)
