@@ -20,6 +20,7 @@ from megatron_chatflow.simulate.run import selected_ranks, simulate
 SMALL = ("--num-layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "704")
 SMALL = (*SMALL, "--num-attention-heads", "8", "--num-query-groups", "8", "--seq-length", "512")
 SMALL = (*SMALL, "--max-position-embeddings", "512")
+TENSOR = ("--tensor-model-parallel-size", "2")
 
 
 def run_command(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -35,9 +36,10 @@ def run_command(*arguments: object, **environment: str) -> "subprocess.Completed
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """Simulates a small model on the page's 7B layout, without its data."""
+    """Simulates a small model of the page with tensor parallelism, without its data."""
     output = tmp_path_factory.mktemp("report") / "r.json"
     command = [*("--config", EXAMPLES / "7b.yaml", *SMALL, "--preset", "none", "--dry-run")]
+    command += [*TENSOR, "--sequence-parallel"]
     done = run_command(*command, "--simulate", "--world-size", 8, "--output", output)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(output.read_text())
@@ -90,9 +92,8 @@ def test_mistakes_of_the_user_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_ranks_that_differ_are_selected() -> None:
-    config = example(
-        "7b.yaml", *"--pipeline-model-parallel-size 2 --context-parallel-size 2".split()
-    )
+    sizes = "--pipeline-model-parallel-size 2 --context-parallel-size 2"
+    config = example("7b.yaml", *TENSOR, *sizes.split())
     assert selected_ranks(config, 32, "stages") == (0, 16)
     assert selected_ranks(config, 32, "7") == (7,)
     in_stage = (0, 1, 2, 3, 12, 13, 14, 15)

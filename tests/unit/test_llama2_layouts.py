@@ -125,6 +125,6 @@ def test_the_script_makes_the_dry_run(workplace: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "32 processes: 4 per copy of the model, 8 copies" in done.stdout
+    assert "32 processes: 2 per copy of the model, 16 copies" in done.stdout
     for script in ("train.sh", "train.sbatch"):
         subprocess.run(["bash", "-n", str(FOLDER / script)], check=True)

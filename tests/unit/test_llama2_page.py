@@ -126,7 +126,7 @@ def test_every_command_of_the_page_runs(tmp_path: Path, tiny_sentencepiece_model
     assert load_tokenizer(tmp_path / "data" / "tokenizer_zh").vocab_size == num_new
     assert len(list((tmp_path / "data").glob("*_document.idx"))) == 8
     assert "7,629 iterations of 512 samples of 2,048 tokens" in shown["--dry-run"]
-    assert "2 per copy of the model, 4 copies" in shown["--dry-run"]
+    assert "1 per copy of the model, 8 copies" in shown["--dry-run"]
     metrics = (tmp_path / "runs" / "llama2_7b_zh" / "metrics.jsonl").read_text().splitlines()
     assert [entry["iteration"] for entry in map(json.loads, metrics) if "lm_loss" in entry] == [
         1,
