@@ -80,7 +80,8 @@ def test_a_failed_save_on_the_way_does_not_end_the_run(tiny_run: TinyRun, tmp_pa
     )
     assert (folder / "iter_0000008").is_dir()
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "10\n"
-    assert "saving" in output
+    assert f"saving {folder / 'iter_0000004'} failed: " in output
+    assert not (folder / "iter_0000004").exists()
 
 
 @pytest.mark.distributed
