@@ -12,8 +12,6 @@ import pytest
 import yaml
 from tiny_run import TinyRun
 
-pytestmark = pytest.mark.slow
-
 RATES = [0.0, 3e-3, 2.866e-3, 2.492e-3, 1.95e-3, 1.35e-3, 8.077e-4, 4.337e-4]
 """Cosine from 3e-3 to 3e-4 over 8 iterations, one of them warmup."""
 

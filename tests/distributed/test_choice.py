@@ -15,8 +15,6 @@ from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.evaluation.choice import ChoiceSettings, evaluate_choice, read_questions
 from megatron_chatflow.evaluation.models import LanguageModel
 
-pytestmark = pytest.mark.slow
-
 LAYOUTS: dict[str, list[str]] = {
     "tp2": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
     "pp2": ["--pipeline-model-parallel-size", "2"],

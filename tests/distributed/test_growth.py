@@ -19,8 +19,6 @@ from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
-pytestmark = pytest.mark.slow
-
 MODEL = {
     "num_layers": SHAPE["num_hidden_layers"],
     "hidden_size": SHAPE["hidden_size"],

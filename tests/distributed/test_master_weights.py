@@ -18,8 +18,6 @@ from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
-pytestmark = pytest.mark.slow
-
 SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 TENSOR = ["--tensor-model-parallel-size", "2"]
 PIPELINE = ["--pipeline-model-parallel-size", "2"]

@@ -14,8 +14,6 @@ from tiny_run import VOCAB_SIZE, TinyRun
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 
-pytestmark = pytest.mark.slow
-
 PROMPT_TOKENS, ANSWER_TOKENS = 470, 42
 SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 LAYOUTS = {

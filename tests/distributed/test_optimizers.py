@@ -16,8 +16,6 @@ import torch
 from test_resume import _tensors
 from tiny_run import TinyRun
 
-pytestmark = pytest.mark.slow
-
 WORKER = Path(__file__).with_name("saver_worker.py")
 TOLERANCE = 2e-5
 

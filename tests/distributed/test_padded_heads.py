@@ -14,8 +14,6 @@ from tiny_run import TinyRun
 
 from megatron_chatflow.checkpoint.index import read_index
 
-pytestmark = pytest.mark.slow
-
 TOLERANCE = 2e-5
 
 ODD = ["--hidden-size", "48", "--num-attention-heads", "6", "--num-query-groups", "3"]

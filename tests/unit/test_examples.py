@@ -9,8 +9,6 @@ import pytest
 from megatron_chatflow.config import load_config, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory
 
-pytestmark = pytest.mark.slow
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

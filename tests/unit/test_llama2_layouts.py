@@ -22,8 +22,6 @@ from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.train.dry_run import dry_run
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "llama2_7b"
 VOCAB_SIZE = 40_076

@@ -25,8 +25,6 @@ from megatron_chatflow.tokenizer.extend import extend_tokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 from convert_job import SHAPE, token_ids  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[3]
 GQA = {"num_query_groups": 2}
 TIED = {"untie_embeddings_and_output_weights": False}

@@ -13,8 +13,6 @@ from megatron_chatflow.convert.safetensors import plan_shards
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 
-pytestmark = pytest.mark.slow
-
 SHARD_BYTES = 4_000_000
 # Allowance beside a tensor and a shard: a copy in another dtype or order, pickled data, and the
 # allocator's overhead.

@@ -28,8 +28,6 @@ from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.slow
-
 BATCH = 2000
 Reference = Callable[[Sequence[str]], list[list[int]]]
 
