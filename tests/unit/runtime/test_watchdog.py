@@ -5,6 +5,7 @@ A process with heartbeats continues.
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,10 @@ def test_a_watch_that_is_over_ends_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_no_timeout_watches_nothing() -> None:
+def test_no_timeout_watches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread))
     watchdog = Watchdog(timeout_seconds=0, rank=0, world_size=1, folder=None)
     watchdog.enter_phase(1, "training")
     watchdog.close()
+    assert not started
