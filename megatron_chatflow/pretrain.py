@@ -15,6 +15,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.config.flags import RunOptions
@@ -74,7 +75,7 @@ def _dry_run(config: RunConfig, options: RunOptions) -> None:
                 config,
                 options.world_size,
                 verbose=options.verbose,
-                describe_step=describe_step,
+                describe_step=partial(describe_step, gpu_name=options.gpu),
             )
         )
     if not options.simulate:

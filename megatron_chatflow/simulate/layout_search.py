@@ -20,12 +20,13 @@ from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.config.shape import flops_per_token, num_model_chunks
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate.step_time import (
-    GPUS,
+    LAYER_LAUNCHES,
     GpuSpec,
     Stack,
     StepLayout,
     StepTime,
     TransformerShape,
+    find_gpu,
     predict_step,
 )
 from megatron_chatflow.tokenizer import load_tokenizer
@@ -118,6 +119,7 @@ def plan_layout(
     network: float | None = None,
     speed: float = 1.0,
     stack: Stack | None = None,
+    layer_launches: tuple[float, float] = LAYER_LAUNCHES,
 ) -> PlannedLayout:
     """Predicts the speed of a run with the layout that it has.
 
@@ -129,9 +131,10 @@ def plan_layout(
         network: Network bandwidth per GPU in bytes per second; None for the GPU's usual one.
         speed: Measured speed over predicted speed, from `calibrate`.
         stack: The training software; this project with the run's attention kernel if None.
+        layer_launches: Kernels that a layer launches in its forward and its backward pass.
     """
     shape = TransformerShape.of(config, vocab_size)
-    layout = StepLayout.of(config, num_gpus, network)
+    layout = replace(StepLayout.of(config, num_gpus, network), layer_launches=layer_launches)
     if stack is not None:
         layout = replace(layout, stack=stack)
     step = predict_step(shape, layout, gpu)
@@ -310,25 +313,35 @@ def vocab_size_of(config: RunConfig) -> tuple[int, str | None]:
     return tokenizer.vocab_size, None
 
 
-def describe_step(config: RunConfig, vocab_size: int, num_gpus: int) -> str:
-    """Describes the predicted step of a run on the default GPU, for a dry run.
+def describe_step(
+    config: RunConfig,
+    vocab_size: int,
+    num_gpus: int,
+    gpu_name: str = DEFAULT_GPU,
+    layer_launches: tuple[float, float] = LAYER_LAUNCHES,
+) -> str:
+    """Describes the predicted step of a run, for a dry run.
 
     Args:
         config: The configuration of the run, valid for ``num_gpus``.
         vocab_size: Size of the tokenizer's vocabulary before padding.
         num_gpus: Number of GPUs.
+        gpu_name: Name of the GPU.
+        layer_launches: Kernels that a layer launches in its forward and its backward pass.
 
     Returns:
         One line, or an empty text for a run in fp32, whose speed cannot be predicted.
     """
     if not config.train.bf16:
         return ""
-    planned = plan_layout(config, num_gpus, GPUS[DEFAULT_GPU], vocab_size)
+    planned = plan_layout(
+        config, num_gpus, find_gpu(gpu_name), vocab_size, layer_launches=layer_launches
+    )
     loss, share = planned.step.largest_loss
     speed = planned.tokens_per_second / num_gpus
     low, high = UNTUNED_BAND
     return (
-        f"predicted for {num_gpus} x {DEFAULT_GPU}, not measured: {planned.seconds:.3g} s per "
-        f"step, {speed:,.0f} tokens/s per GPU ({low * speed:,.0f} to {high * speed:,.0f}), MFU "
+        f"predicted for {num_gpus} x {gpu_name}, not measured: {planned.seconds:.3g} s per step, "
+        f"{speed:,.0f} tokens/s per GPU ({low * speed:,.0f} to {high * speed:,.0f}), MFU "
         f"{100 * planned.mfu:.1f} %; largest loss: {loss}, {100 * share:.1f} % of the step"
     )

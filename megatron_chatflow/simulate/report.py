@@ -12,6 +12,7 @@ from megatron_chatflow.config.shape import flops_per_token, num_model_chunks
 from megatron_chatflow.runtime.table import Row, format_table
 from megatron_chatflow.simulate.device import GPUS
 from megatron_chatflow.simulate.inputs import SimulatedInputs
+from megatron_chatflow.simulate.layout_search import describe_step
 from megatron_chatflow.simulate.observer import GroupMessages, LineCount, Observation
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporary")
@@ -80,6 +81,18 @@ def step_launches(simulation: Simulation, observation: Observation) -> int:
     )
 
 
+def layer_launches(simulation: Simulation) -> tuple[float, float]:
+    """Returns the kernels that a layer launches in its forward and its backward pass.
+
+    It is the largest number of any simulated rank.
+    """
+    forward, backward = (
+        max(one.layer_launches.get(name, 0.0) for one in simulation.observations)
+        for name in ("forward", "backward")
+    )
+    return forward, backward
+
+
 def to_json(simulation: Simulation) -> dict[str, Any]:
     """Returns the report for ``--output``."""
     config, inputs = simulation.config, simulation.inputs
@@ -146,6 +159,15 @@ def describe(simulation: Simulation) -> str:
         f"lines that hold most on rank {fullest.place['rank']}\n" + format_table(_holders(fullest))
     )
     parts.append("work of a step\n" + format_table(_work_rows(simulation)))
+    step = describe_step(
+        simulation.config,
+        inputs.vocab_size,
+        simulation.world_size,
+        simulation.gpu,
+        layer_launches(simulation),
+    )
+    if step:
+        parts.append(step)
     parts.append(
         "messages of a step, in GiB sent by a rank of a ring\n"
         + (format_table(_message_rows(simulation)) or "none")

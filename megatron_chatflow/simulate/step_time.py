@@ -130,7 +130,8 @@ BUCKET_BYTES = 160e6  # of a gradient bucket: 40 million values in fp32
 UNOVERLAPPED_TENSOR_SHARE = 0.85  # of the tensor-parallel exchange: not hidden without overlap
 STEP_SECONDS = 0.010  # host work, norms and one synchronization of every step
 LAUNCH_SECONDS = 10e-6  # host time for one kernel, including Python's and autograd's
-LAUNCHES_FORWARD, LAUNCHES_BACKWARD = 20, 36  # kernels and collectives of a layer
+LAYER_LAUNCHES = (17, 32)  # kernels of a layer, forward and backward, counted by the simulation
+TENSOR_COLLECTIVES = (4, 6)  # gathers and reduce-scatters of a layer, forward and backward
 EAGER_FACTOR = 1.6  # memory traffic of elementwise operations that are not fused
 FLASH2_FACTOR = 0.65  # speed of FlashAttention-2 on GPUs after those that it was written for
 SMALL_HEAD_FACTOR = 0.75  # speed of attention with heads of fewer than 96 values
@@ -243,8 +244,8 @@ class StepLayout:
         overlaps_param_gather: Whether the gather of parameters overlaps the forward pass.
         domain: Number of GPUs that NVLink joins; None for the GPU's usual number.
         network: Network bandwidth per GPU; None for the GPU's usual one.
-        launches_forward: Kernels and collectives that the forward pass of a layer launches.
-        launches_backward: The same of a backward pass.
+        layer_launches: Kernels that a layer launches in its forward and its backward pass, without
+            collectives.
         stack: The training software.
     """
 
@@ -264,8 +265,7 @@ class StepLayout:
     overlaps_param_gather: bool = True
     domain: int | None = None
     network: float | None = None
-    launches_forward: float = LAUNCHES_FORWARD
-    launches_backward: float = LAUNCHES_BACKWARD
+    layer_launches: tuple[float, float] = LAYER_LAUNCHES
     stack: Stack = Stack()
 
     @classmethod
@@ -580,8 +580,11 @@ def _layer_time(
         others = turn * (layout.context - 1)
         exchange_forward += turn + max(0.0, others - attention_forward)
         exchange_backward += 2 * turn + max(0.0, 2 * others - attention_backward)
-    launch_forward = layout.launches_forward * LAUNCH_SECONDS
-    launch_backward = layout.launches_backward * LAUNCH_SECONDS
+    collectives = TENSOR_COLLECTIVES if layout.tensor > 1 else (0, 0)
+    launch_forward, launch_backward = (
+        LAUNCH_SECONDS * (kernels + number)
+        for kernels, number in zip(layout.layer_launches, collectives, strict=True)
+    )
     if layout.recomputes_attention:
         backward += attention_forward
     backward += layout.recomputed_layers * forward
@@ -658,7 +661,8 @@ def _tensor_exchange(
     once = size / bandwidth + COLLECTIVE_SECONDS
     is_hidden = layout.stack.overlaps_tensor_exchange
     share = constants.tensor if is_hidden else UNOVERLAPPED_TENSOR_SHARE
-    return 4 * once * share, 4 * once * share
+    visible = TENSOR_COLLECTIVES[0] * once * share
+    return visible, visible
 
 
 def _output_seconds(

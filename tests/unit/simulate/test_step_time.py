@@ -216,9 +216,14 @@ def test_a_small_layer_waits_for_the_host() -> None:
     tiny = TransformerShape(4, 256, 688, 256, 128, 32, 512)
     step = predict_step(tiny, StepLayout(1, seq_length=256, global_batch_size=8), H100)
     assert step.largest_loss[0] == "kernel launches"
-    assert step.layers + step.launches == pytest.approx(4 * 8 * (20 + 36) * 10e-6)
-    fewer = StepLayout(1, seq_length=256, global_batch_size=8, launches_forward=10)
-    assert predict_step(tiny, fewer, H100).launches < step.launches
+    assert step.layers + step.launches == pytest.approx(4 * 8 * (17 + 32) * 10e-6)
+    more = StepLayout(1, seq_length=256, global_batch_size=8, layer_launches=(34, 64))
+    assert predict_step(tiny, more, H100).seconds > 1.9 * step.seconds - 0.02
+    # Tensor parallelism makes the layers smaller and adds launches of collectives.
+    divided = StepLayout(2, tensor=2, seq_length=256, global_batch_size=8)
+    step = predict_step(tiny, divided, H100)
+    work = step.layers + step.model_parallel + step.launches
+    assert work == pytest.approx(4 * 8 * (17 + 4 + 32 + 6) * 10e-6)
 
 
 LAYOUTS = st.fixed_dictionaries(

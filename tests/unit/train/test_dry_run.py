@@ -192,10 +192,11 @@ def test_beginning_from_a_huggingface_folder(
 def test_the_command_line_needs_no_process_group(tiny_run: TinyRun) -> None:
     command = [sys.executable, "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]
     result = subprocess.run(
-        [*map(str, command), "--dry-run", "--world-size", "4"],
+        [*map(str, command), "--dry-run", "--world-size", "4", "--bf16"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stderr
     assert "4 processes: 1 per copy of the model, 4 copies" in result.stdout
+    assert "predicted for 4 x h100, not measured: " in result.stdout
