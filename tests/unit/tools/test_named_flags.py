@@ -25,6 +25,7 @@ BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
 PRINTED_BY = {
     "benchmarks.corpora": {"benchmarks.preprocess"},
     "checkpoint.state": {PRETRAIN},
+    "config.flags": {PRETRAIN, "tools.plan_blend", "tools.plan_layout"},
     "config.load": {PRETRAIN},
     "config.megatron_flags": {PRETRAIN},
     "config.validation": {PRETRAIN, "tools.plan_blend"},
