@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from megatron_chatflow.config import ParallelConfig, RunConfig, load_config, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.config.shape import flops_per_token, num_model_chunks
@@ -36,6 +38,7 @@ TIE = 0.08
 MEMORY_SHARE = 0.9
 """Share of a GPU's memory that the estimate may use."""
 MOST_STAGES = 32
+MOST_TENSOR_RANKS = 8
 SHORTEST_SHARD = 2048
 """Context parallelism leaves each rank at least this many tokens of a sample."""
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
@@ -209,7 +212,7 @@ def valid_layouts(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
                         ),
                     )
                     validate_for_world(layout, num_gpus)
-                except UserError:
+                except (UserError, ValidationError):  # pydantic wraps those of the whole run
                     continue
                 yield layout
 
@@ -219,7 +222,7 @@ def _parallel_configs(config: RunConfig, num_gpus: int) -> Iterator[ParallelConf
     num_layers = config.model.num_layers
     longest = max(1, config.data.seq_length // SHORTEST_SHARD)
     for stages in _divisors(num_layers, MOST_STAGES):
-        for tensor in (1, 2, 4, 8):
+        for tensor in range(1, MOST_TENSOR_RANKS + 1):
             for context in (1, 2, 4, 8):
                 if num_gpus % (stages * tensor * context) or context > longest:
                     continue

@@ -152,6 +152,26 @@ def test_every_technique_is_considered() -> None:
     assert "TP2 PP4 VP8 DP4 MBS2 selective" in names
 
 
+def test_layouts_that_the_validation_rejects_are_left_out() -> None:
+    """Nine heads, fifteen layers and a batch of six leave few layouts."""
+    model = {
+        "num_layers": 15,
+        "hidden_size": 576,
+        "ffn_hidden_size": 1536,
+        "num_attention_heads": 9,
+        "num_query_groups": 3,
+        "max_position_embeddings": 1536,
+    }
+    found = list(valid_layouts(run(model, 6, 1536), 6))
+    sizes = {
+        (layout.parallel.tensor_model_parallel_size, layout.train.micro_batch_size)
+        for layout in found
+        if layout.parallel.pipeline_model_parallel_size == 1
+    }
+    assert sizes == {(1, 1), (3, 1)}
+    assert {layout.parallel.pipeline_model_parallel_size for layout in found} == {1, 3}
+
+
 def write_metrics(folder: Path, config: RunConfig, num_gpus: int, seconds: list[float]) -> Path:
     """Writes what a run with these times of its steps would leave in its folder."""
     folder.mkdir()
