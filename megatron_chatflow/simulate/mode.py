@@ -187,6 +187,11 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
             The tensor that is copied to the GPU; None if the operator is no copy.
         """
         if func not in _COPIES:
+            if func is aten.index.Tensor and not isinstance(args[0], FakeTensor):
+                raise RuntimeError(
+                    "indices should be either on cpu or on the same device as the indexed tensor "
+                    "(cpu)"
+                )
             # Tensors without axes are passed by value.
             if any(tensor.dim() for tensor in real):
                 self._recorder.add_cpu_tensor(func.name())

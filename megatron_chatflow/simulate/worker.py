@@ -29,6 +29,8 @@ from megatron_chatflow.simulate.mode import SimulatedGpu
 from megatron_chatflow.simulate.observer import Observation, Observer
 from megatron_chatflow.simulate.process_group import join
 from megatron_chatflow.simulate.recorder import Recorder, is_left_out, shown
+from megatron_chatflow.train import build
+from megatron_chatflow.train.start import find_initial_checkpoint
 
 ENTRY_POINT = "megatron_chatflow.pretrain"
 
@@ -80,6 +82,8 @@ def execute(config: str, gpu: str, world_size: int, rank: int) -> Observation | 
     install(GPUS[gpu], recorder)
     libraries.install(GPUS[gpu])
     join(rank, world_size)
+    # Rank 0 would tell the other ranks which checkpoint it has found.
+    build.resolve_initial_checkpoint = lambda config, _: find_initial_checkpoint(config)
     observer = Observer(recorder)
     observer.install()
     sys.argv = [ENTRY_POINT, "--config", config]

@@ -20,6 +20,7 @@ from megatron_chatflow.simulate.run import selected_ranks, simulate
 SMALL = ("--num-layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "704")
 SMALL = (*SMALL, "--num-attention-heads", "8", "--num-query-groups", "8", "--seq-length", "512")
 SMALL = (*SMALL, "--max-position-embeddings", "512")
+SMALL = (*SMALL, "--tensor-model-parallel-size", "2", "--sequence-parallel")
 TENSOR = ("--tensor-model-parallel-size", "2")
 
 

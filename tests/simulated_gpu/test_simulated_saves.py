@@ -1,0 +1,72 @@
+"""Tests runs that save and resume on a simulated GPU, with real files of a made-up run."""
+
+from pathlib import Path
+
+from simulator import Simulator, write_config
+from tiny_run import TinyRun
+
+from megatron_chatflow.checkpoint.files import LATEST
+from megatron_chatflow.simulate.observer import Observation
+
+PARALLEL = {
+    "use_distributed_optimizer": True,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
+}
+
+
+def write_run(tiny_run: TinyRun, folder: Path, num_iterations: int, *, is_async: bool) -> Path:
+    return write_config(
+        folder / f"until_{num_iterations}.yaml",
+        tiny_run.config,
+        {
+            "model": {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 352},
+            "parallel": PARALLEL,
+            "train": {
+                "bf16": True,
+                "train_iters": num_iterations,
+                "global_batch_size": 2,
+                "eval_interval": 2,
+            },
+            "checkpoint": {
+                "save": str(folder / "run"),
+                "load": str(folder / "run"),
+                "save_interval": 1,
+                "async_save": is_async,
+                "from_scratch": True,
+            },
+            "logging": {"log_straggler": True},
+        },
+    )
+
+
+def test_a_run_saves_and_resumes(simulator: Simulator, tiny_run: TinyRun, tmp_path: Path) -> None:
+    first = simulator.run_file(write_run(tiny_run, tmp_path, 2, is_async=True))
+    assert isinstance(first, Observation), first
+    assert first.num_steps == 2
+    assert (tmp_path / "run" / LATEST).read_text() == "2\n"
+    assert (tmp_path / "run" / "iter_0000001" / "metadata.json").exists()
+
+    second = simulator.run_file(write_run(tiny_run, tmp_path, 4, is_async=True))
+    assert isinstance(second, Observation), second
+    assert second.num_steps == 2
+    assert (tmp_path / "run" / LATEST).read_text() == "4\n"
+    # A resumed run holds the same state as the first one, and its steps wait in the same places.
+    # Activations depend on the documents of the samples.
+    for kind in ("weights", "gradients", "optimizer"):
+        assert second.memory[kind] == first.memory[kind]
+    places = [
+        {one.lines[0] for one in run.synchronizations if one.phase != "after"}
+        for run in (first, second)
+    ]
+    assert places[0] == places[1]
+    for run in (first, second):
+        assert run.cpu_tensors == []
+        assert {one.phase for one in run.synchronizations} == {"gradients", "update", "after"}
+
+
+def test_a_run_saves_at_once(simulator: Simulator, tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = simulator.run_file(write_run(tiny_run, tmp_path, 2, is_async=False))
+    assert isinstance(run, Observation), run
+    assert (tmp_path / "run" / LATEST).read_text() == "2\n"
+    assert run.cpu_tensors == []
