@@ -83,7 +83,8 @@ def execute(config: str, gpu: str, world_size: int, rank: int) -> Observation | 
     libraries.install(GPUS[gpu])
     join(rank, world_size)
     # Rank 0 would tell the other ranks which checkpoint it has found.
-    build.resolve_initial_checkpoint = lambda config, _: find_initial_checkpoint(config)
+    module: Any = build
+    module.resolve_initial_checkpoint = lambda config, ranks: find_initial_checkpoint(config)
     observer = Observer(recorder)
     observer.install()
     sys.argv = [ENTRY_POINT, "--config", config]
