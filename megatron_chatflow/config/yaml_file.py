@@ -25,6 +25,8 @@ _CORE_SCHEMA = [
     ),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 ]
+# PyYAML accepts them as escapes; UTF-8 cannot represent them.
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,6 +50,16 @@ class _Loader(yaml.SafeLoader):
         # Keep only the last value of each key. Nested merges would otherwise double the number of
         # pairs at every level.
         node.value = list({pair[0].value: pair for pair in node.value}.values())
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        if half := _SURROGATE.search(node.value):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"\\u{ord(half[0]):x} is half of a character: write the character itself",
+                node.start_mark,
+            )
+        return str(super().construct_scalar(node))
 
     def construct_decimal_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value)
@@ -104,7 +116,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     if document is None:
         return {}
     if not isinstance(document, dict):
-        raise UserError(f"{name}: must contain sections such as `model:`, not a bare value")
+        raise UserError(f"{name}: must be a mapping of keys, not a list or a single value")
     return document
 
 

@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.tab_separated import TabLayout, TabOptions
 from megatron_chatflow.preprocess.templates import document_of_chat
@@ -95,15 +94,15 @@ def read_pair_templates(path: str | Path) -> tuple[PairText, ...]:
         UserError: The file cannot be read, is not valid YAML, or does not have this form.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"cannot read pair template: {path}: {error.strerror}: use plain, translate or an "
             "existing file"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"not valid YAML: {path}: {error}") from error
-    entries = content.get("templates") if isinstance(content, dict) else None
+    except UnicodeDecodeError as error:
+        raise UserError(f"not valid YAML: {path}: {error}: save it as UTF-8") from error
+    entries = parse_yaml(text, str(path)).get("templates")
     if not isinstance(entries, list) or not entries:
         raise UserError(f"no templates: {path}: must contain a list called templates")
     return tuple(_pair_text(entry, f"{path}: templates[{k}]") for k, entry in enumerate(entries))

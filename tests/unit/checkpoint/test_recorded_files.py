@@ -91,7 +91,7 @@ def test_states_that_a_run_goes_on_from(run: Path, name: str, value: object) -> 
         ("data: {sources: {a: {paths: 1}}}", "data.sources.a.paths: must be a list"),
         ("tokenizer: x", "tokenizer: must be a mapping of keys, not 'x'"),
         ("tokenizer: {tokenizer_model: 1}", "tokenizer.tokenizer_model: must be a path"),
-        ("- 1", "must contain sections"),
+        ("- 1", "must be a mapping of keys"),
         ("a: !!timestamp 2001-13-45", "could not determine a constructor|month must be"),
         ("a: " + "[" * 3000, "is not valid YAML"),
         ("\x00", "is not valid YAML"),

@@ -59,14 +59,16 @@ def test_anchors_and_merges_work() -> None:
         ("a: [1", "run.yaml: line"),
         ("a: b: c", "run.yaml: line 1 mapping values are not allowed here"),
         ("\ta: 1", "run.yaml: line 1 found character"),
-        ("- a\n- b", "run.yaml: must contain sections such as `model:`"),
-        ("just text", "run.yaml: must contain sections"),
+        ("- a\n- b", "run.yaml: must be a mapping of keys, not a list"),
+        ("just text", "run.yaml: must be a mapping"),
         ("a: !!python/object/apply:os.system [true]", "run.yaml: line 1 could not determine a con"),
         ("a: !!python/name:os.system", "run.yaml: line 1 could not determine a constructor"),
         ("{a: 1}: 2", "run.yaml: line 1 a key must be plain text"),
         ("a: *unknown", "run.yaml: line 1 found undefined alias"),
         ("--- {a: 1}\n--- {b: 2}", "run.yaml: line 2 but found another document"),
         ("a: \x00", "run.yaml: "),
+        ('a:\n- "x\\ud83d"', "run.yaml: line 2 \\ud83d is half of a character: write"),
+        ('"\\udc00": 1', "run.yaml: line 1 \\udc00 is half of a character"),
     ],
 )
 def test_a_broken_file_is_one_line_with_its_place(text: str, message: str) -> None:

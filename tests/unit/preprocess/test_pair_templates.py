@@ -62,14 +62,15 @@ def test_documents() -> None:
     ("text", "message"),
     [
         ("templates: []", "list called templates"),
-        ("- a", "list called templates"),
+        ("- a", "must be a mapping of keys"),
         ("templates: [{prompt: a}]", r"templates\[0\]: must contain either text"),
         ("templates: [{text: '{target}', prompt: a, response: b}]", "must contain either text"),
         ("templates: [{text: '{target} {sauce}'}]", "unknown placeholder sauce"),
         ("templates: [{text: '{target'}]", r"templates\[0\].text: .*brace"),
         ("templates: [{text: 5}]", r"templates\[0\].text"),
         ("templates: [{prompt: '{target}', response: '{source}'}]", "no target text"),
-        ("a: [", "not valid YAML"),
+        ("a: [", r"\.yaml: line 1 "),
+        ('templates: [{text: "{target}\\ud800"}]', "line 1 .ud800 is half of a character"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
