@@ -126,7 +126,7 @@ def test_ranges() -> None:
         TaskSettings(("x",), batch_size=right)
     with pytest.raises(UserError, match="--limit: must be at least 1, not 0"):
         TaskSettings(("x",), limit=0)
-    with pytest.raises(UserError, match="--num-fewshot: -1"):
+    with pytest.raises(UserError, match="--num-fewshot: must be at least 0, not -1"):
         EvaluationSettings(tasks=TaskSettings(("x",), -1))
     with pytest.raises(UserError, match="--num-fewshot: -2"):
         EvaluationSettings(choice=ChoiceSettings(num_few_shot=-2))
