@@ -128,9 +128,9 @@ def test_ranges() -> None:
         TaskSettings(("x",), limit=0)
     with pytest.raises(UserError, match="--num-fewshot: must be at least 0, not -1"):
         EvaluationSettings(tasks=TaskSettings(("x",), -1))
-    with pytest.raises(UserError, match="--num-fewshot: -2"):
+    with pytest.raises(UserError, match="--num-fewshot: must be at least 0, not -2"):
         EvaluationSettings(choice=ChoiceSettings(num_few_shot=-2))
-    with pytest.raises(UserError, match="--max-documents: 0"):
+    with pytest.raises(UserError, match="--max-documents: must be at least 1, not 0"):
         EvaluationSettings(max_documents=0)
 
 
