@@ -239,6 +239,8 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         try:
             record = json.loads(line)  # accepts NaN as well
+            # It also accepts escapes of lone surrogates, which no page can contain.
+            json.dumps(record, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             return None
     return record if isinstance(record, dict) else None

@@ -336,6 +336,15 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert list(mixture) == [html.escape(name, quote=False) for name in names]
 
 
+def test_names_that_no_page_can_contain_are_left_out(tmp_path: Path) -> None:
+    records = [*synthetic_records(60), *synthetic_records(61, ["half \ud83d"])[-1:]]
+    folder = write_run(tmp_path / "run", records)
+    metrics = read_run(folder)
+    assert metrics.iteration[-1] == 60
+    assert metrics.num_unreadable_lines == 1
+    build(folder).encode()
+
+
 def test_validation_table_compares_first_and_last(tmp_path: Path) -> None:
     blocks = [
         {"iteration": 0, "validation": {"zh": {"loss": 4.0, "bits_per_byte": 2.0}}},
