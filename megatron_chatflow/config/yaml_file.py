@@ -51,7 +51,7 @@ class _Loader(yaml.SafeLoader):
         # pairs at every level.
         node.value = list({pair[0].value: pair for pair in node.value}.values())
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         if half := _SURROGATE.search(node.value):
             raise yaml.constructor.ConstructorError(
                 None,
