@@ -32,6 +32,7 @@ from megatron_chatflow.preprocess.readers import (
     MAX_RECORD_BYTES,
     RECORD_BYTES_PER_VALUE,
     Chunk,
+    InvalidUtf8Record,
     OversizedRecord,
     ReadOptions,
     TxtDocuments,
@@ -204,6 +205,8 @@ class _Parser:
         if type(record) is not dict:
             if isinstance(record, OversizedRecord):
                 raise self._too_large()
+            if isinstance(record, InvalidUtf8Record):
+                raise BadLineError("not_utf8")
             raise BadLineError("not_an_object")
         if settings.format == "text":
             texts = [_text_at(record, key) for key in settings.json_keys]

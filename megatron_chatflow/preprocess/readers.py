@@ -342,6 +342,11 @@ class OversizedRecord:
 
 
 @dataclass(frozen=True)
+class InvalidUtf8Record:
+    """A placeholder for a row whose text is not UTF-8. Parquet files are not checked for that."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Consecutive records of one file.
 
@@ -349,7 +354,8 @@ class Chunk:
         name: Name of the file.
         first_line: Number of the first line or record, counted from 1.
         kind: "lines" (JSON or tab-separated), "text_lines" (one document per line), "text" (one
-            document), or "objects" (parsed JSON or `OversizedRecord`).
+            document), or "objects" (parsed JSON, `OversizedRecord` or
+            `InvalidUtf8Record`).
         data: The list of objects if `kind` is "objects", otherwise UTF-8 bytes.
         num_bytes_read: Number of bytes read from disk so far: of the file if the chunk is from
             `read_chunks`, of all files if it is from `CorpusReader`.
@@ -802,7 +808,7 @@ def _rows(
 ) -> Iterator[list[Any]]:
     """Yields the rows of a batch as lists of objects with about `CHUNK_BYTES` of content each."""
     if sizes is None:
-        yield batch.to_pylist()
+        yield _records(batch)
         return
     begin = 0
     while begin < batch.num_rows:
@@ -812,8 +818,19 @@ def _rows(
             continue
         ends = np.cumsum(sizes[begin:])
         end = begin + max(1, int(np.searchsorted(ends, CHUNK_BYTES, "right")))
-        yield batch.slice(begin, end - begin).to_pylist()
+        yield _records(batch.slice(begin, end - begin))
         begin = end
+
+
+def _records(batch: Any) -> list[Any]:
+    """Converts the rows of a batch to objects."""
+    try:
+        records: list[Any] = batch.to_pylist()
+        return records
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [InvalidUtf8Record()]
+    return [record for k in range(batch.num_rows) for record in _records(batch.slice(k, 1))]
 
 
 def _sizes(array: Any) -> npt.NDArray[np.int64]:

@@ -139,6 +139,20 @@ def test_txt_files_and_lines(jobs: Jobs) -> None:
         jobs.run(*inputs, corpus=CorpusSettings(json_keys=("a", "b")))
 
 
+def test_parquet_rows_that_are_not_utf8_are_counted(jobs: Jobs) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [b"river rose", b"bridge \xbf\xff fell", b"water"]
+    column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), jobs.folder / "a.parquet")
+    sidecar = jobs.run(str(jobs.folder / "a.parquet"), max_bad_lines=1)
+    assert len(jobs.documents()) == 2
+    assert sidecar["num_bad_lines"] == 1
+    with pytest.raises(UserError, match="not_utf8"):
+        jobs.run(str(jobs.folder / "a.parquet"), max_bad_lines=0)
+
+
 def test_parquet_and_compressed_inputs_together(jobs: Jobs) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
