@@ -49,7 +49,7 @@ def shown(file: str) -> str:
     name = _shown_names.get(file)
     if name is None:
         name = file
-        for folder in (_PACKAGE, _SITE):
+        for folder in (_SITE, _PACKAGE):  # an environment may lie in the checkout
             if file.startswith(folder):
                 name = file[len(folder) :]
                 break
