@@ -283,7 +283,15 @@ def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Gene
 
     Returns:
         The id of the token.
+
+    Raises:
+        UserError: A logit is not finite.
     """
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model computes logits that are not finite: its weights or its config.json are "
+            "damaged; use another copy"
+        )
     if sampling.temperature == 0:
         return int(logits.argmax())
     ordered, ids = torch.sort((logits / sampling.temperature).softmax(-1), descending=True)

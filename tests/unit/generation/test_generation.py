@@ -94,6 +94,14 @@ def test_nucleus_and_temperature() -> None:
     assert drawn(0.05, 1.0) == {0}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(temperature: float, value: float) -> None:
+    logits = torch.tensor([0.0, value, 1.0])
+    with pytest.raises(UserError, match="logits that are not finite"):
+        sample_token(logits, Sampling(temperature=temperature), torch.Generator())
+
+
 def test_an_end_token_ends_the_text(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = generator.encode("the river")
     whole = list(generator._ids(prompt, 12, GREEDY, torch.Generator()))
