@@ -182,7 +182,7 @@ def test_the_exchange_of_tensor_parallelism() -> None:
 
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_the_bubble_is_that_of_the_schedule(chunks: int) -> None:
-    """It is that of stages - 1 micro-batches, divided by the number of chunks."""
+    """The first and last stages idle for `stages - 1` micro-batches, over the number of chunks."""
     layout = StepLayout(16, tensor=4, pipeline=4, chunks=chunks, global_batch_size=16)
     assert layout.num_micro_batches == 16
     step = predict_step(LLAMA_70B, layout, H100)
