@@ -31,15 +31,11 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class TreeHash:
-    """A hash function over leaves of fixed length.
+    """A hash function over leaves of fixed length."""
 
-    Attributes:
-        leaf_bytes: Length of a leaf. It divides `CHUNK_BYTES`.
-        digest: Returns the 16 bytes of a buffer's digest.
-    """
-
+    # Length of a leaf. It divides `CHUNK_BYTES`.
     leaf_bytes: int
-    digest: Callable[[Buffer], bytes]
+    digest: Callable[[Buffer], bytes]  # returns the 16 bytes of a buffer's digest
 
     def leaves(self, data: Buffer) -> bytes:
         """Returns the digests of the leaves of ``data`` in order. The last may be shorter."""

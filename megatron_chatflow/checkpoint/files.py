@@ -158,15 +158,10 @@ def manifest_text(hashes: Mapping[str, FileHash]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of ``hashes.json``.
+    """The content of ``hashes.json``."""
 
-    Attributes:
-        algorithm: One of `direct_file.ALGORITHMS`.
-        files: The hash of each file, by name relative to the checkpoint's folder.
-    """
-
-    algorithm: str
-    files: dict[str, FileHash]
+    algorithm: str  # one of `direct_file.ALGORITHMS`
+    files: dict[str, FileHash]  # the hash of each file, by name relative to the checkpoint's folder
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -60,36 +60,23 @@ Plan = dict[str, Any]
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A box of a global tensor.
+    """A box of a global tensor."""
 
-    Attributes:
-        name: The global tensor's name.
-        global_shape: The global tensor's shape.
-        offsets: Where the box begins.
-        sizes: The box's shape.
-        values: The values in order, in a tensor of any shape.
-        may_differ: Whether a stored tensor with another number of rows may be loaded into it.
-    """
-
-    name: str
+    name: str  # the global tensor's name
     global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    values: torch.Tensor
+    offsets: tuple[int, ...]  # where the box begins
+    sizes: tuple[int, ...]  # the box's shape
+    values: torch.Tensor  # the values in order, in a tensor of any shape
+    # whether a stored tensor with another number of rows may be loaded into it
     may_differ: bool = False
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """A stored object that is not a tensor.
-
-    Attributes:
-        name: Its name.
-        content: Its bytes as `torch.save` wrote them.
-    """
+    """A stored object that is not a tensor."""
 
     name: str
-    content: bytes
+    content: bytes  # its bytes as `torch.save` wrote them
 
 
 def _length(part: bytes | torch.Tensor) -> int:
@@ -98,15 +85,10 @@ def _length(part: bytes | torch.Tensor) -> int:
 
 @dataclass
 class FileImage:
-    """The content of a rank's file, of which any range of bytes can be copied.
+    """The content of a rank's file, of which any range of bytes can be copied."""
 
-    Attributes:
-        plan: The description of the content.
-        num_bytes: The file's length.
-    """
-
-    plan: Plan
-    num_bytes: int = 0
+    plan: Plan  # the description of the content
+    num_bytes: int = 0  # the file's length
     _parts: list[bytes | torch.Tensor] = field(default_factory=list)
     _offsets: list[int] = field(default_factory=list)
 
@@ -409,17 +391,11 @@ class _Pickler(pickle.Pickler):
 
 @dataclass(frozen=True)
 class Frame:
-    """The bytes around a tensor's values in a record.
+    """The bytes around a tensor's values in a record."""
 
-    Attributes:
-        head: The bytes before the values; ends at a multiple of 64 bytes in the file.
-        num_bytes: Number of bytes of the values.
-        tail: The bytes after the values.
-    """
-
-    head: bytes
-    num_bytes: int
-    tail: bytes
+    head: bytes  # the bytes before the values; ends at a multiple of 64 bytes in the file
+    num_bytes: int  # number of bytes of the values
+    tail: bytes  # the bytes after the values
 
     @property
     def length(self) -> int:

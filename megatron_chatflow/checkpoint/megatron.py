@@ -108,21 +108,14 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A shard of a tensor as this process holds it.
+    """A shard of a tensor as this process holds it."""
 
-    Attributes:
-        name: The whole tensor's name in a checkpoint.
-        layer: The layer's number if the whole tensor has an axis of layers; None otherwise.
-        begin: Where the shard begins in the layer's tensor.
-        data: The shard, not a copy.
-        parameter: The parameter that the shard is a view of.
-    """
-
-    name: str
+    name: str  # the whole tensor's name in a checkpoint
+    # the layer's number if the whole tensor has an axis of layers; None otherwise
     layer: int | None
-    begin: tuple[int, ...]
-    data: torch.Tensor
-    parameter: torch.Tensor
+    begin: tuple[int, ...]  # where the shard begins in the layer's tensor
+    data: torch.Tensor  # the shard, not a copy
+    parameter: torch.Tensor  # the parameter that the shard is a view of
 
     def of_copy(self, copy: torch.Tensor) -> torch.Tensor:
         """Returns the same shard of a contiguous copy of the parameter, of any dtype and device."""
@@ -155,22 +148,14 @@ def _tensors_of(entry: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Consecutive values of a parameter and their box in the whole model's tensor.
+    """Consecutive values of a parameter and their box in the whole model's tensor."""
 
-    Attributes:
-        name: The whole tensor's name.
-        global_shape: The whole tensor's shape, including axes of layers.
-        begin: Index of the first value in the flattened parameter.
-        shape: The box's shape, without axes of layers.
-        is_main: Whether this rank's data-parallel group saves it.
-        may_differ: Whether the stored tensor may have another number of rows, as for vocabularies.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    begin: int
-    shape: tuple[int, ...]
-    is_main: bool
+    name: str  # the whole tensor's name
+    global_shape: tuple[int, ...]  # the whole tensor's shape, including axes of layers
+    begin: int  # index of the first value in the flattened parameter
+    shape: tuple[int, ...]  # the box's shape, without axes of layers
+    is_main: bool  # whether this rank's data-parallel group saves it
+    # whether the stored tensor may have another number of rows, as for vocabularies
     may_differ: bool
     _global_offsets: tuple[int, ...]
 

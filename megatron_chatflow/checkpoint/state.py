@@ -31,19 +31,12 @@ PREFIX = "optimizer.state."
 
 @dataclass(frozen=True)
 class LocalState:
-    """The state that this rank's optimizer holds for a parameter.
+    """The state that this rank's optimizer holds for a parameter."""
 
-    Attributes:
-        parameter: The model's parameter.
-        begin: The first value of the flattened parameter that the state belongs to.
-        tensors: The state's tensors by name, all of the same size.
-        is_sharded: Whether the other data-parallel ranks hold the other values; if not, all hold
-            the same ones.
-    """
-
-    parameter: torch.Tensor
-    begin: int
-    tensors: dict[str, torch.Tensor]
+    parameter: torch.Tensor  # the model's parameter
+    begin: int  # the first value of the flattened parameter that the state belongs to
+    tensors: dict[str, torch.Tensor]  # the state's tensors by name, all of the same size
+    # Whether the other data-parallel ranks hold the other values; if not, all hold the same ones.
     is_sharded: bool
 
 
@@ -158,14 +151,10 @@ def common_state(optimizer: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The positions of this rank's parameters in a checkpoint.
+    """The positions of this rank's parameters in a checkpoint."""
 
-    Attributes:
-        parts: Shards by parameter.
-        unpadded_sizes: Sizes of matrices with padded heads, which a checkpoint leaves out.
-    """
-
-    parts: Mapping[torch.Tensor, list[ParameterShard]]
+    parts: Mapping[torch.Tensor, list[ParameterShard]]  # shards by parameter
+    # sizes of matrices with padded heads, which a checkpoint leaves out
     unpadded_sizes: UnpaddedSizes
 
 

@@ -88,32 +88,23 @@ _SOURCES = TypeAdapter(dict[str, _RecordedSource])
 
 @dataclass(frozen=True)
 class RunState:
-    """The state of a run besides weights and optimizer, stored as ``state.json``.
+    """The state of a run besides weights and optimizer, stored as ``state.json``."""
 
-    Attributes:
-        iteration: Number of steps taken.
-        consumed_samples: Number of samples of the blend consumed.
-        consumed_tokens: Number of tokens consumed.
-        blend: The blend's state.
-        schedule: The schedule, with the number of samples per iteration that it began with.
-        sources: Each source's fingerprint by name.
-        tokenizer: ``type``, ``sha256``, ``vocab_size``, and ``add_bos_token`` (whether the model's
-            texts begin with BOS; not recorded by earlier versions).
-        model: The model's shape.
-        guard: The state of the loss guard; empty in checkpoints of runs without one.
-        data_seeds: The seeds of each source's order by name, as pairs of the first epoch and the
-            seed from there on; empty in checkpoints of earlier versions.
-    """
-
-    iteration: int
-    consumed_samples: int
+    iteration: int  # number of steps taken
+    consumed_samples: int  # number of samples of the blend consumed
     consumed_tokens: int
     blend: dict[str, Any]
+    # the schedule, with the number of samples per iteration that it began with
     schedule: dict[str, Any]
-    sources: dict[str, Any]
+    sources: dict[str, Any]  # each source's fingerprint by name
+    # ``type``, ``sha256``, ``vocab_size``, and ``add_bos_token`` (whether the model's texts begin
+    # with BOS; not recorded by earlier versions).
     tokenizer: dict[str, Any]
-    model: dict[str, Any]
+    model: dict[str, Any]  # the model's shape
+    # the state of the loss guard; empty in checkpoints of runs without one
     guard: dict[str, Any] = field(default_factory=dict)
+    # The seeds of each source's order by name, as pairs of the first epoch and the seed from there
+    # on; empty in checkpoints of earlier versions.
     data_seeds: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

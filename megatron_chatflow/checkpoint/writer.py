@@ -155,16 +155,12 @@ def _touch(tensor: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """A rank's report on its part of a save.
+    """A rank's report on its part of a save."""
 
-    Attributes:
-        error: What failed; None if the rank's files are on the disk.
-        files: Hashes of the files that the rank wrote.
-        plan: The content of its file; None if it is the same as in the previous save.
-    """
-
-    error: str | None = None
+    error: str | None = None  # what failed; None if the rank's files are on the disk
+    # hashes of the files that the rank wrote
     files: dict[str, FileHash] = field(default_factory=dict)
+    # the content of its file; None if it is the same as in the previous save
     plan: Plan | None = None
 
     def to_json(self) -> str:
@@ -275,25 +271,16 @@ def _unseeded() -> torch.Generator:
 
 @dataclass(frozen=True)
 class Publication:
-    """Turns the written files into a checkpoint; executed by rank 0.
+    """Turns the written files into a checkpoint; executed by rank 0."""
 
-    Attributes:
-        root: The run's folder.
-        temporary: The folder that the ranks write into.
-        final: Its final name.
-        iteration: The checkpoint's iteration.
-        small_files: Contents of the files that rank 0 writes, by name relative to the folder.
-        retain: How many checkpoints to keep; all if None.
-        keep_every: Also keep checkpoints whose iteration is a multiple of this.
-    """
-
-    root: Path
-    temporary: Path
+    root: Path  # the run's folder
+    temporary: Path  # the folder that the ranks write into
     final: Path
-    iteration: int
+    iteration: int  # the checkpoint's iteration
+    # contents of the files that rank 0 writes, by name relative to the folder
     small_files: Mapping[str, bytes]
-    retain: int | None
-    keep_every: int | None
+    retain: int | None  # how many checkpoints to keep; all if None
+    keep_every: int | None  # also keep checkpoints whose iteration is a multiple of this
 
     def run(self, reports: list[Report], plans: list[Plan]) -> None:
         """Writes the small files and publishes.

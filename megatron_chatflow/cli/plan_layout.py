@@ -39,15 +39,10 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run of a given length costs.
+    """What a run of a given length costs."""
 
-    Attributes:
-        num_tokens: Number of tokens to train on.
-        price: Price of a GPU for one hour; None if it is not known.
-    """
-
-    num_tokens: int
-    price: float | None
+    num_tokens: int  # number of tokens to train on
+    price: float | None  # price of a GPU for one hour; None if it is not known
 
     def to_row(self, layout: PlannedLayout) -> Row:
         """Returns days, GPU-hours and cost of the run with a layout."""

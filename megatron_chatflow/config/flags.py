@@ -31,30 +31,18 @@ Flags override the file, and the file overrides the defaults. Counts may have a 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of one invocation that are not part of the run's configuration.
+    """Options of one invocation that are not part of the run's configuration."""
 
-    Attributes:
-        config: The YAML file, or None.
-        dry_run: Whether to check the configuration and print the plan without training.
-        world_size: Number of processes that a dry run assumes. None selects the smallest possible
-            number.
-        verbose: Whether a dry run also prints the resolved configuration.
-        simulate: Whether a dry run also executes ranks on a simulated GPU.
-        gpu: The simulated GPU.
-        rank: The ranks to simulate: a rank, ``stages`` or ``all-distinct``.
-        output: File that receives the simulation's report as JSON; None for none.
-        notes: One line for each Megatron-LM flag that was accepted or mapped.
-    """
-
-    config: Path | None = None
-    dry_run: bool = False
+    config: Path | None = None  # the YAML file, or None
+    dry_run: bool = False  # whether to check the configuration and print the plan without training
+    # Number of processes that a dry run assumes. None selects the smallest possible number.
     world_size: int | None = None
-    verbose: bool = False
-    simulate: bool = False
-    gpu: str = "h100"
-    rank: str = "stages"
-    output: Path | None = None
-    notes: tuple[str, ...] = ()
+    verbose: bool = False  # whether a dry run also prints the resolved configuration
+    simulate: bool = False  # whether a dry run also executes ranks on a simulated GPU
+    gpu: str = "h100"  # the simulated GPU
+    rank: str = "stages"  # the ranks to simulate: a rank, ``stages`` or ``all-distinct``
+    output: Path | None = None  # file that receives the simulation's report as JSON; None for none
+    notes: tuple[str, ...] = ()  # one line for each Megatron-LM flag that was accepted or mapped
 
 
 @dataclass(frozen=True)

@@ -25,40 +25,27 @@ DEFAULT_SPLIT = "969,30,1"
 
 @dataclass(frozen=True)
 class Accepted:
-    """A flag that requests the behavior that always applies, or that has no effect.
+    """A flag that requests the behavior that always applies, or that has no effect."""
 
-    Attributes:
-        reason: Why the flag needs no action.
-        values: The values that are accepted, or None for any value.
-    """
-
-    reason: str
-    values: tuple[str, ...] | None = None
+    reason: str  # why the flag needs no action
+    values: tuple[str, ...] | None = None  # the values that are accepted, or None for any value
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """A flag that is replaced by other flags or settings.
+    """A flag that is replaced by other flags or settings."""
 
-    Attributes:
-        shown: The replacement as text for notes and documentation.
-        arguments: The replacement as arguments, with ``{}`` for the flag's value. None if the flag
-            needs code of its own in `_apply`.
-    """
-
-    shown: str
+    shown: str  # the replacement as text for notes and documentation
+    # The replacement as arguments, with ``{}`` for the flag's value. None if the flag needs code of
+    # its own in `_apply`.
     arguments: str | None = None
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A flag for a feature that is not supported.
+    """A flag for a feature that is not supported."""
 
-    Attributes:
-        instead: The alternative, or the reason why there is none.
-    """
-
-    instead: str
+    instead: str  # the alternative, or the reason why there is none
 
 
 Treatment = Accepted | Mapped | Refused
@@ -532,20 +519,16 @@ def treatments(flag: str) -> list[Treatment]:
 
 @dataclass
 class Translation:
-    """A translated command line.
+    """A translated command line."""
 
-    Attributes:
-        arguments: The arguments for ChatFlow's own parser.
-        values: Values by section and field that were set by flags without an equivalent flag.
-        notes: One line for each Megatron-LM flag that was accepted or mapped.
-        unknown: Flags that exist in neither Megatron-LM nor ChatFlow.
-        refused: Megatron-LM flags that are not supported, and what to use instead.
-    """
-
-    arguments: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)  # the arguments for ChatFlow's own parser
+    # values by section and field that were set by flags without an equivalent flag
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # one line for each Megatron-LM flag that was accepted or mapped
     notes: list[str] = field(default_factory=list)
+    # flags that exist in neither Megatron-LM nor ChatFlow
     unknown: list[str] = field(default_factory=list)
+    # Megatron-LM flags that are not supported, and what to use instead
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 

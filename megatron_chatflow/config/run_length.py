@@ -18,25 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunLength:
-    """The length of a run, computed when this process starts or resumes it.
+    """The length of a run, computed when this process starts or resumes it."""
 
-    Attributes:
-        counts_samples: Whether `lr_warmup` and `lr_decay` are in samples instead of iterations.
-        iteration: Number of iterations completed before this process.
-        consumed_samples: Number of samples consumed before this process.
-        global_batch_size: Number of samples per iteration from now on.
-        last_iteration: The last iteration of the run.
-        lr_warmup: Length of the learning rate's warmup.
-        lr_decay: Position at which the learning rate's decay ends.
-    """
-
-    counts_samples: bool
-    iteration: int
-    consumed_samples: int
-    global_batch_size: int
+    counts_samples: bool  # whether `lr_warmup` and `lr_decay` are in samples instead of iterations
+    iteration: int  # number of iterations completed before this process
+    consumed_samples: int  # number of samples consumed before this process
+    global_batch_size: int  # number of samples per iteration from now on
     last_iteration: int
-    lr_warmup: int
-    lr_decay: int
+    lr_warmup: int  # length of the learning rate's warmup
+    lr_decay: int  # position at which the learning rate's decay ends
 
     @classmethod
     def of(

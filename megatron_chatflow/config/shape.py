@@ -58,17 +58,11 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig, vocab_size: 
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """Numbers and size of attention heads.
+    """Numbers and size of attention heads."""
 
-    Attributes:
-        heads: Number of query heads.
-        groups: Number of key/value heads.
-        head_dim: Size of a head.
-    """
-
-    heads: int
-    groups: int
-    head_dim: int
+    heads: int  # number of query heads
+    groups: int  # number of key/value heads
+    head_dim: int  # size of a head
 
     @property
     def query_size(self) -> int:

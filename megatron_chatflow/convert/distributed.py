@@ -174,23 +174,14 @@ class DistributedReader:
 
 @dataclass(frozen=True)
 class ChunkToWrite:
-    """A chunk of a global tensor, created when it is written.
+    """A chunk of a global tensor, created when it is written."""
 
-    Attributes:
-        name: The global tensor's name.
-        global_shape: The global tensor's shape.
-        offsets: Where the chunk begins.
-        sizes: The chunk's shape.
-        dtype: The tensor's dtype.
-        make: Creates the chunk.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    name: str  # the global tensor's name
+    global_shape: tuple[int, ...]  # the global tensor's shape
+    offsets: tuple[int, ...]  # where the chunk begins
+    sizes: tuple[int, ...]  # the chunk's shape
+    dtype: torch.dtype  # the tensor's dtype
+    make: Callable[[], torch.Tensor]  # creates the chunk
 
 
 def write_distributed(

@@ -48,19 +48,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """The choice of an export's tokenizer.
+    """The choice of an export's tokenizer."""
 
-    Attributes:
-        model: The tokenizer's file or folder; None uses the run's.
-        chat_template: The name of a template, or a path for `template_source`; None uses the
-            run's.
-        leave_out: Whether to export without a tokenizer.
-        advice: How to fix a missing tokenizer, for error messages of the calling command.
-    """
-
-    model: Path | None = None
+    model: Path | None = None  # the tokenizer's file or folder; None uses the run's
+    # the name of a template, or a path for `template_source`; None uses the run's
     chat_template: str | None = None
-    leave_out: bool = False
+    leave_out: bool = False  # whether to export without a tokenizer
+    # how to fix a missing tokenizer, for error messages of the calling command
     advice: str = "give the run's tokenizer with --tokenizer-model"
 
 

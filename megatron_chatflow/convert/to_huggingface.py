@@ -39,21 +39,13 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion.
+    """The result of a conversion."""
 
-    Attributes:
-        folder: The folder that was written.
-        num_tensors: Number of tensors.
-        num_bytes: Number of bytes of their values.
-        num_parameters: Number of their values.
-        has_masters: Whether the values are the optimizer's fp32 master weights.
-    """
-
-    folder: Path
+    folder: Path  # the folder that was written
     num_tensors: int
-    num_bytes: int
-    num_parameters: int
-    has_masters: bool = False
+    num_bytes: int  # number of bytes of their values
+    num_parameters: int  # number of their values
+    has_masters: bool = False  # whether the values are the optimizer's fp32 master weights
 
     def __str__(self) -> str:
         """Returns a one-line summary."""

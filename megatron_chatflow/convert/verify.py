@@ -30,22 +30,14 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of a comparison.
+    """The result of a comparison."""
 
-    Attributes:
-        num_tensors: Number of Hugging Face tensors compared.
-        different: Names of the tensors that differ in any bit.
-        largest_difference: Largest difference of the logits of all texts in fp32; None if the
-            logits were skipped.
-        largest_logit: Largest magnitude of the logits of transformers.
-        num_tokens: Number of tokens whose logits were compared.
-    """
-
-    num_tensors: int
-    different: tuple[str, ...]
+    num_tensors: int  # number of Hugging Face tensors compared
+    different: tuple[str, ...]  # names of the tensors that differ in any bit
+    # largest difference of the logits of all texts in fp32; None if the logits were skipped
     largest_difference: float | None = None
-    largest_logit: float | None = None
-    num_tokens: int = 0
+    largest_logit: float | None = None  # largest magnitude of the logits of transformers
+    num_tokens: int = 0  # number of tokens whose logits were compared
 
     @property
     def is_same(self) -> bool:

@@ -22,47 +22,30 @@ _BLOCK = 512  # rows created at a time, which bounds the memory of random number
 
 @dataclass(frozen=True)
 class Resize:
-    """A larger vocabulary for a model.
+    """A larger vocabulary for a model."""
 
-    Attributes:
-        tokenizer: The new tokenizer, which extends the model's.
-        init: The initialization of rows for new pieces.
-        seed: The seed of random rows.
-    """
-
-    tokenizer: Tokenizer
-    init: EmbeddingInit = "mean-of-pieces"
-    seed: int = 1234
+    tokenizer: Tokenizer  # the new tokenizer, which extends the model's
+    init: EmbeddingInit = "mean-of-pieces"  # the initialization of rows for new pieces
+    seed: int = 1234  # the seed of random rows
 
 
 @dataclass(frozen=True)
 class VocabularyGrowth:
-    """The difference between an extended vocabulary and the old one.
+    """The difference between an extended vocabulary and the old one."""
 
-    Attributes:
-        num_old: Number of pieces of the old vocabulary, which keep their ids.
-        pieces: For each new id, the old ids of its text; () if it has no text.
-        num_rows: Number of rows of the resized model.
-    """
-
-    num_old: int
+    num_old: int  # number of pieces of the old vocabulary, which keep their ids
+    # for each new id, the old ids of its text; () if it has no text
     pieces: tuple[tuple[int, ...], ...]
-    num_rows: int
+    num_rows: int  # number of rows of the resized model
 
 
 @dataclass(frozen=True)
 class GrownVocabulary:
-    """A larger vocabulary for weights that are being loaded.
+    """A larger vocabulary for weights that are being loaded."""
 
-    Attributes:
-        growth: The new pieces.
-        resize: The initialization of their rows.
-        num_old_rows: Number of rows of the stored weights, without padding.
-    """
-
-    growth: VocabularyGrowth
-    resize: Resize
-    num_old_rows: int
+    growth: VocabularyGrowth  # the new pieces
+    resize: Resize  # the initialization of their rows
+    num_old_rows: int  # number of rows of the stored weights, without padding
 
 
 def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyGrowth:

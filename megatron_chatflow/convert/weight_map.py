@@ -24,15 +24,10 @@ class Join(Enum):
 
 @dataclass(frozen=True)
 class HuggingFaceTensor:
-    """A tensor of `LlamaForCausalLM`.
+    """A tensor of `LlamaForCausalLM`."""
 
-    Attributes:
-        name: The name, with ``{layer}`` if there is one for each layer.
-        axes: Names of the axes, see `axis_size`.
-    """
-
-    name: str
-    axes: tuple[str, ...]
+    name: str  # the name, with ``{layer}`` if there is one for each layer
+    axes: tuple[str, ...]  # names of the axes, see `axis_size`
 
     def shape(self, model: LlamaShape) -> tuple[int, ...]:
         """Returns the tensor's shape in a model."""
@@ -41,18 +36,13 @@ class HuggingFaceTensor:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """A megatron-core tensor and the Hugging Face tensors it consists of.
+    """A megatron-core tensor and the Hugging Face tensors it consists of."""
 
-    Attributes:
-        megatron: Its name, with ``{layer}`` if there is one for each layer.
-        parts: The Hugging Face tensors in the order in which they are joined.
-        join: How they are joined.
-        aliases: Other names of the same tensor: fused layers keep a norm in the next linear.
-    """
-
-    megatron: str
+    megatron: str  # its name, with ``{layer}`` if there is one for each layer
+    # the Hugging Face tensors in the order in which they are joined
     parts: tuple[HuggingFaceTensor, ...]
-    join: Join = Join.SAME
+    join: Join = Join.SAME  # how they are joined
+    # other names of the same tensor: fused layers keep a norm in the next linear
     aliases: tuple[str, ...] = ()
 
     @property

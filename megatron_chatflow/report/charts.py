@@ -57,37 +57,23 @@ SMOOTHED = "Bold: moving mean; thin: logged values."
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with its heading.
+    """A figure with its heading."""
 
-    Attributes:
-        title: Heading.
-        caption: A sentence that describes the chart; may be empty.
-        figure: The plotly figure.
-        wide: Whether the chart has the full width of the page.
-    """
-
-    title: str
-    caption: str
-    figure: "Figure"
-    wide: bool = False
+    title: str  # heading
+    caption: str  # a sentence that describes the chart; may be empty
+    figure: "Figure"  # the plotly figure
+    wide: bool = False  # whether the chart has the full width of the page
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve.
+    """One curve."""
 
-    Attributes:
-        label: Legend entry.
-        x: float64[n], ascending.
-        y: float64[n]; NaN for missing values.
-        color: Index into the palette, or `NO_COLOR`.
-        background: float64[n], the values before smoothing; None if they are not shown.
-    """
-
-    label: str
-    x: FloatArray
-    y: FloatArray
-    color: int
+    label: str  # legend entry
+    x: FloatArray  # float64[n], ascending
+    y: FloatArray  # float64[n]; NaN for missing values
+    color: int  # index into the palette, or `NO_COLOR`
+    # float64[n], the values before smoothing; None if they are not shown
     background: FloatArray | None = None
 
     @classmethod
@@ -100,16 +86,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """A labelled vertical line.
+    """A labelled vertical line."""
 
-    Attributes:
-        x: Position on the x axis.
-        label: Description of the event.
-        kind: ``restart`` after a failure, ``planned`` restart, or ``edit`` of the blend.
-    """
-
-    x: float
-    label: str
+    x: float  # position on the x axis
+    label: str  # description of the event
+    # ``restart`` after a failure, ``planned`` restart, or ``edit`` of the blend
     kind: Literal["restart", "planned", "edit"]
 
 

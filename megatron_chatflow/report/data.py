@@ -72,24 +72,17 @@ chart."""
 
 @dataclass(frozen=True)
 class Restart:
-    """A point at which a run was resumed.
+    """A point at which a run was resumed."""
 
-    Attributes:
-        iteration: Iteration of the checkpoint from which the run was resumed.
-        attempt: Number of this start of the run; the first restart is attempt 2. 0 if unknown.
-        seconds_lost: Wall time lost by the restart, in seconds; NaN if unknown.
-        reached: The last iteration logged before the restart, at least ``iteration``.
-        cause: The reason for which the run had ended, one of
-            `megatron_chatflow.train.callbacks.restarts.Cause`.
-        changes: Changes of the schedule and its sources.
-    """
-
-    iteration: int
+    iteration: int  # iteration of the checkpoint from which the run was resumed
+    # Number of this start of the run; the first restart is attempt 2. 0 if unknown.
     attempt: int = 0
-    seconds_lost: float = math.nan
-    reached: int = 0
+    seconds_lost: float = math.nan  # wall time lost by the restart, in seconds; NaN if unknown
+    reached: int = 0  # the last iteration logged before the restart, at least ``iteration``
+    # The reason for which the run had ended, one of
+    # `megatron_chatflow.train.callbacks.restarts.Cause`.
     cause: str = "unknown"
-    changes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # changes of the schedule and its sources
 
     @property
     def is_planned(self) -> bool:
@@ -277,36 +270,22 @@ def _parse_restart(record: Mapping[str, Any]) -> Restart | None:
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """The logged metrics of one run.
+    """The logged metrics of one run."""
 
-    Attributes:
-        name: Name of the run's folder.
-        folder: The run's folder.
-        iteration: float64[n], the logged iterations, ascending.
-        columns: float64[n] for each of `RUN_FIELDS`; NaN for missing values.
-        sources: float64[n] for each source and each of `SOURCE_FIELDS`. Sources are in the order of
-            first appearance.
-        validation_iteration: float64[m], the iterations with a validation, ascending.
-        validation: float64[m] for each source and each of `VALIDATION_FIELDS`.
-        restarts: Restarts in chronological order.
-        status: One of `megatron_chatflow.train.callbacks.restarts.Status`; "" if unknown.
-        num_unreadable_lines: Number of lines that were skipped because they are not records.
-        config: The resolved configuration; {} if there is no `config.yaml`.
-        config_text: Text of `config.yaml`; "" if it is missing.
-    """
-
-    name: str
+    name: str  # name of the run's folder
     folder: Path
-    iteration: FloatArray
-    columns: Mapping[str, FloatArray]
+    iteration: FloatArray  # float64[n], the logged iterations, ascending
+    columns: Mapping[str, FloatArray]  # float64[n] for each of `RUN_FIELDS`; NaN for missing values
+    # float64[n] for each source and each of `SOURCE_FIELDS`. Sources are in the order of first
+    # appearance.
     sources: BySource
-    validation_iteration: FloatArray
-    validation: BySource
-    restarts: tuple[Restart, ...]
-    status: str
-    num_unreadable_lines: int
-    config: Mapping[str, Any]
-    config_text: str
+    validation_iteration: FloatArray  # float64[m], the iterations with a validation, ascending
+    validation: BySource  # float64[m] for each source and each of `VALIDATION_FIELDS`
+    restarts: tuple[Restart, ...]  # restarts in chronological order
+    status: str  # one of `megatron_chatflow.train.callbacks.restarts.Status`; "" if unknown
+    num_unreadable_lines: int  # number of lines that were skipped because they are not records
+    config: Mapping[str, Any]  # the resolved configuration; {} if there is no `config.yaml`
+    config_text: str  # text of `config.yaml`; "" if it is missing
 
     def setting(self, section: str, key: str) -> Any:
         """Returns one value of the configuration; None if it is not set."""
@@ -505,17 +484,11 @@ TOKENS, SAMPLES, ITERATION = "Tokens consumed", "Samples consumed", "Iteration"
 
 @dataclass(frozen=True)
 class XAxis:
-    """The horizontal axis of a run's curves.
+    """The horizontal axis of a run's curves."""
 
-    Attributes:
-        label: `TOKENS`, `SAMPLES`, or `ITERATION` if the log has no such count.
-        x: float64[n], ascending, the position of each logged iteration.
-        iteration: float64[n], the logged iterations.
-    """
-
-    label: str
-    x: FloatArray
-    iteration: FloatArray
+    label: str  # `TOKENS`, `SAMPLES`, or `ITERATION` if the log has no such count
+    x: FloatArray  # float64[n], ascending, the position of each logged iteration
+    iteration: FloatArray  # float64[n], the logged iterations
 
     @classmethod
     def of(cls, run: RunMetrics, label: str = TOKENS) -> "XAxis":

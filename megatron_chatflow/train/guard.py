@@ -29,15 +29,10 @@ _MIN_LOSSES = 10  # a median of fewer losses is unreliable
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judgement of a step.
+    """Judgement of a step."""
 
-    Attributes:
-        problem: Description of the fault; None if there is none.
-        has_loss_tokens: Whether any token of the global batch has a loss.
-    """
-
-    problem: str | None
-    has_loss_tokens: bool = True
+    problem: str | None  # description of the fault; None if there is none
+    has_loss_tokens: bool = True  # whether any token of the global batch has a loss
 
     @property
     def is_good(self) -> bool:

@@ -55,41 +55,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunInputs:
-    """The opened inputs of a run.
-
-    Attributes:
-        tokenizer: Tokenizer of the run.
-        vocab_size: Vocabulary size of the model before padding.
-        sources: Training sources in the schedule's order.
-        validation_sources: Held-out samples of each source; empty if nothing is validated.
-        test_sources: Test split of each source; empty without `data.split` or with `eval_iters` 0.
-        blend: The blend, resumed from the checkpoint if there is one.
-        state: State of the run before its first iteration.
-        checkpoint: Checkpoint that provides the weights; None for random weights.
-        resumed: State of the checkpoint; None unless the run resumes it.
-        questions: Multiple-choice questions to evaluate during training.
-        is_huggingface: Whether `checkpoint` is a Hugging Face folder.
-        grown: Growth of the vocabulary when the weights are loaded; None without growth.
-        findings: What the user should know before the run starts, one line each. The dry run prints
-            them, and every start logs them as warnings.
-        length: First and last iteration.
-        changes: Settings that differ from the checkpoint's, as rows of a table.
-    """
+    """The opened inputs of a run."""
 
     tokenizer: Tokenizer
-    vocab_size: int
-    sources: list[Source]
+    vocab_size: int  # vocabulary size of the model before padding
+    sources: list[Source]  # training sources in the schedule's order
+    # held-out samples of each source; empty if nothing is validated
     validation_sources: list[Source]
-    blend: Blend
-    state: RunState
-    checkpoint: Path | None
-    resumed: RunState | None
-    length: RunLength
-    questions: Sequence[Question] = ()
-    is_huggingface: bool = False
+    blend: Blend  # the blend, resumed from the checkpoint if there is one
+    state: RunState  # state of the run before its first iteration
+    checkpoint: Path | None  # checkpoint that provides the weights; None for random weights
+    resumed: RunState | None  # state of the checkpoint; None unless the run resumes it
+    length: RunLength  # first and last iteration
+    questions: Sequence[Question] = ()  # multiple-choice questions to evaluate during training
+    is_huggingface: bool = False  # whether `checkpoint` is a Hugging Face folder
+    # growth of the vocabulary when the weights are loaded; None without growth
     grown: GrownVocabulary | None = None
+    # What the user should know before the run starts, one line each. The dry run prints them, and
+    # every start logs them as warnings.
     findings: Sequence[str] = ()
-    changes: Sequence[Row] = ()
+    changes: Sequence[Row] = ()  # settings that differ from the checkpoint's, as rows of a table
+    # test split of each source; empty without `data.split` or with `eval_iters` 0
     test_sources: list[Source] = field(default_factory=list)
 
 

@@ -39,17 +39,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes:
-        iteration: Number of completed steps.
-        consumed_samples: Number of consumed samples.
-        counts: int64[num_sources], number of samples drawn from each source.
-    """
-
-    iteration: int
+    iteration: int  # number of completed steps
     consumed_samples: int
-    counts: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]  # int64[num_sources], number of samples drawn from each source
 
     def after(self, batch: GlobalBatch) -> "TrainState":
         """Returns the state once ``batch`` is consumed."""
@@ -58,62 +52,39 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that the training loop uses.
+    """Everything that the training loop uses."""
 
-    Attributes:
-        config: Resolved configuration.
-        length: First and last iteration, and the unit of the learning-rate schedule.
-        ranks: This process's place in every parallel group.
-        blend: Decides which source each sample comes from.
-        loader: Yields this rank's micro-batches.
-        forward_step: Runs one micro-batch.
-        optimization: Model chunks, optimizer and learning rate.
-        guard: Judges every step before its update.
-        validators: Validators by the suffix of their sources' names: ``""`` for held-out samples
-            and ``" (test)"`` for the test split, which only the last validation evaluates. Splits
-            without samples are absent.
-        log: Collects iterations and reports them to the callbacks.
-        callbacks: Optional behaviour, in the order in which hooks are called.
-        stop_request: Signals and the time limit.
-        saver: Writes checkpoints; None without ``--save``.
-        checkpoint_state: The parts of a checkpoint's `RunState` that do not change.
-        resumed_from: The checkpoint that the run resumed from, for rollbacks; None if there is none
-            or it cannot be loaded again as it is.
-    """
-
-    config: RunConfig
-    length: RunLength
-    ranks: Ranks
-    blend: Blend
-    loader: Loader
-    forward_step: ForwardStep
-    optimization: Optimization
-    guard: Guard
+    config: RunConfig  # resolved configuration
+    length: RunLength  # first and last iteration, and the unit of the learning-rate schedule
+    ranks: Ranks  # this process's place in every parallel group
+    blend: Blend  # decides which source each sample comes from
+    loader: Loader  # yields this rank's micro-batches
+    forward_step: ForwardStep  # runs one micro-batch
+    optimization: Optimization  # model chunks, optimizer and learning rate
+    guard: Guard  # judges every step before its update
+    # By the suffix of their sources' names: "" for held-out samples, and " (test)" for the test
+    # split, which only the last validation evaluates. Splits without samples are absent.
     validators: Mapping[str, Validator]
-    log: IntervalLog
-    callbacks: Sequence[Callback]
-    stop_request: StopRequest
-    saver: CheckpointSaver | None
-    checkpoint_state: RunState
+    log: IntervalLog  # collects iterations and reports them to the callbacks
+    callbacks: Sequence[Callback]  # optional behaviour, in the order in which hooks are called
+    stop_request: StopRequest  # signals and the time limit
+    saver: CheckpointSaver | None  # writes checkpoints; None without ``--save``
+    checkpoint_state: RunState  # the parts of a checkpoint's `RunState` that do not change
+    # The checkpoint that the run resumed from, for rollbacks; None if there is none or it cannot be
+    # loaded again as it is.
     resumed_from: Path | None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Result of one step.
+    """Result of one step."""
 
-    Attributes:
-        source_sums: float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each
-            source over the global batch; the same on every rank.
-        grad_norm: Norm of the whole gradient before clipping.
-        learning_rate: Learning rate of the update.
-        verdict: Whether the update was made; the same on every rank.
-    """
-
+    # float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each source over the
+    # global batch; the same on every rank.
     source_sums: torch.Tensor
-    grad_norm: float
-    learning_rate: float
-    verdict: Verdict
+    grad_norm: float  # norm of the whole gradient before clipping
+    learning_rate: float  # learning rate of the update
+    verdict: Verdict  # whether the update was made; the same on every rank
 
     @property
     def loss(self) -> float | None:

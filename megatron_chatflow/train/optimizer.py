@@ -137,25 +137,16 @@ def install_fused_adamw() -> str:
 
 @dataclass(frozen=True)
 class Optimization:
-    """The model with its optimizer and learning-rate schedule.
+    """The model with its optimizer and learning-rate schedule."""
 
-    Attributes:
-        chunks: Model chunks with their gradient buffers.
-        optimizer: megatron-core's optimizer of the chunks.
-        scheduler: Its learning-rate scheduler.
-        description: Which optimizer is used, and why.
-        update: Makes guarded optimizer steps.
-        length: Length of the run, which defines whether the schedule counts iterations or samples.
-        overlaps_param_gather: Whether updated parameters are gathered only in the next forward
-            pass of training.
-    """
-
-    chunks: list[Any]
-    optimizer: Any
-    scheduler: Any
-    description: str
-    update: GuardedOptimizer
+    chunks: list[Any]  # model chunks with their gradient buffers
+    optimizer: Any  # megatron-core's optimizer of the chunks
+    scheduler: Any  # its learning-rate scheduler
+    description: str  # which optimizer is used, and why
+    update: GuardedOptimizer  # makes guarded optimizer steps
+    # length of the run, which defines whether the schedule counts iterations or samples
     length: RunLength
+    # whether updated parameters are gathered only in the next forward pass of training
     overlaps_param_gather: bool = False
 
     def learning_rate(self) -> float:

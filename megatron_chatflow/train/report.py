@@ -34,111 +34,65 @@ NUM_RECENT_ITERATIONS = 100
 
 @dataclass(frozen=True)
 class Downtime:
-    """Cost of restarts.
+    """Cost of restarts."""
 
-    Attributes:
-        num_restarts: Number of resumes, for whatever reason.
-        seconds: Wall time between the last iteration that counts and each resume.
-        num_failures: Number of resumes after the run was killed or failed.
-        failure_seconds: Wall time lost to failures.
-    """
-
-    num_restarts: int = 0
-    seconds: float = 0.0
-    num_failures: int = 0
-    failure_seconds: float = 0.0
+    num_restarts: int = 0  # number of resumes, for whatever reason
+    seconds: float = 0.0  # wall time between the last iteration that counts and each resume
+    num_failures: int = 0  # number of resumes after the run was killed or failed
+    failure_seconds: float = 0.0  # wall time lost to failures
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Constants of a run that reports need.
+    """Constants of a run that reports need."""
 
-    Attributes:
-        num_iterations: Iterations of the whole run.
-        seq_length: Tokens per sample.
-        world_size: Number of processes in the job.
-        flops_per_token: Model FLOPs per token, forward and backward.
-        causal_share: Share of these FLOPs that remains if causal attention counts half.
-        peak_flops: Peak FLOP/s of one process's device; None if it is not known.
-        sources: Source names in the order of the sums.
-        samples_per_epoch: Samples in one epoch of each source.
-        downtime: Cost of restarts.
-    """
-
-    num_iterations: int
-    seq_length: int
-    world_size: int
-    flops_per_token: float
-    causal_share: float
-    peak_flops: float | None
-    sources: Sequence[str]
-    samples_per_epoch: Sequence[int]
-    downtime: Downtime = Downtime()
+    num_iterations: int  # iterations of the whole run
+    seq_length: int  # tokens per sample
+    world_size: int  # number of processes in the job
+    flops_per_token: float  # model FLOPs per token, forward and backward
+    causal_share: float  # share of these FLOPs that remains if causal attention counts half
+    peak_flops: float | None  # peak FLOP/s of one process's device; None if it is not known
+    sources: Sequence[str]  # source names in the order of the sums
+    samples_per_epoch: Sequence[int]  # samples in one epoch of each source
+    downtime: Downtime = Downtime()  # cost of restarts
 
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """One iteration, kept until the next log.
+    """One iteration, kept until the next log."""
 
-    Attributes:
-        iteration: Number of the iteration, from 1.
-        consumed_samples: Samples consumed, including this iteration's.
-        num_samples: Samples in this iteration.
-        source_sums: float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each
-            source.
-        weights: int64[num_sources], planned weights that sum to 2^32.
-        num_drawn: int64[num_sources], samples drawn from each source in this iteration.
-        counts: int64[num_sources], samples drawn from each source since the run began.
-        learning_rate: Learning rate of the update.
-        grad_norm: Gradient norm before clipping.
-        is_updated: Whether the update was made.
-        time: Unix time at the end of the iteration, in seconds.
-        seconds: Wall time of the iteration.
-        data_seconds: Part of it that the reporting rank waited for its batch.
-        memory_bytes: Peak memory of the reporting process so far.
-        num_skipped: Bad steps, whose updates were skipped, since the run began.
-        skipped_no_loss_tokens: Steps without loss tokens, whose updates were skipped as well.
-        num_rollbacks: Rollbacks to a checkpoint since the run began.
-    """
-
-    iteration: int
-    consumed_samples: int
+    iteration: int  # number of the iteration, from 1
+    consumed_samples: int  # samples consumed, including this iteration's
     num_samples: int
+    # float64[num_sources, 3] on the CPU: summed loss, loss tokens and bytes of each source
     source_sums: torch.Tensor
-    weights: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.int64]  # int64[num_sources], planned weights that sum to 2^32
+    # int64[num_sources], samples drawn from each source in this iteration
     num_drawn: npt.NDArray[np.int64]
+    # int64[num_sources], samples drawn from each source since the run began
     counts: npt.NDArray[np.int64]
-    learning_rate: float
-    grad_norm: float
-    is_updated: bool
-    time: float
-    seconds: float
-    data_seconds: float
-    memory_bytes: int
-    num_skipped: int
-    skipped_no_loss_tokens: int
-    num_rollbacks: int
+    learning_rate: float  # learning rate of the update
+    grad_norm: float  # gradient norm before clipping
+    is_updated: bool  # whether the update was made
+    time: float  # Unix time at the end of the iteration, in seconds
+    seconds: float  # wall time of the iteration
+    data_seconds: float  # part of it that the reporting rank waited for its batch
+    memory_bytes: int  # peak memory of the reporting process so far
+    num_skipped: int  # bad steps, whose updates were skipped, since the run began
+    skipped_no_loss_tokens: int  # steps without loss tokens, whose updates were skipped as well
+    num_rollbacks: int  # rollbacks to a checkpoint since the run began
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source in the reported iterations.
+    """One source in the reported iterations."""
 
-    Attributes:
-        loss: Mean loss of its loss tokens in nats; None without loss tokens.
-        weight: Planned share; over several iterations the mean weighted by samples.
-        realised: Share of the samples.
-        tokens: Tokens drawn from the source since the run began.
-        loss_tokens: Number of loss tokens that `loss` is the mean of.
-        epochs: Epochs of the source since the run began.
-    """
-
-    loss: float | None
-    weight: float
-    realised: float
-    tokens: int
-    loss_tokens: int
-    epochs: float
+    loss: float | None  # mean loss of its loss tokens in nats; None without loss tokens
+    weight: float  # planned share; over several iterations the mean weighted by samples
+    realised: float  # share of the samples
+    tokens: int  # tokens drawn from the source since the run began
+    loss_tokens: int  # number of loss tokens that `loss` is the mean of
+    epochs: float  # epochs of the source since the run began
 
 
 @dataclass(frozen=True)
@@ -147,62 +101,36 @@ class IterationReport:
 
     Losses and the gradient norm exclude iterations whose update was skipped, unless there are no
     others. Shares, tokens and speed include every iteration.
-
-    Attributes:
-        iteration: The last reported iteration.
-        interval: Number of reported iterations.
-        num_iterations: Iterations of the whole run.
-        consumed_samples: Samples consumed up to the last iteration.
-        consumed_tokens: The same in tokens.
-        global_batch_size: Samples in the last iteration.
-        lm_loss: Mean loss of the loss tokens in nats; None without loss tokens.
-        learning_rate: Learning rate of the last update.
-        grad_norm: Mean gradient norm before clipping.
-        time: Unix time at the end of the last iteration, in seconds.
-        seconds: Mean wall time per iteration.
-        data_seconds: Mean time that the reporting rank waited for its batch.
-        tokens_per_second: Throughput of the whole job.
-        tokens_per_second_per_gpu: Throughput of one process.
-        tflops_per_gpu: Model FLOP/s of one process (PaLM count) in 1e12.
-        mfu: Model FLOP/s over the device's peak; None if the peak is not known.
-        mfu_causal: The same with causal attention counted half.
-        memory_bytes: Peak memory of the reporting process on its device.
-        batch_digest: Hash of the last global batch's tokens and masks in sample order; None if a
-            failure ended the run before the ranks could exchange it.
-        num_skipped: Bad steps, whose updates were skipped, since the run began.
-        skipped_no_loss_tokens: Steps without loss tokens, whose updates were skipped as well.
-        num_rollbacks: Rollbacks to a checkpoint since the run began.
-        downtime: Cost of restarts.
-        sources: Reports of the sources by name.
-        stragglers: Comparison of the ranks if it is enabled.
-        seconds_left: Estimated wall time until the last iteration; None without an estimate.
     """
 
-    iteration: int
-    interval: int
-    num_iterations: int
-    consumed_samples: int
-    consumed_tokens: int
-    global_batch_size: int
-    lm_loss: float | None
-    learning_rate: float
-    grad_norm: float
-    time: float
-    seconds: float
-    data_seconds: float
-    tokens_per_second: float
-    tokens_per_second_per_gpu: float
-    tflops_per_gpu: float
-    mfu: float | None
-    mfu_causal: float | None
-    memory_bytes: int
+    iteration: int  # the last reported iteration
+    interval: int  # number of reported iterations
+    num_iterations: int  # iterations of the whole run
+    consumed_samples: int  # samples consumed up to the last iteration
+    consumed_tokens: int  # the same in tokens
+    global_batch_size: int  # samples in the last iteration
+    lm_loss: float | None  # mean loss of the loss tokens in nats; None without loss tokens
+    learning_rate: float  # learning rate of the last update
+    grad_norm: float  # mean gradient norm before clipping
+    time: float  # Unix time at the end of the last iteration, in seconds
+    seconds: float  # mean wall time per iteration
+    data_seconds: float  # mean time that the reporting rank waited for its batch
+    tokens_per_second: float  # throughput of the whole job
+    tokens_per_second_per_gpu: float  # throughput of one process
+    tflops_per_gpu: float  # model FLOP/s of one process (PaLM count) in 1e12
+    mfu: float | None  # model FLOP/s over the device's peak; None if the peak is not known
+    mfu_causal: float | None  # the same with causal attention counted half
+    memory_bytes: int  # peak memory of the reporting process on its device
+    # Hash of the last global batch's tokens and masks in sample order; None if a failure ended the
+    # run before the ranks could exchange it.
     batch_digest: str | None
-    num_skipped: int
-    skipped_no_loss_tokens: int
-    num_rollbacks: int
-    downtime: Downtime
+    num_skipped: int  # bad steps, whose updates were skipped, since the run began
+    skipped_no_loss_tokens: int  # steps without loss tokens, whose updates were skipped as well
+    num_rollbacks: int  # rollbacks to a checkpoint since the run began
+    downtime: Downtime  # cost of restarts
     sources: Mapping[str, SourceReport]
-    stragglers: StragglerReport | None = None
+    stragglers: StragglerReport | None = None  # comparison of the ranks if it is enabled
+    # estimated wall time until the last iteration; None without an estimate
     seconds_left: float | None = None
 
     def to_dict(self) -> dict[str, Any]:

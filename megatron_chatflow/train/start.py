@@ -31,17 +31,11 @@ _PAUSE_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class InitialCheckpoint:
-    """The checkpoint that a run starts from.
+    """The checkpoint that a run starts from."""
 
-    Attributes:
-        folder: Folder in which this rank reads it.
-        option: Option of the ``checkpoint`` section that names it.
-        weights_only: Whether a new run starts from its weights instead of resuming it.
-    """
-
-    folder: Path
-    option: str
-    weights_only: bool
+    folder: Path  # folder in which this rank reads it
+    option: str  # option of the ``checkpoint`` section that names it
+    weights_only: bool  # whether a new run starts from its weights instead of resuming it
 
     @property
     def is_huggingface(self) -> bool:

@@ -23,17 +23,13 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Truncation:
-    """What `truncate_metrics` kept and dropped.
+    """What `truncate_metrics` kept and dropped."""
 
-    Attributes:
-        last_kept: The last logged iteration that was kept; None if none was.
-        first_dropped: The first logged iteration that was dropped; None if none was.
-        last_dropped: The last logged iteration that was dropped.
-    """
-
+    # the last logged iteration that was kept; None if none was
     last_kept: dict[str, Any] | None = None
+    # the first logged iteration that was dropped; None if none was
     first_dropped: dict[str, Any] | None = None
-    last_dropped: dict[str, Any] | None = None
+    last_dropped: dict[str, Any] | None = None  # the last logged iteration that was dropped
 
 
 def truncate_metrics(path: Path, iteration: int) -> Truncation:

@@ -107,17 +107,11 @@ class PartReport:
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A slow rank.
-
-    Attributes:
-        rank: The rank.
-        host: Its node.
-        ratio: Its time in both passes over the median of the ranks in its pipeline stage.
-    """
+    """A slow rank."""
 
     rank: int
-    host: str
-    ratio: float
+    host: str  # its node
+    ratio: float  # its time in both passes over the median of the ranks in its pipeline stage
 
 
 @dataclass(frozen=True)
