@@ -551,7 +551,13 @@ def _write_parquet_bomb(path: Path, rng: random.Random) -> str:
             pyarrow.array([0], pyarrow.int8()).take(pyarrow.array([0] * num_rows)), [value]
         )
         table = pyarrow.table({key: column})
-    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=num_rows)
+    # Above the limit of a dictionary page, every row would be written with its own value.
+    pyarrow.parquet.write_table(
+        *(table, path),
+        compression="zstd",
+        row_group_size=num_rows,
+        dictionary_pagesize_limit=1 << 30,
+    )
     return f"bomb of {num_rows} rows of {size} bytes"
 
 
