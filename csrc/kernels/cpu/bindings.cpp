@@ -1,8 +1,8 @@
 /// \file
 /// The extension module `megatron_chatflow.kernels._cpu`.
 ///
-/// In: addresses of tensors, whose dtypes, shapes and strides `kernels/cpu.py` has checked,
-/// and sizes. Out: results in place. The interpreter lock is released while a kernel runs.
+/// Functions take addresses and sizes of tensors whose dtypes, shapes and strides `kernels/cpu.py`
+/// has checked, and write results in place. They release the GIL.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -121,7 +121,7 @@ std::unique_ptr<SharedGroup> make_group(int file, int rank, int size, int lanes,
   return std::make_unique<SharedGroup>(file, rank, size, lanes, timeout_seconds);
 }
 
-/// The collectives release the interpreter lock: a watchdog's thread has to run while they wait.
+/// Collectives release the GIL because watchdog threads must run while a rank waits.
 void bind_shared_group(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   module.attr("MAX_GROUP_SIZE") = kMaxInputs;

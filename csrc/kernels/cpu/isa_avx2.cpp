@@ -1,7 +1,5 @@
 /// \file
-/// The loops of `kernels.h` for processors with AVX2 and FMA (x86-64-v3).
-///
-/// In: nothing. Out: the table `avx2_kernels()`.
+/// Defines `avx2_kernels()`: the loops of `kernels.h` for processors with AVX2 and FMA (x86-64-v3).
 #include <cmath>
 #include <cstdint>
 #include <cstring>

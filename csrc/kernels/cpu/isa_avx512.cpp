@@ -1,7 +1,5 @@
 /// \file
-/// The loops of `kernels.h` for processors with AVX-512 (x86-64-v4).
-///
-/// In: nothing. Out: the table `avx512_kernels()`.
+/// Defines `avx512_kernels()`: the loops of `kernels.h` for processors with AVX-512 (x86-64-v4).
 #include <cmath>
 #include <cstdint>
 #include <cstring>

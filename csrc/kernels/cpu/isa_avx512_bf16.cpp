@@ -1,7 +1,6 @@
 /// \file
-/// The loops of `kernels.h` for processors with AVX-512 that convert to bf16 in one instruction.
-///
-/// In: nothing. Out: the table `avx512_bf16_kernels()`.
+/// Defines `avx512_bf16_kernels()`: the loops of `kernels.h` for processors with AVX-512 and its
+/// bf16 conversion.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

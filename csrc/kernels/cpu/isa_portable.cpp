@@ -1,7 +1,5 @@
 /// \file
-/// The loops of `kernels.h` for any processor.
-///
-/// In: nothing. Out: the table `portable_kernels()`.
+/// Defines `portable_kernels()`: the loops of `kernels.h` for any processor.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

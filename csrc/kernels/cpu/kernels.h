@@ -1,11 +1,10 @@
 /// \file
-/// CPU kernels for bf16 training: the serial loops over rows that each instruction set compiles for
-/// itself, and the table through which the chosen one is called.
+/// CPU kernels for bf16 training: argument structures, and one table of serial row loops per
+/// instruction set.
 ///
-/// In: pointers to contiguous rows of bf16, held as `uint16_t`, and fp32 statistics. Out: rows
-/// written in place or beside. Arithmetic is fp32 in sixteen lanes whatever the machine; each
-/// result is rounded to bf16 once, to nearest even. No call allocates, and none looks at the number
-/// of threads, so that a row's result depends on the row alone.
+/// Rows are contiguous bf16 values stored as `uint16_t`; statistics are fp32. All kernels compute
+/// in fp32 with sixteen lanes on every machine and round each result to bf16 once (nearest even).
+/// They do not allocate, and a row's result does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -16,19 +15,19 @@ namespace chatflow::cpu {
 
 using bf16 = std::uint16_t;
 
-/// The longest row of `CausalSoftmax`: its weights lie on the stack.
+/// Maximum row length of `CausalSoftmax`, whose fp32 row is a stack buffer.
 constexpr std::int64_t kMaxKeys = 4096;
 
-/// Most tensors that `Reduce` takes; so many lie on the stack.
+/// Maximum number of inputs of `Reduce`, which is the size of a stack buffer.
 constexpr int kMaxInputs = 64;
 
-/// Turns logits into `exp(logit - row's highest)`.
+/// Replaces logits by `exp(logit - row maximum)`.
 struct Exponentiate {
   bf16* logits;    ///< [rows, row_size], overwritten
-  float* highest;  ///< [rows], each row's highest logit; finite even if a row has no valid token
+  float* highest;  ///< [rows], maximum logit; finite even if a row has no valid token
   float* sums;     ///< [rows], sums of the exponentials before they are rounded
   std::int64_t row_size;
-  std::int64_t num_valid_tokens;  ///< entries from here on become 0
+  std::int64_t num_valid_tokens;  ///< logits at and beyond this index become 0
 };
 
 /// RMSNorm of each row, `x * rsqrt(mean(x^2) + epsilon) * weight`.
@@ -36,7 +35,7 @@ struct RmsNorm {
   const bf16* input;   ///< [rows, row_size]
   const bf16* weight;  ///< [row_size]
   bf16* output;        ///< [rows, row_size]
-  float* scales;       ///< [rows], the reciprocal roots, for the backward pass
+  float* scales;       ///< [rows], `rsqrt(mean(x^2) + epsilon)`, saved for the backward pass
   std::int64_t row_size;
   float epsilon;
 };
@@ -48,7 +47,7 @@ struct RmsNormBackward {
   const bf16* weight;    ///< [row_size]
   const float* scales;   ///< [rows]
   bf16* grad_input;      ///< [rows, row_size]
-  float* grad_weight;    ///< [row_size], added to
+  float* grad_weight;    ///< [row_size], accumulated
   std::int64_t row_size;
 };
 
@@ -67,11 +66,11 @@ struct SwiGluBackward {
   std::int64_t row_size;
 };
 
-/// Rotates heads by the angles of their tokens and may lay them out anew; one row is one token.
+/// Applies rotary embeddings and optionally changes the memory layout; one row is one token.
 struct Rotate {
   const bf16* input;  ///< token t, head h at `t * input_token + h * input_head`
   bf16* output;  ///< token t, head h at `document(t) * output_document + t' * output_token + ...`
-  const float* cosines;  ///< [tokens, head_dim / 2]; null: nothing is rotated, only moved
+  const float* cosines;  ///< [tokens, head_dim / 2]; null copies without rotation
   const float* sines;    ///< [tokens, head_dim / 2]
   float direction;       ///< 1 forward, -1 backward
   std::int64_t num_heads, head_dim;
@@ -80,7 +79,7 @@ struct Rotate {
   std::int64_t output_document, output_token, output_head;
 };
 
-/// Softmax of scores under a causal mask; a row is one query of one head, of at most `kMaxKeys`.
+/// Causal softmax; a row holds the scores of one query of one head, at most `kMaxKeys`.
 struct CausalSoftmax {
   bf16* scores;  ///< [rows, num_keys], overwritten by probabilities
   std::int64_t num_keys;
@@ -89,7 +88,7 @@ struct CausalSoftmax {
   float scale;               ///< factor on the scores
 };
 
-/// Gradient of `CausalSoftmax` by its scores.
+/// Gradient of `CausalSoftmax` with respect to the scores.
 struct CausalSoftmaxBackward {
   const bf16* probabilities;  ///< [rows, num_keys]
   bf16* gradient;             ///< [rows, num_keys], of the probabilities; overwritten
@@ -100,16 +99,16 @@ struct CausalSoftmaxBackward {
 enum class Element { kBf16, kFp32 };
 enum class Reduction { kSum, kMax };
 
-/// Element by element, the sum or the highest of several tensors, in their order; rounded once.
+/// Element-wise sum or maximum of several tensors in the order given, rounded once.
 struct Reduce {
   const void* const* inputs;  ///< `num_inputs` pointers; the output may be one of them
   int num_inputs;             ///< from 1 to `kMaxInputs`
   void* output;
-  Element element;  ///< of inputs and output
+  Element element;  ///< dtype of inputs and output
   Reduction reduction;
 };
 
-/// The loops of one instruction set; each works on rows `begin` to `end`, `reduce` on elements.
+/// The loops of one instruction set. Each processes rows [begin, end); `reduce` elements.
 struct Kernels {
   const char* name;
   void (*exponentiate)(const Exponentiate&, std::int64_t begin, std::int64_t end);
@@ -129,14 +128,14 @@ const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 const Kernels& portable_kernels();
 
-/// The tables that this processor can run, the widest first.
+/// Tables that this processor supports, widest vectors first.
 std::vector<const Kernels*> runnable_kernels();
 
-/// The table in use: the widest, unless `use_kernels` has chosen another.
+/// The table in use: the widest unless `use_kernels` selected another.
 const Kernels& kernels();
 
-/// Chooses a table by its name, for tests.
-/// \throws std::invalid_argument this processor runs none of that name.
+/// Selects a table by name, for tests.
+/// \throws std::invalid_argument this processor supports no table of that name
 void use_kernels(const std::string& name);
 
 }  // namespace chatflow::cpu

@@ -1,9 +1,9 @@
 /// \file
-/// Sixteen fp32 lanes, and bf16 rows read into them and written from them.
+/// Vectors of sixteen fp32 lanes, and conversion from and to bf16 rows.
 ///
-/// In and out: vectors of GCC and Clang, which any target compiles, each with the registers that it
-/// has. The file that includes this has chosen an instruction set and a namespace; everything is
-/// inlined there, so that no code of a wider set can end up where it does not run.
+/// Uses the vector extension of GCC and Clang, which compiles for every target. Each file that
+/// includes this one selects an instruction set and a namespace, and everything is inlined, so that
+/// the linker cannot merge code of a wider instruction set into a portable function.
 #define CHATFLOW_INLINE static inline __attribute__((always_inline))
 
 constexpr std::int64_t kLanes = 16;
@@ -30,7 +30,7 @@ CHATFLOW_INLINE Floats load(const float* from) {
 
 CHATFLOW_INLINE void store(float* to, Floats values) { std::memcpy(to, &values, sizeof(values)); }
 
-/// Rounds to nearest even; a NaN stays one.
+/// Rounds to nearest even and preserves NaN.
 CHATFLOW_INLINE void store(bf16* to, Floats values) {
 #ifdef CHATFLOW_ROUND
   Halves halves = CHATFLOW_ROUND(values);
@@ -44,7 +44,7 @@ CHATFLOW_INLINE void store(bf16* to, Floats values) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
-/// The first `count` values, below 16; the other lanes are `other`.
+/// Loads `count` < 16 values and fills the remaining lanes with `other`.
 template <typename T>
 CHATFLOW_INLINE Floats load_some(const T* from, std::int64_t count, T other) {
   T padded[kLanes];
@@ -74,17 +74,17 @@ CHATFLOW_INLINE float highest_lane(Floats values) {
   return top;
 }
 
-/// `exp(x)` within 1e-5 of its value for x from -87 to 88, and held at its ends beyond; far better
-/// than bf16, which the values end in, and unbiased in the sums that are taken of them.
+/// `exp(x)` with a relative error of at most 1e-5 for x in [-87, 88]; x is clamped to that range.
+/// The error is far below bf16's and does not bias sums.
 ///
-/// Reduction: x = n ln 2 + r with |r| <= ln(2) / 2, and exp(r) by the polynomial of degree 5 whose
-/// relative error there is least.
+/// Range reduction: x = n ln 2 + r with |r| <= ln(2) / 2; exp(r) is the minimax polynomial of
+/// degree 5 on that interval.
 CHATFLOW_INLINE Floats exponential(Floats x) {
-  // In this order a NaN comes through.
+  // This order of operands propagates NaN.
   const Floats low = splat(-87.0f), high = splat(88.0f);
   x = low > x ? low : x;
   x = high < x ? high : x;
-  // Adding and taking off 1.5 * 2^23 rounds to a whole number, whose bits are then the lowest ones.
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits of the mantissa.
   const Floats magic = splat(12582912.0f);
   Floats shifted = x * 1.44269504f + magic;
   Floats r = x - (shifted - magic) * 0.693147181f;

@@ -1,7 +1,6 @@
 /// \file
-/// Rows over OpenMP's threads, and the choice of the instruction set.
-///
-/// Built without OpenMP, the same blocks run one after another.
+/// Distributes rows over OpenMP threads and selects the instruction set. Without OpenMP, the same
+/// blocks run one after another.
 #include "launch.h"
 
 #include <algorithm>
@@ -51,10 +50,10 @@ void use_kernels(const std::string& name) {
 
 namespace {
 
-/// Blocks of rows; enough of them that threads of unequal speed finish together.
+/// Number of row blocks: enough to balance threads of unequal speed.
 constexpr std::int64_t kNumBlocks = 64;
 
-/// Calls `work(block, begin, end)` for each block of `rows` rows.
+/// Calls `work(block, begin, end)` for each block of the rows.
 template <typename Work>
 void for_blocks(std::int64_t rows, int threads, Work work) {
   const std::int64_t size = (rows + kNumBlocks - 1) / kNumBlocks;

@@ -1,9 +1,8 @@
 /// \file
-/// The kernels over all rows, on several threads.
+/// Multithreaded kernels over all rows.
 ///
-/// In: the structures of `kernels.h`, the number of rows and of threads. Out: all rows. Rows are
-/// cut into blocks that do not depend on the number of threads, and sums over rows add the blocks'
-/// sums in order, so a result is the same for any number.
+/// Rows are split into blocks independently of the number of threads, and reductions over rows add
+/// the partial sums of the blocks in order, so results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +13,7 @@ namespace chatflow::cpu {
 
 void launch(const Exponentiate& arguments, std::int64_t rows, int threads);
 void launch(const RmsNorm& arguments, std::int64_t rows, int threads);
-/// `grad_weight` is overwritten by the sum over all rows.
+/// Overwrites `grad_weight` with the sum over all rows.
 void launch(const RmsNormBackward& arguments, std::int64_t rows, int threads);
 void launch(const SwiGlu& arguments, std::int64_t rows, int threads);
 void launch(const SwiGluBackward& arguments, std::int64_t rows, int threads);

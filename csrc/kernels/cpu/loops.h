@@ -1,10 +1,9 @@
 /// \file
-/// The serial loops of `kernels.h`, in sixteen lanes.
+/// Serial loops of `kernels.h` over a range of rows.
 ///
-/// In: the structures of `kernels.h` and a range of rows. Out: those rows. Included once by the
-/// file of each instruction set, inside its namespace, after `lanes.h`.
+/// The file of each instruction set includes this once, inside its namespace, after `lanes.h`.
 
-/// Calls `whole(i)` for each full group of lanes and `rest(i, count)` for what is left of `size`.
+/// Calls `whole(i)` for each full vector and `rest(i, count)` for the remaining elements.
 template <typename Whole, typename Rest>
 CHATFLOW_INLINE void for_lanes(std::int64_t size, Whole whole, Rest rest) {
   std::int64_t i = 0;
@@ -25,7 +24,7 @@ CHATFLOW_INLINE float row_highest(const bf16* row, std::int64_t size) {
   return highest_lane(top);
 }
 
-/// Overwrites a row by `exp(x - shift)` and returns the sum before rounding.
+/// Overwrites a row with `exp(x - shift)` and returns the sum of the unrounded values.
 CHATFLOW_INLINE float exponentiate_row(bf16* row, std::int64_t size, float shift) {
   Floats total{};
   for_lanes(
@@ -161,7 +160,7 @@ static void swiglu_backward(const SwiGluBackward& a, std::int64_t begin, std::in
   }
 }
 
-/// Both halves of one head; `size` is half its dimension.
+/// Rotates both halves of one head; `size` is half of the head dimension.
 CHATFLOW_INLINE void rotate_head(const bf16* from, bf16* to, const float* cosines,
                                  const float* sines, float direction, std::int64_t size) {
   for_lanes(
@@ -199,7 +198,7 @@ static void rotate(const Rotate& a, std::int64_t begin, std::int64_t end) {
 }
 
 static void causal_softmax(const CausalSoftmax& a, std::int64_t begin, std::int64_t end) {
-  float weights[kMaxKeys];  // fp32 until the sum is known, so that rounding happens once
+  float weights[kMaxKeys];  // fp32 until the sum is known, so that values are rounded once
   for (std::int64_t r = begin; r < end; ++r) {
     bf16* row = a.scores + r * a.num_keys;
     const std::int64_t seen = a.first_query + r % a.num_queries + 1;

@@ -1,5 +1,5 @@
 /// \file
-/// Counters, areas and waiting of `shared_group.h`.
+/// Implementation of `shared_group.h`.
 #include "shared_group.h"
 
 #include <fcntl.h>
@@ -18,9 +18,9 @@
 namespace chatflow::cpu {
 namespace {
 
-/// The first bytes belong to those who make the file, and to the locks.
+/// The first bytes hold the locks and the data of the process that creates the file.
 constexpr std::int64_t kHeaderBytes = 4096;
-/// A chunk: what two processes write and read of it stays in their caches.
+/// Small enough that the chunks of two processes stay in the cache.
 constexpr std::int64_t kChunkBytes = 1 << 18;
 constexpr std::int64_t kSlotBytes = 256;
 
@@ -41,11 +41,11 @@ std::int64_t element_bytes(Element element) { return element == Element::kBf16 ?
 
 }  // namespace
 
-/// What a lane of a process says to the others; a cache line a counter, and the next one beside it,
-/// which processors fetch together.
+/// State that one lane of a process publishes to the others. Counters are 128 bytes apart because
+/// processors prefetch pairs of cache lines.
 struct SharedGroup::Slot {
-  std::atomic<std::uint64_t> arrived;        // chunks that lie in the area, since the group began
-  alignas(128) std::uint64_t signatures[2];  // of this collective and of the one before
+  std::atomic<std::uint64_t> arrived;        // chunks published since the group was created
+  alignas(128) std::uint64_t signatures[2];  // of the current and the previous collective
 };
 
 std::int64_t SharedGroup::num_bytes(int size, int lanes) {
@@ -99,10 +99,9 @@ bool SharedGroup::lives(int rank) const {
   return fcntl(file_, F_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
-/// Waits until a process has put the chunk at hand of a lane into its area. Spins while the other
-/// is probably about to; then lets others have the core, which may be the very process that is
-/// waited for; then sleeps. Time counts by naps of a limited length: a job that was suspended as a
-/// whole does not find itself late.
+/// Waits until a process has published the current chunk of a lane: spins first, then yields the
+/// core, which the other process may need, then sleeps. The timeout counts sleeps of bounded length
+/// instead of wall time, so that suspending the whole job does not expire it.
 SharedGroup::Outcome SharedGroup::wait(int rank, int lane) const {
   const Slot& other = slot(rank, lane);
   const std::uint64_t wanted = num_chunks_[lane];
@@ -122,7 +121,7 @@ SharedGroup::Outcome SharedGroup::wait(int rank, int lane) const {
   double waited = 0.0;
   for (int naps = 0; waited < timeout_seconds_; ++naps) {
     if (has_arrived()) return outcome();
-    // What a process wrote before it ended counts: it is looked for once more.
+    // Check once more: the process may have published the chunk before it ended.
     if (naps % kNapsBetweenLooks == 0 && !lives(rank)) {
       return has_arrived() ? outcome() : Outcome::kLeft;
     }
@@ -134,18 +133,18 @@ SharedGroup::Outcome SharedGroup::wait(int rank, int lane) const {
   return Outcome::kLate;
 }
 
-/// Calls `work(begin, end, chunk, is_filling)` for the chunks of a lane's part of `count`: once to
-/// fill this process's area, once when the areas of all hold the chunk.
+/// Calls `work(begin, end, chunk, is_filling)` twice for each chunk of a lane's share of `count`:
+/// to fill this process's area, and after all processes have published the chunk.
 template <typename Work>
 SharedGroup::Outcome SharedGroup::run_chunks(int lane, std::int64_t count, std::int64_t chunk,
                                              const Work& work) {
-  // Parts begin at whole chunks' sixteenths, so that lanes share no cache line.
+  // Shares begin at multiples of a sixteenth of a chunk, so that lanes do not share cache lines.
   const std::int64_t grain = chunk / 16;
   const std::int64_t grains = (count + grain - 1) / grain;
   const std::int64_t first = std::min(count, grains * lane / lanes_ * grain);
   const std::int64_t last = std::min(count, grains * (lane + 1) / lanes_ * grain);
   std::int64_t begin = first;
-  do {  // an empty part goes through once as well, for the signature
+  do {  // an empty share also runs once, to compare signatures
     const std::int64_t end = std::min(last, begin + chunk);
     const std::uint64_t number = ++num_chunks_[lane];
     work(lane, begin, end, number, true);
@@ -224,7 +223,7 @@ void SharedGroup::all_gather(const void* input, void* output, std::int64_t bytes
 void SharedGroup::reduce_scatter(const void* input, void* output, std::int64_t count,
                                  Element element, Reduction reduction) {
   const std::int64_t width = element_bytes(element);
-  // An area holds a part for every rank, at whole cache lines.
+  // An area holds one cache-line-aligned shard per rank.
   const std::int64_t chunk = kChunkBytes / size_ / 1024 * 1024 / width;
   const char* own = static_cast<const char*>(input);
   auto work = [&](int lane, std::int64_t begin, std::int64_t end, std::uint64_t number,

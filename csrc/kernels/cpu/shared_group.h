@@ -1,14 +1,14 @@
 /// \file
-/// Collectives of processes on one machine, through memory that they share.
+/// Collectives between processes of one machine through shared memory.
 ///
-/// In: a memory file that every process of a group has open, and tensors. Out: sums, highest
-/// values or all parts of them in every process, the same bits in each: sums are taken in fp32 in
-/// the order of ranks and rounded once.
+/// Results are bitwise identical in all processes: sums are computed in fp32 in rank order and
+/// rounded once.
 ///
-/// Every process copies a chunk of its tensor into its own area, says so by a counter, and reads
-/// the others' areas once their counters say the same. An area holds two chunks in turn, so that
-/// nobody waits for readers: a counter that has reached chunk k says as well that its process has
-/// read all of chunk k - 1. A tensor is cut over lanes, one a thread, each with its own counters.
+/// Each process copies a chunk of its tensor into its own area, increments its counter, waits for
+/// the counters of all other processes, and reads their areas. Areas are double-buffered and
+/// writers never wait for readers: a counter that has reached chunk k also means that its process
+/// has finished reading chunk k - 1. A tensor is split over lanes, one per thread, and each lane
+/// has its own counters.
 #pragma once
 
 #include <atomic>
@@ -21,30 +21,30 @@ namespace chatflow::cpu {
 
 class SharedGroup {
  public:
-  /// Bytes that the memory file has to have.
+  /// Size of the shared memory file in bytes.
   static std::int64_t num_bytes(int size, int lanes);
 
-  /// Maps the file and marks this process as living, by a lock on byte `rank` of the file, which
-  /// the system takes away when the process ends, however it ends.
-  /// \param file closed by the destructor, and on failure; nothing else in this process may open it
-  /// \param lanes threads of each process; the same in all
-  /// \param timeout_seconds how long a process that lives is waited for
+  /// Maps the file and locks byte `rank` of it. The kernel releases the lock when the process
+  /// ends for any reason, which is how other processes detect that.
+  /// \param file owned descriptor; no other descriptor of this process may refer to the file
+  /// \param lanes threads per process; equal in all processes
+  /// \param timeout_seconds maximum wait for a process that is alive
   /// \throws std::runtime_error the file cannot be mapped or locked
   SharedGroup(int file, int rank, int size, int lanes, double timeout_seconds);
   ~SharedGroup();
   SharedGroup(const SharedGroup&) = delete;
   SharedGroup& operator=(const SharedGroup&) = delete;
 
-  // Every process of the group calls these in the same order with the same sizes.
-  // All throw std::runtime_error: a process has ended, came with another collective, or did not
-  // come in time. After that the group is of no more use, and says so.
+  // All processes of the group call these in the same order with the same sizes. They throw
+  // std::runtime_error if a process has ended, calls another collective, or times out. After an
+  // error every further call throws.
 
-  /// Overwrites `values` by the sum or the highest over the group.
+  /// Overwrites `values` with the sum or maximum over the group.
   void all_reduce(void* values, std::int64_t count, Element element, Reduction reduction);
-  /// `output` becomes the inputs of all ranks, one after another.
+  /// Concatenates the inputs of all ranks in `output`.
   void all_gather(const void* input, void* output, std::int64_t bytes);
-  /// `output` becomes part `rank` of the reduced inputs.
-  /// \param count elements of `output`; `input` has as many for each rank
+  /// Writes shard `rank` of the reduced inputs to `output`.
+  /// \param count elements of `output`; `input` has `count` elements for each rank
   void reduce_scatter(const void* input, void* output, std::int64_t count, Element element,
                       Reduction reduction);
 
@@ -65,7 +65,7 @@ class SharedGroup {
   double timeout_seconds_;
   char* memory_ = nullptr;
   std::uint64_t num_collectives_ = 0, signature_ = 0;
-  std::vector<std::uint64_t> num_chunks_;  // by lane; this process's own counters
+  std::vector<std::uint64_t> num_chunks_;  // per lane, of this process
   const char* broken_ = nullptr;
 };
 
