@@ -270,12 +270,14 @@ def encode_question(
     examples: Sequence[Question],
     settings: ChoiceSettings,
 ) -> tuple[list[int], list[list[int]]]:
-    """Encodes a question and each of its choices; examples that do not fit are omitted.
+    """Encodes the prompt of a question and each of its choices.
+
+    `question_row` truncates what does not fit from the left, as lm-eval does.
 
     Args:
         tokenizer: Tokenizer of the model.
         prefix_ids: Ids before every text.
-        max_length: Maximum number of input tokens: question and choice without its last token.
+        max_length: Maximum number of tokens of a choice.
         question: The question.
         examples: Solved examples before it.
         settings: Prompt and scoring.
@@ -294,12 +296,7 @@ def encode_question(
                 f"{question.place}: choice {letter} encodes to no tokens with this model's "
                 "tokenizer; remove the question"
             )
-    longest = max(map(len, answers))
-    for first in range(len(examples) + 1):
-        text = build_prompt(question, examples[first:], settings)
-        prompt = [*prefix_ids, *tokenizer.encode(text)]
-        if len(prompt) + longest - 1 <= max_length:
-            break
+    prompt = [*prefix_ids, *tokenizer.encode(build_prompt(question, examples, settings))]
     return prompt, answers
 
 

@@ -187,14 +187,20 @@ def write_task(folder: Path, questions: Path, scoring: str, num_few_shot: int) -
 
 @needs_lm_eval
 @pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("num_few_shot", [0, 2])
 @pytest.mark.parametrize("scoring", ["letter", "continuation"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_choice_and_tasks_give_the_same_accuracy(
-    kind: str, scoring: str, models: dict[str, LanguageModel], tmp_path: Path
+    kind: str,
+    scoring: str,
+    num_few_shot: int,
+    models: dict[str, LanguageModel],
+    tmp_path: Path,
 ) -> None:
     questions = write_questions(tmp_path)
-    write_task(tmp_path, questions, scoring, 0)
-    ours = evaluate_choice(models[kind], read_questions(questions), ChoiceSettings(scoring))
+    write_task(tmp_path, questions, scoring, num_few_shot)
+    choice_settings = ChoiceSettings(scoring, num_few_shot)
+    ours = evaluate_choice(models[kind], read_questions(questions), choice_settings)
     settings = TaskSettings((f"quiz_{scoring}",), include_path=tmp_path)
     theirs = evaluate_tasks(models[kind], settings)[f"quiz_{scoring}"]
     assert ours["accuracy"] == theirs["acc"]
