@@ -6,7 +6,7 @@ it is recorded, and the host gets a made-up value. Values that the host itself h
 tensor are remembered, so that flags which all ranks reduce come back as they were sent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,14 +15,15 @@ import torch.distributed._tools.fake_collectives  # shape functions of collectiv
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_chatflow.simulate.process_group import record_collective
 from megatron_chatflow.simulate.recorder import Recorder
+from megatron_chatflow.simulate.shapes import ShapeCache, leaves_of
 
 aten = torch.ops.aten
 _MOST_REMEMBERED = 64  # elements of a tensor whose values are remembered
+_DEVICE = torch.ops.prim.device.default
 _COPIES = (aten._to_copy.default, aten.copy_.default)
 _READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default)
 # The sizes of their results depend on values, which the host has to read.
@@ -74,6 +75,7 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._shapes = FakeTensorMode(allow_non_fake_inputs=False)
         self._shapes.static_shapes = True
+        self._cache = ShapeCache(self._shapes)
         self._values: dict[int, torch.Tensor] = {}  # by the address of a storage
 
     def __torch_dispatch__(
@@ -84,8 +86,10 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Computes the result's shape, or runs an operator of CPU tensors as it is."""
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         is_simulated = any(isinstance(leaf, FakeTensor) for leaf in leaves)
         device = kwargs.get("device")
         if device is not None:
@@ -107,6 +111,7 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given: torch.Tensor | None = None
         if real:
             given = self._note_host_tensors(func, args, kwargs, real)
+            leaves, structure = tree_flatten((args, kwargs))
             args, kwargs = tree_unflatten([self._convert(leaf) for leaf in leaves], structure)
         if kwargs.get("generator") is not None:
             kwargs = {**kwargs, "generator": None}  # a CPU generator, see csrc/simulate
@@ -116,9 +121,8 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return FakeWork().boxed()
         else:
             self._forget_values(func, args)
-        with self._shapes:
-            result = func(*args, **kwargs)
-        self._account(func, args, kwargs, result)
+        result, flops = self._cache.call(func, args, kwargs)
+        self._account(func, result, flops)
         if given is not None and given.numel() <= _MOST_REMEMBERED:
             target = result if isinstance(result, torch.Tensor) else args[0]
             self._values[_address(target)] = given.detach().clone()
@@ -129,17 +133,15 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return leaf
         return self._shapes.from_tensor(leaf, static_shapes=True)
 
-    def _account(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda":
+    def _account(self, func: Any, result: Any, flops: int) -> None:
+        for leaf in leaves_of((result,)):
+            if isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda":
                 if self._recorder.see(leaf):
                     self._values.pop(_address(leaf), None)  # of freed memory at this address
         if not _is_launch(func):
             return
         self._recorder.add_launch(func.name())
-        count: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            flops = count(*args, **kwargs, out_val=result)
+        if flops:
             self._recorder.add_flops(func._opname, flops)
 
     # Between host and GPU.
@@ -205,7 +207,7 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget_values(self, func: Any, args: Any) -> None:
         for number in _written(func):
             if number < len(args):
-                for tensor in tree_leaves(args[number]):
+                for tensor in leaves_of((args[number],)):
                     if isinstance(tensor, FakeTensor):
                         self._values.pop(_address(tensor), None)
 
