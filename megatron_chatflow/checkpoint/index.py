@@ -9,6 +9,10 @@ into stand-in classes of this module, so that a pickle cannot call or change any
 
 For both files, the chunks of a tensor must cover it exactly, and every chunk must have a record of
 sufficient length in a file of the folder.
+
+A layer's norms have the names that Megatron-LM gives them in transformer-engine's layers, where a
+norm is a part of the linear layer behind it. `read_index` renames those of checkpoints that earlier
+versions wrote, both weights and optimizer state.
 """
 
 import hashlib
@@ -47,6 +51,12 @@ _DTYPES = {
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
+}
+
+# Ends of names in checkpoints of earlier versions, and what they are called now.
+_RENAMED = {
+    ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
+    ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
 }
 
 From = TypeVar("From")
@@ -251,7 +261,10 @@ def _checked(
         _check_file(file)
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
-    for name, (dtype_name, size, chunks) in tensors.items():
+    for stored_name, (dtype_name, size, chunks) in tensors.items():
+        name = current_name(stored_name)
+        if name in entries:
+            raise ValueError(f"{name} is stored twice, also as {stored_name}")
         dtype = _DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
         if dtype is None:
             raise ValueError(f"{name} has an unsupported dtype")
@@ -278,6 +291,14 @@ def _checked(
         entries[name] = BytesStorageMetadata()
         places[MetadataIndex(name)] = _StorageInfo(*place)
     return Metadata(state_dict_metadata=entries, storage_data=places)
+
+
+def current_name(name: str) -> str:
+    """Returns the name that this version gives to a tensor of an earlier version's checkpoint."""
+    for end, renamed in _RENAMED.items():
+        if name.endswith(end):
+            return name.removesuffix(end) + renamed
+    return name
 
 
 def _check_file(file: str) -> None:

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
     ShardedTensorFactory,
     is_main_replica,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "load_sharded",
     "parameter_shards",
     "saved_shards",
+    "without_objects",
 ]
 
 # megatron-core's loading requires this: optimizer state is stored by parameter.
@@ -236,7 +238,9 @@ def saved_shards(
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
     for key, found in by_key.items():
         if not isinstance(found[0], ShardedTensor):
-            objects.append(StoredObject(key, _saved([entry.data for entry in found])))
+            # megatron-core expects an `_extra_state` for each linear layer. Its content is the
+            # scaling of transformer-engine's FP8, which is computed anew after a load.
+            objects.append(StoredObject(key, _saved([None] * len(found))))
     return shards, objects, _saved(rest)
 
 
@@ -252,6 +256,16 @@ def _saved(content: Any) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
+
+
+def without_objects(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns a module's sharded state dictionary without the ``_extra_state`` of its layers.
+
+    A load neither needs nor reads it: transformer-engine would unpickle it.
+    """
+    return {
+        name: entry for name, entry in state_dict.items() if not isinstance(entry, ShardedObject)
+    }
 
 
 def format_file() -> bytes:

@@ -492,11 +492,13 @@ def _load_model(
     """Loads the weights and returns the content of ``common.pt``."""
     read_index(checkpoint)
     try:
-        state = _model_state(chunks)
+        state = {
+            name: megatron.without_objects(part) for name, part in _model_state(chunks).items()
+        }
         allow_padded_heads(state, unpadded_sizes_of(chunks))
         loaded = megatron.load_sharded(state, checkpoint, reader)
         for name, chunk in zip(_chunk_names(chunks), chunks, strict=True):
-            chunk.load_state_dict(loaded[name])
+            _load_chunk(chunk, loaded[name])
     except (Exception, megatron.CheckpointException) as error:
         line = _reason(error)
         if line.startswith(str(checkpoint)):
@@ -505,6 +507,14 @@ def _load_model(
             f"{checkpoint}: cannot be loaded: {line}; load another checkpoint"
         ) from error
     return loaded
+
+
+def _load_chunk(chunk: Any, state: dict[str, torch.Tensor]) -> None:
+    """Loads a chunk's tensors, all of them, and leaves what layers keep beside them as it is."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    wrong = [*unexpected, *(name for name in missing if not name.endswith("._extra_state"))]
+    if wrong:
+        raise KeyError(f"the model and its state differ in {wrong[0]}")
 
 
 def _layout(bare: list[Any]) -> optimizer_state.Layout:

@@ -7,7 +7,6 @@ one tensor. Nothing in a file is executed, see `checkpoint.index` and `checkpoin
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,11 @@ class DistributedReader:
         Raises:
             UserError: The checkpoint has no such tensor.
         """
-        for prefix, template in product(self._prefixes, (rule.megatron, *rule.aliases)):
-            stacked = prefix + template.replace("{layer}.", "")
+        for prefix in self._prefixes:
+            stacked = prefix + rule.megatron.replace("{layer}.", "")
             if stacked in self.tensors:
                 return stacked, layer
-            single = prefix + template.format(layer=layer)
+            single = prefix + rule.megatron.format(layer=layer)
             if single in self.tensors:
                 return single, None
         raise UserError(

@@ -42,8 +42,6 @@ class WeightRule:
     # the Hugging Face tensors in the order in which they are joined
     parts: tuple[HuggingFaceTensor, ...]
     join: Join = Join.SAME  # how they are joined
-    # other names of the same tensor: fused layers keep a norm in the next linear
-    aliases: tuple[str, ...] = ()
 
     @property
     def is_per_layer(self) -> bool:
@@ -71,9 +69,8 @@ LLAMA_RULES: tuple[WeightRule, ...] = (
         (HuggingFaceTensor("model.embed_tokens.weight", ("vocabulary", "hidden")),),
     ),
     WeightRule(
-        "decoder.layers.{layer}.input_layernorm.weight",
+        "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
         (_layer("input_layernorm", "hidden"),),
-        aliases=("decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",),
     ),
     WeightRule(
         "decoder.layers.{layer}.self_attention.linear_qkv.weight",
@@ -89,9 +86,8 @@ LLAMA_RULES: tuple[WeightRule, ...] = (
         (_layer("self_attn.o_proj", "hidden", "queries"),),
     ),
     WeightRule(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
         (_layer("post_attention_layernorm", "hidden"),),
-        aliases=("decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",),
     ),
     WeightRule(
         "decoder.layers.{layer}.mlp.linear_fc1.weight",

@@ -132,6 +132,11 @@ def layer_spec(kernels: Kernels) -> ModuleSpec:
             pre_mlp_layernorm=_norm_spec(kernels),
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            # Checkpoints have the names of transformer-engine's layers, as Megatron-LM's have.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
         ),
     )
 

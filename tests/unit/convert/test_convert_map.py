@@ -121,13 +121,23 @@ def test_tied_models_have_no_output_layer() -> None:
     assert "lm_head.weight" not in huggingface_shapes(tied)
 
 
-def test_single_layers_fused_norms_and_any_cut_are_read(tmp_path: Path) -> None:
-    norm = next(rule for rule in LLAMA_RULES if rule.aliases)
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        ("self_attention.linear_qkv.layer_norm_weight",) * 2,
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ],
+)
+def test_single_layers_norms_of_either_name_and_any_cut_are_read(
+    tmp_path: Path, stored: str, name: str
+) -> None:
+    norm = next(rule for rule in LLAMA_RULES if rule.megatron.endswith(name))
     proj = RULES["linear_proj"]
     weight = torch.rand(24, 24)
     chunks = [
         ChunkToWrite(
-            norm.aliases[0].format(layer=1), (24,), (0,), (24,), weight.dtype, lambda: weight[0]
+            f"decoder.layers.1.{stored}", (24,), (0,), (24,), weight.dtype, lambda: weight[0]
         )
     ]
     # Four chunks, as tensor parallelism in both dimensions would produce.
