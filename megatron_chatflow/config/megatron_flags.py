@@ -64,7 +64,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
     ("--attention-softmax-in-fp32", "softmax is computed in fp32"),
     ("--use-mcore-models --legacy-tokenizer", "the model is megatron-core's"),
     (
-        "--use-flash-attn --transformer-impl=local|transformer_engine --flash-attention-version",
+        "--use-flash-attn --flash-attention-version",
         "the fastest installed attention is used; see --attention-backend",
     ),
     (
@@ -396,7 +396,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("--spec --kitchen-* --use-kitchen-attention", _NOT_LLAMA),
     (
         "--normalization --position-embedding-type --rope-type --rotary-percent "
-        "--attention-dropout --hidden-dropout --softmax-type --transformer-impl",
+        "--attention-dropout --hidden-dropout --softmax-type",
         _NOT_LLAMA,
     ),
     (
@@ -481,6 +481,7 @@ DEFAULTS: dict[str, str] = {
     "--log-interval": "100",
     "--lr-decay-style": "linear",
     "--tokenizer-type": "none",
+    "--transformer-impl": "transformer_engine",
     "--untie-embeddings-and-output-weights": "off (tied)",
     "--weight-decay": "0.01",
 }

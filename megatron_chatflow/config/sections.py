@@ -435,6 +435,11 @@ class TrainConfig:
         default=None,
         description="save a checkpoint and exit after this many minutes; never when unset",
     )
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
+        default="auto",
+        description="implementation of the layers: transformer-engine's, or megatron-core's own "
+        "(local); auto uses transformer-engine's on GPUs where it is installed",
+    )
     attention_backend: Literal[
         "auto",
         "transformer_engine",

@@ -140,6 +140,11 @@ def _unloadable(name: str, facts: Facts) -> str | None:
     return None if error is None else f"{_DISTRIBUTIONS[name]} cannot be imported ({error})"
 
 
+def unavailable(name: str, facts: Facts) -> str | None:
+    """Returns why a library cannot be used on this machine; None if it is installed and works."""
+    return _missing(name, facts) or _unloadable(name, facts)
+
+
 def _unfit(
     facts: Facts, lowest: tuple[int, int], highest: tuple[int, int], head: int
 ) -> str | None:

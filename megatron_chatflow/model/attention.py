@@ -146,9 +146,7 @@ class PackedCausalAttention(nn.Module):
     ) -> torch.Tensor:
         """Calls a library's variable-length kernel once."""
         if packed.spans:
-            # Two spans of one document both need its first keys, so keys are copied for each span.
-            key = torch.cat([key[start:last] for start, _, last in packed.spans])
-            value = torch.cat([value[start:last] for start, _, last in packed.spans])
+            key, value = packed.keys_of_spans(key), packed.keys_of_spans(value)
         segments = Segments(
             packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
         )

@@ -658,6 +658,23 @@ def _kernels(attention: Choice, fused: Mapping[str, Choice]) -> Kernels:
     return Kernels(attention.name, norm.name, rope.name, swiglu.name, loss.name, descriptions)
 
 
+def transformer_engine_kernels(sizes: StepSizes) -> Kernels:
+    """Returns what transformer-engine's layers use; only the loss is not theirs."""
+    problem = "no GPU" if sizes.device.type != "cuda" else ours_obstacle(sizes, "loss passes")
+    loss = Choice("ours", f"ours, {load_kernels()[1]}")
+    if problem is not None:
+        loss = Choice("torch", f"{_COMPOSED['loss passes']}: {problem}")
+    theirs = "transformer_engine"
+    descriptions = {
+        "attention": "transformer-engine's DotProductAttention",
+        "norm": "transformer-engine's, fused with the linear layer behind it",
+        "rotary embedding": "transformer-engine's, angles once a micro-batch",
+        "SwiGLU": "megatron-core's",
+        "cross-entropy": loss.description,
+    }
+    return Kernels(theirs, theirs, theirs, "megatron", loss.name, descriptions)
+
+
 def _on_a_cpu(sizes: StepSizes, operation: str) -> Choice:
     """Its own kernels, which the composition takes in bf16."""
     composed = _COMPOSED[operation]

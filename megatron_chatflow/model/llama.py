@@ -1,29 +1,18 @@
-"""LLaMA as a megatron-core `GPTModel`: configuration, layer spec and construction.
+"""LLaMA as a megatron-core `GPTModel`: configuration and construction.
 
 Touvron et al., "Llama 2", 2023: RMSNorm before each block, SwiGLU, rotary positions, grouped-query
 attention, untied embeddings, no biases.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
 from torch.nn.functional import silu
 
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
@@ -33,21 +22,40 @@ from megatron_chatflow.config.shape import (
     padded_vocab_size,
     unpadded_sizes,
 )
-from megatron_chatflow.kernels.rms_norm import RMSNorm
+from megatron_chatflow.kernels.attention import gather_facts
 from megatron_chatflow.kernels.shared_group import share
 from megatron_chatflow.kernels.swiglu import SwiGLUMLP
-from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
-from megatron_chatflow.model.kernel_choice import Kernels, StepSizes, choose_kernels
+from megatron_chatflow.model.kernel_choice import (
+    Kernels,
+    StepSizes,
+    choose_kernels,
+    transformer_engine_kernels,
+)
+from megatron_chatflow.model.layer_spec import LOCAL, TRANSFORMER_ENGINE, block_spec, choose_layers
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.runtime import ranks as megatron
 from megatron_chatflow.runtime.ranks import Ranks
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, ranks: Ranks
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    ranks: Ranks,
+    *,
+    layers: str = LOCAL,
 ) -> TransformerConfig:
-    """Returns megatron-core's configuration of this run's transformer."""
+    """Returns megatron-core's configuration of this run's transformer.
+
+    Args:
+        model: The model's shape.
+        parallel: The parallel layout.
+        train: Precision and recomputation.
+        ranks: This process's place in the job.
+        layers: The implementation of the layers, see `layer_spec`.
+    """
+    is_theirs = layers == TRANSFORMER_ENGINE
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     num_chunks = num_model_chunks(model, parallel)
     is_interleaved = num_chunks > 1
@@ -90,54 +98,14 @@ def transformer_config(
         recompute_num_layers=train.recompute_num_layers,
         use_cpu_initialization=not ranks.is_cuda,
         deterministic_mode=train.deterministic_mode,
-        # Apex's kernel adds weight gradients directly to the fp32 buffer.
-        gradient_accumulation_fusion=ranks.is_cuda
-        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
-        # `SwiGLUMLP` activates.
-        bias_activation_fusion=False,
+        # transformer-engine and Apex's kernel add weight gradients directly to the fp32 buffer.
+        gradient_accumulation_fusion=is_theirs
+        or (ranks.is_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None),
+        # In local layers `SwiGLUMLP` activates; on CPUs torch's compiler would take a minute.
+        bias_activation_fusion=is_theirs and ranks.is_cuda,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-    )
-
-
-def _norm_spec(kernels: Kernels) -> ModuleSpec:
-    return ModuleSpec(module=RMSNorm, params={"implementation": kernels.norm})
-
-
-def layer_spec(kernels: Kernels) -> ModuleSpec:
-    """Returns the spec of a layer: megatron-core's parallel linears, our norm and attention."""
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=ModuleSpec(
-                module=PackedCausalAttention,
-                params={"backend": kernels.attention, "rotation": kernels.rope},
-            ),
-            linear_proj=RowParallelLinear,
-        ),
-    )
-    mlp = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=_norm_spec(kernels),
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=_norm_spec(kernels),
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            # Checkpoints have the names of transformer-engine's layers, as Megatron-LM's have.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
-        ),
     )
 
 
@@ -160,6 +128,7 @@ class Llama:
         padded_vocab_size: Number of rows of the embedding over all tensor-parallel ranks.
         rotary: The rotary embedding's settings.
         kernels: The implementation of each operation.
+        implementations: Descriptions of the layers' and operations' implementations for the log.
         collectives: Description of the tensor-parallel collectives for the log.
     """
 
@@ -169,6 +138,7 @@ class Llama:
     padded_vocab_size: int
     rotary: Rotary
     kernels: Kernels
+    implementations: Mapping[str, str]
     collectives: str
 
     @property
@@ -214,17 +184,25 @@ def build_llama(
         sequence_length: Tokens of a sample, which dynamic rotary scaling depends on; the model's
             longest if None.
     """
-    config = transformer_config(model, parallel, train, ranks)
+    facts = gather_facts(
+        ranks.device,
+        torch.bfloat16 if train.bf16 else torch.float32,
+        head_counts(model, parallel).head_dim,
+        deterministic=train.deterministic_mode,
+    )
+    layers, reason = choose_layers(train, facts)
+    config = transformer_config(model, parallel, train, ranks, layers=layers)
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
         setattr(config, name, leave_unset)
     rows = padded_vocab_size(model, parallel, vocab_size)
     num_chunks = num_model_chunks(model, parallel)
-    kernels = _kernels(config, model, train, ranks, rows, sequence_length)
+    kernels = _kernels(config, model, train, ranks, rows, sequence_length, layers)
     chunks = []
     for number in range(num_chunks):
         chunk = _build_chunk(
             config,
             model,
+            layers=layers,
             kernels=kernels,
             rows=rows,
             vp_stage=number if num_chunks > 1 else None,
@@ -252,6 +230,7 @@ def build_llama(
         padded_vocab_size=rows,
         rotary=Rotary.of(model, sequence_length),
         kernels=kernels,
+        implementations={"layers": reason, **kernels.descriptions},
         collectives=_collectives(parallel, ranks),
     )
 
@@ -277,6 +256,7 @@ def _kernels(
     ranks: Ranks,
     rows: int,
     sequence_length: int | None,
+    layers: str,
 ) -> Kernels:
     """Chooses kernels for the sizes of a micro-batch on this rank."""
     length = sequence_length or model.max_position_embeddings
@@ -294,6 +274,8 @@ def _kernels(
         dtype=config.params_dtype,
         device=ranks.device,
     )
+    if layers == TRANSFORMER_ENGINE:
+        return transformer_engine_kernels(sizes)
     return choose_kernels(
         sizes,
         train,
@@ -306,6 +288,7 @@ def _build_chunk(
     config: TransformerConfig,
     model: ModelConfig,
     *,
+    layers: str,
     kernels: Kernels,
     rows: int,
     vp_stage: int | None,
@@ -313,13 +296,9 @@ def _build_chunk(
     is_last: bool,
 ) -> GPTModel:
     """Builds a chunk of layers, with the embedding in the first and the output in the last."""
-    spec = TransformerBlockSubmodules(
-        layer_specs=[layer_spec(kernels)] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=_norm_spec(kernels),
-    )
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=block_spec(layers, config, kernels, vp_stage),
         vocab_size=rows,
         max_sequence_length=model.max_position_embeddings,
         pre_process=is_first,
@@ -332,7 +311,7 @@ def _build_chunk(
     if is_last:
         # The weight stays where megatron-core's checkpoints and gradients expect it.
         chunk.output_layer.__class__ = HiddenStatesOut
-    for layer in chunk.decoder.layers:
+    for layer in chunk.decoder.layers if layers == LOCAL else ():
         # megatron-core passes the right arguments only to its own class.
         layer.mlp.__class__ = SwiGLUMLP
         layer.mlp.set_activation(kernels.swiglu)

@@ -142,6 +142,16 @@ class PackedTokens(PackedSeqParams):  # type: ignore[misc]
     shard: ContextShard | None = None
     spans: tuple[tuple[int, int, int], ...] = ()
 
+    def keys_of_spans(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the keys or values that each span attends to, ``[tokens, groups, head_dim]``.
+
+        Two spans of one document both need its first keys, so rows are copied for each span.
+
+        Args:
+            rows: Those of the whole micro-batch.
+        """
+        return torch.cat([rows[start:last] for start, _, last in self.spans])
+
 
 def equal_length_runs(cu_seqlens: list[int]) -> tuple[tuple[int, int, int], ...]:
     """Groups adjacent documents of equal length into ``(start, num_documents, length)``.

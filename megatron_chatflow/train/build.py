@@ -298,7 +298,7 @@ def _build_choice_validator(config: RunConfig, inputs: RunInputs) -> ChoiceValid
 def _log_implementations(llama: Llama, optimization: Optimization, peak_source: str) -> None:
     """Logs which implementation each part of the run uses."""
     implementations: dict[str, Any] = {
-        **llama.kernels.descriptions,
+        **llama.implementations,
         "tensor-parallel collectives": llama.collectives,
         "optimizer": optimization.description,
         "peak": peak_source,

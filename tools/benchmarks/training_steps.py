@@ -193,7 +193,7 @@ class PlainMegatron:
         vocab_size = shape.vocab_size
         names = dict.fromkeys(("attention", "norm", "rope", "swiglu", "loss"), "its own")
         kernels = Kernels(**names, descriptions={})
-        llama = Llama([model], settings, vocab_size, vocab_size, rotary, kernels, "none")
+        llama = Llama([model], settings, vocab_size, vocab_size, rotary, kernels, {}, "none")
         self._optimization = build_optimization(config, llama, ranks)
         self._optimization.set_progress(1, shape.micro_batch_size)
         self._device = ranks.device

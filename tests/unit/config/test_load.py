@@ -183,7 +183,7 @@ FROZEN_FLAGS = """
 --rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base
 --save --save-interval --save-keep-every --save-retain --seed --seq-length --sequence-parallel
 --shared-memory-collectives --simulate --split --straggler-minmax-count --tensor-model-parallel-size
---tensorboard --tokenizer-model --tokenizer-type --train-iters --train-samples
+--tensorboard --tokenizer-model --tokenizer-type --train-iters --train-samples --transformer-impl
 --untie-embeddings-and-output-weights --use-distributed-optimizer --use-pytorch-profiler --verbose
 --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
 --world-size

@@ -1,0 +1,148 @@
+"""The layers of the model: which implementation a run uses, and megatron-core's spec of each.
+
+- ``transformer_engine``: the layers that megatron-core builds from transformer-engine, with fused
+  norms and linear layers, and with `te_attention.PackedTEAttention`. They are used on GPUs wherever
+  transformer-engine is installed.
+- ``local``: megatron-core's own linear layers, `kernels.rms_norm.RMSNorm` and
+  `attention.PackedCausalAttention`, for every other machine.
+
+Both compute the same function. Their parameters have the same shapes, and the same names in
+checkpoints, so that a run may change the implementation when it is resumed.
+"""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_chatflow.config import TrainConfig
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.kernels.attention import Facts, obstacle, unavailable
+from megatron_chatflow.kernels.rms_norm import RMSNorm
+from megatron_chatflow.model.attention import PackedCausalAttention
+from megatron_chatflow.model.kernel_choice import Kernels
+
+TRANSFORMER_ENGINE = "transformer_engine"
+LOCAL = "local"
+
+
+def choose_layers(train: TrainConfig, facts: Facts) -> tuple[str, str]:
+    """Returns the layers' implementation, and the reason for the log.
+
+    Args:
+        train: The run's settings.
+        facts: The facts about the machine.
+
+    Raises:
+        UserError: The requested implementation cannot be used.
+    """
+    wanted, backend = train.transformer_impl, train.attention_backend
+    local = "megatron-core's own linear layers"
+    if wanted == LOCAL:
+        return LOCAL, f"{local}, as requested"
+    version = facts.installed.get(TRANSFORMER_ENGINE)
+    theirs = f"transformer-engine {version}, through megatron-core"
+    has_other_attention = backend not in ("auto", TRANSFORMER_ENGINE)
+    if wanted == TRANSFORMER_ENGINE:
+        reason = unavailable(TRANSFORMER_ENGINE, facts)
+        if reason is not None:
+            raise UserError(
+                f"train.transformer_impl: transformer_engine cannot be used: {reason}; install "
+                "it, or use auto"
+            )
+        if has_other_attention:
+            raise UserError(
+                f"train.attention_backend: {backend} cannot be used in transformer-engine's "
+                "layers; use auto, or --transformer-impl local"
+            )
+        return TRANSFORMER_ENGINE, f"{theirs}, as requested"
+    if has_other_attention:
+        return LOCAL, f"{local}: --attention-backend {backend} needs them"
+    reason = obstacle(TRANSFORMER_ENGINE, facts)
+    if reason is None:
+        return TRANSFORMER_ENGINE, theirs
+    return LOCAL, f"{local}; not transformer-engine's: {reason}"
+
+
+def block_spec(
+    implementation: str, config: TransformerConfig, kernels: Kernels, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Returns the spec of the layers of a model chunk and of the norm behind them.
+
+    Args:
+        implementation: ``transformer_engine`` or ``local``.
+        config: megatron-core's configuration.
+        kernels: The implementation of each operation in local layers.
+        vp_stage: The chunk's number if this process holds several.
+    """
+    layer, norm = (
+        _of_transformer_engine() if implementation == TRANSFORMER_ENGINE else _local(kernels)
+    )
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    from megatron_chatflow.model.te_attention import PackedTEAttention
+
+    # transformer-engine's layers add weight gradients to the fp32 buffer by themselves. The
+    # configuration that says so makes megatron-core ask for Apex on account of its own linear
+    # layers. The only one here is the output layer, which computes no product.
+    layers._grad_accum_fusion_available = True
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer.submodules.self_attention.submodules.core_attention = PackedTEAttention
+    return layer, TENorm
+
+
+def _local(kernels: Kernels) -> tuple[ModuleSpec, ModuleSpec]:
+    norm = ModuleSpec(module=RMSNorm, params={"implementation": kernels.norm})
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ModuleSpec(
+                module=PackedCausalAttention,
+                params={"backend": kernels.attention, "rotation": kernels.rope},
+            ),
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoints have the names of transformer-engine's layers, as Megatron-LM's have.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+    return layer, norm

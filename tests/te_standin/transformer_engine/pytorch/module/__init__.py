@@ -1,0 +1,160 @@
+"""Stand-ins for the layers: linear, norm followed by linear, and norm."""
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import rms_norm
+
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+
+__all__ = ["LayerNormLinear", "Linear", "RMSNorm", "TransformerEngineBaseModule"]
+
+
+def _gather(rows, group):
+    whole = rows.new_empty(rows.shape[0] * group.size(), *rows.shape[1:])
+    dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
+    return whole
+
+
+def _reduce(rows, group, *, scatter):
+    if not scatter:
+        dist.all_reduce(rows, group=group)
+        return rows
+    own = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
+    dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
+    return own
+
+
+class _Product(torch.autograd.Function):
+    """The product of a layer, with its collectives and its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x, weight)
+        y = (_gather(x, layer.tp_group) if layer.gathers else x) @ weight.t()
+        return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x, weight), layer = ctx.saved_tensors, ctx.layer
+        if layer.reduces and layer.sequence_parallel:
+            gradient = _gather(gradient, layer.tp_group)
+        grad_x = gradient @ weight
+        if layer.is_column and layer.tp_size > 1:
+            grad_x = _reduce(grad_x, layer.tp_group, scatter=layer.sequence_parallel)
+        whole = _gather(x, layer.tp_group) if layer.gathers else x
+        grad_weight = gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
+        if not layer.fuse_wgrad_accumulation:
+            return grad_x, grad_weight, None
+        weight.main_grad.add_(grad_weight)
+        weight.grad_added_to_main_grad = True
+        # A tensor for autograd, whose values nobody may read.
+        return grad_x, torch.empty_like(weight).fill_(float("nan")), None
+
+
+class Linear(TransformerEngineBaseModule):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        get_rng_state_tracker=None,
+        rng_tracker_name=None,
+        init_method=None,
+        bias=True,
+        return_bias=False,
+        params_dtype=None,
+        parallel_mode=None,
+        parameters_split=None,
+        device="cuda",
+        ub_overlap_ag=False,
+        ub_overlap_rs=False,
+        ub_overlap_rs_dgrad=False,
+        ub_bulk_dgrad=False,
+        ub_bulk_wgrad=False,
+        ub_name=None,
+        delay_wgrad_compute=False,
+        symmetric_ar_type=None,
+        save_original_input=False,
+        name=None,
+    ):
+        super().__init__()
+        assert not bias, "the stand-in has no biases"
+        self.use_bias = False
+        self.tp_group, self.tp_size = tp_group, tp_size
+        self.is_column, is_row = parallel_mode == "column", parallel_mode == "row"
+        self.in_features = in_features // (tp_size if is_row else 1)
+        self.out_features = out_features // (tp_size if self.is_column else 1)
+        self.sequence_parallel = sequence_parallel and tp_size > 1
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self.gathers = self.is_column and self.sequence_parallel
+        self.reduces = is_row and tp_size > 1
+        self.weight = torch.nn.Parameter(
+            torch.empty(self.out_features, self.in_features, dtype=params_dtype, device=device)
+        )
+        self.weight.tensor_model_parallel, self.weight.partition_stride = True, 1
+        self.weight.partition_dim = 1 if is_row else 0
+        init_method(self.weight)
+
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        return _Product.apply(inp, self.weight, self)
+
+
+def _normalize(x, weight, eps):
+    return rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+
+
+class LayerNormLinear(Linear):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        eps=1e-5,
+        normalization="LayerNorm",
+        return_layernorm_output=False,
+        return_layernorm_output_gathered=False,
+        zero_centered_gamma=False,
+        params_dtype=None,
+        device="cuda",
+        **options,
+    ):
+        super().__init__(
+            in_features, out_features, params_dtype=params_dtype, device=device, **options
+        )
+        assert normalization == "RMSNorm"
+        assert not return_layernorm_output and not zero_centered_gamma
+        self.eps = eps
+        self.layer_norm_weight = torch.nn.Parameter(
+            torch.ones(in_features, dtype=params_dtype, device=device)
+        )
+        self.layer_norm_weight.sequence_parallel = self.sequence_parallel
+
+    def forward(self, inp, is_first_microbatch=None, fp8_grad=False):
+        x = _normalize(inp, self.layer_norm_weight, self.eps)
+        return _Product.apply(x, self.weight, self)
+
+
+class RMSNorm(torch.nn.Module):
+    def __init__(
+        self,
+        normalized_shape=None,
+        eps=1e-5,
+        sequence_parallel=None,
+        params_dtype=None,
+        zero_centered_gamma=False,
+        hidden_size=None,
+        dtype=None,
+        device="cuda",
+    ):
+        super().__init__()
+        self.eps, size = eps, normalized_shape or hidden_size
+        self.weight = torch.nn.Parameter(
+            torch.ones(size, dtype=dtype or params_dtype, device=device)
+        )
+        self.weight.sequence_parallel = sequence_parallel
+
+    def forward(self, x):
+        return _normalize(x, self.weight, self.eps)

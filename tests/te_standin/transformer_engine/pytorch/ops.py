@@ -1,0 +1,7 @@
+"""Stand-ins for the operation-based API, from which megatron-core derives classes."""
+
+
+class FusibleOperation: ...
+
+
+class Sequential: ...
