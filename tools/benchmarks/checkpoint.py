@@ -5,8 +5,11 @@ Prints a row for our saver, a row for the disk alone (direct writes of as many b
 asynchronous ``dist_checkpointing.save`` of the same tensors. The model is a real one with its
 optimizer. The rounds of the subjects alternate, and medians are reported. Every subject's bytes are
 flushed to the disk before its clock stops. Under torchrun the processes are data-parallel, each
-saves its shard, and the slowest process counts. In one process, the time of a training step during
-a save is also measured, for our saver and megatron-core's.
+saves its shard, and the slowest process counts.
+
+In one process, training steps are also timed while an asynchronous save is in progress. The time
+that training loses by a save is the time that it is blocked, and what those steps take longer than
+steps without a save.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -149,21 +152,16 @@ def _measure(
                 _empty(root)
     # Not measured with several processes: their steps wait for each other, and each process is busy
     # at other times.
-    alone = ranks.process.world_size == 1
-    slowdowns: dict[str, float] = {}
-    if alone:
-        slowdowns[OURS] = _slowdown(
-            model,
-            lambda number: saver.save(_state(number), chunks, optimizer),
-            lambda: saver.is_busy,
-            saver.finish,
-        )
+    during_save: dict[str, tuple[float, float]] = {}
+    if ranks.process.world_size == 1:
+        saves: dict[str, AsyncSave] = {OURS: OurSave(saver, chunks, optimizer)}
         if arguments.peers:
-            slowdowns[MEGATRON] = _slowdown(
-                model, megatron.start, megatron.is_busy, megatron.finish
-            )
+            saves |= {ASYNC_SAVE: DcpAsyncSave(tensors, root), MEGATRON: megatron}
+        for name, save in saves.items():
+            during_save[name] = _steps_during_save(model, save)
+            _empty(root)
     return [
-        _row(name, values, timings, num_bytes, slowdowns.get(name))
+        _row(name, values, timings, num_bytes, during_save.get(name))
         for name, values in timings.items()
     ]
 
@@ -179,6 +177,59 @@ def _empty(folder: Path) -> None:
 def _state(iteration: int) -> RunState:
     empty: dict[str, Any] = {}
     return RunState(iteration, 0, 0, empty, empty, empty, empty, empty)
+
+
+class AsyncSave(Protocol):
+    """A save that goes on while training steps run."""
+
+    def start(self, number: int) -> object:
+        """Starts a save; training is blocked meanwhile."""
+
+    def is_busy(self) -> bool:
+        """Returns whether the save is in progress."""
+
+    def finish(self) -> object:
+        """Waits for the save."""
+
+
+class OurSave:
+    """Saves with our saver."""
+
+    def __init__(self, saver: CheckpointSaver, chunks: list[Any], optimizer: Any) -> None:
+        self._saver, self._chunks, self._optimizer = saver, chunks, optimizer
+
+    def start(self, number: int) -> None:
+        """Starts a save."""
+        self._saver.save(_state(number), self._chunks, self._optimizer)
+
+    def is_busy(self) -> bool:
+        """Returns whether the files are still being written."""
+        return self._saver.is_busy
+
+    def finish(self) -> None:
+        """Waits for the save."""
+        self._saver.finish()
+
+
+class DcpAsyncSave:
+    """Saves with `torch.distributed.checkpoint.async_save`."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], root: Path) -> None:
+        self._tensors, self._root = tensors, root
+        self._future: Any = None
+
+    def start(self, number: int) -> None:
+        """Starts a save."""
+        folder = self._root / f"async{number}"
+        self._future = async_save(dict(self._tensors), checkpoint_id=folder)
+
+    def is_busy(self) -> bool:
+        """Returns whether the files are still being written."""
+        return not self._future.done()
+
+    def finish(self) -> None:
+        """Waits for the save."""
+        self._future.result()
 
 
 def _time_ours(saver: CheckpointSaver, number: int, chunks: list[Any], optimizer: Any) -> Timing:
@@ -276,29 +327,27 @@ class MegatronAsyncSave:
         return blocked, time.perf_counter() - begin
 
 
-def _slowdown(
-    model: Any,
-    start: Callable[[int], object],
-    is_busy: Callable[[], bool],
-    finish: Callable[[], object],
-) -> float:
-    """Returns the time of a step during a save relative to that of a step alone."""
+def _steps_during_save(model: Any, save: AsyncSave) -> tuple[float, float]:
+    """Returns the slowdown of a step during a save, and the seconds that training loses by one."""
 
     def step() -> float:
         begin = time.perf_counter()
         model.step()
         return time.perf_counter() - begin
 
-    ratios = []
+    slowdowns, losses = [], []
     for number in range(_STEP_ROUNDS):
-        alone = statistics.median(step() for _ in range(3))
-        start(1000 + number)
+        alone = statistics.median(step() for _ in range(5))
+        begin = time.perf_counter()
+        save.start(1000 + number)
+        blocked = time.perf_counter() - begin
         during = []
-        while is_busy():
+        while save.is_busy():
             during.append(step())
-        finish()
-        ratios.append(statistics.fmean(during) / alone if during else 1.0)
-    return statistics.median(ratios)
+        save.finish()
+        slowdowns.append(statistics.fmean(during) / alone if during else 1.0)
+        losses.append(blocked + sum(during) - len(during) * alone)
+    return statistics.median(slowdowns), statistics.median(losses)
 
 
 def _row(
@@ -306,7 +355,7 @@ def _row(
     values: list[Timing],
     timings: dict[str, list[Timing]],
     num_bytes: int,
-    slowdown: float | None,
+    during_save: tuple[float, float] | None,
 ) -> Row:
     durable = statistics.median(seconds for _, seconds in values)
     ratios = [theirs / ours for (_, ours), (_, theirs) in zip(timings[OURS], values, strict=True)]
@@ -318,5 +367,6 @@ def _row(
         "durable_seconds": durable,
         "durable_gb_per_second": num_bytes / 1e9 / durable,
         "ours_is_durable_sooner_by": statistics.median(ratios),
-        "step_slowdown_meanwhile": slowdown,
+        "step_slowdown_during_save": None if during_save is None else during_save[0],
+        "training_seconds_lost": None if during_save is None else during_save[1],
     }
