@@ -517,6 +517,8 @@ def _write_bomb(path: Path, rng: random.Random) -> str:
             (b'{"role":"user","content":"a"},', b'{"messages":[', b"{}]}"),
         ]
     )
+    if unit == b"{}\n":  # each is a document where lines are documents
+        size = min(size, 32 << 20)
     block = unit * ((1 << 20) // len(unit))
     output = io.BytesIO()
     if path.suffix == ".gz":
