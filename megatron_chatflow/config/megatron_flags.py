@@ -87,6 +87,8 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
         "no effect: only fp16 scales the loss",
     ),
+    ("--fp8-margin=0 --fp8-interval=1", "this is what transformer-engine uses"),
+    ("--fp4-recipe=nvfp4", "it is the only recipe of --fp4-format"),
     ("--optimizer=adam", "the optimizer is AdamW"),
     ("--weight-decay-incr-style=constant", "the weight decay is constant"),
     ("--override-opt-param-scheduler --override-opt_param-scheduler", "the configuration decides"),
@@ -302,12 +304,13 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("--vocab-extra-ids", "tools/extend_vocab.py"),
     ("--fp16", "--bf16, or --no-bf16 for fp32"),
     ("--fp32-residual-connection", "--no-bf16 computes everything in fp32"),
-    ("--fp8-* --no-fp8-* --disable-fp8-*", "--bf16: FP8 is not available"),
-    ("--fp4-*", "--bf16: FP4 is not available"),
     (
-        "--keep-fp8-* --first-last-layers-bf16 --num-layers-at-* "
-        "--reuse-grad-buf-for-mxfp8-param-ag --te-precision-config-file",
-        "--bf16: FP8 is not available",
+        "--fp8-param-gather --fp4-param-gather --keep-fp8-* --reuse-grad-buf-for-mxfp8-param-ag",
+        "--fp8-format: weights are stored in bf16",
+    ),
+    (
+        "--fp8-* --no-fp8-* --disable-fp8-* --fp4-* --te-precision-config-file",
+        "--fp8-format and --fp8-recipe",
     ),
     (
         "--use-precision-aware-optimizer",
@@ -478,6 +481,7 @@ DEFAULTS: dict[str, str] = {
     "--bf16": "off (fp32)",
     "--distributed-timeout-minutes": "10",
     "--eval-iters": "100",
+    "--fp8-recipe": "delayed",
     "--log-interval": "100",
     "--lr-decay-style": "linear",
     "--tokenizer-type": "none",

@@ -383,6 +383,36 @@ class TrainConfig:
     bf16: Switch = Field(
         default=True, description="compute in bfloat16 with fp32 master weights; fp32 otherwise"
     )
+    fp8_format: Literal["e4m3", "hybrid"] | None = Field(
+        default=None,
+        description="compute the matrix products of the layers in FP8: e4m3 for all operands, or "
+        "e5m2 for gradients (hybrid); needs transformer-engine; bf16 when unset",
+    )
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
+        default="tensorwise",
+        description="how FP8 values are scaled: by the current maximum of a tensor (tensorwise), "
+        "by those of earlier iterations (delayed), by blocks (blockwise), or by 32 values (mxfp8)",
+    )
+    fp8_amax_history_len: PositiveCount = Field(
+        default=1, description="number of iterations whose maxima the delayed recipe stores"
+    )
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = Field(
+        default="most_recent", description="which of the stored maxima the delayed recipe uses"
+    )
+    fp4_format: Literal["e2m1"] | None = Field(
+        default=None,
+        description="compute the matrix products of the layers in FP4 (NVFP4); needs "
+        "transformer-engine and a Blackwell GPU; bf16 when unset",
+    )
+    first_last_layers_bf16: Switch = Field(
+        default=False, description="keep the first and last layers in bf16 with fp8_format"
+    )
+    num_layers_at_start_in_bf16: Count = Field(
+        default=1, description="number of first layers that first_last_layers_bf16 keeps in bf16"
+    )
+    num_layers_at_end_in_bf16: Count = Field(
+        default=1, description="number of last layers that first_last_layers_bf16 keeps in bf16"
+    )
     recompute_granularity: Literal["full", "selective"] | None = Field(
         default=None,
         description="what to recompute in the backward pass to save memory: whole layers "

@@ -30,7 +30,7 @@ from megatron_chatflow.config.sections import (
     TokenizerConfig,
     TrainConfig,
 )
-from megatron_chatflow.config.shape import num_model_chunks
+from megatron_chatflow.config.shape import head_counts, num_model_chunks
 from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.errors import UserError
 
@@ -63,6 +63,7 @@ def check(config: "RunConfig") -> None:
     check_model(config.model)
     _check_parallel(config)
     _check_sequence(config)
+    _check_precision(config)
     _check_recompute(config)
     _check_length(config)
     _check_choice(config)
@@ -203,6 +204,70 @@ def _check_sequence(config: "RunConfig") -> None:
             f"process are not divisible by parallel.tensor_model_parallel_size {tensor}; use a "
             f"multiple of {tensor * context}"
         )
+
+
+def _check_precision(config: "RunConfig") -> None:
+    train = config.train
+    if train.fp8_format is None and train.fp4_format is None:
+        if train.first_last_layers_bf16:
+            raise UserError(
+                "train.first_last_layers_bf16: needs train.fp8_format or train.fp4_format; set "
+                "one of them, or --no-first-last-layers-bf16"
+            )
+        return
+    name = "train.fp4_format" if train.fp8_format is None else "train.fp8_format"
+    if train.fp8_format is not None and train.fp4_format is not None:
+        raise UserError(f"{name} and train.fp4_format: both are set; remove one of them")
+    if not train.bf16:
+        raise UserError(f"{name}: needs train.bf16 for everything else; set that, or remove it")
+    if train.transformer_impl == "local":
+        raise UserError(
+            f"{name}: needs the layers of transformer-engine; remove it, or use "
+            "train.transformer_impl auto"
+        )
+    if train.first_last_layers_bf16:
+        if train.fp8_format is not None and train.fp8_recipe == "delayed":
+            raise UserError(
+                "train.first_last_layers_bf16: does not work with train.fp8_recipe delayed; use "
+                "tensorwise, or --no-first-last-layers-bf16"
+            )
+        num_bf16 = train.num_layers_at_start_in_bf16 + train.num_layers_at_end_in_bf16
+        if num_bf16 >= config.model.num_layers:
+            raise UserError(
+                f"train.first_last_layers_bf16: keeps {num_bf16} layers in bf16, and the model has "
+                f"{config.model.num_layers}, so {name} has no effect; remove it, or keep fewer"
+            )
+    _check_quantized_sizes(config, name)
+
+
+def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
+    """Checks the operands of the products against the alignment that transformer-engine needs."""
+    train, parallel = config.train, config.parallel
+    is_mxfp8 = train.fp8_format is not None and train.fp8_recipe == "mxfp8"
+    rows, columns = (32, 32) if is_mxfp8 else (8, 16)
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    tokens = train.micro_batch_size * config.data.seq_length // context
+    if tokens % rows:
+        raise UserError(
+            f"{name}: needs a multiple of {rows} tokens in the micro-batch of a process, and "
+            f"train.micro_batch_size x data.seq_length / parallel.context_parallel_size is "
+            f"{tokens}; change one of them"
+        )
+    counts = head_counts(config.model, parallel)
+    sizes = {
+        "model.hidden_size": config.model.hidden_size,
+        "model.ffn_hidden_size / parallel.tensor_model_parallel_size": (
+            config.model.ffn_hidden_size // tensor
+        ),
+        "the size of the queries on a process": counts.query_size // tensor,
+        "the size of queries, keys and values on a process": counts.projected_size // tensor,
+    }
+    for size_name, size in sizes.items():
+        if size % columns:
+            raise UserError(
+                f"{name}: needs sizes that are multiples of {columns}, and {size_name} is {size}; "
+                "change the tensor-parallel size, or remove it"
+            )
 
 
 def _check_recompute(config: "RunConfig") -> None:

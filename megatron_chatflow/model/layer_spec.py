@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from packaging.version import Version
 
 from megatron_chatflow.config import TrainConfig
 from megatron_chatflow.errors import UserError
@@ -36,6 +37,15 @@ from megatron_chatflow.model.kernel_choice import Kernels
 
 TRANSFORMER_ENGINE = "transformer_engine"
 LOCAL = "local"
+# The oldest compute capability and the oldest transformer-engine of each recipe, from
+# transformer-engine's documentation and megatron-core's `fp8_utils`.
+_OLDEST = {
+    "delayed": ((8, 9), "1.0"),
+    "tensorwise": ((8, 9), "2.2"),
+    "blockwise": ((9, 0), "2.3"),
+    "mxfp8": ((10, 0), "2.1"),
+    "nvfp4": ((10, 0), "2.7"),
+}
 
 
 def choose_layers(train: TrainConfig, facts: Facts) -> tuple[str, str]:
@@ -74,6 +84,61 @@ def choose_layers(train: TrainConfig, facts: Facts) -> tuple[str, str]:
     if reason is None:
         return TRANSFORMER_ENGINE, theirs
     return LOCAL, f"{local}; not transformer-engine's: {reason}"
+
+
+def check_precision(train: TrainConfig, facts: Facts, layers: str) -> None:
+    """Checks that this machine can compute the layers' products in the requested precision.
+
+    Args:
+        train: The run's settings.
+        facts: The facts about the machine.
+        layers: The implementation of the layers.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if train.fp8_format is None and train.fp4_format is None:
+        return
+    name = "fp4_format" if train.fp8_format is None else "fp8_format"
+    if layers == LOCAL:
+        reason = unavailable(TRANSFORMER_ENGINE, facts) or "another implementation is in use"
+        raise UserError(
+            f"train.{name}: needs the layers of transformer-engine, and {reason}; install it, or "
+            "remove the setting"
+        )
+    recipe = "nvfp4" if train.fp8_format is None else train.fp8_recipe
+    capability, version = _OLDEST[recipe]
+    if facts.capability is not None and facts.capability < capability:
+        found = ".".join(map(str, facts.capability))
+        raise UserError(
+            f"train.{name}: {recipe} needs a GPU of compute capability "
+            f"{capability[0]}.{capability[1]}, and this one has {found}; use another recipe, or "
+            "bf16"
+        )
+    installed = facts.installed[TRANSFORMER_ENGINE]
+    if Version(installed) < Version(version):
+        raise UserError(
+            f"train.{name}: {recipe} needs transformer-engine {version}, and {installed} is "
+            "installed; install a newer version, or use another recipe"
+        )
+
+
+def describe_precision(train: TrainConfig) -> str:
+    """Returns a description of the precision of the model's products for the log."""
+    if not train.bf16:
+        return "fp32"
+    if train.fp8_format is None and train.fp4_format is None:
+        return "bf16"
+    if train.fp4_format is not None:
+        text = "layers in NVFP4"
+    else:
+        text = f"layers in FP8 ({train.fp8_format}, {train.fp8_recipe})"
+    if train.first_last_layers_bf16:
+        text += (
+            f" except the first {train.num_layers_at_start_in_bf16} and the last "
+            f"{train.num_layers_at_end_in_bf16}"
+        )
+    return f"{text}; everything else in bf16"
 
 
 def block_spec(

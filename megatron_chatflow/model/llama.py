@@ -32,7 +32,14 @@ from megatron_chatflow.model.kernel_choice import (
     choose_kernels,
     transformer_engine_kernels,
 )
-from megatron_chatflow.model.layer_spec import LOCAL, TRANSFORMER_ENGINE, block_spec, choose_layers
+from megatron_chatflow.model.layer_spec import (
+    LOCAL,
+    TRANSFORMER_ENGINE,
+    block_spec,
+    check_precision,
+    choose_layers,
+    describe_precision,
+)
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.runtime import ranks as megatron
 from megatron_chatflow.runtime.ranks import Ranks
@@ -98,6 +105,7 @@ def transformer_config(
         recompute_num_layers=train.recompute_num_layers,
         use_cpu_initialization=not ranks.is_cuda,
         deterministic_mode=train.deterministic_mode,
+        **_quantization(train),
         # transformer-engine and Apex's kernel add weight gradients directly to the fp32 buffer.
         gradient_accumulation_fusion=is_theirs
         or (ranks.is_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None),
@@ -107,6 +115,26 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _quantization(train: TrainConfig) -> dict[str, Any]:
+    """Returns megatron-core's settings for products in FP8 or FP4; none for a run in bf16."""
+    if train.fp8_format is None and train.fp4_format is None:
+        return {}
+    settings: dict[str, Any] = {
+        "first_last_layers_bf16": train.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": train.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": train.num_layers_at_end_in_bf16,
+    }
+    if train.fp4_format is not None:
+        return {**settings, "fp4": train.fp4_format}
+    return {
+        **settings,
+        "fp8": train.fp8_format,
+        "fp8_recipe": train.fp8_recipe,
+        "fp8_amax_history_len": train.fp8_amax_history_len,
+        "fp8_amax_compute_algo": train.fp8_amax_compute_algo,
+    }
 
 
 class HiddenStatesOut(ColumnParallelLinear):  # type: ignore[misc]
@@ -191,6 +219,7 @@ def build_llama(
         deterministic=train.deterministic_mode,
     )
     layers, reason = choose_layers(train, facts)
+    check_precision(train, facts, layers)
     config = transformer_config(model, parallel, train, ranks, layers=layers)
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
         setattr(config, name, leave_unset)
@@ -230,7 +259,11 @@ def build_llama(
         padded_vocab_size=rows,
         rotary=Rotary.of(model, sequence_length),
         kernels=kernels,
-        implementations={"layers": reason, **kernels.descriptions},
+        implementations={
+            "layers": reason,
+            "precision": describe_precision(train),
+            **kernels.descriptions,
+        },
         collectives=_collectives(parallel, ranks),
     )
 

@@ -238,6 +238,11 @@ def _load_checkpoint(
         load_checkpoint(checkpoint, chunks, optimizer, ranks, reader)
     what = "weights" if weights_only else "weights and optimizer state"
     logger.info("loaded %s from %s", what, checkpoint)
+    if inputs.resumed and config.train.fp8_format and config.train.fp8_recipe == "delayed":
+        logger.warning(
+            "the delayed recipe of FP8 starts with empty maxima, which checkpoints do not hold: "
+            "the first losses differ from those of an uninterrupted run"
+        )
     if inputs.resumed is not None and weights_only:
         logger.warning(
             "the optimizer starts with fresh state at iteration %d (--no-load-optim); remove "

@@ -14,6 +14,7 @@ from fork_server import run_forked
 # What a launcher starts in place of Python so that the program becomes a fork.
 FORKED = [sys.executable, "-S", fork_server.__file__]
 WORKER = Path(__file__).with_name("worker.py")
+STANDIN = Path(__file__).parents[1] / "te_standin"
 
 
 def environment() -> dict[str, str]:
@@ -44,6 +45,28 @@ def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path)
     path = folder / f"jobs_{num_processes}.json"
     path.write_text(json.dumps([list(map(str, job)) for job in jobs]), encoding="utf-8")
     run_ranks(num_processes, WORKER, path, timeout=900)
+
+
+def run_with_stand_in(
+    num_processes: int,
+    jobs: Sequence[Sequence[object]],
+    folder: Path,
+    extra_environment: Mapping[str, str] | None = None,
+) -> str:
+    """Trains all jobs in new processes with the layers of the stand-in of `tests/te_standin`.
+
+    Returns their output.
+    """
+    path = folder / f"stand_in_{num_processes}.json"
+    impl = ["--transformer-impl", "transformer_engine"]
+    path.write_text(json.dumps([[*map(str, job), *impl] for job in jobs]), encoding="utf-8")
+    paths = os.pathsep.join([str(STANDIN), os.environ.get("PYTHONPATH", "")])
+    return run(
+        [*torchrun(num_processes), WORKER, path],
+        extra_environment={"PYTHONPATH": paths, **(extra_environment or {})},
+        fresh=True,
+        timeout=900,
+    )
 
 
 def run_ranks(num_ranks: int, script: Path, *arguments: object, timeout: int = 300) -> str:

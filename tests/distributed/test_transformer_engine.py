@@ -6,10 +6,7 @@ names in checkpoints. It is imported by processes of their own, because its pres
 megatron-core everywhere. For the tolerance see `test_layouts`.
 """
 
-import json
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jobs
@@ -22,7 +19,6 @@ from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools/convert_checkpoint.py"
-STANDIN = Path(__file__).parents[1] / "te_standin"
 TOLERANCE = 2e-5
 
 SEQUENCE = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -51,20 +47,6 @@ OTHERS = {
 MOVES = ("to_transformer_engine", "from_transformer_engine")
 
 
-def run_with_stand_in(num_processes: int, tasks: Sequence[Sequence[object]], folder: Path) -> None:
-    """Trains with transformer-engine's layers, all runs in the same processes."""
-    path = folder / f"transformer_engine_{num_processes}.json"
-    impl = ["--transformer-impl", "transformer_engine"]
-    path.write_text(json.dumps([[*map(str, task), *impl] for task in tasks]), encoding="utf-8")
-    paths = os.pathsep.join([str(STANDIN), os.environ.get("PYTHONPATH", "")])
-    jobs.run(
-        [*jobs.torchrun(num_processes), jobs.WORKER, path],
-        extra_environment={"PYTHONPATH": paths},
-        fresh=True,
-        timeout=900,
-    )
-
-
 @pytest.fixture(scope="module")
 def runs(tiny_run: TinyRun) -> Path:
     """Returns a folder with the runs of both implementations."""
@@ -89,7 +71,7 @@ def runs(tiny_run: TinyRun) -> Path:
         folder,
     )
     export_checkpoint(folder / "single", folder / "huggingface")
-    run_with_stand_in(
+    jobs.run_with_stand_in(
         2,
         [
             *([*base, *flags, "--save", folder / name] for name, flags in LAYOUTS.items()),

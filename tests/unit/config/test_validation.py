@@ -11,6 +11,8 @@ CONTEXT = "parallel.context_parallel_size"
 CHUNKS = "parallel.num_virtual_stages_per_pipeline_rank"
 CHUNK_LAYERS = "parallel.num_layers_per_virtual_pipeline_stage"
 
+FP8 = {"train.fp8_format": "hybrid"}
+
 REFUSED = [
     (
         {TENSOR: 3},
@@ -129,6 +131,41 @@ REFUSED = [
         "train.train_samples: 7 is below train.global_batch_size 8",
     ),
     ({"train.micro_batch_size": 3}, "train.micro_batch_size: 3 does not divide train.global_batch"),
+    (
+        {"train.first_last_layers_bf16": True},
+        "train.first_last_layers_bf16: needs train.fp8_",
+    ),
+    ({**FP8, "train.fp4_format": "e2m1"}, "train.fp8_format and train.fp4_format: both are set"),
+    ({**FP8, "train.bf16": False}, "train.fp8_format: needs train.bf16"),
+    (
+        {"train.fp4_format": "e2m1", "train.transformer_impl": "local"},
+        "train.fp4_format: needs the layers of transformer-engine",
+    ),
+    (
+        {**FP8, "train.fp8_recipe": "delayed", "train.first_last_layers_bf16": True},
+        "train.first_last_layers_bf16: does not work with train.fp8_recipe delayed",
+    ),
+    (
+        {
+            **FP8,
+            "train.first_last_layers_bf16": True,
+            "train.num_layers_at_start_in_bf16": 2,
+            "train.num_layers_at_end_in_bf16": 2,
+        },
+        "train.first_last_layers_bf16: keeps 4 layers in bf16, and the model has 4",
+    ),
+    (
+        {**FP8, "data.seq_length": 60, "train.micro_batch_size": 1},
+        "train.fp8_format: needs a multiple of 8 tokens in the micro-batch of a process",
+    ),
+    (
+        {**FP8, "model.ffn_hidden_size": 176, TENSOR: 2},
+        "train.fp8_format: needs sizes that are multiples of 16, and model.ffn_hidden_size / para",
+    ),
+    (
+        {**FP8, "train.fp8_recipe": "mxfp8", "model.ffn_hidden_size": 176},
+        "train.fp8_format: needs sizes that are multiples of 32, and model.ffn_hidden_size / para",
+    ),
     ({"train.recompute_granularity": "full"}, "train.recompute_granularity: full needs train.reco"),
     ({"train.recompute_method": "block"}, "train.recompute_method and train.recompute_num_layers:"),
     (

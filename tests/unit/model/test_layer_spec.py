@@ -8,7 +8,7 @@ import torch
 from megatron_chatflow.config import TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels.attention import Facts
-from megatron_chatflow.model.layer_spec import choose_layers
+from megatron_chatflow.model.layer_spec import check_precision, choose_layers
 
 
 def chosen(
@@ -81,3 +81,51 @@ def test_a_request_is_followed_wherever_the_library_can_be_imported() -> None:
 def test_a_request_that_cannot_be_followed_is_refused(facts: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         chosen("transformer_engine", **facts)
+
+
+def checked(
+    layers: str = "transformer_engine",
+    *,
+    capability: Any = (9, 0),
+    installed: str = "2.9",
+    **settings: Any,
+) -> None:
+    here = Facts(
+        capability=capability,
+        dtype=torch.bfloat16,
+        head_dim=128,
+        deterministic=False,
+        installed={"transformer_engine": installed},
+        has_cudnn=False,
+        import_error=lambda name: None,
+    )
+    sizes: Any = {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    check_precision(TrainConfig(**sizes, **settings), here, layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": "local", "fp8_format": "e4m3"}, "fp8_format: needs the layers of transformer-"),
+        (
+            {"capability": (8, 0), "fp8_format": "hybrid"},
+            "tensorwise needs a GPU of compute capability 8.9, and this one has 8.0",
+        ),
+        ({"fp8_format": "hybrid", "fp8_recipe": "mxfp8"}, "mxfp8 needs a GPU .* 10.0, and this"),
+        ({"fp4_format": "e2m1"}, "train.fp4_format: nvfp4 needs a GPU of compute capability 10.0"),
+        (
+            {"installed": "2.2", "fp8_format": "hybrid", "fp8_recipe": "blockwise"},
+            "blockwise needs transformer-engine 2.3, and 2.2 is installed",
+        ),
+    ],
+)
+def test_a_precision_that_this_machine_lacks_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        checked(**arguments)
+
+
+def test_a_precision_that_this_machine_has_is_accepted() -> None:
+    checked("local")
+    checked(fp8_format="hybrid", fp8_recipe="blockwise")
+    checked(fp8_format="hybrid", fp8_recipe="mxfp8", capability=(10, 0))
+    checked(fp8_format="hybrid", capability=None)  # a stand-in on CPUs

@@ -1,8 +1,22 @@
-"""Stand-ins for the FP8 recipes, which nothing here computes with."""
+"""Stand-ins for the recipes of FP8 and FP4."""
+
+from enum import Enum
+
+import torch
+
+
+class Format(Enum):
+    """Types of the operands of the forward pass, and of gradients."""
+
+    E4M3 = (torch.float8_e4m3fn, torch.float8_e4m3fn)
+    HYBRID = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Recipe:
-    def __init__(self, **settings) -> None:
+    columns = 16  # what the columns of an operand must be a multiple of
+
+    def __init__(self, fp8_format=Format.HYBRID, **settings) -> None:
+        self.fp8_format = fp8_format
         vars(self).update(settings)
 
 
@@ -15,4 +29,8 @@ class Float8CurrentScaling(Recipe): ...
 class Float8BlockScaling(Recipe): ...
 
 
-class MXFP8BlockScaling(Recipe): ...
+class MXFP8BlockScaling(Recipe):
+    columns = 32
+
+
+class NVFP4BlockScaling(Recipe): ...

@@ -2,6 +2,10 @@
 
 from contextlib import contextmanager
 
+from torch.utils.checkpoint import checkpoint as recompute
+
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast
+
 
 class CudaRNGStatesTracker: ...
 
@@ -24,4 +28,11 @@ def checkpoint(
     use_reentrant=True,
     **kwargs,
 ):
-    raise NotImplementedError("megatron-core calls it only with FP8")
+    recipe = FP8GlobalStateManager.recipe
+
+    def run(*inputs):
+        # The backward pass recomputes with the recipe of the forward pass.
+        with fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe):
+            return function(*inputs, **kwargs)
+
+    return recompute(run, *args, use_reentrant=use_reentrant)

@@ -1,12 +1,29 @@
-"""Stand-ins for the state of FP8, which is always off."""
+"""Stand-in for the state of FP8: which recipe the products use at present."""
 
+import atexit
+import json
+import os
 from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from transformer_engine.common.recipe import DelayedScaling
+
+# The size of each product of a forward pass and the name of its recipe, for tests: this process
+# writes them to a file that the variable names, when it exits.
+PRODUCTS = []
+LOG = os.environ.get("TE_STANDIN_PRODUCTS")
+if LOG is not None:
+    atexit.register(lambda: Path(f"{LOG}.{os.getpid()}").write_text(json.dumps(PRODUCTS)))
 
 
 class FP8GlobalStateManager:
+    recipe = None
+
     @classmethod
     def is_fp8_enabled(cls) -> bool:
-        return False
+        return cls.recipe is not None
 
     @classmethod
     def reset(cls) -> None:
@@ -15,5 +32,27 @@ class FP8GlobalStateManager:
 
 @contextmanager
 def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=None, _graph=False):
-    assert not enabled, "the stand-in has no FP8"
-    yield
+    outer = FP8GlobalStateManager.recipe
+    FP8GlobalStateManager.recipe = (fp8_recipe or DelayedScaling()) if enabled else None
+    try:
+        yield
+    finally:
+        FP8GlobalStateManager.recipe = outer
+
+
+def record(x, weight) -> None:
+    """Notes a product, after transformer-engine's check of its operands."""
+    recipe = FP8GlobalStateManager.recipe
+    for operand in () if recipe is None else (x.flatten(0, -2), weight):
+        rows, columns = operand.shape
+        if rows % (recipe.columns if recipe.columns == 32 else 8) or columns % recipe.columns:
+            raise AssertionError(f"FP8 execution is impossible with an operand of {rows, columns}")
+    if LOG is not None:
+        PRODUCTS.append((*weight.shape, recipe and type(recipe).__name__))
+
+
+def quantize(x, kind):
+    """Rounds to the values that an FP8 tensor with one scale can represent."""
+    largest = torch.finfo(kind).max
+    scale = largest / x.abs().amax().float().clamp(min=1e-12)
+    return ((x.float() * scale).to(kind).float() / scale).to(x.dtype)

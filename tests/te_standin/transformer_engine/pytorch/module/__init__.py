@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import rms_norm
 
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, quantize, record
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 __all__ = ["LayerNormLinear", "Linear", "RMSNorm", "TransformerEngineBaseModule"]
@@ -29,9 +30,13 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, layer):
-        ctx.layer = layer
+        ctx.layer, ctx.recipe = layer, FP8GlobalStateManager.recipe
         ctx.save_for_backward(x, weight)
-        y = (_gather(x, layer.tp_group) if layer.gathers else x) @ weight.t()
+        whole = _gather(x, layer.tp_group) if layer.gathers else x
+        record(whole, weight)
+        if ctx.recipe is not None:
+            whole, weight = (quantize(t, ctx.recipe.fp8_format.value[0]) for t in (whole, weight))
+        y = whole @ weight.t()
         return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y
 
     @staticmethod
@@ -39,17 +44,22 @@ class _Product(torch.autograd.Function):
         (x, weight), layer = ctx.saved_tensors, ctx.layer
         if layer.reduces and layer.sequence_parallel:
             gradient = _gather(gradient, layer.tp_group)
+        whole = _gather(x, layer.tp_group) if layer.gathers else x
+        parameter = weight
+        if ctx.recipe is not None:
+            forward_type, gradient_type = ctx.recipe.fp8_format.value
+            whole, weight = (quantize(t, forward_type) for t in (whole, weight))
+            gradient = quantize(gradient, gradient_type)
         grad_x = gradient @ weight
         if layer.is_column and layer.tp_size > 1:
             grad_x = _reduce(grad_x, layer.tp_group, scatter=layer.sequence_parallel)
-        whole = _gather(x, layer.tp_group) if layer.gathers else x
         grad_weight = gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
         if not layer.fuse_wgrad_accumulation:
             return grad_x, grad_weight, None
-        weight.main_grad.add_(grad_weight)
-        weight.grad_added_to_main_grad = True
+        parameter.main_grad.add_(grad_weight)
+        parameter.grad_added_to_main_grad = True
         # A tensor for autograd, whose values nobody may read.
-        return grad_x, torch.empty_like(weight).fill_(float("nan")), None
+        return grad_x, torch.empty_like(parameter).fill_(float("nan")), None
 
 
 class Linear(TransformerEngineBaseModule):
@@ -90,6 +100,7 @@ class Linear(TransformerEngineBaseModule):
         self.out_features = out_features // (tp_size if self.is_column else 1)
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self.save_original_input = save_original_input  # megatron-core sets it with FP8
         self.gathers = self.is_column and self.sequence_parallel
         self.reduces = is_row and tp_size > 1
         self.weight = torch.nn.Parameter(
