@@ -35,7 +35,7 @@ for pair in "${chosen[@]}"; do
     fi
     num_run=$((num_run + 1))
     # Without CI, a test whose optional library has no wheel for this Python is skipped.
-    CI='' PATH="$folder/bin:$PATH" "$folder/bin/pytest" -m 'not slow' tests/unit || failed+=("$pair")
+    CI='' PATH="$folder/bin:$PATH" "$folder/bin/pytest" -m 'not slow' tests/{unit,commands} || failed+=("$pair")
 done
 
 if [[ ${#failed[@]} -gt 0 ]]; then

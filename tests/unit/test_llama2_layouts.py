@@ -1,29 +1,17 @@
 """Tests that every layout of the LLaMA-2 page passes its dry run and fits on 80 GB GPUs."""
 
-import json
-import os
 import re
 import shlex
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tiny_run import TinyRun, write_dataset
+from llama2_workplace import FOLDER, make_workplace
+from tiny_run import TinyRun
 
-from megatron_chatflow.checkpoint.files import LATEST, iteration_folder
-from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.config import load_config, load_config_from_argv
+from megatron_chatflow.config import load_config_from_argv
 from megatron_chatflow.config.memory import estimate_memory
-from megatron_chatflow.convert.shape import LlamaShape
-from megatron_chatflow.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.train.dry_run import dry_run
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "examples" / "llama2_7b"
 VOCAB_SIZE = 40_076
 
 
@@ -47,40 +35,7 @@ def layouts() -> list[tuple[str, int, tuple[str, ...]]]:
 
 @pytest.fixture(scope="module")
 def workplace(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creates a working folder with made-up data at the paths of the page's configurations."""
-    folder = tmp_path_factory.mktemp("llama2")
-    (folder / "data").mkdir()
-    (folder / "examples").symlink_to(ROOT / "examples")
-    model = folder / "data" / "tokenizer.model"
-    model.write_bytes(tiny_run.tokenizer_model.read_bytes())
-    for part in ("", "_valid"):
-        for source in ("en{}_text", "zh{}_text", "zh_en{}_text", "chat{}_messages"):
-            prefix = folder / "data" / f"{source.format(part)}_document"
-            write_dataset(prefix, model, seed=2, num_documents=400)
-            if source.startswith("chat"):
-                mask = IndexedDatasetWriter(
-                    Path(str(prefix).removesuffix("_document") + "_loss_mask"), np.uint8
-                )
-                data = IndexedDataset(prefix)
-                for index in range(len(data)):
-                    mask.add_document(np.ones(len(data[index]), np.uint8))
-                mask.finalize()
-    for size in ("7b", "13b", "70b"):
-        write_weights(folder, size)
-    return folder
-
-
-def write_weights(folder: Path, size: str) -> None:
-    """Writes the state of the checkpoint that a size starts from. A dry run reads no tensors."""
-    settings = load_config(FOLDER / f"{size}.yaml").checkpoint
-    assert settings.pretrained_checkpoint is not None
-    checkpoint = iteration_folder(folder / settings.pretrained_checkpoint, 0)
-    model = load_config(FOLDER / f"{size}.yaml").model
-    shape = LlamaShape.of(model, load_tokenizer(folder / "data" / "tokenizer.model").vocab_size)
-    checkpoint.mkdir(parents=True)
-    state = RunState(0, 0, 0, {}, {}, {}, {}, shape.recorded())
-    (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
-    (checkpoint.parent / LATEST).write_text("0\n")
+    return make_workplace(tmp_path_factory.mktemp("llama2"), tiny_run)
 
 
 def test_the_page_covers_every_size() -> None:
@@ -108,21 +63,3 @@ def test_a_layout_passes_its_dry_run(
     assert f"starts from the weights of ckpt/llama2_{config.partition('.')[0]}/iter_0000000" in text
     memory = estimate_memory(run, VOCAB_SIZE, num_gpus)
     assert memory.total < 72 * 2**30, f"{memory} leaves too little of 80 GB to the libraries"
-
-
-def test_the_script_makes_the_dry_run(workplace: Path) -> None:
-    command = "NNODES=2:4 examples/llama2_7b/train.sh 13b.yaml --log-straggler --dry-run"
-    # The script uses the `python` on the path, as in an activated environment.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", command],
-        cwd=workplace,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "32 processes: 2 per copy of the model, 16 copies" in done.stdout
-    for script in ("train.sh", "train.sbatch"):
-        subprocess.run(["bash", "-n", str(FOLDER / script)], check=True)

@@ -4,8 +4,6 @@ import json
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,6 @@ from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import new_folder
 
-TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
 SHAPE = LlamaShape(
     num_layers=2,
     hidden_size=16,
@@ -303,16 +300,3 @@ def test_too_small_a_disk_is_noticed_before(tmp_path: Path) -> None:
         new_folder(tmp_path / "x", overwrite=False, mark="m", num_bytes=10**18),
     ):
         raise AssertionError("the block must not begin")
-
-
-def test_sizes_that_are_none_are_refused_in_one_line(tmp_path: Path) -> None:
-    arguments = ["export", "--checkpoint", tmp_path, "--output", tmp_path / "x"]
-    done = subprocess.run(
-        [sys.executable, TOOL, *arguments, "--max-shard-size", "5 GX"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: --max-shard-size: must be a size such as 5GB, 500MB or 2GiB, not '5 GX'\n"
-    )

@@ -2,66 +2,29 @@
 
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fork_server import run_tool
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from scaled_rope import KINDS, LLAMA3, SHAPE, folder_of
 
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.shape import (
     LlamaShape,
-    huggingface_config,
     shape_of_checkpoint,
     shape_of_huggingface,
     trained_shape,
 )
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
-from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.rotary import Rotary
 
-ROOT = Path(__file__).parents[3]
 NO_TOKENIZER = TokenizerChoice(leave_out=True)
-SHAPE = LlamaShape(
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=300,
-    max_position_embeddings=64,
-    rotary_base=5000.0,
-    norm_epsilon=1e-5,
-    init_method_std=0.02,
-    untie_embeddings_and_output_weights=True,
-)
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-KINDS: dict[str, dict[str, Any]] = {
-    "linear": {"factor": 2.5},
-    "dynamic": {"factor": 4.0},
-    "llama3": {"factor": 8.0, **LLAMA3},
-}
-
-
-def folder_of(folder: Path, **config: Any) -> Path:
-    """Creates a Hugging Face folder with random weights and a changed config.json."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: 0.3 * torch.randn(size, generator=generator) + (len(size) == 1)
-        for name, size in huggingface_shapes(SHAPE).items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    written = {**huggingface_config(SHAPE, torch.float32, {}), **config}
-    (folder / "config.json").write_text(json.dumps(written))
-    return folder
 
 
 def theirs(folder: Path, length: int) -> torch.Tensor:
@@ -114,24 +77,6 @@ def test_import_and_export_keep_the_scaling(kind: str, tmp_path: Path) -> None:
     import_huggingface(tmp_path / "hf2", tmp_path / "run2")
     first = (tmp_path / k / "iter_0000000" / "state.json" for k in ("run", "run2"))
     assert len({path.read_text() for path in first}) == 1
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("kind", KINDS)
-def test_verify_compares_logits_under_scaling(kind: str, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "hf", rope_scaling={"rope_type": kind, **KINDS[kind]})
-    import_huggingface(folder, tmp_path / "run")
-
-    def verify() -> subprocess.CompletedProcess[str]:
-        flags = ["--hf", folder, "--checkpoint", tmp_path / "run"]
-        text = "the river rose " * 20
-        return run_tool("convert_checkpoint.py", "verify", *flags, "--text", text)
-
-    done = verify()
-    assert done.returncode == 0, done.stderr
-    # Dynamic scaling has an effect only beyond the original length.
-    num_tokens = 256 if kind == "dynamic" else 64
-    assert f"over {num_tokens} tokens" in done.stdout and "same model" in done.stdout
 
 
 def test_a_run_trained_beyond_the_original_length_is_exported_with_its_base(

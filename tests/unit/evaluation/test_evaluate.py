@@ -3,13 +3,11 @@
 import json
 import math
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fork_server import run_tool
 from made_up_text import made_up_sentences
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
@@ -292,29 +290,6 @@ def test_a_source_without_loss_tokens_is_null_in_json() -> None:
     values = json.loads(text, parse_constant=refuse)[0]["sources"]["chats"]
     assert values["loss"] is values["perplexity"] is values["bits_per_byte"] is None
     assert values["num_tokens"] == 0
-
-
-def test_command_line(random_llama: Path, tmp_path: Path) -> None:
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return run_tool("evaluate.py", *arguments)
-
-    texts = write_lines(tmp_path / "t.jsonl", [{"text": text} for text in made_up_sentences(4)])
-    questions = tmp_path / "quiz.jsonl"
-    write_lines(
-        questions,
-        [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in QUESTIONS],
-    )
-    output = tmp_path / "results.json"
-    done = run(
-        *(random_llama, "--baseline", random_llama, "--source", f"plain={texts}"),
-        *("--choice", questions, "--output", output),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "plain bits_per_byte" in done.stdout and "+0.0%" in done.stdout
-    base, ours = json.loads(output.read_text())
-    assert base == ours and set(ours["choice"]) == {"quiz"}
-    failed = run(random_llama)
-    assert failed.returncode == 2 and "nothing to evaluate;" in failed.stderr
 
 
 def test_a_checkpoint_whose_tokenizer_moved(random_llama: Path, tmp_path: Path) -> None:

@@ -3,18 +3,14 @@
 import io
 import json
 import logging
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from fork_server import run_tool
 from safetensors.torch import load_file, save_file
 
-from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.generation.chat import Conversation
@@ -27,7 +23,6 @@ from megatron_chatflow.generation.generate import (
 )
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 
-ROOT = Path(__file__).parents[3]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
 
@@ -247,64 +242,6 @@ def test_prompts_that_are_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_prompt("雨 a") == "雨 a"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("雨\n".encode())))
     assert read_prompt("-") == "雨\n"
-
-
-def test_generate_from_a_checkpoint_as_from_its_export(
-    folder: Path, generator: Generator, tmp_path: Path
-) -> None:
-    import_huggingface(folder, tmp_path / "run")
-    expected = generator.stream(generator.encode("the river"), GREEDY, lambda piece: None)
-    flags = ("--temperature", 0, "--max-new-tokens", 12)
-    done = run_tool("generate.py", tmp_path / "run", "--prompt", "-", *flags, stdin="the river")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"the river{expected}\n"
-    assert "temporary folder" in done.stderr
-
-
-def test_sigterm_leaves_no_export_behind(folder: Path, tmp_path: Path) -> None:
-    import_huggingface(folder, tmp_path / "run")
-    (tmp_path / "scratch").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "chat.py"), str(tmp_path / "run")],
-        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(b"the river\n")
-    process.stdin.flush()
-    assert process.stdout.read(1)
-    assert list((tmp_path / "scratch").glob("chatflow_export_*"))
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert not list((tmp_path / "scratch").iterdir())
-
-
-def test_chat_answers_every_line(folder: Path) -> None:
-    lines = f"the river\n\n/reset\nthe river\n{'long ' * 200}\n/exit\nnever\n"
-    done = run_tool("chat.py", folder, "--temperature", 0, "--max-new-tokens", 8, stdin=lines)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.split("> /reset\n(started a new conversation)\n")
-    second, refused = second.split("> long", 1)
-    assert first.removesuffix("> \n") == second
-    assert "(the prompt has " in refused and refused.endswith("shorten the prompt)\n> /exit\n")
-    assert "never" not in done.stdout
-
-
-@pytest.mark.parametrize("tool", ["generate.py", "chat.py"])
-def test_a_reader_that_leaves_is_no_error(folder: Path, tool: str) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    flags = ["--prompt", "-"] if tool == "generate.py" else []
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), str(folder), *flags],
-        input=b"the river",
-        stdout=writer,
-        stderr=subprocess.PIPE,
-    )
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_chatml_turns_end_the_answer(folder: Path, tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """Tests finding inputs: no file is silently omitted, and none is read twice."""
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,20 +140,6 @@ def test_addresses_are_not_paths(name: str) -> None:
 @pytest.mark.parametrize("name", ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 def test_names_of_standard_input(name: str) -> None:
     assert find_inputs([name]) == [InputFile(None, "<stdin>", "lines", 0)]
-
-
-def test_redirected_descriptors(tmp_path: Path, write: Write) -> None:
-    """`tool --input /dev/fd/5 5< file`: the name has no ending that tells the file format."""
-    write("a.jsonl")
-    program = (
-        "from megatron_chatflow.preprocess.readers import find_inputs\n"
-        "from megatron_chatflow.preprocess.readers import read_chunks\n"
-        "(file,) = find_inputs(['/dev/fd/5'])\n"
-        "print(next(read_chunks(file)).data.decode(), end='')"
-    )
-    command = ["bash", "-c", 'exec "$0" -c "$1" 5< "$2"', sys.executable, program]
-    done = subprocess.run([*command, str(tmp_path / "a.jsonl")], capture_output=True)
-    assert json.loads(done.stdout) == {"text": "a"}, done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

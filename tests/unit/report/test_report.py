@@ -5,7 +5,6 @@ import html
 import json
 import math
 import re
-import subprocess
 import sys
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from plotly.graph_objects import Figure, Scatter
 from plotly.offline import get_plotlyjs
+from tool_calls import call_tool
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.report.charts import mixture_chart, source_colors
@@ -412,8 +412,8 @@ def test_a_missing_plotly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_command_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", synthetic_records(20))
-    command = [sys.executable, str(ROOT / "tools" / "plot_run.py")]
-    done = subprocess.run([*command, str(run)], capture_output=True, text=True, check=True)
+    done = call_tool("plot_run.py", run)
+    assert done.returncode == 0, done.stderr
     assert "20 logged iterations" in done.stdout
     check_page((run / "report.html").read_text())
     assert sorted(path.name for path in run.iterdir()) == [
@@ -421,7 +421,7 @@ def test_command_line(tmp_path: Path) -> None:
         "metrics.jsonl",
         "report.html",
     ]
-    failed = subprocess.run([*command, str(tmp_path / "x")], capture_output=True, text=True)
+    failed = call_tool("plot_run.py", tmp_path / "x")
     assert failed.returncode == 2
     assert "folder not found" in failed.stderr and failed.stderr.count("\n") == 1
 

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +23,6 @@ from megatron_chatflow.tokenizer.extend import (
     with_merges,
 )
 
-ROOT = Path(__file__).parents[3]
 NEW = [chr(0x6000 + 13 * k) for k in range(40)]  # characters that the tiny model lacks
 
 
@@ -176,43 +173,3 @@ def test_a_list_of_pieces(old: Tokenizer, tmp_path: Path) -> None:
     assert listed_pieces(old, path, 2, "gb18030") == ["龍", "鳳"]
     with pytest.raises(UserError, match="--list: not utf-8: .*set its encoding with --encoding"):
         listed_pieces(old, path, 2)
-
-
-@pytest.mark.parametrize("name", ["zh.txt", "zh.jsonl"])
-def test_text_in_another_encoding(
-    name: str, tiny_sentencepiece_model: Path, tmp_path: Path
-) -> None:
-    lines = [line.strip() for line in new_language(50)]
-    if name.endswith("jsonl"):
-        lines = [json.dumps({"text": line}, ensure_ascii=False) for line in lines]
-    (tmp_path / name).write_bytes("\n".join(lines).encode("gb18030"))
-    command = [sys.executable, str(ROOT / "tools" / "extend_vocab.py"), "--num-new", "20"]
-    command += ["--corpus", str(tmp_path / name), "--output-dir", str(tmp_path / "out")]
-    command += ["--tokenizer-model", str(tiny_sentencepiece_model)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "--encoding" in done.stderr and not (tmp_path / "out").exists()
-    done = subprocess.run([*command, "--encoding", "gb18030"], capture_output=True, text=True)
-    assert "added 20 pieces: 512 -> 532" in done.stdout, done.stderr
-
-
-def test_command_line(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
-    corpus = tmp_path / "zh.jsonl"
-    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in new_language(50)))
-    command = [
-        *(sys.executable, str(ROOT / "tools" / "extend_vocab.py"), "--corpus", str(corpus)),
-        *("--tokenizer-model", str(tiny_sentencepiece_model), "--num-new", "20"),
-        *("--output-dir", str(tmp_path / "zh")),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "added 20 pieces: 512 -> 532" in done.stdout
-    assert "tokens per character, corpus, held out (2 documents): " in done.stdout
-    assert "a new piece replaces 3.00 old ones" in done.stdout
-    assert load_tokenizer(tmp_path / "zh").vocab_size == 532
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and "use --overwrite" in again.stderr
-    (tmp_path / "pieces.txt").write_text("龍\n鳳\n")
-    command[2:4] = ["--list", str(tmp_path / "pieces.txt"), "--held-out", str(corpus)]
-    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True)
-    assert "added 2 pieces: 512 -> 514" in done.stdout
-    assert "tokens per character, zh.jsonl (50 documents): " in done.stdout

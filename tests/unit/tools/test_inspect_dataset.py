@@ -1,24 +1,19 @@
-"""Tests the command lines of tools/inspect_dataset.py and tools/merge_datasets.py."""
+"""Tests the commands inspect and merge, called in this process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_calls import call_tool
 
-from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.preprocess.inspect import Inspection
 from megatron_chatflow.preprocess.parse import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
-TOOLS = Path(__file__).parents[3] / "tools"
-
 
 def run(tool: str, *arguments: object) -> tuple[int, str, str]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    done = call_tool(tool, *arguments)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -88,18 +83,6 @@ def test_control_tokens_are_shown(
     )
     # In a terminal, the token is distinguished from text that looks like it.
     assert colored.endswith("\x1b[4m<s>\x1b[0mbana </s> kedo\x1b[4m</s>\x1b[0m")
-
-
-def test_compares_two(chats: Path, tmp_path: Path) -> None:
-    merged = tmp_path / "twice_messages_document"
-    status, output, _ = run("merge_datasets.py", "--input", chats, chats, "--output-prefix", merged)
-    assert (status, output) == (0, f"{merged}: 6 documents of 2 datasets\n")
-    assert len(IndexedDataset(merged)) == 6
-    status, output, _ = run("inspect_dataset.py", chats, merged)
-    assert status == 1
-    assert "first difference: number of sequences: 3 and 6" in output
-    status, output, _ = run("inspect_dataset.py", chats, chats)
-    assert status == 0 and "the datasets are equal" in output
 
 
 def test_damage_and_mistakes(chats: Path, tmp_path: Path, tiny_sentencepiece_model: Path) -> None:

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +185,3 @@ def test_beginning_from_a_huggingface_folder(
     for verify in (False, True):  # such a folder has no hashes, and the run does not require any
         config = make_config(checkpoint__load_hf=str(tmp_path), checkpoint__ckpt_verify=verify)
         assert f"starts from the weights of {tmp_path}" in dry_run(config)
-
-
-def test_the_command_line_needs_no_process_group(tiny_run: TinyRun) -> None:
-    command = [sys.executable, "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]
-    result = subprocess.run(
-        [*map(str, command), "--dry-run", "--world-size", "4", "--bf16"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "4 processes: 1 per copy of the model, 4 copies" in result.stdout
-    assert "predicted for 4 x h100, not measured: " in result.stdout

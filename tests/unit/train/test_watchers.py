@@ -1,8 +1,6 @@
 """Tests monitoring: ranks compared by made-up figures, loggers that raise, profile settings."""
 
 import logging
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -69,30 +67,6 @@ def test_a_logger_is_made_again_once_it_can_be(caplog: pytest.LogCaptureFixture)
         Moody.fails = False
         isolated.on_log(4)  # type: ignore[arg-type]
     assert made[0].seen == [2, 4] and len(made) == 1
-
-
-FULL = """
-import logging, resource, sys
-from pathlib import Path
-from megatron_chatflow.train.callbacks.isolated import IsolatedCallback
-from megatron_chatflow.train.callbacks.tensorboard import TensorBoard
-logging.basicConfig(level=logging.WARNING)
-resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-callback = IsolatedCallback(lambda: TensorBoard(Path(sys.argv[1]), iteration=0))
-for k in range(2000):
-    callback.on_choice(k, {"x": {"accuracy": 0.5}})
-callback.close()
-print("trained to the end")
-"""
-
-
-def test_a_full_disk_under_tensorboard(tmp_path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0 and "trained to the end" in done.stdout, done.stderr
-    assert "training continues without it" in done.stderr
 
 
 def _window(make_config, *, is_cuda: bool = False, **logging_section: object) -> ProfilerWindow:

@@ -2,10 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import orjson
 import pytest
@@ -15,8 +11,6 @@ from examples.corpus.build import Extractor, extract_corpus, num_characters, spl
 from examples.corpus.pins import PINS, SMALL, SOURCES, select_pins
 from examples.corpus.text import Document
 from megatron_chatflow.errors import UserError
-
-REPOSITORY = Path(__file__).parents[4]
 
 
 def documents(prefix, count, **others):
@@ -229,14 +223,3 @@ def test_runs_again_only_when_something_changed(packages, tmp_path, capsys):
 def test_missing_archive_folder_is_named(packages, tmp_path):
     with pytest.raises(UserError, match="folder not found"):
         write.make_demo_corpus(packages[1], tmp_path / "out", archive_folders=[tmp_path / "none"])
-
-
-def test_tool_reports_mistakes_in_one_line(tmp_path):
-    command = [sys.executable, str(REPOSITORY / "tools" / "fetch_demo_corpus.py")]
-    arguments = ["--output-dir", str(tmp_path / "out"), "--only", "pandas"]
-    answer = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-    assert answer.returncode == 2
-    assert answer.stderr.count("\n") == 1 and answer.stderr.startswith("error: pandas:")
-    assert not os.path.exists(tmp_path / "out")
-    listing = subprocess.run([*command, "--list"], capture_output=True, text=True, check=True)
-    assert all(pin.file_name in listing.stdout for pin in PINS)

@@ -3,14 +3,12 @@
 import os
 import random
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from examples.corpus.fetch import fetch, locked
+from examples.corpus.fetch import fetch
 from examples.corpus.pins import Pin
 from megatron_chatflow.errors import UserError
 
@@ -84,18 +82,3 @@ def test_archive_folder_is_used_in_place(publish: Publish, folder: Path, tmp_pat
     (upstream / pin.file_name).write_bytes(b"something else")
     with pytest.raises(UserError, match=r"prose==1\.0: hash mismatch: .*upstream"):
         fetch([pin], folder, archive_folders=[upstream])
-
-
-def test_folder_is_locked_against_other_runs(folder: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from examples.corpus.fetch import locked\n"
-        "with locked(Path(sys.argv[1])): print('in')"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
-    root = Path(__file__).parents[4]
-    with locked(folder):
-        other = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-        assert "another process is writing to this folder" in other.stderr
-    other = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-    assert other.stdout == "in\n"

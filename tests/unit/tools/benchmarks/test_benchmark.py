@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +11,6 @@ from benchmarks import harness as benchmark
 from benchmarks.harness import commit, run_benchmark
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.table import Row, format_cell, format_table
-
-TOOL = Path(__file__).parents[4] / "tools" / "benchmark.py"
 
 
 class Counting:
@@ -58,33 +54,6 @@ def test_a_path_that_cannot_be_written_is_found_before_measuring(tmp_path) -> No
     output = str(tmp_path / "file" / "r.json")
     with pytest.raises(UserError, match="cannot write"):
         run_benchmark("count", Counting(), ["--to", "-1", "--output", output], prog="b")
-
-
-def test_the_commit_is_that_of_the_working_tree() -> None:
-    root = TOOL.parents[1]
-    if not (root / ".git").exists():
-        pytest.skip("not a working tree")
-    head = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    )
-    assert (commit() or "").rstrip("+") == head.stdout.strip()
-
-
-def test_the_tool_lists_the_benchmarks_that_are_there() -> None:
-    done = subprocess.run(
-        [sys.executable, str(TOOL), "--help"], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.split("subjects:")[1].split("positional")[0].splitlines()
-    listed = {line.split()[0] for line in lines if line.strip()}
-    assert {"blend", "loader", "train"} <= listed
-    assert all((TOOL.parent / "benchmarks" / f"{name}.py").exists() for name in listed)
-    assert "examples:" in done.stdout
-
-
-def test_the_tool_refuses_other_subjects() -> None:
-    done = subprocess.run([sys.executable, str(TOOL), "nothing"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from convert_job import SHAPE, token_ids  # noqa: E402
+from conversion_worker import SHAPE, token_ids  # noqa: E402
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 GQA = {"num_query_groups": 2}
 TIED = {"untie_embeddings_and_output_weights": False}
 NO_TOKENIZER = TokenizerChoice(leave_out=True)
@@ -46,9 +46,9 @@ TEXT = "the river rose and the bridge fell into the water of the river "
 
 
 def run_job(tasks: list[dict[str, Any]], world_size: int) -> None:
-    """Runs convert_job.py on `world_size` processes."""
+    """Runs conversion_worker.py on `world_size` processes."""
     done = run_forked(
-        [Path(__file__).with_name("convert_job.py"), json.dumps(tasks)],
+        [Path(__file__).with_name("conversion_worker.py"), json.dumps(tasks)],
         num_ranks=world_size,
         environment={"PYTHONWARNINGS": "ignore"},
         timeout=600,

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
 
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_chatflow.convert import to_huggingface  # noqa: F401
 
-TOOLS = Path(__file__).parents[3] / "tools"
+TOOLS = Path(__file__).parents[2] / "tools"
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 NUM_KILLS = 6
 

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[3] / "tools" / "gpu_bench.sh"
+SCRIPT = Path(__file__).parents[2] / "tools" / "gpu_bench.sh"
 
 
 def test_every_step_runs_and_reports(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
+TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 STAGES = ("making", "merging", "removing")
 CHANGES = ("open", "os.rename", "os.remove")
 

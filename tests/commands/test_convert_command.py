@@ -1,4 +1,4 @@
-"""Tests that a Mistral without a sliding window is converted like a LLaMA, with the same logits."""
+"""Tests the command convert, with a Mistral that is like a LLaMA and with scaled rotary angles."""
 
 import json
 import subprocess
@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from fork_server import run_tool
+from scaled_rope import KINDS, folder_of
 
-from megatron_chatflow.convert.shape import shape_of_huggingface
+from megatron_chatflow.convert.from_huggingface import import_huggingface
+from megatron_chatflow.convert.shape import (
+    shape_of_huggingface,
+)
 from megatron_chatflow.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 TEXTS = ("The river had risen.", "今天早上下了一场大雨")
 
 
@@ -109,3 +112,26 @@ def test_its_own_defaults_hold(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="sliding_window is 4096"):
         shape_of_huggingface(tmp_path / "hf")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_compares_logits_under_scaling(kind: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "hf", rope_scaling={"rope_type": kind, **KINDS[kind]})
+    import_huggingface(folder, tmp_path / "run")
+
+    flags = ["--hf", folder, "--checkpoint", tmp_path / "run"]
+    done = convert("verify", *flags, "--text", "the river rose " * 20)
+    assert done.returncode == 0, done.stderr
+    # Dynamic scaling has an effect only beyond the original length.
+    num_tokens = 256 if kind == "dynamic" else 64
+    assert f"over {num_tokens} tokens" in done.stdout and "same model" in done.stdout
+
+
+def test_sizes_that_are_none_are_refused_in_one_line(tmp_path: Path) -> None:
+    arguments = ["export", "--checkpoint", tmp_path, "--output", tmp_path / "x"]
+    done = convert(*arguments, "--max-shard-size", "5 GX")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --max-shard-size: must be a size such as 5GB, 500MB or 2GiB, not '5 GX'\n"
+    )
