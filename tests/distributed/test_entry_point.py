@@ -8,12 +8,26 @@ from pathlib import Path
 
 import jobs
 import pytest
+from fork_server import run_forked
 from tiny_run import TinyRun
 
 
-def _failing(command: Sequence[str], **options: object) -> str:
-    """Runs a command that must exit with status 2, and returns its only error line."""
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+def _failing(command: Sequence[str], max_file_bytes: int | None = None) -> str:
+    """Runs a command that must exit with status 2, and returns its only error line.
+
+    With a limit, the system refuses to let a file grow past it, as on a full disk.
+    """
+    if max_file_bytes is None:
+        result = run_forked(command[1:])
+    else:
+        limits = (max_file_bytes, max_file_bytes)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        )
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -43,10 +57,6 @@ def test_two_ranks_say_it_once(tiny_run: TinyRun) -> None:
     assert output.count("error: model.vocab_size") == 1
 
 
-def _no_file_above(num_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-
-
 @pytest.mark.distributed
 def test_a_disk_that_fills_leaves_the_previous_checkpoint(
     tiny_run: TinyRun, tmp_path: Path
@@ -56,8 +66,7 @@ def test_a_disk_that_fills_leaves_the_previous_checkpoint(
     jobs.run([*command, "--exit-interval", "5"])
     before = sorted(path.name for path in folder.rglob("*"))
 
-    # The system refuses to let a file grow past the limit, as on a full disk.
-    line = _failing([*command, "--exit-interval", "8"], preexec_fn=lambda: _no_file_above(1 << 20))
+    line = _failing([*command, "--exit-interval", "8"], max_file_bytes=1 << 20)
     assert "checkpoint.save" in line and "could not be written" in line
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "5\n"
     left = {name for name in (path.name for path in folder.rglob("*")) if "tfevents" not in name}

@@ -7,12 +7,12 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jobs
 import pytest
+from fork_server import launcher_environment
 from tiny_run import TinyRun, write_dataset
 
 PER_RANK = Path(__file__).with_name("per_rank_worker.py")
@@ -118,11 +118,12 @@ def _two_processes(tiny_run: TinyRun, fault: object) -> list[tuple[int, str]]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, FAULTY, json.dumps(fault), "--config", tiny_run.config, *FLAGS]
+    command = [*jobs.FORKED, FAULTY, json.dumps(fault), "--config", tiny_run.config, *FLAGS]
+    environment = {**jobs.environment(), **launcher_environment(), **job}
     processes = [
         subprocess.Popen(
             list(map(str, command)),
-            env={**jobs.environment(), **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

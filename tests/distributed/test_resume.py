@@ -16,6 +16,7 @@ import jobs
 import psutil
 import pytest
 import torch
+from fork_server import launcher_environment
 from tiny_run import TinyRun
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -185,21 +186,32 @@ def _heed_ctrl_c() -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-@pytest.mark.parametrize("launched", ["alone", "train.sh"])
+@pytest.mark.parametrize(
+    ("launched", "name"),
+    [
+        ("alone", "SIGTERM"),
+        ("fork", "SIGUSR1"),
+        ("fork", "SIGINT"),
+        ("train.sh", "SIGTERM"),
+        ("train.sh", "SIGUSR1"),
+        pytest.param("train.sh", "SIGINT", marks=pytest.mark.slow),  # ten seconds
+    ],
+)
 def test_a_signal_saves_and_leaves(
     tiny_run: TinyRun, tmp_path: Path, name: str, launched: str
 ) -> None:
     folder = tmp_path / "run"
     flags = ["--train-iters", 100000, "--save", folder]
     command = jobs.pretrain("--config", tiny_run.config, *flags)
-    if launched == "train.sh":
+    if launched == "fork":
+        command = [*jobs.FORKED, *command[1:]]
+    elif launched == "train.sh":
         command = [str(part) for part in (TRAIN_SCRIPT, tiny_run.config, *flags)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     job = {"PATH": path, "GPUS_PER_NODE": "2", "RDZV_ENDPOINT": "localhost:0"}
     process = subprocess.Popen(
         command,
-        env={**jobs.environment(), **job},
+        env={**jobs.environment(), **launcher_environment(), **job},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         preexec_fn=_heed_ctrl_c,
@@ -211,7 +223,7 @@ def test_a_signal_saves_and_leaves(
     process.send_signal(signal.Signals[name])
     status = process.wait(timeout=120)
     # The launcher reports the signal by its own exit status.
-    assert (status == 0) == (launched == "alone")
+    assert (status == 0) == (launched != "train.sh")
     iterations, _ = jobs.read_metrics(folder)
     assert int((folder / "latest_checkpointed_iteration.txt").read_text()) == len(iterations)
 

@@ -21,7 +21,7 @@ from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 KINDS = ("sentencepiece", "extended sentencepiece", "tokenizer.json", "with tokens", "with merges")
 NEW = [chr(0x6000 + 13 * k) for k in range(40)]
-NUM_TEXTS = 10_000  # number of texts of each kind
+NUM_TEXTS = 2_000  # of each kind
 
 
 def make_tokenizer(kind: str, sentencepiece: Path, byte_level: Path, folder: Path) -> Tokenizer:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ def make_base(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Ma
     """Builds a model folder of a kind, with a SentencePiece model or a tokenizer.json."""
     root = tmp_path_factory.mktemp("bases")
 
+    @cache
+    def tokenizer_json() -> Path:
+        from transformers import AutoTokenizer
+
+        made, saved = (tmp_path_factory.mktemp(name) for name in ("made", "saved"))
+        load_tokenizer(tiny_run.tokenizer_model).save_pretrained(made)
+        AutoTokenizer.from_pretrained(made).save_pretrained(saved)
+        return saved / "tokenizer.json"
+
     def make(kind: str, *, of_json: bool = False, **changes: Any) -> Path:
         folder = root / f"{kind}{of_json}{len(list(root.iterdir()))}"
         folder.mkdir()
@@ -101,16 +111,7 @@ def make_base(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Ma
         for name, text in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
-        if of_json:
-            from transformers import AutoTokenizer
-
-            made = root / "made"
-            load_tokenizer(tiny_run.tokenizer_model).save_pretrained(made)
-            AutoTokenizer.from_pretrained(made).save_pretrained(root / "saved")
-            shutil.copy(root / "saved" / "tokenizer.json", folder)
-            shutil.rmtree(root / "saved")
-        else:
-            shutil.copy(tiny_run.tokenizer_model, folder)
+        shutil.copy(tokenizer_json() if of_json else tiny_run.tokenizer_model, folder)
         (folder / "extra.py").write_text("raise SystemExit")
         (folder / ".hidden").write_text("hidden")
         return folder
@@ -179,8 +180,9 @@ def stops_of(folder: Path) -> Any:
     return GenerationConfig.from_pretrained(folder).eos_token_id
 
 
-@pytest.mark.parametrize("of_json", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "of_json"), [*((kind, False) for kind in KINDS), ("inside", True), ("bare", True)]
+)
 def test_without_training_every_small_file_comes_back(
     kind: str, of_json: bool, make_base: MakeBase, tmp_path: Path
 ) -> None:
@@ -252,8 +254,13 @@ def test_the_token_that_ends_a_turn_is_a_stop_token(make_base: MakeBase, tmp_pat
     assert after == {**GENERATION, "eos_token_id": [2, 5, 590]}
 
 
-@pytest.mark.parametrize("begin", ["load_hf", "pretrained_checkpoint"])
-@pytest.mark.parametrize("kind", ["inside", "named", "jinja", "folder", "without"])
+@pytest.mark.parametrize(
+    ("kind", "begin"),
+    [
+        *((kind, "load_hf") for kind in ("inside", "named", "jinja", "folder", "without")),
+        *((kind, "pretrained_checkpoint") for kind in ("named", "folder")),
+    ],
+)
 def test_trained_templates(
     kind: str, begin: str, make_base: MakeBase, make_config: Any, tmp_path: Path
 ) -> None:
@@ -320,10 +327,17 @@ def test_no_known_template_is_warned_of(
     assert find_chat_template(tmp_path / "hf") is None
 
 
-@pytest.mark.parametrize("way", ["import", "resize", "train"])
-@pytest.mark.parametrize("kind", ["inside", "folder"])
-@pytest.mark.parametrize("new", ["extended", "bare"])
-@pytest.mark.parametrize("of_json", [False, True])
+@pytest.mark.parametrize(
+    ("way", "kind", "new", "of_json"),
+    [  # all pairs of values
+        ("import", "inside", "extended", False),
+        ("import", "folder", "bare", True),
+        ("resize", "inside", "bare", True),
+        ("resize", "folder", "extended", False),
+        ("train", "inside", "bare", False),
+        ("train", "folder", "extended", True),
+    ],
+)
 def test_grown_vocabularies_keep_what_the_base_says(
     way: str,
     kind: str,
