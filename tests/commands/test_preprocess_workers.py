@@ -36,7 +36,7 @@ def test_a_killed_job_leaves_nothing_under_a_final_name(jobs: Jobs) -> None:
         process.wait()
     names = {path.name for path in jobs.folder.iterdir()} - {"pipe.jsonl"}
     assert all(name.endswith(".partial") for name in names)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120  # for a busy machine
     while _group_is_alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _group_is_alive(process.pid)  # the workers end with their parent
