@@ -82,7 +82,6 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--exp-avg-dtype=fp32 --exp-avg-sq-dtype=fp32",
         "gradients, master weights and moments are fp32",
     ),
-    ("--grad-reduce-in-bf16", "no effect: gradients are reduced in fp32"),
     (
         "--loss-scale --initial-loss-scale --min-loss-scale --loss-scale-window --hysteresis",
         "no effect: only fp16 scales the loss",

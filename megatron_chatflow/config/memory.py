@@ -96,7 +96,7 @@ def _estimate_stage(
     has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
         weights=weights,
-        gradients=parameters * 4,
+        gradients=parameters * (2 if parallel.grad_reduce_in_bf16 else 4),
         optimizer=moments // shards,
         saving=copy if on_cpu and has_copy else 0,
         activations=_activation_bytes(config, stage, num_micro_batches, on_cpu),

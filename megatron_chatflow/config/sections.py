@@ -205,6 +205,11 @@ class ParallelConfig:
     overlap_grad_reduce: Switch = Field(
         default=False, description="overlap the gradient reduction with the backward pass"
     )
+    grad_reduce_in_bf16: Switch = Field(
+        default=False,
+        description="accumulate and reduce gradients in bf16 instead of fp32, which halves their "
+        "memory and messages and is less precise",
+    )
     overlap_param_gather: Switch = Field(
         default=False,
         description="overlap the parameter all-gather of the distributed optimizer with the "

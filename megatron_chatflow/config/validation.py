@@ -171,6 +171,11 @@ def _check_parallel(config: "RunConfig") -> None:
             "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1; set "
             "that, or --no-sequence-parallel"
         )
+    if parallel.grad_reduce_in_bf16 and not config.train.bf16:
+        raise UserError(
+            "parallel.grad_reduce_in_bf16: the gradients of an fp32 run are fp32; set train.bf16, "
+            "or --no-grad-reduce-in-bf16"
+        )
     if parallel.overlap_param_gather and not (
         parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
     ):

@@ -188,9 +188,10 @@ def build_optimization(
     length = length or RunLength.of(config)
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=parallel.overlap_param_gather and len(llama.chunks) > 1,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     with device_mode(ranks.device):
@@ -206,6 +207,12 @@ def build_optimization(
         # The backward pass of the last micro-batch reduces gradients once they are complete.
         no_sync = [chunk.no_sync for chunk in chunks]
         llama.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if len(chunks) > 1:
+            # All stages begin to reduce a chunk at the same point of the interleaved schedule.
+            # Otherwise a stage that reduces earlier competes with the messages of the others.
+            llama.config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+            if parallel.overlap_param_gather:
+                llama.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     llama.config.finalize_model_grads_func = finalize_model_grads
     llama.config.grad_scale_func = optimizer.scale_loss
     return Optimization(

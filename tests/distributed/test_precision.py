@@ -32,6 +32,8 @@ ON_TWO_RANKS = {
     "pp_middle": [*MIDDLE, "--pipeline-model-parallel-size", "2"],
     "cp_sharded": [*HYBRID, "--context-parallel-size", "2", "--use-distributed-optimizer"],
     "dp_mxfp8": [*HYBRID, "--fp8-recipe", "mxfp8", "--use-distributed-optimizer"],
+    "dp_bf16_gradients": ["--grad-reduce-in-bf16", "--use-distributed-optimizer"],
+    "tp_bf16_gradients": ["--grad-reduce-in-bf16", *SEQUENCE],
 }
 # The sizes of the weights of a layer, in the order of its products.
 LAYER = [[192, 64], [64, 64], [384, 64], [64, 192]]

@@ -124,6 +124,10 @@ REFUSED = [
         {"parallel.overlap_param_gather": True},
         "parallel.overlap_param_gather: needs parallel.use_d",
     ),
+    (
+        {"parallel.grad_reduce_in_bf16": True, "train.bf16": False},
+        "parallel.grad_reduce_in_bf16: the gradients of an fp32 run are fp32",
+    ),
     ({"train.train_iters": None}, "train.train_iters: is missing; set it, or train.train_samples"),
     ({"train.train_samples": 100}, "train.train_iters and train.train_samples: both are set"),
     (
