@@ -5,6 +5,10 @@
 // a tensor says that it lies on CUDA, `pin_memory` asks for the allocator of page-locked memory,
 // and `torch.Generator("cuda")` for a generator. Nothing here computes.
 //
+// torch's CUDA build registers its own guard and hooks while it is imported, which is after this
+// library. Its hooks do not replace these, which have a higher priority. Its guard does, and is in
+// turn replaced by `register_guard`.
+//
 // Methods that not every supported torch declares are written without `override`.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -103,8 +107,6 @@ struct SimulatedGuard final : DeviceGuardImplInterface {
   void recordDataPtrOnStream(const DataPtr&, const Stream&) const override {}
 };
 
-C10_REGISTER_GUARD_IMPL(CUDA, SimulatedGuard)
-
 }  // namespace c10::impl
 
 namespace at {
@@ -131,10 +133,18 @@ struct CUDAHooks final : CUDAHooksInterface {
   Generator getNewGenerator(DeviceIndex) const { return at::detail::createCPUGenerator(); }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace at
 
-extern "C" void set_current_device(int device) {
-  current_device = static_cast<c10::DeviceIndex>(device);
+extern "C" {
+
+void register_guard() {
+  // torch keeps the guard until the process ends.
+  const c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA,
+                                                      new c10::impl::SimulatedGuard);
 }
+
+void set_current_device(int device) { current_device = static_cast<c10::DeviceIndex>(device); }
+
+}  // extern "C"

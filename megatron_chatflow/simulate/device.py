@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import fake_tensor
 
 from megatron_chatflow.simulate.recorder import Recorder
 from megatron_chatflow.simulate.shim import loaded_library
@@ -136,6 +137,7 @@ def install(gpu: GpuModel, recorder: Recorder) -> None:
     and is handled by `mode`.
     """
     library = loaded_library()
+    library.register_guard()
     _recorders[:] = [recorder]
 
     def set_device(device: Any) -> None:
@@ -206,6 +208,9 @@ def install(gpu: GpuModel, recorder: Recorder) -> None:
     internal._cuda_getDevice = lambda: _current[0]
     internal._cuda_getDeviceCount = lambda: DEVICES_PER_NODE
     internal._has_cudnn = True
+    # It would allocate a tensor on the device.
+    shape_functions: Any = fake_tensor
+    shape_functions.init_gpu_context = lambda device: None
     # `torch.tensor(values, device="cuda")` must reach `mode` as a copy from the host.
     internal._set_only_lift_cpu_tensors(True)
     modules: Any = torch.nn.Module

@@ -73,7 +73,8 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
-        self._shapes = FakeTensorMode(allow_non_fake_inputs=False)
+        # Without a shape function, torch would run the operator's kernel on a tensor of zeros.
+        self._shapes = FakeTensorMode(allow_fallback_kernels=False, allow_non_fake_inputs=False)
         self._shapes.static_shapes = True
         self._cache = ShapeCache(self._shapes)
         self._values: dict[int, torch.Tensor] = {}  # by the address of a storage
