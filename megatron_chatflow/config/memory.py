@@ -32,7 +32,7 @@ class MemoryEstimate:
         optimizer: Adam's moments, and with bf16 the fp32 master weights.
         activations: Activations that forward passes store for the backward passes.
         temporary: Temporary tensors at the peak: the logits and gradients of the loss, or the
-            gradients of a layer.
+            gradients of a layer and what it recomputes.
         saving: The copy from which checkpoints are written, if it is in the same memory.
     """
 
@@ -101,7 +101,8 @@ def _estimate_stage(
         saving=copy if on_cpu and has_copy else 0,
         activations=_activation_bytes(config, stage, num_micro_batches, on_cpu),
         temporary=max(
-            _layer_temporaries(config), _loss_temporaries(config, table, is_last, on_cpu)
+            _recomputed_bytes(config, on_cpu) + _layer_temporaries(config),
+            _loss_temporaries(config, table, is_last, on_cpu),
         ),
     )
 
@@ -152,7 +153,7 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
 
     * norms: their inputs and outputs,
     * attention: rotated queries and keys, values, and the context,
-    * SwiGLU: both halves, the activated half, and the product.
+    * SwiGLU: both halves and the product.
 
     If attention is recomputed, the layer stores the whole output of the QKV projection instead of
     the rotated queries, keys and values, because the unrotated ones are views of that output. The
@@ -172,7 +173,8 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
         projected, attended = counts.projected_size, counts.heads * scores
     if train.recompute_granularity == "selective":
         projected, attended = counts.projected_size, 0
-    num_ffn = 3 if is_fused else 4
+    # torch's operations on CPUs also store the activated half.
+    num_ffn = 4 if on_cpu and not is_fused else 3
     # torch's norm on CPUs also stores the normalized states.
     num_whole = 6 if on_cpu and not is_fused else 4
     inside = projected + attended + query + num_ffn * model.ffn_hidden_size
@@ -191,20 +193,27 @@ def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_
     in_flight = ahead + 1 if chunks == 1 else 2 * ahead + (chunks - 1) * stages + 1
     in_flight = min(in_flight, max(1, num_micro_batches) * chunks)
     kept = layers * layer_bytes(config, on_cpu)
-    once = 0
     if train.recompute_granularity == "full":
         number = train.recompute_num_layers or 1
         if train.recompute_method == "uniform":
             kept = residual_bytes(config) * -(-layers // number)
-            once = number * layer_bytes(config, on_cpu)
         else:
             kept = residual_bytes(config) * number + (layers - number) * layer_bytes(config, on_cpu)
-            once = layer_bytes(config, on_cpu)
     # Interleaved stages keep the tensors that they have sent. The last stage also stores the input
     # and output of the final norm.
     sent = residual_bytes(config) if chunks > 1 else 0
     final = 2 * residual_bytes(config) if stage == stages - 1 else 0
-    return (kept + sent) * in_flight + once + final
+    return (kept + sent) * in_flight + final
+
+
+def _recomputed_bytes(config: RunConfig, on_cpu: bool) -> int:
+    """Returns the bytes of activations that a backward pass computes again at a time."""
+    train = config.train
+    if train.recompute_granularity != "full":
+        return 0
+    is_uniform = train.recompute_method == "uniform"
+    number = (train.recompute_num_layers or 1) if is_uniform else 1
+    return number * layer_bytes(config, on_cpu)
 
 
 def _loss_temporaries(config: RunConfig, table: int, is_last: bool, on_cpu: bool) -> int:

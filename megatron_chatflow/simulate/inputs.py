@@ -13,6 +13,7 @@ import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config.shape import num_model_chunks
 from megatron_chatflow.config.validation import to_plain
 from megatron_chatflow.data.indexed import (
     IndexedDatasetWriter,
@@ -78,8 +79,10 @@ def prepare(config: RunConfig, world_size: int, folder: Path) -> SimulatedInputs
     share = data_parallel * train.micro_batch_size
     num_micro_batches = train.global_batch_size // share
     stages = config.parallel.pipeline_model_parallel_size
-    # Twice the number of stages fills a pipeline, interleaved or not, and is a multiple of it.
-    num_executed = min(num_micro_batches, 2 * stages)
+    # These fill a pipeline. Interleaved stages take micro-batches in groups of that size, and one
+    # group would all be forward passes before the first backward pass.
+    is_interleaved = num_model_chunks(config.model, config.parallel) > 1
+    num_executed = min(num_micro_batches, 2 * stages if is_interleaved else stages + 1)
     values["train"] |= {
         "global_batch_size": share * num_executed,
         "exit_interval": NUM_STEPS,
@@ -100,6 +103,7 @@ def prepare(config: RunConfig, world_size: int, folder: Path) -> SimulatedInputs
             "and messages are scaled to the whole step"
         )
     vocab_size = _fill_in(config, values, share, folder, notes)
+    _validate_fewer(values, notes)
     return SimulatedInputs(
         RunConfig.from_dict(values), vocab_size, num_micro_batches, num_executed, tuple(notes)
     )
@@ -142,6 +146,19 @@ def _fill_in(
         if has_tokenizer:
             notes.append(f"{', '.join(replaced)}: files are missing; generated tokens are used")
     return max(vocab_size, config.model.vocab_size or 0)
+
+
+def _validate_fewer(values: dict[str, Any], notes: list[str]) -> None:
+    """Keeps one validated source for each kind of attention, as their work is the same."""
+    kept: dict[str, str] = {}
+    left_out = []
+    for name, source in values["data"]["sources"].items():
+        if source["validation_paths"]:
+            if kept.setdefault(source["boundaries"], name) != name:
+                source["validation_paths"] = []
+                left_out.append(name)
+    if left_out:
+        notes.append(f"validates {' and '.join(kept.values())} only")
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:

@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from megatron_chatflow.config import RunConfig, validate_for_world
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import write_atomically
@@ -118,22 +120,36 @@ def run_ranks(library: Path, request: Request) -> list[Observation]:
     file.write_text(json.dumps(asdict(request)), encoding="utf-8")
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    worker = subprocess.run(
-        [sys.executable, "-m", "megatron_chatflow.simulate.worker", str(library), str(file)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    errors = folder / "worker.log"
+    with errors.open("w", encoding="utf-8") as stderr:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "megatron_chatflow.simulate.worker", str(library), str(file)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    with worker, tqdm(total=len(request.ranks), desc="simulate", unit="rank", disable=None) as bar:
+        for _ in worker.stdout or ():
+            bar.update()
+    return _observations(request, errors)
+
+
+def _observations(request: Request, errors: Path) -> list[Observation]:
+    folder = Path(request.folder)
     observations = []
     for rank in request.ranks:
         result, log = folder / f"rank_{rank}.json", folder / f"rank_{rank}.log"
-        output = log.read_text(encoding="utf-8") if log.exists() else worker.stderr
         content = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
-        if "observation" not in content:
+        if "observation" in content:
+            observations.append(observation_of(content["observation"]))
+        elif log.exists():  # ranks after a failure are not started
             failure = Failure(**content["failure"]) if "failure" in content else None
-            raise UserError(f"simulated rank {rank}: {_reason(failure, output)}")
-        observations.append(observation_of(content["observation"]))
+            reason = _reason(failure, log.read_text(encoding="utf-8", errors="replace"))
+            raise UserError(f"simulated rank {rank}: {reason}")
+    if len(observations) < len(request.ranks):
+        reason = _reason(None, errors.read_text(encoding="utf-8", errors="replace"))
+        raise UserError(f"the simulation did not start: {reason}")
     return observations
 
 

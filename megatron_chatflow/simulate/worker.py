@@ -1,4 +1,4 @@
-"""Simulates ranks, one after the other, each in a fork of this process.
+"""Simulates ranks, each in a fork of this process.
 
 ``python -m megatron_chatflow.simulate.worker LIBRARY REQUEST.json`` is started by `run.simulate`.
 Every rank runs the entry point of training, as torchrun would start it, and believes in the GPU.
@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from megatron_chatflow.simulate.recorder import Recorder, is_left_out, shown
 from megatron_chatflow.train import build
 from megatron_chatflow.train.start import find_initial_checkpoint
 
+_MAX_PROCESSES = 2  # at a time; each needs up to 1.5 GB
 ENTRY_POINT = "megatron_chatflow.pretrain"
 
 
@@ -114,12 +116,15 @@ def _failure(error: Exception) -> Failure:
     )
 
 
-def run_in_fork(work: Callable[[], Observation | Failure], result: Path, log: Path) -> None:
-    """Runs ``work`` in a forked process and writes its result and its output to files."""
+def start_fork(work: Callable[[], Observation | Failure], result: Path, log: Path) -> int:
+    """Starts ``work`` in a forked process, which writes its result and its output to files.
+
+    Returns:
+        The process, whose exit status is 0 if ``work`` returned an observation.
+    """
     child = os.fork()
     if child:
-        os.waitpid(child, 0)
-        return
+        return child
     status = 1
     try:
         with log.open("w", encoding="utf-8") as output:
@@ -129,24 +134,43 @@ def run_in_fork(work: Callable[[], Observation | Failure], result: Path, log: Pa
                 outcome = work()
         content = {type(outcome).__name__.lower(): asdict(outcome)}
         result.write_text(json.dumps(content), encoding="utf-8")
-        status = 0
+        status = 0 if isinstance(outcome, Observation) else 1
     finally:
         os._exit(status)
 
 
+def run_in_fork(work: Callable[[], Observation | Failure], result: Path, log: Path) -> None:
+    """Runs ``work`` as `start_fork` does and waits for it."""
+    os.waitpid(start_fork(work, result, log), 0)
+
+
+def run_request(request: Request) -> None:
+    """Simulates the ranks of a request and prints each that is done.
+
+    A failure ends the simulation once the ranks that run beside it are done.
+    """
+    folder = Path(request.folder)
+    waiting = list(request.ranks)
+    running: dict[int, int] = {}
+    num_processes = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
+    while waiting or running:
+        while waiting and len(running) < num_processes:
+            rank = waiting.pop(0)
+            work = partial(execute, request.config, request.gpu, request.world_size, rank)
+            child = start_fork(work, folder / f"rank_{rank}.json", folder / f"rank_{rank}.log")
+            running[child] = rank
+        child, status = os.wait()
+        print(running.pop(child), flush=True)
+        if status:
+            waiting.clear()
+
+
 def main() -> None:
-    """Simulates every rank of a request."""
+    """Simulates the request that the command line names."""
     values: dict[str, Any] = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    request = Request(**{**values, "ranks": tuple(values["ranks"])})
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    folder = Path(request.folder)
-    for rank in request.ranks:
-        run_in_fork(
-            lambda rank=rank: execute(request.config, request.gpu, request.world_size, rank),  # type: ignore[misc]
-            folder / f"rank_{rank}.json",
-            folder / f"rank_{rank}.log",
-        )
+    run_request(Request(**{**values, "ranks": tuple(values["ranks"])}))
 
 
 if __name__ == "__main__":

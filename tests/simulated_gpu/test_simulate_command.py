@@ -51,6 +51,7 @@ def test_the_report_says_what_was_generated(report: tuple[str, dict[str, Any]]) 
     assert "data/tokenizer.model is missing: a generated tokenizer of 32,000 pieces" in text
     assert content["vocab_size"] == 32_000
     assert "executes 2 of the 64 micro-batches" in text
+    assert "validates english and instruction only" in text
     assert content["micro_batches"] == {"per_step": 64, "executed": 2}
     assert content["gpu"]["key"] == "h100" and content["layout"]["data"] == 4
 
