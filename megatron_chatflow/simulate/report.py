@@ -1,8 +1,9 @@
 """Describes a simulation, as text and as JSON."""
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +19,8 @@ from megatron_chatflow.simulate.observer import GroupMessages, LineCount, Observ
 KINDS = ("weights", "gradients", "optimizer", "activations", "temporary")
 _GIB = 2**30
 _NUM_SHOWN = 8
+_NUM_RANGES = 4
+_READABLE = {"aten::_local_scalar_dense": "a value is read"}
 # Messages of these phases are repeated for every micro-batch. Those over data-parallel groups are
 # not: they reduce gradients and gather parameters once a step, while micro-batches are computed.
 _REPEATED = ("schedule", "forward", "backward")
@@ -33,6 +36,7 @@ class Simulation:
         world_size: Number of ranks of the job.
         inputs: What was executed.
         observations: What every simulated rank did.
+        ranks: The ranks that each of them stands for.
     """
 
     config: RunConfig
@@ -40,11 +44,33 @@ class Simulation:
     world_size: int
     inputs: SimulatedInputs
     observations: Sequence[Observation]
+    ranks: Sequence[tuple[int, ...]]
 
     @property
     def factor(self) -> float:
         """Micro-batches of a step over those that were executed."""
         return self.inputs.num_micro_batches / self.inputs.num_executed
+
+
+def merge_equal(
+    rows: Sequence[tuple[Observation, tuple[int, ...]]],
+) -> list[tuple[Observation, tuple[int, ...]]]:
+    """Merges ranks of a stage that did the same.
+
+    The launches of the update are not compared: they depend on where the rank's shard of the
+    optimizer begins.
+
+    Args:
+        rows: What was observed, and the ranks that it stands for.
+    """
+    merged: dict[str, tuple[Observation, tuple[int, ...]]] = {}
+    for observation, ranks in rows:
+        launches = {**observation.launches, "update": 0}
+        place = {"stage": observation.place["pipeline"]}
+        key = json.dumps(asdict(replace(observation, launches=launches, place=place)))
+        first, others = merged.get(key, (observation, ()))
+        merged[key] = first, tuple(sorted((*others, *ranks)))
+    return list(merged.values())
 
 
 def step_flops(simulation: Simulation, observation: Observation) -> dict[str, float]:
@@ -117,14 +143,20 @@ def to_json(simulation: Simulation) -> dict[str, Any]:
             "executed": inputs.num_executed,
         },
         "estimate": {**asdict(estimate), "total": estimate.total},
-        "ranks": [_rank_to_json(simulation, one) for one in simulation.observations],
+        "ranks": [
+            _rank_to_json(simulation, one, ranks)
+            for one, ranks in zip(simulation.observations, simulation.ranks, strict=True)
+        ],
     }
 
 
-def _rank_to_json(simulation: Simulation, observation: Observation) -> dict[str, Any]:
+def _rank_to_json(
+    simulation: Simulation, observation: Observation, ranks: tuple[int, ...]
+) -> dict[str, Any]:
     flops = step_flops(simulation, observation)
     return {
         "place": observation.place,
+        "stands_for": list(ranks),
         "memory": {
             "peak_bytes": observation.peak_bytes,
             "peak_phase": observation.peak_phase,
@@ -158,7 +190,8 @@ def describe(simulation: Simulation) -> str:
     parts.append(
         f"lines that hold most on rank {fullest.place['rank']}\n" + format_table(_holders(fullest))
     )
-    parts.append("work of a step\n" + format_table(_work_rows(simulation)))
+    parts.append(_fit(simulation, fullest))
+    parts.append("work of a step on a GPU\n" + format_table(_work_rows(simulation)))
     step = describe_step(
         simulation.config,
         inputs.vocab_size,
@@ -169,42 +202,76 @@ def describe(simulation: Simulation) -> str:
     if step:
         parts.append(step)
     parts.append(
-        "messages of a step, in GiB sent by a rank of a ring\n"
+        "messages of a step, in GiB that a rank sends in a ring\n"
         + (format_table(_message_rows(simulation)) or "none")
     )
-    for title, lines in (
-        ("the host waits, in a step", _merged(simulation, "synchronizations")),
-        ("CPU tensors that reach operators on the GPU", _merged(simulation, "cpu_tensors")),
-    ):
-        parts.append(f"{title}: " + ("nowhere" if not lines else f"\n{format_table(lines)}"))
-    estimate = estimate_memory(simulation.config, inputs.vocab_size, simulation.world_size)
-    difference = estimate.total / fullest.peak_bytes - 1
+    parts.append(_waiting(simulation))
+    cpu_tensors = format_table(_merged(simulation, "cpu_tensors"))
     parts.append(
-        f"the estimate of the dry run without --simulate is {estimate.total / _GIB:.2f} GiB, "
-        f"{abs(difference):.1%} {'above' if difference >= 0 else 'below'} the simulated peak"
+        f"CPU tensors reach operators on the GPU\n{cpu_tensors}"
+        if cpu_tensors
+        else "no CPU tensor reaches an operator on the GPU"
     )
-    if fullest.peak_bytes > model.memory_bytes:
-        parts.append(
-            f"rank {fullest.place['rank']} DOES NOT FIT: it needs "
-            f"{fullest.peak_bytes / _GIB:.2f} of {model.memory_bytes / _GIB:.2f} GiB"
-        )
     return "\n\n".join(parts)
 
 
-def _label(observation: Observation) -> Row:
-    place = observation.place
-    return {"rank": place["rank"], "stage": place["pipeline"]}
+def _fit(simulation: Simulation, fullest: Observation) -> str:
+    """Returns whether the run fits, and how near the estimate was."""
+    memory, rank = GPUS[simulation.gpu].memory_bytes, fullest.place["rank"]
+    free = memory - fullest.peak_bytes
+    needs = f"{fullest.peak_bytes / _GIB:.2f} of {memory / _GIB:.2f} GiB"
+    fit = (
+        f"rank {rank} needs the most, {needs}: {free / _GIB:.2f} GiB remain for the CUDA context, "
+        "NCCL and fragmentation"
+        if free >= 0
+        else f"rank {rank} DOES NOT FIT: it needs {needs}"
+    )
+    vocab_size = simulation.inputs.vocab_size
+    estimate = estimate_memory(simulation.config, vocab_size, simulation.world_size).total
+    difference = estimate / fullest.peak_bytes - 1
+    return (
+        f"{fit}\nthe estimate of the dry run without --simulate is {estimate / _GIB:.2f} GiB, "
+        f"{abs(difference):.1%} {'above' if difference >= 0 else 'below'} the simulated peak"
+    )
+
+
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Formats ascending numbers as ``0-3, 8``, or the first ranges of many and their count."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    shown = [f"{a}" if a == b else f"{a}-{b}" for a, b in ranges[:_NUM_RANGES]]
+    more = f", ... ({len(numbers)})" if len(ranges) > _NUM_RANGES else ""
+    return ", ".join(shown) + more
+
+
+def _labels(simulation: Simulation) -> list[Row]:
+    """Returns the ranks that each observation stands for, and their place."""
+    has_context = simulation.config.parallel.context_parallel_size > 1
+    return [
+        {
+            ("rank" if all(len(r) == 1 for r in simulation.ranks) else "ranks"): format_ranges(
+                ranks
+            ),
+            "stage": one.place["pipeline"],
+            **({"context": one.place["context"]} if has_context else {}),
+        }
+        for one, ranks in zip(simulation.observations, simulation.ranks, strict=True)
+    ]
 
 
 def _memory_rows(simulation: Simulation) -> list[Row]:
     return [
         {
-            **_label(one),
+            **label,
             "peak": f"{one.peak_bytes / _GIB:.2f}",
             **{kind: f"{one.memory.get(kind, 0) / _GIB:.2f}" for kind in KINDS},
-            "in": one.peak_phase,
+            "reached in": one.peak_phase,
         }
-        for one in simulation.observations
+        for label, one in zip(_labels(simulation), simulation.observations, strict=True)
     ]
 
 
@@ -223,55 +290,72 @@ def _work_rows(simulation: Simulation) -> list[Row]:
     )
     share = model_flops * tokens / simulation.world_size
     rows: list[Row] = []
-    for one in simulation.observations:
+    for label, one in zip(_labels(simulation), simulation.observations, strict=True):
         flops = sum(step_flops(simulation, one).values())
         rows.append(
             {
-                **_label(one),
+                **label,
                 "TFLOP": f"{flops / 1e12:,.1f}",
-                "of the mean share": f"{flops / share:.2f}",
-                "launches": step_launches(simulation, one),
-                "a layer, forward": f"{one.layer_launches.get('forward', 0):.0f}",
-                "a layer, backward": f"{one.layer_launches.get('backward', 0):.0f}",
+                "of an equal share of the model's": f"{flops / share:.2f}",
+                "kernel launches": step_launches(simulation, one),
+                "of a layer, forward": f"{one.layer_launches.get('forward', 0):.0f}",
+                "backward": f"{one.layer_launches.get('backward', 0):.0f}",
             }
         )
     return rows
 
 
 def _message_rows(simulation: Simulation) -> list[Row]:
-    rows: list[Row] = []
-    for one in simulation.observations:
+    """Returns what ranks send; those that send the same share a row."""
+    senders: dict[tuple[str, str, int, str], list[int]] = {}
+    for one, ranks in zip(simulation.observations, simulation.ranks, strict=True):
         total: dict[tuple[str, str], tuple[int, float]] = {}
         for message in step_messages(simulation, one):
             key = message.group, message.collective
             calls, sent = total.get(key, (0, 0.0))
-            total[key] = calls + message.num_calls, sent + message.wire_bytes
-        for (group, collective), (calls, sent) in sorted(total.items(), key=lambda i: -i[1][1]):
+            total[key] = (calls + message.num_calls, sent + message.wire_bytes)
+        for (group, collective), (calls, sent) in total.items():
             if sent:
-                rows.append(
-                    {
-                        **_label(one),
-                        "group": group,
-                        "collective": collective,
-                        "calls": calls,
-                        "sent": f"{sent / _GIB:.3f}",
-                    }
-                )
-    return rows
+                row = (group, collective, calls, f"{sent / _GIB:.3f}")
+                senders.setdefault(row, []).extend(ranks)
+    num_ranks = sum(map(len, simulation.ranks))
+    return [
+        {
+            "group": group,
+            "collective": collective,
+            "calls": calls,
+            "sent": sent,
+            "ranks": "all" if len(ranks) == num_ranks else format_ranges(sorted(ranks)),
+        }
+        for (group, collective, calls, sent), ranks in sorted(
+            senders.items(), key=lambda item: (item[0][:2], -float(item[0][3]))
+        )
+    ]
+
+
+def _waiting(simulation: Simulation) -> str:
+    rows = _merged(simulation, "synchronizations")
+    if not rows:
+        return "the host never waits for the GPU in a step"
+    passes = [row for row in rows if row["phase"] in ("forward", "backward")]
+    verdict = (
+        "ALSO IN FORWARD OR BACKWARD PASSES, where the GPU then runs idle"
+        if passes
+        else "never in a forward or backward pass"
+    )
+    return f"the host waits for the GPU in a step, {verdict}\n{format_table(rows)}"
 
 
 def _merged(simulation: Simulation, field: str) -> list[Row]:
     """Returns places of all ranks, each once."""
     found: dict[tuple[str, str, str], int] = {}
-    for line in _all_lines(simulation, field):
-        key = line.phase, line.what, " < ".join(line.lines[:2])
-        found[key] = max(found.get(key, 0), line.count)
+    for one in simulation.observations:
+        lines: Sequence[LineCount] = getattr(one, field)
+        for line in lines:
+            what = _READABLE.get(line.what, line.what)
+            key = line.phase, what, " < ".join(line.lines[:2])
+            found[key] = max(found.get(key, 0), line.count)
     return [
         {"count": count, "phase": phase, "what": what, "line": line}
         for (phase, what, line), count in found.items()
     ]
-
-
-def _all_lines(simulation: Simulation, field: str) -> Iterator[LineCount]:
-    for one in simulation.observations:
-        yield from getattr(one, field)

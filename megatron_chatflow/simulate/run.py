@@ -27,42 +27,45 @@ from megatron_chatflow.simulate.observer import (
     LineCount,
     Observation,
 )
-from megatron_chatflow.simulate.report import Simulation, describe, to_json
+from megatron_chatflow.simulate.report import Simulation, describe, merge_equal, to_json
 from megatron_chatflow.simulate.shim import library_path
 from megatron_chatflow.simulate.worker import Failure, Request
 
 
-def selected_ranks(config: RunConfig, world_size: int, choice: str) -> tuple[int, ...]:
-    """Returns the ranks to simulate.
+def rank_classes(config: RunConfig, world_size: int, choice: str) -> dict[int, tuple[int, ...]]:
+    """Returns the ranks to simulate, each with the ranks that do the same.
 
     Args:
         config: Configuration of the run.
         world_size: Number of ranks of the job.
         choice: A rank; ``stages`` for the first rank of every pipeline stage; or ``all-distinct``
-            for every rank that may differ from the others: of each stage the first and last of the
-            tensor-parallel and data-parallel ranks, and every context-parallel rank.
+            for every rank that may differ from the others: of each stage every context-parallel
+            rank, and the first and last data-parallel rank, whose shard of the optimizer is padded.
+            Tensor-parallel ranks do the same, and data-parallel ranks between the first and the
+            last what the first one does, but for the number of small kernels that copy their
+            shards.
 
     Raises:
         UserError: The choice is none of these.
     """
     if choice.isdecimal() and int(choice) < world_size:
-        return (int(choice),)
+        return {int(choice): (int(choice),)}
     parallel = config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     in_stage = world_size // parallel.pipeline_model_parallel_size
-    stages = range(0, world_size, in_stage)
     if choice == "stages":
-        return tuple(stages)
+        return {rank: (rank,) for rank in range(0, world_size, in_stage)}
     if choice == "all-distinct":
         # megatron-core numbers tensor-parallel ranks first, then context, data and pipeline.
-        data = in_stage // (tensor * context)
-        places = {
-            t + tensor * (c + context * d)
-            for t in (0, tensor - 1)
-            for c in range(context)
-            for d in (0, data - 1)
-        }
-        return tuple(stage + place for stage in stages for place in sorted(places))
+        last = in_stage // (tensor * context) - 1
+        classes: dict[int, list[int]] = {}
+        for rank in range(world_size):
+            stage, place = divmod(rank, in_stage)
+            data, rest = divmod(place, tensor * context)
+            data = last if data == last else 0
+            first = stage * in_stage + tensor * (rest // tensor + context * data)
+            classes.setdefault(first, []).append(rank)
+        return {first: tuple(ranks) for first, ranks in sorted(classes.items())}
     raise UserError(
         f"--rank: {choice!r} is neither stages nor all-distinct nor a rank below {world_size}"
     )
@@ -82,7 +85,7 @@ def simulate(
         config: Configuration of the run.
         gpu: Name of the GPU, one of `device.GPUS`.
         world_size: Number of ranks of the job; None for the minimum of the layout.
-        ranks: See `selected_ranks`.
+        ranks: See `rank_classes`.
         output: File that receives the report as JSON; None for none.
 
     Returns:
@@ -95,15 +98,16 @@ def simulate(
         raise UserError(f"--gpu: {gpu!r} is not known; use one of {', '.join(GPUS)}")
     num_ranks = world_size or config.model_parallel_size
     validate_for_world(config, num_ranks)
-    chosen = selected_ranks(config, num_ranks, ranks)
+    classes = rank_classes(config, num_ranks, ranks)
     library = library_path()  # without a compiler, nothing else is worth starting
     with tempfile.TemporaryDirectory(prefix="chatflow_simulation_") as name:
         folder = Path(name)
         inputs = prepare(config, num_ranks, folder)
         path = folder / "run.yaml"
         path.write_text(inputs.config.to_yaml(), encoding="utf-8")
-        observations = run_ranks(library, Request(str(path), gpu, num_ranks, chosen, name))
-    simulation = Simulation(config, gpu, num_ranks, inputs, observations)
+        observations = run_ranks(library, Request(str(path), gpu, num_ranks, tuple(classes), name))
+    rows = merge_equal(list(zip(observations, classes.values(), strict=True)))
+    simulation = Simulation(config, gpu, num_ranks, inputs, *zip(*rows, strict=True))
     if output is not None:
         write_atomically(output, json.dumps(to_json(simulation), indent=1) + "\n")
     return describe(simulation)
@@ -132,10 +136,19 @@ def run_ranks(library: Path, request: Request) -> list[Observation]:
     with worker, tqdm(total=len(request.ranks), desc="simulate", unit="rank", disable=None) as bar:
         for _ in worker.stdout or ():
             bar.update()
-    return _observations(request, errors)
+    return read_observations(request, errors)
 
 
-def _observations(request: Request, errors: Path) -> list[Observation]:
+def read_observations(request: Request, errors: Path) -> list[Observation]:
+    """Reads what the worker observed on every rank of a request.
+
+    Args:
+        request: The request.
+        errors: What the worker wrote to its standard error.
+
+    Raises:
+        UserError: A rank failed, or none was started.
+    """
     folder = Path(request.folder)
     observations = []
     for rank in request.ranks:

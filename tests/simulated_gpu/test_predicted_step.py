@@ -72,7 +72,7 @@ def test_the_report_predicts_the_step_from_the_launches(
 ) -> None:
     inputs, _ = simulator.prepare(config, NUM_GPUS)
     slow = replace(observation, layer_launches={"forward": 3000.0, "backward": 6000.0})
-    simulation = Simulation(config, "h200", NUM_GPUS, inputs, [observation, slow])
+    simulation = Simulation(config, "h200", NUM_GPUS, inputs, [observation, slow], [(0,), (1,)])
     launches = layer_launches(simulation)
     assert launches == (3000, 6000)
     step = describe_step(config, inputs.vocab_size, NUM_GPUS, "h200", launches)

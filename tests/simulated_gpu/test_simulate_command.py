@@ -5,17 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fork_server import run_forked
-from simulator import EXAMPLES, ROOT, example
+from simulator import EXAMPLES, ROOT, Simulator, example
 from tiny_run import TinyRun
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate import shim
-from megatron_chatflow.simulate.run import selected_ranks, simulate
+from megatron_chatflow.simulate.report import format_ranges, merge_equal
+from megatron_chatflow.simulate.run import rank_classes, read_observations, simulate
+from megatron_chatflow.simulate.worker import Failure, Request
 
 SMALL = ("--num-layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "704")
 SMALL = (*SMALL, "--num-attention-heads", "8", "--num-query-groups", "8", "--seq-length", "512")
@@ -59,6 +62,7 @@ def test_the_report_says_what_was_generated(report: tuple[str, dict[str, Any]]) 
 def test_the_report_accounts_for_a_rank(report: tuple[str, dict[str, Any]]) -> None:
     _, content = report
     (rank,) = content["ranks"]
+    assert rank["stands_for"] == [0]
     memory = rank["memory"]
     kinds = ("weights", "gradients", "optimizer", "activations", "temporary")
     assert sum(memory[kind] for kind in kinds) == memory["peak_bytes"]
@@ -96,11 +100,48 @@ def test_mistakes_of_the_user_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_ranks_that_differ_are_selected() -> None:
     sizes = "--pipeline-model-parallel-size 2 --context-parallel-size 2"
     config = example("7b.yaml", *TENSOR, *sizes.split())
-    assert selected_ranks(config, 32, "stages") == (0, 16)
-    assert selected_ranks(config, 32, "7") == (7,)
-    in_stage = (0, 1, 2, 3, 12, 13, 14, 15)
-    expected = (*in_stage, *(16 + rank for rank in in_stage))
-    assert selected_ranks(config, 32, "all-distinct") == expected
+    assert rank_classes(config, 32, "stages") == {0: (0,), 16: (16,)}
+    assert rank_classes(config, 32, "7") == {7: (7,)}
+    in_stage = {
+        0: (0, 1, 4, 5, 8, 9),
+        2: (2, 3, 6, 7, 10, 11),
+        12: (12, 13),
+        14: (14, 15),
+    }
+    expected = in_stage | {
+        16 + rank: tuple(16 + one for one in ranks) for rank, ranks in in_stage.items()
+    }
+    assert rank_classes(config, 32, "all-distinct") == expected
+
+
+@pytest.mark.slow
+def test_ranks_of_a_class_do_the_same(simulator: Simulator) -> None:
+    flags = "--sequence-parallel --context-parallel-size 2 --num-layers 1 --vocab-size 32000"
+    config = example("7b.yaml", *TENSOR, *flags.split())
+    classes = rank_classes(config, 12, "all-distinct")
+    assert sorted(map(len, classes.values())) == [2, 2, 4, 4]
+    for ranks in classes.values():
+        found = [(simulator.observe(config, world_size=12, rank=rank), (rank,)) for rank in ranks]
+        assert [merged for _, merged in merge_equal(found)] == [ranks]
+
+
+def test_rows_name_their_ranks() -> None:
+    assert format_ranges([3]) == "3"
+    assert format_ranges([0, 1, 2, 3, 8]) == "0-3, 8"
+    assert format_ranges(range(0, 16, 2)) == "0, 2, 4, 6, ... (8)"
+
+
+def test_the_rank_that_failed_is_named(tmp_path: Path) -> None:
+    failure = Failure("ValueError: too wide", "megatron_chatflow/x.py:1 f", "")
+    (tmp_path / "rank_4.json").write_text(json.dumps({"failure": asdict(failure)}))
+    (tmp_path / "rank_4.log").write_text("a log\n")
+    (tmp_path / "worker.log").write_text("ImportError: no x\n")
+    request = Request("run.yaml", "h100", 12, (0, 4), str(tmp_path))  # 0 was not started
+    with pytest.raises(UserError, match="simulated rank 4: megatron_chatflow/x.py:1 f: ValueErr"):
+        read_observations(request, tmp_path / "worker.log")
+    request = Request("run.yaml", "h100", 12, (0,), str(tmp_path))
+    with pytest.raises(UserError, match="the simulation did not start: ImportError: no x"):
+        read_observations(request, tmp_path / "worker.log")
 
 
 def test_training_never_imports_the_simulation(tiny_run: TinyRun, tmp_path: Path) -> None:

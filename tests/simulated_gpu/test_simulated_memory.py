@@ -6,7 +6,7 @@ import pytest
 from simulator import Simulator, example
 
 from megatron_chatflow.config.memory import estimate_memory
-from megatron_chatflow.simulate.run import selected_ranks
+from megatron_chatflow.simulate.run import rank_classes
 
 TOLERANCE = 0.08
 VOCAB_SIZE = 32_000
@@ -42,7 +42,7 @@ LAYOUTS = [
 
 def compare(simulator: Simulator, layout: Layout, *flags: str) -> None:
     config = example(layout.file, *layout.flags.split(), *flags)
-    stages = selected_ranks(config, layout.world_size, "stages")
+    stages = list(rank_classes(config, layout.world_size, "stages"))
     # The first stage holds the most activations, the last one computes the loss.
     peaks = [
         simulator.observe(config, world_size=layout.world_size, rank=rank).peak_bytes
