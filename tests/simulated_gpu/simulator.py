@@ -25,15 +25,16 @@ class Simulator:
 
     Args:
         folder: A folder for configurations, generated inputs, results and logs.
+        libraries: A folder of libraries that only the worker can import.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, libraries: Path | None = None) -> None:
         self._folder = folder
         self._num_cases = 0
         self._worker = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("simulation_worker.py"), library_path()],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(libraries or ROOT), str(ROOT)])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,0 +1,51 @@
+"""Tests that transformer-engine's layers run on a simulated GPU, with the stand-in for them.
+
+On a GPU a run takes them without being asked. The stand-in's functions are compositions, so that
+memory and launches are not those of transformer-engine, but shapes, dtypes, devices and messages
+are.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+from simulator import ROOT, Simulator, example
+
+STANDIN = ROOT / "tests" / "te_standin"
+TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2"
+LARGE = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --num-layers 8"
+CASES = {
+    "7b": ("7b.yaml", TENSOR, 8, 0),
+    "7b, context parallel": ("7b.yaml", f"{TENSOR} --context-parallel-size 2", 8, 2),
+    "70b, first stage": (
+        "70b.yaml",
+        f"{LARGE} --num-layers-per-virtual-pipeline-stage 1",
+        32,
+        0,
+    ),
+    "70b, last stage": (
+        "70b.yaml",
+        f"{LARGE} --num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 2",
+        64,
+        63,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def with_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    simulator = Simulator(tmp_path_factory.mktemp("transformer_engine"), STANDIN)
+    yield simulator
+    simulator.close()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_runs_and_the_host_never_waits_in_a_layer(
+    with_stand_in: Simulator, name: str
+) -> None:
+    base, flags, world_size, rank = CASES[name]
+    found = with_stand_in.observe(example(base, *flags.split()), world_size=world_size, rank=rank)
+    assert found.num_steps == 2
+    assert any("te_standin/transformer_engine/pytorch/module" in one.line for one in found.holders)
+    assert found.cpu_tensors == []
+    phases = {one.phase for one in found.synchronizations}
+    assert phases <= {"gradients", "update", "after"}, found.synchronizations
