@@ -20,6 +20,7 @@ from functools import partial
 from megatron_chatflow.config import RunConfig, load_config_from_argv, validate_for_world
 from megatron_chatflow.config.flags import RunOptions
 from megatron_chatflow.config.shape import num_model_chunks
+from megatron_chatflow.config.validation import REMOVED
 from megatron_chatflow.errors import run_main
 from megatron_chatflow.runtime.exit_reporter import ExitReporter
 from megatron_chatflow.runtime.launch import finalize, initialize, use_deterministic_algorithms
@@ -56,6 +57,8 @@ def _run(process: ProcessRank) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for note in options.notes:
         logger.info("Megatron-LM's %s", note)
+    for path in options.removed:
+        logger.warning("%s: was removed and has no effect: %s", path, REMOVED[path])
     if options.dry_run:
         _dry_run(config, options)
         return

@@ -20,7 +20,7 @@ SUBJECTS = {
     "blend": "draws of a schedule: time per sample, at the start and while continuing",
     "loader": "samples and global batches per second",
     "checkpoint": "time that a save blocks training, and time until it is on disk",
-    "kernels": "norm, RoPE, SwiGLU, loss and attention, for every available implementation",
+    "kernels": "attention and the passes of the loss, for every available implementation",
     "train": "tokens per second of a training step, and MFU",
 }
 EXAMPLES = """examples:

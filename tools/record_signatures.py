@@ -5,7 +5,7 @@ The libraries need a GPU to be installed, so the test suite compares our calls w
 Sources come from `pip download --no-deps` or a repository, in folders whose names end in versions.
 
 Examples:
-  tools/record_signatures.py flash_attn-2.8.3 liger_kernel-0.8.5 --output R.json
+  tools/record_signatures.py flash_attn-2.8.3 transformer_engine-2.9 --output R.json
 """
 
 from megatron_chatflow.errors import exit_on_interrupt
@@ -34,14 +34,7 @@ WANTED = {
     f"{_TE}/attention.py": _ATTENTION,
     f"{_TE}/attention/dot_product_attention/dot_product_attention.py": _ATTENTION,
     f"{_TE}/attention/rope.py": ["apply_rotary_pos_emb"],
-    f"{_TE}/cross_entropy.py": ["parallel_cross_entropy", "CrossEntropyFunction.forward"],
     f"{_TE}/module/rmsnorm.py": ["RMSNorm.__init__"],
-    f"{_TE}/ops/basic/activation.py": ["_ActivationOperation.__init__"],
-    f"{_TE}/ops/basic/swiglu.py": ["SwiGLU.__init__"],
-    "liger_kernel/ops/rms_norm.py": ["LigerRMSNormFunction.forward"],
-    "liger_kernel/ops/swiglu.py": [f"Liger{k}SiLUMulFunction.forward" for k in ("", "FusedGateUp")],
-    "liger_kernel/ops/rope.py": ["LigerRopeFunction.forward"],
-    "liger_kernel/ops/cross_entropy.py": ["LigerCrossEntropyFunction.forward"],
 }
 
 

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_chatflow.config.megatron_flags import PAGE, TABLE, Translation, translate
 from megatron_chatflow.config.problems import did_you_mean
-from megatron_chatflow.config.validation import RunConfig
+from megatron_chatflow.config.validation import REMOVED, RunConfig
 from megatron_chatflow.errors import UserError
 
 _EXAMPLES = """examples:
@@ -43,6 +43,7 @@ class RunOptions:
     rank: str = "stages"  # the ranks to simulate: a rank, ``stages`` or ``all-distinct``
     output: Path | None = None  # file that receives the simulation's report as JSON; None for none
     notes: tuple[str, ...] = ()  # one line for each Megatron-LM flag that was accepted or mapped
+    removed: tuple[str, ...] = ()  # given settings of earlier versions that have no effect
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,9 @@ def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
         for flag in FLAGS:
             if flag.section == section:
                 _add(group, flag)
+    for path in REMOVED:
+        name = "--" + path.partition(".")[2].replace("_", "-")
+        parser.add_argument(name, dest=path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -224,6 +228,10 @@ def parse_arguments(
     for flag in FLAGS:
         if flag.destination in given:
             values.setdefault(flag.section, {})[flag.field] = given[flag.destination]
+    for path in REMOVED:
+        if path in given:
+            section, _, name = path.partition(".")
+            values.setdefault(section, {})[name] = given[path]
     names = [field.name for field in fields(RunOptions)]
     options = {name: given[name] for name in names if given.get(name) is not None}
     _check_options(options)

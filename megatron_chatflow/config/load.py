@@ -6,6 +6,7 @@ Hugging Face folder of ``checkpoint.load_hf``.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_chatflow.config.architectures import PRESETS, ROPE_FIELDS
 from megatron_chatflow.config.fields import parse_count
 from megatron_chatflow.config.flags import RunOptions, parse_arguments
 from megatron_chatflow.config.huggingface import model_of_huggingface
-from megatron_chatflow.config.validation import RunConfig
+from megatron_chatflow.config.validation import RunConfig, removed_settings
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.errors import UserError
 
@@ -75,8 +76,11 @@ def _set_warmup(values: dict[str, Any], fraction: float) -> None:
             return
 
 
-def _load(path: Path | None, flags: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    values = _overlay({} if path is None else read_yaml(path), flags)
+def _read(path: Path | None, flags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return _overlay({} if path is None else read_yaml(path), flags)
+
+
+def _load(values: dict[str, Any]) -> RunConfig:
     folder = _huggingface_folder(values)
     if folder is None:
         return RunConfig.from_dict(values)
@@ -141,7 +145,7 @@ def load_config(yaml_path: str | Path | None, flags: Sequence[str] = ()) -> RunC
         UserError: If the file cannot be read, or a value in the file or the flags is invalid.
     """
     path = None if yaml_path is None else Path(yaml_path)
-    return _load(path, parse_arguments(flags, with_options=False)[0])
+    return _load(_read(path, parse_arguments(flags, with_options=False)[0]))
 
 
 def load_config_from_argv(arguments: Sequence[str]) -> tuple[RunConfig, RunOptions]:
@@ -159,4 +163,5 @@ def load_config_from_argv(arguments: Sequence[str]) -> tuple[RunConfig, RunOptio
         raise UserError("--config: is missing; give the run's YAML file, see --help")
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"--world-size: must be at least 1, not {options.world_size}")
-    return _load(options.config, flags), options
+    values = _read(options.config, flags)
+    return _load(values), replace(options, removed=tuple(removed_settings(values)))

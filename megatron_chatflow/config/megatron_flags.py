@@ -74,7 +74,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--cross-entropy-loss-fusion --cross-entropy-fusion-impl --fused-residual-rmsnorm "
         "--use-te-activation-func --use-transformer-engine-op-fuser --disable-jit-fuser "
         "--fp16-lm-cross-entropy",
-        "--fused-kernels selects the kernels",
+        "no effect: --transformer-impl selects the implementation of the layers",
     ),
     ("--calculate-per-token-loss", "the loss is a mean over the global batch's loss tokens"),
     (

@@ -488,11 +488,6 @@ class TrainConfig:
         default="auto",
         description="attention implementation; auto selects the fastest available one on GPUs",
     )
-    fused_kernels: Literal["measured", "ours", "torch"] = Field(
-        default="measured",
-        description="implementation of norm, RoPE, SwiGLU and loss on GPUs: the fastest one "
-        "measured at the start, the project's CUDA kernels (ours), or plain PyTorch (torch)",
-    )
     manual_gc_interval: PositiveCount | None = Field(
         default=None,
         description="number of iterations between manual Python garbage collections; "

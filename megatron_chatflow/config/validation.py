@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 
 _LONGEST_LIST = 8
 
+# Settings of earlier versions, which are read and have no effect, and what decides instead.
+REMOVED = {
+    "train.fused_kernels": "nothing is measured at the start any more; --transformer-impl selects "
+    "the layers, and csrc/kernels computes the loss where it is built",
+}
+
 
 def _divisors(*numbers: int) -> str:
     """Lists the common divisors for a message, such as ``1, 2, 4 or 8``."""
@@ -564,6 +570,9 @@ class RunConfig:
         """
         # Validate a missing section as an empty one, so that messages name the missing field.
         given = {key: value for key, value in values.items() if value is not None}
+        for path in removed_settings(given):
+            section, _, name = path.partition(".")
+            given[section] = {key: value for key, value in given[section].items() if key != name}
         sections: dict[str, Any] = {field.name: {} for field in fields(cls)}
         try:
             return _adapter.validate_python({**sections, **given})
@@ -580,6 +589,17 @@ class RunConfig:
     def to_yaml(self) -> str:
         """Returns all resolved fields as YAML. Reading it gives an equal configuration."""
         return dump_yaml(self.to_dict())
+
+
+def removed_settings(values: Mapping[str, Any]) -> list[str]:
+    """Returns the paths of the settings of `REMOVED` that a mapping of sections has."""
+    paths = []
+    for path in REMOVED:
+        section, _, name = path.partition(".")
+        given = values.get(section)
+        if isinstance(given, Mapping) and name in given:
+            paths.append(path)
+    return paths
 
 
 _adapter = TypeAdapter(RunConfig)

@@ -176,8 +176,8 @@ def checkpoint_logits(
             micro_batch_size=1,
             global_batch_size=1,
             bf16=False,
+            transformer_impl="local",
             attention_backend="sdpa",
-            fused_kernels="torch",
         )
         with device_mode(ranks.device):
             llama = build_llama(model, ParallelConfig(), train, ranks, vocab_size=shape.vocab_size)

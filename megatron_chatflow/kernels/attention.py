@@ -12,9 +12,9 @@ long on processors without AMX. The probabilities are kept for the backward pass
 numbers for each query and head, so documents longer than `MAX_LENGTH` are left to PyTorch.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
@@ -195,11 +195,10 @@ def preference(capability: tuple[int, int] | None) -> tuple[str, ...]:
     is_hopper = capability is not None and capability[0] == 9
     # flash-attn 3 was written for Hopper, 4 for what came after.
     flash = ("flash_attn_3", "flash_attn_4") if is_hopper else ("flash_attn_4", "flash_attn_3")
-    return ("transformer_engine", *flash, "flash_attn_2", "cudnn", "flash", "sdpa")
+    return (*flash, "flash_attn_2", "cudnn", "flash", "sdpa")
 
 
 _TITLES = {
-    "transformer_engine": "transformer-engine's DotProductAttention",
     "flash_attn_4": "flash-attn 4's variable-length kernel",
     "flash_attn_3": "flash-attn 3's variable-length kernel",
     "flash_attn_2": "flash-attn 2's variable-length kernel",
@@ -215,7 +214,8 @@ def choose(facts: Facts, wanted: str = "auto") -> tuple[str, str]:
 
     Args:
         facts: The facts about the machine and the run.
-        wanted: ``auto``, or one of `BACKENDS`.
+        wanted: ``auto``, or one of `BACKENDS`. transformer-engine's attention is a part of its
+            layers, see `model.layer_spec`.
 
     Raises:
         UserError: The requested back end cannot be used.
@@ -252,43 +252,7 @@ def _first(result: Any) -> torch.Tensor:
     return context
 
 
-def flash_attn_2(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float | None,
-    deterministic: bool,
-) -> torch.Tensor:
-    """Calls flash-attn 2. The three versions have the same arguments in different modules."""
-    return _varlen("flash_attn_2", query, key, value, segments, scale, deterministic)
-
-
-def flash_attn_3(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float | None,
-    deterministic: bool,
-) -> torch.Tensor:
-    """Calls flash-attn 3, the kernels of flash-attention's folder ``hopper``."""
-    return _varlen("flash_attn_3", query, key, value, segments, scale, deterministic)
-
-
-def flash_attn_4(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float | None,
-    deterministic: bool,
-) -> torch.Tensor:
-    """Calls flash-attn 4, the kernels of the distribution ``flash-attn-4``."""
-    return _varlen("flash_attn_4", query, key, value, segments, scale, deterministic)
-
-
-def _varlen(
+def _flash_attention(
     name: str,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -297,6 +261,7 @@ def _varlen(
     scale: float | None,
     deterministic: bool,
 ) -> torch.Tensor:
+    """Calls a version of flash-attn. All have the same arguments, in different modules."""
     return _first(
         _entry_point(name)(
             query,
@@ -313,55 +278,9 @@ def _varlen(
     )
 
 
-@functools.cache
-def _transformer_engine_module(
-    num_heads: int, num_groups: int, head_dim: int, scale: float | None
-) -> Any:
-    """Creates the module, which has no weights and stays out of the model and its checkpoints."""
-    return _entry_point("transformer_engine")(
-        num_heads,
-        head_dim,
-        num_gqa_groups=num_groups,
-        attention_dropout=0.0,
-        qkv_format="thd",
-        attn_mask_type="padding_causal",
-        softmax_scale=scale,
-    )
-
-
-def transformer_engine(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float | None,
-    deterministic: bool,
-) -> torch.Tensor:
-    """Calls transformer-engine, which selects among cuDNN and the installed flash-attn.
-
-    Its determinism is set for the whole process by `runtime.launch`.
-    """
-    module = _transformer_engine_module(query.shape[1], key.shape[1], query.shape[2], scale)
-    is_square = segments.cu_queries is segments.cu_keys
-    context: torch.Tensor = module(
-        query,
-        key,
-        value,
-        qkv_format="thd",
-        cu_seqlens_q=segments.cu_queries,
-        cu_seqlens_kv=segments.cu_keys,
-        max_seqlen_q=segments.longest_queries,
-        max_seqlen_kv=segments.longest_keys,
-        attn_mask_type="padding_causal" if is_square else "padding_causal_bottom_right",
-    )
-    return context.view(query.shape)
-
-
 KERNELS: dict[str, Kernel] = {
-    "transformer_engine": transformer_engine,
-    "flash_attn_4": flash_attn_4,
-    "flash_attn_3": flash_attn_3,
-    "flash_attn_2": flash_attn_2,
+    name: partial(_flash_attention, name)
+    for name in ("flash_attn_4", "flash_attn_3", "flash_attn_2")
 }
 """Back ends that take segments; the others are modes of torch's function."""
 

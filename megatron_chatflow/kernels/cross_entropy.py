@@ -9,7 +9,7 @@ the second pass overwrites the logits with their gradient. The operators are
 
 import torch
 
-from megatron_chatflow.kernels.cuda import is_whole_packs, kernels
+from megatron_chatflow.kernels.cuda import is_whole_packs, kernels, load_kernels
 
 LOWEST = -1e30
 """The maximum of a shard without valid tokens."""
@@ -18,6 +18,25 @@ LOWEST = -1e30
 def supports_softmax(num_columns: int, dtype: torch.dtype) -> bool:
     """Returns whether the kernels support rows of ``num_columns`` logits."""
     return is_whole_packs(num_columns, dtype)
+
+
+def choose_softmax(num_columns: int, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    """Returns the implementation of `model.loss.chunk_loss`, and the reason for the log.
+
+    Args:
+        num_columns: Rows of the output layer on this rank.
+        dtype: The dtype of logits.
+        device: The model's device.
+    """
+    composed = "composed in torch, chunked and vocabulary-parallel"
+    if device.type != "cuda":
+        return "torch", composed
+    library, description = load_kernels()
+    if library is None:
+        return "torch", f"{composed}: {description}"
+    if not supports_softmax(num_columns, dtype):
+        return "torch", f"{composed}: csrc/kernels has none for {num_columns} columns in {dtype}"
+    return "ours", f"{description}, chunked and vocabulary-parallel"
 
 
 def softmax_statistics_reference(

@@ -14,17 +14,12 @@ LIBRARY = Path(__file__).with_name("libchatflow_kernels.so")
 
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
-# Arguments of each launcher before the stream: p is a pointer, n an int64, x a float.
+# Arguments of each launcher before the stream: p is a pointer, n an int64.
 SIGNATURES = {
-    "rms_norm_forward": "ppppppnnx",
-    "rms_norm_backward": "ppppppppnnn",
-    "rope": "ppppnnnnnx",
-    "swiglu_forward": "ppnn",
-    "swiglu_backward": "pppnn",
     "softmax_statistics": "pppppnnn",
     "softmax_gradient": "pppppnnn",
 }
-_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "x": ctypes.c_float}
+_TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_int64}
 
 
 class KernelLibrary:
@@ -50,9 +45,7 @@ class KernelLibrary:
                 launcher.restype = ctypes.c_int
                 self._launchers[name, dtype] = launcher
 
-    def launch(
-        self, name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None
-    ) -> None:
+    def launch(self, name: str, dtype: torch.dtype, *arguments: torch.Tensor | int) -> None:
         """Queues a kernel on the current stream of its tensors' device.
 
         Args:

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.attention import (
     KERNELS,
     MAX_LENGTH,
@@ -24,16 +23,11 @@ from megatron_chatflow.kernels.attention import (
 from megatron_chatflow.model.packed import PackedTokens, gather_context
 from megatron_chatflow.model.rotary import apply_rotary
 
-
-def describe_backend(reason: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the reason of `choose` for the log, or a description of the CPU's kernel in bf16."""
-    if cpu_kernels.is_available(torch.empty(0, dtype=dtype, device=device)):
-        return (
-            "composed of oneDNN matrix products and our softmax; torch's "
-            f"scaled_dot_product_attention for documents of more than {MAX_LENGTH:,} tokens"
-        )
-    return reason
-
+COMPOSED = (
+    "composed of oneDNN matrix products and our softmax; torch's scaled_dot_product_attention for "
+    f"documents of more than {MAX_LENGTH:,} tokens"
+)
+"""Description of attention on CPUs in bf16, whatever the back end."""
 
 # Modes of torch's function, in order. cuDNN has no kernel for some lengths, the math mode has.
 _FALLBACKS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -70,7 +64,6 @@ class PackedCausalAttention(nn.Module):
         attention_type: Not used: there is only self-attention.
         softmax_scale: Factor on the scores; ``head_dim ** -0.5`` if None.
         backend: One of `kernels.attention.BACKENDS`.
-        rotation: The implementation of `apply_rotary`.
     """
 
     def __init__(
@@ -81,13 +74,11 @@ class PackedCausalAttention(nn.Module):
         attention_type: str,
         softmax_scale: float | None = None,
         backend: str = "sdpa",
-        rotation: str = "torch",
         **_: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
         self.backend = backend
-        self.rotation = rotation
         self.is_deterministic = bool(config.deterministic_mode)
 
     def forward(
@@ -123,7 +114,7 @@ class PackedCausalAttention(nn.Module):
             return composed_attention(
                 query, key, value, angles, packed.runs, self.softmax_scale
             ).flatten(1)
-        query, key = apply_rotary(query, key, packed.rotary, self.rotation)
+        query, key = apply_rotary(query, key, packed.rotary)
         if is_whole:
             # Values are a view of the joint projection. Saving the view for the backward pass would
             # keep the whole projection in memory beside the rotated queries and keys.

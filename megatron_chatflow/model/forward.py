@@ -136,7 +136,7 @@ class ForwardStep:
             loss_mask,
             self.rows,
             sequence_parallel=self.llama.config.sequence_parallel,
-            implementation=self.llama.kernels.loss,
+            implementation=self.llama.loss,
         )
         # One source per sample, or one per token.
         source = batch.source.reshape(len(batch.source), -1).expand(batch.tokens.shape)

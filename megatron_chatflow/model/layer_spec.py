@@ -10,14 +10,16 @@ Both compute the same function. Their parameters have the same shapes, and the s
 checkpoints, so that a run may change the implementation when it is resumed.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -30,10 +32,11 @@ from packaging.version import Version
 
 from megatron_chatflow.config import TrainConfig
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.kernels.attention import Facts, obstacle, unavailable
+from megatron_chatflow.kernels import cpu as cpu_kernels
+from megatron_chatflow.kernels.attention import Facts, choose, obstacle, unavailable
 from megatron_chatflow.kernels.rms_norm import RMSNorm
-from megatron_chatflow.model.attention import PackedCausalAttention
-from megatron_chatflow.model.kernel_choice import Kernels
+from megatron_chatflow.kernels.swiglu import SwiGLUMLP
+from megatron_chatflow.model.attention import COMPOSED, PackedCausalAttention
 
 TRANSFORMER_ENGINE = "transformer_engine"
 LOCAL = "local"
@@ -48,42 +51,95 @@ _OLDEST = {
 }
 
 
-def choose_layers(train: TrainConfig, facts: Facts) -> tuple[str, str]:
-    """Returns the layers' implementation, and the reason for the log.
+@dataclass(frozen=True)
+class Layers:
+    """The implementation of a run's layers.
+
+    Attributes:
+        implementation: ``transformer_engine`` or ``local``.
+        backend: The attention back end of local layers, one of `kernels.attention.BACKENDS`.
+        descriptions: What computes each part and why, for the log.
+    """
+
+    implementation: str
+    backend: str
+    descriptions: Mapping[str, str]
+
+    @property
+    def are_transformer_engine(self) -> bool:
+        """Whether they are transformer-engine's."""
+        return self.implementation == TRANSFORMER_ENGINE
+
+
+def choose_layers(train: TrainConfig, facts: Facts) -> Layers:
+    """Chooses the layers' implementation.
 
     Args:
         train: The run's settings.
         facts: The facts about the machine.
 
     Raises:
-        UserError: The requested implementation cannot be used.
+        UserError: What is requested cannot be used.
     """
-    wanted, backend = train.transformer_impl, train.attention_backend
-    local = "megatron-core's own linear layers"
-    if wanted == LOCAL:
-        return LOCAL, f"{local}, as requested"
-    version = facts.installed.get(TRANSFORMER_ENGINE)
-    theirs = f"transformer-engine {version}, through megatron-core"
-    has_other_attention = backend not in ("auto", TRANSFORMER_ENGINE)
-    if wanted == TRANSFORMER_ENGINE:
-        reason = unavailable(TRANSFORMER_ENGINE, facts)
-        if reason is not None:
-            raise UserError(
-                f"train.transformer_impl: transformer_engine cannot be used: {reason}; install "
-                "it, or use auto"
-            )
-        if has_other_attention:
-            raise UserError(
-                f"train.attention_backend: {backend} cannot be used in transformer-engine's "
-                "layers; use auto, or --transformer-impl local"
-            )
-        return TRANSFORMER_ENGINE, f"{theirs}, as requested"
-    if has_other_attention:
-        return LOCAL, f"{local}: --attention-backend {backend} needs them"
-    reason = obstacle(TRANSFORMER_ENGINE, facts)
+    reason = _reason_against(train, facts)
     if reason is None:
-        return TRANSFORMER_ENGINE, theirs
-    return LOCAL, f"{local}; not transformer-engine's: {reason}"
+        return _theirs(facts)
+    for setting in ("transformer_impl", "attention_backend"):
+        if getattr(train, setting) == TRANSFORMER_ENGINE:
+            raise UserError(
+                f"train.{setting}: transformer_engine cannot be used: {reason}; change that, or "
+                "use auto"
+            )
+    return _ours(facts, train.attention_backend, reason)
+
+
+def _reason_against(train: TrainConfig, facts: Facts) -> str | None:
+    """Returns why a run does not use transformer-engine's layers; None if it does."""
+    if train.transformer_impl == LOCAL:
+        return "--transformer-impl local"
+    if train.attention_backend not in ("auto", TRANSFORMER_ENGINE):
+        return f"--attention-backend {train.attention_backend} is a part of local layers"
+    if train.transformer_impl == TRANSFORMER_ENGINE:
+        return unavailable(TRANSFORMER_ENGINE, facts)
+    return obstacle(TRANSFORMER_ENGINE, facts)
+
+
+def _theirs(facts: Facts) -> Layers:
+    version = facts.installed[TRANSFORMER_ENGINE]
+    return Layers(
+        TRANSFORMER_ENGINE,
+        "",
+        {
+            "layers": f"transformer-engine {version}, through megatron-core",
+            "attention": "transformer-engine's, which selects a kernel (NVTE_DEBUG=1 logs it)",
+            "norm": "transformer-engine's, fused with the linear layer behind it",
+            "rotary embedding": "transformer-engine's, angles once a micro-batch",
+            "SwiGLU": _swiglu(facts),
+        },
+    )
+
+
+def _ours(facts: Facts, backend: str, reason: str) -> Layers:
+    chosen, attention = choose(facts, backend)
+    is_fused = facts.capability is None and facts.dtype == torch.bfloat16
+    fused = cpu_kernels.description() if is_fused else None
+    return Layers(
+        LOCAL,
+        chosen,
+        {
+            "layers": f"megatron-core's own linear layers; not transformer-engine's: {reason}",
+            "attention": COMPOSED if fused else attention,
+            "norm": fused or "torch's rms_norm",
+            "rotary embedding": fused or "composed in torch, angles once a micro-batch",
+            "SwiGLU": fused or _swiglu(facts),
+        },
+    )
+
+
+def _swiglu(facts: Facts) -> str:
+    if facts.capability is None:
+        return "composed in torch"
+    return "megatron-core's, fused by torch's compiler"
 
 
 def check_precision(train: TrainConfig, facts: Facts, layers: str) -> None:
@@ -142,19 +198,19 @@ def describe_precision(train: TrainConfig) -> str:
 
 
 def block_spec(
-    implementation: str, config: TransformerConfig, kernels: Kernels, vp_stage: int | None
+    chosen: Layers, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
     """Returns the spec of the layers of a model chunk and of the norm behind them.
 
     Args:
-        implementation: ``transformer_engine`` or ``local``.
+        chosen: The implementation of the layers.
         config: megatron-core's configuration.
-        kernels: The implementation of each operation in local layers.
         vp_stage: The chunk's number if this process holds several.
     """
-    layer, norm = (
-        _of_transformer_engine() if implementation == TRANSFORMER_ENGINE else _local(kernels)
-    )
+    if chosen.are_transformer_engine:
+        layer, norm = _of_transformer_engine()
+    else:
+        layer, norm = _local(chosen.backend), RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
@@ -176,32 +232,25 @@ def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
     return layer, TENorm
 
 
-def _local(kernels: Kernels) -> tuple[ModuleSpec, ModuleSpec]:
-    norm = ModuleSpec(module=RMSNorm, params={"implementation": kernels.norm})
+def _local(backend: str) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=ModuleSpec(
-                module=PackedCausalAttention,
-                params={"backend": kernels.attention, "rotation": kernels.rope},
-            ),
+            core_attention=ModuleSpec(module=PackedCausalAttention, params={"backend": backend}),
             linear_proj=RowParallelLinear,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
-    layer = ModuleSpec(
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=RMSNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=mlp,
+            pre_mlp_layernorm=RMSNorm,
+            # As a class: megatron-core warns of specs, of most classes or, since 0.19, of all.
+            mlp=SwiGLUMLP,
             mlp_bda=get_bias_dropout_add,
             # Checkpoints have the names of transformer-engine's layers, as Megatron-LM's have.
             sharded_state_dict_keys_map={
@@ -210,4 +259,3 @@ def _local(kernels: Kernels) -> tuple[ModuleSpec, ModuleSpec]:
             },
         ),
     )
-    return layer, norm

@@ -23,18 +23,11 @@ from megatron_chatflow.config.shape import (
     unpadded_sizes,
 )
 from megatron_chatflow.kernels.attention import gather_facts
+from megatron_chatflow.kernels.cross_entropy import choose_softmax
 from megatron_chatflow.kernels.shared_group import share
-from megatron_chatflow.kernels.swiglu import SwiGLUMLP
 from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
-from megatron_chatflow.model.kernel_choice import (
-    Kernels,
-    StepSizes,
-    choose_kernels,
-    transformer_engine_kernels,
-)
 from megatron_chatflow.model.layer_spec import (
-    LOCAL,
-    TRANSFORMER_ENGINE,
+    Layers,
     block_spec,
     check_precision,
     choose_layers,
@@ -51,7 +44,7 @@ def transformer_config(
     train: TrainConfig,
     ranks: Ranks,
     *,
-    layers: str = LOCAL,
+    transformer_engine: bool = False,
 ) -> TransformerConfig:
     """Returns megatron-core's configuration of this run's transformer.
 
@@ -60,9 +53,8 @@ def transformer_config(
         parallel: The parallel layout.
         train: Precision and recomputation.
         ranks: This process's place in the job.
-        layers: The implementation of the layers, see `layer_spec`.
+        transformer_engine: Whether the layers are transformer-engine's.
     """
-    is_theirs = layers == TRANSFORMER_ENGINE
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     num_chunks = num_model_chunks(model, parallel)
     is_interleaved = num_chunks > 1
@@ -107,10 +99,10 @@ def transformer_config(
         deterministic_mode=train.deterministic_mode,
         **_quantization(train),
         # transformer-engine and Apex's kernel add weight gradients directly to the fp32 buffer.
-        gradient_accumulation_fusion=is_theirs
+        gradient_accumulation_fusion=transformer_engine
         or (ranks.is_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None),
-        # In local layers `SwiGLUMLP` activates; on CPUs torch's compiler would take a minute.
-        bias_activation_fusion=is_theirs and ranks.is_cuda,
+        # By torch's compiler, which would take a minute on CPUs.
+        bias_activation_fusion=ranks.is_cuda,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -155,9 +147,8 @@ class Llama:
         vocab_size: Size of the tokenizer's vocabulary.
         padded_vocab_size: Number of rows of the embedding over all tensor-parallel ranks.
         rotary: The rotary embedding's settings.
-        kernels: The implementation of each operation.
-        implementations: Descriptions of the layers' and operations' implementations for the log.
-        collectives: Description of the tensor-parallel collectives for the log.
+        loss: The implementation of the loss, see `loss.chunk_loss`.
+        implementations: What computes each part and why, for the log.
     """
 
     chunks: list[Any]
@@ -165,9 +156,8 @@ class Llama:
     vocab_size: int
     padded_vocab_size: int
     rotary: Rotary
-    kernels: Kernels
+    loss: str
     implementations: Mapping[str, str]
-    collectives: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,21 +208,24 @@ def build_llama(
         head_counts(model, parallel).head_dim,
         deterministic=train.deterministic_mode,
     )
-    layers, reason = choose_layers(train, facts)
-    check_precision(train, facts, layers)
-    config = transformer_config(model, parallel, train, ranks, layers=layers)
+    layers = choose_layers(train, facts)
+    check_precision(train, facts, layers.implementation)
+    config = transformer_config(
+        model, parallel, train, ranks, transformer_engine=layers.are_transformer_engine
+    )
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
         setattr(config, name, leave_unset)
     rows = padded_vocab_size(model, parallel, vocab_size)
     num_chunks = num_model_chunks(model, parallel)
-    kernels = _kernels(config, model, train, ranks, rows, sequence_length, layers)
+    loss, loss_reason = choose_softmax(
+        rows // ranks.tensor_parallel_size, config.params_dtype, ranks.device
+    )
     chunks = []
     for number in range(num_chunks):
         chunk = _build_chunk(
             config,
             model,
             layers=layers,
-            kernels=kernels,
             rows=rows,
             vp_stage=number if num_chunks > 1 else None,
             is_first=ranks.is_first_stage and number == 0,
@@ -258,13 +251,13 @@ def build_llama(
         vocab_size=vocab_size,
         padded_vocab_size=rows,
         rotary=Rotary.of(model, sequence_length),
-        kernels=kernels,
+        loss=loss,
         implementations={
-            "layers": reason,
+            **layers.descriptions,
             "precision": describe_precision(train),
-            **kernels.descriptions,
+            "cross-entropy": loss_reason,
+            "tensor-parallel collectives": _collectives(parallel, ranks),
         },
-        collectives=_collectives(parallel, ranks),
     )
 
 
@@ -282,47 +275,11 @@ def _collectives(parallel: ParallelConfig, ranks: Ranks) -> str:
     )
 
 
-def _kernels(
-    config: TransformerConfig,
-    model: ModelConfig,
-    train: TrainConfig,
-    ranks: Ranks,
-    rows: int,
-    sequence_length: int | None,
-    layers: str,
-) -> Kernels:
-    """Chooses kernels for the sizes of a micro-batch on this rank."""
-    length = sequence_length or model.max_position_embeddings
-    tensor_parallel = ranks.tensor_parallel_size
-    num_tokens = train.micro_batch_size * length // config.context_parallel_size
-    sizes = StepSizes(
-        num_tokens=num_tokens,
-        norm_tokens=num_tokens // (tensor_parallel if config.sequence_parallel else 1),
-        hidden_size=model.hidden_size,
-        ffn_width=model.ffn_hidden_size // tensor_parallel,
-        num_heads=config.num_attention_heads // tensor_parallel,
-        num_groups=config.num_query_groups // tensor_parallel,
-        head_dim=int(config.kv_channels),
-        vocab_rows=rows // tensor_parallel,
-        dtype=config.params_dtype,
-        device=ranks.device,
-    )
-    if layers == TRANSFORMER_ENGINE:
-        return transformer_engine_kernels(sizes)
-    return choose_kernels(
-        sizes,
-        train,
-        sequence_length=length,
-        context_parallel_size=config.context_parallel_size,
-    )
-
-
 def _build_chunk(
     config: TransformerConfig,
     model: ModelConfig,
     *,
-    layers: str,
-    kernels: Kernels,
+    layers: Layers,
     rows: int,
     vp_stage: int | None,
     is_first: bool,
@@ -331,7 +288,7 @@ def _build_chunk(
     """Builds a chunk of layers, with the embedding in the first and the output in the last."""
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(layers, config, kernels, vp_stage),
+        transformer_layer_spec=block_spec(layers, config, vp_stage),
         vocab_size=rows,
         max_sequence_length=model.max_position_embeddings,
         pre_process=is_first,
@@ -344,8 +301,4 @@ def _build_chunk(
     if is_last:
         # The weight stays where megatron-core's checkpoints and gradients expect it.
         chunk.output_layer.__class__ = HiddenStatesOut
-    for layer in chunk.decoder.layers if layers == LOCAL else ():
-        # megatron-core passes the right arguments only to its own class.
-        layer.mlp.__class__ = SwiGLUMLP
-        layer.mlp.set_activation(kernels.swiglu)
     return chunk

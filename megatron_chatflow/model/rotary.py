@@ -6,7 +6,6 @@ micro-batch are computed once, not once per layer.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,8 +15,6 @@ import torch
 from megatron_chatflow.config import ModelConfig
 from megatron_chatflow.config.architectures import RopeScaling, dynamic_base
 from megatron_chatflow.kernels import cpu as cpu_kernels
-from megatron_chatflow.kernels.external import liger_rope, transformer_engine_rope
-from megatron_chatflow.kernels.rope import rope
 
 
 @dataclass(frozen=True)
@@ -104,14 +101,6 @@ class RotaryTable:
         """The angles for transformer-engine, float32[tokens, 1, 1, head_dim]."""
         return torch.cat((self.angles, self.angles), dim=-1).unsqueeze(1)
 
-    @cached_property
-    def tables_of_heads(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for liger-kernel, ``[1, tokens, head_dim]``."""
-        cosines, sines = (
-            torch.cat((half, half), dim=-1).transpose(0, 1) for half in (self.cosines, self.sines)
-        )
-        return cosines, sines
-
 
 def rotary_table(positions: torch.Tensor, rotary: Rotary, dtype: torch.dtype) -> RotaryTable:
     """Computes every token's angles, their cosines and sines.
@@ -167,62 +156,18 @@ def _rotate(
     return rotated
 
 
-Rotation = Callable[[torch.Tensor, torch.Tensor, RotaryTable], tuple[torch.Tensor, torch.Tensor]]
-"""Arguments: queries ``[tokens, heads, head_dim]``, keys ``[tokens, groups, head_dim]``, angles."""
-
-
-def _by_ours(
-    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        rope(query, table.cosines, table.sines, 1.0),
-        rope(key, table.cosines, table.sines, 1.0),
-    )
-
-
-def _by_liger(
-    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return liger_rope(query, key, *table.tables_of_heads)
-
-
-def _by_transformer_engine(
-    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        transformer_engine_rope(query, table.angles_of_heads),
-        transformer_engine_rope(key, table.angles_of_heads),
-    )
-
-
-def _composed(
-    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates with torch's operations, or with the CPU kernel in bf16."""
-    rotated = (
-        _Rotate.apply(heads, table.cosines, table.sines)  # type: ignore[no-untyped-call]
-        for heads in (query, key)
-    )
-    return next(rotated), next(rotated)
-
-
-_ROTATIONS: dict[str, Rotation] = {
-    "ours": _by_ours,
-    "liger": _by_liger,
-    "transformer_engine": _by_transformer_engine,
-    "torch": _composed,
-}
-
-
 def apply_rotary(
-    query: torch.Tensor, key: torch.Tensor, table: RotaryTable, implementation: str = "torch"
+    query: torch.Tensor, key: torch.Tensor, table: RotaryTable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates queries and keys.
+    """Rotates queries and keys with torch's operations, or with the CPU kernel in bf16.
 
     Args:
         query: ``[tokens, heads, head_dim]``.
         key: ``[tokens, groups, head_dim]``.
         table: The result of `rotary_table` in `table_dtype`.
-        implementation: ``ours``, ``liger``, ``transformer_engine`` or ``torch``.
     """
-    return _ROTATIONS[implementation](query, key, table)
+    rotated = (
+        _Rotate.apply(heads, table.cosines, table.sines)  # type: ignore[no-untyped-call]
+        for heads in (query, key)
+    )
+    return next(rotated), next(rotated)

@@ -4,29 +4,87 @@
 
 - ``kernels.cuda.LIBRARY`` and ``KernelLibrary``: the kernels of ``csrc/kernels`` count as built;
   their operators have shape functions;
-- ``model.kernel_choice.choose_fastest``: nothing is measured, and the first implementation that can
-  be used is taken;
 - ``torch.nn.functional.scaled_dot_product_attention``, whose choice of a kernel asks the CUDA
   runtime: calls the operator of the kernel that torch would take;
+- ``torch.nn.functional.rms_norm``, which torch without CUDA composes, and ``swiglu`` and
+  ``swiglu_back`` of ``megatron.core.fusions.fused_bias_swiglu``, which torch's compiler fuses:
+  call an operator for the kernel that runs on a GPU;
 - ``runtime.launch.first_gpu_capability``, which asks the driver.
 
 Libraries that are not installed here, such as flash-attn and transformer-engine, are not simulated.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional
+from megatron.core.fusions import fused_bias_swiglu
 
 from megatron_chatflow.kernels import cuda
-from megatron_chatflow.model import attention, kernel_choice
-from megatron_chatflow.model.kernel_choice import Choice
+from megatron_chatflow.model import attention
 from megatron_chatflow.runtime import launch
 from megatron_chatflow.simulate.device import GpuModel
 
 aten = torch.ops.aten
+
+
+@torch.library.custom_op("chatflow_simulated::rms_norm", mutates_args=())
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError("nothing is computed")
+
+
+@torch.library.custom_op("chatflow_simulated::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError("nothing is computed")
+
+
+@torch.library.custom_op("chatflow_simulated::swiglu", mutates_args=())
+def _swiglu(rows: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("nothing is computed")
+
+
+@torch.library.custom_op("chatflow_simulated::swiglu_back", mutates_args=())
+def _swiglu_back(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("nothing is computed")
+
+
+@_rms_norm.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_rms_norm_backward.register_fake
+def _(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@_swiglu.register_fake
+def _(rows: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty((*rows.shape[:-1], rows.shape[-1] // 2))
+
+
+@_swiglu_back.register_fake
+def _(gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(rows.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rms_norm_gradient(ctx: Any, gradient: torch.Tensor, _rstd: Any) -> tuple[Any, ...]:
+    return (*_rms_norm_backward(gradient, *ctx.saved_tensors), None)
+
+
+_rms_norm.register_autograd(_rms_norm_gradient, setup_context=_keep)
 
 
 class SimulatedLibrary:
@@ -41,9 +99,12 @@ def install(gpu: GpuModel) -> None:
     scaled_dot_product_attention = _attention_on(gpu)
     replaced: dict[Any, dict[str, Any]] = {
         cuda: {"LIBRARY": Path(__file__), "KernelLibrary": SimulatedLibrary},
-        kernel_choice: {"choose_fastest": _choose_first},
         launch: {"first_gpu_capability": lambda: gpu.capability},
-        torch.nn.functional: {"scaled_dot_product_attention": scaled_dot_product_attention},
+        torch.nn.functional: {
+            "scaled_dot_product_attention": scaled_dot_product_attention,
+            "rms_norm": _norm_on_gpu(),
+        },
+        fused_bias_swiglu: {"swiglu": _swiglu, "swiglu_back": _swiglu_back},
         attention: {"scaled_dot_product_attention": scaled_dot_product_attention},
     }
     for module, names in replaced.items():
@@ -52,12 +113,18 @@ def install(gpu: GpuModel) -> None:
     cuda.load_kernels.cache_clear()
 
 
-def _choose_first(operations: Sequence[Any], *_: Any, **__: Any) -> list[Any]:
-    chosen = []
-    for operation in operations:
-        name = next(name for name in operation.names if name in operation.implementations)
-        chosen.append(Choice(name, f"{name}, the first that can be used: nothing is measured"))
-    return chosen
+def _norm_on_gpu() -> Any:
+    composed = torch.nn.functional.rms_norm
+
+    def rms_norm(
+        x: torch.Tensor, shape: list[int], weight: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        if not x.is_cuda:
+            return composed(x, shape, weight, epsilon)
+        normalized: torch.Tensor = _rms_norm(x, weight, epsilon)[0]
+        return normalized
+
+    return rms_norm
 
 
 def _attention_on(gpu: GpuModel) -> Any:

@@ -304,7 +304,6 @@ def _log_implementations(llama: Llama, optimization: Optimization, peak_source: 
     """Logs which implementation each part of the run uses."""
     implementations: dict[str, Any] = {
         **llama.implementations,
-        "tensor-parallel collectives": llama.collectives,
         "optimizer": optimization.description,
         "peak": peak_source,
     }

@@ -40,7 +40,10 @@ def wire_bytes(observation: Observation, group: str, collective: str) -> float:
     )
 
 
-def test_a_layer_launches_the_kernels_that_are_assumed(observation: Observation) -> None:
+def test_a_layer_launches_the_kernels_that_are_assumed(
+    with_stand_in: Simulator, config: RunConfig
+) -> None:
+    observation = with_stand_in.observe(config, world_size=NUM_GPUS)
     found = observation.layer_launches["forward"], observation.layer_launches["backward"]
     assert found == pytest.approx(LAYER_LAUNCHES, rel=0.2)
 

@@ -72,7 +72,7 @@ def test_the_report_accounts_for_a_rank(report: tuple[str, dict[str, Any]]) -> N
     assert memory["weights"] == pytest.approx(2 * parameters, rel=1e-3)
     assert memory["gradients"] == pytest.approx(4 * parameters, rel=1e-3)
     assert memory["optimizer"] == pytest.approx(12 * parameters / 4, rel=1e-3)
-    assert any("megatron_chatflow/kernels/swiglu.py" in one["line"] for one in memory["holders"])
+    assert any("fusions/fused_bias_swiglu.py" in one["line"] for one in memory["holders"])
     tokens = 64 * 512
     products = 6 * tokens * (2 * (layer - 2 * 256) + 32_000 * 256 // 2)
     attention = 14 * 2 * tokens * 512 * 256 // 2  # the backward pass computes scores again

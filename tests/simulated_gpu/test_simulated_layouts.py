@@ -83,7 +83,6 @@ CASES = {
     ),
     "deterministic": ("7b.yaml", f"{TENSOR} --num-layers 2 --deterministic-mode", 8, 0),
     "stragglers": ("7b.yaml", f"{TENSOR} --num-layers 2 --log-straggler", 8, 0),
-    "composed kernels": ("7b.yaml", f"{TENSOR} --num-layers 2 --fused-kernels torch", 8, 0),
     "fp32": ("7b.yaml", "--num-layers 2 --no-bf16", 8, 0),
     "padded heads": ("7b.yaml", f"{TENSOR} --num-layers 2 --pad-attention-heads", 8, 0),
 }

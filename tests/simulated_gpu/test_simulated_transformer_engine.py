@@ -5,12 +5,9 @@ memory and launches are not those of transformer-engine, but shapes, dtypes, dev
 are.
 """
 
-from collections.abc import Iterator
-
 import pytest
-from simulator import ROOT, Simulator, example
+from simulator import Simulator, example
 
-STANDIN = ROOT / "tests" / "te_standin"
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2"
 LARGE = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --num-layers 8"
 CASES = {
@@ -29,13 +26,6 @@ CASES = {
         63,
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def with_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
-    simulator = Simulator(tmp_path_factory.mktemp("transformer_engine"), STANDIN)
-    yield simulator
-    simulator.close()
 
 
 @pytest.mark.parametrize("name", CASES)

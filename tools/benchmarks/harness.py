@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 _PACKAGES = (
     ("megatron-chatflow", "torch", "megatron-core", "numpy", "sentencepiece", "tokenizers")
     + ("transformers", "transformer-engine", "flash-attn", "flash-attn-3", "flash-attn-4", "apex")
-    + ("liger-kernel", "gigatoken", "kitoken")
+    + ("gigatoken", "kitoken")
 )
 
 

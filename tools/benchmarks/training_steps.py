@@ -172,7 +172,6 @@ class PlainMegatron:
         from megatron.core.models.gpt import GPTModel
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-        from megatron_chatflow.model.kernel_choice import Kernels
         from megatron_chatflow.model.llama import Llama, transformer_config
         from megatron_chatflow.model.rotary import Rotary
 
@@ -191,9 +190,7 @@ class PlainMegatron:
             ).to(ranks.device)
         rotary = Rotary.of(config.model)
         vocab_size = shape.vocab_size
-        names = dict.fromkeys(("attention", "norm", "rope", "swiglu", "loss"), "its own")
-        kernels = Kernels(**names, descriptions={})
-        llama = Llama([model], settings, vocab_size, vocab_size, rotary, kernels, {}, "none")
+        llama = Llama([model], settings, vocab_size, vocab_size, rotary, "its own", {})
         self._optimization = build_optimization(config, llama, ranks)
         self._optimization.set_progress(1, shape.micro_batch_size)
         self._device = ranks.device

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_chatflow.config import load_config, load_config_from_argv
 from megatron_chatflow.config.flags import FLAGS, build_parser
@@ -153,6 +154,19 @@ def test_what_was_resolved_can_be_loaded_again(path, tmp_path) -> None:
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(run.to_yaml())
     assert load_config(resolved) == run
+
+
+@pytest.mark.parametrize("flags", [[], ["--fused-kernels", "ours"]])
+def test_removed_settings_are_reported_and_have_no_effect(path, tmp_path, flags) -> None:
+    values = yaml.safe_load(path.read_text())
+    if not flags:
+        values["train"]["fused_kernels"] = "ours"
+    older = tmp_path / "older.yaml"
+    older.write_text(yaml.safe_dump(values))
+    config, options = load_config_from_argv(["--config", str(older), *flags])
+    assert config == load_config(path)
+    assert options.removed == ("train.fused_kernels",)
+    assert load_config(older, flags) == config
 
 
 # Scripts rely on these flags: a change here is a change of the interface.

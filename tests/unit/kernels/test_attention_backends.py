@@ -20,7 +20,6 @@ from megatron_chatflow.kernels.attention import (
 from megatron_chatflow.model import attention
 
 EVERYTHING = {
-    "transformer_engine": "2.8.0",
     "flash_attn_4": "4.0.0b36",
     "flash_attn_3": "3.0.0",
     "flash_attn_2": "2.8.3.post1",
@@ -35,7 +34,7 @@ def without(facts: Facts, *names: str) -> Facts:
 
 def test_the_best_that_is_there_is_taken() -> None:
     facts = HOPPER
-    for name in ("transformer_engine", "flash_attn_3", "flash_attn_4", "flash_attn_2"):
+    for name in ("flash_attn_3", "flash_attn_4", "flash_attn_2"):
         assert choose(facts)[0] == name
         facts = without(facts, name)
     assert choose(facts)[0] == "cudnn"
@@ -62,18 +61,17 @@ def test_the_best_that_is_there_is_taken() -> None:
         ({"installed": {"flash_attn_2": "2.10.0"}}, "flash_attn_2"),
         ({"deterministic": True, "installed": {}}, "flash"),
         ({"installed": {"flash_attn_2": "2.5.8"}}, "cudnn"),
-        ({"installed": {"transformer_engine": "1.13.0"}, "capability": (8, 0)}, "flash"),
     ],
 )
 def test_kernels_that_do_not_fit_are_passed_over(changes: dict[str, object], chosen: str) -> None:
-    facts = replace(without(HOPPER, "transformer_engine"), **changes)
+    facts = replace(HOPPER, **changes)
     assert choose(facts)[0] == chosen
 
 
 def test_the_reason_names_what_was_passed_over_and_the_version() -> None:
-    _, reason = choose(without(HOPPER, "transformer_engine", "flash_attn_3"))
+    _, reason = choose(without(HOPPER, "flash_attn_3"))
     assert "(flash-attn-4 4.0.0b36)" in reason
-    assert "transformer-engine is not installed" in reason
+    assert "flash-attn-3 is not installed" in reason
     _, reason = choose(replace(HOPPER, capability=(8, 0), installed={"flash_attn_2": "2.5.8"}))
     assert "flash-attn 2.5.8 is older than 2.6" in reason
 
@@ -88,7 +86,7 @@ def test_a_library_that_is_broken_is_passed_over_with_its_own_words(
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    facts = replace(without(HOPPER, "transformer_engine"), import_error=import_error)
+    facts = replace(HOPPER, import_error=import_error)
     name, reason = choose(facts)
     assert name == "cudnn"
     missing = "ModuleNotFoundError: No module named 'a_part_that_is_not_there'"
@@ -101,9 +99,8 @@ def test_a_library_that_is_broken_is_passed_over_with_its_own_words(
 def test_nothing_is_imported_that_another_reason_speaks_against() -> None:
     asked: list[str] = []
     facts = replace(HOPPER, capability=(8, 0), import_error=lambda name: asked.append(name))
-    assert choose(facts)[0] == "transformer_engine"
-    assert choose(without(facts, "transformer_engine"))[0] == "flash_attn_2"
-    assert asked == ["transformer_engine", "flash_attn_2"]
+    assert choose(facts)[0] == "flash_attn_2"
+    assert asked == ["flash_attn_2"]
 
 
 def test_torch_takes_its_kernels_in_the_order_that_the_log_says() -> None:
@@ -137,6 +134,6 @@ def test_every_back_end_has_a_place_and_a_flag() -> None:
     from megatron_chatflow.config import TrainConfig
 
     flags = get_args(get_type_hints(TrainConfig)["attention_backend"])
-    assert flags == ("auto", *BACKENDS)
+    assert flags == ("auto", "transformer_engine", *BACKENDS)
     assert sorted(preference((9, 0))) == sorted(preference(None)) == sorted(BACKENDS)
     assert set(KERNELS) <= set(BACKENDS)

@@ -6,20 +6,21 @@ documents. The arguments that the package passes (segments, masks, groups) are t
 too.
 """
 
-import inspect
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign_releases import RECORD, install, signature
 
-from megatron_chatflow.kernels import attention as attention_backends
+import record_signatures
 from megatron_chatflow.kernels.attention import KERNELS, Segments
-from megatron_chatflow.kernels.external import liger_rms_norm
-from megatron_chatflow.kernels.rms_norm import rms_norm_reference
 from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
+
+STANDIN = Path(__file__).parents[2] / "te_standin" / "transformer_engine" / "pytorch"
 
 
 def recorded(file: str, function: str) -> list[Any]:
@@ -110,61 +111,28 @@ _FLASH_LENGTHS = (("cu", "s_q"), ("cu", "s_k"), ("max", "_q"), ("max", "_k"))
 
 
 @pytest.mark.parametrize(
-    ("construct", "call"),
+    ("file", "function"),
     [
-        pytest.param(first.values[0], second.values[0], id=first.id)
-        for first, second in zip(
-            recorded("transformer_engine", "DotProductAttention.__init__"),
-            recorded("transformer_engine", "DotProductAttention.forward"),
-            strict=True,
-        )
+        ("attention/__init__.py", "DotProductAttention.__init__"),
+        ("attention/__init__.py", "DotProductAttention.forward"),
+        ("attention/rope.py", "apply_rotary_pos_emb"),
+        ("module/__init__.py", "RMSNorm.__init__"),
     ],
 )
-def test_transformer_engine(
-    construct: inspect.Signature, call: inspect.Signature, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class DotProductAttention:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.made = construct.bind(*args, **kwargs).arguments
-
-        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            given = call.bind(*args, **kwargs).arguments
-            query, key = given["query_layer"], given["key_layer"]
-            assert given["qkv_format"] == self.made["qkv_format"] == "thd"
-            assert self.made["attention_dropout"] == 0.0
-            assert (self.made["num_attention_heads"], self.made["kv_channels"]) == query.shape[1:]
-            assert self.made["num_gqa_groups"] == key.shape[1]
-            segments = Segments(
-                given["cu_seqlens_q"],
-                given["cu_seqlens_kv"],
-                given["max_seqlen_q"],
-                given["max_seqlen_kv"],
-            )
-            is_square = torch.equal(segments.cu_queries, segments.cu_keys)
-            mask = "padding_causal" if is_square else "padding_causal_bottom_right"
-            assert given["attn_mask_type"] == mask
-            scale = self.made.get("softmax_scale") or query.shape[-1] ** -0.5
-            # The library returns the heads concatenated.
-            return causal_segments(query, key, given["value_layer"], segments, scale).flatten(1)
-
-    attention_backends._transformer_engine_module.cache_clear()
-    install(monkeypatch, "transformer_engine.pytorch", "DotProductAttention", DotProductAttention)
-    check("transformer_engine")
-    attention_backends._transformer_engine_module.cache_clear()
-
-
-@pytest.mark.parametrize("release", recorded("liger_kernel", "LigerRMSNormFunction.forward"))
-def test_liger_kernel(release: inspect.Signature, monkeypatch: pytest.MonkeyPatch) -> None:
-    class LigerRMSNormFunction(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> torch.Tensor:
-            given = release.bind(*args).arguments
-            assert given["offset"] == 0.0 and given["casting_mode"] == "gemma"
-            # In-place, liger-kernel would overwrite a gradient that others may still read.
-            assert given["in_place"] is False
-            return rms_norm_reference(given["X"], given["W"], given["eps"])[0]
-
-    install(monkeypatch, "liger_kernel.ops.rms_norm", "LigerRMSNormFunction", LigerRMSNormFunction)
-    x, weight = torch.randn(3, 8), torch.randn(8)
-    expected = torch.nn.functional.rms_norm(x, (8,), weight, 1e-5)
-    torch.testing.assert_close(liger_rms_norm(x, weight, 1e-5), expected)
+def test_the_stand_in_has_transformer_engine_s_parameters(file: str, function: str) -> None:
+    """Arguments of a release before and of one after the stand-in's version, in their order."""
+    tree = ast.parse((STANDIN / file).read_text(encoding="utf-8"))
+    found = record_signatures.find(tree, function)
+    assert found is not None
+    ours = [name.rstrip("=") for name in record_signatures.parameters_of(found)]
+    releases = {
+        row["version"]: [name.rstrip("=") for name in row["parameters"]]
+        for row in RECORD
+        if "transformer_engine" in row["file"] and row["function"] == function
+    }
+    older, newer = (
+        next(theirs for version, theirs in releases.items() if version.startswith(wanted))
+        for wanted in ("2.8", "2.12")
+    )
+    assert [name for name in ours if name in older] == older
+    assert [name for name in newer if name in ours] == ours

@@ -5,26 +5,15 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional
 
-from megatron_chatflow.kernels import cross_entropy, rms_norm, rope, swiglu
+from megatron_chatflow.kernels import cross_entropy
+from megatron_chatflow.model.rotary import RotaryTable, apply_rotary
 
 pytestmark = pytest.mark.native
-
-
-def _randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, requires_grad=True)
-
-
-def _table(tokens: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.rand(tokens, 1, half) * 6
-    return angles.cos(), angles.sin()
 
 
 def test_operators_are_whole() -> None:
     """Runs torch's own check of schema, fake kernel, autograd registration and tracing."""
     torch.manual_seed(0)
-    opcheck(rms_norm.rms_norm, (_randn(3, 16), _randn(16), 1e-5))
-    opcheck(rope.rope, (_randn(3, 2, 16), *_table(3, 8), 1.0))
-    opcheck(swiglu.swiglu, (_randn(3, 16),))
     logits, labels = torch.randn(3, 16), torch.tensor([2, -1, 15])
     opcheck(cross_entropy.softmax_statistics, (logits, labels, 16))
     rows = torch.rand(3) + 1
@@ -37,35 +26,14 @@ def _gradients(
     return list(torch.autograd.grad((output * weights).sum(), inputs))
 
 
-def test_rms_norm_is_torch_s() -> None:
-    torch.manual_seed(0)
-    x, weight, factors = _randn(4, 3, 16), _randn(16), torch.randn(16)
-    y, _ = rms_norm.rms_norm(x, weight, 1e-5)
-    expected = functional.rms_norm(x, (16,), weight, 1e-5)
-    torch.testing.assert_close(y, expected)
-    # The input is also used after the norm, as in a residual stream.
-    actual = _gradients(y + x.sin(), (x, weight), factors)
-    for a, b in zip(actual, _gradients(expected + x.sin(), (x, weight), factors), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_swiglu_is_torch_s() -> None:
-    torch.manual_seed(0)
-    x, factors = _randn(5, 24), torch.randn(5, 12)
-    gate, up = x.chunk(2, -1)
-    expected = functional.silu(gate) * up
-    torch.testing.assert_close(swiglu.swiglu(x), expected)
-    torch.testing.assert_close(
-        _gradients(swiglu.swiglu(x), (x,), factors), _gradients(expected, (x,), factors)
-    )
-
-
 def test_rope_is_a_complex_product() -> None:
     torch.manual_seed(0)
-    heads, factors, (cosines, sines) = _randn(4, 3, 16), torch.randn(4, 3, 16), _table(4, 8)
+    heads, factors = torch.randn(4, 3, 16, requires_grad=True), torch.randn(4, 3, 16)
+    angles = torch.rand(4, 1, 8) * 6
+    cosines, sines = angles.cos(), angles.sin()
     turned = torch.complex(heads[..., :8], heads[..., 8:]) * torch.complex(cosines, sines)
     expected = torch.cat((turned.real, turned.imag), -1)
-    actual = rope.rope(heads, cosines, sines, 1.0)
+    actual, _ = apply_rotary(heads, heads, RotaryTable(angles, cosines, sines))
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(
         _gradients(actual, (heads,), factors), _gradients(expected, (heads,), factors)

@@ -34,7 +34,8 @@ def chosen(
         transformer_impl=impl,
         attention_backend=backend,
     )
-    return choose_layers(train, here)
+    layers = choose_layers(train, here)
+    return layers.implementation, layers.descriptions["layers"]
 
 
 @pytest.mark.parametrize("backend", ["auto", "transformer_engine"])
@@ -55,7 +56,7 @@ def test_transformer_engine_is_used_where_it_works(backend: str) -> None:
         ({"dtype": torch.float32}, "it has no torch.float32 kernel"),
         ({"head_dim": 512}, "it has no kernel for heads of 512"),
         ({"import_error": lambda name: "OSError: libcudnn"}, "OSError: libcudnn"),
-        ({"backend": "flash_attn_2"}, "--attention-backend flash_attn_2 needs them"),
+        ({"backend": "sdpa"}, "--attention-backend sdpa is a part of local layers"),
     ],
 )
 def test_local_layers_are_used_elsewhere_and_the_log_says_why(facts: Any, reason: str) -> None:
@@ -73,9 +74,9 @@ def test_a_request_is_followed_wherever_the_library_can_be_imported() -> None:
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"installed": None}, "train.transformer_impl: .* is not installed; install it, or"),
+        ({"installed": None}, "train.transformer_impl: .* is not installed; change that, or"),
         ({"import_error": lambda name: "OSError: x"}, r"cannot be imported \(OSError: x\)"),
-        ({"backend": "cudnn"}, "train.attention_backend: cudnn cannot be used in transformer-eng"),
+        ({"backend": "cudnn"}, "--attention-backend cudnn is a part of local layers"),
     ],
 )
 def test_a_request_that_cannot_be_followed_is_refused(facts: Any, message: str) -> None:
@@ -129,3 +130,12 @@ def test_a_precision_that_this_machine_has_is_accepted() -> None:
     checked(fp8_format="hybrid", fp8_recipe="blockwise")
     checked(fp8_format="hybrid", fp8_recipe="mxfp8", capability=(10, 0))
     checked(fp8_format="hybrid", capability=None)  # a stand-in on CPUs
+
+
+@pytest.mark.parametrize(
+    ("impl", "facts"),
+    [("local", {}), ("auto", {"installed": None}), ("auto", {"capability": None})],
+)
+def test_its_attention_is_refused_without_its_layers(impl: str, facts: Any) -> None:
+    with pytest.raises(UserError, match="attention_backend: transformer_engine cannot be used"):
+        chosen(impl, backend="transformer_engine", **facts)

@@ -18,6 +18,7 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate import step_time
 from megatron_chatflow.simulate.step_time import (
     GPUS,
+    LAYER_LAUNCHES,
     FittedConstants,
     Stack,
     StepLayout,
@@ -216,14 +217,14 @@ def test_a_small_layer_waits_for_the_host() -> None:
     tiny = TransformerShape(4, 256, 688, 256, 128, 32, 512)
     step = predict_step(tiny, StepLayout(1, seq_length=256, global_batch_size=8), H100)
     assert step.largest_loss[0] == "kernel launches"
-    assert step.layers + step.launches == pytest.approx(4 * 8 * (17 + 32) * 10e-6)
-    more = StepLayout(1, seq_length=256, global_batch_size=8, layer_launches=(34, 64))
+    assert step.layers + step.launches == pytest.approx(4 * 8 * sum(LAYER_LAUNCHES) * 10e-6)
+    more = StepLayout(1, seq_length=256, global_batch_size=8, layer_launches=(32, 50))
     assert predict_step(tiny, more, H100).seconds > 1.9 * step.seconds - 0.02
     # Tensor parallelism makes the layers smaller and adds launches of collectives.
     divided = StepLayout(2, tensor=2, seq_length=256, global_batch_size=8)
     step = predict_step(tiny, divided, H100)
     work = step.layers + step.model_parallel + step.launches
-    assert work == pytest.approx(4 * 8 * (17 + 4 + 32 + 6) * 10e-6)
+    assert work == pytest.approx(4 * 8 * (sum(LAYER_LAUNCHES) + 4 + 6) * 10e-6)
 
 
 LAYOUTS = st.fixed_dictionaries(

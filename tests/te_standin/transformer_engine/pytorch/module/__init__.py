@@ -1,8 +1,10 @@
-"""Stand-ins for the layers: linear, norm followed by linear, and norm."""
+"""Stand-ins for the layers: linear, norm followed by linear, and norm.
+
+What transformer-engine computes in one kernel is one operator, so that a simulated GPU counts one.
+"""
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import rms_norm
 
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, quantize, record
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
@@ -23,6 +25,16 @@ def _reduce(rows, group, *, scatter):
     own = rows.new_empty(rows.shape[0] // group.size(), *rows.shape[1:])
     dist.reduce_scatter_tensor(own, rows.contiguous(), group=group)
     return own
+
+
+@torch.library.custom_op("te_standin::accumulate", mutates_args=("main_grad",))
+def _accumulate(main_grad: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    main_grad.add_(rows @ columns)
+
+
+@_accumulate.register_fake
+def _(main_grad, rows, columns):
+    return None
 
 
 class _Product(torch.autograd.Function):
@@ -53,13 +65,14 @@ class _Product(torch.autograd.Function):
         grad_x = gradient @ weight
         if layer.is_column and layer.tp_size > 1:
             grad_x = _reduce(grad_x, layer.tp_group, scatter=layer.sequence_parallel)
-        grad_weight = gradient.flatten(0, -2).t() @ whole.flatten(0, -2)
+        rows, columns = gradient.flatten(0, -2).t(), whole.flatten(0, -2)
         if not layer.fuse_wgrad_accumulation:
-            return grad_x, grad_weight, None
-        parameter.main_grad.add_(grad_weight)
+            return grad_x, rows @ columns, None
+        _accumulate(parameter.main_grad, rows, columns)
         parameter.grad_added_to_main_grad = True
         # A tensor for autograd, whose values nobody may read.
-        return grad_x, torch.empty_like(parameter).fill_(float("nan")), None
+        unset = torch.empty_like(parameter)
+        return grad_x, unset if unset.is_cuda else unset.fill_(float("nan")), None
 
 
 class Linear(TransformerEngineBaseModule):
@@ -114,8 +127,44 @@ class Linear(TransformerEngineBaseModule):
         return _Product.apply(inp, self.weight, self)
 
 
-def _normalize(x, weight, eps):
-    return rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+@torch.library.custom_op("te_standin::rms_norm", mutates_args=())
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return (x.float() * scale * weight.float()).to(x.dtype), scale
+
+
+@torch.library.custom_op("te_standin::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    unit, grad_unit = x.float() * scale, gradient.float() * weight.float()
+    grad_x = scale * (grad_unit - unit * (grad_unit * unit).mean(-1, keepdim=True))
+    grad_weight = (gradient.float() * unit).flatten(0, -2).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@_rms_norm_backward.register_fake
+def _(gradient, x, weight, scale):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, gradient, _):
+    return *_rms_norm_backward(gradient, *ctx.saved_tensors), None
+
+
+_rms_norm.register_autograd(_gradients, setup_context=_keep)
 
 
 class LayerNormLinear(Linear):
@@ -144,7 +193,7 @@ class LayerNormLinear(Linear):
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
 
     def forward(self, inp, is_first_microbatch=None, fp8_grad=False):
-        x = _normalize(inp, self.layer_norm_weight, self.eps)
+        x, _ = _rms_norm(inp, self.layer_norm_weight, self.eps)
         return _Product.apply(x, self.weight, self)
 
 
@@ -157,15 +206,13 @@ class RMSNorm(torch.nn.Module):
         params_dtype=None,
         zero_centered_gamma=False,
         hidden_size=None,
-        dtype=None,
-        device="cuda",
+        **options,
     ):
         super().__init__()
         self.eps, size = eps, normalized_shape or hidden_size
-        self.weight = torch.nn.Parameter(
-            torch.ones(size, dtype=dtype or params_dtype, device=device)
-        )
+        device = options.get("device", "cuda")
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=params_dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x):
-        return _normalize(x, self.weight, self.eps)
+        return _rms_norm(x, self.weight, self.eps)[0]
