@@ -97,10 +97,15 @@ def name_groups() -> None:
             _names.setdefault(group.group_name, name)
 
 
-def join(rank: int, world_size: int) -> None:
+def join(rank: int, world_size: int, store: Any = None) -> None:
     """Joins a job of ``world_size`` ranks as ``rank``, in the way that torchrun starts one.
 
     Groups that are created later use the same backend, whatever they ask for.
+
+    Args:
+        rank: This process's rank.
+        world_size: Number of ranks.
+        store: A key-value store that ranks share; None for one of this rank's own.
     """
     os.environ.update(
         RANK=str(rank),
@@ -112,7 +117,7 @@ def join(rank: int, world_size: int) -> None:
         "fake",
         rank=rank,
         world_size=world_size,
-        store=dist.HashStore(),  # type: ignore[attr-defined]
+        store=store or dist.HashStore(),  # type: ignore[attr-defined]
         timeout=timedelta(minutes=10),
     )
     new_group = dist.new_group

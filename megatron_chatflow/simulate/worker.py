@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_chatflow.simulate import libraries
 from megatron_chatflow.simulate.device import GPUS, install
+from megatron_chatflow.simulate.exchange import ObjectExchange
 from megatron_chatflow.simulate.mode import SimulatedGpu
 from megatron_chatflow.simulate.observer import Observation, Observer
 from megatron_chatflow.simulate.process_group import join
@@ -71,7 +73,9 @@ class Failure:
     traceback: str
 
 
-def execute(config: str, gpu: str, world_size: int, rank: int) -> Observation | Failure:
+def execute(
+    config: str, gpu: str, world_size: int, rank: int, store: str | None = None
+) -> Observation | Failure:
     """Runs the entry point on a simulated GPU, in this process and for good.
 
     Args:
@@ -79,14 +83,21 @@ def execute(config: str, gpu: str, world_size: int, rank: int) -> Observation | 
         gpu: One of `device.GPUS`.
         world_size: Number of ranks of the job.
         rank: The rank that this process simulates.
+        store: A file through which the ranks exchange objects, if all of them are simulated at the
+            same time. None if this rank is simulated alone.
     """
     recorder = Recorder()
     install(GPUS[gpu], recorder)
     libraries.install(GPUS[gpu])
-    join(rank, world_size)
-    # Rank 0 would tell the other ranks which checkpoint it has found.
-    module: Any = build
-    module.resolve_initial_checkpoint = lambda config, ranks: find_initial_checkpoint(config)
+    if store is None:
+        join(rank, world_size)
+        # Rank 0 would tell the other ranks which checkpoint it has found.
+        module: Any = build
+        module.resolve_initial_checkpoint = lambda config, ranks: find_initial_checkpoint(config)
+    else:
+        shared = dist.FileStore(store, world_size)  # type: ignore[attr-defined]
+        join(rank, world_size, shared)
+        ObjectExchange(dist.PrefixStore("simulated", shared), rank).install()  # type: ignore[attr-defined]
     observer = Observer(recorder)
     observer.install()
     sys.argv = [ENTRY_POINT, "--config", config]
@@ -137,11 +148,6 @@ def start_fork(work: Callable[[], Observation | Failure], result: Path, log: Pat
         status = 0 if isinstance(outcome, Observation) else 1
     finally:
         os._exit(status)
-
-
-def run_in_fork(work: Callable[[], Observation | Failure], result: Path, log: Path) -> None:
-    """Runs ``work`` as `start_fork` does and waits for it."""
-    os.waitpid(start_fork(work, result, log), 0)
 
 
 def run_request(request: Request) -> None:

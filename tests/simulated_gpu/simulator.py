@@ -60,29 +60,27 @@ class Simulator:
         mutation: str | None = None,
     ) -> Observation | Failure:
         """Runs a YAML file as it is."""
-        self._num_cases += 1
-        result = self._folder / f"{self._num_cases}.json"
-        log = self._folder / f"{self._num_cases}.log"
-        case = {
-            "config": str(config),
-            "gpu": gpu,
-            "world_size": world_size,
-            "rank": rank,
-            "mutation": mutation,
-            "result": str(result),
-            "log": str(log),
-        }
+        case = {"config": str(config), "gpu": gpu, "world_size": world_size, "rank": rank}
+        (found,) = self._run([{**case, "mutation": mutation}])
+        return found
+
+    def run_job(self, config: Path, *, world_size: int) -> list[Observation | Failure]:
+        """Runs all ranks of a YAML file at the same time, which exchange objects."""
+        store = str(self._folder / f"store_{self._num_cases}")
+        case = {"config": str(config), "gpu": "h100", "world_size": world_size, "store": store}
+        return self._run([{**case, "rank": rank, "mutation": None} for rank in range(world_size)])
+
+    def _run(self, cases: list[dict[str, Any]]) -> list[Observation | Failure]:
+        paths = []
+        for case in cases:
+            self._num_cases += 1
+            paths.append(self._folder / f"{self._num_cases}")
+            case["result"] = f"{paths[-1]}.json"
+            case["log"] = f"{paths[-1]}.log"
         assert self._worker.stdin is not None
-        print(json.dumps(case), file=self._worker.stdin, flush=True)
+        print(json.dumps(cases), file=self._worker.stdin, flush=True)
         assert self._answer() == "done"
-        text = log.read_text(encoding="utf-8", errors="replace")
-        assert result.exists(), text
-        content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        if "failure" in content:
-            failure = Failure(**content["failure"])
-            print(text, failure.traceback)
-            return failure
-        return observation_of(content["observation"])
+        return [_result(path) for path in paths]
 
     def prepare(self, config: RunConfig, world_size: int) -> tuple[SimulatedInputs, Path]:
         """Returns what `simulate` would run, and its YAML file."""
@@ -103,6 +101,19 @@ class Simulator:
         result = self.run(config, world_size=world_size, **options)
         assert isinstance(result, Observation), result
         return result
+
+
+def _result(path: Path) -> Observation | Failure:
+    result, log = path.with_suffix(".json"), path.with_suffix(".log")
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if not result.exists():
+        return Failure(f"the process ended: {text[-2000:]}", "", "")
+    content: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if "failure" in content:
+        failure = Failure(**content["failure"])
+        print(text, failure.traceback)
+        return failure
+    return observation_of(content["observation"])
 
 
 def example(name: str, *flags: str) -> RunConfig:
