@@ -166,7 +166,7 @@ _ACCEPTED: tuple[tuple[str, str], ...] = (
         "--microbatch-group-size-per-virtual-pipeline-stage",
         "no effect on the result: communication and memory use fixed settings",
     ),
-    ("--tp-comm-*", "no effect on the result: TP communication is not overlapped with GEMMs"),
+    ("--tp-comm-*", "no effect on the result: --tp-comm-overlap uses the library's defaults"),
     ("--no-tp-comm-* --disable-tp-comm-*", "no effect on the result"),
     ("--expert-model-parallel-size=1 --expert-tensor-parallel-size=1", "there are no experts"),
     ("--num-distributed-optimizer-instances=1", "there is only one instance"),

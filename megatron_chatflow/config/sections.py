@@ -205,6 +205,11 @@ class ParallelConfig:
     overlap_grad_reduce: Switch = Field(
         default=False, description="overlap the gradient reduction with the backward pass"
     )
+    tp_comm_overlap: Switch = Field(
+        default=False,
+        description="overlap tensor-parallel messages with matrix products, through user buffers "
+        "of transformer-engine; needs sequence_parallel",
+    )
     grad_reduce_in_bf16: Switch = Field(
         default=False,
         description="accumulate and reduce gradients in bf16 instead of fp32, which halves their "

@@ -177,6 +177,11 @@ def _check_parallel(config: "RunConfig") -> None:
             "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1; set "
             "that, or --no-sequence-parallel"
         )
+    if parallel.tp_comm_overlap and not parallel.sequence_parallel:
+        raise UserError(
+            "parallel.tp_comm_overlap: needs parallel.sequence_parallel; set that, or "
+            "--no-tp-comm-overlap"
+        )
     if parallel.grad_reduce_in_bf16 and not config.train.bf16:
         raise UserError(
             "parallel.grad_reduce_in_bf16: the gradients of an fp32 run are fp32; set train.bf16, "

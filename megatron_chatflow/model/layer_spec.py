@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from packaging.version import Version
 
-from megatron_chatflow.config import TrainConfig
+from megatron_chatflow.config import ParallelConfig, TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.attention import Facts, choose, obstacle, unavailable
@@ -142,39 +142,48 @@ def _swiglu(facts: Facts) -> str:
     return "megatron-core's, fused by torch's compiler"
 
 
-def check_precision(train: TrainConfig, facts: Facts, layers: str) -> None:
-    """Checks that this machine can compute the layers' products in the requested precision.
+def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, layers: str) -> None:
+    """Checks that the layers, on this machine, can do what was requested of them.
 
     Args:
         train: The run's settings.
+        parallel: The parallel layout.
         facts: The facts about the machine.
         layers: The implementation of the layers.
 
     Raises:
-        UserError: It cannot.
+        UserError: They cannot.
     """
-    if train.fp8_format is None and train.fp4_format is None:
-        return
-    name = "fp4_format" if train.fp8_format is None else "fp8_format"
-    if layers == LOCAL:
+    recipes = {
+        "train.fp8_format": train.fp8_recipe if train.fp8_format else None,
+        "train.fp4_format": "nvfp4" if train.fp4_format else None,
+    }
+    requested = [name for name, recipe in recipes.items() if recipe is not None]
+    requested += ["parallel.tp_comm_overlap"] if parallel.tp_comm_overlap else []
+    if requested and layers == LOCAL:
         reason = unavailable(TRANSFORMER_ENGINE, facts) or "another implementation is in use"
         raise UserError(
-            f"train.{name}: needs the layers of transformer-engine, and {reason}; install it, or "
+            f"{requested[0]}: needs the layers of transformer-engine, and {reason}; install it, or "
             "remove the setting"
         )
-    recipe = "nvfp4" if train.fp8_format is None else train.fp8_recipe
+    for name, recipe in recipes.items():
+        if recipe is not None:
+            _check_recipe(name, recipe, facts)
+
+
+def _check_recipe(name: str, recipe: str, facts: Facts) -> None:
     capability, version = _OLDEST[recipe]
     if facts.capability is not None and facts.capability < capability:
         found = ".".join(map(str, facts.capability))
         raise UserError(
-            f"train.{name}: {recipe} needs a GPU of compute capability "
+            f"{name}: {recipe} needs a GPU of compute capability "
             f"{capability[0]}.{capability[1]}, and this one has {found}; use another recipe, or "
             "bf16"
         )
     installed = facts.installed[TRANSFORMER_ENGINE]
     if Version(installed) < Version(version):
         raise UserError(
-            f"train.{name}: {recipe} needs transformer-engine {version}, and {installed} is "
+            f"{name}: {recipe} needs transformer-engine {version}, and {installed} is "
             "installed; install a newer version, or use another recipe"
         )
 
@@ -195,6 +204,33 @@ def describe_precision(train: TrainConfig) -> str:
             f"{train.num_layers_at_end_in_bf16}"
         )
     return f"{text}; everything else in bf16"
+
+
+def start_user_buffers(config: TransformerConfig, num_tokens: int) -> None:
+    """Allocates the buffers of transformer-engine's overlapped tensor-parallel collectives.
+
+    Call it on every rank after the parallel groups exist and before the layers are built.
+
+    Args:
+        config: megatron-core's configuration.
+        num_tokens: Tokens of a micro-batch on the ranks of a tensor-parallel group.
+    """
+    from transformer_engine.pytorch.module import base
+
+    base.destroy_ub()  # those of an earlier run of this process
+    options: dict[str, Any] = {"use_fp8": config.fp8 is not None}
+    if hasattr(base, "UserBufferQuantizationMode"):  # since transformer-engine 2.7
+        kinds = base.UserBufferQuantizationMode
+        modes = [kinds.NONE if config.fp8 is None else kinds.FP8]
+        if config.fp8 is not None and config.first_last_layers_bf16:
+            modes.append(kinds.NONE)
+        options = {"quantization_modes": modes}
+    base.initialize_ub(
+        shape=[num_tokens, config.hidden_size],
+        tp_size=config.tensor_model_parallel_size,
+        bootstrap_backend=config.tp_comm_bootstrap_backend,
+        **options,
+    )
 
 
 def block_spec(

@@ -29,9 +29,10 @@ from megatron_chatflow.model.initial_weights import draw_weights, leave_unset
 from megatron_chatflow.model.layer_spec import (
     Layers,
     block_spec,
-    check_precision,
+    check_layers,
     choose_layers,
     describe_precision,
+    start_user_buffers,
 )
 from megatron_chatflow.model.rotary import Rotary
 from megatron_chatflow.runtime import ranks as megatron
@@ -88,6 +89,7 @@ def transformer_config(
         deallocate_pipeline_outputs=not is_interleaved,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         bf16=train.bf16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -209,12 +211,16 @@ def build_llama(
         deterministic=train.deterministic_mode,
     )
     layers = choose_layers(train, facts)
-    check_precision(train, facts, layers.implementation)
+    check_layers(train, parallel, facts, layers.implementation)
     config = transformer_config(
         model, parallel, train, ranks, transformer_engine=layers.are_transformer_engine
     )
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
         setattr(config, name, leave_unset)
+    length = sequence_length or model.max_position_embeddings
+    if parallel.tp_comm_overlap:
+        tokens = train.micro_batch_size * length // parallel.context_parallel_size
+        start_user_buffers(config, tokens)
     rows = padded_vocab_size(model, parallel, vocab_size)
     num_chunks = num_model_chunks(model, parallel)
     loss, loss_reason = choose_softmax(

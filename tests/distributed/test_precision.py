@@ -27,6 +27,7 @@ ALONE = {
 }
 ON_TWO_RANKS = {
     "tp_sequence": [*HYBRID, *SEQUENCE],
+    "tp_overlap": [*MIDDLE, *SEQUENCE, "--tp-comm-overlap"],
     "tp_delayed": [*HYBRID, *SEQUENCE, "--fp8-recipe", "delayed"],
     "tp_full": [*HYBRID, *SEQUENCE, *FULL, "--recompute-method", "uniform"],
     "pp_middle": [*MIDDLE, "--pipeline-model-parallel-size", "2"],

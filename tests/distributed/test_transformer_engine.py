@@ -34,6 +34,7 @@ STOP = ["--exit-interval", "5"]
 LAYOUTS = {
     "tp_sequence": [*SEQUENCE, "--recompute-granularity", "selective"],
     "tp_sequence_full": [*SEQUENCE, *FULL, "uniform"],
+    "tp_overlap": [*SEQUENCE, "--tp-comm-overlap"],
     "pp": PIPELINE,
     "pp_virtual": [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2"],
     "cp_sharded": [*CONTEXT, *SHARDED],

@@ -187,18 +187,19 @@ FROZEN_FLAGS = """
 --no-from-scratch --no-grad-reduce-in-bf16 --no-load-optim --no-log-straggler
 --no-metrics-every-iteration --no-new-data-seed --no-overlap-grad-reduce --no-overlap-param-gather
 --no-pad-attention-heads --no-profile --no-sequence-parallel --no-shared-memory-collectives
---no-tensorboard --no-untie-embeddings-and-output-weights --no-use-distributed-optimizer
---no-use-pytorch-profiler --norm-epsilon --num-attention-heads --num-layers
---num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage
---num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --old-tokenizer-model
---on-nan --output --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
---pipeline-model-parallel-size --preset --pretrained-checkpoint --profile --profile-ranks
---profile-step-end --profile-step-start --rank --recompute-granularity --recompute-method
---recompute-num-layers --rope-high-freq-factor --rope-low-freq-factor
---rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base
---save --save-interval --save-keep-every --save-retain --seed --seq-length --sequence-parallel
---shared-memory-collectives --simulate --split --straggler-minmax-count --tensor-model-parallel-size
---tensorboard --tokenizer-model --tokenizer-type --train-iters --train-samples --transformer-impl
+--no-tensorboard --no-tp-comm-overlap --no-untie-embeddings-and-output-weights
+--no-use-distributed-optimizer --no-use-pytorch-profiler --norm-epsilon --num-attention-heads
+--num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+--num-layers-per-virtual-pipeline-stage --num-prefetch --num-query-groups
+--num-virtual-stages-per-pipeline-rank --old-tokenizer-model --on-nan --output --overlap-grad-reduce
+--overlap-param-gather --pad-attention-heads --pipeline-model-parallel-size --preset
+--pretrained-checkpoint --profile --profile-ranks --profile-step-end --profile-step-start --rank
+--recompute-granularity --recompute-method --recompute-num-layers --rope-high-freq-factor
+--rope-low-freq-factor --rope-original-max-position-embeddings --rope-scaling-factor
+--rope-scaling-type --rotary-base --save --save-interval --save-keep-every --save-retain --seed
+--seq-length --sequence-parallel --shared-memory-collectives --simulate --split
+--straggler-minmax-count --tensor-model-parallel-size --tensorboard --tokenizer-model
+--tokenizer-type --tp-comm-overlap --train-iters --train-samples --transformer-impl
 --untie-embeddings-and-output-weights --use-distributed-optimizer --use-pytorch-profiler --verbose
 --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
 --world-size

@@ -125,6 +125,10 @@ REFUSED = [
         "parallel.overlap_param_gather: needs parallel.use_d",
     ),
     (
+        {"parallel.tp_comm_overlap": True},
+        "parallel.tp_comm_overlap: needs parallel.sequence_parallel",
+    ),
+    (
         {"parallel.grad_reduce_in_bf16": True, "train.bf16": False},
         "parallel.grad_reduce_in_bf16: the gradients of an fp32 run are fp32",
     ),

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_chatflow.config import TrainConfig
+from megatron_chatflow.config import ParallelConfig, TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels.attention import Facts
-from megatron_chatflow.model.layer_spec import check_precision, choose_layers
+from megatron_chatflow.model.layer_spec import check_layers, choose_layers
 
 
 def chosen(
@@ -89,6 +89,7 @@ def checked(
     *,
     capability: Any = (9, 0),
     installed: str = "2.9",
+    overlap: bool = False,
     **settings: Any,
 ) -> None:
     here = Facts(
@@ -101,13 +102,15 @@ def checked(
         import_error=lambda name: None,
     )
     sizes: Any = {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1}
-    check_precision(TrainConfig(**sizes, **settings), here, layers)
+    parallel = ParallelConfig(sequence_parallel=overlap, tp_comm_overlap=overlap)
+    check_layers(TrainConfig(**sizes, **settings), parallel, here, layers)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"layers": "local", "fp8_format": "e4m3"}, "fp8_format: needs the layers of transformer-"),
+        ({"layers": "local", "overlap": True}, "parallel.tp_comm_overlap: needs the layers of tra"),
         (
             {"capability": (8, 0), "fp8_format": "hybrid"},
             "tensorwise needs a GPU of compute capability 8.9, and this one has 8.0",

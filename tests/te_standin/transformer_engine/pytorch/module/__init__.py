@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, quantize, record
-from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.module.base import (
+    TransformerEngineBaseModule,
+    check_user_buffer,
+)
 
 __all__ = ["LayerNormLinear", "Linear", "RMSNorm", "TransformerEngineBaseModule"]
 
@@ -46,6 +49,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         whole = _gather(x, layer.tp_group) if layer.gathers else x
         record(whole, weight)
+        if layer.overlaps:
+            check_user_buffer(whole, ctx.recipe is not None)
         if ctx.recipe is not None:
             whole, weight = (quantize(t, ctx.recipe.fp8_format.value[0]) for t in (whole, weight))
         y = whole @ weight.t()
@@ -113,6 +118,8 @@ class Linear(TransformerEngineBaseModule):
         self.out_features = out_features // (tp_size if self.is_column else 1)
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self.overlaps = ub_overlap_ag or ub_overlap_rs
+        assert not self.overlaps or ub_name in ("qkv", "proj", "fc1", "fc2")
         self.save_original_input = save_original_input  # megatron-core sets it with FP8
         self.gathers = self.is_column and self.sequence_parallel
         self.reduces = is_row and tp_size > 1

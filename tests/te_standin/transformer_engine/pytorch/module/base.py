@@ -1,4 +1,6 @@
-"""Stand-in for the base class of layers."""
+"""Stand-in for the base class of layers, and for user buffers."""
+
+from enum import Enum
 
 import torch
 
@@ -13,3 +15,41 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
 def get_dummy_wgrad(shape, dtype, zero=False):
     return torch.zeros(shape, dtype=dtype, device=torch.cuda.current_device())
+
+
+class UserBufferQuantizationMode(Enum):
+    NONE = "none"
+    FP8 = "fp8"
+
+
+# The shape and the modes of the buffers, which only the stand-in's checks use.
+user_buffers = None
+
+
+def initialize_ub(
+    shape,
+    tp_size,
+    use_fp8=False,
+    quantization_modes=None,
+    dtype=torch.bfloat16,
+    ub_cfgs=None,
+    bootstrap_backend=None,
+):
+    global user_buffers
+    assert user_buffers is None, "UB communicators are already initialized."
+    assert tp_size > 1 and bootstrap_backend == "nccl"
+    user_buffers = (tuple(shape), quantization_modes)
+
+
+def destroy_ub():
+    global user_buffers
+    user_buffers = None
+
+
+def check_user_buffer(rows, is_fp8):
+    """Fails unless there is a buffer for the rows of a product in this precision."""
+    assert user_buffers is not None, "the layer overlaps, and initialize_ub has not been called"
+    shape, modes = user_buffers
+    kind = UserBufferQuantizationMode.FP8 if is_fp8 else UserBufferQuantizationMode.NONE
+    assert kind in modes, f"no user buffer for {kind}"
+    assert rows.flatten(0, -2).shape[0] == shape[0], f"{rows.shape} in a user buffer of {shape}"
