@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MAX_MESSAGE_CHARACTERS = 1000  # more than any message without quoted file contents
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,7 +52,13 @@ class LocalError(UserError):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Argument parser that reports an error in one line, without the usage of all flags."""
+    """Argument parser that keeps line breaks of its texts and reports an error in one line."""
+
+    def __init__(
+        self, description: str | None = None, epilog: str | None = None, **options: Any
+    ) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, epilog=epilog, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError`."""
@@ -66,9 +72,6 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
     The status is 2 after a `UserError` or on a full disk, 130 after Ctrl-C, and 141 if nobody reads
     the output any more (``| head -1``), as after SIGPIPE.
-
-    Args:
-        main: The program. Returns its exit status, or None for success.
     """
     _raise_open_file_limit()
     if signal.getsignal(signal.SIGINT) is _exit_interrupted:

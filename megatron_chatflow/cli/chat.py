@@ -1,6 +1,5 @@
 """``chatflow chat``: chats with a model in the terminal."""
 
-import argparse
 import contextlib
 import io
 import logging
@@ -30,11 +29,7 @@ commands: /reset starts a new conversation, /exit or Ctrl-D exits, Ctrl-C stops 
 def main() -> None:
     """Answers each line from the terminal or standard input until the input ends."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(
-        description="Runs a conversation with a model in the terminal.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("Runs a conversation with a model in the terminal.", EXAMPLES)
     parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
     parser.add_argument("--system", help="system message")
     add_sampling_arguments(parser)

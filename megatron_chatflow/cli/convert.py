@@ -27,16 +27,13 @@ def main() -> int:
     """Runs the command; returns 1 if ``verify`` finds a difference and 0 otherwise."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = _parse_arguments()
-    return {"export": _export, "import": _import, "resize": _resize, "verify": _verify}[
-        args.command
-    ](args)
+    commands = {"export": _export, "import": _import, "resize": _resize, "verify": _verify}
+    return commands[args.command](args)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
-        description="Converts between Hugging Face folders and training checkpoints.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "Converts between Hugging Face folders and training checkpoints.", EXAMPLES
     )
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")

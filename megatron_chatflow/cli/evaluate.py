@@ -56,9 +56,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = ArgumentParser(
-        description="Evaluates a model, and a baseline if given, on text, questions and tasks.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "Evaluates a model, and a baseline if given, on text, questions and tasks.", EXAMPLES
     )
     add = parser.add_argument
     add("model", type=Path, help="Hugging Face folder, run or iter_ folder")

@@ -73,11 +73,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add("--tokenizer-model", type=Path, required=True, help="SentencePiece model or tokenizer.json")
     add(
@@ -148,8 +144,7 @@ def _parse() -> argparse.Namespace:
 def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
     """Yields the documents of the corpus. Lines that are not documents are counted and skipped.
 
-    Raises:
-        UserError: More lines were skipped than documents read.
+    More skipped lines than documents are an error.
     """
     settings = CorpusSettings(
         json_keys=tuple(args.json_keys),

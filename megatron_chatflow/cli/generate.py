@@ -1,6 +1,5 @@
 """``chatflow generate``: continues or answers prompts with a model."""
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -24,11 +23,7 @@ EXAMPLES = """examples:
 def main() -> None:
     """Prints one continuation of each prompt as its tokens are generated."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = ArgumentParser(
-        description="Completes prompts, or answers them with --chat.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser("Completes prompts, or answers them with --chat.", EXAMPLES)
     parser.add_argument("model", type=Path, help="Hugging Face folder, run or iter_ folder")
     parser.add_argument(
         "--prompt",

@@ -1,6 +1,5 @@
 """``chatflow inspect``: describes, checks and compares indexed datasets."""
 
-import argparse
 import random
 import sys
 
@@ -22,11 +21,7 @@ EXAMPLES = """examples:
 
 def main() -> int:
     """Runs the command; returns 1 if two datasets differ and 0 otherwise."""
-    parser = ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add(
         "prefix",

@@ -1,7 +1,5 @@
 """``chatflow merge``: merges indexed datasets with their loss masks and sidecars."""
 
-import argparse
-
 from megatron_chatflow.errors import ArgumentParser
 from megatron_chatflow.preprocess.merge import PartitionPolicy, find_datasets, merge_datasets
 
@@ -17,11 +15,7 @@ EXAMPLES = """examples:
 
 def main() -> None:
     """Merges the datasets and prints the number of documents."""
-    parser = ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add(
         "--input",

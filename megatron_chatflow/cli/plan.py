@@ -109,11 +109,8 @@ def numeric_knot(schedule: Schedule, sample: int, unit: str) -> str:
 def describe_position(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
     """Describes the weights at a sample and a knot that preserves the schedule up to it.
 
-    Args:
-        blend: The blend of the run so far.
-        sample: The global sample.
-        unit: Unit of the knots in the YAML file.
-        folder: The checkpoint that the run continues from; None for a new run.
+    ``unit`` is that of the knots in the YAML file, and ``folder`` the checkpoint that the run
+    continues from; None for a new run.
     """
     schedule = blend.schedule
     shares = zip(schedule.sources, blend.planned_shares(sample).tolist(), strict=True)
@@ -139,11 +136,7 @@ def describe_position(blend: Blend, sample: int, unit: str, folder: Path | None)
 
 
 def parse_position(text: str, resumed: Resumed | None) -> int:
-    """Parses the value of ``--at`` to a global sample.
-
-    Raises:
-        UserError: ``text`` is not a number of samples, or it is ``now`` and no run is in progress.
-    """
+    """Parses the value of ``--at``, a number of samples or ``now``, to a global sample."""
     if text != "now":
         try:
             sample = int(text) if text.isdigit() else parse_count(text)
@@ -161,11 +154,7 @@ def parse_position(text: str, resumed: Resumed | None) -> int:
 
 def main() -> None:
     """Prints the plan and writes its files. With ``--at``, only prints the weights at one point."""
-    parser = ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES)
     parser.add_argument("--config", type=Path, required=True, help="path of the run's YAML file")
     parser.add_argument(
         "--output",

@@ -1,9 +1,7 @@
 """``chatflow plan-layout``: ranks the parallel layouts of a run by their predicted speed."""
 
-import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_chatflow.config import RunConfig, load_config, parse_count, validate_for_world
@@ -22,7 +20,7 @@ from megatron_chatflow.simulate.layout_search import (
     search_layouts,
     vocab_size_of,
 )
-from megatron_chatflow.simulate.step_time import GPUS, GpuSpec, find_gpu
+from megatron_chatflow.simulate.step_time import GPUS, find_gpu
 
 DESCRIPTION = """Ranks the parallel layouts of a run by their predicted speed, without any GPU.
 
@@ -37,42 +35,41 @@ EXAMPLES = """examples:
 """
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What a run of a given length costs."""
-
-    num_tokens: int  # number of tokens to train on
-    price: float | None  # price of a GPU for one hour; None if it is not known
-
-    def to_row(self, layout: PlannedLayout) -> Row:
-        """Returns days, GPU-hours and cost of the run with a layout."""
-        hours = self.num_tokens / layout.tokens_per_second / 3600
-        row: Row = {"days": f"{hours / 24:.2f}", "GPU-hours": round(hours * layout.num_gpus)}
-        if self.price is None:
-            return row
-        return {**row, "cost": round(hours * layout.num_gpus * self.price)}
-
-
 def parse_gpu_counts(text: str) -> list[int]:
-    """Parses the value of ``--gpus``, numbers of GPUs with commas between them.
-
-    Raises:
-        UserError: If one of them is not a positive number.
-    """
+    """Parses the value of ``--gpus``, numbers of GPUs with commas between them."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"--gpus: must be numbers of GPUs such as 64 or 64,256, not {text!r}")
     return [int(part) for part in parts]
 
 
-def layout_rows(
-    layouts: Sequence[tuple[str, PlannedLayout]], costs: Costs, band: tuple[float, float]
-) -> list[Row]:
-    """Returns a row of the table for each layout, which is given with its rank or a name."""
+def report_layouts(
+    found: Sequence[PlannedLayout],
+    own: PlannedLayout | None,
+    costs: tuple[int, float | None],
+    band: tuple[float, float],
+    num_shown: int,
+) -> str:
+    """Returns the table of the first layouts, the fastest one and the file's own.
+
+    ``found`` has the order of `search_layouts` and is not empty; ``costs`` are the number of tokens
+    to train on and the price of a GPU for one hour, if it is known; ``band`` is the speed that may
+    be expected, relative to the prediction.
+    """
+    num_tokens, price = costs
+    fastest = min(found, key=lambda layout: layout.seconds)
+    num_tied = sum(layout.seconds < fastest.seconds * (1 + TIE) for layout in found)
+    shown = [(str(rank), layout) for rank, layout in enumerate(found[:num_shown], 1)]
+    if fastest not in found[:num_shown]:
+        shown.append(("fastest", fastest))
+    if own is not None:
+        shown.append(("file", own))
     rows: list[Row] = []
-    for rank, layout in layouts:
+    for rank, layout in shown:
         speed = layout.tokens_per_second / layout.num_gpus
         loss, share = layout.step.largest_loss
+        hours = num_tokens / layout.tokens_per_second / 3600
+        cost = {} if price is None else {"cost": round(hours * layout.num_gpus * price)}
         rows.append(
             {
                 "rank": rank,
@@ -83,53 +80,13 @@ def layout_rows(
                 "from": round(band[0] * speed),
                 "to": round(band[1] * speed),
                 "MFU %": f"{100 * layout.mfu:.1f}",
-                **costs.to_row(layout),
+                "days": f"{hours / 24:.2f}",
+                "GPU-hours": round(hours * layout.num_gpus),
+                **cost,
                 "largest loss": f"{loss} {100 * share:.0f} %",
             }
         )
-    return rows
-
-
-def own_layout(
-    config: RunConfig,
-    num_gpus: int,
-    gpu: GpuSpec,
-    vocab_size: int,
-    network: float | None,
-    speed: float,
-) -> PlannedLayout | None:
-    """Returns the layout in the file; None if it is not valid for this number of GPUs."""
-    try:
-        validate_for_world(config, num_gpus)
-    except UserError:
-        return None
-    return plan_layout(config, num_gpus, gpu, vocab_size, network=network, speed=speed)
-
-
-def report_layouts(
-    found: Sequence[PlannedLayout],
-    own: PlannedLayout | None,
-    costs: Costs,
-    band: tuple[float, float],
-    num_shown: int,
-) -> str:
-    """Returns the table of the first layouts, the fastest one and the file's own.
-
-    Args:
-        found: Layouts in the order of `search_layouts`, not empty.
-        own: The layout in the file, or None.
-        costs: Length and price of the run.
-        band: Speed that may be expected, relative to the prediction.
-        num_shown: Number of layouts to show.
-    """
-    fastest = min(found, key=lambda layout: layout.seconds)
-    num_tied = sum(layout.seconds < fastest.seconds * (1 + TIE) for layout in found)
-    shown = [(str(rank), layout) for rank, layout in enumerate(found[:num_shown], 1)]
-    if fastest not in found[:num_shown]:
-        shown.append(("fastest", fastest))
-    if own is not None:
-        shown.append(("file", own))
-    text = format_table(layout_rows(shown, costs, band))
+    text = format_table(rows)
     text += (
         f"\n{num_tied} layouts tie with the fastest, within {100 * TIE:.0f} %; the simplest one, "
         "and then the one with the least memory, comes first"
@@ -157,12 +114,7 @@ def output_path(path: Path, num_gpus: int, counts: Sequence[int]) -> Path:
 
 def main() -> None:
     """Prints the ranking for each number of GPUs and writes the best layout of each."""
-    parser = ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES, allow_abbrev=False)
     parser.add_argument("--config", type=Path, required=True, help="path of the run's YAML file")
     parser.add_argument(
         "--gpus", required=True, metavar="N[,N...]", help="numbers of GPUs to plan for"
@@ -204,7 +156,7 @@ def main() -> None:
     config = load_config(arguments.config, flags)
     if not config.train.bf16:
         raise UserError("train.bf16: speeds are predicted for bf16 only; remove --no-bf16")
-    costs = Costs(_num_tokens(arguments.tokens, config), arguments.price)
+    num_tokens = _num_tokens(arguments.tokens, config)
     for num_gpus in counts if arguments.output else ():
         check_output_file(output_path(arguments.output, num_gpus, counts))
 
@@ -228,11 +180,17 @@ def main() -> None:
         num_planned += 1
         print(
             f"{num_gpus} x {arguments.gpu}, {train.global_batch_size} samples of "
-            f"{config.data.seq_length:,} tokens per step, {costs.num_tokens:,} tokens: "
+            f"{config.data.seq_length:,} tokens per step, {num_tokens:,} tokens: "
             f"{len(found):,} layouts fit in {MEMORY_SHARE * gpu.memory / 2**30:.0f} GiB\n"
             f"speeds are predicted, not measured: expect {band[0]:.2f} to {band[1]:.2f} of them\n"
         )
-        own = own_layout(config, num_gpus, gpu, vocab_size, network, speed)
+        try:
+            validate_for_world(config, num_gpus)
+        except UserError:  # the file's layout is not valid for this number of GPUs
+            own = None
+        else:
+            own = plan_layout(config, num_gpus, gpu, vocab_size, network=network, speed=speed)
+        costs = num_tokens, arguments.price
         print(report_layouts(found, own, costs, band, arguments.top))
         if arguments.output is not None:
             path = output_path(arguments.output, num_gpus, counts)

@@ -45,8 +45,7 @@ def main() -> None:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    parser = ArgumentParser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     add(
         "--input",

@@ -1,6 +1,5 @@
 """``chatflow report``: writes finished runs or runs in progress as one HTML page."""
 
-import argparse
 from pathlib import Path
 
 from megatron_chatflow.errors import ArgumentParser, UserError
@@ -17,9 +16,7 @@ EXAMPLES = """examples:
 def main() -> None:
     """Writes the page once, or with ``--follow`` repeatedly until the runs end."""
     parser = ArgumentParser(
-        description="Writes plots, tables and configuration of runs as one HTML page.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "Writes plots, tables and configuration of runs as one HTML page.", EXAMPLES
     )
     parser.add_argument(
         "run_dirs",

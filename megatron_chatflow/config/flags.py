@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
 from megatron_chatflow.config.megatron_flags import PAGE, TABLE, Translation, translate
 from megatron_chatflow.config.problems import did_you_mean
 from megatron_chatflow.config.validation import REMOVED, RunConfig
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import ArgumentParser, UserError
 
 _EXAMPLES = """examples:
   python -m megatron_chatflow.pretrain --config run.yaml --dry-run
@@ -105,23 +105,16 @@ def _flags() -> Iterator[_Flag]:
 FLAGS = tuple(_flags())
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def build_parser(*, with_options: bool = True) -> argparse.ArgumentParser:
     """Builds the argument parser of a training run.
 
-    Args:
-        with_options: Whether to include the options of the invocation, such as ``--config``.
+    ``with_options`` is whether to include the options of the invocation, such as ``--config``.
     """
-    parser = _Parser(
+    parser = ArgumentParser(
+        "Trains a LLaMA on a blend of sources that follows a schedule.",
+        _EXAMPLES,
         prog="python -m megatron_chatflow.pretrain",
         usage="%(prog)s --config YAML [--dry-run] [flags]",
-        description="Trains a LLaMA on a blend of sources that follows a schedule.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     if with_options:
@@ -203,14 +196,10 @@ def _add(group: Any, flag: _Flag) -> None:
 def parse_arguments(
     arguments: Sequence[str], *, with_options: bool = True
 ) -> tuple[dict[str, dict[str, Any]], RunOptions]:
-    """Parses the command line of a training run.
-
-    Args:
-        arguments: The command line without the program's name.
-        with_options: Whether to accept the options of the invocation, such as ``--config``.
+    """Parses a command line without the program's name.
 
     Returns:
-        The raw values of the given flags, by section and field, and the options.
+        The raw values of the given flags, by section and field, and the options of the invocation.
 
     Raises:
         UserError: If flags are unknown, or are Megatron-LM flags that are not supported (the
