@@ -77,9 +77,6 @@ def host_name(
     Machines that share a file system may have the same host name (``localhost``, containers). The
     name therefore ends with eight digits of a hash of the machine id, or of the boot id if there is
     no machine id.
-
-    Args:
-        id_files: Files with an id of the machine. The first that is not empty is used.
     """
     name = re.sub(r"[^A-Za-z0-9_-]", "_", os.uname().nodename) or "host"
     for path in id_files:
@@ -90,11 +87,7 @@ def host_name(
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes a file to disk.
-
-    Raises:
-        OSError: The file cannot be opened or flushed.
-    """
+    """Flushes a file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,8 +98,7 @@ def fsync_path(path: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Flushes the entries of a folder to disk, if its file system supports this.
 
-    Raises:
-        OSError: The flush failed. Files that were renamed before keep their final names.
+    If this fails, files that were renamed before keep their final names.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -128,11 +120,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flushes all files below ``folder`` and the entries of all folders to disk.
-
-    Raises:
-        OSError: A file or folder cannot be flushed.
-    """
+    """Flushes all files below ``folder`` and the entries of all folders to disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
             fsync_path(Path(parent) / name)
@@ -142,10 +130,8 @@ def sync_tree(folder: Path) -> None:
 class FileLock:
     """An exclusive lock on a path, which the kernel releases when the process ends.
 
-    Attributes:
-        is_effective: Whether the lock excludes other processes; False if the file system does not
-            support locks.
-        descriptor: The descriptor of the locked file.
+    ``is_effective`` is False if the file system does not support locks, so that other processes are
+    not excluded. ``descriptor`` belongs to the locked file.
     """
 
     def __init__(self, path: Path, descriptor: int, *, is_effective: bool) -> None:
@@ -158,19 +144,16 @@ class FileLock:
     def acquire(
         cls, path: Path, *, wait: bool = False, for_writing: bool = False
     ) -> "FileLock | None":
-        """Opens the file, creating it if it is missing, and locks it.
+        """Opens a lock file or a temporary file, creating it if it is missing, and locks it.
 
         Args:
-            path: A lock file, or the temporary file that will be written.
+            path: The file.
             wait: Whether to wait until another process releases the lock.
             for_writing: Whether the caller writes to the file. If not, a file of another user is
                 opened read-only, which is sufficient to lock it.
 
         Returns:
             The lock; None if another process holds it and ``wait`` is False.
-
-        Raises:
-            OSError: The file cannot be opened.
         """
         while True:
             try:
@@ -198,11 +181,7 @@ class FileLock:
             os.close(descriptor)
 
     def release(self, *, remove: bool = True) -> None:
-        """Releases the lock.
-
-        Args:
-            remove: Whether to remove the file before the lock is released.
-        """
+        """Releases the lock, before which the file is removed if ``remove`` is set."""
         if remove:
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
@@ -238,11 +217,7 @@ def check_output_file(path: Path) -> None:
 
 
 def check_output_folder(path: Path) -> None:
-    """Checks that a folder is writable or can be created, without creating it.
-
-    Raises:
-        UserError: The path is a URL or a file, or the folder is not writable and cannot be created.
-    """
+    """Checks that a folder is writable or can be created, without creating it."""
     refuse_url(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write: {path}: is a file; give the path of a folder")
@@ -277,11 +252,7 @@ def _try_to_write(path: Path, folder: Path) -> None:
 
 
 def write_and_sync(path: Path, content: bytes) -> None:
-    """Writes a file in place and flushes it to disk. The caller renames it or its folder.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Writes a file in place and flushes it to disk. The caller renames it or its folder."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -293,10 +264,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     The name of the temporary file is fixed for each user of a host, so that a file left by a killed
     process is reused. Processes with the same temporary file wait for each other.
-
-    Args:
-        path: The file. Its folder must exist.
-        content: The content. Strings are encoded as UTF-8.
 
     Raises:
         OSError: The file cannot be written. ``path`` is then unchanged, unless only the flush of
@@ -327,22 +294,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def write_output_file(path: Path, content: str | bytes) -> None:
-    """Replaces a file atomically and creates missing folders; see `write_atomically`.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Replaces a file as `write_atomically` does, creates folders, and raises `UserError`."""
     with as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file if it exists.
-
-    Raises:
-        UserError: The file cannot be removed, for example on a read-only disk.
-    """
+    """Removes a file if it exists."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -350,17 +309,7 @@ def remove_file(path: Path) -> None:
 
 
 def check_new_folder(output: Path, *, overwrite: bool, mark: str) -> None:
-    """Checks that `new_folder` can create a folder, without creating it.
-
-    Args:
-        output: The final path.
-        overwrite: Whether an existing folder may be replaced.
-        mark: Name of a file that every folder of this kind contains. Other folders are not
-            replaced.
-
-    Raises:
-        UserError: The folder exists and may not be replaced, or its parent is not writable.
-    """
+    """Checks that `new_folder` can create a folder, without creating it."""
     refuse_url(output)
     _refuse_existing(output, overwrite=overwrite, mark=mark)
     check_output_folder(output.absolute().parent)
@@ -379,9 +328,6 @@ def new_folder(output: Path, *, overwrite: bool, mark: str, num_bytes: int) -> I
         mark: Name of a file that every folder of this kind contains. Other folders are not
             replaced.
         num_bytes: Estimated number of bytes that will be written.
-
-    Yields:
-        The temporary folder.
 
     Raises:
         UserError: The folder exists and may not be replaced, the disk is full or not writable, or
@@ -451,15 +397,8 @@ def _refuse_existing(output: Path, *, overwrite: bool, mark: str) -> None:
 def replace_folder(output: Path, temporary: Path, old: Path) -> None:
     """Renames a complete and flushed folder to its final name.
 
-    Args:
-        output: The final path. An existing folder is removed after the new one has been renamed.
-        temporary: The folder, in the same parent folder.
-        old: A temporary path for the existing folder. If flushing the parent folder fails, the
-            existing folder stays there.
-
-    Raises:
-        OSError: The folder cannot be renamed, and an existing folder is unchanged; or the parent
-            folder cannot be flushed.
+    An existing folder is first renamed to ``old`` and removed at the end. It is restored if the new
+    one cannot be renamed, and stays under that name if the parent folder cannot be flushed.
     """
     _remove_tree(old)
     try:
@@ -550,22 +489,10 @@ class StagedFile:
     Call `write` and `append_file`, then `publish_all`. Leaving the ``with`` block without
     publishing removes the file. A killed job leaves only ``.partial`` files, which the next job
     overwrites.
-
-    Attributes:
-        path: The final path.
-        partial_path: The path during writing, ``<path>.partial``.
-        num_bytes: Number of bytes written so far.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Opens and locks ``<path>.partial``, so that no other job writes the same file.
-
-        Args:
-            path: The final path. Missing folders are created.
-
-        Raises:
-            UserError: The file cannot be created, or another process is writing it.
-        """
+        """Opens and locks ``<path>.partial``, so that no other job writes the same file."""
         refuse_url(path)
         self.path = Path(path)
         check_regular_file(self.path)
@@ -585,11 +512,7 @@ class StagedFile:
             self._file.truncate(0)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Appends and hashes bytes.
-
-        Raises:
-            UserError: The bytes cannot be written, for example because the disk is full.
-        """
+        """Appends and hashes bytes."""
         if len(data) < _LARGE_BYTES:
             self._hash.update(data)
             with as_user_error(self.partial_path):
@@ -605,20 +528,10 @@ class StagedFile:
         self.num_bytes += len(data)
 
     def append_file(self, source: Path) -> int:
-        """Appends and hashes a whole file.
+        """Appends and hashes a whole file; returns the number of its bytes.
 
         Each block is read while the previous one is hashed and written. Most blocks bypass the page
         cache, because copying into it takes longer than writing to disk and evicts other data.
-
-        Args:
-            source: The file to append.
-
-        Returns:
-            The number of appended bytes.
-
-        Raises:
-            UserError: The source cannot be read or becomes shorter during the copy, or the bytes
-                cannot be written.
         """
         with as_user_error(self.partial_path):
             self._file.flush()
@@ -661,21 +574,13 @@ class StagedFile:
         return self._hash.hexdigest()
 
     def seal(self) -> None:
-        """Flushes all bytes written so far to disk.
-
-        Raises:
-            UserError: The bytes cannot be written.
-        """
+        """Flushes all bytes written so far to disk."""
         with as_user_error(self.partial_path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def publish(self) -> None:
-        """Renames the file to its final name. Nothing may be written afterwards.
-
-        Raises:
-            UserError: The file cannot be renamed, for example because a folder has this name.
-        """
+        """Renames the file to its final name. Nothing may be written afterwards."""
         with as_user_error(self.path):
             os.replace(self.partial_path, self.path)
         self._file.close()
@@ -737,13 +642,7 @@ def _read(descriptor: int, path: Path, begin: int, block: memoryview) -> memoryv
 def publish_all(files: Iterable[StagedFile]) -> None:
     """Flushes all files, renames them in the given order, and flushes their folders.
 
-    Args:
-        files: The files in the order of renaming. The file that makes the others visible must be
-            last.
-
-    Raises:
-        UserError: A file cannot be written or renamed; or all files were renamed, but a folder
-            cannot be flushed.
+    The file that makes the others visible must be last.
     """
     files = list(files)
     for file in files:
@@ -759,27 +658,16 @@ def publish_all(files: Iterable[StagedFile]) -> None:
 
 
 class Spool:
-    """An unnamed temporary file for bytes that are read back later."""
+    """An unnamed temporary file on the disk of a folder, for bytes that are read back later."""
 
     def __init__(self, folder: Path) -> None:
-        """Creates the file.
-
-        Args:
-            folder: A folder on the disk to use.
-
-        Raises:
-            UserError: The file cannot be created.
-        """
+        """Creates the file."""
         self._folder = folder
         with as_user_error(folder):
             self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)
 
     def write(self, data: bytes) -> None:
-        """Appends bytes.
-
-        Raises:
-            UserError: The bytes cannot be written, for example because the disk is full.
-        """
+        """Appends bytes."""
         with as_user_error(self._folder):
             self._file.write(data)
 
@@ -797,42 +685,22 @@ class Spool:
 
 
 class DirectWriter:
-    """Writes a file directly, bypassing the page cache.
+    """Writes a file directly, bypassing the page cache; several threads may write at the same time.
 
     Writes through the page cache copy every byte once more, and the disk is idle during the copy.
     Data is written directly if its position, length and address are multiples of `ALIGNMENT`. Other
     data, and all data on file systems without direct writes, is written through the page cache.
-    Several threads may write at the same time.
-
-    Attributes:
-        descriptor: Descriptor of the file for writes through the page cache.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
-        """Opens a file.
-
-        Args:
-            path: The file.
-            create: Whether to create the file, or to truncate an existing one.
-
-        Raises:
-            OSError: The file cannot be opened.
-        """
+        """Opens a file; ``create`` also creates it, or truncates an existing one."""
         flags = os.O_CREAT | os.O_TRUNC if create else 0
         self.descriptor = os.open(path, os.O_WRONLY | flags, 0o644)
         self._direct = _open_direct(path)
         self._is_direct = self._direct is not None
 
     def write(self, data: memoryview, position: int) -> None:
-        """Writes bytes at a position in the file.
-
-        Args:
-            data: The bytes.
-            position: Offset in the file, in bytes.
-
-        Raises:
-            OSError: The bytes cannot be written, for example because the disk is full.
-        """
+        """Writes bytes at a position in the file."""
         done = 0
         while done < len(data):
             rest = data[done:]
@@ -873,16 +741,7 @@ def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """Creates a temporary folder and removes it when the block ends.
 
     Folders with the same prefix that killed processes of this user and host left are removed first.
-
-    Args:
-        prefix: Prefix of the folder's name.
-        parent: The parent folder; None means the system's temporary folder.
-
-    Yields:
-        The temporary folder.
-
-    Raises:
-        UserError: The folder cannot be created.
+    By default, the parent is the system's temporary folder.
     """
     prefix = f"{prefix}{host_name()}."
     try:
