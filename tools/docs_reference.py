@@ -233,7 +233,7 @@ to a LLaMA. A flag that both have means the same in both. A flag that requests w
 here is accepted, and one that has another name here is mapped; the log mentions each of them once at
 the start. All flags that cannot be honoured are reported in one message, with what to use instead.
 The tables below are generated from the table that the command line uses
-(`megatron_chatflow/config/megatron_flags.py`).
+(`megatron_chatflow/config/megatron_flags.yaml`).
 
 ## A launch script, before and after
 

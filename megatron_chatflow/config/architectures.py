@@ -37,12 +37,7 @@ def is_positive_number(value: object) -> bool:
 def dynamic_base(base: float, head_dim: int, factor: float, original: int, length: int) -> float:
     """Computes the rotary base of dynamic NTK scaling for a text, as transformers does.
 
-    Args:
-        base: The base for texts up to the original length.
-        head_dim: Size of an attention head.
-        factor: The factor of the scaling.
-        original: Length in tokens up to which the model is not scaled.
-        length: Length of the text in tokens. Up to `original` tokens, the result is `base`.
+    Up to ``original`` tokens, the length up to which the model is not scaled, it is ``base``.
     """
     stretch = factor * max(length, original) / original - (factor - 1)
     return float(base * stretch ** (head_dim / (head_dim - 2)))
@@ -51,16 +46,8 @@ def dynamic_base(base: float, head_dim: int, factor: float, original: int, lengt
 def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Converts the rotary settings of a config.json to fields of the model section.
 
-    Args:
-        path: Path of the config.json, for messages.
-        config: Content of the config.json.
-
-    Returns:
-        ``rotary_base``, and the ``rope_`` fields of the scaling if the model has one.
-
-    Raises:
-        UserError: If the kind of scaling is not supported, or one of its parameters is missing or
-            invalid.
+    Returns ``rotary_base``, and the ``rope_`` fields of the scaling if the model has one. The path
+    is for messages.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
@@ -107,11 +94,7 @@ def rope_of_huggingface(path: Path, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def huggingface_rope(model: Any) -> dict[str, Any] | None:
-    """Returns the ``rope_scaling`` for a config.json, or None if the model has no scaling.
-
-    Args:
-        model: An object with the model section's ``rope_`` fields.
-    """
+    """Returns the ``rope_scaling`` of a model section or shape, or None if it has no scaling."""
     kind = model.rope_scaling_type
     if kind is None:
         return None

@@ -80,13 +80,8 @@ def parse_count(value: object) -> int:
 def parse_num_bytes(text: str) -> int:
     """Parses a size in bytes in the notation of Hugging Face: ``5GB``, ``500MB`` or ``2GiB``.
 
-    Args:
-        text: A whole number of bytes, or a number with a unit in upper or lower case. KB, MB, GB
-            and TB are powers of 1000; KiB, MiB, GiB and TiB are powers of 1024. The units of
-            `parse_count` are accepted too (``5B`` is 5 billion).
-
-    Raises:
-        UserError: If the text is not a size, or is not a positive whole number of bytes.
+    KB, MB, GB and TB are powers of 1000; KiB, MiB, GiB and TiB are powers of 1024. A number without
+    a unit and the units of `parse_count` are accepted too (``5B`` is 5 billion).
     """
     text = text.strip()
     match = _NUM_BYTES.fullmatch(text)
@@ -105,11 +100,7 @@ def parse_num_bytes(text: str) -> int:
 
 
 def parse_number(value: object) -> float:
-    """Parses a real number. Accepts text such as ``3e-4``, because common YAML readers return text.
-
-    Raises:
-        UserError: If the value is not a number.
-    """
+    """Parses a real number, also text such as ``3e-4``, because common YAML readers return text."""
     if not isinstance(value, bool) and isinstance(value, Real):
         try:
             return float(value)
@@ -131,11 +122,7 @@ def differing_numbers(one: float, other: float, num_digits: int = 6) -> tuple[st
 
 
 def parse_weight(value: object) -> int | float:
-    """Parses the weight of a source, a finite number of at least 0. Integers remain integers.
-
-    Raises:
-        UserError: If the value is not such a number.
-    """
+    """Parses the weight of a source, a finite number of at least 0. Integers remain integers."""
     is_integer = not isinstance(value, bool) and isinstance(value, Integral)
     number = int(value) if is_integer else parse_number(value)  # type: ignore[call-overload]
     if not 0 <= number < math.inf:
@@ -144,16 +131,10 @@ def parse_weight(value: object) -> int | float:
 
 
 def parse_shares(value: object) -> tuple[float, float, float]:
-    """Parses training, validation and test shares in the form of Megatron-LM's ``--split``.
+    """Parses the shares of Megatron-LM's ``--split``: one to three numbers such as ``969,30,1``.
 
-    Args:
-        value: One to three numbers separated by commas, such as ``969,30,1``.
-
-    Returns:
-        The shares of training, validation and test, normalized to a sum of 1. Omitted shares are 0.
-
-    Raises:
-        UserError: If the value has another form, or the share of training is 0.
+    Returns the shares of training, validation and test, normalized to a sum of 1. Omitted shares
+    are 0.
     """
     words = [word.strip() for word in value.split(",")] if isinstance(value, str) else []
     if not 1 <= len(words) <= 3 or not all(_SHARE.fullmatch(word) for word in words):

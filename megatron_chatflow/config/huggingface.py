@@ -41,11 +41,7 @@ _CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def read_huggingface_config(folder: Path) -> dict[str, Any]:
-    """Reads the config.json of a Hugging Face folder.
-
-    Raises:
-        UserError: If the file is missing, cannot be read, or is not a JSON object.
-    """
+    """Reads the config.json of a Hugging Face folder, which must be a JSON object."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -63,12 +59,10 @@ def read_huggingface_config(folder: Path) -> dict[str, Any]:
 
 
 def model_of_huggingface(folder: Path) -> dict[str, Any]:
-    """Reads the model's shape from a Hugging Face folder.
+    """Reads the values of the model section, including ``vocab_size``, from a Hugging Face folder.
 
-    Returns:
-        Values of the model section by name, including ``vocab_size``. The ``rope_`` fields are
-        present only if the model has rotary scaling, and ``kv_channels`` only if the sizes of the
-        heads do not add up to the hidden size.
+    The ``rope_`` fields are present only if the model has rotary scaling, and ``kv_channels`` only
+    if the sizes of the heads do not add up to the hidden size.
 
     Raises:
         UserError: If config.json is invalid, or the model is not a LLaMA or has unsupported parts.

@@ -149,15 +149,7 @@ def load_config(yaml_path: str | Path | None, flags: Sequence[str] = ()) -> RunC
 
 
 def load_config_from_argv(arguments: Sequence[str]) -> tuple[RunConfig, RunOptions]:
-    """Loads a run's configuration and the options from a command line.
-
-    Args:
-        arguments: The command line without the program's name.
-
-    Raises:
-        UserError: See `load_config`. Also if ``--config`` or an option is missing or invalid.
-        SystemExit: After printing the help for ``--help``.
-    """
+    """Loads a run's configuration and the options from a command line, as `load_config` does."""
     flags, options = parse_arguments(arguments)
     if options.config is None and "sources" not in flags.get("data", {}):
         raise UserError("--config: is missing; give the run's YAML file, see --help")

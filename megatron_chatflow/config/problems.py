@@ -56,12 +56,7 @@ def _path(location: tuple[str | int, ...]) -> str:
 
 
 def describe(error: ValidationError, root: type) -> str:
-    """Describes the first problem of a validation error in one line.
-
-    Args:
-        error: The error of validating a mapping as ``root``.
-        root: The configuration class.
-    """
+    """Describes the first problem of validating a mapping as the class ``root`` in one line."""
     problems = error.errors(include_url=False)
     # Report an unknown key first: it is often a misspelling of a required key, which pydantic then
     # reports as missing. A list in which every element is invalid is reported as too short.

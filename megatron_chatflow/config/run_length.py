@@ -38,12 +38,8 @@ class RunLength:
     ) -> "RunLength":
         """Computes the length of a run from its configuration and progress.
 
-        Args:
-            config: The configuration of the run.
-            iteration: Number of completed iterations.
-            consumed_samples: Number of consumed samples.
-            initial_batch_size: Global batch size at the start of the run. None selects that of the
-                configuration. With ``train_samples``, it converts iterations to samples.
+        ``initial_batch_size`` is the global batch size at the start of the run, by default that of
+        the configuration. With ``train_samples``, it converts iterations to samples.
         """
         train, optimizer = config.train, config.optimizer
         batch = train.global_batch_size
@@ -84,11 +80,7 @@ class RunLength:
         return consumed_samples if self.counts_samples else iteration
 
     def check_learning_rate(self, optimizer: "OptimizerConfig") -> None:
-        """Checks that the warmup ends before the decay ends.
-
-        Raises:
-            UserError: If the warmup does not end before the decay.
-        """
+        """Checks that the warmup ends before the decay ends."""
         if self.lr_warmup < self.lr_decay:
             return
         field = "lr_warmup_samples" if optimizer.lr_warmup_samples else "lr_warmup_iters"

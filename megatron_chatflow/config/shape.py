@@ -18,11 +18,7 @@ _CHUNKS = "parallel.num_virtual_stages_per_pipeline_rank"
 
 
 def num_model_chunks(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Returns the number of model chunks per pipeline stage; 1 means no interleaving.
-
-    Raises:
-        UserError: If the layers cannot be divided as configured.
-    """
+    """Returns the number of model chunks per pipeline stage; 1 means no interleaving."""
     layers = parallel.num_layers_per_virtual_pipeline_stage
     chunks = parallel.num_virtual_stages_per_pipeline_rank
     if layers is None and chunks is None:

@@ -6,11 +6,12 @@ to change.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -34,10 +35,26 @@ from megatron_chatflow.config.shape import head_counts, num_model_chunks
 from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_chatflow.config.sections import ModelConfig
-
 _LONGEST_LIST = 8
+# Settings of which at most one may be set.
+_EXCLUSIVE = (
+    ("train.train_iters", "train.train_samples"),
+    ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples"),
+    ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples"),
+    ("checkpoint.load_hf", "checkpoint.pretrained_checkpoint"),
+    ("data.split", "data.holdout_every"),
+)
+# Settings that need another one, which is described by the rest of the message.
+_REQUIRED = (
+    ("checkpoint.finetune", "checkpoint.load", ", the folder of the initial weights"),
+    ("checkpoint.save_interval", "checkpoint.save", ", the folder to write to"),
+    ("logging.use_pytorch_profiler", "logging.profile", "; set that too"),
+    ("logging.use_pytorch_profiler", "checkpoint.save", ", the folder that the trace goes to"),
+    ("logging.wandb_project", "checkpoint.save", ", the folder of the run"),
+    ("logging.wandb_exp_name", "logging.wandb_project", "; set that too"),
+    ("logging.wandb_entity", "logging.wandb_project", "; set that too"),
+    ("logging.wandb_save_dir", "logging.wandb_project", "; set that too"),
+)
 
 # Settings of earlier versions, which are read and have no effect, and what decides instead.
 REMOVED = {
@@ -52,45 +69,27 @@ def _divisors(*numbers: int) -> str:
     divisors = [n for n in range(1, greatest + 1) if greatest % n == 0]
     if len(divisors) > _LONGEST_LIST:
         return f"a divisor of {greatest}"
-    return _choices(divisors)
-
-
-def _choices(values: Iterable[object]) -> str:
-    words = [str(value) for value in values]
+    words = [str(divisor) for divisor in divisors]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def check(config: "RunConfig") -> None:
-    """Checks everything that does not depend on the number of processes.
-
-    Raises:
-        UserError: For the first combination of values that is not supported.
-    """
+    """Checks everything that does not depend on the number of processes."""
     check_model(config.model)
     _check_parallel(config)
     _check_sequence(config)
     _check_precision(config)
     _check_recompute(config)
+    _check_combinations(config)
     _check_length(config)
-    _check_choice(config)
     _check_learning_rate(config)
     _check_checkpoint(config)
     _check_faults(config)
-    _check_schedule(config)
-    _check_logging(config)
+    check_knots(config.data.schedule.knots, list(config.data.sources))
 
 
-def check_model(model: "ModelConfig") -> None:
-    """Checks that the fields of a model's shape are consistent.
-
-    Raises:
-        UserError: If no LLaMA can have this shape.
-    """
-    _check_heads(model)
-    _check_rope(model)
-
-
-def _check_heads(model: "ModelConfig") -> None:
+def check_model(model: ModelConfig) -> None:
+    """Checks that the fields of a model's shape are consistent."""
     heads = model.num_attention_heads
     if model.kv_channels is None and model.hidden_size % heads:
         raise UserError(
@@ -112,9 +111,6 @@ def _check_heads(model: "ModelConfig") -> None:
             f"model.num_query_groups: {model.num_query_groups} does not divide "
             f"model.num_attention_heads {heads}; use {_divisors(heads)}"
         )
-
-
-def _check_rope(model: "ModelConfig") -> None:
     kind = model.rope_scaling_type
     of_llama3 = {
         "model.rope_low_freq_factor": model.rope_low_freq_factor,
@@ -310,14 +306,30 @@ def _check_recompute(config: "RunConfig") -> None:
         )
 
 
+def _check_combinations(config: "RunConfig") -> None:
+    for one, other in _EXCLUSIVE:
+        if attrgetter(one)(config) and attrgetter(other)(config):
+            raise UserError(f"{one} and {other}: both are set; remove one of them")
+    for one, needed, description in _REQUIRED:
+        if attrgetter(one)(config) and not attrgetter(needed)(config):
+            raise UserError(f"{one}: needs {needed}{description}")
+    train, logging = config.train, config.logging
+    if (train.choice_questions is None) != (train.choice_interval is None):
+        raise UserError(
+            "train.choice_questions and train.choice_interval: one is set and the other is not; "
+            "set both, or neither"
+        )
+    if logging.profile and logging.profile_step_start >= logging.profile_step_end:
+        raise UserError(
+            f"logging.profile_step_start: {logging.profile_step_start} is not below "
+            f"logging.profile_step_end {logging.profile_step_end}; lower it"
+        )
+
+
 def _check_length(config: "RunConfig") -> None:
     train = config.train
     if train.train_iters is None and train.train_samples is None:
         raise UserError("train.train_iters: is missing; set it, or train.train_samples")
-    if train.train_iters is not None and train.train_samples is not None:
-        raise UserError(
-            "train.train_iters and train.train_samples: both are set; remove one of them"
-        )
     if train.train_samples is not None and train.train_samples < train.global_batch_size:
         raise UserError(
             f"train.train_samples: {train.train_samples} is below train.global_batch_size "
@@ -330,23 +342,12 @@ def _check_length(config: "RunConfig") -> None:
         )
 
 
-def _check_choice(config: "RunConfig") -> None:
-    train = config.train
-    if (train.choice_questions is None) != (train.choice_interval is None):
-        raise UserError(
-            "train.choice_questions and train.choice_interval: one is set and the other is not; "
-            "set both, or neither"
-        )
-
-
 def _check_learning_rate(config: "RunConfig") -> None:
     optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        low, high = differing_numbers(optimizer.min_lr, optimizer.lr)
-        raise UserError(f"optimizer.min_lr: {low} is above optimizer.lr {high}; lower it")
-    if optimizer.lr_warmup_init > optimizer.lr:
-        low, high = differing_numbers(optimizer.lr_warmup_init, optimizer.lr)
-        raise UserError(f"optimizer.lr_warmup_init: {low} is above optimizer.lr {high}; lower it")
+    for name in ("min_lr", "lr_warmup_init"):
+        if getattr(optimizer, name) > optimizer.lr:
+            low, high = differing_numbers(getattr(optimizer, name), optimizer.lr)
+            raise UserError(f"optimizer.{name}: {low} is above optimizer.lr {high}; lower it")
     if config.train.train_iters is not None:
         for name in ("lr_warmup_samples", "lr_decay_samples"):
             if getattr(optimizer, name):
@@ -354,12 +355,6 @@ def _check_learning_rate(config: "RunConfig") -> None:
                     f"optimizer.{name}: counts samples, and the run's length is train.train_iters; "
                     f"set optimizer.{name.replace('samples', 'iters')}, or train.train_samples"
                 )
-    for name in ("lr_warmup", "lr_decay"):
-        if getattr(optimizer, f"{name}_iters") and getattr(optimizer, f"{name}_samples"):
-            raise UserError(
-                f"optimizer.{name}_iters and optimizer.{name}_samples: both are set; remove one "
-                "of them"
-            )
     # If a resumed run is measured in samples, its initial batch size is only known at the resume.
     if config.train.train_iters is not None or config.checkpoint.load is None:
         RunLength.of(config).check_learning_rate(optimizer)
@@ -367,15 +362,6 @@ def _check_learning_rate(config: "RunConfig") -> None:
 
 def _check_checkpoint(config: "RunConfig") -> None:
     checkpoint = config.checkpoint
-    if checkpoint.finetune and checkpoint.load is None:
-        raise UserError(
-            "checkpoint.finetune: needs checkpoint.load, the folder of the initial weights"
-        )
-    if checkpoint.load_hf is not None and checkpoint.pretrained_checkpoint is not None:
-        raise UserError(
-            "checkpoint.load_hf and checkpoint.pretrained_checkpoint: both are set; remove one "
-            "of them"
-        )
     for name in ("load_hf", "pretrained_checkpoint", "finetune"):
         if checkpoint.from_scratch and getattr(checkpoint, name):
             raise UserError(
@@ -392,8 +378,6 @@ def _check_checkpoint(config: "RunConfig") -> None:
         raise UserError(
             "checkpoint.load_optim: --no-load-optim needs checkpoint.load, the run to resume"
         )
-    if checkpoint.save_interval is not None and checkpoint.save is None:
-        raise UserError("checkpoint.save_interval: needs checkpoint.save, the folder to write to")
 
 
 def _check_faults(config: "RunConfig") -> None:
@@ -415,18 +399,8 @@ def _check_faults(config: "RunConfig") -> None:
         )
 
 
-def _check_schedule(config: "RunConfig") -> None:
-    if config.data.split is not None and config.data.holdout_every is not None:
-        raise UserError("data.split and data.holdout_every: both are set; remove one of them")
-    check_knots(config.data.schedule.knots, list(config.data.sources))
-
-
 def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
-    """Checks the order and the weights of a schedule's knots.
-
-    Raises:
-        UserError: For the first problem, with its path in ``data.schedule``.
-    """
+    """Checks the order and the weights of a schedule's knots."""
     for number, knot in enumerate(knots):
         if not isinstance(knot.weights, str):  # the checkpoint has the weights of as_planned
             check_weights(knot.weights, sources, f"data.schedule.knots[{number}].weights")
@@ -439,11 +413,7 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
 
 
 def check_weights(weights: Mapping[str, float], sources: Sequence[str], path: str) -> None:
-    """Checks that the weights of a knot name known sources and are not all 0.
-
-    Raises:
-        UserError: If a source is unknown or all weights are 0.
-    """
+    """Checks that the weights of a knot name known sources and are not all 0."""
     known = set(sources)
     for name in weights:
         if name not in known:
@@ -456,34 +426,8 @@ def check_weights(weights: Mapping[str, float], sources: Sequence[str], path: st
         raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")
 
 
-def _check_logging(config: "RunConfig") -> None:
-    logging = config.logging
-    if logging.use_pytorch_profiler and not logging.profile:
-        raise UserError("logging.use_pytorch_profiler: needs logging.profile; set that too")
-    if logging.use_pytorch_profiler and config.checkpoint.save is None:
-        raise UserError(
-            "logging.use_pytorch_profiler: needs checkpoint.save, the folder that the trace goes to"
-        )
-    if logging.profile and logging.profile_step_start >= logging.profile_step_end:
-        raise UserError(
-            f"logging.profile_step_start: {logging.profile_step_start} is not below "
-            f"logging.profile_step_end {logging.profile_step_end}; lower it"
-        )
-    if logging.wandb_project is not None and config.checkpoint.save is None:
-        raise UserError("logging.wandb_project: needs checkpoint.save, the folder of the run")
-    if logging.wandb_project is None:
-        for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
-            if getattr(logging, name) is not None:
-                raise UserError(f"logging.{name}: needs logging.wandb_project; set that too")
-
-
 def validate_for_world(config: "RunConfig", world_size: int) -> None:
-    """Checks the configuration against the number of processes.
-
-    Raises:
-        UserError: If the processes cannot be divided into tensor-, pipeline-, context- and
-            data-parallel groups, or the global batch cannot be divided into micro-batches.
-    """
+    """Checks that the processes can be divided into groups, and the global batch among them."""
     parallel, train = config.parallel, config.train
     model_parallel = config.model_parallel_size
     if world_size % model_parallel:
@@ -568,11 +512,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
-        """Creates a configuration from a mapping of sections. Missing fields have their defaults.
-
-        Raises:
-            UserError: If a key is unknown, a value is invalid, or values are inconsistent.
-        """
+        """Creates a configuration from a mapping of sections. Missing fields get their defaults."""
         # Validate a missing section as an empty one, so that messages name the missing field.
         given = {key: value for key, value in values.items() if value is not None}
         for path in removed_settings(given):

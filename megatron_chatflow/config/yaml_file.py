@@ -91,14 +91,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_decimal_flo
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """Parses a YAML document that contains a mapping.
-
-    Args:
-        text: A YAML document.
-        name: Name of the document in messages, such as the file's path.
-
-    Returns:
-        The mapping. It is empty if the document is empty.
+    """Parses a YAML document that contains a mapping or nothing; ``name`` names it in messages.
 
     Raises:
         UserError: If the text is not YAML, has a duplicate key, an unsafe tag or a cycle, or is not
@@ -121,11 +114,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that contains a mapping.
-
-    Raises:
-        UserError: If the file cannot be read. See also `parse_yaml`.
-    """
+    """Reads a YAML file that contains a mapping, as `parse_yaml` does."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
