@@ -78,11 +78,7 @@ class DirectFile:
     """A file of known length that is written in chunks in any order."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        """Creates the file and reserves its space on the disk.
-
-        Args:
-            path: The file; an existing one is overwritten.
-            num_bytes: Its length.
+        """Creates the file, or overwrites it, and reserves its space on the disk.
 
         Raises:
             OSError: The disk is full, or writing is not permitted.
@@ -141,15 +137,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def hash_file(path: Path, algorithm: str = ALGORITHM) -> FileHash:
-    """Reads a file and returns its hash.
-
-    Args:
-        path: The file.
-        algorithm: One of `ALGORITHMS`.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """Reads a file and returns its hash by one of `ALGORITHMS`."""
     tree = ALGORITHMS[algorithm]
     leaves = []
     num_bytes = 0

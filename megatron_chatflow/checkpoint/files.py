@@ -41,10 +41,7 @@ def iteration_folder(root: Path, iteration: int) -> Path:
 def write_unless_disk_full(path: Path, text: str, *, otherwise: str) -> None:
     """Writes a file with `write_atomically`; a full disk leaves it unchanged and logs a warning.
 
-    Args:
-        path: The file.
-        text: Its new content.
-        otherwise: The consequence of not writing the file, for the warning.
+    ``otherwise`` is the consequence of not writing the file, for the warning.
     """
     try:
         write_atomically(path, text)
@@ -55,11 +52,7 @@ def write_unless_disk_full(path: Path, text: str, *, otherwise: str) -> None:
 
 
 def latest_iteration(root: Path) -> int | None:
-    """Returns the iteration that a run's folder names as its latest; None if none was saved.
-
-    Raises:
-        UserError: The file does not hold a number, or the iteration's folder is missing.
-    """
+    """Returns the iteration that a run's folder names as its latest; None if none was saved."""
     path = root / LATEST
     if not path.is_file():
         return None
@@ -82,10 +75,7 @@ def prune(root: Path, *, retain: int, keep_every: int | None) -> list[int]:
     """Removes all checkpoints but the newest ``retain`` and the multiples of ``keep_every``.
 
     The latest one is always kept. A folder is renamed before it is removed, so that an interrupted
-    removal never leaves something that looks like a checkpoint.
-
-    Returns:
-        The iterations whose checkpoints were removed.
+    removal never leaves something that looks like a checkpoint. Returns the removed iterations.
     """
     latest = latest_iteration(root)
     found = sorted(
@@ -113,11 +103,7 @@ def is_iteration_folder(path: Path) -> bool:
 
 
 def resolve_checkpoint(path: Path) -> Path | None:
-    """Returns the checkpoint at ``path``: itself, or the latest one of a run's folder.
-
-    Returns:
-        The folder, or None if ``path`` holds no checkpoint.
-    """
+    """Returns the checkpoint at ``path``: itself, or the latest one of a run's folder, or None."""
     if is_iteration_folder(path):
         return path
     iteration = latest_iteration(path) if path.is_dir() else None
@@ -125,11 +111,7 @@ def resolve_checkpoint(path: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads ``state.json`` of a checkpoint folder.
-
-    Raises:
-        UserError: It is missing or no JSON object.
-    """
+    """Reads ``state.json`` of a checkpoint folder, which must be a JSON object."""
     path = checkpoint / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -165,11 +147,7 @@ class Manifest:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Reads ``hashes.json``.
-
-    Raises:
-        UserError: There is none, or it is damaged.
-    """
+    """Reads ``hashes.json``."""
     path = checkpoint / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -211,9 +189,6 @@ def find_damage(
 
     Returns:
         A line for each file that is missing, differs from what was saved, or has no recorded hash.
-
-    Raises:
-        UserError: The recorded hashes are missing or damaged.
     """
     manifest = read_manifest(checkpoint)
     recorded = manifest.files
@@ -253,9 +228,6 @@ def check_small_files(checkpoint: Path) -> None:
     """Compares the small files, which describe the tensor files, with their recorded hashes.
 
     A checkpoint without recorded hashes, of another program or an earlier version, is accepted.
-
-    Raises:
-        UserError: A file differs from what was saved.
     """
     if (checkpoint / MANIFEST).exists():
         raise_if_damaged(checkpoint, find_damage(checkpoint, only_small=True))
@@ -266,9 +238,6 @@ def identity(folder: Path, *, is_huggingface: bool = False) -> str:
 
     The hash is a blake2b-128 in hexadecimal, of the recorded hashes if there are any, or else of
     sizes and sampled blocks of the files.
-
-    Raises:
-        UserError: A file is missing or has another size than its manifest says.
     """
     digest = blake2b(digest_size=16)
     if not is_huggingface and (folder / MANIFEST).is_file():

@@ -75,11 +75,7 @@ def coverage_fault(size: Sequence[int], boxes: Iterable[Box]) -> str | None:
     sums are the mixed difference of the function that counts the chunks that hold an element, and
     determine it: the chunks cover the tensor exactly if and only if the sums equal the tensor's own
     corners. This takes 2^a dictionary updates for each of n chunks, where a is the number of axes
-    along which the tensor is split, usually 1 or 2.
-
-    Args:
-        size: The tensor's shape.
-        boxes: Offsets and shape of each chunk; empty ones are ignored.
+    along which the tensor is split, usually 1 or 2. Empty chunks are ignored.
     """
     held = 0
     filled: list[Box] = []
@@ -151,12 +147,7 @@ class _IndexFile(_Entry):
 
 
 def index_json(index: Metadata, metadata: bytes) -> bytes:
-    """Returns the content of `tensor_index.json`.
-
-    Args:
-        index: The index.
-        metadata: The content of `.metadata`.
-    """
+    """Returns the content of `tensor_index.json`, which records the hash of ``metadata``."""
     numbers: dict[str, int] = {}
 
     def place(name: str, offsets: torch.Size | None) -> list[int]:
@@ -187,10 +178,7 @@ def index_json(index: Metadata, metadata: bytes) -> bytes:
 
 
 def read_index(folder: Path) -> Metadata:
-    """Reads and checks the index of a checkpoint.
-
-    Args:
-        folder: An ``iter_`` folder.
+    """Reads and checks the index of an ``iter_`` folder.
 
     Raises:
         UserError: The index is missing or damaged, its two files do not belong together, or chunks
@@ -219,11 +207,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def _read(path: Path, parse: Callable[[From], To], content: From) -> To:
-    """Calls a parser.
-
-    Raises:
-        UserError: The parser fails; the message holds the first line of the reason.
-    """
+    """Calls a parser and turns its failure into a `UserError` with the first line of the reason."""
     try:
         return parse(content)
     except ValidationError as error:
@@ -252,11 +236,7 @@ def _checked(
     tensors: Mapping[str, tuple[Any, Any, Sequence[tuple[Any, Any, Place | None]]]],
     objects: Mapping[str, Place | None],
 ) -> Metadata:
-    """Builds torch's index from entries whose numbers are known to be non-negative integers.
-
-    Raises:
-        ValueError: Chunks do not cover a tensor exactly, or a place is not in the folder.
-    """
+    """Builds torch's index from entries whose numbers are known to be non-negative integers."""
     for file in {place[0] for _, _, chunks in tensors.values() for *_, place in chunks if place}:
         _check_file(file)
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
@@ -332,34 +312,12 @@ class _StandIn:
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-class _Index(_StandIn):
-    __slots__ = ()
+def _stand_in(name: str) -> type[_StandIn]:
+    return type(name, (_StandIn,), {"__slots__": ()})
 
 
-class _Tensor(_StandIn):
-    __slots__ = ()
-
-
-class _Object(_StandIn):
-    __slots__ = ()
-
-
-class _Chunk(_StandIn):
-    __slots__ = ()
-
-
-class _Properties(_StandIn):
-    __slots__ = ()
-
-
-class _Stored(_StandIn):
-    __slots__ = ()
-
-
-class _Other(_StandIn):
-    """An object that is not needed."""
-
-    __slots__ = ()
+_Index, _Tensor, _Object, _Chunk = map(_stand_in, ("Index", "Tensor", "Object", "Chunk"))
+_Properties, _Stored, _Other = map(_stand_in, ("Properties", "Stored", "Other"))
 
 
 class _Key(_StandIn):
@@ -386,60 +344,36 @@ class _Key(_StandIn):
 class _Function:
     """Stands for a function or constant; it has no attributes that BUILD could set."""
 
-    __slots__ = ()
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a function cannot have a state")
 
-
-class _Size(_Function):
-    __slots__ = ()
-
-    def __call__(self, values: Any = ()) -> tuple[int, ...]:
-        counts = tuple(values) if type(values) in (list, tuple) else (None,)
-        if not _are_counts(counts):
-            raise pickle.UnpicklingError("a size is not a tuple of non-negative integers")
-        return counts
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
 
 
-class _Mapping(_Function):
-    __slots__ = ()
-
-    def __call__(self) -> dict[Any, Any]:
-        return {}
-
-
-class _Nothing(_Function):
-    """A value that is not needed."""
-
-    __slots__ = ()
-
-    def __call__(self, *_: Any) -> None:
-        return None
+def _size(values: Any = ()) -> tuple[int, ...]:
+    counts = tuple(values) if type(values) in (list, tuple) else (None,)
+    if not _are_counts(counts):
+        raise pickle.UnpicklingError("a size is not a tuple of non-negative integers")
+    return counts
 
 
-class _Path(_Function):
-    __slots__ = ()
-
-    def __call__(self, *parts: Any) -> str:
-        if not all(type(part) is str for part in parts):
-            raise pickle.UnpicklingError("a path is not made of strings")
-        return "/".join(parts)
+def _path(*parts: Any) -> str:
+    if not all(type(part) is str for part in parts):
+        raise pickle.UnpicklingError("a path is not made of strings")
+    return "/".join(parts)
 
 
-class _MemoryFormats(_Nothing):
-    __slots__ = ()
-
-
-class _Getattr(_Function):
+def _getattr(owner: Any, name: Any) -> None:
     """Stands for ``getattr``, with which Python 3.11.0 to 3.11.3 pickle members of an enum."""
-
-    __slots__ = ()
-
-    def __call__(self, owner: Any, name: Any) -> None:
-        names = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
-        if type(owner) is not _MemoryFormats or name not in names:
-            raise pickle.UnpicklingError("builtins.getattr is not allowed in an index")
+    names = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
+    if owner is not _MEMORY_FORMATS or name not in names:
+        raise pickle.UnpicklingError("builtins.getattr is not allowed in an index")
 
 
 def _are_counts(values: Any) -> bool:
@@ -447,6 +381,8 @@ def _are_counts(values: Any) -> bool:
     return type(values) is tuple and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
+_NOTHING = _Function(lambda *_: None)  # a value that is not needed
+_MEMORY_FORMATS = _Function(lambda *_: None)
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _STORAGE_MODULE = "torch.distributed.checkpoint.filesystem"
 _STAND_INS: dict[tuple[str, str], Any] = {
@@ -457,17 +393,17 @@ _STAND_INS: dict[tuple[str, str], Any] = {
     (_METADATA_MODULE, "TensorProperties"): _Properties,
     (_METADATA_MODULE, "MetadataIndex"): _Key,
     (_METADATA_MODULE, "StorageMeta"): _Other,
-    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): _MemoryFormats(),
+    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): _MEMORY_FORMATS,
     (_STORAGE_MODULE, "_StorageInfo"): _Stored,
-    ("torch", "Size"): _Size(),
-    ("torch", "device"): _Nothing(),
-    ("torch.serialization", "_get_layout"): _Nothing(),
-    ("torch", "strided"): _Nothing(),
-    ("torch", "contiguous_format"): _Nothing(),
-    ("collections", "OrderedDict"): _Mapping(),
-    ("pathlib", "PosixPath"): _Path(),
-    ("pathlib._local", "PosixPath"): _Path(),
-    ("builtins", "getattr"): _Getattr(),
+    ("torch", "Size"): _Function(_size),
+    ("torch", "device"): _NOTHING,
+    ("torch.serialization", "_get_layout"): _NOTHING,
+    ("torch", "strided"): _NOTHING,
+    ("torch", "contiguous_format"): _NOTHING,
+    ("collections", "OrderedDict"): _Function(lambda: {}),
+    ("pathlib", "PosixPath"): _Function(_path),
+    ("pathlib._local", "PosixPath"): _Function(_path),
+    ("builtins", "getattr"): _Function(_getattr),
     **{("torch", name): name for name in _DTYPES},
 }
 
@@ -528,11 +464,7 @@ def _unpickled(content: bytes) -> Metadata:
 
 
 def _part(owner: object, kind: type[_StandIn], name: str, expected: type) -> Any:
-    """Returns a value of a stand-in's state.
-
-    Raises:
-        ValueError: The owner is of another class, or the value of another type.
-    """
+    """Returns a value of a stand-in's state, which must have the expected class and type."""
     value = owner.get(name) if isinstance(owner, kind) else None
     if type(value) is not expected:
         raise ValueError(f"{name} is missing or has the wrong type")

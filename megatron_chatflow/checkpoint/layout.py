@@ -141,11 +141,7 @@ def plan_tensor(
 def build_file_image(
     file_name: str, shards: Sequence[TensorShard], objects: Sequence[StoredObject]
 ) -> FileImage:
-    """Lays out a rank's shards one after the other, with values at multiples of 64 bytes.
-
-    Raises:
-        ValueError: Checkpoints do not support a tensor's dtype.
-    """
+    """Lays out a rank's shards one after the other, with values at multiples of 64 bytes."""
     plan: Plan = {"file": file_name, "tensors": [], "objects": []}
     image = FileImage(plan)
     for shard in shards:
@@ -210,15 +206,8 @@ def boxes_of_range(begin: int, end: int, shape: Sequence[int]) -> list[Box]:
     """Splits the values [begin, end) of a flattened tensor into boxes of the tensor.
 
     The distributed optimizer shards flat buffers at arbitrary positions, while a checkpoint holds
-    boxes: for a matrix the rest of a row, whole rows, and the beginning of a row.
-
-    Args:
-        begin: Index of the first value.
-        end: Index after the last value.
-        shape: The tensor's shape, with at least one axis.
-
-    Returns:
-        At most ``2 * len(shape) - 1`` boxes in the order of their values.
+    boxes: for a matrix the rest of a row, whole rows, and the beginning of a row. There are at most
+    ``2 * len(shape) - 1`` boxes, in the order of their values.
     """
     if begin >= end:
         return []
@@ -244,11 +233,6 @@ def assign_shards(shards: Sequence[TensorShard], rank: int, num_replicas: int) -
 
     Large shards are split by rows. Then each shard, in descending order of size, is assigned to the
     replica with the fewest bytes.
-
-    Args:
-        shards: The shards, which every replica holds.
-        rank: The replica.
-        num_replicas: The number of replicas.
     """
     if num_replicas == 1:
         return list(shards)
@@ -308,11 +292,7 @@ def unpadded_values(
 ) -> torch.Tensor | None:
     """Returns a view of a matrix's slice without padded heads; None if nothing remains.
 
-    Args:
-        name: The matrix's name.
-        begin: Where the slice begins, one offset for each axis.
-        data: The slice, with any number of axes before the last two.
-        unpadded_sizes: The sizes of padded matrices.
+    The slice ``data`` has any number of axes before the last two and begins at ``begin``.
     """
     found = _find(name, unpadded_sizes)
     if found is None:
@@ -427,16 +407,7 @@ def _central_header(name: bytes, size: int, checksum: int, offset: int) -> bytes
 
 @lru_cache(maxsize=4096)
 def frame(dtype: torch.dtype, shape: tuple[int, ...], phase: int) -> Frame:
-    """Returns the frame of a contiguous tensor's record.
-
-    Args:
-        dtype: The tensor's dtype.
-        shape: The tensor's shape.
-        phase: The record's position in the file modulo 64.
-
-    Raises:
-        ValueError: Checkpoints do not support this dtype.
-    """
+    """Returns the frame of a contiguous tensor's record at a position in the file modulo 64."""
     num_values = torch.Size(shape).numel()
     num_bytes = num_values * dtype.itemsize
     head, central = b"", b""

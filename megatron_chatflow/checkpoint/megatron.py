@@ -83,10 +83,7 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     def load(
         self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, *_: Any, **__: Any
     ) -> dict[str, Any]:
-        """Loads this rank's shards of ``sharded_state_dict``.
-
-        Later versions of megatron-core pass more arguments, which are not needed.
-        """
+        """Loads this rank's shards; later versions of megatron-core pass more arguments."""
         tensors = [t for t in nested_values(sharded_state_dict) if isinstance(t, ShardedTensor)]
         planner = _SafePlanner(
             shapes_validation_sharded_tensors=[t for t in tensors if not t.allow_shape_mismatch],
@@ -178,14 +175,7 @@ class ParameterShard:
 
 
 def parameter_shards(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[ParameterShard]]:
-    """Returns the positions of a model's parameters in the whole model.
-
-    Args:
-        state_dict: A sharded state dictionary of the chunks, which is not changed.
-
-    Returns:
-        Shards in the order of their values, by parameter.
-    """
+    """Returns the shards of each parameter, in the order of its values, in the whole model."""
     found: dict[torch.Tensor, list[ParameterShard]] = {}
     for entry in nested_values(state_dict):
         tensors = _tensors_of(entry)
@@ -216,11 +206,9 @@ def _group_is_main(tensor: Any) -> bool:
 def saved_shards(
     state_dict: dict[str, Any], common: dict[str, Any]
 ) -> tuple[list[TensorShard], list[StoredObject], bytes]:
-    """Returns what this rank's data-parallel group writes of a sharded state dictionary.
+    """Returns what this rank's data-parallel group writes of the state dictionary of the chunks.
 
-    Args:
-        state_dict: The state dictionary of the model's chunks.
-        common: State that is the same on every rank.
+    ``common`` is state that is the same on every rank.
 
     Returns:
         Shards of tensors that every rank of the group holds; objects of which this rank holds the
@@ -276,13 +264,7 @@ def format_file() -> bytes:
 def load_sharded(
     sharded_state_dict: dict[str, Any], folder: Path, reader: FileSystemReader | None = None
 ) -> dict[str, Any]:
-    """Loads a sharded state dictionary; a collective.
-
-    Args:
-        sharded_state_dict: The state to load.
-        folder: An ``iter_`` folder.
-        reader: The reader to use; None reads the folder's files unchanged.
-    """
+    """Loads a sharded state dictionary; a collective."""
     loaded: dict[str, Any] = dist_checkpointing.load(
         sharded_state_dict, str(folder), sharded_strategy=SafeLoad(reader)
     )

@@ -32,13 +32,7 @@ from megatron_chatflow.errors import UserError
 def read_record(
     file: io.BufferedReader, place: Any, sizes: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Reads a chunk of a tensor.
-
-    Args:
-        file: A file of the checkpoint.
-        place: The position of the chunk's record, from the index.
-        sizes: The chunk's shape, from the index.
-        dtype: The chunk's dtype, from the index.
+    """Reads a chunk of a tensor, whose position, shape and dtype come from the index.
 
     Raises:
         ValueError: The record is not a tensor of this shape and dtype. Reading a damaged record may
@@ -106,11 +100,7 @@ class SafeReader(FileSystemReader):
         }
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
-        """Reads the items of a plan.
-
-        Raises:
-            UserError: A file is missing, cut short or damaged.
-        """
+        """Reads the items of a plan; raises `UserError` for a missing or damaged file."""
         by_file: dict[str, list[tuple[int, ReadItem]]] = {}
         for item in plan.items:
             place = self.storage_data.get(item.storage_index)
@@ -226,16 +216,7 @@ def _check_shape(folder: Path, shard: TensorShard, stored: tuple[int, ...]) -> N
 
 
 def fill(shards: Sequence[TensorShard], folder: Path, reader: FileSystemReader) -> None:
-    """Reads shards in place, without communication; rows that the checkpoint lacks become 0.
-
-    Args:
-        shards: The shards to fill.
-        folder: An ``iter_`` folder.
-        reader: The reader of the folder.
-
-    Raises:
-        UserError: The checkpoint lacks something, or is damaged.
-    """
+    """Reads shards in place, without communication; rows that the checkpoint lacks become 0."""
     index = reader.read_metadata()
     planner = _ShardPlanner(folder, shards, index)
     for shard in shards:

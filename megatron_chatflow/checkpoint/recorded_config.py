@@ -67,14 +67,7 @@ _adapter = TypeAdapter(RecordedConfig)
 
 
 def read_run_config(checkpoint: Path) -> RecordedConfig:
-    """Reads the configuration beside a checkpoint's weights; defaults if there is none.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-
-    Raises:
-        UserError: The file is not YAML, or a value is of the wrong type.
-    """
+    """Reads the configuration beside a checkpoint's weights; defaults if there is none."""
     path = checkpoint / "config.yaml"
     if not path.is_file():
         return RecordedConfig()

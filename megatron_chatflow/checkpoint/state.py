@@ -7,7 +7,7 @@ fills them in place. In fp32 runs the weights are their own master weights, so t
 are stored.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,7 @@ class LocalState:
 def local_states(optimizer: Any) -> list[LocalState]:
     """Returns all state that this rank's optimizer holds; missing moments are created as 0.
 
-    Args:
-        optimizer: megatron-core's plain, mixed-precision or distributed optimizer, or a chain.
+    The optimizer is megatron-core's plain, mixed-precision or distributed one, or a chain.
     """
     return [state for one in _single(optimizer) for state in _states_of_one(one)]
 
@@ -97,9 +96,7 @@ def _pairs(groups: list[list[Any]], others: list[list[Any]]) -> Iterator[tuple[A
 def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor]]:
     """Returns this rank's fp32 master weights by parameter, without fp32 parameters.
 
-    Returns:
-        For each parameter, the index in the flattened parameter at which this rank's master
-        weights begin, and the master weights.
+    Each comes with the index in the flattened parameter at which it begins.
     """
     return {
         parameter: (begin, main.detach())
@@ -112,9 +109,7 @@ def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor
 def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorShard]:
     """Returns a parameter's state as shards of the whole model's tensors, without copying.
 
-    Args:
-        state: The optimizer's state.
-        parts: The parameter's shards, in the order of its values.
+    ``parts`` are the parameter's shards, in the order of its values.
     """
     shards = []
     num_values = next(iter(state.tensors.values())).numel()
@@ -167,34 +162,22 @@ def load(
 ) -> None:
     """Loads this rank's optimizer state in place, without communication.
 
-    Everything else in the optimizer's groups follows from the run's configuration.
-
-    Args:
-        optimizer: megatron-core's optimizer.
-        layout: The positions of the model's parameters.
-        common: The rank-independent state that was saved, of any optimizer and version.
-        folder: An ``iter_`` folder.
-        reader: The reader to use; None reads the folder's files unchanged.
+    Everything else in the optimizer's groups follows from the run's configuration. ``common`` is
+    the rank-independent state that was saved, of any optimizer and version.
 
     Raises:
         UserError: The checkpoint holds no optimizer state, or is damaged.
     """
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
-    shards = [
-        replace(shard, name=_stored_name(shard.name, names))
-        for held in local_states(optimizer)
-        for shard in state_shards(held, layout.parts[held.parameter])
-    ]
+    states = local_states(optimizer)
     num_steps = _num_steps(common, folder)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
         raise UserError(
             f"{folder}: contains no optimizer state; continue with a fresh optimizer "
             "(--no-load-optim), or start a new run from the weights (--finetune)"
         )
-    shards += _fp32_weights(layout, names)
-    with torch.no_grad():
-        fill(_without_padding(shards, layout.unpadded_sizes), folder, reader)
+    _fill(states, layout, names, folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
             group["step"] = num_steps
@@ -207,57 +190,49 @@ def load_master_weights(
 
     The master weights of a bf16 run become the master weights in the checkpoint or, if it holds
     none, its weights. The weights of an fp32 run become the master weights of a bf16 run's
-    checkpoint.
-
-    Args:
-        optimizer: megatron-core's optimizer.
-        layout: The positions of the model's parameters.
-        folder: An ``iter_`` folder, whose weights have been loaded into the model.
-        reader: The reader to use; None reads the folder's files unchanged.
-
-    Raises:
-        UserError: The checkpoint is damaged.
+    checkpoint. The model's weights must have been loaded before.
     """
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
-    masters = master_weights(optimizer)
+    states = [
+        LocalState(parameter, begin, {MASTER: values}, is_sharded=False)
+        for parameter, (begin, values) in master_weights(optimizer).items()
+    ]
+    _fill(states, layout, names, folder, reader)
+
+
+def _fill(
+    states: Sequence[LocalState],
+    layout: Layout,
+    names: Mapping[str, Any],
+    folder: Path,
+    reader: FileSystemReader,
+) -> None:
+    """Reads states, and fp32 parameters for which a checkpoint holds master weights, in place.
+
+    Padded heads are set to 0.
+    """
     shards = [
         replace(shard, name=_stored_name(shard.name, names))
-        for parameter, (begin, values) in masters.items()
-        for shard in state_shards(
-            LocalState(parameter, begin, {MASTER: values}, is_sharded=False),
-            layout.parts[parameter],
-        )
+        for state in states
+        for shard in state_shards(state, layout.parts[state.parameter])
     ]
-    shards += _fp32_weights(layout, names)
-    with torch.no_grad():
-        fill(_without_padding(shards, layout.unpadded_sizes), folder, reader)
-
-
-def _fp32_weights(layout: Layout, names: Mapping[str, Any]) -> list[TensorShard]:
-    """Returns shards of fp32 parameters for which a checkpoint holds master weights."""
-    found = []
     for parameter, parts in layout.parts.items():
-        if parameter.dtype != torch.float32:
-            continue
-        held = LocalState(parameter, 0, {MASTER: parameter.detach()}, is_sharded=False)
-        for shard in state_shards(held, parts):
-            name = _stored_name(shard.name, names)
-            if name.startswith(PREFIX):
-                found.append(replace(shard, name=name))
-    return found
-
-
-def _without_padding(shards: list[TensorShard], unpadded_sizes: UnpaddedSizes) -> list[TensorShard]:
-    """Returns the shards without padded heads, which are set to 0."""
-    found = []
-    for shard in shards:
-        unpadded = unpadded_shard(shard, unpadded_sizes)
-        if unpadded is not shard:
-            shard.values.zero_()
-        if unpadded is not None:
-            found.append(unpadded)
-    return found
+        if parameter.dtype == torch.float32:
+            state = LocalState(parameter, 0, {MASTER: parameter.detach()}, is_sharded=False)
+            for shard in state_shards(state, parts):
+                name = _stored_name(shard.name, names)
+                if name.startswith(PREFIX):
+                    shards.append(replace(shard, name=name))
+    wanted = []
+    with torch.no_grad():
+        for shard in shards:
+            unpadded = unpadded_shard(shard, layout.unpadded_sizes)
+            if unpadded is not shard:
+                shard.values.zero_()
+            if unpadded is not None:
+                wanted.append(unpadded)
+        fill(wanted, folder, reader)
 
 
 def _stored_name(name: str, names: Mapping[str, Any]) -> str:
@@ -270,11 +245,7 @@ def _stored_name(name: str, names: Mapping[str, Any]) -> str:
 
 
 def _num_steps(common: Any, folder: Path) -> int | None:
-    """Returns the number of steps of the saved optimizer; None if it is not recorded.
-
-    Raises:
-        UserError: The recorded value is not a number of steps.
-    """
+    """Returns the number of steps of the saved optimizer; None if it is not recorded."""
     try:
         found = next(_numbers_of_steps(common), None)
         num_steps = None if found is None else int(found)

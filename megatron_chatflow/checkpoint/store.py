@@ -16,6 +16,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,7 @@ class RunState:
 
     @classmethod
     def read(cls, checkpoint: Path) -> "RunState":
-        """Reads a checkpoint's state.
-
-        Raises:
-            UserError: The file is missing, or a field is missing or of the wrong type.
-        """
+        """Reads a checkpoint's state and checks the types of its fields."""
         state = read_state(checkpoint)
         for name, value in state.items():
             kind = int if name in _COUNTS else dict
@@ -197,11 +194,6 @@ class CheckpointSaver:
         A save that fails (a full disk, a quota, a folder that cannot be written) is logged, leaves
         nothing behind, and leaves the previous checkpoint unchanged.
 
-        Args:
-            state: The run's state.
-            chunks: Model chunks, with or without DDP wrappers.
-            optimizer: megatron-core's optimizer.
-
         Returns:
             Whether the save started; with ``--no-async-save``, whether the checkpoint is on disk.
         """
@@ -245,8 +237,7 @@ class CheckpointSaver:
     def finish(self) -> int | None:
         """Waits for the save in progress; a collective.
 
-        Returns:
-            The iteration of the newest checkpoint on disk; None if there is none.
+        Returns the iteration of the newest checkpoint on disk; None if there is none.
         """
         pending = self._pending
         if pending is None:
@@ -349,16 +340,12 @@ class CheckpointSaver:
 
 def _written_now(write: Write, on_progress: OnProgress) -> Write:
     """Writes while training waits; returns a function with the same result or error."""
+    done: Future[dict[str, FileHash]] = Future()
     try:
-        hashes = write(on_progress)
-    except Exception as caught:
-        error = caught
-
-        def fail(_: OnProgress) -> dict[str, FileHash]:
-            raise error
-
-        return fail
-    return lambda _: hashes
+        done.set_result(write(on_progress))
+    except Exception as error:
+        done.set_exception(error)
+    return lambda _: done.result()
 
 
 def _write_whole(data: memoryview, num_bytes: int, path: Path, progress: OnProgress) -> FileHash:
@@ -401,16 +388,8 @@ def shards_to_save(
 ) -> tuple[list[TensorShard], list[StoredObject], bytes]:
     """Returns the weights and optimizer state that this rank writes, without copying anything.
 
-    Shards that data-parallel ranks replicate are divided among them.
-
-    Args:
-        chunks: Model chunks, with or without DDP wrappers.
-        optimizer: megatron-core's optimizer.
-        ranks: This process's place in the job.
-
-    Returns:
-        Shards of tensors, small objects, and the content of ``common.pt``, which is the same on
-        every rank.
+    Shards that data-parallel ranks replicate are divided among them. The content of ``common.pt``,
+    the last value, is the same on every rank.
     """
     with device_mode(ranks.device):
         bare = _unwrap(chunks)
@@ -463,18 +442,9 @@ def load_weights(
     reader: FileSystemReader | None = None,
     optimizer: Any = None,
 ) -> None:
-    """Loads only the model's weights, saved at any layout; a collective.
+    """Loads only the model's weights, as `load_checkpoint` does; a collective.
 
-    Args:
-        checkpoint: An ``iter_`` folder.
-        chunks: Model chunks, with or without DDP wrappers.
-        ranks: This process's place in the job.
-        reader: The reader to use; None reads the folder's files unchanged.
-        optimizer: megatron-core's optimizer, whose master weights are set to the checkpoint's at
-            full precision.
-
-    Raises:
-        UserError: Raised on every rank if one rank cannot read its shards.
+    The master weights of ``optimizer`` are set to the checkpoint's at full precision.
     """
     bare = _unwrap(chunks)
     with device_mode(ranks.device):
@@ -559,8 +529,7 @@ def _all_ranks_succeeded(succeeded: bool, device: torch.device) -> bool:
 def verify_checkpoint(checkpoint: Path, ranks: Ranks) -> None:
     """Compares the hashes of all files with the recorded ones, divided among ranks; a collective.
 
-    Raises:
-        UserError: A file differs from what was saved. Raised on every rank, naming all such files.
+    Raises `UserError` on every rank, naming all files that differ from what was saved.
     """
     world_size = ranks.process.world_size
     found = find_damage(checkpoint, part=ranks.process.rank, num_parts=world_size)

@@ -67,9 +67,6 @@ class StagingBuffer:
     The first touch of memory is several times slower than the copy itself, because of a page fault
     for each 4 KiB. The buffer is therefore touched ahead of time by a thread, and pinned if the
     tensors are on a GPU.
-
-    Args:
-        device: The device of the tensors that will be copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,11 +77,7 @@ class StagingBuffer:
         self._is_pinned = False
 
     def reserve(self, num_bytes: int) -> bool:
-        """Allocates memory and begins to touch it in the background.
-
-        Returns:
-            Whether enough memory is available. If not, nothing is allocated.
-        """
+        """Allocates memory and touches it in the background; returns whether there is enough."""
         if self._tensor is not None and len(self._tensor) >= num_bytes:
             return True
         self.release()
@@ -176,13 +169,10 @@ class Report:
 
 
 class SaveReports:
-    """The reports of all ranks on one save.
+    """The reports of all ranks on one save, whose ``name`` is unique in the job.
 
     They go through the job's key-value store instead of a collective, because threads may use the
     store while training runs collectives of its own.
-
-    Args:
-        name: The save's name: the same on every rank and unique in this job.
     """
 
     def __init__(self, name: str) -> None:
@@ -201,24 +191,12 @@ class SaveReports:
     ) -> list[Report]:
         """Waits for every rank's report and returns them in the order of ranks.
 
-        A rank that fails reports too, and a rank that dies ends the job.
-
-        Args:
-            world_size: The number of ranks.
-            on_wait: Called before each check.
-            is_cancelled: Returns whether to stop waiting.
-
-        Raises:
-            RuntimeError: It was cancelled.
+        A rank that fails reports too, and a rank that dies ends the job. Raises `RuntimeError` if
+        it was cancelled.
         """
         keys = [self._key(rank) for rank in range(world_size)]
-        pause = _FIRST_PAUSE
-        while not self._store.check(keys):
-            on_wait()
-            if is_cancelled():
-                raise RuntimeError("the job ended before all ranks had written their files")
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        if not self._wait_for(keys, on_wait, is_cancelled):
+            raise RuntimeError("the job ended before all ranks had written their files")
         reports = [Report.from_json(self._store.get(key).decode()) for key in keys]
         for key in keys:
             self._store.delete_key(key)
@@ -230,17 +208,20 @@ class SaveReports:
             self._store.set(self._key("end"), "")
 
     def wait_for_end(self, on_wait: Callable[[], None], is_cancelled: Callable[[], bool]) -> None:
-        """Waits until rank 0 has finished, without the timeout of a collective.
+        """Waits until rank 0 has finished, without the timeout of a collective."""
+        self._wait_for([self._key("end")], on_wait, is_cancelled)
 
-        Args:
-            on_wait: Called before each check.
-            is_cancelled: Returns whether to stop waiting.
-        """
+    def _wait_for(
+        self, keys: list[str], on_wait: Callable[[], None], is_cancelled: Callable[[], bool]
+    ) -> bool:
         pause = _FIRST_PAUSE
-        while not is_cancelled() and not self._store.check([self._key("end")]):
+        while not self._store.check(keys):
             on_wait()
+            if is_cancelled():
+                return False
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+        return True
 
     def clear(self) -> None:
         """Removes the announcement of `end`, once every rank has seen it."""
@@ -321,12 +302,7 @@ class Publication:
 class BackgroundSave:
     """A save in progress. Its constructor starts the thread that writes this rank's files.
 
-    Args:
-        iteration: The checkpoint's iteration.
-        write: Writes this rank's files.
-        reports: Where the rank reports.
-        rank: This process's rank.
-        plan: The content of the files; None if it is the same as in the previous save.
+    ``plan`` is the content of the files; None if it is the same as in the previous save.
     """
 
     def __init__(
@@ -351,11 +327,8 @@ class BackgroundSave:
     ) -> None:
         """Starts a thread that waits for every rank and publishes; called by rank 0.
 
-        Args:
-            publication: What to do once all ranks have reported.
-            world_size: The number of ranks.
-            plans: The last known plan of each rank; updated with those that are reported.
-            begin: When the save began, by `time.perf_counter`.
+        ``plans`` holds the last known plan of each rank and is updated with those that are
+        reported.
         """
         self._is_published = False
         self._start(lambda: self._publish(publication, world_size, plans, begin))
@@ -368,9 +341,8 @@ class BackgroundSave:
     def wait(self, on_progress: OnProgress) -> bool:
         """Waits until the save has finished.
 
-        Args:
-            on_progress: Called after each chunk that this rank writes, and repeatedly while it
-                waits for other ranks: each rank is responsible for its own progress.
+        ``on_progress`` is called after each chunk that this rank writes, and repeatedly while it
+        waits for other ranks: each rank is responsible for its own progress.
 
         Returns:
             Whether it succeeded: on rank 0 for all ranks, elsewhere for this rank.
@@ -419,13 +391,7 @@ class BackgroundSave:
         lower_thread_priority()
         try:
             reports = self._reports.wait_for_all(world_size, self._count, self._is_cancelled.is_set)
-            plans.update(
-                {
-                    rank: report.plan
-                    for rank, report in enumerate(reports)
-                    if report.plan is not None
-                }
-            )
+            plans |= {rank: one.plan for rank, one in enumerate(reports) if one.plan is not None}
             errors = [report.error for report in reports if report.error is not None]
             if errors:
                 raise RuntimeError("; ".join(errors[:3]))
