@@ -29,22 +29,12 @@ MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
 class DistributedReader:
-    """The tensors of a distributed checkpoint.
-
-    Attributes:
-        folder: The checkpoint's folder.
-        tensors: Metadata of the global tensors by name.
-    """
+    """The tensors of a distributed checkpoint; ``tensors`` holds their metadata by name."""
 
     def __init__(self, folder: Path, *, masters: bool = False) -> None:
-        """Opens a checkpoint.
+        """Opens an ``iter_`` folder.
 
-        Args:
-            folder: An ``iter_`` folder.
-            masters: Whether to prefer the optimizer's fp32 master weights over the weights.
-
-        Raises:
-            UserError: The folder holds no checkpoint, or a damaged one.
+        ``masters`` is whether to prefer the optimizer's fp32 master weights over the weights.
         """
         self.folder = folder
         self._prefixes = (*MASTER_PREFIXES, "") if masters else ("",)
@@ -60,9 +50,6 @@ class DistributedReader:
         """Returns the name of a rule's tensor, and the index on its layer axis or None.
 
         megatron-core stores equal layers as one tensor with a layer axis, and others separately.
-
-        Raises:
-            UserError: The checkpoint has no such tensor.
         """
         for prefix in self._prefixes:
             stacked = prefix + rule.megatron.replace("{layer}.", "")
@@ -83,11 +70,7 @@ class DistributedReader:
         return size if index is None else size[1:]
 
     def dtype(self, rule: WeightRule, layer: int | None) -> torch.dtype:
-        """Returns the stored dtype of a rule's tensor.
-
-        Raises:
-            UserError: The dtype is not fp32, bf16 or fp16.
-        """
+        """Returns the stored dtype of a rule's tensor, which must be fp32, bf16 or fp16."""
         name, _ = self.find(rule, layer)
         dtype: torch.dtype = self.tensors[name].properties.dtype
         if dtype not in TORCH_NAMES:
@@ -98,11 +81,7 @@ class DistributedReader:
         return dtype
 
     def read(self, rule: WeightRule, layer: int | None) -> torch.Tensor:
-        """Reads a rule's tensor from its shards.
-
-        Raises:
-            UserError: A file is missing, truncated or damaged.
-        """
+        """Reads a rule's tensor from its shards."""
         name, index = self.find(rule, layer)
         entry = self.tensors[name]
         size = tuple(entry.size)
@@ -120,11 +99,7 @@ class DistributedReader:
         return box if index is None else box[0]
 
     def read_whole(self, name: str) -> torch.Tensor:
-        """Reads a whole stored tensor.
-
-        Raises:
-            UserError: A file is missing, truncated or damaged.
-        """
+        """Reads a whole stored tensor."""
         size = list(self.tensors[name].size)
         return self._read_box(name, [0] * len(size), size)
 
@@ -189,15 +164,7 @@ def write_distributed(
     """Writes a distributed checkpoint's tensors and index, one chunk in memory at a time.
 
     Equal chunks give equal bytes; torch's writer would add a random id and the folder's path.
-
-    Args:
-        folder: An existing folder.
-        chunks: All chunks of all tensors, in the order in which they are written.
-        objects: Bytes of stored objects that are not tensors, by name.
-
-    Raises:
-        UserError: Creating a chunk failed.
-        OSError: The disk is full or not writable.
+    ``objects`` are stored objects that are not tensors.
     """
     plan: Plan = {"file": "__0_0.distcp", "tensors": [], "objects": []}
     with open(folder / plan["file"], "wb") as file:

@@ -178,16 +178,7 @@ def write_checkpoint(
 ) -> None:
     """Writes a run's folder with a checkpoint of iteration 0.
 
-    Args:
-        folder: An existing folder.
-        chunks: The model's tensors.
-        shape: The model's shape.
-        tokenizer: The tokenizer to record, if there is one.
-        files: The base model's small files, which the checkpoint carries.
-
-    Raises:
-        UserError: Creating a chunk failed.
-        OSError: The disk is full or not writable.
+    ``files`` are the base model's small files, which the checkpoint carries.
     """
     checkpoint = iteration_folder(folder, 0)
     checkpoint.mkdir()
@@ -218,15 +209,7 @@ def stored_chunks(
     dtype: torch.dtype,
     blocks: Sequence[RowBlock],
 ) -> list[ChunkToWrite]:
-    """Returns the chunks of a tensor: one for each block of rows, and one for padding rows.
-
-    Args:
-        rule: The tensor's rule.
-        layer: The tensor's layer, or None.
-        shape: The model's shape.
-        dtype: The stored dtype.
-        blocks: The tensor's rows from top to bottom.
-    """
+    """Returns the chunks of a tensor: one for each block of rows, and one for padding rows."""
     rows, *columns = rule.shape(shape)
     padded = -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if rule.has_vocabulary_rows else rows
     assert sum(count for count, _ in blocks) == rows, f"{rule.megatron} has a wrong number of rows"

@@ -43,13 +43,7 @@ class GrownReader(SafeReader):
     """A `SafeReader` that grows tensors of the vocabulary."""
 
     def __init__(self, folder: Path, grown: GrownVocabulary, num_rows: int) -> None:
-        """Opens a checkpoint.
-
-        Args:
-            folder: An ``iter_`` folder.
-            grown: The larger vocabulary.
-            num_rows: Rows of the model that loads the checkpoint, including padding.
-        """
+        """Opens an ``iter_`` folder for a model of ``num_rows`` rows, including padding."""
         super().__init__(folder)
         self._folder = folder
         self._grown = grown
@@ -119,11 +113,7 @@ class GrownReader(SafeReader):
         return whole
 
     def _check_rows(self, reader: DistributedReader, source: str, name: str) -> None:
-        """Checks that stored tensors fit the vocabulary that the checkpoint had.
-
-        Raises:
-            UserError: A tensor has too few rows, rows of another length, or an integer dtype.
-        """
+        """Checks that stored tensors fit the vocabulary that the checkpoint had."""
         row = reader.tensors[name].size[1:]
         for stored in (source, name):
             entry = reader.tensors[stored]

@@ -45,11 +45,7 @@ def _exiting_on_sigterm() -> Iterator[None]:
 
 
 def _link_with_tokenizer(path: Path, choice: TokenizerChoice, folder: Path) -> None:
-    """Creates a folder of links to a model's weights, with another tokenizer or chat template.
-
-    Raises:
-        UserError: The tokenizer has more ids than the model has rows, or a file cannot be read.
-    """
+    """Creates a folder of links to a model's weights, with another tokenizer or chat template."""
     files = read_model_files(path)
     if choice.model is not None:
         tokenizer = load_tokenizer(choice.model)
@@ -75,9 +71,6 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
     Args:
         path: A Hugging Face folder, a run's folder, or one of its ``iter_`` folders.
         choice: A tokenizer and chat template to replace those of the folder or the run.
-
-    Raises:
-        UserError: The path holds no model, or the choice does not fit the model.
     """
     if (path / "config.json").is_file():
         if choice is None or (choice.model is None and choice.chat_template is None):

@@ -40,9 +40,6 @@ def load_huggingface(
         ranks: This process's place in the job.
         grown: The model's larger vocabulary, if any.
         optimizer: megatron-core's optimizer, whose master weights are loaded as well.
-
-    Raises:
-        UserError: The folder does not hold a LLaMA, or is damaged or incomplete.
     """
     shape = shape_of_huggingface(folder)
     weights = HuggingFaceWeights(folder)

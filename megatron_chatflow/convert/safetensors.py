@@ -28,20 +28,12 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 class SafetensorsFile:
-    """One safetensors file.
-
-    Attributes:
-        entries: The header's ``dtype``, ``shape`` and ``data_offsets`` by tensor name.
-    """
+    """One safetensors file; ``entries`` holds the header's entries by tensor name."""
 
     entries: dict[str, dict[str, Any]]
 
     def __init__(self, path: Path) -> None:
-        """Reads and validates the header.
-
-        Raises:
-            UserError: The file is truncated or not a safetensors file.
-        """
+        """Reads and validates the header."""
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -82,16 +74,7 @@ class SafetensorsFile:
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
-        """Reads a tensor, or some of its rows and columns.
-
-        Args:
-            name: The tensor, of one or two axes and a known dtype.
-            rows: The slice of the first axis.
-            columns: The slice of the second axis.
-
-        Raises:
-            UserError: The file cannot be read.
-        """
+        """Reads a tensor of one or two axes and a known dtype, or some of its rows and columns."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 part = file.get_slice(name)
@@ -135,11 +118,7 @@ def _misplaced(entries: Mapping[str, Mapping[str, Any]], num_bytes: int) -> str 
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Builds an object of a JSON file.
-
-    Raises:
-        ValueError: A key occurs twice.
-    """
+    """Builds an object of a JSON file, in which no key may occur twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("duplicate name")
@@ -152,12 +131,7 @@ def _are_counts(values: Any) -> bool:
 
 
 class HuggingFaceWeights:
-    """The tensors of a Hugging Face folder.
-
-    Attributes:
-        folder: The folder.
-        files: The file of each tensor by name.
-    """
+    """The tensors of a Hugging Face folder; ``files`` holds the file of each tensor by name."""
 
     def __init__(self, folder: Path) -> None:
         """Opens a folder.
@@ -177,11 +151,7 @@ class HuggingFaceWeights:
         return tuple(self._pickled(self.files[name])[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns a tensor's dtype.
-
-        Raises:
-            UserError: The dtype is not fp32, bf16 or fp16.
-        """
+        """Returns a tensor's dtype, which must be fp32, bf16 or fp16."""
         path = self.files[name]
         if self._is_safe(name):
             dtype = _TORCH_DTYPES.get(self._safe(path).entries[name]["dtype"])
@@ -196,11 +166,7 @@ class HuggingFaceWeights:
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
-        """Reads a tensor, or some of its rows and columns.
-
-        Raises:
-            UserError: The tensor's file is damaged.
-        """
+        """Reads a tensor, or some of its rows and columns."""
         path = self.files[name]
         if self._is_safe(name):
             return self._safe(path).read(name, rows, columns)
@@ -307,15 +273,7 @@ def _pickled_fault(loaded: Any) -> str | None:
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Groups tensors into files, in order.
-
-    Args:
-        sizes: Number of bytes of each tensor by name.
-        max_shard_bytes: The largest size of a file; a larger tensor gets a file of its own.
-
-    Returns:
-        The names of each file's tensors.
-    """
+    """Groups tensors into files, in order; a tensor above ``max_shard_bytes`` gets its own file."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -345,9 +303,6 @@ def write_shards(
 
     Returns:
         The files.
-
-    Raises:
-        OSError: The disk is full or not writable.
     """
     sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)

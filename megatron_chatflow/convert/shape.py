@@ -92,14 +92,7 @@ class LlamaShape:
 
 
 def shape_of_checkpoint(checkpoint: Path) -> LlamaShape:
-    """Reads a checkpoint's model shape.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-
-    Raises:
-        UserError: `state.json` is missing, or its shape is incomplete or invalid.
-    """
+    """Reads the model shape of an ``iter_`` folder."""
     path = checkpoint / "state.json"
     recorded = read_state(checkpoint).get("model")
     if not isinstance(recorded, Mapping):
@@ -135,11 +128,7 @@ def trained_shape(checkpoint: Path) -> LlamaShape:
 
 
 def shape_of_huggingface(folder: Path) -> LlamaShape:
-    """Reads a Hugging Face folder's model shape.
-
-    Raises:
-        UserError: The model is not a LLaMA, or has unsupported features.
-    """
+    """Reads a Hugging Face folder's model shape."""
     return LlamaShape(**model_of_huggingface(folder))
 
 
@@ -148,10 +137,7 @@ def huggingface_config(
 ) -> dict[str, Any]:
     """Returns the content of a model's config.json.
 
-    Args:
-        shape: The model's shape.
-        dtype: The dtype of the exported weights.
-        special_ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+    ``special_ids`` are ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
     """
     theirs = {theirs: getattr(shape, ours) for theirs, ours in CONFIG_NAMES.items()}
     return {

@@ -64,14 +64,8 @@ def trained_chat_template(
     """Returns the Jinja source of a run's chat template, found in the sidecars of its datasets.
 
     Templates of chats take precedence over those of translations written as chats. Among several
-    templates, the base model's is used, or else the first one, with a warning.
-
-    Args:
-        sources: Prefixes of datasets by the source's name.
-        own: The base model's template; None if it has none.
-
-    Returns:
-        The template's source; None if the run has no chats.
+    templates, the base model's (``own``) is used, or else the first one, with a warning. Returns
+    None if the run has no chats.
     """
     chats: dict[str, dict[str, str]] = {}  # Jinja source to the template's name by source
     pairs: dict[str, dict[str, str]] = {}
@@ -99,14 +93,7 @@ def trained_chat_template(
 
 
 def read_carried(checkpoint: Path) -> SmallFiles | None:
-    """Reads the small files that a checkpoint carries; None if an earlier version saved it.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-
-    Raises:
-        UserError: A file cannot be read, or is damaged.
-    """
+    """Reads the small files that a checkpoint carries; None if an earlier version saved it."""
     folder = checkpoint / CARRIED
     return read_model_files(folder) if folder.is_dir() and not folder.is_symlink() else None
 
@@ -120,14 +107,8 @@ def files_of_run(
 ) -> SmallFiles:
     """Returns the small files that the checkpoints of a run carry.
 
-    Args:
-        tokenizer: The run's tokenizer.
-        sources: Prefixes of its datasets by the source's name.
-        base: The folder that its weights come from; None for new weights.
-        is_huggingface: Whether ``base`` is a Hugging Face folder.
-
-    Raises:
-        UserError: One of the files is damaged.
+    ``base`` is the folder that the weights come from, None for new weights, and ``sources`` are
+    prefixes of the datasets by the source's name.
     """
     files: SmallFiles | None = None
     if base is not None:
@@ -143,15 +124,7 @@ def files_of_run(
 
 
 def files_of_checkpoint(checkpoint: Path, tokenizer: Tokenizer | None = None) -> SmallFiles:
-    """Returns the small files of a checkpoint, including those of earlier versions.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-        tokenizer: The checkpoint's tokenizer, if it is known.
-
-    Raises:
-        UserError: One of the files is damaged.
-    """
+    """Returns the small files of a checkpoint, including those of earlier versions."""
     files = read_carried(checkpoint)
     if files is not None:
         return files if tokenizer is None else replace_tokenizer(files, tokenizer)
@@ -173,18 +146,7 @@ def files_of_export(
     shape: LlamaShape,
     dtype: torch.dtype,
 ) -> SmallFiles:
-    """Returns the small files of an exported folder.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-        choice: The user's choice of tokenizer.
-        tokenizer: The export's tokenizer; None if it has none.
-        shape: The model's shape.
-        dtype: The dtype of the exported weights.
-
-    Raises:
-        UserError: One of the files is damaged, or there is no such chat template.
-    """
+    """Returns the small files of an exported folder."""
     files = files_of_checkpoint(checkpoint, tokenizer)
     if choice.leave_out:
         files = without_tokenizer(files)

@@ -57,11 +57,7 @@ class Converted:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Returns the ``iter_`` folder at a path: itself, or the latest one of a run.
-
-    Raises:
-        UserError: There is none, or one of its small files differs from what was saved.
-    """
+    """Returns the ``iter_`` folder at a path: itself, or the latest one of a run."""
     checkpoint = resolve_checkpoint(path)
     if checkpoint is None:
         raise UserError(
@@ -120,11 +116,7 @@ def export_checkpoint(
 
 
 def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:
-    """Checks that stored shapes are the model's; vocabulary rows may be padded.
-
-    Raises:
-        UserError: A tensor is missing, or has another shape or an unsupported dtype.
-    """
+    """Checks that stored shapes are the model's; vocabulary rows may be padded."""
     for rule, layer in placements(shape):
         stored, expected = reader.shape(rule, layer), rule.shape(shape)
         reader.dtype(rule, layer)  # refuses unsupported dtypes
@@ -145,15 +137,9 @@ def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:
 def read_weight(
     reader: DistributedReader, shape: LlamaShape, placement: tuple[Any, int | None]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Reads a megatron-core tensor as its Hugging Face tensors, without padding rows.
+    """Reads a megatron-core tensor as its Hugging Face tensors by name, without padding rows.
 
-    Args:
-        reader: The checkpoint's reader.
-        shape: The model's shape.
-        placement: Rule and layer, one of `placements`.
-
-    Returns:
-        Names and tensors.
+    ``placement`` is one of `placements`.
     """
     rule, layer = placement
     whole = reader.read(rule, layer)
@@ -164,14 +150,7 @@ def read_weight(
 
 
 def run_tokenizer(checkpoint: Path, choice: TokenizerChoice) -> Tokenizer | None:
-    """Loads the tokenizer that a checkpoint was trained with.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-        choice: The user's choice of tokenizer.
-
-    Returns:
-        The tokenizer; None if it is left out or was not recorded.
+    """Loads the tokenizer that a checkpoint was trained with; None if left out or not recorded.
 
     Raises:
         UserError: The tokenizer cannot be found, or is not the one that was trained with.

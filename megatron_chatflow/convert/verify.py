@@ -52,16 +52,10 @@ class Comparison:
 def compare(
     huggingface: Path, checkpoint: Path, texts: Sequence[str], *, weights_only: bool = False
 ) -> Comparison:
-    """Compares weights, then logits.
-
-    Args:
-        huggingface: A Hugging Face folder.
-        checkpoint: A run's folder, or one of its ``iter_`` folders.
-        texts: The texts to compute logits for.
-        weights_only: Whether to skip the logits.
+    """Compares weights, then logits for the texts unless ``weights_only``.
 
     Raises:
-        UserError: One of them is damaged, or their shapes differ.
+        UserError: One of the models is damaged, or their shapes differ.
     """
     checkpoint = find_checkpoint(checkpoint)
     shape = trained_shape(checkpoint)
@@ -130,11 +124,7 @@ def token_ids(huggingface: Path, texts: Sequence[str], shape: LlamaShape) -> lis
 
 
 def transformers_logits(huggingface: Path, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Computes the logits of transformers in fp32, float32[tokens, vocab_size] by sequence.
-
-    Raises:
-        UserError: transformers is not installed.
-    """
+    """Computes the logits of transformers in fp32, float32[tokens, vocab_size] by sequence."""
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
@@ -151,15 +141,10 @@ def transformers_logits(huggingface: Path, ids: Sequence[Sequence[int]]) -> list
 def checkpoint_logits(
     checkpoint: Path, shape: LlamaShape, ids: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
-    """Computes the logits of megatron-core's model in fp32, in this process.
-
-    Args:
-        checkpoint: An ``iter_`` folder.
-        shape: The model's shape.
-        ids: Token ids of each sequence.
+    """Computes the logits of megatron-core's model in this process, in fp32 on the CPU.
 
     Returns:
-        float32[tokens, vocab_size] for each sequence, on the CPU.
+        float32[tokens, vocab_size] for each sequence.
     """
     from megatron_chatflow.runtime.launch import device_mode, initialize, running
 

@@ -51,13 +51,8 @@ class GrownVocabulary:
 def vocabulary_growth(old: Tokenizer, new: Tokenizer, num_rows: int) -> VocabularyGrowth:
     """Finds the old pieces of the text of each new piece.
 
-    Args:
-        old: The model's tokenizer.
-        new: A tokenizer with the same pieces and more.
-        num_rows: Number of rows of the model, at least one for each old piece.
-
-    Returns:
-        The growth. A model with more rows than the new vocabulary keeps them.
+    ``num_rows`` is the number of rows of the model. A model with more rows than the new vocabulary
+    keeps them.
 
     Raises:
         UserError: `new` does not extend `old`.
@@ -89,11 +84,7 @@ def grow_tensor(
 ) -> torch.Tensor:
     """Returns a tensor of the resized model; only vocabulary tensors change.
 
-    Args:
-        name: Hugging Face's name of the tensor.
-        tensor: The old tensor, without padding rows.
-        growth: The new pieces.
-        resize: The initialization of their rows.
+    ``name`` is Hugging Face's; ``tensor`` has no padding rows.
     """
     offset = _SEED_OFFSETS.get(name)
     if offset is None:

@@ -148,16 +148,7 @@ def huggingface_shapes(model: LlamaShape) -> dict[str, tuple[int, ...]]:
 
 
 def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Joins Hugging Face tensors to the megatron-core tensor.
-
-    Args:
-        rule: The tensor's rule.
-        model: The model's shape.
-        parts: The Hugging Face tensors in the rule's order.
-
-    Returns:
-        A tensor of `rule.shape(model)`.
-    """
+    """Joins Hugging Face tensors, in the rule's order, to the megatron-core tensor."""
     if rule.join is Join.SAME:
         return parts[0]
     if rule.join is Join.ROWS:
@@ -169,10 +160,6 @@ def join(rule: WeightRule, model: LlamaShape, parts: Sequence[torch.Tensor]) -> 
 
 def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
     """Returns the rows of Hugging Face tensors that make up a megatron-core tensor.
-
-    Args:
-        rule: The tensor's rule.
-        model: The model's shape.
 
     Returns:
         ``(index of the part, its first row, number of rows)``, from top to bottom.
@@ -189,16 +176,7 @@ def segments(rule: WeightRule, model: LlamaShape) -> list[tuple[int, int, int]]:
 
 
 def split(rule: WeightRule, model: LlamaShape, whole: torch.Tensor) -> list[torch.Tensor]:
-    """Splits a megatron-core tensor into Hugging Face tensors; the inverse of `join`.
-
-    Args:
-        rule: The tensor's rule.
-        model: The model's shape.
-        whole: A tensor of `rule.shape(model)`.
-
-    Returns:
-        Contiguous tensors in the rule's order.
-    """
+    """Splits a megatron-core tensor into contiguous Hugging Face tensors; the inverse of `join`."""
     rows = [part.shape(model)[0] for part in rule.parts]
     if rule.join is not Join.QUERY_GROUPS:
         return [part.contiguous() for part in torch.split(whole, rows)]
@@ -215,11 +193,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 def check_weights(weights: HuggingFaceWeights, shape: LlamaShape) -> None:
-    """Checks that a folder holds exactly the tensors that its config.json describes.
-
-    Raises:
-        UserError: A tensor is missing, quantized, of another shape, or unknown.
-    """
+    """Checks that a folder holds exactly the tensors that its config.json describes."""
     expected = huggingface_shapes(shape)
     missing = [name for name in expected if name not in weights.files]
     if missing:
