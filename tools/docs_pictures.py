@@ -11,11 +11,25 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
+
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import check_output_file, scratch_folder, write_output_file
-from megatron_chatflow.report.data import read_run
+from megatron_chatflow.report.data import (
+    SAMPLES,
+    RunMetrics,
+    XAxis,
+    read_run,
+    realised_shares,
+    samples_per_record,
+)
 from megatron_chatflow.report.page import write_report
-from megatron_chatflow.report.plots import plot_blend
+from megatron_chatflow.report.plots import (
+    format_count,
+    import_matplotlib,
+    readable_labels,
+    to_png,
+)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 EXAMPLES = """examples:
@@ -69,6 +83,45 @@ def main() -> None:
         png = draw_pipeline()
     write_output_file(args.output, png)
     print(f"wrote {args.output} ({len(png) / 1e3:,.0f} kB)")
+
+
+def plot_blend(run: RunMetrics) -> bytes:
+    """Draws the planned weights of a run as lines and its realised shares as steps.
+
+    Each step is the mean over a thirtieth of the run, weighted by the number of drawn samples.
+
+    The image is a PNG of 1600 pixels. Text is readable at half this size.
+    """
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    if not run.sources:
+        raise UserError(f"{run.folder}: its metrics contain no sources; give another run")
+    axis, samples = XAxis.of(run, SAMPLES), samples_per_record(run)
+    families, labels = readable_labels(list(run.sources))
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bounds = np.unique(np.linspace(0, len(axis.x), 31).astype(np.int64))
+    edges = np.concatenate(([0.0], axis.x[bounds[1:] - 1]))
+    weights = np.add.reduceat(samples, bounds[:-1])
+    for k, (label, block) in enumerate(zip(labels, run.sources.values(), strict=True)):
+        share = np.nan_to_num(realised_shares(run)[list(run.sources)[k]])
+        steps = np.add.reduceat(share * samples, bounds[:-1]) / weights
+        axes.stairs(steps, edges, baseline=None, color=f"C{k}", alpha=0.55, linewidth=2)
+        planned = np.nan_to_num(block["weight"])
+        axes.plot(axis.x, planned, color=f"C{k}", linewidth=1.8, label=label)
+    axes.plot([], [], color="grey", linewidth=1.8, label="planned weight")
+    axes.stairs([], [0], color="grey", alpha=0.55, linewidth=2, label="realised share")
+    axes.set_xlabel("samples")
+    axes.set_ylabel("share of samples")
+    axes.xaxis.set_major_formatter(format_count)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.set_xlim(0, float(axis.x[-1]))
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    fonts = {"family": families, "size": "medium"}
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, prop=fonts)
+    return to_png(figure, 200)
 
 
 def draw_pipeline() -> bytes:

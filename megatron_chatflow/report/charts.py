@@ -148,7 +148,7 @@ def line_chart(
     levels: Sequence[float] = (),
     wide: bool = False,
 ) -> list[Chart]:
-    """Creates a chart of the curves that have finite values.
+    """Creates a chart of the curves that have finite values; an empty list if there are none.
 
     Args:
         title: Heading.
@@ -162,9 +162,6 @@ def line_chart(
         log: Whether the y axis is logarithmic.
         levels: Positions of horizontal reference lines.
         wide: Whether the chart has the full width of the page.
-
-    Returns:
-        A list with the chart; empty if no curve has a finite value.
     """
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:

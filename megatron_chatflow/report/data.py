@@ -93,14 +93,9 @@ class Restart:
 class Records:
     """Rows of numbers, stored as columns. Rows can be appended and removed at the end.
 
-    Args:
-        fields: Keys of the numbers to keep per row.
-        block: Key of an object with numbers by source.
-        block_fields: Keys of the numbers to keep per source.
-
-    Attributes:
-        iteration: Iteration of each row, ascending.
-        columns: Numbers by ``(field,)`` or ``(source, field)``; NaN if a row has no value.
+    Each row has an ``iteration`` (ascending), numbers of its own, and an object with numbers by
+    source under the key ``block``. ``columns`` are by ``(field,)`` or ``(source, field)``, with NaN
+    where a row has no value.
     """
 
     def __init__(self, fields: Sequence[str], block: str, block_fields: Sequence[str]) -> None:
@@ -161,12 +156,8 @@ class Records:
 class MetricsReader:
     """Reads a `metrics.jsonl` that may grow, be truncated or be replaced between reads.
 
-    Attributes:
-        path: The file.
-        training: One row per logged iteration.
-        validation: One row per validation.
-        repeats: The last iteration logged before each resume, by the iteration that was resumed
-            from.
+    ``training`` has a row per logged iteration, and ``validation`` one per validation. ``repeats``
+    holds the last iteration logged before each resume, by the iteration that was resumed from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -187,11 +178,7 @@ class MetricsReader:
         return self._num_unreadable + self._is_torn
 
     def read_new_lines(self) -> None:
-        """Parses appended lines, or the whole file if it was replaced or became shorter.
-
-        Raises:
-            OSError: The file cannot be read.
-        """
+        """Parses appended lines, or the whole file if it was replaced or became shorter."""
         with open(self.path, "rb") as file:
             size, inode = file.seek(0, 2), self.path.stat().st_ino
             if size < self._offset or inode != self._inode:
@@ -319,11 +306,7 @@ class RunMetrics:
 
 
 class RunReader:
-    """Reads a run's folder repeatedly, parsing each line of its metrics once.
-
-    Args:
-        folder: The folder given by ``--save``. No I/O happens until `read` is called.
-    """
+    """Reads a run's folder repeatedly, parsing each line of its metrics once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -429,12 +412,8 @@ def condense(
 ) -> tuple[FloatArray, FloatArray]:
     """Reduces a curve to at most ``max_points`` points, one per group of consecutive points.
 
-    Args:
-        x: float64[n], ascending.
-        y: float64[n]. ``mean`` and ``extreme`` ignore NaN.
-        how: The value of a group: its ``mean``, its ``last`` value, or its value of largest
-            magnitude (``extreme``).
-        max_points: Maximum number of points.
+    The value of a group is its mean, its last value, or its value of largest magnitude
+    (``extreme``); mean and extreme ignore NaN.
 
     Returns:
         The last x and the reduced y of each group, float64[min(n, max_points)].
@@ -455,14 +434,9 @@ def condense(
 
 
 def smooth(y: FloatArray, window: int) -> FloatArray:
-    """Computes the centred moving mean of the finite values. The window is shorter at the ends.
+    """Computes the centred moving mean of the finite values, over an odd number of points.
 
-    Args:
-        y: float64[n].
-        window: Number of points, odd; 1 returns ``y``.
-
-    Returns:
-        float64[n]; NaN if the window contains no finite value.
+    The window is shorter at the ends. A mean of no finite value is NaN.
     """
     if window <= 1 or not len(y):
         return y

@@ -46,127 +46,16 @@ STATES = {
     "stop_requested": "stopped on request",
     "failed": "failed",
 }
+STYLE, SCRIPT = (
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+)
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
-STYLE = """
-:root{color-scheme:light dark;--page:#f4f5f7;--card:#fff;--ink:#16202c;--soft:#556170;
---faint:#8b96a3;--grid:#e7eaee;--edge:#dde1e6;--accent:#1f5fbf;--good:#0b7a4b;--bad:#b3372b}
-@media (prefers-color-scheme:dark){:root{--page:#10151b;--card:#181f27;--ink:#e8edf2;--soft:#a6b1bd;
---faint:#7b8794;--grid:#262f39;--edge:#2b3541;--accent:#7fb0ff;--good:#4fce95;--bad:#ff8b7d}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Noto Sans CJK SC",sans-serif}
-main{max-width:1320px;margin:0 auto;padding:28px 24px 48px}
-h1{font-size:26px;line-height:1.2;margin:0;overflow-wrap:anywhere}
-h2{font-size:17px;margin:34px 0 12px}
-h3{font-size:15px;margin:0;overflow-wrap:anywhere}
-p{margin:0}
-.lead,figcaption p,footer,.tile dt,.tile small,caption{color:var(--soft);font-size:13px}
-.lead{font-size:15px;margin-top:6px}
-nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin:0 0 22px}
-a{color:var(--accent)}
-article+article{margin-top:56px;border-top:1px solid var(--edge);padding-top:36px}
-progress{width:100%;height:8px;margin-top:16px;accent-color:var(--accent)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(168px,1fr));gap:12px;
-margin:10px 0 0}
-.tile,.chart,.table,details{background:var(--card);border:1px solid var(--edge);border-radius:10px}
-.tile{padding:12px 16px}
-.tile dd{margin:2px 0 0;font-size:23px;font-weight:600;font-variant-numeric:tabular-nums}
-.tile i{font-style:normal;font-size:15px;font-weight:500;color:var(--soft)}
-.tile small{display:block;font-weight:400}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,500px),1fr));gap:16px}
-.chart{margin:0;padding:16px 16px 8px;min-width:0}
-.chart.wide{grid-column:1/-1}
-.chart:focus-visible{outline:2px solid var(--accent)}
-.plot{height:calc(270px + 20px*var(--entries)/2)}
-.wide .plot{height:calc(360px + 20px*var(--entries)/7)}
-.table{overflow-x:auto;padding:6px 16px 10px}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:8px 0 4px}
-th,td{padding:7px 12px;text-align:right;border-top:1px solid var(--grid);white-space:nowrap}
-thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px;vertical-align:bottom}
-th:first-child{text-align:left;padding-left:0;white-space:normal;overflow-wrap:anywhere;min-width:90px}
-.text{text-align:left;white-space:normal}
-.table+.table,.charts+.table,.table+.charts{margin-top:16px}
-.good{color:var(--good)}.bad{color:var(--bad)}
-details{margin-top:16px;padding:10px 16px}
-summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre b{color:var(--accent);font-weight:400}
-footer{margin-top:36px}
-@media print{.chart,.table,details{break-inside:avoid}}
-@media (max-width:760px){
-main{padding:18px 12px 32px}
-.wide .plot{height:calc(290px + 20px*var(--entries)/2)}
-table,caption,tbody,tr,tbody th,td{display:block}
-thead{display:none}
-tr{border-top:1px solid var(--grid);padding:8px 0}
-tbody th,td{border:0;padding:1px 0;white-space:normal;overflow-wrap:anywhere}
-td{display:flex;justify-content:space-between;gap:16px;text-align:right}
-td::before{content:attr(data-label);color:var(--soft);text-align:left}}
-"""
-SCRIPT = """
-'use strict';
-const color = name =>
-  getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
-const template = () => {
-  const axis = {gridcolor: color('grid'), linecolor: color('faint'), tickcolor: color('faint'),
-    ticks: 'outside', zeroline: false, automargin: true, title: {standoff: 8}};
-  const ink = {line: {color: color('ink')}, marker: {color: color('ink')}};
-  return {data: {scatter: [ink]}, layout: {
-    font: {family: getComputedStyle(document.body).fontFamily, size: 12, color: color('soft')},
-    paper_bgcolor: 'transparent', plot_bgcolor: 'transparent',
-    margin: {l: 8, r: 12, t: 8, b: 8}, xaxis: {...axis, showgrid: false, showline: true,
-      exponentformat: 'B'}, yaxis: axis, showlegend: true,
-    legend: {orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom', font: {color: color('ink')}},
-    hoverlabel: {bgcolor: color('card'), bordercolor: color('edge'), font: {color: color('ink')}},
-    dragmode: matchMedia('(pointer: coarse)').matches ? false : 'zoom'}};
-};
-const charts = [...document.querySelectorAll('figure')].map(figure => {
-  const {data, layout} = JSON.parse(figure.querySelector('script').textContent);
-  const plot = figure.querySelector('.plot');
-  const key = figure.closest('article').id + figure.querySelector('h3').textContent;
-  const draw = () => Plotly.react(plot, data, {...layout, template: template()},
-    {responsive: true, displayModeBar: false});
-  // A followed run's page is reloaded: curves that the reader has hidden stay hidden.
-  let hidden = [];
-  try { hidden = JSON.parse(sessionStorage.getItem(key)) || []; } catch { /* no storage */ }
-  for (const trace of data) if (hidden.includes(trace.meta)) trace.visible = 'legendonly';
-  draw();
-  plot.on('plotly_restyle', () => {
-    const off = plot.data.filter(trace => trace.visible === 'legendonly').map(trace => trace.meta);
-    try { sessionStorage.setItem(key, JSON.stringify(off)); } catch { /* no storage */ }
-  });
-  let at = 1;  // position of the values that the arrow keys show, as a part of the x axis
-  figure.addEventListener('keydown', event => {
-    const step = {ArrowLeft: -0.01, ArrowRight: 0.01}[event.key];
-    if (!step || event.target !== figure) return;
-    event.preventDefault();
-    at = Math.min(Math.max(at + step * (event.shiftKey ? 10 : 1), 0), 1);
-    const [begin, end] = plot.layout.xaxis.range;
-    Plotly.Fx.hover(plot, {xval: begin + at * (end - begin)}, ['xy']);
-  });
-  figure.addEventListener('blur', () => Plotly.Fx.unhover(plot));
-  return draw;
-});
-matchMedia('(prefers-color-scheme: dark)').onchange = () => charts.forEach(draw => draw());
-"""
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[RunMetrics]:
-    """Reads runs and writes their page.
-
-    Args:
-        folders: Run folders, in the order of the page.
-        output: Path of the page, which is replaced atomically.
-
-    Returns:
-        The metrics of the runs.
-
-    Raises:
-        UserError: A folder is not a run, the page cannot be written, or plotly is not installed.
-    """
+    """Reads runs and writes their page, in the order of the folders."""
     runs = [read_run(folder) for folder in folders]
     write_page(runs, output)
     return runs
@@ -182,15 +71,8 @@ def follow_runs(
 ) -> list[RunMetrics]:
     """Writes the page every ``interval`` seconds until every run is finished or Ctrl-C is pressed.
 
-    Args:
-        folders: Run folders. Folders without a logged iteration are read again until they have one.
-        output: Path of the page.
-        interval: Seconds between two pages.
-        say: Called with a line of text when the state changes.
-        sleep: Called with ``interval`` between two pages.
-
-    Returns:
-        The metrics of the runs, as last read.
+    Folders without a logged iteration are read again until they have one. ``say`` is called with a
+    line of text when the state changes, and ``sleep`` between two pages.
 
     Raises:
         UserError: A page cannot be written, or Ctrl-C was pressed before anything was logged.
@@ -224,11 +106,7 @@ def follow_runs(
 def write_page(
     runs: Sequence[RunMetrics], output: Path, refresh_seconds: float | None = None
 ) -> None:
-    """Writes the page of runs; see `build_page`.
-
-    Raises:
-        UserError: The page cannot be written, or plotly is not installed.
-    """
+    """Writes the page of runs; see `build_page`."""
     page = build_page(runs, datetime.now(timezone.utc), refresh_seconds)
     # The name of a folder may contain bytes that are not UTF-8.
     write_output_file(output, page.encode("utf-8", errors="replace"))
@@ -237,15 +115,9 @@ def write_page(
 def build_page(
     runs: Sequence[RunMetrics], now: datetime, refresh_seconds: float | None = None
 ) -> str:
-    """Builds the page.
+    """Builds the HTML of at least one run; the footer shows the time ``now``.
 
-    Args:
-        runs: At least one run.
-        now: Time shown in the footer.
-        refresh_seconds: Interval at which browsers reload the page; None for never.
-
-    Returns:
-        HTML.
+    Browsers reload the page every ``refresh_seconds``; None for never.
 
     Raises:
         UserError: plotly is not installed.
@@ -525,16 +397,10 @@ def _restarts_table(run: RunMetrics) -> str:
 def _table(
     caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 0
 ) -> str:
-    """Builds a table. On narrow screens, its rows are shown as blocks of labelled values.
+    """Builds a table of HTML cells, "" without rows. The first column contains the row heads.
 
-    Args:
-        caption: HTML above the table.
-        heads: Text of the column heads. The first column contains the row heads.
-        rows: HTML of the cells.
-        num_text_columns: Number of columns at the end that contain text, aligned to the left.
-
-    Returns:
-        HTML; "" without rows.
+    On narrow screens, rows are shown as blocks of labelled values. The last ``num_text_columns``
+    columns contain text, aligned to the left.
     """
     if not rows:
         return ""

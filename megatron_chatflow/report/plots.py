@@ -1,4 +1,4 @@
-"""Draws the blend as PNG images: the plan of a run, and the logged shares of a run.
+"""Draws the plan of a run as a PNG image.
 
 matplotlib is an optional dependency and is imported only when an image is drawn.
 """
@@ -15,13 +15,6 @@ import numpy as np
 
 from megatron_chatflow.blend.plan import MixtureCurve
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.report.data import (
-    SAMPLES,
-    RunMetrics,
-    XAxis,
-    realised_shares,
-    samples_per_record,
-)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +34,7 @@ def plot_mixture(
     unit: str = "samples",
     unit_per_sample: float = 1,
 ) -> bytes:
-    """Draws the plan of a run: planned shares as areas, realised shares as dots, epochs below.
+    """Draws the plan of a run as PNG: planned shares as areas, realised as dots, epochs below.
 
     Args:
         curve: The mixture, from `megatron_chatflow.blend.plan.mixture_curve`.
@@ -51,9 +44,6 @@ def plot_mixture(
         unit: Unit of the horizontal axis.
         unit_per_sample: Number of units per sample.
 
-    Returns:
-        The image as PNG.
-
     Raises:
         UserError: matplotlib is not installed.
     """
@@ -62,7 +52,7 @@ def plot_mixture(
     from matplotlib.figure import Figure
 
     known = [name for name in sources if samples_per_epoch.get(name)]
-    families, labels = _readable_labels([*sources, title])
+    families, labels = readable_labels([*sources, title])
     *labels, shown_title = labels
     figure = Figure(figsize=(9, 6.5 if known else 4.2), layout="constrained")
     axes = figure.subplots(2 if known else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -93,75 +83,26 @@ def plot_mixture(
         axes[1].set_ylim(bottom=0)
         axes[1].grid(alpha=0.3)
     axes[-1].set_xlabel(unit)
-    axes[-1].xaxis.set_major_formatter(_format_count)
-    return _to_png(figure, 130)
-
-
-def plot_blend(run: RunMetrics) -> bytes:
-    """Draws the planned weights of a run as lines and its realised shares as steps.
-
-    Each step is the mean over a thirtieth of the run, weighted by the number of drawn samples.
-
-    Args:
-        run: A run that logged sources.
-
-    Returns:
-        The image as PNG, 1600 pixels wide. Text is readable at half this size.
-
-    Raises:
-        UserError: matplotlib is not installed, or the run logged no sources.
-    """
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    if not run.sources:
-        raise UserError(f"{run.folder}: its metrics contain no sources; give another run")
-    axis, samples = XAxis.of(run, SAMPLES), samples_per_record(run)
-    families, labels = _readable_labels(list(run.sources))
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    axes = figure.subplots()
-    bounds = np.unique(np.linspace(0, len(axis.x), 31).astype(np.int64))
-    edges = np.concatenate(([0.0], axis.x[bounds[1:] - 1]))
-    weights = np.add.reduceat(samples, bounds[:-1])
-    for k, (label, block) in enumerate(zip(labels, run.sources.values(), strict=True)):
-        share = np.nan_to_num(realised_shares(run)[list(run.sources)[k]])
-        steps = np.add.reduceat(share * samples, bounds[:-1]) / weights
-        axes.stairs(steps, edges, baseline=None, color=f"C{k}", alpha=0.55, linewidth=2)
-        planned = np.nan_to_num(block["weight"])
-        axes.plot(axis.x, planned, color=f"C{k}", linewidth=1.8, label=label)
-    axes.plot([], [], color="grey", linewidth=1.8, label="planned weight")
-    axes.stairs([], [0], color="grey", alpha=0.55, linewidth=2, label="realised share")
-    axes.set_xlabel("samples")
-    axes.set_ylabel("share of samples")
-    axes.xaxis.set_major_formatter(_format_count)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_xlim(0, float(axis.x[-1]))
-    axes.set_ylim(0, None)
-    axes.grid(alpha=0.3)
-    fonts = {"family": families, "size": "medium"}
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, prop=fonts)
-    return _to_png(figure, 200)
+    axes[-1].xaxis.set_major_formatter(format_count)
+    return to_png(figure, 130)
 
 
 def import_matplotlib() -> None:
-    """Checks that matplotlib can be imported.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Raises `UserError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("matplotlib: is not installed; run pip install matplotlib") from error
 
 
-def _to_png(figure: Figure, dpi: int) -> bytes:
+def to_png(figure: Figure, dpi: int) -> bytes:
+    """Returns a figure as PNG."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=dpi)
     return png.getvalue()
 
 
-def _format_count(value: float, _: object = None) -> str:
+def format_count(value: float, _: object = None) -> str:
     """Formats a count as in configurations: 500, 20K, 1.5B."""
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if value >= size:
@@ -169,7 +110,7 @@ def _format_count(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def _readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+def readable_labels(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns font families that can display the texts, and the texts.
 
     The default font of matplotlib has no Chinese characters. If no installed font contains all

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_report import synthetic_records, write_run
 
+from docs_pictures import plot_blend
 from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.blend.plan import mixture_curve
 from megatron_chatflow.blend.schedule import Schedule
@@ -14,9 +15,8 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.report.data import read_run
 from megatron_chatflow.report.plots import (
     _characters,
-    _readable_labels,
-    plot_blend,
     plot_mixture,
+    readable_labels,
 )
 
 image = pytest.importorskip("matplotlib.image")
@@ -91,11 +91,11 @@ def test_a_logged_blend_has_a_colour_for_every_source(tmp_path: Path) -> None:
 
 def test_names_fall_back_to_fonts_that_have_them(caplog: pytest.LogCaptureFixture) -> None:
     bold = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"  # not in matplotlib's default font
-    families, labels = _readable_labels(["plain", bold])
+    families, labels = readable_labels(["plain", bold])
     assert labels == ["plain", bold] and families[0] == "DejaVu Sans" and len(families) > 1
     assert "Last Resort" not in "".join(families)
     unknown = "\U0010fffd"  # a private-use character, which no font has
-    assert _readable_labels(["plain", unknown, "x"])[1] == ["plain", "#2", "x"]
+    assert readable_labels(["plain", unknown, "x"])[1] == ["plain", "#2", "x"]
     assert "no installed font has glyphs for \U0010fffd, which is shown as #2" in caplog.text
 
 
@@ -104,9 +104,9 @@ def test_fonts_that_are_newer_than_the_list_are_found(monkeypatch: pytest.Monkey
 
     character = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"
     manager = font_manager.fontManager
-    family = _readable_labels([character])[0][1]
+    family = readable_labels([character])[0][1]
     [first, *_] = [font.fname for font in manager.ttflist if font.name == family]
     stale = [font for font in manager.ttflist if ord(character) not in _characters(font.fname)]
     monkeypatch.setattr(manager, "ttflist", stale)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [first])
-    assert _readable_labels([character]) == (["DejaVu Sans", family], [character])
+    assert readable_labels([character]) == (["DejaVu Sans", family], [character])
