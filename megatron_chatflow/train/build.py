@@ -31,9 +31,7 @@ from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.runtime.watchdog import Watchdog
 from megatron_chatflow.train.callbacks import Callback
 from megatron_chatflow.train.callbacks.choice import ChoiceEval
-from megatron_chatflow.train.callbacks.freed_memory import FreedMemory
-from megatron_chatflow.train.callbacks.garbage_collection import GarbageCollection
-from megatron_chatflow.train.callbacks.heartbeat import Heartbeat
+from megatron_chatflow.train.callbacks.process import FreedMemory, GarbageCollection, Heartbeat
 from megatron_chatflow.train.callbacks.profiler import ProfilerWindow
 from megatron_chatflow.train.callbacks.straggler import StragglerDetector
 from megatron_chatflow.train.guard import Guard
@@ -54,12 +52,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, TrainState]:
-    """Builds every part of a run; every rank calls it.
-
-    Args:
-        config: Resolved configuration.
-        ranks: This process's place in every parallel group.
-        stack: Closes what must be closed.
+    """Builds every part of a run; every rank calls it. ``stack`` closes what must be closed.
 
     Raises:
         UserError: Data, tokenizer, model and checkpoint do not fit together.
@@ -120,8 +113,12 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
     )
     stack.callback(loader.close)
     choices = _build_choice_validator(config, inputs)
+    what = "saving and exiting after this iteration"
+    if config.checkpoint.save is None:
+        what = "exiting after this iteration without saving, because --save is not set"
+    notice = f"interrupted: {what}; press Ctrl-C again to exit immediately"
     stop_request = StopRequest(
-        config.train.exit_duration_in_mins, notice=_interrupt_notice(config, ranks)
+        config.train.exit_duration_in_mins, notice=notice if ranks.process.rank == 0 else None
     )
     stack.callback(stop_request.close)
     saver = _build_saver(config, inputs, ranks, state, watchdog, stack)
@@ -208,16 +205,6 @@ def _open_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
         lines = [rule, *(f"* {finding}" for finding in inputs.findings), rule]
         logger.warning("%d findings:\n%s", len(inputs.findings), "\n".join(lines))
     return inputs
-
-
-def _interrupt_notice(config: RunConfig, ranks: Ranks) -> str | None:
-    """Returns the message that rank 0 prints at the first Ctrl-C."""
-    if ranks.process.rank != 0:
-        return None
-    what = "exiting after this iteration without saving, because --save is not set"
-    if config.checkpoint.save is not None:
-        what = "saving and exiting after this iteration"
-    return f"interrupted: {what}; press Ctrl-C again to exit immediately"
 
 
 def _load_checkpoint(

@@ -44,9 +44,6 @@ def dry_run(
         verbose: Add the resolved configuration, and the plan even if it is long.
         describe_step: Predicts the step on GPUs. None to leave the prediction out.
 
-    Returns:
-        The description to print.
-
     Raises:
         UserError: What would stop the run; the message lists all errors that were found.
     """

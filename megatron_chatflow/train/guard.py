@@ -3,12 +3,11 @@
 Every rank judges the same numbers, the loss of each source and the norm of the gradient, so all
 ranks reach the same `Verdict`. The state that later verdicts depend on is part of every checkpoint.
 
-The step is judged between the gradient norm and the update, so a bad step leaves weights and
-optimizer state unchanged. The same holds for a step without loss tokens: its gradient is zero, but
-the update would still decay the weights and move them by the optimizer's moments. Such a step is
-not a fault. Whatever ``--on-nan`` says, its update is skipped and counted; it is not one of the bad
-steps in a row, and its loss is not used to detect spikes. As after any other step, the iteration,
-the consumed samples and the learning-rate schedule advance.
+A bad step leaves weights and optimizer state unchanged. So does a step without loss tokens: its
+gradient is zero, but the update would still decay the weights and move them by the optimizer's
+moments. Such a step is not a fault: whatever ``--on-nan`` says, its update is skipped and counted,
+and it is neither one of the bad steps in a row nor used to detect spikes. As after any other step,
+the iteration, the consumed samples and the learning-rate schedule advance.
 """
 
 import logging
@@ -43,20 +42,12 @@ class Verdict:
 class Guard:
     """Judges steps by their own values and by recent losses, and counts bad steps.
 
-    Attributes:
-        num_skipped: Bad steps, whose updates were skipped, since the run began.
-        skipped_no_loss_tokens: Steps without loss tokens, whose updates were skipped as well.
-        num_rollbacks: Rollbacks to a checkpoint since the run began.
+    The counters ``num_skipped`` (bad steps), ``skipped_no_loss_tokens`` and ``num_rollbacks`` count
+    from the beginning of the run.
     """
 
     def __init__(self, config: RunConfig, sources: Sequence[str], state: Mapping[str, Any]) -> None:
-        """Initializes the guard, from a checkpoint if there is one.
-
-        Args:
-            config: Configuration of the run, whose ``faults`` section is used.
-            sources: Names of the sources, for messages.
-            state: Return value of `state`; empty at the start of a run.
-        """
+        """Initializes the guard with the return value of `state`, which is empty for a new run."""
         self._faults = config.faults
         self._sources = list(sources)
         self.num_skipped = int(state.get("num_skipped", 0))
@@ -68,7 +59,7 @@ class Guard:
         )
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint as a JSON-compatible dictionary."""
+        """Returns the state for a checkpoint, as JSON."""
         return {
             "num_skipped": self.num_skipped,
             "skipped_no_loss_tokens": self.skipped_no_loss_tokens,
@@ -107,13 +98,9 @@ class Guard:
         return Verdict(None)
 
     def record(self, verdict: Verdict, loss: float | None, begin: int, end: int) -> bool:
-        """Records the verdict of a step.
+        """Records the verdict of a step of the global samples [begin, end).
 
-        Args:
-            verdict: Return value of `judge`.
-            loss: Mean loss of the step; None without loss tokens.
-            begin: First global sample of the step.
-            end: Global sample after its last.
+        ``loss`` is the step's mean loss, None without loss tokens.
 
         Returns:
             Whether the weights must be rolled back now.
@@ -176,8 +163,7 @@ class GuardedOptimizer:
     def step(self, judge: Callable[[float], Verdict]) -> tuple[Verdict, float]:
         """Makes the update if ``judge(grad_norm)`` returns a good verdict.
 
-        Returns:
-            The verdict, and the gradient norm before clipping.
+        Returns the verdict, and the gradient norm before clipping.
         """
         self._judge = judge
         try:

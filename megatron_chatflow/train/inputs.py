@@ -121,8 +121,21 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     if config.data.split is not None and config.train.eval_iters > 0:
         test = build(split="test")
     check_contents(config.data, (sources, held_out, test))
-    begins = _begins_with_bos(config, tokenizer, checkpoint, saved)
-    state = initial_state(config, tokenizer, sources, vocab_size, add_bos_token=begins)
+    state = RunState(
+        iteration=0,
+        consumed_samples=0,
+        consumed_tokens=0,
+        blend={},
+        schedule={},
+        sources={source.name: source.fingerprint() for source in sources},
+        tokenizer={
+            "type": tokenizer.tokenizer_type,
+            "sha256": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "add_bos_token": _begins_with_bos(config, tokenizer, checkpoint, saved),
+        },
+        model=LlamaShape.of(config.model, vocab_size).recorded(),
+    )
     resumed = None
     if checkpoint is not None and saved is not None:
         check_same_model(saved, state, checkpoint.folder, is_grown=grown is not None)
@@ -150,14 +163,30 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
         length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, int(first))
     length.check_learning_rate(config.optimizer)
+    sizes = {source.name: source.num_samples for source in sources}
+    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
+    max_epochs = {name: limit for name, limit in limits.items() if limit is not None}
     check_epochs(
         blend,
         length.num_samples,
-        _epoch_sizes(sources),
-        _max_epochs(config),
+        sizes,
+        max_epochs,
         config.train.global_batch_size,
         consumed=(length.iteration, length.consumed_samples),
     )
+    findings = [
+        *_weight_findings(config, checkpoint),
+        *data_findings(config.data, sources, held_out, tokenizer),
+        *epoch_findings(blend, length.num_samples, sizes, max_epochs),
+        *_validation_findings(config, held_out),
+    ]
+    left_over = (config.train.train_samples or 0) - length.num_samples
+    if left_over > 0:
+        findings.append(
+            f"train.train_samples: the run ends at sample {length.num_samples:,}; the last "
+            f"{left_over:,} of {config.train.train_samples:,} do not fill a global batch of "
+            f"{config.train.global_batch_size:,} and are not trained"
+        )
     changes: list[Row] = []
     if resumed is not None and folder is not None:
         changes = changed_settings(config, folder, resumed, blend, length)
@@ -176,10 +205,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
         changes=changes,
-        findings=[
-            *_weight_findings(config, checkpoint),
-            *_findings(config, tokenizer, blend, sources, held_out, length),
-        ],
+        findings=list(dict.fromkeys(findings)),
     )
 
 
@@ -198,28 +224,6 @@ def _weight_findings(config: RunConfig, checkpoint: InitialCheckpoint | None) ->
     ]
 
 
-def _findings(
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    blend: Blend,
-    sources: list[Source],
-    held_out: list[Source],
-    length: RunLength,
-) -> list[str]:
-    """Collects what the user should know before the run starts, each finding once."""
-    found = data_findings(config.data, sources, held_out, tokenizer)
-    found += epoch_findings(blend, length.num_samples, _epoch_sizes(sources), _max_epochs(config))
-    found += _validation_findings(config, held_out)
-    left_over = (config.train.train_samples or 0) - length.num_samples
-    if left_over > 0:
-        found.append(
-            f"train.train_samples: the run ends at sample {length.num_samples:,}; the last "
-            f"{left_over:,} of {config.train.train_samples:,} do not fill a global batch of "
-            f"{config.train.global_batch_size:,} and are not trained"
-        )
-    return list(dict.fromkeys(found))
-
-
 def verify_data(config: RunConfig, inputs: RunInputs, *, part: int = 0, num_parts: int = 1) -> None:
     """Verifies whole datasets against their sidecar files, as `verify_contents` does."""
     splits = (inputs.sources, inputs.validation_sources, inputs.test_sources)
@@ -227,11 +231,7 @@ def verify_data(config: RunConfig, inputs: RunInputs, *, part: int = 0, num_part
 
 
 def carried_files(config: RunConfig, inputs: RunInputs) -> SmallFiles:
-    """Collects the small files of the base model that checkpoints carry to an export.
-
-    Raises:
-        UserError: One of them is damaged.
-    """
+    """Collects the small files of the base model that checkpoints carry to an export."""
     return files_of_run(
         inputs.tokenizer,
         {name: source.paths for name, source in config.data.sources.items()},
@@ -257,11 +257,7 @@ def _validation_findings(config: RunConfig, held_out: list[Source]) -> list[str]
 
 
 def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
-    """Checks that all ranks would train on the same data; every rank calls it.
-
-    Raises:
-        UserError: On every rank; the message names what differs.
-    """
+    """Checks that all ranks would train on the same data; every rank calls it and raises alike."""
     state = inputs.state
     facts: dict[str, Any] = {"tokenizer.tokenizer_model": state.tokenizer["sha256"]}
     facts |= {f"data.sources.{name}": source for name, source in state.sources.items()}
@@ -283,11 +279,7 @@ def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
 
 
 def model_vocab_size(config: RunConfig, tokenizer: Tokenizer) -> int:
-    """Returns the model's vocabulary size, the tokenizer's unless a larger one is configured.
-
-    Raises:
-        UserError: The tokenizer has ids beyond the configured size.
-    """
+    """Returns the model's vocabulary size, the tokenizer's unless a larger one is configured."""
     configured = config.model.vocab_size
     if configured is None:
         return tokenizer.vocab_size
@@ -328,32 +320,6 @@ def _begins_with_bos(
             ", ".join(without),
         )
     return begins
-
-
-def initial_state(
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    sources: list[Source],
-    vocab_size: int,
-    *,
-    add_bos_token: bool,
-) -> RunState:
-    """Returns the state of a run before its first iteration."""
-    return RunState(
-        iteration=0,
-        consumed_samples=0,
-        consumed_tokens=0,
-        blend={},
-        schedule={},
-        sources={source.name: source.fingerprint() for source in sources},
-        tokenizer={
-            "type": tokenizer.tokenizer_type,
-            "sha256": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "add_bos_token": add_bos_token,
-        },
-        model=LlamaShape.of(config.model, vocab_size).recorded(),
-    )
 
 
 def _saved_state(checkpoint: InitialCheckpoint) -> RunState:
@@ -411,9 +377,6 @@ def _check_same_tokens(
     """Checks that each embedding row belongs to the same token as in the checkpoint.
 
     The hashes of two tokenizers in different file formats differ even if their tokens are equal.
-
-    Raises:
-        UserError: The tokenizer has additional tokens.
     """
     if saved.tokenizer.get("sha256") == tokenizer.fingerprint:
         return
@@ -443,12 +406,3 @@ def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -
         config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples
     )
     return Blend(schedule, state=resumed.blend)
-
-
-def _epoch_sizes(sources: list[Source]) -> dict[str, int]:
-    return {source.name: source.num_samples for source in sources}
-
-
-def _max_epochs(config: RunConfig) -> dict[str, float]:
-    limits = {name: source.max_epochs for name, source in config.data.sources.items()}
-    return {name: limit for name, limit in limits.items() if limit is not None}

@@ -96,13 +96,6 @@ class StepResult:
 def train(run: Run, state: TrainState) -> TrainState:
     """Trains until the last iteration, the exit interval or a stop signal, and saves at the end.
 
-    Args:
-        run: The assembled run.
-        state: Where the run starts.
-
-    Returns:
-        Where the run ended.
-
     Raises:
         UserError: The last checkpoint could not be written, or a bad step ends the run.
     """
@@ -202,13 +195,6 @@ def train_step(
 
     Megatron-LM counts a step without an update as an iteration but does not advance its learning
     rate. Here the learning rate advances with every step, so that it is the same after a resume.
-
-    Args:
-        batch: This rank's micro-batches of the global batch.
-        optimization: Chunks, optimizer and learning rate; all are updated.
-        forward_step: Runs one micro-batch.
-        ranks: This process's place in every parallel group.
-        guard: Judges the step before its update.
     """
     for chunk in optimization.chunks:
         chunk.zero_grad_buffer()
@@ -241,8 +227,7 @@ def train_step(
 def record_step_verdict(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
     """Counts the step's verdict; returns whether the weights must be rolled back.
 
-    Raises:
-        UserError: The verdict ends the run, on every rank.
+    Raises `UserError` on every rank if the verdict ends the run.
     """
     try:
         return run.guard.record(result.verdict, result.loss, batch.begin, batch.end)
@@ -257,9 +242,6 @@ def roll_back(run: Run, state: TrainState) -> None:
     """Loads weights and optimizer of the last checkpoint; the data continues from ``state``.
 
     The weights therefore never see the samples since that checkpoint, which led to the bad step.
-
-    Raises:
-        UserError: There is no checkpoint of this run.
     """
     checkpoint = run.resumed_from
     if run.saver is not None:
@@ -329,13 +311,7 @@ def validate(run: Run, state: TrainState) -> None:
 
 
 def prepare_evaluation(run: Run, state: TrainState, name: str) -> None:
-    """Reports pending iterations and gathers the parameters; every rank calls it.
-
-    Args:
-        run: The run.
-        state: Where it stands.
-        name: Name of the evaluation that follows.
-    """
+    """Reports pending iterations and gathers the parameters; every rank calls it."""
     for callback in run.callbacks:
         callback.before_validation(state.iteration, name)
     run.log.write_iterations()
@@ -364,11 +340,7 @@ def save(run: Run, state: TrainState) -> None:
 
 
 def ensure_saved(run: Run, state: TrainState) -> None:
-    """Waits until ``state`` is on disk; saves once more if the last save failed.
-
-    Raises:
-        UserError: The second attempt failed as well.
-    """
+    """Waits until ``state`` is on disk; saves once more if the last save failed."""
     for callback in run.callbacks:
         callback.on_save(state.iteration)
     if run.saver is None or run.saver.finish() == state.iteration:

@@ -42,17 +42,7 @@ class FusedAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ) -> None:
-        """Initializes the optimizer from Apex's arguments.
-
-        Args:
-            params: Parameters or parameter groups.
-            lr: Learning rate.
-            betas: Decay rates of the two moments.
-            eps: Added to the square root of the second moment.
-            weight_decay: Decoupled weight decay.
-            adam_w_mode: Must be True.
-            capturable: Must be False, because the step counter lies on the host.
-        """
+        """Initializes the optimizer from Apex's arguments."""
         assert adam_w_mode, "this optimizer only supports decoupled weight decay"
         assert not capturable, "this optimizer does not support CUDA graph capture"
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
@@ -112,13 +102,8 @@ def _l2_norm(
 def install_fused_adamw() -> str:
     """Makes megatron-core use `FusedAdamW` if neither Apex nor transformer-engine is installed.
 
-    It replaces these names, which megatron-core binds at import: ``optimizer.Adam``,
-    ``optimizer.USING_PYTORCH_OPTIMIZER``, ``distrib_optimizer.Adam``,
-    ``distrib_optimizer.USING_APEX_OPTIMIZER``, ``distrib_optimizer.HAVE_APEX_OR_TE``,
-    ``clip_grads.multi_tensor_scale_impl`` and ``clip_grads.l2_norm_impl``.
-
-    Returns:
-        Which optimizer the run uses and why, for the log.
+    It replaces the names below, which megatron-core binds at import. Returns which optimizer the
+    run uses and why, for the log.
     """
     from megatron.core import optimizer
     from megatron.core.optimizer import clip_grads, distrib_optimizer
@@ -176,17 +161,10 @@ class Optimization:
 def build_optimization(
     config: RunConfig, llama: Llama, ranks: Ranks, length: RunLength | None = None
 ) -> Optimization:
-    """Wraps the model's chunks and builds their optimizer.
-
-    Args:
-        config: Configuration of the run.
-        llama: The model.
-        ranks: This process's place in every parallel group.
-        length: Length of a resumed run; computed for a new run if None.
-    """
+    """Wraps the model's chunks and builds their optimizer. A resumed run gives its ``length``."""
     description = install_fused_adamw()
     length = length or RunLength.of(config)
-    parallel = config.parallel
+    parallel, settings = config.parallel, config.optimizer
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -201,7 +179,22 @@ def build_optimization(
             for number, chunk in enumerate(llama.chunks)
         ]
         optimizer = get_megatron_optimizer(
-            _optimizer_config(config, llama), chunks, use_gloo_process_groups=ranks.is_cuda
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                bf16=llama.dtype == torch.bfloat16,
+                params_dtype=llama.dtype,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            chunks,
+            use_gloo_process_groups=ranks.is_cuda,
         )
     if parallel.overlap_grad_reduce:
         # The backward pass of the last micro-batch reduces gradients once they are complete.
@@ -223,22 +216,4 @@ def build_optimization(
         update=GuardedOptimizer(optimizer),
         length=length,
         overlaps_param_gather=parallel.overlap_param_gather,
-    )
-
-
-def _optimizer_config(config: RunConfig, llama: Llama) -> MegatronOptimizerConfig:
-    settings = config.optimizer
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=settings.lr,
-        min_lr=settings.min_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.adam_beta1,
-        adam_beta2=settings.adam_beta2,
-        adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
-        bf16=llama.dtype == torch.bfloat16,
-        params_dtype=llama.dtype,
-        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
     )

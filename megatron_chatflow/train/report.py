@@ -1,8 +1,6 @@
 """Collects iterations and reports them, one by one and as means over each log interval.
 
-The loop adds an `IterationRecord` per iteration to the `IntervalLog`. `summarize` turns one record
-into the row of ``metrics.jsonl`` and the records of an interval into what the log, TensorBoard and
-Weights & Biases show: losses are means over loss tokens, shares and speed cover the whole interval.
+Losses are means over loss tokens; shares and speed cover the whole interval.
 
 `IntervalLog.add` waits neither for a device nor for another rank, so an iteration that is not
 logged costs nothing. The hash of each global batch needs all ranks; it is exchanged for all pending
@@ -24,7 +22,6 @@ import numpy.typing as npt
 import torch
 
 from megatron_chatflow.data.loader import combine_digests
-from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.runtime.ranks import Ranks, data_parallel_group
 from megatron_chatflow.train.callbacks import Callback
 from megatron_chatflow.train.callbacks.straggler import StragglerDetector, StragglerReport
@@ -135,36 +132,17 @@ class IterationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the object for ``metrics.jsonl``."""
-        compared = {} if self.stragglers is None else {"stragglers": self.stragglers.to_dict()}
-        return {
-            "iteration": self.iteration,
-            "interval": self.interval,
-            "consumed_samples": self.consumed_samples,
-            "consumed_tokens": self.consumed_tokens,
-            "lm_loss": finite(self.lm_loss),
-            "learning_rate": self.learning_rate,
-            "grad_norm": finite(self.grad_norm),
-            "tokens_per_second": self.tokens_per_second,
-            "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
-            "tflops_per_gpu": self.tflops_per_gpu,
-            "mfu": self.mfu,
-            "mfu_causal": self.mfu_causal,
-            "memory_bytes": self.memory_bytes,
-            "time": self.time,
-            "seconds": self.seconds,
-            "data_seconds": self.data_seconds,
-            "num_restarts": self.downtime.num_restarts,
-            "seconds_lost": self.downtime.seconds,
-            "num_skipped": self.num_skipped,
-            "skipped_no_loss_tokens": self.skipped_no_loss_tokens,
-            "num_rollbacks": self.num_rollbacks,
-            "batch_digest": self.batch_digest,
-            "sources": {
-                name: {**vars(source), "loss": finite(source.loss)}
-                for name, source in self.sources.items()
-            },
-            **compared,
+        left_out = ("num_iterations", "global_batch_size", "downtime", "seconds_left")
+        row = {name: value for name, value in vars(self).items() if name not in left_out}
+        row["lm_loss"], row["grad_norm"] = finite(self.lm_loss), finite(self.grad_norm)
+        row["num_restarts"] = self.downtime.num_restarts
+        row["seconds_lost"] = self.downtime.seconds
+        row["sources"] = {
+            name: {**vars(source), "loss": finite(source.loss)}
+            for name, source in self.sources.items()
         }
+        stragglers = row.pop("stragglers")
+        return row if stragglers is None else {**row, "stragglers": stragglers.to_dict()}
 
     def scalars(self) -> dict[str, float]:
         """Returns the scalars to plot, under Megatron's names where it has them."""
@@ -285,51 +263,8 @@ def _mean_loss(row: Sequence[float]) -> float | None:
     return loss_sum / num_tokens if num_tokens else None
 
 
-def validation_dict(iteration: int, losses: Mapping[str, SourceLoss]) -> dict[str, Any]:
-    """Returns the object of a validation for ``metrics.jsonl``."""
-    return {
-        "iteration": iteration,
-        "validation": {
-            name: {"loss": finite(loss.loss), "bits_per_byte": finite(loss.bits_per_byte)}
-            for name, loss in losses.items()
-        },
-    }
-
-
-def validation_scalars(losses: Mapping[str, SourceLoss]) -> dict[str, float]:
-    """Returns the scalars of a validation to plot."""
-    return {
-        f"{kind}/{name}": value
-        for name, loss in losses.items()
-        for kind, value in (
-            ("validation loss", loss.loss),
-            ("validation bits per byte", loss.bits_per_byte),
-        )
-    }
-
-
-def choice_scalars(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the scalars of choice questions to plot."""
-    return {
-        f"{kind}/{name}": result[key]
-        for name, result in results.items()
-        for kind, key in (
-            ("choice accuracy", "accuracy"),
-            ("choice accuracy per byte", "accuracy_per_byte"),
-        )
-        if result.get(key) is not None
-    }
-
-
 class IntervalLog:
-    """Collects iterations until they are reported to the callbacks.
-
-    Args:
-        callbacks: Receivers of the reports.
-        facts: Constants of the run.
-        ranks: This process's place in every parallel group.
-        stragglers: Compares the ranks at each log; None if that is disabled.
-    """
+    """Collects iterations until they are reported to the callbacks."""
 
     def __init__(
         self,
@@ -368,20 +303,13 @@ class IntervalLog:
             self._remaining.add(record.seconds, time.perf_counter())
 
     def write_iterations(self, stragglers: StragglerReport | None = None) -> None:
-        """Reports the iterations since the last call one by one; every rank calls it.
-
-        Args:
-            stragglers: Comparison of the ranks, reported with the last iteration.
-        """
+        """Reports the iterations since the last call one by one; every rank calls it."""
         if self._digests:
             hashes = batch_digests(self._digests, self._ranks)
             self._report_iterations(hashes, stragglers)
 
     def log(self) -> None:
-        """Reports the iterations since the last log and starts a new interval.
-
-        Every rank calls it.
-        """
+        """Reports the iterations since the last log and starts an interval; every rank calls it."""
         if self._num_steps == 0:
             return
         stragglers = None
@@ -467,10 +395,8 @@ class RemainingTime:
 def batch_digests(digests: Sequence[torch.Tensor], ranks: Ranks) -> list[str]:
     """Hashes whole global batches in sample order, with one exchange for all of them.
 
-    Args:
-        digests: For each iteration int64[num_local_samples, 3], this rank's global sample numbers
-            and digests. All data-parallel ranks hold the same number of samples of an iteration.
-        ranks: This process's place in every parallel group.
+    ``digests`` holds int64[num_local_samples, 3] for each iteration: this rank's global sample
+    numbers and digests. All data-parallel ranks hold the same number of samples of an iteration.
     """
     local = torch.cat(list(digests)).to(ranks.device)
     gathered = [torch.empty_like(local) for _ in range(ranks.data_parallel_size)]

@@ -58,11 +58,7 @@ _LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"
 def check_same_model(
     resumed: RunState, state: RunState, checkpoint: Path, *, is_grown: bool
 ) -> None:
-    """Checks that the checkpoint's model has the same shape.
-
-    Raises:
-        UserError: A size differs for another reason than growth of the vocabulary.
-    """
+    """Checks that the checkpoint's model has the same shape, except for a grown vocabulary."""
     for name in {**resumed.model, **state.model}:
         value, saved = state.model.get(name), resumed.model.get(name)
         if name == "vocab_size" and is_grown:
@@ -82,11 +78,7 @@ def check_same_model(
 def check_same_data(
     config: RunConfig, resumed: RunState, state: RunState, checkpoint: Path
 ) -> None:
-    """Checks that the samples are those that the run has been trained on.
-
-    Raises:
-        UserError: The message names the setting or the dataset that differs.
-    """
+    """Checks that the samples are those that the run has been trained on."""
     if resumed.tokenizer.get("sha256") != state.tokenizer["sha256"]:
         raise UserError(
             f"tokenizer.tokenizer_model: is not the tokenizer that {checkpoint} was trained "
@@ -122,11 +114,7 @@ def _check_same_contents(
 
 
 def check_same_seq_length(config: RunConfig, resumed: RunState, checkpoint: Path) -> None:
-    """Checks that the sequence length is unchanged.
-
-    Raises:
-        UserError: It differs; the message says what is possible instead.
-    """
+    """Checks that the sequence length is unchanged."""
     length = config.data.seq_length
     recorded = [resumed.schedule.get("seq_length")]
     recorded += [source.get("seq_length") for source in resumed.sources.values()]
@@ -232,12 +220,7 @@ def data_seeds(
 ) -> dict[str, Any]:
     """Returns the seeds of each source's order as pairs of first epoch and seed.
 
-    Args:
-        config: Configuration of the run.
-        sources: Training sources.
-        blend: The blend, resumed from the checkpoint.
-        resumed: State of the checkpoint; None for a new run.
-        checkpoint: Folder of the checkpoint.
+    ``resumed`` and ``checkpoint`` are None for a new run.
 
     Raises:
         UserError: The seed has changed without ``--new-data-seed``.
@@ -279,18 +262,7 @@ def data_seeds(
 def changed_settings(
     config: RunConfig, checkpoint: Path, resumed: RunState, blend: Blend, length: RunLength
 ) -> list[Row]:
-    """Lists every setting that differs from the checkpoint's, with its consequence.
-
-    Args:
-        config: Configuration of the resumed run.
-        checkpoint: Its ``iter_`` folder.
-        resumed: State of the checkpoint.
-        blend: The resumed blend.
-        length: First and last iteration.
-
-    Returns:
-        Rows with ``setting``, ``checkpoint``, ``now`` and ``consequence``.
-    """
+    """Lists every setting that differs from the checkpoint's, with its consequence."""
     recorded = recorded_settings(checkpoint)
     if not recorded:
         logger.warning("%s has no config.yaml, so settings cannot be compared", checkpoint)

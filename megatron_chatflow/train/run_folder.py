@@ -4,7 +4,6 @@ A folder that cannot be written is a user error; a logger that fails is not.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -17,7 +16,7 @@ from megatron_chatflow.blend.edits import Edit
 from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.errors import LocalError, UserError
-from megatron_chatflow.files import is_disk_full
+from megatron_chatflow.files import FileLock, is_disk_full
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.train.callbacks import Callback
 from megatron_chatflow.train.callbacks.console import Console
@@ -29,7 +28,7 @@ from megatron_chatflow.train.callbacks.metrics_file import (
     truncate_metrics,
 )
 from megatron_chatflow.train.callbacks.restarts import StatusFile, delete_restarts, record_restart
-from megatron_chatflow.train.callbacks.weights_and_biases import WeightsAndBiases
+from megatron_chatflow.train.callbacks.scalars import TensorBoard, WeightsAndBiases
 from megatron_chatflow.train.report import Downtime
 
 logger = logging.getLogger(__name__)
@@ -38,59 +37,38 @@ logger = logging.getLogger(__name__)
 LOCK_TIMEOUT_SECONDS = 20.0
 
 
-class RunFolder:
-    """A run's folder, locked until the process ends or the folder is closed.
+def lock_folder(folder: Path, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> FileLock:
+    """Creates and locks a run's folder, so that no second run writes the same files.
 
-    Two runs that write the same checkpoints and metrics would overwrite each other's.
+    The lock ends with the process, or with `FileLock.release`.
+
+    Raises:
+        UserError: The folder cannot be created or written, or another process trains into it.
     """
-
-    def __init__(self, folder: Path, *, timeout_seconds: float = LOCK_TIMEOUT_SECONDS) -> None:
-        """Creates and locks the folder.
-
-        Args:
-            folder: The run's folder.
-            timeout_seconds: Time to wait for another process to release the lock.
-
-        Raises:
-            UserError: The folder cannot be created or written, or another process trains into it.
-        """
-        path = folder / ".lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
-        deadline = time.monotonic() + timeout_seconds
-        while not self._try_lock():
+    path = folder / ".lock"
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while (lock := FileLock.acquire(path, for_writing=True)) is None:
             if time.monotonic() >= deadline:
-                owner = os.pread(self._descriptor, 64, 0).decode(errors="replace").strip()
-                os.close(self._descriptor)
+                owner = path.read_text(encoding="utf-8", errors="replace")[:64].strip()
                 raise UserError(
                     f"checkpoint.save: {folder}: another run ({owner or 'unknown'}) is writing "
                     "to this folder; stop it, or use another --save"
                 )
             time.sleep(0.1)
-        with contextlib.suppress(OSError):  # on a full disk the lock has no owner's name
-            os.ftruncate(self._descriptor, 0)
-            name = f"process {os.getpid()} on {os.uname().nodename}"
-            os.pwrite(self._descriptor, name.encode(), 0)
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:  # a file system without locks
-            logger.warning(
-                "checkpoint.save: the file system does not support locks (%s); a second run in "
-                "the same folder will not be detected",
-                error.strerror,
-            )
-        return True
-
-    def close(self) -> None:
-        """Releases the lock."""
-        os.close(self._descriptor)
+    except OSError as error:
+        raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
+    if not lock.is_effective:
+        logger.warning(
+            "checkpoint.save: the file system does not support locks; a second run in the same "
+            "folder will not be detected"
+        )
+    with contextlib.suppress(OSError):  # on a full disk the lock has no owner's name
+        os.ftruncate(lock.descriptor, 0)
+        name = f"process {os.getpid()} on {os.uname().nodename}"
+        os.pwrite(lock.descriptor, name.encode(), 0)
+    return lock
 
 
 def open_run_folder(
@@ -98,12 +76,7 @@ def open_run_folder(
 ) -> tuple[list[Callback], Downtime]:
     """Opens the run's folder and creates the callbacks that report, on the reporting rank only.
 
-    Args:
-        config: Configuration of the run.
-        ranks: This process's place in every parallel group.
-        length: First and last iteration.
-        edit: What this resume changed in the schedule; None if nothing.
-        stack: Closes the callbacks and the folder.
+    ``edit`` is what this resume changed in the schedule. ``stack`` closes callbacks and folder.
 
     Returns:
         The callbacks, none on other ranks, and the cost of restarts.
@@ -126,7 +99,7 @@ def open_run_folder(
     status_files: list[Callback] = []
     if config.checkpoint.save is not None:
         folder = Path(config.checkpoint.save)
-        stack.callback(RunFolder(folder).close)
+        stack.callback(lock_folder(folder).release, remove=False)
         try:
             truncation = truncate_metrics(folder / METRICS_FILE, iteration)
             downtime = _record_restart(config, folder, truncation, iteration, edit)
@@ -140,7 +113,7 @@ def open_run_folder(
         except OSError as error:
             raise UserError(f"checkpoint.save: {folder}: {error.strerror}") from None
         if config.logging.tensorboard:
-            makers.append(lambda: _tensorboard(folder, iteration))
+            makers.append(lambda: TensorBoard(folder, iteration=iteration))
         if config.logging.wandb_project is not None:
             makers.append(lambda: WeightsAndBiases(config, folder))
     callbacks = [*map(IsolatedCallback, makers), *status_files]
@@ -183,9 +156,3 @@ def _metrics_maker(folder: Path, *, every_iteration: bool) -> Callable[[], Callb
             raise
         return lambda: MetricsFile(folder, every_iteration=every_iteration)
     return lambda: metrics
-
-
-def _tensorboard(folder: Path, iteration: int) -> Callback:
-    from megatron_chatflow.train.callbacks.tensorboard import TensorBoard  # takes seconds to import
-
-    return TensorBoard(folder, iteration=iteration)

@@ -44,10 +44,7 @@ class InitialCheckpoint:
 
 
 def find_initial_checkpoint(config: RunConfig) -> InitialCheckpoint | None:
-    """Finds the checkpoint that this process on its own would start from.
-
-    Returns:
-        The checkpoint; None for a fresh start.
+    """Finds the checkpoint that this process on its own would start from; None for a fresh start.
 
     Raises:
         UserError: A checkpoint that is required does not exist.
@@ -80,11 +77,7 @@ def find_initial_checkpoint(config: RunConfig) -> InitialCheckpoint | None:
 
 
 def check_save_folder(settings: CheckpointConfig, checkpoint: InitialCheckpoint | None) -> None:
-    """Checks that the run would not overwrite checkpoints of another run.
-
-    Raises:
-        UserError: ``--save`` holds checkpoints that this run does not resume.
-    """
+    """Checks that ``--save`` holds no checkpoints of another run, which would be overwritten."""
     if settings.save is None or not Path(settings.save).is_dir():
         return
     save = Path(settings.save).resolve()

@@ -19,7 +19,7 @@ FULL = """
 import logging, resource, sys
 from pathlib import Path
 from megatron_chatflow.train.callbacks.isolated import IsolatedCallback
-from megatron_chatflow.train.callbacks.tensorboard import TensorBoard
+from megatron_chatflow.train.callbacks.scalars import TensorBoard
 logging.basicConfig(level=logging.WARNING)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -28,7 +28,7 @@ MIB = 1 << 20
 FREE_BETWEEN_KEPT = """
 import torch
 from megatron_chatflow.runtime.launch import make_malloc_keep_freed_memory
-from megatron_chatflow.train.callbacks.freed_memory import FreedMemory, resident_bytes
+from megatron_chatflow.train.callbacks.process import FreedMemory, resident_bytes
 make_malloc_keep_freed_memory()
 watch = FreedMemory()
 torch.ones(1000)

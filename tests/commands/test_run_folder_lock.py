@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.train.run_folder import RunFolder
+from megatron_chatflow.train.run_folder import lock_folder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from megatron_chatflow.train.run_folder import RunFolder
-lock = RunFolder(Path(sys.argv[1]))
+from megatron_chatflow.train.run_folder import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
 """
@@ -26,9 +26,9 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path) -> None
     )
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"another run .process {holder.pid} on"):
-        RunFolder(tmp_path, timeout_seconds=0.0)
+        lock_folder(tmp_path, timeout_seconds=0.0)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     holder.stdout.close()
-    RunFolder(tmp_path, timeout_seconds=0.0).close()
-    RunFolder(tmp_path, timeout_seconds=0.0).close()
+    lock_folder(tmp_path, timeout_seconds=0.0).release(remove=False)
+    lock_folder(tmp_path, timeout_seconds=0.0).release(remove=False)

@@ -3,15 +3,15 @@
 `Callback` names the hooks. `megatron_chatflow.train.build` creates the callbacks, and the training
 loop calls each hook on all of them in this order:
 
-1. `heartbeat.Heartbeat` tells the watchdog which phase starts.
+1. `process.Heartbeat` tells the watchdog which phase starts.
 2. `profiler.ProfilerWindow` starts and stops a profile.
 3. `straggler.StragglerDetector` times forward and backward passes.
 4. `choice.ChoiceEval` evaluates multiple-choice questions.
-5. `garbage_collection.GarbageCollection` collects garbage at the same iterations on every rank.
-6. `freed_memory.FreedMemory` returns freed memory to the system (CPU only).
-7. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `tensorboard.TensorBoard`
-   and `weights_and_biases.WeightsAndBiases`, each inside an `isolated.IsolatedCallback`, so that an
-   error in one of them does not end the run; then `restarts.StatusFile`.
+5. `process.GarbageCollection` collects garbage at the same iterations on every rank.
+6. `process.FreedMemory` returns freed memory to the system (CPU only).
+7. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `scalars.TensorBoard` and
+   `scalars.WeightsAndBiases`, each inside an `isolated.IsolatedCallback`, so that an error in one
+   of them does not end the run; then `restarts.StatusFile`.
 """
 
 from __future__ import annotations

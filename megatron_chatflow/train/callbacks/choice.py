@@ -8,9 +8,7 @@ from megatron_chatflow.train.loop import Run, TrainState, is_due, prepare_evalua
 class ChoiceEval(Callback):
     """Runs a `ChoiceValidator` at multiples of an interval, and before and after training.
 
-    Args:
-        validator: The encoded questions.
-        interval: Iterations between evaluations; None evaluates before the first iteration only.
+    Without an interval it only evaluates before the first iteration.
     """
 
     def __init__(self, validator: ChoiceValidator, interval: int | None) -> None:

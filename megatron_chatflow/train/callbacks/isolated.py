@@ -12,13 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 class IsolatedCallback(Callback):
-    """Forwards reports to a callback and logs its exceptions instead of raising them.
+    """Forwards reports to the callback that ``make`` creates, and logs its exceptions.
 
     A failure is logged once until the callback works again. If the callback cannot be created, its
     creation is tried again with the next report.
-
-    Args:
-        make: Creates the callback.
     """
 
     def __init__(self, make: Callable[[], Callback]) -> None:

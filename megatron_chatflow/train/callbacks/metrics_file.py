@@ -16,7 +16,7 @@ from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.files import fsync_path
 from megatron_chatflow.train.callbacks import Callback
-from megatron_chatflow.train.report import IterationReport, validation_dict
+from megatron_chatflow.train.report import IterationReport, finite
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -70,15 +70,13 @@ def truncate_metrics(path: Path, iteration: int) -> Truncation:
 
 
 class MetricsFile(Callback):
-    """Appends to ``metrics.jsonl``; each line reaches the system before training continues."""
+    """Appends to ``metrics.jsonl``; each line reaches the system before training continues.
+
+    With ``every_iteration``, each iteration has a row instead of each log interval.
+    """
 
     def __init__(self, folder: Path, *, every_iteration: bool) -> None:
-        """Opens the file, which `truncate_metrics` has truncated.
-
-        Args:
-            folder: The run's folder.
-            every_iteration: Write a row per iteration instead of per log interval.
-        """
+        """Opens the file, which `truncate_metrics` has truncated."""
         self._every_iteration = every_iteration
         path = folder / METRICS_FILE
         self._file = open(path, "ab", buffering=0)
@@ -98,7 +96,11 @@ class MetricsFile(Callback):
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Appends the validation."""
-        self._append(validation_dict(iteration, losses))
+        found = {
+            name: {"loss": finite(loss.loss), "bits_per_byte": finite(loss.bits_per_byte)}
+            for name, loss in losses.items()
+        }
+        self._append({"iteration": iteration, "validation": found})
 
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Appends the results."""

@@ -26,11 +26,7 @@ class ProfilerWindow(Callback):
     """Profiles the iterations after ``profile_step_start`` up to ``profile_step_end``."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        """Checks the settings; nothing is profiled before the window begins.
-
-        Raises:
-            UserError: NVTX ranges are requested without CUDA, or a profiled rank does not exist.
-        """
+        """Checks the settings; nothing is profiled before the window begins."""
         settings = config.logging
         if settings.profile and not settings.use_pytorch_profiler and not ranks.is_cuda:
             raise UserError("logging.profile: NVTX ranges need CUDA; add --use-pytorch-profiler")

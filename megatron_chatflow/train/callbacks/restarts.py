@@ -32,11 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class StatusFile(Callback):
-    """Writes ``status.json`` when the run starts and when it ends.
-
-    Args:
-        folder: The run's folder.
-    """
+    """Writes ``status.json`` when the run starts and when it ends."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

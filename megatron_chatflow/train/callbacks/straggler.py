@@ -72,8 +72,7 @@ class _Timer:
 class ComputeTimers:
     """The object that megatron-core calls as ``config.timers``; it times the two passes only.
 
-    Attributes:
-        is_on: Whether time is measured now, which excludes validation.
+    ``is_on`` is whether time is measured now, which excludes validation.
     """
 
     def __init__(self, is_cuda: bool) -> None:
@@ -132,17 +131,11 @@ class StragglerReport:
 class StragglerDetector(Callback):
     """Times this rank's steps and compares all ranks at each log.
 
-    Attributes:
-        timers: What the model's configuration needs as ``timers``.
+    The model's configuration needs its ``timers``.
     """
 
     def __init__(self, ranks: Ranks, num_listed: int) -> None:
-        """Gathers every rank's node and pipeline stage; every rank calls it.
-
-        Args:
-            ranks: This process's place in every parallel group.
-            num_listed: Number of slowest ranks to list.
-        """
+        """Gathers every rank's node and pipeline stage; every rank calls it."""
         self.timers = ComputeTimers(ranks.is_cuda)
         self._device = ranks.device
         self._num_listed = num_listed
@@ -161,11 +154,9 @@ class StragglerDetector(Callback):
         self.timers.is_on = False
 
     def report(self, num_iterations: int, data_seconds: float) -> StragglerReport:
-        """Compares the ranks; every rank calls it.
+        """Compares the ranks over ``num_iterations``; every rank calls it.
 
-        Args:
-            num_iterations: Number of iterations since the last call.
-            data_seconds: This rank's mean wait for a batch in these iterations.
+        ``data_seconds`` is this rank's mean wait for a batch.
         """
         forward, backward = (seconds / num_iterations for seconds in self.timers.read_and_reset())
         figures = [forward, backward, data_seconds, *self._readings()]
@@ -188,7 +179,7 @@ class StragglerDetector(Callback):
 def compare(
     rows: Sequence[Sequence[float]], places: Sequence[tuple[str, int]], num_listed: int
 ) -> StragglerReport:
-    """Compares the ranks.
+    """Compares the ranks and lists the ``num_listed`` slowest ones.
 
     Args:
         rows: `TIMES` of every rank, followed by `READINGS` if there are any.

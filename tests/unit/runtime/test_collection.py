@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from megatron_chatflow.train.callbacks.garbage_collection import GarbageCollection
+from megatron_chatflow.train.callbacks.process import GarbageCollection
 
 
 class _Cycle:

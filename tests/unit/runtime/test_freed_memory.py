@@ -1,6 +1,6 @@
 """Tests that freed memory is returned once enough has accumulated."""
 
-from megatron_chatflow.train.callbacks.freed_memory import FreedMemory
+from megatron_chatflow.train.callbacks.process import FreedMemory
 
 MIB = 1 << 20
 
