@@ -53,10 +53,7 @@ __all__ = [
 ]
 
 # megatron-core's loading requires this: optimizer state is stored by parameter.
-_CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
+_CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 class _SafePlanner(MCoreLoadPlanner):  # type: ignore[misc]

@@ -85,6 +85,8 @@ def first_line(error: Exception) -> str:
 class SafeReader(FileSystemReader):
     """torch's file reader with a safe index and errors that name the file."""
 
+    advice = "load another checkpoint"
+
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Reads and checks the index."""
         return read_index(Path(self.path))
@@ -107,7 +109,7 @@ class SafeReader(FileSystemReader):
             if place is None:
                 raise UserError(
                     f"{self.path}: .metadata has no location for a chunk of "
-                    f"{item.storage_index.fqn}; load another checkpoint"
+                    f"{item.storage_index.fqn}; {self.advice}"
                 )
             by_file.setdefault(place.relative_path, []).append((place.offset, item))
         for name, items in by_file.items():
@@ -119,10 +121,10 @@ class SafeReader(FileSystemReader):
                         where = f" at {item.storage_index.fqn}"
                         self._read_item(file, item, planner)
             except FileNotFoundError:
-                raise UserError(f"{path}: is missing; load another checkpoint") from None
+                raise UserError(f"{path}: is missing; {self.advice}") from None
             except Exception as error:  # a damaged record may raise anything in torch
                 raise UserError(
-                    f"{path}: is damaged{where} ({first_line(error)}); load another checkpoint"
+                    f"{path}: is damaged{where} ({first_line(error)}); {self.advice}"
                 ) from None
         done: Future[None] = Future()
         done.set_result(None)
@@ -224,3 +226,9 @@ def fill(shards: Sequence[TensorShard], folder: Path, reader: FileSystemReader) 
             shard.values.zero_()
     reader.set_up_storage_reader(index, True)
     reader.read_data(LoadPlan(planner.items), planner).wait()
+
+
+def read_shard(shard: TensorShard, folder: Path, reader: SafeReader, index: Metadata) -> None:
+    """Reads a shard in place with a reader that is set up for the folder's index."""
+    planner = _ShardPlanner(folder, [shard], index)
+    reader.read_data(LoadPlan(planner.items), planner)

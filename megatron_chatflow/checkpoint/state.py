@@ -154,11 +154,7 @@ class Layout:
 
 
 def load(
-    optimizer: Any,
-    layout: Layout,
-    common: Any,
-    folder: Path,
-    reader: FileSystemReader | None,
+    optimizer: Any, layout: Layout, common: Any, folder: Path, reader: FileSystemReader | None
 ) -> None:
     """Loads this rank's optimizer state in place, without communication.
 

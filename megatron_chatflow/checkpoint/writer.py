@@ -24,19 +24,10 @@ import psutil
 import torch
 from torch.distributed.distributed_c10d import _get_default_store
 
-from megatron_chatflow.checkpoint.direct_file import (
-    FileHash,
-    hash_file,
-    lower_thread_priority,
-)
+from megatron_chatflow.checkpoint.direct_file import FileHash, hash_file, lower_thread_priority
 from megatron_chatflow.checkpoint.files import LATEST, MANIFEST, manifest_text, prune
 from megatron_chatflow.checkpoint.layout import Plan, index_files
-from megatron_chatflow.files import (
-    replace_folder,
-    sync_folder,
-    write_and_sync,
-    write_atomically,
-)
+from megatron_chatflow.files import replace_folder, sync_folder, write_and_sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -184,10 +175,7 @@ class SaveReports:
         self._store.set(self._key(rank), report.to_json())
 
     def wait_for_all(
-        self,
-        world_size: int,
-        on_wait: Callable[[], None],
-        is_cancelled: Callable[[], bool],
+        self, world_size: int, on_wait: Callable[[], None], is_cancelled: Callable[[], bool]
     ) -> list[Report]:
         """Waits for every rank's report and returns them in the order of ranks.
 
@@ -306,12 +294,7 @@ class BackgroundSave:
     """
 
     def __init__(
-        self,
-        iteration: int,
-        write: Write,
-        reports: SaveReports,
-        rank: int,
-        plan: Plan | None,
+        self, iteration: int, write: Write, reports: SaveReports, rank: int, plan: Plan | None
     ) -> None:
         self.iteration = iteration
         self._is_written = False

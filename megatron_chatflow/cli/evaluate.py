@@ -115,12 +115,7 @@ def _parse() -> argparse.Namespace:
 def _settings(args: argparse.Namespace) -> EvaluationSettings:
     shots = args.num_fewshot
     tasks = TaskSettings(
-        args.tasks,
-        shots,
-        args.include_path,
-        args.limit,
-        args.batch_size,
-        args.apply_chat_template,
+        args.tasks, shots, args.include_path, args.limit, args.batch_size, args.apply_chat_template
     )
     return EvaluationSettings(
         sources=tuple(TextSource.parse(text, encoding=args.encoding) for text in args.source),

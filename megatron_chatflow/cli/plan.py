@@ -194,10 +194,7 @@ def main() -> None:
 
 
 def show_plan(
-    config: RunConfig,
-    blend: Blend,
-    resumed: Resumed | None,
-    arguments: argparse.Namespace,
+    config: RunConfig, blend: Blend, resumed: Resumed | None, arguments: argparse.Namespace
 ) -> None:
     """Prints the plan of the whole run and writes ``plan.csv`` and ``plan.png``."""
     schedule, seq_length = blend.schedule, config.data.seq_length

@@ -19,11 +19,7 @@ def main() -> None:
         "Writes plots, tables and configuration of runs as one HTML page.", EXAMPLES
     )
     parser.add_argument(
-        "run_dirs",
-        nargs="+",
-        type=Path,
-        metavar="RUN_DIR",
-        help="--save folder of a run",
+        "run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="--save folder of a run"
     )
     parser.add_argument(
         "--output", type=Path, help="file to write (default: report.html in the first run's folder)"

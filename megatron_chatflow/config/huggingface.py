@@ -122,11 +122,7 @@ def _refuse_variants(path: Path, config: Mapping[str, Any]) -> None:
         )
     if config.get("quantization_config") is not None:
         raise UserError(f"{path}: the model is quantized; use one that is not")
-    for name, expected in (
-        ("hidden_act", "silu"),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-    ):
+    for name, expected in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if config.get(name, expected) != expected:
             raise UserError(f"{path}: {name} is {config[name]!r}; only {expected!r} is supported")
 

@@ -355,8 +355,7 @@ class OptimizerConfig:
         default=None, description="iteration at which the decay ends; the last iteration when unset"
     )
     lr_decay_samples: PositiveCount | None = Field(
-        default=None,
-        description="sample at which the decay ends; requires train_samples",
+        default=None, description="sample at which the decay ends; requires train_samples"
     )
     weight_decay: NonNegativeNumber = Field(
         default=0.1, description="coefficient of the decoupled weight decay of AdamW"

@@ -8,18 +8,19 @@ one tensor. Nothing in a file is executed, see `checkpoint.index` and `checkpoin
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_chatflow.checkpoint.index import read_index
-from megatron_chatflow.checkpoint.layout import ALIGNMENT, Plan, frame, index_files, plan_tensor
-from megatron_chatflow.checkpoint.reader import first_line, read_record
+from megatron_chatflow.checkpoint.layout import (
+    ALIGNMENT,
+    Plan,
+    TensorShard,
+    frame,
+    index_files,
+    plan_tensor,
+)
+from megatron_chatflow.checkpoint.reader import SafeReader, read_shard
 from megatron_chatflow.convert.shape import TORCH_NAMES
 from megatron_chatflow.convert.weight_map import WeightRule
 from megatron_chatflow.errors import UserError
@@ -38,11 +39,13 @@ class DistributedReader:
         """
         self.folder = folder
         self._prefixes = (*MASTER_PREFIXES, "") if masters else ("",)
-        index = read_index(folder)
-        self._places: Mapping[MetadataIndex, Any] = index.storage_data
+        self._reader = SafeReader(folder)
+        self._reader.advice = "use another checkpoint"
+        self._index = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._index, True)
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: entry
-            for name, entry in index.state_dict_metadata.items()
+            for name, entry in self._index.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
 
@@ -105,45 +108,11 @@ class DistributedReader:
 
     def _read_box(self, name: str, begin: list[int], end: list[int]) -> torch.Tensor:
         entry = self.tensors[name]
-        box = torch.empty(
-            [e - b for b, e in zip(begin, end, strict=True)], dtype=entry.properties.dtype
-        )
-        for chunk in entry.chunks:  # `read_index` has checked that they cover the tensor exactly
-            self._copy_overlap(name, chunk, begin, end, box)
+        sizes = tuple(e - b for b, e in zip(begin, end, strict=True))
+        box = torch.empty(sizes, dtype=entry.properties.dtype)
+        shard = TensorShard(name, tuple(entry.size), tuple(begin), sizes, box)
+        read_shard(shard, self.folder, self._reader, self._index)
         return box
-
-    def _copy_overlap(
-        self,
-        name: str,
-        chunk: ChunkStorageMetadata,
-        begin: Sequence[int],
-        end: Sequence[int],
-        box: torch.Tensor,
-    ) -> None:
-        """Copies the overlap of a stored chunk and the box into the box."""
-        source, target = [], []
-        for b, e, offset, length in zip(begin, end, chunk.offsets, chunk.sizes, strict=True):
-            first, last = max(b, offset), min(e, offset + length)
-            if first >= last:
-                return
-            source.append(slice(first - offset, last - offset))
-            target.append(slice(first - b, last - b))
-        stored = self._load_chunk(name, chunk)
-        box[tuple(target)].copy_(stored[tuple(source)])
-
-    def _load_chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        place = self._places[MetadataIndex(name, chunk.offsets)]
-        path = self.folder / place.relative_path
-        dtype = self.tensors[name].properties.dtype
-        try:
-            with open(path, "rb") as file:
-                return read_record(file, place, chunk.sizes, dtype)
-        except FileNotFoundError:
-            raise UserError(f"{path}: is missing; use another checkpoint") from None
-        except Exception as error:  # a damaged shard may raise anything in torch
-            raise UserError(
-                f"{path}: is damaged at {name} ({first_line(error)}); use another checkpoint"
-            ) from None
 
 
 @dataclass(frozen=True)

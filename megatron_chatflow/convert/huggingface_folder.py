@@ -76,10 +76,7 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
         if choice is None or (choice.model is None and choice.chat_template is None):
             yield path
             return
-        with (
-            _exiting_on_sigterm(),
-            scratch_folder("chatflow_model_") as folder,
-        ):
+        with _exiting_on_sigterm(), scratch_folder("chatflow_model_") as folder:
             changed = folder / (path.name or "model")
             _link_with_tokenizer(path, choice, changed)
             yield changed
@@ -91,10 +88,7 @@ def huggingface_folder(path: Path, choice: TokenizerChoice | None = None) -> Ite
     # Importing megatron-core takes seconds, which a Hugging Face folder does not need.
     from megatron_chatflow.convert.to_huggingface import export_checkpoint
 
-    with (
-        _exiting_on_sigterm(),
-        scratch_folder("chatflow_export_") as folder,
-    ):
+    with _exiting_on_sigterm(), scratch_folder("chatflow_export_") as folder:
         logger.info("exporting %s to a temporary folder (set TMPDIR to choose its location)", path)
         export_checkpoint(path, folder / "model", tokenizer=choice)
         yield folder / "model"

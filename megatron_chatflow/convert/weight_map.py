@@ -95,15 +95,13 @@ LLAMA_RULES: tuple[WeightRule, ...] = (
         Join.ROWS,
     ),
     WeightRule(
-        "decoder.layers.{layer}.mlp.linear_fc2.weight",
-        (_layer("mlp.down_proj", "hidden", "ffn"),),
+        "decoder.layers.{layer}.mlp.linear_fc2.weight", (_layer("mlp.down_proj", "hidden", "ffn"),)
     ),
     WeightRule(
         "decoder.final_layernorm.weight", (HuggingFaceTensor("model.norm.weight", ("hidden",)),)
     ),
     WeightRule(
-        "output_layer.weight",
-        (HuggingFaceTensor("lm_head.weight", ("vocabulary", "hidden")),),
+        "output_layer.weight", (HuggingFaceTensor("lm_head.weight", ("vocabulary", "hidden")),)
     ),
 )
 

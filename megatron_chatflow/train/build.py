@@ -194,9 +194,7 @@ def _open_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
         logger.info("verified: every dataset that has a .json file matches it")
     if inputs.changes:
         logger.info(
-            "settings that differ from %s:\n%s",
-            inputs.checkpoint,
-            format_table(inputs.changes),
+            "settings that differ from %s:\n%s", inputs.checkpoint, format_table(inputs.changes)
         )
     if inputs.blend.edit is not None:
         logger.info("%s", inputs.blend.edit)
