@@ -150,7 +150,7 @@ def parse_shares(value: object) -> tuple[float, float, float]:
     return train, validation, test
 
 
-CONFIG = ConfigDict(extra="forbid", validate_default=False)
+CONFIG = ConfigDict(extra="forbid", validate_default=False, use_attribute_docstrings=True)
 
 
 def _parse_path(value: object) -> Path:

@@ -1,9 +1,9 @@
 """The sections of a run's configuration, one frozen dataclass each.
 
 The types are strict, and each field is checked individually; `validation` checks combinations of
-fields. A field's description is the help text of its flag, the first line of a section's docstring
-is the section's heading in ``--help`` and in `docs/reference/flags.md`, and the order of the fields
-is their order in both.
+fields. The docstring below a field is the help text of its flag, the first line of a section's
+docstring is the section's heading in ``--help`` and in `docs/reference/flags.md`, and the order of
+the fields is their order in both.
 """
 
 from collections.abc import Mapping
@@ -66,56 +66,42 @@ class ModelConfig:
         description="published model whose sizes are used for the sizes that are not set: "
         + ", ".join(PRESETS),
     )
-    num_layers: NumLayers = Field(description="number of transformer layers")
-    hidden_size: Size = Field(description="size of the hidden states")
-    ffn_hidden_size: Size = Field(
-        description="size of the intermediate activations of the SwiGLU MLP"
-    )
-    num_attention_heads: Size = Field(description="number of attention heads (query heads)")
-    num_query_groups: Size = Field(
-        description="number of key/value heads for grouped-query attention; num_attention_heads "
-        "when unset"
-    )
-    kv_channels: Size | None = Field(
-        default=None,
-        description="size of an attention head; hidden_size / num_attention_heads when unset",
-    )
-    max_position_embeddings: Size = Field(description="maximum sequence length in tokens")
-    rotary_base: PositiveNumber = Field(
-        default=10000.0, description="base of the rotary position embedding (RoPE theta)"
-    )
-    rope_scaling_type: RopeScaling | None = Field(
-        default=None, description="type of RoPE scaling for a longer context; no scaling when unset"
-    )
-    rope_scaling_factor: PositiveNumber | None = Field(
-        default=None, description="factor by which RoPE scaling extends the context"
-    )
-    rope_low_freq_factor: PositiveNumber | None = Field(
-        default=None, description="low_freq_factor of llama3 RoPE scaling; 1 when unset"
-    )
-    rope_high_freq_factor: PositiveNumber | None = Field(
-        default=None, description="high_freq_factor of llama3 RoPE scaling; 4 when unset"
-    )
-    rope_original_max_position_embeddings: Size | None = Field(
-        default=None, description="maximum sequence length in tokens before llama3 RoPE scaling"
-    )
-    norm_epsilon: PositiveNumber = Field(
-        default=1e-5, description="epsilon in the denominator of RMSNorm"
-    )
-    init_method_std: PositiveNumber = Field(
-        default=0.02, description="standard deviation of the initial weights"
-    )
-    untie_embeddings_and_output_weights: Switch = Field(
-        default=True, description="use separate weights for the embedding and the output layer"
-    )
-    make_vocab_size_divisible_by: Size = Field(
-        default=128,
-        description="pad the vocabulary size to a multiple of this value and of the "
-        "tensor-parallel size",
-    )
-    vocab_size: Size | None = Field(
-        default=None, description="vocabulary size before padding; the tokenizer's when unset"
-    )
+    num_layers: NumLayers
+    """number of transformer layers"""
+    hidden_size: Size
+    """size of the hidden states"""
+    ffn_hidden_size: Size
+    """size of the intermediate activations of the SwiGLU MLP"""
+    num_attention_heads: Size
+    """number of attention heads (query heads)"""
+    num_query_groups: Size
+    """number of key/value heads for grouped-query attention; num_attention_heads when unset"""
+    kv_channels: Size | None = None
+    """size of an attention head; hidden_size / num_attention_heads when unset"""
+    max_position_embeddings: Size
+    """maximum sequence length in tokens"""
+    rotary_base: PositiveNumber = 10000.0
+    """base of the rotary position embedding (RoPE theta)"""
+    rope_scaling_type: RopeScaling | None = None
+    """type of RoPE scaling for a longer context; no scaling when unset"""
+    rope_scaling_factor: PositiveNumber | None = None
+    """factor by which RoPE scaling extends the context"""
+    rope_low_freq_factor: PositiveNumber | None = None
+    """low_freq_factor of llama3 RoPE scaling; 1 when unset"""
+    rope_high_freq_factor: PositiveNumber | None = None
+    """high_freq_factor of llama3 RoPE scaling; 4 when unset"""
+    rope_original_max_position_embeddings: Size | None = None
+    """maximum sequence length in tokens before llama3 RoPE scaling"""
+    norm_epsilon: PositiveNumber = 1e-5
+    """epsilon in the denominator of RMSNorm"""
+    init_method_std: PositiveNumber = 0.02
+    """standard deviation of the initial weights"""
+    untie_embeddings_and_output_weights: Switch = True
+    """use separate weights for the embedding and the output layer"""
+    make_vocab_size_divisible_by: Size = 128
+    """pad the vocabulary size to a multiple of this value and of the tensor-parallel size"""
+    vocab_size: Size | None = None
+    """vocabulary size before padding; the tokenizer's when unset"""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,139 +140,94 @@ class ModelConfig:
 class TokenizerConfig:
     """Tokenizer that the corpus was encoded with."""
 
-    tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = Field(
-        default="auto", description="type of the tokenizer; auto detects it from the files"
-    )
-    tokenizer_model: FilePath = Field(
-        description="path of a SentencePiece model, a tokenizer.json, or a folder that contains one"
-    )
-    old_tokenizer_model: FilePath | None = Field(
-        default=None,
-        description="with --embedding-init: path of the tokenizer that the loaded weights were "
-        "trained with; the path recorded with the weights when unset",
-    )
+    tokenizer_type: Literal["auto", "Llama2Tokenizer", "HuggingFaceTokenizer"] = "auto"
+    """type of the tokenizer; auto detects it from the files"""
+    tokenizer_model: FilePath
+    """path of a SentencePiece model, a tokenizer.json, or a folder that contains one"""
+    old_tokenizer_model: FilePath | None = None
+    """with --embedding-init: path of the tokenizer that the loaded weights were trained with;
+    the path recorded with the weights when unset"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ParallelConfig:
     """Parallel layout. Data parallelism uses the processes that the other kinds leave."""
 
-    tensor_model_parallel_size: Size = Field(
-        default=1, description="number of tensor-parallel ranks, which split every layer"
-    )
-    pipeline_model_parallel_size: Size = Field(
-        default=1, description="number of pipeline stages; each one holds a part of the layers"
-    )
-    num_layers_per_virtual_pipeline_stage: Size | None = Field(
-        default=None,
-        description="number of layers per model chunk; enables the interleaved pipeline schedule",
-    )
-    num_virtual_stages_per_pipeline_rank: Size | None = Field(
-        default=None,
-        description="number of model chunks per pipeline stage, as an alternative to "
-        "num_layers_per_virtual_pipeline_stage",
-    )
-    pad_attention_heads: Switch = Field(
-        default=False,
-        description="add zero-valued attention heads if tensor_model_parallel_size does not "
-        "divide their number",
-    )
-    context_parallel_size: Size = Field(
-        default=1, description="number of context-parallel ranks, which split every sequence"
-    )
-    sequence_parallel: Switch = Field(
-        default=False,
-        description="split the norms and residuals along the sequence over the tensor-parallel "
-        "ranks",
-    )
-    use_distributed_optimizer: Switch = Field(
-        default=False, description="shard the optimizer state over the data-parallel ranks"
-    )
-    overlap_grad_reduce: Switch = Field(
-        default=False, description="overlap the gradient reduction with the backward pass"
-    )
-    tp_comm_overlap: Switch = Field(
-        default=False,
-        description="overlap tensor-parallel messages with matrix products, through user buffers "
-        "of transformer-engine; needs sequence_parallel",
-    )
-    grad_reduce_in_bf16: Switch = Field(
-        default=False,
-        description="accumulate and reduce gradients in bf16 instead of fp32, which halves their "
-        "memory and messages and is less precise",
-    )
-    overlap_param_gather: Switch = Field(
-        default=False,
-        description="overlap the parameter all-gather of the distributed optimizer with the "
-        "forward pass",
-    )
-    shared_memory_collectives: Switch = Field(
-        default=True,
-        description="on CPUs, use shared memory instead of gloo between tensor-parallel ranks "
-        "of one machine",
-    )
-    distributed_timeout_minutes: Size = Field(
-        default=20, description="timeout of a collective in minutes; the run fails when it expires"
-    )
+    tensor_model_parallel_size: Size = 1
+    """number of tensor-parallel ranks, which split every layer"""
+    pipeline_model_parallel_size: Size = 1
+    """number of pipeline stages; each one holds a part of the layers"""
+    num_layers_per_virtual_pipeline_stage: Size | None = None
+    """number of layers per model chunk; enables the interleaved pipeline schedule"""
+    num_virtual_stages_per_pipeline_rank: Size | None = None
+    """number of model chunks per pipeline stage, as an alternative to
+    num_layers_per_virtual_pipeline_stage"""
+    pad_attention_heads: Switch = False
+    """add zero-valued attention heads if tensor_model_parallel_size does not divide their number"""
+    context_parallel_size: Size = 1
+    """number of context-parallel ranks, which split every sequence"""
+    sequence_parallel: Switch = False
+    """split the norms and residuals along the sequence over the tensor-parallel ranks"""
+    use_distributed_optimizer: Switch = False
+    """shard the optimizer state over the data-parallel ranks"""
+    overlap_grad_reduce: Switch = False
+    """overlap the gradient reduction with the backward pass"""
+    tp_comm_overlap: Switch = False
+    """overlap tensor-parallel messages with matrix products, through user buffers of
+    transformer-engine; needs sequence_parallel"""
+    grad_reduce_in_bf16: Switch = False
+    """accumulate and reduce gradients in bf16 instead of fp32, which halves their memory and
+    messages and is less precise"""
+    overlap_param_gather: Switch = False
+    """overlap the parameter all-gather of the distributed optimizer with the forward pass"""
+    shared_memory_collectives: Switch = True
+    """on CPUs, use shared memory instead of gloo between tensor-parallel ranks of one machine"""
+    distributed_timeout_minutes: Size = 20
+    """timeout of a collective in minutes; the run fails when it expires"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class SourceConfig:
     """Datasets of a source, and how samples are cut from them."""
 
-    paths: tuple[FilePath, ...] = Field(
-        min_length=1,
-        description="prefixes of the source's .bin/.idx files, such as data/en_text_document",
-    )
-    validation_paths: tuple[FilePath, ...] = Field(
-        default=(), description="prefixes of datasets that are used only for validation"
-    )
-    loss: Literal["all", "response"] | None = Field(
-        default=None,
-        description="tokens that count in the loss: all, or response (only those marked in the "
-        "loss-mask files). When unset, all tokens count, with a warning if there are loss masks",
-    )
-    packing: Literal["none", "best_fit"] = Field(
-        default="none",
-        description="none: concatenate the documents and cut them every seq_length tokens; "
-        "best_fit: pack whole documents into samples",
-    )
-    boundaries: Literal["ignore", "isolate"] = Field(
-        default="ignore",
-        description="ignore: attention crosses document boundaries within a sample; "
-        "isolate: it does not",
-    )
-    max_epochs: PositiveNumber | None = Field(
-        default=None,
-        description="maximum number of epochs of the source; a schedule that needs more is "
-        "an error before training. No limit when unset",
-    )
+    paths: tuple[FilePath, ...] = Field(min_length=1)
+    """prefixes of the source's .bin/.idx files, such as data/en_text_document"""
+    validation_paths: tuple[FilePath, ...] = ()
+    """prefixes of datasets that are used only for validation"""
+    loss: Literal["all", "response"] | None = None
+    """tokens that count in the loss: all, or response (only those marked in the loss-mask
+    files). When unset, all tokens count, with a warning if there are loss masks"""
+    packing: Literal["none", "best_fit"] = "none"
+    """none: concatenate the documents and cut them every seq_length tokens; best_fit: pack
+    whole documents into samples"""
+    boundaries: Literal["ignore", "isolate"] = "ignore"
+    """ignore: attention crosses document boundaries within a sample; isolate: it does not"""
+    max_epochs: PositiveNumber | None = None
+    """maximum number of epochs of the source; a schedule that needs more is an error before
+    training. No limit when unset"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class KnotConfig:
     """Weights of all sources at one position of the run. An omitted source has weight 0."""
 
-    at: Count = Field(description="position of the knot in the schedule's unit")
-    weights: KnotWeights = Field(
-        description="relative weights by source; or as_planned, in a resumed run: keep the "
-        "checkpoint's schedule up to this knot"
-    )
-    ramp: Literal["step", "linear", "cosine"] = Field(
-        default="step", description="how the weights change from the previous knot to this one"
-    )
+    at: Count
+    """position of the knot in the schedule's unit"""
+    weights: KnotWeights
+    """relative weights by source; or as_planned, in a resumed run: keep the checkpoint's
+    schedule up to this knot"""
+    ramp: Literal["step", "linear", "cosine"] = "step"
+    """how the weights change from the previous knot to this one"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ScheduleConfig:
     """Weights of the sources over the run."""
 
-    unit: Literal["samples", "tokens", "iterations"] = Field(
-        default="samples", description="unit of the knots' positions"
-    )
-    knots: tuple[KnotConfig, ...] = Field(
-        min_length=1, description="positions and weights, in increasing order of the positions"
-    )
+    unit: Literal["samples", "tokens", "iterations"] = "samples"
+    """unit of the knots' positions"""
+    knots: tuple[KnotConfig, ...] = Field(min_length=1)
+    """positions and weights, in increasing order of the positions"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
@@ -296,27 +237,23 @@ class DataConfig:
     With a single source, the schedule may be omitted; the source then has the whole weight.
     """
 
-    seq_length: Size = Field(description="length of a sample in tokens")
-    sources: dict[Name, SourceConfig] = Field(
-        min_length=1, description="datasets and settings by name of the source"
-    )
-    schedule: ScheduleConfig = Field(description="weights of the sources over the run")
-    holdout_every: Stride | None = Field(
-        default=None,
-        description="hold out every k-th document of each source without validation_paths for "
-        "validation; no documents are held out when unset",
-    )
-    split: Shares | None = Field(
-        default=None,
-        description="alternative to holdout_every: shares of the documents of each dataset for "
-        "training, validation and test, in order, such as 969,30,1",
-    )
-    num_prefetch: Size = Field(default=2, description="number of global batches to load ahead")
-    data_verify: Switch = Field(
-        default=False,
-        description="compare all bytes of every dataset with its .json before training, instead "
-        "of a sample of blocks",
-    )
+    seq_length: Size
+    """length of a sample in tokens"""
+    sources: dict[Name, SourceConfig] = Field(min_length=1)
+    """datasets and settings by name of the source"""
+    schedule: ScheduleConfig
+    """weights of the sources over the run"""
+    holdout_every: Stride | None = None
+    """hold out every k-th document of each source without validation_paths for validation; no
+    documents are held out when unset"""
+    split: Shares | None = None
+    """alternative to holdout_every: shares of the documents of each dataset for training,
+    validation and test, in order, such as 969,30,1"""
+    num_prefetch: Size = 2
+    """number of global batches to load ahead"""
+    data_verify: Switch = False
+    """compare all bytes of every dataset with its .json before training, instead of a sample of
+    blocks"""
 
     @model_validator(mode="before")
     @classmethod
@@ -333,152 +270,102 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and the learning-rate schedule."""
 
-    lr: PositiveNumber = Field(
-        description="maximum learning rate, reached at the end of the warmup"
-    )
-    min_lr: NonNegativeNumber = Field(
-        default=0.0, description="minimum learning rate, reached at the end of the decay"
-    )
-    lr_warmup_init: NonNegativeNumber = Field(
-        default=0.0, description="learning rate at the start of the warmup"
-    )
-    lr_warmup_iters: Count = Field(
-        default=0, description="length of the linear warmup in iterations"
-    )
-    lr_warmup_samples: Count = Field(
-        default=0, description="length of the linear warmup in samples; requires train_samples"
-    )
-    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="shape of the learning rate decay"
-    )
-    lr_decay_iters: PositiveCount | None = Field(
-        default=None, description="iteration at which the decay ends; the last iteration when unset"
-    )
-    lr_decay_samples: PositiveCount | None = Field(
-        default=None, description="sample at which the decay ends; requires train_samples"
-    )
-    weight_decay: NonNegativeNumber = Field(
-        default=0.1, description="coefficient of the decoupled weight decay of AdamW"
-    )
-    adam_beta1: Fraction = Field(default=0.9, description="decay rate of Adam's first moment")
-    adam_beta2: Fraction = Field(default=0.95, description="decay rate of Adam's second moment")
-    adam_eps: PositiveNumber = Field(default=1e-8, description="epsilon in the denominator of Adam")
-    clip_grad: NonNegativeNumber = Field(
-        default=1.0, description="maximum global gradient norm; 0 disables clipping"
-    )
+    lr: PositiveNumber
+    """maximum learning rate, reached at the end of the warmup"""
+    min_lr: NonNegativeNumber = 0.0
+    """minimum learning rate, reached at the end of the decay"""
+    lr_warmup_init: NonNegativeNumber = 0.0
+    """learning rate at the start of the warmup"""
+    lr_warmup_iters: Count = 0
+    """length of the linear warmup in iterations"""
+    lr_warmup_samples: Count = 0
+    """length of the linear warmup in samples; requires train_samples"""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """shape of the learning rate decay"""
+    lr_decay_iters: PositiveCount | None = None
+    """iteration at which the decay ends; the last iteration when unset"""
+    lr_decay_samples: PositiveCount | None = None
+    """sample at which the decay ends; requires train_samples"""
+    weight_decay: NonNegativeNumber = 0.1
+    """coefficient of the decoupled weight decay of AdamW"""
+    adam_beta1: Fraction = 0.9
+    """decay rate of Adam's first moment"""
+    adam_beta2: Fraction = 0.95
+    """decay rate of Adam's second moment"""
+    adam_eps: PositiveNumber = 1e-8
+    """epsilon in the denominator of Adam"""
+    clip_grad: NonNegativeNumber = 1.0
+    """maximum global gradient norm; 0 disables clipping"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainConfig:
     """Length of the run, batch sizes, precision, recomputation, evaluation and kernels."""
 
-    train_iters: PositiveCount | None = Field(
-        default=None, description="total number of iterations of the run"
-    )
-    train_samples: PositiveCount | None = Field(
-        default=None,
-        description="total number of samples of the run, as an alternative to train_iters",
-    )
-    micro_batch_size: Size = Field(description="number of samples per forward pass of a rank")
-    global_batch_size: Size = Field(description="number of samples per iteration over all ranks")
-    seed: Seed = Field(
-        default=1234, description="seed of the initial weights and of the order of the data"
-    )
-    new_data_seed: Switch = Field(
-        default=False,
-        description="allow a resumed run to use another seed for the data; each source uses it "
-        "from its next epoch on",
-    )
-    bf16: Switch = Field(
-        default=True, description="compute in bfloat16 with fp32 master weights; fp32 otherwise"
-    )
-    fp8_format: Literal["e4m3", "hybrid"] | None = Field(
-        default=None,
-        description="compute the matrix products of the layers in FP8: e4m3 for all operands, or "
-        "e5m2 for gradients (hybrid); needs transformer-engine; bf16 when unset",
-    )
-    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = Field(
-        default="tensorwise",
-        description="how FP8 values are scaled: by the current maximum of a tensor (tensorwise), "
-        "by those of earlier iterations (delayed), by blocks (blockwise), or by 32 values (mxfp8)",
-    )
-    fp8_amax_history_len: PositiveCount = Field(
-        default=1, description="number of iterations whose maxima the delayed recipe stores"
-    )
-    fp8_amax_compute_algo: Literal["most_recent", "max"] = Field(
-        default="most_recent", description="which of the stored maxima the delayed recipe uses"
-    )
-    fp4_format: Literal["e2m1"] | None = Field(
-        default=None,
-        description="compute the matrix products of the layers in FP4 (NVFP4); needs "
-        "transformer-engine and a Blackwell GPU; bf16 when unset",
-    )
-    first_last_layers_bf16: Switch = Field(
-        default=False, description="keep the first and last layers in bf16 with fp8_format"
-    )
-    num_layers_at_start_in_bf16: Count = Field(
-        default=1, description="number of first layers that first_last_layers_bf16 keeps in bf16"
-    )
-    num_layers_at_end_in_bf16: Count = Field(
-        default=1, description="number of last layers that first_last_layers_bf16 keeps in bf16"
-    )
-    recompute_granularity: Literal["full", "selective"] | None = Field(
-        default=None,
-        description="what to recompute in the backward pass to save memory: whole layers "
-        "(full) or the attention core (selective); nothing when unset",
-    )
-    recompute_method: Literal["uniform", "block"] | None = Field(
-        default=None,
-        description="how full recomputation selects layers: uniform (chunks of all layers) "
-        "or block (the first layers of each stage)",
-    )
-    recompute_num_layers: Size | None = Field(
-        default=None,
-        description="number of layers per recomputed chunk (uniform) or of recomputed "
-        "layers per stage (block)",
-    )
-    eval_interval: PositiveCount | None = Field(
-        default=None,
-        description="number of iterations between validations; no validation when unset",
-    )
-    eval_iters: Count = Field(
-        default=8,
-        description="maximum number of global batches per source in a validation; 0 disables "
-        "validation",
-    )
-    choice_questions: FilePath | None = Field(
-        default=None,
-        description="JSON Lines file of multiple-choice questions to evaluate during training",
-    )
-    choice_interval: PositiveCount | None = Field(
-        default=None, description="number of iterations between evaluations of choice_questions"
-    )
-    choice_num_fewshot: Count = Field(
-        default=0,
-        description="number of few-shot examples before each question of choice_questions",
-    )
-    choice_scoring: Literal["letter", "continuation"] = Field(
-        default="letter",
-        description="what is scored for choice_questions: the answers' letters (letter) or "
-        "the whole answers (continuation)",
-    )
-    choice_language: Literal["en", "zh"] = Field(
-        default="en", description="language of the prompt around choice_questions"
-    )
-    exit_interval: PositiveCount | None = Field(
-        default=None,
-        description="save a checkpoint and exit at every multiple of this iteration; never "
-        "when unset",
-    )
-    exit_duration_in_mins: Size | None = Field(
-        default=None,
-        description="save a checkpoint and exit after this many minutes; never when unset",
-    )
-    transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
-        default="auto",
-        description="implementation of the layers: transformer-engine's, or megatron-core's own "
-        "(local); auto uses transformer-engine's on GPUs where it is installed",
-    )
+    train_iters: PositiveCount | None = None
+    """total number of iterations of the run"""
+    train_samples: PositiveCount | None = None
+    """total number of samples of the run, as an alternative to train_iters"""
+    micro_batch_size: Size
+    """number of samples per forward pass of a rank"""
+    global_batch_size: Size
+    """number of samples per iteration over all ranks"""
+    seed: Seed = 1234
+    """seed of the initial weights and of the order of the data"""
+    new_data_seed: Switch = False
+    """allow a resumed run to use another seed for the data; each source uses it from its next
+    epoch on"""
+    bf16: Switch = True
+    """compute in bfloat16 with fp32 master weights; fp32 otherwise"""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """compute the matrix products of the layers in FP8: e4m3 for all operands, or e5m2 for
+    gradients (hybrid); needs transformer-engine; bf16 when unset"""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """how FP8 values are scaled: by the current maximum of a tensor (tensorwise), by those of
+    earlier iterations (delayed), by blocks (blockwise), or by 32 values (mxfp8)"""
+    fp8_amax_history_len: PositiveCount = 1
+    """number of iterations whose maxima the delayed recipe stores"""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """which of the stored maxima the delayed recipe uses"""
+    fp4_format: Literal["e2m1"] | None = None
+    """compute the matrix products of the layers in FP4 (NVFP4); needs transformer-engine and a
+    Blackwell GPU; bf16 when unset"""
+    first_last_layers_bf16: Switch = False
+    """keep the first and last layers in bf16 with fp8_format"""
+    num_layers_at_start_in_bf16: Count = 1
+    """number of first layers that first_last_layers_bf16 keeps in bf16"""
+    num_layers_at_end_in_bf16: Count = 1
+    """number of last layers that first_last_layers_bf16 keeps in bf16"""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """what to recompute in the backward pass to save memory: whole layers (full) or the
+    attention core (selective); nothing when unset"""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """how full recomputation selects layers: uniform (chunks of all layers) or block (the first
+    layers of each stage)"""
+    recompute_num_layers: Size | None = None
+    """number of layers per recomputed chunk (uniform) or of recomputed layers per stage (block)"""
+    eval_interval: PositiveCount | None = None
+    """number of iterations between validations; no validation when unset"""
+    eval_iters: Count = 8
+    """maximum number of global batches per source in a validation; 0 disables validation"""
+    choice_questions: FilePath | None = None
+    """JSON Lines file of multiple-choice questions to evaluate during training"""
+    choice_interval: PositiveCount | None = None
+    """number of iterations between evaluations of choice_questions"""
+    choice_num_fewshot: Count = 0
+    """number of few-shot examples before each question of choice_questions"""
+    choice_scoring: Literal["letter", "continuation"] = "letter"
+    """what is scored for choice_questions: the answers' letters (letter) or the whole answers
+    (continuation)"""
+    choice_language: Literal["en", "zh"] = "en"
+    """language of the prompt around choice_questions"""
+    exit_interval: PositiveCount | None = None
+    """save a checkpoint and exit at every multiple of this iteration; never when unset"""
+    exit_duration_in_mins: Size | None = None
+    """save a checkpoint and exit after this many minutes; never when unset"""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """implementation of the layers: transformer-engine's, or megatron-core's own (local); auto
+    uses transformer-engine's on GPUs where it is installed"""
     attention_backend: Literal[
         "auto",
         "transformer_engine",
@@ -488,16 +375,13 @@ class TrainConfig:
         "cudnn",
         "flash",
         "sdpa",
-    ] = Field(
-        default="auto",
-        description="attention implementation; auto selects the fastest available one on GPUs",
-    )
-    manual_gc_interval: PositiveCount | None = Field(
-        default=None,
-        description="number of iterations between manual Python garbage collections; "
-        "automatic collection when unset",
-    )
-    deterministic_mode: Switch = Field(default=False, description="use only deterministic kernels")
+    ] = "auto"
+    """attention implementation; auto selects the fastest available one on GPUs"""
+    manual_gc_interval: PositiveCount | None = None
+    """number of iterations between manual Python garbage collections; automatic collection when
+    unset"""
+    deterministic_mode: Switch = False
+    """use only deterministic kernels"""
 
     @property
     def validates(self) -> bool:
@@ -509,61 +393,35 @@ class TrainConfig:
 class CheckpointConfig:
     """Where checkpoints are saved, and where the initial weights are loaded from."""
 
-    save: FilePath | None = Field(
-        default=None,
-        description="folder of the run, for checkpoints, logs and metrics; nothing is saved "
-        "when unset",
-    )
-    load: FilePath | None = Field(
-        default=None,
-        description="folder of the checkpoints to resume from or, with finetune, to take "
-        "the weights from",
-    )
-    save_interval: PositiveCount | None = Field(
-        default=None,
-        description="number of iterations between checkpoints; only the last iteration is "
-        "saved when unset",
-    )
-    async_save: Switch = Field(
-        default=True,
-        description="continue training while a checkpoint is written from a copy in host memory",
-    )
-    ckpt_verify: Switch = Field(
-        default=False, description="verify the hash of every checkpoint file before loading"
-    )
-    save_retain: Size | None = Field(
-        default=None, description="number of newest checkpoints to keep; all are kept when unset"
-    )
-    save_keep_every: PositiveCount | None = Field(
-        default=None, description="additionally keep the checkpoints at multiples of this iteration"
-    )
-    pretrained_checkpoint: FilePath | None = Field(
-        default=None,
-        description="checkpoint to take the initial weights from if --load contains no "
-        "checkpoint yet",
-    )
-    load_hf: FilePath | None = Field(
-        default=None,
-        description="Hugging Face model folder to take the initial weights from if --load "
-        "contains no checkpoint yet; its config.json sets the model section",
-    )
-    embedding_init: EmbeddingInit | None = Field(
-        default=None,
-        description="initialization of the embedding rows of new tokens if the tokenizer "
-        "extends that of the loaded weights; an extended tokenizer is an error when unset",
-    )
-    finetune: Switch = Field(
-        default=False, description="load only the weights and start at iteration 0"
-    )
-    from_scratch: Switch = Field(
-        default=False,
-        description="start with random weights without a warning if --load contains no checkpoint",
-    )
-    load_optim: Switch = Field(
-        default=True,
-        description="load the optimizer state on a resume; otherwise the run continues at the "
-        "same iteration with a new optimizer state",
-    )
+    save: FilePath | None = None
+    """folder of the run, for checkpoints, logs and metrics; nothing is saved when unset"""
+    load: FilePath | None = None
+    """folder of the checkpoints to resume from or, with finetune, to take the weights from"""
+    save_interval: PositiveCount | None = None
+    """number of iterations between checkpoints; only the last iteration is saved when unset"""
+    async_save: Switch = True
+    """continue training while a checkpoint is written from a copy in host memory"""
+    ckpt_verify: Switch = False
+    """verify the hash of every checkpoint file before loading"""
+    save_retain: Size | None = None
+    """number of newest checkpoints to keep; all are kept when unset"""
+    save_keep_every: PositiveCount | None = None
+    """additionally keep the checkpoints at multiples of this iteration"""
+    pretrained_checkpoint: FilePath | None = None
+    """checkpoint to take the initial weights from if --load contains no checkpoint yet"""
+    load_hf: FilePath | None = None
+    """Hugging Face model folder to take the initial weights from if --load contains no
+    checkpoint yet; its config.json sets the model section"""
+    embedding_init: EmbeddingInit | None = None
+    """initialization of the embedding rows of new tokens if the tokenizer extends that of the
+    loaded weights; an extended tokenizer is an error when unset"""
+    finetune: Switch = False
+    """load only the weights and start at iteration 0"""
+    from_scratch: Switch = False
+    """start with random weights without a warning if --load contains no checkpoint"""
+    load_optim: Switch = True
+    """load the optimizer state on a resume; otherwise the run continues at the same iteration
+    with a new optimizer state"""
 
 
 Factor = Annotated[float, BeforeValidator(parse_number), Field(gt=1, allow_inf_nan=False)]
@@ -573,38 +431,23 @@ Factor = Annotated[float, BeforeValidator(parse_number), Field(gt=1, allow_inf_n
 class FaultConfig:
     """Handling of bad steps, hung ranks and missing data files."""
 
-    on_nan: Literal["stop", "skip", "rollback"] = Field(
-        default="stop",
-        description=(
-            "what to do if the loss or gradient of a step is not finite, or the loss is a "
-            "spike: stop the run, skip the update, or roll back to the last checkpoint and "
-            "continue with the data that follows"
-        ),
-    )
-    loss_spike_factor: Factor | None = Field(
-        default=None,
-        description="a loss above this multiple of the median of recent losses is a spike; no "
-        "spike detection when unset",
-    )
-    loss_spike_window: Size = Field(
-        default=100,
-        description="number of recent good steps whose median loss spikes are compared with",
-    )
-    max_bad_steps: Size = Field(
-        default=10,
-        description="number of consecutive bad steps after which the run stops, whatever on_nan is",
-    )
-    hang_timeout_minutes: NonNegativeNumber | None = Field(
-        default=None,
-        description=(
-            "minutes without progress after which a rank writes the stacks of its threads and "
-            "exits; 0 disables the check; half of distributed_timeout_minutes when unset, so "
-            "that the hung rank is reported before the timeout stops the others"
-        ),
-    )
-    data_retry_seconds: NonNegativeNumber = Field(
-        default=60.0, description="seconds to wait for missing data files before the run fails"
-    )
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """what to do if the loss or gradient of a step is not finite, or the loss is a spike: stop
+    the run, skip the update, or roll back to the last checkpoint and continue with the data
+    that follows"""
+    loss_spike_factor: Factor | None = None
+    """a loss above this multiple of the median of recent losses is a spike; no spike detection
+    when unset"""
+    loss_spike_window: Size = 100
+    """number of recent good steps whose median loss spikes are compared with"""
+    max_bad_steps: Size = 10
+    """number of consecutive bad steps after which the run stops, whatever on_nan is"""
+    hang_timeout_minutes: NonNegativeNumber | None = None
+    """minutes without progress after which a rank writes the stacks of its threads and exits; 0
+    disables the check; half of distributed_timeout_minutes when unset, so that the hung rank is
+    reported before the timeout stops the others"""
+    data_retry_seconds: NonNegativeNumber = 60.0
+    """seconds to wait for missing data files before the run fails"""
 
 
 Rank = Annotated[StrictInt, Field(ge=0)]
@@ -614,56 +457,39 @@ Rank = Annotated[StrictInt, Field(ge=0)]
 class LoggingConfig:
     """Logs, metrics and profiles."""
 
-    log_interval: PositiveCount = Field(
-        default=1,
-        description="number of iterations between log lines; each line averages the iterations "
-        "since the previous one",
-    )
-    metrics_every_iteration: Switch = Field(
-        default=True,
-        description="write a line of metrics.jsonl for every iteration instead of every "
-        "log_interval",
-    )
-    tensorboard: Switch = Field(
-        default=True, description="write TensorBoard files next to the metrics"
-    )
-    log_straggler: Switch = Field(
-        default=False,
-        description="measure the computing and waiting time of every rank and report the "
-        "slowest ranks",
-    )
-    straggler_minmax_count: Size = Field(
-        default=1, description="number of slowest ranks to report with log_straggler"
-    )
-    profile: Switch = Field(
-        default=False,
-        description="profile some iterations with NVTX ranges between cudaProfilerStart and "
-        "cudaProfilerStop, for Nsight Systems",
-    )
-    use_pytorch_profiler: Switch = Field(
-        default=False,
-        description="use PyTorch's profiler and write a trace to the run's folder; requires "
-        "profile",
-    )
-    profile_step_start: Count = Field(
-        default=10, description="number of iterations before the profiled ones"
-    )
-    profile_step_end: PositiveCount = Field(default=12, description="last profiled iteration")
-    profile_ranks: tuple[Rank, ...] = Field(
-        default=(0,), min_length=1, description="ranks to profile"
-    )
-    wandb_project: Name | None = Field(
-        default=None, description="Weights & Biases project; nothing is sent when unset"
-    )
-    wandb_exp_name: Name | None = Field(
-        default=None,
-        description="name of the Weights & Biases run; the folder name of checkpoint.save "
-        "when unset",
-    )
-    wandb_entity: Name | None = Field(
-        default=None, description="Weights & Biases team or user; the account's default when unset"
-    )
-    wandb_save_dir: FilePath | None = Field(
-        default=None,
-        description="folder of the local Weights & Biases files; checkpoint.save when unset",
-    )
+    log_interval: PositiveCount = 1
+    """number of iterations between log lines; each line averages the iterations since the
+    previous one"""
+    metrics_every_iteration: Switch = True
+    """write a line of metrics.jsonl for every iteration instead of every log_interval"""
+    tensorboard: Switch = True
+    """write TensorBoard files next to the metrics"""
+    log_straggler: Switch = False
+    """measure the computing and waiting time of every rank and report the slowest ranks"""
+    straggler_minmax_count: Size = 1
+    """number of slowest ranks to report with log_straggler"""
+    profile: Switch = False
+    """profile some iterations with NVTX ranges between cudaProfilerStart and cudaProfilerStop,
+    for Nsight Systems"""
+    use_pytorch_profiler: Switch = False
+    """use PyTorch's profiler and write a trace to the run's folder; requires profile"""
+    profile_step_start: Count = 10
+    """number of iterations before the profiled ones"""
+    profile_step_end: PositiveCount = 12
+    """last profiled iteration"""
+    profile_ranks: tuple[Rank, ...] = Field(default=(0,), min_length=1)
+    """ranks to profile"""
+    wandb_project: Name | None = None
+    """Weights & Biases project; nothing is sent when unset"""
+    wandb_exp_name: Name | None = None
+    """name of the Weights & Biases run; the folder name of checkpoint.save when unset"""
+    wandb_entity: Name | None = None
+    """Weights & Biases team or user; the account's default when unset"""
+    wandb_save_dir: FilePath | None = None
+    """folder of the local Weights & Biases files; checkpoint.save when unset"""
+
+
+for _section in list(globals().values()):
+    for _field in getattr(_section, "__pydantic_fields__", {}).values():
+        if _field.description is not None:  # pydantic keeps the line breaks of docstrings
+            _field.description = " ".join(_field.description.split())

@@ -7,6 +7,7 @@ looks for that same checkpoint in the folder that its own configuration names.
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,17 +97,6 @@ def check_save_folder(settings: CheckpointConfig, checkpoint: InitialCheckpoint 
         )
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What rank 0 starts from; ``text`` describes it, or what is wrong with it."""
-
-    text: str
-    option: str | None = None
-    name: str = ""
-    identity: str = ""
-    problem: bool = False
-
-
 def resolve_initial_checkpoint(config: RunConfig, ranks: Ranks) -> InitialCheckpoint | None:
     """Selects the checkpoint that all ranks start from; every rank calls it.
 
@@ -123,65 +113,66 @@ def resolve_initial_checkpoint(config: RunConfig, ranks: Ranks) -> InitialCheckp
         own = find_initial_checkpoint(config)
     except UserError as error:
         problem = str(error)
-    chosen: list[Any] = [_choice(own, problem) if ranks.process.rank == 0 else None]
+    first_identity = _identity(own) if ranks.process.rank == 0 else ""
+    chosen: list[Any] = [(own, problem, first_identity)]
     torch.distributed.broadcast_object_list(chosen, src=0)
-    choice: _Choice = chosen[0]
-    if choice.problem:
-        raise UserError(choice.text)
-    found, mismatch = _find_on_this_rank(choice, config, own, problem)
-    _raise_if_ranks_differ(choice, gather_objects(mismatch))
+    first, first_problem, first_identity = chosen[0]
+    if first_problem:
+        raise UserError(first_problem)
+    found, mismatch = _find_on_this_rank(first, first_identity, config, own, problem)
+    _raise_if_ranks_differ(first, gather_objects(mismatch))
     return found
 
 
-def _choice(own: InitialCheckpoint | None, problem: str) -> _Choice:
-    if problem:
-        return _Choice(problem, problem=True)
-    if own is None:
-        return _Choice("found no checkpoint and would start from scratch")
-    try:
-        what = identity(own.folder, is_huggingface=own.is_huggingface)
-    except (UserError, OSError):
-        what = ""  # opening it reports what is wrong with it
-    return _Choice(f"starts from {own.folder}", own.option, own.folder.name, what)
+def _identity(own: InitialCheckpoint | None) -> str:
+    """Returns the identity of a checkpoint; "" if there is none or it cannot be read."""
+    with suppress(UserError, OSError):  # opening it reports what is wrong with it
+        if own is not None:
+            return identity(own.folder, is_huggingface=own.is_huggingface)
+    return ""
 
 
 def _find_on_this_rank(
-    choice: _Choice, config: RunConfig, own: InitialCheckpoint | None, problem: str
+    first: InitialCheckpoint | None,
+    first_identity: str,
+    config: RunConfig,
+    own: InitialCheckpoint | None,
+    problem: str,
 ) -> tuple[InitialCheckpoint | None, str | None]:
     """Returns rank 0's choice as this rank sees it, and what differs if anything does."""
-    if choice.option is None:
+    if first is None:
         return None, problem or (None if own is None else f"found {own.folder}")
-    named = getattr(config.checkpoint, choice.option)
+    named = getattr(config.checkpoint, first.option)
     if named is None:
-        return None, f"started without --{choice.option.replace('_', '-')}"
+        return None, f"started without --{first.option.replace('_', '-')}"
     folder = Path(named)
-    is_huggingface = choice.option == "load_hf"
-    if not is_huggingface and not is_iteration_folder(folder):
-        folder = folder / choice.name
-    weights_only = choice.option != "load" or config.checkpoint.finetune
-    checkpoint = InitialCheckpoint(folder, choice.option, weights_only)
+    if not first.is_huggingface and not is_iteration_folder(folder):
+        folder = folder / first.folder.name
+    weights_only = first.option != "load" or config.checkpoint.finetune
+    checkpoint = InitialCheckpoint(folder, first.option, weights_only)
     deadline = time.monotonic() + _SECONDS_TO_APPEAR
     while True:
-        mismatch = _find_mismatch(folder, choice, is_huggingface=is_huggingface)
+        mismatch = _find_mismatch(checkpoint, first_identity)
         if mismatch is None or time.monotonic() >= deadline:
             return checkpoint, mismatch
         time.sleep(_PAUSE_SECONDS)
 
 
-def _find_mismatch(folder: Path, choice: _Choice, *, is_huggingface: bool) -> str | None:
-    """Returns what is wrong with this rank's folder; None if it holds rank 0's choice."""
-    if not folder.is_dir():
-        return f"found no {folder}"
-    if not choice.identity:
+def _find_mismatch(checkpoint: InitialCheckpoint, first_identity: str) -> str | None:
+    """Returns what is wrong with this rank's checkpoint; None if it is rank 0's."""
+    if not checkpoint.folder.is_dir():
+        return f"found no {checkpoint.folder}"
+    if not first_identity:
         return None
     try:
-        what = identity(folder, is_huggingface=is_huggingface)
+        own = identity(checkpoint.folder, is_huggingface=checkpoint.is_huggingface)
     except (UserError, OSError) as error:
         return f"could not read it ({error})"
-    return None if what == choice.identity else f"found a different checkpoint at {folder}"
+    is_same = own == first_identity
+    return None if is_same else f"found a different checkpoint at {checkpoint.folder}"
 
 
-def _raise_if_ranks_differ(choice: _Choice, mismatches: list[str | None]) -> None:
+def _raise_if_ranks_differ(first: InitialCheckpoint | None, mismatches: list[str | None]) -> None:
     others: dict[str, list[int]] = {}
     for rank, mismatch in enumerate(mismatches):
         if mismatch is not None:
@@ -189,9 +180,11 @@ def _raise_if_ranks_differ(choice: _Choice, mismatches: list[str | None]) -> Non
     if not others:
         return
     listing = "; ".join(f"{format_ranks(ranks)} {mismatch}" for mismatch, ranks in others.items())
-    option = choice.option or "load"
+    option, text = "load", "found no checkpoint and would start from scratch"
+    if first is not None:
+        option, text = first.option, f"starts from {first.folder}"
     raise UserError(
-        f"checkpoint.{option}: the ranks would start from different checkpoints: rank 0 "
-        f"{choice.text}; {listing}; use a folder that every node can read, or copy the whole "
-        "checkpoint to each node"
+        f"checkpoint.{option}: the ranks would start from different checkpoints: rank 0 {text}; "
+        f"{listing}; use a folder that every node can read, or copy the whole checkpoint to each "
+        "node"
     )
