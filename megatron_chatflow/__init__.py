@@ -35,8 +35,6 @@ _MODULES = {
     "Blend": "megatron_chatflow.blend.blend",
     "Schedule": "megatron_chatflow.blend.schedule",
     "load_config": "megatron_chatflow.config.load",
-    # The folder train/ has the same name and hides the function once one of its modules has been
-    # imported, which training does. Import the function by name before.
     "train": "megatron_chatflow.pretrain",
 }
 

@@ -69,7 +69,7 @@ def _dry_run(config: RunConfig, options: RunOptions) -> None:
     # Nothing that trains may import `simulate`.
     from megatron_chatflow.simulate.inputs import missing_files
     from megatron_chatflow.simulate.layout_search import describe_step
-    from megatron_chatflow.train.dry_run import dry_run
+    from megatron_chatflow.training.dry_run import dry_run
 
     # A simulation needs neither data nor weights; the plain dry run does.
     if not options.simulate or not missing_files(config):
@@ -136,8 +136,8 @@ def _initialize_and_train(config: RunConfig) -> None:
 def run_training(config: RunConfig, ranks: Ranks) -> None:
     """Builds the run on this rank, resumes it if there is a checkpoint, and trains it."""
     # These import megatron-core, which must come after `initialize` on CPUs.
-    from megatron_chatflow.train.build import build_run
-    from megatron_chatflow.train.loop import train
+    from megatron_chatflow.training.build import build_run
+    from megatron_chatflow.training.loop import train
 
     with ExitStack() as stack:
         run, state = build_run(config, ranks, stack)

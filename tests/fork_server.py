@@ -35,11 +35,11 @@ PRELOADED = (
     "transformers",
     "megatron_chatflow.runtime.device",
     "megatron_chatflow.runtime.launch",
-    "megatron_chatflow.train.loop",
-    "megatron_chatflow.train.build",
-    "megatron_chatflow.train.start",
-    "megatron_chatflow.train.inputs",
-    "megatron_chatflow.train.dry_run",
+    "megatron_chatflow.training.loop",
+    "megatron_chatflow.training.build",
+    "megatron_chatflow.training.start",
+    "megatron_chatflow.training.inputs",
+    "megatron_chatflow.training.dry_run",
 )
 # Libraries read these when they are imported, and a fork cannot import them again.
 _FIXED = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -51,7 +51,7 @@ def main(dtype: str, micro_batch_size: int) -> None:
     sys.path.append(str(Path(__file__).parents[1] / "tools"))
     from benchmarks import training_steps as subjects
     from benchmarks.shapes import Shape
-    from megatron_chatflow.train.loop import train_step
+    from megatron_chatflow.training.loop import train_step
 
     shape = Shape(2, 128, 352, 4, 2, 96, micro_batch_size, vocab_size=1000)
     config_of = subjects._run_config

@@ -143,7 +143,7 @@ def make_tiny_run(folder: Path) -> TinyRun:
 
 def write_checkpoint_state(config: RunConfig, folder: Path, **state: Any) -> None:
     """Writes into a run's folder the files that iteration 5 would save beside its tensors."""
-    from megatron_chatflow.train.inputs import open_inputs
+    from megatron_chatflow.training.inputs import open_inputs
 
     inputs = open_inputs(config)
     samples = 5 * config.train.global_batch_size

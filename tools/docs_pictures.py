@@ -44,7 +44,7 @@ STEPS = (
     ("Datasets", ".bin .idx .json\nloss masks", "preprocess/\ntokenizer/"),
     ("Samples", "windows, packing,\none order per epoch", "data/"),
     ("Global batches", "source and index\nof every sample", "blend/"),
-    ("Training", "megatron-core\nTP PP CP DP", "train/\nmodel/"),
+    ("Training", "megatron-core\nTP PP CP DP", "training/\nmodel/"),
     ("Checkpoints", "any layout,\nasynchronous", "checkpoint/"),
     ("Hugging Face", "weights, tokenizer,\nchat template", "convert/"),
 )

@@ -80,7 +80,7 @@ class Restart:
     seconds_lost: float = math.nan  # wall time lost by the restart, in seconds; NaN if unknown
     reached: int = 0  # the last iteration logged before the restart, at least ``iteration``
     # The reason for which the run had ended, one of
-    # `megatron_chatflow.train.callbacks.restarts.Cause`.
+    # `megatron_chatflow.training.callbacks.restarts.Cause`.
     cause: str = "unknown"
     changes: tuple[str, ...] = ()  # changes of the schedule and its sources
 
@@ -269,7 +269,7 @@ class RunMetrics:
     validation_iteration: FloatArray  # float64[m], the iterations with a validation, ascending
     validation: BySource  # float64[m] for each source and each of `VALIDATION_FIELDS`
     restarts: tuple[Restart, ...]  # restarts in chronological order
-    status: str  # one of `megatron_chatflow.train.callbacks.restarts.Status`; "" if unknown
+    status: str  # one of `megatron_chatflow.training.callbacks.restarts.Status`; "" if unknown
     num_unreadable_lines: int  # number of lines that were skipped because they are not records
     config: Mapping[str, Any]  # the resolved configuration; {} if there is no `config.yaml`
     config_text: str  # text of `config.yaml`; "" if it is missing

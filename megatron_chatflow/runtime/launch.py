@@ -182,7 +182,7 @@ def make_malloc_keep_freed_memory() -> None:
     """Makes glibc keep large freed blocks instead of returning them to the system.
 
     Otherwise each step maps its logits and activations anew, and zeroing the fresh pages costs a
-    quarter of the step. `train.callbacks.process` bounds what is kept. Does nothing with
+    quarter of the step. `training.callbacks.process` bounds what is kept. Does nothing with
     another C library.
     """
     with contextlib.suppress(AttributeError, OSError):

@@ -1,7 +1,7 @@
 """Watches the training loop of a simulated rank and divides what is recorded into phases.
 
-`Observer.install` wraps functions of `train.loop`, the forward step, the reduction of gradients and
-megatron-core's layer; each wrapper calls the original unchanged.
+`Observer.install` wraps functions of `training.loop`, the forward step, the reduction of gradients
+and megatron-core's layer; each wrapper calls the original unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.simulate.process_group import name_groups
 from megatron_chatflow.simulate.recorder import Ledger, Peak, Recorder
-from megatron_chatflow.train import build, loop, optimizer
+from megatron_chatflow.training import build, loop, optimizer
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from megatron_chatflow.simulate.mode import SimulatedGpu
 from megatron_chatflow.simulate.observer import Observation, Observer
 from megatron_chatflow.simulate.process_group import join
 from megatron_chatflow.simulate.recorder import Recorder, is_left_out, shown
-from megatron_chatflow.train import build
-from megatron_chatflow.train.start import find_initial_checkpoint
+from megatron_chatflow.training import build
+from megatron_chatflow.training.start import find_initial_checkpoint
 
 _MAX_PROCESSES = 2  # at a time; each needs up to 1.5 GB
 ENTRY_POINT = "megatron_chatflow.pretrain"

@@ -18,8 +18,8 @@ from megatron_chatflow.tokenizer.small_files import write_small_files
 FULL = """
 import logging, resource, sys
 from pathlib import Path
-from megatron_chatflow.train.callbacks.isolated import IsolatedCallback
-from megatron_chatflow.train.callbacks.scalars import TensorBoard
+from megatron_chatflow.training.callbacks.isolated import IsolatedCallback
+from megatron_chatflow.training.callbacks.scalars import TensorBoard
 logging.basicConfig(level=logging.WARNING)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

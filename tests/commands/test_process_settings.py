@@ -28,7 +28,7 @@ MIB = 1 << 20
 FREE_BETWEEN_KEPT = """
 import torch
 from megatron_chatflow.runtime.launch import make_malloc_keep_freed_memory
-from megatron_chatflow.train.callbacks.process import FreedMemory, resident_bytes
+from megatron_chatflow.training.callbacks.process import FreedMemory, resident_bytes
 make_malloc_keep_freed_memory()
 watch = FreedMemory()
 torch.ones(1000)
@@ -57,7 +57,7 @@ def test_freed_blocks_between_kept_ones_go_back() -> None:
 
 def test_importing_the_entry_point_leaves_the_cpu_module_out() -> None:
     code = (
-        "import sys, megatron_chatflow.pretrain, megatron_chatflow.train.build\n"
+        "import sys, megatron_chatflow.pretrain, megatron_chatflow.training.build\n"
         "sys.exit('megatron_chatflow.runtime.cpu' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.train.run_folder import lock_folder
+from megatron_chatflow.training.run_folder import lock_folder
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from megatron_chatflow.train.run_folder import lock_folder
+from megatron_chatflow.training.run_folder import lock_folder
 lock = lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

@@ -31,7 +31,7 @@ FAULT = json.loads(sys.argv.pop(1))
 
 def plant() -> None:
     """Injects the faults. Call it after megatron-core may be imported."""
-    from megatron_chatflow.train import loop
+    from megatron_chatflow.training import loop
 
     step = loop.train_step
 

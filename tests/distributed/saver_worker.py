@@ -139,7 +139,7 @@ def damage(run: Any, root: Path, ranks: Ranks) -> None:
 def _resume(run: Any, checkpoint: Path, ranks: Ranks, *, verify: bool) -> str | None:
     """Resumes as a run does. Returns the error message, which must be the same on every rank."""
     from megatron_chatflow.checkpoint.store import load_checkpoint, verify_checkpoint
-    from megatron_chatflow.train.inputs import open_inputs
+    from megatron_chatflow.training.inputs import open_inputs
 
     settings = replace(run.config.checkpoint, load=str(checkpoint))
     error: str | None = None
@@ -222,8 +222,8 @@ def resave(jobs: Path) -> None:
             seed=config.train.seed,
         )
         from megatron_chatflow.runtime.ranks import destroy_groups
-        from megatron_chatflow.train.build import build_run
-        from megatron_chatflow.train.loop import save
+        from megatron_chatflow.training.build import build_run
+        from megatron_chatflow.training.loop import save
 
         with contextlib.ExitStack() as stack:
             run, progress = build_run(config, ranks, stack)
@@ -245,8 +245,8 @@ def main() -> None:
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         seed=config.train.seed,
     )
-    from megatron_chatflow.train.build import build_run
-    from megatron_chatflow.train.loop import train
+    from megatron_chatflow.training.build import build_run
+    from megatron_chatflow.training.loop import train
 
     with contextlib.ExitStack() as stack:
         run, progress = build_run(config, ranks, stack)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_chatflow.train.callbacks.process import return_freed_memory
+from megatron_chatflow.training.callbacks.process import return_freed_memory
 
 STDOUT, STDERR = "stdout.txt", "stderr.txt"
 _MOST_SHOWN = 1 << 20

@@ -151,7 +151,7 @@ def test_training_never_imports_the_simulation(tiny_run: TinyRun, tmp_path: Path
         "from megatron_chatflow.config import load_config\n"
         "from megatron_chatflow.pretrain import train\n"
         "train(load_config(sys.argv[1], ['--train-iters', '2']))\n"
-        "assert 'megatron_chatflow.train.loop' in sys.modules\n"
+        "assert 'megatron_chatflow.training.loop' in sys.modules\n"
         "assert not [name for name in sys.modules if 'simulate' in name]\n"
     )
     done = run_forked([script, tiny_run.config])

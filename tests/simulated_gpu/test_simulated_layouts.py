@@ -14,19 +14,19 @@ KNOWN = {
         "megatron-core before 0.18 asks whether the batch has loss tokens"
     ),
     (
-        "megatron_chatflow/train/loop.py",
+        "megatron_chatflow/training/loop.py",
         "train_step",
     ): "sums of the loss, for guard and log",
     ("megatron/core/optimizer/clip_grads.py", "get_grad_norm_fp32"): (
         "the norm of the gradient, for the guard and for clipping"
     ),
-    ("megatron_chatflow/train/report.py", "batch_digests"): "digests of the batch, for the log",
-    ("megatron_chatflow/train/report.py", "<genexpr>"): "digests of the batch, for the log",
+    ("megatron_chatflow/training/report.py", "batch_digests"): "digests of the batch, for the log",
+    ("megatron_chatflow/training/report.py", "<genexpr>"): "digests of the batch, for the log",
     ("megatron_chatflow/runtime/signals.py", "is_set"): "whether any rank was asked to stop",
 }
 KNOWN_OF_STRAGGLERS = {
-    ("megatron_chatflow/train/callbacks/straggler.py", "read_and_reset"): "the ranks' times",
-    ("megatron_chatflow/train/callbacks/straggler.py", "report"): "the ranks' times",
+    ("megatron_chatflow/training/callbacks/straggler.py", "read_and_reset"): "the ranks' times",
+    ("megatron_chatflow/training/callbacks/straggler.py", "report"): "the ranks' times",
 }
 
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel"

@@ -24,7 +24,7 @@ LAYERS = (
     "checkpoint",
     "convert",
     "evaluation",
-    "train",
+    "training",
     "simulate",
     "generation",
     "report",
@@ -104,17 +104,17 @@ def test_files_say_what_they_are_for() -> None:
 @pytest.mark.parametrize(
     ("file", "code", "layers"),
     [
-        ("train/a.py", "from megatron_chatflow.data.x import y", ["data"]),
-        ("train/a.py", "from megatron_chatflow import model, data", ["model", "data"]),
-        ("train/a.py", "import megatron_chatflow.data.x as x, os", ["data"]),
-        ("train/a.py", "def f():\n    from ..model import x", ["model"]),
+        ("training/a.py", "from megatron_chatflow.data.x import y", ["data"]),
+        ("training/a.py", "from megatron_chatflow import model, data", ["model", "data"]),
+        ("training/a.py", "import megatron_chatflow.data.x as x, os", ["data"]),
+        ("training/a.py", "def f():\n    from ..model import x", ["model"]),
         (
-            "train/a.py",
+            "training/a.py",
             "from . import x\nfrom .b import y\nfrom .. import data",
-            ["train"] * 2 + ["data"],
+            ["training"] * 2 + ["data"],
         ),
-        ("train/a.py", "from megatron_chatflow import __version__\nimport megatron.core", []),
-        ("train/a.py", "import megatron_chatflow", []),
+        ("training/a.py", "from megatron_chatflow import __version__\nimport megatron.core", []),
+        ("training/a.py", "import megatron_chatflow", []),
     ],
 )
 def test_imports_are_found(file: str, code: str, layers: list[str]) -> None:

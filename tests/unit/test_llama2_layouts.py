@@ -10,7 +10,7 @@ from tiny_run import TinyRun
 
 from megatron_chatflow.config import load_config_from_argv
 from megatron_chatflow.config.memory import estimate_memory
-from megatron_chatflow.train.dry_run import dry_run
+from megatron_chatflow.training.dry_run import dry_run
 
 VOCAB_SIZE = 40_076
 

@@ -18,9 +18,9 @@ from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import build_llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
-from megatron_chatflow.train.guard import Guard
-from megatron_chatflow.train.loop import train_step
-from megatron_chatflow.train.optimizer import build_optimization
+from megatron_chatflow.training.guard import Guard
+from megatron_chatflow.training.loop import train_step
+from megatron_chatflow.training.optimizer import build_optimization
 
 LEARNING_RATE = 1e-4
 _RECOMPUTED = {

@@ -1,5 +1,6 @@
-"""Tests the command ``chatflow``: its list of commands, errors, and agreement with the tools."""
+"""Tests the command ``chatflow`` and the names that the package exports."""
 
+import pkgutil
 import runpy
 import sys
 from pathlib import Path
@@ -24,6 +25,13 @@ TOOL_OF = {
     "chat": "chat.py",
     "report": "plot_run.py",
 }
+
+
+def test_no_module_hides_an_exported_name() -> None:
+    """Importing a module binds its name in the package, in place of an export of the same name."""
+    modules = {module.name for module in pkgutil.iter_modules(megatron_chatflow.__path__)}
+    assert "training" in modules
+    assert not modules & set(megatron_chatflow.__all__)
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:

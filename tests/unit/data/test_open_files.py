@@ -20,7 +20,7 @@ from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.preprocess import dedup as duplicates
 from megatron_chatflow.preprocess.merge import merge_datasets
 from megatron_chatflow.preprocess.parse import CorpusSettings
-from megatron_chatflow.train.dry_run import dry_run
+from megatron_chatflow.training.dry_run import dry_run
 
 NUM_DATASETS = 60
 NUM_SPARE = 24

@@ -3,7 +3,7 @@
 import gc
 import weakref
 
-from megatron_chatflow.train.callbacks.process import GarbageCollection
+from megatron_chatflow.training.callbacks.process import GarbageCollection
 
 
 class _Cycle:

@@ -1,6 +1,6 @@
 """Tests that freed memory is returned once enough has accumulated."""
 
-from megatron_chatflow.train.callbacks.process import FreedMemory
+from megatron_chatflow.training.callbacks.process import FreedMemory
 
 MIB = 1 << 20
 

@@ -1,0 +1,199 @@
+"""Dry run: opens and checks what a run needs, and describes what the run would do.
+
+It needs neither a GPU nor other ranks. Findings come first, then a summary; ``--verbose`` adds the
+resolved configuration and a long plan.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+
+from megatron_chatflow.blend.plan import plan, to_table
+from megatron_chatflow.checkpoint.files import find_damage, raise_if_damaged
+from megatron_chatflow.config import RunConfig, validate_for_world
+from megatron_chatflow.config.memory import estimate_memory, saving_copy_bytes
+from megatron_chatflow.config.shape import flops_per_token, num_parameters, padded_vocab_size
+from megatron_chatflow.data.packing import Packing
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.runtime.table import Row, format_table
+from megatron_chatflow.training.inputs import RunInputs, open_inputs, verify_data
+
+_MAX_PLAN_ROWS = 24
+"""A longer plan is shown only with ``--verbose``."""
+
+
+DescribeStep = Callable[[RunConfig, int, int], str]
+"""Describes the predicted step of a run, given its vocabulary size and number of processes."""
+
+
+def dry_run(
+    config: RunConfig,
+    world_size: int | None = None,
+    *,
+    verbose: bool = False,
+    describe_step: DescribeStep | None = None,
+) -> str:
+    """Checks a run and describes it.
+
+    Args:
+        config: Configuration of the run.
+        world_size: Number of processes; None for the minimum of the layout.
+        verbose: Add the resolved configuration, and the plan even if it is long.
+        describe_step: Predicts the step on GPUs. None to leave the prediction out.
+
+    Raises:
+        UserError: What would stop the run; the message lists all errors that were found.
+    """
+    num_processes = world_size or config.model_parallel_size
+    errors: list[UserError] = []
+    inputs = None
+    with _collected_warnings() as warnings:
+        try:
+            validate_for_world(config, num_processes)
+        except UserError as error:
+            errors.append(error)
+        try:
+            inputs = open_inputs(config)
+            hashed = None if inputs.is_huggingface else inputs.checkpoint
+            if config.checkpoint.ckpt_verify and hashed is not None:
+                raise_if_damaged(hashed, find_damage(hashed))
+            if config.data.data_verify:
+                verify_data(config, inputs)
+        except UserError as error:
+            errors.append(error)
+        if errors or inputs is None:
+            for record in warnings:
+                logging.getLogger().handle(record)
+            if len(errors) == 1:
+                raise errors[0]
+            listing = "; ".join(f"({number}) {error}" for number, error in enumerate(errors, 1))
+            raise UserError(f"{len(errors)} errors: {listing}")
+    findings = dict.fromkeys([*inputs.findings, *(record.getMessage() for record in warnings)])
+    if findings:
+        parts = ["\n".join(["no errors; findings:", *(f"  - {finding}" for finding in findings)])]
+    else:
+        parts = ["no errors, no findings"]
+    if inputs.changes:
+        changes = format_table(inputs.changes)
+        parts.append(f"settings that differ from the checkpoint:\n{changes}")
+    parts += [
+        _describe_data(config, inputs, verbose=verbose),
+        _describe_work(config, inputs, num_processes),
+    ]
+    if describe_step is not None:
+        step = describe_step(config, inputs.vocab_size, num_processes)
+        parts[-1] += f"\n{step}" if step else ""
+    if verbose:
+        parts.append("resolved configuration:\n" + config.to_yaml().rstrip())
+    else:
+        parts.append("use --verbose to also print the resolved configuration")
+    return "\n\n".join(parts)
+
+
+@contextmanager
+def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
+    """Collects the package's warnings so that they are printed with the findings."""
+    package = logging.getLogger("megatron_chatflow")
+    records: list[logging.LogRecord] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.WARNING:
+                records.append(record)
+            else:
+                logging.getLogger().handle(record)
+
+    collector = Collector()
+    propagates = package.propagate
+    package.addHandler(collector)
+    package.propagate = False
+    try:
+        yield records
+    finally:
+        package.removeHandler(collector)
+        package.propagate = propagates
+
+
+def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:
+    rows = plan(
+        inputs.blend,
+        inputs.length.num_samples,
+        {source.name: source.num_samples for source in inputs.sources},
+    )
+    shown = format_table(to_table(rows, inputs.blend))
+    if len(rows) > _MAX_PLAN_ROWS and not verbose:
+        shown = (
+            f"{len(rows)} rows are not shown; use --verbose or tools/plan_blend.py to print them"
+        )
+    sources: list[Row] = [
+        {
+            "source": source.name,
+            "tokens": source.num_tokens,
+            "samples per epoch": source.num_samples,
+            **_describe_packing(source.packing),
+        }
+        for source in inputs.sources
+    ]
+    length = inputs.length
+    begin = "starts fresh"
+    if inputs.resumed is not None:
+        begin = (
+            f"resumes {inputs.checkpoint} at iteration {length.iteration:,} of "
+            f"{length.last_iteration:,}, sample {length.consumed_samples:,} of "
+            f"{length.num_samples:,}"
+        )
+    elif inputs.checkpoint is not None:
+        begin = f"starts from the weights of {inputs.checkpoint}"
+    edit = "" if inputs.blend.edit is None else f"{inputs.blend.edit}\n"
+    return (
+        f"{length.remaining_iterations():,} iterations of {length.global_batch_size:,} samples of "
+        f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
+        f"blend, planned and realised:\n{shown}"
+    )
+
+
+def _describe_packing(packing: Packing | None) -> Row:
+    if packing is None:
+        return {}
+    return {
+        "packed documents": len(packing.documents),
+        "of these truncated": packing.num_truncated,
+        "skipped, no loss tokens": packing.num_without_loss,
+    }
+
+
+def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> str:
+    flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
+    samples = inputs.length.remaining_iterations() * inputs.length.global_batch_size
+    tokens = samples * config.data.seq_length
+    rows = padded_vocab_size(config.model, config.parallel, inputs.vocab_size)
+    memory = [_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=False)]
+    if not torch.cuda.is_available():
+        memory.append(_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=True))
+    return (
+        f"{num_parameters(config.model, inputs.vocab_size):,} parameters, {inputs.vocab_size:,} "
+        f"tokens in the vocabulary, padded to {rows:,} rows\n{num_processes} processes: "
+        f"{config.model_parallel_size} per copy of the model, "
+        f"{num_processes // config.model_parallel_size} copies\n"
+        + "".join(memory)
+        + (
+            f"{flops / 1e9:.3f} GFLOP per token, {flops * tokens / num_processes:.3e} FLOP per "
+            "process"
+        )
+    )
+
+
+def _describe_memory(
+    config: RunConfig, vocab_size: int, num_processes: int, *, on_cpu: bool
+) -> str:
+    memory = estimate_memory(config, vocab_size, num_processes, on_cpu=on_cpu)
+    listing = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(memory).items())
+    where = "on CPUs" if on_cpu else "on GPUs"
+    text = f"memory of the largest process {where}: {memory.total / 2**30:.2f} GiB ({listing})\n"
+    copy = saving_copy_bytes(config, vocab_size, num_processes)
+    if copy and not on_cpu:
+        text += f"host memory per process for the checkpoint copy: {copy / 2**30:.2f} GiB\n"
+    return text

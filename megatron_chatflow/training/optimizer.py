@@ -1,0 +1,219 @@
+"""Builds megatron-core's optimizer, its learning-rate schedule and its gradient buffers.
+
+Where neither Apex nor transformer-engine is installed, `FusedAdamW` gives megatron-core a fused
+optimizer. Its arithmetic is PyTorch's own fused AdamW (Loshchilov and Hutter, 2019), which runs on
+CPU and CUDA. Only the place of the step counter differs: it lies in the parameter group, as in
+Apex, and not beside each tensor, because megatron-core's distributed optimizer can save and load
+only that form.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from torch.optim.adamw import adamw
+
+from megatron_chatflow.config import RunConfig, RunLength
+from megatron_chatflow.model.llama import Llama
+from megatron_chatflow.runtime.launch import device_mode
+from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.training.guard import GuardedOptimizer
+from megatron_chatflow.training.learning_rate import build_scheduler
+
+
+class FusedAdamW(torch.optim.Optimizer):
+    """PyTorch's fused AdamW with the step counter in the parameter group."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        """Initializes the optimizer from Apex's arguments."""
+        assert adam_w_mode, "this optimizer only supports decoupled weight decay"
+        assert not capturable, "this optimizer does not support CUDA graph capture"
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            self._step_group(group)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        # One tensor for all parameters, filled on its device, so that nothing is copied to a GPU.
+        step = float(group["step"])
+        steps = torch.full((len(params),), step, dtype=torch.float32, device=params[0].device)
+        adamw(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            list(steps.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        group["step"] += 1
+
+
+def _scale(_chunk_size: int, _overflow: Any, tensors: list[list[Any]], factor: float) -> None:
+    """Replaces Apex's multi_tensor_scale: scales a list of tensors into another."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=target)
+
+
+def _l2_norm(
+    _chunk_size: int, _overflow: Any, tensors: list[list[Any]], _per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Replaces Apex's l2_norm: returns float32[1] without synchronizing the device."""
+    norms = torch._foreach_norm(tensors[0])
+    return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
+
+
+def install_fused_adamw() -> str:
+    """Makes megatron-core use `FusedAdamW` if neither Apex nor transformer-engine is installed.
+
+    It replaces the names below, which megatron-core binds at import. Returns which optimizer the
+    run uses and why, for the log.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER and optimizer.Adam is not FusedAdamW:
+        return f"{optimizer.Adam.__module__}.{optimizer.Adam.__name__}"
+    optimizer.Adam = FusedAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = FusedAdamW
+    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    clip_grads.multi_tensor_scale_impl = _scale
+    clip_grads.l2_norm_impl = _l2_norm
+    return "torch's fused AdamW: neither transformer-engine nor Apex is installed"
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The model with its optimizer and learning-rate schedule."""
+
+    chunks: list[Any]  # model chunks with their gradient buffers
+    optimizer: Any  # megatron-core's optimizer of the chunks
+    scheduler: Any  # its learning-rate scheduler
+    description: str  # which optimizer is used, and why
+    update: GuardedOptimizer  # makes guarded optimizer steps
+    # length of the run, which defines whether the schedule counts iterations or samples
+    length: RunLength
+    # whether updated parameters are gathered only in the next forward pass of training
+    overlaps_param_gather: bool = False
+
+    def learning_rate(self) -> float:
+        """Returns the learning rate of the next step."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    def gather_parameters(self) -> None:
+        """Gathers the parameters of the last update.
+
+        Every rank calls it before a validation and before a save, because with
+        `overlaps_param_gather` they are otherwise gathered only in the next training step.
+        """
+        if self.overlaps_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def advance(self, num_samples: int) -> None:
+        """Advances the learning rate by an iteration of ``num_samples`` samples."""
+        self.scheduler.step(increment=self.length.lr_position(1, num_samples))
+
+    def set_progress(self, iteration: int, consumed_samples: int) -> None:
+        """Sets the learning rate to its value after the given iterations and samples."""
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=self.length.lr_position(iteration, consumed_samples))
+
+
+def build_optimization(
+    config: RunConfig, llama: Llama, ranks: Ranks, length: RunLength | None = None
+) -> Optimization:
+    """Wraps the model's chunks and builds their optimizer. A resumed run gives its ``length``."""
+    description = install_fused_adamw()
+    length = length or RunLength.of(config)
+    parallel, settings = config.parallel, config.optimizer
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=parallel.overlap_param_gather and len(llama.chunks) > 1,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    with device_mode(ranks.device):
+        chunks = [
+            # Later chunks reduce while other chunks compute, so buckets would gain nothing.
+            DistributedDataParallel(llama.config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(llama.chunks)
+        ]
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.adam_beta1,
+                adam_beta2=settings.adam_beta2,
+                adam_eps=settings.adam_eps,
+                clip_grad=settings.clip_grad,
+                bf16=llama.dtype == torch.bfloat16,
+                params_dtype=llama.dtype,
+                use_distributed_optimizer=parallel.use_distributed_optimizer,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            chunks,
+            use_gloo_process_groups=ranks.is_cuda,
+        )
+    if parallel.overlap_grad_reduce:
+        # The backward pass of the last micro-batch reduces gradients once they are complete.
+        no_sync = [chunk.no_sync for chunk in chunks]
+        llama.config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+        if len(chunks) > 1:
+            # All stages begin to reduce a chunk at the same point of the interleaved schedule.
+            # Otherwise a stage that reduces earlier competes with the messages of the others.
+            llama.config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+            if parallel.overlap_param_gather:
+                llama.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+    llama.config.finalize_model_grads_func = finalize_model_grads
+    llama.config.grad_scale_func = optimizer.scale_loss
+    return Optimization(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config.optimizer, length, optimizer),
+        description=description,
+        update=GuardedOptimizer(optimizer),
+        length=length,
+        overlaps_param_gather=parallel.overlap_param_gather,
+    )

@@ -1,0 +1,118 @@
+"""Tests that a tokenizer of the same size but with other pieces is refused for existing weights."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from sentencepiece import sentencepiece_model_pb2
+from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences
+
+from megatron_chatflow.convert.from_huggingface import import_huggingface
+from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.template import TokenizerChoice
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
+from megatron_chatflow.convert.weight_map import huggingface_shapes
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.extend import extend_tokenizer
+from megatron_chatflow.training.inputs import open_inputs
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Trains a tokenizer with as many pieces as the run's, on other text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text.upper() for text in made_up_sentences(400, seed=8)),
+        model_writer=model,
+        vocab_size=VOCAB_SIZE,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("other") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saves the tiny run's model as a Hugging Face folder with tokenizer and as a checkpoint."""
+    folder = tmp_path_factory.mktemp("weights")
+    shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
+    tokenizer = load_tokenizer(tiny_run.tokenizer_model)
+    tokenizer.save_pretrained(folder / "hf")
+    tensors = {name: torch.ones(size) for name, size in huggingface_shapes(shape).items()}
+    save_file(tensors, folder / "hf" / "model.safetensors", metadata={"format": "pt"})
+    config = huggingface_config(shape, torch.float32, {})
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    import_huggingface(folder / "hf", folder / "run")
+    return folder
+
+
+def beginnings(weights: Path) -> list[dict[str, object]]:
+    return [
+        {"checkpoint__load": str(weights / "run"), "checkpoint__finetune": True},
+        {"checkpoint__pretrained_checkpoint": str(weights / "run")},
+        {"checkpoint__load_hf": str(weights / "hf")},
+    ]
+
+
+def test_weights_are_refused_by_the_first_piece_that_differs(
+    make_config, weights: Path, other: Tokenizer
+) -> None:
+    for begin in beginnings(weights):
+        open_inputs(make_config(**begin))
+        with pytest.raises(UserError, match=r"id \d+ is '.*', but '.*' in "):
+            open_inputs(make_config(tokenizer__tokenizer_model=str(other.model_path), **begin))
+
+
+def test_the_same_pieces_in_another_file_are_welcome(
+    make_config, weights: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(tiny_run.tokenizer_model.read_bytes())
+    model.trainer_spec.model_prefix = "of another name"
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    ours = load_tokenizer(path)
+    assert ours.fingerprint != load_tokenizer(weights / "hf").fingerprint
+    for begin in beginnings(weights):
+        inputs = open_inputs(make_config(tokenizer__tokenizer_model=str(path), **begin))
+        assert inputs.tokenizer.fingerprint == ours.fingerprint
+
+
+def test_more_pieces_need_a_beginning_even_where_rows_are_spare(
+    make_config, weights: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    old = load_tokenizer(tiny_run.tokenizer_model)
+    larger = extend_tokenizer(old, ["\u9f8d"], tmp_path / "larger")
+    for begin in beginnings(weights):
+        with pytest.raises(UserError, match="--embedding-init"):
+            open_inputs(make_config(tokenizer__tokenizer_model=str(larger.model_path), **begin))
+
+
+def test_an_export_takes_the_runs_own(weights: Path, other: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not the tokenizer that .* was trained with"):
+        export_checkpoint(
+            weights / "run", tmp_path / "hf", tokenizer=TokenizerChoice(other.model_path)
+        )
+    assert not (tmp_path / "hf").exists()
+
+
+def test_training_finds_a_tokenizer_as_the_tools_do(
+    make_config, tiny_run: TinyRun, byte_level_model: Path, tmp_path: Path
+) -> None:
+    """Without a type, a folder with only a tokenizer.json is treated as one of that format."""
+    folder = tmp_path / "json_alone"
+    enough = [chr(0x6000 + k) for k in range(VOCAB_SIZE)]  # for the ids in the data
+    extend_tokenizer(load_tokenizer(byte_level_model), enough, folder)
+    for path in (folder, folder / "tokenizer.json", tiny_run.tokenizer_model):
+        inputs = open_inputs(make_config(tokenizer__tokenizer_model=str(path)))
+        kind = "HuggingFaceTokenizer" if path != tiny_run.tokenizer_model else "Llama2Tokenizer"
+        assert inputs.tokenizer.tokenizer_type == inputs.state.tokenizer["type"] == kind
+        assert inputs.tokenizer.fingerprint == load_tokenizer(path).fingerprint
