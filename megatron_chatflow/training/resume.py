@@ -54,6 +54,16 @@ _LEARNING_RATE |= {
 }
 _LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
 
+_CONSEQUENCES = {
+    "paths": "the same data",  # this and the following of data.sources.NAME
+    "validation_paths": "validation uses other samples",
+    "loss": "other tokens count in the loss from now on",
+    "boundaries": "attention sees other tokens from now on",
+    "train.seed": "applies from the next epoch of each source",
+    "train.bf16": "losses change by rounding errors",
+    "tokenizer.tokenizer_model": "the same tokenizer",
+}
+
 
 def check_same_model(
     resumed: RunState, state: RunState, checkpoint: Path, *, is_grown: bool
@@ -271,8 +281,13 @@ def changed_settings(
     names = [
         set(_section(one, "data").get("sources") or {}) for one in (recorded, config.to_dict())
     ]
-    rows: list[Row] = []
-    consequences = _Consequences(config, was, blend, length, resumed)
+    left = (
+        f"{length.remaining_iterations():,} iterations are left, up to sample "
+        f"{length.num_samples:,}"
+    )
+    # Several settings change the length and the learning rate; the first one listed reports it.
+    once = {left: _LENGTH, _learning_rate_change(config, was, length, resumed): _LEARNING_RATE}
+    rows: list[tuple[str, str, str, str]] = []
     for key, value in now.items():
         source = key.split(".")[2] if key.startswith("data.sources.") else None
         before = was.get(key, _default(key))
@@ -283,94 +298,58 @@ def changed_settings(
         shown = _show(key, before), _show(key, value)
         if shown[0] == shown[1]:
             shown = shown[0], f"{shown[1]} (edited)"
-        rows.append(_row(key, *shown, consequences.of(key)))
+        texts = [text for text, settings in once.items() if key in settings]
+        once = {text: settings for text, settings in once.items() if text not in texts}
+        texts += _consequences(key, config, blend)
+        rows.append((key, *shown, "; ".join(filter(None, texts))))
     for source in sorted(names[1] - names[0]):
         draw = blend.first_draw(blend.sources.index(source), 0)
         what = "never drawn from" if draw is None else f"first drawn from at sample {draw:,}"
-        rows.append(_row(f"data.sources.{source}", "-", "added", what))
-    rows += [_row(f"data.sources.{name}", "there", "-", "") for name in sorted(names[0] - names[1])]
-    return rows
+        rows.append((f"data.sources.{source}", "-", "added", what))
+    rows += [(f"data.sources.{name}", "there", "-", "") for name in sorted(names[0] - names[1])]
+    heads = ("setting", "checkpoint", "now", "consequence")
+    return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def _row(key: str, before: str, after: str, consequence: str) -> Row:
-    return {"setting": key, "checkpoint": before, "now": after, "consequence": consequence}
+def _consequences(key: str, config: RunConfig, blend: Blend) -> list[str]:
+    """Returns the consequence of a setting that has changed, if there is one to report."""
+    train = config.train
+    if key in ("train.global_batch_size", "train.eval_iters") and train.eval_interval:
+        samples = train.eval_iters * train.global_batch_size
+        return [f"validation reads up to {samples:,} samples per source"]
+    if key == "data.schedule":
+        edit = blend.edit
+        return ["the same weights" if edit is None else f"edited at sample {edit.begin:,}"]
+    name = key.rpartition(".")[2] if key.startswith("data.sources.") else key
+    return [_CONSEQUENCES[name]] if name in _CONSEQUENCES else []
 
 
-class _Consequences:
-    """Describes the consequences of changed settings."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        was: Mapping[str, Any],
-        blend: Blend,
-        length: RunLength,
-        resumed: RunState,
-    ) -> None:
-        self._config = config
-        self._was = was
-        self._blend = blend
-        self._length = length
-        self._left = (
-            f"{length.remaining_iterations():,} iterations are left, up to sample "
-            f"{length.num_samples:,}"
+def _learning_rate_change(
+    config: RunConfig, was: Mapping[str, Any], length: RunLength, resumed: RunState
+) -> str:
+    """Describes the change of the learning rate; empty if the old settings cannot be read."""
+    try:
+        old: Any = SimpleNamespace(
+            optimizer=OptimizerConfig(**_fields_of(OptimizerConfig, "optimizer", was)),
+            train=TrainConfig(**_fields_of(TrainConfig, "train", was)),
         )
-        self._rate = self._learning_rate(resumed)
-
-    def of(self, key: str) -> str:
-        """Returns the consequence of a setting; empty if there is nothing to report."""
-        parts = []
-        train = self._config.train
-        # Several settings change length and learning rate; only the first one listed reports it.
-        if key in _LENGTH and self._left:
-            parts.append(self._left)
-            self._left = ""
-        if key in _LEARNING_RATE and self._rate:
-            parts.append(self._rate)
-            self._rate = ""
-        if key in ("train.global_batch_size", "train.eval_iters") and train.eval_interval:
-            samples = train.eval_iters * train.global_batch_size
-            parts.append(f"validation reads up to {samples:,} samples per source")
-        if key == "data.schedule":
-            edit = self._blend.edit
-            parts.append("the same weights" if edit is None else f"edited at sample {edit.begin:,}")
-        if key == "train.seed":
-            parts.append("applies from the next epoch of each source")
-        if key.startswith("data.sources."):
-            field = key.rpartition(".")[2]
-            texts = {
-                "paths": "the same data",
-                "validation_paths": "validation uses other samples",
-                "loss": "other tokens count in the loss from now on",
-                "boundaries": "attention sees other tokens from now on",
-            }
-            parts += [texts[field]] if field in texts else []
-        if key == "tokenizer.tokenizer_model":
-            parts.append("the same tokenizer")
-        if key == "train.bf16":
-            parts.append("losses change by rounding errors")
-        return "; ".join(parts)
-
-    def _learning_rate(self, resumed: RunState) -> str:
-        """Describes the change of the learning rate; empty if the old settings cannot be read."""
-        new, length = self._config.optimizer, self._length
-        try:
-            old: Any = SimpleNamespace(
-                optimizer=OptimizerConfig(**_fields_of(OptimizerConfig, "optimizer", self._was)),
-                train=TrainConfig(**_fields_of(TrainConfig, "train", self._was)),
-            )
-        except (ValidationError, UserError, TypeError):
-            return ""
-        first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
-        place = (resumed.iteration, resumed.consumed_samples)
-        before = RunLength.of(old, *place, int(first))
-        was, now = learning_rate(old.optimizer, before, *place), learning_rate(new, length, *place)
-        if was != now:
-            return f"learning rate of iteration {place[0] + 1:,}: {now:.4g} instead of {was:.4g}"
-        if (before.lr_decay, before.counts_samples) != (length.lr_decay, length.counts_samples):
-            unit = "sample" if length.counts_samples else "iteration"
-            return f"learning rate decay ends at {unit} {length.lr_decay:,}"
+    except (ValidationError, UserError, TypeError):
         return ""
+    first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
+    place = (resumed.iteration, resumed.consumed_samples)
+    before = RunLength.of(old, *place, int(first))
+    rates = (
+        learning_rate(old.optimizer, before, *place),
+        learning_rate(config.optimizer, length, *place),
+    )
+    if rates[0] != rates[1]:
+        return (
+            f"learning rate of iteration {place[0] + 1:,}: {rates[1]:.4g} instead of {rates[0]:.4g}"
+        )
+    if (before.lr_decay, before.counts_samples) != (length.lr_decay, length.counts_samples):
+        unit = "sample" if length.counts_samples else "iteration"
+        return f"learning rate decay ends at {unit} {length.lr_decay:,}"
+    return ""
 
 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
