@@ -105,7 +105,8 @@ def test_fonts_that_are_newer_than_the_list_are_found(monkeypatch: pytest.Monkey
     character = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL A}"
     manager = font_manager.fontManager
     family = readable_labels([character])[0][1]
-    [first, *_] = [font.fname for font in manager.ttflist if font.name == family]
+    paths = [font.fname for font in manager.ttflist if font.name == family]
+    first = next(path for path in paths if ord(character) in _characters(path))
     stale = [font for font in manager.ttflist if ord(character) not in _characters(font.fname)]
     monkeypatch.setattr(manager, "ttflist", stale)
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [first])
