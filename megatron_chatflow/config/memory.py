@@ -27,8 +27,9 @@ class MemoryEstimate:
     """Peak memory in bytes of the process that needs the most memory.
 
     Attributes:
-        weights: Parameters in the precision of the computation.
-        gradients: Gradient buffers (fp32).
+        weights: Parameters in the precision of the computation. With FP8, also the copies of the
+            layers' matrices that the products read, of which one is transposed.
+        gradients: Gradient buffers (fp32, or bf16 with ``grad_reduce_in_bf16``).
         optimizer: Adam's moments, and with bf16 the fp32 master weights.
         activations: Activations that forward passes store for the backward passes.
         temporary: Temporary tensors at the peak: the logits and gradients of the loss, or the
@@ -91,11 +92,14 @@ def _estimate_stage(
         data_parallel * config.train.micro_batch_size
     )
     weights, moments = parameters * _value_bytes(config), parameters * _state_bytes(config)
+    copies = 0
+    if config.train.fp8_format is not None or config.train.fp4_format is not None:
+        copies = 2 * (parameters - num_tables * table)
     # Data-parallel processes divide the state that they replicate when they save it.
     copy = (weights + moments) // (data_parallel * parallel.context_parallel_size)
     has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
-        weights=weights,
+        weights=weights + copies,
         gradients=parameters * (2 if parallel.grad_reduce_in_bf16 else 4),
         optimizer=moments // shards,
         saving=copy if on_cpu and has_copy else 0,

@@ -135,11 +135,25 @@ def plan_layout(
         speed: Measured speed over predicted speed, from `calibrate`.
         stack: The training software; this project with the run's attention kernel if None.
         layer_launches: Kernels that a layer launches in its forward and its backward pass.
+
+    Raises:
+        UserError: The GPU does not have the precision of the run.
     """
     shape = TransformerShape.of(config, vocab_size)
     layout = replace(StepLayout.of(config, num_gpus, network), layer_launches=layer_launches)
     if stack is not None:
         layout = replace(layout, stack=stack)
+    is_missing = {
+        "bf16": False,
+        "fp8": not gpu.fp8,
+        "mxfp8": gpu.family != "blackwell",
+    }
+    if is_missing[layout.stack.precision]:
+        raise UserError(
+            f"train: a GPU of the {gpu.family} generation does not compute in "
+            f"{layout.stack.precision}; choose another --gpu, or remove train.fp8_format and "
+            "train.fp4_format"
+        )
     step = predict_step(shape, layout, gpu)
     seconds = step.seconds / speed
     flops = flops_per_token(config.model, vocab_size, config.data.seq_length)

@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config import RunConfig, TrainConfig
 from megatron_chatflow.config.problems import did_you_mean
 from megatron_chatflow.config.shape import head_counts, num_model_chunks, padded_vocab_size
 from megatron_chatflow.errors import UserError
@@ -222,6 +222,13 @@ class Stack:
     fuses_elementwise: bool = True
 
 
+def _precision(train: TrainConfig) -> Precision:
+    """Returns the precision of the layers' products; FP4 counts as mxfp8, for want of figures."""
+    if train.fp4_format is not None or (train.fp8_format and train.fp8_recipe == "mxfp8"):
+        return "mxfp8"
+    return "bf16" if train.fp8_format is None else "fp8"
+
+
 @dataclass(frozen=True)
 class StepLayout:
     """How a step is divided over GPUs.
@@ -270,7 +277,7 @@ class StepLayout:
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int, network: float | None = None) -> "StepLayout":
-        """Returns the layout of a run in bf16.
+        """Returns the layout of a run, and the precision and overlap of its layers.
 
         Args:
             config: The configuration of the run.
@@ -301,7 +308,12 @@ class StepLayout:
             overlaps_grad_reduce=parallel.overlap_grad_reduce,
             overlaps_param_gather=parallel.overlap_param_gather,
             network=network,
-            stack=Stack(attention="flash2" if is_flash2 else "flash"),
+            stack=Stack(
+                precision=_precision(train),
+                gradient_bytes=2 if parallel.grad_reduce_in_bf16 else 4,
+                overlaps_tensor_exchange=parallel.tp_comm_overlap,
+                attention="flash2" if is_flash2 else "flash",
+            ),
         )
 
     @property

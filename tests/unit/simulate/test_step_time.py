@@ -16,6 +16,7 @@ from megatron_chatflow.config import load_config
 from megatron_chatflow.config.shape import num_layer_parameters
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate import step_time
+from megatron_chatflow.simulate.layout_search import plan_layout
 from megatron_chatflow.simulate.step_time import (
     GPUS,
     LAYER_LAUNCHES,
@@ -28,7 +29,7 @@ from megatron_chatflow.simulate.step_time import (
 )
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "llama2_7b"
-H100 = GPUS["h100"]
+H100, B200 = GPUS["h100"], GPUS["b200"]
 LLAMA_7B = TransformerShape(32, 4096, 11008, 4096, 4096, 128, 32000)
 LLAMA_70B = TransformerShape(80, 8192, 28672, 8192, 1024, 128, 32000)
 # A GPU that only computes: nothing is lost at the end of a product or to memory and networks.
@@ -286,6 +287,36 @@ def test_a_run_becomes_a_shape_and_a_layout() -> None:
     assert (layout.num_micro_batches, layout.tokens, layout.residual_parts) == (32, 4096, 2)
     assert (layout.recomputed_layers, layout.sharding) == (0.25, "optimizer")
     assert layout.stack == Stack(attention="flash2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "stack"),
+    [
+        ("--fp8-format hybrid", Stack(precision="fp8")),
+        ("--fp8-format e4m3 --fp8-recipe mxfp8", Stack(precision="mxfp8")),
+        ("--fp4-format e2m1", Stack(precision="mxfp8")),
+        (
+            "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap "
+            "--grad-reduce-in-bf16",
+            Stack(gradient_bytes=2, overlaps_tensor_exchange=True),
+        ),
+    ],
+)
+def test_a_layout_knows_precision_and_overlap(flags: str, stack: Stack) -> None:
+    config = load_config(EXAMPLES / "7b.yaml", flags.split())
+    assert StepLayout.of(config, 64).stack == stack
+    plain = predict_step(LLAMA_7B, replace(StepLayout.of(config, 64), stack=Stack()), B200)
+    assert predict_step(LLAMA_7B, StepLayout.of(config, 64), B200).seconds < plain.seconds
+
+
+def test_a_precision_that_the_gpu_lacks_is_refused() -> None:
+    config = load_config(EXAMPLES / "7b.yaml", ["--fp8-format", "hybrid"])
+    with pytest.raises(UserError, match="the ampere generation does not compute in fp8"):
+        plan_layout(config, 64, find_gpu("a100-80"), 32000)
+    assert plan_layout(config, 64, H100, 32000).mfu > 0.4
+    config = load_config(EXAMPLES / "7b.yaml", ["--fp4-format", "e2m1"])
+    with pytest.raises(UserError, match="the hopper generation does not compute in mxfp8"):
+        plan_layout(config, 64, H100, 32000)
 
 
 def test_an_unknown_gpu_is_a_users_mistake() -> None:
