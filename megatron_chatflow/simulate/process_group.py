@@ -86,6 +86,7 @@ def name_groups() -> None:
         "data without context": state.get_data_parallel_group,
         "embedding": lambda: state.get_embedding_group(check_initialized=False),
         "model": state.get_model_parallel_group,
+        "optimizer": state.get_intra_distributed_optimizer_instance_group,
     }
     _names.clear()
     world = dist.group.WORLD

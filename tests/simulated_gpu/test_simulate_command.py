@@ -81,6 +81,8 @@ def test_the_report_accounts_for_a_rank(report: tuple[str, dict[str, Any]]) -> N
     sent = {
         (one["group"], one["collective"]): one["num_bytes"] for one in rank["messages_per_step"]
     }
+    assert ("optimizer (8)", "all-reduce") in sent  # the norm of the gradient
+    assert not [group for group, _ in sent if group.startswith("other")]
     assert sent["data (4)", "reduce-scatter"] == pytest.approx(4 * parameters, rel=1e-3)
     assert sent["data (4)", "all-gather"] == pytest.approx(2 * parameters, rel=1e-3)
 
