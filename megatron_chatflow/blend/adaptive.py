@@ -36,23 +36,15 @@ FORMAT_VERSION = 1
 
 
 class WeightsProvider(Protocol):
-    """Provides the weights one horizon ahead.
-
-    Attributes:
-        horizon: Number of samples per call of `weights`, at least 1.
-    """
+    """Provides the weights one horizon, which is a number of samples, ahead."""
 
     horizon: int
 
     def weights(self, begin: int, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the weights of the samples ``[begin, begin + horizon)``.
+        """Returns the weights of ``[begin, begin + horizon)``, int64[num_sources] of sum 2**32.
 
-        Args:
-            begin: A multiple of ``horizon``. Every multiple is requested once, in order.
-            counts: int64[num_sources], draws of each source before ``begin``.
-
-        Returns:
-            int64[num_sources], nonnegative weights that sum to 2**32.
+        ``begin`` is a multiple of ``horizon``; every multiple is requested once, in order.
+        ``counts`` are the draws of each source before it, int64[num_sources].
         """
 
 
@@ -60,10 +52,7 @@ class AdaptiveBlend:
     """A sequence of draws that follows a `WeightsProvider`.
 
     All provided weights are recorded, so that any drawn part of the sequence can be drawn again.
-
-    Attributes:
-        sources: Names of the sources, in the order of the numbers that `take` returns.
-        horizon: Number of samples with the same weights.
+    `sources` and `take` are those of `megatron_chatflow.blend.blend.Blend`.
     """
 
     def __init__(
@@ -72,13 +61,7 @@ class AdaptiveBlend:
         provider: WeightsProvider,
         state: Mapping[str, Any] | None = None,
     ):
-        """Starts or resumes a run.
-
-        Args:
-            sources: Names of all sources.
-            provider: Provides the weights that the state does not contain.
-            state: A state that `state_at` returned, possibly after a round trip through JSON; None
-                for a new run.
+        """Starts a run, or resumes it from a state that `state_at` returned.
 
         Raises:
             UserError: The state has other sources or another horizon, or is damaged.
@@ -95,11 +78,7 @@ class AdaptiveBlend:
             self._restore(state)
 
     def take(self, begin: int, end: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """Draws the samples ``[begin, end)`` and requests weights from the provider as needed.
-
-        Returns:
-            ``(source, index)``: int16[end - begin], positions in `sources`, and
-            int64[end - begin], the number of each sample within its source, from 0.
+        """Draws the samples ``[begin, end)``; see `Blend.take`.
 
         Raises:
             UserError: The range is invalid, or the provider returned invalid weights.
@@ -127,10 +106,7 @@ class AdaptiveBlend:
         return self._counts[number] + np.bincount(drawn, minlength=len(self.sources))
 
     def state_at(self, sample: int) -> dict[str, Any]:
-        """Returns the state after ``sample`` samples.
-
-        The state is JSON-compatible and contains the weights of all horizons so far.
-        """
+        """Returns the JSON-compatible state after ``sample`` samples, with all weights so far."""
         answers = self._weights[: -(-sample // self.horizon)]
         return {
             "format_version": FORMAT_VERSION,
@@ -178,16 +154,13 @@ class AdaptiveBlend:
 def draw_horizon(
     weights: npt.NDArray[np.int64], lags: npt.NDArray[np.int64], num_samples: int
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-    """Draws samples under constant weights.
+    """Draws samples under constant weights, int64[num_sources] of sum 2**32.
 
-    Args:
-        weights: int64[num_sources], which sum to 2**32.
-        lags: int64[num_sources], quota minus count in units of 2**-32 before the first sample.
-        num_samples: Number of samples to draw.
+    Takes and returns the lags before the first and after the last sample, int64[num_sources]: quota
+    minus count in units of 2**-32.
 
     Returns:
-        ``(source, lags)``: int16[num_samples], and the lags after the last sample,
-        int64[num_sources].
+        ``(source, lags)``, with the source of every sample, int16[num_samples].
     """
     never = np.int64(1) << 62
     lags = lags.copy()

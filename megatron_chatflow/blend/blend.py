@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.blend.edits import FORMAT_VERSION, Edit, first_segment, resume
+from megatron_chatflow.blend.edits import FORMAT_VERSION, Edit, Segment, resume
 from megatron_chatflow.blend.engine import ROOT_BITS, Engine, make_engine
 from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.blend.schedule import Schedule
@@ -59,7 +59,8 @@ class Blend:
         self.schedule = schedule
         self.edit: Edit | None = None
         if state is None or state.get("position") == 0:
-            self._segments = [first_segment(schedule)]
+            zeros = (0,) * len(schedule.sources)
+            self._segments = [Segment(0, 0, schedule, zeros, zeros, zeros)]
         else:
             self._segments, self.edit = resume(schedule, state)
         columns = self._segments[-1].schedule.sources
@@ -118,11 +119,7 @@ class Blend:
         return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
 
     def planned_shares(self, sample: int) -> npt.NDArray[np.float64]:
-        """Returns the planned share of each source of ``schedule.sources`` at ``sample``.
-
-        Returns:
-            float64[num_sources], in [0, 1].
-        """
+        """Returns the planned shares of ``schedule.sources`` at a sample, float64[num_sources]."""
         segment = self._segments[self._segment_of(self._check(sample))]
         shares = segment.schedule.weights_at(sample) / GRID
         return np.array(self._of_schedule(shares.tolist()))
@@ -138,14 +135,9 @@ class Blend:
         return self._segments[number].schedule.position(sample, self.schedule.unit)
 
     def first_draw(self, source: int, index: int) -> int | None:
-        """Returns the global sample that is the ``index``-th draw of a source.
+        """Returns the global sample of the ``index``-th draw of a source; None if it is >= 2**40.
 
-        Args:
-            source: Position in `sources`.
-            index: Number of the sample within its source, from 0.
-
-        Returns:
-            The global sample; None if it is not below 2**40.
+        ``source`` is a position in `sources`.
 
         Raises:
             UserError: The source does not exist, or the index is negative.

@@ -31,7 +31,7 @@ sample. If the knot ends a recorded ramp early, the original end of the ramp is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -54,23 +54,14 @@ define the same line by different knots do not differ by more."""
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the run with one schedule.
+    """A part of the run with one schedule."""
 
-    Attributes:
-        begin: First sample of the segment.
-        origin: First sample of iteration 0 of the segment.
-        schedule: Schedule of the segment, with all sources that the run has had.
-        counts: Draws of each source before ``begin``.
-        quotas: ``W_k(begin)``, in units of 2**-32 samples.
-        offsets: ``o_k``, in units of 2**-32 samples.
-    """
-
-    begin: int
-    origin: int
-    schedule: Schedule
-    counts: tuple[int, ...]
-    quotas: tuple[int, ...]
-    offsets: tuple[int, ...]
+    begin: int  # first sample of the segment
+    origin: int  # first sample of iteration 0 of the segment
+    schedule: Schedule  # schedule of the segment, with all sources that the run has had
+    counts: tuple[int, ...]  # draws of each source before ``begin``
+    quotas: tuple[int, ...]  # ``W_k(begin)``, in units of 2**-32 samples
+    offsets: tuple[int, ...]  # ``o_k``, in units of 2**-32 samples
 
     @cached_property
     def table(self) -> WeightTable:
@@ -92,11 +83,7 @@ class Segment:
         return 1 + Fraction(max(map(abs, self.offsets)), GRID)
 
     def quotas_at(self, sample: int) -> list[int]:
-        """Returns ``W_k(sample)`` in units of 2**-32 samples.
-
-        Args:
-            sample: A sample of this segment, or its end.
-        """
+        """Returns ``W_k(sample)`` in units of 2**-32, for a sample of this segment or its end."""
         return self._quota.quotas(sample)
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,19 +99,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit that was accepted.
+    """An edit that was accepted."""
 
-    Attributes:
-        begin: The first sample with the new schedule.
-        error_bound: Exclusive bound of the error against the whole run's quota, in samples.
-        added: Sources that are only in the new schedule.
-        removed: Sources that are only in the recorded schedule.
-    """
-
-    begin: int
-    error_bound: Fraction
-    added: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
+    begin: int  # the first sample with the new schedule
+    error_bound: Fraction  # exclusive bound of the error against the whole run's quota, in samples
+    added: tuple[str, ...] = ()  # sources that are only in the new schedule
+    removed: tuple[str, ...] = ()  # sources that are only in the recorded schedule
 
     def __str__(self) -> str:
         """Returns one line for the log."""
@@ -136,21 +116,14 @@ class Edit:
 
 
 def resume(schedule: Schedule, state: Mapping[str, Any]) -> tuple[list[Segment], Edit | None]:
-    """Returns the segments of a resumed run and the edit that its schedule makes.
+    """Returns the segments of a resumed run and the edit that its schedule makes, or None.
 
     Existing sources keep their positions, new sources are appended, and removed sources remain with
-    weight 0.
-
-    Args:
-        schedule: The schedule of the resumed run.
-        state: A state that `megatron_chatflow.blend.blend.Blend.state_at` returned.
-
-    Returns:
-        The segments, and the edit; None if the schedule is unchanged.
+    weight 0. ``state`` is a result of `megatron_chatflow.blend.blend.Blend.state_at`.
 
     Raises:
-        UserError: The schedule changes samples that were already drawn or removes a source in use,
-            or the state is damaged.
+        UserError: The schedule changes samples that were already drawn or removes a source in
+            use, or the state is damaged.
     """
     position, counts, in_use, segments = _read(state)
     old = segments[-1].schedule.sources
@@ -179,19 +152,17 @@ def next_segment(
 ) -> Segment | None:
     """Creates the segment of an edit at ``sample``; returns None if no later weight changes.
 
-    Args:
-        last: The current segment, with the same sources as ``schedule``.
-        schedule: The new schedule.
-        sample: The first sample with the new schedule, at least ``last.begin``.
-        counts: Draws of each source before ``sample``.
+    The last segment has the same sources as ``schedule`` and does not begin after ``sample``.
+    ``counts`` are the draws of each source before it.
     """
     same_grid = _grid(schedule) == _grid(last.schedule)
     origin = last.origin if same_grid else sample
     table = schedule.table(origin)
-    if same_grid and not _differs_from(last.table, table, sample):
-        return None
-    if not same_grid and _constant_levels(table, sample) == _constant_levels(last.table, sample):
-        if _constant_levels(table, sample) is not None:
+    if same_grid:
+        if not _differs_from(last.table, table, sample):
+            return None
+    elif levels := _constant_levels(table, sample):
+        if levels == _constant_levels(last.table, sample):
             return None
     quotas = tuple(last.quotas_at(sample))
     offsets = choose_offsets(table, sample, quotas, counts)
@@ -203,14 +174,8 @@ def choose_offsets(
 ) -> list[int]:
     """Returns the smallest offsets ``o_k`` with which a segment can continue from these counts.
 
-    Args:
-        table: The new weights.
-        begin: The first sample with the new weights.
-        quotas: ``W_k(begin)``, in units of 2**-32 samples.
-        counts: Draws of each source before ``begin``.
-
-    Returns:
-        Integers of sum 0 in units of 2**-32 samples.
+    ``quotas`` are ``W_k(begin)`` and ``counts`` the draws before ``begin``, the first sample with
+    the new weights. Quotas and offsets, of sum 0, are in units of 2**-32 samples.
     """
     errors = [(count << GRID_BITS) - quota for count, quota in zip(counts, quotas, strict=True)]
     for step in range(NUM_OFFSET_STEPS + 1):
@@ -254,10 +219,9 @@ def _whole_offsets(
     counts: Sequence[int],
     errors: Sequence[int],
 ) -> list[int]:
-    """Returns the counts minus a feasible state of the quotas, in units of 2**-32 samples.
+    """Returns the counts minus a feasible state of the quotas: whole samples in units of 2**-32.
 
-    The results are whole samples. The sources that are rounded up in this state are chosen
-    greedily, by descending error.
+    The sources that are rounded up in this state are chosen greedily, by descending error.
     """
     members = [k for k, value in enumerate(quotas) if value & (GRID - 1)]
     caps = _caps(table, begin, quotas, members)
@@ -276,49 +240,33 @@ def _caps(table: WeightTable, begin: int, base: Sequence[int], members: Sequence
     return Caps(deadlines, [base[k] & (GRID - 1) for k in members])
 
 
-def _padded(values: Sequence[int], num_sources: int) -> tuple[int, ...]:
-    return (*map(int, values), *[0] * (num_sources - len(values)))
-
-
-def first_segment(schedule: Schedule) -> Segment:
-    """Creates the segment of a new run."""
-    zeros = (0,) * len(schedule.sources)
-    return Segment(0, 0, schedule, zeros, zeros, zeros)
-
-
 def read_segments(entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
     """Creates segments from `Segment.to_dict`. Later sources have weight 0 in earlier segments."""
     sources = Schedule.from_dict(entries[-1]["schedule"]).sources
-    num_sources = len(sources)
     segments: list[Segment] = []
     for entry in entries:
-        schedule = Schedule.from_dict(entry["schedule"]).with_sources(sources)
         begin = int(entry["begin"])
-        quotas = segments[-1].quotas_at(begin) if segments else [0] * num_sources
-        segments.append(
-            Segment(
-                begin,
-                int(entry["origin"]),
-                schedule,
-                _padded(entry["counts"], num_sources),
-                tuple(quotas),
-                _padded(entry["offsets"], num_sources),
-            )
-        )
+        quotas = tuple(segments[-1].quotas_at(begin)) if segments else ()
+        counts, offsets = (tuple(map(int, entry[name])) for name in ("counts", "offsets"))
+        schedule = Schedule.from_dict(entry["schedule"])
+        segment = Segment(begin, int(entry["origin"]), schedule, counts, quotas, offsets)
+        segments += widen([segment], sources)
     return segments
 
 
 def widen(segments: Sequence[Segment], sources: Sequence[str]) -> list[Segment]:
     """Returns the same segments with additional sources of weight 0."""
-    num_sources = len(sources)
+
+    def padded(values: tuple[int, ...]) -> tuple[int, ...]:
+        return (*values, *[0] * (len(sources) - len(values)))
+
     return [
-        Segment(
-            segment.begin,
-            segment.origin,
-            segment.schedule.with_sources(sources),
-            _padded(segment.counts, num_sources),
-            _padded(segment.quotas, num_sources),
-            _padded(segment.offsets, num_sources),
+        replace(
+            segment,
+            schedule=segment.schedule.with_sources(sources),
+            counts=padded(segment.counts),
+            quotas=padded(segment.quotas),
+            offsets=padded(segment.offsets),
         )
         for segment in segments
     ]
@@ -391,11 +339,7 @@ def _end_of_weights(segments: Sequence[Segment], columns: Sequence[int], positio
 
 
 def _check_removal(last: Segment, name: str, sample: int, counts: Sequence[int]) -> None:
-    """Checks that a removed source has neither weight nor an outstanding draw.
-
-    Raises:
-        UserError: The source cannot be removed yet. The message contains the remedy.
-    """
+    """Raises `UserError` if a removed source has weight or an outstanding draw."""
     k = last.schedule.sources.index(name)
     iteration = (sample - 1 - last.origin) // last.schedule.samples_per_iteration
     weight = Quota(last.table, last.origin).weights(iteration)[k]
@@ -421,12 +365,8 @@ def run_schedule(
 ) -> Schedule:
     """Creates the schedule of a new or resumed run.
 
-    Args:
-        config: The run's configuration.
-        sources: Names of all sources, in order.
-        recorded: The schedule in the checkpoint; None for a new run.
-        iteration: Iterations before the checkpoint.
-        consumed_samples: Samples before the checkpoint.
+    ``recorded`` is the schedule in the checkpoint, before which there were ``iteration`` iterations
+    and ``consumed_samples`` samples; None for a new run.
 
     Raises:
         UserError: ``data.schedule`` is invalid; see `resumed_schedule`.
@@ -455,10 +395,7 @@ def resumed_schedule(
 ) -> Schedule:
     """Creates the schedule of a resumed run and replaces ``as_planned`` knots by recorded ones.
 
-    Args:
-        block: ``data.schedule`` of the resumed run.
-        recorded: The schedule in the checkpoint.
-        arguments: The other arguments of `Schedule.from_dict`, by name.
+    ``arguments`` are the other arguments of `Schedule.from_dict`, by name.
 
     Raises:
         UserError: The block is not a valid schedule, or a knot before an ``as_planned`` knot
@@ -486,7 +423,11 @@ def resumed_schedule(
             resolved.append({**knot, "at": sample})
             continue
         begin, planned = _planned_knots(recorded, sample, sources)
-        _check_ramp(knot["ramp"], planned[-1]["ramp"], path)
+        if knot["ramp"] not in ("step", planned[-1]["ramp"]):
+            raise UserError(
+                f"{path}.ramp: {knot['ramp']}, but the recorded schedule has "
+                f"{planned[-1]['ramp']} here: remove ramp"
+            )
         if resolved:
             before = Schedule.from_dict({"knots": resolved}, **in_samples)
             _check_as_planned(recorded, before, begin, min(before.knots[-1].at + 1, sample), path)
@@ -574,13 +515,6 @@ def _in_unit(knot: Mapping[str, Any], positions: Positions) -> dict[str, Any]:
     return converted
 
 
-def _check_ramp(ramp: str, planned: str, path: str) -> None:
-    if ramp not in ("step", planned):
-        raise UserError(
-            f"{path}.ramp: {ramp}, but the recorded schedule has {planned} here: remove ramp"
-        )
-
-
 def _check_as_planned(recorded: Schedule, given: Schedule, begin: int, end: int, path: str) -> None:
     """Raises `UserError` if knots before an ``as_planned`` knot differ from the record."""
     if begin >= end:
@@ -611,9 +545,6 @@ def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -
     """Returns the first sample of ``[begin, end)`` at which two tables on the same grid differ.
 
     Differences of up to `ROUNDING` units of 2**-32 are ignored.
-
-    Returns:
-        The sample; None if the tables do not differ.
     """
     batch = old.samples_per_iteration
     iteration = (begin - old.origin) // batch
@@ -630,10 +561,7 @@ def first_difference(old: WeightTable, new: WeightTable, begin: int, end: int) -
 
 
 def _first_in_interval(old: WeightTable, new: WeightTable, first: int, last: int) -> int | None:
-    """Returns the first iteration of ``[first, last)`` at which weights differ, or None.
-
-    Differences of up to `ROUNDING` are ignored.
-    """
+    """Returns the first iteration of ``[first, last)`` at which weights differ, or None."""
     quotas = Quota(old, old.origin), Quota(new, new.origin)
     size = 64
     while first < last:

@@ -57,7 +57,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.blend.quota import GRID, GRID_BITS, NEVER, Quota, WeightTable
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("blend")
 
@@ -76,10 +76,8 @@ def leaf_bits(num_sources: int) -> int:
 class Caps:
     """Limits how many sources may be ahead of their quota in windows that end late.
 
-    Args:
-        deadlines: End of the current window of every source with a fractional quota.
-        fractions: Fractional parts of these quotas, in units of 2**-32. Their sum is a multiple of
-            2**32.
+    ``deadlines`` are the ends of the current windows of all sources with a fractional quota, and
+    ``fractions`` the fractional parts of these quotas in units of 2**-32.
     """
 
     def __init__(self, deadlines: Sequence[int], fractions: Sequence[int]):
@@ -96,11 +94,7 @@ class Caps:
         self._next = list(range(len(ends) + 1))
 
     def admit(self, member: int) -> bool:
-        """Admits a member if its group or a later one has a free slot, and occupies that slot.
-
-        Returns:
-            Whether the member was admitted.
-        """
+        """Returns whether a member's group or a later one has a free slot, and occupies it."""
         group, path = self._group[member], []
         while True:
             while self._next[group] != group:
@@ -121,16 +115,8 @@ def select(
 ) -> list[int]:
     """Selects the counts of every source at the sample ``at``, connected to both boundaries.
 
-    Args:
-        quota: The quotas.
-        left: A sample before ``at``.
-        before: Counts at ``left``, each its quota rounded down or up.
-        right: A sample after ``at``, or `NEVER` if there is no boundary on the right.
-        after: Counts at ``right``; None if there is no boundary on the right.
-        at: The sample, ``left < at < right``.
-
-    Returns:
-        The counts at ``at``, each its quota rounded down or up.
+    ``before`` and ``after`` are the counts at ``left < at`` and ``right > at``. If there is no
+    boundary on the right, these are `NEVER` and None. All counts are quotas rounded down or up.
     """
     quotas = quota.quotas(at)
     counts = [value >> GRID_BITS for value in quotas]
@@ -158,15 +144,7 @@ def select(
 
 
 class ReferenceEngine:
-    """The reference implementation of `Engine`.
-
-    Args:
-        table: The weights.
-        begin: The segment's first sample.
-        base: ``Z_k(begin)``: quotas including offsets, in units of 2**-32 samples.
-        counts: Draws of each source before ``begin``, each ``base`` rounded down or up.
-        num_leaf_bits: Leaf size for tests; `leaf_bits` by default.
-    """
+    """The reference implementation of `Engine`; see `make_engine`."""
 
     def __init__(
         self,
@@ -215,10 +193,7 @@ class ReferenceEngine:
         return np.asarray(self._left[1], np.int64) + np.bincount(drawn, minlength=self.num_sources)
 
     def find(self, source: int, index: int) -> int:
-        """Returns the sample of the ``index``-th draw of a source, or -1 if it is beyond the tree.
-
-        ``index`` must be at least the source's count at the segment's begin.
-        """
+        """Returns the sample of a draw; see `Engine.find`."""
         (left, _), (right, after) = self._root
         if after[source] <= index:
             return -1
@@ -289,11 +264,7 @@ class ReferenceEngine:
     def _leaf_jobs(
         self, left: int, right: int, before: Sequence[int], after: Sequence[int]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Returns the release, the deadline and the source of every job of a leaf.
-
-        Returns:
-            Three arrays int64[right - left]. Releases and deadlines are relative to ``left``.
-        """
+        """Returns the releases, deadlines (relative to ``left``) and sources of a leaf's jobs."""
         table = self._quota.table
         first = (left - table.origin) // table.samples_per_iteration
         last = -(-(right - table.origin) // table.samples_per_iteration)
@@ -319,14 +290,9 @@ class ReferenceEngine:
 def index_within_source(
     source: npt.NDArray[np.int16], before: Sequence[int] | npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """Returns the number of every draw within its source.
+    """Returns the number of every draw within its source, int64[n], from the sources, int16[n].
 
-    Args:
-        source: int16[n], the source of every draw.
-        before: Draws of each source before the first.
-
-    Returns:
-        int64[n].
+    ``before`` are the draws of each source before the first.
     """
     order = np.argsort(source, kind="stable")
     counts = np.bincount(source, minlength=len(before))
@@ -349,9 +315,6 @@ def _first_at_least(
         weights: int64[p], the slope of the quota between edges.
         edges: int64[p + 1], from 0 to the leaf's size.
         target: int64[n], the targets.
-
-    Returns:
-        int64[n], from 0 to the leaf's size.
     """
     at = np.searchsorted(due, target, side="left")
     inside = (at > 0) & (at < len(due))
@@ -383,52 +346,36 @@ class Engine(Protocol):
 
 
 def make_engine(
-    table: WeightTable, begin: int, base: Sequence[int], counts: Sequence[int]
+    table: WeightTable,
+    begin: int,
+    base: Sequence[int],
+    counts: Sequence[int],
+    num_leaf_bits: int | None = None,
 ) -> Engine:
     """Creates the engine of a segment, in C++ if the extension is built.
 
     Args:
         table: The weights.
         begin: The segment's first sample.
-        base: Quotas at ``begin`` including offsets, in units of 2**-32 samples.
+        base: ``Z_k(begin)``: quotas including offsets, in units of 2**-32 samples.
         counts: Draws of each source before ``begin``, each ``base`` rounded down or up.
+        num_leaf_bits: Leaf size for tests; `leaf_bits` by default.
     """
     if extension is None:
-        return ReferenceEngine(table, begin, base, counts)
-    return native_engine(table, begin, base, counts)
-
-
-def native_engine(
-    table: WeightTable,
-    begin: int,
-    base: Sequence[int],
-    counts: Sequence[int],
-    num_leaf_bits: int = -1,
-) -> Engine:
-    """Creates the C++ engine; see `make_engine`.
-
-    Args:
-        table: The weights.
-        begin: The segment's first sample.
-        base: Quotas at ``begin`` including offsets, in units of 2**-32 samples.
-        counts: Draws of each source before ``begin``.
-        num_leaf_bits: Leaf size for tests; -1 means `leaf_bits`.
-    """
-    assert extension is not None
-    arguments = (*_arguments(table, begin, base), np.array(counts, np.int64), num_leaf_bits)
-    return cast(Engine, extension.BlendEngine(*arguments))
+        return ReferenceEngine(table, begin, base, counts, num_leaf_bits)
+    native = extension.BlendEngine(
+        *_arguments(table, begin, base),
+        np.array(counts, np.int64),
+        -1 if num_leaf_bits is None else num_leaf_bits,
+    )
+    return cast(Engine, native)
 
 
 def window_ends(table: WeightTable, begin: int, base: Sequence[int]) -> list[int]:
     """Returns the first sample at which each source's quota reaches its next whole number.
 
-    Args:
-        table: The weights.
-        begin: The first sample of the segment.
-        base: Quotas at ``begin``, in units of 2**-32 samples.
-
-    Returns:
-        One sample per source; `NEVER` if the quota does not reach it.
+    ``base`` are the quotas at ``begin`` in units of 2**-32 samples. A quota that never reaches it
+    has the sample `NEVER`.
     """
     if extension is not None:
         ends: list[int] = extension.window_ends(*_arguments(table, begin, base)).tolist()

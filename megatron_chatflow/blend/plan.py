@@ -31,44 +31,27 @@ _POINTS_PER_PHASE = 1 + 64
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One source in one phase.
+    """One source in one phase."""
 
-    Attributes:
-        phase: Number of the phase, from 1.
-        begin: First sample of the phase.
-        end: First sample after the phase.
-        source: Name of the source.
-        planned: Sum of the source's weights over the phase, in samples.
-        realised: Samples drawn from the source in the phase.
-        planned_share: ``planned`` as a share of the phase.
-        realised_share: ``realised`` as a share of the phase.
-        epochs: Epochs of the source that were drawn from the begin of the run to the end of the
-            phase; None if the size of an epoch is unknown.
-    """
-
-    phase: int
-    begin: int
-    end: int
+    phase: int  # number of the phase, from 1
+    begin: int  # first sample of the phase
+    end: int  # first sample after the phase
     source: str
-    planned: float
-    realised: int
-    planned_share: float
-    realised_share: float
+    planned: float  # sum of the source's weights over the phase, in samples
+    realised: int  # samples drawn from the source in the phase
+    planned_share: float  # ``planned`` as a share of the phase
+    realised_share: float  # ``realised`` as a share of the phase
+    # epochs of the source that were drawn from the begin of the run to the end of the phase; None
+    # if the size of an epoch is unknown
     epochs: float | None
 
 
 def plan(
     blend: Blend, num_samples: int, samples_per_epoch: Mapping[str, int] | None = None
 ) -> list[PlanRow]:
-    """Computes the planned and the realised mixture of every phase and source.
+    """Computes the planned and the realised mixture of every phase and source, in this order.
 
-    Args:
-        blend: The blend.
-        num_samples: Samples in the whole run.
-        samples_per_epoch: Samples per epoch by source. The epochs of missing sources are None.
-
-    Returns:
-        Rows ordered by phase, then by source.
+    ``samples_per_epoch`` has the sizes of sources. The epochs of missing sources are None.
     """
     sizes = samples_per_epoch or {}
     edges = [0, *blend.knots_before(num_samples), num_samples]
@@ -150,17 +133,10 @@ def epoch_findings(
     samples_per_epoch: Mapping[str, int],
     max_epochs: Mapping[str, float],
 ) -> list[str]:
-    """Reports the sources that a run repeats more than `MANY_EPOCHS` times.
+    """Reports, in one line each, the sources that a run repeats more than `MANY_EPOCHS` times.
 
-    Args:
-        blend: The blend.
-        num_samples: Samples in the whole run.
-        samples_per_epoch: Samples per epoch by source. Missing or empty sources are skipped.
-        max_epochs: Maximum number of epochs by source. These sources are not reported, because the
-            user chose a limit and `check_epochs` enforces it.
-
-    Returns:
-        The findings, one line each.
+    Sources of unknown or no size are skipped, as are those in ``max_epochs``, because the user
+    chose a limit that `check_epochs` enforces.
     """
     findings = []
     for name, count in zip(blend.schedule.sources, blend.counts(num_samples).tolist(), strict=True):
@@ -191,12 +167,7 @@ def to_csv(rows: Sequence[PlanRow]) -> str:
 
 
 def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int | float | None]]:
-    """Formats rows for a text table, with phases in the unit of the schedule.
-
-    Args:
-        rows: The rows that `plan` returned.
-        blend: The blend that was passed to `plan`.
-    """
+    """Formats the rows of `plan` for a text table, with phases in the unit of the schedule."""
     unit, seq_length = blend.schedule.unit, blend.schedule.seq_length or 1
     return [
         {
@@ -214,34 +185,25 @@ def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int 
 
 @dataclass(frozen=True)
 class MixtureCurve:
-    """The mixture over the run, in equal bins.
+    """The mixture over the run, in equal bins."""
 
-    Attributes:
-        edges: int64[num_bins + 1], samples.
-        planned: float64[num_bins, num_sources], mean weight in each bin.
-        realised: float64[num_bins, num_sources], share of the draws in each bin.
-        points: int64[num_points], ascending samples. A sample at which weights jump occurs twice.
-        shares: float64[num_points, num_sources], the planned weight at each point. It is linear
-            between points.
-        drawn: int64[num_points, num_sources], draws of each source before each point.
-    """
-
-    edges: npt.NDArray[np.int64]
-    planned: npt.NDArray[np.float64]
+    edges: npt.NDArray[np.int64]  # int64[num_bins + 1], samples
+    planned: npt.NDArray[np.float64]  # float64[num_bins, num_sources], mean weight in each bin
+    # float64[num_bins, num_sources], share of the draws in each bin
     realised: npt.NDArray[np.float64]
+    # int64[num_points], ascending samples. A sample at which weights jump occurs twice.
     points: npt.NDArray[np.int64]
+    # float64[num_points, num_sources], the planned weight at each point. It is linear between
+    # points.
     shares: npt.NDArray[np.float64]
+    # int64[num_points, num_sources], draws of each source before each point
     drawn: npt.NDArray[np.int64]
 
 
 def mixture_curve(blend: Blend, num_samples: int, num_bins: int = 200) -> MixtureCurve:
-    """Computes the planned and the realised mixture over a run for a plot.
+    """Computes the planned and the realised mixture over a run of at least one sample for a plot.
 
-    Args:
-        blend: The blend.
-        num_samples: Samples in the whole run, at least 1.
-        num_bins: Maximum number of equal bins. It is reduced if a bin would have fewer than 100
-            samples.
+    The number of equal bins is reduced if a bin would have fewer than 100 samples.
     """
     num_bins = max(1, min(num_bins, num_samples // _MIN_SAMPLES_PER_BIN))
     edges = np.array([num_samples * part // num_bins for part in range(num_bins + 1)], np.int64)

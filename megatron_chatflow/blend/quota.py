@@ -58,18 +58,13 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class WeightTable:
-    """The weights of a schedule on a grid of iterations.
+    """The weights of a schedule on a grid of iterations."""
 
-    Attributes:
-        origin: The first sample of iteration 0.
-        samples_per_iteration: Number of samples with the same weights.
-        levels: Rows of cumulative levels, each of ``num_sources + 1`` integers from 0 to 2**32.
-        intervals: Consecutive intervals. The first begins at iteration 0, and the last has no end.
-    """
-
-    origin: int
-    samples_per_iteration: int
+    origin: int  # the first sample of iteration 0
+    samples_per_iteration: int  # number of samples with the same weights
+    # rows of cumulative levels, each of ``num_sources + 1`` integers from 0 to 2**32
     levels: tuple[tuple[int, ...], ...]
+    # Consecutive intervals. The first begins at iteration 0, and the last has no end.
     intervals: tuple[Interval, ...]
 
     @property
@@ -81,14 +76,9 @@ class WeightTable:
 def floor_sum(num_terms: int, modulus: int, factor: int, shift: int) -> int:
     """Returns the exact sum of ``floor((factor * x + shift) / modulus)``, 0 <= x < num_terms.
 
-    The sum is the number of lattice points under a line. As in Euclid's algorithm, the points are
-    counted by columns, then the remaining points by rows, alternately.
-
-    Args:
-        num_terms: At least 0.
-        modulus: At least 1.
-        factor: At least 0.
-        shift: At least 0.
+    The modulus is at least 1; the other arguments are not negative. The sum is the number of
+    lattice points under a line. As in Euclid's algorithm, the points are counted by columns, then
+    the remaining points by rows, alternately.
     """
     total = 0
     while True:

@@ -32,7 +32,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import gcd
 from numbers import Integral
 from typing import Any
 
@@ -57,46 +56,13 @@ MAX_SAMPLE = 1 << 48
 """Exclusive bound of the samples of knots. It keeps every product of the blend within 128 bits."""
 
 NUM_CHORDS = 64
-# round(2**32 * (1 - cos(pi * j / 64)) / 2) for j = 0 to 32, computed with 60 digits. The values are
-# constants because the last bit of a C library's cosine differs between machines. The chords differ
-# from the true cosine by at most 1.5e-4 (times the change of weight) and equal it at both ends.
-_FIRST_HALF = (
-    0,
-    2586738,
-    10340721,
-    23243268,
-    41263296,
-    64357394,
-    92469925,
-    125533164,
-    163467459,
-    206181423,
-    253572154,
-    305525484,
-    361916252,
-    422608608,
-    487456340,
-    556303222,
-    628983398,
-    705321774,
-    785134444,
-    868229132,
-    954405657,
-    1043456411,
-    1135166864,
-    1229316076,
-    1325677235,
-    1424018197,
-    1524102050,
-    1625687685,
-    1728530372,
-    1832382353,
-    1936993442,
-    2042111620,
-    2147483648,
+# No value is within 0.02 of the middle between two integers, so the rounded values do not depend on
+# the last bits of a C library's cosine. The chords differ from the true cosine by at most 1.5e-4
+# (times the change of weight) and equal it at both ends.
+COSINE_PORTIONS = tuple(
+    round(GRID * (1 - math.cos(math.pi * chord / NUM_CHORDS)) / 2)
+    for chord in range(NUM_CHORDS + 1)
 )
-
-COSINE_PORTIONS = _FIRST_HALF + tuple((1 << 32) - portion for portion in _FIRST_HALF[-2::-1])
 """The ``NUM_CHORDS + 1`` levels of a cosine ramp, integers from 0 to 2**32."""
 
 
@@ -126,31 +92,22 @@ _RECORDED_SCHEDULE = TypeAdapter(RecordedSchedule)
 
 @dataclass(frozen=True)
 class Positions:
-    """Converts positions in a schedule's unit to samples and back.
+    """Converts positions in a schedule's unit to samples and back."""
 
-    Attributes:
-        unit: The unit of a knot's ``at``: samples, tokens or iterations.
-        samples_per_iteration: Number of samples with the same weights.
-        iteration_origin: First sample of iteration 0, for knots in iterations. It is 0 until a
-            resume changes the size of an iteration. Then it is the first sample that iteration 0
-            would have if all iterations had the new size, which may be negative.
-        seq_length: Tokens per sample; None if the unit is not tokens and the length is unknown.
-    """
-
-    unit: str
-    samples_per_iteration: int
+    unit: str  # the unit of a knot's ``at``: samples, tokens or iterations
+    samples_per_iteration: int  # number of samples with the same weights
+    # First sample of iteration 0, for knots in iterations. It is 0 until a resume changes the size
+    # of an iteration. Then it is the first sample that iteration 0 would have if all iterations had
+    # the new size, which may be negative.
     iteration_origin: int
+    # tokens per sample; None if the unit is not tokens and the length is unknown
     seq_length: int | None
 
     def to_sample(self, at: int, path: str) -> int:
         """Returns the sample at a position. Tokens are rounded up to whole samples.
 
-        Args:
-            at: The position, in ``unit``.
-            path: Path of the knot in the configuration, for the error message.
-
         Raises:
-            UserError: The sample is too large.
+            UserError: The sample is too large. The message begins with the path of the knot.
         """
         sample = at
         if self.unit == "iterations":
@@ -264,19 +221,12 @@ def _levels(weights: Mapping[str, int | float], sources: Sequence[str]) -> tuple
 
 @dataclass(frozen=True)
 class Knot:
-    """The weights of a schedule at a sample.
+    """The weights of a schedule at a sample."""
 
-    Attributes:
-        at: The sample.
-        levels: Cumulative weights of the sources. The last one is 2**32.
-        ramp: Type of the ramp that ends at this knot: step, linear or cosine.
-        towards: The original end of the ramp, if an edit ended the ramp early.
-    """
-
-    at: int
-    levels: tuple[int, ...]
-    ramp: str
-    towards: Knot | None = None
+    at: int  # the sample
+    levels: tuple[int, ...]  # Cumulative weights of the sources. The last one is 2**32.
+    ramp: str  # type of the ramp that ends at this knot: step, linear or cosine
+    towards: Knot | None = None  # the original end of the ramp, if an edit ended the ramp early
 
 
 class Schedule:
@@ -415,14 +365,9 @@ class Schedule:
         return Schedule.from_dict({**self.to_dict(), **grid})
 
     def table(self, origin: int = 0, samples_per_iteration: int | None = None) -> WeightTable:
-        """Returns the weights on a grid of iterations.
+        """Returns the weights on a grid of iterations, by default on the schedule's own.
 
-        Args:
-            origin: First sample of iteration 0 of the grid.
-            samples_per_iteration: Samples per iteration; the schedule's own value by default.
-
-        Returns:
-            Intervals on which every level is linear in the iteration.
+        ``origin`` is the first sample of iteration 0. On every interval, the levels are linear.
         """
         builder = _TableBuilder(origin, samples_per_iteration or self.samples_per_iteration)
         builder.add(None, None, self.knots[0], self.knots[0])
@@ -462,13 +407,8 @@ class _TableBuilder:
     ) -> None:
         """Adds the interval between two knots, or one of the equal chords between them.
 
-        Args:
-            begin: Sample of the first knot; None for the interval before it.
-            end: Sample of the second knot; None for the interval after the last knot.
-            first: Knot with the levels at ``begin``.
-            last: Knot with the levels at ``end``.
-            chord: Number of the chord, from 0.
-            num_chords: Number of chords between the knots.
+        ``begin`` and ``end`` are the samples of the knots; None before the first and after the
+        last.
         """
         row, last_row = self._row(first), self._row(last)
         portions = (0, GRID)
@@ -488,7 +428,7 @@ class _TableBuilder:
         span = end - begin
         step = self._batch * num_chords
         phase = (self._origin + start * self._batch - begin) * num_chords - chord * span
-        shared = gcd(step, phase, span)
+        shared = math.gcd(step, phase, span)
         place = (step // shared, phase // shared, span // shared)
         self._append(Interval(start, row, last_row, *portions, *place))
 

@@ -1,10 +1,9 @@
 """Checks that the files of a run's datasets match their recorded hashes.
 
 Sizes and counts do not detect bytes that changed in place, for example a copy that was resumed at
-the wrong offset or a corpus that was rebuilt under the same name. Every start therefore hashes
-sample blocks of each `.bin`, `.idx` and loss mask (`fingerprint.block_hash`) and compares them with
-the sidecar. A resume also compares them with the checkpoint. `verify_contents` compares whole
-files.
+the wrong offset. Every start therefore hashes sample blocks of each `.bin`, `.idx` and loss mask
+(`fingerprint.block_hash`) and compares them with the sidecar, and a resume also with the
+checkpoint. `verify_contents` compares whole files.
 """
 
 import logging
@@ -26,14 +25,7 @@ _NUM_THREADS = 16
 
 
 class _File(NamedTuple):
-    """One file of a dataset.
-
-    Attributes:
-        label: Path in the configuration, for messages.
-        prefix: Prefix of the dataset.
-        name: Name of the file in the sidecar.
-        path: The file.
-    """
+    """One file of a dataset, with its name in the sidecar and its path in the configuration."""
 
     label: str
     prefix: str
@@ -44,12 +36,7 @@ class _File(NamedTuple):
 def check_contents(data: DataConfig, splits: Iterable[Sequence[Source]]) -> None:
     """Compares sample blocks of every file with its sidecar and records the hashes in the sources.
 
-    Files shared by several sources or splits are read once. 64 pages are read per file. See
-    `block_hash` for the changes that this detects.
-
-    Args:
-        data: The configuration's section.
-        splits: The sources that `build_sources` made for each split.
+    ``splits`` are the sources that `build_sources` made for each split. Shared files are read once.
 
     Raises:
         UserError: A file cannot be read or differs from the one that its sidecar describes. The
@@ -67,13 +54,9 @@ def check_contents(data: DataConfig, splits: Iterable[Sequence[Source]]) -> None
 def verify_contents(
     data: DataConfig, splits: Iterable[Sequence[Source]], *, part: int = 0, num_parts: int = 1
 ) -> None:
-    """Compares whole files with the SHA-256 in their sidecars.
+    """Compares whole files with the SHA-256 in their sidecars; see `check_contents`.
 
-    Args:
-        data: The configuration's section.
-        splits: As for `check_contents`.
-        part: Index of this process among those that share the work, 0 <= part < num_parts.
-        num_parts: Number of processes of the node that share the work.
+    ``part`` is the index of this process among the ``num_parts`` of the node that share the work.
 
     Raises:
         UserError: A file cannot be read or its SHA-256 differs from the recorded one.

@@ -6,7 +6,7 @@ collects them. The dry run prints them, and every start logs them as warnings.
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,30 +33,15 @@ than one token is checked because chat templates may append a newline."""
 def data_findings(
     data: DataConfig, sources: Sequence[Source], held_out: Sequence[Source], tokenizer: Tokenizer
 ) -> list[str]:
-    """Reports suspicious properties of a run's datasets.
-
-    Args:
-        data: The configuration's section.
-        sources: The training sources.
-        held_out: The validation sources; may be empty.
-        tokenizer: The tokenizer of the run.
-
-    Returns:
-        The findings, one line each.
-    """
+    """Reports suspicious properties of the training and validation datasets, one line each."""
     findings = []
     labelled = [(f"data.sources.{source.name}", source) for source in sources]
     for source in held_out:
-        if data.sources[
-            source.name
-        ].validation_paths:  # otherwise its files are those of the training split
+        # Without validation paths, the files are those of the training split.
+        if data.sources[source.name].validation_paths:
             labelled.append((f"data.sources.{source.name}.validation_paths", source))
     for label, source in labelled:
-        findings += _unchecked_tokenizers(label, source)
-        if not data.data_verify:
-            findings += _unchecked_contents(label, source.files)
-        if data.sources[source.name].loss is None:  # an explicit `loss: all` is intended
-            findings += _ignored_masks(label, source.files)
+        findings += _file_findings(data, label, source)
         findings += _missing_ends(label, source.files, tokenizer)
         if source.packing is not None:
             findings += _packing_losses(label, source.packing, source.fingerprint()["seq_length"])
@@ -64,43 +49,37 @@ def data_findings(
     return findings + _same_data(trained) + _validation_on_training_data(trained, held_out)
 
 
-def _unchecked_tokenizers(label: str, source: Source) -> list[str]:
+def _file_findings(data: DataConfig, label: str, source: Source) -> Iterator[str]:
+    """Reports datasets of unknown or unchecked origin, and loss masks that are ignored."""
+
+    def phrase(names: Sequence[str]) -> str:
+        verb = "has" if len(names) == 1 else "have"
+        return f"{label}: {len(names)} of {len(source.files)} datasets {verb}"
+
     pairs = zip(source.files, source.fingerprint()["datasets"], strict=True)
-    unchecked = [file.name for file, facts in pairs if not facts["tokenizer"]]
-    if not unchecked:
-        return []
-    return [
-        f"{label}: {_count(unchecked, source.files)} no .json (first: {unchecked[0]}.json), so "
-        "the tokenizer that they were encoded with is unknown: decode a few documents with "
-        "tools/inspect_dataset.py, or preprocess the data again"
-    ]
-
-
-def _unchecked_contents(label: str, files: Sequence[TokenFile]) -> list[str]:
-    """Reports datasets with sidecars of earlier versions, which lack ``block_hash``."""
-    sidecars = [(file.name, read_sidecar(file.name)) for file in files]
-    old = [
-        name for name, sidecar in sidecars if sidecar is not None and "block_hash" not in sidecar
-    ]
-    if not old:
-        return []
-    return [
-        f"{label}: {_count(old, files)} a .json of an earlier version, without block_hash, so "
-        "the contents of the files are not checked at the start: use --data-verify to check all "
-        "bytes, or write the dataset with hashes by tools/merge_datasets.py (first: "
-        f"{old[0]}.json)"
-    ]
-
-
-def _ignored_masks(label: str, files: Sequence[TokenFile]) -> list[str]:
-    masked = [file.name for file in files if idx_path(loss_mask_prefix(file.name)).exists()]
-    if not masked:
-        return []
-    return [
-        f"{label}: {_count(masked, files)} loss masks, which the default (loss: all) ignores, so "
-        "prompts are trained like answers: set loss: response, or set loss: all to confirm this "
-        f"(first: {masked[0]})"
-    ]
+    unknown = [file.name for file, facts in pairs if not facts["tokenizer"]]
+    if unknown:
+        yield (
+            f"{phrase(unknown)} no .json (first: {unknown[0]}.json), so the tokenizer that they "
+            "were encoded with is unknown: decode a few documents with tools/inspect_dataset.py, "
+            "or preprocess the data again"
+        )
+    names = [file.name for file in source.files]
+    # Sidecars of earlier versions lack the hashes that every start compares.
+    old = [name for name in names if "block_hash" not in (read_sidecar(name) or {"block_hash": 0})]
+    if old and not data.data_verify:
+        yield (
+            f"{phrase(old)} a .json of an earlier version, without block_hash, so the contents "
+            "of the files are not checked at the start: use --data-verify to check all bytes, or "
+            f"write the dataset with hashes by tools/merge_datasets.py (first: {old[0]}.json)"
+        )
+    masked = [name for name in names if idx_path(loss_mask_prefix(name)).exists()]
+    if masked and data.sources[source.name].loss is None:  # an explicit `loss: all` is intended
+        yield (
+            f"{phrase(masked)} loss masks, which the default (loss: all) ignores, so prompts are "
+            "trained like answers: set loss: response, or set loss: all to confirm this (first: "
+            f"{masked[0]})"
+        )
 
 
 def _missing_ends(label: str, files: Sequence[TokenFile], tokenizer: Tokenizer) -> list[str]:
@@ -154,12 +133,8 @@ def _packing_losses(label: str, packing: Packing, seq_length: int) -> list[str]:
 class _Dataset(NamedTuple):
     """One dataset of a source.
 
-    Attributes:
-        source: Name of the source.
-        path: Path of the dataset, as configured.
-        content: The facts of the dataset as JSON; equal for equal data under different names.
-        part: The holdout settings as JSON, equal if the same documents are held out; None if no
-            documents are held out.
+    `content` is equal for equal data under different names, and `part` for datasets of which the
+    same documents are held out; it is None if none are.
     """
 
     source: str
@@ -235,9 +210,3 @@ def _name(dataset: _Dataset, other: _Dataset) -> str:
 
 def _first_of(names: Sequence[str]) -> str:
     return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]
-
-
-def _count(chosen: Sequence[object], files: Sequence[object]) -> str:
-    """Returns a phrase such as ``3 of 5 datasets have``."""
-    verb = "has" if len(chosen) == 1 else "have"
-    return f"{len(chosen)} of {len(files)} datasets {verb}"

@@ -46,41 +46,26 @@ _CHECKED_BLOCK_TOKENS = 1 << 15
 class Vocabulary(Protocol):
     """The part of a `Tokenizer` that the data depends on."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills incomplete samples."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's file, in hexadecimal."""
+    vocab_size: int
+    pad_id: int
+    fingerprint: str
 
 
 def dataset_facts(file: TokenFile) -> dict[str, Any]:
     """Returns the JSON-compatible facts of one dataset.
 
-    They contain the hashes of the sidecar or, without one, hashes of sampled blocks.
-
-    Args:
-        file: The token file of the dataset.
-
-    Returns:
-        ``num_documents``, ``num_tokens``, ``tokenizer`` (the SHA-256 of the tokenizer's file, or
-        None without a sidecar), and either ``sha256`` or ``sampled_hash``.
+    These are ``num_documents``, ``num_tokens``, ``tokenizer`` (the SHA-256 of the tokenizer's file,
+    or None without a sidecar), and ``sha256`` of the sidecar or ``sampled_hash`` without one.
 
     Raises:
-        UserError: The sidecar is damaged or describes another dataset, or a file cannot be read.
+        UserError: The sidecar is damaged or describes another dataset, or a file cannot be
+            read.
     """
     counts = {"num_documents": file.num_documents, "num_tokens": len(file.tokens)}
     sidecar = read_sidecar(file.name)
     if sidecar is None:
-        hashes = {
-            "bin": sampled_hash(bin_path(file.name)),
-            "idx": sampled_hash(idx_path(file.name)),
-        }
+        files = dataset_files(file.name, with_loss_mask=False)
+        hashes = {name: sampled_hash(path) for name, path in files.items()}
         return {**counts, "sampled_hash": hashes, "tokenizer": None}
     check_counts(file.name, sidecar, **counts)
     return {**counts, "sha256": sidecar["sha256"], "tokenizer": sidecar["tokenizer"]["sha256"]}
@@ -97,16 +82,10 @@ def dataset_files(prefix: str | Path, *, with_loss_mask: bool) -> dict[str, Path
 def check_recorded_hash(
     prefix: str | Path, sidecar: Mapping[str, Any], key: str, name: str, path: Path, found: str
 ) -> None:
-    """Compares the hash of a file with its sidecar.
+    """Compares the hash of a file with that below ``key`` and ``name`` in its sidecar, if any.
 
-    Args:
-        prefix: Prefix of the dataset.
-        sidecar: The sidecar of the dataset.
-        key: The kind of hash, ``block_hash`` or ``sha256``. Sidecars of earlier versions may lack
-            it; then nothing is compared.
-        name: The name of the file below ``key``.
-        path: The file.
-        found: The hash of the file.
+    ``key`` is ``block_hash`` or ``sha256``. Sidecars of earlier versions may lack it; then nothing
+    is compared.
 
     Raises:
         UserError: The sidecar records a different hash.
@@ -180,12 +159,7 @@ def check_tokenizer(file: TokenFile, facts: dict[str, Any], tokenizer: Vocabular
     """Checks that a dataset was encoded with the run's tokenizer, without reading all of it.
 
     Without a recorded tokenizer, the ids in 16 evenly spaced blocks of 32,768 tokens are compared
-    with the vocabulary size.
-
-    Args:
-        file: The token file.
-        facts: The facts that `dataset_facts` returned for it.
-        tokenizer: The tokenizer of the run.
+    with the vocabulary size. ``facts`` are those of `dataset_facts`.
 
     Raises:
         UserError: The sidecar names another tokenizer, or an id in one of the sampled blocks is

@@ -68,14 +68,11 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        """Maps the two files and checks that they are consistent.
-
-        Args:
-            prefix: The path without `.bin` or `.idx`.
+        """Maps the files `<prefix>.bin` and `<prefix>.idx` and checks that they are consistent.
 
         Raises:
-            UserError: A file is missing, truncated or not in Megatron's format, or the two files
-                are inconsistent.
+            UserError: A file is missing, truncated or not in Megatron's format, or the two
+                files are inconsistent.
         """
         self.prefix = Path(prefix)
         buffer, content = _map(idx_path(prefix)), _map(bin_path(prefix))
@@ -109,15 +106,9 @@ class IndexedDataset:
         return self.get(index)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """Returns part of a sequence as a view of the mapped file.
+        """Returns tokens of a sequence as a view of the mapped file, dtype[length].
 
-        Args:
-            index: Index of the sequence. Negative indices count from the end.
-            offset: First token within the sequence.
-            length: Number of tokens; None reads to the end of the sequence.
-
-        Returns:
-            dtype[length].
+        A negative index counts from the end. The length None reads to the end of the sequence.
 
         Raises:
             IndexError: The index or the requested range is out of bounds.
@@ -210,22 +201,12 @@ class IndexedDataset:
 class IndexedDatasetWriter:
     """Writes one dataset incrementally, in constant memory.
 
-    Lengths and document boundaries are kept in unnamed temporary files until `seal`.
-
-    Attributes:
-        prefix: The path without `.bin` or `.idx`.
-        dtype: Dtype of the token ids.
-        num_sequences: Number of sequences so far.
-        num_documents: Number of documents so far.
-        num_tokens: Number of tokens so far.
+    Lengths and document boundaries are kept in unnamed temporary files until `seal`. The attributes
+    ``num_sequences``, ``num_documents`` and ``num_tokens`` count what has been added.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
         """Creates temporary files in the folder of the dataset.
-
-        Args:
-            prefix: The path without `.bin` or `.idx`.
-            dtype: Dtype of the token ids, one of `DTYPE_CODES`.
 
         Raises:
             UserError: The files cannot be created, or the format does not support the dtype.
@@ -252,10 +233,7 @@ class IndexedDatasetWriter:
         self.num_tokens = 0
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Appends one document that consists of one sequence.
-
-        Args:
-            tokens: Integers[num_tokens], the ids.
+        """Appends one document that consists of one sequence, integers[num_tokens].
 
         Raises:
             OverflowError: The writer's dtype cannot represent an id.
@@ -267,15 +245,11 @@ class IndexedDatasetWriter:
         self.add_documents(array, np.array([array.size], np.int32))
 
     def add_documents(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Appends many documents of one sequence each.
+        """Appends many documents of one sequence each; see `add_sequences`.
 
         Args:
             tokens: dtype[num_tokens], the tokens of all documents, concatenated.
             lengths: int32[num_documents], tokens per document, of sum ``tokens.size``.
-
-        Raises:
-            TypeError: ``tokens`` does not have the writer's dtype.
-            ValueError: The lengths do not sum to ``tokens.size``.
         """
         boundaries = np.arange(1, len(lengths) + 1, dtype="<i8")
         self.add_sequences(tokens, lengths, boundaries)
@@ -312,9 +286,6 @@ class IndexedDatasetWriter:
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Appends a whole dataset, in blocks.
 
-        Args:
-            dataset: The dataset. Its dtype must be safely castable to the writer's.
-
         Raises:
             TypeError: The dtype cannot be cast safely.
             UserError: The size of its `.bin` changed since it was opened.
@@ -340,9 +311,8 @@ class IndexedDatasetWriter:
     def seal(self) -> list[StagedFile]:
         """Writes the index and flushes both files to disk, still under temporary names.
 
-        Returns:
-            The files in the order in which they must be published. The `.idx` is last because its
-            presence makes the dataset visible.
+        Returns the files in the order in which they must be published. The `.idx` is last because
+        its presence makes the dataset visible.
         """
         header = (MAGIC, VERSION, self._dtype_code, self.num_sequences, self.num_documents + 1)
         self.idx_file.write(HEADER.pack(*header))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.data.samples import RowReader, Sample
 from megatron_chatflow.data.source import Source, SourceUnavailableError
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("data")
 logger = logging.getLogger(__name__)
@@ -42,46 +42,30 @@ DIGEST_BYTES = 16
 
 @dataclass
 class MicroBatch:
-    """Samples of one forward pass, on the CPU.
+    """Samples of one forward pass, on the CPU."""
 
-    Attributes:
-        tokens: int64[micro_batch_size, seq_length], the inputs.
-        labels: int64[micro_batch_size, seq_length], the tokens that follow them.
-        loss_mask: float32[micro_batch_size, seq_length], 1 for labels with loss.
-        cu_seqlens: int32[num_segments + 1], boundaries of the attention segments in the flattened
-            tokens, from 0 to micro_batch_size * seq_length. Every row begins a segment, and
-            positions restart at each segment.
-        source: int64[micro_batch_size], number of each sample's source.
-        sample_index: int64[micro_batch_size], number of each sample within its source.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
+    tokens: torch.Tensor  # int64[micro_batch_size, seq_length], the inputs
+    labels: torch.Tensor  # int64[micro_batch_size, seq_length], the tokens that follow them
+    loss_mask: torch.Tensor  # float32[micro_batch_size, seq_length], 1 for labels with loss
+    # int32[num_segments + 1], boundaries of the attention segments in the flattened tokens, from 0
+    # to micro_batch_size * seq_length. Every row begins a segment, and positions restart at each
+    # segment.
     cu_seqlens: torch.Tensor
-    source: torch.Tensor
-    sample_index: torch.Tensor
+    source: torch.Tensor  # int64[micro_batch_size], number of each sample's source
+    sample_index: torch.Tensor  # int64[micro_batch_size], number of each sample within its source
 
 
 @dataclass
 class GlobalBatch:
-    """This rank's part of the samples of one iteration.
+    """This rank's part of the samples of one iteration."""
 
-    Attributes:
-        micro_batches: This rank's micro-batches, in the order in which they are run.
-        begin: First global sample of the whole batch.
-        end: Global sample after its last one.
-        num_drawn: int64[num_sources], draws of each source in the whole batch.
-        sample_digests: int64[num_local_samples, 2], digests in the order of this rank's samples.
-        sample_positions: int64[num_local_samples], global sample number of each.
-    """
-
-    micro_batches: list[MicroBatch]
-    begin: int
-    end: int
-    num_drawn: npt.NDArray[np.int64]
+    micro_batches: list[MicroBatch]  # this rank's micro-batches, in the order in which they are run
+    begin: int  # first global sample of the whole batch
+    end: int  # global sample after its last one
+    num_drawn: npt.NDArray[np.int64]  # int64[num_sources], draws of each source in the whole batch
+    # int64[num_local_samples, 2], digests in the order of this rank's samples
     sample_digests: torch.Tensor
-    sample_positions: torch.Tensor
+    sample_positions: torch.Tensor  # int64[num_local_samples], global sample number of each
 
 
 class Loader:
@@ -127,29 +111,20 @@ class Loader:
         self._num_prefetch = num_prefetch
         self._retry_seconds = retry_seconds
         self._pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        select_device = None
+        if self._pin_memory:
+            # Pinning memory creates a CUDA context on the current device of the thread.
+            select_device = partial(torch.cuda.set_device, torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(
-            num_threads, thread_name_prefix="loader", initializer=self._thread_initializer()
+            num_threads, thread_name_prefix="loader", initializer=select_device
         )
-
-    def _thread_initializer(self) -> Callable[[], None] | None:
-        """Returns a function that selects this rank's GPU in a new thread.
-
-        Pinning memory creates a CUDA context on the current device of the thread.
-        """
-        if not self._pin_memory:
-            return None
-        return partial(torch.cuda.set_device, torch.cuda.current_device())
 
     def batches(self, begin_sample: int, global_batch_size: int) -> Iterator[GlobalBatch]:
         """Yields global batches indefinitely.
 
-        Micro-batch m of rank d contains the global samples
-        ``begin + (m * data_parallel_size + d) * micro_batch_size + k``,
-        0 <= k < micro_batch_size.
-
-        Args:
-            begin_sample: First global sample.
-            global_batch_size: Samples per batch over all ranks.
+        Micro-batch m of rank d contains the global samples ``begin_sample + (m * data_parallel_size
+        + d) * micro_batch_size + k``, 0 <= k < micro_batch_size. ``global_batch_size`` counts the
+        samples of all ranks.
 
         Raises:
             UserError: The batch size is not divisible among the ranks, or a source is damaged.
@@ -162,17 +137,24 @@ class Loader:
                 f"train.micro_batch_size {self._micro_batch_size} x {self._num_ranks} "
                 "data-parallel ranks"
             )
-        return self._generate(self._orders(begin_sample, global_batch_size))
+        return self._generate(begin_sample, global_batch_size)
 
-    def _generate(self, orders: Iterator[_Order]) -> Iterator[GlobalBatch]:
+    def _generate(self, begin: int, size: int) -> Iterator[GlobalBatch]:
         pending: deque[Future[GlobalBatch]] = deque()
+
+        def submit() -> None:
+            nonlocal begin
+            source, index = self._blend.take(begin, begin + size)
+            pending.append(self._pool.submit(self._assemble, begin, source, index))
+            begin += size
+
         try:
             while True:
                 while len(pending) < self._num_prefetch + 1:
-                    pending.append(self._pool.submit(self._assemble, next(orders)))
+                    submit()
                 batch = pending.popleft().result()
                 if self._num_prefetch:
-                    pending.append(self._pool.submit(self._assemble, next(orders)))
+                    submit()
                 yield batch
         finally:
             for future in pending:
@@ -182,21 +164,14 @@ class Loader:
         """Stops the threads and discards prepared batches."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _orders(self, begin: int, size: int) -> Iterator[_Order]:
-        num_sources = len(self._sources)
-        while True:
-            end = begin + size
-            source, index = self._blend.take(begin, end)
-            num_drawn = np.bincount(source, minlength=num_sources).astype(np.int64)
-            yield _Order(begin, end, source, index, num_drawn)
-            begin = end
-
-    def _assemble(self, order: _Order) -> GlobalBatch:
-        """Assembles a batch and retries while a source is unavailable."""
+    def _assemble(
+        self, begin: int, source: npt.NDArray[np.int16], index: npt.NDArray[np.int64]
+    ) -> GlobalBatch:
+        """Assembles a batch from its draws and retries while a source is unavailable."""
         deadline = None
         while True:
             try:
-                return self._assemble_once(order)
+                return self._assemble_once(begin, source, index)
             except SourceUnavailableError as error:
                 now = time.monotonic()
                 if deadline is None:
@@ -209,111 +184,59 @@ class Loader:
                     ) from error
                 time.sleep(min(1.0, deadline - now))
 
-    def _assemble_once(self, order: _Order) -> GlobalBatch:
-        for number in np.flatnonzero(order.num_drawn).tolist():
+    def _assemble_once(
+        self, begin: int, drawn: npt.NDArray[np.int16], drawn_index: npt.NDArray[np.int64]
+    ) -> GlobalBatch:
+        num_drawn = np.bincount(drawn, minlength=len(self._sources)).astype(np.int64)
+        for number in np.flatnonzero(num_drawn).tolist():
             self._sources[number].check_files()
-        positions = self._positions(order)
-        places = positions - order.begin
-        source = order.source[places].astype(np.int64)
-        index = order.index[places]
-        rows = self._allocate(len(positions))
-        digests = torch.empty(len(positions), 2, dtype=torch.int64)
-        segments = self._read(source, index, rows, digests)
-        return GlobalBatch(
-            micro_batches=[
-                self._micro_batch(number, cu_seqlens, rows, source, index)
-                for number, cu_seqlens in enumerate(segments)
-            ],
-            begin=order.begin,
-            end=order.end,
-            num_drawn=order.num_drawn,
-            sample_digests=digests,
-            sample_positions=torch.from_numpy(positions),
-        )
-
-    def _allocate(self, num_rows: int) -> _Rows:
-        shape = (num_rows, self._seq_length)
-        return _Rows(
-            torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory),
-            torch.empty(shape, dtype=torch.int64, pin_memory=self._pin_memory),
-            torch.empty(shape, dtype=torch.float32, pin_memory=self._pin_memory),
-        )
-
-    def _read(
-        self,
-        source: npt.NDArray[np.int64],
-        index: npt.NDArray[np.int64],
-        rows: _Rows,
-        digests: torch.Tensor,
-    ) -> list[npt.NDArray[np.int32]]:
+        size = self._micro_batch_size
+        places = np.arange(len(drawn)).reshape(-1, self._num_ranks, size)[:, self._rank].reshape(-1)
+        source, index = drawn[places].astype(np.int64), drawn_index[places]
         ordinals = np.empty_like(index)
         for number in np.unique(source).tolist():
             chosen = source == number
             ordinals[chosen] = self._sources[number].ordinals(index[chosen])
-        buffers = Buffers(
-            rows.tokens.numpy(), rows.labels.numpy(), rows.loss_mask.numpy(), digests.numpy()
+        # Tensors with all samples of this rank. Micro-batches are slices of them.
+        tokens, labels, loss_mask = (
+            torch.empty(len(places), self._seq_length, dtype=dtype, pin_memory=self._pin_memory)
+            for dtype in (torch.int64, torch.int64, torch.float32)
         )
+        digests = torch.empty(len(places), 2, dtype=torch.int64)
+        buffers = Buffers(tokens.numpy(), labels.numpy(), loss_mask.numpy(), digests.numpy())
         try:
-            return read_rows(self._readers, source, ordinals, self._micro_batch_size, buffers)
+            segments = read_rows(self._readers, source, ordinals, size, buffers)
         except OSError as error:
             raise SourceUnavailableError(str(error)) from error
         except ValueError as error:
             raise UserError(str(error)) from error
-
-    def _micro_batch(
-        self,
-        number: int,
-        cu_seqlens: npt.NDArray[np.int32],
-        rows: _Rows,
-        source: npt.NDArray[np.int64],
-        index: npt.NDArray[np.int64],
-    ) -> MicroBatch:
-        mine = slice(number * self._micro_batch_size, (number + 1) * self._micro_batch_size)
-        return MicroBatch(
-            tokens=rows.tokens[mine],
-            labels=rows.labels[mine],
-            loss_mask=rows.loss_mask[mine],
-            cu_seqlens=torch.from_numpy(cu_seqlens),
-            source=torch.from_numpy(source[mine]),
-            sample_index=torch.from_numpy(index[mine]),
+        micro_batches = []
+        for number, cu_seqlens in enumerate(segments):
+            mine = slice(number * size, (number + 1) * size)
+            micro_batches.append(
+                MicroBatch(
+                    tokens=tokens[mine],
+                    labels=labels[mine],
+                    loss_mask=loss_mask[mine],
+                    cu_seqlens=torch.from_numpy(cu_seqlens),
+                    source=torch.from_numpy(source[mine]),
+                    sample_index=torch.from_numpy(index[mine]),
+                )
+            )
+        return GlobalBatch(
+            micro_batches=micro_batches,
+            begin=begin,
+            end=begin + len(drawn),
+            num_drawn=num_drawn,
+            sample_digests=digests,
+            sample_positions=torch.from_numpy(begin + places),
         )
-
-    def _positions(self, order: _Order) -> npt.NDArray[np.int64]:
-        """Returns this rank's global samples, int64[num_micro_batches * micro_batch_size]."""
-        shape = (-1, self._num_ranks, self._micro_batch_size)
-        mine = np.arange(order.begin, order.end, dtype=np.int64).reshape(shape)[:, self._rank]
-        return np.ascontiguousarray(mine.reshape(-1))
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The draws of one global batch that has yet to be assembled."""
-
-    begin: int
-    end: int
-    source: npt.NDArray[np.int16]
-    index: npt.NDArray[np.int64]
-    num_drawn: npt.NDArray[np.int64]
-
-
-class _Rows(NamedTuple):
-    """Tensors with all samples of this rank in a global batch. Micro-batches are slices of them."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
 
 
 def collate(
     samples: Sequence[Sample], source: Sequence[int], sample_index: Sequence[int]
 ) -> MicroBatch:
-    """Combines samples of equal length into a micro-batch.
-
-    Args:
-        samples: The samples.
-        source: Number of each sample's source.
-        sample_index: Number of each sample within its source.
-    """
+    """Combines samples of equal length to a micro-batch, with their numbers and their sources'."""
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples])).long()
     loss_mask = torch.from_numpy(np.stack([sample.loss_mask for sample in samples])).float()
     seq_length = loss_mask.shape[1]
@@ -331,19 +254,12 @@ def collate(
 
 
 class Buffers(NamedTuple):
-    """Contiguous, possibly pinned arrays that rows are written to.
+    """Contiguous, possibly pinned arrays that rows are written to."""
 
-    Attributes:
-        tokens: int64[num_rows, seq_length].
-        labels: int64[num_rows, seq_length].
-        loss_mask: float32[num_rows, seq_length].
-        digests: int64[num_rows, 2].
-    """
-
-    tokens: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
-    loss_mask: npt.NDArray[np.float32]
-    digests: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]  # int64[num_rows, seq_length]
+    labels: npt.NDArray[np.int64]  # int64[num_rows, seq_length]
+    loss_mask: npt.NDArray[np.float32]  # float32[num_rows, seq_length]
+    digests: npt.NDArray[np.int64]  # int64[num_rows, 2]
 
 
 def read_rows_reference(
@@ -410,12 +326,7 @@ def sample_digest(
 ) -> npt.NDArray[np.int64]:
     """Hashes one sample: BLAKE2b-128 of its little-endian tokens followed by its loss mask.
 
-    Args:
-        tokens: int32[seq_length + 1].
-        loss_mask: uint8[seq_length].
-
-    Returns:
-        int64[2], the digest's 16 bytes as two little-endian words.
+    Returns int64[2], the digest's 16 bytes as two little-endian words.
     """
     digest = blake2b(tokens.astype("<i4", copy=False).tobytes(), digest_size=DIGEST_BYTES)
     digest.update(loss_mask.tobytes())
@@ -423,13 +334,9 @@ def sample_digest(
 
 
 def combine_digests(digests: torch.Tensor | npt.NDArray[np.int64]) -> str:
-    """Hashes a batch: BLAKE2b-128 of its samples' digests in the order of the samples.
+    """Hashes a batch: BLAKE2b-128 of its samples' digests, in hexadecimal.
 
-    Args:
-        digests: int64[num_samples, 2], one row per sample, by ascending global sample number.
-
-    Returns:
-        32 hex digits.
+    ``digests`` is int64[num_samples, 2], one row per sample, by ascending global sample number.
     """
     rows = np.asarray(digests).astype("<i8", copy=False)
     return blake2b(np.ascontiguousarray(rows).tobytes(), digest_size=DIGEST_BYTES).hexdigest()

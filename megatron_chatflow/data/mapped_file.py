@@ -59,16 +59,10 @@ class _Mapping:
 
 
 def map_file(file: str | Path | IO[bytes]) -> npt.NDArray[np.uint8]:
-    """Maps a whole file read-only, at its current size.
+    """Maps a whole file read-only, at its current size, as uint8[num_bytes].
 
     The map stays valid after the file is deleted or the file object is closed. It is removed when
-    no array refers to it any more.
-
-    Args:
-        file: A path, or an open file. Written data must have been flushed.
-
-    Returns:
-        uint8[num_bytes], not writable.
+    no array refers to it any more. Data written to an open file must have been flushed.
 
     Raises:
         OSError: The file cannot be opened or mapped.
@@ -85,11 +79,8 @@ def map_file(file: str | Path | IO[bytes]) -> npt.NDArray[np.uint8]:
 def release_pages(array: npt.NDArray[Any]) -> None:
     """Releases the mapped pages of an array from this process's resident memory.
 
-    The pages stay in the system's page cache, and the next access maps them again. Arrays that are
-    not backed by `map_file` are not changed.
-
-    Args:
-        array: A contiguous view of an array that `map_file` returned.
+    The pages stay in the system's page cache, and the next access maps them again. The array is a
+    contiguous view of a result of `map_file`; other arrays are not changed.
     """
     owner: object = array
     while isinstance(owner, np.ndarray):

@@ -21,21 +21,22 @@ int64[num_documents], the documents.
 import json
 import logging
 import struct
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.fingerprint import sampled_hash
 from megatron_chatflow.data.indexed import bin_path
 from megatron_chatflow.data.mapped_file import map_file, release_pages
 from megatron_chatflow.data.samples import (
     DocumentLists,
+    Samples,
     SampleShape,
     Split,
     TokenFile,
@@ -46,12 +47,13 @@ from megatron_chatflow.data.samples import (
     make_packed_reader,
 )
 from megatron_chatflow.data.sidecar import loss_mask_prefix
-from megatron_chatflow.files import StagedFile, publish_all
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import FileLock, StagedFile, publish_all
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("data")
 
-
+Content = TypeVar("Content")
 DocumentsOfSamples = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """Offsets int64[num_samples + 1], the begin of each sample's documents in the second array; and
 documents int64[num_packed], ascending within each sample."""
@@ -72,30 +74,15 @@ _BLOCK = 1 << 14  # documents per block when lengths are computed
 def best_fit_reference(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
     """Packs documents into samples by best fit, without truncating any document.
 
-    Args:
-        lengths: Integers[num_documents], tokens in each document, 0 to ``capacity``. Empty
-            documents are left out.
-        capacity: Maximum number of tokens per sample.
-
-    Returns:
-        The documents of every sample. Samples are in the order of their first documents.
+    ``lengths`` are the tokens in each document, 0 to ``capacity``, integers[num_documents]. Empty
+    documents are left out. The samples are in the order of their first documents.
 
     Raises:
         ValueError: A length is negative or above the capacity.
     """
-    samples = _assign(lengths, capacity)
-    num_samples = int(samples.max(initial=-1)) + 1
-    documents = np.argsort(samples, kind="stable")[np.count_nonzero(samples < 0) :]
-    offsets = np.zeros(num_samples + 1, np.int64)
-    offsets[1:] = np.cumsum(np.bincount(samples[documents], minlength=num_samples))
-    return offsets, documents
-
-
-def _assign(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
-    """Returns the sample of each document, int64[num_documents]; -1 for empty documents."""
     if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
         raise ValueError(f"packing: a length is not between 0 and {capacity}")
-    samples = np.full(len(lengths), -1, np.int64)
+    samples = np.full(len(lengths), -1, np.int64)  # of each document; -1 for empty ones
     open_samples: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space, latest last
     rooms = 0  # bit r is set if open_samples[r] is not empty
     num_samples = 0
@@ -117,30 +104,21 @@ def _assign(lengths: npt.NDArray[Any], capacity: int) -> npt.NDArray[np.int64]:
         if room:
             open_samples[room].append(sample)
             rooms |= 1 << room
-    return _in_order_of_first(samples, num_samples)
-
-
-def _in_order_of_first(samples: npt.NDArray[np.int64], num_samples: int) -> npt.NDArray[np.int64]:
-    """Renumbers the samples in the order of their first documents."""
     packed = np.flatnonzero(samples >= 0)
-    _, first = np.unique(samples[packed], return_index=True)
-    rank = np.empty(num_samples, np.int64)
-    rank[np.argsort(first, kind="stable")] = np.arange(num_samples)
-    renumbered = samples.copy()
-    renumbered[packed] = rank[samples[packed]]
-    return renumbered
+    _, first, number = np.unique(samples[packed], return_index=True, return_inverse=True)
+    # Renumber the samples in the order of their first documents.
+    number = np.argsort(np.argsort(first, kind="stable"))[number]
+    offsets = np.zeros(num_samples + 1, np.int64)
+    offsets[1:] = np.cumsum(np.bincount(number, minlength=num_samples))
+    return offsets, packed[np.argsort(number, kind="stable")]
 
 
 def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
     """Packs documents into samples; see `best_fit_reference`.
 
     The C++ version is used if the extension is built. It overwrites ``lengths``, because a second
-    array of this size may not fit into memory for a large corpus.
-
-    Args:
-        lengths: int32[num_documents], or int64 if the capacity or the number of documents exceeds
-            int32.
-        capacity: Maximum number of tokens per sample.
+    array of this size may not fit into memory for a large corpus. They are int32[num_documents], or
+    int64 if the capacity or the number of documents exceeds int32.
     """
     if extension is None:
         return best_fit_reference(lengths, capacity)
@@ -150,23 +128,17 @@ def best_fit(lengths: npt.NDArray[Any], capacity: int) -> DocumentsOfSamples:
 
 @dataclass(frozen=True)
 class Packing:
-    """The documents of each sample.
+    """The documents of each sample."""
 
-    Attributes:
-        offsets: int64[num_samples + 1], the begin of each sample's documents in ``documents``.
-        documents: int64[num_packed], document numbers, counted over all files of the source.
-        num_tokens: Number of tokens in all samples, without padding.
-        num_truncated: Number of documents that are longer than a sample.
-        num_truncated_tokens: Number of tokens that were cut off from these documents.
-        num_without_loss: Number of documents that were left out because their first
-            ``seq_length + 1`` tokens contain no token with loss.
-    """
-
+    # int64[num_samples + 1], the begin of each sample's documents in ``documents``
     offsets: npt.NDArray[np.int64]
+    # int64[num_packed], document numbers, counted over all files of the source
     documents: npt.NDArray[np.int64]
-    num_tokens: int
-    num_truncated: int
-    num_truncated_tokens: int
+    num_tokens: int  # number of tokens in all samples, without padding
+    num_truncated: int  # number of documents that are longer than a sample
+    num_truncated_tokens: int  # number of tokens that were cut off from these documents
+    # number of documents that were left out because their first ``seq_length + 1`` tokens contain
+    # no token with loss
     num_without_loss: int = 0
 
     @property
@@ -176,12 +148,7 @@ class Packing:
 
 
 def save_packing(path: Path, key: bytes, packing: Packing) -> None:
-    """Writes a packing atomically.
-
-    Args:
-        path: The file.
-        key: The 16 bytes that `packing_key` returned for the packing's inputs.
-        packing: The packing.
+    """Writes a packing atomically, with the key of `packing_key`.
 
     Raises:
         OSError: The disk is full or failing.
@@ -312,12 +279,9 @@ def _have_loss(
 ) -> npt.NDArray[np.bool_]:
     """Returns whether each document has a token with loss, bool[n].
 
-    The first token of a document is not a label, because attention and loss do not cross documents.
-
-    Args:
-        file: The token file.
-        begins: int64[n], first tokens of documents, ascending.
-        lengths: int64[n], number of tokens of each document that are kept.
+    ``begins`` are the first tokens of the documents, ascending, and ``lengths`` the numbers of
+    tokens that are kept. The first token of a document is not a label, because attention and loss
+    do not cross documents.
     """
     have_labels = lengths > 1
     if file.loss_mask is None or not have_labels.any():
@@ -332,15 +296,10 @@ def _have_loss(
 
 
 def packing_key(facts: Sequence[dict[str, Any]], version: int, **settings: Any) -> bytes:
-    """Hashes everything that a packing depends on.
+    """Hashes everything that a packing depends on to 16 bytes.
 
-    Args:
-        facts: The facts of each dataset, from `dataset_facts`.
-        version: Version of the algorithm.
-        settings: Split, holdout, sequence length and the hashes of the loss masks.
-
-    Returns:
-        16 bytes.
+    ``facts`` are those of each dataset from `dataset_facts`; ``settings`` are the split, holdout,
+    sequence length and hashes of the loss masks.
     """
     content = {"algorithm": version, "datasets": list(facts), **settings}
     return blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()
@@ -358,16 +317,6 @@ def mask_hashes(files: Sequence[TokenFile], facts: Sequence[dict[str, Any]]) -> 
     return hashes
 
 
-def packing_path(prefix: str | Path, key: bytes) -> Path:
-    """Returns the path of the cache file.
-
-    Args:
-        prefix: Prefix of the source's first dataset.
-        key: The key of the packing, from `packing_key`.
-    """
-    return Path(f"{prefix}.packing.{key.hex()[:16]}")
-
-
 def cached_packing(
     files: Sequence[TokenFile],
     facts: Sequence[dict[str, Any]],
@@ -377,19 +326,10 @@ def cached_packing(
     version: int = ALGORITHM_VERSION,
     shares: Sequence[float] | None = None,
 ) -> Packing:
-    """Returns the packing of a split, from the cache file if it exists.
+    """Returns the packing of `pack_documents`, from the cache file if it exists.
 
     If several processes share the folder, one of them computes the packing, and the others wait for
-    the file.
-
-    Args:
-        files: The token files.
-        facts: The facts of each file, from `dataset_facts`; part of the cache's key.
-        split: The split.
-        holdout_every: Hold out every k-th document of each file; None holds out none.
-        seq_length: Number of input tokens per sample.
-        version: Version of the algorithm; see `ALGORITHM_VERSION`.
-        shares: Shares of training, validation and test, instead of ``holdout_every``.
+    the file. ``facts`` are those of each file from `dataset_facts`, part of the cache's key.
     """
     given = {} if shares is None else {"shares": list(shares)}
     key = packing_key(
@@ -401,7 +341,7 @@ def cached_packing(
         loss_masks=mask_hashes(files, facts),
         **given,
     )
-    path = packing_path(files[0].name, key)
+    path = Path(f"{files[0].name}.packing.{key.hex()[:16]}")
 
     def build() -> Packing:
         packing = pack_documents(files, split, holdout_every, seq_length, version, shares)
@@ -427,31 +367,70 @@ def cached_packing(
     )
 
 
-class PackedSamples:
-    """The packed samples of a source.
+def build_once(
+    path: Path,
+    *,
+    load: Callable[[], Content | None],
+    build: Callable[[], Content],
+    save: Callable[[Content], None],
+) -> Content:
+    """Loads a file, builds it, or waits until another process has built it.
 
-    Attributes:
-        num_samples: Samples per epoch.
-        num_tokens: Tokens per epoch, without padding.
-        rows: Reads any sample.
-        packing: The documents of every sample.
+    No collective communication is used, so processes of different jobs can share the file. If the
+    folder is not writable, every process builds the content in memory and logs a warning. If its
+    file system has no locks, one process of every machine builds the file.
+
+    Args:
+        path: The file. The lock is `<path>.lock`.
+        load: Reads the file; returns None if it is missing, damaged or outdated.
+        build: Builds the content.
+        save: Writes the file atomically; raises OSError or UserError if that fails.
     """
+    content = load()
+    if content is not None:
+        return content
+    lock_path = path.with_name(path.name + ".lock")
+    try:
+        lock = _acquire(lock_path)
+        if not lock.is_effective:
+            lock.release()
+            name = blake2b(str(path.absolute()).encode(), digest_size=16).hexdigest()
+            lock = _acquire(Path(tempfile.gettempdir(), f"chatflow-{name}.lock"))
+    except OSError as error:
+        logger.warning("cannot write next to %s (%s): building in memory", path, error.strerror)
+        return build()
+    try:
+        content = load()  # another process may have built it before the lock was acquired
+        if content is not None:
+            return content
+        content = build()
+        try:
+            save(content)
+        except (OSError, UserError) as error:
+            logger.warning("cannot write %s (%s): keeping it in memory", path, error)
+        return content
+    finally:
+        lock.release()
 
-    def __init__(
-        self, label: str, files: Sequence[TokenFile], packing: Packing, shape: SampleShape
-    ) -> None:
-        """Initializes the reader. No tokens are read.
 
-        Args:
-            label: Prefix of every error message of the reader.
-            files: The token files.
-            packing: The packing of these files.
-            shape: Properties of the samples. ``isolate`` is set to True.
-        """
-        num_documents = [file.num_documents for file in files]
-        first_documents = np.concatenate([[0], np.cumsum(num_documents)]).astype(np.int64)
-        lists = DocumentLists(first_documents, packing.offsets, packing.documents)
-        self.packing = packing
-        self.num_samples = packing.num_samples
-        self.num_tokens = packing.num_tokens
-        self.rows = make_packed_reader(label, files, lists, shape._replace(isolate=True))
+def _acquire(path: Path) -> FileLock:
+    lock = FileLock.acquire(path)
+    if lock is None:
+        logger.info("waiting for %s, which another process is building", path.stem)
+        lock = FileLock.acquire(path, wait=True)
+    assert lock is not None
+    return lock
+
+
+def make_packed_samples(
+    label: str, files: Sequence[TokenFile], packing: Packing, shape: SampleShape
+) -> Samples:
+    """Creates the packed samples of a source without reading any tokens; ``isolate`` is set.
+
+    Error messages of the reader begin with ``label``.
+    """
+    num_documents = [file.num_documents for file in files]
+    first_documents = np.concatenate([[0], np.cumsum(num_documents)]).astype(np.int64)
+    lists = DocumentLists(first_documents, packing.offsets, packing.documents)
+    rows = make_packed_reader(label, files, lists, shape._replace(isolate=True))
+    return Samples(packing.num_samples, packing.num_tokens, rows)

@@ -38,7 +38,7 @@ from math import isqrt
 import numpy as np
 import numpy.typing as npt
 
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("data")
 
@@ -52,7 +52,6 @@ MAX_SIZE = 1 << 62
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_MASK_64 = (1 << 64) - 1
 
 _PERSON = b"chatflow order 1"  # blake2b's personalisation, at most 16 bytes; versions the keys
 _KEYS_PER_DIGEST = 8
@@ -61,11 +60,8 @@ _KEYS_PER_DIGEST = 8
 def domain_shape(size: int) -> tuple[int, int]:
     """Returns the rows and columns of a near-square rectangle with at least ``size`` cells.
 
-    Args:
-        size: Number of elements, 1 to 2^62.
-
     Raises:
-        ValueError: ``size`` is out of range.
+        ValueError: ``size`` is not between 1 and 2^62.
     """
     if not 1 <= size <= MAX_SIZE:
         raise ValueError(f"permutation: size {size} is not between 1 and 2^62")
@@ -74,56 +70,10 @@ def domain_shape(size: int) -> tuple[int, int]:
     return rows, columns + columns % 2
 
 
-def permute_one_reference(place: int, size: int, keys: npt.NDArray[np.uint64]) -> int:
-    """Permutes one place, in Python integers.
-
-    Args:
-        place: 0 <= place < size.
-        size: Number of elements.
-        keys: uint64[16], the round keys.
-
-    Returns:
-        The image of ``place``, in [0, size).
-
-    Raises:
-        ValueError: The place or the size is out of range.
-    """
-    rows, columns = domain_shape(size)
-    if not 0 <= place < size:
-        raise ValueError(f"permutation: place {place} is not in [0, {size})")
-    round_keys = keys.tolist()
-    while True:
-        left, right = divmod(place, columns)
-        for number, key in enumerate(round_keys):
-            if number % 2 == 0:
-                left = (left + _reduced(right, key, rows)) % rows
-            else:
-                right = (right + _reduced(left, key, columns)) % columns
-        place = left * columns + right
-        if place < size:
-            return place
-
-
-def _reduced(value: int, key: int, modulus: int) -> int:
-    z = (value * _GOLDEN + key) & _MASK_64
-    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK_64
-    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK_64
-    z ^= z >> 31
-    return ((z >> 32) * modulus) >> 32
-
-
 def permute_reference(
     places: npt.NDArray[np.int64], size: int, keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:
-    """Permutes many places, in NumPy.
-
-    Args:
-        places: int64[n], each in [0, size).
-        size: Number of elements.
-        keys: uint64[16], the round keys.
-
-    Returns:
-        int64[n], the image of each place.
+    """Permutes places, int64[n] in [0, size), with 16 round keys, uint64[16].
 
     Raises:
         ValueError: A place or the size is out of range.
@@ -162,19 +112,18 @@ def _reduce(values: npt.NDArray[np.uint64], modulus: int) -> npt.NDArray[np.uint
     return ((values >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32)
 
 
+def _permute_one(place: int, size: int, keys: npt.NDArray[np.uint64]) -> int:
+    return int(permute_reference(np.array([place]), size, keys)[0])
+
+
 if extension is None:
-    permute, permute_one = permute_reference, permute_one_reference
+    permute, permute_one = permute_reference, _permute_one
 else:
     permute, permute_one = extension.permute, extension.permute_one
 
 
 def round_keys(seed: int, source: str, epoch: int) -> npt.NDArray[np.uint64]:
-    """Derives the keys of one epoch's permutation.
-
-    Args:
-        seed: Seed of the run, a signed 64-bit integer.
-        source: Name of the source.
-        epoch: 0 for the first pass over the source.
+    """Derives the keys of one epoch's permutation from the run's seed, a signed 64-bit integer.
 
     Returns:
         uint64[16]: two blake2b-512 digests, salted 0 and 1, read as little-endian words.
@@ -193,9 +142,6 @@ class SampleOrder:
 
     The ``index``-th draw is place ``index % num_samples`` of epoch ``index // num_samples``. Every
     epoch is a different permutation of all samples.
-
-    Attributes:
-        num_samples: Samples per epoch.
     """
 
     def __init__(
@@ -207,15 +153,10 @@ class SampleOrder:
         shuffle: bool = True,
         later_seeds: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """Initializes the order.
+        """Initializes the order. Without shuffling, as for validation, it is that of the file.
 
-        Args:
-            seed: Seed of the run.
-            source: Name of the source.
-            num_samples: Samples per epoch, at least 1.
-            shuffle: Whether to shuffle. Validation uses False, which keeps the file order.
-            later_seeds: Pairs ``(first_epoch, seed)`` in ascending order of epochs. Each seed
-                replaces the previous one from its first epoch on.
+        ``later_seeds`` are pairs ``(first_epoch, seed)`` in ascending order of epochs. Each seed
+        replaces the previous one from its first epoch on.
 
         Raises:
             ValueError: ``num_samples`` is below 1.
@@ -247,13 +188,7 @@ class SampleOrder:
         return permute_one(place, self.num_samples, self._keys_of(epoch))
 
     def ordinals(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the samples of many draws.
-
-        Args:
-            indices: int64[n], draws of this source, none negative.
-
-        Returns:
-            int64[n], each in [0, num_samples).
+        """Returns the samples of many draws, int64[n] each, in [0, num_samples).
 
         Raises:
             ValueError: An index is negative.

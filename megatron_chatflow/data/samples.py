@@ -28,7 +28,7 @@ import numpy.typing as npt
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("data")
 
@@ -38,20 +38,14 @@ _SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A memory-mapped indexed dataset.
+    """A memory-mapped indexed dataset."""
 
-    Attributes:
-        name: The prefix of the dataset's files.
-        tokens: Flat array of all tokens.
-        sequence_pointers: int64[num_sequences], byte offsets into ``tokens``.
-        document_indices: int64[num_documents + 1], the first sequence of each document.
-        loss_mask: uint8[num_tokens], nonzero for tokens with loss; None if every token has loss.
-    """
-
-    name: str
-    tokens: npt.NDArray[Any]
-    sequence_pointers: npt.NDArray[np.int64]
+    name: str  # the prefix of the dataset's files
+    tokens: npt.NDArray[Any]  # flat array of all tokens
+    sequence_pointers: npt.NDArray[np.int64]  # int64[num_sequences], byte offsets into ``tokens``
+    # int64[num_documents + 1], the first sequence of each document
     document_indices: npt.NDArray[np.int64]
+    # uint8[num_tokens], nonzero for tokens with loss; None if every token has loss
     loss_mask: npt.NDArray[np.uint8] | None = None
 
     @property
@@ -98,47 +92,32 @@ class TokenFile:
 
 
 class Runs(NamedTuple):
-    """The runs of consecutive tokens that belong to a split; each begins with a document.
+    """The runs of consecutive tokens that belong to a split; each begins with a document."""
 
-    Attributes:
-        file: int32[num_runs], the number of the token file.
-        token_begin: int64[num_runs], first token in that file.
-        cumulative: int64[num_runs + 1], number of tokens before each run, and in total.
-    """
-
-    file: npt.NDArray[np.int32]
-    token_begin: npt.NDArray[np.int64]
+    file: npt.NDArray[np.int32]  # int32[num_runs], the number of the token file
+    token_begin: npt.NDArray[np.int64]  # int64[num_runs], first token in that file
+    # int64[num_runs + 1], number of tokens before each run, and in total
     cumulative: npt.NDArray[np.int64]
 
 
 class DocumentLists(NamedTuple):
-    """The documents of every packed sample.
+    """The documents of every packed sample."""
 
-    Attributes:
-        first_documents: int64[num_files + 1], number of documents before each file, and in total.
-        offsets: int64[num_samples + 1], begin of each sample's documents in ``documents``.
-        documents: int64[num_packed], numbered over all files.
-    """
-
+    # int64[num_files + 1], number of documents before each file, and in total
     first_documents: npt.NDArray[np.int64]
+    # int64[num_samples + 1], begin of each sample's documents in ``documents``
     offsets: npt.NDArray[np.int64]
-    documents: npt.NDArray[np.int64]
+    documents: npt.NDArray[np.int64]  # int64[num_packed], numbered over all files
 
 
 class SampleShape(NamedTuple):
-    """Properties shared by all samples of a source.
+    """Properties shared by all samples of a source."""
 
-    Attributes:
-        seq_length: Number of inputs.
-        pad_id: Id that fills incomplete samples.
-        vocab_size: Exclusive bound of ids.
-        isolate: Whether each document is an attention segment. Then a label that begins another
-            document has no loss.
-    """
-
-    seq_length: int
-    pad_id: int
-    vocab_size: int
+    seq_length: int  # number of inputs
+    pad_id: int  # id that fills incomplete samples
+    vocab_size: int  # exclusive bound of ids
+    # Whether each document is an attention segment. Then a label that begins another document has
+    # no loss.
     isolate: bool
 
 
@@ -150,25 +129,48 @@ class RowReader(Protocol):
     """Reads any sample of an epoch."""
 
     def read(self, ordinal: int) -> SampleArrays:
-        """Reads a sample.
-
-        Args:
-            ordinal: Number of the sample in file order, 0 <= ordinal < num_samples.
+        """Reads the ``ordinal``-th sample in file order.
 
         Raises:
-            ValueError: The sample cannot be read.
+            ValueError: There is no such sample, an id is outside the vocabulary, or an index is
+                damaged.
         """
 
 
-class _TokenRange(NamedTuple):
-    """Consecutive tokens of a file."""
+class Samples(NamedTuple):
+    """The samples of one epoch: windows or packed documents."""
 
+    num_samples: int  # samples per epoch
+    num_tokens: int  # tokens per epoch, without padding
+    rows: RowReader  # reads any sample
+
+
+class _TokenRange(NamedTuple):
     file: TokenFile
     begin: int
     length: int
 
 
-class WindowReaderReference:
+class _ReferenceReader:
+    """The part of a reader in Python that does not depend on the kind of the samples."""
+
+    _label: str
+    _num_samples: int
+
+    def read(self, ordinal: int) -> SampleArrays:
+        """Reads a sample; see `RowReader.read`."""
+        if not 0 <= ordinal < self._num_samples:
+            raise ValueError(f"{self._label}: sample {ordinal} is not one of {self._num_samples}")
+        try:
+            return self._read(ordinal)
+        except ValueError as error:
+            raise ValueError(f"{self._label}: {error}") from error
+
+    def _read(self, ordinal: int) -> SampleArrays:
+        raise NotImplementedError
+
+
+class WindowReaderReference(_ReferenceReader):
     """Reads windows of ``seq_length + 1`` tokens at a stride of ``seq_length``.
 
     A window that reaches past the last run is filled with padding without loss.
@@ -182,33 +184,12 @@ class WindowReaderReference:
         shape: SampleShape,
         num_samples: int,
     ) -> None:
-        """Initializes the reader.
-
-        Args:
-            label: Prefix of every error message.
-            files: The token files.
-            runs: The tokens that belong to the split.
-            shape: Properties of the samples.
-            num_samples: Number of windows; each begins before the end of the last run.
-        """
+        """Initializes the reader. Each window begins before the end of the last run."""
         self._label = label
         self._files = files
         self._runs = runs
         self._shape = shape
         self._num_samples = num_samples
-
-    def read(self, ordinal: int) -> SampleArrays:
-        """Reads the ``ordinal``-th window.
-
-        Raises:
-            ValueError: There is no such window, an id is outside the vocabulary, or an index is
-                damaged.
-        """
-        _check_ordinal(self._label, ordinal, self._num_samples)
-        try:
-            return self._read(ordinal)
-        except ValueError as error:
-            raise ValueError(f"{self._label}: {error}") from error
 
     def _read(self, ordinal: int) -> SampleArrays:
         runs, shape = self._runs, self._shape
@@ -231,37 +212,18 @@ class WindowReaderReference:
         return _assemble(ranges, starts, shape)
 
 
-class PackedReaderReference:
+class PackedReaderReference(_ReferenceReader):
     """Reads samples of whole documents. Each document is a segment, and the padding is another."""
 
     def __init__(
         self, label: str, files: Sequence[TokenFile], lists: DocumentLists, shape: SampleShape
     ) -> None:
-        """Initializes the reader.
-
-        Args:
-            label: Prefix of every error message.
-            files: The token files.
-            lists: The documents of every sample; tokens that do not fit are cut off.
-            shape: Properties of the samples; ``isolate`` must be true.
-        """
+        """Initializes the reader. Tokens that do not fit are cut off; ``isolate`` must be true."""
         self._label = label
         self._files = files
         self._lists = lists
         self._shape = shape
-
-    def read(self, ordinal: int) -> SampleArrays:
-        """Reads the ``ordinal``-th sample.
-
-        Raises:
-            ValueError: There is no such sample, an id is outside the vocabulary, or an index is
-                damaged.
-        """
-        _check_ordinal(self._label, ordinal, len(self._lists.offsets) - 1)
-        try:
-            return self._read(ordinal)
-        except ValueError as error:
-            raise ValueError(f"{self._label}: {error}") from error
+        self._num_samples = len(lists.offsets) - 1
 
     def _read(self, ordinal: int) -> SampleArrays:
         first_documents, offsets, documents = self._lists
@@ -286,11 +248,6 @@ class PackedReaderReference:
         return _assemble(ranges, starts, self._shape)
 
 
-def _check_ordinal(label: str, ordinal: int, num_samples: int) -> None:
-    if not 0 <= ordinal < num_samples:
-        raise ValueError(f"{label}: sample {ordinal} is not one of {num_samples}")
-
-
 def _assemble(
     ranges: Sequence[_TokenRange], starts: Sequence[int], shape: SampleShape
 ) -> SampleArrays:
@@ -305,7 +262,13 @@ def _assemble(
     filled = 0
     for file, begin, length in ranges:
         ids = file.tokens[begin : begin + length]
-        _check_vocabulary(ids, file, begin, shape.vocab_size)
+        outside = (ids < 0) | (ids >= shape.vocab_size)
+        if outside.any():
+            at = int(np.argmax(outside))
+            raise ValueError(
+                f"{file.name}: token {begin + at} is id {ids[at]}, outside the vocabulary of "
+                f"{shape.vocab_size}"
+            )
         tokens[filled : filled + length] = ids
         loss_mask[filled : filled + length] = (
             1 if file.loss_mask is None else file.loss_mask[begin : begin + length] != 0
@@ -317,16 +280,6 @@ def _assemble(
     begins = sorted({0, *starts, filled})
     cu_seqlens = [begin for begin in begins if begin < seq_length] + [seq_length]
     return tokens, loss_mask[1:], np.array(cu_seqlens, np.int32)
-
-
-def _check_vocabulary(ids: npt.NDArray[Any], file: TokenFile, begin: int, vocab_size: int) -> None:
-    outside = (ids < 0) | (ids >= vocab_size)
-    if outside.any():
-        at = int(np.argmax(outside))
-        raise ValueError(
-            f"{file.name}: token {begin + at} is id {ids[at]}, outside the vocabulary of "
-            f"{vocab_size}"
-        )
 
 
 def make_window_reader(
@@ -357,64 +310,33 @@ def _columns(file: TokenFile) -> tuple[Any, ...]:
     return file.name, file.tokens, file.sequence_pointers, file.document_indices, file.loss_mask
 
 
-class Windows:
-    """The windows of a source.
+def make_windows(
+    label: str, files: Sequence[TokenFile], runs: Runs, shape: SampleShape, *, keep_tail: bool
+) -> Samples:
+    """Computes window boundaries without reading any tokens.
 
-    Attributes:
-        num_samples: Windows per epoch.
-        num_tokens: Tokens per epoch.
-        rows: Reads any window.
+    The last tokens form a padded window if ``keep_tail`` is set (validation), and are left out
+    otherwise (training). Error messages of the reader begin with ``label``.
     """
-
-    def __init__(
-        self,
-        label: str,
-        files: Sequence[TokenFile],
-        runs: Runs,
-        shape: SampleShape,
-        *,
-        keep_tail: bool,
-    ) -> None:
-        """Computes window boundaries without reading any tokens.
-
-        Args:
-            label: Prefix of every error message of the reader.
-            files: The token files.
-            runs: The tokens that belong to the split.
-            shape: Properties of the samples.
-            keep_tail: Whether the last tokens form a padded window (validation) or are left out
-                (training).
-        """
-        self.num_tokens = int(runs.cumulative[-1])
-        # The very first token is not a label.
-        num_labels = max(self.num_tokens - 1, 0)
-        self.num_samples = num_labels // shape.seq_length
-        if keep_tail:
-            self.num_samples = -(-num_labels // shape.seq_length)
-        self.rows = make_window_reader(label, files, runs, shape, self.num_samples)
+    num_tokens = int(runs.cumulative[-1])
+    num_labels = max(num_tokens - 1, 0)  # the very first token is not a label
+    num_samples = (num_labels + (shape.seq_length - 1) * keep_tail) // shape.seq_length
+    rows = make_window_reader(label, files, runs, shape, num_samples)
+    return Samples(num_samples, num_tokens, rows)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample.
+    """One training sample."""
 
-    Attributes:
-        tokens: int32[seq_length + 1].
-        loss_mask: uint8[seq_length], aligned with the labels ``tokens[1:]``.
-        cu_seqlens: int32[num_segments + 1], boundaries of attention segments, 0 to seq_length.
-    """
-
-    tokens: npt.NDArray[np.int32]
-    loss_mask: npt.NDArray[np.uint8]
+    tokens: npt.NDArray[np.int32]  # int32[seq_length + 1]
+    loss_mask: npt.NDArray[np.uint8]  # uint8[seq_length], aligned with the labels ``tokens[1:]``
+    # int32[num_segments + 1], boundaries of attention segments, 0 to seq_length
     cu_seqlens: npt.NDArray[np.int32]
 
 
 def open_token_file(prefix: str | Path, *, with_loss_mask: bool) -> TokenFile:
-    """Maps a dataset and optionally its loss mask.
-
-    Args:
-        prefix: Path without `.bin` or `.idx`.
-        with_loss_mask: Whether only tokens marked in the loss mask have loss.
+    """Maps the dataset with a prefix and, if only marked tokens have loss, its loss mask.
 
     Raises:
         UserError: A file is missing or damaged, it does not contain integers, or the loss mask
@@ -451,14 +373,9 @@ def _open_loss_mask(prefix: str | Path, dataset: IndexedDataset) -> npt.NDArray[
 
 
 def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns the first tokens of many documents.
+    """Returns the first tokens of many documents, int64[n], each in [0, num_tokens].
 
-    Args:
-        file: The token file.
-        documents: int64[n], each in [0, num_documents]; num_documents means the end of the file.
-
-    Returns:
-        int64[n], each in [0, num_tokens].
+    ``documents`` is int64[n]; the value num_documents means the end of the file.
 
     Raises:
         UserError: The index points outside the file.
@@ -473,15 +390,7 @@ def document_begins(file: TokenFile, documents: npt.NDArray[np.int64]) -> npt.ND
 
 
 def check_index(file: TokenFile, holds: npt.NDArray[np.bool_]) -> None:
-    """Raises an error if the index of a file is damaged.
-
-    Args:
-        file: The token file.
-        holds: bool[n], whether the index is consistent at each document.
-
-    Raises:
-        UserError: An element of ``holds`` is false.
-    """
+    """Raises `UserError` unless the index of a file ``holds`` at each document, bool[n]."""
     if not holds.all():
         raise UserError(
             f"damaged index: {file.name}.idx: its documents are not consecutive: copy or "
@@ -492,10 +401,7 @@ def check_index(file: TokenFile, holds: npt.NDArray[np.bool_]) -> None:
 def document_range(num_documents: int, split: Split, shares: Sequence[float]) -> tuple[int, int]:
     """Returns the documents [begin, end) of a split, rounded as in Megatron-LM.
 
-    Args:
-        num_documents: Number of documents in a dataset.
-        split: The split.
-        shares: Shares of training, validation and test, which sum to 1.
+    ``shares`` are those of training, validation and test, which sum to 1.
     """
     ends = [0.0, *accumulate(shares)]
     number = _SPLITS.index(split)
@@ -512,12 +418,7 @@ def split_runs(
     """Returns the runs of tokens that belong to a split, in the order of files and documents.
 
     The result has one entry per held-out document, or one per file without held-out documents.
-
-    Args:
-        files: The token files.
-        split: The split.
-        holdout_every: Hold out every k-th document; None holds out none.
-        shares: Shares of training, validation and test, instead of ``holdout_every``.
+    Documents are held out by ``holdout_every`` or ``shares``, as in the module's docstring.
 
     Raises:
         UserError: The index of a file is damaged.
@@ -564,17 +465,9 @@ def documents_in_split(
     holdout_every: int | None,
     taken: tuple[int, int] | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Returns whether each of the documents [begin, end) of a file belongs to a split.
+    """Returns whether each of the documents [begin, end) of a file belongs to a split, bool[n].
 
-    Args:
-        begin: The first document.
-        end: The document after the last one.
-        split: The split.
-        holdout_every: Hold out every k-th document; None holds out none.
-        taken: The range that `document_range` returned, instead of ``holdout_every``.
-
-    Returns:
-        bool[end - begin].
+    ``taken`` is the range that `document_range` returned, instead of ``holdout_every``.
     """
     if taken is not None:
         documents = np.arange(begin, end)

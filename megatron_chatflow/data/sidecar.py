@@ -136,12 +136,8 @@ def loss_mask_prefix(prefix: str | Path) -> Path:
 def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     """Reads and validates the sidecar of a dataset.
 
-    Args:
-        prefix: The path of the dataset without `.bin` or `.idx`.
-
-    Returns:
-        The contents, or None if the file does not exist, as for datasets that Megatron-LM wrote.
-        Keys that the first version did not record have default values.
+    Returns the contents, or None if the file does not exist, as for datasets that Megatron-LM
+    wrote. Keys that the first version did not record have default values.
 
     Raises:
         UserError: The file cannot be read, is damaged or has an unknown format version.
@@ -177,17 +173,7 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
 def check_counts(
     prefix: str | Path, sidecar: Mapping[str, Any], num_documents: int, num_tokens: int
 ) -> None:
-    """Checks that the counts in a sidecar match those of its dataset.
-
-    Args:
-        prefix: The path of the dataset without `.bin` or `.idx`.
-        sidecar: The contents of the sidecar.
-        num_documents: Number of documents in the dataset.
-        num_tokens: Number of tokens in the dataset.
-
-    Raises:
-        UserError: The sidecar describes another dataset.
-    """
+    """Raises `UserError` if the counts in a sidecar differ from those of the dataset."""
     counts = {"num_documents": num_documents, "num_tokens": num_tokens}
     for key, count in counts.items():
         if sidecar[key] != count:
@@ -233,14 +219,12 @@ def appends_bos(sidecar: Mapping[str, Any] | None) -> bool:
 
     Earlier versions neither recorded the option nor wrote BOS.
     """
-    settings = None if sidecar is None else sidecar.get("settings")
-    return isinstance(settings, Mapping) and settings.get("append_bos") is True
+    return sidecar is not None and sidecar["settings"].get("append_bos") is True
 
 
 def appends_eod(sidecar: Mapping[str, Any] | None) -> bool:
     """Returns whether a dataset was preprocessed with `--append-eod`, according to its sidecar."""
-    settings = None if sidecar is None else sidecar.get("settings")
-    return isinstance(settings, Mapping) and settings.get("append_eod") is True
+    return sidecar is not None and sidecar["settings"].get("append_eod") is True
 
 
 def settings_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,9 +234,9 @@ def settings_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
 
 def writes_bos(sidecar: Mapping[str, Any] | None) -> bool:
     """Returns whether documents contain BOS, from `--append-bos` or the user's chat template."""
-    template = None if sidecar is None else sidecar.get("template")
-    jinja = template.get("jinja") if isinstance(template, Mapping) else None
-    return appends_bos(sidecar) or (isinstance(jinja, str) and "bos_token" in jinja)
+    if sidecar is None:
+        return False
+    return appends_bos(sidecar) or "bos_token" in sidecar.get("template", {}).get("jinja", "")
 
 
 def sidecar_bytes(content: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +28,19 @@ from megatron_chatflow.data.fingerprint import (
 )
 from megatron_chatflow.data.packing import (
     ALGORITHM_VERSION,
-    PackedSamples,
     Packing,
     cached_packing,
+    make_packed_samples,
     mask_hashes,
 )
 from megatron_chatflow.data.permutation import SampleOrder
 from megatron_chatflow.data.samples import (
-    RowReader,
     Sample,
+    Samples,
     SampleShape,
     Split,
     TokenFile,
-    Windows,
+    make_windows,
     open_token_file,
     split_runs,
 )
@@ -54,14 +54,6 @@ _CHECK_SECONDS = 30.0  # limits the load of thousands of ranks on one file serve
 
 class SourceUnavailableError(LocalError):
     """A source's files are missing, changed or unreadable on this node."""
-
-
-class Samples(Protocol):
-    """The samples of one epoch: windows or packed documents."""
-
-    num_samples: int
-    num_tokens: int
-    rows: RowReader
 
 
 class Source:
@@ -89,14 +81,7 @@ class Source:
     ) -> None:
         """Initializes a source. Use `build_sources` to create sources from a configuration.
 
-        Args:
-            name: Name in the configuration.
-            samples: The samples of one epoch.
-            seed: Seed of the run.
-            split: The split. Only training samples are shuffled.
-            files: The datasets. `check_files` checks their files for changes.
-            facts: The facts that `fingerprint` returns.
-            packing: The documents of every sample, if documents are packed.
+        Only training samples are shuffled. The facts are those that `fingerprint` returns.
         """
         self.name = name
         self.num_samples = samples.num_samples
@@ -117,9 +102,7 @@ class Source:
     def use_seeds(self, seeds: Sequence[Sequence[int]]) -> None:
         """Sets the seeds of a run that changed its seed when it was resumed.
 
-        Args:
-            seeds: Pairs ``(first_epoch, seed)`` in ascending order of epochs. Each seed replaces
-                the previous one from its first epoch on.
+        ``seeds`` are pairs ``(first_epoch, seed)`` in ascending order of epochs.
         """
         if self._order is not None:
             (_, first), *later = seeds
@@ -137,13 +120,7 @@ class Source:
         return self.sample_in_order(self._shuffled().ordinal(index))
 
     def ordinals(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the positions in file order of many draws.
-
-        Args:
-            indices: int64[n], draws of this source.
-
-        Returns:
-            int64[n], arguments for `sample_in_order` and `rows`.
+        """Returns the positions in file order of many draws of this source, int64[n] each.
 
         Raises:
             UserError: The source has no samples.
@@ -199,23 +176,21 @@ class Source:
         if now - self._checked_at < _CHECK_SECONDS:
             return
         for number, path in enumerate(self._paths):
+            where = f"data.sources.{self.name}: {path}"
             before = self._states[number]
             try:
                 found = _state_of(path)
             except OSError as error:
-                raise SourceUnavailableError(
-                    f"data.sources.{self.name}: {path}: {error.strerror}"
-                ) from error
+                raise SourceUnavailableError(f"{where}: {error.strerror}") from error
             if found.num_bytes != before.num_bytes:
                 raise SourceUnavailableError(
-                    f"data.sources.{self.name}: {path}: changed during the run, from "
-                    f"{before.num_bytes} to {found.num_bytes} bytes"
+                    f"{where}: changed during the run, from {before.num_bytes} to "
+                    f"{found.num_bytes} bytes"
                 )
             if found != before and path in self._hashes:
                 if block_hash(path) != self._hashes[path]:
                     raise SourceUnavailableError(
-                        f"data.sources.{self.name}: {path}: changed during the run, with the "
-                        "same size"
+                        f"{where}: changed during the run, with the same size"
                     )
                 self._states[number] = found
         self._checked_at = now
@@ -334,17 +309,16 @@ def _build_source(
         vocab_size=tokenizer.vocab_size,
         isolate=config.boundaries == "isolate",
     )
-    samples: Samples
     label = f"data.sources.{name}"
     packing = None
     if config.packing == "best_fit" and files:
         packing = cached_packing(
             files, facts, split, holdout_every, shape.seq_length, packing_version, shares
         )
-        samples = PackedSamples(label, files, packing, shape)
+        samples = make_packed_samples(label, files, packing, shape)
     else:
         runs = split_runs(files, split, holdout_every, shares)
-        samples = Windows(label, files, runs, shape, keep_tail=split != "train")
+        samples = make_windows(label, files, runs, shape, keep_tail=split != "train")
     # Everything that determines the tokens of an index. Loss and boundaries may change on resume.
     content: dict[str, Any] = {
         "datasets": facts,

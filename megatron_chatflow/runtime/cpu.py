@@ -1,10 +1,8 @@
 """Makes unmodified megatron-core run on CPUs over gloo.
 
-`install` replaces the CUDA functions that megatron-core calls unconditionally. `device_mode` is the
-context in which factory calls with ``device="cuda"`` create CPU tensors. A CUDA run never imports
-this module.
-
-What megatron-core 0.16 to 0.19 assumes, and what replaces it:
+`install` replaces the CUDA functions that megatron-core 0.16 to 0.19 calls unconditionally. In the
+context `device_mode`, factory calls with ``device="cuda"`` create CPU tensors. A CUDA run never
+imports this module.
 
 - ``torch.cuda.current_device``, the device of new buffers: returns the CPU device;
 - ``torch.cuda.set_device``, ``synchronize``, ``empty_cache`` and the stream functions: do nothing;

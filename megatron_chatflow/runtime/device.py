@@ -12,9 +12,9 @@ import torch
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Queues a copy of ``tensor`` to ``device``; returns the tensor itself if it is already there.
 
-    CUDA queues copies from page-locked memory only; for other memory the host waits. PyTorch reuses
-    page-locked blocks once the copies from them are done. The tensor may have any strides: it is
-    made contiguous first, because ``pin_memory`` fails for expanded and overlapping tensors.
+    CUDA queues copies from page-locked memory only; for other memory the host waits. The tensor may
+    have any strides: ``pin_memory`` fails for expanded and overlapping tensors, so it is made
+    contiguous first.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.contiguous().pin_memory()
@@ -36,13 +36,10 @@ _BF16_PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """Returns the peak FLOP/s of this process's device for matrix products.
+    """Returns the peak FLOP/s of matrix products on this process's device, and the rate's origin.
 
-    Known GPUs are looked up. A CPU is measured, because its peak depends on its cores and
-    instruction set.
-
-    Returns:
-        The rate (None if it is not known) and its origin.
+    Known GPUs are looked up; the rate is None for others. A CPU is measured, because its peak
+    depends on its cores and instruction set.
     """
     if device.type != "cuda":
         rate = _measure(device, dtype)
@@ -69,8 +66,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 def _measure(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """Measures products of square matrices and returns the rate of the fastest, in FLOP/s.
 
-    Other work may slow some of them down, so there are up to thirty, for half a second. Where a
-    small product shows that ``size`` would take long, the small one has to do.
+    Where a small product shows that ``size`` would take long, the small one has to do.
     """
     small = size // 4
     seconds = _fastest_product(device, dtype, small)
@@ -102,7 +98,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-_COPIED_BYTES = 1 << 28
 _MAX_FLUSHES = 100
 
 
@@ -113,11 +108,6 @@ def call_seconds(
 
     On a GPU, CUDA events time calls that were queued ahead, and the L2 cache is flushed before
     each, so that neither launch latency nor cached data affect the result.
-
-    Args:
-        function: Function to call; its result is ignored.
-        device: Device that it uses.
-        num_calls: Number of calls to measure.
     """
     if device.type == "cuda":
         return _queued_seconds(function, device, num_calls)
@@ -166,22 +156,3 @@ def _num_flushes_to_hide_launch(function: Callable[[], object], flushed: torch.T
     torch.cuda.synchronize(flushed.device)
     flush_seconds = (time.perf_counter() - begin) / 10
     return min(_MAX_FLUSHES, 1 + int(2 * launch_seconds / flush_seconds))
-
-
-def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """Measures the FLOP/s of the best of thirty products of square matrices.
-
-    The matrices are random, because a GPU's power and clock depend on the values.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    left, right = (
-        torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
-    return 2 * size**3 / min(call_seconds(lambda: torch.matmul(left, right), device, 30))
-
-
-def copy_rate(device: torch.device) -> float:
-    """Measures the bytes per second that a copy beyond the caches reads and writes."""
-    source = torch.ones(_COPIED_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * _COPIED_BYTES / min(call_seconds(lambda: target.copy_(source), device, 5))

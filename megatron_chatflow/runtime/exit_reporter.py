@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -38,24 +38,11 @@ _LOST = (
 )
 # Messages if a process does not arrive, for whatever reason.
 _LATE = ("Timed out", "timeout", "did not come to a collective in time", "Connection refused")
-
-
-@dataclass(frozen=True)
-class _Note:
-    """Note of a failed rank."""
-
-    rank: int
-    node: str
-    host: str
-    text: str
+_TIMED_OUT = "a collective timed out"
 
 
 class ExitReporter:
-    """Reports the error that ends this process.
-
-    Args:
-        process: Rank of this process.
-    """
+    """Reports the error that ends this process."""
 
     def __init__(self, process: ProcessRank) -> None:
         self._process = process
@@ -68,21 +55,18 @@ class ExitReporter:
     def report(self, error: BaseException) -> bool:
         """Reports why this rank ends, unless another rank of its node has reported the same.
 
-        Args:
-            error: The exception that ended this rank.
-
-        Returns:
-            Whether the error was reported, as user errors and lost peers are. Any other error must
-            be raised again to show its traceback.
+        Returns whether the error was reported, as user errors and lost peers are. Any other error
+        must be raised again to show its traceback.
         """
         self._has_reported = True
         self._store = self._open_store()
         lost = _lost_peers(error)
         if lost is not None:
-            note = self._find_note(_NOTE_TIMEOUT_SECONDS if lost.is_certain else 0.0)
-            if note is None and not lost.is_certain:
+            is_certain = lost != _TIMED_OUT
+            note = self._find_note(_NOTE_TIMEOUT_SECONDS if is_certain else 0.0)
+            if note is None and not is_certain:
                 return self._record_fault(error)
-            self._print_once("lost", self._describe_lost(note, lost.text))
+            self._print_once("lost", self._describe_lost(note, lost))
             return True
         if not isinstance(error, UserError):
             return self._record_fault(error)
@@ -135,17 +119,17 @@ class ExitReporter:
         if is_first:
             print(f"error: {line}", file=sys.stderr, flush=True)
 
-    def _describe_lost(self, note: _Note | None, reason: str) -> str:
-        """Describes which rank ended this one."""
+    def _describe_lost(self, note: Mapping[str, Any] | None, reason: str) -> str:
         mine = f"rank {self._process.rank}: "
         if note is None:
             return (
                 f"{mine}exiting because its peers are gone ({reason}); check the logs of the "
                 "other ranks"
             )
-        if note.node == self._node:
-            return f"{mine}exiting because rank {note.rank} failed; see its error"
-        return f"{mine}exiting because rank {note.rank} on {note.host} failed: {note.text}"
+        failed = f"{mine}exiting because rank {note['rank']}"
+        if note["node"] == self._node:
+            return f"{failed} failed; see its error"
+        return f"{failed} on {note['host']} failed: {note['text']}"
 
     def _record_fault(self, error: BaseException) -> bool:
         words = str(error).strip().splitlines() or [""]
@@ -158,7 +142,7 @@ class ExitReporter:
             # Only the first note is kept, because later errors may be its consequences.
             self._store.compare_set("note", "", json.dumps(note))
 
-    def _find_note(self, timeout_seconds: float) -> _Note | None:
+    def _find_note(self, timeout_seconds: float) -> Mapping[str, Any] | None:
         """Returns the first note of another rank, waiting for it if necessary."""
         deadline = time.monotonic() + timeout_seconds
         with contextlib.suppress(Exception):
@@ -166,28 +150,21 @@ class ExitReporter:
                 if time.monotonic() >= deadline:
                     return None
                 time.sleep(_PAUSE_SECONDS)
-            return _Note(**json.loads(self._store.get("note")))
+            note: dict[str, Any] = json.loads(self._store.get("note"))
+            return note
         return None
 
 
-@dataclass(frozen=True)
-class _Loss:
-    """A collective that failed without the other ranks; ``is_certain`` if they are gone."""
-
-    text: str
-    is_certain: bool
-
-
-def _lost_peers(error: BaseException) -> _Loss | None:
-    """Returns the loss of peers that caused ``error``; None if it has another cause."""
+def _lost_peers(error: BaseException) -> str | None:
+    """Returns why ``error`` means that peers are gone, or `_TIMED_OUT` if they may be, or None."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, RuntimeError):
             text = " ".join(str(cause).split())
             for words in _LOST:
                 if words in text:
-                    return _Loss(words, is_certain=True)
+                    return words
             if any(words in text for words in _LATE):
-                return _Loss("a collective timed out", is_certain=False)
+                return _TIMED_OUT
         cause = cause.__cause__
     return None

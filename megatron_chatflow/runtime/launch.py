@@ -109,11 +109,8 @@ def resolve_attempt_store(
 ) -> PrefixStore:
     """Waits for all workers of this attempt and returns their part of the store.
 
-    Args:
-        store: Store shared with all workers, including those of earlier attempts.
-        rank: Rank of this worker.
-        world_size: Number of workers in this attempt.
-        timeout: Time limit for the slowest worker.
+    ``store`` is shared with all workers, including those of earlier attempts. ``timeout`` is the
+    limit for the slowest worker.
 
     Raises:
         UserError: Not all workers arrived in time.
@@ -215,13 +212,6 @@ def _share_cpu_threads(process: ProcessRank) -> None:
         torch.set_num_threads(max(1, cores // process.local_world_size))
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch; the order of the data depends on none of them."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def exit_with_launcher() -> None:
     """Asks Linux to kill this worker when torchrun's agent dies.
 
@@ -242,16 +232,10 @@ def initialize(
     timeout: timedelta = timedelta(minutes=10),
     keep_freed_memory: bool = True,
 ) -> Ranks:
-    """Joins the job and creates its parallel groups.
+    """Joins the job, creates its parallel groups and seeds all random number generators.
 
-    Args:
-        tensor_model_parallel_size: Ranks per tensor-parallel group.
-        pipeline_model_parallel_size: Ranks per pipeline.
-        num_model_chunks: Model chunks per rank; more than 1 selects the interleaved schedule.
-        context_parallel_size: Ranks per context-parallel group.
-        seed: Seed of Python, NumPy and PyTorch.
-        timeout: Time limit of collectives.
-        keep_freed_memory: Whether malloc keeps freed memory on CPUs.
+    ``num_model_chunks`` is the number per rank; more than 1 selects the interleaved schedule.
+    ``timeout`` is that of collectives. ``keep_freed_memory`` is about malloc on CPUs.
 
     Raises:
         UserError: A node has fewer GPUs than processes.
@@ -285,7 +269,10 @@ def initialize(
         context_parallel_size=context_parallel_size,
         timeout=timeout,
     )
-    seed_everything(seed)
+    # The order of the data depends on none of these generators.
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     megatron.seed_model_parallel(seed)
     return ranks
 

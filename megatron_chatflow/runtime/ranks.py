@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -53,12 +53,7 @@ class ProcessRank:
                 f"environment variable RANK: {values['RANK']} must be below WORLD_SIZE "
                 f"{values['WORLD_SIZE']}; launch with torchrun"
             )
-        return cls(
-            rank=values["RANK"],
-            world_size=values["WORLD_SIZE"],
-            local_rank=values["LOCAL_RANK"],
-            local_world_size=values["LOCAL_WORLD_SIZE"],
-        )
+        return cls(**{name.lower(): value for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -138,20 +133,17 @@ def seed_model_parallel(seed: int) -> None:
 
 def tensor_parallel_group() -> ProcessGroup:
     """Returns the ranks that hold shards of the same layers."""
-    group: ProcessGroup = parallel_state.get_tensor_model_parallel_group()
-    return group
+    return cast(ProcessGroup, parallel_state.get_tensor_model_parallel_group())
 
 
 def pipeline_parallel_group() -> ProcessGroup:
     """Returns the ranks that hold consecutive layers of one replica."""
-    group: ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
-    return group
+    return cast(ProcessGroup, parallel_state.get_pipeline_model_parallel_group())
 
 
 def context_parallel_group() -> ProcessGroup:
     """Returns the ranks that hold different tokens of the same samples."""
-    group: ProcessGroup = parallel_state.get_context_parallel_group()
-    return group
+    return cast(ProcessGroup, parallel_state.get_context_parallel_group())
 
 
 def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
@@ -186,9 +178,6 @@ def run_on_all_ranks(step: Callable[[], _Result]) -> _Result:
     """Runs a step without collectives on every rank; raises on every rank if one of them fails.
 
     Otherwise the ranks that succeeded would continue into a collective and hang.
-
-    Args:
-        step: A step of this rank, such as opening its data.
 
     Raises:
         UserError: The step failed on this rank; the message names the ranks with the same error

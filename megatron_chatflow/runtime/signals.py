@@ -20,11 +20,9 @@ class StopRequest:
     """Records requests to stop. A second Ctrl-C ends the process at once."""
 
     def __init__(self, minutes: float | None = None, *, notice: str | None = None) -> None:
-        """Installs this process's signal handlers.
+        """Installs the signal handlers and, with ``minutes``, a time limit.
 
-        Args:
-            minutes: Time limit; None for no limit.
-            notice: Message to write to standard error at the first Ctrl-C; None for no message.
+        The notice is written to standard error at the first Ctrl-C.
         """
         self._is_set = False
         self._interrupted_at: float | None = None

@@ -50,10 +50,8 @@ def align(
 ) -> list[str]:
     """Aligns lines of cells, with two spaces between columns.
 
-    Args:
-        lines: Cells of each line, one per column.
-        is_left: Whether each column is left-aligned instead of right-aligned.
-        min_widths: Minimum width of each column; empty for no minimum.
+    ``is_left`` says of each column whether it is left-aligned. ``min_widths`` are the minimum
+    widths; empty for none.
     """
     least = list(min_widths) or [0] * len(is_left)
     widths = [
@@ -63,11 +61,7 @@ def align(
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Formats rows under a header, with columns in the order of their first appearance.
-
-    Returns:
-        Lines without a trailing newline; an empty string without rows.
-    """
+    """Formats rows under a header, with columns in the order of their first appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if not columns:
         return ""

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from threading import main_thread
 
@@ -24,17 +24,6 @@ logger = logging.getLogger(__name__)
 
 _EXIT_STATUS = 70  # EX_SOFTWARE of sysexits.h
 _SECONDS_FOR_OTHERS = 3.0
-
-
-@dataclass(frozen=True)
-class _Position:
-    """The iteration and phase that a rank is in."""
-
-    iteration: int
-    phase: str
-
-    def __str__(self) -> str:
-        return f"iteration {self.iteration}, {self.phase}"
 
 
 def _innermost_call() -> str:
@@ -46,25 +35,15 @@ def _innermost_call() -> str:
 
 
 class Deadline:
-    """Measures the time since the last heartbeat.
-
-    Attributes:
-        waited: Seconds since the last heartbeat.
-    """
+    """Measures the seconds ``waited`` since the last heartbeat."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        """Starts with no heartbeat received."""
         self._timeout = timeout_seconds
         self._seen = 0
         self.waited = 0.0
 
     def has_passed(self, seconds: float, num_heartbeats: int) -> bool:
-        """Returns whether the timeout has passed.
-
-        Args:
-            seconds: Time since the last call.
-            num_heartbeats: Heartbeats received so far.
-        """
+        """Adds the seconds since the last call and returns whether the timeout has passed."""
         self.waited = self.waited + seconds if num_heartbeats == self._seen else 0.0
         self._seen = num_heartbeats
         return self.waited >= self._timeout
@@ -80,20 +59,15 @@ class Watchdog:
     def __init__(
         self, *, timeout_seconds: float, rank: int, world_size: int, folder: Path | None
     ) -> None:
-        """Starts the watchdog thread.
+        """Starts the watchdog thread, unless the timeout is 0.
 
-        Args:
-            timeout_seconds: Time without a heartbeat after which the process ends; 0 disables the
-                watchdog.
-            rank: Rank of this process.
-            world_size: Number of processes in the job.
-            folder: Run folder for the reports; None writes none.
+        Reports are written below the run's folder, or nowhere if it is None.
         """
         self._timeout = timeout_seconds
         self._rank = rank
         self._world_size = world_size
         self._folder = None if folder is None else folder / "hangs"
-        self._place = _Position(0, "starting")
+        self._place = "iteration 0, starting"
         self._num_heartbeats = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -102,13 +76,8 @@ class Watchdog:
             self._thread.start()
 
     def enter_phase(self, iteration: int, phase: str) -> None:
-        """Starts a phase, which counts as a heartbeat.
-
-        Args:
-            iteration: Current iteration.
-            phase: What this rank does next, such as ``loading``.
-        """
-        self._place = _Position(iteration, phase)
+        """Starts a phase of an iteration, such as ``loading``, which counts as a heartbeat."""
+        self._place = f"iteration {iteration}, {phase}"
         self._num_heartbeats += 1
 
     def heartbeat(self) -> None:
@@ -152,13 +121,12 @@ class Watchdog:
 
     def _remove_report(self) -> None:
         path = self._report_path(self._rank)
-        try:
+        # The checkpoint reports a folder that cannot be written.
+        with suppress(OSError):
             if path is not None:
                 path.unlink(missing_ok=True)
-        except OSError:
-            pass  # the checkpoint reports a folder that cannot be written
 
-    def _write_report(self, place: _Position) -> None:
+    def _write_report(self, place: str) -> None:
         path = self._report_path(self._rank)
         if path is None:
             return
@@ -171,7 +139,7 @@ class Watchdog:
         except OSError as error:
             logger.warning("%s: %s", path, error.strerror)
 
-    def _verdict(self, place: _Position, waited: float) -> str:
+    def _verdict(self, place: str, waited: float) -> str:
         text = f"hung: no progress for {waited:.0f} s (--hang-timeout-minutes) at {place}"
         if self._folder is None or self._world_size == 1:
             return f"{text}; exiting rank {self._rank}"

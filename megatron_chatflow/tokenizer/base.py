@@ -1,9 +1,12 @@
-"""The `Tokenizer` protocol and the functions that its implementations share."""
+"""The `Tokenizer` class and the functions that its implementations share."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +26,7 @@ LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 TOKENIZER_TYPES = ("Llama2Tokenizer", "HuggingFaceTokenizer")
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ABC):
     """Converts text to token ids and ids to text.
 
     Attributes:
@@ -34,8 +37,6 @@ class Tokenizer(Protocol):
         eos_id: Id of the end-of-sequence token, which also ends a document.
         pad_id: Id of the padding token, or `eos_id` if the model has none.
         unk_id: Id of the unknown token, or -1 if the model has none.
-        num_bytes_per_id: int64[vocab_size], the number of UTF-8 bytes of text that each id
-            represents. It is 0 for control ids and the unknown id.
         fingerprint: SHA-256 of the model file in hexadecimal.
     """
 
@@ -48,23 +49,31 @@ class Tokenizer(Protocol):
     unk_id: int
     fingerprint: str
 
-    @property
+    @cached_property
     def add_bos_token(self) -> bool:
         """Whether the model's configuration adds BOS to every text (see `adds_bos_token`)."""
+        return adds_bos_token(self.model_path, self.bos_id)
 
-    @property
+    @cached_property
+    @abstractmethod
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
-        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size]."""
+        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size].
+
+        It is 0 for control ids and the unknown id.
+        """
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text from its beginning, without BOS or EOS.
 
         Lone surrogates, which UTF-8 cannot represent, are replaced by U+FFFD.
         """
+        return self.encode_batch([text])[0]
 
+    @abstractmethod
     def encode_continuation(self, text: str) -> list[int]:
         """Encodes a text that follows other text: like `encode`, but adds no leading space."""
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes every text as `encode` does."""
 
@@ -73,47 +82,52 @@ class Tokenizer(Protocol):
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """Encodes every text as `encode` does and returns the ids as arrays.
 
-        Args:
-            texts: The texts.
-            end_id: Appended to the ids of every text that has at least one id; -1 for none.
+        ``end_id`` is appended to the ids of every text that has at least one id, unless it is -1.
 
         Returns:
             The concatenated ids of all texts, int32[num_ids], and the number of ids of each text,
             int32[num_texts].
         """
+        end = [end_id] if end_id >= 0 else []
+        sequences = [ids + end if ids else ids for ids in self.encode_batch(texts)]
+        lengths = np.array([len(ids) for ids in sequences], np.int32)
+        num_ids = int(lengths.sum(dtype=np.int64))
+        return np.fromiter(chain.from_iterable(sequences), np.int32, num_ids), lengths
 
     @property
     def runs_in_threads(self) -> bool:
         """Whether several threads of a process can encode at the same time."""
+        return False
 
     def encode_json_lines(
         self, data: bytes, key: str, end_id: int, narrow: bool
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
         """Parses JSON lines and encodes the text under one key, as `encode_arrays` does.
 
-        Args:
-            data: JSON lines; blank lines are skipped.
-            key: The key of the text in each line.
-            end_id: Appended to the ids of every text that has at least one id; -1 for none.
-            narrow: Whether to return the ids as uint16 instead of int32.
+        Blank lines are skipped. If ``narrow`` is set, the ids are uint16 instead of int32.
 
         Returns:
             The two arrays of `encode_arrays` and the total size of the texts in UTF-8 bytes. None
             if the caller must parse the lines: the tokenizer does not implement this method, or a
             line needs a full JSON parser.
         """
+        return None
 
+    @abstractmethod
     def control_id(self, name: str) -> int | None:
         """Returns the id of a control token such as `<|im_start|>`, or None if there is none."""
 
     @property
+    @abstractmethod
     def control_tokens(self) -> tuple[str, ...]:
         """The names of all control tokens."""
 
     @property
+    @abstractmethod
     def special_tokens(self) -> dict[str, str]:
         """The tokens for `bos_token`, `eos_token` and so on, by the names in transformers."""
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Converts ids to text. Control ids are skipped."""
 
@@ -130,7 +144,13 @@ class Tokenizer(Protocol):
             chat_template: Jinja source of the chat template. None keeps the model's own template.
             add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds
                 BOS only if this tokenizer does.
+
+        Raises:
+            UserError: If the folder cannot be written.
         """
+        from megatron_chatflow.tokenizer import small_files  # which depends on this module
+
+        small_files.save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
 
 def adds_bos_token(model_path: Path, bos_id: int) -> bool:
@@ -139,11 +159,7 @@ def adds_bos_token(model_path: Path, bos_id: int) -> bool:
     The result is `add_bos_token` of the `tokenizer_config.json` in the same folder. If it is not
     set, the post-processor of `tokenizer.json` determines the result. Without that file the result
     is True for transformers' `LlamaTokenizer` classes, which add BOS by default, and False for
-    every other class and for a model without a configuration.
-
-    Args:
-        model_path: The tokenizer's file.
-        bos_id: Id of the tokenizer's BOS token, or -1 if it has none; the result is then False.
+    every other class and for a model without a configuration. It is False if `bos_id` is -1.
     """
     if bos_id < 0:
         return False
@@ -153,13 +169,7 @@ def adds_bos_token(model_path: Path, bos_id: int) -> bool:
 
 
 def configured_bos(config: Mapping[str, Any], tokenizer_json: bytes | None, bos_id: int) -> bool:
-    """Computes `adds_bos_token` from the contents of the two files.
-
-    Args:
-        config: The content of `tokenizer_config.json`.
-        tokenizer_json: The content of `tokenizer.json`, or None if it does not exist.
-        bos_id: Id of the BOS token.
-    """
+    """Computes `adds_bos_token` from the contents of the two files; the second may be None."""
     configured = config.get("add_bos_token")
     if isinstance(configured, bool):
         return configured
@@ -204,12 +214,11 @@ def read_model_file(path: Path) -> bytes:
     """
     try:
         data = read_bounded(path)
-    except OSError as error:
-        raise UserError(f"cannot read tokenizer model: {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"cannot read tokenizer model: {path}: {error}") from error
-    if not data:
-        raise UserError(f"cannot read tokenizer model: {path}: the file is empty")
+        if not data:
+            raise ValueError("the file is empty")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read tokenizer model: {path}: {reason}") from error
     return data
 
 
@@ -239,26 +248,7 @@ def without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def join_arrays(
-    sequences: Sequence[list[int]], end_id: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Converts lists of ids to the arrays that `Tokenizer.encode_arrays` returns."""
-    end = [end_id] if end_id >= 0 else []
-    ended = [ids + end if ids else ids for ids in sequences]
-    lengths = np.array([len(ids) for ids in ended], np.int32)
-    flat = np.empty(int(lengths.sum(dtype=np.int64)), np.int32)
-    position = 0
-    for ids in ended:
-        flat[position : position + len(ids)] = ids
-        position += len(ids)
-    return flat, lengths
-
-
 def split_arrays(ids: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> list[list[int]]:
     """Converts the arrays that `Tokenizer.encode_arrays` returns to lists of ids."""
-    sequences: list[list[int]] = []
-    position = 0
-    for length in lengths.tolist():
-        sequences.append(ids[position : position + length].tolist())
-        position += length
-    return sequences
+    flat = iter(ids.tolist())
+    return [list(islice(flat, length)) for length in lengths.tolist()]

@@ -1,4 +1,4 @@
-"""Fast byte-pair encoding for SentencePiece models, with a reference implementation.
+"""Fast byte-pair encoding for SentencePiece models.
 
 `fast_encoder` returns the compiled encoder for a model if two conditions hold: the model is of the
 kind described below, and the encoder agrees with the sentencepiece library on probes made of the
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 from megatron_chatflow.tokenizer.base import split_arrays
 
 extension = load_extension("tokenizer")
@@ -40,13 +40,9 @@ NUM_PROBED_PIECES = 2000
 
 @dataclass(frozen=True)
 class BpePieces:
-    """The pieces of a byte-pair model.
+    """The ordinary pieces of a byte-pair model with their ids and scores, without duplicates.
 
-    Attributes:
-        pieces: Texts of the ordinary pieces, without duplicates.
-        ids: The id of each piece.
-        scores: The score of each piece.
-        byte_ids: The ids of the byte pieces for the bytes 0 to 255.
+    `byte_ids` are the ids of the byte pieces for the bytes 0 to 255.
     """
 
     pieces: tuple[str, ...]
@@ -55,76 +51,23 @@ class BpePieces:
     byte_ids: tuple[int, ...]
 
 
-class ReferenceBpeEncoder:
-    """Implements the algorithm literally, in quadratic time in the length of a text."""
-
-    def __init__(self, model: BpePieces) -> None:
-        """Indexes the pieces of the model by their text."""
-        numbered = zip(model.pieces, model.ids, model.scores, strict=True)
-        self._pieces = {piece: (token_id, score) for piece, token_id, score in numbered}
-        self._byte_ids = model.byte_ids
-
-    def encode_batch(
-        self, texts: Sequence[str], with_prefix: bool, end_id: int = -1
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Encodes texts.
-
-        Args:
-            texts: Texts without lone surrogates.
-            with_prefix: Whether to prepend a space to every text that is not empty.
-            end_id: Appended to the ids of every text that has at least one id; -1 for none.
-
-        Returns:
-            The concatenated ids of all texts, int32[num_ids], and the number of ids of each text,
-            int32[num_texts].
-        """
-        sequences = [self._encode(text, with_prefix) for text in texts]
-        for sequence in sequences:
-            if sequence and end_id >= 0:
-                sequence.append(end_id)
-        flat = [token_id for sequence in sequences for token_id in sequence]
-        return np.array(flat, np.int32), np.array([len(s) for s in sequences], np.int32)
-
-    def _encode(self, text: str, with_prefix: bool) -> list[int]:
-        if not text:
-            return []
-        symbols = list(((" " if with_prefix else "") + text).replace(" ", SPACE))
-        while True:
-            joints = [
-                (-self._pieces[left + right][1], k)
-                for k, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
-                if left + right in self._pieces
-            ]
-            if not joints:
-                break
-            k = min(joints)[1]
-            symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
-        ids: list[int] = []
-        for symbol in symbols:
-            if symbol in self._pieces:
-                ids.append(self._pieces[symbol][0])
-            else:
-                ids += [self._byte_ids[byte] for byte in symbol.encode()]
-        return ids
-
-
 class CompiledBpeEncoder(Protocol):
     """Interface of the encoder in `csrc/tokenizer`. It is safe to call from several threads."""
 
     def encode_batch(
         self, texts: Sequence[str], with_prefix: bool, end_id: int = -1, narrow: bool = False
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """Encodes texts as `ReferenceBpeEncoder` does. `narrow` selects uint16 ids over int32."""
+        """Encodes texts without lone surrogates.
+
+        ``with_prefix`` prepends a space to every text that is not empty. ``end_id`` is appended to
+        the ids of every text that has at least one id, unless it is -1. Returns the concatenated
+        ids, int32[num_ids] or with ``narrow`` uint16, and their number per text, int32[num_texts].
+        """
 
     def encode_json_lines(
         self, data: bytes, key: str, with_prefix: bool, end_id: int = -1, narrow: bool = False
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
-        """Encodes the string under a key of every JSON line.
-
-        Returns:
-            The two arrays of `encode_batch` and the total size of the strings in UTF-8 bytes. None
-            if a line is not an object with such a string, or needs a full JSON parser.
-        """
+        """Encodes the string under a key of every JSON line; see `Tokenizer.encode_json_lines`."""
 
 
 def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
@@ -142,14 +85,9 @@ def compiled_bpe_encoder(model: BpePieces) -> CompiledBpeEncoder | None:
 
 
 def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | None:
-    """Creates the compiled encoder for a model if its ids equal those of sentencepiece.
+    """Creates the compiled encoder for a model if its ids equal those of the model's processor.
 
-    Args:
-        model_bytes: The serialized model.
-        processor: The `SentencePieceProcessor` of the same model, for comparison.
-
-    Returns:
-        The encoder, or None if the model must be encoded with sentencepiece.
+    Returns None if the model must be encoded with sentencepiece.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
@@ -170,23 +108,30 @@ def fast_encoder(model_bytes: bytes, processor: Any) -> CompiledBpeEncoder | Non
     return encoder
 
 
-def _unsupported_reason(model: Any) -> str | None:
-    """Returns why the compiled encoder does not support a model, or None if it does."""
+def structural_obstacles(model: Any) -> dict[str, bool]:
+    """Returns by what a model differs from merges over characters with escaped spaces."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    is_bpe = trainer.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
     kinds = {piece.type for piece in model.pieces}
-    ordinary = [piece for piece in model.pieces if piece.type == Piece.NORMAL]
-    reserved = [piece for piece in model.pieces if piece.type not in (Piece.NORMAL, Piece.BYTE)]
-    obstacles = {
-        "it is not a byte-pair model": not is_bpe,
+    return {
+        "it is not a byte-pair model": (
+            trainer.model_type != sentencepiece_model_pb2.TrainerSpec.BPE
+        ),
         "it has user-defined pieces": Piece.USER_DEFINED in kinds,
         "it has unused pieces": Piece.UNUSED in kinds,
-        "it has no byte fallback": not trainer.byte_fallback,
-        "it does not have 256 byte pieces": len(_byte_ids(model)) != 256,
         "it normalizes characters": bool(normalizer.precompiled_charsmap),
         "it removes spaces": normalizer.remove_extra_whitespaces,
         "it does not escape spaces": not normalizer.escape_whitespaces,
         "it puts spaces at the end of pieces": trainer.treat_whitespace_as_suffix,
+    }
+
+
+def _unsupported_reason(model: Any) -> str | None:
+    """Returns why the compiled encoder does not support a model, or None if it does."""
+    ordinary = [piece for piece in model.pieces if piece.type == Piece.NORMAL]
+    reserved = [piece for piece in model.pieces if piece.type not in (Piece.NORMAL, Piece.BYTE)]
+    obstacles = structural_obstacles(model) | {
+        "it has no byte fallback": not model.trainer_spec.byte_fallback,
+        "it does not have 256 byte pieces": len(_byte_ids(model)) != 256,
         "a control piece has only one character": any(len(piece.piece) == 1 for piece in reserved),
         "a piece is empty": any(not piece.piece for piece in ordinary),
         "it has duplicate pieces": len({piece.piece for piece in ordinary}) != len(ordinary),

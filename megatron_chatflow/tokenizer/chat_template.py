@@ -42,29 +42,22 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation.
+    """A conversation."""
 
-    Attributes:
-        system: The system text, or None.
-        exchanges: Pairs of the user's text and the assistant's answer, in order. Only the last
-            answer may be None, which means that the model is to generate it.
-        untrained_answers: Indices of the exchanges with answers that are excluded from the loss.
-    """
-
-    system: str | None
+    system: str | None  # the system text, or None
+    # Pairs of the user's text and the assistant's answer, in order. Only the last answer may be
+    # None, which means that the model is to generate it.
     exchanges: tuple[tuple[str, str | None], ...]
+    # indices of the exchanges with answers that are excluded from the loss
     untrained_answers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A rendered chat.
+    """A rendered chat, in whose text `guard` splits the names of control tokens in the content.
 
-    Attributes:
-        text: The rendered text. In it, `guard` splits the names of control tokens in the content.
-        guard: The guard character.
-        spans: Begin and end of each answer, as character offsets in `text`.
-        cut_points: Character offsets after which the chat may be cut.
+    `spans` are the begin and end of each answer, and `cut_points` are the positions after which the
+    chat may be cut, all as character offsets in `text`.
     """
 
     text: str
@@ -75,32 +68,22 @@ class _Rendered:
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A chat template.
+    """A chat template."""
 
-    Attributes:
-        name: Name of the template's file, for messages.
-        source: Jinja source.
-        control_tokens: The tokenizer's control tokens. Where the template writes them, they are
-            encoded as tokens and not as text.
-        special_tokens: Names and values of the template variables `bos_token`, `eos_token` and so
-            on.
-    """
-
-    name: str
-    source: str
+    name: str  # name of the template's file, for messages
+    source: str  # Jinja source
+    # The tokenizer's control tokens. Where the template writes them, they are encoded as tokens and
+    # not as text.
     control_tokens: tuple[str, ...] = ()
+    # names and values of the template variables `bos_token`, `eos_token` and so on
     special_tokens: tuple[tuple[str, str], ...] = ()
 
     def document(self, chat: Chat, loss: str) -> Document:
-        """Renders a chat as a document.
+        """Renders a chat in which every answer is given as a document.
 
-        Args:
-            chat: A chat in which every answer is given.
-            loss: "response" to train on the answers and their ends, "all" for every token.
-
-        Returns:
-            The document. It may be cut after each exchange if the text up to that point equals
-            the rendering of the chat up to that exchange.
+        With the loss "response", the answers and their ends have loss, with "all" every token. The
+        document may be cut after each exchange if the text up to that point equals the rendering of
+        the chat up to that exchange.
 
         Raises:
             DroppedError: If the template rejects the chat, or the answers cannot be located.
@@ -129,29 +112,28 @@ class JinjaTemplate:
             UserError: If the template fails, or the answers cannot be located.
         """
         try:
-            rendered = self._rendered(Chat(SYSTEM, PROBE))
+            try:
+                rendered = self._rendered(Chat(SYSTEM, PROBE))
+            except TemplateLimitError:
+                raise
+            except DroppedError:  # some templates reject a system message
+                rendered = self._rendered(Chat(None, PROBE))
         except TemplateLimitError as error:
             raise self._limit_error(error) from error
-        except DroppedError:  # some templates reject a system message
-            try:
-                rendered = self._rendered(Chat(None, PROBE))
-            except TemplateLimitError as error:
-                raise self._limit_error(error) from error
-            except DroppedError as error:
-                why = (
-                    _reason(error.__cause__)
-                    or "the text of a chat does not begin with the text of its first turns"
-                )
-                if "strftime_now" in why:
-                    raise UserError(
-                        f"chat template cannot be trained on: {self.name}: it writes the current "
-                        "date (strftime_now) into chats, but a corpus must not depend on the "
-                        "date: use a copy of the template with a fixed date"
-                    ) from error
+        except DroppedError as error:
+            why = "the text of a chat does not begin with the text of its first turns"
+            if error.__cause__ is not None:
+                why = str(error.__cause__) or type(error.__cause__).__name__
+            if "strftime_now" in why:
                 raise UserError(
-                    f"chat template cannot be trained on: {self.name}: {why}: mark its answers "
-                    "with {% generation %} and {% endgeneration %}"
+                    f"chat template cannot be trained on: {self.name}: it writes the current date "
+                    "(strftime_now) into chats, but a corpus must not depend on the date: use a "
+                    "copy of the template with a fixed date"
                 ) from error
+            raise UserError(
+                f"chat template cannot be trained on: {self.name}: {why}: mark its answers with "
+                "{% generation %} and {% endgeneration %}"
+            ) from error
         answers = [rendered.text[begin:end] for begin, end in rendered.spans]
         fits = len(answers) == len(PROBE) and all(
             answer in text and question not in "".join(answers)
@@ -264,9 +246,7 @@ class JinjaTemplate:
 def render(source: str, variables: Mapping[str, Any]) -> str:
     """Renders a chat template within the limits on time, steps and characters.
 
-    Args:
-        source: Jinja source.
-        variables: `messages`, `add_generation_prompt`, and the special tokens by name.
+    The variables are `messages`, `add_generation_prompt`, and the special tokens by name.
 
     Raises:
         UserError: If jinja2 is not installed, or the source is too large.
@@ -309,13 +289,11 @@ def read_chat_template(path: str | Path) -> JinjaTemplate:
 
 
 def find_chat_template(folder: Path) -> JinjaTemplate | None:
-    """Finds the chat template in a model's folder that transformers uses.
-
-    Returns:
-        The default template, or None if the folder has no chat template.
+    """Finds the default chat template in a model's folder, as transformers does; None without one.
 
     Raises:
-        UserError: If a file cannot be read or is not valid Jinja, or no template is the default.
+        UserError: If a file cannot be read or is not valid Jinja, or no template is the
+            default.
     """
     try:
         files = {name: (folder / name).read_bytes() for name in chat_template_names(folder)}
@@ -340,18 +318,11 @@ def chat_template_names(folder: Path) -> list[str]:
 
 
 def chat_templates_in(files: Mapping[str, bytes], folder: Path) -> dict[str, str]:
-    """Extracts the chat templates from the small files of a model's folder.
+    """Extracts the chat templates by name, such as `default`, from the small files of a folder.
 
-    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace
-    the templates in `tokenizer_config.json`. `chat_template.json`, which older versions of
-    transformers wrote for processors, has the lowest precedence.
-
-    Args:
-        files: Contents by name relative to the folder.
-        folder: The folder, for messages.
-
-    Returns:
-        Jinja sources by template name, such as `default` or `tool_use`.
+    As in transformers, `chat_template.jinja` and `additional_chat_templates/NAME.jinja` replace the
+    templates in `tokenizer_config.json`. `chat_template.json`, which older versions of transformers
+    wrote for processors, has the lowest precedence. The folder is named in messages.
 
     Raises:
         UserError: If a file is not valid UTF-8 or JSON.
@@ -427,10 +398,6 @@ def _compiled(source: str) -> Any:
     except ImportError as error:
         raise UserError("a chat template needs jinja2: pip install jinja2") from error
     return LimitedEnvironment().from_string(source)
-
-
-def _reason(error: BaseException | None) -> str:
-    return "" if error is None else str(error) or type(error).__name__
 
 
 @cache

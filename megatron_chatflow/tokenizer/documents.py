@@ -11,31 +11,22 @@ SegmentKind = Literal["text", "control", "end"]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A contiguous part of a document with one loss setting.
+    """A contiguous part of a document with one loss setting."""
 
-    Attributes:
-        text: The text, or the name of a control token.
-        loss: Whether the segment's tokens contribute to the loss.
-        kind: "text"; "control" for a control token such as `<|im_start|>`, which is encoded as text
-            if the tokenizer has no id for it; or "end" for the tokenizer's end-of-sequence token.
-    """
-
-    text: str
-    loss: bool
+    text: str  # the text, or the name of a control token
+    loss: bool  # whether the segment's tokens contribute to the loss
+    # "text"; "control" for a control token such as `<|im_start|>`, which is encoded as text if the
+    # tokenizer has no id for it; or "end" for the tokenizer's end-of-sequence token
     kind: SegmentKind = "text"
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document as a sequence of segments.
+    """A document as a sequence of segments."""
 
-    Attributes:
-        segments: The segments in order. A token never spans two segments.
-        cut_points: Ascending numbers of leading segments after which a document that is too long
-            may be cut. Empty if the document may not be cut.
-    """
-
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...]  # The segments in order. A token never spans two segments.
+    # Ascending numbers of leading segments after which a document that is too long may be cut.
+    # Empty if the document may not be cut.
     cut_points: tuple[int, ...] = ()
 
 
@@ -51,17 +42,10 @@ class DroppedError(Exception):
 class BadLineError(DroppedError):
     """Raised for a line that violates its format. Too many bad lines end the run.
 
-    Attributes:
-        detail: The reason and the offending value, for messages.
+    `detail` replaces `reason` in messages.
     """
 
     def __init__(self, reason: str, detail: str | None = None) -> None:
-        """Sets the name under which the line is counted, and the text for messages.
-
-        Args:
-            reason: The name under which the line is counted.
-            detail: Replaces `reason` in messages; None to use `reason` itself.
-        """
         super().__init__(reason)
         self.detail = detail or reason
 
@@ -77,18 +61,13 @@ class TemplateLimitError(BadLineError):
 
 @dataclass
 class ParsedChunk:
-    """The documents of one chunk of input and the statistics of its parsing.
+    """The documents of one chunk of input and the statistics of its parsing."""
 
-    Attributes:
-        documents: The documents of each output key, as plain text or as segments.
-        num_dropped: Number of dropped lines by reason, including bad lines.
-        num_repaired: Number of documents that were repaired and kept, by kind of repair.
-        num_bad: Number of bad lines.
-        first_bad: `file:line: reason` of the first bad line, or None.
-    """
-
+    # the documents of each output key, as plain text or as segments
     documents: dict[str, list[str | Document]] = field(default_factory=dict)
+    # number of dropped lines by reason, including bad lines
     num_dropped: dict[str, int] = field(default_factory=dict)
+    # number of documents that were repaired and kept, by kind of repair
     num_repaired: dict[str, int] = field(default_factory=dict)
-    num_bad: int = 0
-    first_bad: str | None = None
+    num_bad: int = 0  # number of bad lines
+    first_bad: str | None = None  # `file:line: reason` of the first bad line, or None

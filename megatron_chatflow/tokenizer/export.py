@@ -13,13 +13,13 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.tokenizer.base import LLAMA_CLASSES, Tokenizer
+from megatron_chatflow.tokenizer.bpe import structural_obstacles
 from megatron_chatflow.tokenizer.tokenizer_json import library_errors, open_tokenizer_json
 
 logger = logging.getLogger(__name__)
 SPACE = "\u2581"
 NORMAL = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
 BYTE = sentencepiece_model_pb2.ModelProto.SentencePiece.BYTE
-BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 
 
 def sentencepiece_files(
@@ -28,18 +28,15 @@ def sentencepiece_files(
     base: Mapping[str, Any] | None = None,
     post_processor: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """Creates the files from which transformers loads a SentencePiece model.
+    """Creates the files from which transformers loads a SentencePiece model, by name.
 
     Args:
         model_bytes: The serialized SentencePiece model.
         tokenizer: The same model, loaded. `tokenizer.json` must reproduce its ids.
         base: Content of the `tokenizer_config.json` of the tokenizer from which this one is
             derived. Its settings are kept.
-        post_processor: The post-processor in the `tokenizer.json` of the tokenizer from which this
-            one is derived. If None, BOS and EOS are added as `base` specifies.
-
-    Returns:
-        The contents of the files by name.
+        post_processor: The post-processor in the `tokenizer.json` of the tokenizer from which
+            this one is derived. If None, BOS and EOS are added as `base` specifies.
     """
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(model_bytes)
@@ -99,15 +96,9 @@ def with_special_tokens(
     before: Sequence[tuple[str, int]],
     behind: Sequence[tuple[str, int]] = (),
 ) -> dict[str, Any]:
-    """Extends a post-processor of a `tokenizer.json` to add tokens around every text.
+    """Extends a post-processor of a `tokenizer.json`, or None, to add tokens around every text.
 
-    Args:
-        post_processor: The existing post-processor, or None.
-        before: Names and ids of the tokens to add before a text.
-        behind: Names and ids of the tokens to add after a text.
-
-    Returns:
-        The new post-processor.
+    The tokens to add before and behind a text are given by name and id.
     """
     kind = "TemplateProcessing"
     if post_processor is not None and post_processor["type"] != kind:
@@ -156,17 +147,7 @@ def _json_bytes(content: Any) -> bytes:
 def _tokenizer_json(model: Any, unk_id: int) -> dict[str, Any] | None:
     """Creates the `tokenizer.json` of a model, or returns None if the format cannot express it."""
     spec = model.normalizer_spec
-    kinds = {piece.type for piece in model.pieces}
-    expressible = (
-        model.trainer_spec.model_type == BPE
-        and not spec.precompiled_charsmap
-        and not spec.remove_extra_whitespaces
-        and spec.escape_whitespaces
-        and not model.trainer_spec.treat_whitespace_as_suffix
-        and sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED not in kinds
-        and sentencepiece_model_pb2.ModelProto.SentencePiece.UNUSED not in kinds
-    )
-    if not expressible:
+    if any(structural_obstacles(model).values()):
         return None
     normalizers: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -183,7 +164,12 @@ def _tokenizer_json(model: Any, unk_id: int) -> dict[str, Any] | None:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _special_tokens(model),
+        # The unknown token and control tokens do not represent text.
+        "added_tokens": [
+            added_token(token_id, piece.piece, special=True)
+            for token_id, piece in enumerate(model.pieces)
+            if piece.type not in (NORMAL, BYTE)
+        ],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
         "post_processor": None,
@@ -203,21 +189,10 @@ def _tokenizer_json(model: Any, unk_id: int) -> dict[str, Any] | None:
     }
 
 
-def _special_tokens(model: Any) -> list[dict[str, Any]]:
-    """Lists the pieces that do not represent text: the unknown token and control tokens."""
-    return [
-        {
-            "id": token_id,
-            "content": piece.piece,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token_id, piece in enumerate(model.pieces)
-        if piece.type not in (NORMAL, BYTE)
-    ]
+def added_token(token_id: int, content: str, *, special: bool) -> dict[str, Any]:
+    """Creates an entry of `added_tokens` in a `tokenizer.json`."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": content, **flags, "special": special}
 
 
 def _merges(model: Any) -> list[list[str]]:

@@ -26,9 +26,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.base import Tokenizer
-from megatron_chatflow.tokenizer.export import SPACE
-from megatron_chatflow.tokenizer.load import load_tokenizer
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.export import SPACE, added_token
 from megatron_chatflow.tokenizer.small_files import (
     TOKENIZER_CONFIG,
     complete_tokenizer,
@@ -61,15 +60,10 @@ _NUM_SHOWN = 8
 def with_merges(
     content: dict[str, Any], pieces: Sequence[str], first_id: int
 ) -> tuple[dict[str, Any], list[int]]:
-    """Adds pieces to a byte-level byte-pair model as merges.
+    """Adds pieces to a byte-level byte-pair model, the content of a `tokenizer.json`, as merges.
 
-    Args:
-        content: Content of a `tokenizer.json`. It is not modified.
-        pieces: The texts of the new pieces.
-        first_id: The first new id, larger than all existing ids.
-
-    Returns:
-        The new content and the id of each piece.
+    ``first_id`` is the first new id, larger than all existing ids. Returns the new content and the
+    id of each piece.
 
     Raises:
         UserError: If the model is not a byte-level byte-pair model.
@@ -124,31 +118,17 @@ def _merged(text: str, ranks: dict[tuple[str, ...], int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """Selects which pieces are added.
+    """Selects which pieces are added."""
 
-    Attributes:
-        num_new: The maximum number of pieces.
-        kind: ``characters``, or ``pieces`` for characters and longer pieces.
-        script: ``han`` for Chinese characters and punctuation, ``any`` for all characters.
-        min_count: The minimum number of occurrences of a character in the corpus.
-    """
-
-    num_new: int
-    kind: PieceKind = "characters"
+    num_new: int  # the maximum number of pieces
+    kind: PieceKind = "characters"  # ``characters``, or ``pieces`` for characters and longer pieces
+    # ``han`` for Chinese characters and punctuation, ``any`` for all characters
     script: Script = "han"
-    min_count: int = 2
+    min_count: int = 2  # the minimum number of occurrences of a character in the corpus
 
 
 def choose_pieces(tokenizer: Tokenizer, texts: Iterable[str], choice: Choice) -> list[str]:
-    """Finds the pieces to add, the most frequent characters first.
-
-    Args:
-        tokenizer: The tokenizer to extend.
-        texts: Texts of the new language.
-        choice: The number and kind of the pieces.
-
-    Returns:
-        Pieces that the tokenizer does not have.
+    """Finds the pieces of texts that the tokenizer lacks, the most frequent characters first.
 
     Raises:
         UserError: If the texts contain no such piece.
@@ -187,13 +167,7 @@ def is_han(character: str) -> bool:
 def listed_pieces(
     tokenizer: Tokenizer, path: Path, num_new: int, encoding: str = "utf-8"
 ) -> list[str]:
-    """Reads the first pieces of a list that the tokenizer does not have.
-
-    Args:
-        tokenizer: The tokenizer to extend.
-        path: A file with one piece per line.
-        num_new: The maximum number of pieces.
-        encoding: Encoding of the file.
+    """Reads the first pieces of a list, one per line, that the tokenizer does not have.
 
     Raises:
         UserError: If the file cannot be read, or the tokenizer has all of its pieces.
@@ -221,21 +195,15 @@ def extend_tokenizer(
     output: Path,
     addition: Addition = "added-tokens",
 ) -> Tokenizer:
-    """Writes the tokenizer with additional pieces, for training and for transformers.
+    """Writes the tokenizer with additional pieces to a folder, for training and for transformers.
 
-    Args:
-        tokenizer: The tokenizer to extend.
-        pieces: The new pieces. Their ids follow the existing ids, in this order.
-        output: The output folder.
-        addition: How to extend a `tokenizer.json`: ``added-tokens`` are matched before the text is
-            split; ``merges`` may assign additional ids to intermediate results, such as the first
-            bytes of a character.
-
-    Returns:
-        The extended tokenizer.
+    The ids of the pieces follow the existing ids, in this order. A `tokenizer.json` is extended by
+    ``added-tokens``, which are matched before the text is split, or by ``merges``, which may assign
+    additional ids to intermediate results, such as the first bytes of a character.
 
     Raises:
-        UserError: If the folder cannot be written, or the pieces cannot be added to the tokenizer.
+        UserError: If the folder cannot be written, or the pieces cannot be added to the
+            tokenizer.
     """
     expected = list(range(tokenizer.vocab_size, tokenizer.vocab_size + len(pieces)))
     name = "tokenizer.json"
@@ -303,16 +271,8 @@ def _extended_json(tokenizer: Tokenizer, pieces: Sequence[str]) -> bytes:
     content["added_tokens"] = [
         *content.get("added_tokens", []),
         *(
-            {
-                "id": tokenizer.vocab_size + number,
-                "content": piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": False,
-            }
-            for number, piece in enumerate(pieces)
+            added_token(tokenizer.vocab_size + k, piece, special=False)
+            for k, piece in enumerate(pieces)
         ),
     ]
     text = json.dumps(content, ensure_ascii=False)
@@ -379,13 +339,9 @@ def _runs(texts: Sequence[str], is_wanted: Callable[[str], bool]) -> Iterator[st
 def growth_lines(
     old: Tokenizer, new: Tokenizer, pieces: Sequence[str], held_out: Mapping[str, Sequence[str]]
 ) -> Iterator[str]:
-    """Yields the lines of a report about an extension.
+    """Yields a report about the pieces that were added to a tokenizer.
 
-    Args:
-        old: The tokenizer before the extension.
-        new: The extended tokenizer.
-        pieces: The pieces that were added.
-        held_out: Held-out documents by the name of their language.
+    The texts ``held_out`` are documents by the name of their language.
     """
     num_parts = new.vocab_size - old.vocab_size - len(pieces)
     parts = f" and {num_parts} intermediate pieces" if num_parts > 0 else ""

@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+from typing_extensions import override
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import (
-    adds_bos_token,
-    join_arrays,
+    Tokenizer,
     read_model_file,
     read_tokenizer_config,
     sha256_of,
     without_surrogates,
 )
-from megatron_chatflow.tokenizer.small_files import save_tokenizer
 from megatron_chatflow.tokenizer.tokenizer_json import (
     library_errors,
     open_tokenizer_json,
@@ -39,16 +38,13 @@ COMMON_NAMES = {
 }
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Tokenizer):
     """A `Tokenizer` for a Hugging Face `tokenizer.json`."""
 
     tokenizer_type = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
-        """Loads the model.
-
-        Args:
-            path: The `tokenizer.json`.
+        """Loads a `tokenizer.json`.
 
         Raises:
             UserError: If the file cannot be read, is not a valid model, or has no EOS token.
@@ -87,13 +83,8 @@ class HuggingFaceTokenizer:
             return open_tokenizer_json(_without_prefix_space(self._content))
 
     @cached_property
-    def add_bos_token(self) -> bool:
-        """Whether the model's configuration adds BOS to every text."""
-        return adds_bos_token(self.model_path, self.bos_id)
-
-    @cached_property
+    @override
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
-        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size]."""
         num_bytes = np.zeros(self.vocab_size, np.int64)
         byte_level = _mentions(self._content.get("decoder"), "ByteLevel")
         for piece, token_id in self._tokenizer.get_vocab().items():
@@ -109,16 +100,12 @@ class HuggingFaceTokenizer:
             num_bytes[self.unk_id] = 0
         return num_bytes
 
-    def encode(self, text: str) -> list[int]:
-        """Encodes a text from its beginning, without BOS or EOS."""
-        return self.encode_batch([text])[0]
-
+    @override
     def encode_continuation(self, text: str) -> list[int]:
-        """Encodes a text that follows other text, without adding a leading space."""
         return self._encode_batch(self._continuing_tokenizer, [text])[0]
 
+    @override
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes every text as `encode` does."""
         return self._encode_batch(self._tokenizer, texts)
 
     def _encode_batch(
@@ -133,54 +120,24 @@ class HuggingFaceTokenizer:
                 encodings = tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
 
-    def encode_arrays(
-        self, texts: Sequence[str], end_id: int = -1
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Encodes every text and returns arrays. See `Tokenizer.encode_arrays`."""
-        return join_arrays(self.encode_batch(texts), end_id)
-
-    @property
-    def runs_in_threads(self) -> bool:
-        """False, because converting the texts and ids holds the interpreter lock."""
-        return False
-
-    def encode_json_lines(self, data: bytes, key: str, end_id: int, narrow: bool) -> None:
-        """Returns None: the caller must parse the lines."""
-
+    @override
     def control_id(self, name: str) -> int | None:
-        """Returns the id of a control token, or None if the model has no such token."""
         return self._control_ids.get(name)
 
     @property
+    @override
     def control_tokens(self) -> tuple[str, ...]:
-        """The names of all control tokens."""
         return tuple(self._control_ids)
 
     @property
+    @override
     def special_tokens(self) -> dict[str, str]:
-        """The tokens for `bos_token`, `eos_token` and so on, by the names in transformers."""
         return dict(self._special_tokens)
 
+    @override
     def decode(self, ids: Sequence[int]) -> str:
-        """Converts ids to text. Control ids are skipped."""
         with library_errors(f"cannot decode ids: {self.model_path}"):
             return self._tokenizer.decode([int(token_id) for token_id in ids])
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        chat_template: str | None = None,
-        add_bos_token: bool | None = None,
-    ) -> None:
-        """Writes `tokenizer.json` and its configuration.
-
-        Args:
-            folder: The output folder, created if it is missing.
-            chat_template: Jinja source of the chat template. None keeps the model's own template.
-            add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds
-                BOS only if this tokenizer does.
-        """
-        save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
 
 def _special_tokens(path: Path, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:

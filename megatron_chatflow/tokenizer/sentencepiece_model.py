@@ -11,42 +11,40 @@ import numpy.typing as npt
 import sentencepiece
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sentencepiece import sentencepiece_model_pb2
+from typing_extensions import override
 
 from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.base import (
-    adds_bos_token,
-    join_arrays,
+    Tokenizer,
     read_model_file,
     sha256_of,
     split_arrays,
     without_surrogates,
 )
 from megatron_chatflow.tokenizer.bpe import CompiledBpeEncoder, fast_encoder
-from megatron_chatflow.tokenizer.small_files import save_tokenizer
 from megatron_chatflow.tokenizer.tokenizer_json import error_text
 
 SPACE = "\u2581"
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A `Tokenizer` for a SentencePiece model. A literal `<s>` in text is encoded as text."""
 
     tokenizer_type = "Llama2Tokenizer"
 
     def __init__(self, path: Path) -> None:
-        """Loads the model.
-
-        Args:
-            path: The `.model` file.
+        """Loads a `.model` file.
 
         Raises:
-            UserError: If the file cannot be read, is not a SentencePiece model, or has no EOS id.
+            UserError: If the file cannot be read, is not a SentencePiece model, or has no EOS
+                id.
         """
         self.model_path = path
         self._model_bytes = read_model_file(path)
         self._processor = _processor_of(self._model_bytes, path)
-        _check_pieces(self._model_bytes, path)
+        model = _parsed(self._model_bytes, path)
+        self._has_prefix = bool(model.normalizer_spec.add_dummy_prefix)
         self.fingerprint = sha256_of(self._model_bytes)
         self.vocab_size = int(self._processor.vocab_size())
         self.bos_id = int(self._processor.bos_id())
@@ -65,13 +63,8 @@ class SentencePieceTokenizer:
         return _processor_of(model.SerializeToString(), self.model_path)
 
     @cached_property
-    def add_bos_token(self) -> bool:
-        """Whether the model's configuration adds BOS to every text."""
-        return adds_bos_token(self.model_path, self.bos_id)
-
-    @cached_property
+    @override
     def num_bytes_per_id(self) -> npt.NDArray[np.int64]:
-        """The number of UTF-8 bytes of text that each id represents, int64[vocab_size]."""
         processor = self._processor
         num_bytes = np.zeros(self.vocab_size, np.int64)
         for token_id in range(self.vocab_size):
@@ -86,89 +79,63 @@ class SentencePieceTokenizer:
     def _fast_encoder(self) -> CompiledBpeEncoder | None:
         return fast_encoder(self._model_bytes, self._processor)
 
-    @cached_property
-    def _has_prefix(self) -> bool:
-        model = sentencepiece_model_pb2.ModelProto()
-        model.ParseFromString(self._model_bytes)
-        return bool(model.normalizer_spec.add_dummy_prefix)
-
-    def encode(self, text: str) -> list[int]:
-        """Encodes a text from its beginning, without BOS or EOS."""
-        return self.encode_batch([text])[0]
-
+    @override
     def encode_continuation(self, text: str) -> list[int]:
-        """Encodes a text that follows other text, without the dummy prefix space."""
         if self._fast_encoder is None:
             return _encode(self._continuing_processor, text)
         ids, _ = _encode_fast(self._fast_encoder, [text], False, -1)
         found: list[int] = ids.tolist()
         return found
 
+    @override
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes every text as `encode` does."""
         if self._fast_encoder is None:
             return [_encode(self._processor, text) for text in texts]
         return split_arrays(*self.encode_arrays(texts))
 
+    @override
     def encode_arrays(
         self, texts: Sequence[str], end_id: int = -1
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-        """Encodes every text and returns arrays. See `Tokenizer.encode_arrays`."""
         if self._fast_encoder is None:
-            return join_arrays(self.encode_batch(texts), end_id)
+            return super().encode_arrays(texts, end_id)
         return _encode_fast(self._fast_encoder, texts, self._has_prefix, end_id)
 
     @property
+    @override
     def runs_in_threads(self) -> bool:
-        """Whether the compiled encoder is used, which releases the interpreter lock."""
-        return self._fast_encoder is not None
+        return self._fast_encoder is not None  # it releases the interpreter lock
 
+    @override
     def encode_json_lines(
         self, data: bytes, key: str, end_id: int, narrow: bool
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int] | None:
-        """Parses and encodes JSON lines. See `Tokenizer.encode_json_lines`."""
         if self._fast_encoder is None:
             return None
         return self._fast_encoder.encode_json_lines(data, key, self._has_prefix, end_id, narrow)
 
+    @override
     def control_id(self, name: str) -> int | None:
-        """Returns the id of a control token, or None if the model has no such token."""
         token_id = int(self._processor.piece_to_id(name))
         return token_id if self._processor.is_control(token_id) else None
 
     @cached_property
+    @override
     def control_tokens(self) -> tuple[str, ...]:
-        """The names of all control tokens."""
         ids = range(self.vocab_size)
         return tuple(self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i))
 
     @property
+    @override
     def special_tokens(self) -> dict[str, str]:
-        """The tokens for `bos_token`, `eos_token` and so on, by the names in transformers."""
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         ids["unk_token"] = self.unk_id
         return {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
 
+    @override
     def decode(self, ids: Sequence[int]) -> str:
-        """Converts ids to text. Control ids are skipped."""
         text: str = self._processor.decode([int(token_id) for token_id in ids])
         return text
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        chat_template: str | None = None,
-        add_bos_token: bool | None = None,
-    ) -> None:
-        """Writes `tokenizer.model` and the other files that transformers needs.
-
-        Args:
-            folder: The output folder, created if it is missing.
-            chat_template: Jinja source of the chat template. None keeps the model's own template.
-            add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds
-                BOS only if this tokenizer does.
-        """
-        save_tokenizer(self, Path(folder), chat_template, add_bos_token)
 
 
 def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -184,8 +151,8 @@ def _processor_of(data: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     return processor
 
 
-def _check_pieces(data: bytes, path: Path) -> None:
-    """Rejects models that sentencepiece accepts but encoding, extension or export cannot use."""
+def _parsed(data: bytes, path: Path) -> Any:
+    """Parses a model. Rejects those that sentencepiece accepts but this package cannot use."""
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)
@@ -193,13 +160,13 @@ def _check_pieces(data: bytes, path: Path) -> None:
         raise UserError(f"not a SentencePiece model: {path}: {error}") from error
     num_pieces = len(model.pieces)
     for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
-        if getattr(model.trainer_spec, name) >= num_pieces:
+        token_id = getattr(model.trainer_spec, name)
+        if token_id >= num_pieces:
             raise UserError(
-                f"damaged SentencePiece model: {path}: {name} is "
-                f"{getattr(model.trainer_spec, name)}, but it has {num_pieces} pieces; download "
-                "it again"
+                f"damaged SentencePiece model: {path}: {name} is {token_id}, but it has "
+                f"{num_pieces} pieces; download it again"
             )
-    reserved = (sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL,)
+    control = sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL
     texts: set[str] = set()
     for token_id, piece in enumerate(model.pieces):
         text: Any = piece.piece
@@ -208,7 +175,7 @@ def _check_pieces(data: bytes, path: Path) -> None:
             problem = "is not UTF-8"
         elif text in texts:
             problem = f"is a duplicate of {shorten(text)}"
-        elif not math.isfinite(piece.score) and piece.type not in reserved:
+        elif not math.isfinite(piece.score) and piece.type != control:
             problem = f"has the score {piece.score}"
         if problem:
             raise UserError(
@@ -216,6 +183,7 @@ def _check_pieces(data: bytes, path: Path) -> None:
                 "again"
             )
         texts.add(text)
+    return model
 
 
 def _encode(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:

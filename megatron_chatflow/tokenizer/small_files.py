@@ -140,11 +140,7 @@ def _read(folder: Path, names: list[str]) -> SmallFiles:
 
 
 def _check_added_tokens(name: str, content: Mapping[str, Any]) -> None:
-    """Checks the ids of added tokens.
-
-    Raises:
-        ValueError: If an id is not an integer from 0 to 2**31 - 1.
-    """
+    """Raises ValueError if the id of an added token is not an integer from 0 to 2**31 - 1."""
     ids: list[Any] = []
     if name == TOKENIZER_CONFIG and isinstance(content.get("added_tokens_decoder"), dict):
         ids = [int(k) if k.isdecimal() else k for k in content["added_tokens_decoder"]]
@@ -174,18 +170,7 @@ def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def save_tokenizer(
     tokenizer: Tokenizer, folder: Path, chat_template: str | None, add_bos_token: bool | None
 ) -> None:
-    """Writes a tokenizer and the files that accompany it to a folder that transformers can load.
-
-    Args:
-        tokenizer: The tokenizer.
-        folder: The output folder, created if it is missing.
-        chat_template: Jinja source of the chat template. None keeps the tokenizer's own template.
-        add_bos_token: If True, the saved tokenizer adds BOS to every text. Otherwise it adds BOS
-            only if `tokenizer` does.
-
-    Raises:
-        UserError: If the folder cannot be written.
-    """
+    """Writes a tokenizer and the files that accompany it; see `Tokenizer.save_pretrained`."""
     files = complete_tokenizer(read_tokenizer_files(tokenizer), tokenizer)
     if add_bos_token:
         files = with_bos(files, tokenizer)
@@ -204,13 +189,6 @@ def complete_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Smal
     """Adds the tokenizer configuration that transformers needs, if it is missing.
 
     The files of a model's folder are returned unchanged, because config.json has the information.
-
-    Args:
-        files: The files of this tokenizer.
-        tokenizer: The tokenizer.
-
-    Returns:
-        The completed files.
     """
     if MODEL_CONFIG in files:
         return dict(files)
@@ -232,13 +210,6 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
     The files that accompany the new tokenizer override those of the old one. Settings that they do
     not contain, such as the chat template, padding and `model_max_length`, are kept.
 
-    Args:
-        files: The old files.
-        tokenizer: The new tokenizer.
-
-    Returns:
-        The new files, or a copy of the old ones if they already contain this tokenizer.
-
     Raises:
         UserError: If a file that accompanies the new tokenizer cannot be read.
     """
@@ -246,10 +217,7 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
         return dict(files)
     tokenizer_files = read_tokenizer_files(tokenizer)
     is_bare = TOKENIZER_CONFIG not in tokenizer_files
-    old, new = (
-        _json_object(files, TOKENIZER_CONFIG),
-        _json_object(tokenizer_files, TOKENIZER_CONFIG),
-    )
+    old, new = (_json_object(given, TOKENIZER_CONFIG) for given in (files, tokenizer_files))
     if not old and _SPECIAL_TOKENS_MAP not in files:
         return {**{k: v for k, v in files.items() if k not in _VOCABULARY}, **tokenizer_files}
     has_templates = bool(chat_templates_in(tokenizer_files, tokenizer.model_path.parent))
@@ -272,7 +240,8 @@ def replace_tokenizer(files: Mapping[str, bytes], tokenizer: Tokenizer) -> Small
     if lost:
         logger.warning(
             "%s: has no %s of the old tokenizer, so the export omits it",
-            *(tokenizer.model_path, ", ".join(lost)),
+            tokenizer.model_path,
+            ", ".join(lost),
         )
         for name in (MODEL_CONFIG, GENERATION_CONFIG):
             _drop_ids(result, name, set(lost.values()))
@@ -378,28 +347,17 @@ def token_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> dict[str, int
 def default_chat_template(files: Mapping[str, bytes], folder: Path) -> str | None:
     """Returns the Jinja source of the default chat template, or None if there is none.
 
-    Args:
-        files: The small files of a folder.
-        folder: The folder, for messages.
-
     Raises:
-        UserError: If a file with chat templates is damaged.
+        UserError: If a file with chat templates is damaged. The message names the folder.
     """
     return chat_templates_in(files, folder).get("default")
 
 
 def with_chat_template(files: Mapping[str, bytes], source: str) -> SmallFiles:
-    """Sets the default chat template and keeps other named templates.
+    """Sets the Jinja source of the default chat template and keeps other named templates.
 
-    The template is written to the place of the old one: a separate file or
-    `tokenizer_config.json`. If neither exists, it is written to `chat_template.jinja`.
-
-    Args:
-        files: The small files of a folder.
-        source: Jinja source.
-
-    Returns:
-        The new files, or a copy of the old ones if they already have this template.
+    The template is written to the place of the old one: a separate file or `tokenizer_config.json`.
+    If neither exists, it is written to `chat_template.jinja`.
     """
     result = dict(files)
     if default_chat_template(files, Path()) == source:
@@ -426,12 +384,8 @@ def with_chat_template(files: Mapping[str, bytes], source: str) -> SmallFiles:
 def with_bos(files: Mapping[str, bytes], tokenizer: Tokenizer) -> SmallFiles:
     """Makes the tokenizer add BOS to every text, for a model that was trained with BOS.
 
-    Args:
-        files: The files of this tokenizer, as `complete_tokenizer` returns them.
-        tokenizer: The tokenizer.
-
-    Returns:
-        The new files, or a copy of the old ones if they already add BOS or there is no BOS token.
+    ``files`` are those that `complete_tokenizer` returns. They do not change if they already add
+    BOS or there is no BOS token.
     """
     bos, result = tokenizer.special_tokens.get("bos_token"), dict(files)
     config, data = _json_object(files, TOKENIZER_CONFIG), files.get("tokenizer.json")
@@ -462,9 +416,6 @@ def with_stop_tokens(
         files: The files of the export, including its chat template and tokenizer.
         ids: `bos_token_id`, `eos_token_id` and `pad_token_id` for a model without a base model.
         tokenizer: The tokenizer of the export, or None if it has none.
-
-    Returns:
-        The new files, or a copy of the old ones if the list is already complete.
     """
     config = _json_object(files, GENERATION_CONFIG)
     if GENERATION_CONFIG not in files:
@@ -475,7 +426,8 @@ def with_stop_tokens(
             if (value := of_model.get(name, None if of_model else ids.get(name))) is not None
         }
         config["_from_model_config"] = False
-    stops = _as_list(config.get("eos_token_id"))
+    stops = config.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     listed = stops
     if not listed and "eos_token_id" in ids:
         listed = [ids["eos_token_id"]]
@@ -486,10 +438,6 @@ def with_stop_tokens(
     if every != stops:
         config["eos_token_id"] = every[0] if len(every) == 1 else every
     return {**files, GENERATION_CONFIG: json_bytes(config)}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]:
@@ -516,11 +464,7 @@ def _turn_end_ids(files: Mapping[str, bytes], tokenizer: Tokenizer) -> list[int]
 
 
 def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Parses one of the files as a JSON object. Returns an empty dictionary if it is missing.
-
-    Raises:
-        ValueError: If the file is not a JSON object.
-    """
+    """Parses one of the files as a JSON object, which is empty if the file is missing."""
     if name not in files:
         return {}
     content = parse_json(files[name])

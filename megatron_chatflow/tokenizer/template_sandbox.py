@@ -181,11 +181,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def render(self, template: Template, variables: Mapping[str, Any]) -> str:
-        """Renders a template.
-
-        Args:
-            template: A template of this environment.
-            variables: The template's variables. The limits grow with the size of `messages`.
+        """Renders a template. The limits grow with the size of `messages` among the variables.
 
         Raises:
             TemplateLimitError: If the rendering exceeds a limit.
@@ -518,10 +514,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    options: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -78,12 +78,7 @@ def transcode(blocks: Iterator[bytes], name: str, encoding: str) -> Iterator[byt
 
     UTF-8 input is passed through. In other encodings, bytes that cannot be decoded become the byte
     0xFF, which is not valid UTF-8 either. Later stages treat both kinds of invalid bytes alike:
-    they drop or replace them and count them.
-
-    Args:
-        blocks: The bytes of the text.
-        name: The file's name, for messages.
-        encoding: A result of `canonical_encoding`.
+    they drop or replace them and count them. ``encoding`` is a result of `canonical_encoding`.
 
     Raises:
         UserError: If the stream is not text, or is not in the given encoding.
@@ -113,11 +108,6 @@ def transcode(blocks: Iterator[bytes], name: str, encoding: str) -> Iterator[byt
 
 def check_head(head: bytes, name: str, encoding: str) -> None:
     """Checks from the first bytes of a file that it is text in the given encoding.
-
-    Args:
-        head: The first bytes of the file. Only the first `HEAD_BYTES` are examined.
-        name: The file's name, for messages.
-        encoding: A result of `canonical_encoding`.
 
     Raises:
         UserError: If the file is not text, or is not in the given encoding.
@@ -159,15 +149,9 @@ def check_head(head: bytes, name: str, encoding: str) -> None:
 
 
 def check_share_of_invalid(num_invalid: int, data: bytes, where: str) -> None:
-    """Checks that only a small share of a text is not valid UTF-8.
+    """Raises `UserError` if so many characters of ``data`` are invalid that it is not UTF-8.
 
-    Args:
-        num_invalid: Number of characters that cannot be decoded.
-        data: The bytes of the text.
-        where: The file and line of the first invalid character, for messages.
-
-    Raises:
-        UserError: If the share is so large that the text is probably in another encoding.
+    ``where`` is the file and line of the first invalid character, for the message.
     """
     limit = min(NUM_INVALID_LET_PASS + MAX_INVALID_SHARE * len(data), len(data) / 2)
     if num_invalid > limit:

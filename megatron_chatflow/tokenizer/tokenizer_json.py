@@ -97,10 +97,9 @@ def parse_tokenizer_json(data: bytes) -> dict[str, Any]:
 
 
 def open_tokenizer_json(content: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Creates the library's tokenizer. It encodes the names of control tokens in text as text.
+    """Creates the library's tokenizer from the result of `parse_tokenizer_json`.
 
-    Args:
-        content: The result of `parse_tokenizer_json`.
+    It encodes the names of control tokens in text as text.
 
     Raises:
         ValueError: If the library rejects the content, or the ids are too sparse.
@@ -196,11 +195,7 @@ def _without_panic(output: bytes, message: bytes) -> bytes:
 
 @contextmanager
 def library_errors(what: str) -> Iterator[None]:
-    """Converts errors and panics of a Rust library to a `UserError`.
-
-    Args:
-        what: What failed and where, the beginning of the message.
-    """
+    """Converts errors and panics of a Rust library to a `UserError` that begins with ``what``."""
     try:
         with without_panic_output():
             yield

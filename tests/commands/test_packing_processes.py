@@ -8,9 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from megatron_chatflow.data import build_once as build_once_module
-from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.data.packing import build_once
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 
 
@@ -88,20 +87,3 @@ def test_one_process_builds_and_the_others_wait(tmp_path):
     assert len(list(tmp_path.glob("built_by_*"))) == 1
     assert len(list(tmp_path.glob("got_content_*"))) == 4
     assert not list(tmp_path.glob("*.lock"))
-
-
-def build_beside_lock(folder, **kwargs):
-    saved = []
-    content = build_once(
-        folder / "target", load=lambda: None, build=lambda: 5, save=saved.append, **kwargs
-    )
-    return content, saved
-
-
-def test_the_lock_of_a_dead_process_is_removed(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=int)
-    process.start()
-    process.join()
-    owner = {**build_once_module._owner(), "pid": process.pid}
-    (tmp_path / "target.lock").write_text(str(owner).replace("'", '"'))
-    assert build_beside_lock(tmp_path) == (5, [5])

@@ -26,7 +26,7 @@ from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.blend.engine import make_engine
 from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.blend.schedule import Schedule
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 from megatron_chatflow.runtime.table import Row
 
 extension = load_extension("blend")

@@ -128,7 +128,7 @@ def _write(texts: Iterator[str] | list[str], path: Path, facts: tuple[int, int])
     return GeneratedCorpus(path, num_documents, num_text_bytes, *facts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class BenchmarkVocabulary:
     """Replaces a tokenizer where ids are only copied."""
 

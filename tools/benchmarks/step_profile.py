@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import Shape
 from megatron_chatflow.config.shape import num_parameters
-from megatron_chatflow.runtime.device import copy_rate, peak_flops, product_rate
+from megatron_chatflow.runtime.device import call_seconds, peak_flops
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.runtime.table import Row
 
@@ -130,3 +130,25 @@ def profile_rows(step: Callable[[], float], shape: Shape, ranks: Ranks) -> list[
             }
         )
     return rows
+
+
+_COPIED_BYTES = 1 << 28
+
+
+def product_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """Measures the FLOP/s of the best of thirty products of square matrices.
+
+    The matrices are random, because a GPU's power and clock depend on the values.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (
+        torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2)
+    )
+    return 2 * size**3 / min(call_seconds(lambda: torch.matmul(left, right), device, 30))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Measures the bytes per second that a copy beyond the caches reads and writes."""
+    source = torch.ones(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPIED_BYTES / min(call_seconds(lambda: target.copy_(source), device, 5))

@@ -9,10 +9,10 @@ from blend_cases import brute_index, schedules, weights_matrix, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_chatflow.blend.engine import ReferenceEngine, native_engine, window_ends
+from megatron_chatflow.blend.engine import ReferenceEngine, make_engine, window_ends
 from megatron_chatflow.blend.quota import GRID, GRID_BITS, Interval, Quota, WeightTable
 from megatron_chatflow.blend.schedule import Schedule
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("blend")
 
@@ -24,13 +24,10 @@ pytestmark = [
 CONSTANT = Interval(0, 0, 0, 0, 0, 0, 0, 1)
 
 
-def engines(schedule: Schedule, num_leaf_bits: int = -1):
+def engines(schedule: Schedule, num_leaf_bits: int | None = None):
     zeros = [0] * len(schedule.sources)
-    bits = None if num_leaf_bits < 0 else num_leaf_bits
-    return (
-        native_engine(schedule.table(), 0, zeros, zeros, num_leaf_bits),
-        ReferenceEngine(schedule.table(), 0, zeros, zeros, bits),
-    )
+    arguments = (schedule.table(), 0, zeros, zeros, num_leaf_bits)
+    return make_engine(*arguments), ReferenceEngine(*arguments)
 
 
 def assert_same(native, reference, begin: int, end: int) -> None:
@@ -40,8 +37,8 @@ def assert_same(native, reference, begin: int, end: int) -> None:
 
 
 @settings(max_examples=80, deadline=None)
-@given(schedules(max_sources=12), st.sampled_from([1, 3, 5, -1]))
-def test_draw_for_draw(schedule: Schedule, num_leaf_bits: int) -> None:
+@given(schedules(max_sources=12), st.sampled_from([1, 3, 5, None]))
+def test_draw_for_draw(schedule: Schedule, num_leaf_bits: int | None) -> None:
     assert_same(*engines(schedule, num_leaf_bits), 0, 180)
 
 
@@ -91,7 +88,7 @@ def test_tables_at_the_edge_of_64_bits() -> None:
                 target = ((base[k] >> GRID_BITS) + 1) << GRID_BITS
                 assert end == quota.first_at_least(k, target)
             zeros = [0, 0, 0]
-            native = native_engine(table, begin, zeros, zeros, 6)
+            native = make_engine(table, begin, zeros, zeros, 6)
             reference = ReferenceEngine(table, begin, zeros, zeros, 6)
             for place in (7, half * batch - 40, 2 * half * batch - 90, rng.randrange(1 << 39)):
                 at = min(max(place, 7), (1 << 40) - 200)
@@ -139,7 +136,7 @@ def test_as_many_sources_as_an_int16_holds() -> None:
     count = 32767
     table = WeightTable(0, 512, (tuple(GRID * k // count for k in range(count + 1)),), (CONSTANT,))
     zeros = [0] * count
-    source, index = native_engine(table, 0, zeros, zeros).take(0, 2 * count)
+    source, index = make_engine(table, 0, zeros, zeros).take(0, 2 * count)
     assert sorted(source[:count].tolist()) == list(range(count))
     counts = np.bincount(source, minlength=count)
     assert counts.min() >= 1 and counts.max() <= 3 and index.max() <= 2
@@ -149,7 +146,7 @@ def test_one_source_too_many() -> None:
     count = 32768
     levels = (tuple(GRID * k // count for k in range(count + 1)),)
     with pytest.raises(ValueError, match="32767|32768"):
-        native_engine(WeightTable(0, 1, levels, (CONSTANT,)), 0, [0] * count, [0] * count)
+        make_engine(WeightTable(0, 1, levels, (CONSTANT,)), 0, [0] * count, [0] * count)
 
 
 def test_calls_from_several_threads() -> None:
@@ -199,7 +196,7 @@ BAD_TABLES = [
 @pytest.mark.parametrize(("table", "message"), BAD_TABLES)
 def test_tables_that_cannot_be_are_refused(table: WeightTable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        native_engine(table, 0, [0, 0], [0, 0])
+        make_engine(table, 0, [0, 0], [0, 0])
 
 
 @pytest.mark.parametrize(
@@ -216,11 +213,11 @@ def test_states_that_cannot_be_are_refused(
     base: list[int], counts: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        native_engine(WeightTable(0, 1, ROWS, (CONSTANT,)), 0, base, counts)
+        make_engine(WeightTable(0, 1, ROWS, (CONSTANT,)), 0, base, counts)
 
 
 def test_samples_outside_the_tree_are_refused() -> None:
-    native = native_engine(WeightTable(0, 1, ROWS, (CONSTANT,)), 5, [0, 0], [0, 0])
+    native = make_engine(WeightTable(0, 1, ROWS, (CONSTANT,)), 5, [0, 0], [0, 0])
     for begin, end in [(4, 6), (7, 6), (1 << 40, (1 << 40) + 6)]:
         with pytest.raises(ValueError, match="samples"):
             native.take(begin, end)

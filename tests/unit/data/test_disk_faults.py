@@ -13,8 +13,8 @@ import pytest
 from data_files import write_dataset
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
+from megatron_chatflow.data.packing import build_once
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import StagedFile, publish_all
 from megatron_chatflow.preprocess import dedup as duplicates

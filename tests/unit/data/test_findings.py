@@ -186,7 +186,8 @@ def test_packing_that_cuts_much(tmp_path: Path) -> None:
 def test_sidecars_without_block_hashes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Their data cannot be compared with anything, which the start of a run must report."""
     paths = [dataset(tmp_path, "a"), dataset(tmp_path, "b", seed=1)]
-    sidecars = {paths[0]: {"append_eod": True, "block_hash": {}}, paths[1]: {"append_eod": True}}
+    settings = {"settings": {"append_eod": True}}
+    sidecars = {paths[0]: {**settings, "block_hash": {}}, paths[1]: settings}
     sources = {"x": {"paths": paths}}
     config, tokenizer = data_config(sources), ControlTokenizer()
     built = build_sources(config, seed=1, tokenizer=tokenizer)

@@ -1,8 +1,6 @@
 """Tests packing: whole documents, best fit, and the cache on disk."""
 
-import os
-import threading
-import time
+import tempfile
 
 import numpy as np
 import pytest
@@ -11,13 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_chatflow.data import packing as packing_module
-from megatron_chatflow.data.build_once import build_once
 from megatron_chatflow.data.packing import (
-    PackedSamples,
     best_fit,
     best_fit_reference,
+    build_once,
     cached_packing,
     load_packing,
+    make_packed_samples,
     pack_documents,
     packing_key,
     save_packing,
@@ -28,6 +26,7 @@ from megatron_chatflow.data.samples import (
     SampleShape,
     open_token_file,
 )
+from megatron_chatflow.files import FileLock
 
 PAD = 3
 SHAPE = SampleShape(seq_length=7, pad_id=PAD, vocab_size=1 << 20, isolate=True)
@@ -107,7 +106,7 @@ def read_both(files, packing):
     counts = [0, *np.cumsum([file.num_documents for file in files])]
     lists = DocumentLists(np.array(counts, np.int64), packing.offsets, packing.documents)
     return BothReaders(
-        PackedSamples("source", files, packing, SHAPE),
+        make_packed_samples("source", files, packing, SHAPE),
         PackedReaderReference("source", files, lists, SHAPE),
     )
 
@@ -283,42 +282,29 @@ def test_where_no_lock_can_be_made_everyone_builds(tmp_path, caplog):
     assert "building in memory" in caplog.text
 
 
-def build_beside_lock(folder, **kwargs):
+def test_a_lock_file_left_by_a_killed_process_does_not_matter(tmp_path):
+    (tmp_path / "target.lock").write_text('{"host": "elsewhere", "pid": 1}')
     saved = []
-    content = build_once(
-        folder / "target", load=lambda: None, build=lambda: 5, save=saved.append, **kwargs
-    )
-    return content, saved
+    content = build_once(tmp_path / "target", load=lambda: None, build=lambda: 5, save=saved.append)
+    assert (content, saved) == (5, [5])
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1}', "", "[1]", '{"pid": "x"}'])
-def test_a_lock_that_nobody_touches_is_removed(tmp_path, content):
-    (tmp_path / "target.lock").write_text(content)
-    assert build_beside_lock(tmp_path, stale_seconds=0.2) == (5, [5])
-    assert not list(tmp_path.glob("*.lock"))
+def test_without_locks_of_the_file_system_a_process_per_machine_builds(tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "local").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "local"))
+    acquire = FileLock.acquire
+    used = []
 
+    def without_flock(path, **kwargs):
+        lock = acquire(path, **kwargs)
+        used.append(path.parent.name)
+        lock.is_effective = path.parent.name == "local"
+        return lock
 
-def test_a_lock_that_is_touched_is_respected(tmp_path):
-    lock = tmp_path / "target.lock"
-    lock.write_text('{"host": "elsewhere", "pid": 1}')
-    released = threading.Event()
-    result = []
-    builder = threading.Thread(
-        target=lambda: result.append(
-            build_once(
-                tmp_path / "target",
-                load=lambda: "theirs" if released.is_set() else None,
-                build=lambda: "ours",
-                save=lambda content: None,
-                stale_seconds=0.6,
-            )
-        )
-    )
-    builder.start()
-    for _ in range(15):
-        time.sleep(0.1)
-        os.utime(lock)
-    assert not result
-    released.set()
-    builder.join()
-    assert result == ["theirs"]
+    monkeypatch.setattr(FileLock, "acquire", without_flock)
+    target = tmp_path / "shared" / "target"
+    content = build_once(target, load=lambda: None, build=lambda: 5, save=lambda content: None)
+    assert content == 5 and used == ["shared", "local"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -10,8 +10,8 @@ from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.data.samples import (
     SampleShape,
     WindowReaderReference,
-    Windows,
     documents_in_split,
+    make_windows,
     open_token_file,
     split_runs,
 )
@@ -30,7 +30,7 @@ def reader_of(
 ):
     files = [open_token_file(prefix, with_loss_mask=loss) for prefix in prefixes]
     runs = split_runs(files, split, holdout_every)
-    windows = Windows("source", files, runs, shape(**kwargs), keep_tail=keep_tail)
+    windows = make_windows("source", files, runs, shape(**kwargs), keep_tail=keep_tail)
     return BothReaders(
         windows,
         WindowReaderReference("source", files, runs, shape(**kwargs), windows.num_samples),

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.data.loader import Buffers, read_rows, read_rows_reference
 from megatron_chatflow.data.packing import (
-    PackedSamples,
     Packing,
     best_fit,
     best_fit_reference,
     load_packing,
+    make_packed_samples,
     pack_documents,
     save_packing,
 )
@@ -32,14 +32,14 @@ from megatron_chatflow.data.samples import (
     SampleShape,
     TokenFile,
     WindowReaderReference,
-    Windows,
     make_packed_reader,
     make_window_reader,
+    make_windows,
     open_token_file,
     split_runs,
 )
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 pytestmark = pytest.mark.native
 
@@ -85,7 +85,7 @@ def test_every_token_type(dtype, isolate):
     files = [token_file(np.random.default_rng(1), [5, 0, 9, 4, 13], np.dtype(dtype))]
     shape = SHAPE._replace(isolate=isolate)
     runs = split_runs(files, "train", None)
-    windows = Windows("label", files, runs, shape, keep_tail=True)
+    windows = make_windows("label", files, runs, shape, keep_tail=True)
     reference = WindowReaderReference("label", files, runs, shape, windows.num_samples)
     for ordinal in range(-1, windows.num_samples + 1):
         assert outcome(windows.rows, ordinal) == outcome(reference, ordinal)
@@ -111,7 +111,7 @@ def test_positions_beyond_2_to_the_40(tmp_path):
     pointers = np.array([0, num_tokens - 15, num_tokens - 4], np.int64)
     files = [TokenFile("file", tokens, pointers, np.arange(4, dtype=np.int64))]
     runs = split_runs(files, "train", None)
-    windows = Windows("label", files, runs, SHAPE, keep_tail=True)
+    windows = make_windows("label", files, runs, SHAPE, keep_tail=True)
     assert windows.num_samples == -(-(num_tokens - 1) // 7)
     reference = WindowReaderReference("label", files, runs, SHAPE, windows.num_samples)
     for ordinal in range(windows.num_samples - 4, windows.num_samples):
@@ -225,11 +225,11 @@ def test_damaged_index_files_give_an_error_or_samples_of_the_file(tmp_path):
             assert "\n" not in str(error)
             continue
         num_opened += 1
-        windows = Windows("label", files, runs, SHAPE, keep_tail=True)
+        windows = make_windows("label", files, runs, SHAPE, keep_tail=True)
         reference = WindowReaderReference("label", files, runs, SHAPE, windows.num_samples)
         for ordinal in range(windows.num_samples):
             assert outcome(windows.rows, ordinal) == outcome(reference, ordinal)
-        packed = PackedSamples("label", files, packing, SHAPE)
+        packed = make_packed_samples("label", files, packing, SHAPE)
         for ordinal in range(packed.num_samples):
             outcome(packed.rows, ordinal)
     assert num_opened
@@ -290,7 +290,7 @@ def test_rows_and_digests_equal_the_reference(seq_length):
         files = [token_file(random, random.integers(1, 40, 60))]
         runs = split_runs(files, "train", None)
         own_shape = shape._replace(isolate=number != 1)
-        windows = Windows("label", files, runs, own_shape, keep_tail=False)
+        windows = make_windows("label", files, runs, own_shape, keep_tail=False)
         readers.append(windows.rows)
         references.append(
             WindowReaderReference("label", files, runs, own_shape, windows.num_samples)
@@ -318,7 +318,7 @@ def make_buffers(num_rows, seq_length):
 
 def test_the_digest_is_blake2b():
     files = [token_file(np.random.default_rng(7), [1000])]
-    windows = Windows("label", files, split_runs(files, "train", None), SHAPE, keep_tail=False)
+    windows = make_windows("label", files, split_runs(files, "train", None), SHAPE, keep_tail=False)
     buffers = make_buffers(1, 7)
     read_rows([windows.rows], np.zeros(1, np.int64), np.full(1, 5), 1, buffers)
     tokens, loss_mask, _ = windows.rows.read(5)
@@ -344,7 +344,7 @@ def test_the_digest_is_blake2b():
 )
 def test_buffers_that_do_not_fit_are_refused(change):
     files = [token_file(np.random.default_rng(8), [100])]
-    windows = Windows("label", files, split_runs(files, "train", None), SHAPE, keep_tail=False)
+    windows = make_windows("label", files, split_runs(files, "train", None), SHAPE, keep_tail=False)
     arguments = {
         "reader_of_row": np.zeros(2, np.int64),
         "ordinals": np.zeros(2, np.int64),

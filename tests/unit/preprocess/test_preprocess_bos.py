@@ -8,7 +8,7 @@ import pytest
 from preprocess_jobs import Jobs
 
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.data.packing import PackedSamples, pack_documents
+from megatron_chatflow.data.packing import make_packed_samples, pack_documents
 from megatron_chatflow.data.samples import SampleShape, open_token_file
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, sidecar_path
 from megatron_chatflow.errors import UserError
@@ -101,7 +101,7 @@ def test_packed_documents_keep_their_bos(jobs: Jobs) -> None:
     file = open_token_file(f"{jobs.prefix}_text_document", with_loss_mask=True)
     packing = pack_documents([file], "train", None, 64)
     shape = SampleShape(64, tokenizer.pad_id, tokenizer.vocab_size, isolate=True)
-    samples = PackedSamples("s", [file], packing, shape)
+    samples = make_packed_samples("s", [file], packing, shape)
     num_begins = 0
     for number in range(samples.num_samples):
         tokens, loss_mask, cu_seqlens = samples.rows.read(number)

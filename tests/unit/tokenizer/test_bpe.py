@@ -10,8 +10,8 @@ import pytest
 import sentencepiece
 from bpe_models import pieces_of
 
-from megatron_chatflow.runtime.extension import load_extension
-from megatron_chatflow.tokenizer.bpe import BpePieces, ReferenceBpeEncoder, compiled_bpe_encoder
+from megatron_chatflow.runtime import load_extension
+from megatron_chatflow.tokenizer.bpe import BpePieces, compiled_bpe_encoder
 
 extension = load_extension("tokenizer")
 
@@ -44,6 +44,47 @@ def hard_texts(num_texts: int, seed: int) -> list[str]:
                 parts.append(generator.choice(WORDS))
         texts.append("".join(parts))
     return texts
+
+
+class ReferenceBpeEncoder:
+    """Implements the algorithm in `bpe` literally, in quadratic time in the length of a text."""
+
+    def __init__(self, model: BpePieces) -> None:
+        numbered = zip(model.pieces, model.ids, model.scores, strict=True)
+        self._pieces = {piece: (token_id, score) for piece, token_id, score in numbered}
+        self._byte_ids = model.byte_ids
+
+    def encode_batch(
+        self, texts: list[str], with_prefix: bool, end_id: int = -1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        sequences = [self._encode(text, with_prefix) for text in texts]
+        for sequence in sequences:
+            if sequence and end_id >= 0:
+                sequence.append(end_id)
+        flat = [token_id for sequence in sequences for token_id in sequence]
+        return np.array(flat, np.int32), np.array([len(s) for s in sequences], np.int32)
+
+    def _encode(self, text: str, with_prefix: bool) -> list[int]:
+        if not text:
+            return []
+        symbols = list(((" " if with_prefix else "") + text).replace(" ", "\u2581"))
+        while True:
+            joints = [
+                (-self._pieces[left + right][1], k)
+                for k, (left, right) in enumerate(zip(symbols, symbols[1:], strict=False))
+                if left + right in self._pieces
+            ]
+            if not joints:
+                break
+            k = min(joints)[1]
+            symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
+        ids: list[int] = []
+        for symbol in symbols:
+            if symbol in self._pieces:
+                ids.append(self._pieces[symbol][0])
+            else:
+                ids += [self._byte_ids[byte] for byte in symbol.encode()]
+        return ids
 
 
 def made_up_model(seed: int) -> BpePieces:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from bpe_models import pieces_of
 
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 from megatron_chatflow.tokenizer.bpe import CompiledBpeEncoder, compiled_bpe_encoder
 
 extension = load_extension("tokenizer")

@@ -13,7 +13,7 @@ from benchmarks.blend import (
     run,
     worst_error,
 )
-from megatron_chatflow.runtime.extension import load_extension
+from megatron_chatflow.runtime import load_extension
 
 extension = load_extension("blend")
 

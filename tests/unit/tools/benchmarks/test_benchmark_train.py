@@ -11,7 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peer_process import PeerProcess
 from benchmarks.shapes import OURS, SHAPES, Shape
-from benchmarks.step_profile import OUTSIDE, least_bytes, part_of, time_and_flops
+from benchmarks.step_profile import (
+    OUTSIDE,
+    copy_rate,
+    least_bytes,
+    part_of,
+    product_rate,
+    time_and_flops,
+)
 from megatron_chatflow.errors import UserError
 
 
@@ -130,3 +137,9 @@ def test_a_process_that_ends_is_an_error() -> None:
         assert all(process.poll() is not None for process in ours._processes)
     with pytest.raises(UserError, match=r"KeyError: 'nothing'"):
         PeerProcess("nothing", shape)
+
+
+def test_rates_are_rates() -> None:
+    cpu = torch.device("cpu")
+    assert product_rate(cpu, torch.float32, size=64) > 1e6
+    assert copy_rate(cpu) > 1e6
