@@ -7,7 +7,7 @@ from typing import Any
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import loss_mask_prefix
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 
 class Jobs:

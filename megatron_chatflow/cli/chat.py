@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.errors import ArgumentParser, UserError
-from megatron_chatflow.generation.chat import Conversation
 from megatron_chatflow.generation.generate import (
+    Conversation,
     Generator,
     add_sampling_arguments,
     sampling_from_args,

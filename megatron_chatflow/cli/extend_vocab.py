@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.files import check_new_folder, new_folder
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.extend import (
     ADDITIONS,
@@ -151,7 +152,7 @@ def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
         txt_documents="line",
         encoding=canonical_encoding(args.encoding),
     )
-    reader = CorpusReader(find_inputs(inputs), settings.read_options)
+    reader = CorpusReader(find_inputs(inputs), settings)
     num_documents = num_bad = 0
     first_bad: str | None = None
     for chunk in reader.chunks():

@@ -8,7 +8,7 @@ from megatron_chatflow.errors import ArgumentParser
 from megatron_chatflow.preprocess import parse_shard, preprocess, settings_of_options
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import SCRIPTS
-from megatron_chatflow.preprocess.readers import MAX_EXPANSION, MAX_RECORD_BYTES
+from megatron_chatflow.preprocess.settings import MAX_EXPANSION, MAX_RECORD_BYTES
 from megatron_chatflow.preprocess.templates import TEMPLATES
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 

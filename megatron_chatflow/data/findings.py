@@ -34,7 +34,7 @@ def data_findings(
     data: DataConfig, sources: Sequence[Source], held_out: Sequence[Source], tokenizer: Tokenizer
 ) -> list[str]:
     """Reports suspicious properties of the training and validation datasets, one line each."""
-    findings = []
+    findings: list[str] = []
     labelled = [(f"data.sources.{source.name}", source) for source in sources]
     for source in held_out:
         # Without validation paths, the files are those of the training split.

@@ -19,16 +19,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
 from megatron_chatflow.config.fields import shorten
 from megatron_chatflow.data.loader import MicroBatch
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.models import LanguageModel
-from megatron_chatflow.evaluation.validation import pad_to_pipeline_groups, reduce_source_sums
+from megatron_chatflow.evaluation.validation import reduce_source_sums, sum_losses
 from megatron_chatflow.model.forward import ForwardStep
-from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.tokenizer import Tokenizer
 
@@ -49,43 +47,30 @@ _BEFORE_ANSWER = {"en": " ", "zh": ""}
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question.
+    """A multiple-choice question."""
 
-    Attributes:
-        subject: Subject of the question; "" if the file does not give it.
-        question: Text of the question.
-        choices: Texts of the choices.
-        answer: Index of the right choice.
-        place: File and line, for messages; "" if the question was not read from a file.
-    """
-
-    subject: str
+    subject: str  # subject of the question; "" if the file does not give it
     question: str
     choices: tuple[str, ...]
-    answer: int
+    answer: int  # index of the right choice
+    # file and line, for messages; "" if the question was not read from a file
     place: str = field(default="", compare=False)  # files may share questions
 
 
 @dataclass(frozen=True)
 class ChoiceSettings:
-    """Prompt and scoring of multiple-choice questions.
+    """Prompt and scoring of multiple-choice questions."""
 
-    Attributes:
-        scoring: Whether letters or whole choices are scored.
-        num_few_shot: Number of solved examples before each question, of its subject if possible.
-        language: Language of the prompt around the questions.
-    """
-
-    scoring: Scoring = "letter"
+    scoring: Scoring = "letter"  # whether letters or whole choices are scored
+    # number of solved examples before each question, of its subject if possible
     num_few_shot: int = 0
-    language: Language = "en"
+    language: Language = "en"  # language of the prompt around the questions
 
 
 def read_questions(path: Path) -> list[Question]:
     """Reads JSON lines with ``question``, ``choices`` (or ``A``, ``B``, ...) and ``answer``.
 
-    Args:
-        path: The file. ``answer`` is an index or a letter; ``subject`` is optional.
+    ``answer`` is an index or a letter; ``subject`` is optional.
 
     Raises:
         UserError: The file cannot be read, or a line is not a question.
@@ -146,13 +131,9 @@ def _index(answer: Any) -> int:
 def select_few_shot_examples(
     questions: Sequence[Question], number: int, pool: Sequence[Question], count: int
 ) -> list[Question]:
-    """Selects solved examples: the first other questions of the same subject, then of any.
+    """Selects solved examples from a pool, which may be the questions themselves.
 
-    Args:
-        questions: All questions.
-        number: Index of the question to be asked.
-        pool: Candidates; may be the questions themselves.
-        count: Number of examples.
+    The first other questions of the same subject come first, then those of any subject.
     """
     asked = questions[number]
     others = [q for q in pool if q != asked]
@@ -167,11 +148,8 @@ def build_prompt(question: Question, examples: Sequence[Question], settings: Cho
     about = _ABOUT[language].format(subject=question.subject) if question.subject else ""
     text = _HEADERS[language].format(about=about)
     for example in examples:
-        text += (
-            _format_question(example, settings)
-            + _continuations(example, settings)[example.answer]
-            + "\n\n"
-        )
+        answer = _continuations(example, settings)[example.answer]
+        text += _format_question(example, settings) + answer + "\n\n"
     return text + _format_question(question, settings)
 
 
@@ -186,11 +164,9 @@ def _format_question(question: Question, settings: ChoiceSettings) -> str:
 
 def _continuations(question: Question, settings: ChoiceSettings) -> list[str]:
     """Returns the possible continuations of the prompt, one per choice."""
-    texts = (
-        list(LETTERS[: len(question.choices)])
-        if settings.scoring == "letter"
-        else [choice.strip() for choice in question.choices]
-    )
+    texts = [choice.strip() for choice in question.choices]
+    if settings.scoring == "letter":
+        texts = list(LETTERS[: len(question.choices)])
     return [_BEFORE_ANSWER[settings.language] + text for text in texts]
 
 
@@ -202,11 +178,7 @@ def evaluate_choice(
 ) -> dict[str, Any]:
     """Evaluates an exported model on all questions.
 
-    Args:
-        model: The model.
-        questions: The questions.
-        settings: Prompt and scoring.
-        pool: Candidates for solved examples; None uses the other questions.
+    Solved examples are selected from ``pool``; None uses the other questions.
 
     Returns:
         ``accuracy`` with its ``standard_error``, ``accuracy_per_byte`` of whole choices,
@@ -228,13 +200,7 @@ def evaluate_choice(
 def summarize_choice(
     questions: Sequence[Question], all_scores: Sequence[Sequence[float]], settings: ChoiceSettings
 ) -> dict[str, Any]:
-    """Computes the result of `evaluate_choice` from the choices' log-probabilities.
-
-    Args:
-        questions: The questions.
-        all_scores: For each question the log-probability of each choice.
-        settings: Scoring.
-    """
+    """Computes the result of `evaluate_choice` from the log-probability of each choice."""
     right: list[bool] = []
     right_per_byte: list[bool] = []
     for question, given in zip(questions, all_scores, strict=True):
@@ -322,21 +288,13 @@ def _scores(model: LanguageModel, prompt: list[int], answers: list[list[int]]) -
 
 @dataclass(frozen=True)
 class ChoiceValidator:
-    """Evaluates questions during training; they are encoded and packed once.
+    """Evaluates questions during training; they are encoded and packed once."""
 
-    Attributes:
-        name: Name of the questions in the logs.
-        questions: The questions.
-        settings: Prompt and scoring.
-        batches: All micro-batches, in order.
-        num_choices: Number of choices of all questions.
-    """
-
-    name: str
+    name: str  # name of the questions in the logs
     questions: Sequence[Question]
     settings: ChoiceSettings
-    batches: Sequence[MicroBatch]
-    num_choices: int
+    batches: Sequence[MicroBatch]  # all micro-batches, in order
+    num_choices: int  # number of choices of all questions
 
     @classmethod
     def build(
@@ -350,15 +308,16 @@ class ChoiceValidator:
         seq_length: int,
         micro_batch_size: int,
     ) -> "ChoiceValidator":
-        """Encodes and packs the questions.
+        """Encodes and packs the questions, which are also the candidates for solved examples.
 
         Args:
             name: Name of the questions in the logs.
-            questions: The questions, which are also the candidates for solved examples.
+            questions: The questions.
             settings: Prompt and scoring.
             tokenizer: Tokenizer of the run.
             begins_with_bos: Whether texts start with BOS.
-            seq_length: Maximum number of input tokens: question and choice without its last token.
+            seq_length: Maximum number of input tokens: question and choice without its last
+                token.
             micro_batch_size: A micro-batch holds this number times ``seq_length`` tokens.
         """
         prefix_ids = [tokenizer.bos_id] if begins_with_bos else []
@@ -383,35 +342,11 @@ class ChoiceValidator:
 
     def run(self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks) -> dict[str, Any]:
         """Evaluates all questions; every rank calls it and receives the same result."""
-        sums = torch.zeros(self.num_choices, 3, dtype=torch.float64, device=ranks.device)
-        mine = list(self.batches[ranks.data_parallel_rank :: ranks.data_parallel_size])
-        if mine:
-            for chunk in chunks:
-                chunk.eval()
-            results = self._forward(mine, forward_step, chunks, ranks)
-            for chunk in chunks:
-                chunk.train()
-            if ranks.is_last_stage:
-                sums = torch.stack(results).sum(dim=0)
+        mine = self.batches[ranks.data_parallel_rank :: ranks.data_parallel_size]
+        sums = sum_losses(mine, replace(forward_step, num_sources=self.num_choices), chunks, ranks)
         log_probs = iter((-reduce_source_sums(sums, ranks)[:, 0]).tolist())
         scores = [[next(log_probs) for _ in question.choices] for question in self.questions]
         return summarize_choice(self.questions, scores, self.settings)
-
-    def _forward(
-        self, batches: list[MicroBatch], forward_step: ForwardStep, chunks: list[Any], ranks: Ranks
-    ) -> list[torch.Tensor]:
-        batches = pad_to_pipeline_groups(batches, len(chunks), ranks)
-        with torch.no_grad(), device_mode(ranks.device):
-            results: list[torch.Tensor] = get_forward_backward_func()(
-                forward_step_func=replace(forward_step, num_sources=self.num_choices),
-                data_iterator=[iter(batches) for _ in chunks],
-                model=chunks,
-                num_microbatches=len(batches),
-                seq_length=batches[0].tokens.numel(),
-                micro_batch_size=1,
-                forward_only=True,
-            )
-        return results
 
 
 def _pack(

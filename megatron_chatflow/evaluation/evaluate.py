@@ -25,32 +25,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of an evaluation.
-
-    Attributes:
-        sources: Text sources.
-        questions: Files of multiple-choice questions by name.
-        choice: Prompt and scoring of the questions.
-        few_shot_file: File of solved examples; None uses the questions' own file.
-        tasks: lm-eval tasks; None for none.
-        max_documents: Maximum number of documents per source; None for all.
-        max_length: Maximum number of tokens read at once; None for the model's maximum.
-    """
+    """Settings of an evaluation."""
 
     sources: tuple[TextSource, ...] = ()
+    # files of multiple-choice questions by name
     questions: Mapping[str, Path] = field(default_factory=dict)
-    choice: ChoiceSettings = ChoiceSettings()
-    few_shot_file: Path | None = None
-    tasks: TaskSettings | None = None
-    max_documents: int | None = None
+    choice: ChoiceSettings = ChoiceSettings()  # prompt and scoring of the questions
+    few_shot_file: Path | None = None  # file of solved examples; None uses the questions' own file
+    tasks: TaskSettings | None = None  # lm-eval tasks; None for none
+    max_documents: int | None = None  # maximum number of documents per source; None for all
+    # maximum number of tokens read at once; None for the model's maximum
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            UserError: A value is out of range.
-        """
+        """Raises `UserError` if a value is out of range."""
         few_shot = self.tasks.num_few_shot if self.tasks else self.choice.num_few_shot
         for flag, value, least in (
             ("--max-documents", self.max_documents, 1),
@@ -103,7 +91,6 @@ def evaluate(
 
 
 def _describe(facts: Mapping[str, Any], choice: TokenizerChoice | None) -> str:
-    """Describes the model's BOS token and chat template in one line."""
     begin = facts["begins_with"] or "nothing"
     template = facts["chat_template"]
     if choice is not None and choice.chat_template is not None:
@@ -129,22 +116,20 @@ def _finite(value: Any) -> Any:
 
 
 def format_results(results: Sequence[Mapping[str, Any]]) -> str:
-    """Formats the results of one or several models side by side.
+    """Formats return values of `evaluate` with the same settings side by side.
 
-    Args:
-        results: Return values of `evaluate` with the same settings.
-
-    Returns:
-        Lines of text. With two models, the last column is the relative change against the first,
-        except for losses per token if the tokens differ.
+    With two models, the last column is the relative change against the first, except for losses per
+    token if the tokens differ.
     """
-    rows = _rows(results)
+    columns = [_finite(_figures(result)) for result in results]
+    labels = list(dict.fromkeys(label for column in columns for label in column))
     incomparable = _incomparable(results)
     heads = ["", *(Path(str(result["model"])).name for result in results)]
     if len(results) == 2:
         heads.append("change")
     cells = [heads]
-    for label, values in rows:
+    for label in labels:
+        values = [column.get(label) for column in columns]
         line = [label, *("-" if value is None else f"{value:.4f}" for value in values)]
         if len(values) == 2:
             first, second = values
@@ -173,13 +158,6 @@ def _incomparable(results: Sequence[Mapping[str, Any]]) -> set[str]:
         if len(hashes) > 1 and len(counts) > 1:
             labels |= {f"{name} loss", f"{name} perplexity"}
     return labels
-
-
-def _rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float | None]]]:
-    """Returns labels with one value per model, in the order of their first appearance."""
-    columns = [_finite(_figures(result)) for result in results]
-    labels = list(dict.fromkeys(label for column in columns for label in column))
-    return [(label, [column.get(label) for column in columns]) for label in labels]
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, float]:

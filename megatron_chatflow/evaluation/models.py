@@ -37,15 +37,11 @@ TOKENIZER_JSON = "tokenizer.json"
 def load_pretrained(folder: Path) -> tuple[Any, Any]:
     """Loads the tokenizer and model of a folder with transformers, on a GPU if there is one.
 
-    Args:
-        folder: A Hugging Face folder.
-
-    Returns:
-        The tokenizer, and the model in its stored dtype, for inference.
+    The model has its stored dtype and is ready for inference.
 
     Raises:
-        UserError: It is not a Hugging Face folder, is damaged, has no tokenizer, or transformers is
-            not installed.
+        UserError: It is not a Hugging Face folder, is damaged, has no tokenizer, or
+            transformers is not installed.
     """
     try:
         import transformers
@@ -85,7 +81,6 @@ def load_pretrained(folder: Path) -> tuple[Any, Any]:
 
 
 def _dtype(folder: Path) -> torch.dtype:
-    """Returns the dtype that config.json names."""
     config = read_huggingface_config(folder)
     named = config.get("torch_dtype") or config.get("dtype") or "float32"
     known = {name: dtype for dtype, name in TORCH_NAMES.items()}
@@ -157,10 +152,6 @@ class LanguageModel:
     def __init__(self, folder: Path, max_length: int | None = None) -> None:
         """Loads a Hugging Face folder, on a GPU if there is one.
 
-        Args:
-            folder: The folder.
-            max_length: Upper bound of `max_length`; None for the model's maximum.
-
         Raises:
             UserError: It is not a Hugging Face folder, or has no tokenizer.
         """
@@ -193,9 +184,8 @@ class LanguageModel:
     def facts(self) -> dict[str, Any]:
         """Returns what determines this model's input ids, for a results file.
 
-        Returns:
-            ``tokenizer`` (hash and size), ``begins_with`` (the first token of texts, or None) and
-            ``chat_template`` (name or file, and hash; None without one).
+        These are ``tokenizer`` (hash and size), ``begins_with`` (the first token of texts, or None)
+        and ``chat_template`` (name or file, and hash; None without one).
         """
         template, own = None, self._own_template
         if own is not None:
@@ -213,11 +203,7 @@ class LanguageModel:
     def log_probs(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Computes the log-probability of every token but the first, given its predecessors.
 
-        Args:
-            rows: Token ids, at most `max_length` + 1 per row.
-
-        Returns:
-            float64[len(row) - 1] for each row, in nats.
+        Rows have at most `max_length` + 1 ids. Returns float64[len(row) - 1] for each row, in nats.
         """
         results: list[FloatArray] = [np.empty(0)] * len(rows)
         for batch in self._batches([len(row) - 1 for row in rows]):
@@ -232,14 +218,9 @@ class LanguageModel:
     def next_log_probs(
         self, rows: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]
     ) -> list[FloatArray]:
-        """Computes the log-probability of each candidate as the next token of a row.
+        """Computes the log-probability of each candidate id as the next token of a row.
 
-        Args:
-            rows: Token ids.
-            candidates: Candidate ids for each row.
-
-        Returns:
-            float64[len(candidates)] for each row, in nats.
+        Returns float64[len(candidates)] for each row, in nats.
         """
         results: list[FloatArray] = [np.empty(0)] * len(rows)
         for batch in self._batches([len(row) for row in rows]):

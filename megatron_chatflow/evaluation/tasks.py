@@ -18,49 +18,30 @@ from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
 
 # Common names, their lm-eval tasks, and the number of few-shot examples in papers on Chinese LLaMA
 # models. GAOKAO means its multiple-choice subjects as published by AGIEval, zero-shot.
+_GAOKAO = "biology chemistry chinese english geography history mathqa physics".split()
 ALIASES: dict[str, tuple[tuple[str, ...], int]] = {
     "mmlu": (("mmlu",), 5),
     "ceval-valid": (("ceval-valid",), 5),
     "cmmlu": (("cmmlu",), 5),
-    "gaokao": (
-        tuple(
-            f"agieval_gaokao_{subject}"
-            for subject in (
-                *("biology", "chemistry", "chinese", "english"),
-                *("geography", "history", "mathqa", "physics"),
-            )
-        ),
-        0,
-    ),
+    "gaokao": (tuple(f"agieval_gaokao_{subject}" for subject in _GAOKAO), 0),
 }
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Settings of lm-eval.
+    """Settings of lm-eval."""
 
-    Attributes:
-        tasks: Task names, of `ALIASES` or lm-eval's own.
-        num_few_shot: Number of examples; None uses that of `ALIASES`, or the task's own.
-        include_path: Folder of local task files.
-        limit: Maximum number of questions per task; None for all.
-        batch_size: lm-eval's batch size: a number, or ``auto``.
-        apply_chat_template: Whether questions are formatted with the model's chat template.
-    """
-
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # task names, of `ALIASES` or lm-eval's own
+    # number of examples; None uses that of `ALIASES`, or the task's own
     num_few_shot: int | None = None
-    include_path: Path | None = None
-    limit: int | None = None
-    batch_size: str = "8"
+    include_path: Path | None = None  # folder of local task files
+    limit: int | None = None  # maximum number of questions per task; None for all
+    batch_size: str = "8"  # lm-eval's batch size: a number, or ``auto``
+    # whether questions are formatted with the model's chat template
     apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            UserError: A value is out of range.
-        """
+        """Raises `UserError` if a value is out of range."""
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit: must be at least 1, not {self.limit}")
         size = self.batch_size.partition(":")  # lm-eval's auto:N tries N times
@@ -72,14 +53,7 @@ class TaskSettings:
 
 
 def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, dict[str, Any]]:
-    """Runs tasks.
-
-    Args:
-        model: The model.
-        settings: The tasks and their settings.
-
-    Returns:
-        Metrics by task; groups and their members have lm-eval's names.
+    """Runs tasks and returns metrics by task; groups and their members have lm-eval's names.
 
     Raises:
         UserError: lm-eval is not installed, does not know a task, or cannot run it or load its
@@ -101,6 +75,12 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
         )
     if settings.apply_chat_template and isinstance(model.chat_template, JinjaTemplate):
         model.chat_template.turn_end()  # checks the template's limits, which lm-eval does not have
+    # A wrong task file or missing data raises these; the hub raises OSError.
+    errors = (
+        *(OSError, ConnectionError, ValueError, KeyError),
+        importlib.import_module("datasets.exceptions").DatasetsError,
+        importlib.import_module("jinja2").TemplateError,
+    )
     results: dict[str, dict[str, Any]] = {}
     chosen = _chosen(settings, manager_type)
     adapter = _adapter(model, settings, adapter_type)
@@ -117,7 +97,7 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
                 log_samples=False,
                 bootstrap_iters=0,
             )
-        except _task_errors() as error:
+        except errors as error:
             reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise UserError(
                 f"--tasks: {name} cannot run, or its data cannot be loaded ({reason}); fix its "
@@ -132,11 +112,7 @@ def evaluate_tasks(model: LanguageModel, settings: TaskSettings) -> dict[str, di
 def _chosen(
     settings: TaskSettings, manager_type: Any
 ) -> list[tuple[str, tuple[str, ...], int | None, Any]]:
-    """Resolves each name to lm-eval tasks, a number of examples and a task manager.
-
-    Raises:
-        UserError: lm-eval does not know a task.
-    """
+    """Resolves each name to lm-eval tasks, a number of examples and a task manager."""
     include = None if settings.include_path is None else str(settings.include_path)
     if settings.include_path is not None and not settings.include_path.is_dir():
         raise UserError(f"--include-path: {include} is not a folder; give a folder with task files")
@@ -159,16 +135,6 @@ def _chosen(
             )
         chosen.append((name, tasks, few_shot, whole))
     return chosen
-
-
-def _task_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions of a wrong task file or missing data; the hub raises OSError."""
-    datasets: Any = importlib.import_module("datasets.exceptions")
-    jinja2: Any = importlib.import_module("jinja2")
-    return (
-        *(OSError, ConnectionError, ValueError, KeyError),
-        *(datasets.DatasetsError, jinja2.TemplateError),
-    )
 
 
 def _adapter(model: LanguageModel, settings: TaskSettings, adapter_type: Any) -> Any:

@@ -7,7 +7,7 @@ the text itself, so they are comparable across vocabularies.
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, get_args
@@ -17,9 +17,10 @@ from tqdm import tqdm
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.models import LanguageModel, with_prefix
 from megatron_chatflow.preprocess.encode import encode_segments
-from megatron_chatflow.preprocess.parse import CorpusFormat, CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
-from megatron_chatflow.tokenizer.documents import Document, Segment
+from megatron_chatflow.preprocess.settings import CorpusFormat, CorpusSettings
+from megatron_chatflow.tokenizer.documents import Document
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
 logger = logging.getLogger(__name__)
@@ -30,29 +31,17 @@ _ROWS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text to evaluate on.
-
-    Attributes:
-        name: Name of the source.
-        path: File, folder or glob pattern.
-        settings: Format of the files.
-        uses_own_template: Whether chats use the model's own template, if it has one, instead of
-            that of the settings.
-    """
+    """Text to evaluate on."""
 
     name: str
-    path: str
+    path: str  # file, folder or glob pattern
     settings: CorpusSettings
+    # whether chats use the model's own template, if it has one, instead of that of the settings
     uses_own_template: bool = False
 
     @classmethod
     def parse(cls, text: str, template: str | None = None, encoding: str = "utf-8") -> "TextSource":
-        """Reads ``name=path`` or ``name:format=path``.
-
-        Args:
-            text: Value from the command line.
-            template: Chat template; None uses the model's own.
-            encoding: Encoding of text and JSON files.
+        """Reads ``name=path`` or ``name:format=path``; the template None uses the model's own.
 
         Raises:
             UserError: The value has another form, or the encoding is unknown.
@@ -88,39 +77,27 @@ class TextSource:
         template.check()
         return replace(self, settings=replace(self.settings, chat_template=template))
 
-    def documents(self, num_dropped: Counter[str] | None = None) -> Iterator[Document | str]:
-        """Iterates over the documents.
-
-        Args:
-            num_dropped: Receives the number of dropped records by reason.
-        """
+    def documents(self, num_dropped: Counter[str]) -> Iterator[Document | str]:
+        """Iterates over the documents and counts dropped records by reason in ``num_dropped``."""
         settings = replace(self.settings, txt_documents="line")
-        reader = CorpusReader(find_inputs([self.path]), settings.read_options)
+        reader = CorpusReader(find_inputs([self.path]), settings)
         for chunk in reader.chunks():
             parsed = parse_chunk(chunk, self.settings)
-            if num_dropped is not None:
-                num_dropped.update(parsed.num_dropped)
+            num_dropped.update(parsed.num_dropped)
             for documents in parsed.documents.values():
                 yield from documents
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextResult:
-    """Result of a model on a source.
+    """Result of a model on a source."""
 
-    Attributes:
-        nats: Sum of the negative log-probabilities of the loss tokens.
-        num_tokens: Number of loss tokens.
-        num_bytes: UTF-8 bytes of the text of the loss tokens.
-        num_documents: Number of documents.
-        num_dropped: Number of dropped records by reason.
-    """
-
-    nats: float = 0.0
-    num_tokens: int = 0
-    num_bytes: int = 0
+    nats: float = 0.0  # sum of the negative log-probabilities of the loss tokens
+    num_tokens: int = 0  # number of loss tokens
+    num_bytes: int = 0  # UTF-8 bytes of the text of the loss tokens
     num_documents: int = 0
-    num_dropped: Mapping[str, int] = field(default_factory=dict)
+    # number of dropped records by reason
+    num_dropped: Counter[str] = field(default_factory=Counter)
 
     @property
     def loss(self) -> float:
@@ -148,16 +125,11 @@ class TextResult:
 def evaluate_text(
     model: LanguageModel, source: TextSource, max_documents: int | None = None
 ) -> TextResult:
-    """Evaluates a model on a source.
+    """Evaluates a model on a source, on at most ``max_documents`` documents.
 
     Long documents are split into windows, each starting with the last token of the previous one.
     Unless texts start with BOS, the first token of a document has no loss, and its bytes are not
     counted.
-
-    Args:
-        model: The model.
-        source: The text.
-        max_documents: Maximum number of documents; None for all.
 
     Raises:
         UserError: The source has no documents.
@@ -165,23 +137,30 @@ def evaluate_text(
     result = TextResult()
     rows: list[list[int]] = []
     masks: list[list[int]] = []
+
+    def add_rows() -> None:
+        for log_probs, mask in zip(model.log_probs(rows), masks, strict=True):
+            result.nats -= float(log_probs @ mask)
+            result.num_tokens += sum(mask)
+        rows.clear()
+        masks.clear()
+
     source = source.with_template_of(model)
-    num_dropped: Counter[str] = Counter()
-    documents = islice(source.documents(num_dropped), max_documents)
+    documents = islice(source.documents(result.num_dropped), max_documents)
     for document in tqdm(documents, desc=source.name, unit="doc", disable=None):
         ids, mask, num_bytes = encode_document(model, document)
-        result = replace(
-            result,
-            num_bytes=result.num_bytes + num_bytes,
-            num_documents=result.num_documents + 1,
-        )
-        for row, row_mask in _windows(model.max_length, ids, mask):
-            rows.append(row)
-            masks.append(row_mask)
+        result.num_bytes += num_bytes
+        result.num_documents += 1
+        # Every row but the first begins with the last token of the row before.
+        for begin in range(0, len(ids) - 1, model.max_length):
+            row_mask = mask[begin + 1 : begin + 1 + model.max_length]
+            if any(row_mask):
+                rows.append(ids[begin : begin + 1 + model.max_length])
+                masks.append(row_mask)
         if len(rows) >= _ROWS_AT_A_TIME:
-            result = _add(result, model, rows, masks)
-            rows, masks = [], []
-    reasons = ", ".join(f"{count} {reason}" for reason, count in num_dropped.most_common())
+            add_rows()
+    add_rows()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in result.num_dropped.most_common())
     if not result.num_documents:
         raise UserError(
             f"--source: {source.path} contains no documents in the given format"
@@ -189,24 +168,24 @@ def evaluate_text(
         )
     if reasons:
         logger.warning("%s: dropped records: %s", source.name, reasons)
-    return replace(_add(result, model, rows, masks), num_dropped=dict(num_dropped))
+    return result
 
 
 def encode_document(
     model: LanguageModel, document: Document | str
 ) -> tuple[list[int], list[int], int]:
-    """Encodes a document.
-
-    Returns:
-        Ids with the model's prefix, their loss mask, and the text bytes of the loss tokens.
-    """
+    """Returns a document's ids with the model's prefix, their loss mask, and its loss bytes."""
     if isinstance(document, str):
         ids = model.tokenizer.encode(document)
         mask = [1] * len(ids)
         num_bytes = len(document.encode("utf-8", "replace"))
     else:
         ids, mask, _ = encode_segments(model.tokenizer, document.segments)
-        num_bytes = sum(map(_num_loss_bytes, document.segments))
+        num_bytes = sum(
+            len(segment.text.encode("utf-8", "replace"))
+            for segment in document.segments
+            if segment.loss and segment.kind == "text"  # control tokens are not text
+        )
     whole = with_prefix(ids, model.prefix_ids)
     mask = [0] * (len(whole) - len(ids)) + mask
     if mask[:1] == [1]:
@@ -214,29 +193,3 @@ def encode_document(
         first = int(model.tokenizer.num_bytes_per_id[whole[0]]) - model.num_prefix_bytes
         num_bytes -= min(num_bytes, max(0, first))
     return whole, mask, num_bytes
-
-
-def _num_loss_bytes(segment: Segment) -> int:
-    """Returns the bytes of text with loss; control tokens are not text."""
-    is_text = segment.loss and segment.kind == "text"
-    return len(segment.text.encode("utf-8", "replace")) if is_text else 0
-
-
-def _windows(
-    max_length: int, ids: list[int], mask: list[int]
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Splits a document into rows, with the loss mask of all but each row's first token."""
-    for begin in range(0, len(ids) - 1, max_length):
-        row_mask = mask[begin + 1 : begin + 1 + max_length]
-        if any(row_mask):
-            yield ids[begin : begin + 1 + max_length], row_mask
-
-
-def _add(
-    result: TextResult, model: LanguageModel, rows: list[list[int]], masks: Iterable[list[int]]
-) -> TextResult:
-    nats, num_tokens = result.nats, result.num_tokens
-    for log_probs, mask in zip(model.log_probs(rows), masks, strict=True):
-        nats -= float(log_probs @ mask)
-        num_tokens += sum(mask)
-    return replace(result, nats=nats, num_tokens=num_tokens)

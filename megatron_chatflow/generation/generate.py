@@ -1,4 +1,4 @@
-"""Generates text with transformers and streams it.
+"""Generates text with transformers, streams it, and holds conversations.
 
 Sampling is seeded, so the output is reproducible on the same machine. The module also defines the
 command-line flags that all generating tools share.
@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -27,28 +27,16 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings.
+    """Sampling settings."""
 
-    Attributes:
-        max_new_tokens: Maximum number of tokens in an answer.
-        temperature: Divisor of the logits; 0 selects the most likely token.
-        top_p: Sample from the most likely tokens whose probabilities sum to this value.
-        seed: Seed; None for a random one.
-        stop: Texts that end the answer; they are not part of it.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 0.9
-    seed: int | None = 0
-    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 256  # maximum number of tokens in an answer
+    temperature: float = 0.7  # divisor of the logits; 0 selects the most likely token
+    top_p: float = 0.9  # sample from the most likely tokens whose probabilities sum to this value
+    seed: int | None = 0  # seed; None for a random one
+    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
 
     def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            UserError: A value is out of range.
-        """
+        """Raises `UserError` if a value is out of range."""
         if self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens: must be at least 1, not {self.max_new_tokens}")
         if not 0 <= self.temperature <= 100:
@@ -64,13 +52,7 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str], write: Write):
-        """Initializes an empty stream.
-
-        Args:
-            decode: Decodes ids to text.
-            stop: Texts that end the stream.
-            write: Receives each new part of the text.
-        """
+        """Initializes an empty stream, which passes each new part of the text to ``write``."""
         self.text = ""
         self.is_stopped = False
         self._decode = decode
@@ -146,10 +128,7 @@ class Generator:
         return with_prefix(ids, bos_prefix(self._tokenizer))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Encodes a conversation up to the model's answer.
-
-        Args:
-            messages: OpenAI messages, the last one from the user.
+        """Encodes OpenAI messages, the last one from the user, up to the model's answer.
 
         Raises:
             UserError: The folder has no chat template, or it rejects the conversation.
@@ -201,15 +180,7 @@ class Generator:
 
     @torch.no_grad()
     def stream(self, prompt: Sequence[int], sampling: Sampling, write: Write) -> str:
-        """Continues a prompt.
-
-        Args:
-            prompt: Ids of the prompt, at least one.
-            sampling: Sampling settings.
-            write: Receives each new part of the text.
-
-        Returns:
-            The whole continuation.
+        """Continues a prompt of at least one id; ``write`` receives each part of the text.
 
         Raises:
             UserError: The prompt is empty, or too long for the model.
@@ -272,17 +243,68 @@ class Generator:
         return ends - {None, self._tokenizer.unk_token_id}
 
 
+class Conversation:
+    """A conversation, whose oldest turns are dropped once it no longer fits into the context.
+
+    Attributes:
+        messages: OpenAI messages so far, without the system message.
+    """
+
+    def __init__(self, generator: Generator, sampling: Sampling, system: str | None = None) -> None:
+        """Starts a conversation; each answer uses the next seed.
+
+        Raises:
+            UserError: The model has no chat template, or it does not support system messages.
+        """
+        self._generator = generator
+        self._sampling = sampling
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = []
+        generator.encode_chat([*self._system, {"role": "user", "content": "?"}])
+
+    def reset(self) -> None:
+        """Drops all messages but the system message."""
+        self.messages = []
+
+    def answer(self, text: str, write: Write) -> int:
+        """Generates an answer, passes its parts to ``write`` and appends both messages.
+
+        If an exception interrupts the answer, the part so far is kept. Returns the number of oldest
+        messages that were dropped to make room.
+
+        Raises:
+            UserError: The message is longer than the model's context; the conversation is
+                unchanged.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._generator.encode_chat(self._system + messages)
+        room = min(self._sampling.max_new_tokens, self._generator.max_length // 4)
+        while len(messages) > 1 and len(ids) + room > self._generator.max_length:
+            del messages[:2]
+            ids = self._generator.encode_chat(self._system + messages)
+        self._generator.num_free_tokens(ids)
+        num_forgotten = len(self.messages) + 1 - len(messages)
+        self.messages = messages
+        pieces: list[str] = []
+
+        def keep(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
+
+        sampling = self._sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + len(self.messages) // 2)
+        try:
+            self._generator.stream(ids, sampling, keep)
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        return num_forgotten
+
+
 def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Samples the next token.
+    """Samples the id of the next token from logits, float32[vocab_size].
 
-    Args:
-        logits: float32[vocab_size].
-        sampling: Temperature and top-p (Holtzman et al., "The Curious Case of Neural Text
-            Degeneration", 2020).
-        generator: Random number generator.
-
-    Returns:
-        The id of the token.
+    Top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020.
 
     Raises:
         UserError: A logit is not finite.
@@ -310,27 +332,16 @@ TEMPLATE_HELP = (
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of sampling, chat template and tokenizer."""
-    defaults = Sampling()
     add = parser.add_argument
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=defaults.max_new_tokens,
-        help="maximum number of tokens to generate; default: %(default)s",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=defaults.temperature,
-        help="0 always selects the most likely token; default: %(default)s",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=defaults.top_p,
-        help="probability mass of nucleus sampling; default: %(default)s",
-    )
-    add("--seed", type=int, default=defaults.seed, help="random seed; default: %(default)s")
+    kinds: dict[str, tuple[type, str]] = {
+        "--max-new-tokens": (int, "maximum number of tokens to generate"),
+        "--temperature": (float, "0 always selects the most likely token"),
+        "--top-p": (float, "probability mass of nucleus sampling"),
+        "--seed": (int, "random seed"),
+    }
+    for flag, (kind, text) in kinds.items():
+        default = getattr(Sampling(), flag[2:].replace("-", "_"))
+        add(flag, type=kind, default=default, help=f"{text}; default: %(default)s")
     add("--stop", action="append", default=[], help="stop generating at this text (repeatable)")
     add("--chat-template", metavar="T", help=TEMPLATE_HELP)
     add("--tokenizer-model", type=Path, metavar="M", help="tokenizer to use instead of the model's")

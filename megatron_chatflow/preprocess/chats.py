@@ -37,28 +37,21 @@ _EMPTY_TEXTS = ("", "[]", "{}", "null")
 
 
 class Turn(NamedTuple):
-    """A message of a chat.
+    """A message of a chat."""
 
-    Attributes:
-        role: "system", "user" or "assistant".
-        text: The text of the message.
-        loss: Whether the message has loss. Only used for answers.
-    """
-
-    role: str
-    text: str
-    loss: bool = True
+    role: str  # "system", "user" or "assistant"
+    text: str  # the text of the message
+    loss: bool = True  # Whether the message has loss. Only used for answers.
 
 
 def chat_of(record: Mapping[str, Any], key: str) -> Chat:
-    """Extracts the chat of a record in any of the supported formats.
+    """Extracts the chat of a JSON object in any of the supported formats.
 
-    Args:
-        record: The JSON object.
-        key: The key of the list of messages. It has precedence over the keys in `CHAT_KEYS`.
+    The list of messages is below ``key`` or one of `CHAT_KEYS`, in this order.
 
     Raises:
-        BadLineError: The record has no key of a supported format, or a value has the wrong type.
+        BadLineError: The record has no key of a supported format, or a value has the wrong
+            type.
         DroppedError: The chat has an unsupported field or role, contradictory loss fields, no
             answer with loss, or turns that are out of order.
     """
@@ -120,7 +113,6 @@ def chat_of_turns(turns: Sequence[Turn]) -> Chat:
 
 
 def _turns(messages: Any) -> list[Turn]:
-    """Converts a list of OpenAI or ShareGPT messages to turns."""
     if not isinstance(messages, list):
         raise BadLineError("messages_not_a_list")
     turns = []
@@ -153,10 +145,8 @@ def _refuse_unsupported_fields(
 def _loss(message: Mapping[str, Any], role: str) -> bool:
     """Returns whether a message has loss.
 
-    Raises:
-        DroppedError: The fields contradict each other, have a value other than 0 and 1, or request
-            loss on a message that is not an answer. A `weight` of 1 on a question is common and is
-            ignored.
+    A `weight` of 1 on a question is common and is ignored. Other loss on a message that is not an
+    answer, contradicting fields, and values except 0 and 1 drop the record.
     """
     given = {name: message[name] for name in LOSS_FIELDS if message.get(name) is not None}
     for name, value in given.items():
@@ -181,12 +171,7 @@ def _content(content: Any) -> str:
 
 
 def _text(record: Mapping[str, Any], *names: str) -> str:
-    """Returns the text of a field that has several names, or "" if none of them is present.
-
-    Raises:
-        BadLineError: A value is not text.
-        DroppedError: Two of the names have different texts.
-    """
+    """Returns the text of a field that has several names, or "" if none of them is present."""
     texts = {name: record[name] for name in names if record.get(name) is not None}
     if not all(isinstance(text, str) for text in texts.values()):
         raise BadLineError("field_not_text")
@@ -197,11 +182,7 @@ def _text(record: Mapping[str, Any], *names: str) -> str:
 
 
 def _alpaca(record: Mapping[str, Any]) -> Chat:
-    """Converts an Alpaca or Dolly record.
-
-    Alpaca records have `instruction`, `input`, `output` and optionally `system` and `history`.
-    Dolly records have `context` and `response` instead of `input` and `output`.
-    """
+    """Converts a record of Alpaca, or of Dolly with `context` and `response`."""
     instruction, system = _text(record, "instruction"), _text(record, "system")
     context, answer = _text(record, "input", "context"), _text(record, "output", "response")
     turns: list[Turn] = []

@@ -37,15 +37,15 @@ def is_compressed(head: bytes) -> bool:
 def decompress(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
     """Yields the content of a gzip or zstd stream in blocks of at most `MAX_OUTPUT_BYTES`.
 
-    Args:
-        blocks: The compressed bytes, in blocks of any size.
-        name: The stream's name for error messages.
-
     Raises:
         UserError: The stream is truncated, or other data follows its end.
         zlib.error, zstandard.ZstdError: The stream is damaged.
     """
-    blocks = _cut(blocks)
+    blocks = (
+        block[begin : begin + INPUT_BLOCK_BYTES]
+        for block in blocks
+        for begin in range(0, len(block), INPUT_BLOCK_BYTES)
+    )
     pending = b""
     is_first = True
     while True:
@@ -67,12 +67,6 @@ def decompress(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
                 f"cannot read: {name}: invalid data after the end of the compressed content"
             )
         is_first = False
-
-
-def _cut(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    for block in blocks:
-        for begin in range(0, len(block), INPUT_BLOCK_BYTES):
-            yield block[begin : begin + INPUT_BLOCK_BYTES]
 
 
 def _fill(pending: bytes, blocks: Iterator[bytes], num_bytes: int) -> tuple[bytes, bool]:

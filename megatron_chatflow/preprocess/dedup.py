@@ -54,25 +54,15 @@ class SeenHashes:
     """A set of hashes that keeps most of its elements on disk."""
 
     def __init__(self, folder: Path) -> None:
-        """Creates an empty set.
-
-        Args:
-            folder: The folder for temporary files. The files are unnamed and are freed with this
-                object.
-        """
+        """Creates an empty set with unnamed files in a folder, which are freed with this object."""
         self._folder = folder
         self._recent: set[bytes] = set()
         self._runs: list[npt.NDArray[np.uint64]] = []  # [length, 2], sorted by the first column
 
     def add(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Adds hashes and returns which of them are new.
+        """Adds hashes, uint64[n, 2], and returns which of them are new, bool[n].
 
-        Args:
-            hashes: uint64[n, 2].
-
-        Returns:
-            bool[n], True for each new hash. If ``hashes`` has equal elements, only the first of
-            them is new.
+        If ``hashes`` has equal elements, only the first of them is new.
 
         Raises:
             UserError: The disk is full.
@@ -130,19 +120,12 @@ def _contained(
 
 
 class DuplicateMarks:
-    """Marks the documents that repeat an earlier document. The marks are stored on disk.
-
-    Attributes:
-        num_documents: Number of documents in each partition.
-    """
+    """Marks the documents that repeat an earlier document. The marks are stored on disk."""
 
     def __init__(self, paths: Sequence[Path], num_documents: Sequence[int], folder: Path) -> None:
-        """Reads all hashes twice and marks repeated documents within and across partitions.
+        """Reads the `.hashes` files of the partitions twice and marks repeated documents.
 
-        Args:
-            paths: The `.hashes` file of each partition, in order.
-            num_documents: Number of documents in each partition.
-            folder: The folder for temporary files, which need 25 bytes per document.
+        Temporary files in ``folder`` need 25 bytes per document.
 
         Raises:
             UserError: A file is missing or has the wrong length, or the disk is full.

@@ -39,11 +39,8 @@ def hint_of(reason: str) -> str:
 def check_dropped_share(sidecar: Mapping[str, Any], prefix: object, max_share: float) -> None:
     """Checks that a job kept at least one document and dropped no more than the allowed share.
 
-    Args:
-        sidecar: The content of the dataset's sidecar, with counts and settings.
-        prefix: The dataset's prefix for error messages.
-        max_share: The largest share of records that may be dropped, from 0 to 1. Duplicates count
-            as records but not as dropped, because they are dropped on request.
+    The counts are those of the dataset's sidecar. Duplicates count as records but not as dropped,
+    because they are dropped on request.
 
     Raises:
         UserError: No document is left, or too many records were dropped.

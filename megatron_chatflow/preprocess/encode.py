@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,34 +30,22 @@ from megatron_chatflow.tokenizer.documents import Document, ParsedChunk, Segment
 
 @dataclass
 class EncodedDocuments:
-    """Documents of one output key.
+    """Documents of one output key."""
 
-    Attributes:
-        tokens: The concatenated documents, 1-D, in the dataset's dtype.
-        lengths: int32[num_documents], number of tokens of each document.
-        loss_mask: uint8, same shape as `tokens`, 1 for tokens with loss; None for plain text.
-        text_bytes: int64[num_documents], size of each document's text in UTF-8 bytes; or int64[1],
-            the total size, from `DocumentEncoder.encode_lines`.
-        hashes: uint64[num_documents, 2], hash of each document's text; None without `dedup`.
-        num_dropped: Number of dropped documents by reason.
-        num_repaired: Number of documents kept after a change, by kind.
-    """
-
-    tokens: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]  # the concatenated documents, 1-D, in the dataset's dtype
+    lengths: npt.NDArray[np.int32]  # int32[num_documents], number of tokens of each document
+    # uint8, same shape as `tokens`, 1 for tokens with loss; None for plain text
     loss_mask: npt.NDArray[np.uint8] | None
+    # int64[num_documents], size of each document's text in UTF-8 bytes; or int64[1], the total
+    # size, if native code parsed the lines
     text_bytes: npt.NDArray[np.int64]
+    # uint64[num_documents, 2], hash of each document's text; None without `dedup`
     hashes: npt.NDArray[np.uint64] | None
-    num_dropped: dict[str, int]
-    num_repaired: dict[str, int]
+    num_dropped: dict[str, int]  # number of dropped documents by reason
+    num_repaired: dict[str, int]  # number of documents kept after a change, by kind
 
     def keep(self, kept: npt.NDArray[np.bool_], reason: str) -> None:
-        """Drops documents.
-
-        Args:
-            kept: bool[num_documents], False for the documents to drop.
-            reason: The reason under which dropped documents are counted.
-        """
+        """Drops the documents that are False in ``kept``, bool[num_documents], and counts them."""
         if kept.all():
             return
         of_tokens = np.repeat(kept, self.lengths)
@@ -71,12 +59,9 @@ class EncodedDocuments:
 
 @dataclass
 class EncodedChunk:
-    """The result of parsing and encoding a chunk.
+    """The result of parsing and encoding a chunk, by output key.
 
-    Attributes:
-        documents: The encoded documents by output key.
-        parsed: The parser's counts. Its documents have been removed.
-        num_bytes_read: Bytes on disk that had been read at the end of the chunk, as in `Chunk`.
+    The documents of `parsed` have been removed, and `num_bytes_read` is that of the `Chunk`.
     """
 
     documents: dict[str, EncodedDocuments]
@@ -89,12 +74,8 @@ def encode_segments(
 ) -> tuple[list[int], list[int], list[int]]:
     """Encodes the segments of a document.
 
-    An "end" segment that directly follows an end-of-sequence token adds no token.
-
-    Args:
-        tokenizer: The tokenizer.
-        segments: The segments in order.
-        append_bos: Whether to begin with BOS, without loss, unless the segments begin with it.
+    An "end" segment that directly follows an end-of-sequence token adds no token. With
+    ``append_bos``, the ids begin with BOS, without loss.
 
     Returns:
         A tuple of three lists: the ids; the loss mask, which is 1 for each id with loss and 0
@@ -134,32 +115,38 @@ def _token_id(tokenizer: Tokenizer, segment: Segment) -> int | None:
     return tokenizer.control_id(segment.text) if segment.kind == "control" else None
 
 
-class DocumentEncoder:
-    """Encodes the documents of one output key."""
+class ChunkWorker:
+    """Parses and encodes chunks."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: PreprocessSettings) -> None:
-        """Initializes the encoder.
-
-        Args:
-            tokenizer: The tokenizer. Its vocabulary determines the output dtype (`optimal_dtype`).
-            settings: The settings of the job.
-        """
-        self.tokenizer = tokenizer
+    def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
+        """Initializes the worker. The vocabulary determines the output dtype (`optimal_dtype`)."""
         self.settings = settings
+        self.tokenizer = tokenizer
         self.dtype = optimal_dtype(tokenizer.vocab_size)
 
-    def encode(self, documents: Sequence[str | Document]) -> EncodedDocuments:
-        """Encodes documents, which must be `str` for the format "text" and `Document` otherwise."""
-        if self.settings.corpus.has_loss_mask:
-            return self._encode_segmented([d for d in documents if isinstance(d, Document)])
-        return self._encode_texts([d for d in documents if isinstance(d, str)])
+    def encode(self, chunk: Chunk) -> EncodedChunk:
+        """Parses and encodes one chunk."""
+        corpus = self.settings.corpus
+        is_bounded = chunk.kind == "lines" and len(chunk.data) <= corpus.max_record_bytes
+        if corpus.format == "text" and is_bounded and len(corpus.json_keys) == 1:
+            (key,) = corpus.json_keys
+            encoded = self._encode_lines(chunk.data, key)
+            if encoded is not None:
+                return EncodedChunk({key: encoded}, ParsedChunk(), chunk.num_bytes_read)
+        parsed = parse_chunk(chunk, corpus)
+        documents = {}
+        for key, given in parsed.documents.items():
+            if corpus.has_loss_mask:
+                documents[key] = self._encode_segmented(cast(list[Document], given))
+            else:
+                documents[key] = self._encode_texts(cast(list[str], given))
+        parsed.documents = {}
+        return EncodedChunk(documents, parsed, chunk.num_bytes_read)
 
-    def encode_lines(self, data: bytes, key: str) -> EncodedDocuments | None:
+    def _encode_lines(self, data: bytes, key: str) -> EncodedDocuments | None:
         """Encodes the text under ``key`` of every JSON line in native code.
 
-        Returns:
-            The same documents as from parsing the lines and calling `encode`. None if this path
-            does not support the tokenizer, the lines or `dedup`.
+        Returns None if this path does not support the tokenizer, the lines or `dedup`.
         """
         if self.settings.dedup:
             return None  # needs the text of each document
@@ -248,34 +235,6 @@ def _packed(
 def _concatenate(sequences: list[list[int]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     arrays = [np.array(sequence, dtype) for sequence in sequences]
     return np.concatenate(arrays) if arrays else np.empty(0, dtype)
-
-
-class ChunkWorker:
-    """Parses and encodes chunks."""
-
-    def __init__(self, settings: PreprocessSettings, tokenizer: Tokenizer) -> None:
-        """Initializes the worker.
-
-        Args:
-            settings: The settings of the job.
-            tokenizer: The tokenizer to encode with.
-        """
-        self.settings = settings
-        self.encoder = DocumentEncoder(tokenizer, settings)
-
-    def encode(self, chunk: Chunk) -> EncodedChunk:
-        """Parses and encodes one chunk."""
-        corpus = self.settings.corpus
-        is_bounded = chunk.kind == "lines" and len(chunk.data) <= corpus.max_record_bytes
-        if corpus.format == "text" and is_bounded and len(corpus.json_keys) == 1:
-            (key,) = corpus.json_keys
-            encoded = self.encoder.encode_lines(chunk.data, key)
-            if encoded is not None:
-                return EncodedChunk({key: encoded}, ParsedChunk(), chunk.num_bytes_read)
-        parsed = parse_chunk(chunk, corpus)
-        documents = {key: self.encoder.encode(docs) for key, docs in parsed.documents.items()}
-        parsed.documents = {}
-        return EncodedChunk(documents, parsed, chunk.num_bytes_read)
 
 
 _worker: ChunkWorker | None = None

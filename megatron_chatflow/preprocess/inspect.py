@@ -37,9 +37,6 @@ class Inspection:
     def __init__(self, prefix: str | Path) -> None:
         """Opens the dataset and checks every offset of the dataset and its loss mask.
 
-        Args:
-            prefix: Path of the dataset without `.bin` or `.idx`.
-
         Raises:
             UserError: The dataset, its mask or its sidecar is damaged.
         """
@@ -51,11 +48,7 @@ class Inspection:
             check_counts(prefix, self.sidecar, self.dataset.num_documents, self.dataset.num_tokens)
 
     def check_hashes(self) -> None:
-        """Compares the SHA-256 of each file with the sidecar. Does nothing without a sidecar.
-
-        Raises:
-            UserError: A file differs. The message names the first such file.
-        """
+        """Raises `UserError` if a file differs from the SHA-256 in the sidecar, if there is one."""
         recorded = {} if self.sidecar is None else self.sidecar["sha256"]
         paths = {"idx": idx_path(self.dataset.prefix), "bin": bin_path(self.dataset.prefix)}
         paths["loss_mask_bin"] = bin_path(loss_mask_prefix(self.dataset.prefix))
@@ -67,11 +60,7 @@ class Inspection:
                 )
 
     def check_ids(self, vocab_size: int) -> None:
-        """Checks that every token id is at least 0 and less than ``vocab_size``.
-
-        Raises:
-            UserError: An id is outside the vocabulary. The message names the first such id.
-        """
+        """Raises `UserError`, which names the first one, if there are ids outside a vocabulary."""
         tokens = self.dataset.tokens
         for begin in range(0, len(tokens), BLOCK):
             block = tokens[begin : begin + BLOCK]
@@ -87,11 +76,7 @@ class Inspection:
                 )
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Checks that the dataset was made with ``tokenizer``. Does nothing without a sidecar.
-
-        Raises:
-            UserError: The sidecar has the hash of another tokenizer.
-        """
+        """Raises `UserError` if the sidecar, if there is one, has the hash of another tokenizer."""
         if self.sidecar is not None:
             made_by = self.sidecar["tokenizer"]["sha256"]
             if made_by != tokenizer.fingerprint:
@@ -124,13 +109,10 @@ class Inspection:
         return "\n".join(lines)
 
     def sample(self, index: int, tokenizer: Tokenizer, *, colored: bool) -> str:
-        """Decodes one sequence and marks its loss spans. Control tokens are shown by name.
+        """Decodes the ``index``-th sequence and marks its loss spans. Control tokens are named.
 
-        Args:
-            index: The index of the sequence.
-            tokenizer: The tokenizer that made the dataset.
-            colored: Whether to mark loss spans with ANSI colors and underline control tokens.
-                Otherwise, loss spans are enclosed in ``<<`` and ``>>``.
+        If ``colored`` is set, loss spans have ANSI colors, and control tokens are underlined.
+        Otherwise, loss spans are enclosed in ``<<`` and ``>>``.
         """
         ids = self.dataset[index].tolist()
         loss = None if self.mask is None else self.mask[index].astype(bool)
@@ -155,11 +137,9 @@ def _decoded(
 ) -> Iterator[tuple[int, str, bool]]:
     """Decodes a sequence in spans that end at ``boundaries`` and at control tokens.
 
+    Yields the position of each span's first id, its text, and whether it is a control token.
     Tokenizers omit control tokens and the space before the first token when they decode. Each span
     is therefore decoded together with the text before it, back to the last control token.
-
-    Yields:
-        The position of the span's first id, its text, and whether it is a control token.
     """
     names = {tokenizer.control_id(name): name for name in tokenizer.control_tokens}
     cuts = {0, len(ids), *boundaries}

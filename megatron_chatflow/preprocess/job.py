@@ -1,23 +1,36 @@
-"""Runs a preprocessing job.
+"""Runs a preprocessing job, whole or in partitions.
 
 The parent process reads chunks and writes results. Workers parse and encode the chunks. Results are
 written in the order of the chunks, and the number of pending chunks is limited, so the output does
 not depend on the number of workers and memory does not grow with the corpus.
+
+A partition is a consecutive run of the job's input files, so merging all partitions in order gives
+the same bytes as the undivided job. Partitions serve three purposes: job arrays (`--shard I/N`
+builds one), restarts (`--partitions N` continues after the last finished partition), and Ray
+clusters (`--ray`; every machine must see the inputs and outputs at the same paths). A partition is
+finished once its files have their final names. Before it is reused, its sidecar is compared with
+the job's settings and its files with the recorded hashes.
 """
 
 import logging
 import multiprocessing
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from megatron_chatflow.data.fingerprint import dataset_files
+from megatron_chatflow.data.indexed import idx_path
+from megatron_chatflow.data.sidecar import hashes_path, read_sidecar, settings_of, sha256_of
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import PARTIAL_SUFFIX, check_output_file, publish_all, remove_file
 from megatron_chatflow.preprocess.dropped import check_dropped_share, hint_of
@@ -27,31 +40,21 @@ from megatron_chatflow.preprocess.encode import (
     encode_in_worker,
     start_worker,
 )
-from megatron_chatflow.preprocess.output import KeyOutput, output_paths
-from megatron_chatflow.preprocess.partitions import (
-    merged_already,
-    run_all_partitions,
-    run_partition,
-    with_cluster_defaults,
-)
+from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
+from megatron_chatflow.preprocess.output import KeyOutput, document_prefix, output_paths
 from megatron_chatflow.preprocess.readers import Chunk, CorpusReader, InputFile, find_inputs
 from megatron_chatflow.preprocess.settings import PreprocessSettings
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
-SECONDS_BETWEEN_LINES = 30.0
-
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 30.0
 MAX_PENDING_CHUNKS = 3  # per worker: one in progress, one waiting, one finished
+Contents = dict[str, dict[str, Any]]
+"""Sidecars by output key."""
 
 
-def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
-    """Runs a preprocessing job.
-
-    Args:
-        settings: The settings of the job.
-
-    Returns:
-        The sidecar of each output key.
+def preprocess(settings: PreprocessSettings) -> Contents:
+    """Runs a preprocessing job and returns the sidecar of each output key.
 
     Raises:
         UserError: A setting is invalid, an input cannot be read or has too many bad lines, an
@@ -60,32 +63,22 @@ def preprocess(settings: PreprocessSettings) -> dict[str, dict[str, Any]]:
     """
     files = find_inputs(settings.inputs)
     if settings.ray is not None:
-        settings = with_cluster_defaults(settings, files)
+        settings = _with_cluster_defaults(settings, files)
     _check(settings, files)
     if settings.shard is not None:
-        return run_partition(settings, files, preprocess_files)
+        return run_partition(settings, files)
     if settings.num_partitions > 1 or settings.ray is not None:
-        return run_all_partitions(settings, files, preprocess_files)
+        return _run_all_partitions(settings, files)
     return preprocess_files(settings, files)
 
 
 def preprocess_files(
     settings: PreprocessSettings, files: Sequence[InputFile], num_bad_before: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Builds the datasets of some files.
+) -> Contents:
+    """Builds the datasets of some files and returns the sidecar of each key; see `preprocess`.
 
-    Args:
-        settings: The settings of the job. If `shard` is set, the output prefix is that of the
-            partition, and the datasets may be empty.
-        files: The files to read.
-        num_bad_before: Number of bad lines in earlier partitions. They count towards
-            `max_bad_lines`.
-
-    Returns:
-        The sidecar of each output key.
-
-    Raises:
-        UserError: See `preprocess`.
+    If `shard` is set, the output prefix is that of the partition, and the datasets may be empty.
+    ``num_bad_before`` bad lines in earlier partitions count towards `max_bad_lines`.
     """
     tokenizer = load_tokenizer(settings.tokenizer_model, settings.tokenizer_type)
     _check_bos(settings, tokenizer)
@@ -140,12 +133,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         raise UserError(
             f"--max-expansion: {settings.corpus.max_expansion}: must be at least 0 (0: no limit)"
         )
-    for name, smallest in (
-        ("num_workers", 1),
-        ("max_bad_lines", 0),
-        ("max_tokens", 1),
-        ("num_partitions", 1),
-    ):
+    minimums = {"num_workers": 1, "max_bad_lines": 0, "max_tokens": 1, "num_partitions": 1}
+    for name, smallest in minimums.items():
         value = getattr(settings, name)
         if value is not None and value < smallest:
             raise UserError(f"{name}: {value}: must be at least {smallest}")
@@ -187,7 +176,7 @@ def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str
     index = paths[0]  # published last, so it is missing if a job was killed while publishing
     if not index.exists() and index.with_name(index.name + PARTIAL_SUFFIX).exists():
         return
-    if settings.num_partitions > 1 and merged_already(settings, files, key) is not None:
+    if settings.num_partitions > 1 and _merged_already(settings, files, key) is not None:
         return
     raise UserError(f"output exists: {existing[0]}: choose another prefix or use --overwrite")
 
@@ -200,7 +189,7 @@ def _fill(
     num_bad_before: int,
 ) -> tuple[list[dict[str, Any]], int]:
     """Writes all documents. Returns the name and size of each input and the number of bad lines."""
-    reader = CorpusReader(files, settings.corpus.read_options)
+    reader = CorpusReader(files, settings.corpus)
     progress = ProgressBar(sum(file.num_bytes for file in files))
     num_bad = 0
     first_bad: str | None = None
@@ -242,7 +231,19 @@ def _encoded_chunks(
         for chunk in chunks:
             yield worker.encode(chunk)
         return
-    executor, encode = _executor(settings, tokenizer)
+    executor: Executor
+    if settings.corpus.format == "text" and tokenizer.runs_in_threads:
+        executor = ThreadPoolExecutor(settings.num_workers)
+        encode = ChunkWorker(settings, tokenizer).encode
+    else:
+        executor = ProcessPoolExecutor(
+            settings.num_workers,
+            # Forking a process with threads (of the progress bar or a tokenizer) can deadlock.
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=start_worker,
+            initargs=(settings,),
+        )
+        encode = encode_in_worker
     pending: deque[Future[EncodedChunk]] = deque()
     failure: UserError | None = None
     exhausted = False
@@ -268,28 +269,12 @@ def _encoded_chunks(
         raise failure
 
 
-def _executor(
-    settings: PreprocessSettings, tokenizer: Tokenizer
-) -> tuple[Executor, Callable[[Chunk], EncodedChunk]]:
-    """Creates the workers: threads if the tokenizer can run in threads, otherwise processes."""
-    if settings.corpus.format == "text" and tokenizer.runs_in_threads:
-        return ThreadPoolExecutor(settings.num_workers), ChunkWorker(settings, tokenizer).encode
-    executor = ProcessPoolExecutor(
-        settings.num_workers,
-        # Forking a process with threads (of the progress bar or a tokenizer) can deadlock.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=start_worker,
-        initargs=(settings,),
-    )
-    return executor, encode_in_worker
-
-
 def _publish(
     outputs: dict[str, KeyOutput],
     inputs: list[dict[str, Any]],
     settings: PreprocessSettings,
     num_bad: int,
-) -> dict[str, dict[str, Any]]:
+) -> Contents:
     """Completes all outputs and publishes them under their final names."""
     files = []
     contents = {}
@@ -305,15 +290,254 @@ def _publish(
     return contents
 
 
+def _with_cluster_defaults(
+    settings: PreprocessSettings, files: Sequence[InputFile]
+) -> PreprocessSettings:
+    """Returns the job with absolute paths and enough partitions to occupy a cluster.
+
+    If `num_partitions` is 1, it is set to the number of files, limited to the larger of 256 and one
+    per 4 GiB of input. The number does not depend on the cluster, so that a killed job can continue
+    on another one.
+    """
+    num_partitions = settings.num_partitions
+    if num_partitions == 1:
+        num_bytes = sum(file.num_bytes for file in files)
+        num_partitions = max(1, min(len(files), max(256, num_bytes >> 32)))
+    return replace(
+        settings,
+        output_prefix=os.path.abspath(settings.output_prefix),
+        tokenizer_model=os.path.abspath(settings.tokenizer_model),
+        num_partitions=num_partitions,
+    )
+
+
+def _build_on_cluster(settings: PreprocessSettings, files: Sequence[InputFile]) -> list[Contents]:
+    """Builds every partition of a job in one Ray task each.
+
+    Every task requests `num_workers` CPUs and sees the inputs at the same absolute paths. If a
+    partition fails, unfinished partitions are cancelled and finished ones are kept.
+    """
+    assert settings.ray is not None
+    with _ray_session(settings.ray) as ray:
+        max_cpus = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=0)
+        if settings.num_workers > max_cpus:
+            raise UserError(
+                f"--workers {settings.num_workers}: a partition needs that many CPUs, and the "
+                f"largest machine of the cluster has {max_cpus}; use fewer workers"
+            )
+        task = ray.remote(num_cpus=settings.num_workers, max_retries=2)(_run_task)
+        count = settings.num_partitions
+        shards = [replace(settings, shard=(number, count)) for number in range(count)]
+        everywhere = [replace(file, path=file.path and file.path.absolute()) for file in files]
+        references = [task.remote(shard, everywhere) for shard in shards]
+        numbers = {reference: number for number, reference in enumerate(references)}
+        contents: list[Contents] = [{} for _ in references]
+        waiting = references
+        while waiting:
+            (done, *_), waiting = ray.wait(waiting, num_returns=1)
+            number = numbers[done]
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayError as error:
+                result = UserError(f"partition {number} of {count} failed on the cluster: {error}")
+                result.__cause__ = error
+            if isinstance(result, UserError):
+                for reference in waiting:
+                    ray.cancel(reference, force=True)
+                raise result
+            contents[number] = result
+            logger.info("%d of %d partitions are finished", count - len(waiting), count)
+    return contents
+
+
+def _run_task(settings: PreprocessSettings, files: list[InputFile]) -> Contents | UserError:
+    """Builds a partition in a Ray task. Returns a `UserError`, because Ray wraps raised errors."""
+    try:
+        return run_partition(settings, files)
+    except UserError as error:
+        return error
+
+
+@contextmanager
+def _ray_session(address: str) -> Iterator[Any]:
+    """Connects to a Ray cluster and yields the ``ray`` module."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--ray needs ray: pip install ray") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"--ray {address}: cannot connect to a cluster: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parses a shard's index and count from text such as ``3/16``.
+
+    Raises:
+        ValueError: The text is not two integers separated by a slash.
+    """
+    number, count = text.split("/")
+    return int(number), int(count)
+
+
+def split_files(files: Sequence[InputFile], num_partitions: int) -> list[list[InputFile]]:
+    """Splits the files into consecutive runs of similar size in bytes. Runs may be empty."""
+    partitions: list[list[InputFile]] = [[] for _ in range(num_partitions)]
+    total = sum(file.num_bytes for file in files)
+    num_before = 0
+    for file in files:
+        middle = num_before + file.num_bytes / 2
+        number = int(middle * num_partitions / max(total, 1))
+        partitions[min(number, num_partitions - 1)].append(file)
+        num_before += file.num_bytes
+    return partitions
+
+
+def run_partition(
+    settings: PreprocessSettings, files: Sequence[InputFile], num_bad_before: int = 0
+) -> Contents:
+    """Builds the partition of a job that `settings.shard` selects, if it is not finished yet.
+
+    ``num_bad_before`` bad lines in earlier partitions count towards `max_bad_lines`.
+
+    Raises:
+        UserError: Other data exists at the partition's paths; or see `preprocess`.
+    """
+    assert settings.shard is not None
+    number, num_partitions = settings.shard
+    _check_divisible(files)
+    prefix = _partition_prefixes(settings, num_partitions)[number]
+    partition_settings = replace(settings, output_prefix=prefix)
+    partition_files = split_files(files, num_partitions)[number]
+    contents = {
+        key: _finished(partition_settings, partition_files, key)
+        for key in settings.corpus.json_keys
+    }
+    found = {key: content for key, content in contents.items() if content is not None}
+    if len(found) == len(contents):
+        logger.info("partition %d of %d is finished: %s", number, num_partitions, prefix)
+        return found
+    overwrite = settings.overwrite or bool(found)
+    return preprocess_files(
+        replace(partition_settings, overwrite=overwrite), partition_files, num_bad_before
+    )
+
+
+def _run_all_partitions(settings: PreprocessSettings, files: Sequence[InputFile]) -> Contents:
+    """Builds the missing partitions here or on a cluster, merges all and removes them."""
+    _check_divisible(files)
+    merged = {key: _merged_already(settings, files, key) for key in settings.corpus.json_keys}
+    contents = {key: content for key, content in merged.items() if content is not None}
+    if len(contents) < len(merged):
+        _build_partitions(settings, files, set(merged) - set(contents))
+        policy = PartitionPolicy(
+            max_bad_lines=settings.max_bad_lines, max_dropped_share=settings.max_dropped_share
+        )
+        for key in settings.corpus.json_keys:
+            if key not in contents:
+                prefix = document_prefix(settings.output_prefix, key)
+                prefixes = _partition_prefixes(settings, settings.num_partitions)
+                partitions = [document_prefix(partition, key) for partition in prefixes]
+                merge_datasets(partitions, prefix, overwrite=True, policy=policy)
+                contents[key] = read_sidecar(prefix) or {}
+    for path in _partition_files(settings):
+        remove_file(path)
+    return {key: contents[key] for key in settings.corpus.json_keys}
+
+
+def _build_partitions(
+    settings: PreprocessSettings, files: Sequence[InputFile], keys: set[str]
+) -> None:
+    """Builds the missing partitions; raises an error if one of ``keys`` has no document."""
+    count = settings.num_partitions
+    partitions: list[Contents] = []
+    if settings.ray is not None:
+        partitions = _build_on_cluster(settings, files)
+    else:
+        num_bad = 0
+        for number in range(count):
+            partition = replace(settings, shard=(number, count))
+            partitions.append(run_partition(partition, files, num_bad))
+            num_bad += max(content["num_bad_lines"] for content in partitions[-1].values())
+    for key in settings.corpus.json_keys:
+        if key in keys and not any(partition[key]["num_documents"] for partition in partitions):
+            raise UserError(f"no document left: {document_prefix(settings.output_prefix, key)}")
+
+
+def _merged_already(
+    settings: PreprocessSettings, files: Sequence[InputFile], key: str
+) -> dict[str, Any] | None:
+    """Returns the merged sidecar of a key if an equal job was killed after merging it."""
+    if not any(path.exists() for path in _partition_files(settings)):
+        return None
+    try:
+        return _finished(replace(settings, overwrite=False), files, key)
+    except UserError:  # other data, which the caller handles
+        return None
+
+
+def _partition_prefixes(settings: PreprocessSettings, count: int) -> list[str]:
+    return [f"{settings.output_prefix}_part{number:05d}of{count:05d}" for number in range(count)]
+
+
+def _partition_files(settings: PreprocessSettings) -> Iterator[Path]:
+    """Yields every path that an output of a partition may have, for all keys."""
+    for partition in _partition_prefixes(settings, settings.num_partitions):
+        for key in settings.corpus.json_keys:
+            yield from output_paths(partition, key)
+
+
+def _check_divisible(files: Sequence[InputFile]) -> None:
+    for file in files:
+        if file.path is None or not file.path.is_file():
+            raise UserError(
+                f"cannot be split into partitions: {file.name}: use files, folders or globs as "
+                "the input"
+            )
+
+
+def _finished(
+    settings: PreprocessSettings, files: Sequence[InputFile], key: str
+) -> dict[str, Any] | None:
+    """Returns the sidecar of a finished, undamaged dataset of this job; None if there is none."""
+    prefix = document_prefix(settings.output_prefix, key)
+    if not idx_path(prefix).exists():
+        return None
+    content = read_sidecar(prefix)
+    inputs = [{"name": file.name, "num_bytes": file.num_bytes} for file in files]
+    same_inputs = content is not None and content["inputs"] == inputs
+    if content is None or not same_inputs or settings_of(content) != settings.record():
+        if settings.overwrite:
+            return None
+        raise UserError(
+            f"other output with this name: {prefix}: it was created from other inputs or with "
+            "other options: choose another prefix or use --overwrite"
+        )
+    paths = dataset_files(prefix, with_loss_mask=True) | {"hashes": hashes_path(prefix)}
+    for name, path in paths.items():
+        digest = content["sha256"].get(name)
+        if digest is not None and (not path.exists() or sha256_of(path) != digest):
+            logger.warning(
+                "building the partition again: %s does not match the hash in its sidecar", path
+            )
+            if settings.shard is not None:
+                for output in output_paths(settings.output_prefix, key):
+                    remove_file(output)
+            return None
+    return content
+
+
 class ProgressBar:
     """Shows a progress bar on a terminal, and prints a line every 30 seconds elsewhere."""
 
     def __init__(self, num_total_bytes: int) -> None:
-        """Initializes the display with no progress.
-
-        Args:
-            num_total_bytes: Total size of the inputs on disk in bytes; 0 if unknown.
-        """
+        """Initializes the display. The total size of the inputs is 0 if it is unknown."""
         self._num_total_bytes = num_total_bytes
         self._num_bytes = 0
         self._begin = self._last_line = time.monotonic()
@@ -323,12 +547,7 @@ class ProgressBar:
             self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True)
 
     def update(self, num_bytes: int, num_documents: int) -> None:
-        """Updates the display.
-
-        Args:
-            num_bytes: Number of bytes read from disk so far.
-            num_documents: Number of documents written so far.
-        """
+        """Updates the display with the bytes read from disk and the documents written so far."""
         if self._bar is not None:
             self._bar.set_postfix(documents=num_documents, refresh=False)
             self._bar.update(num_bytes - self._num_bytes)

@@ -8,6 +8,7 @@ documents that repeat a document of an earlier partition are dropped.
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,13 @@ SUMS = ("num_documents", "num_tokens", "num_loss_tokens", "num_text_bytes", "num
 
 @dataclass(frozen=True)
 class PartitionPolicy:
-    """Limits that are checked when the partitions of one job are merged.
+    """Limits that are checked when the partitions of one job are merged."""
 
-    Attributes:
-        allow_missing: Whether partitions may be missing.
-        max_bad_lines: Maximum number of bad lines in all partitions; None for the limit in their
-            sidecars.
-        max_dropped_share: Maximum share of dropped records in all partitions, from 0 to 1; None for
-            the limit in their sidecars.
-    """
-
-    allow_missing: bool = False
+    allow_missing: bool = False  # whether partitions may be missing
+    # maximum number of bad lines in all partitions; None for the limit in their sidecars
     max_bad_lines: int | None = None
+    # maximum share of dropped records in all partitions, from 0 to 1; None for the limit in their
+    # sidecars
     max_dropped_share: float | None = None
 
 
@@ -68,11 +64,7 @@ class PartitionPolicy:
 class DuplicateCounts:
     """Counts of the repeated documents of a partition that are not copied.
 
-    Attributes:
-        num_documents: Number of repeated documents.
-        num_tokens: Number of tokens in them.
-        num_nonzero: Number of tokens in them that are not 0. In a loss mask, these are the tokens
-            with loss.
+    `num_nonzero` counts the tokens that are not 0, which in a loss mask are those with loss.
     """
 
     num_documents: int
@@ -85,18 +77,13 @@ def check_partitions(
 ) -> bool:
     """Checks the partitions among the datasets to merge.
 
-    Args:
-        prefixes: The prefixes of the datasets for error messages.
-        sidecars: The sidecar of each dataset; None for a dataset without one.
-        policy: The limits.
-
-    Returns:
-        True if the datasets are partitions of one job with `--dedup`, which may have documents in
-        common; False otherwise, and for datasets that are not partitions of one job.
+    Returns whether the datasets are partitions of one job with `--dedup`, which may have documents
+    in common.
 
     Raises:
-        UserError: A partition is missing or given twice, partitions made with `--dedup` are from
-            different jobs, or the partitions together have too many bad lines or dropped records.
+        UserError: A partition is missing or given twice, partitions made with `--dedup` are
+            from different jobs, or the partitions together have too many bad lines or dropped
+            records.
     """
     parts = [None if sidecar is None else sidecar.get("part") for sidecar in sidecars]
     known = [sidecar for sidecar in sidecars if sidecar is not None and sidecar.get("part")]
@@ -150,50 +137,12 @@ def check_partitions(
     return dedup
 
 
-def find_duplicates(
-    prefixes: Sequence[Path],
-    sidecars: Sequence[dict[str, Any] | None],
-    num_documents: Sequence[int],
-    folder: Path,
-) -> DuplicateMarks:
-    """Finds the documents of each partition that repeat an earlier document.
-
-    Args:
-        prefixes: The prefixes of the partitions, in order.
-        sidecars: The sidecar of each partition.
-        num_documents: Number of documents in each partition.
-        folder: The folder for temporary files. It is created if it does not exist.
-
-    Raises:
-        UserError: The `.hashes` file of a partition is missing or damaged, or the disk is full.
-    """
-    with as_user_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    paths = [hashes_path(prefix) for prefix in prefixes]
-    repeats = DuplicateMarks(paths, num_documents, folder)
-    try:
-        for prefix, sidecar, path in zip(prefixes, sidecars, paths, strict=True):
-            if sidecar is not None:
-                check_recorded_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))
-    except BaseException:
-        repeats.close()
-        raise
-    return repeats
-
-
 def copy_new_documents(
     writer: IndexedDatasetWriter, dataset: IndexedDataset, repeats: DuplicateMarks, number: int
 ) -> DuplicateCounts:
-    """Appends the documents of a partition that do not repeat an earlier document.
+    """Appends the documents of a partition, or their loss masks, that repeat no earlier document.
 
-    Args:
-        writer: The writer of the merged dataset.
-        dataset: A partition or its loss mask. Every document must have exactly one sequence.
-        repeats: The repeated documents of all partitions.
-        number: The index of this partition.
-
-    Returns:
-        Counts of the documents that were not copied.
+    Returns counts of the documents that were not copied.
 
     Raises:
         UserError: A document does not have exactly one sequence.
@@ -231,21 +180,13 @@ def without_repeats(
     duplicates: Sequence[DuplicateCounts],
     mask_duplicates: Sequence[DuplicateCounts],
 ) -> list[dict[str, Any]]:
-    """Subtracts the repeated documents from the counts in the partitions' sidecars.
+    """Returns the sidecars of the partitions without the counts of repeated documents.
 
-    Args:
-        prefixes: The prefixes of the partitions for error messages.
-        sidecars: The sidecar of each partition. They are not modified.
-        repeats: The repeated documents of all partitions.
-        duplicates: Counts of the repeated documents of each partition.
-        mask_duplicates: The same counts for each loss mask. For text, which has no loss masks,
-            the elements of ``duplicates``.
-
-    Returns:
-        The new sidecars.
+    Text has no loss masks, so ``mask_duplicates`` has the elements of ``duplicates``.
 
     Raises:
-        UserError: A partition has more repeated documents, tokens or bytes than its sidecar counts.
+        UserError: A partition has more repeated documents, tokens or bytes than its sidecar
+            counts.
     """
     counted = []
     for number, sidecar in enumerate(sidecars):
@@ -272,15 +213,7 @@ def without_repeats(
 
 @dataclass(frozen=True)
 class _Input:
-    """A validated dataset to merge.
-
-    Attributes:
-        prefix: Path of the dataset without `.bin` or `.idx`.
-        dtype: Type of its ids.
-        num_documents: Number of documents.
-        sidecar: Content of its sidecar; None if it has no sidecar.
-        has_mask: Whether it has a loss mask.
-    """
+    """A validated dataset to merge. Its sidecar is None if it has none."""
 
     prefix: Path
     dtype: np.dtype[Any]
@@ -292,9 +225,8 @@ class _Input:
 def find_datasets(inputs: Sequence[str]) -> list[Path]:
     """Returns the prefixes of the datasets named by ``inputs``, in order.
 
-    Args:
-        inputs: Prefixes, paths of `.bin` or `.idx` files, or folders. A folder stands for every
-            `*_document.idx` in it, sorted by name.
+    These are prefixes, paths of `.bin` or `.idx` files, or folders. A folder stands for every
+    `*_document.idx` in it, sorted by name.
 
     Raises:
         UserError: A folder has no dataset.
@@ -319,83 +251,59 @@ def merge_datasets(
     overwrite: bool = False,
     policy: PartitionPolicy | None = None,
 ) -> int:
-    """Merges datasets into one.
+    """Merges datasets into one and returns its number of documents.
 
     Datasets with different integer types are written in the narrowest type that can represent all
-    of them. Only one dataset is open at a time, so the number of datasets is not limited.
-
-    Args:
-        prefixes: The prefixes of the datasets, in order.
-        output_prefix: The prefix of the merged dataset. It should end in `_document`.
-        overwrite: Whether to replace an existing dataset.
-        policy: The limits for partitions of one job; None for the defaults of `PartitionPolicy`.
-
-    Returns:
-        The number of documents in the merged dataset.
+    of them. Only one dataset is open at a time, so the number of datasets is not limited. The
+    output prefix should end in `_document`.
 
     Raises:
         UserError: The datasets have different tokenizers, only some of them have a loss mask or
             BOS, a dataset is damaged, the output exists, or `check_partitions` failed.
     """
-    existing = _outputs_to_replace(prefixes, Path(output_prefix), overwrite=overwrite)
-    mask_prefix = loss_mask_prefix(output_prefix)
+    output_prefix = Path(output_prefix)
+    existing = _outputs_to_replace(prefixes, output_prefix, overwrite=overwrite)
     inputs = [_check_input(prefix) for prefix in prefixes]
     dtype = _common_dtype(inputs)
     _check_alike(inputs)
     _warn_of_repeated(inputs)
     sidecars = [given.sidecar for given in inputs]
-    policy = policy or PartitionPolicy()
-    if not all(sidecars):
+    known = [sidecar for sidecar in sidecars if sidecar is not None]
+    if len(known) < len(sidecars):
         logger.warning("writing no sidecar, because some inputs have none")
+    policy = policy or PartitionPolicy()
     compare = check_partitions(prefixes, sidecars, policy)
-    repeats = None
-    if compare:
-        num_documents = [given.num_documents for given in inputs]
-        repeats = find_duplicates(prefixes, sidecars, num_documents, Path(output_prefix).parent)
-
-    staged: list[StagedFile] = []
-    try:
-        files: list[StagedFile] = []
-        named: dict[str, StagedFile] = {}
-        mask_duplicates: list[DuplicateCounts] = []
+    num_documents = [given.num_documents for given in inputs]
+    with ExitStack() as stack:
+        repeats = None
+        if compare:
+            folder = output_prefix.parent
+            with as_user_error(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            paths = [hashes_path(prefix) for prefix in prefixes]
+            repeats = DuplicateMarks(paths, num_documents, folder)
+            stack.callback(repeats.close)
+            for prefix, sidecar, path in zip(prefixes, known, paths, strict=True):
+                check_recorded_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))
+        (bin_file, idx_file), duplicates = _write(output_prefix, prefixes, dtype, stack, repeats)
+        files, named = [bin_file], {"bin": bin_file, "idx": idx_file}
+        mask_duplicates = duplicates
         if inputs[0].has_mask:
             masks = [loss_mask_prefix(prefix) for prefix in prefixes]
             mask_files, mask_duplicates = _write(
-                mask_prefix, masks, np.dtype(np.uint8), staged, repeats
+                loss_mask_prefix(output_prefix), masks, np.dtype(np.uint8), stack, repeats
             )
-            named["loss_mask_bin"] = mask_files[0]
-            files += mask_files
-        (bin_file, idx_file), duplicates = _write(
-            Path(output_prefix), prefixes, dtype, staged, repeats
-        )
-        named |= {"bin": bin_file, "idx": idx_file}
-        files.append(bin_file)
-        known = [sidecar for sidecar in sidecars if sidecar is not None]
-        if repeats is not None:
-            known = without_repeats(
-                prefixes, known, repeats, duplicates, mask_duplicates or duplicates
-            )
+            files, named["loss_mask_bin"] = [*mask_files, bin_file], mask_files[0]
         if len(known) == len(sidecars):
-            files.append(_sidecar(output_prefix, _merged(known, named, policy), staged))
+            if repeats is not None:
+                known = without_repeats(prefixes, known, repeats, duplicates, mask_duplicates)
+            sidecar_file = stack.enter_context(StagedFile(sidecar_path(output_prefix)))
+            sidecar_file.write(sidecar_bytes(_merged(known, named, policy)))
+            files.append(sidecar_file)
         for path in existing:
             remove_file(path)
         publish_all([*files, idx_file])
-    finally:
-        for file in staged:
-            file.discard()
-        if repeats is not None:
-            repeats.close()
-    return sum(given.num_documents for given in inputs) - sum(
-        part.num_documents for part in duplicates
-    )
-
-
-def _sidecar(prefix: str | Path, content: dict[str, Any], staged: list[StagedFile]) -> StagedFile:
-    """Writes a sidecar to a staged file, which has no final name yet."""
-    file = StagedFile(sidecar_path(prefix))
-    staged.append(file)
-    file.write(sidecar_bytes(content))
-    return file
+    return sum(num_documents) - sum(part.num_documents for part in duplicates)
 
 
 def _outputs_to_replace(
@@ -404,10 +312,9 @@ def _outputs_to_replace(
     """Returns the output files that already exist; raises an error if they must not be replaced."""
     if not prefixes:
         raise UserError("nothing to merge: give at least one dataset with --input")
-    outputs = [idx_path, bin_path, sidecar_path]
     mask_prefix = loss_mask_prefix(output_prefix)
-    existing = [make(output_prefix) for make in outputs] + [idx_path(mask_prefix)]
-    existing.append(bin_path(mask_prefix))
+    existing = [idx_path(output_prefix), bin_path(output_prefix), sidecar_path(output_prefix)]
+    existing += [idx_path(mask_prefix), bin_path(mask_prefix)]
     for path in existing:
         check_output_file(path)
     existing = [path for path in existing if path.exists()]
@@ -422,12 +329,12 @@ def _write(
     prefix: Path,
     inputs: Sequence[Path],
     dtype: np.dtype[Any],
-    staged: list[StagedFile],
+    stack: ExitStack,
     repeats: DuplicateMarks | None,
 ) -> tuple[list[StagedFile], list[DuplicateCounts]]:
     """Writes a dataset. Returns its staged files and the counts left out of each partition."""
     writer = IndexedDatasetWriter(prefix, dtype)
-    staged += [writer.bin_file, writer.idx_file]
+    stack.callback(writer.discard)
     duplicates = []
     for number, path in enumerate(inputs):
         dataset = IndexedDataset(path)
@@ -514,18 +421,12 @@ def _warn_of_repeated(inputs: Sequence[_Input]) -> None:
 
 
 def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> IndexedDataset | None:
-    """Opens and validates the loss mask of a dataset.
-
-    Args:
-        dataset: The dataset.
-        sidecar: Content of the dataset's sidecar; None if it has no sidecar.
-
-    Returns:
-        The mask as a uint8 dataset, or None if the dataset has no mask.
+    """Opens and validates the loss mask of a dataset, a uint8 dataset; None if it has no mask.
 
     Raises:
-        UserError: The mask is damaged, or its sequence lengths differ from the dataset's. Also if
-            only one of its two files exists, or if the sidecar lists a mask that does not exist.
+        UserError: The mask is damaged, or its sequence lengths differ from the dataset's. Also
+            if only one of its two files exists, or if the sidecar lists a mask that does not
+            exist.
     """
     prefix = loss_mask_prefix(dataset.prefix)
     missing = [path for path in (idx_path(prefix), bin_path(prefix)) if not path.exists()]
@@ -557,13 +458,11 @@ def find_mask(dataset: IndexedDataset, sidecar: Mapping[str, Any] | None) -> Ind
 def _merged(
     sidecars: list[dict[str, Any]], named: dict[str, StagedFile], policy: PartitionPolicy
 ) -> dict[str, Any]:
-    """Builds the sidecar of the merged dataset."""
     merged = dict(sidecars[0])
     merged.pop("part", None)
-    if policy.max_bad_lines is not None:
-        merged["max_bad_lines"] = policy.max_bad_lines
-    if policy.max_dropped_share is not None:
-        merged["max_dropped_share"] = policy.max_dropped_share
+    for name in ("max_bad_lines", "max_dropped_share"):
+        if getattr(policy, name) is not None:
+            merged[name] = getattr(policy, name)
     if any(sidecar.get("template") != merged.get("template") for sidecar in sidecars):
         logger.warning(
             "the inputs were written with different templates, so the merged sidecar names none"

@@ -85,11 +85,6 @@ class KeyOutput:
     def __init__(self, settings: PreprocessSettings, key: str, tokenizer: Tokenizer) -> None:
         """Creates staged files in the folder of the output.
 
-        Args:
-            settings: The settings of the job.
-            key: The output key.
-            tokenizer: The tokenizer that the ids are from.
-
         Raises:
             UserError: A file cannot be created.
         """
@@ -137,12 +132,8 @@ class KeyOutput:
     ) -> tuple[list[StagedFile], dict[str, Any]]:
         """Completes the staged files, including the sidecar.
 
-        Args:
-            inputs: Name and size in bytes of each input.
-            num_bad_lines: Number of lines that were dropped as bad.
-
-        Returns:
-            The files in the order in which they must be published, and the sidecar's content.
+        Returns the files in the order in which they must be published, and the sidecar's content.
+        It lists the ``inputs`` with name and size in bytes.
         """
         files = [] if self.mask is None else self.mask.seal()
         bin_file, idx_file = self.documents.seal()

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.tab_separated import TabLayout, TabOptions
+from megatron_chatflow.preprocess.tab_separated import TabOptions
 from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate
 from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, Segment
@@ -52,11 +52,8 @@ def is_mostly(text: str, script: str) -> bool:
     """Returns whether at least half of a text's letters, in UTF-8 bytes, are of a script.
 
     Letters are weighted by their size in UTF-8, because one Chinese character carries as much
-    information as several Latin letters.
-
-    Args:
-        text: The text. The result is True for a text without letters.
-        script: A key of `SCRIPTS`, or "any", for which the result is always True.
+    information as several Latin letters. The result is True for a text without letters and for the
+    script "any".
     """
     if script == ANY_SCRIPT:
         return True
@@ -75,9 +72,7 @@ def is_mostly(text: str, script: str) -> bool:
 class PairText:
     """A template for pairs, with placeholders such as `{source}`.
 
-    Attributes:
-        prompt: Text without loss; empty if there is no prompt.
-        response: Text with loss. If there is a prompt, an end-of-sequence token follows.
+    The response has loss. If there is a prompt, which has none, an end-of-sequence token follows.
     """
 
     prompt: str
@@ -86,9 +81,6 @@ class PairText:
 
 def read_pair_templates(path: str | Path) -> tuple[PairText, ...]:
     """Reads templates from a YAML file, which has the form shown in the module docstring.
-
-    Args:
-        path: The YAML file.
 
     Raises:
         UserError: The file cannot be read, is not valid YAML, or does not have this form.
@@ -131,34 +123,30 @@ def _pair_text(entry: Any, where: str) -> PairText:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Settings for filtering pairs and converting them to documents.
+    """Settings for filtering pairs and converting them to documents."""
 
-    Attributes:
-        keys: JSON keys of the first and the second side.
-        columns: Columns of the two sides in tab-separated lines, as numbers counted from 1 or as
-            names in the header line; None for files with exactly two columns.
-        languages: Names of the two languages in the translation instruction.
-        template: "plain", "translate", or the path of the YAML file that `texts` were read from.
-        texts: Templates from a YAML file. A hash of the pair selects one of them.
-        direction: "forward" puts the first side first, "backward" the second side. "both" makes a
-            document in each direction. "hash" selects the direction by a hash of the pair, so that
-            a corpus has about as many documents in each direction.
-        max_length_ratio: Maximum ratio of the longer to the shorter side in UTF-8 bytes; 0 for no
-            limit. Bytes are used because they vary less between languages than characters.
-        scripts: The script that each side must have, as in `is_mostly`; "any" for no filter.
-        level: How to convert a JSON object that has a list of sentences on each side. "sentence"
-            makes a pair of each two aligned sentences. "document" makes one pair of all sentences,
-            which are joined with newlines.
-    """
-
-    keys: tuple[str, str] = ("en", "zh")
+    keys: tuple[str, str] = ("en", "zh")  # JSON keys of the first and the second side
+    # columns of the two sides in tab-separated lines, as numbers counted from 1 or as names in the
+    # header line; None for files with exactly two columns
     columns: tuple[str, str] | None = None
+    # names of the two languages in the translation instruction
     languages: tuple[str, str] = ("English", "Chinese")
+    # "plain", "translate", or the path of the YAML file that `texts` were read from
     template: str = "plain"
+    # Templates from a YAML file. A hash of the pair selects one of them.
     texts: tuple[PairText, ...] = ()
+    # "forward" puts the first side first, "backward" the second side. "both" makes a document in
+    # each direction. "hash" selects the direction by a hash of the pair, so that a corpus has about
+    # as many documents in each direction.
     direction: PairDirection = "hash"
+    # Maximum ratio of the longer to the shorter side in UTF-8 bytes; 0 for no limit. Bytes are used
+    # because they vary less between languages than characters.
     max_length_ratio: float = 9.0
+    # the script that each side must have, as in `is_mostly`; "any" for no filter
     scripts: tuple[str, str] = ("any", "any")
+    # How to convert a JSON object that has a list of sentences on each side. "sentence" makes a
+    # pair of each two aligned sentences. "document" makes one pair of all sentences, which are
+    # joined with newlines.
     level: PairLevel = "sentence"
 
     @property
@@ -171,33 +159,17 @@ class PairSettings:
         return TabOptions(self.columns, (first, second))
 
 
-def pair_of_line(line: str, layout: TabLayout) -> tuple[str, str]:
-    """Returns the two sides of a tab-separated line.
-
-    Raises:
-        BadLineError: The number of columns differs from the layout of the file.
-    """
-    sides = layout.sides(line)
-    if sides is None:
-        raise BadLineError("wrong_number_of_columns" if "\t" in line else "no_tab")
-    return sides
-
-
 def pairs_of_record(
     record: Mapping[str, Any], keys: tuple[str, str], level: PairLevel
 ) -> list[tuple[str, str]]:
-    """Returns the pairs of a JSON object.
+    """Returns the pairs of a JSON object, whose sides are texts or lists of sentences.
 
-    The sides may also be nested in an object under the key `translation`.
-
-    Args:
-        record: The JSON object. Each side is a text or a list of sentences.
-        keys: The keys of the two sides.
-        level: How to convert lists, as in `PairSettings`.
+    The sides may also be nested in an object under the key `translation`. Lists are converted as in
+    `PairSettings.level`.
 
     Raises:
-        BadLineError: A side is missing or is neither text nor a list of texts, only one side is a
-            list, or the lists have different lengths and ``level`` is "sentence".
+        BadLineError: A side is missing or is neither text nor a list of texts, only one side is
+            a list, or the lists have different lengths and ``level`` is "sentence".
     """
     nested = record.get("translation")
     sides = nested if isinstance(nested, dict) and keys[0] not in record else record
@@ -224,14 +196,8 @@ def documents_of_pair(
 ) -> list[Document]:
     """Converts a pair to one document, or to two documents if the direction is "both".
 
-    Args:
-        first: The first side.
-        second: The second side.
-        settings: Direction, template and filters.
-        chat_template: The chat template for translation instructions: a name in `TEMPLATES`, or a
-            template of the user.
-        loss: "response" for loss on the response, "all" for loss on the prompt too. Only used for
-            documents with a prompt.
+    The chat template, a name in `TEMPLATES` or a template of the user, is that of translation
+    instructions. With the loss "all", the prompt has loss too.
 
     Raises:
         DroppedError: A side is empty, both sides are equal, or a filter dropped the pair.
@@ -257,32 +223,22 @@ def documents_of_pair(
     names = settings.languages
     sides = [(first, second, *names)] if forward else []
     sides += [(second, first, *names[::-1])] if backward else []
-    return [_document(*side, settings, choice, chat_template, loss) for side in sides]
-
-
-def _document(
-    source: str,
-    target: str,
-    source_language: str,
-    target_language: str,
-    settings: PairSettings,
-    choice: int,
-    chat_template: str | JinjaTemplate,
-    loss: str,
-) -> Document:
-    if settings.texts:
-        text = settings.texts[choice % len(settings.texts)]
-        names = {"source": source, "target": target}
-        names |= {"source_language": source_language, "target_language": target_language}
-        response = Segment(text.response.format_map(names), True)
-        if not text.prompt:
-            return Document((response,))
-        prompt = Segment(text.prompt.format_map(names), loss == "all")
-        return Document((prompt, response, Segment("", True, "end")))
-    if settings.template == "plain":
-        return Document((Segment(f"{source}\n{target}", True),))
-    question = f"Translate the following text into {target_language}.\n\n{source}"
-    document = document_of_chat(Chat(None, ((question, target),)), chat_template, loss)
-    return Document(
-        document.segments
-    )  # without cut points, because part of a translation is useless
+    documents = []
+    for source, target, source_language, target_language in sides:
+        if settings.texts:
+            text = settings.texts[choice % len(settings.texts)]
+            values = {"source": source, "target": target}
+            values |= {"source_language": source_language, "target_language": target_language}
+            segments = [Segment(text.response.format_map(values), True)]
+            if text.prompt:
+                prompt = Segment(text.prompt.format_map(values), loss == "all")
+                segments = [prompt, *segments, Segment("", True, "end")]
+            documents.append(Document(tuple(segments)))
+        elif settings.template == "plain":
+            documents.append(Document((Segment(f"{source}\n{target}", True),)))
+        else:
+            question = f"Translate the following text into {target_language}.\n\n{source}"
+            document = document_of_chat(Chat(None, ((question, target),)), chat_template, loss)
+            # Without cut points, because part of a translation is useless.
+            documents.append(Document(document.segments))
+    return documents

@@ -14,102 +14,31 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.chats import chat_of
 from megatron_chatflow.preprocess.pairs import (
-    PairSettings,
     documents_of_pair,
-    pair_of_line,
     pairs_of_record,
 )
 from megatron_chatflow.preprocess.readers import (
-    MAX_EXPANSION,
-    MAX_RECORD_BYTES,
     RECORD_BYTES_PER_VALUE,
     Chunk,
     InvalidUtf8Record,
     OversizedRecord,
-    ReadOptions,
-    TxtDocuments,
     num_json_values,
 )
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import unquoted
 from megatron_chatflow.preprocess.templates import document_of_chat
-from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
 from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, ParsedChunk
 from megatron_chatflow.tokenizer.text_encoding import check_share_of_invalid, num_invalid_characters
 
-CorpusFormat = Literal["text", "pairs", "chat"]
-
-
-@dataclass(frozen=True)
-class CorpusSettings:
-    """Settings for reading and parsing a corpus.
-
-    Attributes:
-        format: "text", "pairs" or "chat".
-        json_keys: The output keys. For text, they are also the JSON keys of the texts; for chats,
-            the key is also the JSON key of the messages.
-        txt_documents: Whether a `.txt` file is one document ("file") or has one document per line
-            ("line").
-        invalid_utf8: Whether to drop lines that are not UTF-8 or to replace invalid bytes.
-        encoding: The encoding of the input text, as returned by `canonical_encoding`.
-        max_record_bytes: Maximum size of a record in bytes. A larger record is a bad line.
-        max_expansion: Maximum ratio of a compressed file's content to its size; 0 for no limit.
-        template: Name of a built-in chat template for chats and translation instructions.
-        chat_template: A template of the user to use instead of `template`.
-        loss: "response" for loss on responses only, "all" for loss on every token.
-        pairs: Settings for pairs.
-    """
-
-    format: CorpusFormat = "text"
-    json_keys: tuple[str, ...] = ("text",)
-    txt_documents: TxtDocuments = "file"
-    invalid_utf8: Literal["drop", "replace"] = "drop"
-    encoding: str = "utf-8"
-    max_record_bytes: int = MAX_RECORD_BYTES
-    max_expansion: float = MAX_EXPANSION
-    template: str = "chatflow"
-    chat_template: JinjaTemplate | None = None
-    loss: Literal["response", "all"] = "response"
-    pairs: PairSettings = field(default_factory=PairSettings)
-
-    @property
-    def chat_name(self) -> str:
-        """Name of the chat template."""
-        return self.template if self.chat_template is None else self.chat_template.name
-
-    @property
-    def has_loss_mask(self) -> bool:
-        """Whether the documents have a loss mask."""
-        return self.format != "text"
-
-    @property
-    def read_options(self) -> ReadOptions:
-        """The part of the settings that the readers need."""
-        columns: tuple[str, ...] | None = None
-        if self.format == "text":
-            columns = self.json_keys
-        elif self.format == "pairs":
-            columns = (*self.pairs.keys, "translation")
-        return ReadOptions(
-            txt_documents=self.txt_documents if self.format == "text" else None,
-            columns=columns,
-            encoding=self.encoding,
-            max_record_bytes=self.max_record_bytes,
-            max_expansion=self.max_expansion,
-            tabs=self.pairs.tabs if self.format == "pairs" else None,
-        )
-
 
 class _Parser:
-    """Parses one chunk."""
-
     def __init__(self, chunk: Chunk, settings: CorpusSettings) -> None:
         self.chunk = chunk
         self.settings = settings
@@ -188,7 +117,10 @@ class _Parser:
         if layout is not None:
             if self.number == layout.header_line:
                 raise DroppedError("header")
-            pair = pair_of_line(self._decode(line.rstrip(b"\r")), layout)
+            text = self._decode(line.rstrip(b"\r"))
+            pair = layout.sides(text)
+            if pair is None:
+                raise BadLineError("wrong_number_of_columns" if "\t" in text else "no_tab")
             texts = [unquoted(side) for side in pair]
             self.num_repaired["csv_quotes"] += any(text is not None for text in texts)
             first, second = (t or side for t, side in zip(texts, pair, strict=True))
@@ -213,21 +145,17 @@ class _Parser:
             for key, text in zip(settings.json_keys, texts, strict=True):
                 self.result.documents[key].append(text)
         elif settings.format == "pairs":
-            self._take_pairs(pairs_of_record(record, settings.pairs.keys, settings.pairs.level))
+            for pair in pairs_of_record(record, settings.pairs.keys, settings.pairs.level):
+                try:
+                    self._take_pair(*pair)
+                except DroppedError as error:  # a filter dropped the pair, but not the others
+                    self.num_dropped[error.reason] += 1
         else:
             key = settings.json_keys[0]
             chat = chat_of(record, key)
             template = settings.chat_template or settings.template
             document = document_of_chat(chat, template, settings.loss)
             self.result.documents[key].append(document)
-
-    def _take_pairs(self, pairs: list[tuple[str, str]]) -> None:
-        """Adds every pair of a record. If a filter drops a pair, the others are kept."""
-        for pair in pairs:
-            try:
-                self._take_pair(*pair)
-            except DroppedError as error:
-                self.num_dropped[error.reason] += 1
 
     def _take_pair(self, first: str, second: str) -> None:
         settings = self.settings
@@ -287,14 +215,7 @@ class _Parser:
 
 
 def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:
-    """Parses every record of a chunk.
-
-    Args:
-        chunk: The chunk.
-        settings: Settings of the corpus.
-
-    Returns:
-        The documents in order, and counts of dropped and repaired records.
+    """Parses every record of a chunk to documents, with counts of dropped and repaired records.
 
     Raises:
         UserError: Text has a NUL character or too many bytes that are not UTF-8.

@@ -15,8 +15,9 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, NoReturn
 
@@ -27,6 +28,7 @@ import zstandard
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.compressed import MAGIC_BYTES, decompress, is_compressed
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import (
     TabLayout,
     TabOptions,
@@ -38,6 +40,7 @@ from megatron_chatflow.tokenizer.text_encoding import guess_encoding, transcode
 logger = logging.getLogger(__name__)
 
 RecordKind = Literal["lines", "jsonl", "tsv", "json", "txt", "parquet"]
+ChunkKind = Literal["lines", "text_lines", "text", "objects"]
 RECORD_KINDS: dict[str, RecordKind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -66,12 +69,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NUM_NAMED = 3  # files that are listed in a message
 
 CHUNK_BYTES = 1 << 20
-# Maximum size of a record: a line, a row, or a text file that is one document.
-MAX_RECORD_BYTES = 1 << 26
-# Maximum ratio of a compressed file's content to its size. Text expands less than a hundredfold.
-# Every file may expand to at least `FREE_EXPANSION_BYTES`.
-MAX_EXPANSION = 1000.0
-FREE_EXPANSION_BYTES = 256 << 20
+FREE_EXPANSION_BYTES = 256 << 20  # every file may expand to at least this size
 # A parsed JSON value needs up to 100 bytes of memory but may be written with only two bytes. A
 # record may have one value for each `RECORD_BYTES_PER_VALUE` bytes of its maximum size, so a parsed
 # record needs at most about seven times the maximum size.
@@ -84,40 +82,31 @@ MAX_ROW_GROUP_BYTES = 1 << 30  # fewer rows are decoded together from larger col
 _DICTIONARY_PAGE = 2
 _SEPARATORS = (b",", b":", b"[", b"{")
 _COUNT_BYTES = 1 << 20  # JSON bytes whose values are counted at once
-TxtDocuments = Literal["file", "line"]
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """An input file or standard input.
+    """An input file or standard input."""
 
-    Attributes:
-        path: Path of the file; None for standard input.
-        name: Name in messages and in the sidecar.
-        kind: Format of the records. "lines" is used for pipes and standard input, where no file
-            name distinguishes JSON from tab-separated lines.
-        num_bytes: Size on disk in bytes; 0 if unknown.
-    """
-
-    path: Path | None
-    name: str
+    path: Path | None  # path of the file; None for standard input
+    name: str  # name in messages and in the sidecar
+    # Format of the records. "lines" is used for pipes and standard input, where no file name
+    # distinguishes JSON from tab-separated lines.
     kind: RecordKind
-    num_bytes: int
+    num_bytes: int  # size on disk in bytes; 0 if unknown
 
 
 def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
-    """Expands the inputs to files.
+    """Expands the inputs (files, globs, folders, or `-` for standard input) to files.
 
     The inputs keep their order; the files of a folder or glob are sorted by path. Folders are
     searched recursively for files with known extensions. Symbolic links are followed, and a file or
     folder with several paths is read once. Hidden files, documentation and files of other kinds are
     skipped and logged with their counts.
 
-    Args:
-        inputs: Files, globs, folders, or `-` for standard input.
-
     Raises:
-        UserError: No file matches, a file is given twice or cannot be read, or its kind is unknown.
+        UserError: No file matches, a file is given twice or cannot be read, or its kind is
+            unknown.
     """
     try:
         files = [file for name in inputs for file in _expand(name)]
@@ -301,11 +290,8 @@ def _is_corpus_metadata(path: Path) -> bool:
 
 
 def _counts(counts: Counter[str]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in _most_frequent_first(counts.items()))
-
-
-def _most_frequent_first(items: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    return sorted(items, key=lambda item: (-item[1], item[0]))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{number} {name}" for name, number in ordered)
 
 
 def _kind_of(path: Path) -> RecordKind | None:
@@ -348,56 +334,26 @@ class InvalidUtf8Record:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive records of one file.
+    """Consecutive records of one file."""
 
-    Attributes:
-        name: Name of the file.
-        first_line: Number of the first line or record, counted from 1.
-        kind: "lines" (JSON or tab-separated), "text_lines" (one document per line), "text" (one
-            document), or "objects" (parsed JSON, `OversizedRecord` or
-            `InvalidUtf8Record`).
-        data: The list of objects if `kind` is "objects", otherwise UTF-8 bytes.
-        num_bytes_read: Number of bytes read from disk so far: of the file if the chunk is from
-            `read_chunks`, of all files if it is from `CorpusReader`.
-        layout: Columns of the pair in tab-separated lines; None for JSON.
-    """
-
-    name: str
-    first_line: int
-    kind: Literal["lines", "text_lines", "text", "objects"]
-    data: Any
+    name: str  # name of the file
+    first_line: int  # number of the first line or record, counted from 1
+    # "lines" (JSON or tab-separated), "text_lines" (one document per line), "text" (one document),
+    # or "objects" (parsed JSON, `OversizedRecord` or `InvalidUtf8Record`)
+    kind: ChunkKind
+    data: Any  # the list of objects if `kind` is "objects", otherwise UTF-8 bytes
+    # number of bytes read from disk so far: of the file if the chunk is from `read_chunks`, of all
+    # files if it is from `CorpusReader`
     num_bytes_read: int
-    layout: TabLayout | None = None
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """Options for splitting files into records.
-
-    Attributes:
-        txt_documents: Whether a `.txt` file is one document ("file") or has one document per line
-            ("line"); None if its lines are records of another format.
-        columns: The columns to read from parquet files; None for all.
-        encoding: The encoding of the text, as returned by `canonical_encoding`. Chunks are always
-            UTF-8.
-        tabs: Options for tab-separated pairs; None if the records are not pairs.
-        max_record_bytes: Maximum size of a record in bytes.
-        max_expansion: Maximum ratio of a compressed file's content to its size; 0 for no limit.
-            Content of up to `FREE_EXPANSION_BYTES` is always allowed.
-    """
-
-    txt_documents: TxtDocuments | None = "file"
-    columns: Sequence[str] | None = None
-    encoding: str = "utf-8"
-    tabs: TabOptions | None = None
-    max_record_bytes: int = MAX_RECORD_BYTES
-    max_expansion: float = MAX_EXPANSION
+    layout: TabLayout | None = None  # columns of the pair in tab-separated lines; None for JSON
 
 
 class _Source:
     """A file on disk or standard input. Counts the bytes that were read."""
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: InputFile, settings: CorpusSettings) -> None:
+        self.name = file.name
+        self.settings = settings
         self.num_bytes_read = 0
         try:
             self._stream: IO[bytes] = (
@@ -411,41 +367,45 @@ class _Source:
         self.num_bytes_read += len(block)
         return block
 
+    def chunk(self, first_line: int, kind: ChunkKind, data: Any) -> Chunk:
+        return Chunk(self.name, first_line, kind, data, self.num_bytes_read)
+
     def close(self) -> None:
         if self._stream is not sys.stdin.buffer:
             self._stream.close()
 
 
-def read_chunks(file: InputFile, options: ReadOptions = ReadOptions()) -> Iterator[Chunk]:
+def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
     """Yields a file's records in chunks of about 1 MiB.
-
-    Args:
-        file: The file.
-        options: Options for splitting the file into records.
 
     Raises:
         UserError: The file cannot be read, is damaged, or does not have the format of its kind.
     """
     if file.kind == "parquet":
-        yield from _read_parquet(file, options)
+        yield from _read_parquet(file, settings)
         return
-    if file.kind == "tsv" and options.tabs is None:
+    if file.kind == "tsv" and settings.tabs is None:
         raise UserError(f"tab-separated lines are pairs: {file.name}: use --format pairs")
-    source = _Source(file)
+    source = _Source(file, settings)
     try:
-        expanded = _check_expansion(_decompressed(source, file.name), source, file.name, options)
-        blocks = transcode(expanded, file.name, options.encoding)
-        if file.kind == "txt" and options.txt_documents == "file":
-            yield _whole_text(blocks, file.name, source, options.max_record_bytes)
-        elif file.kind == "txt" and options.txt_documents == "line":
-            yield from _line_chunks(
-                blocks, file.name, source, "text_lines", options.max_record_bytes
+        blocks = transcode(_decompressed(source), file.name, settings.encoding)
+        is_text = file.kind == "txt" and settings.format == "text"
+        if is_text and settings.txt_documents == "file":
+            limit = settings.max_record_bytes
+            data = _read_all(
+                blocks,
+                limit,
+                f"text file too large: {file.name}: more than {limit} bytes as one document: use "
+                "--txt-documents line, convert it to jsonl, or raise --max-record-bytes",
             )
+            yield source.chunk(1, "text", data)
+        elif is_text:
+            yield from _line_chunks(blocks, source, "text_lines")
         elif file.kind == "json":
-            yield from _read_json(blocks, file.name, source, options.max_record_bytes)
+            yield from _read_json(blocks, source)
         else:
-            chunks = _line_chunks(blocks, file.name, source, "lines", options.max_record_bytes)
-            yield from _with_layout(chunks, file, options.tabs)
+            chunks = _line_chunks(blocks, source, "lines")
+            yield from _with_layout(chunks, file, settings.tabs)
     except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
     finally:
@@ -460,72 +420,54 @@ class CorpusReader:
             been read.
     """
 
-    def __init__(self, files: Sequence[InputFile], options: ReadOptions) -> None:
+    def __init__(self, files: Sequence[InputFile], settings: CorpusSettings) -> None:
         """Initializes the reader. No file is opened until the first chunk is requested."""
         self._files = files
-        self._options = options
+        self._settings = settings
         self.num_bytes = [file.num_bytes for file in files]
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yields the chunks of every file, with `num_bytes_read` counted over all files.
-
-        Raises:
-            UserError: See `read_chunks`.
-        """
+        """Yields the chunks of every file, with `num_bytes_read` counted over all files."""
         num_bytes_before = 0
         for number, file in enumerate(self._files):
-            for chunk in read_chunks(file, self._options):
+            for chunk in read_chunks(file, self._settings):
                 self.num_bytes[number] = max(self.num_bytes[number], chunk.num_bytes_read)
                 yield replace(chunk, num_bytes_read=num_bytes_before + chunk.num_bytes_read)
             num_bytes_before += self.num_bytes[number]
 
 
-def _check_expansion(
-    blocks: Iterator[bytes], source: _Source, name: str, options: ReadOptions
-) -> Iterator[bytes]:
-    """Yields the blocks and checks their total size against the bytes read from the file."""
-    num_bytes = 0
-    for block in blocks:
-        num_bytes += len(block)
-        _refuse_expansion(num_bytes, source.num_bytes_read, name, options)
-        yield block
-
-
-def _refuse_expansion(num_bytes: int, num_bytes_read: int, name: str, options: ReadOptions) -> None:
-    """Checks that ``num_bytes`` of content are allowed for ``num_bytes_read`` bytes on disk.
-
-    Raises:
-        UserError: The content exceeds the limit.
-    """
-    limit = max(options.max_expansion * num_bytes_read, FREE_EXPANSION_BYTES)
-    if options.max_expansion and num_bytes > limit:
+def _refuse_expansion(
+    num_bytes: int, num_bytes_read: int, name: str, settings: CorpusSettings
+) -> None:
+    """Raises `UserError` if ``num_bytes`` of content are too many for the bytes on disk."""
+    limit = max(settings.max_expansion * num_bytes_read, FREE_EXPANSION_BYTES)
+    if settings.max_expansion and num_bytes > limit:
         raise UserError(
             f"cannot read: {name}: {num_bytes_read:,} bytes of it expand to more than "
             f"{num_bytes:,} bytes; if this is expected, raise --max-expansion "
-            f"({options.max_expansion:g}; 0 means no limit)"
+            f"({settings.max_expansion:g}; 0 means no limit)"
         )
 
 
-def _decompressed(source: _Source, name: str) -> Iterator[bytes]:
-    """Returns an iterator of the file's content in blocks. Decompresses gzip and zstd."""
+def _decompressed(source: _Source) -> Iterator[bytes]:
+    """Yields the file's content in blocks and limits its size. Decompresses gzip and zstd."""
     blocks = iter(source.read, b"")
     head = b""
     for block in blocks:
         head += block
         if len(head) >= MAGIC_BYTES:  # a pipe may return fewer bytes at first
             break
-    whole = _chain(head, blocks)
-    return decompress(whole, name) if is_compressed(head) else whole
+    whole: Iterator[bytes] = chain([head], blocks)
+    num_bytes = 0
+    for block in decompress(whole, source.name) if is_compressed(head) else whole:
+        num_bytes += len(block)
+        _refuse_expansion(num_bytes, source.num_bytes_read, source.name, source.settings)
+        yield block
 
 
-def _line_chunks(
-    blocks: Iterator[bytes],
-    name: str,
-    source: _Source,
-    kind: Literal["lines", "text_lines"],
-    max_record_bytes: int,
-) -> Iterator[Chunk]:
+def _line_chunks(blocks: Iterator[bytes], source: _Source, kind: ChunkKind) -> Iterator[Chunk]:
     """Yields chunks of whole lines. A line that is too large becomes an `OversizedRecord`."""
+    max_record_bytes = source.settings.max_record_bytes
     first_line = 1
     pending: list[bytes] = []
     num_pending = 0
@@ -535,7 +477,7 @@ def _line_chunks(
             end = block.find(b"\n") + 1
             if not end:
                 continue
-            yield Chunk(name, first_line, "objects", [OversizedRecord()], source.num_bytes_read)
+            yield source.chunk(first_line, "objects", [OversizedRecord()])
             first_line += 1
             is_passing_over = False
             block = block[end:]
@@ -547,21 +489,21 @@ def _line_chunks(
                 data = b"".join(pending)
                 end = data.rfind(b"\n") + 1
                 if end:
-                    yield Chunk(name, first_line, kind, data[:end], source.num_bytes_read)
+                    yield source.chunk(first_line, kind, data[:end])
                     first_line += data.count(b"\n")
                 pending, num_pending = [data[end:]], len(data) - end
                 if num_pending > max_record_bytes:
                     pending, num_pending, is_passing_over = [], 0, True
             continue
         data = b"".join([*pending, block[:end]])
-        yield Chunk(name, first_line, kind, data, source.num_bytes_read)
+        yield source.chunk(first_line, kind, data)
         first_line += data.count(b"\n")
         pending = [block[end:]]
         num_pending = len(block) - end
     if is_passing_over:
-        yield Chunk(name, first_line, "objects", [OversizedRecord()], source.num_bytes_read)
+        yield source.chunk(first_line, "objects", [OversizedRecord()])
     if num_pending:
-        yield Chunk(name, first_line, kind, b"".join(pending), source.num_bytes_read)
+        yield source.chunk(first_line, kind, b"".join(pending))
 
 
 def _with_layout(
@@ -623,30 +565,18 @@ def _read_all(blocks: Iterator[bytes], limit: int, message: str) -> bytes:
     return b"".join(parts)
 
 
-def _whole_text(blocks: Iterator[bytes], name: str, source: _Source, limit: int) -> Chunk:
-    data = _read_all(
-        blocks,
-        limit,
-        f"text file too large: {name}: more than {limit} bytes as one document: use "
-        "--txt-documents line, convert it to jsonl, or raise --max-record-bytes",
-    )
-    return Chunk(name, 1, "text", data, source.num_bytes_read)
-
-
-def _read_json(
-    blocks: Iterator[bytes], name: str, source: _Source, max_record_bytes: int
-) -> Iterator[Chunk]:
+def _read_json(blocks: Iterator[bytes], source: _Source) -> Iterator[Chunk]:
     """Reads a `.json` file, which has one array of records or one record per line."""
     head = b""
     for block in blocks:
         head += block
         if head.strip():
             break
-    rest = _chain(head, blocks)
+    rest = chain([head], blocks)
     if not head.lstrip().startswith(b"["):
-        yield from _line_chunks(rest, name, source, "lines", max_record_bytes)
+        yield from _line_chunks(rest, source, "lines")
         return
-    limit = NUM_RECORDS_OF_ARRAY * max_record_bytes
+    name, limit = source.name, NUM_RECORDS_OF_ARRAY * source.settings.max_record_bytes
     advice = "convert it to jsonl, or raise --max-record-bytes"
     data = _read_all(
         rest, limit, f"JSON array too large: {name}: more than {limit} bytes: {advice}"
@@ -657,28 +587,19 @@ def _read_json(
     try:
         objects = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise UserError(_array_error_message(name, data, error)) from error
+        try:
+            data.decode()
+        except UnicodeDecodeError as undecodable:
+            line = data.count(b"\n", 0, undecodable.start) + 1
+            advice = guess_encoding(data[undecodable.start :])
+            raise UserError(f"not UTF-8: {name}:{line}: {advice}") from error
+        raise UserError(f"malformed JSON array: {name}:{error.lineno}: {error.msg}") from error
     for begin in range(0, len(objects), NUM_OBJECTS_PER_CHUNK):
         part = objects[begin : begin + NUM_OBJECTS_PER_CHUNK]
-        yield Chunk(name, begin + 1, "objects", part, source.num_bytes_read)
+        yield source.chunk(begin + 1, "objects", part)
 
 
-def _array_error_message(name: str, data: bytes, error: orjson.JSONDecodeError) -> str:
-    try:
-        data.decode()
-    except UnicodeDecodeError as undecodable:
-        line = data.count(b"\n", 0, undecodable.start) + 1
-        sample = data[undecodable.start :]
-        return f"not UTF-8: {name}:{line}: {guess_encoding(sample)}"
-    return f"malformed JSON array: {name}:{error.lineno}: {error.msg}"
-
-
-def _chain(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    yield head
-    yield from blocks
-
-
-def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
+def _read_parquet(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
     """Yields rows as objects. The row number is used as the line number.
 
     A file of a kilobyte can contain any amount of text, because many rows can refer to the same
@@ -693,7 +614,7 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
             f"cannot read: {file.name}: parquet files need pyarrow: pip install pyarrow"
         ) from (error)
     assert file.path is not None  # standard input has the kind "lines"
-    columns = options.columns
+    columns = settings.columns
     num_bytes = 0
     try:
         with parquet.ParquetFile(file.path) as content:
@@ -709,11 +630,11 @@ def _read_parquet(file: InputFile, options: ReadOptions) -> Iterator[Chunk]:
             first_row = 1
             for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
                 position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
-                sizes = _content_sizes(batch, options.max_record_bytes)
+                sizes = _content_sizes(batch, settings.max_record_bytes)
                 # Records that are dropped as too large take time to decode as well.
                 num_bytes += batch.nbytes if sizes is None else int(sizes.sum())
-                _refuse_expansion(num_bytes, file.num_bytes, file.name, options)
-                for rows in _rows(batch, sizes, options.max_record_bytes):
+                _refuse_expansion(num_bytes, file.num_bytes, file.name, settings)
+                for rows in _rows(batch, sizes, settings.max_record_bytes):
                     yield Chunk(file.name, first_row, "objects", rows, position)
                     first_row += len(rows)
     except (ArrowException, OSError) as error:
@@ -783,11 +704,10 @@ def _dictionary_bytes(stream: IO[bytes], column: Any) -> int:
 
 
 def _content_sizes(batch: Any, max_record_bytes: int) -> npt.NDArray[np.int64] | None:
-    """Returns the bytes of content in each row: int64[num_rows].
+    """Returns the bytes of content in each row, int64[num_rows].
 
-    The result is None if no row can be too large and all rows fit into one chunk. This holds for
-    small batches without dictionaries. Their buffers contain every value once, so the size of the
-    buffers is an upper bound on the content.
+    The result is None if no row can be too large and all rows fit into one chunk: in small batches
+    without dictionaries, the buffers contain every value once, so their size bounds the content.
     """
     from pyarrow import types
 
@@ -823,7 +743,6 @@ def _rows(
 
 
 def _records(batch: Any) -> list[Any]:
-    """Converts the rows of a batch to objects."""
     try:
         records: list[Any] = batch.to_pylist()
         return records

@@ -1,4 +1,4 @@
-"""The settings of a preprocessing job. Every worker receives all of them."""
+"""The settings of a corpus and of a preprocessing job. Every worker receives all of them."""
 
 import hashlib
 import json
@@ -9,56 +9,98 @@ from typing import Any, Literal
 
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import PairSettings, read_pair_templates
-from megatron_chatflow.preprocess.parse import CorpusSettings
-from megatron_chatflow.preprocess.readers import MAX_RECORD_BYTES
-from megatron_chatflow.tokenizer.chat_template import read_chat_template
+from megatron_chatflow.preprocess.tab_separated import TabOptions
+from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, read_chat_template
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
+
+CorpusFormat = Literal["text", "pairs", "chat"]
+TxtDocuments = Literal["file", "line"]
+# Maximum size of a record: a line, a row, or a text file that is one document.
+MAX_RECORD_BYTES = 1 << 26
+# Maximum ratio of a compressed file's content to its size. Text expands less than a hundredfold.
+MAX_EXPANSION = 1000.0
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Settings for reading and parsing a corpus."""
+
+    format: CorpusFormat = "text"  # "text", "pairs" or "chat"
+    # The output keys. For text, they are also the JSON keys of the texts; for chats, the key is
+    # also the JSON key of the messages.
+    json_keys: tuple[str, ...] = ("text",)
+    # whether a `.txt` file is one document ("file") or has one document per line ("line")
+    txt_documents: TxtDocuments = "file"
+    # whether to drop lines that are not UTF-8 or to replace invalid bytes
+    invalid_utf8: Literal["drop", "replace"] = "drop"
+    encoding: str = "utf-8"  # the encoding of the input text, as returned by `canonical_encoding`
+    # Maximum size of a record in bytes. A larger record is a bad line.
+    max_record_bytes: int = MAX_RECORD_BYTES
+    # maximum ratio of a compressed file's content to its size; 0 for no limit
+    max_expansion: float = MAX_EXPANSION
+    # name of a built-in chat template for chats and translation instructions
+    template: str = "chatflow"
+    # A template of the user to use instead of `template`
+    chat_template: JinjaTemplate | None = None
+    # "response" for loss on responses only, "all" for loss on every token
+    loss: Literal["response", "all"] = "response"
+    pairs: PairSettings = field(default_factory=PairSettings)  # settings for pairs
+
+    @property
+    def chat_name(self) -> str:
+        """Name of the chat template."""
+        return self.template if self.chat_template is None else self.chat_template.name
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether the documents have a loss mask."""
+        return self.format != "text"
+
+    @property
+    def columns(self) -> tuple[str, ...] | None:
+        """The columns to read from parquet files; None for all."""
+        if self.format == "text":
+            return self.json_keys
+        return (*self.pairs.keys, "translation") if self.format == "pairs" else None
+
+    @property
+    def tabs(self) -> TabOptions | None:
+        """Options for tab-separated pairs; None if the records are not pairs."""
+        return self.pairs.tabs if self.format == "pairs" else None
 
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """Settings of a preprocessing job.
+    """Settings of a preprocessing job."""
 
-    Attributes:
-        inputs: Files, globs, folders, or `-` for standard input.
-        output_prefix: Path prefix of all outputs.
-        tokenizer_model: File or folder of the tokenizer.
-        tokenizer_type: One of `TOKENIZER_TYPES`, or "auto".
-        corpus: Settings for reading and parsing the inputs.
-        append_bos: Whether every document begins with the beginning-of-sequence token.
-        append_eod: Whether every document ends with the end-of-document token.
-        max_tokens: Maximum number of tokens in a document of pairs or chats; None for no limit.
-        over_long: Whether to cut a longer document at the end of a turn ("truncate") or to drop it
-            ("drop").
-        num_workers: Number of threads or processes that tokenize. With 1, the calling thread does.
-        max_bad_lines: Maximum number of bad lines in all partitions of the job. They are dropped;
-            with more of them, the job fails.
-        max_dropped_share: Maximum share of records, from 0 to 1, that may be dropped for any reason
-            in all partitions of the job before it fails.
-        dedup: Whether to keep only the first of several documents with the same text.
-        overwrite: Whether to replace existing outputs.
-        num_partitions: Number of partitions that are built in sequence and then merged. A killed
-            job continues after the last finished partition.
-        shard: Index and count of the only partition to build, for job arrays.
-        ray: Address of a Ray cluster that builds the partitions; None for this machine.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer_model: str
-    tokenizer_type: str = "auto"
+    inputs: tuple[str, ...]  # files, globs, folders, or `-` for standard input
+    output_prefix: str  # path prefix of all outputs
+    tokenizer_model: str  # file or folder of the tokenizer
+    tokenizer_type: str = "auto"  # one of `TOKENIZER_TYPES`, or "auto"
+    # settings for reading and parsing the inputs
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    append_bos: bool = False
-    append_eod: bool = False
+    append_bos: bool = False  # whether every document begins with the beginning-of-sequence token
+    append_eod: bool = False  # whether every document ends with the end-of-document token
+    # maximum number of tokens in a document of pairs or chats; None for no limit
     max_tokens: int | None = None
+    # whether to cut a longer document at the end of a turn ("truncate") or to drop it ("drop")
     over_long: Literal["truncate", "drop"] = "truncate"
+    # Number of threads or processes that tokenize. With 1, the calling thread does.
     num_workers: int = 1
+    # Maximum number of bad lines in all partitions of the job. They are dropped; with more of them,
+    # the job fails.
     max_bad_lines: int = 100
+    # maximum share of records, from 0 to 1, that may be dropped for any reason in all partitions of
+    # the job before it fails
     max_dropped_share: float = DEFAULT_MAX_SHARE
-    dedup: bool = False
-    overwrite: bool = False
+    dedup: bool = False  # whether to keep only the first of several documents with the same text
+    overwrite: bool = False  # whether to replace existing outputs
+    # Number of partitions that are built in sequence and then merged. A killed job continues after
+    # the last finished partition.
     num_partitions: int = 1
+    # index and count of the only partition to build, for job arrays
     shard: tuple[int, int] | None = None
+    # address of a Ray cluster that builds the partitions; None for this machine
     ray: str | None = None
 
     def record(self) -> dict[str, Any]:
@@ -94,10 +136,8 @@ class PreprocessSettings:
 def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
     """Builds the settings from command-line options.
 
-    Args:
-        options: Values by name. The names are the fields of `PreprocessSettings` and
-            `CorpusSettings`, and those of `PairSettings` with the prefix `pair_`. Missing options
-            have their defaults.
+    The names of the options are the fields of `PreprocessSettings` and `CorpusSettings`, and those
+    of `PairSettings` with the prefix `pair_`. Missing options have their defaults.
 
     Raises:
         UserError: A template file cannot be read, or the encoding is unknown.

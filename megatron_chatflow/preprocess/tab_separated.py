@@ -28,31 +28,22 @@ _HEADER_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class TabOptions:
-    """Options for finding the pair in tab-separated files.
+    """Options for finding the pair in tab-separated files."""
 
-    Attributes:
-        columns: The two columns of the pair, as numbers counted from 1 or as names in the header
-            line; None if lines must have two columns.
-        names: Names that a header may have for the first and the second side, in lower case.
-    """
-
+    # the two columns of the pair, as numbers counted from 1 or as names in the header line; None if
+    # lines must have two columns
     columns: tuple[str, str] | None = None
+    # names that a header may have for the first and the second side, in lower case
     names: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
 
 @dataclass(frozen=True)
 class TabLayout:
-    """The columns of the pair in a tab-separated file.
+    """The columns of the pair in a tab-separated file."""
 
-    Attributes:
-        columns: The columns of the two sides, counted from 0.
-        num_columns: Number of columns in every line.
-        header_line: Line number of the header, counted from 1; 0 if there is no header.
-    """
-
-    columns: tuple[int, int]
-    num_columns: int
-    header_line: int = 0
+    columns: tuple[int, int]  # the columns of the two sides, counted from 0
+    num_columns: int  # number of columns in every line
+    header_line: int = 0  # line number of the header, counted from 1; 0 if there is no header
 
     def sides(self, line: str) -> tuple[str, str] | None:
         """Returns the two sides of a line; None if it does not have `num_columns` columns."""
@@ -64,7 +55,9 @@ class TabLayout:
 
 def are_json_lines(data: bytes) -> bool:
     """Returns whether lines are JSON, judged by the first line that is not blank."""
-    line = _first_line(data)
+    begin = len(data) - len(data.lstrip())
+    end = data.find(b"\n", begin)
+    line = data[begin : len(data) if end < 0 else end]
     if not line.startswith((b"{", b"[")):
         return False
     try:
@@ -74,17 +67,13 @@ def are_json_lines(data: bytes) -> bool:
 
 
 def tab_layout(data: bytes, name: str, first_line: int, options: TabOptions) -> TabLayout:
-    """Detects the layout of a tab-separated file.
+    """Detects the layout of a tab-separated file from lines of its beginning.
 
-    Args:
-        data: Lines from the beginning of the file.
-        name: The file's name for error messages.
-        first_line: Line number of the first line in ``data``.
-        options: Names or numbers of the columns, if the user gave them.
+    ``first_line`` is the line number of the first of them.
 
     Raises:
-        UserError: There are more than two columns and no columns were named, a named column does
-            not exist or is named twice, or most cells are quoted as in CSV.
+        UserError: There are more than two columns and no columns were named, a named column
+            does not exist or is named twice, or most cells are quoted as in CSV.
     """
     end = data.rfind(b"\n", 0, SAMPLE_BYTES) + 1
     sample = data[: end or None].decode(errors="replace").split("\n")
@@ -134,18 +123,11 @@ def unquoted(cell: str) -> str | None:
     return inner.replace('""', '"')
 
 
-def _first_line(data: bytes) -> bytes:
-    begin = len(data) - len(data.lstrip())
-    end = data.find(b"\n", begin)
-    return data[begin : len(data) if end < 0 else end]
-
-
 def _parse_column(column: str) -> int | str:
     return int(column) - 1 if column.isascii() and column.isdigit() else column.lower()
 
 
 def _column_index(column: int | str, titles: list[str], num_columns: int, name: str) -> int:
-    """Returns the index of a column."""
     if isinstance(column, str):
         if column in titles:
             return titles.index(column)

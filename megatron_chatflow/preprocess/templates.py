@@ -116,10 +116,7 @@ JINJA_TEMPLATES = {
 
 
 def template_source(asked: str) -> str:
-    """Returns the Jinja source of a chat template.
-
-    Args:
-        asked: A name in `JINJA_TEMPLATES`, or a file or folder for `read_chat_template`.
+    """Returns the Jinja source of a template: a name in `JINJA_TEMPLATES`, or a file or folder.
 
     Raises:
         UserError: The template does not exist or cannot be read.
@@ -133,16 +130,11 @@ def template_source(asked: str) -> str:
 
 
 def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:
-    """Applies a template to a chat.
+    """Applies a template, a name in `TEMPLATES` or the user's, to a chat with all answers.
 
-    Args:
-        chat: A chat in which every question has an answer.
-        template: A name in `TEMPLATES`, or a template of the user.
-        loss: "response" for loss on the answers and their end tokens, "all" for loss on every
-            token. In both cases, the chat's untrained answers have no loss.
-
-    Returns:
-        A document with cut points at the ends of exchanges.
+    With the loss "response", the answers and their end tokens have loss, with "all" every token. In
+    both cases, the chat's untrained answers have no loss. The document may be cut at the ends of
+    exchanges.
 
     Raises:
         DroppedError: The user's template rejected the chat.

@@ -243,7 +243,6 @@ def _build_validator(config: RunConfig, sources: list[Source]) -> Validator | No
         sources=sources,
         max_samples=config.train.eval_iters * config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
-        seq_length=config.data.seq_length,
     )
 
 

@@ -7,7 +7,7 @@ from fork_server import run_tool
 
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 
 def run(tool: str, *arguments: object) -> tuple[int, str, str]:

@@ -92,8 +92,9 @@ def test_redirected_descriptors(tmp_path: Path, write: Write) -> None:
     program = (
         "from megatron_chatflow.preprocess.readers import find_inputs\n"
         "from megatron_chatflow.preprocess.readers import read_chunks\n"
+        "from megatron_chatflow.preprocess.settings import CorpusSettings\n"
         "(file,) = find_inputs(['/dev/fd/5'])\n"
-        "print(next(read_chunks(file)).data.decode(), end='')"
+        "print(next(read_chunks(file, CorpusSettings())).data.decode(), end='')"
     )
     command = ["bash", "-c", 'exec "$0" -c "$1" 5< "$2"', sys.executable, program]
     done = subprocess.run([*command, str(tmp_path / "a.jsonl")], capture_output=True)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from preprocess_jobs import Jobs
 
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from pathlib import Path\n"
         "from preprocess_jobs import Jobs\n"
-        "from megatron_chatflow.preprocess.parse import CorpusSettings\n"
+        "from megatron_chatflow.preprocess.settings import CorpusSettings\n"
         "from megatron_chatflow.preprocess import job\n"
         "from megatron_chatflow.errors import run_main\n"
         "def start(settings):\n"

@@ -15,13 +15,14 @@ CHAT = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "bot"
 PROGRAM = """
 import json, re, sys
 from megatron_chatflow.preprocess.readers import find_inputs
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.readers import read_chunks
 from megatron_chatflow.errors import UserError
 path, settings = sys.argv[1], CorpusSettings(**json.loads(sys.argv[2]))
 num_documents, num_dropped, error = 0, {}, None
 try:
-    for chunk in read_chunks(find_inputs([path])[0], settings.read_options):
+    for chunk in read_chunks(find_inputs([path])[0], settings):
         parsed = parse_chunk(chunk, settings)
         num_documents += sum(map(len, parsed.documents.values()))
         for reason, number in parsed.num_dropped.items():

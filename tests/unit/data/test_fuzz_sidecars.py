@@ -27,7 +27,7 @@ from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.inspect import Inspection
 from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 NUM_MUTATIONS = int(os.environ.get("NUM_SIDECAR_MUTATIONS", "300"))

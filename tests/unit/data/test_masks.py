@@ -15,7 +15,7 @@ from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.inspect import Inspection
 from megatron_chatflow.preprocess.merge import merge_datasets
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 DOCUMENTS = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11, 12]]
 

@@ -19,7 +19,7 @@ from megatron_chatflow.data.mapped_file import map_file, release_pages
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.preprocess import dedup as duplicates
 from megatron_chatflow.preprocess.merge import merge_datasets
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.training.dry_run import dry_run
 
 NUM_DATASETS = 60

@@ -25,7 +25,7 @@ from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.evaluation.tasks import TaskSettings, evaluate_tasks
 from megatron_chatflow.evaluation.text import TextSource, encode_document, evaluate_text
 from megatron_chatflow.generation.generate import Generator
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 needs_lm_eval = pytest.mark.skipif(

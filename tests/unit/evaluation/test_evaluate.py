@@ -30,7 +30,7 @@ from megatron_chatflow.evaluation.evaluate import (
 )
 from megatron_chatflow.evaluation.models import LanguageModel
 from megatron_chatflow.evaluation.text import TextResult, TextSource, encode_document, evaluate_text
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.chat_template import Chat

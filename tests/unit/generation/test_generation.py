@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_chatflow.convert.huggingface_folder import huggingface_folder
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.generation.chat import Conversation
 from megatron_chatflow.generation.generate import (
+    Conversation,
     Generator,
     Sampling,
     TextStream,

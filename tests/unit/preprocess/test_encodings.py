@@ -12,8 +12,9 @@ import zstandard
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess import readers
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
-from megatron_chatflow.preprocess.readers import CorpusReader, TxtDocuments, find_inputs
+from megatron_chatflow.preprocess.parse import parse_chunk
+from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
+from megatron_chatflow.preprocess.settings import CorpusSettings, TxtDocuments
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
 
 SENTENCE = "\u5929\u6c14\u5f88\u597d\uff0c\u6211\u4eec\u53bb\u516c\u56ed\u3002"
@@ -26,7 +27,7 @@ def texts_of(
     path: Path, encoding: str = "utf-8", txt_documents: TxtDocuments = "line"
 ) -> list[object]:
     settings = CorpusSettings(txt_documents=txt_documents, encoding=canonical_encoding(encoding))
-    reader = CorpusReader(find_inputs([str(path)]), settings.read_options)
+    reader = CorpusReader(find_inputs([str(path)]), settings)
     texts: list[object] = []
     for chunk in reader.chunks():
         texts += parse_chunk(chunk, settings).documents["text"]
@@ -155,8 +156,6 @@ def test_lines_that_are_replaced_are_refused_when_many(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in LINES)
     (tmp_path / "a.jsonl").write_bytes(lines.encode("gb18030"))
     settings = CorpusSettings(invalid_utf8="replace")
-    (chunk,) = CorpusReader(
-        find_inputs([str(tmp_path / "a.jsonl")]), settings.read_options
-    ).chunks()
+    (chunk,) = CorpusReader(find_inputs([str(tmp_path / "a.jsonl")]), settings).chunks()
     with pytest.raises(UserError, match=r"not UTF-8: a.jsonl:1: .*gb18030"):
         parse_chunk(chunk, settings)

@@ -3,8 +3,9 @@
 import pytest
 
 from megatron_chatflow.preprocess.pairs import PairSettings, pairs_of_record
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer.documents import BadLineError, ParsedChunk
 
 KEYS = ("en", "zh")

@@ -6,8 +6,9 @@ import pytest
 
 from megatron_chatflow.preprocess.chats import chat_of
 from megatron_chatflow.preprocess.pairs import PairSettings, documents_of_pair
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import TabLayout
 from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate

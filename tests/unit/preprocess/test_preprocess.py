@@ -16,7 +16,7 @@ from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess import readers
 from megatron_chatflow.preprocess.pairs import PairDirection, PairSettings
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 TEXTS = ["Bana kedo.", "  luno <s>x</s>\n\n", "\u4e00\u4e25 sanka", "ban\x00 \U0001f9ff", "rasen"]
 

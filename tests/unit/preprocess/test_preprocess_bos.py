@@ -13,7 +13,7 @@ from megatron_chatflow.data.samples import SampleShape, open_token_file
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, sidecar_path
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.merge import merge_datasets
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 from megatron_chatflow.tokenizer.chat_template import JinjaTemplate
 

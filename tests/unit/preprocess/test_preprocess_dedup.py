@@ -10,7 +10,7 @@ from preprocess_jobs import Jobs
 from megatron_chatflow.preprocess import dedup as duplicates
 from megatron_chatflow.preprocess import readers
 from megatron_chatflow.preprocess.dedup import SeenHashes, hashes_of
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 
 @pytest.fixture

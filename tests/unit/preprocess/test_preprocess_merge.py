@@ -17,7 +17,7 @@ from megatron_chatflow.data.sidecar import read_sidecar
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.inspect import Inspection, first_difference
 from megatron_chatflow.preprocess.merge import find_datasets, merge_datasets
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 TEXTS = ["bana kedo", "luno", "", "\u4e00\u4e25 sanka rasen"]
 

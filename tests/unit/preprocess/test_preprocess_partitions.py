@@ -9,12 +9,12 @@ import pytest
 from preprocess_jobs import Jobs
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess import partitions
+from megatron_chatflow.preprocess import job
+from megatron_chatflow.preprocess.job import split_files
 from megatron_chatflow.preprocess.merge import find_datasets, merge_datasets
 from megatron_chatflow.preprocess.pairs import PairSettings
-from megatron_chatflow.preprocess.parse import CorpusSettings
-from megatron_chatflow.preprocess.partitions import split_files
 from megatron_chatflow.preprocess.readers import InputFile
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 CORPORA = [
     CorpusSettings(json_keys=("text", "title")),
@@ -68,7 +68,7 @@ def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
     whole = outputs(jobs)
     for path in jobs.folder.glob("out_*"):
         path.unlink()
-    run_partition = partitions.run_partition
+    run_partition = job.run_partition
     num_started: list[int] = []
 
     class KilledError(Exception):
@@ -81,7 +81,7 @@ def test_a_killed_job_goes_on(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> No
             raise KilledError
         return content
 
-    monkeypatch.setattr(partitions, "run_partition", run_one_then_die)
+    monkeypatch.setattr(job, "run_partition", run_one_then_die)
     kills = {sum(range(1, k + 1)) for k in range(1, 13)}  # each attempt completes one more part
     for _ in range(12):
         with pytest.raises(KilledError):

@@ -14,7 +14,7 @@ from megatron_chatflow.preprocess import dedup as repeats
 from megatron_chatflow.preprocess import merge as merge_parts
 from megatron_chatflow.preprocess.dedup import DuplicateMarks, hash_records, hashes_of
 from megatron_chatflow.preprocess.merge import PartitionPolicy, find_datasets, merge_datasets
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 CHATS = CorpusSettings(format="chat", json_keys=("messages",))
 

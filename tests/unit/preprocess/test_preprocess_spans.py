@@ -10,7 +10,7 @@ from prompts import prompt_segments
 
 from megatron_chatflow.preprocess.encode import encode_segments
 from megatron_chatflow.preprocess.pairs import PairSettings
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.templates import (
     JINJA_TEMPLATES,
     TEMPLATES,

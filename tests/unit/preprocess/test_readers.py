@@ -15,10 +15,10 @@ from megatron_chatflow.preprocess import compressed, readers
 from megatron_chatflow.preprocess.readers import (
     CorpusReader,
     InputFile,
-    ReadOptions,
     find_inputs,
     read_chunks,
 )
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 RECORDS = [{"text": f"document {k} " + "x" * (k % 50)} for k in range(500)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -36,7 +36,7 @@ def records_of(path: Path) -> list[dict[str, str]]:
     """Returns all records, and checks the positions that chunks report."""
     (file,) = find_inputs([str(path)])
     records = []
-    for chunk in read_chunks(file):
+    for chunk in read_chunks(file, CorpusSettings(format="chat")):
         assert chunk.first_line == len(records) + 1
         if chunk.kind == "objects":
             records += chunk.data
@@ -95,13 +95,13 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
     assert [r["text"] for r in records_of(tmp_path / "a.parquet")] == [r["text"] for r in RECORDS]
     (file,) = find_inputs([str(tmp_path / "a.parquet")])
-    chunk = next(read_chunks(file, ReadOptions(columns=["text", "absent"])))
+    chunk = next(read_chunks(file, CorpusSettings(json_keys=("text", "absent"))))
     assert set(chunk.data[0]) == {"text"}
     with pytest.raises(UserError, match=r"a.parquet: has id, text, but none of content"):
-        next(read_chunks(file, ReadOptions(columns=["content"])))
+        next(read_chunks(file, CorpusSettings(json_keys=("content",))))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"cannot read: a.parquet"):
-        next(read_chunks(file))
+        next(read_chunks(file, CorpusSettings(format="chat")))
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,19 +114,19 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_txt_is_one_document_or_one_a_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"first\n\nsecond\n" * 100)
     (file,) = find_inputs([str(tmp_path / "a.txt")])
-    (whole,) = read_chunks(file)
+    (whole,) = read_chunks(file, CorpusSettings())
     assert (whole.kind, whole.data) == ("text", b"first\n\nsecond\n" * 100)
-    by_line = list(read_chunks(file, ReadOptions("line")))
+    by_line = list(read_chunks(file, CorpusSettings(txt_documents="line")))
     assert {chunk.kind for chunk in by_line} == {"text_lines"}
     assert b"".join(chunk.data for chunk in by_line) == whole.data
-    assert {chunk.kind for chunk in read_chunks(file, ReadOptions(None))} == {"lines"}
+    assert {chunk.kind for chunk in read_chunks(file, CorpusSettings(format="chat"))} == {"lines"}
 
 
 def test_txt_too_large_for_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"word " * 300)
     (file,) = find_inputs([str(tmp_path / "a.txt")])
     with pytest.raises(UserError, match="--txt-documents line"):
-        list(read_chunks(file, ReadOptions(max_record_bytes=1000)))
+        list(read_chunks(file, CorpusSettings(max_record_bytes=1000)))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_standard_input_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stream = io.TextIOWrapper(io.BytesIO(gzip.compress(LINES)))
     monkeypatch.setattr(sys, "stdin", stream)
     files = find_inputs([str(tmp_path / "a.jsonl"), "-"])
-    reader = CorpusReader(files, ReadOptions())
+    reader = CorpusReader(files, CorpusSettings())
     positions = [chunk.num_bytes_read for chunk in reader.chunks()]
     assert positions == sorted(positions)
     assert reader.num_bytes == [len(LINES), len(gzip.compress(LINES))]

@@ -8,16 +8,15 @@ import pytest
 import zstandard
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import (
-    MAX_RECORD_BYTES,
     RECORD_BYTES_PER_VALUE,
     OversizedRecord,
-    ReadOptions,
     find_inputs,
     num_json_values,
     read_chunks,
 )
+from megatron_chatflow.preprocess.settings import MAX_RECORD_BYTES, CorpusSettings
 
 
 def test_values_are_counted_outside_of_texts() -> None:
@@ -54,7 +53,7 @@ def test_an_empty_row_group_does_not_slow_down_the_others(tmp_path: Path) -> Non
             writer.write_table(part)
     assert parquet.ParquetFile(tmp_path / "a.parquet").num_row_groups == 3
     (file,) = find_inputs([str(tmp_path / "a.parquet")])
-    chunks = list(read_chunks(file))
+    chunks = list(read_chunks(file, CorpusSettings(format="chat")))
     assert [row for chunk in chunks for row in chunk.data] == table.to_pylist()
     assert len(chunks) <= 4
 
@@ -69,7 +68,7 @@ def test_rows_of_every_type_have_a_size(tmp_path: Path, kind: str) -> None:
         values, of = [["x" * 4500, "y" * 4500], None, ["a", "b"]], pa.list_(pa.string(), 2)
     parquet.write_table(pa.table({"a": pa.array(values, of)}), tmp_path / "a.parquet")
     (file,) = find_inputs([str(tmp_path / "a.parquet")])
-    chunks = list(read_chunks(file, ReadOptions(max_record_bytes=5000)))
+    chunks = list(read_chunks(file, CorpusSettings(format="chat", max_record_bytes=5000)))
     assert [type(row) for chunk in chunks for row in chunk.data] == [OversizedRecord, dict, dict]
 
 
@@ -83,7 +82,7 @@ def test_lines_beyond_the_bound_are_counted_and_the_others_kept(
     settings = CorpusSettings(max_record_bytes=2000)
     lengths: list[int] = []
     bad: list[str] = []
-    for chunk in read_chunks(find_inputs([str(tmp_path / "a.jsonl")])[0], settings.read_options):
+    for chunk in read_chunks(find_inputs([str(tmp_path / "a.jsonl")])[0], settings):
         parsed = parse_chunk(chunk, settings)
         lengths += [len(str(text)) for text in parsed.documents["text"]]
         bad += ["record_too_large"] * parsed.num_dropped.get("record_too_large", 0)
@@ -103,7 +102,7 @@ def test_rows_are_those_of_the_file(tmp_path: Path) -> None:
     ]  # fmt: skip
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=250)
     (file,) = find_inputs([str(tmp_path / "a.parquet")])
-    chunks = list(read_chunks(file))
+    chunks = list(read_chunks(file, CorpusSettings(format="chat")))
     read = [row for chunk in chunks for row in chunk.data]
     assert read == parquet.read_table(tmp_path / "a.parquet").to_pylist()
     assert len(chunks) > 100  # of about 1 MiB
@@ -116,7 +115,7 @@ def test_the_bound_is_a_setting(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word " * 300)
     (file,) = find_inputs([str(tmp_path / "a.txt")])
     with pytest.raises(UserError, match="text file too large: .*--max-record-bytes"):
-        list(read_chunks(file, CorpusSettings(max_record_bytes=1000).read_options))
+        list(read_chunks(file, CorpusSettings(max_record_bytes=1000)))
 
 
 def expanding_files(folder: Path) -> list[Path]:
@@ -142,7 +141,7 @@ def test_a_file_that_expands_out_of_proportion_is_refused(tmp_path: Path) -> Non
         with pytest.raises(
             UserError, match=f"{path.name}: .* expand to more .* --max-expansion"
         ) as said:
-            for _ in read_chunks(file, ReadOptions()):
+            for _ in read_chunks(file, CorpusSettings()):
                 pass
         assert "\n" not in str(said.value)
-        assert sum(1 for _ in read_chunks(file, ReadOptions(max_expansion=0))) > 100
+        assert sum(1 for _ in read_chunks(file, CorpusSettings(max_expansion=0))) > 100

@@ -10,8 +10,9 @@ import pytest
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess import readers
 from megatron_chatflow.preprocess.pairs import PairSettings
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
+from megatron_chatflow.preprocess.settings import CorpusSettings
 
 PAIRS = [(f"bana {k}", f"\u53e5 {k}") for k in range(60)]
 
@@ -21,7 +22,7 @@ def read(path: Path, **options: Any) -> tuple[list[list[str]], dict[str, int]]:
     pairs = PairSettings(direction="forward", **options)
     settings = CorpusSettings(format="pairs", pairs=pairs)
     found, dropped = [], {}
-    for chunk in CorpusReader(find_inputs([str(path)]), settings.read_options).chunks():
+    for chunk in CorpusReader(find_inputs([str(path)]), settings).chunks():
         result = parse_chunk(chunk, settings)
         dropped.update(result.num_dropped)
         for document in result.documents["text"]:

@@ -25,7 +25,7 @@ from made_up_text import made_up_sentences
 
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 BATCH = 2000

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("jinja2")
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.parse import CorpusSettings, parse_chunk
+from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import Chunk
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer.chat_template import (
     Chat,
     JinjaTemplate,

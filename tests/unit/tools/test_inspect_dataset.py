@@ -8,7 +8,7 @@ from tool_calls import call_tool
 
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.preprocess.inspect import Inspection
-from megatron_chatflow.preprocess.parse import CorpusSettings
+from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer import load_tokenizer
 
 
