@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed._tools.fake_collectives  # shape functions of collectives  # noqa: F401
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +35,6 @@ _DYNAMIC = (
 )
 # These return new tensors without a kernel.
 _NO_LAUNCH = ("empty", "new_empty", "prim::device", "detach", "alias", "lift_fresh", "set_")
-_COALESCED = ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")
 
 
 @cache
@@ -118,10 +116,10 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "generator": None}  # a CPU generator, see csrc/simulate
         if func.namespace == "c10d":
             record_collective(self._recorder, func, args)
-            if func._opname in _COALESCED or func._opname == "allreduce_coalesced_":
-                return FakeWork().boxed()
-        else:
-            self._forget_values(func, args)
+            # Collectives return their first argument, where they return a tensor, and the work.
+            work = FakeWork().boxed()
+            return work if len(func._schema.returns) == 1 else (args[0], work)
+        self._forget_values(func, args)
         result, flops = self._cache.call(func, args, kwargs)
         self._account(func, result, flops)
         if given is not None and given.numel() <= _MOST_REMEMBERED:
