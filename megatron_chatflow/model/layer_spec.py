@@ -40,6 +40,9 @@ from megatron_chatflow.model.attention import COMPOSED, PackedCausalAttention
 
 TRANSFORMER_ENGINE = "transformer_engine"
 LOCAL = "local"
+# Values of --attention-backend that transformer-engine's attention follows, and megatron-core's
+# names for them. It turns them into the environment variables of transformer-engine.
+_THEIR_ATTENTION = {"auto": "auto", TRANSFORMER_ENGINE: "auto", "flash": "flash", "cudnn": "fused"}
 # The oldest compute capability and the oldest transformer-engine of each recipe, from
 # transformer-engine's documentation and megatron-core's `fp8_utils`.
 _OLDEST = {
@@ -57,7 +60,8 @@ class Layers:
 
     Attributes:
         implementation: ``transformer_engine`` or ``local``.
-        backend: The attention back end of local layers, one of `kernels.attention.BACKENDS`.
+        backend: The attention back end of local layers, one of `kernels.attention.BACKENDS`, or
+            the name of one of megatron-core's ``AttnBackend``.
         descriptions: What computes each part and why, for the log.
     """
 
@@ -83,7 +87,7 @@ def choose_layers(train: TrainConfig, facts: Facts) -> Layers:
     """
     reason = _reason_against(train, facts)
     if reason is None:
-        return _theirs(facts)
+        return _theirs(facts, train.attention_backend)
     for setting in ("transformer_impl", "attention_backend"):
         if getattr(train, setting) == TRANSFORMER_ENGINE:
             raise UserError(
@@ -97,21 +101,26 @@ def _reason_against(train: TrainConfig, facts: Facts) -> str | None:
     """Returns why a run does not use transformer-engine's layers; None if it does."""
     if train.transformer_impl == LOCAL:
         return "--transformer-impl local"
-    if train.attention_backend not in ("auto", TRANSFORMER_ENGINE):
+    if train.attention_backend not in _THEIR_ATTENTION:
         return f"--attention-backend {train.attention_backend} is a part of local layers"
+    if train.attention_backend == "flash" and not any("flash_attn" in n for n in facts.installed):
+        return "--attention-backend flash needs flash-attn in them, which is not installed"
     if train.transformer_impl == TRANSFORMER_ENGINE:
         return unavailable(TRANSFORMER_ENGINE, facts)
     return obstacle(TRANSFORMER_ENGINE, facts)
 
 
-def _theirs(facts: Facts) -> Layers:
+def _theirs(facts: Facts, backend: str) -> Layers:
     version = facts.installed[TRANSFORMER_ENGINE]
+    attention = "which selects a kernel (NVTE_DEBUG=1 logs it)"
+    if _THEIR_ATTENTION[backend] != "auto":
+        attention = f"with the kernels of {'flash-attn' if backend == 'flash' else 'cuDNN'}"
     return Layers(
         TRANSFORMER_ENGINE,
-        "",
+        _THEIR_ATTENTION[backend],
         {
             "layers": f"transformer-engine {version}, through megatron-core",
-            "attention": "transformer-engine's, which selects a kernel (NVTE_DEBUG=1 logs it)",
+            "attention": f"transformer-engine's, {attention}",
             "norm": "transformer-engine's, fused with the linear layer behind it",
             "rotary embedding": "transformer-engine's, angles once a micro-batch",
             "SwiGLU": _swiglu(facts),

@@ -13,6 +13,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from torch.nn.functional import silu
 
 from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
@@ -215,6 +216,8 @@ def build_llama(
     config = transformer_config(
         model, parallel, train, ranks, transformer_engine=layers.are_transformer_engine
     )
+    if layers.are_transformer_engine:
+        config.attention_backend = AttnBackend[layers.backend]
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
         setattr(config, name, leave_unset)
     length = sequence_length or model.max_position_embeddings

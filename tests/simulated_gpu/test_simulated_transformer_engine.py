@@ -13,6 +13,14 @@ LARGE = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --num-l
 CASES = {
     "7b": ("7b.yaml", TENSOR, 8, 0),
     "7b, context parallel": ("7b.yaml", f"{TENSOR} --context-parallel-size 2", 8, 2),
+    "7b, deterministic": ("7b.yaml", f"{TENSOR} --deterministic-mode", 8, 0),
+    "7b, cuDNN": ("7b.yaml", f"{TENSOR} --attention-backend cudnn", 8, 0),
+    "7b, selective recomputation": (
+        "7b.yaml",
+        f"{TENSOR} --recompute-granularity selective",
+        8,
+        0,
+    ),
     "70b, first stage": (
         "70b.yaml",
         f"{LARGE} --num-layers-per-virtual-pipeline-stage 1",

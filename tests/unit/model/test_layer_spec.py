@@ -38,7 +38,7 @@ def chosen(
     return layers.implementation, layers.descriptions["layers"]
 
 
-@pytest.mark.parametrize("backend", ["auto", "transformer_engine"])
+@pytest.mark.parametrize("backend", ["auto", "transformer_engine", "cudnn"])
 def test_transformer_engine_is_used_where_it_works(backend: str) -> None:
     assert chosen("auto", backend=backend) == (
         "transformer_engine",
@@ -57,6 +57,7 @@ def test_transformer_engine_is_used_where_it_works(backend: str) -> None:
         ({"head_dim": 512}, "it has no kernel for heads of 512"),
         ({"import_error": lambda name: "OSError: libcudnn"}, "OSError: libcudnn"),
         ({"backend": "sdpa"}, "--attention-backend sdpa is a part of local layers"),
+        ({"backend": "flash"}, "--attention-backend flash needs flash-attn in them, which is not"),
     ],
 )
 def test_local_layers_are_used_elsewhere_and_the_log_says_why(facts: Any, reason: str) -> None:
@@ -76,7 +77,7 @@ def test_a_request_is_followed_wherever_the_library_can_be_imported() -> None:
     [
         ({"installed": None}, "train.transformer_impl: .* is not installed; change that, or"),
         ({"import_error": lambda name: "OSError: x"}, r"cannot be imported \(OSError: x\)"),
-        ({"backend": "cudnn"}, "--attention-backend cudnn is a part of local layers"),
+        ({"backend": "flash_attn_2"}, "--attention-backend flash_attn_2 is a part of local layers"),
     ],
 )
 def test_a_request_that_cannot_be_followed_is_refused(facts: Any, message: str) -> None:
