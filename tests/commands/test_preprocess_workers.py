@@ -12,7 +12,12 @@ import psutil
 import pytest
 from preprocess_jobs import Jobs
 
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess import readers
+from megatron_chatflow.preprocess.pairs import PairSettings
 from megatron_chatflow.preprocess.settings import CorpusSettings
+
+TEXTS = ["Bana kedo.", "  luno <s>x</s>\n\n", "\u4e00\u4e25 sanka", "ban\x00 \U0001f9ff", "rasen"]
 
 
 @pytest.fixture
@@ -85,3 +90,36 @@ def test_a_worker_that_dies_is_an_error(jobs: Jobs) -> None:
     assert done.returncode == 2
     assert "error: a worker process died" in done.stderr
     assert not list(jobs.folder.glob("out_*"))
+
+
+def test_any_number_of_processes_writes_the_same_bytes(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 500)
+    records = [
+        {"instruction": f"{text} {k}", "output": text * 3} for k in range(40) for text in TEXTS
+    ]
+    path = jobs.lines("a.jsonl", [*records, b"{", b'{"text": "\\ud800"}'])
+    corpus = CorpusSettings(format="chat", json_keys=("messages",))
+    written = []
+    for num_workers in (1, 3):
+        jobs.run(path, corpus=corpus, num_workers=num_workers)
+        files = sorted(jobs.folder.glob("out_*"))
+        assert len(files) == 5
+        written.append([file.read_bytes() for file in files])
+    assert written[0] == written[1]
+
+
+def test_what_processes_drop_is_counted_together(jobs: Jobs) -> None:
+    good, dropped = {"en": "bana", "zh": "kedo"}, {"en": "bana", "zh": ""}
+    records = [good] * 30 + [dropped] * 27 + [{"en": "x", "zh": "x"}, b"{", b"{", b"{"]
+    path = jobs.lines("a.jsonl", records)
+    corpus = CorpusSettings(format="pairs", pairs=PairSettings(direction="both"))
+    options = {"corpus": corpus, "num_workers": 2}
+    with pytest.raises(UserError, match=r"31 of 61, 27 of them empty_side: .*--max-dropped-share"):
+        jobs.run(path, **options)
+    assert [file.name for file in jobs.folder.iterdir()] == ["a.jsonl"]
+    again = jobs.lines("b.jsonl", [good])
+    content = jobs.run(path, again, dedup=True, max_dropped_share=0.51, **options)
+    assert content["dropped"]["duplicate"] == 30 * 2
+    assert sum(content["dropped"].values()) == 31 + 30 * 2

