@@ -119,7 +119,10 @@ def type_text(hint: Any, plain: Any) -> str:
     if kind is bool:
         return "`true`, `false`"
     if get_origin(kind) is tuple:
-        return "list of paths" if get_args(kind)[0] is Path else "list"
+        element = get_args(kind)[0]
+        if get_origin(element) is Literal:
+            return "list of " + ", ".join(f"`{value}`" for value in get_args(element))
+        return "list of paths" if element is Path else "list"
     if get_origin(kind) is dict:
         return "mapping"
     if kind is Path:

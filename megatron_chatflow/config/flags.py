@@ -185,8 +185,8 @@ def _add(group: Any, flag: _Flag) -> None:
     if flag.kind is bool:
         group.add_argument(flag.name, action=argparse.BooleanOptionalAction, **common)
         return
-    if get_origin(flag.kind) is Literal:
-        metavar = "{" + ",".join(get_args(flag.kind)) + "}"
+    if get_origin(flag.element) is Literal:
+        metavar = "{" + ",".join(get_args(flag.element)) + "}"
     else:
         metavar = {int: "N", float: "X", str: "NAME", Path: "PATH"}[flag.element]
     several = {"nargs": "+"} if flag.is_list else {}

@@ -175,15 +175,20 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
         # The composed attention stores copies instead of the projection, and causal scores.
         scores = config.data.seq_length // 2 + min(_QUERY_CHUNK, config.data.seq_length) // 2
         projected, attended = counts.projected_size, counts.heads * scores
-    if train.recompute_granularity == "selective":
+    if train.recomputes("core_attn"):
         projected, attended = counts.projected_size, 0
-    # torch's operations on CPUs also store the activated half.
-    num_ffn = 4 if on_cpu and not is_fused else 3
+    num_ffn = 0 if train.recomputes("mlp") else _num_ffn_tensors(config, on_cpu)
     # torch's norm on CPUs also stores the normalized states.
     num_whole = 6 if on_cpu and not is_fused else 4
     inside = projected + attended + query + num_ffn * model.ffn_hidden_size
     per_token = inside // config.parallel.tensor_model_parallel_size * _value_bytes(config)
     return num_whole * residual_bytes(config) + _num_tokens(config) * per_token
+
+
+def _num_ffn_tensors(config: RunConfig, on_cpu: bool) -> int:
+    """Returns how many tensors of the size of one half SwiGLU stores."""
+    # torch's operations on CPUs also store the activated half.
+    return 4 if on_cpu and not config.train.bf16 else 3
 
 
 def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_cpu: bool) -> int:
@@ -213,6 +218,9 @@ def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_
 def _recomputed_bytes(config: RunConfig, on_cpu: bool) -> int:
     """Returns the bytes of activations that a backward pass computes again at a time."""
     train = config.train
+    if train.recomputes("mlp"):
+        ffn = config.model.ffn_hidden_size // config.parallel.tensor_model_parallel_size
+        return _num_tokens(config) * _num_ffn_tensors(config, on_cpu) * ffn * _value_bytes(config)
     if train.recompute_granularity != "full":
         return 0
     is_uniform = train.recompute_method == "uniform"

@@ -337,8 +337,12 @@ class TrainConfig:
     num_layers_at_end_in_bf16: Count = 1
     """number of last layers that first_last_layers_bf16 keeps in bf16"""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """what to recompute in the backward pass to save memory: whole layers (full) or the
-    attention core (selective); nothing when unset"""
+    """what to recompute in the backward pass to save memory: whole layers (full) or parts of
+    layers (selective); nothing when unset"""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = Field(
+        default=("core_attn",), min_length=1
+    )
+    """parts of a layer that selective recomputation recomputes: the attention core, the MLP"""
     recompute_method: Literal["uniform", "block"] | None = None
     """how full recomputation selects layers: uniform (chunks of all layers) or block (the first
     layers of each stage)"""
@@ -382,6 +386,10 @@ class TrainConfig:
     unset"""
     deterministic_mode: Switch = False
     """use only deterministic kernels"""
+
+    def recomputes(self, module: Literal["core_attn", "mlp"]) -> bool:
+        """Returns whether selective recomputation recomputes a part of a layer."""
+        return self.recompute_granularity == "selective" and module in self.recompute_modules
 
     @property
     def validates(self) -> bool:

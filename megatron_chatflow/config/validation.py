@@ -304,6 +304,11 @@ def _check_recompute(config: "RunConfig") -> None:
             "train.recompute_method and train.recompute_num_layers: need "
             "train.recompute_granularity full; set that, or remove them"
         )
+    if train.recompute_granularity != "selective" and train.recompute_modules != ("core_attn",):
+        raise UserError(
+            "train.recompute_modules: needs train.recompute_granularity selective; set that, or "
+            "remove it"
+        )
 
 
 def _check_combinations(config: "RunConfig") -> None:

@@ -96,6 +96,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,
         recompute_granularity=train.recompute_granularity,
+        recompute_modules=list(train.recompute_modules),
         recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers,
         use_cpu_initialization=not ranks.is_cuda,

@@ -244,6 +244,7 @@ class StepLayout:
         global_batch_size: Samples per step.
         sequence_parallel: Whether norms and residuals are divided over the tensor-parallel ranks.
         recomputes_attention: Whether the backward pass recomputes the attention core.
+        recomputes_mlp: Whether the backward pass recomputes the MLP.
         recomputed_layers: Share of the layers that the backward pass recomputes as a whole.
         sharding: What data-parallel ranks divide: nothing, the optimizer's state (the distributed
             optimizer), or the weights as well (FSDP).
@@ -266,6 +267,7 @@ class StepLayout:
     global_batch_size: int = 256
     sequence_parallel: bool = True
     recomputes_attention: bool = False
+    recomputes_mlp: bool = False
     recomputed_layers: float = 0.0
     sharding: Sharding = "optimizer"
     overlaps_grad_reduce: bool = True
@@ -302,7 +304,8 @@ class StepLayout:
             micro_batch_size=train.micro_batch_size,
             global_batch_size=train.global_batch_size,
             sequence_parallel=parallel.sequence_parallel,
-            recomputes_attention=train.recompute_granularity == "selective",
+            recomputes_attention=train.recomputes("core_attn"),
+            recomputes_mlp=train.recomputes("mlp"),
             recomputed_layers=recomputed,
             sharding="optimizer" if parallel.use_distributed_optimizer else "none",
             overlaps_grad_reduce=parallel.overlap_grad_reduce,
@@ -599,6 +602,16 @@ def _layer_time(
     )
     if layout.recomputes_attention:
         backward += attention_forward
+    if layout.recomputes_mlp:
+        for outputs, inputs in _matrix_sizes(shape, layout)[2:]:
+            backward += matmul_seconds(
+                layout.tokens, outputs, inputs, gpu, constants, precision=layout.stack.precision
+            )
+        backward += (
+            6 * shape.ffn_hidden_size / layout.tensor * layout.tokens / (gpu.hbm * HBM_SHARE)
+        )
+        exchange_backward += tensor_forward / 2
+        launch_backward += launch_forward / 2
     backward += layout.recomputed_layers * forward
     exchange_backward += layout.recomputed_layers * exchange_forward
     launch_backward += layout.recomputed_layers * launch_forward
@@ -612,21 +625,24 @@ def _layer_time(
     )
 
 
+def _matrix_sizes(shape: TransformerShape, layout: StepLayout) -> list[tuple[float, float]]:
+    """Returns outputs and inputs of a rank's matrices: two of attention, then two of the MLP."""
+    tensor, hidden = layout.tensor, shape.hidden_size
+    return [
+        ((shape.query_size + 2 * shape.key_value_size) / tensor, hidden),
+        (hidden, shape.query_size / tensor),
+        (shape.fc1_size / tensor, hidden),
+        (hidden, shape.ffn_hidden_size / tensor),
+    ]
+
+
 def _matmul_times(
     shape: TransformerShape, layout: StepLayout, gpu: GpuSpec, constants: FittedConstants
 ) -> tuple[float, float]:
     """Returns forward and backward time of the four matrix products of a layer."""
-    tokens, tensor, hidden = layout.tokens, layout.tensor, shape.hidden_size
-    precision = layout.stack.precision
-    query, projected = shape.query_size, shape.query_size + 2 * shape.key_value_size
-    sizes = [  # outputs and inputs of each matrix
-        (projected / tensor, hidden),
-        (hidden, query / tensor),
-        (shape.fc1_size / tensor, hidden),
-        (hidden, shape.ffn_hidden_size / tensor),
-    ]
+    tokens, precision = layout.tokens, layout.stack.precision
     forward = backward = 0.0
-    for outputs, inputs in sizes:
+    for outputs, inputs in _matrix_sizes(shape, layout):
         forward += matmul_seconds(tokens, outputs, inputs, gpu, constants, precision=precision)
         backward += matmul_seconds(tokens, inputs, outputs, gpu, constants, precision=precision)
         # Weight gradients are added to fp32 buffers.

@@ -44,6 +44,7 @@ LAYOUTS = {
         "cp": CONTEXT,
         "tp_recompute_full": [*TENSOR, *FULL, "uniform"],
         "tp_sequence_recompute_selective": [*SEQUENCE, *SELECTIVE],
+        "tp_sequence_recompute_mlp": [*SEQUENCE, *SELECTIVE, "--recompute-modules", "mlp"],
         "pp_recompute_selective": [*PIPELINE, *SELECTIVE],
         "pp_virtual_recompute_full": [*VIRTUAL, *FULL, "block"],
         "tied_tp": [*TENSOR, *TIED],

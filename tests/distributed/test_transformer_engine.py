@@ -29,11 +29,13 @@ FULL = ["--recompute-granularity", "full", "--recompute-num-layers", "1", "--rec
 ODD = ["--hidden-size", "48", "--num-attention-heads", "6", "--num-query-groups", "3"]
 ODD += ["--kv-channels", "12"]
 SCALED = ["--rope-scaling-type", "linear", "--rope-scaling-factor", "4"]
+MLP = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp"]
 STOP = ["--exit-interval", "5"]
 
 LAYOUTS = {
     "tp_sequence": [*SEQUENCE, "--recompute-granularity", "selective"],
     "tp_sequence_full": [*SEQUENCE, *FULL, "uniform"],
+    "tp_mlp": [*SEQUENCE, *MLP],
     "tp_overlap": [*SEQUENCE, "--tp-comm-overlap"],
     "pp": PIPELINE,
     "pp_virtual": [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2"],

@@ -37,6 +37,7 @@ LAYOUTS = [
     *(Layout("70b.yaml", number, small=CHUNKS) for number in (64, 128, 256)),
     Layout("70b.yaml", 32, "--pipeline-model-parallel-size 8", "--num-layers 32"),
     Layout("7b.yaml", 32, "--context-parallel-size 2"),
+    Layout("7b.yaml", 8, "--recompute-granularity selective --recompute-modules mlp"),
 ]
 
 

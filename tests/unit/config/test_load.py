@@ -194,10 +194,10 @@ FROZEN_FLAGS = """
 --num-virtual-stages-per-pipeline-rank --old-tokenizer-model --on-nan --output --overlap-grad-reduce
 --overlap-param-gather --pad-attention-heads --pipeline-model-parallel-size --preset
 --pretrained-checkpoint --profile --profile-ranks --profile-step-end --profile-step-start --rank
---recompute-granularity --recompute-method --recompute-num-layers --rope-high-freq-factor
---rope-low-freq-factor --rope-original-max-position-embeddings --rope-scaling-factor
---rope-scaling-type --rotary-base --save --save-interval --save-keep-every --save-retain --seed
---seq-length --sequence-parallel --shared-memory-collectives --simulate --split
+--recompute-granularity --recompute-method --recompute-modules --recompute-num-layers
+--rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
+--rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
+--save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives --simulate --split
 --straggler-minmax-count --tensor-model-parallel-size --tensorboard --tokenizer-model
 --tokenizer-type --tp-comm-overlap --train-iters --train-samples --transformer-impl
 --untie-embeddings-and-output-weights --use-distributed-optimizer --use-pytorch-profiler --verbose

@@ -177,6 +177,10 @@ REFUSED = [
     ({"train.recompute_granularity": "full"}, "train.recompute_granularity: full needs train.reco"),
     ({"train.recompute_method": "block"}, "train.recompute_method and train.recompute_num_layers:"),
     (
+        {"train.recompute_modules": ["mlp"]},
+        "train.recompute_modules: needs train.recompute_granularity selective",
+    ),
+    (
         {"train.recompute_granularity": "selective", "train.recompute_num_layers": 1},
         "train.recompute_method and train.recompute_num_layers: need",
     ),

@@ -266,8 +266,11 @@ def test_more_work_is_never_faster(values: dict[str, Any]) -> None:
     larger = replace(LLAMA_70B, ffn_hidden_size=2 * LLAMA_70B.ffn_hidden_size)
     assert predict_step(larger, layout, H100).seconds > seconds
     assert predict_step(LLAMA_70B, replace(layout, global_batch_size=1024), H100).seconds > seconds
-    recomputed = replace(layout, recomputes_attention=True)
-    assert predict_step(LLAMA_70B, recomputed, H100).seconds > seconds
+    for recomputed in (
+        replace(layout, recomputes_attention=True),
+        replace(layout, recomputes_mlp=True),
+    ):
+        assert predict_step(LLAMA_70B, recomputed, H100).seconds > seconds
     slower = replace(layout, network=H100.network / 4)
     assert predict_step(LLAMA_70B, slower, H100).seconds >= seconds
 

@@ -41,9 +41,9 @@ PRINTED_BY = {
     "preprocess.tab_separated": {"tools.preprocess_data"},
     "report.data": {PRETRAIN},  # also plot_run, about the folder that a run's flag names
     "runtime.launch": {PRETRAIN},
-    "train.guard": {PRETRAIN},
-    "train.callbacks.profiler": {PRETRAIN},
-    "train.loop": {PRETRAIN},
+    "training.guard": {PRETRAIN},
+    "training.callbacks.profiler": {PRETRAIN},
+    "training.loop": {PRETRAIN},
 }
 # Flags of another command to which the message refers.
 OF_ANOTHER_STEP = {
@@ -51,7 +51,7 @@ OF_ANOTHER_STEP = {
     ("preprocess.merge", "--append-bos"),
     ("preprocess.merge", "--dedup"),
     ("preprocess.merge", "--shard"),
-    ("train.inputs", "--append-bos"),
+    ("training.inputs", "--append-bos"),
 }
 
 
