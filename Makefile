@@ -43,9 +43,8 @@ venv: $(INSTALLED) ## make .venv with everything that development needs
 build: $(BUILT) ## compile the extensions in place
 
 # One thread per process, because the workers share the cores. A file's tests stay in one worker, so
-# that its expensive fixtures are made once. Files start in the order of tests/conftest.py, and not
-# by their number of tests, which would leave long files to the end.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+# that its expensive fixtures are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 test-fast: $(BUILT) ## run the unit tests except the slow ones
 	$(PYTEST) -m 'not slow' tests/unit $(PYTEST_ARGS)

@@ -40,18 +40,6 @@ def pytest_sessionstart() -> None:
         assert _native.__file__.startswith(folder), f"{_native.__file__} is not in {folder}"
 
 
-# The folders in the order in which their tests run. Those whose files take minutes come first, so
-# that the last files of a run are short and no worker waits long for another.
-_FOLDERS = ("distributed", "simulated_gpu", "commands", "gpu", "unit")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests by folder. Within a folder, their order stays."""
-    root = Path(__file__).parent
-    rank = {folder: number for number, folder in enumerate(_FOLDERS)}
-    items.sort(key=lambda item: rank.get(item.path.relative_to(root).parts[0], len(rank)))
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds the flags that set the size of tests/unit/tokenizer/test_fuzz_ids.py."""
     add = parser.addoption
