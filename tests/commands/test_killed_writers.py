@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from output_folders import content_of, write_folder
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import (
@@ -22,25 +23,6 @@ from megatron_chatflow.files import (
 )
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-
-FILES = ("mark", "weights", "inner/file")
-
-
-def write_folder(output: Path, content: str) -> None:
-    """Writes an output folder whose files all hold ``content``."""
-    with new_folder(output, overwrite=True, mark="mark", num_bytes=1) as folder:
-        (folder / "inner").mkdir()
-        for name in FILES:
-            (folder / name).write_text(content)
-
-
-def content_of(output: Path) -> str | None:
-    """Returns the content of a complete folder, or None if there is no folder."""
-    if not output.exists():
-        return None
-    (content,) = {(output / name).read_text() for name in FILES}
-    assert len(list(output.rglob("*"))) == len(FILES) + 1
-    return content
 
 
 def start(work: Callable[[], object], kill_at: int | None = None) -> Any:
