@@ -25,13 +25,7 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == names
     assert "== gpu_tests: " in (tmp_path / "log.txt").read_text()
     kernels = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {row["operation"] for row in kernels} == {
-        "norm",
-        "SwiGLU",
-        "RoPE",
-        "loss passes",
-        "attention",
-    }
+    assert {row["operation"] for row in kernels} == {"loss passes", "attention"}
     assert all(row["microseconds"] > 0 for row in kernels)
     for name, micro_batch_size in zip(reports, (2, 1, 2), strict=True):
         report = json.loads((tmp_path / name).read_text())
