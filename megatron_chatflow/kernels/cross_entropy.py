@@ -7,6 +7,8 @@ the second pass overwrites the logits with their gradient. The operators are
 ``csrc/kernels/cross_entropy.cuh``.
 """
 
+from typing import Any
+
 import torch
 
 from megatron_chatflow.kernels.cuda import is_whole_packs, kernels, load_kernels
@@ -88,27 +90,6 @@ def softmax_gradient_reference(
     logits.copy_(share.masked_fill_(columns >= num_valid_tokens, 0.0))
 
 
-@torch.library.custom_op("megatron_chatflow::softmax_statistics", mutates_args=())
-def softmax_statistics(
-    logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator of `softmax_statistics_reference`."""
-    return softmax_statistics_reference(logits, labels, num_valid_tokens)
-
-
-@torch.library.custom_op("megatron_chatflow::softmax_gradient_", mutates_args=("logits",))
-def softmax_gradient_(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    highest: torch.Tensor,
-    sums: torch.Tensor,
-    scale: torch.Tensor,
-    num_valid_tokens: int,
-) -> None:
-    """The operator of `softmax_gradient_reference`."""
-    softmax_gradient_reference(logits, labels, highest, sums, scale, num_valid_tokens)
-
-
 def _check(logits: torch.Tensor, labels: torch.Tensor, *rows: torch.Tensor) -> None:
     if not logits.is_contiguous() or labels.dtype != torch.int64:
         raise ValueError("softmax: logits must be contiguous, and labels int64")
@@ -121,7 +102,6 @@ def _check(logits: torch.Tensor, labels: torch.Tensor, *rows: torch.Tensor) -> N
         raise ValueError("softmax: highest, sums and scale must be float32")
 
 
-@softmax_statistics.register_kernel("cuda")
 def softmax_statistics_kernel(
     logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -139,7 +119,6 @@ def softmax_statistics_kernel(
     return highest, sums, target
 
 
-@softmax_gradient_.register_kernel("cuda")
 def softmax_gradient_kernel(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -158,21 +137,33 @@ def softmax_gradient_kernel(
         )
 
 
-@softmax_statistics.register_fake
-def _(
+def _statistics_shapes(
     logits: torch.Tensor, labels: torch.Tensor, num_valid_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     row = logits.new_empty(logits.shape[:1], dtype=torch.float32)
     return row, torch.empty_like(row), torch.empty_like(row)
 
 
-@softmax_gradient_.register_fake
-def _(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    highest: torch.Tensor,
-    sums: torch.Tensor,
-    scale: torch.Tensor,
-    num_valid_tokens: int,
-) -> None:
-    return None
+# Defined by their schemas, because `torch.library.custom_op` costs the host more for each call than
+# an `autograd.Function`.
+_LIBRARY: Any = torch.library.Library("megatron_chatflow", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "softmax_statistics(Tensor logits, Tensor labels, int num_valid_tokens) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "softmax_gradient_(Tensor(a!) logits, Tensor labels, Tensor highest, Tensor sums, "
+    "Tensor scale, int num_valid_tokens) -> ()"
+)
+for _key, _statistics, _gradient in (
+    ("CPU", softmax_statistics_reference, softmax_gradient_reference),
+    ("CUDA", softmax_statistics_kernel, softmax_gradient_kernel),
+    ("Meta", _statistics_shapes, lambda *_: None),
+):
+    _LIBRARY.impl("softmax_statistics", _statistics, _key)
+    _LIBRARY.impl("softmax_gradient_", _gradient, _key)
+
+softmax_statistics = torch.ops.megatron_chatflow.softmax_statistics.default
+"""The operator of `softmax_statistics_reference`."""
+softmax_gradient_ = torch.ops.megatron_chatflow.softmax_gradient_.default
+"""The operator of `softmax_gradient_reference`."""
