@@ -35,6 +35,11 @@ WANTED = {
     f"{_TE}/attention/dot_product_attention/dot_product_attention.py": _ATTENTION,
     f"{_TE}/attention/rope.py": ["apply_rotary_pos_emb"],
     f"{_TE}/module/rmsnorm.py": ["RMSNorm.__init__"],
+    f"{_TE}/module/linear.py": ["Linear.__init__", "Linear.forward"],
+    f"{_TE}/module/layernorm_linear.py": ["LayerNormLinear.__init__", "LayerNormLinear.forward"],
+    f"{_TE}/module/base.py": ["initialize_ub", "destroy_ub"],
+    f"{_TE}/graph.py": ["make_graphed_callables"],
+    f"{_TE}/optimizers/fused_adam.py": ["FusedAdam.__init__", "FusedAdam.get_unscaled_state"],
 }
 
 
@@ -44,7 +49,7 @@ def parameters_of(function: ast.FunctionDef) -> list[str]:
     positional = [*spec.posonlyargs, *spec.args]
     num_required = len(positional) - len(spec.defaults)
     names = [a.arg + ("" if i < num_required else "=") for i, a in enumerate(positional)]
-    names = names[1:] if names[0] in ("self", "ctx") else names
+    names = names[1:] if names[:1] in (["self"], ["ctx"]) else names
     if spec.kwonlyargs:
         names.append("*")
     for a, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):

@@ -180,16 +180,47 @@ class LayerNormLinear(Linear):
         in_features,
         out_features,
         eps=1e-5,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        get_rng_state_tracker=None,
+        init_method=None,
+        bias=True,
         normalization="LayerNorm",
+        return_bias=False,
+        params_dtype=None,
+        parallel_mode=None,
         return_layernorm_output=False,
         return_layernorm_output_gathered=False,
+        parameters_split=None,
         zero_centered_gamma=False,
-        params_dtype=None,
         device="cuda",
-        **options,
+        ub_overlap_ag=False,
+        ub_overlap_rs=False,
+        ub_overlap_rs_dgrad=False,
+        ub_bulk_wgrad=False,
+        ub_bulk_dgrad=False,
+        ub_name=None,
+        delay_wgrad_compute=False,
+        symmetric_ar_type=None,
+        name=None,
     ):
         super().__init__(
-            in_features, out_features, params_dtype=params_dtype, device=device, **options
+            in_features,
+            out_features,
+            sequence_parallel=sequence_parallel,
+            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
+            tp_group=tp_group,
+            tp_size=tp_size,
+            init_method=init_method,
+            bias=bias,
+            params_dtype=params_dtype,
+            parallel_mode=parallel_mode,
+            device=device,
+            ub_overlap_ag=ub_overlap_ag,
+            ub_overlap_rs=ub_overlap_rs,
+            ub_name=ub_name,
         )
         assert normalization == "RMSNorm"
         assert not return_layernorm_output and not zero_centered_gamma
@@ -199,7 +230,7 @@ class LayerNormLinear(Linear):
         )
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
 
-    def forward(self, inp, is_first_microbatch=None, fp8_grad=False):
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         x, _ = _rms_norm(inp, self.layer_norm_weight, self.eps)
         return _Product.apply(x, self.weight, self)
 
