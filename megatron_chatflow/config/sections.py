@@ -180,6 +180,14 @@ class ParallelConfig:
     messages and is less precise"""
     overlap_param_gather: Switch = False
     """overlap the parameter all-gather of the distributed optimizer with the forward pass"""
+    ddp_pad_buckets_for_high_nccl_busbw: Switch = False
+    """pad the gradient buckets of the distributed optimizer to multiples of 2^16 values, which
+    NCCL reduces faster over many ranks"""
+    use_nccl_ub: Switch = False
+    """allocate the gradient and parameter buffers as registered NCCL user buffers, whose
+    collectives use fewer multiprocessors of the GPU"""
+    disable_symmetric_registration: Switch = False
+    """with use_nccl_ub: register the buffers in each process instead of symmetrically"""
     shared_memory_collectives: Switch = True
     """on CPUs, use shared memory instead of gloo between tensor-parallel ranks of one machine"""
     distributed_timeout_minutes: Size = 20
@@ -336,6 +344,17 @@ class TrainConfig:
     """number of first layers that first_last_layers_bf16 keeps in bf16"""
     num_layers_at_end_in_bf16: Count = 1
     """number of last layers that first_last_layers_bf16 keeps in bf16"""
+    gradient_accumulation_fusion: Switch = True
+    """add weight gradients to the gradient buffer inside the matrix product, on GPUs; a product
+    and a sum when unset"""
+    cuda_graph_impl: Literal["none", "transformer_engine"] = "none"
+    """run parts of the layers as CUDA graphs, which saves the host the time of their kernel
+    launches; needs transformer-engine"""
+    cuda_graph_scope: tuple[Literal["mlp"], ...] = Field(default=("mlp",), min_length=1)
+    """parts of a layer that are CUDA graphs; attention cannot be, because its documents differ in
+    every micro-batch"""
+    cuda_graph_warmup_steps: Count = 3
+    """number of iterations before the CUDA graphs are captured"""
     recompute_granularity: Literal["full", "selective"] | None = None
     """what to recompute in the backward pass to save memory: whole layers (full) or parts of
     layers (selective); nothing when unset"""

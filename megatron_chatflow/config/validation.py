@@ -47,6 +47,12 @@ _EXCLUSIVE = (
 # Settings that need another one, which is described by the rest of the message.
 _REQUIRED = (
     ("checkpoint.finetune", "checkpoint.load", ", the folder of the initial weights"),
+    (
+        "parallel.ddp_pad_buckets_for_high_nccl_busbw",
+        "parallel.use_distributed_optimizer",
+        ", whose buckets it pads; set that too",
+    ),
+    ("parallel.disable_symmetric_registration", "parallel.use_nccl_ub", "; set that too"),
     ("checkpoint.save_interval", "checkpoint.save", ", the folder to write to"),
     ("logging.use_pytorch_profiler", "logging.profile", "; set that too"),
     ("logging.use_pytorch_profiler", "checkpoint.save", ", the folder that the trace goes to"),
@@ -80,6 +86,7 @@ def check(config: "RunConfig") -> None:
     _check_sequence(config)
     _check_precision(config)
     _check_recompute(config)
+    _check_cuda_graphs(config)
     _check_combinations(config)
     _check_length(config)
     _check_learning_rate(config)
@@ -308,6 +315,29 @@ def _check_recompute(config: "RunConfig") -> None:
         raise UserError(
             "train.recompute_modules: needs train.recompute_granularity selective; set that, or "
             "remove it"
+        )
+
+
+def _check_cuda_graphs(config: "RunConfig") -> None:
+    train = config.train
+    if train.cuda_graph_impl == "none":
+        if train.cuda_graph_warmup_steps != type(train).cuda_graph_warmup_steps:
+            raise UserError(
+                "train.cuda_graph_warmup_steps: needs train.cuda_graph_impl transformer_engine; "
+                "set that, or remove it"
+            )
+        return
+    if not train.bf16:
+        raise UserError("train.cuda_graph_impl: needs train.bf16; set that, or remove it")
+    if train.transformer_impl == "local":
+        raise UserError(
+            "train.cuda_graph_impl: needs the layers of transformer-engine; remove it, or use "
+            "train.transformer_impl auto"
+        )
+    if train.recompute_granularity == "full" or train.recomputes("mlp"):
+        raise UserError(
+            "train.cuda_graph_impl: the MLP cannot be a CUDA graph and be recomputed; remove it, "
+            "or use train.recompute_granularity selective with train.recompute_modules core_attn"
         )
 
 

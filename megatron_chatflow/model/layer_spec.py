@@ -36,6 +36,7 @@ from megatron_chatflow.kernels import cpu as cpu_kernels
 from megatron_chatflow.kernels.attention import Facts, choose, obstacle, unavailable
 from megatron_chatflow.kernels.rms_norm import RMSNorm
 from megatron_chatflow.kernels.swiglu import SwiGLUMLP
+from megatron_chatflow.kernels.weight_gradient import fuse_weight_gradients
 from megatron_chatflow.model.attention import COMPOSED, PackedCausalAttention
 
 TRANSFORMER_ENGINE = "transformer_engine"
@@ -73,6 +74,25 @@ class Layers:
     def are_transformer_engine(self) -> bool:
         """Whether they are transformer-engine's."""
         return self.implementation == TRANSFORMER_ENGINE
+
+    def weight_gradients(
+        self, device: torch.device, dtype: torch.dtype, *, requested: bool
+    ) -> tuple[bool, str]:
+        """Returns whether weight gradients are added to the gradient buffer, and a description.
+
+        Args:
+            device: The device of this process.
+            dtype: The dtype of weights and activations.
+            requested: ``--gradient-accumulation-fusion``.
+        """
+        if not self.are_transformer_engine:
+            return fuse_weight_gradients(device, dtype, requested=requested)
+        if not requested:
+            return False, "a product and a sum: --no-gradient-accumulation-fusion"
+        # The configuration that says so makes megatron-core ask for Apex on account of its own
+        # linear layers. The only one here is the output layer, which computes no product.
+        layers._grad_accum_fusion_available = True
+        return True, "transformer-engine's, added to the gradient buffer"
 
 
 def choose_layers(train: TrainConfig, facts: Facts) -> Layers:
@@ -169,12 +189,20 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     }
     requested = [name for name, recipe in recipes.items() if recipe is not None]
     requested += ["parallel.tp_comm_overlap"] if parallel.tp_comm_overlap else []
+    requested += ["train.cuda_graph_impl"] if train.cuda_graph_impl != "none" else []
     if requested and layers == LOCAL:
         reason = unavailable(TRANSFORMER_ENGINE, facts) or "another implementation is in use"
         raise UserError(
             f"{requested[0]}: needs the layers of transformer-engine, and {reason}; install it, or "
             "remove the setting"
         )
+    of_gpus = {
+        "train.cuda_graph_impl": train.cuda_graph_impl != "none",
+        "parallel.use_nccl_ub": parallel.use_nccl_ub,
+    }
+    for name, is_set in of_gpus.items():
+        if is_set and facts.capability is None:
+            raise UserError(f"{name}: needs a GPU, and this run is on CPUs; remove the setting")
     for name, recipe in recipes.items():
         if recipe is not None:
             _check_recipe(name, recipe, facts)
@@ -268,10 +296,6 @@ def _of_transformer_engine() -> tuple[ModuleSpec, Any]:
 
     from megatron_chatflow.model.te_attention import PackedTEAttention
 
-    # transformer-engine's layers add weight gradients to the fp32 buffer by themselves. The
-    # configuration that says so makes megatron-core ask for Apex on account of its own linear
-    # layers. The only one here is the output layer, which computes no product.
-    layers._grad_accum_fusion_available = True
     layer = get_gpt_layer_with_transformer_engine_spec()
     layer.submodules.self_attention.submodules.core_attention = PackedTEAttention
     return layer, TENorm

@@ -5,8 +5,7 @@ attention, untied embeddings, no biases.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def transformer_config(
     train: TrainConfig,
     ranks: Ranks,
     *,
-    transformer_engine: bool = False,
+    fuses_weight_gradients: bool = False,
 ) -> TransformerConfig:
     """Returns megatron-core's configuration of this run's transformer.
 
@@ -55,7 +54,7 @@ def transformer_config(
         parallel: The parallel layout.
         train: Precision and recomputation.
         ranks: This process's place in the job.
-        transformer_engine: Whether the layers are transformer-engine's.
+        fuses_weight_gradients: Whether the layers add weight gradients to the gradient buffer.
     """
     dtype = torch.bfloat16 if train.bf16 else torch.float32
     num_chunks = num_model_chunks(model, parallel)
@@ -102,9 +101,8 @@ def transformer_config(
         use_cpu_initialization=not ranks.is_cuda,
         deterministic_mode=train.deterministic_mode,
         **_quantization(train),
-        # transformer-engine and Apex's kernel add weight gradients directly to the fp32 buffer.
-        gradient_accumulation_fusion=transformer_engine
-        or (ranks.is_cuda and find_spec("fused_weight_gradient_mlp_cuda") is not None),
+        **_cuda_graphs(train),
+        gradient_accumulation_fusion=fuses_weight_gradients,
         # By torch's compiler, which would take a minute on CPUs.
         bias_activation_fusion=ranks.is_cuda,
         bias_dropout_fusion=False,
@@ -130,6 +128,19 @@ def _quantization(train: TrainConfig) -> dict[str, Any]:
         "fp8_recipe": train.fp8_recipe,
         "fp8_amax_history_len": train.fp8_amax_history_len,
         "fp8_amax_compute_algo": train.fp8_amax_compute_algo,
+    }
+
+
+def _cuda_graphs(train: TrainConfig) -> dict[str, Any]:
+    """Returns megatron-core's settings for CUDA graphs; none for a run without them."""
+    if train.cuda_graph_impl == "none":
+        return {}
+    # megatron-core 0.19 has another name for the parts that are captured.
+    has_modules = "cuda_graph_modules" in {field.name for field in fields(TransformerConfig)}
+    return {
+        "cuda_graph_impl": train.cuda_graph_impl,
+        "cuda_graph_modules" if has_modules else "cuda_graph_scope": list(train.cuda_graph_scope),
+        "cuda_graph_warmup_steps": train.cuda_graph_warmup_steps,
     }
 
 
@@ -206,17 +217,19 @@ def build_llama(
         sequence_length: Tokens of a sample, which dynamic rotary scaling depends on; the model's
             longest if None.
     """
+    dtype = torch.bfloat16 if train.bf16 else torch.float32
     facts = gather_facts(
         ranks.device,
-        torch.bfloat16 if train.bf16 else torch.float32,
+        dtype,
         head_counts(model, parallel).head_dim,
         deterministic=train.deterministic_mode,
     )
     layers = choose_layers(train, facts)
     check_layers(train, parallel, facts, layers.implementation)
-    config = transformer_config(
-        model, parallel, train, ranks, transformer_engine=layers.are_transformer_engine
+    fuses, weight_gradients = layers.weight_gradients(
+        ranks.device, dtype, requested=train.gradient_accumulation_fusion
     )
+    config = transformer_config(model, parallel, train, ranks, fuses_weight_gradients=fuses)
     if layers.are_transformer_engine:
         config.attention_backend = AttnBackend[layers.backend]
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
@@ -264,11 +277,20 @@ def build_llama(
         loss=loss,
         implementations={
             **layers.descriptions,
+            "weight gradients": weight_gradients,
+            "CUDA graphs": _describe_graphs(train),
             "precision": describe_precision(train),
             "cross-entropy": loss_reason,
             "tensor-parallel collectives": _collectives(parallel, ranks),
         },
     )
+
+
+def _describe_graphs(train: TrainConfig) -> str:
+    if train.cuda_graph_impl == "none":
+        return "none: --cuda-graph-impl none"
+    parts = ", ".join(train.cuda_graph_scope)
+    return f"transformer-engine's, of {parts}, from step {train.cuda_graph_warmup_steps + 1} on"
 
 
 def _collectives(parallel: ParallelConfig, ranks: Ranks) -> str:

@@ -9,16 +9,20 @@
 - ``torch.nn.functional.rms_norm``, which torch without CUDA composes, and ``swiglu`` and
   ``swiglu_back`` of ``megatron.core.fusions.fused_bias_swiglu``, which torch's compiler fuses:
   call an operator for the kernel that runs on a GPU;
+- ``init``, ``create_nccl_mem_pool`` and ``nccl_mem`` of ``megatron.core.nccl_allocator``, which
+  compile a library against NCCL: registered buffers count as ordinary memory;
 - ``runtime.launch.first_gpu_capability``, which asks the driver.
 
 Libraries that are not installed here, such as flash-attn and transformer-engine, are not simulated.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional
+from megatron.core import nccl_allocator
 from megatron.core.fusions import fused_bias_swiglu
 
 from megatron_chatflow.kernels import cuda
@@ -105,6 +109,11 @@ def install(gpu: GpuModel) -> None:
             "rms_norm": _norm_on_gpu(),
         },
         fused_bias_swiglu: {"swiglu": _swiglu, "swiglu_back": _swiglu_back},
+        nccl_allocator: {
+            "init": lambda: None,
+            "create_nccl_mem_pool": lambda symmetric=None: None,
+            "nccl_mem": lambda pool, **options: nullcontext(),
+        },
         attention: {"scaled_dot_product_attention": scaled_dot_product_attention},
     }
     for module, names in replaced.items():

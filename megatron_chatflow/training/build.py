@@ -31,6 +31,7 @@ from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.runtime.watchdog import Watchdog
 from megatron_chatflow.training.callbacks import Callback
 from megatron_chatflow.training.callbacks.choice import ChoiceEval
+from megatron_chatflow.training.callbacks.cuda_graphs import CudaGraphs
 from megatron_chatflow.training.callbacks.process import FreedMemory, GarbageCollection, Heartbeat
 from megatron_chatflow.training.callbacks.profiler import ProfilerWindow
 from megatron_chatflow.training.callbacks.straggler import StragglerDetector
@@ -126,6 +127,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
     # The loop calls the hooks in this order, which `training.callbacks` documents.
     behaviour: list[Callback | None] = [
         Heartbeat(watchdog),
+        None if config.train.cuda_graph_impl == "none" else CudaGraphs(config, optimization, ranks),
         ProfilerWindow(config, ranks),
         stragglers,
         None if choices is None else ChoiceEval(choices, config.train.choice_interval),

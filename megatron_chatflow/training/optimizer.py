@@ -7,6 +7,7 @@ Apex, and not beside each tensor, because megatron-core's distributed optimizer 
 only that form.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from torch.optim.adamw import adamw
 
 from megatron_chatflow.config import RunConfig, RunLength
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
@@ -120,6 +122,16 @@ def install_fused_adamw() -> str:
     return "torch's fused AdamW: neither transformer-engine nor Apex is installed"
 
 
+def _check_allocator() -> None:
+    """Checks that torch's allocator can allocate NCCL's user buffers."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:True" in os.environ.get(name, ""):
+            raise UserError(
+                f"parallel.use_nccl_ub: does not work with expandable_segments:True in {name}; "
+                "remove one of them"
+            )
+
+
 @dataclass(frozen=True)
 class Optimization:
     """The model with its optimizer and learning-rate schedule."""
@@ -165,12 +177,17 @@ def build_optimization(
     description = install_fused_adamw()
     length = length or RunLength.of(config)
     parallel, settings = config.parallel, config.optimizer
+    if parallel.use_nccl_ub:
+        _check_allocator()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=parallel.overlap_param_gather and len(llama.chunks) > 1,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        pad_buckets_for_high_nccl_busbw=parallel.ddp_pad_buckets_for_high_nccl_busbw,
+        nccl_ub=parallel.use_nccl_ub,
+        disable_symmetric_registration=parallel.disable_symmetric_registration,
     )
     with device_mode(ranks.device):
         chunks = [

@@ -84,6 +84,12 @@ CASES = {
     "deterministic": ("7b.yaml", f"{TENSOR} --num-layers 2 --deterministic-mode", 8, 0),
     "stragglers": ("7b.yaml", f"{TENSOR} --num-layers 2 --log-straggler", 8, 0),
     "fp32": ("7b.yaml", "--num-layers 2 --no-bf16", 8, 0),
+    "NCCL user buffers": (
+        "7b.yaml",
+        f"{TENSOR} --num-layers 2 --use-nccl-ub --ddp-pad-buckets-for-high-nccl-busbw",
+        8,
+        0,
+    ),
     "padded heads": ("7b.yaml", f"{TENSOR} --num-layers 2 --pad-attention-heads", 8, 0),
 }
 
@@ -105,3 +111,14 @@ def test_a_layout_runs_and_the_host_waits_only_where_known(simulator: Simulator,
     # megatron-core asks once for every model chunk.
     assert counts["gradients"] <= (2 if "virtual" in flags else 1)
     assert counts["update"] == 2
+
+
+def test_weight_gradients_need_no_kernel_and_no_tensor_of_their_own(simulator: Simulator) -> None:
+    fused, separate = (
+        simulator.observe(example("7b.yaml", "--num-layers", "2", *flags), world_size=8)
+        for flags in ([], ["--no-gradient-accumulation-fusion"])
+    )
+    # A sum for each of a layer's four linear layers, and the flops of the products stay.
+    assert separate.layer_launches["backward"] - fused.layer_launches["backward"] == 4
+    assert fused.flops == separate.flops
+    assert fused.peak_bytes <= separate.peak_bytes

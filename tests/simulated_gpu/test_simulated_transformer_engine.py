@@ -10,6 +10,11 @@ from simulator import Simulator, example
 
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2"
 LARGE = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --num-layers 8"
+GRAPHS = "--cuda-graph-impl transformer_engine --cuda-graph-warmup-steps 1"
+PIPELINE = (
+    "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+    "--num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+)
 CASES = {
     "7b": ("7b.yaml", TENSOR, 8, 0),
     "7b, context parallel": ("7b.yaml", f"{TENSOR} --context-parallel-size 2", 8, 2),
@@ -21,6 +26,15 @@ CASES = {
         8,
         0,
     ),
+    "7b, CUDA graphs": ("7b.yaml", f"{TENSOR} {GRAPHS}", 8, 0),
+    "7b, CUDA graphs, context parallel": (
+        "7b.yaml",
+        f"{TENSOR} {GRAPHS} --context-parallel-size 2 --micro-batch-size 2",
+        8,
+        5,
+    ),
+    "7b, CUDA graphs, interleaved stages": ("7b.yaml", f"{PIPELINE} {GRAPHS}", 8, 4),
+    "7b, CUDA graphs, FP8": ("7b.yaml", f"{TENSOR} {GRAPHS} --fp8-format hybrid", 8, 0),
     "70b, first stage": (
         "70b.yaml",
         f"{LARGE} --num-layers-per-virtual-pipeline-stage 1",
@@ -43,6 +57,9 @@ def test_a_step_runs_and_the_host_never_waits_in_a_layer(
     base, flags, world_size, rank = CASES[name]
     found = with_stand_in.observe(example(base, *flags.split()), world_size=world_size, rank=rank)
     assert found.num_steps == 2
+    # The second step replays graphs, which hold their inputs.
+    is_captured = any("get_layer_static_inputs" in one.line for one in found.holders)
+    assert is_captured == (GRAPHS in flags)
     assert any("te_standin/transformer_engine/pytorch/module" in one.line for one in found.holders)
     assert found.cpu_tensors == []
     phases = {one.phase for one in found.synchronizations}

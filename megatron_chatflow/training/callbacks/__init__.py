@@ -4,12 +4,13 @@
 hook on all of them in this order:
 
 1. `process.Heartbeat` tells the watchdog which phase starts.
-2. `profiler.ProfilerWindow` starts and stops a profile.
-3. `straggler.StragglerDetector` times forward and backward passes.
-4. `choice.ChoiceEval` evaluates multiple-choice questions.
-5. `process.GarbageCollection` collects garbage at the same iterations on every rank.
-6. `process.FreedMemory` returns freed memory to the system (CPU only).
-7. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `scalars.TensorBoard` and
+2. `cuda_graphs.CudaGraphs` captures parts of the layers after the first steps.
+3. `profiler.ProfilerWindow` starts and stops a profile.
+4. `straggler.StragglerDetector` times forward and backward passes.
+5. `choice.ChoiceEval` evaluates multiple-choice questions.
+6. `process.GarbageCollection` collects garbage at the same iterations on every rank.
+7. `process.FreedMemory` returns freed memory to the system (CPU only).
+8. On the reporting rank `console.Console`, `metrics_file.MetricsFile`, `scalars.TensorBoard` and
    `scalars.WeightsAndBiases`, each inside an `isolated.IsolatedCallback`, so that an error in one
    of them does not end the run; then `restarts.StatusFile`.
 """

@@ -11,6 +11,7 @@ CONTEXT = "parallel.context_parallel_size"
 CHUNKS = "parallel.num_virtual_stages_per_pipeline_rank"
 CHUNK_LAYERS = "parallel.num_layers_per_virtual_pipeline_stage"
 
+GRAPHS = {"train.cuda_graph_impl": "transformer_engine"}
 FP8 = {"train.fp8_format": "hybrid"}
 
 REFUSED = [
@@ -123,6 +124,41 @@ REFUSED = [
     (
         {"parallel.overlap_param_gather": True},
         "parallel.overlap_param_gather: needs parallel.use_d",
+    ),
+    (
+        {"parallel.ddp_pad_buckets_for_high_nccl_busbw": True},
+        "parallel.ddp_pad_buckets_for_high_nccl_busbw: needs parallel.use_distributed_optimizer, "
+        "whose buckets it pads; set that too",
+    ),
+    (
+        {"parallel.disable_symmetric_registration": True},
+        "parallel.disable_symmetric_registration: needs parallel.use_nccl_ub; set that too",
+    ),
+    (
+        {"train.cuda_graph_warmup_steps": 1},
+        "train.cuda_graph_warmup_steps: needs train.cuda_graph_impl transformer_engine; set that",
+    ),
+    ({**GRAPHS, "train.bf16": False}, "train.cuda_graph_impl: needs train.bf16; set that, or"),
+    (
+        {**GRAPHS, "train.transformer_impl": "local"},
+        "train.cuda_graph_impl: needs the layers of transformer-engine; remove it, or use",
+    ),
+    (
+        {
+            **GRAPHS,
+            "train.recompute_granularity": "selective",
+            "train.recompute_modules": ["mlp"],
+        },
+        "train.cuda_graph_impl: the MLP cannot be a CUDA graph and be recomputed; remove it, or",
+    ),
+    (
+        {
+            **GRAPHS,
+            "train.recompute_granularity": "full",
+            "train.recompute_method": "uniform",
+            "train.recompute_num_layers": 1,
+        },
+        "train.cuda_graph_impl: the MLP cannot be a CUDA graph and be recomputed; remove it, or",
     ),
     (
         {"parallel.tp_comm_overlap": True},

@@ -91,6 +91,7 @@ def checked(
     capability: Any = (9, 0),
     installed: str = "2.9",
     overlap: bool = False,
+    use_nccl_ub: bool = False,
     **settings: Any,
 ) -> None:
     here = Facts(
@@ -103,7 +104,9 @@ def checked(
         import_error=lambda name: None,
     )
     sizes: Any = {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1}
-    parallel = ParallelConfig(sequence_parallel=overlap, tp_comm_overlap=overlap)
+    parallel = ParallelConfig(
+        sequence_parallel=overlap, tp_comm_overlap=overlap, use_nccl_ub=use_nccl_ub
+    )
     check_layers(TrainConfig(**sizes, **settings), parallel, here, layers)
 
 
@@ -111,6 +114,15 @@ def checked(
     ("arguments", "message"),
     [
         ({"layers": "local", "fp8_format": "e4m3"}, "fp8_format: needs the layers of transformer-"),
+        (
+            {"layers": "local", "cuda_graph_impl": "transformer_engine"},
+            "train.cuda_graph_impl: needs the layers of transformer-engine, and",
+        ),
+        (
+            {"capability": None, "cuda_graph_impl": "transformer_engine"},
+            "train.cuda_graph_impl: needs a GPU, and this run is on CPUs; remove the setting",
+        ),
+        ({"capability": None, "use_nccl_ub": True}, "parallel.use_nccl_ub: needs a GPU, and this"),
         ({"layers": "local", "overlap": True}, "parallel.tp_comm_overlap: needs the layers of tra"),
         (
             {"capability": (8, 0), "fp8_format": "hybrid"},

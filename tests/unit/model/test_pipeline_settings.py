@@ -9,10 +9,10 @@ from megatron_chatflow.model.llama import transformer_config
 from megatron_chatflow.runtime.ranks import Ranks
 
 
-@pytest.mark.parametrize("transformer_engine", [False, True])
+@pytest.mark.parametrize("fuses_weight_gradients", [False, True])
 @pytest.mark.parametrize("num_virtual_stages", [None, 2])
 def test_exchanges_do_not_synchronize_and_sent_outputs_are_freed(
-    single_rank: Ranks, num_virtual_stages: int | None, transformer_engine: bool
+    single_rank: Ranks, num_virtual_stages: int | None, fuses_weight_gradients: bool
 ) -> None:
     parallel = ParallelConfig(
         pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=num_virtual_stages
@@ -30,10 +30,9 @@ def test_exchanges_do_not_synchronize_and_sent_outputs_are_freed(
         parallel,
         train,
         ranks,
-        transformer_engine=transformer_engine,
+        fuses_weight_gradients=fuses_weight_gradients,
     )
     assert not config.batch_p2p_sync
     # An interleaved schedule would free outputs while they are still being sent.
     assert config.deallocate_pipeline_outputs == (num_virtual_stages is None)
-    # transformer-engine adds weight gradients inside the product, without Apex.
-    assert config.gradient_accumulation_fusion == transformer_engine
+    assert config.gradient_accumulation_fusion == fuses_weight_gradients

@@ -19,6 +19,10 @@ def get_all_rng_states():
     return {}
 
 
+def is_fp8_activation_recompute_enabled():
+    return False
+
+
 def checkpoint(
     function,
     *args,
