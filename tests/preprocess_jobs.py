@@ -10,6 +10,26 @@ from megatron_chatflow.preprocess import PreprocessSettings, preprocess
 from megatron_chatflow.preprocess.settings import CorpusSettings
 
 
+def make_chats(folder: Path, model: Path) -> Path:
+    """Preprocesses three equal chats; returns the dataset's prefix."""
+    (folder / "a.jsonl").write_text('{"instruction": "bana?", "output": "kedo luno"}\n' * 3)
+    settings = PreprocessSettings(
+        inputs=(str(folder / "a.jsonl"),),
+        output_prefix=str(folder / "a"),
+        tokenizer_model=str(model),
+        corpus=CorpusSettings(format="chat", json_keys=("messages",)),
+    )
+    preprocess(settings)
+    return folder / "a_messages_document"
+
+
+def write_lines(folder: Path, *names: str) -> None:
+    """Writes files of one record each, in folders that are created."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b'{"text": "a"}\n')
+
+
 class Jobs:
     """Runs preprocessing jobs in one folder with one tokenizer."""
 

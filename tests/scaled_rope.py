@@ -1,30 +1,24 @@
 """Hugging Face folders of a random LLaMA with every kind of rotary scaling."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tiny_shape
 import torch
 from safetensors.torch import save_file
 
-from megatron_chatflow.convert.shape import (
-    LlamaShape,
-    huggingface_config,
-)
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 
-SHAPE = LlamaShape(
-    num_layers=2,
+SHAPE = replace(
+    tiny_shape.SHAPE,
     hidden_size=64,
     ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
     vocab_size=300,
     max_position_embeddings=64,
     rotary_base=5000.0,
-    norm_epsilon=1e-5,
-    init_method_std=0.02,
-    untie_embeddings_and_output_weights=True,
 )
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}

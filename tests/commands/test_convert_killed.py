@@ -4,31 +4,21 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_shape
 import torch
 from safetensors.torch import save_file
 
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 
 pytestmark = pytest.mark.slow
 
 JOB = Path(__file__).with_name("killed_conversion.py")
-SHAPE = LlamaShape(
-    num_layers=1,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=9,
-    max_position_embeddings=16,
-    rotary_base=10000.0,
-    norm_epsilon=1e-5,
-    init_method_std=0.02,
-    untie_embeddings_and_output_weights=True,
-)
+SHAPE = replace(tiny_shape.SHAPE, num_layers=1)
 
 
 def test_nothing_is_left_of_conversions_that_were_killed(

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 from fork_server import run_tool
+from preprocess_jobs import make_chats
 
 from megatron_chatflow.data.indexed import IndexedDataset
-from megatron_chatflow.preprocess import PreprocessSettings, preprocess
-from megatron_chatflow.preprocess.settings import CorpusSettings
 
 
 def run(tool: str, *arguments: object) -> tuple[int, str, str]:
@@ -17,15 +16,7 @@ def run(tool: str, *arguments: object) -> tuple[int, str, str]:
 
 @pytest.fixture
 def chats(tmp_path: Path, tiny_sentencepiece_model: Path) -> Path:
-    (tmp_path / "a.jsonl").write_text('{"instruction": "bana?", "output": "kedo luno"}\n' * 3)
-    settings = PreprocessSettings(
-        inputs=(str(tmp_path / "a.jsonl"),),
-        output_prefix=str(tmp_path / "a"),
-        tokenizer_model=str(tiny_sentencepiece_model),
-        corpus=CorpusSettings(format="chat", json_keys=("messages",)),
-    )
-    preprocess(settings)
-    return tmp_path / "a_messages_document"
+    return make_chats(tmp_path, tiny_sentencepiece_model)
 
 
 def test_compares_two(chats: Path, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from preprocess_jobs import write_lines
 
 from megatron_chatflow.data.indexed import IndexedDataset
 from megatron_chatflow.data.sidecar import read_sidecar
@@ -73,13 +75,7 @@ Write = Callable[..., None]
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Writes files of one line each."""
-
-    def write(*names: str) -> None:
-        for name in names:
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(LINE)
-
-    return write
+    return partial(write_lines, tmp_path)
 
 
 def names(*inputs: Path | str) -> list[str]:

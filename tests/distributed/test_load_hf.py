@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences, write_dataset
+from tiny_run import TinyRun, made_up_sentences, write_dataset
+from tiny_shape import SHAPE_OF_TINY_RUN
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -18,7 +19,7 @@ from megatron_chatflow.convert.distributed import DistributedReader
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.grown_reader import GrownReader
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import (
     GrownVocabulary,
@@ -224,7 +225,7 @@ def test_other_dtypes_come_from_the_master_weights(folder: Path, tmp_path: Path)
 def test_small_files_travel_through_training_and_resume(tiny_run: TinyRun, tmp_path: Path) -> None:
     """One of two ranks writes the small files. They are verified like other checkpoint files."""
     base, run = tmp_path / "base", tmp_path / "run"
-    shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
+    shape = SHAPE_OF_TINY_RUN
     base.mkdir()
     tensors = {name: torch.randn(size) / 50 for name, size in huggingface_shapes(shape).items()}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})

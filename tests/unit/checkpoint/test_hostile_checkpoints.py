@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import tiny_shape
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import format_utils
@@ -39,14 +40,14 @@ from megatron_chatflow.checkpoint.state import _num_steps
 from megatron_chatflow.convert.distributed import DistributedReader
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.grown_reader import GrownReader
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint, read_weight
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, Resize, VocabularyGrowth
 from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 from megatron_chatflow.errors import UserError
 
-SHAPE = LlamaShape(1, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
+SHAPE = replace(tiny_shape.SHAPE, num_layers=1)
 NORM = "decoder.final_layernorm.weight"
 NUM_MUTATIONS = 150
 

@@ -9,19 +9,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from tiny_shape import SHAPE
 
 from megatron_chatflow.checkpoint.direct_file import hash_file
 from megatron_chatflow.checkpoint.files import MANIFEST, manifest_text
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.resize import resize_checkpoint
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.verify import compare
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
-
-SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
 
 
 @pytest.fixture

@@ -11,28 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_shape import SHAPE
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import new_folder
-
-SHAPE = LlamaShape(
-    num_layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_attention_heads=4,
-    num_query_groups=2,
-    vocab_size=9,
-    max_position_embeddings=16,
-    rotary_base=10000.0,
-    norm_epsilon=1e-5,
-    init_method_std=0.02,
-    untie_embeddings_and_output_weights=True,
-)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """Tests the weight map on plain tensors, and the tensor names that checkpoints may use."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_shape
 import torch
 
 from megatron_chatflow.convert.distributed import ChunkToWrite, DistributedReader, write_distributed
 from megatron_chatflow.convert.safetensors import SafetensorsFile, plan_shards, write_shards
-from megatron_chatflow.convert.shape import LlamaShape
 from megatron_chatflow.convert.weight_map import (
     LLAMA_RULES,
     Join,
@@ -19,18 +20,13 @@ from megatron_chatflow.convert.weight_map import (
     split,
 )
 
-SHAPE = LlamaShape(
+SHAPE = replace(
+    tiny_shape.SHAPE,
     num_layers=3,
     hidden_size=24,
     ffn_hidden_size=40,
     num_attention_heads=6,
-    num_query_groups=2,
     vocab_size=11,
-    max_position_embeddings=16,
-    rotary_base=10000.0,
-    norm_epsilon=1e-5,
-    init_method_std=0.02,
-    untie_embeddings_and_output_weights=True,
 )
 RULES = {rule.megatron.split(".")[-2]: rule for rule in LLAMA_RULES}
 
@@ -115,8 +111,7 @@ def test_names_are_transformers_own() -> None:
 
 
 def test_tied_models_have_no_output_layer() -> None:
-    values = {name: getattr(SHAPE, name) for name in LlamaShape.__dataclass_fields__}
-    tied = LlamaShape(**{**values, "untie_embeddings_and_output_weights": False})
+    tied = replace(SHAPE, untie_embeddings_and_output_weights=False)
     assert [rule for rule in LLAMA_RULES if rule not in rules_of(tied)] == [LLAMA_RULES[-1]]
     assert "lm_head.weight" not in huggingface_shapes(tied)
 

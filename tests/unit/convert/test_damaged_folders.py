@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_shape import SHAPE
 
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config, shape_of_huggingface
+from megatron_chatflow.convert.shape import huggingface_config, shape_of_huggingface
 from megatron_chatflow.convert.weight_map import check_weights, huggingface_shapes
 from megatron_chatflow.errors import UserError
 
-SHAPE = LlamaShape(2, 16, 24, 4, 2, 9, 16, 10000.0, 1e-5, 0.02, True)
 NORM = "model.norm.weight"
 NAN, INFINITY = float("nan"), float("inf")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from preprocess_jobs import make_chats
 from tool_calls import call_tool
 
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
@@ -19,15 +20,7 @@ def run(tool: str, *arguments: object) -> tuple[int, str, str]:
 
 @pytest.fixture
 def chats(tmp_path: Path, tiny_sentencepiece_model: Path) -> Path:
-    (tmp_path / "a.jsonl").write_text('{"instruction": "bana?", "output": "kedo luno"}\n' * 3)
-    settings = PreprocessSettings(
-        inputs=(str(tmp_path / "a.jsonl"),),
-        output_prefix=str(tmp_path / "a"),
-        tokenizer_model=str(tiny_sentencepiece_model),
-        corpus=CorpusSettings(format="chat", json_keys=("messages",)),
-    )
-    preprocess(settings)
-    return tmp_path / "a_messages_document"
+    return make_chats(tmp_path, tiny_sentencepiece_model)
 
 
 def test_shows_counts_and_decoded_spans(chats: Path, tiny_sentencepiece_model: Path) -> None:

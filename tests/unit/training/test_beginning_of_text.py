@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_run import VOCAB_SIZE, TinyRun
+from tiny_run import TinyRun
+from tiny_shape import SHAPE_OF_TINY_RUN
 
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.convert.from_huggingface import import_huggingface
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.preprocess import PreprocessSettings, preprocess
@@ -50,7 +51,7 @@ def knots_of(*names: str) -> list[dict[str, object]]:
 
 
 def make_model(folder: Path, tiny_run: TinyRun, *, add_bos_token: bool) -> Path:
-    shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
+    shape = SHAPE_OF_TINY_RUN
     tokenizer = load_tokenizer(tiny_run.tokenizer_model)
     tokenizer.save_pretrained(folder, add_bos_token=add_bos_token)
     tensors = {name: torch.ones(size) for name, size in huggingface_shapes(shape).items()}

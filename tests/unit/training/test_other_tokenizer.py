@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences
+from tiny_shape import SHAPE_OF_TINY_RUN
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.weight_map import huggingface_shapes
@@ -43,7 +44,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def weights(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saves the tiny run's model as a Hugging Face folder with tokenizer and as a checkpoint."""
     folder = tmp_path_factory.mktemp("weights")
-    shape = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
+    shape = SHAPE_OF_TINY_RUN
     tokenizer = load_tokenizer(tiny_run.tokenizer_model)
     tokenizer.save_pretrained(folder / "hf")
     tensors = {name: torch.ones(size) for name, size in huggingface_shapes(shape).items()}

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_run import VOCAB_SIZE, TinyRun
+from tiny_shape import SHAPE_OF_TINY_RUN
 
 from megatron_chatflow.checkpoint.files import CARRIED
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 from megatron_chatflow.convert.resize import resize_checkpoint
-from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
+from megatron_chatflow.convert.shape import huggingface_config
 from megatron_chatflow.convert.template import TokenizerChoice
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.vocabulary import Resize
@@ -30,7 +31,7 @@ from megatron_chatflow.tokenizer.extend import extend_tokenizer
 from megatron_chatflow.tokenizer.small_files import write_small_files
 from megatron_chatflow.training.inputs import carried_files, open_inputs
 
-SHAPE = LlamaShape(4, 64, 176, 4, 2, VOCAB_SIZE, 128, 10000.0, 1e-5, 0.1, True)
+SHAPE = SHAPE_OF_TINY_RUN
 BASE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}"
     "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"

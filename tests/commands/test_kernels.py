@@ -21,7 +21,7 @@ from megatron_chatflow.kernels import cuda as cuda_kernels
 
 pytestmark = pytest.mark.native
 
-CSRC = Path(__file__).parents[3] / "csrc" / "kernels"
+CSRC = Path(__file__).parents[2] / "csrc" / "kernels"
 CPU = torch.device("cpu")
 
 
