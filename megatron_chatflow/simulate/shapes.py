@@ -108,7 +108,9 @@ class ShapeCache:
         with self._mode:
             result = func(*args, **kwargs)
         count = flop_registry.get(func._overloadpacket)
-        flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
+        # The counter of `addmm` does not know its ``out_dtype``.
+        counted = [arg for arg in args if not isinstance(arg, torch.dtype)]
+        flops = 0 if count is None else int(count(*counted, **kwargs, out_val=result))
         if is_new:
             is_cached = (
                 _UNCACHED_TAGS.isdisjoint(func.tags)

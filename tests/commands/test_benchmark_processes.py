@@ -9,6 +9,8 @@ from benchmarks.peer_process import PeerProcess
 from benchmarks.shapes import OURS, Shape
 from megatron_chatflow.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_peer_steps_in_its_own_process() -> None:
     pytest.importorskip("transformers")

@@ -26,6 +26,8 @@ import torch
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.from_huggingface import import_huggingface
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 folder, which, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 

@@ -56,6 +56,7 @@ def write_zst(path: Path, unit: bytes, number: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["chat", "pairs", "text"])
 def test_newlines_take_no_memory(tmp_path: Path, file_format: str) -> None:
     path = write_zst(tmp_path / "a.jsonl.zst", b"\n" * (1 << 20), 200)

@@ -89,6 +89,7 @@ def test_rollback_takes_the_weights_of_the_last_checkpoint(
     assert "rollback found no checkpoint of this run" in output.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_rollback_takes_no_other_runs_weights(tiny_run: TinyRun, tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
@@ -127,6 +128,7 @@ def test_stop_is_the_default_and_one_line(tiny_run: TinyRun, tmp_path: Path) -> 
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_hung_rank_is_named_and_the_job_restarts_by_itself(
     tiny_run: TinyRun, tmp_path: Path

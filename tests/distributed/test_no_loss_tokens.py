@@ -94,6 +94,7 @@ def test_weights_and_moments_stay_and_the_step_is_counted(config: Path, tmp_path
     assert [[e[n] for n in names] for e in found] == [[e[n] for n in names] for e in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_at_any_layout(config: Path, tmp_path: Path) -> None:
     flags = ["--config", config, "--global-batch-size", 2, "--save-interval", 1]

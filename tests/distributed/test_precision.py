@@ -59,7 +59,10 @@ def runs(tiny_run: TinyRun) -> Path:
     )
     jobs.run_with_stand_in(
         2,
-        [[*base, *flags, "--save", folder / name] for name, flags in ON_TWO_RANKS.items()],
+        [
+            [*base, *flags, "--save", folder / name, "--exit-interval", "5"]
+            for name, flags in ON_TWO_RANKS.items()
+        ],
         folder,
     )
     return folder
@@ -83,13 +86,13 @@ def test_each_recipe_reaches_exactly_its_layers(runs: Path) -> None:
 def test_losses_stay_close_to_those_of_bf16(runs: Path, name: str) -> None:
     expected, expected_validation = jobs.read_metrics(runs / "bf16")
     found, found_validation = jobs.read_metrics(runs / name)
-    assert len(found) == len(expected) == 10
+    assert (len(found), len(expected)) == (5 if name in ON_TWO_RANKS else 10, 10)
     difference = [
         abs(ours["lm_loss"] - theirs["lm_loss"])
-        for ours, theirs in zip(found, expected, strict=True)
+        for ours, theirs in zip(found, expected, strict=False)
     ]
     assert 1e-5 < max(difference) < 0.05
-    assert len(found_validation) == len(expected_validation)
+    assert found_validation and len(found_validation) <= len(expected_validation)
 
 
 @pytest.mark.distributed

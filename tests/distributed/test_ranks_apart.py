@@ -48,6 +48,7 @@ def _refused(command: Sequence[object]) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_sees_an_older_latest_goes_on_from_rank_0s(
     tiny_run: TinyRun, tmp_path: Path, saved: Path
@@ -63,6 +64,7 @@ def test_a_rank_that_sees_an_older_latest_goes_on_from_rank_0s(
     assert losses[behind] == losses[saved]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_without_the_checkpoint_is_named(
     tiny_run: TinyRun, tmp_path: Path, saved: Path

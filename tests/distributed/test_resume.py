@@ -160,6 +160,7 @@ def test_a_new_seed_keeps_the_order_of_the_epoch(tiny_run: TinyRun, tmp_path: Pa
     assert output.count("settings that differ") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -193,8 +194,9 @@ def _heed_ctrl_c() -> None:
         ("fork", "SIGUSR1"),
         ("fork", "SIGINT"),
         ("train.sh", "SIGTERM"),
-        ("train.sh", "SIGUSR1"),
-        pytest.param("train.sh", "SIGINT", marks=pytest.mark.slow),  # ten seconds
+        # More than ten seconds each.
+        pytest.param("train.sh", "SIGUSR1", marks=pytest.mark.slow),
+        pytest.param("train.sh", "SIGINT", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_leaves(
@@ -273,6 +275,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_workers_die_with_their_launcher(tiny_run: TinyRun, tmp_path: Path) -> None:
     command = [*jobs.torchrun(2), "-m", "megatron_chatflow.pretrain", "--config", tiny_run.config]

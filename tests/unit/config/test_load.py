@@ -173,23 +173,26 @@ def test_removed_settings_are_reported_and_have_no_effect(path, tmp_path, flags)
 FROZEN_FLAGS = """
 --adam-beta1 --adam-beta2 --adam-eps --async-save --attention-backend --bf16 --choice-interval
 --choice-language --choice-num-fewshot --choice-questions --choice-scoring --ckpt-verify --clip-grad
---config --context-parallel-size --data-retry-seconds --data-verify --deterministic-mode
---distributed-timeout-minutes --dry-run --embedding-init --eval-interval --eval-iters
---exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune --first-last-layers-bf16
---fp4-format --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-recipe --from-scratch
---fused-kernels --global-batch-size --gpu --grad-reduce-in-bf16 --hang-timeout-minutes --help
---hidden-size --holdout-every --init-method-std --kv-channels --load --load-hf --load-optim
---log-interval --log-straggler --loss-spike-factor --loss-spike-window --lr --lr-decay-iters
---lr-decay-samples --lr-decay-style --lr-warmup-init --lr-warmup-iters --lr-warmup-samples
---make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps --max-position-embeddings
---metrics-every-iteration --micro-batch-size --min-lr --new-data-seed --no-async-save --no-bf16
---no-ckpt-verify --no-data-verify --no-deterministic-mode --no-finetune --no-first-last-layers-bf16
---no-from-scratch --no-grad-reduce-in-bf16 --no-load-optim --no-log-straggler
+--config --context-parallel-size --cuda-graph-impl --cuda-graph-scope --cuda-graph-warmup-steps
+--data-retry-seconds --data-verify --ddp-pad-buckets-for-high-nccl-busbw --deterministic-mode
+--disable-symmetric-registration --distributed-timeout-minutes --dry-run --embedding-init
+--eval-interval --eval-iters --exit-duration-in-mins --exit-interval --ffn-hidden-size --finetune
+--first-last-layers-bf16 --fp4-format --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format
+--fp8-recipe --from-scratch --fused-kernels --global-batch-size --gpu --grad-reduce-in-bf16
+--gradient-accumulation-fusion --hang-timeout-minutes --help --hidden-size --holdout-every
+--init-method-std --kv-channels --load --load-hf --load-optim --log-interval --log-straggler
+--loss-spike-factor --loss-spike-window --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
+--lr-warmup-init --lr-warmup-iters --lr-warmup-samples --make-vocab-size-divisible-by
+--manual-gc-interval --max-bad-steps --max-position-embeddings --metrics-every-iteration
+--micro-batch-size --min-lr --new-data-seed --no-async-save --no-bf16 --no-ckpt-verify
+--no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw --no-deterministic-mode
+--no-disable-symmetric-registration --no-finetune --no-first-last-layers-bf16 --no-from-scratch
+--no-grad-reduce-in-bf16 --no-gradient-accumulation-fusion --no-load-optim --no-log-straggler
 --no-metrics-every-iteration --no-new-data-seed --no-overlap-grad-reduce --no-overlap-param-gather
 --no-pad-attention-heads --no-profile --no-sequence-parallel --no-shared-memory-collectives
 --no-tensorboard --no-tp-comm-overlap --no-untie-embeddings-and-output-weights
---no-use-distributed-optimizer --no-use-pytorch-profiler --norm-epsilon --num-attention-heads
---num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+--no-use-distributed-optimizer --no-use-nccl-ub --no-use-pytorch-profiler --norm-epsilon
+--num-attention-heads --num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
 --num-layers-per-virtual-pipeline-stage --num-prefetch --num-query-groups
 --num-virtual-stages-per-pipeline-rank --old-tokenizer-model --on-nan --output --overlap-grad-reduce
 --overlap-param-gather --pad-attention-heads --pipeline-model-parallel-size --preset
@@ -200,9 +203,9 @@ FROZEN_FLAGS = """
 --save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives --simulate --split
 --straggler-minmax-count --tensor-model-parallel-size --tensorboard --tokenizer-model
 --tokenizer-type --tp-comm-overlap --train-iters --train-samples --transformer-impl
---untie-embeddings-and-output-weights --use-distributed-optimizer --use-pytorch-profiler --verbose
---vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir --weight-decay
---world-size
+--untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
+--use-pytorch-profiler --verbose --vocab-size --wandb-entity --wandb-exp-name --wandb-project
+--wandb-save-dir --weight-decay --world-size
 """.split()
 
 

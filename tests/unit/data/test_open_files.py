@@ -137,6 +137,7 @@ def test_pages_of_other_memory_are_not_released() -> None:
     assert array[-1] == (1 << 16) - 1
 
 
+@pytest.mark.slow
 def test_two_thousand_datasets_at_the_usual_limit(tiny_run: TinyRun, tmp_path: Path) -> None:
     paths = write_datasets(tmp_path, 2000)
     values = yaml.safe_load(tiny_run.config.read_text())

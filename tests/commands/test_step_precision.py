@@ -3,6 +3,8 @@
 import pytest
 from step_worker import take_steps
 
+pytestmark = pytest.mark.slow
+
 
 def test_bf16_follows_fp32() -> None:
     actual, exact = (take_steps(dtype, on_gpu=False) for dtype in ("bf16", "fp32"))
