@@ -59,6 +59,33 @@ Plan = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class SplitFp32:
+    """fp32 values as transformer-engine's Adam stores them with ``store_param_remainders``.
+
+    As integers, the bits of a value are those of ``rounded``, followed by 16 zeros, plus the
+    remainder. ``rounded`` are the model's weights, so that master weights take 2 bytes.
+    """
+
+    rounded: torch.Tensor  # bfloat16[n]
+    remainders: torch.Tensor  # int16[n]
+
+    def joined(self) -> torch.Tensor:
+        """Returns the values, of the same shape."""
+        high = self.rounded.view(torch.int16).to(torch.int32) << 16
+        return (high + self.remainders).view(torch.float32)
+
+    def set(self, values: torch.Tensor) -> None:
+        """Sets the remainders to those of ``values``, float32[n], which ``rounded`` is near.
+
+        A value exactly between two bf16 values may have been rounded towards 0, which no remainder
+        expresses; the next fp32 value towards 0 takes its place.
+        """
+        high = self.rounded.view(torch.int16).to(torch.int32) << 16
+        low = values.view(torch.int32) - high
+        self.remainders.copy_(low.clamp_(-(1 << 15), (1 << 15) - 1))
+
+
+@dataclass(frozen=True)
 class TensorShard:
     """A box of a global tensor."""
 
@@ -69,6 +96,14 @@ class TensorShard:
     values: torch.Tensor  # the values in order, in a tensor of any shape
     # whether a stored tensor with another number of rows may be loaded into it
     may_differ: bool = False
+    # int16, of the same shape: completes bf16 values to fp32 values when they are saved
+    remainders: torch.Tensor | None = None
+
+    @property
+    def parts(self) -> "torch.Tensor | SplitFp32":
+        """The values as they are saved."""
+        values = self.values.detach()
+        return values if self.remainders is None else SplitFp32(values, self.remainders)
 
 
 @dataclass(frozen=True)
@@ -79,8 +114,15 @@ class StoredObject:
     content: bytes  # its bytes as `torch.save` wrote them
 
 
-def _length(part: bytes | torch.Tensor) -> int:
-    return len(part) if isinstance(part, bytes) else part.numel() * part.element_size()
+_Part = bytes | torch.Tensor | SplitFp32
+
+
+def _length(part: _Part) -> int:
+    if isinstance(part, bytes):
+        return len(part)
+    if isinstance(part, SplitFp32):
+        return part.rounded.numel() * torch.float32.itemsize
+    return part.numel() * part.element_size()
 
 
 @dataclass
@@ -89,10 +131,10 @@ class FileImage:
 
     plan: Plan  # the description of the content
     num_bytes: int = 0  # the file's length
-    _parts: list[bytes | torch.Tensor] = field(default_factory=list)
+    _parts: list[_Part] = field(default_factory=list)
     _offsets: list[int] = field(default_factory=list)
 
-    def _append(self, part: bytes | torch.Tensor) -> None:
+    def _append(self, part: _Part) -> None:
         self._parts.append(part)
         self._offsets.append(self.num_bytes)
         self.num_bytes += _length(part)
@@ -111,6 +153,8 @@ class FileImage:
             if first >= last:
                 continue
             place = target[first - begin : last - begin]
+            if isinstance(part, SplitFp32):
+                part = part.joined()
             if isinstance(part, bytes):
                 taken = bytearray(part[first - offset : last - offset])
                 place.copy_(torch.frombuffer(taken, dtype=torch.uint8))
@@ -145,12 +189,13 @@ def build_file_image(
     plan: Plan = {"file": file_name, "tensors": [], "objects": []}
     image = FileImage(plan)
     for shard in shards:
-        begin = image.num_bytes
-        around = frame(shard.values.dtype, shard.sizes, begin % ALIGNMENT)
-        for part in (around.head, shard.values.detach(), around.tail):
+        begin, parts = image.num_bytes, shard.parts
+        dtype = torch.float32 if isinstance(parts, SplitFp32) else parts.dtype
+        around = frame(dtype, shard.sizes, begin % ALIGNMENT)
+        for part in (around.head, parts, around.tail):
             image._append(part)
         box = (shard.global_shape, shard.offsets, shard.sizes)
-        plan_tensor(plan, shard.name, shard.values.dtype, box, begin, around.length)
+        plan_tensor(plan, shard.name, dtype, box, begin, around.length)
     for stored in objects:
         plan["objects"].append([stored.name, image.num_bytes, len(stored.content)])
         image._append(stored.content)
@@ -308,13 +353,20 @@ def unpadded_shard(shard: TensorShard, unpadded_sizes: UnpaddedSizes) -> TensorS
     found = _find(shard.name, unpadded_sizes)
     if found is None:
         return shard
-    own = unpadded_values(shard.name, shard.offsets, shard.values.view(shard.sizes), unpadded_sizes)
+    own, remainders = (
+        values
+        if values is None
+        else unpadded_values(shard.name, shard.offsets, values.view(shard.sizes), unpadded_sizes)
+        for values in (shard.values, shard.remainders)
+    )
     if own is None:
         return None
     # Where all layers are one tensor, the axes of layers come first.
     axis = found[0] + len(shard.global_shape) - 2
     whole = (*shard.global_shape[:axis], found[1], *shard.global_shape[axis + 1 :])
-    return replace(shard, global_shape=whole, sizes=tuple(own.shape), values=own)
+    return replace(
+        shard, global_shape=whole, sizes=tuple(own.shape), values=own, remainders=remainders
+    )
 
 
 def unpadded_shards(

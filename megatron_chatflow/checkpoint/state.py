@@ -5,10 +5,15 @@ The plain, the mixed-precision and the distributed optimizer give the same tenso
 at any parallel layout. No state is gathered: each rank names the shards that it holds, and a load
 fills them in place. In fp32 runs the weights are their own master weights, so that only the moments
 are stored.
+
+The precision-aware optimizer is a distributed one whose state transformer-engine's Adam holds in
+other dtypes. Its master weights are saved in fp32 like any others, and its moments in bf16 or fp32;
+a load converts them to the dtypes of the run. So a run may switch it on or off.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_chatflow.checkpoint.layout import (
+    SplitFp32,
     TensorShard,
     UnpaddedSizes,
     boxes_of_range,
@@ -38,6 +44,15 @@ class LocalState:
     tensors: dict[str, torch.Tensor]  # the state's tensors by name, all of the same size
     # Whether the other data-parallel ranks hold the other values; if not, all hold the same ones.
     is_sharded: bool
+    remainders: torch.Tensor | None = None  # int16, of the master weights if those are bf16
+
+
+@dataclass(frozen=True)
+class LoadedState:
+    """Where a load puts the state of a parameter."""
+
+    state: LocalState  # the tensors to fill
+    store: Callable[[], None]  # hands them to the optimizer, once they are filled
 
 
 def local_states(optimizer: Any) -> list[LocalState]:
@@ -52,8 +67,22 @@ def _single(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def _is_precision_aware(optimizer: Any) -> bool:
+    return bool(optimizer.config.use_precision_aware_optimizer)
+
+
 def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
     inner = optimizer.optimizer
+    if _is_precision_aware(optimizer):
+        for parameter, main, begin, is_sharded in _main_parameters(optimizer):
+            _initialize(inner, main)
+            tensors = {name: _stored_values(inner, main, name) for name in inner.state[main]}
+            master = tensors.pop("master_param", main.detach())
+            has_remainders = master.dtype == torch.int16
+            tensors[MASTER] = main.detach() if has_remainders else master
+            remainders = master if has_remainders else None
+            yield LocalState(parameter, begin, tensors, is_sharded, remainders)
+        return
     optimizer.init_state_fn(inner, optimizer.config)
     for parameter, main, begin, is_sharded in _main_parameters(optimizer):
         tensors = {
@@ -66,11 +95,50 @@ def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
         yield LocalState(parameter, begin, tensors, is_sharded)
 
 
+def _initialize(adam: Any, main: Any) -> None:
+    """Creates the state of a parameter that has none; moments are 0."""
+    if not adam.state[main]:
+        adam.initialize_state(main, adam.store_param_remainders and main.dtype == torch.bfloat16)
+
+
+def _stored_values(adam: Any, main: Any, name: str) -> torch.Tensor:
+    """Returns state as it is saved: fp32, bf16, or the remainders of master weights.
+
+    Only fp16 state, which has a scale, is copied.
+    """
+    values: torch.Tensor = adam.state[main][name]
+    if values.dtype is torch.float16:
+        values = adam.get_unscaled_state(main, name)
+    return values
+
+
+def _store(adam: Any, main: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Converts fp32 state to the dtypes of transformer-engine's Adam, and hands it over."""
+    _initialize(adam, main)
+    for name, values in tensors.items():
+        if name == MASTER and not adam.master_weights:
+            main.copy_(values)
+        elif name == MASTER and adam.state[main]["master_param"].dtype == torch.int16:
+            SplitFp32(main.detach(), adam.state[main]["master_param"]).set(values)
+        else:
+            # The scale of fp16 state is computed anew, and is the same one in the same layout. The
+            # values are scaled in place.
+            scaled = "master_param" if name == MASTER else name
+            adam.set_scaled_state(main, scaled, values.clone())
+
+
 def _main_parameters(optimizer: Any) -> Iterator[tuple[Any, Any, int, bool]]:
-    """Yields model parameter, master parameter, the latter's begin, and whether it is sharded."""
+    """Yields model parameter, master parameter, the latter's begin, and whether it is sharded.
+
+    Where transformer-engine's Adam holds the master weights, the second is the shard of the weights
+    by which it holds them.
+    """
     if hasattr(optimizer, "gbuf_ranges"):
+        half = optimizer.shard_fp32_from_float16_groups
+        if optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            half = optimizer.shard_float16_groups
         for model_groups, main_groups in (
-            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_float16_groups, half),
             (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
         ):
             for parameter, main in _pairs(model_groups, main_groups):
@@ -93,17 +161,40 @@ def _pairs(groups: list[list[Any]], others: list[list[Any]]) -> Iterator[tuple[A
         yield from zip(group, other, strict=True)
 
 
-def master_weights(optimizer: Any) -> dict[torch.Tensor, tuple[int, torch.Tensor]]:
-    """Returns this rank's fp32 master weights by parameter, without fp32 parameters.
+def master_weights(optimizer: Any) -> dict[torch.Tensor, LoadedState]:
+    """Returns where to put this rank's fp32 master weights, by parameter that is not fp32.
 
-    Each comes with the index in the flattened parameter at which it begins.
+    The model's weights must be loaded before a state is stored.
     """
-    return {
-        parameter: (begin, main.detach())
-        for one in _single(optimizer)
-        for parameter, main, begin, _ in _main_parameters(one)
-        if parameter.dtype != torch.float32
-    }
+    found: dict[torch.Tensor, LoadedState] = {}
+    for one in _single(optimizer):
+        for parameter, main, begin, _ in _main_parameters(one):
+            if parameter.dtype == torch.float32:
+                continue
+            is_ready = main.dtype == torch.float32
+            values = main.detach() if is_ready else torch.zeros_like(main, dtype=torch.float32)
+            state = LocalState(parameter, begin, {MASTER: values}, is_sharded=False)
+            store = _nothing if is_ready else partial(_store, one.optimizer, main, state.tensors)
+            found[parameter] = LoadedState(state, store)
+    return found
+
+
+def _nothing() -> None:
+    """Stores state that was filled in place."""
+
+
+def _loaded_states(optimizer: Any) -> Iterator[LoadedState]:
+    for one in _single(optimizer):
+        if not _is_precision_aware(one):
+            yield from (LoadedState(state, _nothing) for state in _states_of_one(one))
+            continue
+        for parameter, main, begin, is_sharded in _main_parameters(one):
+            tensors = {
+                name: torch.zeros_like(main, dtype=torch.float32)
+                for name in ("exp_avg", "exp_avg_sq", MASTER)
+            }
+            state = LocalState(parameter, begin, tensors, is_sharded)
+            yield LoadedState(state, partial(_store, one.optimizer, main, tensors))
 
 
 def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorShard]:
@@ -127,6 +218,9 @@ def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorS
                     part.sizes_of(sizes),
                     values.view(-1)[at : at + length],
                     part.may_differ,
+                    state.remainders[at : at + length]
+                    if what == MASTER and state.remainders is not None
+                    else None,
                 )
                 for what, values in state.tensors.items()
             ]
@@ -166,14 +260,13 @@ def load(
     """
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
-    states = local_states(optimizer)
     num_steps = _num_steps(common, folder)
     if num_steps is None or not any(name.startswith(PREFIX) for name in names):
         raise UserError(
             f"{folder}: contains no optimizer state; continue with a fresh optimizer "
             "(--no-load-optim), or start a new run from the weights (--finetune)"
         )
-    _fill(states, layout, names, folder, reader)
+    _fill(list(_loaded_states(optimizer)), layout, names, folder, reader)
     for one in _single(optimizer):
         for group in one.optimizer.param_groups:
             group["step"] = num_steps
@@ -190,15 +283,11 @@ def load_master_weights(
     """
     reader = reader or SafeReader(folder)
     names = reader.read_metadata().state_dict_metadata
-    states = [
-        LocalState(parameter, begin, {MASTER: values}, is_sharded=False)
-        for parameter, (begin, values) in master_weights(optimizer).items()
-    ]
-    _fill(states, layout, names, folder, reader)
+    _fill(list(master_weights(optimizer).values()), layout, names, folder, reader)
 
 
 def _fill(
-    states: Sequence[LocalState],
+    states: Sequence[LoadedState],
     layout: Layout,
     names: Mapping[str, Any],
     folder: Path,
@@ -210,8 +299,8 @@ def _fill(
     """
     shards = [
         replace(shard, name=_stored_name(shard.name, names))
-        for state in states
-        for shard in state_shards(state, layout.parts[state.parameter])
+        for loaded in states
+        for shard in state_shards(loaded.state, layout.parts[loaded.state.parameter])
     ]
     for parameter, parts in layout.parts.items():
         if parameter.dtype == torch.float32:
@@ -229,6 +318,8 @@ def _fill(
             if unpadded is not None:
                 wanted.append(unpadded)
         fill(wanted, folder, reader)
+        for loaded in states:
+            loaded.store()
 
 
 def _stored_name(name: str, names: Mapping[str, Any]) -> str:

@@ -29,11 +29,13 @@ class MemoryEstimate:
     Attributes:
         weights: Parameters in the precision of the computation. With FP8, also the copies of the
             layers' matrices that the products read, of which one is transposed.
-        gradients: Gradient buffers (fp32, or bf16 with ``grad_reduce_in_bf16``).
-        optimizer: Adam's moments, and with bf16 the fp32 master weights.
+        gradients: Gradient buffers (fp32, or bf16 with ``grad_reduce_in_bf16`` or
+            ``main_grads_dtype``).
+        optimizer: Adam's moments, and with bf16 the master weights.
         activations: Activations that forward passes store for the backward passes.
         temporary: Temporary tensors at the peak: the logits and gradients of the loss, or the
-            gradients of a layer and what it recomputes.
+            gradients of a layer and what it recomputes; or what the update needs beyond the
+            activations, which it does not overlap with.
         saving: The copy from which checkpoints are written, if it is in the same memory.
     """
 
@@ -92,21 +94,24 @@ def _estimate_stage(
         data_parallel * config.train.micro_batch_size
     )
     weights, moments = parameters * _value_bytes(config), parameters * _state_bytes(config)
+    activations = _activation_bytes(config, stage, num_micro_batches, on_cpu)
     copies = 0
     if config.train.fp8_format is not None or config.train.fp4_format is not None:
         copies = 2 * (parameters - num_tables * table)
     # Data-parallel processes divide the state that they replicate when they save it.
-    copy = (weights + moments) // (data_parallel * parallel.context_parallel_size)
+    saved = weights + parameters * _saved_state_bytes(config)
+    copy = saved // (data_parallel * parallel.context_parallel_size)
     has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
         weights=weights + copies,
-        gradients=parameters * (2 if parallel.grad_reduce_in_bf16 else 4),
+        gradients=parameters * (2 if config.has_bf16_gradients else 4),
         optimizer=moments // shards,
         saving=copy if on_cpu and has_copy else 0,
-        activations=_activation_bytes(config, stage, num_micro_batches, on_cpu),
+        activations=activations,
         temporary=max(
             _recomputed_bytes(config, on_cpu) + _layer_temporaries(config),
             _loss_temporaries(config, table, is_last, on_cpu),
+            parameters // shards * _update_bytes(config) - activations,
         ),
     )
 
@@ -122,9 +127,28 @@ def saving_copy_bytes(config: RunConfig, vocab_size: int, world_size: int) -> in
     return estimate_memory(config, vocab_size, world_size, on_cpu=True).saving
 
 
+def _moment_dtypes(config: RunConfig) -> tuple[str, str]:
+    return config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype
+
+
 def _state_bytes(config: RunConfig) -> int:
     """Returns the bytes of optimizer state per parameter."""
-    return 12 if config.train.bf16 else 8
+    moments = sum(4 if dtype == "fp32" else 2 for dtype in _moment_dtypes(config))
+    if config.optimizer.use_precision_aware_optimizer:
+        return 2 + moments  # fp16 master weights, or what fp32 ones have beyond the bf16 weights
+    return moments + (4 if config.train.bf16 else 0)
+
+
+def _saved_state_bytes(config: RunConfig) -> int:
+    """Returns the bytes of a checkpoint's optimizer state per parameter."""
+    moments = sum(2 if dtype == "bf16" else 4 for dtype in _moment_dtypes(config))
+    return moments + (4 if config.train.bf16 else 0)
+
+
+def _update_bytes(config: RunConfig) -> int:
+    """Returns the bytes per parameter of the fp32 state that the update computes with."""
+    dtypes = (*_moment_dtypes(config), config.optimizer.main_params_dtype)
+    return 4 * sum(dtype != "fp32" for dtype in dtypes)
 
 
 def _value_bytes(config: RunConfig) -> int:

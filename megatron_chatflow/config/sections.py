@@ -304,6 +304,17 @@ class OptimizerConfig:
     """epsilon in the denominator of Adam"""
     clip_grad: NonNegativeNumber = 1.0
     """maximum global gradient norm; 0 disables clipping"""
+    use_precision_aware_optimizer: Switch = False
+    """let transformer-engine's Adam hold master weights and moments, in the following dtypes; fp32
+    master weights then take 2 bytes beside bf16 weights; needs use_distributed_optimizer"""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """dtype of accumulated and reduced gradients, with use_precision_aware_optimizer"""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """dtype of the master weights, with use_precision_aware_optimizer"""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """dtype of Adam's first moment, with use_precision_aware_optimizer"""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """dtype of Adam's second moment, with use_precision_aware_optimizer"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

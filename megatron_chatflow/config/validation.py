@@ -85,6 +85,7 @@ def check(config: "RunConfig") -> None:
     _check_parallel(config)
     _check_sequence(config)
     _check_precision(config)
+    _check_optimizer(config)
     _check_recompute(config)
     _check_cuda_graphs(config)
     _check_combinations(config)
@@ -286,6 +287,27 @@ def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
             raise UserError(
                 f"{name}: needs sizes that are multiples of {columns}, and {size_name} is {size}; "
                 "change the tensor-parallel size, or remove it"
+            )
+
+
+def _check_optimizer(config: "RunConfig") -> None:
+    optimizer = config.optimizer
+    if not optimizer.use_precision_aware_optimizer:
+        for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(optimizer, name) != "fp32":
+                raise UserError(
+                    f"optimizer.{name}: needs optimizer.use_precision_aware_optimizer; set that, "
+                    "or use fp32"
+                )
+        return
+    for name, is_set in (
+        ("parallel.use_distributed_optimizer", config.parallel.use_distributed_optimizer),
+        ("train.bf16", config.train.bf16),
+    ):
+        if not is_set:
+            raise UserError(
+                f"optimizer.use_precision_aware_optimizer: needs {name}; set that, or "
+                "--no-use-precision-aware-optimizer"
             )
 
 
@@ -544,6 +566,11 @@ class RunConfig:
             * self.parallel.pipeline_model_parallel_size
             * self.parallel.context_parallel_size
         )
+
+    @property
+    def has_bf16_gradients(self) -> bool:
+        """Whether gradients are accumulated and reduced in bf16."""
+        return self.parallel.grad_reduce_in_bf16 or self.optimizer.main_grads_dtype == "bf16"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_chatflow.checkpoint import megatron
-from megatron_chatflow.checkpoint.state import master_weights
+from megatron_chatflow.checkpoint.state import MASTER, master_weights
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, grow_tensor
@@ -71,8 +71,10 @@ def load_huggingface(
                         whole = torch.zeros(size, dtype=torch.float32, device="cpu")
                     shard.of_copy(whole).copy_(part)
             if whole is not None:
-                begin, values = masters[shard.parameter]
-                values.view(-1).copy_(whole.view(-1)[begin : begin + values.numel()])
+                master = masters[shard.parameter]
+                begin, values = master.state.begin, master.state.tensors[MASTER].view(-1)
+                values.copy_(whole.view(-1)[begin : begin + values.numel()])
+                master.store()
 
 
 def _read(

@@ -10,6 +10,7 @@ only that form.
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from torch.optim.adamw import adamw
 
-from megatron_chatflow.config import RunConfig, RunLength
+from megatron_chatflow.config import OptimizerConfig, RunConfig, RunLength
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.llama import Llama
 from megatron_chatflow.runtime.launch import device_mode
@@ -170,17 +171,70 @@ class Optimization:
         self.scheduler.step(increment=self.length.lr_position(iteration, consumed_samples))
 
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def optimizer_config(config: RunConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
+    """Returns megatron-core's configuration of the optimizer of weights of a dtype.
+
+    Raises:
+        UserError: megatron-core refuses it.
+    """
+    settings, parallel = config.optimizer, config.parallel
+    if settings.use_precision_aware_optimizer and find_spec("transformer_engine") is None:
+        raise UserError(
+            "optimizer.use_precision_aware_optimizer: needs the Adam of transformer-engine, which "
+            "is not installed; install it, or remove the setting"
+        )
+    try:
+        result = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_precision_aware_optimizer=settings.use_precision_aware_optimizer,
+            main_grads_dtype=_DTYPES[settings.main_grads_dtype],
+            main_params_dtype=_DTYPES[settings.main_params_dtype],
+            exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
+            exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
+        )
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(f"optimizer: megatron-core refuses it: {error}") from error
+    if settings.use_precision_aware_optimizer and not result.store_param_remainders:
+        raise UserError(
+            "optimizer.use_precision_aware_optimizer: needs transformer-engine 2.1 or newer; "
+            "install it, or remove the setting"
+        )
+    return result
+
+
+def _describe_state(settings: OptimizerConfig) -> str:
+    """Returns in which dtypes optimizer state is held, for the log."""
+    if settings.use_precision_aware_optimizer:
+        moments = f"moments in {settings.exp_avg_dtype} and {settings.exp_avg_sq_dtype}"
+        return f"; master weights in {settings.main_params_dtype}, {moments}"
+    return ""
+
+
 def build_optimization(
     config: RunConfig, llama: Llama, ranks: Ranks, length: RunLength | None = None
 ) -> Optimization:
     """Wraps the model's chunks and builds their optimizer. A resumed run gives its ``length``."""
     description = install_fused_adamw()
     length = length or RunLength.of(config)
-    parallel, settings = config.parallel, config.optimizer
+    parallel = config.parallel
     if parallel.use_nccl_ub:
         _check_allocator()
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
+        grad_reduce_in_fp32=not config.has_bf16_gradients,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         align_param_gather=parallel.overlap_param_gather and len(llama.chunks) > 1,
@@ -196,20 +250,7 @@ def build_optimization(
             for number, chunk in enumerate(llama.chunks)
         ]
         optimizer = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.adam_beta1,
-                adam_beta2=settings.adam_beta2,
-                adam_eps=settings.adam_eps,
-                clip_grad=settings.clip_grad,
-                bf16=llama.dtype == torch.bfloat16,
-                params_dtype=llama.dtype,
-                use_distributed_optimizer=parallel.use_distributed_optimizer,
-                overlap_param_gather=parallel.overlap_param_gather,
-            ),
+            optimizer_config(config, llama.dtype),
             chunks,
             use_gloo_process_groups=ranks.is_cuda,
         )
@@ -229,7 +270,7 @@ def build_optimization(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config.optimizer, length, optimizer),
-        description=description,
+        description=description + _describe_state(config.optimizer),
         update=GuardedOptimizer(optimizer),
         length=length,
         overlaps_param_gather=parallel.overlap_param_gather,

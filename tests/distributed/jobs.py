@@ -47,6 +47,11 @@ def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path)
     run_ranks(num_processes, WORKER, path, timeout=900)
 
 
+def with_stand_in() -> dict[str, str]:
+    """Returns the environment of a process that imports the stand-in for transformer-engine."""
+    return {"PYTHONPATH": os.pathsep.join([str(STANDIN), os.environ.get("PYTHONPATH", "")])}
+
+
 def run_with_stand_in(
     num_processes: int,
     jobs: Sequence[Sequence[object]],
@@ -60,10 +65,9 @@ def run_with_stand_in(
     path = folder / f"stand_in_{num_processes}.json"
     impl = ["--transformer-impl", "transformer_engine"]
     path.write_text(json.dumps([[*map(str, job), *impl] for job in jobs]), encoding="utf-8")
-    paths = os.pathsep.join([str(STANDIN), os.environ.get("PYTHONPATH", "")])
     return run(
         [*torchrun(num_processes), WORKER, path],
-        extra_environment={"PYTHONPATH": paths, **(extra_environment or {})},
+        extra_environment={**with_stand_in(), **(extra_environment or {})},
         fresh=True,
         timeout=900,
     )

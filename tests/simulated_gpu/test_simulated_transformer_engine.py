@@ -8,6 +8,8 @@ are.
 import pytest
 from simulator import Simulator, example
 
+from megatron_chatflow.config.memory import estimate_memory
+
 TENSOR = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 2"
 LARGE = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4 --num-layers 8"
 GRAPHS = "--cuda-graph-impl transformer_engine --cuda-graph-warmup-steps 1"
@@ -50,6 +52,9 @@ CASES = {
 }
 
 
+AWARE = "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_runs_and_the_host_never_waits_in_a_layer(
     with_stand_in: Simulator, name: str
@@ -62,5 +67,18 @@ def test_a_step_runs_and_the_host_never_waits_in_a_layer(
     assert is_captured == (GRAPHS in flags)
     assert any("te_standin/transformer_engine/pytorch/module" in one.line for one in found.holders)
     assert found.cpu_tensors == []
+    phases = {one.phase for one in found.synchronizations}
+    assert phases <= {"gradients", "update", "after"}, found.synchronizations
+
+
+@pytest.mark.parametrize("aware", ["", AWARE, f"{AWARE} --main-grads-dtype bf16"])
+def test_the_precision_aware_optimizer_takes_the_estimated_memory(
+    with_stand_in: Simulator, aware: str
+) -> None:
+    config = example("7b.yaml", *TENSOR.split(), *aware.split())
+    found = with_stand_in.observe(config, world_size=8, rank=0)
+    expected = estimate_memory(config, 32_000, 8)
+    assert found.memory["optimizer"] == pytest.approx(expected.optimizer, rel=0.01)
+    assert found.memory["gradients"] == pytest.approx(expected.gradients, rel=0.01)
     phases = {one.phase for one in found.synchronizations}
     assert phases <= {"gradients", "update", "after"}, found.synchronizations

@@ -23,6 +23,7 @@ from megatron_chatflow.checkpoint.direct_file import (
 from megatron_chatflow.checkpoint.files import MANIFEST, find_damage, manifest_text, read_manifest
 from megatron_chatflow.checkpoint.layout import (
     ALIGNMENT,
+    SplitFp32,
     TensorShard,
     build_file_image,
     frame,
@@ -64,10 +65,22 @@ def _shards() -> list[TensorShard]:
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(300, 1000, generator=generator)
     large = torch.randn(5, 2**20, generator=generator)
+    masters = torch.randn(3, 2**20, generator=generator)
+    split = SplitFp32(masters.bfloat16(), torch.zeros(masters.shape, dtype=torch.int16))
+    split.set(masters)
     return [
         # One tensor is not contiguous in memory, one is shared by several chunks.
         TensorShard("whole", (1000, 300), (0, 0), (1000, 300), whole.T),
         TensorShard("large", (5, 2**20), (0, 0), (5, 2**20), large),
+        # One tensor is put together while it is copied.
+        TensorShard(
+            "split",
+            (3, 2**20),
+            (0, 0),
+            (3, 2**20),
+            split.rounded,
+            remainders=split.remainders,
+        ),
     ]
 
 
@@ -95,7 +108,25 @@ def test_a_file_is_what_was_saved(tmp_path: Path, has_copy: bool) -> None:
         (tmp_path / name).write_bytes(content)
     reader = DistributedReader(tmp_path)
     for shard in shards:
-        assert torch.equal(reader.read_whole(shard.name), shard.values)
+        parts = shard.parts
+        values = parts.joined() if isinstance(parts, SplitFp32) else parts
+        assert torch.equal(reader.read_whole(shard.name), values)
+
+
+def test_weights_and_remainders_are_master_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2**20,), generator=generator).int()
+    exact = torch.tensor([0.0, -0.0, 1.5, 3.3e38, -3.3e38, 1e-40])
+    values = torch.cat([bits.view(torch.float32), exact])
+    values = values[values.isfinite() & values.bfloat16().isfinite()]
+    split = SplitFp32(values.bfloat16(), torch.zeros(len(values), dtype=torch.int16))
+    split.set(values)
+    found = split.joined()
+    # Halves are rounded to even, and where that is down, the remainder is one too small.
+    is_down = (values.view(torch.int32) & 0x1FFFF) == 0x08000
+    assert 0 < is_down.sum() < 40
+    assert torch.equal(found[~is_down].view(torch.int32), values[~is_down].view(torch.int32))
+    assert torch.equal(found[is_down].view(torch.int32), values[is_down].view(torch.int32) - 1)
 
 
 def test_parts_that_make_no_whole_are_refused() -> None:

@@ -14,7 +14,15 @@ CHUNK_LAYERS = "parallel.num_layers_per_virtual_pipeline_stage"
 GRAPHS = {"train.cuda_graph_impl": "transformer_engine"}
 FP8 = {"train.fp8_format": "hybrid"}
 
+AWARE = "optimizer.use_precision_aware_optimizer"
+
 REFUSED = [
+    ({"optimizer.exp_avg_dtype": "bf16"}, f"optimizer.exp_avg_dtype: needs {AWARE}; set that, or"),
+    ({AWARE: True}, f"{AWARE}: needs parallel.use_distributed_optimizer; set that, or"),
+    (
+        {AWARE: True, "parallel.use_distributed_optimizer": True, "train.bf16": False},
+        f"{AWARE}: needs train.bf16; set that, or --no-use-precision-aware-optimizer",
+    ),
     (
         {TENSOR: 3},
         f"{TENSOR}: 3 does not divide model.num_attention_heads 8; use 1, 2 or 4",
