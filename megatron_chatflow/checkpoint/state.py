@@ -8,7 +8,8 @@ are stored.
 
 The precision-aware optimizer is a distributed one whose state transformer-engine's Adam holds in
 other dtypes. Its master weights are saved in fp32 like any others, and its moments in bf16 or fp32;
-a load converts them to the dtypes of the run. So a run may switch it on or off.
+a load converts them to the dtypes of the run. So a run may switch it on or off. The optimizer that
+offloads its state holds it in fp32, in the memory of the host or the GPU, and is loaded in place.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_chatflow.checkpoint.layout import (
@@ -67,12 +69,25 @@ def _single(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def _offloads(optimizer: Any) -> bool:
+    return isinstance(optimizer.optimizer, HybridDeviceOptimizer)
+
+
 def _is_precision_aware(optimizer: Any) -> bool:
-    return bool(optimizer.config.use_precision_aware_optimizer)
+    return bool(optimizer.config.use_precision_aware_optimizer) and not _offloads(optimizer)
 
 
 def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
     inner = optimizer.optimizer
+    if _offloads(optimizer):
+        _initialize_offloaded(inner)
+        for parameter, main, begin, is_sharded in _main_parameters(optimizer):
+            own = inner.param_to_inner_param[main]
+            state = next(one.state for one in inner.sub_optimizers if own in one.state)[own]
+            tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            tensors[MASTER] = own.detach()
+            yield LocalState(parameter, begin, tensors, is_sharded)
+        return
     if _is_precision_aware(optimizer):
         for parameter, main, begin, is_sharded in _main_parameters(optimizer):
             _initialize(inner, main)
@@ -93,6 +108,19 @@ def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
         if parameter.dtype != torch.float32:
             tensors[MASTER] = main.detach()
         yield LocalState(parameter, begin, tensors, is_sharded)
+
+
+def _initialize_offloaded(hybrid: Any) -> None:
+    """Creates the state of the optimizers that a hybrid one consists of, where there is none."""
+    for one in hybrid.sub_optimizers:
+        for group in one.param_groups:
+            for own in group["params"]:
+                if one.state[own]:
+                    continue
+                for name in ("exp_avg", "exp_avg_sq"):
+                    one.state[own][name] = torch.zeros_like(own)
+                if isinstance(one, torch.optim.AdamW):
+                    one.state[own]["step"] = torch.zeros((), dtype=torch.float32, device=own.device)
 
 
 def _initialize(adam: Any, main: Any) -> None:
@@ -171,8 +199,9 @@ def master_weights(optimizer: Any) -> dict[torch.Tensor, LoadedState]:
         for parameter, main, begin, _ in _main_parameters(one):
             if parameter.dtype == torch.float32:
                 continue
-            is_ready = main.dtype == torch.float32
-            values = main.detach() if is_ready else torch.zeros_like(main, dtype=torch.float32)
+            own = one.optimizer.param_to_inner_param[main] if _offloads(one) else main
+            is_ready = own.dtype == torch.float32
+            values = own.detach() if is_ready else torch.zeros_like(main, dtype=torch.float32)
             state = LocalState(parameter, begin, {MASTER: values}, is_sharded=False)
             store = _nothing if is_ready else partial(_store, one.optimizer, main, state.tensors)
             found[parameter] = LoadedState(state, store)
@@ -235,7 +264,37 @@ def common_state(optimizer: Any) -> dict[str, Any]:
         for one in _single(optimizer)
         for group in one.optimizer.param_groups
     ]
+    for one in _single(optimizer):
+        if _offloads(one):
+            # Its groups contain classes, and no number of steps.
+            groups = [
+                {name: value for name, value in group.items() if not isinstance(value, type)}
+                | {"step": _num_steps_of_offloaded(one.optimizer)}
+                for group in groups
+            ]
     return {"optimizer": {"param_groups": groups, "state": {}}}
+
+
+def _num_steps_of_offloaded(hybrid: Any) -> int:
+    for one in hybrid.sub_optimizers:
+        for group in one.param_groups:
+            steps = [one.state[own].get("step") for own in group["params"]]
+            return int(next((step for step in steps if step is not None), group.get("step", 0)))
+    return 0
+
+
+def _set_num_steps(optimizer: Any, num_steps: int) -> None:
+    # Of a hybrid optimizer only those that it consists of: it would give its own number to them
+    # before every step, and does not count.
+    for one in (
+        optimizer.optimizer.sub_optimizers if _offloads(optimizer) else [optimizer.optimizer]
+    ):
+        for group in one.param_groups:
+            if isinstance(one, torch.optim.AdamW):
+                for own in group["params"]:
+                    one.state[own]["step"].fill_(num_steps)
+            else:
+                group["step"] = num_steps
 
 
 @dataclass(frozen=True)
@@ -268,8 +327,7 @@ def load(
         )
     _fill(list(_loaded_states(optimizer)), layout, names, folder, reader)
     for one in _single(optimizer):
-        for group in one.optimizer.param_groups:
-            group["step"] = num_steps
+        _set_num_steps(one, num_steps)
 
 
 def load_master_weights(

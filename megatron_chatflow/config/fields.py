@@ -200,6 +200,7 @@ NonNegativeNumber = Annotated[
     float, BeforeValidator(parse_number), Field(ge=0, allow_inf_nan=False)
 ]
 PositiveNumber = Annotated[float, BeforeValidator(parse_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(parse_number), Field(ge=0, le=1, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 
 if TYPE_CHECKING:

@@ -93,7 +93,10 @@ def _estimate_stage(
     num_micro_batches = config.train.global_batch_size // (
         data_parallel * config.train.micro_batch_size
     )
-    weights, moments = parameters * _value_bytes(config), parameters * _state_bytes(config)
+    weights, moments = (
+        parameters * _value_bytes(config),
+        int(parameters * _state_bytes(config, on_cpu)),
+    )
     activations = _activation_bytes(config, stage, num_micro_batches, on_cpu)
     copies = 0
     if config.train.fp8_format is not None or config.train.fp4_format is not None:
@@ -131,9 +134,11 @@ def _moment_dtypes(config: RunConfig) -> tuple[str, str]:
     return config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype
 
 
-def _state_bytes(config: RunConfig) -> int:
-    """Returns the bytes of optimizer state per parameter."""
+def _state_bytes(config: RunConfig, on_cpu: bool) -> float:
+    """Returns the bytes of optimizer state per parameter, without what is offloaded."""
     moments = sum(4 if dtype == "fp32" else 2 for dtype in _moment_dtypes(config))
+    if config.optimizer.optimizer_cpu_offload:  # in fp32
+        return 12 * (1.0 if on_cpu else 1 - config.optimizer.optimizer_offload_fraction)
     if config.optimizer.use_precision_aware_optimizer:
         return 2 + moments  # fp16 master weights, or what fp32 ones have beyond the bf16 weights
     return moments + (4 if config.train.bf16 else 0)

@@ -26,6 +26,7 @@ from megatron_chatflow.config.fields import (
     PositiveCount,
     PositiveNumber,
     Seed,
+    Share,
     Shares,
     Size,
     Stride,
@@ -315,6 +316,15 @@ class OptimizerConfig:
     """dtype of Adam's first moment, with use_precision_aware_optimizer"""
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """dtype of Adam's second moment, with use_precision_aware_optimizer"""
+    optimizer_cpu_offload: Switch = False
+    """keep optimizer state in host memory and update there; needs use_precision_aware_optimizer"""
+    optimizer_offload_fraction: Share = 1.0
+    """share of the optimizer state that optimizer_cpu_offload moves to host memory"""
+    overlap_cpu_optimizer_d2h_h2d: Switch = False
+    """overlap the updates on the CPU with the copies of gradients and weights, one weight at a
+    time"""
+    use_torch_optimizer_for_cpu_offload: Switch = False
+    """use PyTorch's AdamW for the state that stays on the GPU with optimizer_cpu_offload"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -54,6 +54,14 @@ _REQUIRED = (
     ),
     ("parallel.disable_symmetric_registration", "parallel.use_nccl_ub", "; set that too"),
     ("checkpoint.save_interval", "checkpoint.save", ", the folder to write to"),
+    *(
+        (f"optimizer.{name}", f"optimizer.{needed}", "; set that too")
+        for name, needed in (
+            ("optimizer_cpu_offload", "use_precision_aware_optimizer"),
+            ("overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload"),
+            ("use_torch_optimizer_for_cpu_offload", "optimizer_cpu_offload"),
+        )
+    ),
     ("logging.use_pytorch_profiler", "logging.profile", "; set that too"),
     ("logging.use_pytorch_profiler", "checkpoint.save", ", the folder that the trace goes to"),
     ("logging.wandb_project", "checkpoint.save", ", the folder of the run"),
@@ -292,6 +300,18 @@ def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
 
 def _check_optimizer(config: "RunConfig") -> None:
     optimizer = config.optimizer
+    if optimizer.optimizer_cpu_offload:
+        for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+            if getattr(optimizer, name) != "fp32":
+                raise UserError(
+                    f"optimizer.{name}: optimizer.optimizer_cpu_offload keeps state in fp32; use "
+                    "fp32, or --no-optimizer-cpu-offload"
+                )
+    elif optimizer.optimizer_offload_fraction != 1:
+        raise UserError(
+            "optimizer.optimizer_offload_fraction: needs optimizer.optimizer_cpu_offload; set that "
+            "too"
+        )
     if not optimizer.use_precision_aware_optimizer:
         for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
             if getattr(optimizer, name) != "fp32":

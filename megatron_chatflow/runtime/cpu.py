@@ -11,10 +11,13 @@ imports this module.
   which its random tracker uses: act on the CPU's default generator;
 - ``Tensor.type()``, by which the distributed optimizer sorts parameters: returns
   ``torch.cuda.FloatTensor`` and the like, only inside `device_mode`;
-- ``Tensor.cuda()``: returns the tensor, only inside `device_mode`.
+- ``Tensor.cuda()``: returns the tensor, only inside `device_mode`;
+- ``HybridDeviceOptimizer._init_sub_optimizers``, which offloads the state of parameters whose
+  ``is_cuda`` is true: they count as on a GPU, and their copies as in host memory.
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -58,13 +61,44 @@ def device_mode() -> TorchFunctionMode:
     return _CudaToCpuMode()
 
 
+class _HostCopyMode(TorchFunctionMode):
+    """Lets tensors count as on a GPU, except copies by ``Tensor.cpu()`` and what is made of them.
+
+    It is only for the optimizer that offloads its state, so that it can be tried on CPUs.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        is_copy = bool(args) and getattr(args[0], "is_host_copy", False)
+        if getattr(func, "__self__", None) is torch.Tensor.is_cuda:
+            return not is_copy
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        result = args[0].clone() if func is torch.Tensor.cpu else func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and (is_copy or func is torch.Tensor.cpu):
+            result.is_host_copy = True  # type: ignore[attr-defined]
+        return result
+
+
 class _CpuStream:
-    """A stream of the CPU, where all work is already in order."""
+    """A stream of the CPU, and an event of it. All work is already in order."""
 
     def wait_stream(self, stream: object) -> None:
         """Does nothing."""
 
     def wait_event(self, event: object) -> None:
+        """Does nothing."""
+
+    def record_event(self) -> "_CpuStream":
+        """Returns an event that has happened."""
+        return self
+
+    def wait(self, stream: object) -> None:
         """Does nothing."""
 
     def synchronize(self) -> None:
@@ -89,7 +123,27 @@ def install() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.tensor_parallel import random
+
+    if not hasattr(HybridDeviceOptimizer._init_sub_optimizers, "__wrapped__"):
+        HybridDeviceOptimizer._init_sub_optimizers = _with_host_copies(
+            HybridDeviceOptimizer._init_sub_optimizers
+        )
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _with_host_copies(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(function)
+    def call(optimizer: Any) -> None:
+        stream = torch.cuda.Stream
+        setattr(torch.cuda, "Stream", _CpuStream)  # noqa: B010
+        try:
+            with _HostCopyMode():
+                function(optimizer)
+        finally:
+            setattr(torch.cuda, "Stream", stream)  # noqa: B010
+
+    return call

@@ -205,10 +205,16 @@ def optimizer_config(config: RunConfig, dtype: torch.dtype) -> MegatronOptimizer
             main_params_dtype=_DTYPES[settings.main_params_dtype],
             exp_avg_dtype=_DTYPES[settings.exp_avg_dtype],
             exp_avg_sq_dtype=_DTYPES[settings.exp_avg_sq_dtype],
+            optimizer_cpu_offload=settings.optimizer_cpu_offload,
+            optimizer_offload_fraction=settings.optimizer_offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=settings.overlap_cpu_optimizer_d2h_h2d,
+            use_torch_optimizer_for_cpu_offload=settings.use_torch_optimizer_for_cpu_offload,
+            pin_cpu_grads=torch.cuda.is_available(),
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"optimizer: megatron-core refuses it: {error}") from error
-    if settings.use_precision_aware_optimizer and not result.store_param_remainders:
+    has_adam = result.store_param_remainders or settings.optimizer_cpu_offload
+    if settings.use_precision_aware_optimizer and not has_adam:
         raise UserError(
             "optimizer.use_precision_aware_optimizer: needs transformer-engine 2.1 or newer; "
             "install it, or remove the setting"
@@ -217,7 +223,10 @@ def optimizer_config(config: RunConfig, dtype: torch.dtype) -> MegatronOptimizer
 
 
 def _describe_state(settings: OptimizerConfig) -> str:
-    """Returns in which dtypes optimizer state is held, for the log."""
+    """Returns where and in which dtypes optimizer state is held, for the log."""
+    if settings.optimizer_cpu_offload:
+        share = f"{settings.optimizer_offload_fraction:.0%}"
+        return f"; {share} of the state in host memory, where PyTorch's AdamW updates it"
     if settings.use_precision_aware_optimizer:
         moments = f"moments in {settings.exp_avg_dtype} and {settings.exp_avg_sq_dtype}"
         return f"; master weights in {settings.main_params_dtype}, {moments}"

@@ -82,3 +82,19 @@ def test_the_precision_aware_optimizer_takes_the_estimated_memory(
     assert found.memory["gradients"] == pytest.approx(expected.gradients, rel=0.01)
     phases = {one.phase for one in found.synchronizations}
     assert phases <= {"gradients", "update", "after"}, found.synchronizations
+
+
+# The optimizer that offloads moves whole parameters, until their share is reached.
+@pytest.mark.parametrize(("share", "least", "most"), [(1.0, 0, 0), (0.5, 0.2, 0.5)])
+def test_offloaded_state_leaves_the_gpu(
+    with_stand_in: Simulator, share: float, least: float, most: float
+) -> None:
+    flags = f"{TENSOR} --use-precision-aware-optimizer --optimizer-cpu-offload"
+    flags += f" --optimizer-offload-fraction {share} --overlap-cpu-optimizer-d2h-h2d"
+    config = example("7b.yaml", *flags.split())
+    found = with_stand_in.observe(config, world_size=128, rank=0)
+    whole = estimate_memory(config, 32_000, 128, on_cpu=True).optimizer
+    assert least * whole <= found.memory.get("optimizer", 0) <= most * whole
+    assert found.cpu_tensors == []
+    phases = {one.phase for one in found.synchronizations}
+    assert phases <= {"gradients", "update", "after"}, found.synchronizations

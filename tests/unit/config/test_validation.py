@@ -15,8 +15,20 @@ GRAPHS = {"train.cuda_graph_impl": "transformer_engine"}
 FP8 = {"train.fp8_format": "hybrid"}
 
 AWARE = "optimizer.use_precision_aware_optimizer"
+OFFLOAD = "optimizer.optimizer_cpu_offload"
+WITH_OFFLOAD = {AWARE: True, OFFLOAD: True, "parallel.use_distributed_optimizer": True}
 
 REFUSED = [
+    ({OFFLOAD: True}, f"{OFFLOAD}: needs {AWARE}; set that too"),
+    ({"optimizer.optimizer_offload_fraction": 0.5}, "optimizer.optimizer_offload_fraction: needs"),
+    (
+        {"optimizer.overlap_cpu_optimizer_d2h_h2d": True},
+        f"optimizer.overlap_cpu_optimizer_d2h_h2d: needs {OFFLOAD}; set that too",
+    ),
+    (
+        {**WITH_OFFLOAD, "optimizer.exp_avg_dtype": "bf16"},
+        f"optimizer.exp_avg_dtype: {OFFLOAD} keeps state in fp32; use fp32, or",
+    ),
     ({"optimizer.exp_avg_dtype": "bf16"}, f"optimizer.exp_avg_dtype: needs {AWARE}; set that, or"),
     ({AWARE: True}, f"{AWARE}: needs parallel.use_distributed_optimizer; set that, or"),
     (
