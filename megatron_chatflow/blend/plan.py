@@ -19,12 +19,17 @@ import numpy.typing as npt
 
 from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
 from megatron_chatflow.blend.quota import GRID
+from megatron_chatflow.config.learning_rate import learning_rates
+from megatron_chatflow.config.run_length import RunLength
+from megatron_chatflow.config.sections import OptimizerConfig
 from megatron_chatflow.errors import UserError
 
 _MIN_SAMPLES_PER_BIN = 100
 MANY_EPOCHS = 4.0
 """Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al.,
 "Scaling Data-Constrained Language Models", NeurIPS 2023)."""
+NUM_PARTS = 10
+"""Number of rows of `learning_rate_table`."""
 _POINTS_PER_PHASE = 1 + 64
 """A cosine ramp consists of 64 chords."""
 
@@ -181,6 +186,56 @@ def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int 
         }
         for row in rows
     ]
+
+
+def learning_rate_table(
+    blend: Blend, optimizer: OptimizerConfig, length: RunLength
+) -> list[dict[str, str | int | float | None]]:
+    """Divides the rest of a run where its summed learning rate reaches each tenth of its total.
+
+    An iteration moves the weights about as far as its learning rate says. Each row therefore stands
+    for the same amount of learning, and shows the tokens of each source in it: what a schedule of
+    the data and one of the learning rate do together.
+
+    Args:
+        blend: The blend.
+        optimizer: Settings of the optimizer.
+        length: The length of the run, whose remaining iterations are divided.
+
+    Returns:
+        One row per tenth with the iterations (the last included), the mean learning rate, and the
+        tokens and share of each source. Empty for a run of less than ten iterations.
+    """
+    num_iterations = length.remaining_iterations()
+    if num_iterations < NUM_PARTS:
+        return []
+    batch, first = length.global_batch_size, length.consumed_samples
+    iterations = np.arange(num_iterations, dtype=np.int64)
+    place = length.lr_position(length.iteration, first)
+    step = batch if length.counts_samples else 1
+    # The scheduler has counted an iteration's own samples only after its update.
+    rates = learning_rates(optimizer, length, place + iterations * step)
+    reached = np.cumsum(rates)
+    goals = reached[-1] * np.arange(1, NUM_PARTS) / NUM_PARTS
+    edges = [0, *(np.searchsorted(reached, goals) + 1).tolist(), num_iterations]
+    counts = [blend.counts(first + edge * batch) for edge in edges]
+    seq_length = blend.schedule.seq_length or 1
+    rows: list[dict[str, str | int | float | None]] = []
+    for part, (begin, end) in enumerate(pairwise(edges)):
+        drawn = counts[part + 1] - counts[part]
+        total = max(int(drawn.sum()), 1)
+        rows.append(
+            {
+                "learning rate": f"{part * 10} to {part * 10 + 10} %",
+                "iterations": f"{length.iteration + begin + 1:,} to {length.iteration + end:,}",
+                "mean": f"{rates[begin:end].mean():.3g}" if end > begin else "",
+                **{
+                    f"{name} tokens": f"{int(number) * seq_length:,} ({number / total:.1%})"
+                    for name, number in zip(blend.schedule.sources, drawn, strict=True)
+                },
+            }
+        )
+    return rows
 
 
 @dataclass(frozen=True)

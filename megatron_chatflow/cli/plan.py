@@ -13,6 +13,7 @@ from megatron_chatflow.blend.edits import as_planned_knot, run_schedule
 from megatron_chatflow.blend.plan import (
     check_epochs,
     epoch_findings,
+    learning_rate_table,
     mixture_curve,
     plan,
     to_csv,
@@ -214,6 +215,9 @@ def show_plan(
     if blend.edit is not None:
         print(blend.edit)
     print("\n" + format_table(to_table(rows, blend)))
+    tenths = learning_rate_table(blend, config.optimizer, length)
+    if tenths:
+        print("\nsources by tenths of the summed learning rate:\n" + format_table(tenths))
     if arguments.output is not None:
         scale = {"tokens": float(seq_length)}
         if not schedule.iteration_origin:  # every iteration has the same size

@@ -25,8 +25,12 @@ class RunLength:
     consumed_samples: int  # number of samples consumed before this process
     global_batch_size: int  # number of samples per iteration from now on
     last_iteration: int
+    # In the unit of the schedule, iterations or samples:
+    lr_start: int  # where the schedule begins, 0 unless the run is in another cycle
     lr_warmup: int  # length of the learning rate's warmup
-    lr_decay: int  # position at which the learning rate's decay ends
+    lr_decay: int  # where the learning rate's decay ends
+    lr_wsd_decay: int  # length of the decay at the end of a WSD schedule; 0 for other schedules
+    end: int  # where the run ends
 
     @classmethod
     def of(
@@ -45,25 +49,29 @@ class RunLength:
         batch = train.global_batch_size
         if train.train_iters is not None:
             last = train.train_iters
-            warmup, decay = optimizer.lr_warmup_iters, optimizer.lr_decay_iters or last
+            end, unit = last, 1
         else:
             assert train.train_samples is not None, "one of the two is checked to be there"
             initial = initial_batch_size or batch
             # The last samples are not trained on if they do not fill a global batch.
             last = iteration + max(train.train_samples - consumed_samples, 0) // batch
-            warmup = optimizer.lr_warmup_samples or optimizer.lr_warmup_iters * initial
-            decay = (
-                optimizer.lr_decay_samples
-                or (optimizer.lr_decay_iters or train.train_samples // initial) * initial
-            )
+            end, unit = train.train_samples // initial * initial, initial
+
+        def length(name: str) -> int:
+            samples = getattr(optimizer, f"lr_{name}_samples")
+            return int(samples or (getattr(optimizer, f"lr_{name}_iters") or 0) * unit)
+
         return cls(
             counts_samples=train.train_iters is None,
             iteration=iteration,
             consumed_samples=consumed_samples,
             global_batch_size=batch,
             last_iteration=last,
-            lr_warmup=warmup,
-            lr_decay=decay,
+            lr_start=length("cycle_start"),
+            lr_warmup=length("warmup"),
+            lr_decay=length("decay") or end,
+            lr_wsd_decay=length("wsd_decay"),
+            end=end,
         )
 
     @property
@@ -76,20 +84,42 @@ class RunLength:
         return max(self.last_iteration - (self.iteration if iteration is None else iteration), 0)
 
     def lr_position(self, iteration: int, consumed_samples: int) -> int:
-        """Returns the position in the learning rate's schedule, in the schedule's unit."""
-        return consumed_samples if self.counts_samples else iteration
+        """Returns the position in the schedule of the learning rate, in the schedule's unit."""
+        return (consumed_samples if self.counts_samples else iteration) - self.lr_start
 
     def check_learning_rate(self, optimizer: "OptimizerConfig") -> None:
-        """Checks that the warmup ends before the decay ends."""
-        if self.lr_warmup < self.lr_decay:
-            return
-        field = "lr_warmup_samples" if optimizer.lr_warmup_samples else "lr_warmup_iters"
+        """Checks that the parts of the schedule follow each other, and that it has begun.
+
+        Raises:
+            UserError: They overlap, or a cycle begins after this process.
+        """
+        unit = "samples" if self.counts_samples else "iterations"
+        place = self.consumed_samples if self.counts_samples else self.iteration
+        if self.lr_start > place:
+            raise UserError(
+                f"optimizer.{self._field(optimizer, 'cycle_start')}: the cycle begins after "
+                f"{self.lr_start} {unit}, and the run continues after {place}; resume with it from "
+                "there, or remove it"
+            )
+        if self.lr_start + self.lr_warmup >= self.lr_decay:
+            raise UserError(
+                f"optimizer.{self._shown(optimizer, 'warmup', self.lr_warmup)} is not below the "
+                f"{self.lr_decay - self.lr_start} {unit} at which the decay ends; lower it"
+            )
+        most = self.lr_decay - self.lr_start - self.lr_warmup
+        if self.lr_wsd_decay > most:
+            raise UserError(
+                f"optimizer.{self._shown(optimizer, 'wsd_decay', self.lr_wsd_decay)} is above the "
+                f"{most} {unit} between the warmup and the end of the decay; lower it"
+            )
+
+    def _field(self, optimizer: "OptimizerConfig", name: str) -> str:
+        has_samples = getattr(optimizer, f"lr_{name}_samples")
+        return f"lr_{name}_samples" if has_samples else f"lr_{name}_iters"
+
+    def _shown(self, optimizer: "OptimizerConfig", name: str, length: int) -> str:
+        """Returns a length's field and value, and the value in the schedule's unit."""
+        field = self._field(optimizer, name)
         given = getattr(optimizer, field)
         unit = "samples" if self.counts_samples else "iterations"
-        shown = (
-            str(given) if given == self.lr_warmup else f"{given}, which is {self.lr_warmup} {unit},"
-        )
-        raise UserError(
-            f"optimizer.{field}: {shown} is not below the {self.lr_decay} {unit} at which the "
-            "decay ends; lower it"
-        )
+        return f"{field}: {given}" + ("" if given == length else f", which is {length} {unit},")

@@ -289,14 +289,31 @@ class OptimizerConfig:
     """length of the linear warmup in iterations"""
     lr_warmup_samples: Count = 0
     """length of the linear warmup in samples; requires train_samples"""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """shape of the learning rate decay"""
+    lr_cycle_start_iters: Count = 0
+    """iteration at which the schedule begins again with a warmup, for another cycle of a resumed
+    run"""
+    lr_cycle_start_samples: Count = 0
+    """sample at which the schedule begins again; requires train_samples"""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """shape of the learning rate decay; WSD is constant until lr_wsd_decay_iters before its end"""
     lr_decay_iters: PositiveCount | None = None
     """iteration at which the decay ends; the last iteration when unset"""
     lr_decay_samples: PositiveCount | None = None
     """sample at which the decay ends; requires train_samples"""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """shape of the decay at the end of a WSD schedule"""
+    lr_wsd_decay_iters: PositiveCount | None = None
+    """length of the decay at the end of a WSD schedule in iterations"""
+    lr_wsd_decay_samples: PositiveCount | None = None
+    """length of the decay at the end of a WSD schedule in samples; requires train_samples"""
     weight_decay: NonNegativeNumber = 0.1
     """coefficient of the decoupled weight decay of AdamW"""
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = "constant"
+    """how the weight decay grows over the run, from start_weight_decay to end_weight_decay"""
+    start_weight_decay: NonNegativeNumber | None = None
+    """weight decay at the start, unless weight_decay_incr_style is constant"""
+    end_weight_decay: NonNegativeNumber | None = None
+    """weight decay at the end, unless weight_decay_incr_style is constant"""
     adam_beta1: Fraction = 0.9
     """decay rate of Adam's first moment"""
     adam_beta2: Fraction = 0.95

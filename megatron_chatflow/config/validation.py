@@ -41,6 +41,8 @@ _EXCLUSIVE = (
     ("train.train_iters", "train.train_samples"),
     ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples"),
     ("optimizer.lr_decay_iters", "optimizer.lr_decay_samples"),
+    ("optimizer.lr_wsd_decay_iters", "optimizer.lr_wsd_decay_samples"),
+    ("optimizer.lr_cycle_start_iters", "optimizer.lr_cycle_start_samples"),
     ("checkpoint.load_hf", "checkpoint.pretrained_checkpoint"),
     ("data.split", "data.holdout_every"),
 )
@@ -426,15 +428,59 @@ def _check_learning_rate(config: "RunConfig") -> None:
             low, high = differing_numbers(getattr(optimizer, name), optimizer.lr)
             raise UserError(f"optimizer.{name}: {low} is above optimizer.lr {high}; lower it")
     if config.train.train_iters is not None:
-        for name in ("lr_warmup_samples", "lr_decay_samples"):
+        for name in (
+            "lr_warmup_samples",
+            "lr_decay_samples",
+            "lr_wsd_decay_samples",
+            "lr_cycle_start_samples",
+        ):
             if getattr(optimizer, name):
                 raise UserError(
                     f"optimizer.{name}: counts samples, and the run's length is train.train_iters; "
                     f"set optimizer.{name.replace('samples', 'iters')}, or train.train_samples"
                 )
-    # If a resumed run is measured in samples, its initial batch size is only known at the resume.
-    if config.train.train_iters is not None or config.checkpoint.load is None:
+    is_wsd = optimizer.lr_decay_style == "WSD"
+    decay = optimizer.lr_wsd_decay_iters or optimizer.lr_wsd_decay_samples
+    if is_wsd != (decay is not None):
+        unit = "iters" if config.train.train_iters is not None else "samples"
+        raise UserError(
+            f"optimizer.lr_wsd_decay_{unit}: is {'missing' if is_wsd else 'set'}, and "
+            f"optimizer.lr_decay_style is {optimizer.lr_decay_style}; WSD requires it, and other "
+            "styles have no such decay"
+        )
+    if not is_wsd and optimizer.lr_wsd_decay_style != OptimizerConfig.lr_wsd_decay_style:
+        raise UserError(
+            "optimizer.lr_wsd_decay_style: needs optimizer.lr_decay_style WSD; set that, or "
+            "remove it"
+        )
+    _check_weight_decay(optimizer)
+    # A resume decides where a cycle begins and, if it counts samples, its initial batch size.
+    counts_iterations = config.train.train_iters is not None
+    if config.checkpoint.load is None or (counts_iterations and not optimizer.lr_cycle_start_iters):
         RunLength.of(config).check_learning_rate(optimizer)
+
+
+def _check_weight_decay(optimizer: OptimizerConfig) -> None:
+    start, end = optimizer.start_weight_decay, optimizer.end_weight_decay
+    if optimizer.weight_decay_incr_style == "constant":
+        for name in ("start_weight_decay", "end_weight_decay"):
+            if getattr(optimizer, name) is not None:
+                raise UserError(
+                    f"optimizer.{name}: needs optimizer.weight_decay_incr_style linear or cosine; "
+                    "set that, or optimizer.weight_decay instead"
+                )
+        return
+    if start is None or end is None:
+        raise UserError(
+            f"optimizer.weight_decay_incr_style: {optimizer.weight_decay_incr_style} needs "
+            "optimizer.start_weight_decay and optimizer.end_weight_decay; set both"
+        )
+    if start > end:
+        low, high = differing_numbers(start, end)
+        raise UserError(
+            f"optimizer.start_weight_decay: {low} is above optimizer.end_weight_decay {high}; "
+            "the weight decay can only grow"
+        )
 
 
 def _check_checkpoint(config: "RunConfig") -> None:

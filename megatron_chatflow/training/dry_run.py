@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import torch
 
-from megatron_chatflow.blend.plan import plan, to_table
+from megatron_chatflow.blend.plan import learning_rate_table, plan, to_table
 from megatron_chatflow.checkpoint.files import find_damage, raise_if_damaged
 from megatron_chatflow.config import RunConfig, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory, saving_copy_bytes
@@ -151,8 +151,15 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
     return (
         f"{length.remaining_iterations():,} iterations of {length.global_batch_size:,} samples of "
         f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
-        f"blend, planned and realised:\n{shown}"
+        f"blend, planned and realised:\n{shown}{_describe_learning_rate(config, inputs)}"
     )
+
+
+def _describe_learning_rate(config: RunConfig, inputs: RunInputs) -> str:
+    rows = learning_rate_table(inputs.blend, config.optimizer, inputs.length)
+    if not rows:
+        return ""
+    return f"\n\nsources by tenths of the summed learning rate:\n{format_table(rows)}"
 
 
 def _describe_packing(packing: Packing | None) -> Row:

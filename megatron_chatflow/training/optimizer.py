@@ -163,7 +163,7 @@ class Optimization:
 
     def advance(self, num_samples: int) -> None:
         """Advances the learning rate by an iteration of ``num_samples`` samples."""
-        self.scheduler.step(increment=self.length.lr_position(1, num_samples))
+        self.scheduler.step(increment=num_samples if self.length.counts_samples else 1)
 
     def set_progress(self, iteration: int, consumed_samples: int) -> None:
         """Sets the learning rate to its value after the given iterations and samples."""

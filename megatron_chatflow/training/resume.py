@@ -24,13 +24,13 @@ from megatron_chatflow.config import (
     TrainConfig,
     to_plain,
 )
+from megatron_chatflow.config.learning_rate import learning_rate
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.data.fingerprint import dataset_files
 from megatron_chatflow.data.packing import ALGORITHM_VERSION
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.table import Row
-from megatron_chatflow.training.learning_rate import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,13 @@ _OF_ONE_START = {
     "train.new_data_seed",
 }
 _LEARNING_RATE = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
-_LEARNING_RATE |= {f"optimizer.{name}" for name in ("lr", "min_lr", "lr_decay_style")}
 _LEARNING_RATE |= {
-    f"optimizer.lr_{what}_{unit}" for what in ("warmup", "decay") for unit in ("iters", "samples")
+    f"optimizer.{name}" for name in ("lr", "min_lr", "lr_decay_style", "lr_wsd_decay_style")
+}
+_LEARNING_RATE |= {
+    f"optimizer.lr_{what}_{unit}"
+    for what in ("warmup", "decay", "wsd_decay", "cycle_start")
+    for unit in ("iters", "samples")
 }
 _LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
 

@@ -2,15 +2,27 @@
 
 import csv
 import io
+import itertools
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_chatflow.blend.blend import Blend
-from megatron_chatflow.blend.plan import check_epochs, epoch_findings, mixture_curve, plan, to_csv
+from megatron_chatflow.blend.plan import (
+    check_epochs,
+    epoch_findings,
+    learning_rate_table,
+    mixture_curve,
+    plan,
+    to_csv,
+)
 from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.config import OptimizerConfig, RunLength
+from megatron_chatflow.config.learning_rate import learning_rates
 from megatron_chatflow.errors import UserError
 
 NAMES = ["english", "chinese", "chat"]
@@ -127,3 +139,33 @@ def test_the_iteration_of_a_resumed_run_counts_from_its_present_batch_size() -> 
         check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(10, 200))
     with pytest.raises(UserError, match="exceeded before iteration 40 "):
         check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(40, 790))
+
+
+def optimizer_and_length(batch: int, num_iterations: int, **settings: Any) -> tuple[Any, Any]:
+    optimizer = OptimizerConfig(lr=1.0, **settings)
+    run: Any = SimpleNamespace(
+        train=SimpleNamespace(global_batch_size=batch, train_iters=num_iterations),
+        optimizer=optimizer,
+    )
+    return optimizer, RunLength.of(run)
+
+
+def test_tenths_of_the_learning_rate_hold_the_same_amount_of_learning() -> None:
+    optimizer, length = optimizer_and_length(10, 1000, lr_decay_style="linear")
+    rows = learning_rate_table(blend(), optimizer, length)
+    edges = [0, *(int(row["iterations"].split(" to ")[1].replace(",", "")) for row in rows)]
+    assert len(rows) == 10 and edges[-1] == 1000
+    rates = learning_rates(optimizer, length, np.arange(1000))
+    sums = [rates[a:b].sum() for a, b in itertools.pairwise(edges)]
+    assert sums == pytest.approx([rates.sum() / 10] * 10, abs=2.0)
+    # The rate falls to 0, so that the last tenth of learning takes a third of the iterations.
+    assert edges[1] == 52 and edges[9] == 685
+    source, _ = blend().take(0, 10_000)
+    for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=True):
+        for k, name in enumerate(NAMES):
+            count = source[10 * a : 10 * b].tolist().count(k)
+            assert row[f"{name} tokens"] == f"{count:,} ({count / (10 * (b - a)):.1%})"
+
+
+def test_a_short_run_has_no_tenths() -> None:
+    assert learning_rate_table(blend(), *optimizer_and_length(10, 9)) == []

@@ -176,14 +176,15 @@ FROZEN_FLAGS = """
 --config --context-parallel-size --cuda-graph-impl --cuda-graph-scope --cuda-graph-warmup-steps
 --data-retry-seconds --data-verify --ddp-pad-buckets-for-high-nccl-busbw --deterministic-mode
 --disable-symmetric-registration --distributed-timeout-minutes --dry-run --embedding-init
---eval-interval --eval-iters --exit-duration-in-mins --exit-interval --exp-avg-dtype
---exp-avg-sq-dtype --ffn-hidden-size --finetune --first-last-layers-bf16 --fp4-format
---fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-recipe --from-scratch
+--end-weight-decay --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
+--exp-avg-dtype --exp-avg-sq-dtype --ffn-hidden-size --finetune --first-last-layers-bf16
+--fp4-format --fp8-amax-compute-algo --fp8-amax-history-len --fp8-format --fp8-recipe --from-scratch
 --fused-kernels --global-batch-size --gpu --grad-reduce-in-bf16 --gradient-accumulation-fusion
 --hang-timeout-minutes --help --hidden-size --holdout-every --init-method-std --kv-channels --load
 --load-hf --load-optim --log-interval --log-straggler --loss-spike-factor --loss-spike-window --lr
---lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-init --lr-warmup-iters
---lr-warmup-samples --main-grads-dtype --main-params-dtype --make-vocab-size-divisible-by
+--lr-cycle-start-iters --lr-cycle-start-samples --lr-decay-iters --lr-decay-samples --lr-decay-style
+--lr-warmup-init --lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-samples
+--lr-wsd-decay-style --main-grads-dtype --main-params-dtype --make-vocab-size-divisible-by
 --manual-gc-interval --max-bad-steps --max-position-embeddings --metrics-every-iteration
 --micro-batch-size --min-lr --new-data-seed --no-async-save --no-bf16 --no-ckpt-verify
 --no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw --no-deterministic-mode
@@ -205,12 +206,12 @@ FROZEN_FLAGS = """
 --rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
 --rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
 --save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives --simulate --split
---straggler-minmax-count --tensor-model-parallel-size --tensorboard --tokenizer-model
---tokenizer-type --tp-comm-overlap --train-iters --train-samples --transformer-impl
---untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
+--start-weight-decay --straggler-minmax-count --tensor-model-parallel-size --tensorboard
+--tokenizer-model --tokenizer-type --tp-comm-overlap --train-iters --train-samples
+--transformer-impl --untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
 --use-precision-aware-optimizer --use-pytorch-profiler --use-torch-optimizer-for-cpu-offload
 --verbose --vocab-size --wandb-entity --wandb-exp-name --wandb-project --wandb-save-dir
---weight-decay --world-size
+--weight-decay --weight-decay-incr-style --world-size
 """.split()
 
 
