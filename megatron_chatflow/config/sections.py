@@ -497,9 +497,11 @@ class FaultConfig:
     """Handling of bad steps, hung ranks and missing data files."""
 
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
-    """what to do if the loss or gradient of a step is not finite, or the loss is a spike: stop
-    the run, skip the update, or roll back to the last checkpoint and continue with the data
-    that follows"""
+    """what to do if the loss or gradient of a step is not finite, the loss is a spike or the
+    gradient norm is above grad_norm_limit: stop the run, skip the update, or roll back to the
+    last checkpoint and continue with the data that follows"""
+    grad_norm_limit: PositiveNumber | None = None
+    """a gradient norm above this value, before clipping, makes a step bad; no limit when unset"""
     loss_spike_factor: Factor | None = None
     """a loss above this multiple of the median of recent losses is a spike; no spike detection
     when unset"""

@@ -1,4 +1,4 @@
-"""Judges every step before its update: non-finite losses and gradients, and loss spikes.
+"""Judges every step before its update: non-finite or large losses and gradients.
 
 Every rank judges the same numbers, the loss of each source and the norm of the gradient, so all
 ranks reach the same `Verdict`. The state that later verdicts depend on is part of every checkpoint.
@@ -87,6 +87,11 @@ class Guard:
         num_tokens = sum(row[1] for row in source_sums)
         if not num_tokens:
             return Verdict(None, has_loss_tokens=False)
+        limit = self._faults.grad_norm_limit
+        if limit is not None and grad_norm > limit:
+            return Verdict(
+                f"the gradient norm {grad_norm:.4g} is above --grad-norm-limit {limit:g}"
+            )
         loss = sum(row[0] for row in source_sums) / num_tokens
         factor = self._faults.loss_spike_factor
         if factor is not None and len(self._losses) >= _MIN_LOSSES:

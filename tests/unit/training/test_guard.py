@@ -30,6 +30,14 @@ def test_a_gradient_that_is_not_finite_is_bad(norm: float) -> None:
     assert not _guard().judge(_sums(2.0, 2.0), norm).is_good
 
 
+def test_a_gradient_norm_above_the_limit_is_bad() -> None:
+    guard = _guard(grad_norm_limit=5.0)
+    assert guard.judge(_sums(2.0, 2.0), 5.0).is_good
+    problem = guard.judge(_sums(2.0, 2.0), 5.25).problem
+    assert problem == "the gradient norm 5.25 is above --grad-norm-limit 5"
+    assert _guard().judge(_sums(2.0, 2.0), 1e30).is_good
+
+
 def test_a_source_without_loss_tokens_is_fine() -> None:
     assert _guard().judge([[20.0, 10, 40], [0.0, 0, 0]], 1.0).is_good
 
