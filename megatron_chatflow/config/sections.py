@@ -405,6 +405,12 @@ class TrainConfig:
     layers of each stage)"""
     recompute_num_layers: Size | None = None
     """number of layers per recomputed chunk (uniform) or of recomputed layers per stage (block)"""
+    fine_grained_activation_offloading: Switch = False
+    """move activations of offload_modules to host memory between forward and backward pass; needs
+    transformer-engine and a GPU"""
+    offload_modules: tuple[Literal["qkv_linear", "core_attn", "attn_proj"], ...] = ()
+    """parts of a layer whose stored activations fine_grained_activation_offloading moves: the QKV
+    projection with its norm, the attention core, the output projection"""
     eval_interval: PositiveCount | None = None
     """number of iterations between validations; no validation when unset"""
     eval_iters: Count = 8

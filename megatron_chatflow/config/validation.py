@@ -98,6 +98,7 @@ def check(config: "RunConfig") -> None:
     _check_optimizer(config)
     _check_recompute(config)
     _check_cuda_graphs(config)
+    _check_offloading(config)
     _check_combinations(config)
     _check_length(config)
     _check_learning_rate(config)
@@ -382,6 +383,40 @@ def _check_cuda_graphs(config: "RunConfig") -> None:
         raise UserError(
             "train.cuda_graph_impl: the MLP cannot be a CUDA graph and be recomputed; remove it, "
             "or use train.recompute_granularity selective with train.recompute_modules core_attn"
+        )
+
+
+def _check_offloading(config: "RunConfig") -> None:
+    train = config.train
+    name, modules = "train.fine_grained_activation_offloading", train.offload_modules
+    if train.fine_grained_activation_offloading != bool(modules):
+        raise UserError(
+            f"{name} and train.offload_modules: one is set and the other is not; set both, or "
+            "neither"
+        )
+    if not modules:
+        return
+    if train.transformer_impl == "local":
+        raise UserError(
+            f"{name}: needs the layers of transformer-engine; remove it, or use "
+            "train.transformer_impl auto"
+        )
+    if train.cuda_graph_impl != "none":
+        raise UserError(f"{name} and train.cuda_graph_impl: both are set; remove one of them")
+    if train.recompute_granularity == "full":
+        raise UserError(
+            f"{name}: train.recompute_granularity full stores no activations of these modules; "
+            "remove one of them"
+        )
+    if "core_attn" in modules and train.recomputes("core_attn"):
+        raise UserError(
+            "train.offload_modules: core_attn is in train.recompute_modules too; remove it from "
+            "one of them"
+        )
+    if "attn_proj" in modules and "core_attn" not in modules:
+        raise UserError(
+            "train.offload_modules: attn_proj needs core_attn, whose backward pass uses the same "
+            "tensor; add it, or remove attn_proj"
         )
 
 

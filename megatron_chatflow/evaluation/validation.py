@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_chatflow.data.loader import MicroBatch, collate
 from megatron_chatflow.data.source import Source
 from megatron_chatflow.model.forward import ForwardStep
+from megatron_chatflow.model.layer_spec import without_offloading
 from megatron_chatflow.runtime import ranks as megatron
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
@@ -103,7 +104,8 @@ def sum_losses(
     batches = [*batches, *[filler] * (-len(batches) % group)]
     for chunk in chunks:
         chunk.eval()
-    with torch.no_grad(), device_mode(ranks.device):
+    pause = without_offloading(forward_step.llama.config)
+    with torch.no_grad(), device_mode(ranks.device), pause:
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in chunks],

@@ -10,12 +10,15 @@ Both compute the same function. Their parameters have the same shapes, and the s
 checkpoints, so that a run may change the implementation when it is resumed.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, layers
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -190,6 +193,8 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     requested = [name for name, recipe in recipes.items() if recipe is not None]
     requested += ["parallel.tp_comm_overlap"] if parallel.tp_comm_overlap else []
     requested += ["train.cuda_graph_impl"] if train.cuda_graph_impl != "none" else []
+    offloading = "train.fine_grained_activation_offloading"
+    requested += [offloading] if train.fine_grained_activation_offloading else []
     if requested and layers == LOCAL:
         reason = unavailable(TRANSFORMER_ENGINE, facts) or "another implementation is in use"
         raise UserError(
@@ -199,6 +204,7 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     of_gpus = {
         "train.cuda_graph_impl": train.cuda_graph_impl != "none",
         "parallel.use_nccl_ub": parallel.use_nccl_ub,
+        offloading: train.fine_grained_activation_offloading,
     }
     for name, is_set in of_gpus.items():
         if is_set and facts.capability is None:
@@ -206,6 +212,15 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     for name, recipe in recipes.items():
         if recipe is not None:
             _check_recipe(name, recipe, facts)
+    if train.fine_grained_activation_offloading:
+        # Since this version, transformer-engine offloads in another way unless it is told not to,
+        # and megatron-core relies on the earlier one.
+        is_new = Version(facts.installed[TRANSFORMER_ENGINE]) >= Version("2.10")
+        if is_new and os.environ.get("NVTE_CPU_OFFLOAD_V1") != "1":
+            raise UserError(
+                f"{offloading}: transformer-engine 2.10 and newer would offload weights as well; "
+                "set the environment variable NVTE_CPU_OFFLOAD_V1=1"
+            )
 
 
 def _check_recipe(name: str, recipe: str, facts: Facts) -> None:
@@ -268,6 +283,26 @@ def start_user_buffers(config: TransformerConfig, num_tokens: int) -> None:
         bootstrap_backend=config.tp_comm_bootstrap_backend,
         **options,
     )
+
+
+@contextmanager
+def without_offloading(config: TransformerConfig) -> Iterator[None]:
+    """Lets forward passes without backward passes keep their activations.
+
+    Otherwise megatron-core counts their micro-batches as ones of a training step, and waits for
+    their backward passes.
+    """
+    if not config.fine_grained_activation_offloading:
+        yield
+        return
+    manager = PipelineOffloadManager.get_instance()
+    config.fine_grained_activation_offloading = False
+    manager.disable_offload()
+    try:
+        yield
+    finally:
+        manager.enable_offload()
+        config.fine_grained_activation_offloading = True
 
 
 def block_spec(

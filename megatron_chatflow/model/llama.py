@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.fine_grained_activation_offload import PipelineOffloadManager
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
@@ -22,6 +23,7 @@ from megatron_chatflow.config.shape import (
     padded_vocab_size,
     unpadded_sizes,
 )
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels.attention import gather_facts
 from megatron_chatflow.kernels.cross_entropy import choose_softmax
 from megatron_chatflow.kernels.shared_group import share
@@ -98,6 +100,8 @@ def transformer_config(
         recompute_modules=list(train.recompute_modules),
         recompute_method=train.recompute_method,
         recompute_num_layers=train.recompute_num_layers,
+        fine_grained_activation_offloading=train.fine_grained_activation_offloading,
+        offload_modules=list(train.offload_modules),
         use_cpu_initialization=not ranks.is_cuda,
         deterministic_mode=train.deterministic_mode,
         **_quantization(train),
@@ -229,7 +233,11 @@ def build_llama(
     fuses, weight_gradients = layers.weight_gradients(
         ranks.device, dtype, requested=train.gradient_accumulation_fusion
     )
-    config = transformer_config(model, parallel, train, ranks, fuses_weight_gradients=fuses)
+    try:
+        config = transformer_config(model, parallel, train, ranks, fuses_weight_gradients=fuses)
+    except (AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines() or ["an assertion fails"]
+        raise UserError(f"megatron-core refuses the configuration: {reason[0]}") from error
     if layers.are_transformer_engine:
         config.attention_backend = AttnBackend[layers.backend]
     for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
@@ -238,6 +246,8 @@ def build_llama(
     if parallel.tp_comm_overlap:
         tokens = train.micro_batch_size * length // parallel.context_parallel_size
         start_user_buffers(config, tokens)
+    if train.fine_grained_activation_offloading:
+        PipelineOffloadManager.reset_instance()  # of an earlier run of this process
     rows = padded_vocab_size(model, parallel, vocab_size)
     num_chunks = num_model_chunks(model, parallel)
     loss, loss_reason = choose_softmax(

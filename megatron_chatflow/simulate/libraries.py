@@ -11,7 +11,10 @@
   call an operator for the kernel that runs on a GPU;
 - ``init``, ``create_nccl_mem_pool`` and ``nccl_mem`` of ``megatron.core.nccl_allocator``, which
   compile a library against NCCL: registered buffers count as ordinary memory;
-- ``runtime.launch.first_gpu_capability``, which asks the driver.
+- ``runtime.launch.first_gpu_capability``, which asks the driver;
+- ``torch.cuda.nvtx.range_push`` and ``range_pop``: do nothing;
+- ``isinstance`` of ``megatron.core.pipeline_parallel.fine_grained_activation_offload``, which
+  refuses to offload tensors without values: there, they count as ordinary ones.
 
 Libraries that are not installed here, such as flash-attn and transformer-engine, are not simulated.
 """
@@ -24,6 +27,8 @@ import torch
 import torch.nn.functional
 from megatron.core import nccl_allocator
 from megatron.core.fusions import fused_bias_swiglu
+from megatron.core.pipeline_parallel import fine_grained_activation_offload
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_chatflow.kernels import cuda
 from megatron_chatflow.model import attention
@@ -114,12 +119,18 @@ def install(gpu: GpuModel) -> None:
             "create_nccl_mem_pool": lambda symmetric=None: None,
             "nccl_mem": lambda pool, **options: nullcontext(),
         },
+        torch.cuda.nvtx: {"range_push": lambda _: 0, "range_pop": lambda: 0},
+        fine_grained_activation_offload: {"isinstance": _is_instance},
         attention: {"scaled_dot_product_attention": scaled_dot_product_attention},
     }
     for module, names in replaced.items():
         for name, replacement in names.items():
             setattr(module, name, replacement)
     cuda.load_kernels.cache_clear()
+
+
+def _is_instance(value: object, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, FakeTensor)
 
 
 def _norm_on_gpu() -> Any:

@@ -98,3 +98,24 @@ def test_offloaded_state_leaves_the_gpu(
     assert found.cpu_tensors == []
     phases = {one.phase for one in found.synchronizations}
     assert phases <= {"gradients", "update", "after"}, found.synchronizations
+
+
+OFFLOADING = "--fine-grained-activation-offloading --offload-modules"
+LAYERS = "--tensor-model-parallel-size 2 --sequence-parallel --num-layers 4"
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["qkv_linear", "core_attn", "core_attn attn_proj", "qkv_linear core_attn attn_proj"],
+)
+def test_offloaded_activations_leave_the_gpu(with_stand_in: Simulator, modules: str) -> None:
+    plain, found = (
+        with_stand_in.observe(example("7b.yaml", *flags.split()), world_size=8, rank=0)
+        for flags in (LAYERS, f"{LAYERS} {OFFLOADING} {modules}")
+    )
+    assert found.num_steps == 2
+    assert found.cpu_tensors == []
+    assert found.flops == plain.flops
+    assert found.peak_bytes < plain.peak_bytes
+    phases = {one.phase for one in found.synchronizations}
+    assert phases <= {"gradients", "update", "after"}, found.synchronizations

@@ -18,7 +18,38 @@ AWARE = "optimizer.use_precision_aware_optimizer"
 OFFLOAD = "optimizer.optimizer_cpu_offload"
 WITH_OFFLOAD = {AWARE: True, OFFLOAD: True, "parallel.use_distributed_optimizer": True}
 
+MOVING = "train.fine_grained_activation_offloading"
+MODULES = "train.offload_modules"
+
 REFUSED = [
+    ({MOVING: True}, f"{MOVING} and {MODULES}: one is set and the other is not; set both, or"),
+    ({MODULES: ("core_attn",)}, f"{MOVING} and {MODULES}: one is set and the other is not"),
+    (
+        {MOVING: True, MODULES: ("core_attn",), "train.transformer_impl": "local"},
+        f"{MOVING}: needs the layers of transformer-engine; remove it, or use",
+    ),
+    (
+        {MOVING: True, MODULES: ("core_attn",), "train.cuda_graph_impl": "transformer_engine"},
+        f"{MOVING} and train.cuda_graph_impl: both are set; remove one of them",
+    ),
+    (
+        {MOVING: True, MODULES: ("attn_proj",)},
+        f"{MODULES}: attn_proj needs core_attn, whose backward pass uses the same tensor; add it",
+    ),
+    (
+        {MOVING: True, MODULES: ("core_attn",), "train.recompute_granularity": "selective"},
+        f"{MODULES}: core_attn is in train.recompute_modules too; remove it from one of them",
+    ),
+    (
+        {
+            MOVING: True,
+            MODULES: ("core_attn",),
+            "train.recompute_granularity": "full",
+            "train.recompute_method": "uniform",
+            "train.recompute_num_layers": 1,
+        },
+        f"{MOVING}: train.recompute_granularity full stores no activations of these modules",
+    ),
     ({OFFLOAD: True}, f"{OFFLOAD}: needs {AWARE}; set that too"),
     ({"optimizer.optimizer_offload_fraction": 0.5}, "optimizer.optimizer_offload_fraction: needs"),
     (

@@ -85,6 +85,9 @@ def test_a_request_that_cannot_be_followed_is_refused(facts: Any, message: str) 
         chosen("transformer_engine", **facts)
 
 
+OFFLOADING = {"fine_grained_activation_offloading": True, "offload_modules": ("core_attn",)}
+
+
 def checked(
     layers: str = "transformer_engine",
     *,
@@ -122,6 +125,12 @@ def checked(
             {"capability": None, "cuda_graph_impl": "transformer_engine"},
             "train.cuda_graph_impl: needs a GPU, and this run is on CPUs; remove the setting",
         ),
+        (
+            {"capability": None, **OFFLOADING},
+            "train.fine_grained_activation_offloading: needs a GPU, and this run is on CPUs",
+        ),
+        ({"layers": "local", **OFFLOADING}, "offloading: needs the layers of transformer-engine"),
+        ({"installed": "2.10", **OFFLOADING}, "set the environment variable NVTE_CPU_OFFLOAD_V1=1"),
         ({"capability": None, "use_nccl_ub": True}, "parallel.use_nccl_ub: needs a GPU, and this"),
         ({"layers": "local", "overlap": True}, "parallel.tp_comm_overlap: needs the layers of tra"),
         (
@@ -146,6 +155,7 @@ def test_a_precision_that_this_machine_has_is_accepted() -> None:
     checked(fp8_format="hybrid", fp8_recipe="blockwise")
     checked(fp8_format="hybrid", fp8_recipe="mxfp8", capability=(10, 0))
     checked(fp8_format="hybrid", capability=None)  # a stand-in on CPUs
+    checked(**OFFLOADING)
 
 
 @pytest.mark.parametrize(

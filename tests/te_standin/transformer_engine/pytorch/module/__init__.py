@@ -62,7 +62,7 @@ class _Product(torch.autograd.Function):
         if layer.reduces and layer.sequence_parallel:
             gradient = _gather(gradient, layer.tp_group)
         whole = _gather(x, layer.tp_group) if layer.gathers else x
-        parameter = weight
+        parameter = layer.weight  # what autograd has saved may have been offloaded
         if ctx.recipe is not None:
             forward_type, gradient_type = ctx.recipe.fp8_format.value
             whole, weight = (quantize(t, forward_type) for t in (whole, weight))
