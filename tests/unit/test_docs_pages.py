@@ -54,6 +54,11 @@ def test_every_value_of_a_choice_is_described() -> None:
                 assert list(module.VALUES_OF[section.__name__, key]) == choices
 
 
+def test_no_page_has_marks_of_a_merge_conflict() -> None:
+    marks = re.compile(r"^(<{7} |={7}$|>{7} )", re.M)
+    assert [page for page in PAGES if marks.search(page.read_text(encoding="utf-8"))] == []
+
+
 def test_every_flag_of_megatron_is_on_its_page() -> None:
     text = (ROOT / PAGE).read_text(encoding="utf-8")
     assert all(f"`{name}" in text for name in TABLE)
