@@ -25,6 +25,7 @@ COMMANDS = {
     "plan-layout": ("megatron_chatflow.cli.plan_layout", "rank layouts by their predicted speed"),
     "extend-vocab": ("megatron_chatflow.cli.extend_vocab", "add a language to a tokenizer"),
     "convert": ("megatron_chatflow.cli.convert", "export, import, resize or verify checkpoints"),
+    "merge-checkpoints": ("megatron_chatflow.cli.merge_checkpoints", "merge models into one"),
     "evaluate": ("megatron_chatflow.cli.evaluate", "evaluate a model on text and questions"),
     "generate": ("megatron_chatflow.cli.generate", "continue or answer prompts"),
     "chat": ("megatron_chatflow.cli.chat", "chat with a model in the terminal"),
@@ -57,7 +58,7 @@ def main() -> None:
 
 def _run_without_command(argument: str) -> None:
     if argument in ("-h", "--help"):
-        lines = (f"  {name:<14}{summary}" for name, (_, summary) in COMMANDS.items())
+        lines = (f"  {name:<19}{summary}" for name, (_, summary) in COMMANDS.items())
         print(_HELP.format(commands="\n".join(lines)))
     elif argument == "--version":
         print(f"chatflow {__version__}")

@@ -20,6 +20,7 @@ TOOL_OF = {
     "plan-layout": "plan_layout.py",
     "extend-vocab": "extend_vocab.py",
     "convert": "convert_checkpoint.py",
+    "merge-checkpoints": "merge_checkpoints.py",
     "evaluate": "evaluate.py",
     "generate": "generate.py",
     "chat": "chat.py",

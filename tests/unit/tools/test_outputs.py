@@ -25,6 +25,7 @@ WITH_FILES = {
 WITH_FOLDERS = {
     "export": ["convert_checkpoint.py", "export", "--checkpoint", "absent", "--output"],
     "import": ["convert_checkpoint.py", "import", "--hf", "absent", "--output"],
+    "merge models": ["merge_checkpoints.py", "--models", "absent", "absent", "--output"],
     "extend_vocab": ["extend_vocab.py", "--tokenizer-model", "a", "--list", "b", "--output-dir"],
     "plan_blend": ["plan_blend.py", "--config", "absent", "--output"],
     "fetch_demo_model": ["fetch_demo_model.py", "--output-dir"],
