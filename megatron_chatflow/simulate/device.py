@@ -5,6 +5,7 @@ in a process that ends with the simulation.
 """
 
 import contextlib
+import ctypes
 import types
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ import torch
 from torch._subclasses import fake_tensor
 
 from megatron_chatflow.simulate.recorder import Recorder
-from megatron_chatflow.simulate.shim import loaded_library
 
 DEVICES_PER_NODE = 8
 
@@ -129,14 +129,20 @@ def _on_stream(_stream: object) -> Iterator[None]:
     yield
 
 
-def install(gpu: GpuModel, recorder: Recorder) -> None:
+def install(gpu: GpuModel, recorder: Recorder, library: ctypes.CDLL) -> None:
     """Makes ``gpu`` appear as each of this node's GPUs, in this process and for good.
 
     It replaces the functions of `torch.cuda` that training and megatron-core call, and the methods
     ``Module.cuda`` and ``Tensor.record_stream``. Everything else that reaches CUDA is an operator
     and is handled by `mode`.
+
+    Args:
+        gpu: The model of the GPUs.
+        recorder: Where everything is accounted for.
+        library: The library of `shim`. The process must have loaded it before it imported torch,
+            which asks for CUDA once, while it is imported, and remembers the answer.
     """
-    library = loaded_library()
+    assert torch._C._get_accelerator().type == "cuda", "the library was loaded after torch"
     library.register_guard()
     _recorders[:] = [recorder]
 

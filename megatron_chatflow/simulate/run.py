@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,8 @@ from megatron_chatflow.simulate.observer import (
 from megatron_chatflow.simulate.report import Simulation, describe, merge_equal, to_json
 from megatron_chatflow.simulate.shim import library_path
 from megatron_chatflow.simulate.worker import Failure, Request
+
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 
 def rank_classes(config: RunConfig, world_size: int, choice: str) -> dict[int, tuple[int, ...]]:
@@ -124,27 +127,29 @@ def run_ranks(library: Path, request: Request) -> list[Observation]:
     file.write_text(json.dumps(asdict(request)), encoding="utf-8")
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    errors = folder / "worker.log"
-    with errors.open("w", encoding="utf-8") as stderr:
+    log = folder / "worker.log"
+    # Processes that torch starts inherit the worker's output and may outlive it. A pipe would only
+    # end with the last of them.
+    with log.open("w", encoding="utf-8") as output:
         worker = subprocess.Popen(
             [sys.executable, "-m", "megatron_chatflow.simulate.worker", str(library), str(file)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     with worker, tqdm(total=len(request.ranks), desc="simulate", unit="rank", disable=None) as bar:
-        for _ in worker.stdout or ():
-            bar.update()
-    return read_observations(request, errors)
+        while worker.poll() is None:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            bar.update(len(list(folder.glob("rank_*.json"))) - bar.n)
+    return read_observations(request, log)
 
 
-def read_observations(request: Request, errors: Path) -> list[Observation]:
+def read_observations(request: Request, worker_log: Path) -> list[Observation]:
     """Reads what the worker observed on every rank of a request.
 
     Args:
         request: The request.
-        errors: What the worker wrote to its standard error.
+        worker_log: What the worker wrote.
 
     Raises:
         UserError: A rank failed, or none was started.
@@ -161,7 +166,7 @@ def read_observations(request: Request, errors: Path) -> list[Observation]:
             reason = _reason(failure, log.read_text(encoding="utf-8", errors="replace"))
             raise UserError(f"simulated rank {rank}: {reason}")
     if len(observations) < len(request.ranks):
-        reason = _reason(None, errors.read_text(encoding="utf-8", errors="replace"))
+        reason = _reason(None, worker_log.read_text(encoding="utf-8", errors="replace"))
         raise UserError(f"the simulation did not start: {reason}")
     return observations
 

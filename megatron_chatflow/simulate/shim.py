@@ -6,7 +6,6 @@ Processes that need it at the same time each compile it for themselves, and the 
 stays: a file is complete as soon as it has its name.
 """
 
-import ctypes
 import hashlib
 import os
 import shutil
@@ -120,13 +119,3 @@ def library_path() -> Path:
                 "folder that can be written"
             ) from None
     return target
-
-
-def loaded_library() -> ctypes.CDLL:
-    """Returns the library, which the process must have loaded before it imported torch.
-
-    torch asks for CUDA once, while it is imported, and remembers the answer.
-    """
-    library = ctypes.CDLL(str(library_path()))
-    assert torch._C._get_accelerator().type == "cuda", "loaded after torch"
-    return library

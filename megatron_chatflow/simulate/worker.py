@@ -8,7 +8,7 @@ import ctypes
 import sys
 
 if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1])  # before torch, see `shim.loaded_library`
+    LIBRARY = ctypes.CDLL(sys.argv[1])  # before torch, see `device.install`
 
 import json
 import os
@@ -74,11 +74,17 @@ class Failure:
 
 
 def execute(
-    config: str, gpu: str, world_size: int, rank: int, store: str | None = None
+    library: ctypes.CDLL,
+    config: str,
+    gpu: str,
+    world_size: int,
+    rank: int,
+    store: str | None = None,
 ) -> Observation | Failure:
     """Runs the entry point on a simulated GPU, in this process and for good.
 
     Args:
+        library: See `device.install`.
         config: The YAML file of the run.
         gpu: One of `device.GPUS`.
         world_size: Number of ranks of the job.
@@ -87,7 +93,7 @@ def execute(
             same time. None if this rank is simulated alone.
     """
     recorder = Recorder()
-    install(GPUS[gpu], recorder)
+    install(GPUS[gpu], recorder, library)
     libraries.install(GPUS[gpu])
     if store is None:
         join(rank, world_size)
@@ -150,23 +156,25 @@ def start_fork(work: Callable[[], Observation | Failure], result: Path, log: Pat
         os._exit(status)
 
 
-def run_request(request: Request) -> None:
-    """Simulates the ranks of a request and prints each that is done.
+def run_request(library: ctypes.CDLL, request: Request) -> None:
+    """Simulates the ranks of a request.
 
     A failure ends the simulation once the ranks that run beside it are done.
     """
     folder = Path(request.folder)
     waiting = list(request.ranks)
-    running: dict[int, int] = {}
+    running: set[int] = set()
     num_processes = min(len(os.sched_getaffinity(0)), _MAX_PROCESSES)
     while waiting or running:
         while waiting and len(running) < num_processes:
             rank = waiting.pop(0)
-            work = partial(execute, request.config, request.gpu, request.world_size, rank)
-            child = start_fork(work, folder / f"rank_{rank}.json", folder / f"rank_{rank}.log")
-            running[child] = rank
+            work = partial(execute, library, request.config, request.gpu, request.world_size, rank)
+            result, log = folder / f"rank_{rank}.json", folder / f"rank_{rank}.log"
+            running.add(start_fork(work, result, log))
         child, status = os.wait()
-        print(running.pop(child), flush=True)
+        if child not in running:
+            continue  # a process of torch's compiler
+        running.remove(child)
         if status:
             waiting.clear()
 
@@ -176,7 +184,7 @@ def main() -> None:
     values: dict[str, Any] = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    run_request(Request(**{**values, "ranks": tuple(values["ranks"])}))
+    run_request(LIBRARY, Request(**{**values, "ranks": tuple(values["ranks"])}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ ended at such a comparison), ``skipped`` or ``failed``, and a reason.
 import ctypes
 import sys
 
-ctypes.CDLL(sys.argv[1])  # before torch, see `shim.loaded_library`
+LIBRARY = ctypes.CDLL(sys.argv[1])  # before torch, see `device.install`
 
 import contextlib  # noqa: E402
 import io  # noqa: E402
@@ -113,7 +113,7 @@ def replace_steps() -> None:
 
 def main() -> None:
     recorder = Recorder()
-    install(GPUS["h100"], recorder)
+    install(GPUS["h100"], recorder, LIBRARY)
     libraries.install(GPUS["h100"])
     join(0, 1)
     results = Results()

@@ -9,7 +9,7 @@ results are there. A rank that fails ends the others, which would wait for it.
 import ctypes
 import sys
 
-ctypes.CDLL(sys.argv[1])  # before torch, see `shim.loaded_library`
+LIBRARY = ctypes.CDLL(sys.argv[1])  # before torch, see `device.install`
 
 import json  # noqa: E402
 import os  # noqa: E402
@@ -34,7 +34,7 @@ def start(case: dict[str, Any]) -> int:
             signal.alarm(SECONDS)  # a rank may wait for the others
         if mutation is not None:
             getattr(mutations, mutation)()
-        return execute(**case)
+        return execute(LIBRARY, **case)
 
     return start_fork(work, Path(result), Path(log))
 

@@ -34,7 +34,13 @@ class Simulator:
         self._worker = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("simulation_worker.py"), library_path()],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(libraries or ROOT), str(ROOT)])},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(libraries or ROOT), str(ROOT)]),
+                # The worker gets a library, and must not compile another.
+                "XDG_CACHE_HOME": str(folder),
+                "CXX": "no-compiler",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -17,7 +17,10 @@ COMPILER = """#!/bin/bash
 while [[ $1 != -o ]]; do shift; done
 printf 'complete ' > "$2"
 touch "{folder}/begun.$$"
-while (( $(ls "{folder}"/begun.* | wc -l) < 2 )); do sleep 0.02; done
+for _ in {{1..500}}; do
+    (( $(ls "{folder}"/begun.* | wc -l) < 2 )) || break
+    sleep 0.02
+done
 printf 'library' >> "$2"
 """
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -17,7 +18,12 @@ from tiny_run import TinyRun
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate import shim
 from megatron_chatflow.simulate.report import format_ranges, merge_equal
-from megatron_chatflow.simulate.run import rank_classes, read_observations, simulate
+from megatron_chatflow.simulate.run import (
+    rank_classes,
+    read_observations,
+    run_ranks,
+    simulate,
+)
 from megatron_chatflow.simulate.worker import Failure, Request
 
 SMALL = ("--num-layers", "2", "--hidden-size", "256", "--ffn-hidden-size", "704")
@@ -144,6 +150,19 @@ def test_the_rank_that_failed_is_named(tmp_path: Path) -> None:
     request = Request("run.yaml", "h100", 12, (0,), str(tmp_path))
     with pytest.raises(UserError, match="the simulation did not start: ImportError: no x"):
         read_observations(request, tmp_path / "worker.log")
+
+
+def test_processes_that_outlive_the_worker_are_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/bash\nsleep 120 & echo $! > {tmp_path}/other\necho no x\nexit 1\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(worker))
+    request = Request("run.yaml", "h100", 8, (0,), str(tmp_path))
+    with pytest.raises(UserError, match="the simulation did not start: no x"):
+        run_ranks(tmp_path / "libguard.so", request)
+    os.kill(int((tmp_path / "other").read_text()), signal.SIGKILL)  # it must still run
 
 
 def test_training_never_imports_the_simulation(tiny_run: TinyRun, tmp_path: Path) -> None:
