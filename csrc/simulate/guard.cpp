@@ -2,14 +2,15 @@
 //
 // megatron_chatflow/simulate/shim.py compiles this file against the installed torch and loads it
 // into the process that simulates a rank. torch's autograd engine asks for a device guard wherever
-// a tensor says that it lies on CUDA, `pin_memory` asks for the allocator of page-locked memory,
-// and `torch.Generator("cuda")` for a generator. Nothing here computes.
+// a tensor says that it lies on CUDA, and `pin_memory` asks for the allocator of page-locked
+// memory. Nothing here computes.
 //
 // torch's CUDA build registers its own guard and hooks while it is imported, which is after this
 // library. Its hooks do not replace these, which have a higher priority. Its guard does, and is in
 // turn replaced by `register_guard`.
 //
-// Methods that not every supported torch declares are written without `override`.
+// Methods that not every supported torch declares are written without `override`, and those that
+// some declare `noexcept` with it.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -92,10 +93,10 @@ struct SimulatedGuard final : DeviceGuardImplInterface {
   Device getDevice() const override { return here(); }
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const override { return stream(); }
+  Stream getStream(Device) const noexcept override { return stream(); }
   Stream getDefaultStream(Device) const override { return stream(); }
   Stream getNewStream(Device, int) const override { return stream(); }
-  Stream exchangeStream(Stream) const override { return stream(); }
+  Stream exchangeStream(Stream) const noexcept override { return stream(); }
   DeviceIndex deviceCount() const noexcept override { return kNumDevices; }
   void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
   void block(void*, const Stream&) const override {}
@@ -130,7 +131,6 @@ struct CUDAHooks final : CUDAHooksInterface {
   const Generator& getDefaultGenerator(DeviceIndex) const {
     return at::detail::getDefaultCPUGenerator();
   }
-  Generator getNewGenerator(DeviceIndex) const { return at::detail::createCPUGenerator(); }
 };
 
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)

@@ -103,6 +103,14 @@ class Stream:
         _recorder().add_synchronization("torch.cuda.Stream.synchronize")
 
 
+class Generator(torch.Generator):
+    """A generator on the CPU, whatever the device: values do not matter, seeds do."""
+
+    def __new__(cls, device: object = "cpu") -> "Generator":
+        """Creates the generator."""
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+
 _current = [0]  # the device of this process
 _recorders: list[Recorder] = []
 
@@ -132,9 +140,9 @@ def _on_stream(_stream: object) -> Iterator[None]:
 def install(gpu: GpuModel, recorder: Recorder, library: ctypes.CDLL) -> None:
     """Makes ``gpu`` appear as each of this node's GPUs, in this process and for good.
 
-    It replaces the functions of `torch.cuda` that training and megatron-core call, and the methods
-    ``Module.cuda`` and ``Tensor.record_stream``. Everything else that reaches CUDA is an operator
-    and is handled by `mode`.
+    It replaces the functions of `torch.cuda` that training and megatron-core call,
+    ``torch.Generator``, and the methods ``Module.cuda`` and ``Tensor.record_stream``. Everything
+    else that reaches CUDA is an operator and is handled by `mode`.
 
     Args:
         gpu: The model of the GPUs.
@@ -219,6 +227,7 @@ def install(gpu: GpuModel, recorder: Recorder, library: ctypes.CDLL) -> None:
     shape_functions.init_gpu_context = lambda device: None
     # `torch.tensor(values, device="cuda")` must reach `mode` as a copy from the host.
     internal._set_only_lift_cpu_tensors(True)
+    torch.Generator = Generator  # type: ignore[misc]
     modules: Any = torch.nn.Module
     modules.cuda = _move_module
     tensors: Any = torch.Tensor

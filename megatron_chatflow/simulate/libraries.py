@@ -161,20 +161,16 @@ def _attention_on(gpu: GpuModel) -> Any:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         is_half = query.dtype in (torch.bfloat16, torch.float16)
-        if not query.is_cuda or attn_mask is not None or (enable_gqa and not is_half):
-            return composed(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+        options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+        if not query.is_cuda:
+            return composed(query, key, value, attn_mask, dropout_p, is_causal, **options)
         keeps = torch.is_grad_enabled() and query.requires_grad
         has_cudnn = gpu.capability >= (9, 0) and torch._C._get_cudnn_sdp_enabled()
-        if is_half and has_cudnn:
+        if attn_mask is not None or (enable_gqa and not is_half):
+            result = aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None, **options
+            )
+        elif is_half and has_cudnn:
             result = aten._scaled_dot_product_cudnn_attention(
                 query, key, value, None, keeps, dropout_p, is_causal, False, scale=scale
             )

@@ -11,12 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megatron_chatflow.simulate.process_group import record_collective
+from megatron_chatflow.simulate.process_group import finished_work, record_collective
 from megatron_chatflow.simulate.recorder import Recorder
 from megatron_chatflow.simulate.shapes import ShapeCache, leaves_of
 
@@ -113,11 +112,11 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
             leaves, structure = tree_flatten((args, kwargs))
             args, kwargs = tree_unflatten([self._convert(leaf) for leaf in leaves], structure)
         if kwargs.get("generator") is not None:
-            kwargs = {**kwargs, "generator": None}  # a CPU generator, see csrc/simulate
+            kwargs = {**kwargs, "generator": None}  # on the CPU, see `device.Generator`
         if func.namespace == "c10d":
             record_collective(self._recorder, func, args)
             # Collectives return their first argument, where they return a tensor, and the work.
-            work = FakeWork().boxed()
+            work = finished_work().boxed()
             return work if len(func._schema.returns) == 1 else (args[0], work)
         self._forget_values(func, args)
         result, flops = self._cache.call(func, args, kwargs)

@@ -19,6 +19,7 @@ from megatron_chatflow.simulate.device import DEVICES_PER_NODE
 from megatron_chatflow.simulate.recorder import Recorder
 
 _names: dict[str, str] = {}  # what each group is for, by its name in torch
+_finished: list[Any] = []  # the work that every collective returns
 
 # Position of the group among an operator's arguments, and of the tensors that are exchanged: those
 # of the whole group's result for gathers, of the whole input for scatters.
@@ -63,6 +64,13 @@ def record_collective(recorder: Recorder, func: Any, args: Sequence[Any]) -> Non
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     wire_bytes = num_bytes * _ring_factor(collective, group.size())
     recorder.add_message(_label(group), collective, num_bytes, wire_bytes)
+
+
+def finished_work() -> Any:
+    """Returns the work of a collective that has nothing to wait for."""
+    if not _finished:
+        _finished.append(dist.all_reduce(torch.zeros(1), async_op=True))
+    return _finished[0]
 
 
 def _label(group: ProcessGroup) -> str:
@@ -135,13 +143,36 @@ def join(rank: int, world_size: int, store: Any = None) -> None:
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         object_list[:] = [obj] * len(object_list)
 
+    def gather_object(
+        obj: Any, object_gather_list: list[Any] | None = None, *_: Any, **__: Any
+    ) -> None:
+        if object_gather_list is not None:
+            all_gather_object(object_gather_list, obj)
+
+    def scatter_object_list(
+        scatter_object_output_list: list[Any],
+        scatter_object_input_list: list[Any] | None = None,
+        src: int | None = None,
+        group: Any = None,
+        group_src: int | None = None,
+    ) -> None:
+        if scatter_object_input_list is not None:
+            scatter_object_output_list[0] = scatter_object_input_list[dist.get_rank(group)]
+
     def keep_objects(object_list: list[Any], *_: Any, **__: Any) -> None:
         """Leaves this rank's objects as they are."""
 
+    def batch_isend_irecv(p2p_op_list: list[Any]) -> list[Any]:
+        """Starts each by itself: the fake backend of older torch cannot coalesce them."""
+        return [one.op(one.tensor, one.peer, one.group, one.tag) for one in p2p_op_list]
+
     replaced: dict[str, Any] = {
         "new_group": new_fake_group,
+        "batch_isend_irecv": batch_isend_irecv,
         "all_gather_object": all_gather_object,
         "broadcast_object_list": keep_objects,
+        "gather_object": gather_object,
+        "scatter_object_list": scatter_object_list,
     }
     for name, function in replaced.items():
         setattr(dist, name, function)

@@ -12,6 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils.flop_counter import flop_registry
 
+aten = torch.ops.aten
 _UNCACHED_TAGS = frozenset(
     {
         torch.Tag.data_dependent_output,
@@ -20,9 +21,47 @@ _UNCACHED_TAGS = frozenset(
     }
 )
 # Views whose arguments say where they begin in the storage.
-_ABSOLUTE = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default)
+_ABSOLUTE = (aten.as_strided.default, aten.as_strided_.default)
 _UNCACHED_NAMESPACES = ("c10d", "_c10d_functional", "profiler")
 _CONSTANTS = (type(None), bool, int, float)
+
+
+def _cudnn_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Describes cuDNN's attention, whose result has the layout of the query.
+
+    torch 2.6 and 2.7 describe it as contiguous (https://github.com/pytorch/pytorch/pull/148921).
+    """
+    _, *others = aten._scaled_dot_product_cudnn_attention.default(query, *args, **kwargs)
+    return torch.empty_like(query), *others
+
+
+# Used instead of torch's own shape functions.
+_SHAPES = {aten._scaled_dot_product_cudnn_attention.default: _cudnn_attention}
+
+# Operators of attention: position of the query among the arguments, the key follows it, and number
+# of matrix products, of which the backward pass computes the scores again.
+_ATTENTION = {
+    aten._scaled_dot_product_cudnn_attention: (0, 2),
+    aten._scaled_dot_product_flash_attention: (0, 2),
+    aten._scaled_dot_product_efficient_attention: (0, 2),
+    aten._scaled_dot_product_cudnn_attention_backward: (1, 5),
+    aten._scaled_dot_product_flash_attention_backward: (1, 5),
+    aten._scaled_dot_product_efficient_attention_backward: (1, 5),
+}
+
+
+def _count_flops(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    """Returns an operator's floating-point operations; 0 where torch does not count them."""
+    # The count of torch before 2.12 does not know keys with fewer heads than queries.
+    attention = _ATTENTION.get(func._overloadpacket)
+    if attention is not None:
+        position, num_products = attention
+        batch, heads, length, width = args[position].shape
+        return int(2 * num_products * batch * heads * length * args[position + 1].shape[2] * width)
+    count = flop_registry.get(func._overloadpacket)
+    # The counter of `addmm` does not know its ``out_dtype``.
+    counted = [arg for arg in args if not isinstance(arg, torch.dtype)]
+    return 0 if count is None else int(count(*counted, **kwargs, out_val=result))
 
 
 def leaves_of(values: Iterable[Any]) -> list[Any]:
@@ -79,7 +118,7 @@ class ShapeCache:
         self._entries: dict[tuple[Any, ...], _Entry | None] = {}  # None: not to be cached
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, int]:
-        """Returns an operator's result, and its floating-point operations where torch counts them.
+        """Returns an operator's result, and its floating-point operations.
 
         Args:
             func: The operator.
@@ -106,11 +145,8 @@ class ShapeCache:
             return result, entry.flops
         before = [_metadata(tensor) for tensor in tensors]
         with self._mode:
-            result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
-        # The counter of `addmm` does not know its ``out_dtype``.
-        counted = [arg for arg in args if not isinstance(arg, torch.dtype)]
-        flops = 0 if count is None else int(count(*counted, **kwargs, out_val=result))
+            result = _SHAPES.get(func, func)(*args, **kwargs)
+        flops = _count_flops(func, args, kwargs, result)
         if is_new:
             is_cached = (
                 _UNCACHED_TAGS.isdisjoint(func.tags)

@@ -21,7 +21,7 @@ from megatron_chatflow.errors import UserError
 
 # torch keeps none of the interfaces stable that stand for a GPU here: the hooks and the guard of
 # its C++ code, tensors without values, the fake process group. These versions are tested.
-OLDEST_TORCH = (2, 13)
+OLDEST_TORCH = (2, 6)
 NEWEST_TORCH = (2, 14)
 
 # In a checkout a link to csrc/simulate, in an installation a copy.
