@@ -62,6 +62,7 @@ class Observation:
 
     Attributes:
         place: The rank's place in the parallel groups.
+        implementations: What computes each part of the run, as its log says.
         peak_bytes: Memory at the step's peak.
         peak_phase: The phase in which it was reached.
         memory: Bytes at the peak by kind.
@@ -78,6 +79,7 @@ class Observation:
     """
 
     place: dict[str, int]
+    implementations: dict[str, str]
     peak_bytes: int
     peak_phase: str
     memory: dict[str, int]
@@ -113,6 +115,7 @@ class Observer:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._place: dict[str, int] = {}
+        self._implementations: dict[str, str] = {}
         self._start = Ledger()
         self._start_peak = 0
         self._steps: list[_Step] = []
@@ -157,7 +160,9 @@ class Observer:
                 "context": ranks.context_parallel_rank,
                 "data": ranks.data_parallel_rank,
             }
-            return build_llama(model, parallel, train, ranks, **kwargs)
+            llama = build_llama(model, parallel, train, ranks, **kwargs)
+            self._implementations = dict(llama.implementations)
+            return llama
 
         return call
 
@@ -173,6 +178,7 @@ class Observer:
         @wraps(train_step)
         def call(batch: Any, optimization: Any, *args: Any, **kwargs: Any) -> Any:
             self._close_step()
+            self._implementations["optimizer"] = optimization.description
             recorder.phase = "update"
             recorder.begin_step()
             result = train_step(batch, optimization, *args, **kwargs)
@@ -257,6 +263,7 @@ class Observer:
             flops.setdefault(phase, {})[operator] = count
         return Observation(
             place=self._place,
+            implementations=self._implementations,
             peak_bytes=last.peak.num_bytes,
             peak_phase=last.peak.phase,
             memory=dict(last.peak.bytes_by_kind),

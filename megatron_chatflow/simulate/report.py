@@ -156,6 +156,7 @@ def _rank_to_json(
     flops = step_flops(simulation, observation)
     return {
         "place": observation.place,
+        "implementations": observation.implementations,
         "stands_for": list(ranks),
         "memory": {
             "peak_bytes": observation.peak_bytes,
@@ -191,6 +192,7 @@ def describe(simulation: Simulation) -> str:
         f"lines that hold most on rank {fullest.place['rank']}\n" + format_table(_holders(fullest))
     )
     parts.append(_fit(simulation, fullest))
+    parts.append("implementations\n" + format_table(_implementation_rows(simulation)))
     parts.append("work of a step on a GPU\n" + format_table(_work_rows(simulation)))
     step = describe_step(
         simulation.config,
@@ -280,6 +282,14 @@ def _holders(observation: Observation) -> list[Row]:
         {"GiB": f"{one.num_bytes / _GIB:.2f}", "kind": one.kind, "line": one.line}
         for one in observation.holders[:_NUM_SHOWN]
     ]
+
+
+def _implementation_rows(simulation: Simulation) -> list[Row]:
+    """Returns what computes each part, once for all ranks that say the same."""
+    found: dict[tuple[str, str], None] = {}
+    for one in simulation.observations:
+        found |= dict.fromkeys(one.implementations.items())
+    return [{"part": part, "implementation": text} for part, text in found]
 
 
 def _work_rows(simulation: Simulation) -> list[Row]:

@@ -61,6 +61,10 @@ def test_the_report_says_what_was_generated(report: tuple[str, dict[str, Any]]) 
     assert content["vocab_size"] == 32_000
     assert "executes 2 of the 64 micro-batches" in text
     assert "validates english and instruction only" in text
+    implementations = content["ranks"][0]["implementations"]
+    assert implementations["layers"].startswith("megatron-core's own linear layers; not transf")
+    assert {"attention", "precision", "optimizer"} <= implementations.keys()
+    assert all(part in text and what in text for part, what in implementations.items())
     assert content["micro_batches"] == {"per_step": 64, "executed": 2}
     assert content["gpu"]["key"] == "h100" and content["layout"]["data"] == 4
 

@@ -62,6 +62,7 @@ def test_a_step_runs_and_the_host_never_waits_in_a_layer(
     base, flags, world_size, rank = CASES[name]
     found = with_stand_in.observe(example(base, *flags.split()), world_size=world_size, rank=rank)
     assert found.num_steps == 2
+    assert found.implementations["layers"].startswith("transformer-engine 2.9.0, through")
     # The second step replays graphs, which hold their inputs.
     is_captured = any("get_layer_static_inputs" in one.line for one in found.holders)
     assert is_captured == (GRAPHS in flags)
