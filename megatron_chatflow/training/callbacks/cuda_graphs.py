@@ -8,6 +8,7 @@ values of what it was captured with, and the documents of every micro-batch diff
 """
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 
 from megatron_chatflow.config import RunConfig
+from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.callbacks import Callback
 from megatron_chatflow.training.optimizer import Optimization
@@ -27,6 +29,14 @@ class CudaGraphs(Callback):
     """Captures the graphs before the step that follows ``--cuda-graph-warmup-steps`` steps."""
 
     def __init__(self, config: RunConfig, optimization: Optimization, ranks: Ranks) -> None:
+        # megatron-core asserts this at the capture, after the first steps.
+        segments = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+        if segments and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+            raise UserError(
+                "train.cuda_graph_impl: with expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF, "
+                "CUDA graphs need NCCL_GRAPH_REGISTER=0 in the environment; set it, or remove one "
+                "of the two"
+            )
         self._num_left = config.train.cuda_graph_warmup_steps
         self._chunks = optimization.chunks
         # A micro-batch is one row of packed tokens.
