@@ -28,6 +28,7 @@ _MIN_SAMPLES_PER_BIN = 100
 MANY_EPOCHS = 4.0
 """Up to about four epochs, repeated text is worth nearly as much as new text (Muennighoff et al.,
 "Scaling Data-Constrained Language Models", NeurIPS 2023)."""
+_MAX_RATES = 1 << 20
 NUM_PARTS = 10
 """Number of rows of `learning_rate_table`."""
 _POINTS_PER_PHASE = 1 + 64
@@ -210,25 +211,29 @@ def learning_rate_table(
     if num_iterations < NUM_PARTS:
         return []
     batch, first = length.global_batch_size, length.consumed_samples
-    iterations = np.arange(num_iterations, dtype=np.int64)
+    # In a longer run, the rate of some iterations stands for those that follow.
+    stride = -(-num_iterations // _MAX_RATES)
+    iterations = np.arange(0, num_iterations, stride, dtype=np.int64)
     place = length.lr_position(length.iteration, first)
     step = batch if length.counts_samples else 1
     # The scheduler has counted an iteration's own samples only after its update.
     rates = learning_rates(optimizer, length, place + iterations * step)
     reached = np.cumsum(rates)
     goals = reached[-1] * np.arange(1, NUM_PARTS) / NUM_PARTS
-    edges = [0, *(np.searchsorted(reached, goals) + 1).tolist(), num_iterations]
+    inner = np.minimum((np.searchsorted(reached, goals) + 1) * stride, num_iterations)
+    edges = [0, *inner.tolist(), num_iterations]
     counts = [blend.counts(first + edge * batch) for edge in edges]
     seq_length = blend.schedule.seq_length or 1
     rows: list[dict[str, str | int | float | None]] = []
     for part, (begin, end) in enumerate(pairwise(edges)):
         drawn = counts[part + 1] - counts[part]
+        in_part = rates[begin // stride : -(-end // stride)]
         total = max(int(drawn.sum()), 1)
         rows.append(
             {
                 "learning rate": f"{part * 10} to {part * 10 + 10} %",
                 "iterations": f"{length.iteration + begin + 1:,} to {length.iteration + end:,}",
-                "mean": f"{rates[begin:end].mean():.3g}" if end > begin else "",
+                "mean": f"{in_part.mean():.3g}" if end > begin else "",
                 **{
                     f"{name} tokens": f"{int(number) * seq_length:,} ({number / total:.1%})"
                     for name, number in zip(blend.schedule.sources, drawn, strict=True)

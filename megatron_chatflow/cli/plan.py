@@ -203,6 +203,7 @@ def show_plan(
     if resumed is not None:
         first = int(resumed.blend["segments"][0]["schedule"]["samples_per_iteration"])
         length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, first)
+    length.check_learning_rate(config.optimizer)
     num_samples = length.num_samples
     sizes = epoch_sizes(config)
     rows = plan(blend, num_samples, sizes)

@@ -2,7 +2,7 @@
 
 Training uses megatron-core's scheduler, which counts one step after another; a test compares the
 two at every step. This form needs neither torch nor an optimizer, and answers for many iterations
-at once: for plans, for the change of the rate on a resume, and for the report.
+at once: for plans, and for the change of the rate on a resume.
 
 WSD (warmup, stable, decay): Hu et al., "MiniCPM", 2024. ``minus_sqrt``: Hagele et al., "Scaling
 Laws and Compute-Optimal Training Beyond Fixed Training Durations", 2024.

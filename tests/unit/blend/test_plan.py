@@ -167,5 +167,19 @@ def test_tenths_of_the_learning_rate_hold_the_same_amount_of_learning() -> None:
             assert row[f"{name} tokens"] == f"{count:,} ({count / (10 * (b - a)):.1%})"
 
 
+def test_tenths_of_a_long_run_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, length = optimizer_and_length(10, 1000, lr_decay_style="linear", lr_warmup_iters=100)
+    exact = learning_rate_table(blend(), optimizer, length)
+    monkeypatch.setattr("megatron_chatflow.blend.plan._MAX_RATES", 400)
+    rows = learning_rate_table(blend(), optimizer, length)
+    ends = [
+        [int(row["iterations"].split(" to ")[1].replace(",", "")) for row in each]
+        for each in (rows, exact)
+    ]
+    assert ends[0] == pytest.approx(ends[1], abs=3) and ends[0][-1] == 1000
+    means = [[float(row["mean"]) for row in each] for each in (rows, exact)]
+    assert means[0] == pytest.approx(means[1], rel=0.03)
+
+
 def test_a_short_run_has_no_tenths() -> None:
     assert learning_rate_table(blend(), *optimizer_and_length(10, 9)) == []

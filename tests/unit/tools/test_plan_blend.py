@@ -116,3 +116,11 @@ def test_the_knot_in_numbers_changes_nothing(tiny_run, tmp_path: Path, ramp: str
     status, table, errors = run("--config", config)
     assert status == 0, errors
     assert f"schedule edited at sample {samples}" in table
+
+
+def test_a_cycle_that_begins_after_the_checkpoint_is_refused(tiny_run, tmp_path: Path) -> None:
+    write_checkpoint(tiny_run.config, tmp_path / "run", 2)
+    resumed = ["--config", tiny_run.config, "--load", tmp_path / "run"]
+    status, _, errors = run(*resumed, "--lr-cycle-start-iters", 3)
+    assert status == 2 and "the cycle begins after 3 iterations" in errors
+    assert run(*resumed, "--lr-cycle-start-iters", 2)[0] == 0
