@@ -313,7 +313,7 @@ class StepLayout:
             network=network,
             stack=Stack(
                 precision=_precision(train),
-                gradient_bytes=2 if parallel.grad_reduce_in_bf16 else 4,
+                gradient_bytes=2 if config.has_bf16_gradients else 4,
                 overlaps_tensor_exchange=parallel.tp_comm_overlap,
                 attention="flash2" if is_flash2 else "flash",
             ),

@@ -21,7 +21,7 @@ from megatron_chatflow.simulate.layout_search import (
     valid_layouts,
     vocab_size_of,
 )
-from megatron_chatflow.simulate.step_time import GPUS, Stack
+from megatron_chatflow.simulate.step_time import GPUS, Stack, StepLayout
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples" / "llama2_7b"
@@ -143,6 +143,18 @@ def test_nvidias_recipes_are_within_5_percent_of_the_best(recipe: Recipe, in_bf1
     assert fits == (in_bf16 or recipe.name not in ONLY_IN_BF16)
     assert (planned.config in [layout.config for layout in found]) == fits
     assert not fits or planned.seconds <= 1.05 * min(layout.seconds for layout in found)
+
+
+def test_bf16_gradients_of_the_precision_aware_optimizer_are_bf16_messages() -> None:
+    config = load_config(EXAMPLES / "13b.yaml")
+    config = replace(
+        config,
+        parallel=replace(config.parallel, use_distributed_optimizer=True),
+        optimizer=replace(
+            config.optimizer, use_precision_aware_optimizer=True, main_grads_dtype="bf16"
+        ),
+    )
+    assert StepLayout.of(config, 16).stack.gradient_bytes == 2
 
 
 def test_layouts_are_valid_fit_and_are_ranked() -> None:
