@@ -340,8 +340,6 @@ class OptimizerConfig:
     overlap_cpu_optimizer_d2h_h2d: Switch = False
     """overlap the updates on the CPU with the copies of gradients and weights, one weight at a
     time"""
-    use_torch_optimizer_for_cpu_offload: Switch = False
-    """use PyTorch's AdamW for the state that stays on the GPU with optimizer_cpu_offload"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

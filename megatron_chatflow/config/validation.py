@@ -61,7 +61,6 @@ _REQUIRED = (
         for name, needed in (
             ("optimizer_cpu_offload", "use_precision_aware_optimizer"),
             ("overlap_cpu_optimizer_d2h_h2d", "optimizer_cpu_offload"),
-            ("use_torch_optimizer_for_cpu_offload", "optimizer_cpu_offload"),
         )
     ),
     ("logging.use_pytorch_profiler", "logging.profile", "; set that too"),

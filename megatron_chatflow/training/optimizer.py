@@ -208,7 +208,6 @@ def optimizer_config(config: RunConfig, dtype: torch.dtype) -> MegatronOptimizer
             optimizer_cpu_offload=settings.optimizer_cpu_offload,
             optimizer_offload_fraction=settings.optimizer_offload_fraction,
             overlap_cpu_optimizer_d2h_h2d=settings.overlap_cpu_optimizer_d2h_h2d,
-            use_torch_optimizer_for_cpu_offload=settings.use_torch_optimizer_for_cpu_offload,
             pin_cpu_grads=torch.cuda.is_available(),
         )
     except (AssertionError, RuntimeError, ValueError) as error:

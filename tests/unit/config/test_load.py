@@ -196,23 +196,23 @@ FROZEN_FLAGS = """
 --no-overlap-grad-reduce --no-overlap-param-gather --no-pad-attention-heads --no-profile
 --no-sequence-parallel --no-shared-memory-collectives --no-tensorboard --no-tp-comm-overlap
 --no-untie-embeddings-and-output-weights --no-use-distributed-optimizer --no-use-nccl-ub
---no-use-precision-aware-optimizer --no-use-pytorch-profiler
---no-use-torch-optimizer-for-cpu-offload --norm-epsilon --num-attention-heads --num-layers
---num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16 --num-layers-per-virtual-pipeline-stage
---num-prefetch --num-query-groups --num-virtual-stages-per-pipeline-rank --offload-modules
---old-tokenizer-model --on-nan --optimizer-cpu-offload --optimizer-offload-fraction --output
---overlap-cpu-optimizer-d2h-h2d --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
---pipeline-model-parallel-size --preset --pretrained-checkpoint --profile --profile-ranks
---profile-step-end --profile-step-start --rank --recompute-granularity --recompute-method
---recompute-modules --recompute-num-layers --rope-high-freq-factor --rope-low-freq-factor
---rope-original-max-position-embeddings --rope-scaling-factor --rope-scaling-type --rotary-base
---save --save-interval --save-keep-every --save-retain --seed --seq-length --sequence-parallel
---shared-memory-collectives --simulate --split --start-weight-decay --straggler-minmax-count
---tensor-model-parallel-size --tensorboard --tokenizer-model --tokenizer-type --tp-comm-overlap
---train-iters --train-samples --transformer-impl --untie-embeddings-and-output-weights
---use-distributed-optimizer --use-nccl-ub --use-precision-aware-optimizer --use-pytorch-profiler
---use-torch-optimizer-for-cpu-offload --verbose --vocab-size --wandb-entity --wandb-exp-name
---wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style --world-size
+--no-use-precision-aware-optimizer --no-use-pytorch-profiler --norm-epsilon --num-attention-heads
+--num-layers --num-layers-at-end-in-bf16 --num-layers-at-start-in-bf16
+--num-layers-per-virtual-pipeline-stage --num-prefetch --num-query-groups
+--num-virtual-stages-per-pipeline-rank --offload-modules --old-tokenizer-model --on-nan
+--optimizer-cpu-offload --optimizer-offload-fraction --output --overlap-cpu-optimizer-d2h-h2d
+--overlap-grad-reduce --overlap-param-gather --pad-attention-heads --pipeline-model-parallel-size
+--preset --pretrained-checkpoint --profile --profile-ranks --profile-step-end --profile-step-start
+--rank --recompute-granularity --recompute-method --recompute-modules --recompute-num-layers
+--rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
+--rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
+--save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives --simulate --split
+--start-weight-decay --straggler-minmax-count --tensor-model-parallel-size --tensorboard
+--tokenizer-model --tokenizer-type --tp-comm-overlap --train-iters --train-samples
+--transformer-impl --untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub
+--use-precision-aware-optimizer --use-pytorch-profiler --verbose --vocab-size --wandb-entity
+--wandb-exp-name --wandb-project --wandb-save-dir --weight-decay --weight-decay-incr-style
+--world-size
 """.split()
 
 
