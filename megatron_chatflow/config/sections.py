@@ -206,6 +206,8 @@ class SourceConfig:
     loss: Literal["all", "response"] | None = None
     """tokens that count in the loss: all, or response (only those marked in the loss-mask
     files). When unset, all tokens count, with a warning if there are loss masks"""
+    objective_weight: PositiveNumber = 1.0
+    """weight of the source's loss tokens in the training objective, relative to other sources"""
     packing: Literal["none", "best_fit"] = "none"
     """none: concatenate the documents and cut them every seq_length tokens; best_fit: pack
     whole documents into samples"""

@@ -22,6 +22,7 @@ from megatron_chatflow.model.loss import (
     source_sums,
     vocabulary_shard,
 )
+from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.model.packed import ContextShard, pack_tokens, shard_context
 from megatron_chatflow.runtime import ranks as megatron
 from megatron_chatflow.runtime.device import to_device
@@ -47,6 +48,7 @@ class ForwardStep:
         context_rank: This process's context-parallel rank.
         context_size: The context-parallel size.
         context_group: The context-parallel group.
+        objective: Weighs the loss tokens of sources; None if they count alike.
         on_micro_batch: Called at the beginning of each micro-batch.
     """
 
@@ -58,6 +60,7 @@ class ForwardStep:
     context_rank: int
     context_size: int
     context_group: ProcessGroup
+    objective: Objective | None = None
     on_micro_batch: Callable[[], None] = _nothing
 
     @classmethod
@@ -68,6 +71,7 @@ class ForwardStep:
         *,
         num_bytes_per_id: npt.NDArray[np.int64],
         num_sources: int,
+        objective: Objective | None = None,
         on_micro_batch: Callable[[], None] = _nothing,
     ) -> "ForwardStep":
         """Builds the step for this process's place in the job."""
@@ -87,6 +91,7 @@ class ForwardStep:
             context_rank=ranks.context_parallel_rank,
             context_size=ranks.context_parallel_size,
             context_group=megatron.context_parallel_group(),
+            objective=objective,
             on_micro_batch=on_micro_batch,
         )
 
@@ -129,22 +134,24 @@ class ForwardStep:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         labels = self._flat(batch.labels, shard)
         loss_mask = self._flat(batch.loss_mask, shard)
+        # One source per sample, or one per token.
+        sources = batch.source.reshape(len(batch.source), -1).expand(batch.tokens.shape)
+        source = self._flat(sources, shard)
+        weighted = loss_mask if self.objective is None else self.objective.weigh(loss_mask, source)
         total, losses = linear_cross_entropy(
             hidden[0],
             self.llama.output_weight,
             labels,
-            loss_mask,
+            weighted,
             self.rows,
             sequence_parallel=self.llama.config.sequence_parallel,
             implementation=self.llama.loss,
         )
-        # One source per sample, or one per token.
-        source = batch.source.reshape(len(batch.source), -1).expand(batch.tokens.shape)
         sums = source_sums(
             losses.detach(),
             loss_mask,
             self.num_bytes_per_id[labels],
-            self._flat(source, shard),
+            source,
             self.num_sources,
         )
         return total, loss_mask.sum().int(), sums

@@ -246,7 +246,7 @@ def linear_cross_entropy(
         hidden: ``[tokens, hidden]``; under sequence parallelism only this rank's tokens.
         weight: ``[rows.num_rows, hidden]``, this rank's shard of the output layer.
         labels: int64[tokens], ids of the next tokens.
-        loss_mask: float32[tokens], 1 for tokens that contribute to the loss.
+        loss_mask: float32[tokens], the factor of each token's loss in the sum.
         rows: The shard of the vocabulary that ``weight`` holds.
         sequence_parallel: Whether the tokens are split over the tensor-parallel group.
         implementation: As in `chunk_loss`.

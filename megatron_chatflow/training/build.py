@@ -23,6 +23,7 @@ from megatron_chatflow.evaluation.choice import ChoiceSettings, ChoiceValidator
 from megatron_chatflow.evaluation.validation import Validator
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import Llama, build_llama
+from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.runtime.device import has_fast_bf16, peak_flops
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks, run_on_all_ranks
@@ -68,7 +69,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
             vocab_size=inputs.vocab_size,
             sequence_length=config.data.seq_length,
         )
-    optimization = build_optimization(config, llama, ranks, inputs.length)
+    objective = _build_objective(config, inputs, ranks)
+    optimization = build_optimization(config, llama, ranks, inputs.length, objective)
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
@@ -169,6 +171,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
             ranks,
             num_bytes_per_id=inputs.tokenizer.num_bytes_per_id,
             num_sources=len(inputs.sources),
+            objective=objective,
             on_micro_batch=watchdog.heartbeat,
         ),
         optimization=optimization,
@@ -236,6 +239,18 @@ def _load_checkpoint(
             "the flag before the next restart, or the state is reset again",
             inputs.resumed.iteration + 1,
         )
+
+
+def _build_objective(config: RunConfig, inputs: RunInputs, ranks: Ranks) -> Objective | None:
+    """Returns the weights of sources in the objective; None if all are equal."""
+    weights = {
+        source.name: config.data.sources[source.name].objective_weight for source in inputs.sources
+    }
+    if len(set(weights.values())) < 2:
+        return None
+    shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    logger.info("weights of sources in the objective: %s", shown)
+    return Objective(list(weights.values()), ranks.device)
 
 
 def _build_validator(config: RunConfig, sources: list[Source]) -> Validator | None:

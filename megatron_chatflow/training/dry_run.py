@@ -133,6 +133,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
             "source": source.name,
             "tokens": source.num_tokens,
             "samples per epoch": source.num_samples,
+            **_describe_objective(config, source.name),
             **_describe_packing(source.packing),
         }
         for source in inputs.sources
@@ -160,6 +161,13 @@ def _describe_learning_rate(config: RunConfig, inputs: RunInputs) -> str:
     if not rows:
         return ""
     return f"\n\nsources by tenths of the summed learning rate:\n{format_table(rows)}"
+
+
+def _describe_objective(config: RunConfig, name: str) -> Row:
+    weights = {source.objective_weight for source in config.data.sources.values()}
+    if len(weights) < 2:
+        return {}
+    return {"objective weight": f"{config.data.sources[name].objective_weight:g}"}
 
 
 def _describe_packing(packing: Packing | None) -> Row:

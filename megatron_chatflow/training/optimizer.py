@@ -26,6 +26,7 @@ from torch.optim.adamw import adamw
 from megatron_chatflow.config import OptimizerConfig, RunConfig, RunLength
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.llama import Llama
+from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.guard import GuardedOptimizer
@@ -232,10 +233,37 @@ def _describe_state(settings: OptimizerConfig) -> str:
     return ""
 
 
+def _finalize_gradients(objective: Objective | None) -> Any:
+    """Returns what reduces gradients and divides them by the tokens of the global batch.
+
+    megatron-core counts loss tokens as integers. With weights of sources, the divisor is the sum
+    of the weights of the loss tokens, which only the last pipeline stage knows, as it does theirs.
+    """
+    if objective is None:
+        return finalize_model_grads
+
+    def finalize(model: Any, num_tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(model, objective.take_total(), *args, **kwargs)
+
+    return finalize
+
+
 def build_optimization(
-    config: RunConfig, llama: Llama, ranks: Ranks, length: RunLength | None = None
+    config: RunConfig,
+    llama: Llama,
+    ranks: Ranks,
+    length: RunLength | None = None,
+    objective: Objective | None = None,
 ) -> Optimization:
-    """Wraps the model's chunks and builds their optimizer. A resumed run gives its ``length``."""
+    """Wraps the model's chunks and builds their optimizer.
+
+    Args:
+        config: The configuration of the run.
+        llama: The model.
+        ranks: This process's place in the job.
+        length: The length of a resumed run.
+        objective: The weights of sources, if their tokens do not count alike.
+    """
     description = install_fused_adamw()
     length = length or RunLength.of(config)
     parallel = config.parallel
@@ -272,7 +300,7 @@ def build_optimization(
             llama.config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
             if parallel.overlap_param_gather:
                 llama.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
-    llama.config.finalize_model_grads_func = finalize_model_grads
+    llama.config.finalize_model_grads_func = _finalize_gradients(objective)
     llama.config.grad_scale_func = optimizer.scale_loss
     return Optimization(
         chunks=chunks,

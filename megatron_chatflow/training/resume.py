@@ -62,6 +62,7 @@ _CONSEQUENCES = {
     "paths": "the same data",  # this and the following of data.sources.NAME
     "validation_paths": "validation uses other samples",
     "loss": "other tokens count in the loss from now on",
+    "objective_weight": "the source counts otherwise in the objective from now on",
     "boundaries": "attention sees other tokens from now on",
     "train.seed": "applies from the next epoch of each source",
     "train.bf16": "losses change by rounding errors",
