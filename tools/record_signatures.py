@@ -39,7 +39,13 @@ WANTED = {
     f"{_TE}/module/layernorm_linear.py": ["LayerNormLinear.__init__", "LayerNormLinear.forward"],
     f"{_TE}/module/base.py": ["initialize_ub", "destroy_ub"],
     f"{_TE}/graph.py": ["make_graphed_callables"],
-    f"{_TE}/optimizers/fused_adam.py": ["FusedAdam.__init__", "FusedAdam.get_unscaled_state"],
+    f"{_TE}/optimizers/fused_adam.py": [
+        "FusedAdam.__init__",
+        "FusedAdam.initialize_state",
+        "FusedAdam.get_unscaled_state",
+        "FusedAdam.set_scaled_state",
+        "FusedAdam.step",
+    ],
 }
 
 

@@ -124,6 +124,11 @@ _FLASH_LENGTHS = (("cu", "s_q"), ("cu", "s_k"), ("max", "_q"), ("max", "_k"))
         ("module/base.py", "initialize_ub"),
         ("module/base.py", "destroy_ub"),
         ("graph.py", "make_graphed_callables"),
+        ("optimizers.py", "FusedAdam.__init__"),
+        ("optimizers.py", "FusedAdam.initialize_state"),
+        ("optimizers.py", "FusedAdam.get_unscaled_state"),
+        ("optimizers.py", "FusedAdam.set_scaled_state"),
+        ("optimizers.py", "FusedAdam.step"),
     ],
 )
 def test_the_stand_in_has_transformer_engine_s_parameters(file: str, function: str) -> None:
