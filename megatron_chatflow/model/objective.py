@@ -13,13 +13,17 @@ import torch
 class Objective:
     """Weighs loss masks, and sums what the gradient has to be divided by.
 
+    Only ratios of weights count. They are divided by the smallest one, because megatron-core 0.19
+    divides gradients by at least 1.
+
     Args:
         weights: The weight of each source, above 0.
         device: The device of loss masks.
     """
 
     def __init__(self, weights: Sequence[float], device: torch.device) -> None:
-        self._weights = torch.tensor(weights, dtype=torch.float32, device=device)
+        relative = [weight / min(weights) for weight in weights]
+        self._weights = torch.tensor(relative, dtype=torch.float32, device=device)
         self._total = torch.zeros((), dtype=torch.float32, device=device)
 
     def weigh(self, loss_mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
