@@ -84,6 +84,7 @@ class StepResult:
     source_sums: torch.Tensor
     grad_norm: float  # norm of the whole gradient before clipping
     learning_rate: float  # learning rate of the update
+    weight_decay: float  # weight decay of the update
     verdict: Verdict  # whether the update was made; the same on every rank
 
     @property
@@ -217,11 +218,11 @@ def train_step(
         sums = torch.zeros(forward_step.num_sources, 3, dtype=torch.float64, device=ranks.device)
     sums = reduce_source_sums(sums, ranks).cpu()
     rows = sums.tolist()
-    learning_rate = optimization.learning_rate()
+    learning_rate, weight_decay = optimization.learning_rate(), optimization.weight_decay()
     with record_function("optimizer"), device_mode(ranks.device):
         verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
     optimization.advance(batch.end - batch.begin)
-    return StepResult(sums, grad_norm, learning_rate, verdict)
+    return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict)
 
 
 def record_step_verdict(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
@@ -282,6 +283,7 @@ def record_iteration(
             num_drawn=batch.num_drawn,
             counts=state.counts,
             learning_rate=result.learning_rate,
+            weight_decay=result.weight_decay,
             grad_norm=result.grad_norm,
             is_updated=result.verdict.is_good,
             time=time.time(),

@@ -152,6 +152,10 @@ class Optimization:
         """Returns the learning rate of the next step."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
+    def weight_decay(self) -> float:
+        """Returns the weight decay of the next step, of the parameters that have one."""
+        return float(max(group["weight_decay"] for group in self.optimizer.param_groups))
+
     def gather_parameters(self) -> None:
         """Gathers the parameters of the last update.
 

@@ -69,6 +69,7 @@ class IterationRecord:
     # int64[num_sources], samples drawn from each source since the run began
     counts: npt.NDArray[np.int64]
     learning_rate: float  # learning rate of the update
+    weight_decay: float  # weight decay of the update
     grad_norm: float  # gradient norm before clipping
     is_updated: bool  # whether the update was made
     time: float  # Unix time at the end of the iteration, in seconds
@@ -108,6 +109,7 @@ class IterationReport:
     global_batch_size: int  # samples in the last iteration
     lm_loss: float | None  # mean loss of the loss tokens in nats; None without loss tokens
     learning_rate: float  # learning rate of the last update
+    weight_decay: float  # weight decay of the last update
     grad_norm: float  # mean gradient norm before clipping
     time: float  # Unix time at the end of the last iteration, in seconds
     seconds: float  # mean wall time per iteration
@@ -149,6 +151,7 @@ class IterationReport:
         values: dict[str, float | None] = {
             "lm loss": self.lm_loss,
             "learning-rate": self.learning_rate,
+            "weight-decay": self.weight_decay,
             "grad-norm": self.grad_norm,
             "iteration-time": self.seconds,
             "data-wait": self.data_seconds,
@@ -212,6 +215,7 @@ def summarize(
         global_batch_size=last.num_samples,
         lm_loss=_mean_loss(sums.sum(dim=0).tolist()),
         learning_rate=last.learning_rate,
+        weight_decay=last.weight_decay,
         grad_norm=sum(record.grad_norm for record in measured) / len(measured),
         time=last.time,
         seconds=seconds / len(records),

@@ -71,6 +71,9 @@ def test_a_growing_weight_decay_resumes_and_does_not_depend_on_the_layout(runs: 
     losses = column(runs / "growing", "lm_loss")
     assert column(runs / "growing_again", "lm_loss") == losses
     assert column(runs / "growing_sharded", "lm_loss") == pytest.approx(losses, abs=2e-5)
+    for name in ("growing", "growing_again", "growing_sharded"):
+        decays = column(runs / name, "weight_decay")
+        assert decays == pytest.approx([0.01 + 0.29 * k / 6 for k in range(6)])
     # The first update has the first weight decay, and the later ones more.
     constant = column(runs / "constant", "lm_loss")
     assert constant[:2] == losses[:2] and constant[-1] != losses[-1]
