@@ -101,6 +101,13 @@ class RunLength:
                 f"{self.lr_start} {unit}, and the run continues after {place}; resume with it from "
                 "there, or remove it"
             )
+        if 0 < self.lr_start >= self.lr_decay:
+            raise UserError(
+                f"optimizer.{self._field(optimizer, 'cycle_start')}: the cycle begins after "
+                f"{self.lr_start} {unit}, and the decay ends at {self.lr_decay}; train longer, or "
+                f"raise optimizer.lr_decay_{'samples' if self.counts_samples else 'iters'} if it "
+                "is set"
+            )
         if self.lr_start + self.lr_warmup >= self.lr_decay:
             raise UserError(
                 f"optimizer.{self._shown(optimizer, 'warmup', self.lr_warmup)} is not below the "

@@ -153,3 +153,10 @@ def test_what_does_not_fit_together_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_config(**{"train__train_iters": 30, **changes})
+
+
+def test_a_cycle_needs_a_longer_run(make_config: Any) -> None:
+    changes = {"checkpoint__load": "runs/any", "optimizer__lr_cycle_start_iters": 20}
+    config = make_config(train__train_iters=20, **changes)
+    with pytest.raises(UserError, match="lr_cycle_start_iters: the cycle begins after 20.*longer"):
+        RunLength.of(config, 20, 80).check_learning_rate(config.optimizer)
