@@ -205,7 +205,8 @@ def learning_rate_table(
 
     Returns:
         One row per tenth with the iterations (the last included), the mean learning rate, and the
-        tokens and share of each source. Empty for a run of less than ten iterations.
+        tokens and share of each source. Empty for a run of less than ten iterations, and if
+        all rates are 0.
     """
     num_iterations = length.remaining_iterations()
     if num_iterations < NUM_PARTS:
@@ -219,6 +220,8 @@ def learning_rate_table(
     # The scheduler has counted an iteration's own samples only after its update.
     rates = learning_rates(optimizer, length, place + iterations * step)
     reached = np.cumsum(rates)
+    if not reached[-1]:
+        return []
     goals = reached[-1] * np.arange(1, NUM_PARTS) / NUM_PARTS
     inner = np.minimum((np.searchsorted(reached, goals) + 1) * stride, num_iterations)
     edges = [0, *inner.tolist(), num_iterations]

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,6 +180,12 @@ def test_tenths_of_a_long_run_need_little_memory(monkeypatch: pytest.MonkeyPatch
     assert ends[0] == pytest.approx(ends[1], abs=3) and ends[0][-1] == 1000
     means = [[float(row["mean"]) for row in each] for each in (rows, exact)]
     assert means[0] == pytest.approx(means[1], rel=0.03)
+
+
+def test_no_learning_has_no_tenths() -> None:
+    optimizer, length = optimizer_and_length(10, 100, lr_decay_iters=20)
+    assert learning_rate_table(blend(), optimizer, length)
+    assert learning_rate_table(blend(), optimizer, replace(length, iteration=21)) == []
 
 
 def test_a_short_run_has_no_tenths() -> None:
