@@ -3,7 +3,8 @@
 #   PYTHON               the interpreter that .venv is made with (default: python3)
 #   PYTEST_ARGS          further arguments of the test targets, such as PYTEST_ARGS="-k blend"
 #   TEST_WORKERS         processes that the tests are distributed over (default: 2)
-#   MATRIX               combinations that `make test-matrix` runs, such as MATRIX=3.12:0.19.2
+#   MATRIX               combinations that `make test-matrix` runs, such as MATRIX=3.12:0.19.2, or
+#                        MATRIX=3.11:0.16.1:2.6.0 with a version of torch
 #   SECONDS, SEED        how long and from which seed `make fuzz` runs
 #   PIP_EXTRA_INDEX_URL  on a machine without a GPU: the PyTorch CPU wheel index, see CONTRIBUTING.md
 
@@ -55,7 +56,7 @@ test: $(BUILT) ## run what must pass before a change is accepted: all tests exce
 test-all: $(BUILT) ## run every test
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-matrix: ## run the fast tests on every Python present, with every version of megatron-core
+test-matrix: ## run the fast tests on every Python present, with every version of megatron-core and with older torch
 	tests/matrix.sh $(MATRIX)
 
 lint: $(INSTALLED) ## check style, types and format
