@@ -7,6 +7,7 @@ division into shards is used: its writers copy the state into child processes, o
 the page cache.
 """
 
+import copy
 import io
 import json
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.fp8_utils import is_float8tensor
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -136,7 +138,13 @@ def local_shards(module: Any) -> list[LocalShard]:
 
 
 def _tensors_of(entry: Any) -> list[Any]:
-    """Returns the sharded tensors of an entry; there are two for the first matrix of SwiGLU."""
+    """Returns the sharded tensors of an entry; there are two for the first matrix of SwiGLU.
+
+    Those of an FP8 parameter have no values, because nothing can be a view of it.
+    """
+    if _is_fp8(entry):
+        entry = copy.copy(entry)
+        entry.data = torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta")
     if isinstance(entry, ShardedTensorFactory):
         return list(entry.build())
     return [entry] if isinstance(entry, ShardedTensor) else []
@@ -182,6 +190,7 @@ def parameter_shards(state_dict: dict[str, Any]) -> dict[torch.Tensor, list[Para
 
 
 def _part_of(parameter: torch.Tensor, tensor: Any) -> ParameterShard:
+    # An FP8 parameter has no storage of its own, and an offset of 0.
     assert tensor.data.is_contiguous(), f"{tensor.key} is not a contiguous range of its parameter"
     return ParameterShard(
         name=tensor.key,
@@ -205,14 +214,19 @@ def saved_shards(
 ) -> tuple[list[TensorShard], list[StoredObject], bytes]:
     """Returns what this rank's data-parallel group writes of the state dictionary of the chunks.
 
-    ``common`` is state that is the same on every rank.
+    ``common`` is state that is the same on every rank. FP8 parameters are left out, because their
+    weights are saved as their master weights, rounded.
 
     Returns:
         Shards of tensors that every rank of the group holds; objects of which this rank holds the
         main replica; and the content of ``common.pt``.
     """
+    kept = {
+        name: {key: entry for key, entry in part.items() if not _is_fp8(entry)}
+        for name, part in state_dict.items()
+    }
     sharded, rest = save_preprocess(
-        {**state_dict, **common, "content_metadata": dict(_CONTENT)},
+        {**kept, **common, "content_metadata": dict(_CONTENT)},
         validate_access_integrity=False,
     )
     shards: list[TensorShard] = []
@@ -227,6 +241,10 @@ def saved_shards(
             # scaling of transformer-engine's FP8, which is computed anew after a load.
             objects.append(StoredObject(key, _saved([None] * len(found))))
     return shards, objects, _saved(rest)
+
+
+def _is_fp8(entry: Any) -> bool:
+    return bool(is_float8tensor(getattr(entry, "data", None)))
 
 
 def _shard_of(tensor: Any) -> TensorShard:

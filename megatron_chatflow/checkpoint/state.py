@@ -257,6 +257,13 @@ def state_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorS
     return shards
 
 
+def weight_shards(state: LocalState, parts: list[ParameterShard]) -> list[TensorShard]:
+    """Returns the weights of an FP8 parameter, its master weights rounded to bf16, as shards."""
+    rounded = {MASTER: state.tensors[MASTER].to(state.parameter.dtype)}
+    shards = state_shards(replace(state, tensors=rounded, remainders=None), parts)
+    return [replace(shard, name=shard.name.removeprefix(f"{PREFIX}{MASTER}.")) for shard in shards]
+
+
 def common_state(optimizer: Any) -> dict[str, Any]:
     """Returns rank-independent state in the form of megatron-core's mixed-precision optimizer."""
     groups = [

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from typing_extensions import TypedDict
@@ -402,6 +403,8 @@ def shards_to_save(
         for held in optimizer_state.local_states(optimizer):
             to_save = [part for part in parts[held.parameter] if part.is_main]
             (cut if held.is_sharded else alike).extend(optimizer_state.state_shards(held, to_save))
+            if is_float8tensor(held.parameter):  # of the distributed optimizer
+                cut.extend(optimizer_state.weight_shards(held, to_save))
     unpadded_sizes = unpadded_sizes_of(bare)
     group = data_parallel_group(with_context_parallel=True)
     mine = assign_shards(unpadded_shards(alike, unpadded_sizes), group.rank(), group.size())

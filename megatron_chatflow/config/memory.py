@@ -28,7 +28,8 @@ class MemoryEstimate:
 
     Attributes:
         weights: Parameters in the precision of the computation. With FP8, also the copies of the
-            layers' matrices that the products read, of which one is transposed.
+            layers' matrices that the products read, of which one is transposed; with
+            ``fp8_param_gather`` only those.
         gradients: Gradient buffers (fp32, or bf16 with ``grad_reduce_in_bf16`` or
             ``main_grads_dtype``).
         optimizer: Adam's moments, and with bf16 the master weights.
@@ -98,15 +99,15 @@ def _estimate_stage(
         int(parameters * _state_bytes(config, on_cpu)),
     )
     activations = _activation_bytes(config, stage, num_micro_batches, on_cpu)
-    copies = 0
-    if config.train.fp8_format is not None or config.train.fp4_format is not None:
-        copies = 2 * (parameters - num_tables * table)
+    matrices = parameters - num_tables * table
+    is_quantized = config.train.fp8_format is not None or config.train.fp4_format is not None
+    copies = 2 * matrices if is_quantized else 0
     # Data-parallel processes divide the state that they replicate when they save it.
     saved = weights + parameters * _saved_state_bytes(config)
     copy = saved // (data_parallel * parallel.context_parallel_size)
     has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
-        weights=weights + copies,
+        weights=weights + copies - (2 * matrices if config.train.fp8_param_gather else 0),
         gradients=parameters * (2 if config.has_bf16_gradients else 4),
         optimizer=moments // shards,
         saving=copy if on_cpu and has_copy else 0,
@@ -139,7 +140,7 @@ def _state_bytes(config: RunConfig, on_cpu: bool) -> float:
     moments = sum(4 if dtype == "fp32" else 2 for dtype in _moment_dtypes(config))
     if config.optimizer.optimizer_cpu_offload:  # in fp32
         return 12 * (1.0 if on_cpu else 1 - config.optimizer.optimizer_offload_fraction)
-    if config.optimizer.use_precision_aware_optimizer:
+    if config.optimizer.use_precision_aware_optimizer and not config.train.fp8_param_gather:
         return 2 + moments  # fp16 master weights, or what fp32 ones have beyond the bf16 weights
     return moments + (4 if config.train.bf16 else 0)
 

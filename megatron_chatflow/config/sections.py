@@ -373,6 +373,11 @@ class TrainConfig:
     """number of iterations whose maxima the delayed recipe stores"""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
     """which of the stored maxima the delayed recipe uses"""
+    fp8_param_gather: Switch = False
+    """store the matrices of the layers in FP8 beside fp32 master weights, and gather them in FP8;
+    needs use_distributed_optimizer"""
+    reuse_grad_buf_for_mxfp8_param_ag: Switch = False
+    """gather updated weights in the gradient buffer; fp8_param_gather needs it with mxfp8"""
     fp4_format: Literal["e2m1"] | None = None
     """compute the matrix products of the layers in FP4 (NVFP4); needs transformer-engine and a
     Blackwell GPU; bf16 when unset"""

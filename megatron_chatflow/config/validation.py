@@ -94,6 +94,7 @@ def check(config: "RunConfig") -> None:
     _check_parallel(config)
     _check_sequence(config)
     _check_precision(config)
+    _check_fp8_weights(config)
     _check_optimizer(config)
     _check_recompute(config)
     _check_cuda_graphs(config)
@@ -268,6 +269,38 @@ def _check_precision(config: "RunConfig") -> None:
                 f"{config.model.num_layers}, so {name} has no effect; remove it, or keep fewer"
             )
     _check_quantized_sizes(config, name)
+
+
+def _check_fp8_weights(config: "RunConfig") -> None:
+    train, optimizer = config.train, config.optimizer
+    name = "train.fp8_param_gather"
+    is_mxfp8 = train.fp8_recipe == "mxfp8"
+    if train.reuse_grad_buf_for_mxfp8_param_ag != (train.fp8_param_gather and is_mxfp8):
+        raise UserError(
+            f"train.reuse_grad_buf_for_mxfp8_param_ag: is needed by {name} with train.fp8_recipe "
+            f"mxfp8, and only then; {'set' if is_mxfp8 else 'remove'} it"
+        )
+    if not train.fp8_param_gather:
+        return
+    if train.fp8_format is None:
+        raise UserError(f"{name}: needs train.fp8_format; set that too")
+    if not config.parallel.use_distributed_optimizer:
+        raise UserError(f"{name}: needs parallel.use_distributed_optimizer; set that too")
+    if train.fp8_recipe == "delayed":
+        raise UserError(
+            f"{name}: the scales of train.fp8_recipe delayed are not in checkpoints; use tensorwise"
+        )
+    if is_mxfp8 and config.parallel.overlap_param_gather:
+        raise UserError(
+            f"{name}: with train.fp8_recipe mxfp8 it does not work with "
+            "parallel.overlap_param_gather; use --no-overlap-param-gather"
+        )
+    if optimizer.main_params_dtype != "fp32" or optimizer.optimizer_cpu_offload:
+        other = "optimizer_cpu_offload" if optimizer.optimizer_cpu_offload else "main_params_dtype"
+        raise UserError(
+            f"{name}: needs fp32 master weights on the GPU, and optimizer.{other} is set; remove "
+            "one of them"
+        )
 
 
 def _check_quantized_sizes(config: "RunConfig", name: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_chatflow.checkpoint import megatron
 from megatron_chatflow.checkpoint.state import MASTER, master_weights
@@ -64,13 +65,18 @@ def load_huggingface(
                         "its config.json describes the same model"
                     )
                 part = _read(weights, shape, rule, layer, shard, grown)
-                shard.data.copy_(part)
-                if shard.parameter in masters:
+                is_fp8 = is_float8tensor(shard.parameter)
+                if not is_fp8:
+                    shard.data.copy_(part)
+                if shard.parameter in masters or is_fp8:
                     if whole is None:
                         size = shard.parameter.shape
                         whole = torch.zeros(size, dtype=torch.float32, device="cpu")
                     shard.of_copy(whole).copy_(part)
-            if whole is not None:
+            if whole is not None and is_float8tensor(shard.parameter):
+                parameter = shard.parameter
+                parameter.copy_(whole.to(parameter.device, parameter.dtype))
+            if whole is not None and shard.parameter in masters:
                 master = masters[shard.parameter]
                 begin, values = master.state.begin, master.state.tensors[MASTER].view(-1)
                 values.copy_(whole.view(-1)[begin : begin + values.numel()])

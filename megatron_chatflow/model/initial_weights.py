@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.")
 # Residual branches end here: their standard deviation falls with the depth (Radford et al. 2019,
@@ -53,8 +54,12 @@ def draw_weights(
         spread = std / math.sqrt(2 * num_layers) if is_branch_end else std
         # The gate and up halves of a gated layer are sharded separately.
         num_parts = 2 if name.endswith("linear_fc1.weight") else 1
+        is_fp8 = is_float8tensor(parameter)
+        values = parameter.data
+        if is_fp8:
+            values = torch.empty(values.shape, dtype=values.dtype, device=values.device)
         _draw(
-            parameter.data,
+            values,
             seed=_seed_of(seed, whole_name),
             std=spread,
             axis=int(parameter.partition_dim),
@@ -65,6 +70,21 @@ def draw_weights(
             rank=tensor_parallel_rank,
             size=tensor_parallel_size,
         )
+        if is_fp8:
+            with torch.no_grad():
+                parameter.copy_(values)
+            _keep_high_precision(parameter, values)
+
+
+def _keep_high_precision(parameter: Any, values: torch.Tensor) -> None:
+    """Lets megatron-core's optimizer initialize master weights with values before quantization.
+
+    transformer-engine has kept those of the parameter's memory before it was initialized.
+    """
+    parameter.clear_high_precision_init_val()
+    kept = [values.cpu()]
+    parameter.get_high_precision_init_val = lambda: kept[0]
+    parameter.clear_high_precision_init_val = kept.clear
 
 
 def _name_in_whole_model(name: str, chunk: Any) -> str:

@@ -250,6 +250,8 @@ def describe_precision(train: TrainConfig) -> str:
         text = "layers in NVFP4"
     else:
         text = f"layers in FP8 ({train.fp8_format}, {train.fp8_recipe})"
+    if train.fp8_param_gather:
+        text += ", their matrices stored in FP8"
     if train.first_last_layers_bf16:
         text += (
             f" except the first {train.num_layers_at_start_in_bf16} and the last "

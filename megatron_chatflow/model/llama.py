@@ -130,6 +130,7 @@ def _quantization(train: TrainConfig) -> dict[str, Any]:
         **settings,
         "fp8": train.fp8_format,
         "fp8_recipe": train.fp8_recipe,
+        "fp8_param": train.fp8_param_gather,
         "fp8_amax_history_len": train.fp8_amax_history_len,
         "fp8_amax_compute_algo": train.fp8_amax_compute_algo,
     }

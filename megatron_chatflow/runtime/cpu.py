@@ -13,7 +13,9 @@ imports this module.
   ``torch.cuda.FloatTensor`` and the like, only inside `device_mode`;
 - ``Tensor.cuda()``: returns the tensor, only inside `device_mode`;
 - ``HybridDeviceOptimizer._init_sub_optimizers``, which offloads the state of parameters whose
-  ``is_cuda`` is true: they count as on a GPU, and their copies as in host memory.
+  ``is_cuda`` is true: they count as on a GPU, and their copies as in host memory;
+- ``dist_all_gather_func`` of ``megatron.core.distributed.param_and_grad_buffer``: gathers bytes,
+  because gloo converts weights of different dtypes that it gathers at once to one of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -123,9 +125,11 @@ def install() -> None:
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
     from megatron.core.tensor_parallel import random
 
+    param_and_grad_buffer.dist_all_gather_func = _gather_bytes
     if not hasattr(HybridDeviceOptimizer._init_sub_optimizers, "__wrapped__"):
         HybridDeviceOptimizer._init_sub_optimizers = _with_host_copies(
             HybridDeviceOptimizer._init_sub_optimizers
@@ -133,6 +137,11 @@ def install() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _gather_bytes(whole: torch.Tensor, own: torch.Tensor, **options: Any) -> Any:
+    parts = (tensor.view(torch.uint8) for tensor in (whole, own))
+    return torch.distributed.all_gather_into_tensor(*parts, **options)
 
 
 def _with_host_copies(function: Callable[[Any], None]) -> Callable[[Any], None]:

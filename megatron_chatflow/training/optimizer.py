@@ -214,6 +214,9 @@ def optimizer_config(config: RunConfig, dtype: torch.dtype) -> MegatronOptimizer
             optimizer_offload_fraction=settings.optimizer_offload_fraction,
             overlap_cpu_optimizer_d2h_h2d=settings.overlap_cpu_optimizer_d2h_h2d,
             pin_cpu_grads=torch.cuda.is_available(),
+            # It decides who holds the master weights, which are transformer-engine's otherwise.
+            fp8_recipe=config.train.fp8_recipe if config.train.fp8_param_gather else None,
+            reuse_grad_buf_for_mxfp8_param_ag=config.train.reuse_grad_buf_for_mxfp8_param_ag,
         )
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"optimizer: megatron-core refuses it: {error}") from error
@@ -282,6 +285,8 @@ def build_optimization(
         pad_buckets_for_high_nccl_busbw=parallel.ddp_pad_buckets_for_high_nccl_busbw,
         nccl_ub=parallel.use_nccl_ub,
         disable_symmetric_registration=parallel.disable_symmetric_registration,
+        fp8_param_gather=config.train.fp8_param_gather,
+        reuse_grad_buf_for_mxfp8_param_ag=config.train.reuse_grad_buf_for_mxfp8_param_ag,
     )
     with device_mode(ranks.device):
         chunks = [

@@ -21,7 +21,32 @@ WITH_OFFLOAD = {AWARE: True, OFFLOAD: True, "parallel.use_distributed_optimizer"
 MOVING = "train.fine_grained_activation_offloading"
 MODULES = "train.offload_modules"
 
+GATHER = "train.fp8_param_gather"
+REUSE = "train.reuse_grad_buf_for_mxfp8_param_ag"
+SHARDED = {"parallel.use_distributed_optimizer": True}
+
 REFUSED = [
+    ({GATHER: True}, f"{GATHER}: needs train.fp8_format; set that too"),
+    ({**FP8, GATHER: True}, f"{GATHER}: needs parallel.use_distributed_optimizer; set that too"),
+    (
+        {**FP8, **SHARDED, GATHER: True, "train.fp8_recipe": "delayed"},
+        f"{GATHER}: the scales of train.fp8_recipe delayed are not in checkpoints; use tensorwise",
+    ),
+    (
+        {
+            **FP8,
+            **SHARDED,
+            GATHER: True,
+            "train.fp8_recipe": "mxfp8",
+            "model.ffn_hidden_size": 704,
+        },
+        f"{REUSE}: is needed by {GATHER} with train.fp8_recipe mxfp8, and only then; set it",
+    ),
+    ({REUSE: True}, f"{REUSE}: is needed by {GATHER} with train.fp8_recipe mxfp8, and only then;"),
+    (
+        {**FP8, **WITH_OFFLOAD, GATHER: True},
+        f"{GATHER}: needs fp32 master weights on the GPU, and optimizer.optimizer_cpu_offload is",
+    ),
     ({MOVING: True}, f"{MOVING} and {MODULES}: one is set and the other is not; set both, or"),
     ({MODULES: ("core_attn",)}, f"{MOVING} and {MODULES}: one is set and the other is not"),
     (

@@ -2,7 +2,7 @@
 
 from transformer_engine.pytorch import distributed, fp8, module, ops, optimizers, tensor
 from transformer_engine.pytorch.attention import DotProductAttention
-from transformer_engine.pytorch.fp8 import fp8_autocast
+from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
 from transformer_engine.pytorch.module import LayerNormLinear, Linear, RMSNorm
 
 
@@ -34,6 +34,7 @@ __all__ = [
     "distributed",
     "fp8",
     "fp8_autocast",
+    "fp8_model_init",
     "module",
     "ops",
     "optimizers",

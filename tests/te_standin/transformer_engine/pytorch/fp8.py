@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from transformer_engine.common.recipe import DelayedScaling
+from transformer_engine.pytorch.tensor import QuantizedTensor
 
 # The size of each product of a forward pass and the name of its recipe, for tests: this process
 # writes them to a file that the variable names, when it exits.
@@ -20,6 +21,7 @@ if LOG is not None:
 
 class FP8GlobalStateManager:
     recipe = None
+    has_fp8_weights = False  # whether layers are built with weights in FP8
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
@@ -40,6 +42,17 @@ def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=Non
         FP8GlobalStateManager.recipe = outer
 
 
+@contextmanager
+def fp8_model_init(enabled=True, recipe=None, preserve_high_precision_init_val=False):
+    assert preserve_high_precision_init_val
+    outer = FP8GlobalStateManager.has_fp8_weights
+    FP8GlobalStateManager.has_fp8_weights = enabled
+    try:
+        yield
+    finally:
+        FP8GlobalStateManager.has_fp8_weights = outer
+
+
 def record(x, weight) -> None:
     """Notes a product, after transformer-engine's check of its operands."""
     recipe = FP8GlobalStateManager.recipe
@@ -52,7 +65,9 @@ def record(x, weight) -> None:
 
 
 def quantize(x, kind):
-    """Rounds to the values that an FP8 tensor with one scale can represent."""
+    """Rounds to the values that an FP8 tensor with one scale can represent; such a one has them."""
+    if isinstance(x, QuantizedTensor):
+        return x.dequantize()
     largest = torch.finfo(kind).max
     scale = largest / x.abs().amax().float().clamp(min=1e-12)
     return ((x.float() * scale).to(kind).float() / scale).to(x.dtype)

@@ -11,6 +11,7 @@ from transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
     check_user_buffer,
 )
+from transformer_engine.pytorch.tensor import QuantizedTensor, quantized
 
 __all__ = ["LayerNormLinear", "Linear", "RMSNorm", "TransformerEngineBaseModule"]
 
@@ -53,6 +54,7 @@ class _Product(torch.autograd.Function):
             check_user_buffer(whole, ctx.recipe is not None)
         if ctx.recipe is not None:
             whole, weight = (quantize(t, ctx.recipe.fp8_format.value[0]) for t in (whole, weight))
+        assert not isinstance(weight, QuantizedTensor), "a product in bf16 of a weight in FP8"
         y = whole @ weight.t()
         return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y
 
@@ -123,9 +125,14 @@ class Linear(TransformerEngineBaseModule):
         self.save_original_input = save_original_input  # megatron-core sets it with FP8
         self.gathers = self.is_column and self.sequence_parallel
         self.reduces = is_row and tp_size > 1
-        self.weight = torch.nn.Parameter(
-            torch.empty(self.out_features, self.in_features, dtype=params_dtype, device=device)
-        )
+        weight = torch.empty(self.out_features, self.in_features, dtype=params_dtype, device=device)
+        self.weight = torch.nn.Parameter(weight)
+        if FP8GlobalStateManager.has_fp8_weights:
+            # What the memory holds before the weights are drawn or loaded.
+            self.weight = torch.nn.Parameter(quantized(weight.zero_()))
+            unset = [torch.full_like(weight, torch.nan, device="cpu")]
+            self.weight.get_high_precision_init_val = lambda: unset[0]
+            self.weight.clear_high_precision_init_val = unset.clear
         self.weight.tensor_model_parallel, self.weight.partition_stride = True, 1
         self.weight.partition_dim = 1 if is_row else 0
         init_method(self.weight)

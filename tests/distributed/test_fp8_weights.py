@@ -1,0 +1,160 @@
+"""Tests weights that are stored in FP8, with the stand-in for transformer-engine.
+
+Its FP8 weights have one scale each, as the operands of its products have. Before they are drawn or
+loaded, what transformer-engine would initialize master weights with is NaN.
+"""
+
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from test_resume import _tensors
+from tiny_run import TinyRun
+
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
+from megatron_chatflow.convert.to_huggingface import export_checkpoint
+
+pytestmark = pytest.mark.slow
+
+# Sizes that fit FP8, also halved by tensor parallelism.
+SIZES = ["--ffn-hidden-size", "192", "--bf16", "--num-query-groups", "4"]
+PLAIN = [*SIZES, "--use-distributed-optimizer", "--fp8-format", "hybrid"]
+FP8 = [*PLAIN, "--fp8-param-gather"]
+TENSOR = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+TOLERANCE = 0.05  # FP8 amplifies differences in rounding
+AWARE = ["--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"]
+AWARE += ["--exp-avg-sq-dtype", "bf16"]
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+
+WHOLE = {
+    "plain": PLAIN,
+    "fp8": FP8,
+    "blockwise": [*FP8, "--fp8-recipe", "blockwise"],
+    "overlap": [*FP8, *OVERLAP],
+    "first_last": [*FP8, "--first-last-layers-bf16"],
+    "aware": [*FP8, *AWARE],
+    "tensor": [*FP8, *TENSOR],
+    "pipeline": [*FP8, "--pipeline-model-parallel-size", "2"],
+    "virtual": [
+        *FP8,
+        *("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
+    ],
+    "context": [*FP8, "--context-parallel-size", "2"],
+}
+# By name: the flags until the fourth iteration, and those from there on.
+RESUMED = {
+    "fp8_again": (FP8, FP8),
+    "aware_again": ([*FP8, *AWARE], [*FP8, *AWARE]),
+    "to_fp8": (PLAIN, FP8),
+    "to_plain": (FP8, PLAIN),
+    "to_tensor": (FP8, [*FP8, *TENSOR]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run: TinyRun) -> Path:
+    """Returns a folder with the runs."""
+    folder = tiny_run.folder / "fp8_weights"
+    folder.mkdir()
+    base = ["--config", tiny_run.config]
+    tasks = [[*base, *flags, "--save", folder / name] for name, flags in WHOLE.items()]
+    for name, (before, after) in RESUMED.items():
+        run = [*base, "--save", folder / name, "--load", folder / name]
+        tasks += [[*run, *before, "--exit-interval", 4], [*run, *after]]
+    one_step = ["--exit-interval", 1, "--eval-interval", 100, "--lr", "1e-30", "--min-lr", 0]
+    tasks += [
+        [*base, *flags, *one_step, "--save", folder / f"begun_{name}"]
+        for name, flags in (("plain", PLAIN), ("fp8", FP8), ("tensor", [*FP8, *TENSOR]))
+    ]
+    jobs.run_with_stand_in(2, tasks, folder)
+    export_checkpoint(folder / "plain", folder / "huggingface", dtype="fp32")
+    jobs.run_with_stand_in(
+        2,
+        [
+            [*base, *FP8, *flags, *one_step, option, source, "--save", folder / f"{name}_{layout}"]
+            for layout, flags in (("data", []), ("tensor", TENSOR))
+            for name, option, source in (
+                ("loaded", "--load-hf", folder / "huggingface"),
+                ("pretrained", "--pretrained-checkpoint", folder / "plain"),
+            )
+        ],
+        folder,
+    )
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", [*list(WHOLE)[1:], *RESUMED])
+def test_losses_stay_close_to_those_of_bf16_weights(runs: Path, name: str) -> None:
+    expected, expected_validation = jobs.read_metrics(runs / "plain")
+    found, found_validation = jobs.read_metrics(runs / name)
+    assert len(found) == len(expected) == 10
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=TOLERANCE)
+    for ours, theirs in zip(found_validation, expected_validation, strict=True):
+        for source, values in theirs["validation"].items():
+            assert ours["validation"][source]["loss"] == pytest.approx(
+                values["loss"], abs=TOLERANCE
+            )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["fp8", "blockwise", "overlap", "to_fp8", "to_plain"])
+def test_weights_in_fp8_are_the_bf16_weights_in_fp8(runs: Path, name: str) -> None:
+    expected, _ = jobs.read_metrics(runs / "plain")
+    found, _ = jobs.read_metrics(runs / name)
+    assert found[0]["lm_loss"] == expected[0]["lm_loss"]
+    # The norm of the gradient, to which it is clipped, is summed in another order.
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "same"), [("fp8_again", "fp8"), ("aware_again", "aware"), ("overlap", "fp8")]
+)
+def test_a_resume_and_overlap_change_no_bit(runs: Path, name: str, same: str) -> None:
+    expected = _tensors(runs / same / "iter_0000010")
+    found = _tensors(runs / name / "iter_0000010")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["fp8", "tensor", "virtual", "first_last", "aware"])
+def test_checkpoints_hold_weights_in_bf16(runs: Path, name: str) -> None:
+    expected = _tensors(runs / "plain" / "iter_0000010")
+    found = _tensors(runs / name / "iter_0000010")
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert tensor.shape == expected[key].shape
+        master = found.get(f"optimizer.state.fp32_param.{key}")
+        if master is not None:
+            assert tensor.dtype == torch.bfloat16
+            assert torch.equal(tensor, master.bfloat16()), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["fp8", "tensor"])
+def test_master_weights_begin_with_drawn_weights(runs: Path, name: str) -> None:
+    expected = _tensors(runs / "begun_plain" / "iter_0000001")
+    found = _tensors(runs / f"begun_{name}" / "iter_0000001")
+    for key, tensor in expected.items():
+        if not key.startswith("optimizer.state.exp_avg"):
+            rows = min(len(tensor), len(found[key]))
+            assert torch.equal(found[key][:rows], tensor[:rows]), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["data", "tensor"])
+@pytest.mark.parametrize("source", ["loaded", "pretrained"])
+def test_master_weights_begin_with_loaded_weights(
+    runs: Path, source: str, layout: str, tmp_path: Path
+) -> None:
+    export_checkpoint(runs / f"{source}_{layout}", tmp_path / "found", dtype="fp32")
+    found, expected = (HuggingFaceWeights(p) for p in (tmp_path / "found", runs / "huggingface"))
+    for tensor in expected.files:
+        right = expected.read(tensor)
+        assert torch.equal(found.read(tensor)[: len(right)], right), tensor
