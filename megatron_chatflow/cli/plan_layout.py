@@ -156,6 +156,11 @@ def main() -> None:
     config = load_config(arguments.config, flags)
     if not config.train.bf16:
         raise UserError("train.bf16: speeds are predicted for bf16 only; remove --no-bf16")
+    if config.optimizer.optimizer_cpu_offload:
+        raise UserError(
+            "optimizer.optimizer_cpu_offload: speeds are predicted without offloading; remove it, "
+            "and add it to the layout that you choose"
+        )
     num_tokens = _num_tokens(arguments.tokens, config)
     for num_gpus in counts if arguments.output else ():
         check_output_file(output_path(arguments.output, num_gpus, counts))

@@ -131,6 +131,22 @@ def saving_copy_bytes(config: RunConfig, vocab_size: int, world_size: int) -> in
     return estimate_memory(config, vocab_size, world_size, on_cpu=True).saving
 
 
+def offloaded_bytes(config: RunConfig, vocab_size: int, world_size: int) -> int:
+    """Returns the bytes of host memory for the optimizer state that a process offloads.
+
+    These are the fp32 state and a copy of the gradients; 0 without ``optimizer_cpu_offload``.
+
+    Args:
+        config: The configuration of the run.
+        vocab_size: Size of the tokenizer's vocabulary before padding.
+        world_size: Number of processes.
+    """
+    if not config.optimizer.optimizer_cpu_offload:
+        return 0
+    state = estimate_memory(config, vocab_size, world_size, on_cpu=True).optimizer
+    return int(state * (12 + 4) / 12 * config.optimizer.optimizer_offload_fraction)
+
+
 def _moment_dtypes(config: RunConfig) -> tuple[str, str]:
     return config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype
 
@@ -153,6 +169,9 @@ def _saved_state_bytes(config: RunConfig) -> int:
 
 def _update_bytes(config: RunConfig) -> int:
     """Returns the bytes per parameter of the fp32 state that the update computes with."""
+    if config.optimizer.optimizer_cpu_offload:
+        # The rest of the state is updated on the GPU, with gradients in fp32.
+        return 4 if config.has_bf16_gradients else 0
     dtypes = (*_moment_dtypes(config), config.optimizer.main_params_dtype)
     return 4 * sum(dtype != "fp32" for dtype in dtypes)
 

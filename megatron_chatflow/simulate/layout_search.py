@@ -347,9 +347,10 @@ def describe_step(
         layer_launches: Kernels that a layer launches in its forward and its backward pass.
 
     Returns:
-        One line, or an empty text for a run in fp32, whose speed cannot be predicted.
+        One line, or an empty text for a run in fp32 or with an offloaded optimizer, whose speed
+        cannot be predicted.
     """
-    if not config.train.bf16:
+    if not config.train.bf16 or config.optimizer.optimizer_cpu_offload:
         return ""
     planned = plan_layout(
         config, num_gpus, find_gpu(gpu_name), vocab_size, layer_launches=layer_launches

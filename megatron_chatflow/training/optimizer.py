@@ -127,7 +127,7 @@ def install_fused_adamw() -> str:
 def _check_allocator() -> None:
     """Checks that torch's allocator can allocate NCCL's user buffers."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:True" in os.environ.get(name, ""):
+        if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
             raise UserError(
                 f"parallel.use_nccl_ub: does not work with expandable_segments:True in {name}; "
                 "remove one of them"

@@ -104,6 +104,9 @@ def test_without_the_tokenizer_the_vocabulary_is_assumed(call) -> None:
     assert errors.startswith("note: assuming a vocabulary of 32,000: ")
 
 
+OFFLOAD = ["--use-precision-aware-optimizer", "--optimizer-cpu-offload"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,6 +120,10 @@ def test_without_the_tokenizer_the_vocabulary_is_assumed(call) -> None:
         (["--gpus", "8", "--price", "0"], "--price: must be above 0, not 0.0"),
         (["--gpus", "8", "--network-gbps", "-1"], "--network-gbps: must be above 0, not -1.0"),
         (["--gpus", "8", "--tokens", "many"], "--tokens: must be a count such as 500, 8K"),
+        (
+            [*OFFLOAD, "--gpus", "8"],
+            "optimizer.optimizer_cpu_offload: speeds are predicted without offloading",
+        ),
         (["--gpus", "8", "--no-bf16"], "train.bf16: speeds are predicted for bf16 only"),
         (["--gpus", "8", "--no-such-flag"], "--no-such-flag: unknown flag"),
         (["--gpus", "8", "--calibrate", "absent/metrics.jsonl"], "absent/config.yaml: no such "),

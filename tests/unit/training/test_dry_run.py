@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import save_file
 from tiny_run import TinyRun, write_checkpoint_state
 
+from megatron_chatflow.config.memory import offloaded_bytes
+from megatron_chatflow.config.shape import num_parameters
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.simulate.layout_search import describe_step
 from megatron_chatflow.training.dry_run import dry_run
 from megatron_chatflow.training.inputs import open_inputs
 
@@ -27,6 +30,27 @@ def test_it_shows_configuration_blend_epochs_and_sizes(make_config) -> None:
     assert "0 to 64" in text and "64 to 80" in text
     assert "600 tokens in the vocabulary, padded to 640 rows" in text
     assert "1 processes" in text
+
+
+def test_an_offloaded_optimizer_needs_host_memory_and_has_no_predicted_speed(make_config) -> None:
+    changes = {
+        "parallel__use_distributed_optimizer": True,
+        "optimizer__use_precision_aware_optimizer": True,
+        "optimizer__optimizer_cpu_offload": True,
+        "train__bf16": True,
+    }
+    config = make_config(**changes)
+    vocab_size = 600
+    whole = offloaded_bytes(config, vocab_size, 1)
+    half = make_config(**changes, optimizer__optimizer_offload_fraction=0.5)
+    assert 0 < whole == pytest.approx(2 * offloaded_bytes(half, vocab_size, 1), rel=1e-6)
+    # fp32 weights, two moments and a gradient of every parameter, on one of two ranks.
+    num = num_parameters(config.model, vocab_size)
+    assert offloaded_bytes(config, vocab_size, 2) == pytest.approx(16 * num / 2, rel=0.05)
+    text = dry_run(config, describe_step=describe_step)
+    assert "host memory per process for offloaded state: 0.0" in text
+    assert "predicted for" not in text
+    assert offloaded_bytes(make_config(), vocab_size, 1) == 0
 
 
 def test_more_processes_are_more_copies(make_config) -> None:
