@@ -35,8 +35,15 @@ def _cudnn_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[An
     return torch.empty_like(query), *others
 
 
+def _addmm_out(*_: Any, out: torch.Tensor, **__: Any) -> torch.Tensor:
+    """Describes `torch.addmm` with ``out_dtype``, which torch 2.8 to 2.12 decompose wrongly."""
+    return out
+
+
 # Used instead of torch's own shape functions.
-_SHAPES = {aten._scaled_dot_product_cudnn_attention.default: _cudnn_attention}
+_SHAPES: dict[Any, Any] = {aten._scaled_dot_product_cudnn_attention.default: _cudnn_attention}
+if hasattr(aten.addmm, "dtype_out"):  # since torch 2.8
+    _SHAPES[aten.addmm.dtype_out] = _addmm_out
 
 # Operators of attention: position of the query among the arguments, the key follows it, and number
 # of matrix products, of which the backward pass computes the scores again.

@@ -10,6 +10,8 @@ from tiny_run import TinyRun
 from megatron_chatflow.checkpoint.files import LATEST
 from megatron_chatflow.simulate.observer import Observation
 
+IN_SOME = {"gradients"}
+"""Phases in which only megatron-core before 0.18 makes the host wait."""
 PARALLEL = {
     "use_distributed_optimizer": True,
     "overlap_grad_reduce": True,
@@ -66,7 +68,7 @@ def test_a_run_saves_and_resumes(simulator: Simulator, tiny_run: TinyRun, tmp_pa
     assert places[0] == places[1]
     for run in (first, second):
         assert run.cpu_tensors == []
-        assert {one.phase for one in run.synchronizations} == {"gradients", "update", "after"}
+        assert {one.phase for one in run.synchronizations} - IN_SOME == {"update", "after"}
 
 
 def test_a_run_saves_at_once(simulator: Simulator, tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -105,4 +107,4 @@ def test_the_ranks_of_a_job_save_and_resume_at_another_layout(
     assert [one.num_steps for one in second] == [2, 2]
     assert (tmp_path / "run" / LATEST).read_text() == "4\n"
     for one in (*first, *second):
-        assert {line.phase for line in one.synchronizations} == {"gradients", "update", "after"}
+        assert {line.phase for line in one.synchronizations} - IN_SOME == {"update", "after"}
