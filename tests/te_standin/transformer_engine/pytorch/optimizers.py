@@ -124,6 +124,10 @@ def multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale):
         torch.mul(source, scale, out=target)
 
 
+def multi_tensor_scale_tensor(chunk_size, noop_flag, tensor_lists, scale):
+    multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale)
+
+
 def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor=False):
     norms = torch._foreach_norm(tensor_lists[0], 2, torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms)).view(1), None
