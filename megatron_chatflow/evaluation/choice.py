@@ -343,7 +343,9 @@ class ChoiceValidator:
     def run(self, forward_step: ForwardStep, chunks: list[Any], ranks: Ranks) -> dict[str, Any]:
         """Evaluates all questions; every rank calls it and receives the same result."""
         mine = self.batches[ranks.data_parallel_rank :: ranks.data_parallel_size]
-        sums = sum_losses(mine, replace(forward_step, num_sources=self.num_choices), chunks, ranks)
+        # Here the source of a token is its choice.
+        step = replace(forward_step, num_sources=self.num_choices, objective=None)
+        sums = sum_losses(mine, step, chunks, ranks)
         log_probs = iter((-reduce_source_sums(sums, ranks)[:, 0]).tolist())
         scores = [[next(log_probs) for _ in question.choices] for question in self.questions]
         return summarize_choice(self.questions, scores, self.settings)

@@ -3,6 +3,7 @@
 `tests/unit/model/test_objective.py` compares the gradients with an explicitly weighted loss.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def runs(tiny_run: TinyRun) -> Path:
         one_stop,
         job(four, "resumed"),
     ]
+    # In choice questions, the sources of tokens are their choices.
+    question = {"question": "bana", "choices": ["kedo", "luno", "sima"], "answer": 0}
+    (folder / "quiz.jsonl").write_text(f"{json.dumps(question)}\n" * 3, encoding="utf-8")
+    quiz = ["--choice-questions", str(folder / "quiz.jsonl"), "--choice-interval", "2"]
+    commands.append(job(four, "asked", *quiz, "--choice-scoring", "continuation"))
     jobs.run_layouts(1, commands, folder)
     jobs.run_layouts(2, [job(four, name, *flags) for name, flags in LAYOUTS.items()], folder)
     return folder
@@ -62,7 +68,7 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", [*LAYOUTS, "scaled"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "scaled", "asked"])
 def test_losses_equal_a_single_process(runs: Path, name: str) -> None:
     found, expected = steps(runs / name), steps(runs / "single")
     assert len(found) == len(expected) == 5
