@@ -77,6 +77,8 @@ class SafeLoad(TorchDistLoadShardedStrategy):  # type: ignore[misc]
     def __init__(self, reader: FileSystemReader | None = None) -> None:
         """Uses ``reader``; None reads the folder's files unchanged."""
         super().__init__()
+        # A quantized tensor's parts share its scale. megatron-core 0.19 would quantize each alone.
+        self.stream_ckpt_dequant = False
         self._reader = reader
 
     def load(

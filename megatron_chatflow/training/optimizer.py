@@ -19,6 +19,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from torch.optim.adamw import adamw
@@ -165,6 +166,10 @@ class Optimization:
         if self.overlaps_param_gather:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+                # megatron-core before 0.19 does this only when the next forward pass gathers.
+                quantized = [p for p in chunk.parameters() if is_float8tensor(p)]
+                if quantized:
+                    post_all_gather_processing(quantized)
 
     def advance(self, num_samples: int) -> None:
         """Advances the learning rate by an iteration of ``num_samples`` samples."""

@@ -67,7 +67,11 @@ class _Product(torch.autograd.Function):
         parameter = layer.weight  # what autograd has saved may have been offloaded
         if ctx.recipe is not None:
             forward_type, gradient_type = ctx.recipe.fp8_format.value
-            whole, weight = (quantize(t, forward_type) for t in (whole, weight))
+            whole = quantize(whole, forward_type)
+            if isinstance(weight, QuantizedTensor):
+                weight = weight.dequantize(transposed=True)
+            else:
+                weight = quantize(weight, forward_type)
             gradient = quantize(gradient, gradient_type)
         grad_x = gradient @ weight
         if layer.is_column and layer.tp_size > 1:

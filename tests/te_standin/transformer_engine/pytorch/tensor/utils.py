@@ -35,4 +35,5 @@ def cast_master_weights_to_fp8(
 
 
 def post_all_gather_processing(model_weights):
-    pass
+    for weight in model_weights:
+        weight.transpose_again()
