@@ -433,6 +433,11 @@ def _check_offloading(config: "RunConfig") -> None:
             f"{name}: needs the layers of transformer-engine; remove it, or use "
             "train.transformer_impl auto"
         )
+    if train.fp8_format is not None or train.fp4_format is not None:
+        raise UserError(
+            f"{name}: would offload the quantized copies of weights as well; remove it, or "
+            "train.fp8_format and train.fp4_format"
+        )
     if train.cuda_graph_impl != "none":
         raise UserError(f"{name} and train.cuda_graph_impl: both are set; remove one of them")
     if train.recompute_granularity == "full":

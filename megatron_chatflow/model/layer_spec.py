@@ -212,6 +212,17 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     for name, recipe in recipes.items():
         if recipe is not None:
             _check_recipe(name, recipe, facts)
+    if train.fp8_param_gather:
+        # A graph replays kernels with the transposed weights of its capture. Since 2.12,
+        # transformer-engine updates those in place.
+        has_graphs = train.cuda_graph_impl != "none"
+        oldest, installed = "2.12" if has_graphs else "2.2", facts.installed[TRANSFORMER_ENGINE]
+        if Version(installed) < Version(oldest):
+            raise UserError(
+                f"train.fp8_param_gather: needs transformer-engine {oldest}"
+                f"{' with train.cuda_graph_impl' if has_graphs else ''}, and {installed} is "
+                "installed; install a newer version, or remove the setting"
+            )
     if train.fine_grained_activation_offloading:
         # Since this version, transformer-engine offloads in another way unless it is told not to,
         # and megatron-core relies on the earlier one.

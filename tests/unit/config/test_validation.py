@@ -48,6 +48,10 @@ REFUSED = [
         f"{GATHER}: needs fp32 master weights on the GPU, and optimizer.optimizer_cpu_offload is",
     ),
     ({MOVING: True}, f"{MOVING} and {MODULES}: one is set and the other is not; set both, or"),
+    (
+        {**FP8, MOVING: True, MODULES: ("core_attn",)},
+        f"{MOVING}: would offload the quantized copies of weights as well; remove it, or",
+    ),
     ({MODULES: ("core_attn",)}, f"{MOVING} and {MODULES}: one is set and the other is not"),
     (
         {MOVING: True, MODULES: ("core_attn",), "train.transformer_impl": "local"},

@@ -88,6 +88,9 @@ def test_a_request_that_cannot_be_followed_is_refused(facts: Any, message: str) 
 OFFLOADING = {"fine_grained_activation_offloading": True, "offload_modules": ("core_attn",)}
 
 
+GRAPHS = {"cuda_graph_impl": "transformer_engine"}
+
+
 def checked(
     layers: str = "transformer_engine",
     *,
@@ -137,6 +140,17 @@ def checked(
             {"capability": (8, 0), "fp8_format": "hybrid"},
             "tensorwise needs a GPU of compute capability 8.9, and this one has 8.0",
         ),
+        (
+            {"installed": "2.11", "fp8_format": "hybrid", "fp8_param_gather": True, **GRAPHS},
+            "fp8_param_gather: needs transformer-engine 2.12 with train.cuda_graph_impl, and 2.11",
+        ),
+        (
+            {
+                **{"installed": "2.1", "capability": (10, 0), "fp8_param_gather": True},
+                **{"fp8_format": "e4m3", "fp8_recipe": "mxfp8"},
+            },
+            "fp8_param_gather: needs transformer-engine 2.2, and 2.1 is installed",
+        ),
         ({"fp8_format": "hybrid", "fp8_recipe": "mxfp8"}, "mxfp8 needs a GPU .* 10.0, and this"),
         ({"fp4_format": "e2m1"}, "train.fp4_format: nvfp4 needs a GPU of compute capability 10.0"),
         (
@@ -154,6 +168,8 @@ def test_a_precision_that_this_machine_has_is_accepted() -> None:
     checked("local")
     checked(fp8_format="hybrid", fp8_recipe="blockwise")
     checked(fp8_format="hybrid", fp8_recipe="mxfp8", capability=(10, 0))
+    checked(fp8_format="hybrid", fp8_param_gather=True)
+    checked(fp8_format="hybrid", fp8_param_gather=True, installed="2.12", **GRAPHS)
     checked(fp8_format="hybrid", capability=None)  # a stand-in on CPUs
     checked(**OFFLOADING)
 
