@@ -16,6 +16,7 @@ from megatron_chatflow.simulate.layout_search import (
     UNTUNED_BAND,
     PlannedLayout,
     calibrate,
+    offloading_of,
     plan_layout,
     search_layouts,
     vocab_size_of,
@@ -156,9 +157,10 @@ def main() -> None:
     config = load_config(arguments.config, flags)
     if not config.train.bf16:
         raise UserError("train.bf16: speeds are predicted for bf16 only; remove --no-bf16")
-    if config.optimizer.optimizer_cpu_offload:
+    offloading = offloading_of(config)
+    if offloading is not None:
         raise UserError(
-            "optimizer.optimizer_cpu_offload: speeds are predicted without offloading; remove it, "
+            f"{offloading}: speeds are predicted without offloading; remove it, "
             "and add it to the layout that you choose"
         )
     num_tokens = _num_tokens(arguments.tokens, config)

@@ -169,11 +169,16 @@ def _saved_state_bytes(config: RunConfig) -> int:
 
 def _update_bytes(config: RunConfig) -> int:
     """Returns the bytes per parameter of the fp32 state that the update computes with."""
-    if config.optimizer.optimizer_cpu_offload:
-        # The rest of the state is updated on the GPU, with gradients in fp32.
-        return 4 if config.has_bf16_gradients else 0
-    dtypes = (*_moment_dtypes(config), config.optimizer.main_params_dtype)
-    return 4 * sum(dtype != "fp32" for dtype in dtypes)
+    optimizer = config.optimizer
+    # The precision-aware optimizer reads bf16 gradients; others convert them to fp32.
+    reads_bf16 = optimizer.use_precision_aware_optimizer and not (
+        optimizer.optimizer_cpu_offload or config.train.fp8_param_gather
+    )
+    gradient = 4 if config.has_bf16_gradients and not reads_bf16 else 0
+    if optimizer.optimizer_cpu_offload:
+        return gradient
+    dtypes = (*_moment_dtypes(config), optimizer.main_params_dtype)
+    return gradient + 4 * sum(dtype != "fp32" for dtype in dtypes)
 
 
 def _value_bytes(config: RunConfig) -> int:

@@ -330,6 +330,15 @@ def vocab_size_of(config: RunConfig) -> tuple[int, str | None]:
     return tokenizer.vocab_size, None
 
 
+def offloading_of(config: RunConfig) -> str | None:
+    """Returns the setting that copies to host memory in every step, which is not predicted."""
+    if config.optimizer.optimizer_cpu_offload:
+        return "optimizer.optimizer_cpu_offload"
+    if config.train.fine_grained_activation_offloading:
+        return "train.fine_grained_activation_offloading"
+    return None
+
+
 def describe_step(
     config: RunConfig,
     vocab_size: int,
@@ -347,10 +356,10 @@ def describe_step(
         layer_launches: Kernels that a layer launches in its forward and its backward pass.
 
     Returns:
-        One line, or an empty text for a run in fp32 or with an offloaded optimizer, whose speed
-        cannot be predicted.
+        One line, or an empty text for a run in fp32 or with offloading, whose speed cannot be
+        predicted.
     """
-    if not config.train.bf16 or config.optimizer.optimizer_cpu_offload:
+    if not config.train.bf16 or offloading_of(config) is not None:
         return ""
     planned = plan_layout(
         config, num_gpus, find_gpu(gpu_name), vocab_size, layer_launches=layer_launches
