@@ -13,6 +13,8 @@ from megatron_chatflow.convert.safetensors import plan_shards
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.weight_map import huggingface_shapes, placements
 
+pytestmark = pytest.mark.slow
+
 SHARD_BYTES = 4_000_000
 # Allowance beside a tensor and a shard: a copy in another dtype or order, pickled data, and the
 # allocator's overhead.
@@ -25,8 +27,6 @@ from pathlib import Path
 import torch
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.convert.from_huggingface import import_huggingface
-
-pytestmark = pytest.mark.slow
 
 torch.set_num_threads(1)
 folder, which, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
