@@ -22,6 +22,7 @@ from megatron.core.distributed import (
 from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adamw import adamw
 
 from megatron_chatflow.config import OptimizerConfig, RunConfig, RunLength
@@ -31,7 +32,6 @@ from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.guard import GuardedOptimizer
-from megatron_chatflow.training.learning_rate import build_scheduler
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -258,6 +258,30 @@ def _finalize_gradients(objective: Objective | None) -> Any:
         finalize_model_grads(model, objective.take_total(), *args, **kwargs)
 
     return finalize
+
+
+def build_scheduler(
+    settings: OptimizerConfig, length: RunLength, optimizer: Any
+) -> OptimizerParamScheduler:
+    """Builds an optimizer's scheduler, which counts in the unit of `RunLength.lr_position`."""
+    is_constant = settings.weight_decay_incr_style == "constant"
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=settings.lr_warmup_init,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=length.lr_warmup,
+        # megatron-core requires one step of decay even if warmup takes the whole run.
+        lr_decay_steps=max(length.lr_decay - length.lr_start, length.lr_warmup + 1),
+        lr_decay_style=settings.lr_decay_style,
+        wsd_decay_steps=length.lr_wsd_decay,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+        start_wd=settings.weight_decay if is_constant else settings.start_weight_decay,
+        end_wd=settings.weight_decay if is_constant else settings.end_weight_decay,
+        wd_incr_steps=0 if is_constant else length.end - length.lr_start,
+        wd_incr_style=settings.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False,
+    )
 
 
 def build_optimization(

@@ -9,7 +9,7 @@ import pytest
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.config.learning_rate import learning_rate, learning_rates
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.training.learning_rate import build_scheduler
+from megatron_chatflow.training.optimizer import build_scheduler
 
 WSD = {"optimizer__lr_decay_style": "WSD", "optimizer__lr_wsd_decay_iters": 7}
 SCHEDULES: dict[str, dict[str, Any]] = {
