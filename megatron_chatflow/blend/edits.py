@@ -371,23 +371,36 @@ def run_schedule(
     Raises:
         UserError: ``data.schedule`` is invalid; see `resumed_schedule`.
     """
-    block, batch, origin = to_plain(config.data.schedule), config.train.global_batch_size, 0
+    block = to_plain(config.data.schedule)
+    positions = run_positions(config, recorded, iteration, consumed_samples)
+    arguments: dict[str, Any] = {
+        "sources": list(sources),
+        "samples_per_iteration": positions.samples_per_iteration,
+        "seq_length": config.data.seq_length,
+    }
     if recorded is None:
-        return Schedule.from_dict(block, sources, batch, config.data.seq_length)
-    plan = Schedule.from_dict(recorded)
-    if config.train.train_iters is not None and config.data.schedule.unit == "iterations":
+        return Schedule.from_dict(block, **arguments)
+    arguments["iteration_origin"] = positions.iteration_origin
+    return resumed_schedule(block, Schedule.from_dict(recorded), arguments)
+
+
+def run_positions(
+    config: RunConfig,
+    recorded: Mapping[str, Any] | None = None,
+    iteration: int = 0,
+    consumed_samples: int = 0,
+) -> Positions:
+    """Returns how the positions of ``data.schedule`` convert to samples; see `run_schedule`."""
+    batch, origin = config.train.global_batch_size, 0
+    unit = config.data.schedule.unit
+    if recorded is not None and config.train.train_iters is not None and unit == "iterations":
         # Future iterations have the current batch size; past iterations keep their samples.
         origin = consumed_samples - iteration * batch
-    else:
+    elif recorded is not None:
         # Weights still change at multiples of the original batch size of the run.
+        plan = Schedule.from_dict(recorded)
         batch, origin = plan.samples_per_iteration, plan.iteration_origin
-    arguments = {
-        "sources": list(sources),
-        "samples_per_iteration": batch,
-        "seq_length": config.data.seq_length,
-        "iteration_origin": origin,
-    }
-    return resumed_schedule(block, plan, arguments)
+    return Positions(unit, batch, origin, config.data.seq_length)
 
 
 def resumed_schedule(

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
+from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.config.learning_rate import learning_rates
 from megatron_chatflow.config.run_length import RunLength
@@ -186,6 +187,23 @@ def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int 
             "epochs so far": row.epochs,
         }
         for row in rows
+    ]
+
+
+def objective_table(
+    objective: ObjectiveWeights, blend: Blend, num_samples: int
+) -> list[dict[str, str | int | float | None]]:
+    """Lists the weights of all sources in the objective at the begin and end of every phase.
+
+    Positions are in the unit of the schedule.
+    """
+    edges = sorted({0, *objective.samples_before(num_samples), num_samples - 1})
+    return [
+        {
+            f"at ({blend.schedule.unit})": f"{blend.position(sample):,}",
+            **{n: f"{w:g}" for n, w in zip(objective.sources, objective.at(sample), strict=True)},
+        }
+        for sample in edges
     ]
 
 

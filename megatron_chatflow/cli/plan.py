@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.blend.blend import Blend
-from megatron_chatflow.blend.edits import as_planned_knot, run_schedule
+from megatron_chatflow.blend.edits import as_planned_knot, run_positions, run_schedule
+from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.plan import (
     check_epochs,
     epoch_findings,
     learning_rate_table,
     mixture_curve,
+    objective_table,
     plan,
     to_csv,
     to_table,
@@ -86,8 +88,11 @@ def find_resumed(config: RunConfig) -> Resumed | None:
     return Resumed(folder, *(state[name] for name in names))
 
 
-def numeric_knot(schedule: Schedule, sample: int, unit: str) -> str:
-    """Returns the weights at a sample as a YAML knot that rounds to exactly these weights."""
+def numeric_knot(schedule: Schedule, sample: int, unit: str, more: str = "") -> str:
+    """Returns the weights at a sample as a YAML knot that rounds to exactly these weights.
+
+    ``more`` is inserted behind the weights.
+    """
     # Parsing a knot rounds its levels down. Rounding up here yields the same levels again.
     levels = np.cumsum(schedule.weights_at(sample)).tolist()
     parts = [-(-level * 10**10 >> 32) for level in levels]
@@ -97,7 +102,7 @@ def numeric_knot(schedule: Schedule, sample: int, unit: str) -> str:
         if above > below
     }
     inner = ", ".join(f"{name}: {weight:.10g}" for name, weight in weights.items())
-    text = f"at: {schedule.position(sample, unit)}, weights: {{{inner}}}"
+    text = f"at: {schedule.position(sample, unit)}, weights: {{{inner}}}{more}"
     following = next((knot for knot in schedule.knots if knot.at >= sample), None)
     if following is None or following == schedule.knots[0] or following.ramp == "step":
         return f"{{{text}}}"
@@ -107,13 +112,20 @@ def numeric_knot(schedule: Schedule, sample: int, unit: str) -> str:
     return text
 
 
-def describe_position(blend: Blend, sample: int, unit: str, folder: Path | None) -> str:
+def describe_position(
+    blend: Blend, objective: ObjectiveWeights, sample: int, unit: str, folder: Path | None
+) -> str:
     """Describes the weights at a sample and a knot that preserves the schedule up to it.
 
     ``unit`` is that of the knots in the YAML file, and ``folder`` the checkpoint that the run
     continues from; None for a new run.
     """
     schedule = blend.schedule
+    more = ""
+    if not objective.are_equal:
+        counts = zip(objective.sources, objective.at(sample), strict=True)
+        inner = ", ".join(f"{name}: {weight:.10g}" for name, weight in counts)
+        more = f", objective_weights: {{{inner}}}"
     shares = zip(schedule.sources, blend.planned_shares(sample).tolist(), strict=True)
     place = f"sample {sample:,}"
     if unit != "samples":
@@ -124,12 +136,12 @@ def describe_position(blend: Blend, sample: int, unit: str, folder: Path | None)
         lines += [
             f"to keep the schedule of {folder} up to this sample, replace all knots up to it by "
             "this knot:",
-            f"      - {as_planned_knot(schedule, sample, unit)}",
+            f"      - {as_planned_knot(schedule, sample, unit)[:-1]}{more}}}",
         ]
         kept = " (keep the knots before it)"
     lines += [
         f"the same knot with numeric weights{kept}:",
-        f"      - {numeric_knot(schedule, sample, unit)}",
+        f"      - {numeric_knot(schedule, sample, unit, more)}",
     ]
     if folder is None:
         lines.append("(a run that resumes from a checkpoint can use `weights: as_planned` instead)")
@@ -172,7 +184,11 @@ def main() -> None:
             check_output_file(arguments.output / name)
     config = load_config(arguments.config, flags)
     resumed = find_resumed(config)
+    if resumed is not None:
+        progress = resumed.iteration, resumed.consumed_samples
+        positions = run_positions(config, resumed.schedule, *progress)
     if resumed is None:
+        positions = run_positions(config)
         blend = Blend(run_schedule(config, list(config.data.sources)))
     elif (
         arguments.at is not None
@@ -183,19 +199,23 @@ def main() -> None:
             schedule = schedule.with_iterations(batch, origin)
         blend = Blend(schedule, resumed.blend)
     else:
-        progress = resumed.iteration, resumed.consumed_samples
         schedule = run_schedule(config, list(config.data.sources), resumed.schedule, *progress)
         blend = Blend(schedule, resumed.blend)
+    objective = ObjectiveWeights(config.data, positions)
     if arguments.at is not None:
         folder = None if resumed is None else resumed.folder
         sample = parse_position(arguments.at, resumed)
-        print(describe_position(blend, sample, config.data.schedule.unit, folder))
+        print(describe_position(blend, objective, sample, config.data.schedule.unit, folder))
         return
-    show_plan(config, blend, resumed, arguments)
+    show_plan(config, blend, objective, resumed, arguments)
 
 
 def show_plan(
-    config: RunConfig, blend: Blend, resumed: Resumed | None, arguments: argparse.Namespace
+    config: RunConfig,
+    blend: Blend,
+    objective: ObjectiveWeights,
+    resumed: Resumed | None,
+    arguments: argparse.Namespace,
 ) -> None:
     """Prints the plan of the whole run and writes ``plan.csv`` and ``plan.png``."""
     schedule, seq_length = blend.schedule, config.data.seq_length
@@ -216,6 +236,9 @@ def show_plan(
     if blend.edit is not None:
         print(blend.edit)
     print("\n" + format_table(to_table(rows, blend)))
+    if not objective.are_equal:
+        counts = objective_table(objective, blend, num_samples)
+        print("\nweights in the objective:\n" + format_table(counts))
     tenths = learning_rate_table(blend, config.optimizer, length)
     if tenths:
         print("\nsources by tenths of the summed learning rate:\n" + format_table(tenths))

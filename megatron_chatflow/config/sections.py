@@ -229,6 +229,9 @@ class KnotConfig:
     schedule up to this knot"""
     ramp: Literal["step", "linear", "cosine"] = "step"
     """how the weights change from the previous knot to this one"""
+    objective_weights: dict[Name, PositiveNumber] | None = None
+    """objective_weight by source at this knot, ramped like the weights; a source that is not named
+    has the objective_weight of its own"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

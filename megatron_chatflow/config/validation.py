@@ -6,7 +6,7 @@ to change.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -599,6 +599,8 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
     for number, knot in enumerate(knots):
         if not isinstance(knot.weights, str):  # the checkpoint has the weights of as_planned
             check_weights(knot.weights, sources, f"data.schedule.knots[{number}].weights")
+        path = f"data.schedule.knots[{number}].objective_weights"
+        check_names(knot.objective_weights or (), sources, path)
     for number, (before, after) in enumerate(pairwise(knots), start=1):
         if after.at <= before.at:
             raise UserError(
@@ -609,16 +611,21 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
 
 def check_weights(weights: Mapping[str, float], sources: Sequence[str], path: str) -> None:
     """Checks that the weights of a knot name known sources and are not all 0."""
+    check_names(weights, sources, path)
+    if not any(weights.values()):
+        raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")
+
+
+def check_names(names: Iterable[str], sources: Sequence[str], path: str) -> None:
+    """Checks that the keys of a mapping by source are known sources."""
     known = set(sources)
-    for name in weights:
+    for name in names:
         if name not in known:
             shown = ", ".join(sources[:8]) + (", ..." if len(sources) > 8 else "")
             raise UserError(
                 f"{path}.{name}: is not among data.sources{did_you_mean(name, sources)}; known are "
                 f"{shown}"
             )
-    if not any(weights.values()):
-        raise UserError(f"{path}: all weights are 0; give at least one source a weight above 0")
 
 
 def validate_for_world(config: "RunConfig", world_size: int) -> None:

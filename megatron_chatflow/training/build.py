@@ -69,7 +69,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
             vocab_size=inputs.vocab_size,
             sequence_length=config.data.seq_length,
         )
-    objective = _build_objective(config, inputs, ranks)
+    objective = _build_objective(inputs, ranks)
     optimization = build_optimization(config, llama, ranks, inputs.length, objective)
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
@@ -241,16 +241,16 @@ def _load_checkpoint(
         )
 
 
-def _build_objective(config: RunConfig, inputs: RunInputs, ranks: Ranks) -> Objective | None:
+def _build_objective(inputs: RunInputs, ranks: Ranks) -> Objective | None:
     """Returns the weights of sources in the objective; None if all are equal."""
-    weights = {
-        source.name: config.data.sources[source.name].objective_weight for source in inputs.sources
-    }
-    if len(set(weights.values())) < 2:
+    weights = inputs.objective
+    if weights.are_equal:
         return None
-    shown = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
-    logger.info("weights of sources in the objective: %s", shown)
-    return Objective(list(weights.values()), ranks.device)
+    first = weights.at(inputs.length.consumed_samples)
+    shown = ", ".join(f"{name} {w:g}" for name, w in zip(weights.sources, first, strict=True))
+    change = "" if weights.are_constant else "; they change along the schedule"
+    logger.info("weights of sources in the objective: %s%s", shown, change)
+    return Objective(weights, ranks.device)
 
 
 def _build_validator(config: RunConfig, sources: list[Source]) -> Validator | None:

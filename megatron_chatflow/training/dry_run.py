@@ -133,10 +133,10 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
             "source": source.name,
             "tokens": source.num_tokens,
             "samples per epoch": source.num_samples,
-            **_describe_objective(config, source.name),
+            **_describe_objective(inputs, number),
             **_describe_packing(source.packing),
         }
-        for source in inputs.sources
+        for number, source in enumerate(inputs.sources)
     ]
     length = inputs.length
     begin = "starts fresh"
@@ -163,11 +163,15 @@ def _describe_learning_rate(config: RunConfig, inputs: RunInputs) -> str:
     return f"\n\nsources by tenths of the summed learning rate:\n{format_table(rows)}"
 
 
-def _describe_objective(config: RunConfig, name: str) -> Row:
-    weights = {source.objective_weight for source in config.data.sources.values()}
-    if len(weights) < 2:
+def _describe_objective(inputs: RunInputs, number: int) -> Row:
+    """Returns a source's weight in the objective, or those at its first and last iteration."""
+    if inputs.objective.are_equal:
         return {}
-    return {"objective weight": f"{config.data.sources[name].objective_weight:g}"}
+    length = inputs.length
+    last = length.num_samples - length.global_batch_size
+    samples = [length.consumed_samples, max(last, length.consumed_samples)]
+    ends = [f"{inputs.objective.at(sample)[number]:g}" for sample in samples]
+    return {"objective weight": ends[0] if inputs.objective.are_constant else " to ".join(ends)}
 
 
 def _describe_packing(packing: Packing | None) -> Row:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_chatflow.blend.blend import Blend
-from megatron_chatflow.blend.edits import run_schedule
+from megatron_chatflow.blend.edits import run_positions, run_schedule
+from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.plan import check_epochs, epoch_findings
 from megatron_chatflow.checkpoint.files import check_small_files
 from megatron_chatflow.checkpoint.store import RunState
@@ -63,6 +64,7 @@ class RunInputs:
     # held-out samples of each source; empty if nothing is validated
     validation_sources: list[Source]
     blend: Blend  # the blend, resumed from the checkpoint if there is one
+    objective: ObjectiveWeights  # weights of the sources in the objective
     state: RunState  # state of the run before its first iteration
     checkpoint: Path | None  # checkpoint that provides the weights; None for random weights
     resumed: RunState | None  # state of the checkpoint; None unless the run resumes it
@@ -154,6 +156,10 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
     blend = _blend(config, sources, resumed)
+    positions = run_positions(config)
+    if resumed is not None:
+        begin = resumed.iteration, resumed.consumed_samples
+        positions = run_positions(config, resumed.schedule, *begin)
     folder = None if checkpoint is None else checkpoint.folder
     seeds = data_seeds(config, sources, blend, None if grown else resumed, folder)
     for source in sources:
@@ -197,6 +203,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         validation_sources=held_out,
         test_sources=test,
         blend=blend,
+        objective=ObjectiveWeights(config.data, positions),
         state=replace(state, schedule=blend.schedule.to_dict(), data_seeds=seeds),
         checkpoint=folder,
         resumed=resumed,
@@ -262,6 +269,7 @@ def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
     facts: dict[str, Any] = {"tokenizer.tokenizer_model": state.tokenizer["sha256"]}
     facts |= {f"data.sources.{name}": source for name, source in state.sources.items()}
     facts["data.schedule"] = state.schedule
+    facts["data.schedule.knots[].objective_weights"] = inputs.objective.to_list()
     facts["train.seed"] = state.data_seeds
     facts["model"] = state.model
     hashes = {

@@ -197,6 +197,8 @@ def train_step(
     Megatron-LM counts a step without an update as an iteration but does not advance its learning
     rate. Here the learning rate advances with every step, so that it is the same after a resume.
     """
+    if forward_step.objective is not None:
+        forward_step.objective.begin_step(batch.begin)
     for chunk in optimization.chunks:
         chunk.zero_grad_buffer()
     optimization.optimizer.zero_grad()
@@ -273,6 +275,7 @@ def record_iteration(
 ) -> None:
     """Adds an iteration to the log; only the reporting rank keeps its record."""
     record = None
+    objective = run.forward_step.objective
     if run.ranks.is_reporter:
         record = IterationRecord(
             iteration=state.iteration,
@@ -293,6 +296,7 @@ def record_iteration(
             num_skipped=run.guard.num_skipped,
             skipped_no_loss_tokens=run.guard.skipped_no_loss_tokens,
             num_rollbacks=run.guard.num_rollbacks,
+            objective_weights=None if objective is None else objective.weights,
         )
     digests = torch.cat((batch.sample_positions.unsqueeze(-1), batch.sample_digests), dim=-1)
     run.log.add(digests, data_seconds, record)

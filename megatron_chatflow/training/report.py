@@ -79,6 +79,8 @@ class IterationRecord:
     num_skipped: int  # bad steps, whose updates were skipped, since the run began
     skipped_no_loss_tokens: int  # steps without loss tokens, whose updates were skipped as well
     num_rollbacks: int  # rollbacks to a checkpoint since the run began
+    # weights in the objective by source; None if all are equal throughout the run
+    objective_weights: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class SourceReport:
     tokens: int  # tokens drawn from the source since the run began
     loss_tokens: int  # number of loss tokens that `loss` is the mean of
     epochs: float  # epochs of the source since the run began
+    # mean weight in the objective; None if all sources count alike throughout the run
+    objective_weight: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the object for ``metrics.jsonl``."""
+        row = {**vars(self), "loss": finite(self.loss)}
+        if self.objective_weight is None:
+            del row["objective_weight"]
+        return row
 
 
 @dataclass(frozen=True)
@@ -139,10 +150,7 @@ class IterationReport:
         row["lm_loss"], row["grad_norm"] = finite(self.lm_loss), finite(self.grad_norm)
         row["num_restarts"] = self.downtime.num_restarts
         row["seconds_lost"] = self.downtime.seconds
-        row["sources"] = {
-            name: {**vars(source), "loss": finite(source.loss)}
-            for name, source in self.sources.items()
-        }
+        row["sources"] = {name: source.to_dict() for name, source in self.sources.items()}
         stragglers = row.pop("stragglers")
         return row if stragglers is None else {**row, "stragglers": stragglers.to_dict()}
 
@@ -248,6 +256,11 @@ def _source_reports(
         sum(int(record.weights[s]) * record.num_samples for record in records) / (total << 32)
         for s in range(len(facts.sources))
     ]
+    objective: list[float | None] = [None] * len(facts.sources)
+    given = [record.objective_weights for record in records if record.objective_weights is not None]
+    if given:
+        num_samples = [record.num_samples for record in records]
+        objective = np.average(given, axis=0, weights=num_samples).tolist()
     return {
         name: SourceReport(
             loss=_mean_loss(sums[s]),
@@ -256,6 +269,7 @@ def _source_reports(
             tokens=counts[s] * facts.seq_length,
             loss_tokens=int(sums[s][1]),
             epochs=counts[s] / facts.samples_per_epoch[s] if facts.samples_per_epoch[s] else 0.0,
+            objective_weight=objective[s],
         )
         for s, name in enumerate(facts.sources)
     }

@@ -20,6 +20,7 @@ from megatron_chatflow.config import (
     OptimizerConfig,
     RunConfig,
     RunLength,
+    ScheduleConfig,
     SourceConfig,
     TrainConfig,
     to_plain,
@@ -296,6 +297,8 @@ def changed_settings(
     for key, value in now.items():
         source = key.split(".")[2] if key.startswith("data.sources.") else None
         before = was.get(key, _default(key))
+        if key == "data.schedule":
+            before = _with_defaults(before)
         if source and key == f"data.sources.{source}.loss":
             before, value = before or "all", value or "all"
         if key in _OF_ONE_START or before == value or (source and source not in names[0]):
@@ -305,7 +308,7 @@ def changed_settings(
             shown = shown[0], f"{shown[1]} (edited)"
         texts = [text for text, settings in once.items() if key in settings]
         once = {text: settings for text, settings in once.items() if text not in texts}
-        texts += _consequences(key, config, blend)
+        texts += _consequences(key, before, value, blend, config)
         rows.append((key, *shown, "; ".join(filter(None, texts))))
     for source in sorted(names[1] - names[0]):
         draw = blend.first_draw(blend.sources.index(source), 0)
@@ -316,17 +319,36 @@ def changed_settings(
     return [dict(zip(heads, row, strict=True)) for row in rows]
 
 
-def _consequences(key: str, config: RunConfig, blend: Blend) -> list[str]:
-    """Returns the consequence of a setting that has changed, if there is one to report."""
+def _with_defaults(schedule: Any) -> Any:
+    """Completes a recorded schedule with the keys that an earlier version did not have."""
+    try:
+        return to_plain(ScheduleConfig(**schedule))
+    except (ValidationError, UserError, TypeError):
+        return schedule
+
+
+def _consequences(key: str, before: Any, value: Any, blend: Blend, config: RunConfig) -> list[str]:
+    """Returns the consequences of a setting that has changed, if there are any to report."""
     train = config.train
     if key in ("train.global_batch_size", "train.eval_iters") and train.eval_interval:
         samples = train.eval_iters * train.global_batch_size
         return [f"validation reads up to {samples:,} samples per source"]
     if key == "data.schedule":
         edit = blend.edit
-        return ["the same weights" if edit is None else f"edited at sample {edit.begin:,}"]
+        texts = ["the same weights" if edit is None else f"edited at sample {edit.begin:,}"]
+        if _objective_knots(before) != _objective_knots(value):
+            texts.append("sources count otherwise in the objective from now on")
+        return texts
     name = key.rpartition(".")[2] if key.startswith("data.sources.") else key
     return [_CONSEQUENCES[name]] if name in _CONSEQUENCES else []
+
+
+def _objective_knots(schedule: Any) -> Any:
+    """Returns what the weights in the objective depend on; None if no knot has any."""
+    knots = schedule.get("knots") if isinstance(schedule, Mapping) else None
+    if not isinstance(knots, list) or not any(knot.get("objective_weights") for knot in knots):
+        return None
+    return [[knot.get(key) for key in ("at", "ramp", "objective_weights")] for knot in knots]
 
 
 def _learning_rate_change(

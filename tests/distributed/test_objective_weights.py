@@ -24,10 +24,15 @@ LAYOUTS = {
 }
 
 
-def weighted(config: Path, path: Path, weights: dict[str, float]) -> Path:
+def weighted(
+    config: Path, path: Path, weights: dict[str, float], last: dict[str, float] | None = None
+) -> Path:
+    """Writes a configuration in which the weights change to ``last`` along the schedule's ramp."""
     values: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
     for name, weight in weights.items():
         values["data"]["sources"][name]["objective_weight"] = weight
+    if last is not None:
+        values["data"]["schedule"]["knots"][1]["objective_weights"] = last
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
@@ -36,8 +41,12 @@ def weighted(config: Path, path: Path, weights: dict[str, float]) -> Path:
 def runs(tiny_run: TinyRun) -> Path:
     folder = tiny_run.folder / "objective"
     folder.mkdir()
-    four = weighted(tiny_run.config, folder / "four.yaml", {"first": 4.0, "second": 0.5})
-    scaled = weighted(tiny_run.config, folder / "scaled.yaml", {"first": 8.0, "second": 1.0})
+    four = weighted(
+        tiny_run.config, folder / "four.yaml", {"first": 4.0, "second": 0.5}, {"second": 2.5}
+    )
+    scaled = weighted(
+        tiny_run.config, folder / "scaled.yaml", {"first": 8.0, "second": 1.0}, {"second": 5.0}
+    )
     equal = weighted(tiny_run.config, folder / "equal.yaml", {"first": 3.0, "second": 3.0})
 
     def job(config: Path, name: str, *flags: str) -> list[str]:
@@ -85,11 +94,23 @@ def test_a_resume_is_exact(runs: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_weights_of_each_step_are_in_the_metrics(runs: Path) -> None:
+    found = [
+        [source["objective_weight"] for source in step["sources"].values()]
+        for step in steps(runs / "single")
+    ]
+    assert found == [[4.0, 0.5 + 2.0 * 8 * iteration / 64] for iteration in range(5)]
+    assert "objective_weight" not in steps(runs / "equal")[0]["sources"]["first"]
+
+
+@pytest.mark.distributed
 def test_weights_change_gradients_and_not_the_reported_losses(runs: Path) -> None:
     plain, weighted, equal = (steps(runs / name) for name in ("unweighted", "single", "equal"))
     # The first loss is that of the same weights, whatever the objective.
     assert weighted[0]["lm_loss"] == plain[0]["lm_loss"]
-    assert weighted[0]["sources"] == plain[0]["sources"]
+    for name, source in plain[0]["sources"].items():
+        added = {"objective_weight": {"first": 4.0, "second": 0.5}[name]}
+        assert weighted[0]["sources"][name] == {**source, **added}
     # Later steps draw both sources.
     assert weighted[-1]["grad_norm"] != pytest.approx(plain[-1]["grad_norm"], rel=1e-3)
     assert [step["lm_loss"] for step in equal] == [step["lm_loss"] for step in plain]

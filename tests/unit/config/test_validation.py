@@ -321,6 +321,14 @@ REFUSED = [
         {"data.schedule.knots.1.weights": {"chatt": 1}},
         "data.schedule.knots[1].weights.chatt: is not among data.sources (did you mean chat?)",
     ),
+    (
+        {"data.schedule.knots.1.objective_weights": {"chatt": 2}},
+        "data.schedule.knots[1].objective_weights.chatt: is not among data.sources (did you mean",
+    ),
+    (
+        {"data.schedule.knots.1.objective_weights": {"chat": 0}},
+        "data.schedule.knots[1].objective_weights.chat: must be above 0, not 0",
+    ),
     ({"data.schedule.knots.0.weights": {"chat": 0}}, "data.schedule.knots[0].weights: all weights"),
     ({"data.schedule.knots.0.weights": {}}, "data.schedule.knots[0].weights: all weights are 0"),
     (

@@ -1,10 +1,21 @@
 """Compares the gradients of a weighted objective with an explicitly weighted loss."""
 
 import numpy as np
+import pytest
 import torch
 from megatron.core.utils import get_model_config
 
-from megatron_chatflow.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_chatflow.blend.objective import ObjectiveWeights
+from megatron_chatflow.blend.schedule import Positions
+from megatron_chatflow.config import (
+    DataConfig,
+    KnotConfig,
+    ModelConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from megatron_chatflow.data.loader import MicroBatch
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import build_llama
@@ -14,6 +25,19 @@ from megatron_chatflow.runtime.ranks import Ranks
 
 VOCAB, LENGTH = 50, 8
 WEIGHTS = (2.0**-12, 3 * 2.0**-10, 2.0**-10)
+
+
+def weights_of(
+    own: tuple[float, ...], *knots: dict[str, object], unit: str = "samples"
+) -> ObjectiveWeights:
+    """Returns the weights of sources s0, s1, ... along knots, by default one without weights."""
+    sources = {
+        f"s{k}": SourceConfig(paths=("d",), objective_weight=weight) for k, weight in enumerate(own)
+    }
+    given = [KnotConfig(weights={"s0": 1}, **knot) for knot in knots or ({"at": 0},)]
+    schedule = ScheduleConfig(unit=unit, knots=tuple(given))
+    data = DataConfig(seq_length=LENGTH, sources=sources, schedule=schedule)
+    return ObjectiveWeights(data, Positions(unit, 4, 0, LENGTH))
 
 
 def micro_batch(seed: int) -> MicroBatch:
@@ -41,7 +65,14 @@ def test_the_gradient_is_that_of_the_weighted_mean(single_rank: Ranks) -> None:
     train = TrainConfig(train_iters=1, micro_batch_size=2, global_batch_size=4, bf16=False)
     with device_mode(single_rank.device):
         llama = build_llama(model, ParallelConfig(), train, single_rank, vocab_size=VOCAB)
-    objective = Objective(WEIGHTS, single_rank.device)
+    # Half way between two knots, the weights are those of WEIGHTS.
+    ends = ({f"s{k}": part * w for k, w in enumerate(WEIGHTS)} for part in (0.5, 1.5))
+    knots = [
+        {"at": at, "objective_weights": end, "ramp": ramp}
+        for at, end, ramp in zip((0, 100), ends, ("step", "linear"), strict=True)
+    ]
+    objective = Objective(weights_of((1.0, 1.0, 1.0), *knots), single_rank.device)
+    objective.begin_step(50)
     forward = ForwardStep.build(
         llama,
         single_rank,
@@ -79,8 +110,43 @@ def test_the_gradient_is_that_of_the_weighted_mean(single_rank: Ranks) -> None:
 
 
 def test_validation_is_not_part_of_the_objective() -> None:
-    objective = Objective([2.0, 1.0], torch.device("cpu"))
+    objective = Objective(weights_of((2.0, 1.0)), torch.device("cpu"))
     mask, source = torch.ones(3), torch.tensor([0, 1, 0])
     with torch.no_grad():
         assert objective.weigh(mask, source).tolist() == [2.0, 1.0, 2.0]
     assert float(objective.take_total()) == 0.0
+
+
+def test_weights_along_the_knots() -> None:
+    weights = weights_of(
+        (2.0, 3.0),
+        {"at": 8, "objective_weights": {"s0": 1.0}},
+        {"at": 12, "objective_weights": {"s1": 5.0}, "ramp": "linear"},
+        {"at": 16, "objective_weights": {"s0": 6.0, "s1": 1.0}, "ramp": "cosine"},
+        {"at": 20, "ramp": "step"},
+    )
+    found = {sample: weights.at(sample) for sample in (0, 8, 9, 12, 13, 14, 16, 19, 20, 99)}
+    assert found[0] == found[8] == [1.0, 3.0]
+    assert found[9] == [1.25, 3.5]
+    assert found[12] == [2.0, 5.0]
+    assert found[13] == pytest.approx([2 + 4 * 0.1464466, 5 - 4 * 0.1464466])
+    assert found[14] == pytest.approx([4.0, 3.0])
+    assert found[16] == found[19] == [6.0, 1.0]
+    assert found[20] == found[99] == [2.0, 3.0]
+    assert not weights.are_equal and not weights.are_constant
+
+
+def test_positions_have_the_unit_of_the_schedule() -> None:
+    knots = [{"at": at, "objective_weights": {"s0": at + 1.0}} for at in (0, 24)]
+    for unit, change in (("samples", 24), ("iterations", 96), ("tokens", 3)):
+        weights = weights_of((1.0, 1.0), *knots, unit=unit)
+        assert weights.at(change - 1) == [1.0, 1.0]
+        assert weights.at(change) == [25.0, 1.0]
+
+
+def test_equal_weights_are_recognized() -> None:
+    assert weights_of((3.0, 3.0)).are_equal
+    same = {"at": 9, "objective_weights": {"s0": 2.0, "s1": 2.0}}
+    assert weights_of((1.0, 1.0), {"at": 0}, same).are_equal  # only ratios count
+    assert not weights_of((3.0, 1.0)).are_equal
+    assert weights_of((3.0, 1.0)).are_constant

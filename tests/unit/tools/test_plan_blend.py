@@ -124,3 +124,22 @@ def test_a_cycle_that_begins_after_the_checkpoint_is_refused(tiny_run, tmp_path:
     status, _, errors = run(*resumed, "--lr-cycle-start-iters", 3)
     assert status == 2 and "the cycle begins after 3 iterations" in errors
     assert run(*resumed, "--lr-cycle-start-iters", 2)[0] == 0
+
+
+def test_weights_in_the_objective_are_shown(tiny_run, tmp_path: Path) -> None:
+    values = yaml.safe_load(tiny_run.config.read_text())
+    values["data"]["schedule"]["knots"][1]["objective_weights"] = {"second": 3}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    status, table, _ = run("--config", config)
+    assert status == 0
+    rows = table.partition("weights in the objective:\n")[2].splitlines()[:5]
+    assert [row.split() for row in rows if row[:1].isdigit()][:3] == [
+        ["0", "1", "1"],
+        ["64", "1", "3"],
+        ["79", "1", "3"],
+    ]
+    status, shown, _ = run("--config", config, "--at", 32)
+    assert status == 0
+    knot = yaml.safe_load(shown.partition("numeric weights:")[2].strip().splitlines()[0])[0]
+    assert knot["objective_weights"] == {"first": 1, "second": 2}
