@@ -155,8 +155,14 @@ def data_parallel_group(*, with_context_parallel: bool = False) -> ProcessGroup:
 
 
 def destroy_groups() -> None:
-    """Destroys megatron-core's groups, so that the process can create others."""
+    """Destroys megatron-core's groups, so that the process can create others.
+
+    megatron-core only forgets its groups, whose threads would wake up 100 times a second each.
+    """
     parallel_state.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 _Result = TypeVar("_Result")

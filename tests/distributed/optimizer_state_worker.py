@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import json
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> None:
             file = folder / f"{number}_rank_{ranks.process.rank}"
             file.write_text(str(_num_bytes(run.optimization)))
         destroy_groups()
+        gc.collect()  # a group ends with its last reference
     finalize()
 
 

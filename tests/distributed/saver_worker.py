@@ -6,6 +6,7 @@ and saves it again. The exit status is 0 if all checks passed.
 """
 
 import contextlib
+import gc
 import json
 import random
 import resource
@@ -232,6 +233,7 @@ def resave(jobs: Path) -> None:
                 save(run, progress)
             assert run.saver.finish() == 4
         destroy_groups()
+        gc.collect()  # a group ends with its last reference
     finalize()
 
 

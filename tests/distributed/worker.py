@@ -5,6 +5,7 @@ Starting a process takes seconds and a tiny run a fraction of a second, so layou
 Each run creates its own parallel groups, model, optimizer and loader.
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -34,6 +35,7 @@ def main() -> None:
         from megatron_chatflow.runtime.ranks import destroy_groups
 
         destroy_groups()
+        gc.collect()  # a group ends with its last reference
     finalize()
 
 
