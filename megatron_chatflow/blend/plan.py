@@ -88,27 +88,23 @@ def plan(
 
 def check_epochs(
     blend: Blend,
-    num_samples: int,
+    length: RunLength,
     samples_per_epoch: Mapping[str, int],
     max_epochs: Mapping[str, float],
-    global_batch_size: int,
-    consumed: tuple[int, int] = (0, 0),
 ) -> None:
     """Checks that a run does not repeat a source more often than allowed.
 
     Args:
         blend: The blend.
-        num_samples: Samples in the whole run.
+        length: The length of the run.
         samples_per_epoch: Samples per epoch by source.
         max_epochs: Maximum number of epochs by source. Missing sources have no limit.
-        global_batch_size: Samples per iteration.
-        consumed: Iterations and samples that a resumed run has already consumed, possibly with
-            other batch sizes.
 
     Raises:
         UserError: A source exceeds its limit. The message names the first such source and the
             iteration, counted from 1.
     """
+    num_samples = length.num_samples
     found = []
     for name, limit in max_epochs.items():
         allowed = int(min(limit * samples_per_epoch[name], MAX_SAMPLES))
@@ -120,15 +116,13 @@ def check_epochs(
     sample, name = min(found)
     size = samples_per_epoch[name]
     k = blend.sources.index(name)
-    iterations, samples = consumed
-    # The exact iteration of an already consumed sample is unknown.
-    iteration = iterations + max((sample - samples) // global_batch_size + 1, 0)
     # Round up, so that the number in the message is sufficient as a new limit.
     needed = math.ceil(1000 * int(blend.counts(num_samples)[k]) / size) / 1000 if size else math.inf
     shown = _decimal(max_epochs[name])
     raise UserError(
         f"data.sources.{name}.max_epochs: {shown} epochs of {size} samples are exceeded "
-        f"{'at' if sample >= samples else 'before'} iteration {iteration} (sample {sample}): "
+        f"{'at' if sample >= length.consumed_samples else 'before'} iteration "
+        f"{length.iteration_of(sample)} (sample {sample}): "
         f"lower its weight in data.schedule, or raise max_epochs to the {_decimal(needed)} that "
         "the whole run needs"
     )
@@ -229,21 +223,22 @@ def learning_rate_table(
     num_iterations = length.remaining_iterations()
     if num_iterations < NUM_PARTS:
         return []
-    batch, first = length.global_batch_size, length.consumed_samples
+    first, sizes = length.consumed_samples, length.batch_sizes
     # In a longer run, the rate of some iterations stands for those that follow.
     stride = -(-num_iterations // _MAX_RATES)
     iterations = np.arange(0, num_iterations, stride, dtype=np.int64)
-    place = length.lr_position(length.iteration, first)
-    step = batch if length.counts_samples else 1
     # The scheduler has counted an iteration's own samples only after its update.
-    rates = learning_rates(optimizer, length, place + iterations * step)
+    places = sizes.samples_after(first, iterations)
+    if not length.counts_samples:
+        places = length.iteration + iterations
+    rates = learning_rates(optimizer, length, places - length.lr_start)
     reached = np.cumsum(rates)
     if not reached[-1]:
         return []
     goals = reached[-1] * np.arange(1, NUM_PARTS) / NUM_PARTS
     inner = np.minimum((np.searchsorted(reached, goals) + 1) * stride, num_iterations)
     edges = [0, *inner.tolist(), num_iterations]
-    counts = [blend.counts(first + edge * batch) for edge in edges]
+    counts = [blend.counts(length.samples_after(edge)) for edge in edges]
     seq_length = blend.schedule.seq_length or 1
     rows: list[dict[str, str | int | float | None]] = []
     for part, (begin, end) in enumerate(pairwise(edges)):

@@ -260,8 +260,6 @@ def show_plan(
         print(f"\nwrote {' and '.join(str(arguments.output / name) for name in contents)}")
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     limited = {name: limit for name, limit in limits.items() if limit is not None and sizes}
-    progress = length.iteration, length.consumed_samples
-    batch = config.train.global_batch_size
-    check_epochs(blend, num_samples, sizes, limited, batch, consumed=progress)
+    check_epochs(blend, length, sizes, limited)
     for finding in epoch_findings(blend, num_samples, sizes, limited):
         print(f"warning: {finding}", file=sys.stderr)

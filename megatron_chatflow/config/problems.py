@@ -81,6 +81,11 @@ def describe(error: ValidationError, root: type) -> str:
         return f"{path}: must be {_EXPECTED[kind]}, not {shorten(value)}"
     if kind == "literal_error":
         return f"{path}: must be {first['ctx']['expected']}, not {shorten(value)}"
+    limits = first.get("ctx", {})
+    if kind == "too_long" or (kind == "too_short" and limits["min_length"] > 1):
+        few = "at least" if kind == "too_short" else "at most"
+        number = limits["min_length"] if kind == "too_short" else limits["max_length"]
+        return f"{path}: must have {few} {number} values, not {limits['actual_length']}"
     if kind in ("too_short", "string_too_short"):
         return f"{path}: must not be empty"
     return f"{path}: {first['msg']}"

@@ -9,6 +9,9 @@ iterations times the current batch size: earlier iterations may have had another
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from megatron_chatflow.config.batch_ramp import BatchSizes
 from megatron_chatflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ class RunLength:
     counts_samples: bool  # whether `lr_warmup` and `lr_decay` are in samples instead of iterations
     iteration: int  # number of iterations completed before this process
     consumed_samples: int  # number of samples consumed before this process
-    global_batch_size: int  # number of samples per iteration from now on
+    batch_sizes: BatchSizes  # number of samples per iteration from now on
     last_iteration: int
     # In the unit of the schedule, iterations or samples:
     lr_start: int  # where the schedule begins, 0 unless the run is in another cycle
@@ -47,6 +50,7 @@ class RunLength:
         """
         train, optimizer = config.train, config.optimizer
         batch = train.global_batch_size
+        sizes = BatchSizes.of(batch, train.rampup_batch_size)
         if train.train_iters is not None:
             last = train.train_iters
             end, unit = last, 1
@@ -54,8 +58,10 @@ class RunLength:
             assert train.train_samples is not None, "one of the two is checked to be there"
             initial = initial_batch_size or batch
             # The last samples are not trained on if they do not fill a global batch.
-            last = iteration + max(train.train_samples - consumed_samples, 0) // batch
-            end, unit = train.train_samples // initial * initial, initial
+            last = iteration + sizes.whole_iterations(consumed_samples, train.train_samples)
+            unit, end = initial, train.train_samples
+            if train.rampup_batch_size is None:
+                end = end // initial * initial
 
         def length(name: str) -> int:
             samples = getattr(optimizer, f"lr_{name}_samples")
@@ -65,7 +71,7 @@ class RunLength:
             counts_samples=train.train_iters is None,
             iteration=iteration,
             consumed_samples=consumed_samples,
-            global_batch_size=batch,
+            batch_sizes=sizes,
             last_iteration=last,
             lr_start=length("cycle_start"),
             lr_warmup=length("warmup"),
@@ -77,11 +83,27 @@ class RunLength:
     @property
     def num_samples(self) -> int:
         """Number of samples of the whole run."""
-        return self.consumed_samples + self.remaining_iterations() * self.global_batch_size
+        return self.samples_after(self.remaining_iterations())
 
-    def remaining_iterations(self, iteration: int | None = None) -> int:
-        """Returns the number of iterations after ``iteration`` (default: ``self.iteration``)."""
-        return max(self.last_iteration - (self.iteration if iteration is None else iteration), 0)
+    def remaining_iterations(self) -> int:
+        """Returns the number of iterations that this process runs."""
+        return max(self.last_iteration - self.iteration, 0)
+
+    def samples_after(self, num_iterations: int) -> int:
+        """Returns the consumed samples after this process has run ``num_iterations``."""
+        iterations = np.array([num_iterations], np.int64)
+        return int(self.batch_sizes.samples_after(self.consumed_samples, iterations)[0])
+
+    def iteration_of(self, sample: int) -> int:
+        """Returns the iteration, counted from 1, that trains on a sample.
+
+        The iteration of a sample before this process is not known; the result is then the last
+        iteration before it.
+        """
+        if sample < self.consumed_samples:
+            return self.iteration
+        before = self.batch_sizes.whole_iterations(self.consumed_samples, sample)
+        return self.iteration + before + 1
 
     def lr_position(self, iteration: int, consumed_samples: int) -> int:
         """Returns the position in the schedule of the learning rate, in the schedule's unit."""

@@ -359,6 +359,11 @@ class TrainConfig:
     """number of samples per forward pass of a rank"""
     global_batch_size: Size
     """number of samples per iteration over all ranks"""
+    rampup_batch_size: tuple[PositiveCount, ...] | None = Field(
+        default=None, min_length=3, max_length=3
+    )
+    """global batch size at the start, its increment, and the number of samples over which it grows
+    to global_batch_size; requires train_samples"""
     seed: Seed = 1234
     """seed of the initial weights and of the order of the data"""
     new_data_seed: Switch = False

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from megatron_chatflow.config.batch_ramp import BatchSizes
 from megatron_chatflow.config.fields import CONFIG, differing_numbers
 from megatron_chatflow.config.problems import describe, did_you_mean
 from megatron_chatflow.config.run_length import RunLength
@@ -481,15 +482,57 @@ def _check_length(config: "RunConfig") -> None:
     train = config.train
     if train.train_iters is None and train.train_samples is None:
         raise UserError("train.train_iters: is missing; set it, or train.train_samples")
-    if train.train_samples is not None and train.train_samples < train.global_batch_size:
+    first = train.global_batch_size
+    if train.rampup_batch_size is not None:
+        _check_ramp(config, *train.rampup_batch_size)
+        first = train.rampup_batch_size[0]
+    if train.train_samples is not None and train.train_samples < first:
+        size = "train.global_batch_size" if train.rampup_batch_size is None else "the first batch's"
         raise UserError(
-            f"train.train_samples: {train.train_samples} is below train.global_batch_size "
-            f"{train.global_batch_size}, so the run would have no iteration; increase it"
+            f"train.train_samples: {train.train_samples} is below {size} {first}, so the run would "
+            "have no iteration; increase it"
         )
     if train.global_batch_size % train.micro_batch_size:
         raise UserError(
             f"train.micro_batch_size: {train.micro_batch_size} does not divide "
             f"train.global_batch_size {train.global_batch_size}; use a divisor of it"
+        )
+
+
+def _check_ramp(config: "RunConfig", start: int, increment: int, num_samples: int) -> None:
+    """Checks a ramp of the batch size, under which iterations are no unit of length."""
+    train, path = config.train, "train.rampup_batch_size"
+    if train.train_samples is None:
+        raise UserError(
+            f"{path}: requires train.train_samples, because iterations have different sizes; "
+            "replace train.train_iters by it"
+        )
+    if start >= train.global_batch_size:
+        raise UserError(
+            f"{path}: starts at {start}, which is not below train.global_batch_size "
+            f"{train.global_batch_size}; lower it"
+        )
+    if (train.global_batch_size - start) % increment:
+        raise UserError(
+            f"{path}: steps of {increment} from {start} do not reach train.global_batch_size "
+            f"{train.global_batch_size}; use a divisor of {train.global_batch_size - start}"
+        )
+    names = [f"lr_{name}_iters" for name in ("warmup", "cycle_start", "decay", "wsd_decay")]
+    for name in names:
+        if getattr(config.optimizer, name):
+            raise UserError(
+                f"optimizer.{name}: counts iterations, which have different sizes under {path}; "
+                f"set optimizer.{name.replace('iters', 'samples')}"
+            )
+    if config.data.schedule.unit == "iterations":
+        raise UserError(
+            f"data.schedule.unit: counts iterations, which have different sizes under {path}; use "
+            "samples or tokens"
+        )
+    if train.cuda_graph_impl != "none":
+        raise UserError(
+            f"{path}: changes the number of micro-batches, for which CUDA graphs are captured; "
+            "remove it, or set train.cuda_graph_impl to none"
         )
 
 
@@ -639,21 +682,31 @@ def validate_for_world(config: "RunConfig", world_size: int) -> None:
             f"{parallel.context_parallel_size} = {model_parallel} does not divide the number of "
             f"processes {world_size}; use a multiple of {model_parallel} processes"
         )
-    data_parallel = world_size // model_parallel
-    if train.global_batch_size % (data_parallel * train.micro_batch_size):
+    share = world_size // model_parallel * train.micro_batch_size
+    _check_batch_size(config, share, train.global_batch_size, "train.global_batch_size")
+    sizes = BatchSizes.of(train.global_batch_size, train.rampup_batch_size)
+    # If the first two sizes and the last one fit, so do those between them.
+    for size in sizes.levels()[:2]:
+        _check_batch_size(config, share, size, "train.rampup_batch_size")
+
+
+def _check_batch_size(config: "RunConfig", share: int, size: int, path: str) -> None:
+    """Checks that a batch of ``size`` samples gives every rank whole micro-batches.
+
+    ``share`` is the number of samples in one micro-batch of every data-parallel process.
+    """
+    micro_batch_size = config.train.micro_batch_size
+    if size % share:
         raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} is not divisible by "
-            f"train.micro_batch_size {train.micro_batch_size} x {data_parallel} data-parallel "
-            f"processes; use a multiple of {data_parallel * train.micro_batch_size}"
+            f"{path}: {size} is not divisible by train.micro_batch_size {micro_batch_size} x "
+            f"{share // micro_batch_size} data-parallel processes; use a multiple of {share}"
         )
-    stages = parallel.pipeline_model_parallel_size
-    num_micro_batches = train.global_batch_size // (data_parallel * train.micro_batch_size)
-    if num_model_chunks(config.model, parallel) > 1 and num_micro_batches % stages:
+    stages = config.parallel.pipeline_model_parallel_size
+    if num_model_chunks(config.model, config.parallel) > 1 and size // share % stages:
         raise UserError(
-            f"train.global_batch_size: {train.global_batch_size} gives each pipeline "
-            f"{num_micro_batches} micro-batches, but the interleaved schedule needs a multiple "
-            f"of parallel.pipeline_model_parallel_size {stages}; use a multiple of "
-            f"{data_parallel * train.micro_batch_size * stages}"
+            f"{path}: {size} gives each pipeline {size // share} micro-batches, but the "
+            f"interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size "
+            f"{stages}; use a multiple of {share * stages}"
         )
 
 

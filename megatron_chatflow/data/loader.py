@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -119,31 +119,38 @@ class Loader:
             num_threads, thread_name_prefix="loader", initializer=select_device
         )
 
-    def batches(self, begin_sample: int, global_batch_size: int) -> Iterator[GlobalBatch]:
+    def batches(
+        self, begin_sample: int, global_batch_size: int | Callable[[int], int]
+    ) -> Iterator[GlobalBatch]:
         """Yields global batches indefinitely.
 
         Micro-batch m of rank d contains the global samples ``begin_sample + (m * data_parallel_size
         + d) * micro_batch_size + k``, 0 <= k < micro_batch_size. ``global_batch_size`` counts the
-        samples of all ranks.
+        samples of all ranks; a function computes it from the first sample of the batch.
 
         Raises:
             UserError: The batch size is not divisible among the ranks, or a source is damaged.
             SourceUnavailableError: A source remained unreadable for ``retry_seconds``.
         """
-        share = self._micro_batch_size * self._num_ranks
-        if global_batch_size < 1 or global_batch_size % share:
-            raise UserError(
-                f"train.global_batch_size: {global_batch_size} is not a multiple of "
-                f"train.micro_batch_size {self._micro_batch_size} x {self._num_ranks} "
-                "data-parallel ranks"
-            )
+        if isinstance(global_batch_size, int):
+            self._check_size(global_batch_size)
+            return self._generate(begin_sample, lambda _: global_batch_size)
         return self._generate(begin_sample, global_batch_size)
 
-    def _generate(self, begin: int, size: int) -> Iterator[GlobalBatch]:
+    def _check_size(self, size: int) -> int:
+        if size < 1 or size % (self._micro_batch_size * self._num_ranks):
+            raise UserError(
+                f"train.global_batch_size: {size} is not a multiple of train.micro_batch_size "
+                f"{self._micro_batch_size} x {self._num_ranks} data-parallel ranks"
+            )
+        return size
+
+    def _generate(self, begin: int, size_at: Callable[[int], int]) -> Iterator[GlobalBatch]:
         pending: deque[Future[GlobalBatch]] = deque()
 
         def submit() -> None:
             nonlocal begin
+            size = self._check_size(size_at(begin))
             source, index = self._blend.take(begin, begin + size)
             pending.append(self._pool.submit(self._assemble, begin, source, index))
             begin += size

@@ -343,10 +343,11 @@ def validation_charts(run: RunMetrics) -> list[Chart]:
 
 
 def optimizer_charts(run: RunMetrics) -> list[Chart]:
-    """Draws the learning rate, the gradient norm, the throughput and the time without data."""
+    """Draws the learning rate, the batch size if it changes, the gradient norm and the speed."""
     x, columns = run.iteration, run.columns
     marks = find_marks(run, XAxis.of(run, ITERATION))
-    norm = columns["grad_norm"]
+    norm, batch = columns["grad_norm"], columns["global_batch_size"]
+    is_changing = len(np.unique(batch[np.isfinite(batch)])) > 1
     positive = norm[norm > 0]
     is_log = bool(len(positive) and positive.max() > 30 * np.median(positive))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -359,6 +360,15 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             [Line("learning rate", *condense(x, columns["learning_rate"], "last"), 0)],
             marks,
             "As used by the optimizer.",
+            from_zero=True,
+        ),
+        *line_chart(
+            "Batch size",
+            ITERATION,
+            "Samples per iteration",
+            [Line("global batch size", *condense(x, batch, "last"), 4)] if is_changing else [],
+            marks,
+            "The samples of all ranks.",
             from_zero=True,
         ),
         *line_chart(

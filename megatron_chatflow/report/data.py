@@ -38,6 +38,7 @@ PLANNED_CAUSES = {
 RUN_FIELDS = (
     "interval",
     "consumed_samples",
+    "global_batch_size",
     "consumed_tokens",
     "lm_loss",
     "learning_rate",
@@ -292,7 +293,9 @@ class RunMetrics:
     @property
     def progress(self) -> float | None:
         """Finished fraction of the run in [0, 1]; None if the configuration sets no length."""
-        batch = self.train_count("global_batch_size") or 1
+        batch = last_value(self.columns["global_batch_size"])
+        if not np.isfinite(batch):  # written by version 0.1
+            batch = self.train_count("global_batch_size") or 1
         samples = last_value(self.columns["consumed_samples"])
         for key, done, step in (
             ("train_iters", last_value(self.iteration), 1),

@@ -227,6 +227,9 @@ def _summary(run: RunMetrics, now: datetime) -> str:
         parts.append(f"sequence {setting('data', 'seq_length')}")
     if setting("train", "global_batch_size"):
         parts.append(f"global batch {setting('train', 'global_batch_size')}")
+    ramp = setting("train", "rampup_batch_size")
+    if isinstance(ramp, list) and len(ramp) == 3:
+        parts.append(f"grown from {ramp[0]} over {ramp[2]} samples")
     sizes = [
         f"{short} {setting('parallel', key)}"
         for short, key in (

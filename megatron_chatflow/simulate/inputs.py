@@ -85,6 +85,7 @@ def prepare(config: RunConfig, world_size: int, folder: Path) -> SimulatedInputs
     num_executed = min(num_micro_batches, 2 * stages if is_interleaved else stages + 1)
     values["train"] |= {
         "global_batch_size": share * num_executed,
+        "rampup_batch_size": None,
         "exit_interval": NUM_STEPS,
         "exit_duration_in_mins": None,
         "eval_interval": _NEVER if train.validates else train.eval_interval,

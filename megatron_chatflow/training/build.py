@@ -143,6 +143,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
 
     facts = RunFacts(
         num_iterations=inputs.length.last_iteration,
+        num_samples=inputs.length.num_samples,
         seq_length=config.data.seq_length,
         world_size=ranks.process.world_size,
         flops_per_token=float(

@@ -13,7 +13,7 @@ import torch
 
 from megatron_chatflow.blend.plan import learning_rate_table, plan, to_table
 from megatron_chatflow.checkpoint.files import find_damage, raise_if_damaged
-from megatron_chatflow.config import RunConfig, validate_for_world
+from megatron_chatflow.config import RunConfig, RunLength, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory, offloaded_bytes, saving_copy_bytes
 from megatron_chatflow.config.shape import flops_per_token, num_parameters, padded_vocab_size
 from megatron_chatflow.data.packing import Packing
@@ -150,10 +150,17 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
         begin = f"starts from the weights of {inputs.checkpoint}"
     edit = "" if inputs.blend.edit is None else f"{inputs.blend.edit}\n"
     return (
-        f"{length.remaining_iterations():,} iterations of {length.global_batch_size:,} samples of "
+        f"{length.remaining_iterations():,} iterations of {_describe_sizes(length)} samples of "
         f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
         f"blend, planned and realised:\n{shown}{_describe_learning_rate(config, inputs)}"
     )
+
+
+def _describe_sizes(length: RunLength) -> str:
+    """Returns the samples per iteration, or the range over which they grow."""
+    sizes = length.batch_sizes
+    first, last = sizes.at(length.consumed_samples), sizes.at(length.num_samples)
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def _describe_learning_rate(config: RunConfig, inputs: RunInputs) -> str:
@@ -168,8 +175,8 @@ def _describe_objective(inputs: RunInputs, number: int) -> Row:
     if inputs.objective.are_equal:
         return {}
     length = inputs.length
-    last = length.num_samples - length.global_batch_size
-    samples = [length.consumed_samples, max(last, length.consumed_samples)]
+    last = length.samples_after(max(length.remaining_iterations() - 1, 0))
+    samples = [length.consumed_samples, last]
     ends = [f"{inputs.objective.at(sample)[number]:g}" for sample in samples]
     return {"objective weight": ends[0] if inputs.objective.are_constant else " to ".join(ends)}
 
@@ -186,7 +193,7 @@ def _describe_packing(packing: Packing | None) -> Row:
 
 def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> str:
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
-    samples = inputs.length.remaining_iterations() * inputs.length.global_batch_size
+    samples = inputs.length.num_samples - inputs.length.consumed_samples
     tokens = samples * config.data.seq_length
     rows = padded_vocab_size(config.model, config.parallel, inputs.vocab_size)
     memory = [_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=False)]

@@ -172,14 +172,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     sizes = {source.name: source.num_samples for source in sources}
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     max_epochs = {name: limit for name, limit in limits.items() if limit is not None}
-    check_epochs(
-        blend,
-        length.num_samples,
-        sizes,
-        max_epochs,
-        config.train.global_batch_size,
-        consumed=(length.iteration, length.consumed_samples),
-    )
+    check_epochs(blend, length, sizes, max_epochs)
     findings = [
         *_weight_findings(config, checkpoint),
         *data_findings(config.data, sources, held_out, tokenizer),
@@ -191,7 +184,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         findings.append(
             f"train.train_samples: the run ends at sample {length.num_samples:,}; the last "
             f"{left_over:,} of {config.train.train_samples:,} do not fill a global batch of "
-            f"{config.train.global_batch_size:,} and are not trained"
+            f"{length.batch_sizes.at(length.num_samples):,} and are not trained"
         )
     changes: list[Row] = []
     if resumed is not None and folder is not None:

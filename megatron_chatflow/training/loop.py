@@ -121,7 +121,7 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
     if run.saver is not None:
         save_interval = run.config.checkpoint.save_interval
     first_iteration, last_iteration = state.iteration + 1, run.length.last_iteration
-    batches = run.loader.batches(state.consumed_samples, train.global_batch_size)
+    batches = run.loader.batches(state.consumed_samples, run.length.batch_sizes.at)
 
     if state.iteration == 0:
         validate(run, state)

@@ -44,6 +44,7 @@ class RunFacts:
     """Constants of a run that reports need."""
 
     num_iterations: int  # iterations of the whole run
+    num_samples: int  # samples of the whole run
     seq_length: int  # tokens per sample
     world_size: int  # number of processes in the job
     flops_per_token: float  # model FLOPs per token, forward and backward
@@ -145,7 +146,7 @@ class IterationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the object for ``metrics.jsonl``."""
-        left_out = ("num_iterations", "global_batch_size", "downtime", "seconds_left")
+        left_out = ("num_iterations", "downtime", "seconds_left")
         row = {name: value for name, value in vars(self).items() if name not in left_out}
         row["lm_loss"], row["grad_norm"] = finite(self.lm_loss), finite(self.grad_norm)
         row["num_restarts"] = self.downtime.num_restarts
@@ -159,6 +160,7 @@ class IterationReport:
         values: dict[str, float | None] = {
             "lm loss": self.lm_loss,
             "learning-rate": self.learning_rate,
+            "batch-size": self.global_batch_size,
             "weight-decay": self.weight_decay,
             "grad-norm": self.grad_norm,
             "iteration-time": self.seconds,
@@ -365,7 +367,9 @@ class IntervalLog:
 
     def _report_interval(self, stragglers: StragglerReport | None) -> None:
         if self._records:
-            remaining = self._facts.num_iterations - self._records[-1].iteration
+            last = self._records[-1]
+            # In iterations of the last one's size, which earlier ones under a ramp have not.
+            remaining = (self._facts.num_samples - last.consumed_samples) / last.num_samples
             report = summarize(
                 self._records,
                 self._facts,
@@ -404,7 +408,7 @@ class RemainingTime:
         self._seconds += seconds
         self._recent.append(seconds)
 
-    def estimate(self, num_iterations: int, now: float) -> float:
+    def estimate(self, num_iterations: float, now: float) -> float:
         """Estimates the seconds of ``num_iterations`` more; at least one must have been added."""
         between = max(now - self._begin - self._seconds, 0.0) / self._num_iterations
         return num_iterations * (sum(self._recent) / len(self._recent) + between)

@@ -48,8 +48,11 @@ _OF_ONE_START = {
     "checkpoint.load_optim",
     "train.new_data_seed",
 }
-_LEARNING_RATE = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
-_LEARNING_RATE |= {
+_LENGTH = {
+    f"train.{name}"
+    for name in ("train_iters", "train_samples", "global_batch_size", "rampup_batch_size")
+}
+_LEARNING_RATE = _LENGTH | {
     f"optimizer.{name}" for name in ("lr", "min_lr", "lr_decay_style", "lr_wsd_decay_style")
 }
 _LEARNING_RATE |= {
@@ -57,7 +60,6 @@ _LEARNING_RATE |= {
     for what in ("warmup", "decay", "wsd_decay", "cycle_start")
     for unit in ("iters", "samples")
 }
-_LENGTH = {"train.train_iters", "train.train_samples", "train.global_batch_size"}
 
 _CONSEQUENCES = {
     "paths": "the same data",  # this and the following of data.sources.NAME

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from tiny_run import TinyRun
 
+from megatron_chatflow.blend import Blend, Schedule
+
 RATES = [0.0, 3e-3, 2.866e-3, 2.492e-3, 1.95e-3, 1.35e-3, 8.077e-4, 4.337e-4]
 """Cosine from 3e-3 to 3e-4 over 8 iterations, one of them warmup."""
 
@@ -57,7 +59,17 @@ def runs(tiny_run: TinyRun) -> Iterator[Path]:
         *_stages(in_samples, folder / "samples_smaller", batch(8, 4), batch(4)),
         *_stages(in_samples, folder / "samples_twice", batch(8, 2), batch(16, 3), batch(8)),
     ]
+    ramp = ["--global-batch-size", 16, "--rampup-batch-size", 4, 4, 24]
+    ramp += ["--micro-batch-size", 2, "--save-interval", 2]
+    ramp += ["--lr-warmup-iters", 0, "--lr-warmup-samples", 8]
+    commands += _stages(in_samples, folder / "ramp", ramp)
+    commands += _stages(in_samples, folder / "ramp_resumed", [*ramp, "--exit-interval", 3], ramp)
+    # A ramp may be set, changed or removed on resume; only the sizes of later iterations change.
+    commands += _stages(in_samples, folder / "ramp_later", batch(8, 1), ramp)
     jobs.run_layouts(1, commands, folder)
+    other = ["--load", folder / "ramp" / "iter_0000002", "--pipeline-model-parallel-size", 2]
+    other = ["--config", in_samples, "--save", folder / "ramp_pipeline", *other, *ramp]
+    jobs.run_layouts(2, [list(map(str, other))], folder)
     yield folder
 
 
@@ -74,6 +86,38 @@ def test_with_train_iters_everything_counts_iterations(runs: Path, name: str) ->
     # The data schedule also counts iterations: it has a ramp over the first six.
     shares = [entry["sources"]["second"]["weight"] for entry in iterations]
     assert shares == pytest.approx([0.1 + 0.7 * min(i, 6) / 6 for i in range(8)], abs=1e-6)
+
+
+@pytest.mark.distributed
+def test_a_ramp_changes_sizes_and_no_draw(runs: Path) -> None:
+    iterations, _ = jobs.read_metrics(runs / "ramp")
+    assert [entry["consumed_samples"] for entry in iterations] == [4, 8, 16, 28, 44, 60]
+    assert [entry["global_batch_size"] for entry in iterations] == [4, 4, 8, 12, 16, 16]
+    # The blend knows the global batch size after the ramp, and nothing of the ramp.
+    data = yaml.safe_load((runs / "samples.yaml").read_text(encoding="utf-8"))["data"]
+    sources, seq_length = list(data["sources"]), data["seq_length"]
+    blend = Blend(Schedule.from_dict(data["schedule"], sources, 16, seq_length))
+    for entry in iterations:
+        drawn = [entry["sources"][name]["tokens"] for name in sources]
+        assert drawn == (blend.counts(entry["consumed_samples"]) * seq_length).tolist()
+    later = [entry["consumed_samples"] for entry in jobs.read_metrics(runs / "ramp_later")[0]]
+    assert later == [8, 16, 28, 44, 60]
+
+
+@pytest.mark.distributed
+def test_a_ramp_continues_on_resume(runs: Path) -> None:
+    expected, _ = jobs.read_metrics(runs / "ramp")
+    resumed, _ = jobs.read_metrics(runs / "ramp_resumed")
+    exact = ("lm_loss", "grad_norm", "learning_rate", "batch_digest", "consumed_samples")
+    assert [[entry[key] for key in exact] for entry in resumed] == [
+        [entry[key] for key in exact] for entry in expected
+    ]
+    pipeline, _ = jobs.read_metrics(runs / "ramp_pipeline")
+    assert [entry["batch_digest"] for entry in pipeline] == [
+        entry["batch_digest"] for entry in expected[2:]
+    ]
+    losses = [entry["lm_loss"] for entry in expected[2:]]
+    assert [entry["lm_loss"] for entry in pipeline] == pytest.approx(losses, rel=2e-5)
 
 
 @pytest.mark.distributed

@@ -22,7 +22,7 @@ from megatron_chatflow.blend.plan import (
     to_csv,
 )
 from megatron_chatflow.blend.schedule import Schedule
-from megatron_chatflow.config import OptimizerConfig, RunLength
+from megatron_chatflow.config import OptimizerConfig, RunLength, TrainConfig
 from megatron_chatflow.config.learning_rate import learning_rates
 from megatron_chatflow.errors import UserError
 
@@ -71,23 +71,23 @@ def test_the_iteration_that_exceeds_max_epochs_is_named() -> None:
     sizes = {"english": 60, "chinese": 100, "chat": 10}
     sample = int(np.flatnonzero((source == 0) & (index == 90))[0])
     with pytest.raises(UserError) as caught:
-        check_epochs(blend(), 800, sizes, {"english": 1.5, "chinese": 90.0}, 20)
+        check_epochs(blend(), length(800), sizes, {"english": 1.5, "chinese": 90.0})
     message = str(caught.value)
     assert f"iteration {sample // 20 + 1} (sample {sample})" in message
     assert message.startswith("data.sources.english.max_epochs: 1.5 epochs of 60 samples")
     enough = math.ceil(1000 * source.tolist().count(0) / 60) / 1000
     assert "lower its weight" in message
     assert f"or raise max_epochs to the {enough:g} that the whole run needs" in message
-    check_epochs(blend(), 800, sizes, {"english": enough}, 20)
+    check_epochs(blend(), length(800), sizes, {"english": enough})
     later = int(np.flatnonzero((source == 2) & (index == 20))[0])
     assert later > sample
     with pytest.raises(UserError, match=rf"english.*\(sample {sample}\)"):
-        check_epochs(blend(), 800, sizes, {"chat": 2, "english": 1.5}, 20)
+        check_epochs(blend(), length(800), sizes, {"chat": 2, "english": 1.5})
 
 
 @pytest.mark.parametrize("limit", [1e308, 2.0**63, 1e18])
 def test_a_huge_limit_is_none(limit: float) -> None:
-    check_epochs(blend(), 800, {"english": 60}, {"english": limit}, 20)
+    check_epochs(blend(), length(800), {"english": 60}, {"english": limit})
     assert blend().first_draw(0, 2**63) is None
 
 
@@ -106,10 +106,10 @@ def test_more_than_four_epochs_are_reported_unless_a_limit_was_chosen() -> None:
 
 def test_what_is_just_enough_is_allowed() -> None:
     needed = int(blend().counts(800)[0])
-    check_epochs(blend(), 800, {"english": needed}, {"english": 1}, 20)
+    check_epochs(blend(), length(800), {"english": needed}, {"english": 1})
     with pytest.raises(UserError):
-        check_epochs(blend(), 800, {"english": needed - 1}, {"english": 1}, 20)
-    check_epochs(blend(), 800, {"english": 1, "chinese": 1}, {}, 20)
+        check_epochs(blend(), length(800), {"english": needed - 1}, {"english": 1})
+    check_epochs(blend(), length(800), {"english": 1, "chinese": 1}, {})
 
 
 def test_the_curve_adds_up() -> None:
@@ -133,22 +133,27 @@ def test_the_iteration_of_a_resumed_run_counts_from_its_present_batch_size() -> 
     """Ten iterations of 20 samples are followed by iterations of 50."""
     sizes = {"english": 200, "chinese": 2, "chat": 100}
     with pytest.raises(UserError) as fresh:
-        check_epochs(blend(), 800, sizes, {"english": 1.0}, 20)
+        check_epochs(blend(), length(800), sizes, {"english": 1.0})
     sample = int(re.search(r"sample (\d+)", str(fresh.value))[1])
     assert sample > 200
     with pytest.raises(UserError, match=f"exceeded at iteration {10 + (sample - 200) // 50 + 1} "):
-        check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(10, 200))
+        check_epochs(blend(), length(800, 50, 10, 200), sizes, {"english": 1.0})
     with pytest.raises(UserError, match="exceeded before iteration 40 "):
-        check_epochs(blend(), 800, sizes, {"english": 1.0}, 50, consumed=(40, 790))
+        check_epochs(blend(), length(800, 50, 40, 790), sizes, {"english": 1.0})
 
 
 def optimizer_and_length(batch: int, num_iterations: int, **settings: Any) -> tuple[Any, Any]:
     optimizer = OptimizerConfig(lr=1.0, **settings)
-    run: Any = SimpleNamespace(
-        train=SimpleNamespace(global_batch_size=batch, train_iters=num_iterations),
-        optimizer=optimizer,
-    )
+    train = TrainConfig(global_batch_size=batch, train_iters=num_iterations, micro_batch_size=1)
+    run: Any = SimpleNamespace(train=train, optimizer=optimizer)
     return optimizer, RunLength.of(run)
+
+
+def length(num_samples: int, batch: int = 20, iteration: int = 0, consumed: int = 0) -> RunLength:
+    """Returns the length of a run that may have begun with another batch size."""
+    train = TrainConfig(global_batch_size=batch, train_samples=num_samples, micro_batch_size=1)
+    run: Any = SimpleNamespace(train=train, optimizer=OptimizerConfig(lr=1.0))
+    return RunLength.of(run, iteration, consumed, initial_batch_size=20)
 
 
 def test_tenths_of_the_learning_rate_hold_the_same_amount_of_learning() -> None:
@@ -180,6 +185,32 @@ def test_tenths_of_a_long_run_need_little_memory(monkeypatch: pytest.MonkeyPatch
     assert ends[0] == pytest.approx(ends[1], abs=3) and ends[0][-1] == 1000
     means = [[float(row["mean"]) for row in each] for each in (rows, exact)]
     assert means[0] == pytest.approx(means[1], rel=0.03)
+
+
+def test_tenths_follow_a_ramp_of_the_batch_size() -> None:
+    train = TrainConfig(
+        global_batch_size=20,
+        rampup_batch_size=(5, 5, 600),
+        train_samples=5000,
+        micro_batch_size=1,
+    )
+    optimizer = OptimizerConfig(lr=1.0, lr_decay_style="linear")
+    run: Any = SimpleNamespace(train=train, optimizer=optimizer)
+    rows = learning_rate_table(blend(), optimizer, RunLength.of(run))
+    consumed = [0]
+    while consumed[-1] + 20 <= 5000:
+        done = consumed[-1]
+        consumed.append(done + min(5 + done // 200 * 5, 20))
+    edges = [0, *(int(row["iterations"].split(" to ")[1].replace(",", "")) for row in rows)]
+    assert edges[-1] == len(consumed) - 1
+    rates = learning_rates(optimizer, RunLength.of(run), np.array(consumed[:-1]))
+    sums = [rates[a:b].sum() for a, b in itertools.pairwise(edges)]
+    assert sums == pytest.approx([rates.sum() / 10] * 10, abs=1.5)
+    for row, (a, b) in zip(rows, itertools.pairwise(edges), strict=True):
+        drawn = blend().counts(consumed[b]) - blend().counts(consumed[a])
+        assert [int(row[f"{name} tokens"].split()[0].replace(",", "")) for name in NAMES] == [
+            *drawn.tolist()
+        ]
 
 
 def test_no_learning_has_no_tenths() -> None:

@@ -203,8 +203,8 @@ FROZEN_FLAGS = """
 --old-tokenizer-model --on-nan --optimizer-cpu-offload --optimizer-offload-fraction --output
 --overlap-cpu-optimizer-d2h-h2d --overlap-grad-reduce --overlap-param-gather --pad-attention-heads
 --pipeline-model-parallel-size --preset --pretrained-checkpoint --profile --profile-ranks
---profile-step-end --profile-step-start --rank --recompute-granularity --recompute-method
---recompute-modules --recompute-num-layers --reuse-grad-buf-for-mxfp8-param-ag
+--profile-step-end --profile-step-start --rampup-batch-size --rank --recompute-granularity
+--recompute-method --recompute-modules --recompute-num-layers --reuse-grad-buf-for-mxfp8-param-ag
 --rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
 --rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
 --save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives --simulate --split

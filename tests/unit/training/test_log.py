@@ -40,6 +40,7 @@ NOW = datetime(2026, 3, 4, 5, 6, 7)
 def make_facts(*names: str, **changes: Any) -> RunFacts:
     values: dict[str, Any] = {
         "num_iterations": 100_000,
+        "num_samples": 400_000,
         "seq_length": 10,
         "world_size": 2,
         "flops_per_token": 1e9,
