@@ -1,9 +1,10 @@
 """The dispatch mode under which operators on the simulated GPU compute shapes instead of values.
 
 CPU tensors stay real. A tensor on the GPU is a `FakeTensor`, and torch's own shape functions stand
-for its kernels. Whatever brings a value from the GPU to the host makes the host wait on a real GPU:
-it is recorded, and the host gets a made-up value. Values that the host itself has put into a small
-tensor are remembered, so that flags which all ranks reduce come back as they were sent.
+for its kernels. A tensor that consists of others, such as one in FP8, consists of those. Whatever
+brings a value from the GPU to the host makes the host wait on a real GPU: it is recorded, and the
+host gets a made-up value. Values that the host itself has put into a small tensor are remembered,
+so that flags which all ranks reduce come back as they were sent.
 """
 
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ class SimulatedGpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Computes the result's shape, or runs an operator of CPU tensors as it is."""
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # it calls operators of the tensors that it consists of
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device
         kwargs = kwargs or {}

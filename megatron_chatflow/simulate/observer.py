@@ -318,21 +318,41 @@ def held_blocks(recorder: Recorder, optimization: Any) -> dict[str, set[int]]:
     weights: list[torch.Tensor] = []
     gradients: list[torch.Tensor] = []
     for chunk in optimization.chunks:
+        for module in chunk.modules():
+            # transformer-engine's copies of weights in FP8.
+            for copy in getattr(module, "_fp8_workspaces", {}).values():
+                weights += _parts(copy)
         for parameter in chunk.parameters():
-            weights.append(parameter.data)
+            weights += _parts(parameter.data)
             gradients += [
                 gradient
                 for gradient in (getattr(parameter, "main_grad", None), parameter.grad)
                 if gradient is not None
             ]
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            weights += [data for data in (buffer.param_data,) if data is not None]
             gradients.append(buffer.grad_data)
+            # With mxfp8, updated weights are gathered in the buffer of the gradients.
+            if buffer.param_data is not None and not _share_memory(
+                buffer.param_data, buffer.grad_data
+            ):
+                weights.append(buffer.param_data)
     return {
         "weights": recorder.blocks_of(weights),
         "gradients": recorder.blocks_of(gradients),
         "optimizer": recorder.blocks_of(_state(optimization.optimizer)),
     }
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the tensors that a tensor consists of."""
+    whole: Any = tensor
+    if not hasattr(whole, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(whole, name) for name in whole.__tensor_flatten__()[0]]
 
 
 def _state(optimizer: Any) -> Iterator[torch.Tensor]:

@@ -1,7 +1,8 @@
 """Tests weights that are stored in FP8, with the stand-in for transformer-engine.
 
-Its FP8 weights have one scale each, as the operands of its products have. Before they are drawn or
-loaded, what transformer-engine would initialize master weights with is NaN.
+Its FP8 weights have one scale each, as the operands of its products have; with mxfp8, both have a
+scale for 32 values. Before they are drawn or loaded, what transformer-engine would initialize
+master weights with is NaN.
 """
 
 from pathlib import Path
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.slow
 SIZES = ["--ffn-hidden-size", "192", "--bf16", "--num-query-groups", "4"]
 PLAIN = [*SIZES, "--use-distributed-optimizer", "--fp8-format", "hybrid"]
 FP8 = [*PLAIN, "--fp8-param-gather"]
+PLAIN_MX = [*PLAIN, "--fp8-recipe", "mxfp8"]
+MX = [*PLAIN_MX, "--fp8-param-gather", "--reuse-grad-buf-for-mxfp8-param-ag"]
 TENSOR = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 TOLERANCE = 0.05  # FP8 amplifies differences in rounding
 AWARE = ["--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16"]
@@ -41,11 +44,20 @@ WHOLE = {
         *("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"),
     ],
     "context": [*FP8, "--context-parallel-size", "2"],
+    "mx_plain": PLAIN_MX,
+    "mx": MX,
+    "mx_bf16_gradients": [*MX, "--grad-reduce-in-bf16"],
+    "mx_first_last": [*MX, "--first-last-layers-bf16"],
+    "mx_tensor": [*MX, *TENSOR],
+    "mx_pipeline": [*MX, "--pipeline-model-parallel-size", "2"],
 }
 # By name: the flags until the fourth iteration, and those from there on.
 RESUMED = {
     "fp8_again": (FP8, FP8),
     "aware_again": ([*FP8, *AWARE], [*FP8, *AWARE]),
+    "mx_again": (MX, MX),
+    "to_mx": (PLAIN_MX, MX),
+    "mx_to_tensor": (MX, [*MX, *TENSOR]),
     "to_fp8": (PLAIN, FP8),
     "to_plain": (FP8, PLAIN),
     "to_tensor": (FP8, [*FP8, *TENSOR]),
@@ -65,15 +77,18 @@ def runs(tiny_run: TinyRun) -> Path:
     one_step = ["--exit-interval", 1, "--eval-interval", 100, "--lr", "1e-30", "--min-lr", 0]
     tasks += [
         [*base, *flags, *one_step, "--save", folder / f"begun_{name}"]
-        for name, flags in (("plain", PLAIN), ("fp8", FP8), ("tensor", [*FP8, *TENSOR]))
+        for name, flags in (
+            *(("plain", PLAIN), ("fp8", FP8), ("tensor", [*FP8, *TENSOR])),
+            *(("mx", MX), ("mx_tensor", [*MX, *TENSOR])),
+        )
     ]
     jobs.run_with_stand_in(2, tasks, folder)
     export_checkpoint(folder / "plain", folder / "huggingface", dtype="fp32")
     jobs.run_with_stand_in(
         2,
         [
-            [*base, *FP8, *flags, *one_step, option, source, "--save", folder / f"{name}_{layout}"]
-            for layout, flags in (("data", []), ("tensor", TENSOR))
+            [*base, *flags, *one_step, option, source, "--save", folder / f"{name}_{layout}"]
+            for layout, flags in (("data", FP8), ("tensor", [*FP8, *TENSOR]), ("mx", MX))
             for name, option, source in (
                 ("loaded", "--load-hf", folder / "huggingface"),
                 ("pretrained", "--pretrained-checkpoint", folder / "plain"),
@@ -100,9 +115,11 @@ def test_losses_stay_close_to_those_of_bf16_weights(runs: Path, name: str) -> No
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["fp8", "blockwise", "overlap", "to_fp8", "to_plain"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "blockwise", "overlap", "to_fp8", "to_plain", "mx", "mx_again", "to_mx"]
+)
 def test_weights_in_fp8_are_the_bf16_weights_in_fp8(runs: Path, name: str) -> None:
-    expected, _ = jobs.read_metrics(runs / "plain")
+    expected, _ = jobs.read_metrics(runs / ("mx_plain" if "mx" in name else "plain"))
     found, _ = jobs.read_metrics(runs / name)
     assert found[0]["lm_loss"] == expected[0]["lm_loss"]
     # The norm of the gradient, to which it is clipped, is summed in another order.
@@ -113,7 +130,8 @@ def test_weights_in_fp8_are_the_bf16_weights_in_fp8(runs: Path, name: str) -> No
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("name", "same"), [("fp8_again", "fp8"), ("aware_again", "aware"), ("overlap", "fp8")]
+    ("name", "same"),
+    [("fp8_again", "fp8"), ("aware_again", "aware"), ("overlap", "fp8"), ("mx_again", "mx")],
 )
 def test_a_resume_and_overlap_change_no_bit(runs: Path, name: str, same: str) -> None:
     expected = _tensors(runs / same / "iter_0000010")
@@ -123,7 +141,10 @@ def test_a_resume_and_overlap_change_no_bit(runs: Path, name: str, same: str) ->
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["fp8", "tensor", "virtual", "first_last", "aware"])
+@pytest.mark.parametrize(
+    "name",
+    ["fp8", "tensor", "virtual", "first_last", "aware", "mx", "mx_tensor", "mx_first_last"],
+)
 def test_checkpoints_hold_weights_in_bf16(runs: Path, name: str) -> None:
     expected = _tensors(runs / "plain" / "iter_0000010")
     found = _tensors(runs / name / "iter_0000010")
@@ -137,7 +158,7 @@ def test_checkpoints_hold_weights_in_bf16(runs: Path, name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["fp8", "tensor"])
+@pytest.mark.parametrize("name", ["fp8", "tensor", "mx", "mx_tensor"])
 def test_master_weights_begin_with_drawn_weights(runs: Path, name: str) -> None:
     expected = _tensors(runs / "begun_plain" / "iter_0000001")
     found = _tensors(runs / f"begun_{name}" / "iter_0000001")
@@ -148,7 +169,7 @@ def test_master_weights_begin_with_drawn_weights(runs: Path, name: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["data", "tensor"])
+@pytest.mark.parametrize("layout", ["data", "tensor", "mx"])
 @pytest.mark.parametrize("source", ["loaded", "pretrained"])
 def test_master_weights_begin_with_loaded_weights(
     runs: Path, source: str, layout: str, tmp_path: Path

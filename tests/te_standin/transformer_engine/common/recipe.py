@@ -14,10 +14,16 @@ class Format(Enum):
 
 class Recipe:
     columns = 16  # what the columns of an operand must be a multiple of
+    has_blocks = False  # whether blocks of 32 values have a scale, not whole operands
 
     def __init__(self, fp8_format=Format.HYBRID, **settings) -> None:
         self.fp8_format = fp8_format
         vars(self).update(settings)
+
+    @property
+    def kinds(self):
+        """Positions in `KINDS` of the types of the forward pass, and of gradients."""
+        return 0, int(self.fp8_format is Format.HYBRID)
 
 
 class DelayedScaling(Recipe): ...
@@ -31,6 +37,7 @@ class Float8BlockScaling(Recipe): ...
 
 class MXFP8BlockScaling(Recipe):
     columns = 32
+    has_blocks = True
 
 
 class NVFP4BlockScaling(Recipe): ...

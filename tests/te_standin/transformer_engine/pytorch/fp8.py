@@ -6,10 +6,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from transformer_engine.common.recipe import DelayedScaling
-from transformer_engine.pytorch.tensor import QuantizedTensor
 
 # The size of each product of a forward pass and the name of its recipe, for tests: this process
 # writes them to a file that the variable names, when it exits.
@@ -21,7 +18,7 @@ if LOG is not None:
 
 class FP8GlobalStateManager:
     recipe = None
-    has_fp8_weights = False  # whether layers are built with weights in FP8
+    recipe_of_weights = None  # of layers that are built with weights in FP8
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
@@ -45,12 +42,12 @@ def fp8_autocast(enabled=True, calibrating=False, fp8_recipe=None, fp8_group=Non
 @contextmanager
 def fp8_model_init(enabled=True, recipe=None, preserve_high_precision_init_val=False):
     assert preserve_high_precision_init_val
-    outer = FP8GlobalStateManager.has_fp8_weights
-    FP8GlobalStateManager.has_fp8_weights = enabled
+    outer = FP8GlobalStateManager.recipe_of_weights
+    FP8GlobalStateManager.recipe_of_weights = recipe if enabled else None
     try:
         yield
     finally:
-        FP8GlobalStateManager.has_fp8_weights = outer
+        FP8GlobalStateManager.recipe_of_weights = outer
 
 
 def record(x, weight) -> None:
@@ -62,12 +59,3 @@ def record(x, weight) -> None:
             raise AssertionError(f"FP8 execution is impossible with an operand of {rows, columns}")
     if LOG is not None:
         PRODUCTS.append((*weight.shape, recipe and type(recipe).__name__))
-
-
-def quantize(x, kind):
-    """Rounds to the values that an FP8 tensor with one scale can represent; such a one has them."""
-    if isinstance(x, QuantizedTensor):
-        return x.dequantize()
-    largest = torch.finfo(kind).max
-    scale = largest / x.abs().amax().float().clamp(min=1e-12)
-    return ((x.float() * scale).to(kind).float() / scale).to(x.dtype)

@@ -5,21 +5,24 @@ What transformer-engine computes in one kernel is one operator, so that a simula
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import register_flop_formula
 
-from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, quantize, record
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, record
 from transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
     check_user_buffer,
+    get_dummy_wgrad,
 )
 from transformer_engine.pytorch.tensor import QuantizedTensor, quantized
+from transformer_engine.pytorch.tensor.operands import (
+    Operand,
+    accumulate_product,
+    gather,
+    product,
+    quantize,
+)
 
 __all__ = ["LayerNormLinear", "Linear", "RMSNorm", "TransformerEngineBaseModule"]
-
-
-def _gather(rows, group):
-    whole = rows.new_empty(rows.shape[0] * group.size(), *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, rows.contiguous(), group=group)
-    return whole
 
 
 def _reduce(rows, group, *, scatter):
@@ -41,20 +44,34 @@ def _(main_grad, rows, columns):
     return None
 
 
+@register_flop_formula(torch.ops.te_standin.accumulate)
+def _(main_grad, rows, columns, *_, **__):
+    return 2 * rows[0] * rows[1] * columns[1]
+
+
+def _reduce_gradient(grad_x, layer):
+    if layer.is_column and layer.tp_size > 1:
+        return _reduce(grad_x, layer.tp_group, scatter=layer.sequence_parallel)
+    return grad_x
+
+
+def _dummy_gradient(parameter):
+    parameter.grad_added_to_main_grad = True
+    return get_dummy_wgrad(parameter.shape, parameter.dtype)
+
+
 class _Product(torch.autograd.Function):
     """The product of a layer, with its collectives and its gradients."""
 
     @staticmethod
     def forward(ctx, x, weight, layer):
-        ctx.layer, ctx.recipe = layer, FP8GlobalStateManager.recipe
+        ctx.layer = layer
         ctx.save_for_backward(x, weight)
-        whole = _gather(x, layer.tp_group) if layer.gathers else x
+        assert not isinstance(weight, QuantizedTensor), "a product in bf16 of a weight in FP8"
+        whole = gather(x, layer.tp_group) if layer.gathers else x
         record(whole, weight)
         if layer.overlaps:
-            check_user_buffer(whole, ctx.recipe is not None)
-        if ctx.recipe is not None:
-            whole, weight = (quantize(t, ctx.recipe.fp8_format.value[0]) for t in (whole, weight))
-        assert not isinstance(weight, QuantizedTensor), "a product in bf16 of a weight in FP8"
+            check_user_buffer(whole, is_fp8=False)
         y = whole @ weight.t()
         return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y
 
@@ -62,28 +79,71 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient):
         (x, weight), layer = ctx.saved_tensors, ctx.layer
         if layer.reduces and layer.sequence_parallel:
-            gradient = _gather(gradient, layer.tp_group)
-        whole = _gather(x, layer.tp_group) if layer.gathers else x
+            gradient = gather(gradient, layer.tp_group)
+        whole = gather(x, layer.tp_group) if layer.gathers else x
         parameter = layer.weight  # what autograd has saved may have been offloaded
-        if ctx.recipe is not None:
-            forward_type, gradient_type = ctx.recipe.fp8_format.value
-            whole = quantize(whole, forward_type)
-            if isinstance(weight, QuantizedTensor):
-                weight = weight.dequantize(transposed=True)
-            else:
-                weight = quantize(weight, forward_type)
-            gradient = quantize(gradient, gradient_type)
-        grad_x = gradient @ weight
-        if layer.is_column and layer.tp_size > 1:
-            grad_x = _reduce(grad_x, layer.tp_group, scatter=layer.sequence_parallel)
+        grad_x = _reduce_gradient(gradient @ weight, layer)
         rows, columns = gradient.flatten(0, -2).t(), whole.flatten(0, -2)
         if not layer.fuse_wgrad_accumulation:
             return grad_x, rows @ columns, None
         _accumulate(parameter.main_grad, rows, columns)
-        parameter.grad_added_to_main_grad = True
-        # A tensor for autograd, whose values nobody may read.
-        unset = torch.empty_like(parameter)
-        return grad_x, unset if unset.is_cuda else unset.fill_(float("nan")), None
+        return grad_x, _dummy_gradient(parameter), None
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """The same in FP8. Autograd keeps one copy of the input in FP8, or the input itself.
+
+    What is gathered is gathered in FP8: one copy of an operand with one scale, whose other copy
+    every rank makes of it, but the copy that a product needs of one whose blocks have scales.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, layer, quantized_weight):
+        recipe = ctx.recipe = FP8GlobalStateManager.recipe
+        ctx.layer, ctx.weight = layer, quantized_weight
+        group = layer.tp_group if layer.gathers else None
+        rows, columns = quantize(x.flatten(0, -2), recipe, recipe.kinds[0], group)
+        if layer.save_original_input:
+            ctx.save_for_backward(x)
+        else:
+            kept = rows if layer.gathers and not recipe.has_blocks else columns
+            ctx.save_for_backward(kept.data, kept.scale)
+        del columns
+        if layer.gathers:
+            rows = rows.gathered(group)
+        record(rows.data, weight)
+        if layer.overlaps:
+            check_user_buffer(rows.data, is_fp8=True)
+        y = product(rows, quantized_weight.rows, "nt")
+        y = y.view(-1, *x.shape[1:-1], y.shape[-1])
+        return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        layer, recipe = ctx.layer, ctx.recipe
+        forward_kind, gradient_kind = recipe.kinds
+        gathers_gradient = layer.reduces and layer.sequence_parallel
+        group = layer.tp_group if gathers_gradient else None
+        rows, columns = quantize(gradient.flatten(0, -2), recipe, gradient_kind, group)
+        if gathers_gradient:
+            rows = rows.gathered(group)
+            columns = columns.gathered(group) if recipe.has_blocks else rows.transposed()
+        grad_x = product(rows, ctx.weight.columns, "nn")
+        del rows
+        grad_x = _reduce_gradient(grad_x.view(-1, *gradient.shape[1:-1], grad_x.shape[-1]), layer)
+        if layer.save_original_input:
+            (x,) = ctx.saved_tensors
+            _, inputs = quantize(x.flatten(0, -2), recipe, forward_kind)
+        else:
+            inputs = Operand(*ctx.saved_tensors, forward_kind)
+        if layer.gathers:
+            inputs = inputs.gathered(layer.tp_group)
+            inputs = inputs if recipe.has_blocks else inputs.transposed()
+        parameter = layer.weight
+        if not layer.fuse_wgrad_accumulation:
+            return grad_x, product(columns, inputs, "tn"), None, None
+        accumulate_product(parameter.main_grad, columns, inputs)
+        return grad_x, _dummy_gradient(parameter), None, None
 
 
 class Linear(TransformerEngineBaseModule):
@@ -131,9 +191,11 @@ class Linear(TransformerEngineBaseModule):
         self.reduces = is_row and tp_size > 1
         weight = torch.empty(self.out_features, self.in_features, dtype=params_dtype, device=device)
         self.weight = torch.nn.Parameter(weight)
-        if FP8GlobalStateManager.has_fp8_weights:
+        self._fp8_workspaces = {}  # copies of a bf16 weight, which micro-batches share
+        recipe = FP8GlobalStateManager.recipe_of_weights
+        if recipe is not None:
             # What the memory holds before the weights are drawn or loaded.
-            self.weight = torch.nn.Parameter(quantized(weight.zero_()))
+            self.weight = torch.nn.Parameter(quantized(weight.zero_(), recipe))
             unset = [torch.full_like(weight, torch.nan, device="cpu")]
             self.weight.get_high_precision_init_val = lambda: unset[0]
             self.weight.clear_high_precision_init_val = unset.clear
@@ -142,7 +204,27 @@ class Linear(TransformerEngineBaseModule):
         init_method(self.weight)
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
-        return _Product.apply(inp, self.weight, self)
+        return self._multiply(inp, is_first_microbatch)
+
+    def _multiply(self, x, is_first_microbatch):
+        if FP8GlobalStateManager.recipe is None:
+            return _Product.apply(x, self.weight, self)
+        quantized_weight = self._quantized_weight(is_first_microbatch)
+        return _QuantizedProduct.apply(x, self.weight, self, quantized_weight)
+
+    @torch.no_grad()
+    def _quantized_weight(self, is_first_microbatch):
+        if isinstance(self.weight, QuantizedTensor):
+            return self.weight
+        if is_first_microbatch is None:
+            return quantized(self.weight, FP8GlobalStateManager.recipe)
+        cached = self._fp8_workspaces.get("weight")
+        if cached is None:
+            cached = quantized(self.weight, FP8GlobalStateManager.recipe)
+            self._fp8_workspaces["weight"] = cached
+        elif is_first_microbatch:
+            cached.quantize_(self.weight)
+        return cached
 
 
 @torch.library.custom_op("te_standin::rms_norm", mutates_args=())
@@ -243,7 +325,7 @@ class LayerNormLinear(Linear):
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         x, _ = _rms_norm(inp, self.layer_norm_weight, self.eps)
-        return _Product.apply(x, self.weight, self)
+        return self._multiply(x, is_first_microbatch)
 
 
 class RMSNorm(torch.nn.Module):

@@ -13,8 +13,18 @@ class TransformerEngineBaseModule(torch.nn.Module):
         assert state is None, "a checkpoint's extra state must not be loaded"
 
 
+_dummy_wgrads = {}
+
+
 def get_dummy_wgrad(shape, dtype, zero=False):
-    return torch.zeros(shape, dtype=dtype, device=torch.cuda.current_device())
+    """Returns a gradient for autograd whose values nobody may read; each size has one tensor."""
+    key = tuple(shape), dtype
+    if key not in _dummy_wgrads:
+        device = torch.cuda.current_device()
+        _dummy_wgrads[key] = torch.full(shape, torch.nan, dtype=dtype, device=device)
+    if zero:
+        _dummy_wgrads[key].zero_()
+    return _dummy_wgrads[key].detach()
 
 
 class UserBufferQuantizationMode(Enum):

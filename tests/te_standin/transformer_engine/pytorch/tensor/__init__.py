@@ -1,25 +1,33 @@
-"""Stand-in for FP8 tensors with one scale: E4M3 values that look like a tensor of another dtype."""
+"""Stand-ins for FP8 tensors: values in FP8 that look like a tensor of another dtype."""
 
 import torch
 from torch.utils._pytree import tree_map
 
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+from transformer_engine.pytorch.tensor.operands import (
+    Operand,
+    dequantize,
+    largest_of,
+    quantize_at_once,
+    quantize_blocks,
+)
 
 
 class QuantizedTensor(torch.Tensor):
     """Any operator but a copy sees the values in the dtype that the tensor seems to have.
 
-    The gradient of the input is computed with a transposed copy of the values, which has the same
-    scale, and which gathering the values does not change.
+    Attributes:
+        parts: Names of the tensors that it consists of.
     """
 
+    parts = ()
+
     @staticmethod
-    def __new__(cls, data, scale, dtype, requires_grad=False, transposed=None):
+    def __new__(cls, dtype, *tensors):
         self = torch.Tensor._make_wrapper_subclass(
-            cls, data.shape, dtype=dtype, device=data.device, requires_grad=requires_grad
+            cls, tensors[0].shape, dtype=dtype, device=tensors[0].device
         )
-        self._data, self._scale = data, scale  # uint8, and float32[1]
-        self._transposed = transposed  # uint8, in the order of the values
+        for name, tensor in zip(cls.parts, tensors, strict=True):
+            setattr(self, name, tensor)
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -27,8 +35,7 @@ class QuantizedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.detach.default:
-            one = args[0]
-            return cls(one._data, one._scale, one.dtype, transposed=one._transposed)
+            return cls(args[0].dtype, *(getattr(args[0], name) for name in cls.parts))
         if func is torch.ops.aten.copy_.default and isinstance(args[0], cls):
             args[0].quantize_(args[1].dequantize() if isinstance(args[1], cls) else args[1])
             return args[0]
@@ -38,30 +45,60 @@ class QuantizedTensor(torch.Tensor):
         assert not func._schema.is_mutable, f"{func} would change a copy"
         return func(*args, **kwargs)
 
-    def dequantize(self, *, transposed=False):
-        stored = self._transposed if transposed else self._data
-        return (stored.view(torch.float8_e4m3fn).float() / self._scale).to(self.dtype)
+    def __tensor_flatten__(self):
+        return list(self.parts), None
+
+    def dequantize(self):
+        return dequantize(*self.rows, self.dtype)
+
+    @property
+    def rows(self):
+        """The copy that forward passes read."""
+        raise NotImplementedError
+
+    @property
+    def columns(self):
+        """The copy with which gradients of the input are computed."""
+        raise NotImplementedError
 
     def quantize_(self, values):
-        self.quantize_range(values.reshape(-1), 0, values.abs().max())
-        self.transpose_again()
+        """Replaces the values of both copies."""
+        raise NotImplementedError
+
+
+class Float8Tensor(QuantizedTensor):
+    """Values with one scale. Gathering them does not change the transposed copy."""
+
+    parts = ("_data", "_transposed", "_scale")  # uint8 twice, and float32[1]
+
+    @property
+    def rows(self):
+        return Operand(self._data, self._scale, 0)
+
+    @property
+    def columns(self):
+        return Operand(self._transposed, self._scale, 0)
+
+    def quantize_(self, values):
+        values = values.to(self.dtype).contiguous()
+        found = quantize_at_once(values, largest_of(values), 0)
+        for name, tensor in zip(self.parts, found, strict=True):
+            getattr(self, name).copy_(tensor)
 
     def transpose_again(self):
-        self._transposed = self._data.clone()
+        self._transposed.copy_(self._data)
 
     def quantize_range(self, values, begin, largest):
         """Replaces consecutive values, and the scale by that for the largest of all values."""
-        self._scale.copy_(LARGEST / largest.float().clamp(min=1e-12))
-        part = self._data.view(-1)[begin : begin + values.numel()]
-        exact = values.to(self.dtype).float() * self._scale
-        part.copy_(exact.to(torch.float8_e4m3fn).view(torch.uint8))
+        data, _, scale = quantize_at_once(values.to(self.dtype), largest.view(1), 0)
+        self._scale.copy_(scale)
+        self._data.view(-1)[begin : begin + values.numel()].copy_(data)
 
 
-class Float8Tensor(QuantizedTensor): ...
+def quantized(values, recipe):
+    """Returns the tensor that a recipe makes of a weight."""
+    from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Tensor
 
-
-def quantized(values):
-    data = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
-    result = Float8Tensor(data, torch.ones(1, device=values.device), values.dtype)
-    result.quantize_(values)
-    return result
+    if recipe.has_blocks:
+        return MXFP8Tensor(values.dtype, *quantize_blocks(values, 0))
+    return Float8Tensor(values.dtype, *quantize_at_once(values, largest_of(values), 0))

@@ -3,8 +3,12 @@
 import torch
 import torch.distributed as dist
 
+from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Tensor
+
 
 def replace_raw_data(tensor, new_raw_data):
+    if isinstance(tensor, MXFP8Tensor):
+        raise NotImplementedError("replace_raw_data for MXFP8Tensor is not supported yet")
     new_raw_data.detach().copy_(tensor._data)
     tensor._data = new_raw_data
 
@@ -36,4 +40,5 @@ def cast_master_weights_to_fp8(
 
 def post_all_gather_processing(model_weights):
     for weight in model_weights:
-        weight.transpose_again()
+        if not isinstance(weight, MXFP8Tensor):
+            weight.transpose_again()
