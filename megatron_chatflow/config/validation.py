@@ -317,9 +317,18 @@ def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
             f"train.micro_batch_size x data.seq_length / parallel.context_parallel_size is "
             f"{tokens}; change one of them"
         )
+    recipe = "nvfp4" if train.fp8_format is None else train.fp8_recipe
+    block = {"blockwise": 128, "mxfp8": 32, "nvfp4": 16}.get(recipe, 1)
+    gathered, hidden = tokens // tensor, config.model.hidden_size
+    if parallel.sequence_parallel and (gathered % block or hidden % block):
+        raise UserError(
+            f"{name}: parallel.sequence_parallel gathers the blocks of {block} values that have a "
+            f"scale, and the {gathered} tokens of a process or model.hidden_size {hidden} are no "
+            f"multiple of {block}; change the size, or use another recipe"
+        )
     counts = head_counts(config.model, parallel)
     sizes = {
-        "model.hidden_size": config.model.hidden_size,
+        "model.hidden_size": hidden,
         "model.ffn_hidden_size / parallel.tensor_model_parallel_size": (
             config.model.ffn_hidden_size // tensor
         ),

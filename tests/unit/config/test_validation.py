@@ -290,6 +290,13 @@ REFUSED = [
         {**FP8, "train.fp8_recipe": "mxfp8", "model.ffn_hidden_size": 176},
         "train.fp8_format: needs sizes that are multiples of 32, and model.ffn_hidden_size / para",
     ),
+    (
+        {
+            **{**FP8, "train.fp8_recipe": "blockwise", "train.micro_batch_size": 1},
+            **{TENSOR: 2, "parallel.sequence_parallel": True},
+        },
+        "train.fp8_format: parallel.sequence_parallel gathers the blocks of 128 values",
+    ),
     ({"train.recompute_granularity": "full"}, "train.recompute_granularity: full needs train.reco"),
     ({"train.recompute_method": "block"}, "train.recompute_method and train.recompute_num_layers:"),
     (
