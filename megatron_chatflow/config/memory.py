@@ -20,6 +20,8 @@ _CHUNK_LOGITS = 1 << 27
 # `MAX_LENGTH` and `QUERY_CHUNK` of the CPU attention in `kernels/attention.py`. Attention over
 # longer documents stores no scores.
 _LONGEST_COMPOSED, _QUERY_CHUNK = 2048, 256
+# megatron-core's ``min_offloaded_tensor_size``, in values.
+_LEAST_OFFLOADED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,9 @@ class MemoryEstimate:
     """Peak memory in bytes of the process that needs the most memory.
 
     Attributes:
-        weights: Parameters in the precision of the computation. With FP8, also the copies of the
-            layers' matrices that the products read, of which one is transposed; with
-            ``fp8_param_gather`` only those.
+        weights: Parameters in the precision of the computation. With FP8 or FP4, also the two
+            copies of the layers' matrices that the products read, by rows and by columns (since
+            Blackwell, the recipes with one scale need one); with ``fp8_param_gather`` only those.
         gradients: Gradient buffers (fp32, or bf16 with ``grad_reduce_in_bf16`` or
             ``main_grads_dtype``).
         optimizer: Adam's moments, and with bf16 the master weights.
@@ -91,29 +93,33 @@ def _estimate_stage(
     shards = (
         data_parallel * parallel.context_parallel_size if parallel.use_distributed_optimizer else 1
     )
-    num_micro_batches = config.train.global_batch_size // (
-        data_parallel * config.train.micro_batch_size
-    )
+    num_micro_batches = _num_micro_batches(config, world_size)
     weights, moments = (
         parameters * _value_bytes(config),
         int(parameters * _state_bytes(config, on_cpu)),
     )
     activations = _activation_bytes(config, stage, num_micro_batches, on_cpu)
-    matrices = parameters - num_tables * table
-    is_quantized = config.train.fp8_format is not None or config.train.fp4_format is not None
-    copies = 2 * matrices if is_quantized else 0
+    share = _quantized_share(config, stage)
+    matrices = int(share * (parameters - num_tables * table))
+    if share:
+        weights += int(2 * matrices * _quantized_bytes(config))
+    if config.train.fp8_param_gather:
+        weights -= _value_bytes(config) * matrices
+    if config.train.reuse_grad_buf_for_mxfp8_param_ag:
+        # Updated weights in bf16 are gathered in a buffer of their own, and copied.
+        weights += _value_bytes(config) * (parameters - matrices)
     # Data-parallel processes divide the state that they replicate when they save it.
-    saved = weights + parameters * _saved_state_bytes(config)
+    saved = parameters * (_value_bytes(config) + _saved_state_bytes(config))
     copy = saved // (data_parallel * parallel.context_parallel_size)
     has_copy = config.checkpoint.async_save and config.checkpoint.save is not None
     return MemoryEstimate(
-        weights=weights + copies - (2 * matrices if config.train.fp8_param_gather else 0),
+        weights=weights,
         gradients=parameters * (2 if config.has_bf16_gradients else 4),
         optimizer=moments // shards,
         saving=copy if on_cpu and has_copy else 0,
         activations=activations,
         temporary=max(
-            _recomputed_bytes(config, on_cpu) + _layer_temporaries(config),
+            _recomputed_bytes(config, stage, on_cpu) + _layer_temporaries(config, stage),
             _loss_temporaries(config, table, is_last, on_cpu),
             parameters // shards * _update_bytes(config) - activations,
         ),
@@ -147,6 +153,27 @@ def offloaded_bytes(config: RunConfig, vocab_size: int, world_size: int) -> int:
     return int(state * (12 + 4) / 12 * config.optimizer.optimizer_offload_fraction)
 
 
+def offloaded_activation_bytes(config: RunConfig, world_size: int) -> int:
+    """Returns the bytes of host memory for the activations that a process offloads at most.
+
+    Args:
+        config: The configuration of the run.
+        world_size: Number of processes.
+    """
+    num_micro_batches = _num_micro_batches(config, world_size)
+    passes = [
+        _passes_in_flight(config, stage, num_micro_batches)
+        for stage in range(config.parallel.pipeline_model_parallel_size)
+    ]
+    num_layers = max(layers * in_flight for layers, in_flight in passes)
+    return _offloaded_layer_bytes(config) * (num_layers - 1)
+
+
+def _num_micro_batches(config: RunConfig, world_size: int) -> int:
+    data_parallel = world_size // config.model_parallel_size
+    return config.train.global_batch_size // (data_parallel * config.train.micro_batch_size)
+
+
 def _moment_dtypes(config: RunConfig) -> tuple[str, str]:
     return config.optimizer.exp_avg_dtype, config.optimizer.exp_avg_sq_dtype
 
@@ -175,10 +202,40 @@ def _update_bytes(config: RunConfig) -> int:
         optimizer.optimizer_cpu_offload or config.train.fp8_param_gather
     )
     gradient = 4 if config.has_bf16_gradients and not reads_bf16 else 0
+    if config.train.fp8_param_gather and not config.train.reuse_grad_buf_for_mxfp8_param_ag:
+        gradient += 2  # masters in bf16, which are quantized
     if optimizer.optimizer_cpu_offload:
         return gradient
     dtypes = (*_moment_dtypes(config), optimizer.main_params_dtype)
     return gradient + 4 * sum(dtype != "fp32" for dtype in dtypes)
+
+
+def _quantized_bytes(config: RunConfig) -> float:
+    """Returns the bytes of a value of the layers' products, with its part of a scale."""
+    train = config.train
+    if train.fp4_format is not None:
+        return 0.5 + 1 / 16
+    if train.fp8_format is None:
+        return _value_bytes(config)
+    return 1 + 1 / 32 if train.fp8_recipe in ("blockwise", "mxfp8") else 1
+
+
+def _quantized_share(config: RunConfig, stage: int) -> float:
+    """Returns the share of a stage's layers whose products are in FP8 or FP4."""
+    train, num_layers = config.train, config.model.num_layers
+    if train.fp8_format is None and train.fp4_format is None:
+        return 0.0
+    if not train.first_last_layers_bf16:
+        return 1.0
+    chunks = num_model_chunks(config.model, config.parallel)
+    size = num_layers // config.parallel.pipeline_model_parallel_size // chunks
+    first, end = train.num_layers_at_start_in_bf16, num_layers - train.num_layers_at_end_in_bf16
+    begins = [
+        (chunk * config.parallel.pipeline_model_parallel_size + stage) * size
+        for chunk in range(chunks)
+    ]
+    count = sum(max(0, min(begin + size, end) - max(begin, first)) for begin in begins)
+    return count / (size * chunks)
 
 
 def _value_bytes(config: RunConfig) -> int:
@@ -202,8 +259,8 @@ def residual_bytes(config: RunConfig) -> int:
     return _num_tokens(config) * _value_bytes(config) * config.model.hidden_size // parts
 
 
-def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
-    """Returns the bytes of activations that one layer stores for a micro-batch.
+def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
+    """Returns the bytes of activations that one layer of a stage stores for a micro-batch.
 
     The formula follows Korthikanti et al. 2022 (arXiv 2205.05198), section 4, with SwiGLU and
     grouped queries instead of their feed-forward block and heads, without dropout, and with
@@ -216,6 +273,11 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
     If attention is recomputed, the layer stores the whole output of the QKV projection instead of
     the rotated queries, keys and values, because the unrotated ones are views of that output. The
     output is not smaller.
+
+    With FP8 or FP4, the layers store what enters a product as the product reads it: the outputs of
+    the norms, and SwiGLU's. Attention stores the context in bf16, which the output projection reads
+    again, except with the delayed recipe. The result is the mean over the stage's layers, of which
+    some may be in bf16.
     """
     model, train = config.model, config.train
     counts, context = head_counts(model, config.parallel), _context_size(config)
@@ -233,10 +295,33 @@ def layer_bytes(config: RunConfig, on_cpu: bool) -> int:
         projected, attended = counts.projected_size, 0
     num_ffn = 0 if train.recomputes("mlp") else _num_ffn_tensors(config, on_cpu)
     # torch's norm on CPUs also stores the normalized states.
-    num_whole = 6 if on_cpu and not is_fused else 4
-    inside = projected + attended + query + num_ffn * model.ffn_hidden_size
-    per_token = inside // config.parallel.tensor_model_parallel_size * _value_bytes(config)
-    return num_whole * residual_bytes(config) + _num_tokens(config) * per_token
+    num_whole = 6.0 if on_cpu and not is_fused else 4.0
+    inside = projected + attended + query + num_ffn * float(model.ffn_hidden_size)
+    share, size = _quantized_share(config, stage), _value_bytes(config)
+    saving = share * (1 - _quantized_bytes(config) / size)
+    num_whole -= 2 * saving
+    if num_ffn:
+        inside -= saving * model.ffn_hidden_size
+    if train.fp8_recipe == "delayed":
+        inside += share * query / size
+    per_token = inside / config.parallel.tensor_model_parallel_size * size
+    return int(num_whole * residual_bytes(config) + _num_tokens(config) * per_token)
+
+
+def _offloaded_layer_bytes(config: RunConfig) -> int:
+    """Returns the bytes of activations of a layer and micro-batch that are in host memory."""
+    modules, counts = config.train.offload_modules, head_counts(config.model, config.parallel)
+    tokens, tensor = _num_tokens(config), config.parallel.tensor_model_parallel_size
+    query = tokens * counts.query_size // tensor
+    key = tokens * counts.key_value_size * _context_size(config) // tensor
+    sizes: list[int] = []
+    if "qkv_linear" in modules:  # input and output of the norm that is fused with the projection
+        sizes += [residual_bytes(config) // _value_bytes(config)] * 2
+    if "core_attn" in modules:
+        sizes += [query, key, key]
+    if "attn_proj" in modules:  # its input is the context
+        sizes.append(query)
+    return sum(size for size in sizes if size >= _LEAST_OFFLOADED) * _value_bytes(config)
 
 
 def _num_ffn_tensors(config: RunConfig, on_cpu: bool) -> int:
@@ -245,31 +330,38 @@ def _num_ffn_tensors(config: RunConfig, on_cpu: bool) -> int:
     return 4 if on_cpu and not config.train.bf16 else 3
 
 
-def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_cpu: bool) -> int:
-    """Returns the peak bytes of activations on a stage, over all passes in flight."""
-    parallel, train = config.parallel, config.train
-    stages = parallel.pipeline_model_parallel_size
-    chunks = num_model_chunks(config.model, parallel)
-    layers = config.model.num_layers // stages // chunks
+def _passes_in_flight(config: RunConfig, stage: int, num_micro_batches: int) -> tuple[int, int]:
+    """Returns the layers of a model chunk, and how many passes of chunks a stage holds at most."""
+    stages = config.parallel.pipeline_model_parallel_size
+    chunks = num_model_chunks(config.model, config.parallel)
     # In the 1F1B schedule, this many forward passes precede the first backward pass.
     ahead = stages - stage - 1
     in_flight = ahead + 1 if chunks == 1 else 2 * ahead + (chunks - 1) * stages + 1
-    in_flight = min(in_flight, max(1, num_micro_batches) * chunks)
-    kept = layers * layer_bytes(config, on_cpu)
+    layers = config.model.num_layers // stages // chunks
+    return layers, min(in_flight, max(1, num_micro_batches) * chunks)
+
+
+def _activation_bytes(config: RunConfig, stage: int, num_micro_batches: int, on_cpu: bool) -> int:
+    """Returns the peak bytes of activations on a stage, over all passes in flight."""
+    parallel, train = config.parallel, config.train
+    layers, in_flight = _passes_in_flight(config, stage, num_micro_batches)
+    layer = layer_bytes(config, stage, on_cpu)
+    kept = layers * layer
     if train.recompute_granularity == "full":
         number = train.recompute_num_layers or 1
         if train.recompute_method == "uniform":
             kept = residual_bytes(config) * -(-layers // number)
         else:
-            kept = residual_bytes(config) * number + (layers - number) * layer_bytes(config, on_cpu)
+            kept = residual_bytes(config) * number + (layers - number) * layer
     # Interleaved stages keep the tensors that they have sent. The last stage also stores the input
     # and output of the final norm.
-    sent = residual_bytes(config) if chunks > 1 else 0
-    final = 2 * residual_bytes(config) if stage == stages - 1 else 0
-    return (kept + sent) * in_flight + final
+    sent = residual_bytes(config) if num_model_chunks(config.model, parallel) > 1 else 0
+    final = 2 * residual_bytes(config) if stage == parallel.pipeline_model_parallel_size - 1 else 0
+    offloaded = _offloaded_layer_bytes(config) * (layers * in_flight - 1)  # the last layer's stay
+    return (kept + sent) * in_flight + final - offloaded
 
 
-def _recomputed_bytes(config: RunConfig, on_cpu: bool) -> int:
+def _recomputed_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
     """Returns the bytes of activations that a backward pass computes again at a time."""
     train = config.train
     if train.recomputes("mlp"):
@@ -279,7 +371,7 @@ def _recomputed_bytes(config: RunConfig, on_cpu: bool) -> int:
         return 0
     is_uniform = train.recompute_method == "uniform"
     number = (train.recompute_num_layers or 1) if is_uniform else 1
-    return number * layer_bytes(config, on_cpu)
+    return number * layer_bytes(config, stage, on_cpu)
 
 
 def _loss_temporaries(config: RunConfig, table: int, is_last: bool, on_cpu: bool) -> int:
@@ -297,8 +389,14 @@ def _loss_temporaries(config: RunConfig, table: int, is_last: bool, on_cpu: bool
     return logits + grad_hidden + grad_weight
 
 
-def _layer_temporaries(config: RunConfig) -> int:
+def _layer_temporaries(config: RunConfig, stage: int) -> int:
     """Returns the bytes of gradients in a layer's widest part, SwiGLU and its first matrix."""
     model, size = config.model, _value_bytes(config)
     ffn = model.ffn_hidden_size // config.parallel.tensor_model_parallel_size
-    return size * ffn * (3 * _num_tokens(config) + 2 * model.hidden_size)
+    # Gradients of SwiGLU's input and output; or those of its input, with both copies in FP8.
+    per_token = size * 3.0
+    if _quantized_share(config, stage):
+        per_token = max(per_token, 2 * size + 4 * _quantized_bytes(config))
+    gradients = ffn * (per_token * _num_tokens(config) + 2 * size * model.hidden_size)
+    # What the layer before has offloaded is loaded meanwhile.
+    return int(gradients) + _offloaded_layer_bytes(config)

@@ -14,7 +14,12 @@ import torch
 from megatron_chatflow.blend.plan import learning_rate_table, plan, to_table
 from megatron_chatflow.checkpoint.files import find_damage, raise_if_damaged
 from megatron_chatflow.config import RunConfig, RunLength, validate_for_world
-from megatron_chatflow.config.memory import estimate_memory, offloaded_bytes, saving_copy_bytes
+from megatron_chatflow.config.memory import (
+    estimate_memory,
+    offloaded_activation_bytes,
+    offloaded_bytes,
+    saving_copy_bytes,
+)
 from megatron_chatflow.config.shape import flops_per_token, num_parameters, padded_vocab_size
 from megatron_chatflow.data.packing import Packing
 from megatron_chatflow.errors import UserError
@@ -225,4 +230,9 @@ def _describe_memory(
     offloaded = offloaded_bytes(config, vocab_size, num_processes)
     if offloaded and not on_cpu:
         text += f"host memory per process for offloaded state: {offloaded / 2**30:.2f} GiB\n"
+    activations = offloaded_activation_bytes(config, num_processes)
+    if activations and not on_cpu:
+        text += (
+            f"host memory per process for offloaded activations: {activations / 2**30:.2f} GiB\n"
+        )
     return text

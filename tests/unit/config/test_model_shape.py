@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_chatflow.config import ParallelConfig
-from megatron_chatflow.config.memory import estimate_memory
+from megatron_chatflow.config.memory import MemoryEstimate, estimate_memory
 from megatron_chatflow.config.shape import (
     flops_per_token,
     head_counts,
@@ -110,3 +110,27 @@ def test_memory_falls_with_what_is_meant_to_save_it(config) -> None:
     assert total(**block, train__recompute_num_layers=4) < whole
     assert total(**block, train__recompute_num_layers=2) < whole
     assert total(**uniform, train__recompute_num_layers=1) < whole
+
+
+def test_fp8_stores_matrices_twice_and_the_inputs_of_products_in_a_byte(config) -> None:
+    def estimate(**train: object) -> MemoryEstimate:
+        changes = {f"train.{name}": value for name, value in train.items()}
+        sharded = {"parallel.use_distributed_optimizer": True}
+        run = config({"model": {"preset": "llama2-7b"}, **sharded, **changes})
+        return estimate_memory(run, 32_000, world_size=2)
+
+    plain, fp8 = estimate(), estimate(fp8_format="hybrid")
+    tokens, hidden, ffn, layer = 2 * 128, 4096, 11_008, 202_383_360
+    assert fp8.weights - plain.weights == 2 * 32 * layer
+    # The outputs of both norms, and SwiGLU's.
+    assert plain.activations - fp8.activations == 32 * tokens * (2 * hidden + ffn)
+    # Attention stores the context in bf16; the projection, by this recipe, in FP8 too.
+    delayed = estimate(fp8_format="hybrid", fp8_recipe="delayed")
+    assert delayed.activations - fp8.activations == 32 * tokens * hidden
+    # Of 32 layers, the first and the last are in bf16.
+    middle = estimate(fp8_format="hybrid", first_last_layers_bf16=True)
+    assert middle.weights - plain.weights == 2 * 30 * layer
+    assert estimate(fp8_format="hybrid", fp8_param_gather=True).weights == plain.weights
+    offloaded = estimate(fine_grained_activation_offloading=True, offload_modules=["qkv_linear"])
+    # The last layer's stay on the GPU.
+    assert plain.activations - offloaded.activations == 31 * tokens * 2 * 2 * hidden
