@@ -3,8 +3,11 @@
 The imports take about four CPU-seconds per process, and a tiny run takes less than one. A forked
 program has its own arguments, environment, folder, output, threads and exit status.
 
-Use a real process instead to test what a program imports, or environment variables that a library
-reads when it is imported.
+Forks share the half a million objects of the imports: the garbage collector leaves them alone, and
+a program that ends does not destroy them, which would cost it more than a second.
+
+Use a real process instead to test what a program imports, environment variables that a library
+reads when it is imported, or how the interpreter is finalized.
 
 ``python fork_server.py serve SOCKET`` is the server. It ends when its standard input is closed.
 ``python fork_server.py SCRIPT ARGUMENTS...`` lets a launcher such as torchrun start a program: it
@@ -13,6 +16,7 @@ runs the program in a fork, passes signals on, and ends with the program's exit 
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -23,6 +27,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +218,7 @@ def _serve(address: str) -> dict[str, Any] | None:
     """Answers requests until standard input closes.
 
     Returns:
-        In the forked process of a rank, the program that it has to run. Otherwise None.
+        In the forked process of a rank, the program that it has to run. In the server, None.
     """
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -236,11 +241,11 @@ def _serve(address: str) -> dict[str, Any] | None:
         return _lead(connection)
 
 
-def _lead(connection: socket.socket) -> dict[str, Any] | None:
-    """Starts the ranks of a request, waits for them and reports the exit status.
+def _lead(connection: socket.socket) -> dict[str, Any]:
+    """Starts the ranks of a request, waits for them, reports the exit status and exits.
 
     Returns:
-        In the forked process of a rank, the program that it has to run. In the leader, None.
+        The program that the forked process of a rank has to run. The leader exits.
     """
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     answers = connection.makefile("rw", encoding="utf-8")
@@ -274,7 +279,7 @@ def _lead(connection: socket.socket) -> dict[str, Any] | None:
         elif select.select([connection], [], [], 0.02)[0]:
             os.killpg(0, signal.SIGKILL)  # The process that asked for the program has ended.
     print(status, file=answers, flush=True)
-    return None
+    os._exit(0)
 
 
 def _free_port() -> int:
@@ -285,7 +290,11 @@ def _free_port() -> int:
 
 
 def _become(program: Mapping[str, Any]) -> None:
-    """Runs the program in this process, with its own environment, folder and streams."""
+    """Runs the program in this process, with its own environment, folder and streams, and exits.
+
+    Raises:
+        BaseException: What the program raised, unless it is the request to exit with a number.
+    """
     os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["folder"])
@@ -295,6 +304,22 @@ def _become(program: Mapping[str, Any]) -> None:
     for passed_on in _PASSED_ON:
         signal.signal(passed_on, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _run(program)
+        status = 0
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        status = ended.code or 0
+    # What Python does at the end of a program, except for destroying all objects.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status & 0xFF)
+
+
+def _run(program: Mapping[str, Any]) -> None:
     command = program["command"]
     if command[0] == "-m":
         sys.argv = command[1:]
@@ -314,6 +339,8 @@ def main() -> int:
     torch = modules["torch"]
     # A run measures the peak of its CPU, unless its process has done so before.
     modules["megatron_chatflow.runtime.device"].peak_flops(torch.device("cpu"), torch.float32)
+    gc.collect()
+    gc.freeze()
     if (program := _serve(sys.argv[2])) is not None:
         _become(program)
     return 0
