@@ -25,7 +25,12 @@ from megatron_chatflow.config.megatron_flags import (
     Mapped,
     Refused,
 )
-from megatron_chatflow.config.sections import KnotConfig, ScheduleConfig, SourceConfig
+from megatron_chatflow.config.sections import (
+    ControllerConfig,
+    KnotConfig,
+    ScheduleConfig,
+    SourceConfig,
+)
 from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.preprocess.templates import TEMPLATES, document_of_chat
@@ -56,6 +61,13 @@ VALUES_OF: dict[tuple[str, str], dict[str, str]] = {
         "linear": "the weights change linearly from the previous knot to this one",
         "cosine": "the weights follow half a cosine from the previous knot to this one, as 64 "
         "linear chords",
+    },
+    ("ControllerConfig", "name"): {
+        "odm": "online data mixing (arXiv 2312.02406): more weight to sources with a high training "
+        "loss",
+        "shearing": "dynamic batch loading (arXiv 2310.06694): more weight to sources whose "
+        "validation loss is above its reference",
+        "replay": "the recorded decisions of another run",
     },
     ("ScheduleConfig", "unit"): {
         "samples": "`at` counts samples of `seq_length` tokens",
@@ -199,6 +211,10 @@ The keys of `data` itself, such as `seq_length` and `split`, are in
             "data.schedule.knots[]",
             "Knots are listed in increasing order. The weights are constant before the first and "
             "after the last knot.",
+        ),
+        ControllerConfig: (
+            "data.schedule.controller",
+            "Decides the weights during the run, see [Controllers](../controllers.md).",
         ),
     }
     for section, (title, text) in titles.items():

@@ -15,6 +15,7 @@ in the recommended reading order:
 - `blend`: `Blend`, which joins the engines of all segments and saves its state.
 - `edits`: the changes that a resumed run may make to its schedule, and the segments they start.
 - `adaptive`: a blend with weights that are determined during the run.
+- `controllers`: decide these weights from losses.
 - `objective`: the weights of the sources in the training objective.
 - `plan`: planned and realised mixture, epochs per source, and limits on them.
 """

@@ -118,6 +118,15 @@ class Blend:
         sample = self._check(sample)
         return self._of_schedule(self._segments[self._segment_of(sample)].quotas_at(sample))
 
+    @property
+    def decided_samples(self) -> int:
+        """Number of samples whose draws are known: all of them."""
+        return MAX_SAMPLES
+
+    def weights(self, sample: int) -> npt.NDArray[np.int64]:
+        """Returns the weights of a sample in the current schedule; see `Schedule.weights`."""
+        return self.schedule.weights(sample)
+
     def planned_shares(self, sample: int) -> npt.NDArray[np.float64]:
         """Returns the planned shares of ``schedule.sources`` at a sample, float64[num_sources]."""
         segment = self._segments[self._segment_of(self._check(sample))]

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from megatron_chatflow.blend.adaptive import AdaptiveBlend
 from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
 from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.quota import GRID
@@ -198,6 +199,28 @@ def objective_table(
             **{n: f"{w:g}" for n, w in zip(objective.sources, objective.at(sample), strict=True)},
         }
         for sample in edges
+    ]
+
+
+def decision_table(
+    blend: AdaptiveBlend, num_rows: int | None = None
+) -> list[dict[str, str | int | float | None]]:
+    """Lists the weights that were decided, by horizons with the same weights.
+
+    ``num_rows`` limits the table to the last rows.
+    """
+    rows: list[tuple[int, int, list[int]]] = []
+    for number, weights in enumerate(blend.decisions()):
+        begin, end = number * blend.horizon, (number + 1) * blend.horizon
+        if rows and rows[-1][2] == weights:
+            begin = rows.pop()[0]
+        rows.append((begin, end, weights))
+    return [
+        {
+            "samples": f"{begin:,} to {end:,}",
+            **{n: f"{w / GRID:.4%}" for n, w in zip(blend.sources, weights, strict=True)},
+        }
+        for begin, end, weights in rows[-num_rows if num_rows else 0 :]
     ]
 
 

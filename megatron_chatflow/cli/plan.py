@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 
 from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.controllers import (
+    NUM_INITIAL,
+    controlled_blend,
+    fixed_schedule,
+    refuse_missing_controller,
+)
 from megatron_chatflow.blend.edits import as_planned_knot, run_positions, run_schedule
 from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.plan import (
     check_epochs,
+    decision_table,
     epoch_findings,
     learning_rate_table,
     mixture_curve,
@@ -22,9 +29,11 @@ from megatron_chatflow.blend.plan import (
     to_table,
 )
 from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.checkpoint.decisions import read_decisions
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength, load_config
 from megatron_chatflow.config.fields import parse_count
+from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.data.source import build_sources
 from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.files import check_output_file, write_output_file
@@ -39,12 +48,14 @@ Prints the planned and the realised mixture of every phase, and the epochs of ev
 --output, also writes them as CSV and plots the whole run as PNG. If --load of the run holds a
 checkpoint, the plan continues from it, as training would. --at prints the weights at one point of
 the run and the knot that keeps the schedule unchanged up to that point, which can be pasted into
-the YAML file before an edit.
+the YAML file before an edit. --from-run prints the schedule with the weights that the controller of
+a run decided.
 """
 EXAMPLES = """examples:
   %(prog)s --config run.yaml
   %(prog)s --config run.yaml --output plans/ --train-iters 20000
   %(prog)s --config run.yaml --at now
+  %(prog)s --from-run runs/odm > schedule.yaml
 """
 
 
@@ -168,7 +179,14 @@ def parse_position(text: str, resumed: Resumed | None) -> int:
 def main() -> None:
     """Prints the plan and writes its files. With ``--at``, only prints the weights at one point."""
     parser = ArgumentParser(DESCRIPTION, EXAMPLES)
-    parser.add_argument("--config", type=Path, required=True, help="path of the run's YAML file")
+    parser.add_argument("--config", type=Path, help="path of the run's YAML file")
+    parser.add_argument(
+        "--from-run",
+        metavar="RUN",
+        type=Path,
+        help="print, as YAML, the fixed schedule with the weights that the controller of this run "
+        "(or checkpoint) decided, instead of a plan",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -178,13 +196,33 @@ def main() -> None:
         "--at", metavar="now|SAMPLE", help="print only the weights and the knot at this point"
     )
     arguments, flags = parser.parse_known_args()
+    if arguments.from_run is not None:
+        if flags or any((arguments.config, arguments.output, arguments.at)):
+            raise UserError("--from-run: takes no other options; remove them")
+        found = read_decisions(arguments.from_run)
+        block = fixed_schedule(found.sources, found.horizon, found.weights)
+        print(f"# the decisions in {found.folder}")
+        print(dump_yaml({"data": {"schedule": block}}), end="")
+        return
+    if arguments.config is None:
+        parser.error("--config is required, or --from-run")
 
     if arguments.output is not None:
         for name in OUTPUTS:
             check_output_file(arguments.output / name)
     config = load_config(arguments.config, flags)
     resumed = find_resumed(config)
+    controller = config.data.schedule.controller
+    if controller is not None:
+        if arguments.output is not None or arguments.at is not None:
+            raise UserError(
+                "--output, --at: weights that a controller decides are not known ahead; use "
+                "--from-run for those that were decided"
+            )
+        show_decisions(config, resumed)
+        return
     if resumed is not None:
+        refuse_missing_controller(resumed.blend)
         progress = resumed.iteration, resumed.consumed_samples
         positions = run_positions(config, resumed.schedule, *progress)
     if resumed is None:
@@ -208,6 +246,28 @@ def main() -> None:
         print(describe_position(blend, objective, sample, config.data.schedule.unit, folder))
         return
     show_plan(config, blend, objective, resumed, arguments)
+
+
+def show_decisions(config: RunConfig, resumed: Resumed | None) -> None:
+    """Prints what is known of the weights of a run with a controller."""
+    controller = config.data.schedule.controller
+    assert controller is not None, "checked by the caller"
+    if resumed is not None:
+        blend = controlled_blend(config, resumed.schedule, resumed.blend)
+        print(f"continues from {resumed.folder}, sample {resumed.consumed_samples:,}")
+    elif controller.run is not None:
+        found = read_decisions(controller.run)
+        blend = controlled_blend(config, decisions=(found.horizon, found.weights))
+    else:
+        blend = controlled_blend(config)
+        print(
+            f"{controller.name} decides the weights every {blend.horizon:,} samples, and the first "
+            f"{NUM_INITIAL * blend.horizon:,} samples have those of the knot; --dry-run checks "
+            "floors, caps and max_epochs"
+        )
+    rows = decision_table(blend)
+    if rows:
+        print("\n" + format_table(rows))
 
 
 def show_plan(

@@ -10,6 +10,7 @@ from megatron_chatflow.config.load import load_config, load_config_from_argv
 from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
+    ControllerConfig,
     DataConfig,
     FaultConfig,
     KnotConfig,
@@ -26,6 +27,7 @@ from megatron_chatflow.config.validation import RunConfig, to_plain, validate_fo
 
 __all__ = [
     "CheckpointConfig",
+    "ControllerConfig",
     "DataConfig",
     "FaultConfig",
     "KnotConfig",

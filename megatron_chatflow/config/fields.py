@@ -203,11 +203,23 @@ PositiveNumber = Annotated[float, BeforeValidator(parse_number), Field(gt=0, all
 Share = Annotated[float, BeforeValidator(parse_number), Field(ge=0, le=1, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(parse_number), Field(ge=0, lt=1, allow_inf_nan=False)]
 
+
+def _parse_shares_by_source(value: Any, parse_mapping: Callable[[Any], Any]) -> Any:
+    if not isinstance(value, dict):
+        share = parse_number(value)
+        if not 0 <= share <= 1:
+            raise UserError(f"must be between 0 and 1, not {shorten(value)}")
+        return share
+    return parse_mapping(value)
+
+
 if TYPE_CHECKING:
+    SharesBySource = dict[str, float] | float
     KnotWeights = dict[str, float] | Literal["as_planned"]
     ExactWeights = dict[str, int | float]
     ExactKnotWeights = ExactWeights | Literal["as_planned"]
 else:  # pydantic adds the members of a union to the path in messages, so there is no union
+    SharesBySource = Annotated[dict[Name, Share], WrapValidator(_parse_shares_by_source)]
     KnotWeights = Annotated[dict[Name, NonNegativeNumber], WrapValidator(_parse_weights)]
     ExactWeights = dict[Name, Annotated[Any, BeforeValidator(parse_weight)]]
     ExactKnotWeights = Annotated[ExactWeights, WrapValidator(_parse_weights)]

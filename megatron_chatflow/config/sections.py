@@ -28,6 +28,7 @@ from megatron_chatflow.config.fields import (
     Seed,
     Share,
     Shares,
+    SharesBySource,
     Size,
     Stride,
     Switch,
@@ -235,6 +236,27 @@ class KnotConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class ControllerConfig:
+    """Decides the weights during the run, from losses. The schedule then has a single knot."""
+
+    name: Literal["odm", "shearing", "replay"]
+    """rule of the decisions"""
+    horizon: PositiveCount | None = None
+    """length of the parts of the run with the same weights, in the schedule's unit; at least one
+    global batch. Needed by odm and shearing"""
+    floor: SharesBySource = 0.0
+    """lowest weight of a source, for all sources or by source"""
+    cap: SharesBySource = 1.0
+    """highest weight of a source, for all sources or by source"""
+    smoothing: Fraction = 0.9
+    """odm: how much of a source's reward is kept at each decision"""
+    reference_loss: dict[Name, NonNegativeNumber] | None = None
+    """shearing: validation loss by source, in nats, at which the source gets no more weight"""
+    run: FilePath | None = None
+    """replay: folder of the run or checkpoint whose decisions are replayed"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class ScheduleConfig:
     """Weights of the sources over the run."""
 
@@ -242,6 +264,8 @@ class ScheduleConfig:
     """unit of the knots' positions"""
     knots: tuple[KnotConfig, ...] = Field(min_length=1)
     """positions and weights, in increasing order of the positions"""
+    controller: ControllerConfig | None = None
+    """decides the weights during the run from losses"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -22,6 +22,7 @@ from megatron_chatflow.config.problems import describe, did_you_mean
 from megatron_chatflow.config.run_length import RunLength
 from megatron_chatflow.config.sections import (
     CheckpointConfig,
+    ControllerConfig,
     DataConfig,
     FaultConfig,
     KnotConfig,
@@ -106,6 +107,8 @@ def check(config: "RunConfig") -> None:
     _check_checkpoint(config)
     _check_faults(config)
     check_knots(config.data.schedule.knots, list(config.data.sources))
+    if config.data.schedule.controller is not None:
+        _check_controller(config, config.data.schedule.controller)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -659,6 +662,64 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
                 f"data.schedule.knots[{number}].at: {after.at} is not above {before.at} of the "
                 "previous knot; list the knots in increasing order"
             )
+
+
+def _check_controller(config: "RunConfig", controller: ControllerConfig) -> None:
+    """Checks the settings of what decides the weights."""
+    path, knots = "data.schedule.controller", config.data.schedule.knots
+    weights = knots[0].weights
+    if len(knots) > 1 or isinstance(weights, str):
+        raise UserError(
+            f"{path}: decides the weights after the first two horizons, so data.schedule.knots "
+            "must be a single knot with their weights; remove the controller or the other knots"
+        )
+    active = [name for name in config.data.sources if weights.get(name)]
+    needs: dict[str, tuple[str, ...]] = {
+        "odm": ("horizon",),
+        "shearing": ("horizon", "reference_loss"),
+        "replay": ("run",),
+    }
+    for field in ("horizon", "reference_loss", "run"):
+        is_needed, is_given = field in needs[controller.name], getattr(controller, field)
+        if is_needed and is_given is None:
+            raise UserError(f"{path}.{field}: is missing; {controller.name} needs it")
+        if is_given is not None and not is_needed:
+            raise UserError(f"{path}.{field}: has no effect with {controller.name}; remove it")
+    if controller.name == "replay":
+        return
+    if len(active) < 2:
+        raise UserError(f"{path}: needs at least two sources with a weight above 0 in the knot")
+    bounds = {}
+    for field, default in (("floor", 0.0), ("cap", 1.0)):
+        given = getattr(controller, field)
+        if isinstance(given, Mapping):
+            check_names(given, active, f"{path}.{field}")
+        else:
+            given = dict.fromkeys(active, given)
+        bounds[field] = {name: given.get(name, default) for name in active}
+    for name in active:
+        floor, cap = bounds["floor"][name], bounds["cap"][name]
+        if floor > cap:
+            raise UserError(f"{path}.floor: {floor:g} of {name} is above its cap {cap:g}; lower it")
+    # Shares such as thirds do not sum to 1 exactly.
+    if math.fsum(bounds["floor"].values()) > 1 + 1e-9:
+        raise UserError(f"{path}.floor: the floors of all sources exceed 1; lower them")
+    if math.fsum(bounds["cap"].values()) < 1 - 1e-9:
+        raise UserError(f"{path}.cap: the caps of all sources are below 1; raise them")
+    if controller.name != "shearing":
+        return
+    check_names(controller.reference_loss or {}, active, f"{path}.reference_loss")
+    missing = [name for name in active if name not in (controller.reference_loss or {})]
+    if missing:
+        raise UserError(
+            f"{path}.reference_loss: has no loss of {', '.join(missing)}; give one for every "
+            "source with weight"
+        )
+    if not config.train.validates:
+        raise UserError(
+            f"{path}: shearing decides from validation losses; set train.eval_interval and "
+            "train.eval_iters"
+        )
 
 
 def check_weights(weights: Mapping[str, float], sources: Sequence[str], path: str) -> None:

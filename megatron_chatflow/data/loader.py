@@ -148,6 +148,9 @@ class Loader:
     def _generate(self, begin: int, size_at: Callable[[int], int]) -> Iterator[GlobalBatch]:
         pending: deque[Future[GlobalBatch]] = deque()
 
+        def is_decided() -> bool:
+            return begin + size_at(begin) <= self._blend.decided_samples
+
         def submit() -> None:
             nonlocal begin
             size = self._check_size(size_at(begin))
@@ -155,13 +158,19 @@ class Loader:
             pending.append(self._pool.submit(self._assemble, begin, source, index))
             begin += size
 
+        def prefetch() -> None:
+            # A controller decides weights after earlier iterations; draws behind them can wait.
+            while len(pending) <= self._num_prefetch and is_decided():
+                submit()
+
         try:
             while True:
-                while len(pending) < self._num_prefetch + 1:
+                prefetch()
+                if not pending:
                     submit()
                 batch = pending.popleft().result()
                 if self._num_prefetch:
-                    submit()
+                    prefetch()
                 yield batch
         finally:
             for future in pending:

@@ -203,7 +203,7 @@ class MetricsReader:
         elif "validation" in record:
             self.validation.cut(iteration)
             self.validation.append(record)
-        elif "choice" not in record:
+        elif "choice" not in record and "decision" not in record:
             reached = int(self.training.iteration[-1]) if self.training.iteration else 0
             if self.training.cut(iteration):
                 # The run was resumed before this iteration, so later records are invalid.

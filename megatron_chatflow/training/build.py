@@ -115,6 +115,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         retry_seconds=config.faults.data_retry_seconds,
     )
     stack.callback(loader.close)
+    if inputs.control is not None:
+        logger.info("controller: %s", inputs.control)
     choices = _build_choice_validator(config, inputs)
     what = "saving and exiting after this iteration"
     if config.checkpoint.save is None:
@@ -166,6 +168,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         length=inputs.length,
         ranks=ranks,
         blend=inputs.blend,
+        control=inputs.control,
         loader=loader,
         forward_step=ForwardStep.build(
             llama,

@@ -11,7 +11,9 @@ from dataclasses import asdict
 
 import torch
 
-from megatron_chatflow.blend.plan import learning_rate_table, plan, to_table
+from megatron_chatflow.blend.adaptive import AdaptiveBlend
+from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.plan import decision_table, learning_rate_table, plan, to_table
 from megatron_chatflow.checkpoint.files import find_damage, raise_if_damaged
 from megatron_chatflow.config import RunConfig, RunLength, validate_for_world
 from megatron_chatflow.config.memory import (
@@ -123,16 +125,6 @@ def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
 
 
 def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:
-    rows = plan(
-        inputs.blend,
-        inputs.length.num_samples,
-        {source.name: source.num_samples for source in inputs.sources},
-    )
-    shown = format_table(to_table(rows, inputs.blend))
-    if len(rows) > _MAX_PLAN_ROWS and not verbose:
-        shown = (
-            f"{len(rows)} rows are not shown; use --verbose or tools/plan_blend.py to print them"
-        )
     sources: list[Row] = [
         {
             "source": source.name,
@@ -157,7 +149,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
     return (
         f"{length.remaining_iterations():,} iterations of {_describe_sizes(length)} samples of "
         f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
-        f"blend, planned and realised:\n{shown}{_describe_learning_rate(config, inputs)}"
+        f"{_describe_blend(config, inputs, verbose=verbose)}"
     )
 
 
@@ -168,8 +160,24 @@ def _describe_sizes(length: RunLength) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def _describe_learning_rate(config: RunConfig, inputs: RunInputs) -> str:
-    rows = learning_rate_table(inputs.blend, config.optimizer, inputs.length)
+def _describe_blend(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:
+    if isinstance(inputs.blend, AdaptiveBlend):
+        what = "replays recorded decisions" if inputs.control is None else str(inputs.control)
+        decided = format_table(decision_table(inputs.blend, None if verbose else _MAX_PLAN_ROWS))
+        return f"blend: {what}\ndecided weights:\n{decided}"
+    sizes = {source.name: source.num_samples for source in inputs.sources}
+    rows = plan(inputs.blend, inputs.length.num_samples, sizes)
+    shown = format_table(to_table(rows, inputs.blend))
+    if len(rows) > _MAX_PLAN_ROWS and not verbose:
+        shown = (
+            f"{len(rows)} rows are not shown; use --verbose or tools/plan_blend.py to print them"
+        )
+    tenths = _describe_learning_rate(inputs.blend, config, inputs)
+    return f"blend, planned and realised:\n{shown}{tenths}"
+
+
+def _describe_learning_rate(blend: Blend, config: RunConfig, inputs: RunInputs) -> str:
+    rows = learning_rate_table(blend, config.optimizer, inputs.length)
     if not rows:
         return ""
     return f"\n\nsources by tenths of the summed learning rate:\n{format_table(rows)}"

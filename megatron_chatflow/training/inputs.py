@@ -14,13 +14,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.adaptive import AdaptiveBlend
+from megatron_chatflow.blend.blend import MAX_SAMPLES, Blend
+from megatron_chatflow.blend.controllers import (
+    WeightControl,
+    controlled_blend,
+    refuse_missing_controller,
+)
 from megatron_chatflow.blend.edits import run_positions, run_schedule
 from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.plan import check_epochs, epoch_findings
+from megatron_chatflow.checkpoint.decisions import read_decisions
 from megatron_chatflow.checkpoint.files import check_small_files
 from megatron_chatflow.checkpoint.store import RunState
-from megatron_chatflow.config import RunConfig, RunLength
+from megatron_chatflow.config import RunConfig, RunLength, to_plain
 from megatron_chatflow.convert.from_huggingface import huggingface_tokenizer
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import LlamaShape, shape_of_huggingface
@@ -63,7 +70,7 @@ class RunInputs:
     sources: list[Source]  # training sources in the schedule's order
     # held-out samples of each source; empty if nothing is validated
     validation_sources: list[Source]
-    blend: Blend  # the blend, resumed from the checkpoint if there is one
+    blend: Blend | AdaptiveBlend  # the blend, resumed from the checkpoint if there is one
     objective: ObjectiveWeights  # weights of the sources in the objective
     state: RunState  # state of the run before its first iteration
     checkpoint: Path | None  # checkpoint that provides the weights; None for random weights
@@ -77,6 +84,7 @@ class RunInputs:
     # every start logs them as warnings.
     findings: Sequence[str] = ()
     changes: Sequence[Row] = ()  # settings that differ from the checkpoint's, as rows of a table
+    control: WeightControl | None = None  # decides the weights; None if they are known
     # test split of each source; empty without `data.split` or with `eval_iters` 0
     test_sources: list[Source] = field(default_factory=list)
 
@@ -172,11 +180,19 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
     sizes = {source.name: source.num_samples for source in sources}
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     max_epochs = {name: limit for name, limit in limits.items() if limit is not None}
-    check_epochs(blend, length, sizes, max_epochs)
+    control = None
+    if isinstance(blend, Blend):
+        check_epochs(blend, length, sizes, max_epochs)
+    else:
+        control = _control(config, blend, sources, held_out, length, resumed)
     findings = [
         *_weight_findings(config, checkpoint),
         *data_findings(config.data, sources, held_out, tokenizer),
-        *epoch_findings(blend, length.num_samples, sizes, max_epochs),
+        *(
+            epoch_findings(blend, length.num_samples, sizes, max_epochs)
+            if isinstance(blend, Blend)
+            else ()
+        ),
         *_validation_findings(config, held_out),
     ]
     left_over = (config.train.train_samples or 0) - length.num_samples
@@ -205,6 +221,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
         changes=changes,
+        control=control,
         findings=list(dict.fromkeys(findings)),
     )
 
@@ -263,6 +280,10 @@ def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
     facts |= {f"data.sources.{name}": source for name, source in state.sources.items()}
     facts["data.schedule"] = state.schedule
     facts["data.schedule.knots[].objective_weights"] = inputs.objective.to_list()
+    if isinstance(inputs.blend, AdaptiveBlend):
+        settings = None if inputs.control is None else to_plain(inputs.control.config)
+        decided = inputs.blend.horizon, inputs.blend.decisions()
+        facts["data.schedule.controller"] = [settings, *decided]
     facts["train.seed"] = state.data_seeds
     facts["model"] = state.model
     hashes = {
@@ -398,12 +419,67 @@ def _check_same_tokens(
         )
 
 
-def _blend(config: RunConfig, sources: list[Source], resumed: RunState | None) -> Blend:
+def _blend(
+    config: RunConfig, sources: list[Source], resumed: RunState | None
+) -> Blend | AdaptiveBlend:
     """Builds the blend of a new run, or resumes it from the checkpoint."""
     names = [source.name for source in sources]
+    controller = config.data.schedule.controller
+    if controller is not None and resumed is not None:
+        return controlled_blend(config, resumed.schedule, resumed.blend)
+    if controller is not None and controller.run is not None:
+        found = read_decisions(controller.run)
+        if list(found.sources) != names:
+            raise UserError(
+                f"data.sources: {found.folder} has the sources {', '.join(found.sources)}, and a "
+                "replay needs the same ones in the same order"
+            )
+        return controlled_blend(config, decisions=(found.horizon, found.weights))
+    if controller is not None:
+        return controlled_blend(config)
     if resumed is None:
         return Blend(run_schedule(config, names))
+    refuse_missing_controller(resumed.blend)
     schedule = run_schedule(
         config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples
     )
     return Blend(schedule, state=resumed.blend)
+
+
+def _control(
+    config: RunConfig,
+    blend: AdaptiveBlend,
+    sources: list[Source],
+    held_out: list[Source],
+    length: RunLength,
+    resumed: RunState | None,
+) -> WeightControl | None:
+    """Builds what decides the weights of a blend; None if it replays recorded decisions."""
+    controller = config.data.schedule.controller
+    assert controller is not None, "the blend has one"
+    if controller.name == "replay":
+        return None
+    path = "data.schedule.controller"
+    active = [k for k, weight in enumerate(blend.schedule.weights(0).tolist()) if weight]
+    if controller.name == "shearing":
+        without = [held_out[k].name for k in active if not held_out[k].num_samples]
+        if without:
+            raise UserError(
+                f"{path}: shearing needs the validation loss of every source, and "
+                f"{', '.join(without)} has no held-out samples; set validation_paths or "
+                "data.holdout_every"
+            )
+    limits = [source.max_epochs for source in config.data.sources.values()]
+    allowed = [
+        None if limit is None else int(min(limit * source.num_samples, MAX_SAMPLES))
+        for limit, source in zip(limits, sources, strict=True)
+    ]
+    known = [allowed[k] for k in active]
+    if None not in known and sum(map(int, filter(None, known))) <= length.num_samples:
+        raise UserError(
+            f"data.sources: max_epochs allow {sum(map(int, filter(None, known))):,} samples of all "
+            f"sources, not more than the {length.num_samples:,} of the run; raise one, or train "
+            "fewer samples"
+        )
+    state = {} if resumed is None else resumed.blend.get("controller", {})
+    return WeightControl(controller, blend, allowed, length.num_samples, state)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,10 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch.profiler import record_function
 
+from megatron_chatflow.blend.adaptive import AdaptiveBlend
 from megatron_chatflow.blend.blend import Blend
+from megatron_chatflow.blend.controllers import WeightControl
+from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, load_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.loader import GlobalBatch, Loader
@@ -27,7 +31,7 @@ from megatron_chatflow.evaluation.validation import SourceLoss, Validator, reduc
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.device import peak_memory
 from megatron_chatflow.runtime.launch import device_mode
-from megatron_chatflow.runtime.ranks import Ranks
+from megatron_chatflow.runtime.ranks import Ranks, run_on_all_ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.training.callbacks import Callback, ExitStatus
 from megatron_chatflow.training.guard import Guard, Verdict
@@ -57,7 +61,8 @@ class Run:
     config: RunConfig  # resolved configuration
     length: RunLength  # first and last iteration, and the unit of the learning-rate schedule
     ranks: Ranks  # this process's place in every parallel group
-    blend: Blend  # decides which source each sample comes from
+    blend: Blend | AdaptiveBlend  # decides which source each sample comes from
+    control: WeightControl | None  # decides the blend's weights; None if they are known
     loader: Loader  # yields this rank's micro-batches
     forward_step: ForwardStep  # runs one micro-batch
     optimization: Optimization  # model chunks, optimizer and learning rate
@@ -124,6 +129,9 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
     batches = run.loader.batches(state.consumed_samples, run.length.batch_sizes.at)
 
     if state.iteration == 0:
+        if run.control is not None:
+            for number in range(run.control.blend.num_decided):
+                report_decision(run, state, run.control.record(number))
         validate(run, state)
         for callback in callbacks:
             callback.on_evaluate(run, state)
@@ -146,6 +154,8 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
         for callback in callbacks:
             callback.after_step(iteration)
         state = state.after(batch)
+        if run.control is not None and result.verdict.is_good:
+            run.control.observe(result.source_sums.numpy())
         if record_step_verdict(run, result, batch):
             roll_back(run, state)
 
@@ -161,6 +171,10 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
             validate(run, state)
         for callback in callbacks:
             callback.on_evaluate(run, state)
+
+        # Decide the weights of the next horizon, which a checkpoint has to contain.
+        if run.control is not None and run.control.is_due(state.consumed_samples):
+            decide_weights(run, run.control, state)
 
         # Save. The buffers of the first save are allocated after the first step.
         if run.saver is not None and iteration == first_iteration:
@@ -282,7 +296,7 @@ def record_iteration(
             consumed_samples=state.consumed_samples,
             num_samples=batch.end - batch.begin,
             source_sums=result.source_sums,
-            weights=run.blend.schedule.weights(batch.begin),
+            weights=run.blend.weights(batch.begin),
             num_drawn=batch.num_drawn,
             counts=state.counts,
             learning_rate=result.learning_rate,
@@ -310,10 +324,28 @@ def validate(run: Run, state: TrainState) -> None:
             continue
         prepare_evaluation(run, state, f"validation{suffix}")
         found = validator.run(run.forward_step, run.optimization.chunks, run.ranks)
+        if run.control is not None and not suffix:
+            run.control.observe_validation({name: one.loss for name, one in found.items()})
         losses |= {f"{name}{suffix}": loss for name, loss in found.items()}
     if losses:
         for callback in run.callbacks:
             callback.on_validation(state.iteration, losses)
+
+
+def decide_weights(run: Run, control: WeightControl, state: TrainState) -> None:
+    """Decides the weights of the next horizon; every rank calls it and adopts those of rank 0."""
+    decision = [run_on_all_ranks(control.propose)]
+    torch.distributed.broadcast_object_list(decision, src=0)
+    record = control.adopt(*decision[0])
+    shares = ", ".join(f"{name} {w / GRID:.4f}" for name, w in record["weights"].items())
+    logger.info("weights of samples %d to %d: %s", record["begin"], record["end"], shares)
+    report_decision(run, state, record)
+
+
+def report_decision(run: Run, state: TrainState, record: Mapping[str, Any]) -> None:
+    """Reports the weights of a horizon to the callbacks."""
+    for callback in run.callbacks:
+        callback.on_decision(state.iteration, record)
 
 
 def prepare_evaluation(run: Run, state: TrainState, name: str) -> None:
@@ -337,12 +369,22 @@ def save(run: Run, state: TrainState) -> None:
             iteration=state.iteration,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_samples * run.config.data.seq_length,
-            blend=run.blend.state_at(state.consumed_samples),
+            blend=blend_state(run, state),
             guard=run.guard.state(),
         ),
         run.optimization.chunks,
         run.optimization.optimizer,
     )
+
+
+def blend_state(run: Run, state: TrainState) -> dict[str, Any]:
+    """Returns the state of the blend, and of its controller if it has one, as JSON."""
+    blend = run.blend.state_at(state.consumed_samples)
+    controller = run.config.data.schedule.controller
+    if controller is None:
+        return blend
+    found = {"name": controller.name} if run.control is None else run.control.state()
+    return {**blend, "controller": found}
 
 
 def ensure_saved(run: Run, state: TrainState) -> None:

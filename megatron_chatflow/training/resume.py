@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
+from megatron_chatflow.blend.adaptive import AdaptiveBlend
 from megatron_chatflow.blend.blend import Blend
 from megatron_chatflow.checkpoint.store import RunState
 from megatron_chatflow.config import (
@@ -232,7 +233,7 @@ def recorded_settings(checkpoint: Path) -> dict[str, Any]:
 def data_seeds(
     config: RunConfig,
     sources: Sequence[Source],
-    blend: Blend,
+    blend: Blend | AdaptiveBlend,
     resumed: RunState | None,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
@@ -278,7 +279,11 @@ def data_seeds(
 
 
 def changed_settings(
-    config: RunConfig, checkpoint: Path, resumed: RunState, blend: Blend, length: RunLength
+    config: RunConfig,
+    checkpoint: Path,
+    resumed: RunState,
+    blend: Blend | AdaptiveBlend,
+    length: RunLength,
 ) -> list[Row]:
     """Lists every setting that differs from the checkpoint's, with its consequence."""
     recorded = recorded_settings(checkpoint)
@@ -313,6 +318,7 @@ def changed_settings(
         texts += _consequences(key, before, value, blend, config)
         rows.append((key, *shown, "; ".join(filter(None, texts))))
     for source in sorted(names[1] - names[0]):
+        assert isinstance(blend, Blend), "a run with a controller keeps its sources"
         draw = blend.first_draw(blend.sources.index(source), 0)
         what = "never drawn from" if draw is None else f"first drawn from at sample {draw:,}"
         rows.append((f"data.sources.{source}", "-", "added", what))
@@ -329,7 +335,9 @@ def _with_defaults(schedule: Any) -> Any:
         return schedule
 
 
-def _consequences(key: str, before: Any, value: Any, blend: Blend, config: RunConfig) -> list[str]:
+def _consequences(
+    key: str, before: Any, value: Any, blend: Blend | AdaptiveBlend, config: RunConfig
+) -> list[str]:
     """Returns the consequences of a setting that has changed, if there are any to report."""
     train = config.train
     if key in ("train.global_batch_size", "train.eval_iters") and train.eval_interval:
@@ -338,6 +346,8 @@ def _consequences(key: str, before: Any, value: Any, blend: Blend, config: RunCo
     if key == "data.schedule":
         edit = blend.edit
         texts = ["the same weights" if edit is None else f"edited at sample {edit.begin:,}"]
+        if isinstance(blend, AdaptiveBlend):
+            texts = [f"decisions differ from sample {blend.decided_samples:,} on"]
         if _objective_knots(before) != _objective_knots(value):
             texts.append("sources count otherwise in the objective from now on")
         return texts

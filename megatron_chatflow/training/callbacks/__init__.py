@@ -32,8 +32,8 @@ class Callback:
     """Base class of all callbacks. Every hook does nothing.
 
     The loop calls the hooks up to `on_exit` on every rank, so they may use collectives. Reports
-    exist on the reporting rank only; `on_validation` and `on_choice` receive the same values on
-    every rank.
+    exist on the reporting rank only; `on_validation`, `on_decision` and `on_choice` receive the
+    same values on every rank.
     """
 
     def before_iteration(self, iteration: int) -> None:
@@ -74,6 +74,9 @@ class Callback:
 
     def on_validation(self, iteration: int, losses: Mapping[str, SourceLoss]) -> None:
         """Receives each source's validation loss."""
+
+    def on_decision(self, iteration: int, decision: Mapping[str, Any]) -> None:
+        """Receives the weights of a horizon when a controller has decided them."""
 
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Receives the result of `evaluation.choice.summarize_choice` for each question file."""

@@ -37,6 +37,10 @@ class IsolatedCallback(Callback):
         """Forwards the validation losses."""
         self._try(lambda callback: callback.on_validation(iteration, losses))
 
+    def on_decision(self, iteration: int, decision: Mapping[str, Any]) -> None:
+        """Forwards the decision."""
+        self._try(lambda callback: callback.on_decision(iteration, decision))
+
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Forwards the results."""
         self._try(lambda callback: callback.on_choice(iteration, results))

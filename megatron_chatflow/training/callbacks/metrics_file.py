@@ -102,6 +102,10 @@ class MetricsFile(Callback):
         }
         self._append({"iteration": iteration, "validation": found})
 
+    def on_decision(self, iteration: int, decision: Mapping[str, Any]) -> None:
+        """Appends the decision."""
+        self._append({"iteration": iteration, "decision": decision})
+
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Appends the results."""
         self._append({"iteration": iteration, "choice": results})

@@ -21,6 +21,14 @@ WITH_OFFLOAD = {AWARE: True, OFFLOAD: True, "parallel.use_distributed_optimizer"
 MOVING = "train.fine_grained_activation_offloading"
 MODULES = "train.offload_modules"
 
+CONTROLLER = "data.schedule.controller"
+KNOT = {"data.schedule.knots": [{"at": 0, "weights": {"english": 1, "chat": 1}}]}
+
+
+def controller(**settings: object) -> dict[str, object]:
+    return {**KNOT, CONTROLLER: {"name": "odm", "horizon": 1000, **settings}}
+
+
 GATHER = "train.fp8_param_gather"
 REUSE = "train.reuse_grad_buf_for_mxfp8_param_ag"
 SHARDED = {"parallel.use_distributed_optimizer": True}
@@ -335,6 +343,35 @@ REFUSED = [
     (
         {"data.schedule.knots.1.objective_weights": {"chat": 0}},
         "data.schedule.knots[1].objective_weights.chat: must be above 0, not 0",
+    ),
+    ({CONTROLLER: {"name": "odm"}}, f"{CONTROLLER}: decides the weights after the first two hor"),
+    (controller(horizon=None), f"{CONTROLLER}.horizon: is missing; odm needs it"),
+    (controller(run="r"), f"{CONTROLLER}.run: has no effect with odm; remove it"),
+    (controller(name="replay"), f"{CONTROLLER}.horizon: has no effect with replay; remove it"),
+    (controller(name="shearing"), f"{CONTROLLER}.reference_loss: is missing; shearing needs it"),
+    (
+        controller(name="shearing", reference_loss={"chat": 2}),
+        f"{CONTROLLER}.reference_loss: has no loss of english; give one for every",
+    ),
+    (
+        {
+            **controller(name="shearing", reference_loss={"english": 2, "chat": 2}),
+            "train.eval_interval": None,
+        },
+        f"{CONTROLLER}: shearing decides from validation losses; set train.eval_interval",
+    ),
+    (
+        {**controller(), "data.schedule.knots": [{"at": 0, "weights": {"chat": 1}}]},
+        f"{CONTROLLER}: needs at least two sources with a weight above 0",
+    ),
+    (controller(floor=0.6), f"{CONTROLLER}.floor: the floors of all sources exceed 1"),
+    (controller(cap=0.4), f"{CONTROLLER}.cap: the caps of all sources are below 1"),
+    (controller(cap={"chatt": 1}), f"{CONTROLLER}.cap.chatt: is not among data.sources (did you"),
+    (controller(cap={"chat": 2}), f"{CONTROLLER}.cap.chat: must be at most 1, not 2"),
+    (controller(floor=-1), f"{CONTROLLER}.floor: must be between 0 and 1, not -1"),
+    (
+        controller(floor={"chat": 0.5}, cap={"chat": 0.2}),
+        f"{CONTROLLER}.floor: 0.5 of chat is above its cap 0.2",
     ),
     ({"data.schedule.knots.0.weights": {"chat": 0}}, "data.schedule.knots[0].weights: all weights"),
     ({"data.schedule.knots.0.weights": {}}, "data.schedule.knots[0].weights: all weights are 0"),
