@@ -34,6 +34,7 @@ from megatron_chatflow.checkpoint.reader import SafeReader, fill
 from megatron_chatflow.errors import UserError
 
 MASTER = "fp32_param"
+AVERAGE = "ema"  # of `megatron_chatflow.training.weight_average`
 PREFIX = "optimizer.state."
 
 
@@ -62,10 +63,11 @@ def local_states(optimizer: Any) -> list[LocalState]:
 
     The optimizer is megatron-core's plain, mixed-precision or distributed one, or a chain.
     """
-    return [state for one in _single(optimizer) for state in _states_of_one(one)]
+    return [state for one in single(optimizer) for state in _states_of_one(one)]
 
 
-def _single(optimizer: Any) -> list[Any]:
+def single(optimizer: Any) -> list[Any]:
+    """Returns the optimizers that a chain consists of."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
@@ -81,7 +83,7 @@ def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
     inner = optimizer.optimizer
     if _offloads(optimizer):
         _initialize_offloaded(inner)
-        for parameter, main, begin, is_sharded in _main_parameters(optimizer):
+        for parameter, main, begin, is_sharded in main_parameters(optimizer):
             own = inner.param_to_inner_param[main]
             state = next(one.state for one in inner.sub_optimizers if own in one.state)[own]
             tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
@@ -89,7 +91,7 @@ def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
             yield LocalState(parameter, begin, tensors, is_sharded)
         return
     if _is_precision_aware(optimizer):
-        for parameter, main, begin, is_sharded in _main_parameters(optimizer):
+        for parameter, main, begin, is_sharded in main_parameters(optimizer):
             _initialize(inner, main)
             tensors = {name: _stored_values(inner, main, name) for name in inner.state[main]}
             master = tensors.pop("master_param", main.detach())
@@ -99,7 +101,7 @@ def _states_of_one(optimizer: Any) -> Iterator[LocalState]:
             yield LocalState(parameter, begin, tensors, is_sharded, remainders)
         return
     optimizer.init_state_fn(inner, optimizer.config)
-    for parameter, main, begin, is_sharded in _main_parameters(optimizer):
+    for parameter, main, begin, is_sharded in main_parameters(optimizer):
         tensors = {
             name: value
             for name, value in inner.state[main].items()
@@ -155,11 +157,11 @@ def _store(adam: Any, main: Any, tensors: Mapping[str, torch.Tensor]) -> None:
             adam.set_scaled_state(main, scaled, values.clone())
 
 
-def _main_parameters(optimizer: Any) -> Iterator[tuple[Any, Any, int, bool]]:
+def main_parameters(optimizer: Any) -> Iterator[tuple[Any, Any, int, bool]]:
     """Yields model parameter, master parameter, the latter's begin, and whether it is sharded.
 
-    Where transformer-engine's Adam holds the master weights, the second is the shard of the weights
-    by which it holds them.
+    ``optimizer`` is one of `single`. Where transformer-engine's Adam holds the master weights, the
+    second is the shard of the weights by which it holds them.
     """
     if hasattr(optimizer, "gbuf_ranges"):
         half = optimizer.shard_fp32_from_float16_groups
@@ -195,8 +197,8 @@ def master_weights(optimizer: Any) -> dict[torch.Tensor, LoadedState]:
     The model's weights must be loaded before a state is stored.
     """
     found: dict[torch.Tensor, LoadedState] = {}
-    for one in _single(optimizer):
-        for parameter, main, begin, _ in _main_parameters(one):
+    for one in single(optimizer):
+        for parameter, main, begin, _ in main_parameters(one):
             if parameter.dtype == torch.float32:
                 continue
             own = one.optimizer.param_to_inner_param[main] if _offloads(one) else main
@@ -213,11 +215,11 @@ def _nothing() -> None:
 
 
 def _loaded_states(optimizer: Any) -> Iterator[LoadedState]:
-    for one in _single(optimizer):
+    for one in single(optimizer):
         if not _is_precision_aware(one):
             yield from (LoadedState(state, _nothing) for state in _states_of_one(one))
             continue
-        for parameter, main, begin, is_sharded in _main_parameters(one):
+        for parameter, main, begin, is_sharded in main_parameters(one):
             tensors = {
                 name: torch.zeros_like(main, dtype=torch.float32)
                 for name in ("exp_avg", "exp_avg_sq", MASTER)
@@ -268,10 +270,10 @@ def common_state(optimizer: Any) -> dict[str, Any]:
     """Returns rank-independent state in the form of megatron-core's mixed-precision optimizer."""
     groups = [
         {name: value for name, value in group.items() if name != "params"}
-        for one in _single(optimizer)
+        for one in single(optimizer)
         for group in one.optimizer.param_groups
     ]
-    for one in _single(optimizer):
+    for one in single(optimizer):
         if _offloads(one):
             # Its groups contain classes, and no number of steps.
             groups = [
@@ -314,12 +316,18 @@ class Layout:
 
 
 def load(
-    optimizer: Any, layout: Layout, common: Any, folder: Path, reader: FileSystemReader | None
-) -> None:
+    optimizer: Any,
+    layout: Layout,
+    common: Any,
+    folder: Path,
+    reader: FileSystemReader | None,
+    average: Sequence[LocalState] = (),
+) -> bool:
     """Loads this rank's optimizer state in place, without communication.
 
     Everything else in the optimizer's groups follows from the run's configuration. ``common`` is
-    the rank-independent state that was saved, of any optimizer and version.
+    the rank-independent state that was saved, of any optimizer and version. ``average`` is filled
+    if the checkpoint holds an average of the weights; the result is whether it does.
 
     Raises:
         UserError: The checkpoint holds no optimizer state, or is damaged.
@@ -332,9 +340,14 @@ def load(
             f"{folder}: contains no optimizer state; continue with a fresh optimizer "
             "(--no-load-optim), or start a new run from the weights (--finetune)"
         )
-    _fill(list(_loaded_states(optimizer)), layout, names, folder, reader)
-    for one in _single(optimizer):
+    has_average = any(name.startswith(f"{PREFIX}{AVERAGE}.") for name in names)
+    states = list(_loaded_states(optimizer))
+    if has_average:
+        states += [LoadedState(state, _nothing) for state in average]
+    _fill(states, layout, names, folder, reader)
+    for one in single(optimizer):
         _set_num_steps(one, num_steps)
+    return has_average
 
 
 def load_master_weights(

@@ -15,7 +15,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ from megatron_chatflow.checkpoint.layout import (
     unpadded_shards,
     unpadded_sizes_of,
 )
+from megatron_chatflow.checkpoint.state import LocalState
 from megatron_chatflow.checkpoint.writer import (
     BackgroundSave,
     OnProgress,
@@ -180,16 +181,24 @@ class CheckpointSaver:
         self._sent_plan: Plan | None = None
         self._plans: dict[int, Plan] = {}
 
-    def prepare(self, chunks: list[Any], optimizer: Any) -> None:
+    def prepare(
+        self, chunks: list[Any], optimizer: Any, average: Sequence[LocalState] = ()
+    ) -> None:
         """Allocates the memory that the first save copies into; call it after the first step.
 
         Otherwise the first save blocks longer, because its memory is touched for the first time.
         """
         if self._has_copy:
-            image, _ = self._image(chunks, optimizer)
+            image, _ = self._image(chunks, optimizer, average)
             self._has_copy = self._buffer.reserve(image.num_bytes)
 
-    def save(self, state: RunState, chunks: list[Any], optimizer: Any) -> bool:
+    def save(
+        self,
+        state: RunState,
+        chunks: list[Any],
+        optimizer: Any,
+        average: Sequence[LocalState] = (),
+    ) -> bool:
         """Starts a save, after waiting for the previous one if it is still in progress.
 
         A save that fails (a full disk, a quota, a folder that cannot be written) is logged, leaves
@@ -207,7 +216,7 @@ class CheckpointSaver:
         def stage() -> None:
             if self._ranks.is_reporter:
                 self._make_empty(temporary)
-            image, common = self._image(chunks, optimizer)
+            image, common = self._image(chunks, optimizer, average)
             staged.append((image, common, self._copied(image, temporary)))
 
         if not self._all_succeed(stage, final, temporary):
@@ -261,8 +270,10 @@ class CheckpointSaver:
             self._pending = None
         self._buffer.release()
 
-    def _image(self, chunks: list[Any], optimizer: Any) -> tuple[FileImage, bytes]:
-        shards, objects, common = shards_to_save(chunks, optimizer, self._ranks)
+    def _image(
+        self, chunks: list[Any], optimizer: Any, average: Sequence[LocalState]
+    ) -> tuple[FileImage, bytes]:
+        shards, objects, common = shards_to_save(chunks, optimizer, self._ranks, average)
         return build_file_image(f"__{self._ranks.process.rank}_0.distcp", shards, objects), common
 
     def _copied(self, image: FileImage, temporary: Path) -> Write:
@@ -385,7 +396,7 @@ def _write_in_chunks(
 
 
 def shards_to_save(
-    chunks: list[Any], optimizer: Any, ranks: Ranks
+    chunks: list[Any], optimizer: Any, ranks: Ranks, average: Sequence[LocalState] = ()
 ) -> tuple[list[TensorShard], list[StoredObject], bytes]:
     """Returns the weights and optimizer state that this rank writes, without copying anything.
 
@@ -400,10 +411,10 @@ def shards_to_save(
         alike, objects, common = megatron.saved_shards(
             model, {"optimizer": optimizer_state.common_state(optimizer)}
         )
-        for held in optimizer_state.local_states(optimizer):
+        for held in [*optimizer_state.local_states(optimizer), *average]:
             to_save = [part for part in parts[held.parameter] if part.is_main]
             (cut if held.is_sharded else alike).extend(optimizer_state.state_shards(held, to_save))
-            if is_float8tensor(held.parameter):  # of the distributed optimizer
+            if is_float8tensor(held.parameter) and optimizer_state.MASTER in held.tensors:
                 cut.extend(optimizer_state.weight_shards(held, to_save))
     unpadded_sizes = unpadded_sizes_of(bare)
     group = data_parallel_group(with_context_parallel=True)
@@ -417,7 +428,8 @@ def load_checkpoint(
     optimizer: Any,
     ranks: Ranks,
     reader: FileSystemReader | None = None,
-) -> None:
+    average: Sequence[LocalState] = (),
+) -> bool:
     """Loads weights and the state of the plain or the distributed optimizer; a collective.
 
     Args:
@@ -426,6 +438,10 @@ def load_checkpoint(
         optimizer: megatron-core's optimizer.
         ranks: This process's place in the job.
         reader: The reader to use; None reads the folder's files unchanged.
+        average: The average of the weights to fill, if the checkpoint holds one.
+
+    Returns:
+        Whether the checkpoint holds an average of the weights.
 
     Raises:
         UserError: Raised on every rank if one rank cannot read its shards.
@@ -435,7 +451,9 @@ def load_checkpoint(
         common = _load_model(bare, checkpoint, reader)
         layout = _layout(bare)
         state = common.get("optimizer")
-        run_on_all_ranks(lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader))
+        return run_on_all_ranks(
+            lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader, average)
+        )
 
 
 def load_weights(

@@ -54,6 +54,13 @@ def _parse_arguments() -> argparse.Namespace:
         ),
     )
     export.add_argument(
+        "--weights",
+        choices=("last", "ema"),
+        default="last",
+        help="the weights after the last update, or their moving average of --ema-decay "
+        "(default: %(default)s)",
+    )
+    export.add_argument(
         "--no-tokenizer", action="store_true", help="export the model without a tokenizer"
     )
     import_ = commands.add_parser("import", help="write a Hugging Face folder as a checkpoint")
@@ -126,6 +133,7 @@ def _export(args: argparse.Namespace) -> int:
         args.checkpoint,
         args.output,
         dtype=args.dtype,
+        average=args.weights == "ema",
         tokenizer=TokenizerChoice(
             model=args.tokenizer_model,
             chat_template=args.chat_template,

@@ -181,6 +181,7 @@ def _moment_dtypes(config: RunConfig) -> tuple[str, str]:
 def _state_bytes(config: RunConfig, on_cpu: bool) -> float:
     """Returns the bytes of optimizer state per parameter, without what is offloaded."""
     moments = sum(4 if dtype == "fp32" else 2 for dtype in _moment_dtypes(config))
+    moments += 4 if config.optimizer.ema_decay is not None else 0
     if config.optimizer.optimizer_cpu_offload:  # in fp32
         return 12 * (1.0 if on_cpu else 1 - config.optimizer.optimizer_offload_fraction)
     if config.optimizer.use_precision_aware_optimizer and not config.train.fp8_param_gather:
@@ -191,6 +192,7 @@ def _state_bytes(config: RunConfig, on_cpu: bool) -> float:
 def _saved_state_bytes(config: RunConfig) -> int:
     """Returns the bytes of a checkpoint's optimizer state per parameter."""
     moments = sum(2 if dtype == "bf16" else 4 for dtype in _moment_dtypes(config))
+    moments += 4 if config.optimizer.ema_decay is not None else 0
     return moments + (4 if config.train.bf16 else 0)
 
 

@@ -343,6 +343,9 @@ class OptimizerConfig:
     """weight decay at the start, unless weight_decay_incr_style is constant"""
     end_weight_decay: NonNegativeNumber | None = None
     """weight decay at the end, unless weight_decay_incr_style is constant"""
+    ema_decay: Fraction | None = None
+    """share that an update keeps of the exponential moving average of the weights, such as 0.999;
+    validations also evaluate the average, and checkpoints hold it; no average when unset"""
     adam_beta1: Fraction = 0.9
     """decay rate of Adam's first moment"""
     adam_beta2: Fraction = 0.95

@@ -348,6 +348,17 @@ def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
 
 def _check_optimizer(config: "RunConfig") -> None:
     optimizer = config.optimizer
+    if optimizer.ema_decay is not None:
+        for name, is_set in (
+            ("optimizer.use_precision_aware_optimizer", optimizer.use_precision_aware_optimizer),
+            ("optimizer.optimizer_cpu_offload", optimizer.optimizer_cpu_offload),
+            ("train.fp8_param_gather", config.train.fp8_param_gather),
+        ):
+            if is_set:
+                raise UserError(
+                    "optimizer.ema_decay: averages fp32 master weights on the device, which "
+                    f"{name} does not keep there as such; remove one of them"
+                )
     if optimizer.optimizer_cpu_offload:
         for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
             if getattr(optimizer, name) != "fp32":

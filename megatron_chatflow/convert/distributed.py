@@ -27,15 +27,21 @@ from megatron_chatflow.errors import UserError
 
 # Prefixes of the names of fp32 master weights in the plain and the distributed optimizer.
 MASTER_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.")
+# Prefix of the names of the moving average of the weights.
+AVERAGE_PREFIX = "optimizer.state.ema."
 
 
 class DistributedReader:
     """The tensors of a distributed checkpoint; ``tensors`` holds their metadata by name."""
 
-    def __init__(self, folder: Path, *, masters: bool = False) -> None:
+    def __init__(self, folder: Path, *, masters: bool = False, average: bool = False) -> None:
         """Opens an ``iter_`` folder.
 
         ``masters`` is whether to prefer the optimizer's fp32 master weights over the weights.
+        ``average`` is whether to read the moving average of the weights instead of them.
+
+        Raises:
+            UserError: The index is damaged, or there is no average.
         """
         self.folder = folder
         self._prefixes = (*MASTER_PREFIXES, "") if masters else ("",)
@@ -48,6 +54,13 @@ class DistributedReader:
             for name, entry in self._index.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        if average:
+            self._prefixes = (AVERAGE_PREFIX,)
+            if not any(name.startswith(AVERAGE_PREFIX) for name in self.tensors):
+                raise UserError(
+                    f"{folder}: holds no moving average of the weights; train with --ema-decay, "
+                    "or export the weights"
+                )
 
     def find(self, rule: WeightRule, layer: int | None) -> tuple[str, int | None]:
         """Returns the name of a rule's tensor, and the index on its layer axis or None.

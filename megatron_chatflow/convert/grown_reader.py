@@ -26,7 +26,11 @@ from torch.futures import Future
 
 from megatron_chatflow.checkpoint.index import read_index
 from megatron_chatflow.checkpoint.reader import SafeReader
-from megatron_chatflow.convert.distributed import MASTER_PREFIXES, DistributedReader
+from megatron_chatflow.convert.distributed import (
+    AVERAGE_PREFIX,
+    MASTER_PREFIXES,
+    DistributedReader,
+)
 from megatron_chatflow.convert.vocabulary import GrownVocabulary, grow_tensor
 from megatron_chatflow.convert.weight_map import LLAMA_RULES
 from megatron_chatflow.errors import UserError
@@ -92,6 +96,8 @@ class GrownReader(SafeReader):
         masters = [m + megatron for m in MASTER_PREFIXES if m + megatron in reader.tensors]
         is_weight = prefix in ("", *MASTER_PREFIXES)
         source = masters[0] if is_weight and masters else name
+        # The new rows of the average are made from its own old rows.
+        is_weight = is_weight or prefix == AVERAGE_PREFIX
         self._check_rows(reader, source, name)
         rows = reader.read_whole(source)[: self._grown.num_old_rows]
         if is_weight:
@@ -132,7 +138,7 @@ class GrownReader(SafeReader):
 
 def _vocabulary_tensor(name: str) -> tuple[str, str] | None:
     """Returns prefix and megatron-core's name of a vocabulary tensor; None for any other."""
-    for prefix in ("", *MASTER_PREFIXES, _FIRST_MOMENT, _SECOND_MOMENT):
+    for prefix in ("", *MASTER_PREFIXES, AVERAGE_PREFIX, _FIRST_MOMENT, _SECOND_MOMENT):
         if name.startswith(prefix) and name[len(prefix) :] in _VOCABULARY:
             return prefix, name[len(prefix) :]
     return None

@@ -46,6 +46,7 @@ class Converted:
     num_bytes: int  # number of bytes of their values
     num_parameters: int  # number of their values
     has_masters: bool = False  # whether the values are the optimizer's fp32 master weights
+    is_average: bool = False  # whether the values are the moving average of the weights
 
     def __str__(self) -> str:
         """Returns a one-line summary."""
@@ -53,6 +54,7 @@ class Converted:
             f"wrote {self.folder}: {self.num_tensors} tensors, {self.num_parameters:,} parameters, "
             f"{self.num_bytes / 1e6:,.1f} MB"
             + (", from the optimizer's fp32 master weights" if self.has_masters else "")
+            + (", the moving average of the weights" if self.is_average else "")
         )
 
 
@@ -72,6 +74,7 @@ def export_checkpoint(
     output: Path,
     *,
     dtype: str | None = None,
+    average: bool = False,
     tokenizer: TokenizerChoice | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -84,6 +87,7 @@ def export_checkpoint(
         dtype: ``fp32``, ``bf16`` or ``fp16``; None keeps the stored one. If the stored dtype is
             bf16 and another one is requested, the weights are converted from the optimizer's fp32
             master weights, if the checkpoint has them.
+        average: Whether to write the moving average of the weights instead of the weights.
         tokenizer: The tokenizer and chat template to export; None exports the run's.
         max_shard_bytes: The largest size of a safetensors file in bytes.
         overwrite: Whether an existing export of that name is replaced.
@@ -99,7 +103,10 @@ def export_checkpoint(
     check_shapes(reader, shape)
     stored = reader.dtype(*placements(shape)[0])
     target = stored if dtype is None else DTYPES[dtype]
-    if target != stored and stored == torch.bfloat16:
+    if average:
+        reader = DistributedReader(checkpoint, average=True)
+        check_shapes(reader, shape)
+    elif target != stored and stored == torch.bfloat16:
         # The weights are rounded master weights: converting the latter avoids rounding twice.
         reader = DistributedReader(checkpoint, masters=True)
         check_shapes(reader, shape)
@@ -111,8 +118,8 @@ def export_checkpoint(
     with new_folder(output, overwrite=overwrite, mark="config.json", num_bytes=num_bytes) as folder:
         write_shards(folder, shapes, target, _tensors(reader, shape), max_shard_bytes)
         write_small_files(folder, files)
-    has_masters = stored != reader.dtype(*placements(shape)[0])
-    return Converted(output, len(shapes), num_bytes, num_parameters, has_masters)
+    has_masters = not average and stored != reader.dtype(*placements(shape)[0])
+    return Converted(output, len(shapes), num_bytes, num_parameters, has_masters, average)
 
 
 def check_shapes(reader: DistributedReader, shape: LlamaShape) -> None:

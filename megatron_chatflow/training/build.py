@@ -221,7 +221,7 @@ def _load_checkpoint(
     assert checkpoint is not None, "checked by the caller"
     weights_only = inputs.resumed is None or not config.checkpoint.load_optim
     chunks, optimizer = optimization.chunks, optimization.optimizer
-    reader = None
+    reader, has_average = None, False
     if inputs.grown is not None and not inputs.is_huggingface:
         reader = GrownReader(checkpoint, inputs.grown, llama.padded_vocab_size)
     if inputs.is_huggingface:
@@ -229,7 +229,10 @@ def _load_checkpoint(
     elif weights_only:
         load_weights(checkpoint, chunks, ranks, reader, optimizer)
     else:
-        load_checkpoint(checkpoint, chunks, optimizer, ranks, reader)
+        has_average = load_checkpoint(
+            checkpoint, chunks, optimizer, ranks, reader, optimization.average_states()
+        )
+    _start_average(config, optimization, has_average, is_resumed=inputs.resumed is not None)
     what = "weights" if weights_only else "weights and optimizer state"
     logger.info("loaded %s from %s", what, checkpoint)
     if inputs.resumed and config.train.fp8_format and config.train.fp8_recipe == "delayed":
@@ -242,6 +245,21 @@ def _load_checkpoint(
             "the optimizer starts with fresh state at iteration %d (--no-load-optim); remove "
             "the flag before the next restart, or the state is reset again",
             inputs.resumed.iteration + 1,
+        )
+
+
+def _start_average(
+    config: RunConfig, optimization: Optimization, has_average: bool, *, is_resumed: bool
+) -> None:
+    """Starts the average of the weights at the loaded ones unless it was loaded as well."""
+    if optimization.average is not None and not has_average:
+        optimization.average.restart()
+        if is_resumed:
+            logger.info("optimizer.ema_decay: the average starts at the weights of the checkpoint")
+    if optimization.average is None and has_average:
+        logger.warning(
+            "the checkpoint holds a moving average of the weights, which this run does not "
+            "continue; set optimizer.ema_decay to continue it"
         )
 
 

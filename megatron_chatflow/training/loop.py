@@ -178,7 +178,10 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
 
         # Save. The buffers of the first save are allocated after the first step.
         if run.saver is not None and iteration == first_iteration:
-            run.saver.prepare(run.optimization.chunks, run.optimization.optimizer)
+            optimization = run.optimization
+            run.saver.prepare(
+                optimization.chunks, optimization.optimizer, optimization.average_states()
+            )
         if is_save_due:
             save(run, state)
 
@@ -237,6 +240,8 @@ def train_step(
     learning_rate, weight_decay = optimization.learning_rate(), optimization.weight_decay()
     with record_function("optimizer"), device_mode(ranks.device):
         verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
+        if optimization.average is not None and verdict.is_good:
+            optimization.average.update()
     optimization.advance(batch.end - batch.begin)
     return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict)
 
@@ -270,7 +275,15 @@ def roll_back(run: Run, state: TrainState) -> None:
             "set --save and --save-interval, or use --on-nan skip"
         )
     optimization = run.optimization
-    load_checkpoint(checkpoint, optimization.chunks, optimization.optimizer, run.ranks)
+    has_average = load_checkpoint(
+        checkpoint,
+        optimization.chunks,
+        optimization.optimizer,
+        run.ranks,
+        average=optimization.average_states(),
+    )
+    if optimization.average is not None and not has_average:
+        optimization.average.restart()
     optimization.set_progress(state.iteration, state.consumed_samples)
     logger.warning(
         "rolled back to the weights of %s; the data continues from sample %d",
@@ -327,6 +340,11 @@ def validate(run: Run, state: TrainState) -> None:
         if run.control is not None and not suffix:
             run.control.observe_validation({name: one.loss for name, one in found.items()})
         losses |= {f"{name}{suffix}": loss for name, loss in found.items()}
+        # The average starts at the first weights.
+        if run.optimization.average is not None and state.iteration:
+            with run.optimization.averaged_weights():
+                found = validator.run(run.forward_step, run.optimization.chunks, run.ranks)
+            losses |= {f"{name}{suffix} (ema)": loss for name, loss in found.items()}
     if losses:
         for callback in run.callbacks:
             callback.on_validation(state.iteration, losses)
@@ -374,6 +392,7 @@ def save(run: Run, state: TrainState) -> None:
         ),
         run.optimization.chunks,
         run.optimization.optimizer,
+        run.optimization.average_states(),
     )
 
 

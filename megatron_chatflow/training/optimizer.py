@@ -9,6 +9,7 @@ only that form.
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +26,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adamw import adamw
 
+from megatron_chatflow.checkpoint.state import LocalState
 from megatron_chatflow.config import OptimizerConfig, RunConfig, RunLength
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.llama import Llama
@@ -32,6 +34,7 @@ from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.guard import GuardedOptimizer
+from megatron_chatflow.training.weight_average import WeightAverage
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -148,6 +151,8 @@ class Optimization:
     length: RunLength
     # whether updated parameters are gathered only in the next forward pass of training
     overlaps_param_gather: bool = False
+    # the moving average of the weights; None without `ema_decay`
+    average: WeightAverage | None = None
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the next step."""
@@ -164,12 +169,26 @@ class Optimization:
         `overlaps_param_gather` they are otherwise gathered only in the next training step.
         """
         if self.overlaps_param_gather:
-            for chunk in self.chunks:
-                chunk.start_param_sync(force_sync=True)
-                # megatron-core before 0.19 does this only when the next forward pass gathers.
-                quantized = [p for p in chunk.parameters() if is_float8tensor(p)]
-                if quantized:
-                    post_all_gather_processing(quantized)
+            self._gather()
+
+    def _gather(self) -> None:
+        for chunk in self.chunks:
+            if not chunk.ddp_config.use_distributed_optimizer:
+                continue
+            chunk.start_param_sync(force_sync=True)
+            # megatron-core before 0.19 does this only when the next forward pass gathers.
+            quantized = [p for p in chunk.parameters() if is_float8tensor(p)]
+            if quantized:
+                post_all_gather_processing(quantized)
+
+    def average_states(self) -> list[LocalState]:
+        """Returns the state of the moving average of the weights; empty without one."""
+        return [] if self.average is None else self.average.states
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Returns the context in which the model has the average weights; every rank enters it."""
+        assert self.average is not None, "the caller checks it"
+        return self.average.applied(self._gather)
 
     def advance(self, num_samples: int) -> None:
         """Advances the learning rate by an iteration of ``num_samples`` samples."""
@@ -340,6 +359,7 @@ def build_optimization(
                 llama.config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
     llama.config.finalize_model_grads_func = _finalize_gradients(objective)
     llama.config.grad_scale_func = optimizer.scale_loss
+    decay = config.optimizer.ema_decay
     return Optimization(
         chunks=chunks,
         optimizer=optimizer,
@@ -348,4 +368,5 @@ def build_optimization(
         update=GuardedOptimizer(optimizer),
         length=length,
         overlaps_param_gather=parallel.overlap_param_gather,
+        average=None if decay is None else WeightAverage(optimizer, decay),
     )
