@@ -102,7 +102,9 @@ def _estimate_stage(
     share = _quantized_share(config, stage)
     matrices = int(share * (parameters - num_tables * table))
     if share:
-        weights += int(2 * matrices * _quantized_bytes(config))
+        # The blockwise recipe gives 128 x 128 values of a weight one scale.
+        is_large = config.train.fp8_format is not None and config.train.fp8_recipe == "blockwise"
+        weights += int(2 * matrices * (1 if is_large else _quantized_bytes(config)))
     if config.train.fp8_param_gather:
         weights -= _value_bytes(config) * matrices
     if config.train.reuse_grad_buf_for_mxfp8_param_ag:
@@ -122,7 +124,8 @@ def _estimate_stage(
             _recomputed_bytes(config, stage, on_cpu) + _layer_temporaries(config, stage),
             _loss_temporaries(config, table, is_last, on_cpu),
             parameters // shards * _update_bytes(config) - activations,
-        ),
+        )
+        + _dummy_gradient_bytes(config, stage),
     )
 
 
@@ -166,7 +169,7 @@ def offloaded_activation_bytes(config: RunConfig, world_size: int) -> int:
         for stage in range(config.parallel.pipeline_model_parallel_size)
     ]
     num_layers = max(layers * in_flight for layers, in_flight in passes)
-    return _offloaded_layer_bytes(config) * (num_layers - 1)
+    return _offloaded_layer_bytes(config, on_host=True) * (num_layers - 1)
 
 
 def _num_micro_batches(config: RunConfig, world_size: int) -> int:
@@ -310,8 +313,16 @@ def layer_bytes(config: RunConfig, stage: int, on_cpu: bool) -> int:
     return int(num_whole * residual_bytes(config) + _num_tokens(config) * per_token)
 
 
-def _offloaded_layer_bytes(config: RunConfig) -> int:
-    """Returns the bytes of activations of a layer and micro-batch that are in host memory."""
+def _offloaded_layer_bytes(config: RunConfig, *, on_host: bool = False) -> int:
+    """Returns the bytes of a layer's activations for a micro-batch that offloading frees.
+
+    Attention and the output projection both store the context, so that offloading it with
+    attention alone frees nothing, and offloading it with both copies it twice.
+
+    Args:
+        config: The configuration of the run.
+        on_host: Whether to return the bytes that it needs in host memory instead.
+    """
     modules, counts = config.train.offload_modules, head_counts(config.model, config.parallel)
     tokens, tensor = _num_tokens(config), config.parallel.tensor_model_parallel_size
     query = tokens * counts.query_size // tensor
@@ -320,7 +331,7 @@ def _offloaded_layer_bytes(config: RunConfig) -> int:
     if "qkv_linear" in modules:  # input and output of the norm that is fused with the projection
         sizes += [residual_bytes(config) // _value_bytes(config)] * 2
     if "core_attn" in modules:
-        sizes += [query, key, key]
+        sizes += [query, key, key] + [query] * on_host
     if "attn_proj" in modules:  # its input is the context
         sizes.append(query)
     return sum(size for size in sizes if size >= _LEAST_OFFLOADED) * _value_bytes(config)
@@ -399,6 +410,20 @@ def _layer_temporaries(config: RunConfig, stage: int) -> int:
     per_token = size * 3.0
     if _quantized_share(config, stage):
         per_token = max(per_token, 2 * size + 4 * _quantized_bytes(config))
-    gradients = ffn * (per_token * _num_tokens(config) + 2 * size * model.hidden_size)
+    gradients = int(ffn * per_token * _num_tokens(config))
+    if not _dummy_gradient_bytes(config, stage):
+        gradients += 2 * size * ffn * model.hidden_size
     # What the layer before has offloaded is loaded meanwhile.
-    return int(gradients) + _offloaded_layer_bytes(config)
+    return gradients + _offloaded_layer_bytes(config)
+
+
+def _dummy_gradient_bytes(config: RunConfig, stage: int) -> int:
+    """Returns the bytes of what transformer-engine gives to autograd as gradients of weights.
+
+    It adds the gradients to their buffer itself, and keeps one tensor for every size of a weight.
+    The estimate knows that its layers are used where the run needs them for FP8 or FP4.
+    """
+    if not (_quantized_share(config, stage) and config.train.gradient_accumulation_fusion):
+        return 0
+    tensor = config.parallel.tensor_model_parallel_size
+    return _value_bytes(config) * num_layer_parameters(config.model, config.parallel) // tensor

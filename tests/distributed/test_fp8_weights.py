@@ -71,6 +71,8 @@ def runs(tiny_run: TinyRun) -> Path:
     folder.mkdir()
     base = ["--config", tiny_run.config]
     tasks = [[*base, *flags, "--save", folder / name] for name, flags in WHOLE.items()]
+    jobs.run_with_stand_in(2, tasks, folder)
+    tasks = []
     for name, (before, after) in RESUMED.items():
         run = [*base, "--save", folder / name, "--load", folder / name]
         tasks += [[*run, *before, "--exit-interval", 4], [*run, *after]]

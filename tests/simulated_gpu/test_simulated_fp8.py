@@ -31,9 +31,11 @@ def run(simulator: Simulator, name: str, flags: str, world_size: int, rank: int)
     assert phases <= {"gradients", "update", "after"}, found.synchronizations
     expected = estimate_memory(config, 32_000, world_size)
     print(f"{flags}: {expected.total / found.peak_bytes - 1:+.1%}")
-    assert expected.total == pytest.approx(found.peak_bytes, rel=TOLERANCE)
-    if rank == 0:
+    if rank == 0:  # the stage that needs the most
+        assert expected.total == pytest.approx(found.peak_bytes, rel=TOLERANCE)
         assert found.memory["weights"] == pytest.approx(expected.weights, rel=0.01)
+    else:
+        assert expected.total > found.peak_bytes * (1 - TOLERANCE)
 
 
 def test_a_step_with_weights_in_fp8(with_stand_in: Simulator) -> None:
@@ -46,7 +48,6 @@ CASES = {
     "delayed, bf16 weights": f"{DEEP} --fp8-format hybrid --fp8-recipe delayed",
     "blockwise": f"{DEEP} {BLOCKS} {BF16_ENDS}",
     "mxfp8": f"{DEEP} {MX}",
-    "context parallel": f"{DEEP} --context-parallel-size 2 {WEIGHTS}",
 }
 
 
@@ -54,6 +55,20 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_of_7b_by_recipe(with_stand_in: Simulator, name: str) -> None:
     run(with_stand_in, "7b.yaml", CASES[name], 8, 0)
+
+
+@pytest.mark.slow
+def test_context_parallel_ranks_of_7b(with_stand_in: Simulator) -> None:
+    run(with_stand_in, "7b.yaml", f"--num-layers 4 --context-parallel-size 2 {WEIGHTS}", 32, 0)
+
+
+OFFLOADING = "--fine-grained-activation-offloading --offload-modules"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", ["core_attn", "qkv_linear core_attn attn_proj"])
+def test_the_estimate_knows_offloaded_activations(with_stand_in: Simulator, modules: str) -> None:
+    run(with_stand_in, "7b.yaml", f"{DEEP} {OFFLOADING} {modules}", 8, 0)
 
 
 @pytest.mark.slow

@@ -75,11 +75,12 @@ def _(gradient, query, key, value, cu_queries, cu_keys, scale):
 
 def _keep(ctx, inputs, output):
     *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output)  # transformer-engine's kernels read the output too
 
 
 def _gradients(ctx, gradient):
-    return *_attention_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None, None
+    *tensors, _ = ctx.saved_tensors
+    return *_attention_backward(gradient, *tensors, ctx.scale), None, None, None
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
