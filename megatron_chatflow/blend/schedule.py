@@ -340,6 +340,10 @@ class Schedule:
                     return int(written["at"])
         return self._positions.from_sample(sample, unit)
 
+    def sample(self, at: int, path: str) -> int:
+        """Returns the sample at a position in the schedule's unit; see `Positions.to_sample`."""
+        return self._positions.to_sample(at, path)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-compatible block from which `from_dict` creates an equal schedule."""
         block = {

@@ -131,6 +131,18 @@ def _initialize(adam: Any, main: Any) -> None:
         adam.initialize_state(main, adam.store_param_remainders and main.dtype == torch.bfloat16)
 
 
+def initialize_state(optimizer: Any, main: torch.Tensor) -> None:
+    """Creates the moments of one of the inner optimizer's parameters, as 0, if it has none.
+
+    ``optimizer`` is one of `single`.
+    """
+    inner = optimizer.optimizer
+    if _is_precision_aware(optimizer):
+        _initialize(inner, main)
+    elif not inner.state[main]:
+        inner.state[main] |= {name: torch.zeros_like(main) for name in ("exp_avg", "exp_avg_sq")}
+
+
 def _stored_values(adam: Any, main: Any, name: str) -> torch.Tensor:
     """Returns state as it is saved: fp32, bf16, or the remainders of master weights.
 

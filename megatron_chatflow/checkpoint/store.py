@@ -100,8 +100,9 @@ class RunState:
     # the schedule, with the number of samples per iteration that it began with
     schedule: dict[str, Any]
     sources: dict[str, Any]  # each source's fingerprint by name
-    # ``type``, ``sha256``, ``vocab_size``, and ``add_bos_token`` (whether the model's texts begin
-    # with BOS; not recorded by earlier versions).
+    # ``type``, ``sha256``, ``vocab_size``, ``add_bos_token`` (whether the model's texts begin with
+    # BOS; not recorded by earlier versions), and ``new_rows`` (the first and the end of the rows
+    # that a growth of the vocabulary has added; only if there are any).
     tokenizer: dict[str, Any]
     model: dict[str, Any]  # the model's shape
     # the state of the loss guard; empty in checkpoints of runs without one
@@ -109,6 +110,8 @@ class RunState:
     # The seeds of each source's order by name, as pairs of the first epoch and the seed from there
     # on; empty in checkpoints of earlier versions.
     data_seeds: dict[str, Any] = field(default_factory=dict)
+    # the stages of training, see `megatron_chatflow.training.stages`; empty for a run without them
+    stages: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, checkpoint: Path) -> "RunState":
@@ -449,7 +452,7 @@ def load_checkpoint(
     bare = _unwrap(chunks)
     with device_mode(ranks.device):
         common = _load_model(bare, checkpoint, reader)
-        layout = _layout(bare)
+        layout = parameter_layout(bare)
         state = common.get("optimizer")
         return run_on_all_ranks(
             lambda: optimizer_state.load(optimizer, layout, state, checkpoint, reader, average)
@@ -471,7 +474,7 @@ def load_weights(
     with device_mode(ranks.device):
         _load_model(bare, checkpoint, reader)
         if optimizer is not None:
-            layout = _layout(bare)
+            layout = parameter_layout(bare)
             run_on_all_ranks(
                 lambda: optimizer_state.load_master_weights(optimizer, layout, checkpoint, reader)
             )
@@ -508,7 +511,9 @@ def _load_chunk(chunk: Any, state: dict[str, torch.Tensor]) -> None:
         raise KeyError(f"the model and its state differ in {wrong[0]}")
 
 
-def _layout(bare: list[Any]) -> optimizer_state.Layout:
+def parameter_layout(chunks: list[Any]) -> optimizer_state.Layout:
+    """Returns the positions of this rank's parameters in the whole model."""
+    bare = _unwrap(chunks)
     parts = megatron.parameter_shards(_model_state(bare))
     return optimizer_state.Layout(parts, unpadded_sizes_of(bare))
 

@@ -25,7 +25,8 @@ _EXAMPLES = """examples:
       --tensor-model-parallel-size 2 --sequence-parallel
 
 Flags override the file, and the file overrides the defaults. Counts may have a unit (8K, 5M, 1.5B,
-1T). `none` unsets a setting without a default. Sources and their schedule are set only in the file.
+1T). `none` unsets a setting without a default. Sources, their schedule and stages are set only in
+the file.
 """
 
 
@@ -93,8 +94,8 @@ def _flags() -> Iterator[_Flag]:
             kind = next(arm for arm in arms if arm is not type(None))
             if get_origin(kind) is Annotated:
                 kind = get_args(kind)[0]
-            if is_dataclass(kind) or get_origin(kind) is dict:
-                continue  # sources and schedule have no flags
+            if any(map(is_dataclass, (kind, *get_args(kind)))) or get_origin(kind) is dict:
+                continue  # sources, schedule and stages have no flags
             info: FieldInfo = section_class.__pydantic_fields__[field.name]
             default = None if info.is_required() else info.default
             is_optional = type(None) in arms

@@ -9,7 +9,7 @@ the fields is their order in both.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, StrictStr, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -35,10 +35,15 @@ from megatron_chatflow.config.fields import (
     parse_number,
 )
 from megatron_chatflow.config.problems import did_you_mean
+from megatron_chatflow.config.stages import parse_selector
 from megatron_chatflow.errors import UserError
 
 # How to initialize the rows of new pieces. `megatron_chatflow.convert.vocabulary` describes them.
 EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece"]
+
+
+Selector = Annotated[StrictStr, AfterValidator(parse_selector)]
+"""What a stage trains, in a form that `parse_selector` accepts."""
 
 
 def _fill(data: Any, defaults: Mapping[str, Any]) -> Any:
@@ -312,6 +317,11 @@ class OptimizerConfig:
     """maximum learning rate, reached at the end of the warmup"""
     min_lr: NonNegativeNumber = 0.0
     """minimum learning rate, reached at the end of the decay"""
+    decoupled_lr: PositiveNumber | None = None
+    """maximum learning rate of the embedding and the output layer; lr when unset"""
+    decoupled_min_lr: NonNegativeNumber | None = None
+    """minimum learning rate of the embedding and the output layer, with decoupled_lr; min_lr when
+    unset"""
     lr_warmup_init: NonNegativeNumber = 0.0
     """learning rate at the start of the warmup"""
     lr_warmup_iters: Count = 0
@@ -346,6 +356,9 @@ class OptimizerConfig:
     ema_decay: Fraction | None = None
     """share that an update keeps of the exponential moving average of the weights, such as 0.999;
     validations also evaluate the average, and checkpoints hold it; no average when unset"""
+    no_weight_decay: tuple[Selector, ...] = ()
+    """tensors without weight decay, in addition to norms: embeddings, output, layers.0-3, or
+    patterns of names such as decoder.layers.*.mlp.*"""
     adam_beta1: Fraction = 0.9
     """decay rate of Adam's first moment"""
     adam_beta2: Fraction = 0.95
@@ -375,6 +388,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)
+class StageConfig:
+    """What is trained from one position of the run on."""
+
+    at: Count
+    """position of the stage's beginning in the unit of data.schedule; 0 for the first stage"""
+    trainable: tuple[Selector, ...] = Field(min_length=1)
+    """what is trained, everything else is frozen: all, embeddings, output, new_rows, layers.0-3,
+    rows.49152-, or patterns of names such as decoder.layers.*.mlp.*"""
+    lr_multipliers: dict[Selector, PositiveNumber] = Field(default_factory=dict)
+    """factors of the learning rate by what they apply to, named as in trainable; of several that
+    apply, the last one counts"""
+
+
+@dataclass(frozen=True, kw_only=True, config=CONFIG)
 class TrainConfig:
     """Length of the run, batch sizes, precision, recomputation, evaluation and kernels."""
 
@@ -391,6 +418,9 @@ class TrainConfig:
     )
     """global batch size at the start, its increment, and the number of samples over which it grows
     to global_batch_size; requires train_samples"""
+    stages: tuple[StageConfig, ...] = ()
+    """stages of training, in increasing order of their positions; one stage that trains everything
+    when unset"""
     seed: Seed = 1234
     """seed of the initial weights and of the order of the data"""
     new_data_seed: Switch = False

@@ -34,6 +34,7 @@ from megatron_chatflow.config.sections import (
     TrainConfig,
 )
 from megatron_chatflow.config.shape import head_counts, num_model_chunks
+from megatron_chatflow.config.stages import selects_rows
 from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.errors import UserError
 
@@ -50,6 +51,7 @@ _EXCLUSIVE = (
 )
 # Settings that need another one, which is described by the rest of the message.
 _REQUIRED = (
+    ("optimizer.decoupled_min_lr", "optimizer.decoupled_lr", "; set that too"),
     ("checkpoint.finetune", "checkpoint.load", ", the folder of the initial weights"),
     (
         "parallel.ddp_pad_buckets_for_high_nccl_busbw",
@@ -104,6 +106,7 @@ def check(config: "RunConfig") -> None:
     _check_combinations(config)
     _check_length(config)
     _check_learning_rate(config)
+    _check_stages(config)
     _check_checkpoint(config)
     _check_faults(config)
     check_knots(config.data.schedule.knots, list(config.data.sources))
@@ -618,6 +621,57 @@ def _check_weight_decay(optimizer: OptimizerConfig) -> None:
         raise UserError(
             f"optimizer.start_weight_decay: {low} is above optimizer.end_weight_decay {high}; "
             "the weight decay can only grow"
+        )
+
+
+def _check_stages(config: "RunConfig") -> None:
+    train, optimizer = config.train, config.optimizer
+    for name in filter(selects_rows, optimizer.no_weight_decay):
+        raise UserError(
+            f"optimizer.no_weight_decay: {name}: selects rows; name whole tensors, such as "
+            "embeddings"
+        )
+    if optimizer.decoupled_lr is not None:
+        low = optimizer.min_lr if optimizer.decoupled_min_lr is None else optimizer.decoupled_min_lr
+        if low > optimizer.decoupled_lr:
+            shown = differing_numbers(low, optimizer.decoupled_lr)
+            raise UserError(
+                f"optimizer.decoupled_min_lr: {shown[0]} is above optimizer.decoupled_lr "
+                f"{shown[1]}; lower it"
+            )
+    if train.stages and train.stages[0].at:
+        raise UserError(
+            f"train.stages[0].at: {train.stages[0].at}, but the first stage begins with the run; "
+            "set it to 0, or put a stage before it"
+        )
+    for number, (before, after) in enumerate(pairwise(train.stages), start=1):
+        if after.at <= before.at:
+            raise UserError(
+                f"train.stages[{number}].at: {after.at} is not above {before.at} of the previous "
+                "stage; list the stages in increasing order"
+            )
+    names = [
+        name
+        for name in ("optimizer.decoupled_lr", "optimizer.no_weight_decay", "train.stages")
+        if attrgetter(name)(config)
+    ]
+    if names and optimizer.optimizer_cpu_offload:
+        raise UserError(
+            f"{names[0]}: does not work with optimizer.optimizer_cpu_offload; remove one of them"
+        )
+    selectors = [
+        name for stage in train.stages for name in (*stage.trainable, *stage.lr_multipliers)
+    ]
+    scaled = [
+        name
+        for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+        if getattr(optimizer, name) == "fp16"
+    ]
+    rows = next(filter(selects_rows, selectors), None)
+    if optimizer.use_precision_aware_optimizer and scaled and rows is not None:
+        raise UserError(
+            f"train.stages: {rows} selects rows, and optimizer.{scaled[0]} fp16 has one scale for "
+            "all rows of a tensor; use another dtype"
         )
 
 

@@ -23,7 +23,12 @@ from megatron_chatflow.convert.distributed import ChunkToWrite, write_distribute
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import DTYPES, LlamaShape, shape_of_huggingface
 from megatron_chatflow.convert.to_huggingface import Converted
-from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
+from megatron_chatflow.convert.vocabulary import (
+    Resize,
+    VocabularyGrowth,
+    grow_tensor,
+    vocabulary_growth,
+)
 from megatron_chatflow.convert.weight_map import (
     Join,
     WeightRule,
@@ -103,28 +108,30 @@ def import_huggingface(
     narrow = stored.pop() if len(stored) == 1 else torch.float32
     target = narrow if dtype is None else DTYPES[dtype]
     read: Read = weights.read
+    new_rows = None
     if resize is not None:
         if tokenizer is None:
             raise UserError(
                 f"{source}: has no tokenizer, so the new tokens cannot be determined; put "
                 "the tokenizer of this model into the folder"
             )
-        read, shape = _grown(read, shape, tokenizer, resize)
+        growth = vocabulary_growth(tokenizer, resize.tokenizer, shape.vocab_size)
+        read, shape = _grown(read, shape, growth, resize)
+        new_rows = growth.new_rows
         tokenizer = resize.tokenizer
         files = replace_tokenizer(files, tokenizer)
     chunks = _chunks(shape, target, read)
     num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(shape).values())
     num_bytes = num_parameters * target.itemsize
     with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
-        write_checkpoint(folder, chunks, shape, tokenizer, files)
+        write_checkpoint(folder, chunks, shape, tokenizer, files, new_rows)
     return Converted(output, len(huggingface_shapes(shape)), num_bytes, num_parameters)
 
 
 def _grown(
-    read: Read, shape: LlamaShape, tokenizer: Tokenizer, resize: Resize
+    read: Read, shape: LlamaShape, growth: VocabularyGrowth, resize: Resize
 ) -> tuple[Read, LlamaShape]:
     """Returns a function that reads the model with the larger vocabulary, and its shape."""
-    growth = vocabulary_growth(tokenizer, resize.tokenizer, shape.vocab_size)
 
     def read_grown(name: str) -> torch.Tensor:
         return grow_tensor(name, read(name), growth, resize)
@@ -175,10 +182,12 @@ def write_checkpoint(
     shape: LlamaShape,
     tokenizer: Tokenizer | None,
     files: Mapping[str, bytes],
+    new_rows: tuple[int, int] | None = None,
 ) -> None:
     """Writes a run's folder with a checkpoint of iteration 0.
 
-    ``files`` are the base model's small files, which the checkpoint carries.
+    ``files`` are the base model's small files, which the checkpoint carries. ``new_rows`` are the
+    rows of a growth of the vocabulary, if there was one.
     """
     checkpoint = iteration_folder(folder, 0)
     checkpoint.mkdir()
@@ -187,7 +196,7 @@ def write_checkpoint(
     form = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     form |= {"common_backend": "torch", "common_backend_version": 1}
     (checkpoint / "metadata.json").write_text(json.dumps(form), encoding="utf-8")
-    state = json.dumps(_state(shape, tokenizer), indent=1)
+    state = json.dumps(_state(shape, tokenizer, new_rows), indent=1)
     (checkpoint / "state.json").write_text(state, encoding="utf-8")
     write_small_files(checkpoint / CARRIED, files)
     config: dict[str, Any] = {"model": asdict(shape)}
@@ -257,7 +266,9 @@ def _empty_objects(num_layers: int) -> dict[str, bytes]:
     }
 
 
-def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _state(
+    shape: LlamaShape, tokenizer: Tokenizer | None, new_rows: tuple[int, int] | None
+) -> dict[str, Any]:
     """Returns a run's state before its first iteration; ``--finetune`` only reads the model."""
     return {
         "iteration": 0,
@@ -271,6 +282,7 @@ def _state(shape: LlamaShape, tokenizer: Tokenizer | None) -> dict[str, Any]:
             "sha256": tokenizer.fingerprint if tokenizer else None,
             "vocab_size": tokenizer.vocab_size if tokenizer else shape.vocab_size,
             "add_bos_token": tokenizer.add_bos_token if tokenizer else False,
+            **({} if new_rows is None else {"new_rows": list(new_rows)}),
         },
         "model": shape.recorded(),
     }

@@ -87,5 +87,5 @@ def resize_checkpoint(
     num_parameters = sum(torch.Size(size).numel() for size in huggingface_shapes(grown).values())
     num_bytes = num_parameters * target.itemsize
     with new_folder(output, overwrite=overwrite, mark=LATEST, num_bytes=num_bytes) as folder:
-        write_checkpoint(folder, chunks, grown, resize.tokenizer, files)
+        write_checkpoint(folder, chunks, grown, resize.tokenizer, files, growth.new_rows)
     return Converted(output, len(huggingface_shapes(grown)), num_bytes, num_parameters)

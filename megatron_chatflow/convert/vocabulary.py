@@ -38,6 +38,11 @@ class VocabularyGrowth:
     pieces: tuple[tuple[int, ...], ...]
     num_rows: int  # number of rows of the resized model
 
+    @property
+    def new_rows(self) -> tuple[int, int] | None:
+        """The first and the end of the new pieces' rows; None if there are no new pieces."""
+        return (self.num_old, self.num_old + len(self.pieces)) if self.pieces else None
+
 
 @dataclass(frozen=True)
 class GrownVocabulary:

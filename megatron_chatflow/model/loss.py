@@ -182,8 +182,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden[tokens], part = _chunk_gradients(
                 chunk, hidden[tokens], weight, loss_mask[tokens]
             )
-            # Chunks are summed in fp32, as micro-batches are in the main gradient.
-            grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
+            if part is not None:
+                # Chunks are summed in fp32, as micro-batches are in the main gradient.
+                grad_weight = part if grad_weight is None else grad_weight.float().add_(part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(losses)
         return (losses * loss_mask).sum(), losses
@@ -195,22 +196,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if not grad_sum.is_cuda and float(grad_sum) == 1.0:
             # megatron-core calls it with 1. The host can read the value and skip the products.
-            return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None, None, None
-        return (
-            grad_hidden * grad_sum.to(grad_hidden.dtype),
-            (grad_weight * grad_sum).to(grad_hidden.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+            if grad_weight is not None:
+                grad_weight = grad_weight.to(grad_hidden.dtype)
+        else:
+            grad_hidden = grad_hidden * grad_sum.to(grad_hidden.dtype)
+            if grad_weight is not None:
+                grad_weight = (grad_weight * grad_sum).to(grad_hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunk_gradients(
     chunk: ChunkLoss, hidden: torch.Tensor, weight: torch.Tensor, loss_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Returns the gradients of the masked sum with respect to hidden states and weight.
+
+    A frozen weight has none.
 
     The scale, one factor per token, is applied to the smaller operand of each product, so that the
     logits are not read again.
@@ -226,7 +226,9 @@ def _chunk_gradients(
         # For this long sum, oneDNN takes an eighth less time with transposed operands.
         grad_hidden = (weight.t() @ chunk.differences.t()).t()
     grad_hidden = grad_hidden * scale
-    grad_weight = chunk.differences.t() @ (hidden * scale).to(hidden.dtype)
+    grad_weight = None
+    if weight.requires_grad:
+        grad_weight = chunk.differences.t() @ (hidden * scale).to(hidden.dtype)
     return grad_hidden.to(hidden.dtype), grad_weight
 
 

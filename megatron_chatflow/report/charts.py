@@ -46,6 +46,7 @@ MARK_STYLES = {
     "restart": ("restarted", "#d0414a", "triangle-down", "dot"),
     "planned": ("planned restart", GREY, "triangle-down", "dot"),
     "edit": ("blend edited", "#2a6fdb", "diamond", "solid"),
+    "stage": ("stage begins", "#0c8f76", "square", "dash"),
 }
 MAX_MARKS = 40
 MAX_COLORED_SOURCES = 12
@@ -90,8 +91,9 @@ class Mark:
 
     x: float  # position on the x axis
     label: str  # description of the event
-    # ``restart`` after a failure, ``planned`` restart, or ``edit`` of the blend
-    kind: Literal["restart", "planned", "edit"]
+    # ``restart`` after a failure, ``planned`` restart, ``edit`` of the blend, or ``stage`` of
+    # training that begins
+    kind: Literal["restart", "planned", "edit", "stage"]
 
 
 def as_text(label: str, max_columns: int = 40) -> str:
@@ -112,9 +114,9 @@ def new_figure(x_label: str, y_label: str, marks: Sequence[Mark]) -> "Figure":
     )
     for kind, (name, color, symbol, dash) in MARK_STYLES.items():
         shown = [mark for mark in marks if mark.kind == kind]
-        # Symbols of restarts are at the top and those of edits at the bottom, because a restart and
-        # an edit can have the same position.
-        ends = [0, 1, None] if kind == "edit" else [1, 0, None]
+        # Symbols of restarts are at the top and the others at the bottom, because a restart and an
+        # edit can have the same position.
+        ends = [0, 1, None] if kind in ("edit", "stage") else [1, 0, None]
         symbols = [symbol, "line-ew", "line-ew"]  # line-ew is invisible without an outline
         if shown:
             figure.add_scatter(
@@ -461,7 +463,7 @@ def find_marks(run: RunMetrics, axis: XAxis) -> list[Mark]:
     restarts: dict[int, list[Restart]] = {}
     for restart in run.restarts:
         restarts.setdefault(restart.iteration, []).append(restart)
-    events: list[tuple[int, str, Literal["restart", "planned", "edit"]]] = [
+    events: list[tuple[int, str, Literal["restart", "planned", "edit", "stage"]]] = [
         (
             iteration,
             describe_restarts(several),
@@ -471,11 +473,29 @@ def find_marks(run: RunMetrics, axis: XAxis) -> list[Mark]:
     ]
     for iteration, changes in sorted(blend_edits(run).items())[-MAX_MARKS:]:
         events.append((iteration, ", ".join(changes), "edit"))
+    events += [(at, label, "stage") for at, label in stage_starts(run).items()][-MAX_MARKS:]
     places = axis.at(np.array([iteration for iteration, _, _ in events], dtype=np.float64))
     return [
         Mark(x, f"{label} at iteration {iteration:,}", kind)
         for x, (iteration, label, kind) in zip(places.tolist(), events, strict=True)
     ]
+
+
+def stage_starts(run: RunMetrics) -> dict[int, str]:
+    """Describes each stage of training but the first, by the last iteration before it."""
+    stages = run.columns["stage"]
+    begins = 1 + np.flatnonzero((np.diff(stages) != 0) & np.isfinite(stages[1:]))
+    configured = run.setting("train", "stages")
+    starts = {}
+    for begin in begins.tolist():
+        number = int(stages[begin])
+        trained = None
+        if isinstance(configured, list) and 0 <= number < len(configured):
+            stage = configured[number]
+            trained = stage.get("trainable") if isinstance(stage, dict) else None
+        what = f" trains {', '.join(map(str, trained))}" if isinstance(trained, list) else ""
+        starts[int(run.iteration[begin - 1])] = f"stage {number}{what}"
+    return starts
 
 
 def blend_edits(run: RunMetrics) -> dict[int, list[str]]:

@@ -56,6 +56,7 @@ RUN_FIELDS = (
     "num_skipped",
     "skipped_no_loss_tokens",
     "num_rollbacks",
+    "stage",
 )
 SOURCE_FIELDS = ("loss", "weight", "realised", "tokens", "loss_tokens", "epochs")
 VALIDATION_FIELDS = ("loss", "bits_per_byte")

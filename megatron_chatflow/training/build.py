@@ -70,7 +70,7 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
             sequence_length=config.data.seq_length,
         )
     objective = _build_objective(inputs, ranks)
-    optimization = build_optimization(config, llama, ranks, inputs.length, objective)
+    optimization = build_optimization(config, llama, ranks, inputs.length, objective, inputs.stages)
     if inputs.checkpoint is not None:
         if config.checkpoint.ckpt_verify and not inputs.is_huggingface:
             verify_checkpoint(inputs.checkpoint, ranks)
@@ -81,6 +81,8 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         iteration, consumed_samples = inputs.resumed.iteration, inputs.resumed.consumed_samples
         state = TrainState(iteration, consumed_samples, inputs.blend.counts(consumed_samples))
     optimization.set_progress(state.iteration, state.consumed_samples)
+    if optimization.stages is not None and inputs.resumed is not None:
+        optimization.stages.restore(inputs.resumed.stages, inputs.checkpoint)
 
     watchdog = Watchdog(
         timeout_seconds=60 * config.hang_timeout_minutes,
@@ -207,6 +209,8 @@ def _open_inputs(config: RunConfig, ranks: Ranks) -> RunInputs:
         )
     if inputs.blend.edit is not None:
         logger.info("%s", inputs.blend.edit)
+    if config.train.stages:
+        logger.info("stages of training:\n%s", format_table(inputs.stages.table(inputs.length)))
     if inputs.findings:
         rule = "*" * 100
         lines = [rule, *(f"* {finding}" for finding in inputs.findings), rule]

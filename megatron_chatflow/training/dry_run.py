@@ -150,6 +150,7 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
         f"{length.remaining_iterations():,} iterations of {_describe_sizes(length)} samples of "
         f"{config.data.seq_length:,} tokens; {begin}\n{edit}\n{format_table(sources)}\n\n"
         f"{_describe_blend(config, inputs, verbose=verbose)}"
+        f"{_describe_stages(config, inputs)}"
     )
 
 
@@ -181,6 +182,12 @@ def _describe_learning_rate(blend: Blend, config: RunConfig, inputs: RunInputs) 
     if not rows:
         return ""
     return f"\n\nsources by tenths of the summed learning rate:\n{format_table(rows)}"
+
+
+def _describe_stages(config: RunConfig, inputs: RunInputs) -> str:
+    if not config.train.stages:
+        return ""
+    return f"\n\nstages of training:\n{format_table(inputs.stages.table(inputs.length))}"
 
 
 def _describe_objective(inputs: RunInputs, number: int) -> Row:

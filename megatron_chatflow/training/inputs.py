@@ -52,6 +52,7 @@ from megatron_chatflow.training.resume import (
     check_same_seq_length,
     data_seeds,
 )
+from megatron_chatflow.training.stages import StagePlan, check_edit, plan_stages
 from megatron_chatflow.training.start import (
     InitialCheckpoint,
     check_save_folder,
@@ -76,6 +77,7 @@ class RunInputs:
     checkpoint: Path | None  # checkpoint that provides the weights; None for random weights
     resumed: RunState | None  # state of the checkpoint; None unless the run resumes it
     length: RunLength  # first and last iteration
+    stages: StagePlan  # what is trained from which sample on
     questions: Sequence[Question] = ()  # multiple-choice questions to evaluate during training
     is_huggingface: bool = False  # whether `checkpoint` is a Hugging Face folder
     # growth of the vocabulary when the weights are loaded; None without growth
@@ -146,6 +148,9 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         },
         model=LlamaShape.of(config.model, vocab_size).recorded(),
     )
+    new_rows = _new_rows(config, checkpoint, saved, grown, tokenizer)
+    if new_rows is not None:
+        state.tokenizer["new_rows"] = list(new_rows)
     resumed = None
     if checkpoint is not None and saved is not None:
         check_same_model(saved, state, checkpoint.folder, is_grown=grown is not None)
@@ -177,6 +182,10 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
         length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, int(first))
     length.check_learning_rate(config.optimizer)
+    stages = plan_stages(config, blend.schedule, vocab_size, new_rows)
+    stage_change = ""
+    if resumed is not None:
+        stage_change = check_edit(stages, resumed.stages, resumed.consumed_samples, folder)
     sizes = {source.name: source.num_samples for source in sources}
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     max_epochs = {name: limit for name, limit in limits.items() if limit is not None}
@@ -204,7 +213,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         )
     changes: list[Row] = []
     if resumed is not None and folder is not None:
-        changes = changed_settings(config, folder, resumed, blend, length)
+        changes = changed_settings(config, folder, resumed, blend, length, stage_change)
     return RunInputs(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
@@ -217,6 +226,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         checkpoint=folder,
         resumed=resumed,
         length=length,
+        stages=stages,
         questions=questions,
         is_huggingface=checkpoint is not None and checkpoint.is_huggingface,
         grown=grown,
@@ -284,6 +294,7 @@ def check_same_inputs_on_all_ranks(inputs: RunInputs) -> None:
         settings = None if inputs.control is None else to_plain(inputs.control.config)
         decided = inputs.blend.horizon, inputs.blend.decisions()
         facts["data.schedule.controller"] = [settings, *decided]
+    facts["train.stages"] = [vars(stage) for stage in inputs.stages.stages]
     facts["train.seed"] = state.data_seeds
     facts["model"] = state.model
     hashes = {
@@ -376,6 +387,37 @@ def _growth(
         *(len(growth.pieces), init, num_rows, growth.num_rows),
     )
     return GrownVocabulary(growth, Resize(tokenizer, init, config.train.seed), num_rows)
+
+
+def _new_rows(
+    config: RunConfig,
+    checkpoint: InitialCheckpoint | None,
+    saved: RunState | None,
+    grown: GrownVocabulary | None,
+    tokenizer: Tokenizer,
+) -> tuple[int, int] | None:
+    """Returns the rows of tokens that the tokenizer added to that of the initial weights.
+
+    They come from the growth at this start, from the checkpoint, or from
+    ``tokenizer.old_tokenizer_model`` for weights that were grown before. None if there are none.
+    """
+    if grown is not None:
+        return grown.growth.new_rows
+    if saved is None or checkpoint is None:
+        return None
+    recorded = saved.tokenizer.get("new_rows")
+    if recorded is not None:
+        is_pair = isinstance(recorded, list) and [type(one) for one in recorded] == [int, int]
+        if not is_pair or not 0 <= recorded[0] < recorded[1] <= tokenizer.vocab_size:
+            raise UserError(
+                f"{checkpoint.folder / 'state.json'}: tokenizer.new_rows is damaged; load another "
+                "checkpoint"
+            )
+        return recorded[0], recorded[1]
+    if config.tokenizer.old_tokenizer_model is None:
+        return None
+    old = load_tokenizer(config.tokenizer.old_tokenizer_model)
+    return vocabulary_growth(old, tokenizer, tokenizer.vocab_size).new_rows
 
 
 def _old_tokenizer(config: RunConfig, checkpoint: InitialCheckpoint) -> Tokenizer | None:

@@ -216,6 +216,7 @@ def train_step(
     """
     if forward_step.objective is not None:
         forward_step.objective.begin_step(batch.begin)
+    optimization.begin_iteration(batch.begin)
     for chunk in optimization.chunks:
         chunk.zero_grad_buffer()
     optimization.optimizer.zero_grad()
@@ -239,6 +240,7 @@ def train_step(
     rows = sums.tolist()
     learning_rate, weight_decay = optimization.learning_rate(), optimization.weight_decay()
     with record_function("optimizer"), device_mode(ranks.device):
+        optimization.mask_gradients()
         verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
         if optimization.average is not None and verdict.is_good:
             optimization.average.update()
@@ -285,6 +287,8 @@ def roll_back(run: Run, state: TrainState) -> None:
     if optimization.average is not None and not has_average:
         optimization.average.restart()
     optimization.set_progress(state.iteration, state.consumed_samples)
+    if optimization.stages is not None:
+        optimization.stages.restore(RunState.read(checkpoint).stages, checkpoint)
     logger.warning(
         "rolled back to the weights of %s; the data continues from sample %d",
         checkpoint,
@@ -316,6 +320,7 @@ def record_iteration(
             weight_decay=result.weight_decay,
             grad_norm=result.grad_norm,
             is_updated=result.verdict.is_good,
+            stage=run.optimization.stages.stage if run.optimization.stages else None,
             time=time.time(),
             seconds=seconds,
             data_seconds=data_seconds,
@@ -389,6 +394,7 @@ def save(run: Run, state: TrainState) -> None:
             consumed_tokens=state.consumed_samples * run.config.data.seq_length,
             blend=blend_state(run, state),
             guard=run.guard.state(),
+            stages=run.optimization.stages.state() if run.optimization.stages else {},
         ),
         run.optimization.chunks,
         run.optimization.optimizer,

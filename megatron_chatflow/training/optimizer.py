@@ -27,6 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adamw import adamw
 
 from megatron_chatflow.checkpoint.state import LocalState
+from megatron_chatflow.checkpoint.store import parameter_layout
 from megatron_chatflow.config import OptimizerConfig, RunConfig, RunLength
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.model.llama import Llama
@@ -34,6 +35,7 @@ from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.guard import GuardedOptimizer
+from megatron_chatflow.training.stages import StagedOptimizer, StagePlan
 from megatron_chatflow.training.weight_average import WeightAverage
 
 
@@ -153,6 +155,8 @@ class Optimization:
     overlaps_param_gather: bool = False
     # the moving average of the weights; None without `ema_decay`
     average: WeightAverage | None = None
+    # what each stage trains; None if everything is always trained in the same way
+    stages: StagedOptimizer | None = None
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the next step."""
@@ -161,6 +165,16 @@ class Optimization:
     def weight_decay(self) -> float:
         """Returns the weight decay of the next step, of the parameters that have one."""
         return float(max(group["weight_decay"] for group in self.optimizer.param_groups))
+
+    def begin_iteration(self, sample: int) -> None:
+        """Starts the stage of training of the iteration that begins at a sample."""
+        if self.stages is not None:
+            self.stages.begin_iteration(sample, self.scheduler.num_steps)
+
+    def mask_gradients(self) -> None:
+        """Sets the reduced gradients of what the stage of training freezes to 0."""
+        if self.stages is not None:
+            self.stages.mask_gradients()
 
     def gather_parameters(self) -> None:
         """Gathers the parameters of the last update.
@@ -303,12 +317,28 @@ def build_scheduler(
     )
 
 
+def _skips_weight_gradients(config: RunConfig) -> bool:
+    """Returns whether weights that are frozen need not require gradients.
+
+    Overlapped reductions wait for the gradients of all parameters of a bucket. The others hold
+    tensors of the layers that would be other ones.
+    """
+    parallel, train = config.parallel, config.train
+    return not (
+        parallel.overlap_grad_reduce
+        or parallel.tp_comm_overlap
+        or train.fine_grained_activation_offloading
+        or train.cuda_graph_impl != "none"
+    )
+
+
 def build_optimization(
     config: RunConfig,
     llama: Llama,
     ranks: Ranks,
     length: RunLength | None = None,
     objective: Objective | None = None,
+    stages: StagePlan | None = None,
 ) -> Optimization:
     """Wraps the model's chunks and builds their optimizer.
 
@@ -318,6 +348,7 @@ def build_optimization(
         ranks: This process's place in the job.
         length: The length of a resumed run.
         objective: The weights of sources, if their tokens do not count alike.
+        stages: The stages of training; everything is trained in the same way if None.
     """
     description = install_fused_adamw()
     length = length or RunLength.of(config)
@@ -360,6 +391,16 @@ def build_optimization(
     llama.config.finalize_model_grads_func = _finalize_gradients(objective)
     llama.config.grad_scale_func = optimizer.scale_loss
     decay = config.optimizer.ema_decay
+    staged = None
+    if stages is not None and not stages.is_trivial:
+        staged = StagedOptimizer(
+            stages,
+            chunks,
+            optimizer,
+            parameter_layout(chunks).parts,
+            length,
+            skips_weight_gradients=_skips_weight_gradients(config),
+        )
     return Optimization(
         chunks=chunks,
         optimizer=optimizer,
@@ -369,4 +410,5 @@ def build_optimization(
         length=length,
         overlaps_param_gather=parallel.overlap_param_gather,
         average=None if decay is None else WeightAverage(optimizer, decay),
+        stages=staged,
     )

@@ -82,6 +82,7 @@ class IterationRecord:
     num_rollbacks: int  # rollbacks to a checkpoint since the run began
     # weights in the objective by source; None if all are equal throughout the run
     objective_weights: Sequence[float] | None = None
+    stage: int | None = None  # number of the stage of training; None for a run without stages
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class IterationReport:
     num_rollbacks: int  # rollbacks to a checkpoint since the run began
     downtime: Downtime  # cost of restarts
     sources: Mapping[str, SourceReport]
+    stage: int | None = None  # number of the stage of training; None for a run without stages
     stragglers: StragglerReport | None = None  # comparison of the ranks if it is enabled
     # estimated wall time until the last iteration; None without an estimate
     seconds_left: float | None = None
@@ -152,6 +154,8 @@ class IterationReport:
         row["num_restarts"] = self.downtime.num_restarts
         row["seconds_lost"] = self.downtime.seconds
         row["sources"] = {name: source.to_dict() for name, source in self.sources.items()}
+        if self.stage is None:
+            del row["stage"]
         stragglers = row.pop("stragglers")
         return row if stragglers is None else {**row, "stragglers": stragglers.to_dict()}
 
@@ -178,6 +182,7 @@ class IterationReport:
             "skipped-updates": self.num_skipped,
             "skipped-no-loss-tokens": self.skipped_no_loss_tokens,
             "rollbacks": self.num_rollbacks,
+            "stage": self.stage,
         }
         for name, source in self.sources.items():
             values |= {f"{field}/{name}": value for field, value in vars(source).items()}
@@ -241,6 +246,7 @@ def summarize(
         num_rollbacks=last.num_rollbacks,
         downtime=facts.downtime,
         batch_digest=batch_digest,
+        stage=last.stage,
         stragglers=stragglers,
         seconds_left=seconds_left,
         sources=_source_reports(records, sums.tolist(), facts),

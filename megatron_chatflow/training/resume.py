@@ -284,8 +284,12 @@ def changed_settings(
     resumed: RunState,
     blend: Blend | AdaptiveBlend,
     length: RunLength,
+    stage_change: str = "",
 ) -> list[Row]:
-    """Lists every setting that differs from the checkpoint's, with its consequence."""
+    """Lists every setting that differs from the checkpoint's, with its consequence.
+
+    ``stage_change`` is what changes in the stages of training, see `stages.check_edit`.
+    """
     recorded = recorded_settings(checkpoint)
     if not recorded:
         logger.warning("%s has no config.yaml, so settings cannot be compared", checkpoint)
@@ -316,6 +320,8 @@ def changed_settings(
         texts = [text for text, settings in once.items() if key in settings]
         once = {text: settings for text, settings in once.items() if text not in texts}
         texts += _consequences(key, before, value, blend, config)
+        if key == "train.stages":
+            texts.append(stage_change or "the same stages")
         rows.append((key, *shown, "; ".join(filter(None, texts))))
     for source in sorted(names[1] - names[0]):
         assert isinstance(blend, Blend), "a run with a controller keeps its sources"
@@ -435,6 +441,8 @@ def _show(key: str, value: Any) -> str:
         return f"{len(knots)} knots in {value.get('unit', 'samples')}"
     if value is None:
         return "-"
+    if key == "train.stages" and isinstance(value, list):
+        return f"{len(value)} stages"
     if isinstance(value, bool):
         return str(value).lower()
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -33,7 +33,37 @@ GATHER = "train.fp8_param_gather"
 REUSE = "train.reuse_grad_buf_for_mxfp8_param_ag"
 SHARDED = {"parallel.use_distributed_optimizer": True}
 
+STAGES = "train.stages"
+ALL = {"at": 0, "trainable": ["all"]}
+
 REFUSED = [
+    ({STAGES: [{**ALL, "at": 5}]}, f"{STAGES}[0].at: 5, but the first stage begins with the run"),
+    ({STAGES: [ALL, ALL]}, f"{STAGES}[1].at: 0 is not above 0 of the previous stage; list the"),
+    (
+        {**WITH_OFFLOAD, STAGES: [ALL]},
+        f"{STAGES}: does not work with {OFFLOAD}; remove one of them",
+    ),
+    (
+        {
+            AWARE: True,
+            **SHARDED,
+            "optimizer.exp_avg_dtype": "fp16",
+            STAGES: [{"at": 0, "trainable": ["rows.9-"]}],
+        },
+        f"{STAGES}: rows.9- selects rows, and optimizer.exp_avg_dtype fp16 has one scale for all",
+    ),
+    (
+        {"optimizer.decoupled_min_lr": 1e-5},
+        "optimizer.decoupled_min_lr: needs optimizer.decoupled_lr; set that too",
+    ),
+    (
+        {"optimizer.decoupled_lr": 1e-5, "optimizer.decoupled_min_lr": 1e-4},
+        "optimizer.decoupled_min_lr: 0.0001 is above optimizer.decoupled_lr 1e-05; lower it",
+    ),
+    (
+        {"optimizer.no_weight_decay": ["rows.9-"]},
+        "optimizer.no_weight_decay: rows.9-: selects rows; name whole tensors, such as embeddings",
+    ),
     ({GATHER: True}, f"{GATHER}: needs train.fp8_format; set that too"),
     ({**FP8, GATHER: True}, f"{GATHER}: needs parallel.use_distributed_optimizer; set that too"),
     (
