@@ -166,6 +166,12 @@ class ParameterShard:
     _global_offsets: tuple[int, ...]
 
     @property
+    def layer(self) -> int | None:
+        """The layer's number if the whole tensor has an axis of layers; None otherwise."""
+        has_axis = len(self._global_offsets) > len(self.shape)
+        return self._global_offsets[0] if has_axis else None
+
+    @property
     def num_values(self) -> int:
         """The number of values."""
         return torch.Size(self.shape).numel()

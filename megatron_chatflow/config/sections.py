@@ -607,6 +607,11 @@ class LoggingConfig:
     """write a line of metrics.jsonl for every iteration instead of every log_interval"""
     tensorboard: Switch = True
     """write TensorBoard files next to the metrics"""
+    log_params_norm: Switch = False
+    """log the L2 norm of the weights every log_interval iterations"""
+    log_layer_norms: Switch = False
+    """record the L2 norms of the weights and of the gradients of every layer in the metrics every
+    log_interval iterations"""
     log_straggler: Switch = False
     """measure the computing and waiting time of every rank and report the slowest ranks"""
     straggler_minmax_count: Size = 1

@@ -348,6 +348,8 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
     """Draws the learning rate, the batch size if it changes, the gradient norm and the speed."""
     x, columns = run.iteration, run.columns
     marks = find_marks(run, XAxis.of(run, ITERATION))
+    weights = columns["params_norm"]
+    is_known = np.isfinite(weights)  # only in iterations that were logged
     norm, batch = columns["grad_norm"], columns["global_batch_size"]
     is_changing = len(np.unique(batch[np.isfinite(batch)])) > 1
     positive = norm[norm > 0]
@@ -382,6 +384,14 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             f"Before clipping. {SMOOTHED}",
             from_zero=not is_log,
             log=is_log,
+        ),
+        *line_chart(
+            "Weight norm",
+            ITERATION,
+            "Norm",
+            [Line("weight norm", *condense(x[is_known], weights[is_known], "last"), 5)],
+            marks,
+            "All weights, after the update.",
         ),
         *line_chart(
             "Throughput",

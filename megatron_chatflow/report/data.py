@@ -43,6 +43,7 @@ RUN_FIELDS = (
     "lm_loss",
     "learning_rate",
     "grad_norm",
+    "params_norm",
     "tokens_per_second",
     "tflops_per_gpu",
     "mfu",

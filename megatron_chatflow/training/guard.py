@@ -160,6 +160,8 @@ class GuardedOptimizer:
         self._norm = optimizer.get_grad_norm
         self._update = optimizer.step_with_ready_grads
         self._judge: Callable[[float], Verdict] = _find_good
+        # called before every judgement, when the gradients are reduced and not yet clipped
+        self.on_gradients: Callable[[], None] = lambda: None
         self._grad_norm = math.nan
         self._verdict = Verdict(None)
         optimizer.get_grad_norm = self._get_grad_norm
@@ -178,6 +180,7 @@ class GuardedOptimizer:
         return self._verdict, self._grad_norm
 
     def _get_grad_norm(self) -> Any:
+        self.on_gradients()
         norm = self._norm()
         self._grad_norm = float(norm)
         return norm

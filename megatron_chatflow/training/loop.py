@@ -35,6 +35,7 @@ from megatron_chatflow.runtime.ranks import Ranks, run_on_all_ranks
 from megatron_chatflow.runtime.signals import StopRequest
 from megatron_chatflow.training.callbacks import Callback, ExitStatus
 from megatron_chatflow.training.guard import Guard, Verdict
+from megatron_chatflow.training.norms import Norms
 from megatron_chatflow.training.optimizer import Optimization
 from megatron_chatflow.training.report import IntervalLog, IterationRecord
 
@@ -91,6 +92,7 @@ class StepResult:
     learning_rate: float  # learning rate of the update
     weight_decay: float  # weight decay of the update
     verdict: Verdict  # whether the update was made; the same on every rank
+    norms: Norms | None = None  # norms of the weights and gradients, if they are due
 
     @property
     def loss(self) -> float | None:
@@ -150,6 +152,8 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
         # Forward, backward, verdict and update.
         for callback in callbacks:
             callback.before_step(iteration)
+        if run.optimization.norms is not None:
+            run.optimization.norms.is_due = is_due(iteration, log_interval, last_iteration)
         result = train_step(batch, run.optimization, run.forward_step, run.ranks, run.guard)
         for callback in callbacks:
             callback.after_step(iteration)
@@ -244,8 +248,9 @@ def train_step(
         verdict, grad_norm = optimization.update.step(lambda norm: guard.judge(rows, norm))
         if optimization.average is not None and verdict.is_good:
             optimization.average.update()
+        norms = None if optimization.norms is None else optimization.norms.measure()
     optimization.advance(batch.end - batch.begin)
-    return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict)
+    return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict, norms)
 
 
 def record_step_verdict(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
@@ -319,6 +324,7 @@ def record_iteration(
             learning_rate=result.learning_rate,
             weight_decay=result.weight_decay,
             grad_norm=result.grad_norm,
+            norms=result.norms,
             is_updated=result.verdict.is_good,
             stage=run.optimization.stages.stage if run.optimization.stages else None,
             time=time.time(),

@@ -35,6 +35,7 @@ from megatron_chatflow.model.objective import Objective
 from megatron_chatflow.runtime.launch import device_mode
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.guard import GuardedOptimizer
+from megatron_chatflow.training.norms import NormMeter
 from megatron_chatflow.training.stages import StagedOptimizer, StagePlan
 from megatron_chatflow.training.weight_average import WeightAverage
 
@@ -157,6 +158,8 @@ class Optimization:
     average: WeightAverage | None = None
     # what each stage trains; None if everything is always trained in the same way
     stages: StagedOptimizer | None = None
+    # measures norms of the weights and gradients; None unless they are logged
+    norms: NormMeter | None = None
 
     def learning_rate(self) -> float:
         """Returns the learning rate of the next step."""
@@ -401,14 +404,20 @@ def build_optimization(
             length,
             skips_weight_gradients=_skips_weight_gradients(config),
         )
+    norms, update = None, GuardedOptimizer(optimizer)
+    if config.logging.log_params_norm or config.logging.log_layer_norms:
+        parts = parameter_layout(chunks).parts
+        norms = NormMeter(optimizer, parts, config, ranks)
+        update.on_gradients = norms.observe_gradients
     return Optimization(
         chunks=chunks,
         optimizer=optimizer,
         scheduler=build_scheduler(config.optimizer, length, optimizer),
         description=description + _describe_state(config.optimizer),
-        update=GuardedOptimizer(optimizer),
+        update=update,
         length=length,
         overlaps_param_gather=parallel.overlap_param_gather,
         average=None if decay is None else WeightAverage(optimizer, decay),
         stages=staged,
+        norms=norms,
     )

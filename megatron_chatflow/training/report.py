@@ -25,6 +25,7 @@ from megatron_chatflow.data.loader import combine_digests
 from megatron_chatflow.runtime.ranks import Ranks, data_parallel_group
 from megatron_chatflow.training.callbacks import Callback
 from megatron_chatflow.training.callbacks.straggler import StragglerDetector, StragglerReport
+from megatron_chatflow.training.norms import Norms
 
 NUM_RECENT_ITERATIONS = 100
 
@@ -83,6 +84,7 @@ class IterationRecord:
     # weights in the objective by source; None if all are equal throughout the run
     objective_weights: Sequence[float] | None = None
     stage: int | None = None  # number of the stage of training; None for a run without stages
+    norms: Norms | None = None  # norms of weights and gradients, if they are logged
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ class IterationReport:
     sources: Mapping[str, SourceReport]
     stage: int | None = None  # number of the stage of training; None for a run without stages
     stragglers: StragglerReport | None = None  # comparison of the ranks if it is enabled
+    # L2 norm of the weights after the last update; None unless it is logged
+    params_norm: float | None = None
+    # L2 norms of the weights and of the gradients before clipping, of each layer in the last
+    # iteration; None unless they are logged
+    layer_norms: Mapping[str, tuple[float, float]] | None = None
     # estimated wall time until the last iteration; None without an estimate
     seconds_left: float | None = None
 
@@ -154,8 +161,13 @@ class IterationReport:
         row["num_restarts"] = self.downtime.num_restarts
         row["seconds_lost"] = self.downtime.seconds
         row["sources"] = {name: source.to_dict() for name, source in self.sources.items()}
-        if self.stage is None:
-            del row["stage"]
+        row["layer_norms"] = self.layer_norms and {
+            name: {"params": finite(params), "grads": finite(grads)}
+            for name, (params, grads) in self.layer_norms.items()
+        }
+        for name in ("stage", "params_norm", "layer_norms"):
+            if row[name] is None:
+                del row[name]
         stragglers = row.pop("stragglers")
         return row if stragglers is None else {**row, "stragglers": stragglers.to_dict()}
 
@@ -167,6 +179,7 @@ class IterationReport:
             "batch-size": self.global_batch_size,
             "weight-decay": self.weight_decay,
             "grad-norm": self.grad_norm,
+            "params-norm": self.params_norm,
             "iteration-time": self.seconds,
             "data-wait": self.data_seconds,
             "tokens-per-second": self.tokens_per_second,
@@ -186,6 +199,8 @@ class IterationReport:
         }
         for name, source in self.sources.items():
             values |= {f"{field}/{name}": value for field, value in vars(source).items()}
+        for name, (params, grads) in (self.layer_norms or {}).items():
+            values |= {f"params-norm/{name}": params, f"grad-norm/{name}": grads}
         for name, part in self.stragglers.parts.items() if self.stragglers else ():
             values |= {f"straggler/{name}/min": part.min, f"straggler/{name}/max": part.max}
         return {name: value for name, value in values.items() if value is not None}
@@ -249,6 +264,8 @@ def summarize(
         stage=last.stage,
         stragglers=stragglers,
         seconds_left=seconds_left,
+        params_norm=last.norms.params if last.norms else None,
+        layer_norms=last.norms.layers if last.norms else None,
         sources=_source_reports(records, sums.tolist(), facts),
     )
 

@@ -44,6 +44,8 @@ def iteration_lines(
     loss_and_grad = [f"loss {_loss(report.lm_loss)}", f"grad {_fit(report.grad_norm, 6, 3)}"]
     if report.lm_loss is None:  # and so no gradient
         loss_and_grad = ["no loss tokens".ljust(display_width("  ".join(loss_and_grad)))]
+    if report.params_norm is not None:
+        loss_and_grad.append(f"params {_fit(report.params_norm, 7, 2)}")
     fields = [
         _stamp(now),
         f"iter {report.iteration:{width}d}/{report.num_iterations}",

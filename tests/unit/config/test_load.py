@@ -183,18 +183,19 @@ FROZEN_FLAGS = """
 --fp8-param-gather --fp8-recipe --from-scratch --fused-kernels --global-batch-size --gpu
 --grad-norm-limit --grad-reduce-in-bf16 --gradient-accumulation-fusion --hang-timeout-minutes --help
 --hidden-size --holdout-every --init-method-std --kv-channels --load --load-hf --load-optim
---log-interval --log-straggler --loss-spike-factor --loss-spike-window --lr --lr-cycle-start-iters
---lr-cycle-start-samples --lr-decay-iters --lr-decay-samples --lr-decay-style --lr-warmup-init
---lr-warmup-iters --lr-warmup-samples --lr-wsd-decay-iters --lr-wsd-decay-samples
---lr-wsd-decay-style --main-grads-dtype --main-params-dtype --make-vocab-size-divisible-by
---manual-gc-interval --max-bad-steps --max-position-embeddings --metrics-every-iteration
---micro-batch-size --min-lr --new-data-seed --no-async-save --no-bf16 --no-ckpt-verify
---no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw --no-deterministic-mode
---no-disable-symmetric-registration --no-fine-grained-activation-offloading --no-finetune
---no-first-last-layers-bf16 --no-fp8-param-gather --no-from-scratch --no-grad-reduce-in-bf16
---no-gradient-accumulation-fusion --no-load-optim --no-log-straggler --no-metrics-every-iteration
---no-new-data-seed --no-optimizer-cpu-offload --no-overlap-cpu-optimizer-d2h-h2d
---no-overlap-grad-reduce --no-overlap-param-gather --no-pad-attention-heads --no-profile
+--log-interval --log-layer-norms --log-params-norm --log-straggler --loss-spike-factor
+--loss-spike-window --lr --lr-cycle-start-iters --lr-cycle-start-samples --lr-decay-iters
+--lr-decay-samples --lr-decay-style --lr-warmup-init --lr-warmup-iters --lr-warmup-samples
+--lr-wsd-decay-iters --lr-wsd-decay-samples --lr-wsd-decay-style --main-grads-dtype
+--main-params-dtype --make-vocab-size-divisible-by --manual-gc-interval --max-bad-steps
+--max-position-embeddings --metrics-every-iteration --micro-batch-size --min-lr --new-data-seed
+--no-async-save --no-bf16 --no-ckpt-verify --no-data-verify --no-ddp-pad-buckets-for-high-nccl-busbw
+--no-deterministic-mode --no-disable-symmetric-registration --no-fine-grained-activation-offloading
+--no-finetune --no-first-last-layers-bf16 --no-fp8-param-gather --no-from-scratch
+--no-grad-reduce-in-bf16 --no-gradient-accumulation-fusion --no-load-optim --no-log-layer-norms
+--no-log-params-norm --no-log-straggler --no-metrics-every-iteration --no-new-data-seed
+--no-optimizer-cpu-offload --no-overlap-cpu-optimizer-d2h-h2d --no-overlap-grad-reduce
+--no-overlap-param-gather --no-pad-attention-heads --no-profile
 --no-reuse-grad-buf-for-mxfp8-param-ag --no-sequence-parallel --no-shared-memory-collectives
 --no-tensorboard --no-tp-comm-overlap --no-untie-embeddings-and-output-weights
 --no-use-distributed-optimizer --no-use-nccl-ub --no-use-precision-aware-optimizer
