@@ -55,7 +55,8 @@ _ADDRESS = "FORK_SERVER"
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
-_server: tuple["subprocess.Popen[bytes]", str] | None = None
+# By the folder of libraries: the process and its socket.
+_servers: dict[Path | None, tuple["subprocess.Popen[bytes]", str]] = {}
 
 
 def run_forked(
@@ -65,6 +66,7 @@ def run_forked(
     num_ranks: int = 1,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    libraries: Path | None = None,
     timeout: float = 300,
     merge_output: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
@@ -77,6 +79,8 @@ def run_forked(
             fails, the others are terminated. All write to the same output.
         environment: Variables in addition to those of this process.
         folder: The working folder. The default is the present one.
+        libraries: A folder whose libraries come before all others. They are imported with torch,
+            by a server of their own.
         timeout: Seconds after which all processes are killed.
         merge_output: Whether standard error goes to ``stdout`` too.
 
@@ -87,7 +91,7 @@ def run_forked(
         subprocess.TimeoutExpired: The program did not end in time.
     """
     command = [str(part) for part in command]
-    address = _address()
+    address = _address(libraries)
     variables = {**os.environ, **_FIXED, _ADDRESS: address, **(environment or {})}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as source,
@@ -185,25 +189,26 @@ def launcher_environment() -> dict[str, str]:
     return {_ADDRESS: _address(), **_FIXED}
 
 
-def _address() -> str:
-    """Returns the server's socket, and starts the server first if it does not run."""
-    global _server
-    if _server is None or _server[0].poll() is not None:
+def _address(libraries: Path | None = None) -> str:
+    """Returns the socket of the server with ``libraries``. Starts it if it does not run."""
+    if libraries not in _servers or _servers[libraries][0].poll() is not None:
         folder = tempfile.mkdtemp(prefix="fork_server")
         address = f"{folder}/socket"
+        path = [str(libraries)] if libraries else []
+        path += filter(None, [os.environ.get("PYTHONPATH")])
         process = subprocess.Popen(
             [sys.executable, __file__, "serve", address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # warnings of the imports
-            env={**os.environ, **_FIXED},
+            env={**os.environ, **_FIXED, "PYTHONPATH": os.pathsep.join(path)},
             cwd=Path(__file__).parents[1],
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n", f"{process.args} fails"
-        _server = process, address
+        _servers[libraries] = process, address
         atexit.register(_stop, process, Path(folder))
-    return _server[1]
+    return _servers[libraries][1]
 
 
 def _stop(process: "subprocess.Popen[bytes]", folder: Path) -> None:

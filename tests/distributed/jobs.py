@@ -47,39 +47,50 @@ def run_layouts(num_processes: int, jobs: Sequence[Sequence[str]], folder: Path)
     run_ranks(num_processes, WORKER, path, timeout=900)
 
 
-def with_stand_in() -> dict[str, str]:
-    """Returns the environment of a process that imports the stand-in for transformer-engine."""
-    return {"PYTHONPATH": os.pathsep.join([str(STANDIN), os.environ.get("PYTHONPATH", "")])}
-
-
 def run_with_stand_in(
     num_processes: int,
     jobs: Sequence[Sequence[object]],
     folder: Path,
     extra_environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Trains all jobs in new processes with the layers of the stand-in of `tests/te_standin`.
+    """Trains all jobs in the same processes, with the layers of the stand-in of `tests/te_standin`.
 
     Returns their output.
     """
     path = folder / f"stand_in_{num_processes}.json"
     impl = ["--transformer-impl", "transformer_engine"]
     path.write_text(json.dumps([[*map(str, job), *impl] for job in jobs]), encoding="utf-8")
-    return run(
-        [*torchrun(num_processes), WORKER, path],
-        extra_environment={**with_stand_in(), **(extra_environment or {})},
-        fresh=True,
+    return run_ranks(
+        num_processes,
+        WORKER,
+        path,
+        libraries=STANDIN,
+        environment=extra_environment,
         timeout=900,
     )
 
 
-def run_ranks(num_ranks: int, script: Path, *arguments: object, timeout: int = 300) -> str:
+def run_ranks(
+    num_ranks: int,
+    script: Path,
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    libraries: Path | None = None,
+    timeout: int = 300,
+) -> str:
     """Runs a script in a forked process per rank and returns the output of all ranks.
 
-    Use `torchrun` where the launcher matters, for example after a failure.
+    Use `torchrun` where the launcher matters, for example after a failure. For the other arguments
+    see `run_forked`.
     """
-    command = [script, *arguments]
-    done = run_forked(command, num_ranks=num_ranks, timeout=timeout, merge_output=True)
+    done = run_forked(
+        [script, *arguments],
+        num_ranks=num_ranks,
+        environment=environment,
+        libraries=libraries,
+        timeout=timeout,
+        merge_output=True,
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 

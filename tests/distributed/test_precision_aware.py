@@ -98,11 +98,7 @@ def _run_worker(
     path = file.with_suffix(".json")
     path.write_text(json.dumps([list(map(str, command)) for command in commands]))
     worker = Path(__file__).with_name(name)
-    jobs.run(
-        [*jobs.torchrun(num_processes), worker, *options, path],
-        extra_environment=jobs.with_stand_in(),
-        fresh=True,
-    )
+    jobs.run_ranks(num_processes, worker, *options, path, libraries=jobs.STANDIN)
 
 
 def _losses(run: Path) -> list[float]:

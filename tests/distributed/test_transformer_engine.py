@@ -2,7 +2,7 @@
 
 The stand-in of ``tests/te_standin`` is transformer-engine's interface in plain PyTorch, so that
 what is tested is our use of it: specs, packed documents, rotary embedding, context parallelism,
-names in checkpoints. It is imported by processes of their own, because its presence changes
+names in checkpoints. It is imported by forks of a server of its own, because its presence changes
 megatron-core everywhere. For the tolerance see `test_layouts`.
 """
 

@@ -9,11 +9,8 @@ from pathlib import Path
 from transformer_engine.common.recipe import DelayedScaling
 
 # The size of each product of a forward pass and the name of its recipe, for tests: this process
-# writes them to a file that the variable names, when it exits.
+# writes them to a file that TE_STANDIN_PRODUCTS names, when it exits.
 PRODUCTS = []
-LOG = os.environ.get("TE_STANDIN_PRODUCTS")
-if LOG is not None:
-    atexit.register(lambda: Path(f"{LOG}.{os.getpid()}").write_text(json.dumps(PRODUCTS)))
 
 
 class FP8GlobalStateManager:
@@ -57,5 +54,7 @@ def record(x, weight) -> None:
         rows, columns = operand.shape
         if rows % (recipe.columns if recipe.columns == 32 else 8) or columns % recipe.columns:
             raise AssertionError(f"FP8 execution is impossible with an operand of {rows, columns}")
-    if LOG is not None:
+    if (log := os.environ.get("TE_STANDIN_PRODUCTS")) is not None:
+        if not PRODUCTS:
+            atexit.register(lambda: Path(f"{log}.{os.getpid()}").write_text(json.dumps(PRODUCTS)))
         PRODUCTS.append((*weight.shape, recipe and type(recipe).__name__))
