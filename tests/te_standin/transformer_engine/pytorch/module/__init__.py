@@ -83,6 +83,8 @@ class _Product(torch.autograd.Function):
         whole = gather(x, layer.tp_group) if layer.gathers else x
         parameter = layer.weight  # what autograd has saved may have been offloaded
         grad_x = _reduce_gradient(gradient @ weight, layer)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None
         rows, columns = gradient.flatten(0, -2).t(), whole.flatten(0, -2)
         if not layer.fuse_wgrad_accumulation:
             return grad_x, rows @ columns, None
@@ -131,6 +133,8 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_x = product(rows, ctx.weight.columns, "nn")
         del rows
         grad_x = _reduce_gradient(grad_x.view(-1, *gradient.shape[1:-1], grad_x.shape[-1]), layer)
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None
         if layer.save_original_input:
             (x,) = ctx.saved_tensors
             _, inputs = quantize(x.flatten(0, -2), recipe, forward_kind)
