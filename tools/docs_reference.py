@@ -70,6 +70,12 @@ VALUES_OF: dict[tuple[str, str], dict[str, str]] = {
         "validation loss is above its reference",
         "replay": "the recorded decisions of another run",
     },
+    ("ScheduleConfig", "count"): {
+        "samples": "a weight is the share of samples, which all have `seq_length` tokens",
+        "tokens": "a weight is the share of tokens that are no padding; differs from `samples` with "
+        "`packing: best_fit`",
+        "loss_tokens": "a weight is the share of tokens that carry loss",
+    },
     ("ScheduleConfig", "unit"): {
         "samples": "`at` counts samples of `seq_length` tokens",
         "tokens": "`at` counts tokens, `seq_length` for each sample",

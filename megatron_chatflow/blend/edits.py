@@ -362,11 +362,13 @@ def run_schedule(
     recorded: Mapping[str, Any] | None = None,
     iteration: int = 0,
     consumed_samples: int = 0,
+    epochs: Mapping[str, tuple[int, int]] | None = None,
 ) -> Schedule:
     """Creates the schedule of a new or resumed run.
 
     ``recorded`` is the schedule in the checkpoint, before which there were ``iteration`` iterations
-    and ``consumed_samples`` samples; None for a new run.
+    and ``consumed_samples`` samples; None for a new run. ``epochs`` are the tokens that weights
+    count, and the samples, in an epoch of each source; needed unless weights count samples.
 
     Raises:
         UserError: ``data.schedule`` is invalid; see `resumed_schedule`.
@@ -377,11 +379,34 @@ def run_schedule(
         "sources": list(sources),
         "samples_per_iteration": positions.samples_per_iteration,
         "seq_length": config.data.seq_length,
+        "epochs": None if config.data.schedule.count == "samples" else epochs,
     }
     if recorded is None:
         return Schedule.from_dict(block, **arguments)
     arguments["iteration_origin"] = positions.iteration_origin
-    return resumed_schedule(block, Schedule.from_dict(recorded), arguments)
+    plan = Schedule.from_dict(recorded)
+    _check_same_count(config, plan, arguments["epochs"])
+    return resumed_schedule(block, plan, arguments)
+
+
+def _check_same_count(
+    config: RunConfig, recorded: Schedule, epochs: Mapping[str, tuple[int, int]] | None
+) -> None:
+    """Raises `UserError` if a resume changes what weights count, or how many there are."""
+    count = config.data.schedule.count
+    if count != recorded.count:
+        raise UserError(
+            f"data.schedule.count: {count} here and {recorded.count} in the checkpoint; what the "
+            "weights of a run count cannot change"
+        )
+    for name, was in (recorded.tokens.epochs if recorded.tokens else {}).items():
+        now = (epochs or {}).get(name, was)
+        if tuple(now) != was:
+            raise UserError(
+                f"data.sources.{name}: has {now[0]:,} {count.replace('_', ' ')} in {now[1]:,} "
+                f"samples here and {was[0]:,} in {was[1]:,} in the checkpoint, on which the "
+                "weights of the run depend; restore loss and boundaries of the source"
+            )
 
 
 def run_positions(
@@ -414,10 +439,10 @@ def resumed_schedule(
         UserError: The block is not a valid schedule, or a knot before an ``as_planned`` knot
             differs from the recorded schedule.
     """
-    unset = dict.fromkeys(("samples_per_iteration", "seq_length", "iteration_origin"))
-    parsed, sources, positions = read_block(block, {"sources": None, **unset, **arguments})
+    unset = dict.fromkeys(("samples_per_iteration", "seq_length", "iteration_origin", "epochs"))
+    parsed, sources, positions, tokens = read_block(block, {"sources": None, **unset, **arguments})
     if all(knot.weights != AS_PLANNED for knot in parsed.knots):
-        return Schedule(parsed, sources, positions)
+        return Schedule(parsed, sources, positions, tokens)
     if positions.unit == recorded.unit == "iterations":
         recorded = recorded.with_iterations(
             positions.samples_per_iteration, positions.iteration_origin
@@ -427,7 +452,9 @@ def resumed_schedule(
         "sources": sources,
         "samples_per_iteration": positions.samples_per_iteration,
         "seq_length": positions.seq_length,
+        "epochs": None if tokens is None else tokens.epochs,
     }
+    counted = {} if tokens is None else {"count": parsed.count}
     resolved: list[dict[str, Any]] = []  # at samples
     for number, knot in enumerate(given):
         path = f"{PATH}.knots[{number}]"
@@ -442,7 +469,7 @@ def resumed_schedule(
                 f"{planned[-1]['ramp']} here: remove ramp"
             )
         if resolved:
-            before = Schedule.from_dict({"knots": resolved}, **in_samples)
+            before = Schedule.from_dict({"knots": resolved, **counted}, **in_samples)
             _check_as_planned(recorded, before, begin, min(before.knots[-1].at + 1, sample), path)
         # Knots before `begin` have no effect. They are kept because resuming again with the same
         # file must create the same schedule.
@@ -451,12 +478,13 @@ def resumed_schedule(
         if kept and begin in ramps:
             planned[0]["ramp"] = ramps[begin]
         resolved = [*kept, *planned]
-    samples = Schedule.from_dict({"knots": resolved}, **in_samples)
+    samples = Schedule.from_dict({"knots": resolved, **counted}, **in_samples)
     if positions.unit == "samples":
         return samples
     # Keep the unit of the file if every knot can be expressed in it exactly.
+    knots = [_in_unit(knot, positions) for knot in resolved]
     converted = Schedule.from_dict(
-        {"unit": positions.unit, "knots": [_in_unit(knot, positions) for knot in resolved]},
+        {"unit": positions.unit, "knots": knots, **counted},
         **in_samples,
         iteration_origin=positions.iteration_origin,
     )
@@ -480,7 +508,7 @@ def _planned_knots(
     planned: list[Knot] = [knot for knot in recorded.knots if knot.at <= end]
     if not planned or planned[-1].at < end:
         following = next((knot for knot in recorded.knots if knot.at > end), None)
-        levels = tuple(np.cumsum(recorded.weights_at(end)).tolist())
+        levels = tuple(np.cumsum(recorded.weights_at(end, as_written=True)).tolist())
         if following is None or not planned or following.ramp == "step":
             planned.append(Knot(end, levels, "step"))
         else:

@@ -49,6 +49,8 @@ class PlanRow:
     realised: int  # samples drawn from the source in the phase
     planned_share: float  # ``planned`` as a share of the phase
     realised_share: float  # ``realised`` as a share of the phase
+    # realised share of the tokens that weights count; that of the samples if they count samples
+    counted_share: float
     # epochs of the source that were drawn from the begin of the run to the end of the phase; None
     # if the size of an epoch is unknown
     epochs: float | None
@@ -66,7 +68,13 @@ def plan(
     counts = [blend.counts(edge) for edge in edges]
     quotas = [blend.quotas(edge) for edge in edges]
     rows = []
+    tokens = blend.schedule.tokens
+    means = [1.0 if tokens is None else tokens.mean(name) for name in blend.schedule.sources]
     for phase, (begin, end) in enumerate(zip(edges, edges[1:], strict=False), 1):
+        counted = [
+            int(after - before) * mean
+            for before, after, mean in zip(counts[phase - 1], counts[phase], means, strict=True)
+        ]
         for k, name in enumerate(blend.schedule.sources):
             planned = (quotas[phase][k] - quotas[phase - 1][k]) / GRID
             realised = int(counts[phase][k] - counts[phase - 1][k])
@@ -81,6 +89,7 @@ def plan(
                     realised=realised,
                     planned_share=planned / (end - begin),
                     realised_share=realised / (end - begin),
+                    counted_share=counted[k] / (math.fsum(counted) or 1.0),
                     epochs=int(counts[phase][k]) / size if size else None,
                 )
             )
@@ -171,12 +180,15 @@ def to_csv(rows: Sequence[PlanRow]) -> str:
 def to_table(rows: Sequence[PlanRow], blend: Blend) -> list[dict[str, str | int | float | None]]:
     """Formats the rows of `plan` for a text table, with phases in the unit of the schedule."""
     unit, seq_length = blend.schedule.unit, blend.schedule.seq_length or 1
+    counts = blend.schedule.count
+    label = counts.replace("_", " ")
     return [
         {
             f"phase ({unit})": f"{blend.position(row.begin):,} to {blend.position(row.end):,}",
             "source": row.source,
             "planned": f"{row.planned_share:.4%}",
             "realised": f"{row.realised_share:.4%}",
+            **({} if counts == "samples" else {f"of {label}": f"{row.counted_share:.4%}"}),
             "samples": row.realised,
             **({"tokens": row.realised * seq_length} if unit == "tokens" else {}),
             "epochs so far": row.epochs,

@@ -22,6 +22,12 @@ A knot inside an iteration therefore takes effect at the first iteration that be
 ``floor(2**32 * (p_0 + ... + p_k) / sum(p))`` in exact rationals, where a weight written as 0.1
 means exactly one tenth. The weight of source k is the difference of two neighboring levels. Each
 rounding changes it by less than 2**-32, so a smaller share may become 0.
+
+**What weights count.** Weights are shares of samples. With another ``count``, the weights of a knot
+are shares of tokens. `TokenCounts` converts them to shares of samples, with the exact number of
+tokens in an epoch of each source: a share p_k becomes a share proportional to ``p_k / m_k``, where
+m_k is the mean number of tokens in a sample. On a ramp, shares of tokens are linear (or follow the
+cosine), so both ends of 64 chords are converted, and the shares of samples are linear between them.
 """
 
 from __future__ import annotations
@@ -33,14 +39,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from megatron_chatflow.blend.quota import GRID, Interval, Quota, WeightTable
+from megatron_chatflow.blend.quota import GRID, GRID_BITS, Interval, Quota, WeightTable
 from megatron_chatflow.config import KnotConfig, ScheduleConfig
 from megatron_chatflow.config.fields import CONFIG, Count, ExactKnotWeights, ExactWeights, shorten
 from megatron_chatflow.config.problems import describe
@@ -127,18 +133,62 @@ class Positions:
         return sample * self.seq_length if unit == "tokens" and self.seq_length else sample
 
 
+@dataclass(frozen=True)
+class TokenCounts:
+    """Converts shares of tokens to shares of samples."""
+
+    # tokens and samples in an epoch by source; a source that is missing has as many of both
+    epochs: Mapping[str, tuple[int, int]]
+
+    def to_samples(self, levels: Sequence[int], sources: Sequence[str]) -> tuple[int, ...]:
+        """Converts the levels of shares of tokens to levels of shares of samples."""
+        below, parts = 0, {}
+        for name, level in zip(sources, levels, strict=True):
+            tokens, samples = self.epochs.get(name, (1, 1))
+            if level > below:
+                parts[name] = Fraction((level - below) * samples, tokens)
+            below = level
+        return _levels_of(parts, sources)
+
+    def mean(self, name: str) -> float:
+        """Returns the mean number of tokens in a sample of a source."""
+        tokens, samples = self.epochs.get(name, (1, 1))
+        return tokens / samples if samples else 0.0
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """Returns the numbers as JSON."""
+        return {name: list(epoch) for name, epoch in self.epochs.items()}
+
+
+def _token_counts(count: str, epochs: Any) -> TokenCounts | None:
+    """Checks what `Schedule.from_dict` gets; returns None if weights count samples."""
+    if count == "samples":
+        return None
+    try:
+        read = {str(name): (int(one), int(other)) for name, (one, other) in epochs.items()}
+        is_valid = all(one >= 0 and other >= 0 for one, other in read.values())
+    except (AttributeError, TypeError, ValueError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(
+            f"{PATH}.count: {count} needs the numbers of tokens and samples of every source"
+        )
+    return TokenCounts({name: epoch for name, epoch in read.items() if all(epoch)})
+
+
 def read_block(
     block: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> tuple[RecordedSchedule, tuple[str, ...], Positions]:
+) -> tuple[RecordedSchedule, tuple[str, ...], Positions, TokenCounts | None]:
     """Parses and validates a schedule.
 
     Args:
         block: ``{unit, knots}``, and optionally recorded values of ``arguments``.
-        arguments: ``sources``, ``samples_per_iteration``, ``iteration_origin`` and ``seq_length``;
-            None if unset. An argument must equal the recorded value if both are given.
+        arguments: ``sources``, ``samples_per_iteration``, ``iteration_origin``, ``seq_length`` and
+            ``epochs``; None if unset. An argument must equal the recorded value if both are given.
 
     Returns:
-        The knots as written, the names of the sources, and the conversion of positions.
+        The knots as written, the names of the sources, and the conversions of positions and of
+        weights; the last is None if weights count samples.
 
     Raises:
         UserError: The block is not a valid schedule. The message begins with the path of the first
@@ -163,7 +213,8 @@ def read_block(
     if isinstance(origin, bool) or not isinstance(origin, Integral):
         raise UserError(f"{PATH}.iteration_origin: must be a whole number, not {shorten(origin)}")
     origin = int(origin) if recorded.unit == "iterations" else 0
-    return recorded, sources, Positions(recorded.unit, samples_per_iteration, origin, seq_length)
+    positions = Positions(recorded.unit, samples_per_iteration, origin, seq_length)
+    return recorded, sources, positions, _token_counts(recorded.count, merged.get("epochs"))
 
 
 def _merged(name: str, block: Mapping[str, Any], argument: Any) -> Any:
@@ -209,6 +260,10 @@ def _levels(weights: Mapping[str, int | float], sources: Sequence[str]) -> tuple
         name: Fraction(value if isinstance(value, int) else repr(value))
         for name, value in weights.items()
     }
+    return _levels_of(exact, sources)
+
+
+def _levels_of(exact: Mapping[str, Fraction], sources: Sequence[str]) -> tuple[int, ...]:
     scale = math.lcm(*(value.denominator for value in exact.values()))
     parts = {name: int(value * scale) for name, value in exact.items()}
     total = sum(parts.values())
@@ -237,12 +292,17 @@ class Schedule:
         samples_per_iteration: Number of samples with the same weights.
         unit: The unit of the knots in the configuration: samples, tokens or iterations.
         seq_length: Tokens per sample; None if unknown.
+        tokens: Converts the weights of the knots to shares of samples; None if they are.
         iteration_origin: First sample of iteration 0, for knots in iterations; see `Positions`.
         knots: The knots, with positions in samples.
     """
 
     def __init__(
-        self, recorded: RecordedSchedule, sources: tuple[str, ...], positions: Positions
+        self,
+        recorded: RecordedSchedule,
+        sources: tuple[str, ...],
+        positions: Positions,
+        tokens: TokenCounts | None,
     ) -> None:
         """Initializes the schedule from the results of `read_block`. Use `from_dict` instead."""
         self.sources = sources
@@ -250,6 +310,8 @@ class Schedule:
         self.unit = positions.unit
         self.seq_length = positions.seq_length
         self.iteration_origin = positions.iteration_origin
+        self.count = recorded.count
+        self.tokens = tokens
         self._positions = positions
         self._recorded: list[dict[str, Any]] = []  # the knots as written, in the schedule's unit
         knots: list[Knot] = []
@@ -279,6 +341,7 @@ class Schedule:
             knots.append(Knot(sample, _levels(entry.weights, sources), entry.ramp, goal))
             self._recorded.append(written)
         self.knots = tuple(knots)
+        self._spans = self._make_spans()
         # First sample at which an iteration begins; 0 unless the size of iterations has changed.
         self._origin = positions.iteration_origin % positions.samples_per_iteration
         self._quota = Quota(self.table(self._origin), self._origin)
@@ -291,6 +354,7 @@ class Schedule:
         samples_per_iteration: int | None = None,
         seq_length: int | None = None,
         iteration_origin: int | None = None,
+        epochs: Mapping[str, Sequence[int]] | None = None,
     ) -> Schedule:
         """Parses the ``data.schedule`` block of a configuration, or the output of `to_dict`.
 
@@ -302,6 +366,8 @@ class Schedule:
                 the begin of the run.
             seq_length: Tokens per sample; required for knots in tokens.
             iteration_origin: First sample of iteration 0, for knots in iterations; 0 by default.
+            epochs: Tokens that weights count, and samples, in an epoch of each source; required
+                unless weights count samples.
 
         Raises:
             UserError: The block is not a valid schedule. The message begins with the path of the
@@ -312,6 +378,7 @@ class Schedule:
             "samples_per_iteration": samples_per_iteration,
             "seq_length": seq_length,
             "iteration_origin": iteration_origin,
+            "epochs": epochs,
         }
         return cls(*read_block(block, arguments))
 
@@ -325,9 +392,13 @@ class Schedule:
             raise ValueError(f"sample {sample}: must not be negative")
         return self._quota.weights(max(sample - self._origin, 0) // self.samples_per_iteration)
 
-    def weights_at(self, sample: int) -> npt.NDArray[np.int64]:
-        """Returns the weights of an iteration that begins at this sample, int64[num_sources]."""
-        return Quota(self.table(sample, 1), sample).weights(0)
+    def weights_at(self, sample: int, *, as_written: bool = False) -> npt.NDArray[np.int64]:
+        """Returns the weights of an iteration that begins at this sample, int64[num_sources].
+
+        With ``as_written``, they are shares of what the schedule counts instead of samples.
+        """
+        spans = self._make_spans(as_written=True) if as_written else self._spans
+        return Quota(_build_table(spans, sample, 1), sample).weights(0)
 
     def position(self, sample: int, unit: str | None = None) -> int:
         """Returns the first position at or after a sample, by default in the schedule's unit.
@@ -353,8 +424,11 @@ class Schedule:
             "samples_per_iteration": self.samples_per_iteration,
             "seq_length": self.seq_length,
         }
-        origin = {"iteration_origin": self.iteration_origin} if self.iteration_origin else {}
-        return {**block, **origin}
+        if self.iteration_origin:
+            block["iteration_origin"] = self.iteration_origin
+        if self.tokens is not None:
+            block |= {"count": self.count, "epochs": self.tokens.to_dict()}
+        return block
 
     def with_sources(self, sources: Sequence[str]) -> Schedule:
         """Returns the same schedule with reordered sources, or with additional ones of weight 0."""
@@ -373,21 +447,63 @@ class Schedule:
 
         ``origin`` is the first sample of iteration 0. On every interval, the levels are linear.
         """
-        builder = _TableBuilder(origin, samples_per_iteration or self.samples_per_iteration)
-        builder.add(None, None, self.knots[0], self.knots[0])
-        for first, last in pairwise(self.knots):
+        return _build_table(
+            self._spans, origin, samples_per_iteration or self.samples_per_iteration
+        )
+
+    def _make_spans(self, *, as_written: bool = False) -> list[_Span]:
+        """Returns the parts of the run on which levels are linear, ascending."""
+        tokens = None if as_written else self.tokens
+
+        def drawn(levels: tuple[int, ...]) -> tuple[int, ...]:
+            return levels if tokens is None else tokens.to_samples(levels, self.sources)
+
+        ends = [drawn(knot.levels) for knot in self.knots]
+        spans = [_Span(None, None, ends[0], ends[0])]
+        for number, (first, last) in enumerate(pairwise(self.knots)):
             goal = last.towards or last
             if last.ramp == "step":
-                builder.add(first.at, last.at, first, first)
-            elif last.ramp == "linear":
-                builder.add(first.at, goal.at, first, goal)
-            else:
-                # If an edit ended the ramp early, chords that begin after the knot are left out.
-                num_chords = -((first.at - last.at) * NUM_CHORDS // (goal.at - first.at))
-                for chord in range(num_chords):
-                    builder.add(first.at, goal.at, first, goal, chord, NUM_CHORDS)
-        builder.add(self.knots[-1].at, None, self.knots[-1], self.knots[-1])
-        return builder.build()
+                spans.append(_Span(first.at, last.at, ends[number], ends[number]))
+                continue
+            if last.ramp == "linear" and tokens is None:
+                spans.append(_Span(first.at, goal.at, first.levels, goal.levels))
+                continue
+            # If an edit ended the ramp early, chords that begin after the knot are left out.
+            num_chords = -((first.at - last.at) * NUM_CHORDS // (goal.at - first.at))
+            begin, end = ends[number], goal.levels
+            for chord in range(num_chords):
+                portions = COSINE_PORTIONS[chord], COSINE_PORTIONS[chord + 1]
+                if tokens is not None:
+                    place = portions[1]
+                    if last.ramp == "linear":
+                        place = GRID * (chord + 1) // NUM_CHORDS
+                    pairs = zip(first.levels, goal.levels, strict=True)
+                    end = drawn(tuple(a + ((b - a) * place >> GRID_BITS) for a, b in pairs))
+                    portions = 0, GRID
+                spans.append(_Span(first.at, goal.at, begin, end, chord, NUM_CHORDS, portions))
+                if tokens is not None:
+                    begin = end
+        return [*spans, _Span(self.knots[-1].at, None, ends[-1], ends[-1])]
+
+
+class _Span(NamedTuple):
+    """A part of the run on which levels are linear."""
+
+    begin: int | None  # sample of the knot at which a ramp begins; None before the first knot
+    end: int | None  # sample of the knot at which the ramp ends; None after the last knot
+    first: tuple[int, ...]  # levels by which ``portions`` are interpolated
+    last: tuple[int, ...]
+    chord: int = 0  # the part of the ramp, one of ``num_chords`` of equal length
+    num_chords: int = 1
+    # How far the levels are from ``first`` to ``last`` at both ends, in units of 2**-32.
+    portions: tuple[int, int] = (0, GRID)
+
+
+def _build_table(spans: Sequence[_Span], origin: int, samples_per_iteration: int) -> WeightTable:
+    builder = _TableBuilder(origin, samples_per_iteration)
+    for span in spans:
+        builder.add(span)
+    return builder.build()
 
 
 class _TableBuilder:
@@ -397,27 +513,13 @@ class _TableBuilder:
         self._origin = origin
         self._batch = samples_per_iteration
         self._rows: dict[tuple[int, ...], int] = {}
-        self._row_of: dict[int, int] = {}  # by the knot's id(), because hashing levels is slow
+        self._row_of: dict[int, int] = {}  # by id() of the levels, because hashing levels is slow
         self._intervals: list[Interval] = []
 
-    def add(
-        self,
-        begin: int | None,
-        end: int | None,
-        first: Knot,
-        last: Knot,
-        chord: int = 0,
-        num_chords: int = 1,
-    ) -> None:
-        """Adds the interval between two knots, or one of the equal chords between them.
-
-        ``begin`` and ``end`` are the samples of the knots; None before the first and after the
-        last.
-        """
-        row, last_row = self._row(first), self._row(last)
-        portions = (0, GRID)
-        if num_chords > 1:
-            portions = (COSINE_PORTIONS[chord], COSINE_PORTIONS[chord + 1])
+    def add(self, span: _Span) -> None:
+        """Adds the interval in which the iterations of a span begin."""
+        row, last_row = self._row(span.first), self._row(span.last)
+        begin, end, chord, num_chords = span.begin, span.end, span.chord, span.num_chords
         if begin is None:
             start = 0
         elif end is None:
@@ -428,13 +530,13 @@ class _TableBuilder:
             self._append(Interval(start, row, row, 0, 0, 0, 0, 1))
             return
         assert begin is not None and end is not None
-        # Place within the chord at iteration t: ((x_t - begin) * num_chords / span - chord).
-        span = end - begin
+        # Place within the chord at iteration t: ((x_t - begin) * num_chords / length - chord).
+        length = end - begin
         step = self._batch * num_chords
-        phase = (self._origin + start * self._batch - begin) * num_chords - chord * span
-        shared = math.gcd(step, phase, span)
-        place = (step // shared, phase // shared, span // shared)
-        self._append(Interval(start, row, last_row, *portions, *place))
+        phase = (self._origin + start * self._batch - begin) * num_chords - chord * length
+        shared = math.gcd(step, phase, length)
+        place = (step // shared, phase // shared, length // shared)
+        self._append(Interval(start, row, last_row, *span.portions, *place))
 
     def build(self) -> WeightTable:
         """Builds the table."""
@@ -447,10 +549,10 @@ class _TableBuilder:
             return
         self._intervals.append(interval)
 
-    def _row(self, knot: Knot) -> int:
-        if id(knot) not in self._row_of:
-            self._row_of[id(knot)] = self._rows.setdefault((0, *knot.levels), len(self._rows))
-        return self._row_of[id(knot)]
+    def _row(self, levels: tuple[int, ...]) -> int:
+        if id(levels) not in self._row_of:
+            self._row_of[id(levels)] = self._rows.setdefault((0, *levels), len(self._rows))
+        return self._row_of[id(levels)]
 
     def _iteration(self, sample: int) -> int:
         """Returns the first iteration that begins at or after a sample, at least 0."""

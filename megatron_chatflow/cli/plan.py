@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength, load_config
 from megatron_chatflow.config.fields import parse_count
 from megatron_chatflow.config.yaml_file import dump_yaml
-from megatron_chatflow.data.source import build_sources
+from megatron_chatflow.data.source import Source, build_sources, token_epochs
 from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.files import check_output_file, write_output_file
 from megatron_chatflow.report.plots import plot_mixture
@@ -59,20 +60,22 @@ EXAMPLES = """examples:
 """
 
 
-def epoch_sizes(config: RunConfig) -> dict[str, int]:
-    """Returns the number of samples in an epoch of each source.
+def open_sources(config: RunConfig) -> list[Source]:
+    """Opens the training sources; returns none if the data cannot be read yet.
 
-    The result is empty if the data cannot be read yet.
+    Raises:
+        UserError: The data cannot be read, and the schedule counts its tokens.
     """
     try:
         tokenizer = load_tokenizer(
             config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type
         )
-        sources = build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
+        return build_sources(config.data, seed=config.train.seed, tokenizer=tokenizer)
     except UserError as error:
+        if config.data.schedule.count != "samples":
+            raise
         print(f"not showing epochs: {error}", file=sys.stderr)
-        return {}
-    return {source.name: source.num_samples for source in sources}
+        return []
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def numeric_knot(schedule: Schedule, sample: int, unit: str, more: str = "") -> 
     ``more`` is inserted behind the weights.
     """
     # Parsing a knot rounds its levels down. Rounding up here yields the same levels again.
-    levels = np.cumsum(schedule.weights_at(sample)).tolist()
+    levels = np.cumsum(schedule.weights_at(sample, as_written=True)).tolist()
     parts = [-(-level * 10**10 >> 32) for level in levels]
     weights = {
         name: (above - below) / 10**10
@@ -141,7 +144,10 @@ def describe_position(
     place = f"sample {sample:,}"
     if unit != "samples":
         place += f" ({schedule.position(sample, unit):,} {unit})"
-    lines = [f"weights at {place}: " + ", ".join(f"{name} {part:.6g}" for name, part in shares)]
+    count = "" if schedule.count == "samples" else " as shares of samples"
+    lines = [
+        f"weights at {place}{count}: " + ", ".join(f"{name} {part:.6g}" for name, part in shares)
+    ]
     kept = ""
     if folder is not None:
         lines += [
@@ -221,13 +227,17 @@ def main() -> None:
             )
         show_decisions(config, resumed)
         return
+    sources = (
+        [] if arguments.at and config.data.schedule.count == "samples" else open_sources(config)
+    )
+    epochs = token_epochs(config.data, sources)
     if resumed is not None:
         refuse_missing_controller(resumed.blend)
         progress = resumed.iteration, resumed.consumed_samples
         positions = run_positions(config, resumed.schedule, *progress)
     if resumed is None:
         positions = run_positions(config)
-        blend = Blend(run_schedule(config, list(config.data.sources)))
+        blend = Blend(run_schedule(config, list(config.data.sources), epochs=epochs))
     elif (
         arguments.at is not None
     ):  # Use the schedule of the checkpoint. The YAML file may have changed since.
@@ -237,7 +247,8 @@ def main() -> None:
             schedule = schedule.with_iterations(batch, origin)
         blend = Blend(schedule, resumed.blend)
     else:
-        schedule = run_schedule(config, list(config.data.sources), resumed.schedule, *progress)
+        names = list(config.data.sources)
+        schedule = run_schedule(config, names, resumed.schedule, *progress, epochs)
         blend = Blend(schedule, resumed.blend)
     objective = ObjectiveWeights(config.data, positions)
     if arguments.at is not None:
@@ -245,7 +256,8 @@ def main() -> None:
         sample = parse_position(arguments.at, resumed)
         print(describe_position(blend, objective, sample, config.data.schedule.unit, folder))
         return
-    show_plan(config, blend, objective, resumed, arguments)
+    sizes = {source.name: source.num_samples for source in sources}
+    show_plan(config, blend, objective, sizes, resumed, arguments)
 
 
 def show_decisions(config: RunConfig, resumed: Resumed | None) -> None:
@@ -274,6 +286,7 @@ def show_plan(
     config: RunConfig,
     blend: Blend,
     objective: ObjectiveWeights,
+    sizes: Mapping[str, int],
     resumed: Resumed | None,
     arguments: argparse.Namespace,
 ) -> None:
@@ -285,7 +298,6 @@ def show_plan(
         length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, first)
     length.check_learning_rate(config.optimizer)
     num_samples = length.num_samples
-    sizes = epoch_sizes(config)
     rows = plan(blend, num_samples, sizes)
     shown = f"{num_samples:,} samples of {seq_length:,} tokens"
     if schedule.unit == "tokens":

@@ -267,6 +267,8 @@ class ScheduleConfig:
 
     unit: Literal["samples", "tokens", "iterations"] = "samples"
     """unit of the knots' positions"""
+    count: Literal["samples", "tokens", "loss_tokens"] = "samples"
+    """what the weights are shares of"""
     knots: tuple[KnotConfig, ...] = Field(min_length=1)
     """positions and weights, in increasing order of the positions"""
     controller: ControllerConfig | None = None

@@ -732,6 +732,11 @@ def check_knots(knots: Sequence[KnotConfig], sources: Sequence[str]) -> None:
 def _check_controller(config: "RunConfig", controller: ControllerConfig) -> None:
     """Checks the settings of what decides the weights."""
     path, knots = "data.schedule.controller", config.data.schedule.knots
+    if config.data.schedule.count != "samples":
+        raise UserError(
+            f"data.schedule.count: {config.data.schedule.count} does not work with {path}, whose "
+            "decisions are shares of samples; remove one of them"
+        )
     weights = knots[0].weights
     if len(knots) > 1 or isinstance(weights, str):
         raise UserError(

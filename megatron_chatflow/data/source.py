@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,11 @@ from megatron_chatflow.data.packing import (
     cached_packing,
     make_packed_samples,
     mask_hashes,
+    packing_key,
 )
 from megatron_chatflow.data.permutation import SampleOrder
 from megatron_chatflow.data.samples import (
+    Runs,
     Sample,
     Samples,
     SampleShape,
@@ -43,6 +46,11 @@ from megatron_chatflow.data.samples import (
     make_windows,
     open_token_file,
     split_runs,
+)
+from megatron_chatflow.data.token_counts import (
+    cached_loss_tokens,
+    packed_loss_tokens,
+    window_loss_tokens,
 )
 from megatron_chatflow.errors import LocalError, UserError
 
@@ -66,6 +74,8 @@ class Source:
         rows: Reads samples in file order.
         files: The datasets; empty if the samples do not come from files.
         packing: The documents of every sample; None if samples are windows.
+        counted_tokens: What the weights of the schedule count, over an epoch: samples, tokens that
+            are no padding, or loss tokens.
     """
 
     def __init__(
@@ -78,6 +88,7 @@ class Source:
         files: Sequence[TokenFile] = (),
         facts: dict[str, Any] | None = None,
         packing: Packing | None = None,
+        counted_tokens: int | None = None,
     ) -> None:
         """Initializes a source. Use `build_sources` to create sources from a configuration.
 
@@ -88,6 +99,7 @@ class Source:
         self.num_tokens = samples.num_tokens
         self.rows = samples.rows
         self.packing = packing
+        self.counted_tokens = samples.num_samples if counted_tokens is None else counted_tokens
         self._facts = facts or {}
         self._order = None
         if self.num_samples:
@@ -256,6 +268,13 @@ def build_sources(
     return sources
 
 
+def token_epochs(data: DataConfig, sources: Sequence[Source]) -> dict[str, tuple[int, int]] | None:
+    """Returns what weights count, and the samples, in an epoch; None if they count samples."""
+    if data.schedule.count == "samples":
+        return None
+    return {source.name: (source.counted_tokens, source.num_samples) for source in sources}
+
+
 @contextmanager
 def _named(label: str) -> Iterator[None]:
     """Prefixes the message of a `UserError` with its path in the configuration."""
@@ -310,7 +329,7 @@ def _build_source(
         isolate=config.boundaries == "isolate",
     )
     label = f"data.sources.{name}"
-    packing = None
+    packing, runs = None, None
     if config.packing == "best_fit" and files:
         packing = cached_packing(
             files, facts, split, holdout_every, shape.seq_length, packing_version, shares
@@ -334,6 +353,29 @@ def _build_source(
         if packing is not None and packing.num_without_loss:
             content["packing"] = packing_version
             content["loss_masks"] = mask_hashes(files, facts)
+    counted = None
+    if split == "train" and data.schedule.count != "samples" and files:
+        counted = samples.num_samples * shape.seq_length if packing is None else samples.num_tokens
+        if data.schedule.count == "loss_tokens":
+            key = packing_key(
+                facts,
+                packing_version,
+                loss_masks=mask_hashes(files, facts),
+                split=split,
+                holdout_every=holdout_every,
+                shares=shares,
+                packing=config.packing,
+                isolate=shape.isolate,
+                shape=[shape.seq_length, samples.num_samples],
+            )
+            counted = cached_loss_tokens(
+                files, key, partial(_loss_tokens, files, packing, runs, samples, shape)
+            )
+        if not counted and has_weight(data, name):
+            raise UserError(
+                f"{label}: has no loss tokens, so data.schedule.count {data.schedule.count} cannot "
+                "give it a share; set its weight to 0, or set loss: all"
+            )
     return Source(
         name,
         samples,
@@ -342,4 +384,20 @@ def _build_source(
         files=files,
         facts=content,
         packing=packing,
+        counted_tokens=counted,
     )
+
+
+def _loss_tokens(
+    files: Sequence[TokenFile],
+    packing: Packing | None,
+    runs: Runs | None,
+    samples: Samples,
+    shape: SampleShape,
+) -> int:
+    """Returns the loss tokens of an epoch."""
+    if packing is not None:
+        return packed_loss_tokens(files, packing, shape.seq_length)
+    assert runs is not None, "samples are packed or windows"
+    num_labels = samples.num_samples * shape.seq_length
+    return window_loss_tokens(files, runs, num_labels, isolate=shape.isolate)

@@ -125,11 +125,17 @@ def _collected_warnings() -> Iterator[list[logging.LogRecord]]:
 
 
 def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> str:
+    count = config.data.schedule.count
     sources: list[Row] = [
         {
             "source": source.name,
             "tokens": source.num_tokens,
             "samples per epoch": source.num_samples,
+            **(
+                {}
+                if count == "samples"
+                else {f"{count.replace('_', ' ')} per epoch": source.counted_tokens}
+            ),
             **_describe_objective(inputs, number),
             **_describe_packing(source.packing),
         }

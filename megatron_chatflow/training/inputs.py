@@ -38,7 +38,7 @@ from megatron_chatflow.convert.weight_map import check_weights
 from megatron_chatflow.data.contents import check_contents, verify_contents
 from megatron_chatflow.data.findings import data_findings
 from megatron_chatflow.data.sidecar import appends_bos, read_sidecar, writes_bos
-from megatron_chatflow.data.source import Source, build_sources
+from megatron_chatflow.data.source import Source, build_sources, token_epochs
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.evaluation.choice import Question, read_questions
 from megatron_chatflow.runtime.ranks import format_ranks, gather_objects
@@ -479,11 +479,12 @@ def _blend(
         return controlled_blend(config, decisions=(found.horizon, found.weights))
     if controller is not None:
         return controlled_blend(config)
+    epochs = token_epochs(config.data, sources)
     if resumed is None:
-        return Blend(run_schedule(config, names))
+        return Blend(run_schedule(config, names, epochs=epochs))
     refuse_missing_controller(resumed.blend)
     schedule = run_schedule(
-        config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples
+        config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples, epochs
     )
     return Blend(schedule, state=resumed.blend)
 

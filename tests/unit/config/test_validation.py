@@ -394,6 +394,10 @@ REFUSED = [
         {**controller(), "data.schedule.knots": [{"at": 0, "weights": {"chat": 1}}]},
         f"{CONTROLLER}: needs at least two sources with a weight above 0",
     ),
+    (
+        {**controller(), "data.schedule.count": "tokens"},
+        f"data.schedule.count: tokens does not work with {CONTROLLER}",
+    ),
     (controller(floor=0.6), f"{CONTROLLER}.floor: the floors of all sources exceed 1"),
     (controller(cap=0.4), f"{CONTROLLER}.cap: the caps of all sources are below 1"),
     (controller(cap={"chatt": 1}), f"{CONTROLLER}.cap.chatt: is not among data.sources (did you"),
