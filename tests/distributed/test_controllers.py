@@ -52,7 +52,8 @@ def runs(tiny_run: TinyRun) -> Path:
     # The gradient norm of the second iteration is 3.7.
     rolling = ["--on-nan", "rollback", "--grad-norm-limit", "3.3", "--save-interval", "1"]
     # Batches of 4, 6 and 8 samples: a horizon ends within a batch.
-    growing = ["--rampup-batch-size", "4", "2", "30", "--micro-batch-size", "2"]
+    growing = ["--rampup-batch-size", "4", "2", "30", "--train-samples", "80"]
+    growing += ["--lr-warmup-iters", "0", "--lr-warmup-samples", "8"]
     commands = [
         job(odm, "odm"),
         job(shearing, "shearing", "--save-interval", "3"),
