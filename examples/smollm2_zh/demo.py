@@ -1,6 +1,6 @@
 """Adapts a real pre-trained model to Chinese on two CPU cores, with all steps of ChatFlow.
 
-``python examples/smollm2_zh/demo.py [--short] [--variants extended plain]``; ``make smollm2``
+``python examples/smollm2_zh/demo.py [--short] [--variants staged ...]``; ``make smollm2``
 installs what it needs. It writes ``runs/smollm2_zh/``: the run and the export of each variant,
 ``summary.json`` and ``table.md``. Steps whose output is present are skipped, and an interrupted
 training is resumed from its last checkpoint.
@@ -41,7 +41,11 @@ from megatron_chatflow.files import write_atomically
 HERE = Path("examples/smollm2_zh")
 WORK = Path(".demo/smollm2")
 BASE = WORK / "base"
-VARIANTS = ("extended", "plain")
+VARIANTS = ("extended", "plain", "staged")
+# Stages of the staged variant: the learning rate of the new rows as a multiple of the common one,
+# while they alone are trained and afterwards, and the part of the run in which they are.
+NEW_ROWS_FACTORS = (10.0, 4.0)
+FIRST_STAGE = 1 / 6
 # A multiple of 128, like the original 49,152, so that no row is padding. The new tokens cover 99 %
 # of the Chinese characters in the demo's Chinese text.
 NUM_NEW_TOKENS = 3072
@@ -75,10 +79,11 @@ SHORT = Length(Path("runs/smollm2_zh_short"), 4, 2_000, 8)
 
 @dataclass(frozen=True)
 class Variant:
-    """A choice of vocabulary.
+    """A choice of vocabulary and of stages.
 
     Attributes:
-        name: "plain" for the model's own tokenizer, "extended" for one with Chinese characters.
+        name: "plain" for the model's own tokenizer, "extended" for one with Chinese characters,
+            "staged" for the latter with a first stage that trains the new rows only.
         folder: The folder of its run and export.
     """
 
@@ -86,19 +91,35 @@ class Variant:
     folder: Path
 
     @property
+    def is_extended(self) -> bool:
+        """Whether its tokenizer has Chinese characters."""
+        return self.name != "plain"
+
+    @property
     def tokenizer(self) -> Path:
         """The folder with its tokenizer."""
-        return BASE if self.name == "plain" else WORK / "tokenizer_extended"
+        return WORK / "tokenizer_extended" if self.is_extended else BASE
 
     @property
     def tokens(self) -> Path:
         """The folder with its indexed datasets."""
-        return WORK / self.name
+        return WORK / ("extended" if self.is_extended else "plain")
+
+    def stages(self, iterations: int) -> list[dict[str, object]]:
+        """Returns the stages of a run, in iterations."""
+        if self.name != "staged":
+            return []
+        first, later = NEW_ROWS_FACTORS
+        boundary = max(1, round(iterations * FIRST_STAGE))
+        return [
+            {"at": 0, "trainable": ["new_rows"], "lr_multipliers": {"new_rows": first}},
+            {"at": boundary, "trainable": ["all"], "lr_multipliers": {"new_rows": later}},
+        ]
 
     @property
     def start(self) -> Path:
         """The Hugging Face folder with its initial weights."""
-        return BASE if self.name == "plain" else self.folder / "start"
+        return self.folder / "start" if self.is_extended else BASE
 
 
 def main() -> None:
@@ -106,7 +127,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="run few iterations, about 3 minutes")
     parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: both"
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all"
     )
     parser.add_argument(
         "--iterations", type=int, metavar="N", help="number of training iterations of each variant"
@@ -139,7 +160,7 @@ def main() -> None:
     write_atomically(length.folder / "table.md", table)
     announce("bits per byte of held-out text, and samples")
     print(table)
-    print(f"Written to {length.folder}: summary.json and table.md; both export/ folders load in")
+    print(f"Written to {length.folder}: summary.json and table.md; its export/ folders load in")
     print(f"transformers: python tools/chat.py {length.folder}/extended/export")
 
 
@@ -162,7 +183,7 @@ def run_tool_once(result: Path, name: str, *arguments: object) -> None:
 
 def prepare(variant: Variant) -> None:
     """Makes vocabulary, tokens and weights, and verifies the weights against transformers."""
-    if variant.name == "extended":
+    if variant.is_extended:
         run_tool_once(
             variant.tokenizer / "tokenizer.json",
             "extend_vocab.py",
@@ -178,11 +199,11 @@ def prepare(variant: Variant) -> None:
         imported / "latest_checkpointed_iteration.txt",
         "convert_checkpoint.py",
         *("import", "--hf", BASE, "--output", imported),
-        *(resize if variant.name == "extended" else ()),
+        *(resize if variant.is_extended else ()),
     )
     verified = variant.folder / "verified"
     if not verified.exists():
-        if variant.name == "extended":
+        if variant.is_extended:
             run_tool_once(variant.start / "config.json", *export_flags(variant, "imported"))
         run_tool("convert_checkpoint.py", "verify", "--hf", variant.start, "--checkpoint", imported)
         verified.touch()
@@ -208,6 +229,7 @@ def train(variant: Variant, length: Length) -> None:
         source["paths"] = [str(variant.tokens / Path(path).name) for path in source["paths"]]
     iterations = length.iterations
     config["train"]["train_iters"] = iterations
+    config["train"]["stages"] = variant.stages(iterations)
     config["optimizer"]["lr_warmup_iters"] = max(1, iterations // 12)
     config["data"]["schedule"]["knots"][-1]["at"] = iterations * 2 // 3
     run = variant.folder / "run"
