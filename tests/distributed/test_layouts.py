@@ -7,7 +7,7 @@ runs start from the weights of the seed, which are the same in every layout.
 Tolerance: all runs compute in fp32 and differ only in the order of sums over ranks, a relative
 error of about 1e-7 per reduction, which ten AdamW steps at 3e-3 amplify. The largest observed
 difference is 1.2e-7 on losses of about 6. A wrong gradient, mask or batch changes the leading
-digits.
+digits. The layouts stop after five of the ten iterations of a single process.
 """
 
 from pathlib import Path
@@ -97,9 +97,15 @@ def runs(tiny_run: TinyRun) -> Path:
     }
     for num_processes in (1, *LAYOUTS):
         layouts = LAYOUTS.get(num_processes, {})
-        commands = [[*base, "--save", folder / name, *flags] for name, flags in layouts.items()]
+        commands = [
+            [*base, "--save", folder / name, *flags, *stop] for name, flags in layouts.items()
+        ]
         jobs.run_layouts(num_processes, [*extra.get(num_processes, []), *commands], folder)
     return folder
+
+
+def _num_iterations(layout: str) -> int:
+    return 10 if layout in MOVES else 5
 
 
 @pytest.mark.distributed
@@ -108,17 +114,18 @@ def test_losses_equal_a_single_process(runs: Path, layout: str) -> None:
     reference = runs / ("single_tied" if layout.startswith("tied") else "single")
     expected, expected_validation = jobs.read_metrics(reference)
     found, found_validation = jobs.read_metrics(runs / layout)
-    assert len(found) == len(expected) == 10
     assert expected[-1]["lm_loss"] < expected[0]["lm_loss"] - 0.3, "the run has to learn something"
-    for ours, theirs in zip(found, expected, strict=True):
+    assert (len(found), len(expected)) == (_num_iterations(layout), 10)
+    for ours, theirs in zip(found, expected, strict=False):
         assert ours["batch_digest"] == theirs["batch_digest"]
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=TOLERANCE)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         for name, source in theirs["sources"].items():
             assert ours["sources"][name]["loss_tokens"] == source["loss_tokens"]
             assert ours["sources"][name]["loss"] == pytest.approx(source["loss"], abs=TOLERANCE)
-    assert len(found_validation) == len(expected_validation) == 3
-    for ours, theirs in zip(found_validation, expected_validation, strict=True):
+    # The first validation is before iteration 1.
+    assert (len(found_validation), len(expected_validation)) == (1 + len(found) // 5, 3)
+    for ours, theirs in zip(found_validation, expected_validation, strict=False):
         for name, source in theirs["validation"].items():
             assert ours["validation"][name]["loss"] == pytest.approx(source["loss"], abs=TOLERANCE)
             assert ours["validation"][name]["bits_per_byte"] == pytest.approx(
@@ -132,5 +139,7 @@ def test_every_layout_sees_the_same_batches(runs: Path) -> None:
         name: [entry["batch_digest"] for entry in jobs.read_metrics(runs / name)[0]]
         for name in ("single", *NAMES, *MOVES)
     }
-    assert all(found == digests["single"] for found in digests.values())
-    assert len(set(digests["single"])) == 10
+    single = digests.pop("single")
+    assert len(set(single)) == 10
+    for name, found in digests.items():
+        assert found == single[: _num_iterations(name)], name
