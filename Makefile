@@ -44,10 +44,9 @@ venv: $(INSTALLED) ## make .venv with everything that development needs
 build: $(BUILT) ## compile the extensions in place
 
 # One thread per process, because the workers share the cores. A file's tests stay in one worker, so
-# that its expensive fixtures are made once. The order is that of the folders, which ends with the
-# cheap files of tests/unit: by number of tests, costly files would come last and leave a core idle.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile \
-	--no-loadscope-reorder
+# that its expensive fixtures are made once. xdist's own order, by number of tests, pairs jobs of
+# several ranks with unit tests; sorted by folder, two such jobs would share the cores and be slower.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 test-fast: $(BUILT) ## run the unit tests except the slow ones
 	$(PYTEST) -m 'not slow' tests/unit $(PYTEST_ARGS)
