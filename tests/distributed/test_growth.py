@@ -14,6 +14,9 @@ import yaml
 from made_up_text import made_up_sentences
 from new_language import NEW, SHAPE, new_sentences, train_model
 
+from megatron_chatflow.checkpoint.files import resolve_checkpoint
+from megatron_chatflow.checkpoint.store import RunState
+from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.to_huggingface import export_checkpoint
 from megatron_chatflow.data.indexed import IndexedDatasetWriter
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
@@ -87,6 +90,14 @@ def runs(tokenizers: tuple[Tokenizer, Tokenizer], tmp_path_factory: pytest.TempP
             length = ["--train-iters", 2 if begin == "resume" else 1]
             save = ["--save", folder / f"{begin}_{init}"]
             tasks.append([*grown, init, *place, *length, *save])
+    staged = yaml.safe_load((folder / "after.yaml").read_text(encoding="utf-8"))
+    staged["train"] |= {"train_iters": 2, "stages": [{"at": 0, "trainable": ["new_rows"]}]}
+    (folder / "staged.yaml").write_text(yaml.safe_dump(staged))
+    rows = ["--config", folder / "staged.yaml", "--lr", "1e-2", "--save", folder / "staged"]
+    tasks += [
+        [*rows, "--load-hf", folder / "hf", "--embedding-init", "mean", "--exit-interval", 1],
+        [*rows, "--load", folder / "staged"],
+    ]
     jobs.run_layouts(1, tasks, folder)  # type: ignore[arg-type]
     return folder
 
@@ -112,6 +123,27 @@ def test_old_text_gives_the_same_bits(
     before, after = logits(runs / "hf", ids), logits(tmp_path / "hf", ids)
     assert after.shape[1] == new.vocab_size == old.vocab_size + len(NEW)
     assert torch.equal(after[:, : old.vocab_size], before[:, : old.vocab_size])
+
+
+@pytest.mark.distributed
+def test_a_stage_trains_the_new_rows(
+    runs: Path, tokenizers: tuple[Tokenizer, Tokenizer], tmp_path: Path
+) -> None:
+    old, new = tokenizers
+    for name in (*(f"{begin}_normal" for begin in BEGINNINGS), "staged"):
+        checkpoint = resolve_checkpoint(runs / name)
+        assert checkpoint is not None
+        recorded = RunState.read(checkpoint).tokenizer["new_rows"]
+        assert recorded == [old.vocab_size, new.vocab_size]
+    export_checkpoint(runs / "staged", tmp_path / "hf")
+    before, after = HuggingFaceWeights(runs / "hf"), HuggingFaceWeights(tmp_path / "hf")
+    for name in after.files:
+        kept, old_values = after.read(name), before.read(name)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert kept[old.vocab_size :].std(dim=0).min() > 0, "they began as the same mean"
+            # The rows of the original model behind its tokens are new tokens' now.
+            kept, old_values = kept[: old.vocab_size], old_values[: old.vocab_size]
+        assert torch.equal(kept, old_values), name
 
 
 @pytest.mark.distributed

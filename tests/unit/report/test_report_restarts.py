@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
@@ -107,6 +108,23 @@ def test_planned_ends_are_no_failures(tmp_path: Path) -> None:
     assert "<dt>Planned restarts</dt><dd>2<small>" in page
     assert "exited at its exit interval" in page and "running or stopped" not in page
     assert "<td>1 min 0 s</td>" in without_labels(page) and ">failed or killed</td>" in page
+
+
+def test_boundaries_of_stages_are_marked(tmp_path: Path) -> None:
+    records = synthetic_records(40)
+    for record in records:
+        if "lm_loss" in record:
+            record["stage"] = (record["iteration"] > 10) + (record["iteration"] > 30)
+    folder = write_run(tmp_path / "run", records)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["stages"] = [{"trainable": [name]} for name in ("new_rows", "<b>", "all")]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    figures = check_page(build(folder)).figures
+    for title in ("Training loss per source", "Learning rate"):
+        assert list(marks(figures[title])["stage begins"].values()) == [
+            "stage 1 trains &lt;b&gt; at iteration 10",
+            "stage 2 trains all at iteration 30",
+        ]
 
 
 def test_edits_of_the_blend_are_marked(tmp_path: Path) -> None:
