@@ -54,7 +54,7 @@ def main(dtype: str, micro_batch_size: int) -> None:
     from megatron_chatflow.training.loop import train_step
 
     shape = Shape(2, 128, 352, 4, 2, 96, micro_batch_size, vocab_size=1000)
-    config_of = subjects._run_config
+    config_of = subjects.run_config
 
     def config_in_dtype(*args: Any, **kwargs: Any) -> Any:
         config = config_of(*args, **kwargs)

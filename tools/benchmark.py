@@ -21,6 +21,7 @@ SUBJECTS = {
     "loader": "samples and global batches per second",
     "checkpoint": "time that a save blocks training, and time until it is on disk",
     "kernels": "attention and the passes of the loss, for every available implementation",
+    "stages": "time and memory of a training step by what is trained",
     "train": "tokens per second of a training step, and MFU",
 }
 EXAMPLES = """examples:

@@ -30,7 +30,10 @@ _RECOMPUTED = {
 }
 
 
-def _run_config(shape: Shape, ranks: Ranks | None = None, **parallel: bool) -> RunConfig:
+def run_config(
+    shape: Shape, ranks: Ranks | None = None, *, bf16: bool = True, **parallel: bool
+) -> RunConfig:
+    """Returns the configuration of a run of this shape."""
     tensor_parallel_size = ranks.tensor_parallel_size if ranks else 1
     num_replicas = ranks.data_parallel_size if ranks else 1
     return RunConfig.from_dict(
@@ -42,6 +45,7 @@ def _run_config(shape: Shape, ranks: Ranks | None = None, **parallel: bool) -> R
             "optimizer": {"lr": LEARNING_RATE, "lr_decay_style": "constant"},
             "train": {
                 "train_iters": 1000,
+                "bf16": bf16,
                 "micro_batch_size": shape.micro_batch_size,
                 "global_batch_size": shape.micro_batch_size * num_replicas,
                 **(_RECOMPUTED if shape.recompute else {}),
@@ -67,7 +71,7 @@ class Ours:
             ranks: Ranks of this process.
             **parallel: Keys of the configuration section ``parallel``.
         """
-        config = _run_config(shape, ranks, **parallel)
+        config = run_config(shape, ranks, **parallel)
         self.config = config
         with device_mode(ranks.device):
             llama = build_llama(
@@ -81,7 +85,7 @@ class Ours:
             num_bytes_per_id=np.ones(shape.vocab_size, np.int64),
             num_sources=1,
         )
-        self._batch = _mock_batch(tokens)
+        self._batch = mock_batch(tokens)
         self._ranks = ranks
         self._guard = Guard(config, ["mock"], {})
 
@@ -98,7 +102,8 @@ class Ours:
         return result.loss
 
 
-def _mock_batch(tokens: torch.Tensor) -> GlobalBatch:
+def mock_batch(tokens: torch.Tensor) -> GlobalBatch:
+    """Returns a global batch of tokens, int64[samples, seq_length + 1]."""
     num_samples, length = tokens.shape
     samples = [
         Sample(
@@ -175,7 +180,7 @@ class PlainMegatron:
         from megatron_chatflow.model.llama import Llama, transformer_config
         from megatron_chatflow.model.rotary import Rotary
 
-        config = _run_config(shape)
+        config = run_config(shape)
         settings = transformer_config(config.model, config.parallel, config.train, ranks)
         # On GPUs use its own compiled SwiGLU, whatever our step uses.
         settings.bias_activation_fusion = ranks.is_cuda
