@@ -67,7 +67,7 @@ def main(dtype: str, micro_batch_size: int) -> None:
         norms.append(result.grad_norm)
         return result
 
-    with patch.object(subjects, "_run_config", config_in_dtype):
+    with patch.object(subjects, "run_config", config_in_dtype):
         ours = subjects.Ours(shape, shape.tokens(torch.Generator().manual_seed(0)), ranks)
     set_weights(ours.optimization)
     with patch.object(subjects, "train_step", step):
