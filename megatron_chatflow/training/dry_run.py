@@ -163,7 +163,8 @@ def _describe_data(config: RunConfig, inputs: RunInputs, *, verbose: bool) -> st
 def _describe_sizes(length: RunLength) -> str:
     """Returns the samples per iteration, or the range over which they grow."""
     sizes = length.batch_sizes
-    first, last = sizes.at(length.consumed_samples), sizes.at(length.num_samples)
+    begins = [length.samples_after(n) for n in (0, max(length.remaining_iterations() - 1, 0))]
+    first, last = map(sizes.at, begins)
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 

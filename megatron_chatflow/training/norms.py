@@ -28,8 +28,9 @@ class Norms:
     """L2 norms at one iteration."""
 
     params: float | None  # of all weights after the update; None if it is not logged
-    # By layer, such as ``embedding``, ``layers.0``, ``final_norm`` and ``output``: of the weights
-    # after the update, and of the gradients before clipping. None if they are not logged.
+    # By layer, such as ``embedding``, ``layers.0``, ``final_norm`` and ``output`` (unless it is the
+    # embedding): of the weights after the update, and of the gradients before clipping. None if
+    # they are not logged.
     layers: Mapping[str, tuple[float, float]] | None
 
 
@@ -52,6 +53,7 @@ class NormMeter:
             ranks: This process's place in the job.
         """
         self.is_due = False
+        self._is_tied = not config.model.untie_embeddings_and_output_weights
         self._logs = config.logging
         self.names = ["embedding", *(f"layers.{n}" for n in range(config.model.num_layers))]
         self.names += ["final_norm", "output"]
@@ -97,6 +99,8 @@ class NormMeter:
         torch.distributed.all_reduce(squares)
         weights, grads = squares.sqrt().tolist()
         layers = dict(zip(self.names, zip(weights, grads, strict=True), strict=True))
+        if self._is_tied:
+            del layers["output"]
         return Norms(
             math.sqrt(float(squares[0].sum())) if self._logs.log_params_norm else None,
             layers if self._logs.log_layer_norms else None,
@@ -106,7 +110,8 @@ class NormMeter:
         """Returns the sum of squares of each layer's tensors, float64[num_names]."""
         sums = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
         if tensors:
-            norms = torch._foreach_norm([tensor.detach() for _, tensor in tensors])
+            held = [tensor.detach() for _, tensor in tensors]
+            norms = torch._foreach_norm(held, 2, torch.float32)
             squares = torch.stack([n.to(self._device, torch.float64) for n in norms]).square()
             numbers = torch.tensor([number for number, _ in tensors], device=self._device)
             sums.index_add_(0, numbers, squares)

@@ -50,14 +50,14 @@ class WeightAverage:
     def applied(self, gather: Callable[[], None]) -> Iterator[None]:
         """Gives the model the averaged weights inside a ``with`` block; every rank calls it.
 
-        Afterwards the model and its master weights have the same bits as before. ``gather``
-        exchanges the weights that the distributed optimizer has written to its shards.
+        Afterwards the model and its master weights have the same bits as before. After an error
+        they do not: the other ranks may be elsewhere, so that nothing may be exchanged, and the run
+        ends. ``gather`` exchanges the weights that the distributed optimizer has written to its
+        shards.
         """
         self._exchange(gather)
-        try:
-            yield
-        finally:
-            self._exchange(gather)
+        yield
+        self._exchange(gather)
 
     def _exchange(self, gather: Callable[[], None]) -> None:
         for values, master in zip(self._values, self._masters, strict=True):
