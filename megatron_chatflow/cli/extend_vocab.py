@@ -1,17 +1,26 @@
 """``chatflow extend-vocab``: adds pieces for a language to a tokenizer."""
 
 import argparse
+import json
 import logging
+import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from megatron_chatflow.config import ModelConfig
+from megatron_chatflow.config.huggingface import model_of_huggingface
 from megatron_chatflow.errors import ArgumentParser, UserError
-from megatron_chatflow.files import check_new_folder, new_folder
-from megatron_chatflow.preprocess.parse import parse_chunk
-from megatron_chatflow.preprocess.readers import CorpusReader, find_inputs
-from megatron_chatflow.preprocess.settings import CorpusSettings
-from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.files import check_new_folder, new_folder, write_atomically
+from megatron_chatflow.preprocess.texts import read_texts
+from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
+from megatron_chatflow.tokenizer.advice import (
+    DEFAULT_START_GAP,
+    Fertility,
+    advice_lines,
+    advice_report,
+    cost_of_extension,
+)
 from megatron_chatflow.tokenizer.extend import (
     ADDITIONS,
     PIECE_KINDS,
@@ -23,8 +32,6 @@ from megatron_chatflow.tokenizer.extend import (
     listed_pieces,
 )
 from megatron_chatflow.tokenizer.text_encoding import canonical_encoding
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Adds the pieces of a language to a LLaMA tokenizer.
 
@@ -39,6 +46,7 @@ EXAMPLES = """examples:
       --num-new 20000 --method pieces --output-dir tokenizers/zh-bpe
 """
 MARK = "tokenizer_config.json"
+_SEQ_LENGTH = 2048  # tokens of a sample, for the cost of attention
 HELD_OUT_EVERY = 20  # Without --held-out, every 20th document is kept for the comparison.
 
 
@@ -51,7 +59,10 @@ def main() -> None:
     if (args.corpus is None) == (args.list is None):
         raise UserError("give either --corpus or --list")
     check_new_folder(args.output_dir, overwrite=args.overwrite, mark=MARK)
+    if not (math.isfinite(args.start_gap) and args.start_gap >= 0):
+        raise UserError(f"--start-gap: must be a number of at least 0, not {args.start_gap}")
     tokenizer = load_tokenizer(args.tokenizer_model)
+    model = _model(args, tokenizer)
     held_out = {Path(name).name: list(islice(_texts(args, [name]), 500)) for name in args.held_out}
     if args.list is not None:
         encoding = canonical_encoding(args.encoding)
@@ -70,6 +81,20 @@ def main() -> None:
         extended = extend_tokenizer(tokenizer, pieces, folder, args.add_as)
     for line in growth_lines(tokenizer, extended, pieces, held_out):
         print(line)
+    fertility = {
+        n: Fertility.of(tokenizer, extended, texts) for n, texts in held_out.items() if texts
+    }
+    costs = {}
+    if model is not None:
+        costs = {
+            name: cost_of_extension(model, _SEQ_LENGTH, tokenizer, extended, found, args.start_gap)
+            for name, found in fertility.items()
+        }
+    for line in advice_lines(fertility, costs):
+        print(line)
+    if args.report is not None:
+        content = json.dumps(advice_report(fertility, costs), indent=2, ensure_ascii=False)
+        write_atomically(args.report, content + "\n")
     print(f"wrote {args.output_dir}")
 
 
@@ -138,37 +163,35 @@ def _parse() -> argparse.Namespace:
         default=2,
         help="minimum number of occurrences of a character in the corpus; default: %(default)s",
     )
+    add(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face model folder, for the cost of a character and the break-even point; "
+        "default: the folder of the tokenizer, if it has a config.json",
+    )
+    add(
+        "--start-gap",
+        type=float,
+        default=DEFAULT_START_GAP,
+        metavar="G",
+        help="how much the loss in the new language rises at first, in bits per byte, for the "
+        "break-even point; default: %(default)s",
+    )
+    add("--report", type=Path, metavar="F", help="JSON file to write these numbers to")
     add("--overwrite", action="store_true", help="replace an existing output")
     return parser.parse_args()
 
 
-def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
-    """Yields the documents of the corpus. Lines that are not documents are counted and skipped.
+def _model(args: argparse.Namespace, tokenizer: Tokenizer) -> ModelConfig | None:
+    """Reads the shape of the model; None if none is given and none is beside the tokenizer."""
+    if args.model is not None:
+        return ModelConfig(**model_of_huggingface(args.model))
+    try:
+        return ModelConfig(**model_of_huggingface(tokenizer.model_path.parent))
+    except UserError:  # no config.json, or that of another architecture
+        return None
 
-    More skipped lines than documents are an error.
-    """
-    settings = CorpusSettings(
-        json_keys=tuple(args.json_keys),
-        txt_documents="line",
-        encoding=canonical_encoding(args.encoding),
-    )
-    reader = CorpusReader(find_inputs(inputs), settings)
-    num_documents = num_bad = 0
-    first_bad: str | None = None
-    for chunk in reader.chunks():
-        parsed = parse_chunk(chunk, settings)
-        num_bad += parsed.num_bad
-        first_bad = first_bad or parsed.first_bad
-        for documents in parsed.documents.values():
-            texts = [document for document in documents if isinstance(document, str)]
-            num_documents += len(texts)
-            yield from texts
-    if not num_bad:
-        return
-    found = (
-        f"{num_bad} lines are not documents and {num_documents} are; the first bad line is "
-        f"{first_bad}"
-    )
-    if num_bad > num_documents:
-        raise UserError(f"{' '.join(inputs)}: {found} (see --encoding and --json-keys)")
-    logger.warning("%s: %s", " ".join(inputs), found)
+
+def _texts(args: argparse.Namespace, inputs: list[str]) -> Iterator[str]:
+    return read_texts(inputs, json_keys=args.json_keys, encoding=args.encoding)
