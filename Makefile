@@ -81,7 +81,7 @@ demo: $(BUILT) ## real text to a trained, resumed, exported model in runs/tiny_c
 demo-short: $(BUILT) ## the same with few iterations (about 5 minutes)
 	$(BIN)/python examples/tiny_cpu/demo.py --short
 
-smollm2: $(BUILT) ## SmolLM2-135M into Chinese, two vocabularies, in runs/smollm2_zh (about an hour)
+smollm2: $(BUILT) ## SmolLM2-135M into Chinese, with and without new tokens, in runs/smollm2_zh (hours)
 	$(BIN)/python examples/smollm2_zh/demo.py
 
 sanitize: $(BUILT) ## run the tests of the C++ code under the address and undefined-behaviour sanitizers

@@ -36,23 +36,29 @@ def new_sentences(count: int, seed: int) -> list[str]:
     return texts
 
 
-def train_model(old: Tokenizer, folder: Path) -> Path:
+def train_model(
+    old: Tokenizer, folder: Path, *, is_tied: bool = False, num_steps: int = 40
+) -> Path:
     """Trains a LLaMA on the language with the old tokenizer.
 
     Args:
         old: A tokenizer without the new characters.
         folder: The folder in which the Hugging Face folder is created.
+        is_tied: Whether the embedding is the output layer.
+        num_steps: Number of training steps.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     vocab_size = old.vocab_size + NUM_SPARE_ROWS
-    config = LlamaConfig(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, **SHAPE)
+    config = LlamaConfig(
+        vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, tie_word_embeddings=is_tied, **SHAPE
+    )
     model = LlamaForCausalLM(config)
     texts = ["".join(new_sentences(2, seed)) for seed in range(64)]
     ids = torch.tensor([old.encode(text)[:72] for text in texts])
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for step in range(40):
+    for step in range(num_steps):
         batch = ids[torch.arange(16) + step * 16 % 64]
         optimizer.zero_grad()
         model(batch, labels=batch).loss.backward()

@@ -41,7 +41,7 @@ from megatron_chatflow.files import write_atomically
 HERE = Path("examples/smollm2_zh")
 WORK = Path(".demo/smollm2")
 BASE = WORK / "base"
-VARIANTS = ("extended", "plain", "staged")
+VARIANTS = ("extended", "plain", "staged", "distilled")
 # Stages of the staged variant: the learning rate of the new rows as a multiple of the common one,
 # while they alone are trained and afterwards, and the part of the run in which they are.
 NEW_ROWS_FACTORS = (10.0, 4.0)
@@ -65,16 +65,18 @@ class Length:
         iterations: Number of iterations of each variant.
         held_out_bytes: Bytes of each source to evaluate on.
         sample_tokens: Maximum length of a sample in tokens.
+        distill_tokens: Tokens of Chinese text to which the distilled variant fits its new rows.
     """
 
     folder: Path
     iterations: int
     held_out_bytes: int
     sample_tokens: int
+    distill_tokens: int
 
 
-FULL = Length(Path("runs/smollm2_zh"), 180, 20_000, 48)
-SHORT = Length(Path("runs/smollm2_zh_short"), 4, 2_000, 8)
+FULL = Length(Path("runs/smollm2_zh"), 180, 20_000, 48, 100_000)
+SHORT = Length(Path("runs/smollm2_zh_short"), 4, 2_000, 8, 1_000)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Variant:
 
     Attributes:
         name: "plain" for the model's own tokenizer, "extended" for one with Chinese characters,
-            "staged" for the latter with a first stage that trains the new rows only.
+            "staged" for the latter with a first stage that trains the new rows only, "distilled"
+            for it with new rows that were fitted to Chinese text before.
         folder: The folder of its run and export.
     """
 
@@ -141,7 +144,7 @@ def main() -> None:
     held_out = hold_out(CORPUS, length.folder / "held_out", length.held_out_bytes)
     variants = [Variant(name, length.folder / name) for name in args.variants]
     for variant in variants:
-        prepare(variant)
+        prepare(variant, length)
         train(variant, length)
         compare_tensor_parallel(variant)
         run_tool_once(variant.folder / "export" / "config.json", *export_flags(variant, "run"))
@@ -181,20 +184,26 @@ def run_tool_once(result: Path, name: str, *arguments: object) -> None:
         run_tool(name, *arguments)
 
 
-def prepare(variant: Variant) -> None:
+def prepare(variant: Variant, length: Length) -> None:
     """Makes vocabulary, tokens and weights, and verifies the weights against transformers."""
+    chinese = CORPUS / "chinese.train.jsonl"
     if variant.is_extended:
         run_tool_once(
             variant.tokenizer / "tokenizer.json",
             "extend_vocab.py",
-            *("--tokenizer-model", BASE, "--corpus", CORPUS / "chinese.train.jsonl"),
+            *("--tokenizer-model", BASE, "--corpus", chinese),
             *("--num-new", NUM_NEW_TOKENS, "--output-dir", variant.tokenizer),
         )
     flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", variant.tokenizer)
     for source in SOURCES:
         preprocess(source, "train", variant.tokens / source, (*flags, "--template", "chatflow"))
     imported = variant.folder / "imported"
-    resize = ("--embedding-init", "mean-of-pieces", "--tokenizer-model", variant.tokenizer)
+    resize: tuple[object, ...] = ("--tokenizer-model", variant.tokenizer, "--embedding-init")
+    if variant.name == "distilled":
+        resize += ("distill", "--distill-text", chinese)
+        resize += ("--distill-tokens", length.distill_tokens)
+    else:
+        resize += ("mean-of-pieces",)
     run_tool_once(
         imported / "latest_checkpointed_iteration.txt",
         "convert_checkpoint.py",

@@ -1,11 +1,13 @@
 """``chatflow convert``: exports, imports, resizes and verifies checkpoints.
 
-Each command runs in one process and holds one tensor in memory at a time. Training checkpoints may
-have any parallel layout.
+Each command runs in one process and holds one tensor in memory at a time, except for
+``--embedding-init distill`` and the logits of ``verify``. Training checkpoints may have any
+parallel layout.
 """
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_chatflow.config.fields import parse_num_bytes
@@ -18,7 +20,7 @@ EXAMPLES = """examples:
   %(prog)s export --checkpoint runs/zh --output exports/zh
   %(prog)s import --hf Llama-2-7b-hf --output checkpoints/llama2-7b
   %(prog)s import --hf Llama-2-7b-hf --output checkpoints/llama2-7b-zh \\
-      --tokenizer-model tokenizers/zh --embedding-init mean-of-pieces
+      --tokenizer-model tokenizers/zh --embedding-init distill --distill-text zh.jsonl
   %(prog)s verify --hf exports/zh --checkpoint runs/zh
 """
 
@@ -89,7 +91,23 @@ def _parse_arguments() -> argparse.Namespace:
             help="initialization of the rows of new tokens (default: %(default)s)",
         )
         command.add_argument(
-            "--seed", type=int, default=1234, help="seed for random rows (default: %(default)s)"
+            "--seed",
+            type=int,
+            default=1234,
+            help="seed of random rows, and of the text for distill (default: %(default)s)",
+        )
+        command.add_argument(
+            "--distill-text",
+            nargs="+",
+            metavar="F",
+            help="with --embedding-init distill: text in the new language, as files, folders or "
+            "globs; it needs the whole model in memory",
+        )
+        command.add_argument(
+            "--distill-tokens",
+            type=int,
+            metavar="N",
+            help="maximum number of tokens of this text that are used (default: 100000)",
         )
     for command in (export, import_):
         command.add_argument(
@@ -150,6 +168,11 @@ def _export(args: argparse.Namespace) -> int:
 def _import(args: argparse.Namespace) -> int:
     from megatron_chatflow.convert.from_huggingface import import_huggingface
 
+    is_distilled = args.embedding_init == "distill" or args.distill_text or args.distill_tokens
+    if args.tokenizer_model is None and is_distilled:
+        raise UserError(
+            "--embedding-init distill: needs an extended tokenizer; give it with --tokenizer-model"
+        )
     done = import_huggingface(
         args.hf,
         args.output,
@@ -184,4 +207,18 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _resize_of(args: argparse.Namespace) -> Resize:
-    return Resize(load_tokenizer(args.tokenizer_model), args.embedding_init, args.seed)
+    is_distilled = args.embedding_init == "distill"
+    if is_distilled != (args.distill_text is not None) or (
+        args.distill_tokens and not is_distilled
+    ):
+        raise UserError(
+            "--embedding-init distill and --distill-text: give both or neither, with text in the "
+            "new language"
+        )
+    if args.distill_tokens is not None and args.distill_tokens < 100:
+        raise UserError(f"--distill-tokens: must be at least 100, not {args.distill_tokens}")
+    resize = Resize(load_tokenizer(args.tokenizer_model), args.embedding_init, args.seed)
+    if not is_distilled:
+        return resize
+    num_tokens = args.distill_tokens or resize.distill_tokens
+    return replace(resize, distill_text=tuple(args.distill_text), distill_tokens=num_tokens)

@@ -39,7 +39,7 @@ from megatron_chatflow.config.stages import parse_selector
 from megatron_chatflow.errors import UserError
 
 # How to initialize the rows of new pieces. `megatron_chatflow.convert.vocabulary` describes them.
-EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece"]
+EmbeddingInit = Literal["mean-of-pieces", "mean", "normal", "copy-first-piece", "distill"]
 
 
 Selector = Annotated[StrictStr, AfterValidator(parse_selector)]
@@ -557,7 +557,8 @@ class CheckpointConfig:
     checkpoint yet; its config.json sets the model section"""
     embedding_init: EmbeddingInit | None = None
     """initialization of the embedding rows of new tokens if the tokenizer extends that of the
-    loaded weights; an extended tokenizer is an error when unset"""
+    loaded weights; an extended tokenizer is an error when unset. Only convert_checkpoint.py can
+    distill"""
     finetune: Switch = False
     """load only the weights and start at iteration 0"""
     from_scratch: Switch = False

@@ -689,6 +689,11 @@ def _check_checkpoint(config: "RunConfig") -> None:
             "checkpoint.embedding_init: needs weights with a smaller vocabulary; set "
             "checkpoint.load, checkpoint.load_hf or checkpoint.pretrained_checkpoint"
         )
+    if checkpoint.embedding_init == "distill":
+        raise UserError(
+            "checkpoint.embedding_init: distill needs the whole model in one process; run "
+            "convert_checkpoint.py import --embedding-init distill first, and start from its output"
+        )
     if not checkpoint.load_optim and checkpoint.load is None:
         raise UserError(
             "checkpoint.load_optim: --no-load-optim needs checkpoint.load, the run to resume"

@@ -2,7 +2,7 @@
 
 The result is a run's folder with iteration 0 in megatron-core's distributed format, from which
 ``--load CKPT --finetune`` starts, optionally with a larger vocabulary. One process converts the
-model, with one tensor in memory at a time.
+model, with one tensor in memory at a time, except while rows of new tokens are distilled.
 """
 
 import io
@@ -19,6 +19,7 @@ import yaml
 from tqdm import tqdm
 
 from megatron_chatflow.checkpoint.files import CARRIED, LATEST, iteration_folder
+from megatron_chatflow.convert.distill import with_fitted_rows
 from megatron_chatflow.convert.distributed import ChunkToWrite, write_distributed
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import DTYPES, LlamaShape, shape_of_huggingface
@@ -116,6 +117,9 @@ def import_huggingface(
                 "the tokenizer of this model into the folder"
             )
         growth = vocabulary_growth(tokenizer, resize.tokenizer, shape.vocab_size)
+        if resize.init == "distill":
+            tensors = {name: read(name) for name in huggingface_shapes(shape)}
+            resize = with_fitted_rows(tensors, shape, tokenizer, growth, resize)
         read, shape = _grown(read, shape, growth, resize)
         new_rows = growth.new_rows
         tokenizer = resize.tokenizer

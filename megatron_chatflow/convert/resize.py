@@ -2,7 +2,8 @@
 
 The checkpoint may have any parallel layout. The result is a run's folder with iteration 0 that
 holds the same weights and rows for the new pieces, from which ``--load CKPT --finetune`` starts.
-One process converts the model, with one tensor in memory at a time.
+One process converts the model, with one tensor in memory at a time, except while rows of new
+tokens are distilled.
 """
 
 from dataclasses import replace
@@ -13,14 +14,16 @@ import torch
 from tqdm import tqdm
 
 from megatron_chatflow.checkpoint.files import LATEST
+from megatron_chatflow.convert.distill import with_fitted_rows
 from megatron_chatflow.convert.distributed import DistributedReader
 from megatron_chatflow.convert.from_huggingface import stored_chunks, write_checkpoint
-from megatron_chatflow.convert.shape import shape_of_checkpoint
+from megatron_chatflow.convert.shape import shape_of_checkpoint, trained_shape
 from megatron_chatflow.convert.template import TokenizerChoice, files_of_checkpoint
 from megatron_chatflow.convert.to_huggingface import (
     Converted,
     check_shapes,
     find_checkpoint,
+    read_weight,
     run_tokenizer,
 )
 from megatron_chatflow.convert.vocabulary import Resize, grow_tensor, vocabulary_growth
@@ -66,6 +69,13 @@ def resize_checkpoint(
         )
     files = replace_tokenizer(files_of_checkpoint(checkpoint, old), resize.tokenizer)
     growth = vocabulary_growth(old, resize.tokenizer, shape.vocab_size)
+    if resize.init == "distill":
+        weights = dict(
+            named
+            for placement in placements(shape)
+            for named in read_weight(reader, shape, placement)
+        )
+        resize = with_fitted_rows(weights, trained_shape(checkpoint), old, growth, resize)
     grown = replace(shape, vocab_size=growth.num_rows)
     target = reader.dtype(*placements(shape)[0])
     bar = tqdm(total=len(placements(shape)), unit="tensor", desc="resize", disable=None)

@@ -4,7 +4,7 @@ Old rows are kept bit for bit. Input and output rows are created separately, eac
 of the same tensor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -26,7 +26,11 @@ class Resize:
 
     tokenizer: Tokenizer  # the new tokenizer, which extends the model's
     init: EmbeddingInit = "mean-of-pieces"  # the initialization of rows for new pieces
-    seed: int = 1234  # the seed of random rows
+    seed: int = 1234  # the seed of random rows, and of the choice of text for ``distill``
+    distill_text: tuple[str, ...] = ()  # files, folders or globs that ``distill`` fits to
+    distill_tokens: int = 100_000  # maximum number of tokens of text that ``distill`` uses
+    # The rows of new pieces by Hugging Face's name of the tensor, once ``distill`` has fitted them.
+    rows: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,11 @@ def grow_tensor(
     offset = _SEED_OFFSETS.get(name)
     if offset is None:
         return tensor
-    return grow_rows(tensor, growth, resize.init, resize.seed + offset)
+    grown = grow_rows(tensor, growth, resize.init, resize.seed + offset)
+    if resize.rows is not None:
+        rows = resize.rows[name]
+        grown[growth.num_old : growth.num_old + len(rows)] = rows.to(grown.dtype)
+    return grown
 
 
 def grow_rows(
@@ -109,7 +117,7 @@ def grow_rows(
             2405.10626); ``copy-first-piece``: the row of the first of them; ``mean``: the mean of
             all old rows; ``normal``: drawn from a normal distribution with the old rows' mean and
             covariance (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models",
-            2021).
+            2021); ``distill``: as ``mean-of-pieces``, from which `convert.distill` starts.
         seed: The seed of random rows.
 
     Returns:

@@ -37,6 +37,10 @@ STAGES = "train.stages"
 ALL = {"at": 0, "trainable": ["all"]}
 
 REFUSED = [
+    (
+        {"checkpoint.embedding_init": "distill", "checkpoint.load_hf": "model"},
+        "checkpoint.embedding_init: distill needs the whole model in one process; run",
+    ),
     ({STAGES: [{**ALL, "at": 5}]}, f"{STAGES}[0].at: 5, but the first stage begins with the run"),
     ({STAGES: [ALL, ALL]}, f"{STAGES}[1].at: 0 is not above 0 of the previous stage; list the"),
     (

@@ -141,7 +141,7 @@ def test_checkpoints_are_resized_as_imports_are(
     trained: Path, new: Tokenizer, tmp_path: Path
 ) -> None:
     import_huggingface(trained, tmp_path / "plain")
-    for init in EMBEDDING_INITS:
+    for init in set(EMBEDDING_INITS) - {"distill"}:  # see test_distill.py
         folder = tmp_path / init
         folder.mkdir()
         imported = resized(trained, new, folder, init)
