@@ -153,7 +153,8 @@ class TokenizerConfig:
     """path of a SentencePiece model, a tokenizer.json, or a folder that contains one"""
     old_tokenizer_model: FilePath | None = None
     """with --embedding-init: path of the tokenizer that the loaded weights were trained with;
-    the path recorded with the weights when unset"""
+    the path recorded with the weights when unset. Without it, for weights that were grown
+    elsewhere: path of the tokenizer without the new tokens, which are new_rows in train.stages"""
 
 
 @dataclass(frozen=True, kw_only=True, config=CONFIG)

@@ -98,6 +98,12 @@ def prepare(config: RunConfig, world_size: int, folder: Path) -> SimulatedInputs
     values["faults"] = {}
     values["data"] |= {"num_prefetch": 1, "data_verify": False}
     notes = ["starts from random weights, and saves no checkpoints"]
+    if train.stages:
+        values["train"]["stages"] = []
+        notes.append("trains everything: stages of training are left out")
+    if config.data.schedule.controller is not None:
+        values["data"]["schedule"]["controller"] = None
+        notes.append("has the weights of the knot: the controller is left out")
     if num_executed < num_micro_batches:
         notes.append(
             f"executes {num_executed} of the {num_micro_batches} micro-batches of a step; FLOPs "

@@ -182,10 +182,16 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
         first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
         length = RunLength.of(config, resumed.iteration, resumed.consumed_samples, int(first))
     length.check_learning_rate(config.optimizer)
-    stages = plan_stages(config, blend.schedule, vocab_size, new_rows)
+    stages = plan_stages(config, positions, vocab_size, new_rows)
     stage_change = ""
     if resumed is not None:
-        stage_change = check_edit(stages, resumed.stages, resumed.consumed_samples, folder)
+        stage_change = check_edit(
+            stages,
+            resumed.stages,
+            resumed.consumed_samples,
+            folder,
+            resumed.tokenizer.get("new_rows"),
+        )
     sizes = {source.name: source.num_samples for source in sources}
     limits = {name: source.max_epochs for name, source in config.data.sources.items()}
     max_epochs = {name: limit for name, limit in limits.items() if limit is not None}
@@ -372,7 +378,7 @@ def _growth(
     init = config.checkpoint.embedding_init
     if init is None:
         return None
-    old = _old_tokenizer(config, checkpoint)
+    old = _old_tokenizer(config.tokenizer.old_tokenizer_model, checkpoint)
     if old is None:
         raise UserError(
             f"checkpoint.embedding_init: {checkpoint.folder} has no tokenizer, so the new tokens "
@@ -401,7 +407,7 @@ def _new_rows(
     They come from the growth at this start, from the checkpoint, or from
     ``tokenizer.old_tokenizer_model`` for weights that were grown before. None if there are none.
     """
-    if grown is not None:
+    if grown is not None and grown.growth.pieces:
         return grown.growth.new_rows
     if saved is None or checkpoint is None:
         return None
@@ -420,9 +426,11 @@ def _new_rows(
     return vocabulary_growth(old, tokenizer, tokenizer.vocab_size).new_rows
 
 
-def _old_tokenizer(config: RunConfig, checkpoint: InitialCheckpoint) -> Tokenizer | None:
-    """Loads the tokenizer that the weights were trained with; None if it is unknown."""
-    named = config.tokenizer.old_tokenizer_model
+def _old_tokenizer(named: Path | None, checkpoint: InitialCheckpoint) -> Tokenizer | None:
+    """Loads the tokenizer that the weights were trained with; None if it is unknown.
+
+    It is the one at the path ``named``, or the checkpoint's own if that is None.
+    """
     if checkpoint.is_huggingface:
         return huggingface_tokenizer(named or checkpoint.folder)
     try:
@@ -441,11 +449,22 @@ def _check_same_tokens(
     """Checks that each embedding row belongs to the same token as in the checkpoint.
 
     The hashes of two tokenizers in different file formats differ even if their tokens are equal.
+    Weights without a tokenizer of their own may have been grown elsewhere, from
+    ``tokenizer.old_tokenizer_model``, which `_new_rows` has compared.
     """
     if saved.tokenizer.get("sha256") == tokenizer.fingerprint:
         return
-    is_known = checkpoint.is_huggingface or saved.tokenizer or config.tokenizer.old_tokenizer_model
-    old = _old_tokenizer(config, checkpoint) if is_known else None
+    named = config.tokenizer.old_tokenizer_model
+    old = None
+    if checkpoint.is_huggingface or saved.tokenizer:
+        try:
+            old = _old_tokenizer(None, checkpoint)
+        except UserError:
+            if named is None:
+                raise
+            old = _old_tokenizer(named, checkpoint)
+    if old is None and named is not None:
+        return
     if old is None:
         logger.warning(
             "%s does not record its tokenizer, so it cannot be compared with "

@@ -32,7 +32,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from megatron_chatflow.blend.schedule import Schedule
+from megatron_chatflow.blend.schedule import Positions
 from megatron_chatflow.checkpoint.megatron import ParameterShard
 from megatron_chatflow.checkpoint.state import initialize_state, main_parameters, single
 from megatron_chatflow.config import OptimizerConfig, RunConfig, RunLength
@@ -251,13 +251,13 @@ def _has(rows: Rows, row: int) -> bool:
 
 
 def plan_stages(
-    config: RunConfig, schedule: Schedule, vocab_size: int, new_rows: Rows | None
+    config: RunConfig, positions: Positions, vocab_size: int, new_rows: Rows | None
 ) -> StagePlan:
     """Resolves the stages of a configuration.
 
     Args:
         config: The configuration of the run.
-        schedule: Its schedule, which converts positions to samples.
+        positions: Converts positions in the unit of ``data.schedule`` to samples.
         vocab_size: Vocabulary size of the model before padding.
         new_rows: Rows of tokens that the tokenizer added; None if there are none.
 
@@ -266,11 +266,11 @@ def plan_stages(
     """
     shape = LlamaShape.of(config.model, vocab_size)
     plan = StagePlan(
-        unit=schedule.unit,
+        unit=positions.unit,
         stages=tuple(
             Stage(
                 stage.at,
-                schedule.sample(stage.at, f"{_PATH}[{number}]") if stage.at else 0,
+                positions.to_sample(stage.at, f"{_PATH}[{number}]") if stage.at else 0,
                 stage.trainable,
                 stage.lr_multipliers,
             )
@@ -311,7 +311,13 @@ def _check_selects(plan: StagePlan, where: str, selector: str) -> None:
         raise UserError(f"{where}: selects nothing; {what}")
 
 
-def check_edit(plan: StagePlan, recorded: Mapping[str, Any], consumed: int, at: object) -> str:
+def check_edit(
+    plan: StagePlan,
+    recorded: Mapping[str, Any],
+    consumed: int,
+    at: object,
+    recorded_rows: object = None,
+) -> str:
     """Checks that a resumed run keeps the stages that have begun; returns what changes, or "".
 
     Args:
@@ -319,10 +325,12 @@ def check_edit(plan: StagePlan, recorded: Mapping[str, Any], consumed: int, at: 
         recorded: What the checkpoint recorded, see `StagePlan.record`.
         consumed: Number of samples consumed before the checkpoint.
         at: The checkpoint, for messages.
+        recorded_rows: The new rows of the vocabulary that the checkpoint recorded; None if it
+            recorded none.
 
     Raises:
-        UserError: A stage that has begun is different, a new one lies in the past, or the record is
-            damaged.
+        UserError: A stage that has begun is different or selects other rows, a new one lies in the
+            past, or the record is damaged.
     """
     old = _read(recorded, at)
     stages = [
@@ -330,6 +338,7 @@ def check_edit(plan: StagePlan, recorded: Mapping[str, Any], consumed: int, at: 
         for one in old["stages"]
     ]
     num_begun = 1 + max((number for number, _ in old["started"]), default=-1)
+    is_regrown = recorded_rows is not None and recorded_rows != list(plan.new_rows or ())
     for number, before in enumerate(stages[:num_begun]):
         now = plan.stages[number] if number < len(plan.stages) else None
         is_same = now is not None and (
@@ -341,6 +350,12 @@ def check_edit(plan: StagePlan, recorded: Mapping[str, Any], consumed: int, at: 
                 f"{_PATH}[{number}]: has begun before {at} and differs from it, where it is "
                 f"at {before.at} {old['unit']} and trains {', '.join(before.trainable)}"
                 f"{_shown_factors(before)}; restore it, and put changes into a later stage"
+            )
+        if is_regrown and "new_rows" in (*before.trainable, *before.lr_multipliers):
+            raise UserError(
+                f"{_PATH}[{number}]: has begun before {at} and selects new_rows, which are other "
+                "rows after another growth of the vocabulary; start a new run from the weights "
+                "with --finetune"
             )
     for number, now in enumerate(plan.stages[num_begun:], start=num_begun):
         if now.sample < consumed:
@@ -536,6 +551,7 @@ class StagedOptimizer:
                 for group in inner.param_groups:
                     for view in group["views"]:
                         del inner.state[view]
+                        _scales(inner).pop(view, None)
                 inner.param_groups = groups
             for group in groups:
                 group["step"] = group.get("step", 0) + 1
@@ -591,7 +607,19 @@ def _view(one: Any, piece: _Piece) -> torch.Tensor:
         if gradient is not None:
             setattr(view, name, cut(gradient))
     inner.state[view] = {name: cut(values) for name, values in inner.state[main].items()}
+    if main in _scales(inner):
+        _scales(inner)[view] = _scales(inner)[main]
     return view
+
+
+def _scales(inner: Any) -> dict[torch.Tensor, Any]:
+    """Returns the scales of the optimizer state by parameter.
+
+    Only transformer-engine's Adam has them, of all state that is not fp32. An update looks them up
+    in any case, but bf16 state is stored without a scale.
+    """
+    found: dict[torch.Tensor, Any] = getattr(inner, "_scales", {})
+    return found
 
 
 def _ranges(

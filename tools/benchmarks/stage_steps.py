@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.shapes import SUBJECT_SEED, Shape
 from benchmarks.training_steps import mock_batch, run_config
-from megatron_chatflow.blend.edits import run_schedule
+from megatron_chatflow.blend.edits import run_positions
 from megatron_chatflow.checkpoint.store import parameter_layout
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.model.llama import build_llama
@@ -85,7 +85,7 @@ def _staged(optimization: Optimization, config: Any, shape: Shape, mode: str) ->
     values = config.to_dict()
     values["train"]["stages"] = stages
     staged = type(config).from_dict(values)
-    plan = plan_stages(staged, run_schedule(staged, ["mock"]), shape.vocab_size, None)
+    plan = plan_stages(staged, run_positions(staged), shape.vocab_size, None)
     parts = parameter_layout(optimization.chunks).parts
     held = {p: found for p, found in parts.items() if hasattr(p, "main_grad")}
     return replace(

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,36 @@ def test_more_pieces_need_a_beginning_even_where_rows_are_spare(
     for begin in beginnings(weights):
         with pytest.raises(UserError, match="--embedding-init"):
             open_inputs(make_config(tokenizer__tokenizer_model=str(larger.model_path), **begin))
+
+
+def test_weights_that_were_grown_elsewhere_need_no_beginning(
+    make_config, weights: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    """The folder has the larger tokenizer or none; the one of before names the new rows."""
+    old = load_tokenizer(tiny_run.tokenizer_model)
+    larger = extend_tokenizer(old, ["\u9f8d"], tmp_path / "larger")
+    new_rows = [old.vocab_size, larger.vocab_size]
+    for name, has_tokenizer in (("with", True), ("without", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if has_tokenizer:
+            larger.save_pretrained(folder)
+        shape = replace(SHAPE_OF_TINY_RUN, vocab_size=larger.vocab_size)
+        tensors = {key: torch.ones(size) for key, size in huggingface_shapes(shape).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = huggingface_config(shape, torch.float32, {})
+        (folder / "config.json").write_text(json.dumps(config))
+        changes = {
+            "tokenizer__tokenizer_model": str(larger.model_path),
+            "tokenizer__old_tokenizer_model": str(tiny_run.tokenizer_model),
+            "train__stages": [{"at": 0, "trainable": ["new_rows"]}],
+        }
+        inputs = open_inputs(make_config(checkpoint__load_hf=str(folder), **changes))
+        assert inputs.grown is None and inputs.state.tokenizer["new_rows"] == new_rows
+    # Weights with the smaller tokenizer have no rows of these tokens.
+    for begin in beginnings(weights):
+        with pytest.raises(UserError, match="--embedding-init"):
+            open_inputs(make_config(**begin, **changes))
 
 
 def test_an_export_takes_the_runs_own(weights: Path, other: Tokenizer, tmp_path: Path) -> None:

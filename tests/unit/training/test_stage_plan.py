@@ -1,18 +1,23 @@
 """Tests the plan of stages, edits of it on a resume, and updates of a toy optimizer."""
 
 import re
+import runpy
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny_run import write_checkpoint_state
 
-from megatron_chatflow.blend.edits import run_schedule
+from megatron_chatflow.blend.edits import run_positions
 from megatron_chatflow.checkpoint.megatron import ParameterShard
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.config.stages import ALL_ROWS, EMBEDDING
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.training.inputs import open_inputs
 from megatron_chatflow.training.optimizer import FusedAdamW
 from megatron_chatflow.training.stages import (
     Segment,
@@ -24,6 +29,7 @@ from megatron_chatflow.training.stages import (
 
 MakeConfig = Callable[..., RunConfig]
 NEW_ROWS = (500, 600)
+STANDIN = Path(__file__).parents[2] / "te_standin" / "transformer_engine" / "pytorch"
 STAGES = [
     {"at": 0, "trainable": ["new_rows"], "lr_multipliers": {"all": 2.0, "output": 3.0}},
     {"at": 20, "trainable": ["rows.590-", "layers.0-1"]},
@@ -32,8 +38,7 @@ STAGES = [
 
 
 def make_plan(config: RunConfig, new_rows: tuple[int, int] | None = NEW_ROWS) -> StagePlan:
-    schedule = run_schedule(config, list(config.data.sources))
-    return plan_stages(config, schedule, 600, new_rows)
+    return plan_stages(config, run_positions(config), 600, new_rows)
 
 
 def test_a_stage_begins_with_the_first_iteration_at_or_after_it(make_config: MakeConfig) -> None:
@@ -127,6 +132,64 @@ def test_a_run_without_stages_may_get_some(make_config: MakeConfig) -> None:
         check_edit(make_plan(make_config(train__stages=STAGES)), {}, 40, "X")
 
 
+def test_a_second_growth_is_refused_once_a_stage_has_trained_the_first(
+    make_config: MakeConfig,
+) -> None:
+    before, after = (make_plan(make_config(train__stages=STAGES), (k, k + 50)) for k in (500, 550))
+    recorded = before.record([(0, 0)])
+    assert check_edit(before, recorded, 8, "X", [500, 550]) == ""
+    with pytest.raises(UserError, match=r"train.stages\[0\]: has begun before X and selects new_r"):
+        check_edit(after, recorded, 8, "X", [500, 550])
+    later = [{"at": 0, "trainable": ["all"]}, {"at": 40, "trainable": ["new_rows"]}]
+    after = make_plan(make_config(train__stages=later), (550, 600))
+    assert check_edit(after, after.record([(0, 0)]), 8, "X", [500, 550]) == ""
+
+
+def test_positions_follow_the_batch_of_a_controlled_run(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def config(batch: int, *stages: dict[str, Any], **checkpoint: str) -> RunConfig:
+        return make_config(
+            data__schedule={
+                "unit": "iterations",
+                "knots": [{"at": 0, "weights": {"first": 1, "second": 1}}],
+                "controller": {"name": "odm", "horizon": 4},
+            },
+            train__global_batch_size=batch,
+            train__stages=list(stages),
+            checkpoint=checkpoint,
+        )
+
+    everything, later = {"at": 0, "trainable": ["all"]}, {"at": 7, "trainable": ["layers.0"]}
+    control = open_inputs(config(8)).control
+    assert control is not None
+    while control.is_due(40):
+        control.blend.append(control.propose()[0])
+    state = {**control.blend.state_at(40), "controller": control.state()}
+    write_checkpoint_state(config(8), tmp_path, blend=state)
+    resumed = open_inputs(config(16, everything, later, load=str(tmp_path)))
+    assert [stage.sample for stage in resumed.stages.stages] == [0, 5 * 8 + 2 * 16]
+
+
+def test_positions_have_the_unit_of_the_file(make_config: MakeConfig, tmp_path: Path) -> None:
+    first, last = ({"first": 1, "second": weight} for weight in (1, 2))
+    knots = [{"at": 0, "weights": first}, {"at": 52, "weights": last, "ramp": "linear"}]
+    write_checkpoint_state(make_config(data__schedule={"knots": knots}), tmp_path)
+    resumed = open_inputs(
+        make_config(
+            # The knot at sample 52 has no iteration, so the schedule stays in samples.
+            data__schedule={
+                "unit": "iterations",
+                "knots": [{"at": 8, "weights": "as_planned"}, {"at": 9, "weights": first}],
+            },
+            train__stages=[{"at": 0, "trainable": ["all"]}, {"at": 7, "trainable": ["layers.0"]}],
+            checkpoint={"load": str(tmp_path)},
+        )
+    )
+    assert resumed.blend.schedule.unit == "samples"
+    assert [stage.sample for stage in resumed.stages.stages] == [0, 56]
+
+
 @pytest.mark.parametrize(
     "damage", [{"started": [[5, 0]]}, {"started": "x"}, {"stages": [{}]}, {"unit": 3}]
 )
@@ -139,13 +202,20 @@ def test_a_damaged_record_is_refused(make_config: MakeConfig, damage: dict[str, 
 class Toy:
     """One matrix of the vocabulary on one rank, with megatron-core's interface around it."""
 
-    def __init__(self, plan: StagePlan, length: RunLength, *, skips: bool = True) -> None:
+    def __init__(
+        self,
+        plan: StagePlan,
+        length: RunLength,
+        *,
+        skips: bool = True,
+        adam: Callable[..., Any] = FusedAdamW,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         weight = torch.nn.Parameter(torch.randn(600, 4, generator=generator))
         weight.main_grad = torch.zeros(600, 4)  # type: ignore[attr-defined]
         self.weight, self.generator = weight, generator
-        self.inner = FusedAdamW([weight], lr=1e-2, weight_decay=0.1)
-        settings = SimpleNamespace(use_precision_aware_optimizer=False)
+        self.inner = adam([weight], lr=1e-2, weight_decay=0.1)
+        settings = SimpleNamespace(use_precision_aware_optimizer=adam is not FusedAdamW)
         outer = SimpleNamespace(
             optimizer=self.inner, config=settings, get_parameters=lambda: [weight]
         )
@@ -192,6 +262,20 @@ def test_frozen_rows_are_masked_and_kept_whatever_their_moments_are(
     assert torch.allclose(moved, torch.ones_like(moved), atol=1e-3)
     assert toy.weight.requires_grad and toy.inner.param_groups[0]["step"] == 4
     assert toy.staged.state()["started"] == [[0, 0], [1, 1], [2, 2], [3, 3]]
+
+
+def test_rows_with_bf16_moments(make_config: MakeConfig) -> None:
+    """transformer-engine looks up a scale of all moments that are not fp32."""
+    config = make_config(train__stages=[{"at": 0, "trainable": ["rows.100-199"]}])
+    adam = runpy.run_path(str(STANDIN / "optimizers.py"))["FusedAdam"]
+    half = partial(adam, exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)
+    toy = Toy(make_plan(config), RunLength.of(config), adam=half)
+    for sample in (0, 8):
+        change = toy.step(sample)
+        assert change[100:200].ne(0).all() and not change[:100].any() and not change[200:].any()
+    moments = toy.inner.state[toy.weight]["exp_avg"]
+    assert moments.dtype == torch.bfloat16 and moments[100:200].any() and not moments[200:].any()
+    assert list(toy.inner.state) == list(toy.inner._scales) == [toy.weight]
 
 
 def test_a_restored_optimizer_continues_without_a_new_beginning(make_config: MakeConfig) -> None:

@@ -9,7 +9,8 @@ class FusedSGD: ...
 class FusedAdam(torch.optim.Optimizer):
     """Adam whose state has dtypes of its own, by the interface that megatron-core uses.
 
-    fp16 state has a scale, the largest value divided by half of fp16's largest. With
+    fp16 state has a scale, the largest value divided by half of fp16's largest. bf16 state has one,
+    too, which is looked up and stays 1. With
     ``store_param_remainders`` the fp32 master weight of a bf16 weight is that weight's bits plus a
     remainder of 16 bits.
     """
@@ -51,8 +52,10 @@ class FusedAdam(torch.optim.Optimizer):
 
     def initialize_state(self, param, store_param_remainders):
         names = ["exp_avg", "exp_avg_sq"] + ["master_param"] * self.master_weights
-        self._scales[param] = {name: torch.ones(1, device=param.device) for name in names}
         for name in names:
+            if self.name_to_dtype_map[name] != torch.float32:
+                scale = torch.ones(1, device=param.device)
+                self._scales.setdefault(param, {})[name] = scale
             dtype = self.name_to_dtype_map[name]
             if name == "master_param" and store_param_remainders:
                 dtype = torch.int16
@@ -64,8 +67,7 @@ class FusedAdam(torch.optim.Optimizer):
         state = self.state[param][state_name]
         if state.dtype in (torch.float32, torch.int16):
             return state
-        scale = self._scales[param][state_name] if state.dtype == torch.float16 else 1
-        return state.float().mul_(scale)
+        return state.float().mul_(self._scales[param][state_name])
 
     def set_scaled_state(self, param, state_name, unscaled_state):
         state = self.state[param][state_name]
