@@ -14,6 +14,7 @@ from megatron_chatflow.config.fields import parse_num_bytes
 from megatron_chatflow.convert.shape import DTYPES
 from megatron_chatflow.convert.vocabulary import EMBEDDING_INITS, Resize
 from megatron_chatflow.errors import ArgumentParser, UserError
+from megatron_chatflow.preprocess.texts import read_texts
 from megatron_chatflow.tokenizer import load_tokenizer
 
 EXAMPLES = """examples:
@@ -102,6 +103,19 @@ def _parse_arguments() -> argparse.Namespace:
             metavar="F",
             help="with --embedding-init distill: text in the new language, as files, folders or "
             "globs; it needs the whole model in memory",
+        )
+        command.add_argument(
+            "--json-keys",
+            nargs="+",
+            default=["text"],
+            metavar="KEY",
+            help="JSON keys of this text (default: text)",
+        )
+        command.add_argument(
+            "--encoding",
+            default="utf-8",
+            metavar="E",
+            help="encoding of this text, such as gb18030 (default: %(default)s)",
         )
         command.add_argument(
             "--distill-tokens",
@@ -221,4 +235,5 @@ def _resize_of(args: argparse.Namespace) -> Resize:
     if not is_distilled:
         return resize
     num_tokens = args.distill_tokens or resize.distill_tokens
-    return replace(resize, distill_text=tuple(args.distill_text), distill_tokens=num_tokens)
+    texts = read_texts(args.distill_text, json_keys=args.json_keys, encoding=args.encoding)
+    return replace(resize, distill_text=texts, distill_tokens=num_tokens)

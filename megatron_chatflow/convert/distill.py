@@ -32,7 +32,6 @@ from tqdm import tqdm
 from megatron_chatflow.convert.shape import LlamaShape, huggingface_config
 from megatron_chatflow.convert.vocabulary import Resize, VocabularyGrowth, grow_rows
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.preprocess.texts import read_texts
 from megatron_chatflow.runtime.device import has_fast_bf16
 from megatron_chatflow.tokenizer import Tokenizer
 
@@ -141,17 +140,16 @@ def distill(
     begin = time.monotonic()
     windows = _windows(old, resize, shape.longest)
     fitted = sorted({i - growth.num_old for w in windows for i in w.student if i >= growth.num_old})
-    paths = " ".join(resize.distill_text)
     if not fitted:
         raise UserError(
-            f"--distill-text: no new token of {resize.tokenizer.model_path} occurs in {paths}; "
-            "give text in the new language"
+            f"--distill-text: no new token of {resize.tokenizer.model_path} occurs in it; give "
+            "text in the new language"
         )
     held_out = windows[::HELD_OUT_EVERY]
     training = [w for k, w in enumerate(windows) if k % HELD_OUT_EVERY]
     if not training:
         raise UserError(
-            f"--distill-text: {paths} has only one document of at least two tokens; give more text"
+            "--distill-text: has only one document of at least two tokens; give more text"
         )
     student = _Student(weights, shape, growth, fitted)
     before = best = student.score(held_out)
@@ -210,7 +208,7 @@ def _windows(old: Tokenizer, resize: Resize, longest: int) -> list[_Window]:
     """Encodes documents in random order until they have the requested number of tokens."""
     windows, num_tokens = [], 0
     num_characters = _CANDIDATE_CHARACTERS * resize.distill_tokens
-    texts = _shuffled(read_texts(resize.distill_text), num_characters, resize.seed)
+    texts = _shuffled(resize.distill_text, num_characters, resize.seed)
     for text in texts:
         room = min(WINDOW, longest - 1, resize.distill_tokens - num_tokens)
         if room < 2:

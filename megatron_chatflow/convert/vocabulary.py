@@ -4,7 +4,7 @@ Old rows are kept bit for bit. Input and output rows are created separately, eac
 of the same tensor.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -27,7 +27,7 @@ class Resize:
     tokenizer: Tokenizer  # the new tokenizer, which extends the model's
     init: EmbeddingInit = "mean-of-pieces"  # the initialization of rows for new pieces
     seed: int = 1234  # the seed of random rows, and of the choice of text for ``distill``
-    distill_text: tuple[str, ...] = ()  # files, folders or globs that ``distill`` fits to
+    distill_text: Iterable[str] = ()  # the documents that ``distill`` fits to, read once
     distill_tokens: int = 100_000  # maximum number of tokens of text that ``distill`` uses
     # The rows of new pieces by Hugging Face's name of the tensor, once ``distill`` has fitted them.
     rows: Mapping[str, torch.Tensor] | None = None

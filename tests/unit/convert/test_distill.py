@@ -13,6 +13,7 @@ from megatron_chatflow.convert.distill import Distilled, _shuffled, _window, dis
 from megatron_chatflow.convert.safetensors import HuggingFaceWeights
 from megatron_chatflow.convert.shape import shape_of_huggingface
 from megatron_chatflow.convert.vocabulary import Resize, grow_rows, vocabulary_growth
+from megatron_chatflow.preprocess.texts import read_texts
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
@@ -68,7 +69,7 @@ def mean_of_pieces(trained: Path, old: Tokenizer, new: Tokenizer, name: str) -> 
 def test_rows_lower_the_loss_and_the_distance_of_states(
     trained: Path, old: Tokenizer, new: Tokenizer, text: Path
 ) -> None:
-    resize = Resize(new, "distill", distill_text=(str(text),), distill_tokens=1200)
+    resize = Resize(new, "distill", distill_text=read_texts([str(text)]), distill_tokens=1200)
     done = fit(trained, old, resize)
     assert done.after.bits_per_byte < 0.9 * done.before.bits_per_byte
     if OUTPUT in done.rows:  # the states of the tied model hardly depend on their inputs
@@ -84,7 +85,8 @@ def test_rows_lower_the_loss_and_the_distance_of_states(
 def test_a_seed_gives_the_same_rows(
     small_model: Path, old: Tokenizer, new: Tokenizer, text: Path
 ) -> None:
-    resize = Resize(new, "distill", distill_text=(str(text),), distill_tokens=150)
+    texts = tuple(read_texts([str(text)]))
+    resize = Resize(new, "distill", distill_text=texts, distill_tokens=150)
     rows = fit(small_model, old, resize).rows
     again = fit(small_model, old, resize).rows
     assert all(torch.equal(again[name], rows[name]) for name in (EMBEDDING, OUTPUT))
@@ -95,7 +97,7 @@ def test_a_seed_gives_the_same_rows(
 def test_import_and_resize_write_the_fitted_rows(
     trained: Path, old: Tokenizer, new: Tokenizer, text: Path, tmp_path: Path
 ) -> None:
-    resize = Resize(new, "distill", distill_text=(str(text),), distill_tokens=150)
+    resize = Resize(new, "distill", distill_text=read_texts([str(text)]), distill_tokens=150)
     expected = fit(trained, old, resize).rows
     flags = ("--tokenizer-model", new.model_path, "--embedding-init", "distill")
     flags += ("--distill-text", text, "--distill-tokens", 150)

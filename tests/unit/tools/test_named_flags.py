@@ -29,6 +29,7 @@ PRINTED_BY = {
     "config.load": {PRETRAIN},
     "config.megatron_flags": {PRETRAIN},
     "config.validation": {PRETRAIN, "tools.plan_blend"},
+    "convert.distill": {"tools.convert_checkpoint"},
     "convert.template": {"tools.convert_checkpoint", "tools.generate", "tools.chat"},
     "examples.corpus.pins": {"tools.fetch_demo_corpus"},
     "files": {"tools.convert_checkpoint", "tools.extend_vocab"},
