@@ -24,6 +24,7 @@ BENCHMARKS = ("preprocess", "blend", "loader", "checkpoint", "kernels", "train")
 # Modules that more commands import than call, and the commands that print their messages.
 PRINTED_BY = {
     "benchmarks.corpora": {"benchmarks.preprocess"},
+    "blend.controllers": {PRETRAIN},
     "checkpoint.state": {PRETRAIN},
     "config.flags": {PRETRAIN, "tools.plan_blend", "tools.plan_layout"},
     "config.load": {PRETRAIN},
@@ -45,9 +46,12 @@ PRINTED_BY = {
     "training.guard": {PRETRAIN},
     "training.callbacks.profiler": {PRETRAIN},
     "training.loop": {PRETRAIN},
+    "training.stages": {PRETRAIN},
 }
 # Flags of another command to which the message refers.
 OF_ANOTHER_STEP = {
+    ("blend.controllers", "--from-run"),
+    ("convert.distributed", "--ema-decay"),
     ("generation.generate", "--prompt"),
     ("preprocess.merge", "--append-bos"),
     ("preprocess.merge", "--dedup"),
