@@ -185,9 +185,10 @@ class AdaptiveBlend:
             )
         try:
             names, horizon = list(state["sources"]), int(state["horizon"])
-            position, rows = int(state["position"]), list(state["weights"])
+            position = int(state["position"])
+            rows = [np.array(row, np.int64) for row in state["weights"]]
             counts = np.array(state["counts"], np.int64)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"blend state: {error!r}: the checkpoint's state is damaged") from error
         if names != list(self.sources) or horizon != self.horizon:
             raise UserError("blend state: its sources or its horizon differ")

@@ -23,10 +23,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from typing_extensions import NotRequired, TypedDict
 
 from megatron_chatflow.blend.adaptive import FORMAT_VERSION, AdaptiveBlend
 from megatron_chatflow.blend.quota import GRID, GRID_BITS
@@ -38,6 +50,64 @@ PATH = "data.schedule.controller"
 NUM_INITIAL = 2
 """Horizons with the weights of the knot."""
 _LEAST_SHARE = 1e-12  # a share of 0 could not be raised to its floor
+_Read = TypeVar("_Read")
+
+
+class _RecordedController(TypedDict):
+    """What `Controller.state` returns: nothing, or these of `OnlineDataMixing`."""
+
+    rewards: NotRequired[list[FiniteFloat]]
+    num_decisions: NotRequired[NonNegativeInt]
+
+
+class _RecordedControl(TypedDict):
+    """What `WeightControl.state` returns."""
+
+    shares: list[NonNegativeFloat]
+    sums: list[tuple[FiniteFloat, FiniteFloat]]
+    validation: dict[str, FiniteFloat]
+    controller: _RecordedController
+
+
+class _RecordedSegment(TypedDict):
+    schedule: dict[str, Any]
+
+
+class _RecordedBlend(TypedDict):
+    """The part of a blend's state that is compared with the configuration."""
+
+    sources: list[str]
+    horizon: PositiveInt
+    segments: Annotated[list[_RecordedSegment], Field(min_length=1)]
+    controller: dict[str, Any]
+
+
+_CONTROL = TypeAdapter(_RecordedControl)
+_BLEND = TypeAdapter(_RecordedBlend)
+
+
+def _read(adapter: TypeAdapter[_Read], state: Mapping[str, Any], place: str) -> _Read:
+    """Checks the types of a recorded state; ``place`` is the path of its keys."""
+    try:
+        return adapter.validate_python(dict(state))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        keys = ".".join(str(key)[:40] for key in problem["loc"])
+        raise _damaged(f"{place}{keys}: {problem['msg'][:120]}") from None
+
+
+def _damaged(what: str) -> UserError:
+    return UserError(f"blend state: {what}: the checkpoint's state is damaged; load another one")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """All decisions of a run."""
+
+    folder: Path  # the checkpoint, or the run without one
+    sources: tuple[str, ...]
+    horizon: int  # samples per horizon
+    weights: list[list[int]]  # weights of every horizon by source, which sum to 2**32
 
 
 class Controller(Protocol):
@@ -229,14 +299,20 @@ class WeightControl:
                 (_by_source(config.cap, names), 1.0),
             )
         )
-        self._shares = [float(share) for share in state.get("shares", ())] or [
-            initial[k] / GRID for k in self._active
-        ]
+        self._shares = [initial[k] / GRID for k in self._active]
         # Summed loss and loss tokens of each source since the last decision.
-        zeros = [[0.0, 0.0] for _ in names]
-        self._sums = np.array(state.get("sums", zeros), np.float64)
-        self._validation: dict[str, float] = dict(state.get("validation", {}))
-        self._controller = self._build(state.get("controller", {}))
+        self._sums = np.zeros((len(names), 2))
+        self._validation: dict[str, float] = {}
+        inner: _RecordedController = {}
+        if state:
+            recorded = _read(_CONTROL, state, "controller.")
+            inner = recorded["controller"]
+            lengths = {len(recorded["shares"]), len(inner.get("rewards", self._active))}
+            if lengths != {len(self._active)} or len(recorded["sums"]) != len(names):
+                raise _damaged("controller: has numbers of another number of sources")
+            self._shares, self._validation = recorded["shares"], recorded["validation"]
+            self._sums = np.array(recorded["sums"], np.float64)
+        self._controller = self._build(inner)
         while blend.num_decided < NUM_INITIAL:
             blend.append(self._within_bounds(self._shares))
 
@@ -332,8 +408,10 @@ class WeightControl:
         # end of the horizon keeps the count within it.
         left = self._num_samples - begin
         most = self._limits(quotas, self.blend.horizon)
-        if sum(most) < GRID and left < self.blend.horizon:  # the run ends within the horizon
-            most = self._limits(quotas, max(left, 0))
+        if sum(most) < GRID and left < self.blend.horizon:
+            # The run ends before the horizon does. Weights behind its end are drawn if a resume
+            # extends it, so they use up what is left of all sources at the same time.
+            most = self._limits(quotas, left if left > 0 else self._num_left(quotas))
         if sum(most) < GRID:
             raise UserError(
                 f"data.sources: every source reaches its max_epochs after sample {begin}; raise "
@@ -360,6 +438,11 @@ class WeightControl:
                 most[k] = min(GRID, max((limit << GRID_BITS) - quotas[k], 0) // num_samples)
         return most
 
+    def _num_left(self, quotas: Sequence[int]) -> int:
+        """Returns for how many samples all sources together suffice; one less than they have."""
+        left = [max(((self._allowed[k] or 0) << GRID_BITS) - quotas[k], 0) for k in self._active]
+        return max((sum(left) >> GRID_BITS) - 1, 0)
+
 
 def _by_source(bound: float | Mapping[str, float], names: Sequence[str]) -> Mapping[str, float]:
     return bound if isinstance(bound, Mapping) else dict.fromkeys(names, bound)
@@ -369,7 +452,7 @@ def controlled_blend(
     config: RunConfig,
     recorded: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
-    decisions: tuple[int, list[list[int]]] | None = None,
+    decisions: Decisions | None = None,
 ) -> AdaptiveBlend:
     """Creates the blend of a run with a controller.
 
@@ -377,10 +460,11 @@ def controlled_blend(
         config: The configuration, which has a controller.
         recorded: The schedule in the checkpoint; None for a new run.
         state: The state of the blend in the checkpoint; None for a new run.
-        decisions: The horizon in samples and the weights that a new run replays.
+        decisions: What a new run replays; None for other controllers.
 
     Raises:
-        UserError: A resumed run has another controller, horizon, knot or sources.
+        UserError: A resumed run has another controller, horizon, knot or sources, the state is
+            damaged, or the sources are not those of the decisions.
     """
     controller = config.data.schedule.controller
     assert controller is not None, "checked by the caller"
@@ -391,9 +475,13 @@ def controlled_blend(
         batch = Schedule.from_dict(recorded).samples_per_iteration
     schedule = Schedule.from_dict(block, names, batch, config.data.seq_length)
     if state is None and decisions is not None:
-        horizon, rows = decisions
-        blend = AdaptiveBlend(schedule, horizon)
-        for row in rows:
+        if list(decisions.sources) != names:
+            raise UserError(
+                f"data.sources: {decisions.folder} has the sources {', '.join(decisions.sources)}, "
+                "and a replay needs the same ones in the same order"
+            )
+        blend = AdaptiveBlend(schedule, decisions.horizon)
+        for row in decisions.weights:
             blend.append(row)
         blend.complete()
         return blend
@@ -403,8 +491,9 @@ def controlled_blend(
                 f"{PATH}: the checkpoint's run has none, and a run cannot get one when it is "
                 "resumed; start a new run from its weights with --finetune and another --save"
             )
-        _check_unchanged(controller, schedule, state)
-        horizon = int(state["horizon"])
+        read = _read(_BLEND, state, "")
+        _check_unchanged(controller, schedule, read)
+        horizon = read["horizon"]
     if controller.name != "replay":
         assert controller.horizon is not None, "checked by the configuration"
         positions = Positions(schedule.unit, batch, 0, config.data.seq_length)
@@ -415,11 +504,11 @@ def controlled_blend(
                 "horizon of a run cannot change"
             )
         horizon = given
-    if horizon < config.train.global_batch_size:
-        raise UserError(
-            f"{PATH}.horizon: {horizon} samples are less than one global batch of "
-            f"{config.train.global_batch_size}; raise it"
-        )
+        if horizon < config.train.global_batch_size:
+            raise UserError(
+                f"{PATH}.horizon: {horizon} samples are less than one global batch of "
+                f"{config.train.global_batch_size}; raise it"
+            )
     blend = AdaptiveBlend(schedule, horizon, state=state)
     if controller.name == "replay":
         blend.complete()
@@ -427,16 +516,16 @@ def controlled_blend(
 
 
 def _check_unchanged(
-    controller: ControllerConfig, schedule: Schedule, state: Mapping[str, Any]
+    controller: ControllerConfig, schedule: Schedule, state: _RecordedBlend
 ) -> None:
     """Raises `UserError` if a resume changes the controller, the sources or the knot."""
-    name = (state.get("controller") or {}).get("name")
+    name = state["controller"].get("name")
     if name != controller.name:
         raise UserError(
             f"{PATH}.name: {controller.name} here and {name} in the checkpoint; the controller of "
             "a run cannot change"
         )
-    if list(state["sources"]) != list(schedule.sources):
+    if state["sources"] != list(schedule.sources):
         raise UserError(
             "data.sources: a run with a controller keeps its sources and their order; the "
             f"checkpoint has {', '.join(state['sources'])}"
@@ -452,7 +541,8 @@ def _check_unchanged(
 def refuse_missing_controller(state: Mapping[str, Any]) -> None:
     """Raises `UserError` if a run without a controller would resume one with a controller."""
     if state.get("format_version") == FORMAT_VERSION:
-        name = (state.get("controller") or {}).get("name")
+        found = state.get("controller")
+        name = found.get("name") if isinstance(found, Mapping) else None
         raise UserError(
             f"{PATH}: is missing, but the checkpoint's run has the controller {name}; restore it. "
             "For fixed weights, start a new run from its weights (--finetune) with the schedule "
@@ -461,15 +551,20 @@ def refuse_missing_controller(state: Mapping[str, Any]) -> None:
 
 
 def fixed_schedule(
-    sources: Sequence[str], horizon: int, decisions: Sequence[Sequence[int]]
+    sources: Sequence[str],
+    horizon: int,
+    decisions: Sequence[Sequence[int]],
+    objective_weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Returns the ``data.schedule`` block with the weights of recorded decisions.
 
-    Weights are integers of sum 2**32, so the block has exactly these weights at every sample.
+    Weights are integers of sum 2**32, so the block has exactly these weights at every sample. Every
+    knot gets the ``objective_weights`` of the run's knot.
     """
+    more = {"objective_weights": dict(objective_weights)} if objective_weights else {}
     knots: list[dict[str, Any]] = []
     for number, row in enumerate(decisions):
         weights = {name: weight for name, weight in zip(sources, row, strict=True) if weight}
         if not knots or knots[-1]["weights"] != weights:
-            knots.append({"at": number * horizon, "weights": weights})
+            knots.append({"at": number * horizon, "weights": weights, **more})
     return {"unit": "samples", "knots": knots}

@@ -40,7 +40,15 @@ import numpy as np
 
 from megatron_chatflow.blend.engine import Caps, window_ends
 from megatron_chatflow.blend.quota import GRID, GRID_BITS, NEVER, Quota, WeightTable
-from megatron_chatflow.blend.schedule import AS_PLANNED, PATH, Knot, Positions, Schedule, read_block
+from megatron_chatflow.blend.schedule import (
+    AS_PLANNED,
+    PATH,
+    Knot,
+    Positions,
+    Schedule,
+    TokenCounts,
+    read_block,
+)
 from megatron_chatflow.config import RunConfig, to_plain
 from megatron_chatflow.config.fields import differing_numbers
 from megatron_chatflow.errors import UserError
@@ -448,13 +456,6 @@ def resumed_schedule(
             positions.samples_per_iteration, positions.iteration_origin
         )
     given: list[dict[str, Any]] = to_plain(parsed.knots)
-    in_samples: dict[str, Any] = {
-        "sources": sources,
-        "samples_per_iteration": positions.samples_per_iteration,
-        "seq_length": positions.seq_length,
-        "epochs": None if tokens is None else tokens.epochs,
-    }
-    counted = {} if tokens is None else {"count": parsed.count}
     resolved: list[dict[str, Any]] = []  # at samples
     for number, knot in enumerate(given):
         path = f"{PATH}.knots[{number}]"
@@ -469,26 +470,51 @@ def resumed_schedule(
                 f"{planned[-1]['ramp']} here: remove ramp"
             )
         if resolved:
-            before = Schedule.from_dict({"knots": resolved, **counted}, **in_samples)
+            before = _schedule_of(resolved, parsed.count, sources, positions, tokens)
             _check_as_planned(recorded, before, begin, min(before.knots[-1].at + 1, sample), path)
         # Knots before `begin` have no effect. They are kept because resuming again with the same
         # file must create the same schedule.
-        kept = [entry for entry in resolved if entry["at"] < begin]
+        kept = [entry for entry in resolved if entry["at"] < begin] if begin > 0 else []
         ramps = {entry["at"]: entry["ramp"] for entry in resolved}
         if kept and begin in ramps:
             planned[0]["ramp"] = ramps[begin]
         resolved = [*kept, *planned]
-    samples = Schedule.from_dict({"knots": resolved, **counted}, **in_samples)
-    if positions.unit == "samples":
-        return samples
-    # Keep the unit of the file if every knot can be expressed in it exactly.
-    knots = [_in_unit(knot, positions) for knot in resolved]
-    converted = Schedule.from_dict(
-        {"unit": positions.unit, "knots": knots, **counted},
-        **in_samples,
-        iteration_origin=positions.iteration_origin,
+    return _schedule_of(resolved, parsed.count, sources, positions, tokens)
+
+
+def _schedule_of(
+    knots: Sequence[Mapping[str, Any]],
+    count: str,
+    sources: Sequence[str],
+    positions: Positions,
+    tokens: TokenCounts | None,
+) -> Schedule:
+    """Creates a schedule of knots at samples, in the unit of the file if it can express them all.
+
+    After the batch size grew, early iterations lie before sample 0; only iterations express them.
+    """
+    unit, written = positions.unit, [_in_unit(knot, positions) for knot in knots]
+    places = zip(_places(knots), _places(written), strict=True)
+    if any(positions.to_sample(at, PATH) != sample for sample, at in places):
+        unit = "samples"
+        num_past = sum(knot["at"] <= 0 for knot in knots[1:])
+        written = [dict(knot) for knot in knots[num_past:]]
+        if num_past or written[0]["at"] < 0:
+            written[0] |= {"at": max(written[0]["at"], 0), "ramp": "step", "towards": None}
+    return Schedule.from_dict(
+        {"unit": unit, "knots": written, **({} if tokens is None else {"count": count})},
+        sources,
+        positions.samples_per_iteration,
+        positions.seq_length,
+        positions.iteration_origin if unit == "iterations" else None,
+        None if tokens is None else tokens.epochs,
     )
-    return converted if converted.knots == samples.knots else samples
+
+
+def _places(knots: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the positions of recorded knots and of the ends of their ramps."""
+    ends = [end for knot in knots for end in (knot, knot.get("towards")) if end is not None]
+    return [int(end["at"]) for end in ends]
 
 
 def as_planned_knot(schedule: Schedule, sample: int, unit: str | None = None) -> str:

@@ -42,6 +42,13 @@ class ObjectiveWeights:
         """Whether the weights are the same throughout the run."""
         return all(weights == self._knots[0][1] for _, weights, _ in self._knots)
 
+    def is_on_cosine_ramp(self, sample: int) -> bool:
+        """Whether a cosine ramp contains this sample, so that a knot here starts another one."""
+        return any(
+            ramp == "cosine" and begin < sample < end and first != last
+            for (begin, first, _), (end, last, ramp) in pairwise(self._knots)
+        )
+
     def samples_before(self, sample: int) -> list[int]:
         """Returns the samples of the knots in [0, ``sample``), ascending."""
         return [at for at, _, _ in self._knots if 0 <= at < sample]

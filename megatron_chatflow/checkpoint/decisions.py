@@ -2,24 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.blend.controllers import Decisions
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Decisions:
-    """All decisions of a run."""
-
-    folder: Path  # the checkpoint, or the run without one
-    sources: tuple[str, ...]
-    horizon: int  # samples per horizon
-    weights: list[list[int]]  # weights of every horizon by source, which sum to 2**32
 
 
 def read_decisions(run: Path) -> Decisions:
@@ -28,8 +18,13 @@ def read_decisions(run: Path) -> Decisions:
     ``run`` is the folder of a run or of one of its checkpoints.
 
     Raises:
-        UserError: There are no decisions, or they are damaged.
+        UserError: The folder does not exist, or its decisions do not, or are damaged.
     """
+    if not run.is_dir():
+        raise UserError(
+            f"{run}: is not a folder; give the folder of a run with a controller, or of one of its "
+            "checkpoints"
+        )
     folder = resolve_checkpoint(run)
     if folder is None:
         folder, blend = run, _of_metrics(run / METRICS_FILE)

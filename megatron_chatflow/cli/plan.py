@@ -34,7 +34,7 @@ from megatron_chatflow.checkpoint.decisions import read_decisions
 from megatron_chatflow.checkpoint.files import read_state, resolve_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength, load_config
 from megatron_chatflow.config.fields import parse_count
-from megatron_chatflow.config.yaml_file import dump_yaml
+from megatron_chatflow.config.yaml_file import dump_yaml, read_yaml
 from megatron_chatflow.data.source import Source, build_sources, token_epochs
 from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.files import check_output_file, write_output_file
@@ -127,11 +127,11 @@ def numeric_knot(schedule: Schedule, sample: int, unit: str, more: str = "") -> 
 
 
 def describe_position(
-    blend: Blend, objective: ObjectiveWeights, sample: int, unit: str, folder: Path | None
+    blend: Blend, objective: ObjectiveWeights, sample: int, unit: str, resumed: Resumed | None
 ) -> str:
     """Describes the weights at a sample and a knot that preserves the schedule up to it.
 
-    ``unit`` is that of the knots in the YAML file, and ``folder`` the checkpoint that the run
+    ``unit`` is that of the knots in the YAML file, and ``resumed`` the checkpoint that the run
     continues from; None for a new run.
     """
     schedule = blend.schedule
@@ -149,10 +149,10 @@ def describe_position(
         f"weights at {place}{count}: " + ", ".join(f"{name} {part:.6g}" for name, part in shares)
     ]
     kept = ""
-    if folder is not None:
+    if resumed is not None:
         lines += [
-            f"to keep the schedule of {folder} up to this sample, replace all knots up to it by "
-            "this knot:",
+            f"to keep the schedule of {resumed.folder} up to this sample, replace all knots up to "
+            "it by this knot:",
             f"      - {as_planned_knot(schedule, sample, unit)[:-1]}{more}}}",
         ]
         kept = " (keep the knots before it)"
@@ -160,9 +160,37 @@ def describe_position(
         f"the same knot with numeric weights{kept}:",
         f"      - {numeric_knot(schedule, sample, unit, more)}",
     ]
-    if folder is None:
+    if resumed is None:
         lines.append("(a run that resumes from a checkpoint can use `weights: as_planned` instead)")
+    else:
+        # The objective has no recorded weights: before its first knot it has those of this knot.
+        begin = resumed.consumed_samples
+        between = {begin, *(at for at in objective.samples_before(sample) if at > begin)}
+        if any(objective.at(at) != objective.at(sample) for at in between if at < sample):
+            lines.append(
+                f"warning: with as_planned, sources count by its objective_weights from sample "
+                f"{begin:,} on already; use the knot of --at now to keep those before"
+            )
+    if objective.is_on_cosine_ramp(sample):
+        lines.append(
+            "warning: objective_weights are on a cosine ramp here, and this knot starts another "
+            "one to the next knot, so later objective_weights change"
+        )
     return "\n".join(lines)
+
+
+def recorded_objective_weights(folder: Path) -> dict[str, float] | None:
+    """Returns the ``objective_weights`` of a controlled run's knot; None without any.
+
+    ``folder`` is that of the run or of one of its checkpoints; both have a ``config.yaml``.
+    """
+    path = folder / "config.yaml"
+    try:
+        (knot,) = read_yaml(path)["data"]["schedule"]["knots"] if path.is_file() else [{}]
+        weights = knot.get("objective_weights")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: has no data.schedule with a single knot; restore it") from None
+    return weights or None
 
 
 def parse_position(text: str, resumed: Resumed | None) -> int:
@@ -206,7 +234,8 @@ def main() -> None:
         if flags or any((arguments.config, arguments.output, arguments.at)):
             raise UserError("--from-run: takes no other options; remove them")
         found = read_decisions(arguments.from_run)
-        block = fixed_schedule(found.sources, found.horizon, found.weights)
+        weights = recorded_objective_weights(found.folder)
+        block = fixed_schedule(found.sources, found.horizon, found.weights, weights)
         print(f"# the decisions in {found.folder}")
         print(dump_yaml({"data": {"schedule": block}}), end="")
         return
@@ -252,9 +281,8 @@ def main() -> None:
         blend = Blend(schedule, resumed.blend)
     objective = ObjectiveWeights(config.data, positions)
     if arguments.at is not None:
-        folder = None if resumed is None else resumed.folder
         sample = parse_position(arguments.at, resumed)
-        print(describe_position(blend, objective, sample, config.data.schedule.unit, folder))
+        print(describe_position(blend, objective, sample, config.data.schedule.unit, resumed))
         return
     sizes = {source.name: source.num_samples for source in sources}
     show_plan(config, blend, objective, sizes, resumed, arguments)
@@ -268,8 +296,7 @@ def show_decisions(config: RunConfig, resumed: Resumed | None) -> None:
         blend = controlled_blend(config, resumed.schedule, resumed.blend)
         print(f"continues from {resumed.folder}, sample {resumed.consumed_samples:,}")
     elif controller.run is not None:
-        found = read_decisions(controller.run)
-        blend = controlled_blend(config, decisions=(found.horizon, found.weights))
+        blend = controlled_blend(config, decisions=read_decisions(controller.run))
     else:
         blend = controlled_blend(config)
         print(

@@ -24,6 +24,7 @@ from megatron_chatflow.blend.controllers import (
 from megatron_chatflow.blend.edits import run_positions, run_schedule
 from megatron_chatflow.blend.objective import ObjectiveWeights
 from megatron_chatflow.blend.plan import check_epochs, epoch_findings
+from megatron_chatflow.blend.quota import GRID, GRID_BITS
 from megatron_chatflow.checkpoint.decisions import read_decisions
 from megatron_chatflow.checkpoint.files import check_small_files
 from megatron_chatflow.checkpoint.store import RunState
@@ -489,13 +490,7 @@ def _blend(
     if controller is not None and resumed is not None:
         return controlled_blend(config, resumed.schedule, resumed.blend)
     if controller is not None and controller.run is not None:
-        found = read_decisions(controller.run)
-        if list(found.sources) != names:
-            raise UserError(
-                f"data.sources: {found.folder} has the sources {', '.join(found.sources)}, and a "
-                "replay needs the same ones in the same order"
-            )
-        return controlled_blend(config, decisions=(found.horizon, found.weights))
+        return controlled_blend(config, decisions=read_decisions(controller.run))
     if controller is not None:
         return controlled_blend(config)
     epochs = token_epochs(config.data, sources)
@@ -519,6 +514,20 @@ def _control(
     """Builds what decides the weights of a blend; None if it replays recorded decisions."""
     controller = config.data.schedule.controller
     assert controller is not None, "the blend has one"
+    limits = [source.max_epochs for source in config.data.sources.values()]
+    allowed = [
+        None if limit is None else int(min(limit * source.num_samples, MAX_SAMPLES))
+        for limit, source in zip(limits, sources, strict=True)
+    ]
+    # These were decided by another run, or with other limits.
+    known = min(blend.decided_samples, length.num_samples)
+    for source, most, quota in zip(sources, allowed, blend.quotas(known), strict=True):
+        if most is not None and quota > most << GRID_BITS:
+            raise UserError(
+                f"data.sources.{source.name}.max_epochs: allows {most:,} samples, and the weights "
+                f"that are decided up to sample {known:,} draw {quota / GRID:,.1f}; raise it"
+                + ("" if known < length.num_samples else ", or train fewer samples")
+            )
     if controller.name == "replay":
         return None
     path = "data.schedule.controller"
@@ -531,17 +540,12 @@ def _control(
                 f"{', '.join(without)} has no held-out samples; set validation_paths or "
                 "data.holdout_every"
             )
-    limits = [source.max_epochs for source in config.data.sources.values()]
-    allowed = [
-        None if limit is None else int(min(limit * source.num_samples, MAX_SAMPLES))
-        for limit, source in zip(limits, sources, strict=True)
-    ]
-    known = [allowed[k] for k in active]
-    if None not in known and sum(map(int, filter(None, known))) <= length.num_samples:
+    bounds = [allowed[k] for k in active]
+    total = sum(map(int, filter(None, bounds)))
+    if None not in bounds and total <= length.num_samples:
         raise UserError(
-            f"data.sources: max_epochs allow {sum(map(int, filter(None, known))):,} samples of all "
-            f"sources, not more than the {length.num_samples:,} of the run; raise one, or train "
-            "fewer samples"
+            f"data.sources: max_epochs allow {total:,} samples of all sources, not more than the "
+            f"{length.num_samples:,} of the run; raise one, or train fewer samples"
         )
     state = {} if resumed is None else resumed.blend.get("controller", {})
     return WeightControl(controller, blend, allowed, length.num_samples, state)

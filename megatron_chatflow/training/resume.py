@@ -353,12 +353,23 @@ def _consequences(
         edit = blend.edit
         texts = ["the same weights" if edit is None else f"edited at sample {edit.begin:,}"]
         if isinstance(blend, AdaptiveBlend):
-            texts = [f"decisions differ from sample {blend.decided_samples:,} on"]
+            texts = ["the same decisions"]
+            if _deciding(before) != _deciding(value):
+                texts = [f"decisions differ from sample {blend.decided_samples:,} on"]
         if _objective_knots(before) != _objective_knots(value):
             texts.append("sources count otherwise in the objective from now on")
         return texts
     name = key.rpartition(".")[2] if key.startswith("data.sources.") else key
     return [_CONSEQUENCES[name]] if name in _CONSEQUENCES else []
+
+
+def _deciding(schedule: Any) -> Any:
+    """Returns the settings that later decisions of a controller follow from; None of a replay."""
+    found = schedule.get("controller") if isinstance(schedule, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("name") == "replay":
+        return None
+    # The horizon cannot change, except for the unit in which it is written.
+    return {key: value for key, value in found.items() if key != "horizon"}
 
 
 def _objective_knots(schedule: Any) -> Any:

@@ -169,6 +169,42 @@ def test_another_batch_size_or_unit_keeps_the_line() -> None:
         np.testing.assert_array_equal(third.schedule.weights_at(i), new.schedule.weights_at(i))
 
 
+@pytest.mark.parametrize("ramp", ["step", "linear", "cosine"])
+def test_a_larger_batch_puts_early_iterations_before_sample_0(ramp: str) -> None:
+    """After 30 iterations of 8 samples, iteration 0 would begin at -120 in iterations of 12."""
+    knots = [
+        {"at": 0, "weights": A},
+        {"at": 5, "weights": C},
+        {"at": 100, "weights": B, "ramp": ramp},
+    ]
+    old = begin({"unit": "iterations", "knots": knots}, batch=8)
+    expected = begin({"unit": "iterations", "knots": knots}, batch=1).schedule
+    state, recorded = old.state_at(240), Schedule.from_dict(old.schedule.to_dict())
+    arguments = {
+        "sources": NAMES,
+        "samples_per_iteration": 12,
+        "seq_length": SEQ_LENGTH,
+        "iteration_origin": -120,
+    }
+    tail = {"at": 120, "weights": A}
+    for first in ([], knots[:2]):
+        block = {"unit": "iterations", "knots": [*first, planned(60), tail]}
+        new = Blend(resumed_schedule(block, recorded, arguments), state)
+        assert new.edit is not None and new.edit.begin == 240
+        assert new.schedule.unit == "iterations"
+        np.testing.assert_array_equal(new.take(0, 240)[0], old.take(0, 240)[0])
+        for iteration in range(30, 61):
+            sample = 240 + 12 * (iteration - 30)
+            np.testing.assert_array_equal(new.schedule.weights(sample), expected.weights(iteration))
+        again = resumed_schedule(block, Schedule.from_dict(new.schedule.to_dict()), arguments)
+        assert Blend(again, new.state_at(360)).edit is None
+    # A schedule recorded in samples begins at sample 0.
+    in_samples = begin({"knots": [{"at": 0, "weights": A}, {"at": 301, "weights": B}]}, batch=8)
+    block = {"unit": "iterations", "knots": [knots[0], planned(60), tail]}
+    one = Blend(resumed_schedule(block, in_samples.schedule, arguments), in_samples.state_at(240))
+    assert [knot.at for knot in one.schedule.knots] == [0, 301, 600, 1320]
+
+
 @pytest.mark.parametrize(
     ("knots", "message"),
     [

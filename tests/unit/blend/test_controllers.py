@@ -163,6 +163,15 @@ def test_max_epochs_are_never_exceeded(first: int, second: int, seed: int) -> No
     assert counts.sum() == num_samples + HORIZON
 
 
+def test_weights_behind_the_end_of_the_run_stay_within_max_epochs() -> None:
+    """They are drawn if a resume extends the run, as far as the data of all sources suffices."""
+    allowed = (48, 30, 23)
+    control = control_of(allowed=allowed, num_samples=80)
+    while control.blend.decided_samples < 80 + 2 * HORIZON:
+        decide(control)
+    assert (control.blend.counts(sum(allowed) - 1) <= allowed).all()
+
+
 def test_all_data_can_be_used_up() -> None:
     """With one sample to spare, max_epochs of all sources are no obstacle; one less is an error."""
     control = control_of(allowed=(170, 170, 161), num_samples=500)
@@ -242,3 +251,30 @@ def test_decisions_are_read_from_metrics_and_checkpoints(tmp_path: Path) -> None
     (checkpoint / "state.json").write_text(json.dumps({"blend": {}}))
     with pytest.raises(UserError, match="contains no decisions"):
         read_decisions(tmp_path)
+    with pytest.raises(UserError, match="mistyped: is not a folder; give the folder of a run"):
+        read_decisions(tmp_path / "mistyped")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "problem"),
+    [
+        ("shares", ["x", 0.5, 0.5], "controller.shares.0: Input should be a valid number"),
+        ("shares", [0.5, 0.5], "controller: has numbers of another number of sources"),
+        ("sums", [[0, 0]], "controller: has numbers of another number of sources"),
+        ("sums", 3, "controller.sums: Input should be a valid list"),
+        ("validation", [1], "controller.validation: Input should be a valid dictionary"),
+        ("controller", {"rewards": [0.0]}, "controller: has numbers of another number of sources"),
+        ("controller", {"rewards": [None] * 3}, "controller.controller.rewards.0: Input should be"),
+        ("controller", None, "controller.controller: Input should be a valid dictionary"),
+    ],
+)
+def test_a_damaged_state_is_refused(place: str, value: Any, problem: str) -> None:
+    control = control_of()
+    decide(control)
+    state = {**control.state(), place: value}
+    with pytest.raises(UserError) as caught:
+        control_of(state=state, blend_state=control.blend.state_at(24))
+    assert str(caught.value).startswith(f"blend state: {problem}")
+    for rows in ([["x", 1, 1]], 7, [[1 << 70, 0, 0]]):
+        with pytest.raises(UserError, match="blend state: .* the checkpoint's state is damaged"):
+            control_of(blend_state={**control.blend.state_at(24), "weights": rows})

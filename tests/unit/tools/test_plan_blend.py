@@ -143,3 +143,23 @@ def test_weights_in_the_objective_are_shown(tiny_run, tmp_path: Path) -> None:
     assert status == 0
     knot = yaml.safe_load(shown.partition("numeric weights:")[2].strip().splitlines()[0])[0]
     assert knot["objective_weights"] == {"first": 1, "second": 2}
+
+
+@pytest.mark.parametrize("ramp", ["linear", "cosine"])
+def test_weights_in_the_objective_that_a_knot_changes_are_warned_of(
+    tiny_run, tmp_path: Path, ramp: str
+) -> None:
+    """The objective has no recorded weights, so the printed knot is a knot like any other."""
+    values = yaml.safe_load(tiny_run.config.read_text())
+    knots = values["data"]["schedule"]["knots"]
+    knots[-1] |= {"ramp": ramp, "at": 1000, "objective_weights": {"second": 3}}
+    values["checkpoint"] = {"load": str(tmp_path / "run")}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values))
+    samples = write_checkpoint(config, tmp_path / "run", 31)
+    restarts, begins_early = "starts another one to the next knot", f"from sample {samples} on alre"
+    now, later = (run("--config", config, "--at", at)[1] for at in ("now", samples + 100))
+    assert (restarts in now) == (restarts in later) == (ramp == "cosine")
+    assert begins_early not in now and begins_early in later
+    at_knot = run("--config", config, "--at", 1000)[1]
+    assert restarts not in at_knot and begins_early in at_knot

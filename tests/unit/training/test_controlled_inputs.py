@@ -1,5 +1,6 @@
 """Tests what a run with a controller checks before it starts, and what a resume may change."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,12 @@ from typing import Any
 import pytest
 import yaml
 from tiny_run import TinyRun, write_checkpoint_state
+from tool_calls import call_tool
 
 from megatron_chatflow.blend.adaptive import AdaptiveBlend
+from megatron_chatflow.blend.controllers import controlled_blend
+from megatron_chatflow.checkpoint.decisions import read_decisions
+from megatron_chatflow.checkpoint.files import iteration_folder
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.training.dry_run import dry_run
@@ -143,3 +148,99 @@ def test_a_run_cannot_get_a_controller_when_it_resumes(tiny_run: TinyRun, tmp_pa
     write_checkpoint_state(plain, tmp_path)
     with pytest.raises(UserError, match="the checkpoint's run has none, and a run cannot get one"):
         open_inputs(config_of(tiny_run, tmp_path))
+
+
+@pytest.fixture
+def run(tiny_run: TinyRun, tmp_path: Path) -> Path:
+    """Returns the folder of a controlled run with a checkpoint after 40 samples."""
+    return write_run(tiny_run, tmp_path / "run")
+
+
+def write_run(tiny_run: TinyRun, folder: Path, **changes: Any) -> Path:
+    config = config_of(tiny_run, folder, **changes)
+    inputs = open_inputs(config)
+    assert isinstance(inputs.blend, AdaptiveBlend)
+    found = {"name": "replay"} if inputs.control is None else inputs.control.state()
+    write_checkpoint_state(config, folder, blend={**inputs.blend.state_at(40), "controller": found})
+    return folder
+
+
+def test_a_replay_takes_any_batch_size(tiny_run: TinyRun, run: Path, tmp_path: Path) -> None:
+    """Nothing is decided, so the recorded horizon may be shorter than a batch."""
+    changes = {
+        CONTROLLER: {"name": "replay", "run": str(run)},
+        "train__global_batch_size": 2 * HORIZON,
+    }
+    folder = write_run(tiny_run, tmp_path / "replay", **changes)
+    resumed = open_inputs(config_of(tiny_run, folder, **changes))
+    assert resumed.resumed is not None and not resumed.changes
+    # Whatever changes in the schedule, a replay has the same decisions.
+    knot = {"at": 0, "weights": {"first": 0.75, "second": 0.25}, "objective_weights": {"first": 3}}
+    moved = run.rename(tmp_path / "moved")
+    changes[CONTROLLER]["run"] = str(moved)
+    resumed = open_inputs(config_of(tiny_run, folder, **changes, data__schedule__knots=[knot]))
+    assert [row["consequence"] for row in resumed.changes] == [
+        "the same decisions; sources count otherwise in the objective from now on"
+    ]
+
+
+def test_objective_weights_do_not_change_decisions(tiny_run: TinyRun, run: Path) -> None:
+    knot = {"at": 0, "weights": {"first": 3, "second": 1}, "objective_weights": {"first": 3}}
+    resumed = open_inputs(config_of(tiny_run, run, data__schedule__knots=[knot]))
+    assert [row["consequence"] for row in resumed.changes] == [
+        "the same decisions; sources count otherwise in the objective from now on"
+    ]
+
+
+def test_decided_weights_keep_max_epochs(tiny_run: TinyRun, run: Path) -> None:
+    """64 samples are decided, 48 of them of the first source; a replay has 60 of the run's 80."""
+    size = open_inputs(config_of(tiny_run)).sources[0].num_samples
+    replay = {CONTROLLER: {"name": "replay", "run": str(run)}}
+    limit = "data__sources__first__max_epochs"
+
+    def start(num_samples: float, folder: Path | None = None, **changes: Any) -> None:
+        open_inputs(config_of(tiny_run, folder, **{limit: (num_samples + 0.5) / size}, **changes))
+
+    start(48, run)
+    with pytest.raises(UserError, match=r"first.max_epochs: allows 47 samples, .* 64 draw 48.0; r"):
+        start(47, run)
+    start(60, **replay)
+    with pytest.raises(UserError, match=r"first.max_epochs: allows 59 samples, .* 80 draw 60.0; r"):
+        start(59, **replay)
+
+
+def test_a_replay_needs_the_same_sources(tiny_run: TinyRun, run: Path) -> None:
+    values = config_of(tiny_run).to_dict()["data"]["sources"]
+    swapped = {name: values[name] for name in ("second", "first")}
+    replay = {CONTROLLER: {"name": "replay", "run": str(run)}}
+    config = config_of(tiny_run, data__sources=swapped, **replay)
+    with pytest.raises(UserError, match="has the sources first, second, and a replay needs the sa"):
+        controlled_blend(config, decisions=read_decisions(run))
+    # The knot has no effect, as the recorded weights hold from the first sample on.
+    knots = [{"at": 0, "weights": {"first": 1, "second": 1}}]
+    blend = open_inputs(config_of(tiny_run, data__schedule__knots=knots, **replay)).blend
+    assert blend.planned_shares(0).tolist() == [0.75, 0.25]
+
+
+def test_a_damaged_state_of_a_controller_is_refused(tiny_run: TinyRun, run: Path) -> None:
+    path = iteration_folder(run, 5) / "state.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in (("controller", [1]), ("sources", 3), ("horizon", "x"), ("segments", [])):
+        blend = {**state["blend"], key: value}
+        path.write_text(json.dumps({**state, "blend": blend}), encoding="utf-8")
+        with pytest.raises(UserError, match=f"blend state: {key}: .* damaged; load another"):
+            open_inputs(config_of(tiny_run, run))
+
+
+def test_the_fixed_schedule_keeps_weights_in_the_objective(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    knot = {"at": 0, "weights": {"first": 3, "second": 1}, "objective_weights": {"second": 2.5}}
+    run = write_run(tiny_run, tmp_path / "run", data__schedule__knots=[knot])
+    done = call_tool("plan_blend.py", "--from-run", run)
+    assert done.returncode == 0, done.stderr
+    block = yaml.safe_load(done.stdout)["data"]["schedule"]
+    assert [one["objective_weights"] for one in block["knots"]] == [{"second": 2.5}]
+    # The block is valid as it is.
+    config = config_of(tiny_run, data__schedule=block)
+    assert open_inputs(config).objective.at(0)[1] == 2.5
