@@ -109,7 +109,7 @@ def _losses(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "nearest", "farthest"),
     [
-        ("aware", 0, 1e-3),
+        ("aware", 0, 5e-3),
         ("bf16", 1e-6, 0.02),
         ("fp16", 1e-6, 0.02),
         ("bf16_gradients", 1e-6, 0.02),
@@ -129,7 +129,8 @@ def test_losses_stay_close_to_those_of_fp32_state(
     assert len(found) in (6, 10)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     assert nearest <= max(differences) <= farthest
-    assert differences[0] <= 1e-3
+    # The products of bf16 on one rank differ from those on two; by how much depends on the CPU.
+    assert differences[0] <= 5e-3
 
 
 @pytest.mark.distributed
