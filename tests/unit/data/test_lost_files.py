@@ -20,6 +20,8 @@ _LENGTH = 4096
 class _Blend:
     """A blend of one source in its own order."""
 
+    decided_samples = 2**62
+
     def take(self, begin, end):
         return np.zeros(end - begin, np.int16), np.arange(begin, end, dtype=np.int64)
 
