@@ -124,9 +124,9 @@ def test_weights_in_fp8_are_the_bf16_weights_in_fp8(runs: Path, name: str) -> No
     expected, _ = jobs.read_metrics(runs / ("mx_plain" if "mx" in name else "plain"))
     found, _ = jobs.read_metrics(runs / name)
     assert found[0]["lm_loss"] == expected[0]["lm_loss"]
-    # The norm of the gradient, to which it is clipped, is summed in another order. Roundings to FP8
-    # amplify that: on a CPU without AVX-512 to 2e-5 of the loss by the tenth iteration.
-    for ours, theirs in zip(found[:6], expected[:6], strict=True):
+    # The norm of the gradient, to which it is clipped, is summed in another order. In the tenth
+    # iteration that has moved the loss by 1.04e-4, which the wider comparison above judges.
+    for ours, theirs in zip(found[:9], expected[:9], strict=True):
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 

@@ -129,7 +129,6 @@ def test_losses_stay_close_to_those_of_fp32_state(
     assert len(found) in (6, 10)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     assert nearest <= max(differences) <= farthest
-    # The products of bf16 on one rank differ from those on two; by how much depends on the CPU.
     assert differences[0] <= 5e-3
 
 
