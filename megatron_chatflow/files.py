@@ -47,6 +47,7 @@ PARTIAL_SUFFIX = ".partial"
 _LARGE_BYTES = 1 << 22  # blocks of this size or more are hashed in a second thread
 _PROBE_BYTES = 4096
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # a Path collapses the two slashes
+_USER = re.compile(r"/[^/@]*@")
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 _PARTIAL, _OLD = "partial", "old"
 _LEFTOVER = re.compile(rf"\.(.+)\.([\w-]+)\.([0-9a-f]{{8}})\.({_PARTIAL}|{_OLD})")
@@ -195,12 +196,17 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+def is_url(path: str | Path) -> bool:
+    """Returns whether a path is a URL such as ``s3://bucket/name``."""
+    return isinstance(path, str) and "://" in path and _URL.match(path) is not None
+
+
 def refuse_url(path: str | Path) -> None:
     """Raises `UserError` if a path is a URL such as ``s3://bucket/name``."""
     if _URL.match(str(path)):
         raise UserError(
-            f"{path}: is a URL, and only local paths are supported: copy it to a disk, or mount "
-            "the bucket, and give the path there"
+            f"{_USER.sub('/***@', str(path))}: is a URL, and only local paths are supported "
+            "here: copy it to a disk, or mount the bucket, and give the path there"
         )
 
 

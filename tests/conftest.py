@@ -7,6 +7,7 @@ syllables and characters, so it is free of third-party material.
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 from made_up_text import made_up_sentences  # noqa: E402  (the path is set just above)
+from object_store import ObjectStore  # noqa: E402
 from tiny_run import TinyRun, make_tiny_run  # noqa: E402
 
 
@@ -132,3 +134,30 @@ def random_llama(tiny_sentencepiece_model: Path, tmp_path_factory: pytest.TempPa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder, JINJA_TEMPLATES["chatflow"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def _object_store_server() -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def object_store(
+    _object_store_server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ObjectStore:
+    """An empty S3 bucket on the loopback, which ``s3://corpora/`` names, and a fresh cache."""
+    import fsspec
+    from s3fs import S3FileSystem
+
+    from megatron_chatflow import remote
+
+    for name, value in _object_store_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    fsspec.filesystem("s3").clear_instance_cache()
+    _object_store_server.reset()
+    return _object_store_server

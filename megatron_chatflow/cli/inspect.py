@@ -3,6 +3,7 @@
 import random
 import sys
 
+from megatron_chatflow.data.remote_dataset import local_prefix
 from megatron_chatflow.errors import ArgumentParser, UserError
 from megatron_chatflow.preprocess.inspect import Inspection, first_difference
 from megatron_chatflow.tokenizer import load_tokenizer
@@ -27,7 +28,7 @@ def main() -> int:
         "prefix",
         nargs="+",
         metavar="PREFIX",
-        help="path of a dataset without .bin or .idx; two datasets are compared",
+        help="path or URL of a dataset without .bin or .idx; two datasets are compared",
     )
     add(
         "--tokenizer-model",
@@ -52,7 +53,7 @@ def main() -> int:
     if len(arguments.prefix) > 2:
         raise UserError("too many datasets: give one, or two to compare")
 
-    inspections = [Inspection(prefix) for prefix in arguments.prefix]
+    inspections = [Inspection(local_prefix(prefix)) for prefix in arguments.prefix]
     tokenizer = load_tokenizer(arguments.tokenizer_model) if arguments.tokenizer_model else None
     for inspection in inspections:
         print(inspection.describe())

@@ -1,7 +1,12 @@
 """``chatflow merge``: merges indexed datasets with their loss masks and sidecars."""
 
+from megatron_chatflow.data.remote_dataset import local_prefixes
 from megatron_chatflow.errors import ArgumentParser
+from megatron_chatflow.files import is_url
 from megatron_chatflow.preprocess.merge import PartitionPolicy, find_datasets, merge_datasets
+from megatron_chatflow.preprocess.output import dataset_paths
+from megatron_chatflow.preprocess.staged_upload import StagedUpload
+from megatron_chatflow.remote import parse_location
 
 DESCRIPTION = """Merges indexed datasets into one, with their loss masks and sidecars.
 
@@ -22,9 +27,14 @@ def main() -> None:
         nargs="+",
         required=True,
         metavar="PREFIX",
-        help="dataset prefixes, or folders with *_document.idx files",
+        help="dataset prefixes, or folders with *_document.idx files; paths or URLs",
     )
-    add("--output-prefix", required=True, metavar="PREFIX", help="prefix of the merged dataset")
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="prefix of the merged dataset, a path or URL",
+    )
     add("--overwrite", action="store_true", help="replace an existing output")
     add(
         "--allow-missing",
@@ -46,11 +56,18 @@ def main() -> None:
         "default: the limit of the preprocessing job",
     )
     arguments = parser.parse_args()
-    prefixes = find_datasets(arguments.input)
+    prefixes = find_datasets(local_prefixes(arguments.input))
+    output_prefix = parse_location(arguments.output_prefix)
     policy = PartitionPolicy(
         arguments.allow_missing, arguments.max_bad_lines, arguments.max_dropped_share
     )
-    num_documents = merge_datasets(
-        prefixes, arguments.output_prefix, overwrite=arguments.overwrite, policy=policy
-    )
+    if is_url(output_prefix):
+        with StagedUpload(output_prefix) as staged:
+            staged.begin([staged.prefix], overwrite=arguments.overwrite)
+            num_documents = merge_datasets(prefixes, staged.prefix, overwrite=True, policy=policy)
+            staged.publish([dataset_paths(staged.prefix)])
+    else:
+        num_documents = merge_datasets(
+            prefixes, output_prefix, overwrite=arguments.overwrite, policy=policy
+        )
     print(f"{arguments.output_prefix}: {num_documents} documents of {len(prefixes)} datasets")

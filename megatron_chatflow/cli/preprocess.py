@@ -53,9 +53,15 @@ def _parse_arguments() -> argparse.Namespace:
         required=True,
         dest="inputs",
         metavar="F",
-        help="files, folders or globs to read; - reads lines from standard input",
+        help="files, folders or globs to read, as paths or URLs (s3://, gs://, hf://, https://); "
+        "- reads lines from standard input",
     )
-    add("--output-prefix", required=True, metavar="P", help="path prefix of the output files")
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="P",
+        help="prefix of the output files, a path or a URL (s3://, gs://, hf://)",
+    )
     add(
         "--format",
         choices=["text", "pairs", "chat"],

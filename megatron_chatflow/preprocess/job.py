@@ -23,7 +23,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
@@ -32,7 +32,13 @@ from megatron_chatflow.data.fingerprint import dataset_files
 from megatron_chatflow.data.indexed import idx_path
 from megatron_chatflow.data.sidecar import hashes_path, read_sidecar, settings_of, sha256_of
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import PARTIAL_SUFFIX, check_output_file, publish_all, remove_file
+from megatron_chatflow.files import (
+    PARTIAL_SUFFIX,
+    check_output_file,
+    is_url,
+    publish_all,
+    remove_file,
+)
 from megatron_chatflow.preprocess.dropped import check_dropped_share, hint_of
 from megatron_chatflow.preprocess.encode import (
     ChunkWorker,
@@ -44,6 +50,8 @@ from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
 from megatron_chatflow.preprocess.output import KeyOutput, document_prefix, output_paths
 from megatron_chatflow.preprocess.readers import Chunk, CorpusReader, InputFile, find_inputs
 from megatron_chatflow.preprocess.settings import PreprocessSettings
+from megatron_chatflow.preprocess.staged_upload import StagedUpload
+from megatron_chatflow.remote import parse_location
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +70,13 @@ def preprocess(settings: PreprocessSettings) -> Contents:
             were dropped, or no document is left.
     """
     files = find_inputs(settings.inputs)
+    output_prefix = parse_location(settings.output_prefix)
+    if is_url(output_prefix):
+        return _preprocess_to_url(replace(settings, output_prefix=output_prefix), files)
+    return _preprocess(replace(settings, output_prefix=output_prefix), files)
+
+
+def _preprocess(settings: PreprocessSettings, files: list[InputFile]) -> Contents:
     if settings.ray is not None:
         settings = _with_cluster_defaults(settings, files)
     _check(settings, files)
@@ -70,6 +85,53 @@ def preprocess(settings: PreprocessSettings) -> Contents:
     if settings.num_partitions > 1 or settings.ray is not None:
         return _run_all_partitions(settings, files)
     return preprocess_files(settings, files)
+
+
+def _preprocess_to_url(settings: PreprocessSettings, files: list[InputFile]) -> Contents:
+    """Builds the outputs on the local disk and uploads them.
+
+    The local files stay until every upload has succeeded. If the job is killed or the network
+    fails, the same command on the same machine continues with the unfinished partition or upload.
+    """
+    if settings.ray is not None:
+        raise UserError(
+            f"--output-prefix {settings.output_prefix}: --ray needs a folder that all machines "
+            "share; use --shard in a job array to write to a URL from several machines"
+        )
+    shard, count = settings.shard, settings.num_partitions
+    name, own_files = PurePosixPath(settings.output_prefix).name, files
+    if shard is not None:
+        _check_divisible(files)
+        name = _partition_prefixes(replace(settings, output_prefix=name), shard[1])[shard[0]]
+        own_files = split_files(files, shard[1])[shard[0]]
+    keys = settings.corpus.json_keys
+    with StagedUpload(settings.output_prefix, job="" if shard is None else name) as staged:
+        # What is here belongs to an earlier attempt and may be replaced.
+        local = replace(settings, output_prefix=str(staged.prefix), overwrite=True)
+        own = replace(local, output_prefix=str(staged.folder / name))
+        found = {key: _finished(own, own_files, key) for key in keys}
+        contents = {key: content for key, content in found.items() if content is not None}
+        if len(contents) == len(keys):
+            logger.info("the output is finished; the upload continues: %s", staged.folder)
+        else:
+            if shard is not None and not settings.overwrite:
+                prefixes = {key: document_prefix(own.output_prefix, key) for key in keys}
+                found = {key: staged.published_sidecar(prefixes[key]) for key in keys}
+                contents = {key: content for key, content in found.items() if content is not None}
+                if len(contents) == len(keys) and all(
+                    _is_of_job(content, own, own_files) for content in contents.values()
+                ):
+                    logger.info("partition %d of %d is finished: %s", *shard, name)
+                    return contents
+            datasets = [document_prefix(own.output_prefix, key) for key in keys]
+            staged.begin(datasets, overwrite=settings.overwrite)
+            if shard is None and count > 1:
+                staged.fetch(f"{name}_part*of{count:05d}_*")
+            contents = _preprocess(local, files)
+        staged.publish([output_paths(own.output_prefix, key) for key in keys])
+        if shard is None and count > 1:
+            staged.remove_remote(f"{name}_part*of{count:05d}_*")
+    return contents
 
 
 def preprocess_files(
@@ -502,6 +564,14 @@ def _check_divisible(files: Sequence[InputFile]) -> None:
             )
 
 
+def _is_of_job(
+    content: dict[str, Any], settings: PreprocessSettings, files: Sequence[InputFile]
+) -> bool:
+    """Returns whether a sidecar describes the output of this job with these inputs."""
+    inputs = [{"name": file.name, "num_bytes": file.num_bytes} for file in files]
+    return bool(content["inputs"] == inputs and settings_of(content) == settings.record())
+
+
 def _finished(
     settings: PreprocessSettings, files: Sequence[InputFile], key: str
 ) -> dict[str, Any] | None:
@@ -510,9 +580,7 @@ def _finished(
     if not idx_path(prefix).exists():
         return None
     content = read_sidecar(prefix)
-    inputs = [{"name": file.name, "num_bytes": file.num_bytes} for file in files]
-    same_inputs = content is not None and content["inputs"] == inputs
-    if content is None or not same_inputs or settings_of(content) != settings.record():
+    if content is None or not _is_of_job(content, settings, files):
         if settings.overwrite:
             return None
         raise UserError(

@@ -67,7 +67,11 @@ def document_prefix(output_prefix: str, key: str) -> Path:
 
 def output_paths(output_prefix: str, key: str) -> list[Path]:
     """Returns all paths that the outputs of a key may have. The dataset's `.idx` is the first."""
-    prefix = document_prefix(output_prefix, key)
+    return dataset_paths(document_prefix(output_prefix, key))
+
+
+def dataset_paths(prefix: Path) -> list[Path]:
+    """Returns all paths that the files of a dataset may have. Its `.idx` is the first."""
     mask = loss_mask_prefix(prefix)
     return [
         idx_path(prefix),

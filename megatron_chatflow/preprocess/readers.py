@@ -15,10 +15,10 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
@@ -26,7 +26,9 @@ import numpy.typing as npt
 import orjson
 import zstandard
 
+from megatron_chatflow import remote
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import is_url
 from megatron_chatflow.preprocess.compressed import MAGIC_BYTES, decompress, is_compressed
 from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import (
@@ -35,6 +37,7 @@ from megatron_chatflow.preprocess.tab_separated import (
     are_json_lines,
     tab_layout,
 )
+from megatron_chatflow.remote import RemoteFile
 from megatron_chatflow.tokenizer.text_encoding import guess_encoding, transcode
 
 logger = logging.getLogger(__name__)
@@ -65,7 +68,6 @@ _CORPUS_METADATA = re.compile(
     re.IGNORECASE,
 )
 _DATASETS_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _NUM_NAMED = 3  # files that are listed in a message
 
 CHUNK_BYTES = 1 << 20
@@ -88,7 +90,8 @@ _COUNT_BYTES = 1 << 20  # JSON bytes whose values are counted at once
 class InputFile:
     """An input file or standard input."""
 
-    path: Path | None  # path of the file; None for standard input
+    # path of the file, or a file that a URL names; None for standard input
+    path: Path | RemoteFile | None
     name: str  # name in messages and in the sidecar
     # Format of the records. "lines" is used for pipes and standard input, where no file name
     # distinguishes JSON from tab-separated lines.
@@ -116,7 +119,9 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
         raise UserError("no input: give at least one file, folder or glob")
     given: dict[str, str] = {}
     for file in files:
-        real = "-" if file.path is None else os.path.realpath(file.path)
+        real = "-" if file.path is None else str(file.path)
+        if isinstance(file.path, Path):
+            real = os.path.realpath(file.path)
         name = file.name if file.path is None else str(file.path)
         if real in given:
             raise UserError(
@@ -173,11 +178,10 @@ class _FoundFiles:
 def _expand(name: str) -> list[InputFile]:
     if name in STANDARD_INPUT_NAMES:
         return [InputFile(None, "<stdin>", "lines", 0)]
-    if _URL.match(name):
-        raise UserError(
-            f"not a local path: {name}: download it first, or pipe its lines to standard input "
-            "and use - as the input"
-        )
+    if is_url(name):
+        name = remote.parse_location(name)
+        if is_url(name):
+            return _expand_url(name, remote.find(name))
     path = Path(name)
     if path.is_dir():
         found = _search(path)
@@ -197,6 +201,40 @@ def _expand(name: str) -> list[InputFile]:
     if not found.files:
         raise UserError(f"no input: {name}: the glob matches no file")
     return [_input_file(match, match.name) for match in found.files]
+
+
+def _expand_url(url: str, found: Sequence[RemoteFile]) -> list[InputFile]:
+    """Selects among the files of a URL as `_search` and `_matches` do; there are no links."""
+    if len(found) == 1 and found[0].url == url:
+        name = PurePosixPath(str(found[0])).name
+        return [InputFile(found[0], name, _kind_or_error(Path(name), url), found[0].num_bytes or 0)]
+    is_folder = not remote.has_magic(url)
+    top = f"{url.rstrip('/')}/" if is_folder else f"{url.partition('://')[0]}://"
+    urls = {file.url for file in found}
+    hides = is_folder or "/." not in url  # as Python's globs do
+    selection = _FoundFiles()
+    files = []
+    for file in found:
+        path = Path(file.url.removeprefix(top))
+        kind, ending = _kind_of(path), path.suffix.lower()
+        if hides and any(part.startswith(".") for part in path.parts):
+            selection.skipped["hidden"] += is_folder
+        elif kind is None and ending in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
+            selection.unreadable.append(path)
+        elif kind is None and is_folder:
+            selection.skipped[ending or "without an extension"] += 1
+        elif _is_corpus_metadata(path, lambda path: f"{top}{path}" in urls):
+            selection.skipped[path.name] += 1
+        else:
+            name = path.as_posix() if is_folder else path.name
+            kind = _kind_or_error(path, file.url)
+            files.append(InputFile(file, name, kind, file.num_bytes or 0))
+    selection.report(url)
+    if not files:
+        raise UserError(
+            f"no input: {remote.mask(url)}: no such file, and no folder or glob with files to read"
+        )
+    return files
 
 
 def _matches(pattern: str) -> _FoundFiles:
@@ -277,13 +315,13 @@ def _raise(error: OSError) -> NoReturn:
     raise error
 
 
-def _is_corpus_metadata(path: Path) -> bool:
+def _is_corpus_metadata(path: Path, exists: Callable[[Path], bool] = Path.exists) -> bool:
     """Returns whether a file is documentation or metadata of a dataset in the same folder."""
     name = path.name
     while Path(name).suffix.lower() in (*RECORD_KINDS, *COMPRESSION_SUFFIXES):
         name = Path(name).stem
     if path.suffix == ".json" and (
-        path.name in _DATASETS_METADATA or path.with_suffix(".idx").exists()
+        path.name in _DATASETS_METADATA or exists(path.with_suffix(".idx"))
     ):
         return True
     return _kind_of(path) == "txt" and _CORPUS_METADATA.fullmatch(name) is not None
@@ -301,6 +339,22 @@ def _kind_of(path: Path) -> RecordKind | None:
     return RECORD_KINDS.get(suffixes[-1]) if suffixes else None
 
 
+def _kind_or_error(path: Path, shown: str) -> RecordKind:
+    kind = _kind_of(path)
+    if kind is None:
+        endings = " ".join(RECORD_KINDS)
+        raise UserError(
+            f"unknown kind of input: {shown}: the extension must be one of {endings}, optionally "
+            "followed by .gz or .zst"
+        )
+    return kind
+
+
+def open_input(path: Path | RemoteFile) -> IO[bytes]:
+    """Opens a file for reading in binary, unbuffered."""
+    return path.open("rb", buffering=0) if isinstance(path, Path) else path.open()
+
+
 def _input_file(path: Path, name: str) -> InputFile:
     kind = _kind_of(path)
     if (
@@ -309,12 +363,7 @@ def _input_file(path: Path, name: str) -> InputFile:
         or path.parent.as_posix() in ("/dev/fd", "/proc/self/fd")
     ):
         return InputFile(path, str(path), kind or "lines", 0)
-    if kind is None:
-        endings = " ".join(RECORD_KINDS)
-        raise UserError(
-            f"unknown kind of input: {path}: the extension must be one of {endings}, optionally "
-            "followed by .gz or .zst"
-        )
+    kind = kind or _kind_or_error(path, str(path))
     if not os.access(path, os.R_OK):
         raise UserError(f"cannot read: {path}: permission denied")
     # The sidecar is JSON, so bytes in the name that are not UTF-8 are written as in "\xff".
@@ -357,7 +406,7 @@ class _Source:
         self.num_bytes_read = 0
         try:
             self._stream: IO[bytes] = (
-                sys.stdin.buffer if file.path is None else file.path.open("rb", buffering=0)
+                sys.stdin.buffer if file.path is None else open_input(file.path)
             )
         except OSError as error:
             raise UserError(f"cannot read: {file.path}: {error.strerror}") from error
@@ -617,7 +666,9 @@ def _read_parquet(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
     columns = settings.columns
     num_bytes = 0
     try:
-        with parquet.ParquetFile(file.path) as content:
+        # pyarrow maps local files itself.
+        path = file.path if isinstance(file.path, Path) else open_input(file.path)
+        with parquet.ParquetFile(path) as content:
             names = content.schema_arrow.names
             wanted = None if columns is None else [name for name in columns if name in names]
             if wanted == []:
@@ -626,7 +677,8 @@ def _read_parquet(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
                     f"{', '.join(columns or ())}: set --json-keys or --pair-keys"
                 )
             num_rows, shared = _decoding(file.path, content.metadata, wanted)
-        with parquet.ParquetFile(file.path, read_dictionary=shared) as content:
+        path = file.path if isinstance(file.path, Path) else open_input(file.path)
+        with parquet.ParquetFile(path, read_dictionary=shared) as content:
             first_row = 1
             for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
                 position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
@@ -641,7 +693,9 @@ def _read_parquet(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
         raise UserError(f"cannot read: {file.name}: {error}") from error
 
 
-def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple[int, list[str]]:
+def _decoding(
+    path: Path | RemoteFile, metadata: Any, columns: Sequence[str] | None
+) -> tuple[int, list[str]]:
     """Returns how many rows to decode at once, and the columns to read in dictionary form.
 
     A column is read in dictionary form if it has lists, because one row can then refer to a value
@@ -651,7 +705,7 @@ def _decoding(path: Path, metadata: Any, columns: Sequence[str] | None) -> tuple
     """
     num_rows = NUM_ROWS_PER_BATCH
     shared: set[str] = set()
-    with path.open("rb") as stream:
+    with open_input(path) as stream:
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             if group.num_rows == 0:
