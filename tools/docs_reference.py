@@ -35,7 +35,7 @@ from megatron_chatflow.config.sections import (
 from megatron_chatflow.config.validation import RunConfig
 from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.preprocess.templates import TEMPLATES, document_of_chat
-from megatron_chatflow.tokenizer.chat_template import Chat
+from megatron_chatflow.tokenizer.chat_template import chat_of_exchanges
 
 DOCS = Path(__file__).parents[1] / "docs"
 RENEW = "`python tools/docs_reference.py`"
@@ -244,7 +244,7 @@ text and two exchanges; `⟦...⟧` marks the parts with loss (with `--loss resp
 the tokenizer's end-of-sequence token. `--chat-template` takes a Jinja template instead.
 """
     )
-    chat = Chat("You are helpful.", (("你好", "Hello!"), ("再见", "Goodbye!")))
+    chat = chat_of_exchanges("You are helpful.", (("你好", "Hello!"), ("再见", "Goodbye!")))
     for name in TEMPLATES:
         document = document_of_chat(chat, name, "response")
         text = "".join(

@@ -6,6 +6,7 @@ import time
 
 from megatron_chatflow.errors import ArgumentParser
 from megatron_chatflow.preprocess import parse_shard, preprocess, settings_of_options
+from megatron_chatflow.preprocess.chats import CHAT_KEY_NAMES, parse_chat_key
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import SCRIPTS
 from megatron_chatflow.preprocess.settings import MAX_EXPANSION, MAX_RECORD_BYTES
@@ -187,6 +188,33 @@ def _parse_arguments() -> argparse.Namespace:
         choices=["response", "all"],
         default="response",
         help="tokens with loss: responses only, or all; default: %(default)s",
+    )
+    add(
+        "--train-on",
+        nargs="+",
+        dest="chat_train_on",
+        default=["all"],
+        metavar="WHAT",
+        help="which messages of chats are responses, with --loss response: all answers, the last "
+        "answer, or the messages of these roles (such as assistant tool); default: all",
+    )
+    add(
+        "--chat-keys",
+        nargs="+",
+        type=parse_chat_key,
+        default=[],
+        dest="chat_keys",
+        metavar="NAME=KEY",
+        help="JSON keys of chats that are not the usual ones, such as prompt=question "
+        f"answer=reply; names: {' '.join(CHAT_KEY_NAMES)}",
+    )
+    add(
+        "--consecutive-turns",
+        choices=["drop", "merge"],
+        default="drop",
+        dest="chat_consecutive",
+        help="drop chats with consecutive turns of one role, or merge the turns; default: "
+        "%(default)s",
     )
     add(
         "--max-tokens",

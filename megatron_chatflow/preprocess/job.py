@@ -210,6 +210,12 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         raise UserError(
             "--shard processes a single partition: do not combine it with --partitions or --ray"
         )
+    settings.corpus.chats.check()
+    if settings.corpus.loss == "all" and settings.corpus.chats.train_on != ("all",):
+        raise UserError(
+            f"--train-on {' '.join(settings.corpus.chats.train_on)}: --loss all already trains "
+            "every token: remove one of the two"
+        )
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: list each key only once")

@@ -33,7 +33,8 @@ from megatron_chatflow.tokenizer import Tokenizer
 def template_record(settings: PreprocessSettings) -> dict[str, Any]:
     """Returns the sidecar's `template` entry as `{"template": {...}}`, or `{}` for text.
 
-    The entry has the keys `format`, `name` and `loss`. Chats, and translations written as chats,
+    The entry has the keys `format`, `name` and `loss`, and `train_on` if chats have loss on other
+    messages than all answers. Chats, and translations written as chats,
     also have `jinja`, the source of the template, and its `sha256`. Pairs also have `direction`.
     Pairs with templates from a YAML file have `texts`, and translations written as chats have
     `chat_template`, the name of the chat template.
@@ -43,6 +44,8 @@ def template_record(settings: PreprocessSettings) -> dict[str, Any]:
         return {}
     record: dict[str, Any] = {"format": corpus.format, "name": corpus.chat_name}
     record["loss"] = corpus.loss
+    if corpus.format == "chat" and corpus.chats.train_on != ("all",):
+        record["train_on"] = list(corpus.chats.train_on)
     if corpus.format == "pairs":
         pairs = corpus.pairs
         record |= {"name": pairs.template, "direction": pairs.direction}

@@ -25,7 +25,7 @@ from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.tab_separated import TabOptions
 from megatron_chatflow.preprocess.templates import document_of_chat
-from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate
+from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, chat_of_exchanges
 from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, Segment
 
 # The Unicode blocks of each script, as first and last code point.
@@ -238,7 +238,9 @@ def documents_of_pair(
             documents.append(Document((Segment(f"{source}\n{target}", True),)))
         else:
             question = f"Translate the following text into {target_language}.\n\n{source}"
-            document = document_of_chat(Chat(None, ((question, target),)), chat_template, loss)
+            document = document_of_chat(
+                chat_of_exchanges(None, [(question, target)]), chat_template, loss
+            )
             # Without cut points, because part of a translation is useless.
             documents.append(Document(document.segments))
     return documents

@@ -134,7 +134,8 @@ class _Parser:
 
     def _take_record(self, record: Any) -> None:
         settings = self.settings
-        if type(record) is not dict:
+        is_messages = type(record) is list and settings.format == "chat"
+        if type(record) is not dict and not is_messages:
             if isinstance(record, OversizedRecord):
                 raise self._too_large()
             if isinstance(record, InvalidUtf8Record):
@@ -152,7 +153,7 @@ class _Parser:
                     self.num_dropped[error.reason] += 1
         else:
             key = settings.json_keys[0]
-            chat = chat_of(record, key)
+            chat = chat_of(record, key, settings.chats)
             template = settings.chat_template or settings.template
             document = document_of_chat(chat, template, settings.loss)
             self.result.documents[key].append(document)

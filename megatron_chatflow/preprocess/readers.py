@@ -29,11 +29,11 @@ import zstandard
 from megatron_chatflow import remote
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import is_url
+from megatron_chatflow.preprocess.chats import begins_with_messages, is_list_of_messages
 from megatron_chatflow.preprocess.compressed import MAGIC_BYTES, decompress, is_compressed
 from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import (
     TabLayout,
-    TabOptions,
     are_json_lines,
     tab_layout,
 )
@@ -454,7 +454,7 @@ def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
             yield from _read_json(blocks, source)
         else:
             chunks = _line_chunks(blocks, source, "lines")
-            yield from _with_layout(chunks, file, settings.tabs)
+            yield from _with_layout(chunks, file, settings)
     except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
     finally:
@@ -556,9 +556,10 @@ def _line_chunks(blocks: Iterator[bytes], source: _Source, kind: ChunkKind) -> I
 
 
 def _with_layout(
-    chunks: Iterator[Chunk], file: InputFile, tabs: TabOptions | None
+    chunks: Iterator[Chunk], file: InputFile, settings: CorpusSettings
 ) -> Iterator[Chunk]:
     """Detects from the first lines whether lines are JSON, and adds the layout to the chunks."""
+    tabs = settings.tabs
     layout: TabLayout | None = None
     is_known = False
     for chunk in chunks:
@@ -571,7 +572,9 @@ def _with_layout(
                 raise UserError(
                     f"--pair-columns: {file.name}: its lines are JSON and have no columns"
                 )
-            elif chunk.data.lstrip().startswith(b"["):
+            elif chunk.data.lstrip().startswith(b"[") and not (
+                settings.format == "chat" and begins_with_messages(chunk.data, settings.chats)
+            ):
                 raise UserError(
                     f"not JSON lines: {file.name}:{chunk.first_line}: begins with [ like a JSON "
                     "array: rename the file to .json"
@@ -636,6 +639,9 @@ def _read_json(blocks: Iterator[bytes], source: _Source) -> Iterator[Chunk]:
     try:
         objects = orjson.loads(data)
     except orjson.JSONDecodeError as error:
+        if source.settings.format == "chat" and begins_with_messages(data, source.settings.chats):
+            yield source.chunk(1, "lines", data)
+            return
         try:
             data.decode()
         except UnicodeDecodeError as undecodable:
@@ -643,6 +649,8 @@ def _read_json(blocks: Iterator[bytes], source: _Source) -> Iterator[Chunk]:
             advice = guess_encoding(data[undecodable.start :])
             raise UserError(f"not UTF-8: {name}:{line}: {advice}") from error
         raise UserError(f"malformed JSON array: {name}:{error.lineno}: {error.msg}") from error
+    if source.settings.format == "chat" and is_list_of_messages(objects, source.settings.chats):
+        objects = [objects]
     for begin in range(0, len(objects), NUM_OBJECTS_PER_CHUNK):
         part = objects[begin : begin + NUM_OBJECTS_PER_CHUNK]
         yield source.chunk(begin + 1, "objects", part)

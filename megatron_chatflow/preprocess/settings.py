@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_chatflow.preprocess.chats import ChatSettings
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import PairSettings, read_pair_templates
 from megatron_chatflow.preprocess.tab_separated import TabOptions
@@ -45,6 +46,7 @@ class CorpusSettings:
     # "response" for loss on responses only, "all" for loss on every token
     loss: Literal["response", "all"] = "response"
     pairs: PairSettings = field(default_factory=PairSettings)  # settings for pairs
+    chats: ChatSettings = field(default_factory=ChatSettings)  # settings for chats
 
     @property
     def chat_name(self) -> str:
@@ -110,6 +112,9 @@ class PreprocessSettings:
             del corpus["pairs"]
         elif self.corpus.pairs.columns is None:
             del corpus["pairs"]["columns"]
+        # As in sidecars of versions without these settings.
+        if self.corpus.format != "chat" or self.corpus.chats == ChatSettings():
+            del corpus["chats"]
         del corpus["chat_template"]
         if self.corpus.encoding == "utf-8":
             del corpus["encoding"]  # as in sidecars of versions without this setting
@@ -137,7 +142,8 @@ def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
     """Builds the settings from command-line options.
 
     The names of the options are the fields of `PreprocessSettings` and `CorpusSettings`, and those
-    of `PairSettings` with the prefix `pair_`. Missing options have their defaults.
+    of `PairSettings` and `ChatSettings` with the prefixes `pair_` and `chat_`. Missing options have
+    their defaults.
 
     Raises:
         UserError: A template file cannot be read, or the encoding is unknown.
@@ -155,6 +161,7 @@ def settings_of_options(options: Mapping[str, Any]) -> PreprocessSettings:
     if given.get("pair_template", "plain") not in ("plain", "translate"):
         given["pair_texts"] = read_pair_templates(given["pair_template"])
     given["pairs"] = _build(PairSettings, given, "pair_")
+    given["chats"] = _build(ChatSettings, given, "chat_")
     given["corpus"] = _build(CorpusSettings, given)
     settings: PreprocessSettings = _build(PreprocessSettings, given)
     return settings

@@ -1,20 +1,26 @@
 """The built-in chat templates `chatflow`, `llama2` and `chatml`.
 
-Each template exists twice: as a function that returns an exchange as segments, with loss only on
-the answer, and as Jinja source that produces the same text in transformers.
+Each template exists twice: as a function that returns an exchange as segments, with loss on the
+messages that have loss, and as Jinja source that produces the same text in transformers. They have
+a system text only at the beginning, and no tools.
 
 `chatflow` is the format of the paper, with `### Instruction:` and `### Response:`. Every answer
 ends with the tokenizer's end-of-sequence token. No template adds a token at the beginning of a
 text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.tokenizer.chat_template import Chat, JinjaTemplate, read_chat_template
-from megatron_chatflow.tokenizer.documents import Document, Segment
+from megatron_chatflow.tokenizer.chat_template import (
+    Chat,
+    ChatMessage,
+    JinjaTemplate,
+    read_chat_template,
+)
+from megatron_chatflow.tokenizer.documents import Document, DroppedError, Segment
 
 Exchange = tuple[list[Segment], list[Segment]]  # prompt and answer of one exchange
 
@@ -27,46 +33,55 @@ def _control(name: str, loss: bool = False) -> Segment:
     return Segment(name, loss, "control")
 
 
-def _end() -> Segment:
-    return Segment("", True, "end")
+def _end(loss: bool) -> Segment:
+    return Segment("", loss, "end")
 
 
-def _chatflow(chat: Chat, number: int) -> Exchange:
-    question, answer = chat.exchanges[number]
-    system = f"{chat.system.strip()}\n\n" if chat.system and number == 0 else ""
-    prompt = f"{system}### Instruction:\n{question.strip()}\n\n### Response:\n"
-    return [_text(prompt)], [_text((answer or "").strip(), True), _end()]
+def _chatflow(
+    system: ChatMessage | None, question: ChatMessage, answer: ChatMessage, number: int
+) -> Exchange:
+    prompt = [] if system is None else [_text(system.text.strip(), system.loss), _text("\n\n")]
+    prompt += [_text("### Instruction:\n"), _text(question.text.strip(), question.loss)]
+    prompt.append(_text("\n\n### Response:\n"))
+    return prompt, [_text(answer.text.strip(), answer.loss), _end(answer.loss)]
 
 
-def _llama2(chat: Chat, number: int) -> Exchange:
-    question, answer = chat.exchanges[number]
-    system = f"<<SYS>>\n{chat.system.strip()}\n<</SYS>>\n\n" if chat.system and number == 0 else ""
-    prompt = f"[INST] {system}{question.strip()} [/INST]"
-    return [_text(prompt)], [_text(f" {(answer or '').strip()} ", True), _end()]
+def _llama2(
+    system: ChatMessage | None, question: ChatMessage, answer: ChatMessage, number: int
+) -> Exchange:
+    prompt = [_text("[INST] ")]
+    if system is not None:
+        prompt += [_text("<<SYS>>\n"), _text(system.text.strip(), system.loss)]
+        prompt.append(_text("\n<</SYS>>\n\n"))
+    prompt += [_text(question.text.strip(), question.loss), _text(" [/INST]")]
+    return prompt, [_text(f" {answer.text.strip()} ", answer.loss), _end(answer.loss)]
 
 
-def _chatml(chat: Chat, number: int) -> Exchange:
-    question, answer = chat.exchanges[number]
-    prompt: list[Segment] = []
-    if chat.system and number == 0:
-        prompt += _chatml_message("system", chat.system)
+def _chatml(
+    system: ChatMessage | None, question: ChatMessage, answer: ChatMessage, number: int
+) -> Exchange:
+    prompt = [] if system is None else _chatml_message(system)
     if number > 0:
         prompt.append(_text("\n"))
-    prompt += _chatml_message("user", question)
+    prompt += _chatml_message(question)
     prompt += [_control("<|im_start|>"), _text("assistant\n")]
-    return prompt, [_text(answer or "", True), _control("<|im_end|>", True), _end()]
+    loss = answer.loss
+    return prompt, [_text(answer.text, loss), _control("<|im_end|>", loss), _end(loss)]
 
 
-def _chatml_message(role: str, content: str) -> list[Segment]:
-    opening = [_control("<|im_start|>"), _text(f"{role}\n{content}")]
-    return [*opening, _control("<|im_end|>"), _text("\n")]
+def _chatml_message(message: ChatMessage) -> list[Segment]:
+    opening = [_control("<|im_start|>"), _text(f"{message.role}\n")]
+    content = [_text(message.text, message.loss), _control("<|im_end|>", message.loss)]
+    return [*opening, *content, _text("\n")]
 
 
-TEMPLATES: dict[str, Callable[[Chat, int], Exchange]] = {
+TEMPLATES: dict[str, Callable[[ChatMessage | None, ChatMessage, ChatMessage, int], Exchange]] = {
     "chatflow": _chatflow,
     "llama2": _llama2,
     "chatml": _chatml,
 }
+"""Each template takes the system message (of the first exchange), the question, the answer and the
+number of the exchange."""
 
 # The same templates as Jinja source, with the variable names that transformers uses.
 _JINJA_HEAD = """\
@@ -130,26 +145,62 @@ def template_source(asked: str) -> str:
 
 
 def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Document:
-    """Applies a template, a name in `TEMPLATES` or the user's, to a chat with all answers.
+    """Applies a template, a name in `TEMPLATES` or the user's, to a chat.
 
-    With the loss "response", the answers and their end tokens have loss, with "all" every token. In
-    both cases, the chat's untrained answers have no loss. The document may be cut at the ends of
+    With the loss "response", the messages with loss and the ends of answers have loss. With "all",
+    every token has loss except answers without loss. The document may be cut at the ends of
     exchanges.
 
     Raises:
-        DroppedError: The user's template rejected the chat.
+        DroppedError: The user's template rejected the chat, or the template does not have a role or
+            a field of the chat.
     """
     if isinstance(template, JinjaTemplate):
         return template.document(chat, loss)
     write = TEMPLATES[template]
+    system, exchanges = _exchanges(chat)
     segments: list[Segment] = []
     cut_points = []
-    for number in range(len(chat.exchanges)):
-        prompt, answer = write(chat, number)
+    for number, (question, answer) in enumerate(exchanges):
+        prompt, response = write(system if number == 0 else None, question, answer, number)
         if loss == "all":
             prompt = [replace(segment, loss=True) for segment in prompt]
-        if number in chat.untrained_answers:
-            answer = [replace(segment, loss=False) for segment in answer]
-        segments += [*prompt, *answer]
+        segments += [*_joined(prompt), *response]
         cut_points.append(len(segments))
     return Document(tuple(segments), tuple(cut_points))
+
+
+def _joined(prompt: Sequence[Segment]) -> list[Segment]:
+    """Joins consecutive texts of a prompt that both have loss or both have none."""
+    segments: list[Segment] = []
+    for segment in prompt:
+        before = segments[-1] if segments else None
+        joins = before is not None and before.kind == segment.kind == "text"
+        if before is not None and joins and before.loss == segment.loss:
+            segments[-1] = replace(before, text=before.text + segment.text)
+        else:
+            segments.append(segment)
+    return segments
+
+
+def _exchanges(
+    chat: Chat,
+) -> tuple[ChatMessage | None, list[tuple[ChatMessage, ChatMessage]]]:
+    """Returns the system message and the exchanges of a chat, which are all that it may have."""
+    if chat.tools:
+        raise DroppedError("tools")
+    has_system = chat.messages[0].role == "system"
+    messages = chat.messages[has_system:]
+    for message in messages:
+        if message.role == "system":
+            raise DroppedError("system_turn_not_first")
+        if message.role not in ("user", "assistant"):
+            raise DroppedError(f"{message.role}_not_in_template")
+        for name in message.fields:
+            raise DroppedError(name)
+    pairs = list(zip(messages[::2], messages[1::2], strict=False))
+    if 2 * len(pairs) != len(messages) or any(
+        (question.role, answer.role) != ("user", "assistant") for question, answer in pairs
+    ):
+        raise DroppedError("answer_without_question")
+    return (chat.messages[0] if has_system else None), pairs

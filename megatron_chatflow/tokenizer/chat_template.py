@@ -5,6 +5,9 @@ its answers with `{% generation %}`. Otherwise the chat is rendered twice per an
 answer, with the generation prompt, and up to the end of the answer. Both results must be prefixes
 of the whole text; otherwise the template is rejected.
 
+The span of another message with loss is found by a rendering in which the message's text is
+replaced, which shows where its text begins.
+
 Templates run in jinja2's sandbox (`template_sandbox`). If the content of a chat contains the name
 of a control token, that name must remain text. It is therefore split by a guard character that the
 chat does not contain, and the guard is removed after rendering.
@@ -12,9 +15,9 @@ chat does not contain, and the guard is removed after rendering.
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +33,8 @@ NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # reserved for in
 MAX_SOURCE_CHARACTERS = 1 << 20
 SYSTEM = "Probe of the system text."
 PROBE = (("Probe question one?", "Probe answer one."), ("Probe question two?", "Probe answer two."))
-Message = dict[str, str]
+Message = dict[str, Any]
+CHAT_ROLES = ("system", "user", "assistant", "tool", "function")
 
 # Files and folders with chat templates in a model's folder.
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -41,28 +45,51 @@ _DEFAULT = "default"
 
 
 @dataclass(frozen=True)
-class Chat:
-    """A conversation."""
+class ChatMessage:
+    """A message of a chat."""
 
-    system: str | None  # the system text, or None
-    # Pairs of the user's text and the assistant's answer, in order. Only the last answer may be
-    # None, which means that the model is to generate it.
-    exchanges: tuple[tuple[str, str | None], ...]
-    # indices of the exchanges with answers that are excluded from the loss
-    untrained_answers: frozenset[int] = frozenset()
+    role: str  # one of `CHAT_ROLES`
+    text: str  # the text of the message; may be empty if an assistant calls tools
+    loss: bool = False  # whether the message has loss
+    # other fields for Jinja templates: `tool_calls` and `function_call` of an assistant, `name` and
+    # `tool_call_id` of a result
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, which ends with a message of the assistant."""
+
+    messages: tuple[ChatMessage, ...]
+    tools: tuple[Any, ...] = ()  # descriptions of the tools that the assistant may call
+
+    @property
+    def answers(self) -> list[ChatMessage]:
+        """The messages of the assistant, in order."""
+        return [message for message in self.messages if message.role == "assistant"]
+
+
+def chat_of_exchanges(system: str | None, exchanges: Sequence[tuple[str, str]]) -> Chat:
+    """Returns the chat of questions and answers. Every answer has loss."""
+    messages = [ChatMessage("system", system)] if system else []
+    for question, answer in exchanges:
+        messages += [ChatMessage("user", question), ChatMessage("assistant", answer, loss=True)]
+    return Chat(tuple(messages))
 
 
 @dataclass(frozen=True)
 class _Rendered:
     """A rendered chat, in whose text `guard` splits the names of control tokens in the content.
 
-    `spans` are the begin and end of each answer, and `cut_points` are the positions after which the
-    chat may be cut, all as character offsets in `text`.
+    `spans` are the begin and end of each answer, `other_spans` those of other messages with loss,
+    and `cut_points` are the positions after which the chat may be cut, all as character offsets in
+    `text`.
     """
 
     text: str
     guard: str
     spans: list[tuple[int, int]]
+    other_spans: list[tuple[int, int]]
     cut_points: list[int]
 
 
@@ -79,26 +106,33 @@ class JinjaTemplate:
     special_tokens: tuple[tuple[str, str], ...] = ()
 
     def document(self, chat: Chat, loss: str) -> Document:
-        """Renders a chat in which every answer is given as a document.
+        """Renders a chat as a document.
 
-        With the loss "response", the answers and their ends have loss, with "all" every token. The
-        document may be cut after each exchange if the text up to that point equals the rendering of
-        the chat up to that exchange.
+        With the loss "response", the messages with loss and their ends have loss. With "all", every
+        token has loss except answers without loss. The document may be cut after each answer that
+        no result of a tool follows, if the text up to that point equals the rendering of the chat
+        up to that answer.
 
         Raises:
-            DroppedError: If the template rejects the chat, or the answers cannot be located.
+            DroppedError: If the template rejects the chat, does not have one of its roles or
+                fields, or the messages with loss cannot be located.
         """
+        self._refuse_missing(chat)
         rendered = self._rendered(chat)
-        if chat.untrained_answers and len(rendered.spans) != len(chat.exchanges):
+        answers = chat.answers
+        if not all(answer.loss for answer in answers) and len(rendered.spans) != len(answers):
             raise DroppedError("template_inconsistent")  # spans cannot be matched to answers
-        excepted = [rendered.spans[number] for number in sorted(chat.untrained_answers)]
+        excepted = [
+            span for span, answer in zip(rendered.spans, answers, strict=False) if not answer.loss
+        ]
+        spans = [*rendered.spans, *rendered.other_spans]
         cuts = {0, len(rendered.text), *rendered.cut_points}
-        cuts.update(offset for span in rendered.spans for offset in span)
+        cuts.update(offset for span in spans for offset in span)
         offsets = sorted(cuts)
         segments: list[Segment] = []
         cut_points = []
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-            has_loss = loss == "all" or any(a <= begin and end <= b for a, b in rendered.spans)
+            has_loss = loss == "all" or any(a <= begin and end <= b for a, b in spans)
             has_loss = has_loss and not any(a <= begin and end <= b for a, b in excepted)
             segments += self._segments(rendered.text[begin:end], rendered.guard, has_loss)
             if end in rendered.cut_points:
@@ -113,11 +147,11 @@ class JinjaTemplate:
         """
         try:
             try:
-                rendered = self._rendered(Chat(SYSTEM, PROBE))
+                rendered = self._rendered(chat_of_exchanges(SYSTEM, PROBE))
             except TemplateLimitError:
                 raise
             except DroppedError:  # some templates reject a system message
-                rendered = self._rendered(Chat(None, PROBE))
+                rendered = self._rendered(chat_of_exchanges(None, PROBE))
         except TemplateLimitError as error:
             raise self._limit_error(error) from error
         except DroppedError as error:
@@ -154,7 +188,7 @@ class JinjaTemplate:
         pattern = self._pattern
         for system in (SYSTEM, None):  # some templates reject a system message
             try:
-                text = self._render(self._messages(Chat(system, PROBE), ""), False, {})
+                text = self._render(self._messages(chat_of_exchanges(system, PROBE), ""))
             except TemplateLimitError as error:
                 raise self._limit_error(error) from error
             except DroppedError:
@@ -170,53 +204,106 @@ class JinjaTemplate:
             "answers: correct it, or use another template"
         )
 
+    def _refuse_missing(self, chat: Chat) -> None:
+        """Raises an error if the template does not have a role or a field of the chat.
+
+        Many templates skip messages with roles that they do not have.
+        """
+        fields = {name for message in chat.messages for name in message.fields}
+        names = [name for name in ("tool_calls", "function_call") if name in fields]
+        for name in [*(["tools"] if chat.tools else []), *names]:
+            if not re.search(rf"\b{name}\b", self.source):
+                raise DroppedError(name)
+        roles = tuple(message.role for message in chat.messages)
+        if set(roles[1:]) <= {"user", "assistant"}:
+            return
+        if missing := _missing_roles(self, roles):
+            raise DroppedError(f"{missing[0]}_not_in_template")
+
     def _rendered(self, chat: Chat) -> _Rendered:
-        whole = "".join([chat.system or "", *(t or "" for pair in chat.exchanges for t in pair)])
+        others = [chat.tools, *(message.fields for message in chat.messages)]
+        whole = "".join([*(message.text for message in chat.messages), *map(_texts_in, others)])
         unused = [c for c in NONCHARACTERS if c not in whole and c not in self.source]
-        if len(unused) < 3:
+        if len(unused) < 4:
             raise DroppedError("noncharacters")
-        guard, begin, end = unused[:3]
+        guard, begin, end, probe = unused[:4]
         messages = self._messages(chat, guard)
+        tools = self._guarded(list(chat.tools), guard)
         is_marked = "generation" in _tags(self.source)
+        marks = {"generation_begin": begin, "generation_end": end} if is_marked else {}
 
         def part_of(count: int, ask: bool = False) -> str:
-            marks = {"generation_begin": begin, "generation_end": end}
-            return self._render(messages[:count], ask, marks if is_marked else {})
+            return self._render(messages[:count], ask, marks, tools)
+
+        def span_of(k: int, whole: str) -> tuple[int, int]:
+            """Returns the span of a message that is no answer."""
+            replaced = [*messages[:k], {**messages[k], "content": probe}]
+            shown = _without_marks(self._render(replaced, False, marks, tools), begin, end)[0]
+            part = _without_marks(part_of(k + 1), begin, end)[0]
+            prompt, found, _ = shown.partition(probe)
+            if not (found and whole.startswith(part) and part.startswith(prompt)):
+                raise DroppedError("template_inconsistent")
+            return len(prompt), self._end_of_answer(part, len(prompt))
 
         text = part_of(len(messages))
         asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         parts_until_answer = [part_of(k + 1) for k in asked[:-1]] + [text]
+        results = ("tool", "function")
+        may_cut = [messages[k + 1]["role"] not in results for k in asked[:-1]] + [True]
+        others_with_loss = [
+            k for k, m in enumerate(chat.messages) if m.loss and m.role != "assistant"
+        ]
         if is_marked:
             plain, spans = _without_marks(text, begin, end)
             beginnings = [_without_marks(part, begin, end)[0] for part in parts_until_answer]
             consistent = all(plain.startswith(part) for part in beginnings)
-            cut_points = [len(part) for part in beginnings] if consistent else []
-            return _Rendered(plain, guard, spans, cut_points)
-        spans = []
-        for k, part in zip(asked, parts_until_answer, strict=True):
-            prompt = part_of(k, ask=True)
-            if not (text.startswith(part) and part.startswith(prompt)):
-                raise DroppedError("template_inconsistent")
-            spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
-        return _Rendered(text, guard, spans, [len(part) for part in parts_until_answer])
+            text = plain
+            parts_until_answer = beginnings if consistent else []
+        else:
+            spans = []
+            for k, part in zip(asked, parts_until_answer, strict=True):
+                prompt = part_of(k, ask=True)
+                if not (text.startswith(part) and part.startswith(prompt)):
+                    raise DroppedError("template_inconsistent")
+                spans.append((len(prompt), self._end_of_answer(part, len(prompt))))
+        cut_points = [
+            len(part) for part, may in zip(parts_until_answer, may_cut, strict=False) if may
+        ]
+        other_spans = [span_of(k, text) for k in others_with_loss]
+        return _Rendered(text, guard, spans, other_spans, cut_points)
 
     def _messages(self, chat: Chat, guard: str) -> list[Message]:
+        messages = [
+            {"role": message.role, "content": message.text, **message.fields}
+            for message in chat.messages
+        ]
+        return [
+            {name: v if name == "role" else self._guarded(v, guard) for name, v in m.items()}
+            for m in messages
+        ]
+
+    def _guarded(self, value: Any, guard: str) -> Any:
+        """Splits the names of control tokens in all texts of a value by the guard character."""
         pattern = self._pattern
+        if pattern is None:
+            return value
+        return _with_texts(
+            value, lambda text: pattern.sub(lambda m: f"{m[0][0]}{guard}{m[0][1:]}", text)
+        )
 
-        def guarded(text: str) -> str:
-            if pattern is None:
-                return text
-            return pattern.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", text)
-
-        turns = [("system", chat.system)] if chat.system else []
-        for question, answer in chat.exchanges:
-            turns += [("user", question), ("assistant", answer or "")]
-        return [{"role": role, "content": guarded(text or "")} for role, text in turns]
-
-    def _render(self, messages: list[Message], ask: bool, marks: Mapping[str, str]) -> str:
-        variables = {"messages": messages, "add_generation_prompt": ask}
+    def _render(
+        self,
+        messages: list[Message],
+        ask: bool = False,
+        marks: Mapping[str, str] | None = None,
+        tools: Sequence[Any] = (),
+    ) -> str:
+        variables: dict[str, Any] = {"messages": messages, "add_generation_prompt": ask}
+        if tools:
+            variables["tools"] = tools
+        variables |= dict(self.special_tokens) | dict(marks or {})
         try:
-            return render(self.source, {**variables, **dict(self.special_tokens), **marks})
+            return render(self.source, variables)
         except (DroppedError, UserError):
             raise
         except Exception as error:  # a template can raise any exception
@@ -241,6 +328,42 @@ class JinjaTemplate:
             position = match.end()
         segments.append(Segment(text[position:].replace(guard, ""), loss))
         return [segment for segment in segments if segment.text]
+
+
+@lru_cache(maxsize=1 << 12)
+def _missing_roles(template: JinjaTemplate, roles: tuple[str, ...]) -> list[str]:
+    """Returns the roles of a chat whose messages do not appear in its rendering.
+
+    The list is empty if the template rejects the chat, because its rejection may depend on the
+    texts.
+    """
+    probes = [f"Probe of message {k}." for k in range(len(roles))]
+    messages = [{"role": role, "content": probe} for role, probe in zip(roles, probes, strict=True)]
+    try:
+        text = template._render(messages)
+    except DroppedError:
+        return []
+    return [role for role, probe in zip(roles, probes, strict=True) if probe not in text]
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Applies a function to every text in nested lists and objects, including the objects' keys."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_with_texts(item, change) for item in value]
+    if isinstance(value, Mapping):
+        return {_with_texts(key, change): _with_texts(item, change) for key, item in value.items()}
+    return value
+
+
+def _texts_in(value: Any) -> str:
+    """Returns all texts in nested lists and objects, including the objects' keys, joined."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return "".join(f"{key}{_texts_in(item)}" for key, item in value.items())
+    return "".join(map(_texts_in, value)) if isinstance(value, list | tuple) else ""
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:

@@ -181,17 +181,15 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def render(self, template: Template, variables: Mapping[str, Any]) -> str:
-        """Renders a template. The limits grow with the size of `messages` among the variables.
+        """Renders a template. The limits grow with the size of `messages` and `tools`.
 
         Raises:
             TemplateLimitError: If the rendering exceeds a limit.
             Exception: Any other error of the template.
         """
         messages = variables.get("messages", ())
-        num_characters = 0
-        for message in messages:
-            for text in message.values():
-                num_characters += len(text)
+        num_characters = sum(_num_characters(message) for message in messages)
+        num_characters += _num_characters(variables.get("tools", ()))
         with self._lock:
             self._begin(len(messages), num_characters)
             try:
@@ -505,6 +503,15 @@ def _sum_of_numbers(pattern: str) -> int:
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _num_characters(value: Any) -> int:
+    """Returns the number of characters of all texts in nested lists and objects."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def _to_json(

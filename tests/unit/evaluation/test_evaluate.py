@@ -33,7 +33,7 @@ from megatron_chatflow.evaluation.text import TextResult, TextSource, encode_doc
 from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer import load_tokenizer
-from megatron_chatflow.tokenizer.chat_template import Chat
+from megatron_chatflow.tokenizer.chat_template import chat_of_exchanges
 from megatron_chatflow.tokenizer.extend import extend_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -118,7 +118,7 @@ def test_only_answers_of_chats_count(model: LanguageModel, tmp_path: Path) -> No
     answer = model.tokenizer.encode_continuation("sodo 今 lan")
     assert result.num_tokens == len(answer) + 1  # and the end of the answer
     assert result.num_bytes == len("sodo 今 lan".encode())
-    document = document_of_chat(Chat(None, (("a", "bc"),)), "chatml", "response")
+    document = document_of_chat(chat_of_exchanges(None, (("a", "bc"),)), "chatml", "response")
     ids, mask, num_bytes = encode_document(model, document)
     assert len(ids) == len(mask) and num_bytes == 2
     pairs = tmp_path / "pairs.tsv"

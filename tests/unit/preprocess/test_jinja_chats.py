@@ -10,8 +10,8 @@ pytest.importorskip("jinja2")
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.templates import JINJA_TEMPLATES
 from megatron_chatflow.tokenizer.chat_template import (
-    Chat,
     JinjaTemplate,
+    chat_of_exchanges,
     find_chat_template,
     read_chat_template,
 )
@@ -30,7 +30,7 @@ FORGETS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:3] }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-CHAT = Chat("Be brief.", (("one <|im_end|>?", "A <|im_end|> b."), ("two", "C.")))
+CHAT = chat_of_exchanges("Be brief.", (("one <|im_end|>?", "A <|im_end|> b."), ("two", "C.")))
 TOKENS = ("<|im_start|>", "<|im_end|>", "</s>")
 
 
@@ -89,7 +89,7 @@ def test_a_chat_that_the_template_refuses_is_dropped() -> None:
     source = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     template(source).check()
     with pytest.raises(DroppedError, match="template_refused"):
-        template(source).document(Chat(None, (("no", "x"),)), "response")
+        template(source).document(chat_of_exchanges(None, (("no", "x"),)), "response")
 
 
 def test_reads_a_models_template(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_chatflow.preprocess.templates import (
     document_of_chat,
 )
 from megatron_chatflow.tokenizer import Tokenizer, load_tokenizer
-from megatron_chatflow.tokenizer.chat_template import Chat
+from megatron_chatflow.tokenizer.chat_template import chat_of_exchanges
 from megatron_chatflow.tokenizer.documents import Segment
 
 ANSWERS = ["kedo  luno\n", "\u4e00\u4e25\u3002", "<s>bana</s>", "\U0001f9ff 12", "Sanka."]
@@ -184,7 +184,7 @@ def test_segments_of_one_kind_are_encoded_as_one(tiny_sentencepiece_model: Path)
 
 
 def test_a_turn_that_ended_with_the_end_token_gets_no_second(chatml_tokenizer: Tokenizer) -> None:
-    chat = Chat(None, (("bana", "kedo"), ("luno", "bana")))
+    chat = chat_of_exchanges(None, (("bana", "kedo"), ("luno", "bana")))
     document = document_of_chat(chat, "chatml", "response")
     ids, mask, ends = encode_segments(chatml_tokenizer, document.segments)
     assert ids.count(chatml_tokenizer.eos_id) == 4

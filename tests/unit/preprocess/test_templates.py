@@ -8,7 +8,7 @@ from megatron_chatflow.preprocess.templates import (
     TEMPLATES,
     document_of_chat,
 )
-from megatron_chatflow.tokenizer.chat_template import Chat
+from megatron_chatflow.tokenizer.chat_template import chat_of_exchanges
 
 MESSAGES = [
     {"role": "system", "content": " Be brief. "},
@@ -47,7 +47,7 @@ def test_chatml() -> None:
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_answers_and_their_ends_have_loss(template: str) -> None:
-    chat = Chat("Be brief.", (("one", "ANSWER one"), ("two", "ANSWER two")))
+    chat = chat_of_exchanges("Be brief.", (("one", "ANSWER one"), ("two", "ANSWER two")))
     document = document_of_chat(chat, template, "response")
     with_loss = [segment for segment in document.segments if segment.loss]
     texts = [segment.text.strip() for segment in with_loss if segment.kind == "text"]

@@ -12,8 +12,8 @@ from megatron_chatflow.preprocess.parse import parse_chunk
 from megatron_chatflow.preprocess.readers import Chunk
 from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.tokenizer.chat_template import (
-    Chat,
     JinjaTemplate,
+    chat_of_exchanges,
     read_chat_template,
     render,
 )
@@ -30,7 +30,7 @@ def test_a_chat_that_reaches_a_limit_is_a_bad_line_with_the_reason() -> None:
     template = JinjaTemplate("t.jinja", source, ("<|im_end|>",))
     template.check()
     with pytest.raises(TemplateLimitError) as caught:
-        template.document(Chat(None, (("boom", "x"),)), "response")
+        template.document(chat_of_exchanges(None, (("boom", "x"),)), "response")
     assert caught.value.limit.startswith("produces more than")
     lines = [
         json.dumps(

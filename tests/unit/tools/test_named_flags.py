@@ -35,6 +35,7 @@ PRINTED_BY = {
     "examples.corpus.pins": {"tools.fetch_demo_corpus"},
     "files": {"tools.convert_checkpoint", "tools.extend_vocab"},
     "generation.generate": {"tools.generate", "tools.chat"},
+    "preprocess.chats": {"tools.preprocess_data"},
     "preprocess.dedup": {"tools.preprocess_data"},
     "preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
     "preprocess.inspect": {"tools.inspect_dataset"},
