@@ -169,7 +169,7 @@ def open_inputs_from(checkpoint: InitialCheckpoint | None, config: RunConfig) ->
             resumed = saved
     asked = config.train.choice_questions
     questions = [] if asked is None else read_questions(Path(asked))
-    blend = _blend(config, sources, resumed)
+    blend = _blend(config, sources, resumed, is_grown=grown is not None)
     positions = run_positions(config)
     if resumed is not None:
         begin = resumed.iteration, resumed.consumed_samples
@@ -379,6 +379,8 @@ def _growth(
     init = config.checkpoint.embedding_init
     if init is None:
         return None
+    if saved.tokenizer.get("sha256") == tokenizer.fingerprint:
+        return None  # a restart of the run that has grown them
     old = _old_tokenizer(config.tokenizer.old_tokenizer_model, checkpoint)
     if old is None:
         raise UserError(
@@ -405,13 +407,16 @@ def _new_rows(
 ) -> tuple[int, int] | None:
     """Returns the rows of tokens that the tokenizer added to that of the initial weights.
 
-    They come from the growth at this start, from the checkpoint, or from
-    ``tokenizer.old_tokenizer_model`` for weights that were grown before. None if there are none.
+    They come from the growth at this start, from ``tokenizer.old_tokenizer_model``, or from the
+    checkpoint. None if there are none.
     """
     if grown is not None and grown.growth.pieces:
         return grown.growth.new_rows
     if saved is None or checkpoint is None:
         return None
+    if config.tokenizer.old_tokenizer_model is not None:
+        old = load_tokenizer(config.tokenizer.old_tokenizer_model)
+        return vocabulary_growth(old, tokenizer, tokenizer.vocab_size).new_rows
     recorded = saved.tokenizer.get("new_rows")
     if recorded is not None:
         is_pair = isinstance(recorded, list) and [type(one) for one in recorded] == [int, int]
@@ -421,10 +426,7 @@ def _new_rows(
                 "checkpoint"
             )
         return recorded[0], recorded[1]
-    if config.tokenizer.old_tokenizer_model is None:
-        return None
-    old = load_tokenizer(config.tokenizer.old_tokenizer_model)
-    return vocabulary_growth(old, tokenizer, tokenizer.vocab_size).new_rows
+    return None
 
 
 def _old_tokenizer(named: Path | None, checkpoint: InitialCheckpoint) -> Tokenizer | None:
@@ -482,7 +484,7 @@ def _check_same_tokens(
 
 
 def _blend(
-    config: RunConfig, sources: list[Source], resumed: RunState | None
+    config: RunConfig, sources: list[Source], resumed: RunState | None, *, is_grown: bool
 ) -> Blend | AdaptiveBlend:
     """Builds the blend of a new run, or resumes it from the checkpoint."""
     names = [source.name for source in sources]
@@ -497,6 +499,14 @@ def _blend(
     if resumed is None:
         return Blend(run_schedule(config, names, epochs=epochs))
     refuse_missing_controller(resumed.blend)
+    recorded = resumed.schedule.get("epochs") or {}
+    now = epochs or {}
+    if is_grown and any(list(now.get(name, was)) != list(was) for name, was in recorded.items()):
+        raise UserError(
+            f"data.schedule.count: {config.data.schedule.count}, which the new tokenizer of a "
+            "grown vocabulary changes in every source, so the weights of the run cannot continue; "
+            "start a new run with --finetune"
+        )
     schedule = run_schedule(
         config, names, resumed.schedule, resumed.iteration, resumed.consumed_samples, epochs
     )

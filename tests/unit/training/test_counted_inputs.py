@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from tiny_run import TinyRun, write_checkpoint_state
+from tiny_run import TinyRun, write_checkpoint_state, write_dataset
 from tool_calls import call_tool
 
 from megatron_chatflow.config import RunConfig
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.tokenizer.extend import extend_tokenizer
 from megatron_chatflow.training.dry_run import dry_run
 from megatron_chatflow.training.inputs import open_inputs
 
@@ -67,3 +69,25 @@ def test_a_resume_keeps_what_weights_count(tiny_run: TinyRun, tmp_path: Path) ->
         open_inputs(RunConfig.from_dict(values))
     assert str(caught.value).startswith("data.sources.first: has ")
     assert "restore loss and boundaries of the source" in str(caught.value)
+
+
+def test_another_vocabulary_changes_what_weights_count(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """The data of the larger vocabulary has other numbers of tokens."""
+    folder = tmp_path / "run"
+    values = values_of(tiny_run, folder)
+    write_checkpoint_state(RunConfig.from_dict(values), folder)
+    old = load_tokenizer(tiny_run.tokenizer_model)
+    larger = extend_tokenizer(old, ["\u9f8d"], tmp_path / "larger")
+    values["tokenizer"] = {
+        "tokenizer_model": str(larger.model_path),
+        "old_tokenizer_model": str(tiny_run.tokenizer_model),
+    }
+    values["checkpoint"]["embedding_init"] = "mean"
+    assert open_inputs(RunConfig.from_dict(values)).grown is not None  # with the same tokens
+    prefix = tmp_path / "first_text_document"
+    write_dataset(prefix, tiny_run.tokenizer_model, seed=2, num_documents=300)
+    values["data"]["sources"]["first"]["paths"] = [str(prefix)]
+    with pytest.raises(UserError) as caught:
+        open_inputs(RunConfig.from_dict(values))
+    assert str(caught.value).startswith("data.schedule.count: loss_tokens, which the new tokenizer")
+    assert "start a new run with --finetune" in str(caught.value)

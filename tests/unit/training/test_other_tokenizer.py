@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
-from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences
+from tiny_run import VOCAB_SIZE, TinyRun, made_up_sentences, write_checkpoint_state
 from tiny_shape import SHAPE_OF_TINY_RUN
 
 from megatron_chatflow.convert.from_huggingface import import_huggingface
@@ -126,6 +126,38 @@ def test_weights_that_were_grown_elsewhere_need_no_beginning(
     for begin in beginnings(weights):
         with pytest.raises(UserError, match="--embedding-init"):
             open_inputs(make_config(**begin, **changes))
+
+
+def test_the_same_command_continues_a_run_that_has_grown(
+    make_config, weights: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    """The checkpoint then has the tokenizer that extends the one that the command names."""
+    old = load_tokenizer(tiny_run.tokenizer_model)
+    larger = extend_tokenizer(old, ["\u9f8d", "\u9f9c"], tmp_path / "larger")
+    folder = tmp_path / "run"
+    new_rows = [old.vocab_size, larger.vocab_size]
+    changes = {
+        "tokenizer__tokenizer_model": str(larger.model_path),
+        "tokenizer__old_tokenizer_model": str(tiny_run.tokenizer_model),
+        "checkpoint__embedding_init": "mean-of-pieces",
+        "checkpoint__load_hf": str(weights / "hf"),
+        "checkpoint__load": str(folder),
+        "train__stages": [{"at": 0, "trainable": ["new_rows"]}],
+    }
+    config = make_config(**changes)
+    begun = open_inputs(config)
+    assert begun.grown is not None and begun.state.tokenizer["new_rows"] == new_rows
+    write_checkpoint_state(config, folder, stages=begun.stages.record([(0, 0)]))
+    resumed = open_inputs(config)
+    assert resumed.grown is None and resumed.resumed is not None
+    assert resumed.state.tokenizer["new_rows"] == new_rows
+    # A tokenizer that is named explicitly counts more than what the checkpoint recorded.
+    middle = extend_tokenizer(old, ["\u9f8d"], tmp_path / "middle")
+    for extra in ({}, {"tokenizer__old_tokenizer_model": str(middle.model_path)}):
+        begin = {"checkpoint__load_hf": None, "checkpoint__finetune": True}
+        inputs = open_inputs(make_config(**{**changes, **begin, **extra}))
+        first = middle.vocab_size if extra else old.vocab_size
+        assert inputs.state.tokenizer["new_rows"] == [first, larger.vocab_size]
 
 
 def test_an_export_takes_the_runs_own(weights: Path, other: Tokenizer, tmp_path: Path) -> None:
