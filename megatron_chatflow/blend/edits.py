@@ -315,7 +315,11 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
             continue
         iteration = (sample - segment.origin) // batch
         what = _difference(schedule.sources, segment.table, table, iteration)
-        with_flags = ""
+        last = segments[-1].schedule
+        unit, shown, with_flags = schedule.unit, schedule, ""
+        if unit != "iterations" == last.unit and len({_grid(one.schedule) for one in segments}) > 1:
+            # Only iterations express a ramp whose iterations had several sizes.
+            unit, shown = "iterations", last
         if len(schedule.knots) == 1:  # --data-path creates such schedules
             with_flags = (
                 "; flags alone cannot do this: with --data-path, use the weights that the run "
@@ -325,8 +329,8 @@ def _check_past(segments: Sequence[Segment], schedule: Schedule, begin: int, end
         raise UserError(
             f"data.schedule: sample {sample} was drawn with other weights ({what}): keep the "
             f"schedule before sample {end} unchanged and edit only what follows; to do this, "
-            f"replace all knots up to there by {as_planned_knot(schedule, end)} (unit: "
-            f"{schedule.unit}{with_flags})"
+            f"{'' if unit == schedule.unit else f'keep unit: {unit} and '}replace all knots up to "
+            f"there by {as_planned_knot(shown, end)} (unit: {unit}{with_flags})"
         )
 
 
@@ -491,11 +495,12 @@ def _schedule_of(
 ) -> Schedule:
     """Creates a schedule of knots at samples, in the unit of the file if it can express them all.
 
-    After the batch size grew, early iterations lie before sample 0; only iterations express them.
+    After the batch size has changed, knots in iterations may lie before sample 0, which samples do
+    not express, and sample 0 before iteration 0, which iterations do not.
     """
     unit, written = positions.unit, [_in_unit(knot, positions) for knot in knots]
-    places = zip(_places(knots), _places(written), strict=True)
-    if any(positions.to_sample(at, PATH) != sample for sample, at in places):
+    places = list(zip(_places(knots), _places(written), strict=True))
+    if any(at < 0 or positions.to_sample(at, PATH) != sample for sample, at in places):
         unit = "samples"
         num_past = sum(knot["at"] <= 0 for knot in knots[1:])
         written = [dict(knot) for knot in knots[num_past:]]

@@ -205,6 +205,73 @@ def test_a_larger_batch_puts_early_iterations_before_sample_0(ramp: str) -> None
     assert [knot.at for knot in one.schedule.knots] == [0, 301, 600, 1320]
 
 
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_a_smaller_batch_puts_sample_0_before_iteration_0(unit: str) -> None:
+    """After 6 iterations of 8 samples, iteration 0 would begin at 24 in iterations of 4."""
+    per = {"samples": 1, "tokens": SEQ_LENGTH}[unit]
+    knots = [{"at": 0, "weights": A}, {"at": 70 * per - (per > 1), "weights": B, "ramp": "linear"}]
+    old = begin({"unit": unit, "knots": knots}, batch=8)
+    arguments = {
+        "sources": NAMES,
+        "samples_per_iteration": 4,
+        "seq_length": SEQ_LENGTH,
+        "iteration_origin": 24,
+    }
+    block = {"unit": "iterations", "knots": [planned(6), {"at": 100, "weights": A}]}
+    recorded = Schedule.from_dict(old.schedule.to_dict())
+    new = Blend(resumed_schedule(block, recorded, arguments), old.state_at(48))
+    assert new.schedule.unit == "samples" and new.edit is not None
+    assert [knot.at for knot in new.schedule.knots] == [0, 48, 424]
+    np.testing.assert_array_equal(new.take(0, 48)[0], old.take(0, 48)[0])
+    for sample in (0, 20, 48):
+        expected = old.schedule.weights_at(sample)
+        np.testing.assert_array_equal(new.schedule.weights_at(sample), expected)
+    again = resumed_schedule(block, Schedule.from_dict(new.schedule.to_dict()), arguments)
+    assert Blend(again, new.state_at(60)).edit is None
+
+
+def test_two_recorded_knots_in_one_iteration_are_kept_in_samples() -> None:
+    knots = [{"at": 0, "weights": A}, {"at": 301, "weights": B}, {"at": 303, "weights": C}]
+    old = begin({"knots": knots}, batch=8)
+    arguments = {
+        "sources": NAMES,
+        "samples_per_iteration": 12,
+        "seq_length": SEQ_LENGTH,
+        "iteration_origin": -120,
+    }
+    block = {"unit": "iterations", "knots": [planned(60), {"at": 70, "weights": A}]}
+    new = Blend(resumed_schedule(block, old.schedule, arguments), old.state_at(240))
+    assert [knot.at for knot in new.schedule.knots] == [0, 301, 303, 600, 720]
+    np.testing.assert_array_equal(new.take(0, 240)[0], old.take(0, 240)[0])
+
+
+def test_samples_do_not_express_a_ramp_over_iterations_of_two_sizes() -> None:
+    """The refusal names the unit that does, and not the knot that is already there."""
+    knots = [{"at": 0, "weights": A}, {"at": 100, "weights": B, "ramp": "linear"}]
+    old = begin({"unit": "iterations", "knots": knots}, batch=8)
+    arguments = {
+        "sources": NAMES,
+        "samples_per_iteration": 12,
+        "seq_length": SEQ_LENGTH,
+        "iteration_origin": -120,
+    }
+
+    def resumed(unit: str, at: int, end: int, blend: Blend, position: int) -> Blend:
+        block = {"unit": unit, "knots": [planned(at), {"at": end, "weights": A}]}
+        recorded = Schedule.from_dict(blend.schedule.to_dict())
+        return Blend(resumed_schedule(block, recorded, arguments), blend.state_at(position))
+
+    larger = resumed("iterations", 60, 120, old, 240)
+    with pytest.raises(UserError, match="was drawn with other weights") as caught:
+        resumed("samples", 480, 3000, larger, 480)
+    advice = (
+        "keep unit: iterations and replace all knots up to there by {at: 50, weights: as_planned}"
+    )
+    assert advice in str(caught.value)
+    edited = resumed("iterations", 50, 90, larger, 480)
+    assert edited.edit is not None and edited.edit.begin == 480
+
+
 @pytest.mark.parametrize(
     ("knots", "message"),
     [
