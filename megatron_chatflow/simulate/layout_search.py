@@ -11,7 +11,7 @@ simplest one comes first, and then the one that needs the least memory.
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from pydantic import ValidationError
 from megatron_chatflow.config import ParallelConfig, RunConfig, load_config, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory
 from megatron_chatflow.config.shape import flops_per_token, num_model_chunks
+from megatron_chatflow.config.stages import ALL_ROWS, select
+from megatron_chatflow.convert.shape import LlamaShape
+from megatron_chatflow.convert.weight_map import placements
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate.step_time import (
     LAYER_LAUNCHES,
@@ -266,7 +269,7 @@ def calibrate(
     """Compares the speed of a run with its prediction.
 
     The measured time of a step is the median over the last `NUM_MEASURED` iterations, without the
-    first `NUM_WARMUP` of the file.
+    first `NUM_WARMUP` of the file, and without stages of training that leave out weight gradients.
 
     Args:
         metrics: The run's ``metrics.jsonl``. The run's ``config.yaml`` lies beside it.
@@ -281,6 +284,8 @@ def calibrate(
     """
     config = load_config(metrics.parent / "config.yaml")
     tokens = config.train.global_batch_size * config.data.seq_length
+    vocab_size = vocab_size_of(config)[0]
+    is_partial = _partial_stages(config, vocab_size)
     steps: list[tuple[float, int]] = []
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines()
@@ -291,19 +296,22 @@ def calibrate(
             entry = json.loads(line)
             seconds, total = float(entry["seconds"]), float(entry["tokens_per_second"])
             num_gpus = round(total / float(entry["tokens_per_second_per_gpu"]))
-        except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):
+            if "stage" in entry and is_partial[int(entry["stage"])]:
+                continue
+        except (ValueError, LookupError, TypeError, ZeroDivisionError, RecursionError):
             continue  # a validation, or an incomplete line
         if abs(seconds * total / tokens - 1) < 1e-3:  # not with an earlier batch size
             steps.append((seconds, num_gpus))
     if len(steps) <= NUM_WARMUP:
         raise UserError(
-            f"{metrics}: has {len(steps)} iterations with the batch size of config.yaml; "
-            f"calibration needs more than {NUM_WARMUP}"
+            f"{metrics}: has {len(steps)} iterations with the batch size of config.yaml"
+            f"{' that train every tensor' if any(is_partial) else ''}; calibration needs more than "
+            f"{NUM_WARMUP}"
         )
     num_gpus = steps[-1][1]
     measured = [seconds for seconds, number in steps[NUM_WARMUP:] if number == num_gpus]
     validate_for_world(config, num_gpus)
-    planned = plan_layout(config, num_gpus, gpu, vocab_size_of(config)[0], network=network)
+    planned = plan_layout(config, num_gpus, gpu, vocab_size, network=network)
     speed = planned.seconds / statistics.median(measured[-NUM_MEASURED:])
     low, high = PLAUSIBLE_SPEEDS
     if not low < speed < high:
@@ -312,6 +320,22 @@ def calibrate(
             f"prediction {planned.seconds:.3g} s; name the GPU that it was measured on"
         )
     return speed, planned
+
+
+def _partial_stages(config: RunConfig, vocab_size: int) -> list[bool]:
+    """Returns for each stage of training whether nothing of some tensor is trained in it."""
+    shape = LlamaShape.of(config.model, vocab_size)
+    tensors = [rule.megatron.format(layer=layer) for rule, layer in placements(shape)]
+    is_tied = not shape.untie_embeddings_and_output_weights
+
+    def is_trained(tensor: str, selectors: Sequence[str]) -> bool:
+        found = (select(one, tensor, is_tied=is_tied, new_rows=ALL_ROWS) for one in selectors)
+        return any(rows is not None for rows in found)
+
+    return [
+        not all(is_trained(tensor, stage.trainable) for tensor in tensors)
+        for stage in config.train.stages
+    ]
 
 
 def vocab_size_of(config: RunConfig) -> tuple[int, str | None]:

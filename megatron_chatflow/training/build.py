@@ -145,19 +145,20 @@ def build_run(config: RunConfig, ranks: Ranks, stack: ExitStack) -> tuple[Run, T
         stack.callback(callback.close)
     callbacks += reporters
 
+    flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
+    num_stages = len(inputs.stages.stages)
     facts = RunFacts(
         num_iterations=inputs.length.last_iteration,
         num_samples=inputs.length.num_samples,
         seq_length=config.data.seq_length,
         world_size=ranks.process.world_size,
-        flops_per_token=float(
-            flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
-        ),
+        flops_per_token=float(flops),
         causal_share=causal_share(config.model, inputs.vocab_size, config.data.seq_length),
         peak_flops=peak,
         sources=[source.name for source in inputs.sources],
         samples_per_epoch=[source.num_samples for source in inputs.sources],
         downtime=downtime,
+        stage_flops=[inputs.stages.flops_per_token(k, flops) for k in range(num_stages)],
     )
     validators = {
         "": _build_validator(config, inputs.validation_sources),

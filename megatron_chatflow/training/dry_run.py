@@ -220,8 +220,16 @@ def _describe_packing(packing: Packing | None) -> Row:
 
 def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> str:
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_length)
-    samples = inputs.length.num_samples - inputs.length.consumed_samples
-    tokens = samples * config.data.seq_length
+    length, work = inputs.length, []
+    for index, ends in enumerate(inputs.stages.iterations(length)):
+        first, last = (length.samples_after(end - length.iteration) for end in ends)
+        if first < last:
+            each = inputs.stages.flops_per_token(index, flops)
+            work.append((each, each * (last - first) * config.data.seq_length))
+    per_token = [one for one, _ in work] or [flops]
+    bounds = dict.fromkeys((min(per_token), max(per_token)))
+    shown = " to ".join(f"{bound / 1e9:.3f}" for bound in bounds)
+    total = sum(whole for _, whole in work)
     rows = padded_vocab_size(config.model, config.parallel, inputs.vocab_size)
     memory = [_describe_memory(config, inputs.vocab_size, num_processes, on_cpu=False)]
     if not torch.cuda.is_available():
@@ -232,10 +240,7 @@ def _describe_work(config: RunConfig, inputs: RunInputs, num_processes: int) -> 
         f"{config.model_parallel_size} per copy of the model, "
         f"{num_processes // config.model_parallel_size} copies\n"
         + "".join(memory)
-        + (
-            f"{flops / 1e9:.3f} GFLOP per token, {flops * tokens / num_processes:.3e} FLOP per "
-            "process"
-        )
+        + (f"{shown} GFLOP per token, {total / num_processes:.3e} FLOP per process")
     )
 
 

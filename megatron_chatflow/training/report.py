@@ -48,12 +48,24 @@ class RunFacts:
     num_samples: int  # samples of the whole run
     seq_length: int  # tokens per sample
     world_size: int  # number of processes in the job
-    flops_per_token: float  # model FLOPs per token, forward and backward
+    flops_per_token: float  # model FLOPs per token, forward and backward, if everything is trained
     causal_share: float  # share of these FLOPs that remains if causal attention counts half
     peak_flops: float | None  # peak FLOP/s of one process's device; None if it is not known
     sources: Sequence[str]  # source names in the order of the sums
     samples_per_epoch: Sequence[int]  # samples in one epoch of each source
     downtime: Downtime = Downtime()  # cost of restarts
+    # the same as `flops_per_token` in each stage of training; empty for a run without stages
+    stage_flops: Sequence[float] = ()
+
+    def flops_share(self, records: Sequence["IterationRecord"]) -> float:
+        """Returns the FLOPs of iterations over those that they had if everything was trained."""
+        given = [
+            record.num_samples * self.stage_flops[record.stage]
+            if self.stage_flops and record.stage is not None
+            else record.num_samples * self.flops_per_token
+            for record in records
+        ]
+        return sum(given) / (sum(one.num_samples for one in records) * self.flops_per_token)
 
 
 @dataclass(frozen=True)
@@ -234,7 +246,8 @@ def summarize(
     num_samples = sum(record.num_samples for record in records)
     seconds = sum(record.seconds for record in records)
     tokens_per_second = num_samples * facts.seq_length / seconds
-    flops_per_process = facts.flops_per_token * tokens_per_second / facts.world_size
+    share = facts.flops_share(records)
+    flops_per_process = share * facts.flops_per_token * tokens_per_second / facts.world_size
     mfu = flops_per_process / facts.peak_flops if facts.peak_flops else None
     return IterationReport(
         iteration=last.iteration,
@@ -254,7 +267,8 @@ def summarize(
         tokens_per_second_per_gpu=tokens_per_second / facts.world_size,
         tflops_per_gpu=flops_per_process / 1e12,
         mfu=mfu,
-        mfu_causal=None if mfu is None else mfu * facts.causal_share,
+        # No stage leaves out any of attention, half of which causal attention does not need.
+        mfu_causal=None if mfu is None else mfu * (1 - (1 - facts.causal_share) / share),
         memory_bytes=last.memory_bytes,
         num_skipped=last.num_skipped,
         skipped_no_loss_tokens=last.skipped_no_loss_tokens,

@@ -186,6 +186,19 @@ class StagePlan:
             for begin, end in self.trained_rows(index, tensor)
         )
 
+    def flops_per_token(self, index: int, full: int) -> int:
+        """Returns the model FLOPs per token of a stage, of which training everything has ``full``.
+
+        A parameter counts 6 of them (see `config.shape.flops_per_token`): 2 each in the forward
+        pass, in the gradient of the input, which every layer needs to hand back, and in the
+        gradient of the weight. A tensor of which nothing is trained needs no weight gradient. One
+        of which some rows are trained has that of all rows.
+        """
+        frozen = (
+            shape for tensor, shape in self.shapes.items() if not self.trained_rows(index, tensor)
+        )
+        return full - 2 * sum(int(np.prod(shape, dtype=np.int64)) for shape in frozen)
+
     def describe(self, index: int) -> str:
         """Describes a stage in one line."""
         stage, total = self.stages[index], sum(int(np.prod(s)) for s in self.shapes.values())
@@ -195,13 +208,16 @@ class StagePlan:
             f"parameters{factors}"
         )
 
+    def iterations(self, length: RunLength) -> list[tuple[int, int]]:
+        """Returns the iterations before and up to the end of what is left of each stage."""
+        begins = [_iterations_before(stage.sample, length) for stage in self.stages]
+        return list(zip(begins, [*begins[1:], length.last_iteration], strict=True))
+
     def table(self, length: RunLength) -> list[Row]:
         """Returns a row for each stage, with the iterations that are left of it."""
         rows: list[Row] = []
-        begins = [_iterations_before(stage.sample, length) for stage in self.stages]
-        for index, (stage, begin, end) in enumerate(
-            zip(self.stages, begins, [*begins[1:], length.last_iteration], strict=True)
-        ):
+        left = self.iterations(length)
+        for index, (stage, (begin, end)) in enumerate(zip(self.stages, left, strict=True)):
             iterations = "none left" if stage.sample < length.consumed_samples else "none"
             if begin < end:
                 iterations = f"{begin + 1:,} to {end:,}"

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_chatflow.config import RunConfig, load_config, validate_for_world
 from megatron_chatflow.config.memory import estimate_memory
+from megatron_chatflow.config.sections import StageConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate.layout_search import (
     MEMORY_SHARE,
@@ -244,6 +245,26 @@ def test_a_measured_run_scales_the_prediction(tmp_path: Path) -> None:
     scaled = plan_layout(config, 16, H100, 40076, speed=speed)
     assert scaled.seconds == pytest.approx(slow)
     assert scaled.mfu == pytest.approx(0.8 * planned.mfu)
+
+
+def test_steps_of_stages_that_train_less_are_not_measured(tmp_path: Path) -> None:
+    config = load_config(EXAMPLES / "7b.yaml", ["--vocab-size", "40076"])
+    stages = (
+        StageConfig(at=0, trainable=("new_rows",)),
+        StageConfig(at=10, trainable=("embeddings", "output", "decoder.*")),
+    )
+    staged = replace(config, train=replace(config.train, stages=stages))
+    slow = plan_layout(config, 16, H100, 40076).seconds / 0.8
+    path = write_metrics(tmp_path / "run", staged, 16, [slow / 2] * 20 + [slow] * 15)
+    lines = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    for line in lines:
+        if "seconds" in line:
+            line["stage"] = int(line["iteration"] > 20)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert calibrate(path, H100)[0] == pytest.approx(0.8)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:24]))
+    with pytest.raises(UserError, match="has 3 iterations .* that train every tensor; calibration"):
+        calibrate(path, H100)
 
 
 def test_a_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,24 @@ def test_it_shows_configuration_blend_epochs_and_sizes(make_config) -> None:
     assert "1 processes" in text
 
 
+def test_work_is_that_of_the_stages(make_config) -> None:
+    def work(**changes: Any) -> tuple[str, float]:
+        text = dry_run(make_config(**changes))
+        found = re.search(r"^(\S+(?: to \S+)?) GFLOP per token, (\S+) FLOP per process", text, re.M)
+        assert found is not None
+        return found[1], float(found[2])
+
+    per_token, total = work()
+    stages = [{"at": 0, "trainable": ["output"]}, {"at": 16, "trainable": ["all"]}]
+    both, less = work(train__stages=stages)
+    few, all_of_them = both.split(" to ")
+    assert all_of_them == per_token and float(few) < 0.75 * float(per_token)
+    # Two of ten iterations leave out every weight gradient except that of the output layer.
+    frozen = num_parameters(make_config().model, 600) - 600 * 64
+    assert total - less == pytest.approx(2 * frozen * 16 * 64, rel=2e-2)
+    assert work(train__stages=[{"at": 0, "trainable": ["output"]}])[0] == few
+
+
 def test_an_offloaded_optimizer_needs_host_memory_and_has_no_predicted_speed(make_config) -> None:
     changes = {
         "parallel__use_distributed_optimizer": True,

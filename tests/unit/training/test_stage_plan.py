@@ -79,6 +79,18 @@ def test_counts_what_a_stage_trains(make_config: MakeConfig) -> None:
     assert [row["iterations"] for row in rows] == ["1 to 3", "4 to 6", "7 to 10"]
 
 
+def test_a_stage_leaves_out_weight_gradients_of_what_it_freezes(make_config: MakeConfig) -> None:
+    """Some rows need the gradient of their whole tensor; gradients of inputs are always needed."""
+    plan = make_plan(make_config(train__stages=STAGES))
+    full = 10**9
+    numel = {tensor: torch.Size(shape).numel() for tensor, shape in plan.shapes.items()}
+    ends = numel[EMBEDDING] + numel["output_layer.weight"]
+    layers = sum(size for tensor, size in numel.items() if tensor.startswith("decoder.layers."))
+    assert plan.flops_per_token(0, full) == full - 2 * (sum(numel.values()) - ends)
+    assert plan.flops_per_token(1, full) == full - 2 * (layers // 2 + 64)  # the final norm
+    assert plan.flops_per_token(2, full) == full
+
+
 def test_settings_of_tensors(make_config: MakeConfig) -> None:
     config = make_config(optimizer__decoupled_lr=1e-3, optimizer__no_weight_decay=["layers.0"])
     plan = make_plan(config)
