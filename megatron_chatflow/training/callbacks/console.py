@@ -1,7 +1,8 @@
 """Prints the log: one line per step, a table of its sources, and a progress bar on a terminal.
 
 The columns of the line are the same in every log. Unusual values (skipped updates, waiting for
-data, restarts after failures) follow on separate lines, only if there are any. No line is longer
+data, restarts after failures) and changed settings (batch size, weight decay, weights of sources in
+the objective) follow on separate lines, only if there are any. No line is longer
 than `MAX_WIDTH`. The table shows at most `MAX_SOURCES` sources; ``metrics.jsonl`` has all of them.
 """
 
@@ -37,9 +38,16 @@ GROWTH = 1.01
 
 
 def iteration_lines(
-    report: IterationReport, now: datetime, *, with_memory: bool = True
+    report: IterationReport,
+    now: datetime,
+    *,
+    with_memory: bool = True,
+    previous: IterationReport | None = None,
 ) -> list[str]:
-    """Formats the line of a step, followed by lines of unusual values if there are any."""
+    """Formats the line of a step, followed by lines of unusual and changed values if any.
+
+    ``previous`` is the report of the previous log; None for the first.
+    """
     width = len(str(report.num_iterations))
     loss_and_grad = [f"loss {_loss(report.lm_loss)}", f"grad {_fit(report.grad_norm, 6, 3)}"]
     if report.lm_loss is None:  # and so no gradient
@@ -59,7 +67,7 @@ def iteration_lines(
     ]
     if report.seconds_left is not None:
         fields.append(f"ETA {_remaining(report.seconds_left)}")
-    notes = []
+    notes = [] if previous is None else _changes(previous, report)
     if with_memory:
         notes.append(f"peak {report.memory_bytes / 2**30:.3g} GiB")
     wait = report.data_seconds / report.seconds if report.seconds else 0.0
@@ -75,6 +83,28 @@ def iteration_lines(
         lost = format_duration(report.downtime.failure_seconds)
         notes.append(f"failures {report.downtime.num_failures} ({lost} lost)")
     return [*_fill(fields, "  "), *(INDENT + line for line in _fill(notes, ", ", len(INDENT)))]
+
+
+def _changes(before: IterationReport, report: IterationReport) -> list[str]:
+    """Returns what schedules have changed since a report."""
+    notes = []
+    if report.global_batch_size != before.global_batch_size:
+        notes.append(f"batch {report.global_batch_size}")
+    if (decay := f"{report.weight_decay:.3g}") != f"{before.weight_decay:.3g}":
+        notes.append(f"weight decay {decay}")
+    weights = {
+        name: [f"{one.sources[name].objective_weight or 0:.3g}" for one in (before, report)]
+        for name in report.sources
+    }
+    changed = [(name, now) for name, (was, now) in weights.items() if was != now]
+    if len(changed) > MAX_SOURCES:
+        notes.append(f"{len(changed)} sources count otherwise in the objective")
+    else:
+        notes += [
+            f"{shorten(name, MAX_NAME_WIDTH)} counts {now} in the objective"
+            for name, now in changed
+        ]
+    return notes
 
 
 def source_lines(report: IterationReport) -> list[str]:
@@ -162,13 +192,17 @@ class Console(Callback):
             disable=None,  # disabled unless standard error is a terminal
         )
         self._shown_bytes = 0.0
+        self._previous: IterationReport | None = None
 
     def on_log(self, report: IterationReport) -> None:
         """Prints the step and its sources, and updates the bar."""
         has_grown = report.memory_bytes > GROWTH * self._shown_bytes
         if has_grown:
             self._shown_bytes = report.memory_bytes
-        lines = iteration_lines(report, datetime.now(), with_memory=has_grown)
+        lines = iteration_lines(
+            report, datetime.now(), with_memory=has_grown, previous=self._previous
+        )
+        self._previous = report
         lines += source_lines(report)
         if report.stragglers is not None:
             lines += straggler_lines(report.stragglers)

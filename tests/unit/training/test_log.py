@@ -116,6 +116,24 @@ def test_means_are_weighted_by_tokens_and_shares_by_samples() -> None:
     assert report.consumed_tokens == 120
 
 
+def test_flops_follow_the_stage_of_each_iteration() -> None:
+    sums = [[30.0, 10, 9], [2.0, 2, 9]]
+    first = make_record(1, sums, stage=0)
+    second = make_record(2, sums, stage=1, num_samples=24)
+    facts = {"stage_flops": [6e8, 1e9]}
+    report = report_of(first, second, **facts)
+    per_token = (8 * 6e8 + 24 * 1e9) / 32
+    assert report.tflops_per_gpu == pytest.approx(
+        per_token * report.tokens_per_second_per_gpu / 1e12
+    )
+    # Half of the FLOPs of training everything are attention that is not needed, in any stage.
+    assert report.mfu_causal == pytest.approx(report.mfu * (per_token - 5e8) / per_token)
+    alone = report_of(first, **facts)
+    assert alone.mfu == pytest.approx(6e8 * alone.tokens_per_second_per_gpu / 1e12)
+    whole = report_of(make_record(1, sums), **facts)
+    assert whole.mfu == pytest.approx(1e9 * whole.tokens_per_second_per_gpu / 1e12)
+
+
 def test_iterations_without_an_update_do_not_spoil_the_means() -> None:
     good = make_record(1, [[30.0, 10, 9], [2.0, 2, 9]])
     bad = make_record(
@@ -190,6 +208,35 @@ def test_what_is_unusual_stands_on_a_line_of_its_own() -> None:
     assert notes == INDENT + (
         "peak 1 GiB, waiting for data 25%, skipped 2, rollbacks 1, failures 2 (10 min 0 s lost)"
     )
+
+
+def test_what_schedules_have_changed_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(num_iterations=10, iteration=0)
+    sums = [[1.0, 1, 1], [1.0, 1, 1]]
+    for number, changes in enumerate(
+        (
+            {},
+            {"num_samples": 16},
+            {"num_samples": 16, "weight_decay": 0.02, "objective_weights": [1.0, 2.0]},
+            {"num_samples": 16, "weight_decay": 0.02, "objective_weights": [1.0, 2.5]},
+        )
+    ):
+        record = make_record(number + 1, sums, **{"objective_weights": [1.0, 2.0], **changes})
+        console.on_log(report_of(record))
+    console.close()
+    _, *logs = capsys.readouterr().out.split("  iter ")
+    notes = [log.splitlines()[1].strip() for log in logs]
+    assert notes[0] == "peak 1 GiB" and notes[1] == "batch 16"
+    assert notes[2] == "weight decay 0.02" and notes[3] == "zh counts 2.5 in the objective"
+    many = [f"s{k}" for k in range(MAX_SOURCES + 1)]
+    first, second = (
+        report_of(
+            make_record(1, sums[:1] * len(many), objective_weights=[w] * len(many)), names=many
+        )
+        for w in (1.0, 2.0)
+    )
+    _, note = iteration_lines(second, NOW, with_memory=False, previous=first)
+    assert note.strip() == f"{len(many)} sources count otherwise in the objective"
 
 
 @pytest.mark.parametrize("has_notes", [False, True])
