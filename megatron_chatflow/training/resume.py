@@ -5,12 +5,14 @@ error names what differs. Everything else may change, and is listed once with it
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
@@ -26,7 +28,7 @@ from megatron_chatflow.config import (
     TrainConfig,
     to_plain,
 )
-from megatron_chatflow.config.learning_rate import learning_rate
+from megatron_chatflow.config.learning_rate import learning_rates
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.data.fingerprint import dataset_files
 from megatron_chatflow.data.packing import ALGORITHM_VERSION
@@ -54,7 +56,8 @@ _LENGTH = {
     for name in ("train_iters", "train_samples", "global_batch_size", "rampup_batch_size")
 }
 _LEARNING_RATE = _LENGTH | {
-    f"optimizer.{name}" for name in ("lr", "min_lr", "lr_decay_style", "lr_wsd_decay_style")
+    f"optimizer.{name}"
+    for name in ("lr", "min_lr", "lr_decay_style", "lr_wsd_decay_style", "lr_warmup_init")
 }
 _LEARNING_RATE |= {
     f"optimizer.lr_{what}_{unit}"
@@ -69,9 +72,28 @@ _CONSEQUENCES = {
     "objective_weight": "the source counts otherwise in the objective from now on",
     "boundaries": "attention sees other tokens from now on",
     "train.seed": "applies from the next epoch of each source",
-    "train.bf16": "losses change by rounding errors",
     "tokenizer.tokenizer_model": "the same tokenizer",
+    "optimizer.no_weight_decay": "other tensors have weight decay from now on",
 }
+_CONSEQUENCES |= dict.fromkeys(
+    [f"optimizer.{name}" for name in ("decoupled_lr", "decoupled_min_lr")],
+    "embedding and output layer have another learning rate from now on",
+)
+_CONSEQUENCES |= dict.fromkeys(
+    [
+        f"optimizer.{part}weight_decay{end}"
+        for part, end in (("", ""), ("", "_incr_style"), ("start_", ""), ("end_", ""))
+    ],
+    "another weight decay from now on",
+)
+_CONSEQUENCES |= dict.fromkeys(
+    [
+        *(f"train.{name}" for name in ("bf16", "transformer_impl", "fp4_format")),
+        *(f"train.fp8_{name}" for name in ("format", "recipe", "param_gather")),
+    ],
+    "losses change by rounding errors",
+)
+_NUM_COMPARED = 1 << 16  # positions at which learning rates are compared at once
 
 
 def check_same_model(
@@ -359,6 +381,11 @@ def _consequences(
         if _objective_knots(before) != _objective_knots(value):
             texts.append("sources count otherwise in the objective from now on")
         return texts
+    if key == "optimizer.ema_decay":
+        if value is None:
+            return ["the average ends here"]
+        begins = "the average starts at the weights of the checkpoint"
+        return [begins if before is None else "the average moves at another speed from now on"]
     name = key.rpartition(".")[2] if key.startswith("data.sources.") else key
     return [_CONSEQUENCES[name]] if name in _CONSEQUENCES else []
 
@@ -394,18 +421,50 @@ def _learning_rate_change(
     first = resumed.blend["segments"][0]["schedule"]["samples_per_iteration"]
     place = (resumed.iteration, resumed.consumed_samples)
     before = RunLength.of(old, *place, int(first))
-    rates = (
-        learning_rate(old.optimizer, before, *place),
-        learning_rate(config.optimizer, length, *place),
-    )
-    if rates[0] != rates[1]:
+
+    def rates(done: npt.NDArray[np.int64]) -> list[npt.NDArray[np.float64]]:
+        """Returns the old and new rates of the iterations after ``done`` ones of this process."""
+        samples = length.batch_sizes.samples_after(place[1], done)
+        return [
+            learning_rates(
+                optimizer,
+                its,
+                (samples if its.counts_samples else place[0] + done) - its.lr_start,
+            )
+            for optimizer, its in ((old.optimizer, before), (config.optimizer, length))
+        ]
+
+    found = _first_other_rate(rates, 0, max(length.remaining_iterations(), 1))
+    if found is not None:
+        was_rate, rate = (float(one[0]) for one in rates(np.array([found])))
         return (
-            f"learning rate of iteration {place[0] + 1:,}: {rates[1]:.4g} instead of {rates[0]:.4g}"
+            f"learning rate of iteration {place[0] + found + 1:,}: {rate:.4g} instead of "
+            f"{was_rate:.4g}"
         )
     if (before.lr_decay, before.counts_samples) != (length.lr_decay, length.counts_samples):
         unit = "sample" if length.counts_samples else "iteration"
         return f"learning rate decay ends at {unit} {length.lr_decay:,}"
     return ""
+
+
+def _first_other_rate(
+    rates: Callable[[npt.NDArray[np.int64]], Sequence[npt.NDArray[np.float64]]],
+    begin: int,
+    end: int,
+) -> int | None:
+    """Returns the first number in ``[begin, end)`` at which two rates differ, or None.
+
+    In a long run, it is searched between the first two of `_NUM_COMPARED` equally distant ones
+    that differ, which no schedule misses that changes over more than such a distance.
+    """
+    step = -(-(end - begin) // _NUM_COMPARED)
+    numbers = np.arange(begin, end, step)
+    old, new = rates(numbers)
+    differs = ~np.isclose(old, new, rtol=1e-9, atol=0.0)
+    if not differs.any():
+        return None
+    first = int(numbers[np.argmax(differs)])
+    return first if step == 1 else _first_other_rate(rates, max(begin, first - step + 1), first + 1)
 
 
 def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:

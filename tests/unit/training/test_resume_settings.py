@@ -172,6 +172,71 @@ def test_every_changed_setting_is_listed_with_its_consequence(make_config, tmp_p
     assert all(len(line) <= 200 for line in format_table(inputs.changes).splitlines())
 
 
+@pytest.mark.parametrize(
+    ("before", "changes", "consequence"),
+    [
+        ({}, {"lr_warmup_init": 1e-4}, None),  # the warmup is over
+        ({"lr_warmup_iters": 8}, {"lr_warmup_init": 1e-4}, "learning rate of iteration 6: 0.0019"),
+        ({}, {"decoupled_lr": 1e-3}, "embedding and output layer have another learning rate from"),
+        (
+            {"decoupled_lr": 1e-3},
+            {"decoupled_lr": 1e-3, "decoupled_min_lr": 1e-5},
+            "embedding and output layer have another learning rate from now on",
+        ),
+        ({}, {"weight_decay": 0.2}, "another weight decay from now on"),
+        ({}, {"no_weight_decay": ["embeddings"]}, "other tensors have weight decay from now on"),
+        ({}, {"ema_decay": 0.9}, "the average starts at the weights of the checkpoint"),
+        ({"ema_decay": 0.9}, {}, "the average ends here"),
+        ({"ema_decay": 0.9}, {"ema_decay": 0.99}, "the average moves at another speed from now on"),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2},
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 3},
+            "learning rate of iteration 9: 0.001762 instead of 0.003",
+        ),
+        (
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 3},
+            {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 3, "lr_wsd_decay_style": "linear"},
+            "learning rate of iteration 9: 0.002 instead of 0.001762",
+        ),
+    ],
+)
+def test_changes_of_the_optimizer_have_consequences(
+    make_config,
+    tmp_path: Path,
+    before: dict[str, Any],
+    changes: dict[str, Any],
+    consequence: str | None,
+) -> None:
+    def optimizer(settings: dict[str, Any]) -> dict[str, Any]:
+        return {f"optimizer__{name}": value for name, value in settings.items()}
+
+    write_checkpoint_state(make_config(**optimizer(before)), tmp_path)
+    kept = {name: value for name, value in before.items() if name.startswith("lr_warmup")}
+    inputs = _resume(make_config, tmp_path, **optimizer({**kept, **changes}))
+    [(_, _, shown)] = _changes(inputs).values()
+    assert shown.startswith(consequence) if consequence else shown == ""
+
+
+def test_a_precision_changes_losses_by_rounding(make_config, tmp_path: Path) -> None:
+    write_checkpoint_state(make_config(), tmp_path)
+    inputs = _resume(make_config, tmp_path, train__transformer_impl="local")
+    shown = {name: text for name, (_, _, text) in _changes(inputs).items()}
+    assert shown == {"train.transformer_impl": "losses change by rounding errors"}
+
+
+def test_the_first_rate_that_differs_is_found_in_a_run_of_any_length(
+    make_config, tmp_path: Path
+) -> None:
+    style = {"optimizer__lr_decay_style": "WSD", "train__train_iters": 10**11}
+    write_checkpoint_state(make_config(**style, optimizer__lr_wsd_decay_iters=10**10), tmp_path)
+    inputs = _resume(make_config, tmp_path, **style, optimizer__lr_wsd_decay_iters=2 * 10**10)
+    (text,) = (text for _, _, text in _changes(inputs).values())
+    # The rate is the same to rounding at first.
+    number = int(text.split()[4].rstrip(":").replace(",", ""))
+    assert text.startswith("learning rate of iteration ")
+    assert 8 * 10**10 < number < 8 * 10**10 + 1000
+
+
 def test_the_order_follows_later_seeds() -> None:
     order = SampleOrder(1, "source", 50, later_seeds=[(2, 5), (3, 8)])
     for epoch, seed in enumerate([1, 1, 5, 8, 8]):
