@@ -66,12 +66,24 @@ def _isolate_documents(values: dict[str, Any]) -> None:
 
 
 def _set_warmup(values: dict[str, Any], fraction: float) -> None:
-    """Sets the warmup of Megatron-LM's --lr-warmup-fraction, a fraction of the decay's length."""
+    """Sets the warmup of Megatron-LM's --lr-warmup-fraction, a fraction of the decay's length.
+
+    In another cycle, the length is that from the start of the cycle on.
+
+    Raises:
+        UserError: The start of the cycle has another unit.
+    """
     optimizer, train = values.get("optimizer") or {}, values.get("train") or {}
-    for unit in ("iters", "samples"):
+    for unit, other in (("iters", "samples"), ("samples", "iters")):
         length = optimizer.get(f"lr_decay_{unit}") or train.get(f"train_{unit}")
         if length is not None:
-            warmup = round(fraction * parse_count(length))
+            if optimizer.get(f"lr_cycle_start_{other}"):
+                raise UserError(
+                    f"--lr-warmup-fraction: is a fraction of {unit}, and optimizer.lr_cycle_start_"
+                    f"{other} is set; set lr_cycle_start_{unit} instead, or lr_warmup_{other}"
+                )
+            start = parse_count(optimizer.get(f"lr_cycle_start_{unit}") or 0)
+            warmup = round(fraction * max(parse_count(length) - start, 0))
             values["optimizer"] = {**optimizer, f"lr_warmup_{unit}": warmup}
             return
 

@@ -328,7 +328,8 @@ class OptimizerConfig:
     lr_warmup_init: NonNegativeNumber = 0.0
     """learning rate at the start of the warmup"""
     lr_warmup_iters: Count = 0
-    """length of the linear warmup in iterations"""
+    """length of the linear warmup in iterations; --lr-warmup-fraction sets it as a fraction of the
+    decay's length"""
     lr_warmup_samples: Count = 0
     """length of the linear warmup in samples; requires train_samples"""
     lr_cycle_start_iters: Count = 0

@@ -34,6 +34,7 @@ TRAINING = """
 --data-cache-path cache --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model t.model
 --accumulate-allreduce-grads-in-fp32 --exit-signal-handler --save-retain-interval 500
 """.split()
+CYCLE = ("--load", "runs/any", "--lr-cycle-start-iters")
 DATA = "--data-path 0.7 d/en_text_document 3e-1 d/zh_text_document --split 98,1,1".split()
 
 
@@ -136,6 +137,10 @@ def test_documents_are_isolated(path, flag: str) -> None:
     [
         (["--lr-warmup-fraction", ".05"], ("lr_warmup_iters", 5)),
         (["--lr-warmup-fraction", ".05", "--lr-decay-iters", "2K"], ("lr_warmup_iters", 100)),
+        (
+            ["--lr-warmup-fraction", ".05", "--lr-decay-iters", "2K", *CYCLE, "1500"],
+            ("lr_warmup_iters", 25),
+        ),
         (["--train-samples", "800", "--lr-warmup-fraction", "0.5"], ("lr_warmup_samples", 400)),
         (["--rotary-seq-len-interpolation-factor", "2"], ("rope_scaling_factor", 2.0)),
         (["--use-rope-scaling"], ("rope_original_max_position_embeddings", 8192)),
@@ -183,6 +188,10 @@ def test_everything_that_is_wrong_is_said_at_once(path) -> None:
         (["--ckpt-format", "torch"], "--ckpt-format torch: not supported (tools/convert_"),
         (["--expert-model-parallel-size", "2"], "--expert-model-parallel-size 2: not supported"),
         (["--lr-warmup-fraction", "2"], "--lr-warmup-fraction: must be one number from 0 to 1"),
+        (
+            ["--train-samples", "800", "--lr-warmup-fraction", ".1", *CYCLE, "5"],
+            "--lr-warmup-fraction: is a fraction of samples, and optimizer.lr_cycle_start_iters is",
+        ),
         (["--encoder-num-layers"], "--encoder-num-layers: takes one value, not 0"),
         (["--valid-data-path", "v"], "--valid-data-path: needs --train-data-path"),
         (["--data-args-path", "nowhere.txt"], "--data-args-path: nowhere.txt: "),
