@@ -40,6 +40,8 @@ PALETTE = "#2a6fdb #d96a0b #0c8f76 #b83a8c #8a7200 #7a60e0 #0f86a8 #d0414a".spli
 SYMBOLS = "circle square triangle-up diamond x triangle-down cross hexagon".split()
 HATCHES = ("", "/", "-", "\\", ".", "|", "+", "x")
 DASHES = ("solid", "dash", "dot")
+# Validations of the average of the weights, of the test split, and of both.
+VARIANTS = {" (test) (ema)": "longdashdot", " (ema)": "dashdot", " (test)": "longdash"}
 NO_COLOR = -1
 GREY = "#85909c"
 MARK_STYLES = {
@@ -51,6 +53,7 @@ MARK_STYLES = {
 MAX_MARKS = 40
 MAX_COLORED_SOURCES = 12
 MAX_COMPARED_SOURCES = 8
+MAX_LAYERS = 12
 OTHERS = "others"
 LOSS, BITS = "Loss (nats per token)", "Bits per byte"
 SMOOTHED = "Bold: moving mean; thin: logged values."
@@ -76,6 +79,7 @@ class Line:
     color: int  # index into the palette, or `NO_COLOR`
     # float64[n], the values before smoothing; None if they are not shown
     background: FloatArray | None = None
+    dash: str = ""  # dash pattern; "" for that of the colour
 
     @classmethod
     def smoothed(cls, label: str, x: FloatArray, y: FloatArray, color: int) -> "Line":
@@ -175,7 +179,7 @@ def line_chart(
         marker: dict[str, object] = {"size": 8, "maxdisplayed": 0 if few else 8}
         if line.color != NO_COLOR:
             stroke["color"] = marker["color"] = PALETTE[line.color % 8]
-            stroke["dash"] = DASHES[line.color // 8 % 3]
+            stroke["dash"] = line.dash or DASHES[line.color // 8 % 3]
             marker["symbol"] = SYMBOLS[line.color % 8]
         group = {"x": line.x, "legendgroup": label, "meta": label}
         if line.background is not None:
@@ -210,13 +214,24 @@ def line_chart(
 
 def source_colors(run: RunMetrics) -> dict[str, int]:
     """Returns palette indices of the `MAX_COLORED_SOURCES` most drawn sources, in logged order."""
-    names = list(run.sources) or list(run.validation)
+    names = list(run.sources) or list(
+        dict.fromkeys(_variant(run, one)[0] for one in run.validation)
+    )
     if len(names) > MAX_COLORED_SOURCES and run.sources:
         steps, shares = samples_per_record(run), realised_shares(run)
         drawn = {name: np.nansum(shares[name] * steps) for name in names}
         most = set(sorted(names, key=lambda name: -drawn[name])[:MAX_COLORED_SOURCES])
         names = [name for name in names if name in most]
     return {name: color for color, name in enumerate(names[:MAX_COLORED_SOURCES])}
+
+
+def _variant(run: RunMetrics, name: str) -> tuple[str, str]:
+    """Returns the source that a validation is of, and the dash pattern of its curve."""
+    if name not in run.sources:
+        for suffix, dash in VARIANTS.items():
+            if name.endswith(suffix):
+                return name.removesuffix(suffix), dash
+    return name, ""
 
 
 def mixture_chart(run: RunMetrics) -> Chart:
@@ -302,6 +317,15 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
             "deviation. An exact blend stays below one sample.",
             levels=(-1.0, 0.0, 1.0),
         )
+    charts += decision_charts(run) + line_chart(
+        "Weight in the objective",
+        axis.label,
+        "Weight",
+        _per_source(run, run.sources, axis.x, "objective_weight"),
+        find_marks(run, axis),
+        "How much a loss token of each source counts in the objective.",
+        from_zero=True,
+    )
     return charts + line_chart(
         "Epochs per source",
         axis.label,
@@ -310,6 +334,26 @@ def blend_charts(run: RunMetrics) -> list[Chart]:
         find_marks(run, axis),
         "Number of times each source has been read so far.",
         from_zero=True,
+    )
+
+
+def decision_charts(run: RunMetrics) -> list[Chart]:
+    """Draws the weights that a controller decided, as steps from horizon to horizon."""
+    bounds = [bound for one in run.decisions for bound in (one.begin, one.end)]
+    x, colors = np.array(bounds, dtype=np.float64), source_colors(run)
+    shares = [one.weights for one in run.decisions for _ in range(2)]
+    lines = []
+    for name, color in colors.items():
+        y = np.array([weights.get(name, np.nan) for weights in shares], dtype=np.float64)
+        lines.append(Line(name, *condense(x, y, "last"), color))
+    return line_chart(
+        "Decided weights",
+        SAMPLES,
+        "Share of samples",
+        lines,
+        caption=f"{len(run.decisions):,} decisions of the controller, where they apply.",
+        from_zero=True,
+        percent=True,
     )
 
 
@@ -335,8 +379,20 @@ def validation_charts(run: RunMetrics) -> list[Chart]:
     """Draws the validation loss and the bits per byte of each source."""
     axis = XAxis.of(run)
     x = axis.at(run.validation_iteration)
-    loss, bits = (_per_source(run, run.validation, x, key) for key in ("loss", "bits_per_byte"))
+    colors = source_colors(run)
+    variants = {name: _variant(run, name) for name in run.validation}
+    loss, bits = (
+        [
+            Line(name, *condense(x, block[key], "last"), colors[source], dash=dash)
+            for name, block in run.validation.items()
+            for source, dash in (variants[name],)
+            if source in colors
+        ]
+        for key in ("loss", "bits_per_byte")
+    )
     held_out, marks = "On held-out documents", find_marks(run, axis)
+    if any(name.endswith(" (ema)") for name in variants):
+        held_out += "; (ema): of the average of the weights"
     comparable = f"{held_out}; comparable between vocabularies."
     return [
         *line_chart("Validation loss", axis.label, LOSS, loss, marks, f"{held_out}."),
@@ -345,13 +401,13 @@ def validation_charts(run: RunMetrics) -> list[Chart]:
 
 
 def optimizer_charts(run: RunMetrics) -> list[Chart]:
-    """Draws the learning rate, the batch size if it changes, the gradient norm and the speed."""
+    """Draws the rate, norms and speed, and the batch size and weight decay if they change."""
     x, columns = run.iteration, run.columns
     marks = find_marks(run, XAxis.of(run, ITERATION))
     weights = columns["params_norm"]
     is_known = np.isfinite(weights)  # only in iterations that were logged
-    norm, batch = columns["grad_norm"], columns["global_batch_size"]
-    is_changing = len(np.unique(batch[np.isfinite(batch)])) > 1
+    norm = columns["grad_norm"]
+    batch, decay = (_if_changing(columns[key]) for key in ("global_batch_size", "weight_decay"))
     positive = norm[norm > 0]
     is_log = bool(len(positive) and positive.max() > 30 * np.median(positive))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -363,14 +419,23 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             "Learning rate",
             [Line("learning rate", *condense(x, columns["learning_rate"], "last"), 0)],
             marks,
-            "As used by the optimizer.",
+            _describe_rate(run),
+            from_zero=True,
+        ),
+        *line_chart(
+            "Weight decay",
+            ITERATION,
+            "Weight decay",
+            [Line("weight decay", *condense(x, decay, "last"), 6)],
+            marks,
+            "Of the parameters that have one.",
             from_zero=True,
         ),
         *line_chart(
             "Batch size",
             ITERATION,
             "Samples per iteration",
-            [Line("global batch size", *condense(x, batch, "last"), 4)] if is_changing else [],
+            [Line("global batch size", *condense(x, batch, "last"), 4)],
             marks,
             "The samples of all ranks.",
             from_zero=True,
@@ -393,6 +458,7 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             marks,
             "All weights, after the update.",
         ),
+        *_layer_charts(run, marks),
         *line_chart(
             "Throughput",
             ITERATION,
@@ -413,6 +479,48 @@ def optimizer_charts(run: RunMetrics) -> list[Chart]:
             percent=True,
         ),
     ]
+
+
+def _if_changing(values: FloatArray) -> FloatArray:
+    """Returns the values; NaN if all that are known are equal."""
+    is_changing = len(np.unique(values[np.isfinite(values)])) > 1
+    return values if is_changing else np.full_like(values, np.nan)
+
+
+def _describe_rate(run: RunMetrics) -> str:
+    """Describes the logged rate, which is not that of every tensor with some settings."""
+    stages = run.setting("train", "stages")
+    stages = stages if isinstance(stages, list) else []
+    exceptions = []
+    if run.setting("optimizer", "decoupled_lr") is not None:
+        exceptions.append("embedding and output layer have one of their own (decoupled_lr)")
+    if any(isinstance(stage, dict) and stage.get("lr_multipliers") for stage in stages):
+        exceptions.append("stages multiply it for some tensors (lr_multipliers)")
+    if not exceptions:
+        return "As used by the optimizer."
+    return f"The common rate; {' and '.join(exceptions)}."
+
+
+def _layer_charts(run: RunMetrics, marks: Sequence[Mark]) -> list[Chart]:
+    """Draws the norms of at most `MAX_LAYERS` layers."""
+    names = list(run.layers)
+    places = np.linspace(0, len(names) - 1, min(len(names), MAX_LAYERS)).round().astype(int)
+    shown = [names[place] for place in places]
+    which = "" if len(shown) == len(names) else f" {len(shown)} of {len(names)} layers."
+    charts = []
+    for title, key, when in (
+        ("Gradient norm per layer", "grads", "Before clipping."),
+        ("Weight norm per layer", "params", "After the update."),
+    ):
+        lines = [
+            Line(name, *condense(run.layer_iteration, run.layers[name][key], "last"), color)
+            for color, name in enumerate(shown)
+        ]
+        is_log = any((line.y > 0).any() for line in lines)
+        charts += line_chart(
+            title, ITERATION, "Norm (logarithmic)", lines, marks, when + which, log=is_log
+        )
+    return charts
 
 
 def comparison_charts(runs: Sequence[RunMetrics], names: Sequence[str]) -> list[Chart]:

@@ -42,6 +42,7 @@ RUN_FIELDS = (
     "consumed_tokens",
     "lm_loss",
     "learning_rate",
+    "weight_decay",
     "grad_norm",
     "params_norm",
     "tokens_per_second",
@@ -59,8 +60,12 @@ RUN_FIELDS = (
     "num_rollbacks",
     "stage",
 )
-SOURCE_FIELDS = ("loss", "weight", "realised", "tokens", "loss_tokens", "epochs")
+SOURCE_FIELDS = (
+    *("loss", "weight", "realised", "tokens", "loss_tokens", "epochs"),
+    "objective_weight",
+)
 VALIDATION_FIELDS = ("loss", "bits_per_byte")
+LAYER_FIELDS = ("params", "grads")
 MAX_POINTS = 360
 """Maximum number of points per curve."""
 MAX_CHANGES = 20
@@ -159,8 +164,10 @@ class Records:
 class MetricsReader:
     """Reads a `metrics.jsonl` that may grow, be truncated or be replaced between reads.
 
-    ``training`` has a row per logged iteration, and ``validation`` one per validation. ``repeats``
-    holds the last iteration logged before each resume, by the iteration that was resumed from.
+    ``training`` has a row per logged iteration, ``layers`` one per iteration with norms of layers,
+    and ``validation`` one per validation. ``decisions`` are those of a controller by the number of
+    their horizon. ``repeats`` holds the last iteration logged before each resume, by the iteration
+    that was resumed from.
     """
 
     def __init__(self, path: Path) -> None:
@@ -169,7 +176,9 @@ class MetricsReader:
 
     def _reset(self) -> None:
         self.training = Records(RUN_FIELDS, "sources", SOURCE_FIELDS)
+        self.layers = Records((), "layer_norms", LAYER_FIELDS)
         self.validation = Records((), "validation", VALIDATION_FIELDS)
+        self.decisions: dict[int, Decision] = {}
         self.repeats: dict[int, int] = {}
         self._num_unreadable = 0
         self._is_torn = False
@@ -205,14 +214,21 @@ class MetricsReader:
         elif "validation" in record:
             self.validation.cut(iteration)
             self.validation.append(record)
-        elif "choice" not in record and "decision" not in record:
+        elif "decision" in record:
+            decision = _parse_decision(record["decision"])
+            if decision is not None:
+                self.decisions[decision.horizon] = decision
+        elif "choice" not in record:
             reached = int(self.training.iteration[-1]) if self.training.iteration else 0
             if self.training.cut(iteration):
                 # The run was resumed before this iteration, so later records are invalid.
                 self.repeats = {at: to for at, to in self.repeats.items() if at < iteration - 1}
                 self.repeats[iteration - 1] = reached
                 self.validation.cut(iteration)
+                self.layers.cut(iteration)
             self.training.append(record)
+            if isinstance(record.get("layer_norms"), dict):
+                self.layers.append(record)
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
@@ -259,6 +275,27 @@ def _parse_restart(record: Mapping[str, Any]) -> Restart | None:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """Weights that a controller decided for a horizon."""
+
+    horizon: int  # number of the horizon, from 0
+    begin: int  # first sample of the horizon
+    end: int  # the sample after the last
+    weights: Mapping[str, float]  # shares by source
+
+
+def _parse_decision(record: Any) -> Decision | None:
+    if not isinstance(record, dict) or not isinstance(record.get("weights"), dict):
+        return None
+    horizon, begin, end = (record.get(key) for key in ("horizon", "begin", "end"))
+    if not all(type(value) is int and 0 <= value < 2**53 for value in (horizon, begin, end)):
+        return None
+    given = list(record["weights"].items())[:MAX_SOURCES]
+    weights = {name: _to_float(weight) / 2**32 for name, weight in given}
+    return Decision(record["horizon"], record["begin"], record["end"], weights)
+
+
+@dataclass(frozen=True)
 class RunMetrics:
     """The logged metrics of one run."""
 
@@ -271,6 +308,9 @@ class RunMetrics:
     sources: BySource
     validation_iteration: FloatArray  # float64[m], the iterations with a validation, ascending
     validation: BySource  # float64[m] for each source and each of `VALIDATION_FIELDS`
+    layer_iteration: FloatArray  # float64[k], the iterations with norms of layers, ascending
+    layers: BySource  # float64[k] for each layer and each of `LAYER_FIELDS`
+    decisions: tuple[Decision, ...]  # decisions of a controller, by horizon
     restarts: tuple[Restart, ...]  # restarts in chronological order
     status: str  # one of `megatron_chatflow.training.callbacks.restarts.Status`; "" if unknown
     num_unreadable_lines: int  # number of lines that were skipped because they are not records
@@ -354,6 +394,9 @@ class RunReader:
             sources=training.by_source(),
             validation_iteration=np.array(validation.iteration, dtype=np.float64),
             validation=validation.by_source(),
+            layer_iteration=np.array(metrics.layers.iteration, dtype=np.float64),
+            layers=metrics.layers.by_source(),
+            decisions=tuple(one for _, one in sorted(metrics.decisions.items())),
             restarts=recorded
             or _counted_restarts(iteration, columns)
             or tuple(Restart(iteration=before, reached=reached) for before, reached in repeats),

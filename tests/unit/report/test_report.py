@@ -376,6 +376,69 @@ def test_several_runs_on_one_page(tmp_path: Path) -> None:
     assert "<th>foundation</th><th>chatflow</th>" in page
 
 
+def test_averages_and_test_splits_are_drawn_beside_their_source(tmp_path: Path) -> None:
+    records = synthetic_records(200)
+    for record in records:
+        block = record.get("validation", {})
+        for suffix in (" (ema)", " (test)", " (test) (ema)"):
+            block |= {f"{name}{suffix}": block[name] for name in FLOORS if block}
+    figures = check_page(build(write_run(tmp_path / "run", records))).figures
+    for title in ("Validation loss", "Validation bits per byte"):
+        shown = curves(figures[title])
+        assert len(shown) == 4 * len(FLOORS)
+        for name in FLOORS:
+            lines = [shown[f"{name}{end}"] for end in ("", " (ema)", " (test)", " (test) (ema)")]
+            assert len({line.line.color for line in lines}) == 1
+            assert len({line.line.dash for line in lines}) == 4
+    # Without rows of training, sources are known by their validations only.
+    only = [record for record in records if "validation" in record]
+    only[-1]["iteration"] = 200
+    figures = check_page(build(write_run(tmp_path / "only", only))).figures
+    assert len(curves(figures["Validation loss"])) == 4 * len(FLOORS)
+
+
+def test_what_schedules_change_is_drawn(tmp_path: Path) -> None:
+    records = synthetic_records(60)
+    for record in records:
+        if "lm_loss" in record:
+            at = record["iteration"]
+            record["weight_decay"] = 0.01 * at
+            for index, block in enumerate(record["sources"].values()):
+                block["objective_weight"] = 1.0 + index * at
+            if at % 10 == 0:
+                record["layer_norms"] = {
+                    f"layers.{k}": {"params": 10.0 + k, "grads": 0.1 * (k + 1)} for k in range(30)
+                }
+    shares = [[2**31, 2**31, 0, 0], [2**30] * 4]
+    for number, row in enumerate([shares[1], shares[0]]):
+        weights = dict(zip(FLOORS, row, strict=True))
+        place = {"horizon": number, "begin": 480 * number, "end": 480 * (number + 1)}
+        records.insert(30, {"iteration": 20, "decision": {**place, "weights": weights}})
+    page = build(write_run(tmp_path / "run", records))
+    figures = check_page(page).figures
+    assert numbers(curves(figures["Weight decay"])["weight decay"].y)[-1] == pytest.approx(0.6)
+    objective = curves(figures["Weight in the objective"])
+    assert numbers(objective["instruction"].y)[-1] == 181.0
+    decided = curves(figures["Decided weights"])["english"]
+    assert numbers(decided.x).tolist() == [0, 480, 480, 960]
+    assert numbers(decided.y).tolist() == [0.25, 0.25, 0.5, 0.5]
+    layers = curves(figures["Gradient norm per layer"])
+    assert len(layers) == 12 and {"layers.0", "layers.29"} <= set(layers)
+    assert numbers(layers["layers.29"].x).tolist() == [10, 20, 30, 40, 50, 60]
+    assert "12 of 30 layers" in page and "Weight norm per layer" in page
+
+
+def test_the_rate_that_is_not_every_tensor_s_is_described(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", synthetic_records(20))
+    assert "As used by the optimizer." in build(folder)
+    text = (folder / "config.yaml").read_text()
+    settings = text.replace("train:\n", "train:\n  stages: [{lr_multipliers: {output: 2}}]\n")
+    (folder / "config.yaml").write_text(settings + "optimizer: {decoupled_lr: 0.1}\n")
+    page = build(folder)
+    assert "The common rate; embedding and output layer have one of their own" in page
+    assert "and stages multiply it" in page and "As used by the optimizer." not in page
+
+
 def test_a_single_source_has_no_mixture(tmp_path: Path) -> None:
     page = build(write_run(tmp_path / "one", synthetic_records(60, ["english"])))
     check_page(page)

@@ -323,7 +323,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
     max_leaves=8,
 )
-KNOWN = st.sampled_from(["lm_loss", "sources", "validation", "consumed_tokens", "num_restarts"])
+KNOWN = st.sampled_from(
+    [
+        *("lm_loss", "sources", "validation", "consumed_tokens", "num_restarts"),
+        *("decision", "layer_norms", "weight_decay"),
+    ]
+)
 RECORD = st.dictionaries(KNOWN, JSON, max_size=5)
 
 
