@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -53,7 +53,6 @@ from megatron_chatflow.tokenizer.small_files import (
 )
 
 Method = Literal["mean", "slerp", "task_vectors"]
-METHODS = get_args(Method)
 
 _PARALLEL = 1e-4  # radians below which tensors count as parallel
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_chatflow.blend.edits import Edit
+from megatron_chatflow.checkpoint.decisions import METRICS_FILE
 from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.errors import LocalError, UserError
@@ -22,7 +23,6 @@ from megatron_chatflow.training.callbacks import Callback
 from megatron_chatflow.training.callbacks.console import Console
 from megatron_chatflow.training.callbacks.isolated import IsolatedCallback
 from megatron_chatflow.training.callbacks.metrics_file import (
-    METRICS_FILE,
     MetricsFile,
     Truncation,
     truncate_metrics,

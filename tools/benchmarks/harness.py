@@ -61,12 +61,14 @@ def load_benchmark(name: str) -> Benchmark:
 
 def machine() -> dict[str, Any]:
     """Describes the machine: CPU, cores, threads, memory, GPUs and operating system."""
-    cpu = platform.processor() or platform.machine()
+    # Not platform.processor() or platform.platform(): Python 3.11 starts a process in them.
+    cpu = platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
+    system = os.uname()
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "cpu": cpu,
@@ -74,7 +76,7 @@ def machine() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(k) for k in range(num_gpus)],
-        "system": platform.platform(),
+        "system": f"{system.sysname}-{system.release}-{system.machine}",
     }
 
 

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_chatflow.checkpoint.decisions import METRICS_FILE
 from megatron_chatflow.checkpoint.files import write_unless_disk_full
 from megatron_chatflow.evaluation.validation import SourceLoss
 from megatron_chatflow.files import fsync_path
 from megatron_chatflow.training.callbacks import Callback
 from megatron_chatflow.training.report import IterationReport, finite
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
