@@ -558,8 +558,10 @@ def fixed_schedule(
 ) -> dict[str, Any]:
     """Returns the ``data.schedule`` block with the weights of recorded decisions.
 
-    Weights are integers of sum 2**32, so the block has exactly these weights at every sample. Every
-    knot gets the ``objective_weights`` of the run's knot.
+    Weights are integers of sum 2**32, so the block has exactly these weights. They apply at the
+    samples of the decisions if the batch divides the horizon, and otherwise from the first
+    iteration on that begins in a horizon. Every knot gets the ``objective_weights`` of the run's
+    knot.
     """
     more = {"objective_weights": dict(objective_weights)} if objective_weights else {}
     knots: list[dict[str, Any]] = []
