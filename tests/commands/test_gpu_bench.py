@@ -27,10 +27,11 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
     kernels = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert {row["operation"] for row in kernels} == {"loss passes", "attention"}
     assert all(row["microseconds"] > 0 for row in kernels)
-    for name, micro_batch_size in zip(reports, (2, 1, 2), strict=True):
+    for name, micro_batch_size in zip(reports, (None, 1, None), strict=True):
         report = json.loads((tmp_path / name).read_text())
         assert report["ours"]["tokens_per_second"] > 0
         assert report["arguments"]["micro_batch_size"] == micro_batch_size
+        assert report["arguments"]["recompute"] == (name == "train_whole.json")
 
 
 def test_a_step_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:

@@ -137,14 +137,14 @@ class BenchmarkVocabulary:
     fingerprint: str = ""
 
 
-def write_corpus(prefix: Path, num_tokens: int) -> None:
+def write_corpus(prefix: Path, num_tokens: int, vocab_size: int = VOCAB_SIZE) -> None:
     """Writes random ids in documents of lognormal length, about 660 tokens."""
     random = np.random.default_rng(0)
     writer = IndexedDatasetWriter(prefix, np.uint16)
     while writer.num_tokens < num_tokens:
         lengths = random.lognormal(6.0, 1.0, 4096).astype(np.int32).clip(1, 1 << 15)
         # Id 0 is the peer's end of a document, so it ends ours too.
-        ids = random.integers(1, VOCAB_SIZE, int(lengths.sum()), dtype=np.uint16)
+        ids = random.integers(1, vocab_size, int(lengths.sum()), dtype=np.uint16)
         ids[np.cumsum(lengths) - 1] = 0
         writer.add_documents(ids, lengths)
     writer.finalize()

@@ -1,4 +1,4 @@
-"""Model shapes of the training benchmark: widths of LLaMA-2, and a model for one CPU."""
+"""Model shapes of the training benchmark: widths of LLaMA-2, and models for CPUs."""
 
 from dataclasses import dataclass
 
@@ -60,8 +60,10 @@ class Shape:
         )
 
 
-# Widths of LLaMA-2, mostly with fewer layers, and a model that one CPU can train.
+# Widths of LLaMA-2, mostly with fewer layers, a model that one CPU can train, and one that only
+# shows that a benchmark works.
 SHAPES = {
+    "tiny": Shape(1, 64, 176, 4, 4, 64, 2, vocab_size=512),
     "58m": Shape(8, 512, 1376, 8, 8, 1024, 4),
     "7b": Shape(8, 4096, 11008, 32, 32, 4096, 2),
     # The complete model: 18 bytes per parameter are 121 GB.

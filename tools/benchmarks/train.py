@@ -180,7 +180,7 @@ class OnData(AbstractContextManager["OnData"]):
         """
         if prefix is None:
             prefix = folder / "corpus"
-            write_corpus(prefix, max(_NUM_TOKENS, 64 * shape.num_tokens))
+            write_corpus(prefix, max(_NUM_TOKENS, 64 * shape.num_tokens), shape.vocab_size)
         config = DataConfig(
             seq_length=shape.seq_length,
             sources={_SOURCE: SourceConfig(paths=(prefix,))},
