@@ -68,6 +68,10 @@ def runs(tiny_run: TinyRun) -> Path:
         run = [*base, "--save", folder / name, "--load", folder / name]
         tasks += [[*run, *before, "--exit-interval", 4], [*run, *after]]
     tasks += [[*base, *BF16, "--exit-interval", 4, "--save", folder / "two_ranks"]]
+    tasks += [
+        [*base, *flags, "--exit-interval", 2, "--save", folder / f"begun_{name}"]
+        for name, flags in (("plain", SHARDED), ("aware", AWARE))
+    ]
     jobs.run_with_stand_in(2, tasks, folder)
     export_checkpoint(folder / "plain", folder / "huggingface", dtype="fp32")
     one_step = ["--exit-interval", 1, "--eval-interval", 100]
@@ -109,7 +113,7 @@ def _losses(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("name", "nearest", "farthest"),
     [
-        ("aware", 0, 5e-3),
+        ("aware", 0, 0.02),
         ("bf16", 1e-6, 0.02),
         ("fp16", 1e-6, 0.02),
         ("bf16_gradients", 1e-6, 0.02),
@@ -128,8 +132,39 @@ def test_losses_stay_close_to_those_of_fp32_state(
     expected = expected[-len(found) :]
     assert len(found) in (6, 10)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
+    # Where an update ends halfway between two bf16 values, the two optimizers round to different
+    # ones, and later losses differ by what bf16 makes of that: up to 1.4e-3 with fp32 moments.
     assert nearest <= max(differences) <= farthest
-    assert differences[0] <= 5e-3
+
+
+@pytest.mark.distributed
+def test_fp32_state_is_that_of_the_other_optimizer(runs: Path) -> None:
+    assert _losses(runs / "begun_aware") == _losses(runs / "begun_plain")
+    expected = _tensors(runs / "begun_plain" / "iter_0000002")
+    found = _tensors(runs / "begun_aware" / "iter_0000002")
+    assert found.keys() == expected.keys()
+    num_rounded_apart = 0
+    for key, tensor in expected.items():
+        if key.startswith("optimizer."):
+            assert torch.equal(found[key], tensor), key
+            continue
+        master = expected[f"optimizer.state.fp32_param.{key}"]
+        is_halfway = master.view(torch.int32) % 2**16 == 2**15
+        assert torch.equal(found[key][~is_halfway], tensor[~is_halfway]), key
+        num_rounded_apart += int((found[key] != tensor).sum())
+    assert num_rounded_apart <= 100
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("name", "continued"),
+    [("to_aware", "plain"), ("to_plain", "bf16"), ("to_unsharded", "bf16"), ("one_rank", "bf16")],
+)
+def test_a_changed_optimizer_goes_on_with_the_same_weights(
+    runs: Path, name: str, continued: str
+) -> None:
+    # The fifth iteration of all ten, or the first of a run that began after the fourth.
+    assert _losses(runs / name)[-6] == pytest.approx(_losses(runs / continued)[4], abs=1e-6)
 
 
 @pytest.mark.distributed
