@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -149,6 +150,7 @@ def plan_layout(
     is_missing = {
         "bf16": False,
         "fp8": not gpu.fp8,
+        "blockwise": not gpu.fp8,
         "mxfp8": gpu.family != "blackwell",
     }
     if is_missing[layout.stack.precision]:
@@ -210,8 +212,11 @@ def search_layouts(
 def valid_layouts(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
     """Yields the run with every layout to consider for which its configuration is valid.
 
-    Data-parallel ranks shard the optimizer's state, and both exchanges overlap with compute.
+    Data-parallel ranks shard the optimizer's state, and both exchanges overlap with compute,
+    unless FP8 weights rule that out.
     """
+    # Other modules than the default are only valid with selective recomputation.
+    modules: tuple[Any, Any] = ("core_attn",), config.train.recompute_modules
     for parallel in _parallel_configs(config, num_gpus):
         for micro_batch_size in MICRO_BATCH_SIZES:
             for granularity in (None, "selective", "full"):
@@ -226,6 +231,7 @@ def valid_layouts(config: RunConfig, num_gpus: int) -> Iterator[RunConfig]:
                             recompute_granularity=granularity,
                             recompute_method="uniform" if is_full else None,
                             recompute_num_layers=1 if is_full else None,
+                            recompute_modules=modules[granularity == "selective"],
                         ),
                     )
                     validate_for_world(layout, num_gpus)
@@ -255,7 +261,8 @@ def _parallel_configs(config: RunConfig, num_gpus: int) -> Iterator[ParallelConf
                         sequence_parallel=tensor > 1,
                         use_distributed_optimizer=True,
                         overlap_grad_reduce=True,
-                        overlap_param_gather=True,
+                        overlap_param_gather=not config.train.reuse_grad_buf_for_mxfp8_param_ag,
+                        tp_comm_overlap=config.parallel.tp_comm_overlap and tensor > 1,
                     )
 
 

@@ -22,7 +22,7 @@ count as two).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 from megatron_chatflow.config import RunConfig, TrainConfig
@@ -31,7 +31,7 @@ from megatron_chatflow.config.shape import head_counts, num_model_chunks, padded
 from megatron_chatflow.errors import UserError
 
 Family = Literal["ampere", "hopper", "blackwell"]
-Precision = Literal["bf16", "fp8", "mxfp8"]
+Precision = Literal["bf16", "fp8", "blockwise", "mxfp8"]
 Attention = Literal["flash", "flash2", "unfused"]
 Sharding = Literal["none", "optimizer", "weights"]
 
@@ -110,11 +110,11 @@ class FittedConstants:
     """
 
     ampere: float = 0.758
-    hopper: float = 0.624
-    blackwell: float = 0.540
-    fp8: float = 0.858
-    tensor: float = 0.433
-    data: float = 0.150
+    hopper: float = 0.645
+    blackwell: float = 0.560
+    fp8: float = 0.828
+    tensor: float = 0.673
+    data: float = 0.122
 
 
 # Fixed constants.
@@ -135,6 +135,14 @@ TENSOR_COLLECTIVES = (4, 6)  # gathers and reduce-scatters of a layer, forward a
 EAGER_FACTOR = 1.6  # memory traffic of elementwise operations that are not fused
 FLASH2_FACTOR = 0.65  # speed of FlashAttention-2 on GPUs after those that it was written for
 SMALL_HEAD_FACTOR = 0.75  # speed of attention with heads of fewer than 96 values
+# Bytes per gathered value of a layer's products in the forward and the backward pass. FP8 values
+# are gathered as such; with scales of blocks, gradients are gathered by rows and by columns.
+GATHERED_BYTES: dict[Precision, tuple[float, float]] = {
+    "bf16": (2, 2),
+    "fp8": (1, 1),
+    "blockwise": (1 + 4 / 128, 2 + 8 / 128),
+    "mxfp8": (1 + 1 / 32, 2 + 2 / 32),
+}
 ATTENTION_RAMP = 512  # tokens: the sequence length at which attention reaches half of its speed
 
 
@@ -206,18 +214,25 @@ class Stack:
     """What the training software decides. The defaults describe this project.
 
     Attributes:
-        precision: Precision of the layers' matrix products.
+        precision: Precision of the layers' matrix products. ``fp8`` has one scale for a tensor.
+        bf16_layers: Share of the layers that compute in bf16 in any case.
+        weight_bytes: Bytes per value of the layers' matrices when data-parallel ranks gather them.
         gradient_bytes: Bytes per gradient in the data-parallel reduction.
         overlaps_tensor_exchange: Whether matrix products overlap the tensor-parallel exchange
             (`tp_comm_overlap` of transformer-engine).
+        rotates_keys: Whether keys and values go round the context-parallel ranks while attention
+            computes (ring attention). Otherwise they are gathered first.
         attention: Kernel: ``flash`` (cuDNN, FlashAttention-3 or newer), ``flash2``
             (FlashAttention-2) or ``unfused`` (stores the scores).
         fuses_elementwise: Whether elementwise operations are fused.
     """
 
     precision: Precision = "bf16"
+    bf16_layers: float = 0.0
+    weight_bytes: float = 2.0
     gradient_bytes: int = 4
     overlaps_tensor_exchange: bool = False
+    rotates_keys: bool = False
     attention: Attention = "flash"
     fuses_elementwise: bool = True
 
@@ -226,7 +241,30 @@ def _precision(train: TrainConfig) -> Precision:
     """Returns the precision of the layers' products; FP4 counts as mxfp8, for want of figures."""
     if train.fp4_format is not None or (train.fp8_format and train.fp8_recipe == "mxfp8"):
         return "mxfp8"
-    return "bf16" if train.fp8_format is None else "fp8"
+    if train.fp8_format is None:
+        return "bf16"
+    return "blockwise" if train.fp8_recipe == "blockwise" else "fp8"
+
+
+def _stack(config: RunConfig) -> Stack:
+    parallel, train = config.parallel, config.train
+    precision, bf16_layers = _precision(train), 0.0
+    if train.first_last_layers_bf16:
+        num_bf16 = train.num_layers_at_start_in_bf16 + train.num_layers_at_end_in_bf16
+        bf16_layers = num_bf16 / config.model.num_layers
+    weight_bytes = 2.0
+    # Matrices in MXFP8 are gathered in bf16, through the gradient buffer.
+    if train.fp8_param_gather and precision != "mxfp8":
+        weight_bytes = 1 + bf16_layers
+    is_flash2 = train.attention_backend in ("flash_attn_2", "flash", "sdpa")
+    return Stack(
+        precision=precision,
+        bf16_layers=bf16_layers,
+        weight_bytes=weight_bytes,
+        gradient_bytes=2 if config.has_bf16_gradients else 4,
+        overlaps_tensor_exchange=parallel.tp_comm_overlap,
+        attention="flash2" if is_flash2 else "flash",
+    )
 
 
 @dataclass(frozen=True)
@@ -293,7 +331,6 @@ class StepLayout:
             layers = config.model.num_layers // parallel.pipeline_model_parallel_size // chunks
             is_block = train.recompute_method == "block"
             recomputed = (train.recompute_num_layers or 0) / layers if is_block else 1.0
-        is_flash2 = train.attention_backend in ("flash_attn_2", "flash", "sdpa")
         return cls(
             num_gpus=world_size,
             tensor=parallel.tensor_model_parallel_size,
@@ -311,12 +348,7 @@ class StepLayout:
             overlaps_grad_reduce=parallel.overlap_grad_reduce,
             overlaps_param_gather=parallel.overlap_param_gather,
             network=network,
-            stack=Stack(
-                precision=_precision(train),
-                gradient_bytes=2 if config.has_bf16_gradients else 4,
-                overlaps_tensor_exchange=parallel.tp_comm_overlap,
-                attention="flash2" if is_flash2 else "flash",
-            ),
+            stack=_stack(config),
         )
 
     @property
@@ -406,7 +438,7 @@ def predict_step(
     """
     constants = constants or FittedConstants()
     num_micro_batches, pipeline = layout.num_micro_batches, layout.pipeline
-    layer = _layer_time(shape, layout, gpu, constants)
+    layer = _mean_layer_time(shape, layout, gpu, constants)
     stages = [number * layer.seconds for number in stage_layers(shape, layout)]
     stages[-1] += _output_seconds(shape, layout, gpu, constants)
     # On average over the stages, because a stage with fewer layers waits for the others anyway.
@@ -576,6 +608,23 @@ class _LayerTime:
         return forward / self.seconds
 
 
+def _mean_layer_time(
+    shape: TransformerShape, layout: StepLayout, gpu: GpuSpec, constants: FittedConstants
+) -> _LayerTime:
+    """Returns the mean over layers of the run's precision and those that stay in bf16."""
+    layer, stack = _layer_time(shape, layout, gpu, constants), layout.stack
+    if not stack.bf16_layers:
+        return layer
+    in_bf16 = replace(layout, stack=replace(stack, precision="bf16"))
+    other, share = _layer_time(shape, in_bf16, gpu, constants), stack.bf16_layers
+    return _LayerTime(
+        *(
+            (1 - share) * mine + share * theirs
+            for mine, theirs in zip(astuple(layer), astuple(other), strict=True)
+        )
+    )
+
+
 def _layer_time(
     shape: TransformerShape, layout: StepLayout, gpu: GpuSpec, constants: FittedConstants
 ) -> _LayerTime:
@@ -587,14 +636,17 @@ def _layer_time(
     tensor_forward, tensor_backward = _tensor_exchange(shape, layout, gpu, constants)
     exchange_forward, exchange_backward = tensor_forward, tensor_backward
     if layout.context > 1:
-        # Keys and values go round in a ring. Attention hides all turns but the first.
         is_inside = layout.tensor * layout.context <= _domain(gpu, layout)
         bandwidth = gpu.nvlink * NVLINK_SHARE if is_inside else _network(gpu, layout)
         size = layout.tokens * 2 * shape.key_value_size / layout.tensor * 2
         turn = size / bandwidth + 2 * COLLECTIVE_SECONDS
         others = turn * (layout.context - 1)
-        exchange_forward += turn + max(0.0, others - attention_forward)
-        exchange_backward += 2 * turn + max(0.0, 2 * others - attention_backward)
+        if layout.stack.rotates_keys:  # attention hides all turns but the first
+            exchange_forward += turn + max(0.0, others - attention_forward)
+            exchange_backward += 2 * turn + max(0.0, 2 * others - attention_backward)
+        else:  # a gather before attention, and a reduce-scatter of their gradients after it
+            exchange_forward += others
+            exchange_backward += others
     collectives = TENSOR_COLLECTIVES if layout.tensor > 1 else (0, 0)
     launch_forward, launch_backward = (
         LAUNCH_SECONDS * (kernels + number)
@@ -686,11 +738,15 @@ def _tensor_exchange(
     size = ring_bytes(layout.tokens * shape.hidden_size * 2, layout.tensor)
     # Two gathers and two reduce-scatters each way, or two all-reduces of twice the bytes. With
     # sequence parallelism the backward pass has two more gathers, which its products always hide.
-    once = size / bandwidth + COLLECTIVE_SECONDS
+    # Only gathers are in the precision of the products.
+    precision = layout.stack.precision if layout.sequence_parallel else "bf16"
     is_hidden = layout.stack.overlaps_tensor_exchange
     share = constants.tensor if is_hidden else UNOVERLAPPED_TENSOR_SHARE
-    visible = TENSOR_COLLECTIVES[0] * once * share
-    return visible, visible
+    forward, backward = (
+        share * (2 * size * (1 + gathered / 2) / bandwidth + 4 * COLLECTIVE_SECONDS)
+        for gathered in GATHERED_BYTES[precision]
+    )
+    return forward, backward
 
 
 def _output_seconds(
@@ -738,9 +794,9 @@ def _update_seconds(
         layer: Times of a layer.
         slowest: Time of a micro-batch on the slowest stage.
     """
-    parameters = shape.num_layers / layout.pipeline * shape.layer_parameters / layout.tensor
+    matrices = shape.num_layers / layout.pipeline * shape.layer_parameters / layout.tensor
     num_tables = 1 if layout.pipeline > 1 or shape.is_tied else 2
-    parameters += num_tables * shape.table_parameters / layout.tensor
+    parameters = matrices + num_tables * shape.table_parameters / layout.tensor
     ranks = layout.data * layout.context
     per_node = max(1, min(ranks, _domain(gpu, layout) // layout.tensor))
     shards = 1 if layout.sharding == "none" else ranks
@@ -771,7 +827,8 @@ def _update_seconds(
         reduce, gather = 2 * scatter, 0.0
     else:
         reduce = scatter
-        gather = collective_seconds(2 * parameters, ranks, per_node, gpu, layout)
+        size = layout.stack.weight_bytes * matrices + 2 * (parameters - matrices)
+        gather = collective_seconds(size, ranks, per_node, gpu, layout)
     if layout.overlaps_grad_reduce:
         reduce = exposed_seconds(reduce, backward, constants)
     if layout.overlaps_param_gather:

@@ -149,6 +149,7 @@ def _parse(values: dict[str, str]) -> Row | None:
             # NeMo's recipes and InternEvo reduce in bf16.
             gradient_bytes=2 if values["stack"] in ("nemo", "bridge", "evo") else 4,
             overlaps_tensor_exchange=bool(integer("tp_overlap")),
+            rotates_keys=True,
             attention=cast(Any, values["attention"]),
             fuses_elementwise=values["stack"] not in ("fsdp", "nano"),
         ),

@@ -15,6 +15,7 @@ from megatron_chatflow.errors import UserError
 from megatron_chatflow.simulate.layout_search import (
     MEMORY_SHARE,
     TIE,
+    PlannedLayout,
     calibrate,
     describe_step,
     plan_layout,
@@ -26,9 +27,9 @@ from megatron_chatflow.simulate.step_time import GPUS, Stack, StepLayout
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = ROOT / "examples" / "llama2_7b"
-H100 = GPUS["h100"]
-NVIDIA = Stack(gradient_bytes=2, overlaps_tensor_exchange=True)
-"""What NVIDIA's recipes switch on beyond this project: gradients in bf16, overlapped products."""
+H100, B200 = GPUS["h100"], GPUS["b200"]
+NVIDIA = Stack(gradient_bytes=2, overlaps_tensor_exchange=True, rotates_keys=True)
+"""What NVIDIA's recipes switch on beyond this project."""
 
 
 def run(model: dict[str, Any], global_batch_size: int, seq_length: int) -> RunConfig:
@@ -192,6 +193,28 @@ def test_every_technique_is_considered() -> None:
     ]
     assert "DP32 MBS1" in names and "TP8 PP2 VP4 CP2 DP1 MBS4 full" in names
     assert "TP2 PP4 VP8 DP4 MBS2 selective" in names
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap",
+        "--recompute-granularity selective --recompute-modules core_attn mlp",
+        "--fp8-format hybrid --fp8-recipe mxfp8 --fp8-param-gather --use-distributed-optimizer "
+        "--no-overlap-param-gather --reuse-grad-buf-for-mxfp8-param-ag",
+    ],
+)
+def test_settings_of_the_run_leave_no_kind_of_layout_out(flags: str) -> None:
+    config = load_config(EXAMPLES / "7b.yaml", flags.split())
+    names = {layout.name for layout in planned(config)}
+    assert {"DP8 MBS1", "DP8 MBS1 full", "DP8 MBS1 selective", "TP2 DP4 MBS1"} <= names
+    assert names == {layout.name for layout in planned(load_config(EXAMPLES / "7b.yaml"))}
+
+
+def planned(config: RunConfig) -> list[PlannedLayout]:
+    """Plans every valid layout on eight B200."""
+    return [plan_layout(layout, 8, B200, 40076) for layout in valid_layouts(config, 8)]
 
 
 def test_layouts_that_the_validation_rejects_are_left_out() -> None:

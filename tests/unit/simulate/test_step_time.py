@@ -182,6 +182,68 @@ def test_the_exchange_of_tensor_parallelism() -> None:
     )
 
 
+def test_gathers_of_fp8_values_send_fewer_bytes() -> None:
+    """Reduce-scatters stay in bf16, and so does everything without sequence parallelism."""
+    layout = StepLayout(8, tensor=8, global_batch_size=4)
+    size = 4096 * 8192 * 7 / 8 / (0.75 * 450e9)
+    for precision, gathered in (("fp8", 1 + 1), ("blockwise", 3 * (1 + 4 / 128))):
+        fp8 = replace(layout, stack=Stack(precision=precision))
+        found = predict_step(LLAMA_70B, fp8, H100).model_parallel
+        sent = 2 * size * (2 * 2 + gathered) + 8 * 8e-6
+        assert found == pytest.approx(0.85 * 4 * 80 * sent)
+        whole = replace(fp8, sequence_parallel=False)
+        plain = replace(layout, sequence_parallel=False)
+        expected = predict_step(LLAMA_70B, plain, H100).model_parallel
+        assert predict_step(LLAMA_70B, whole, H100).model_parallel == pytest.approx(expected)
+
+
+def test_layers_in_bf16_take_the_time_of_bf16() -> None:
+    layout = StepLayout(8, tensor=8, global_batch_size=4)
+    times = [
+        predict_step(LLAMA_70B, replace(layout, stack=stack), H100).layers
+        for stack in (Stack(), Stack("fp8"), Stack("fp8", bf16_layers=0.25))
+    ]
+    assert times[2] == pytest.approx(0.25 * times[0] + 0.75 * times[1])
+    config = load_config(
+        EXAMPLES / "70b.yaml", "--fp8-format hybrid --first-last-layers-bf16".split()
+    )
+    stack = StepLayout.of(config, 64).stack
+    assert (stack.bf16_layers, stack.weight_bytes) == (2 / 80, 2)
+
+
+def test_weights_in_fp8_are_gathered_as_such() -> None:
+    flags = "--fp8-format hybrid --use-distributed-optimizer --fp8-param-gather".split()
+    stacks = [
+        StepLayout.of(load_config(EXAMPLES / "7b.yaml", [*flags, *more]), 8).stack
+        for more in ([], ["--first-last-layers-bf16"])
+    ]
+    assert [stack.weight_bytes for stack in stacks] == [1, 1 + 2 / 32]
+    layout = StepLayout(64, global_batch_size=64, overlaps_param_gather=False, network=1e9)
+    in_bf16, in_fp8 = (
+        predict_step(LLAMA_7B, replace(layout, stack=replace(stacks[0], weight_bytes=size)), H100)
+        for size in (2, 1)
+    )
+    matrices, tables = 32 * LLAMA_7B.layer_parameters, 2 * LLAMA_7B.table_parameters
+    gathers = [
+        step_time.collective_seconds(size * matrices + 2 * tables, 64, 8, H100, layout)
+        for size in (2, 1)
+    ]
+    difference = in_bf16.data_parallel - in_fp8.data_parallel
+    assert difference == pytest.approx(gathers[0] - gathers[1])
+
+
+def test_keys_are_gathered_before_attention_or_rotate_behind_it() -> None:
+    layout = StepLayout(8, context=4, global_batch_size=2)
+    turn = 1024 * 2 * 4096 * 2 / (0.75 * 450e9) + 2 * 8e-6
+    gathered = predict_step(LLAMA_7B, layout, H100).model_parallel
+    assert gathered == pytest.approx(32 * 2 * 3 * turn)
+    rotated = replace(layout, stack=Stack(rotates_keys=True))
+    forward, backward = step_time.attention_seconds(LLAMA_7B, rotated, H100)
+    visible = max(0.0, 3 * turn - forward) + max(0.0, 6 * turn - backward)
+    expected = 32 * (3 * turn + visible)
+    assert predict_step(LLAMA_7B, rotated, H100).model_parallel == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_the_bubble_is_that_of_the_schedule(chunks: int) -> None:
     """The first and last stages idle for `stages - 1` micro-batches, over the number of chunks."""
