@@ -204,6 +204,8 @@ def _check_parallel(config: "RunConfig") -> None:
             "parallel.tp_comm_overlap: needs parallel.sequence_parallel; set that, or "
             "--no-tp-comm-overlap"
         )
+    if parallel.tp_comm_overlap:
+        _check_overlapped_products(config.train)
     if parallel.grad_reduce_in_bf16 and not config.train.bf16:
         raise UserError(
             "parallel.grad_reduce_in_bf16: the gradients of an fp32 run are fp32; set train.bf16, "
@@ -216,6 +218,22 @@ def _check_parallel(config: "RunConfig") -> None:
             "parallel.overlap_param_gather: needs parallel.use_distributed_optimizer and "
             "parallel.overlap_grad_reduce; set both, or --no-overlap-param-gather"
         )
+
+
+def _check_overlapped_products(train: TrainConfig) -> None:
+    """Checks the precision of products whose messages go through transformer-engine's buffers."""
+    if not train.bf16:
+        kind = "an fp32 run"
+    elif train.fp4_format is not None:
+        kind = "train.fp4_format"
+    elif train.fp8_format is not None and train.fp8_recipe == "blockwise":
+        kind = "train.fp8_recipe blockwise"
+    else:
+        return
+    raise UserError(
+        f"parallel.tp_comm_overlap: transformer-engine has no user buffers for {kind}; use "
+        "--no-tp-comm-overlap, or bf16 or another FP8 recipe"
+    )
 
 
 def _check_sequence(config: "RunConfig") -> None:
@@ -315,6 +333,8 @@ def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
     train, parallel = config.train, config.parallel
     is_mxfp8 = train.fp8_format is not None and train.fp8_recipe == "mxfp8"
     rows, columns = (32, 32) if is_mxfp8 else (8, 16)
+    if train.fp8_format is None:
+        rows = 16
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     tokens = train.micro_batch_size * config.data.seq_length // context
     if tokens % rows:
@@ -326,10 +346,16 @@ def _check_quantized_sizes(config: "RunConfig", name: str) -> None:
     recipe = "nvfp4" if train.fp8_format is None else train.fp8_recipe
     block = {"blockwise": 128, "mxfp8": 32, "nvfp4": 16}.get(recipe, 1)
     gathered, hidden = tokens // tensor, config.model.hidden_size
+    if is_mxfp8 and parallel.tp_comm_overlap and gathered % 128:
+        raise UserError(
+            f"{name}: with parallel.tp_comm_overlap, mxfp8 needs a multiple of 128 tokens on a "
+            f"process, and train.micro_batch_size x data.seq_length / tensor- and "
+            f"context-parallel size is {gathered}; change one of them"
+        )
     if parallel.sequence_parallel and (gathered % block or hidden % block):
         raise UserError(
-            f"{name}: parallel.sequence_parallel gathers the blocks of {block} values that have a "
-            f"scale, and the {gathered} tokens of a process or model.hidden_size {hidden} are no "
+            f"{name}: parallel.sequence_parallel gathers blocks of {block} values with their "
+            f"scales, and the {gathered} tokens of a process or model.hidden_size {hidden} are no "
             f"multiple of {block}; change the size, or use another recipe"
         )
     counts = head_counts(config.model, parallel)

@@ -212,6 +212,8 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
     for name, recipe in recipes.items():
         if recipe is not None:
             _check_recipe(name, recipe, facts)
+    if parallel.tp_comm_overlap and train.fp8_format is not None:
+        _check_overlapped_fp8(train, facts)
     if train.fp8_param_gather:
         # A graph replays kernels with the transposed weights of its capture. Since 2.12,
         # transformer-engine updates those in place.
@@ -231,6 +233,20 @@ def check_layers(train: TrainConfig, parallel: ParallelConfig, facts: Facts, lay
             raise UserError(
                 f"{offloading}: transformer-engine 2.10 and newer would offload weights as well; "
                 "set the environment variable NVTE_CPU_OFFLOAD_V1=1"
+            )
+
+
+def _check_overlapped_fp8(train: TrainConfig, facts: Facts) -> None:
+    """Checks that user buffers of the installed transformer-engine hold what FP8 needs."""
+    installed = facts.installed[TRANSFORMER_ENGINE]
+    for is_set, what, oldest in (
+        (train.fp8_recipe == "mxfp8", "train.fp8_recipe mxfp8", "2.4"),
+        (train.first_last_layers_bf16, "train.first_last_layers_bf16", "2.7"),
+    ):
+        if is_set and Version(installed) < Version(oldest):
+            raise UserError(
+                f"parallel.tp_comm_overlap: with {what} it needs transformer-engine {oldest}, and "
+                f"{installed} is installed; install a newer version, or remove one of the settings"
             )
 
 
@@ -279,6 +295,9 @@ def start_user_buffers(config: TransformerConfig, num_tokens: int) -> None:
     Args:
         config: megatron-core's configuration.
         num_tokens: Tokens of a micro-batch on the ranks of a tensor-parallel group.
+
+    Raises:
+        UserError: transformer-engine cannot set them up on this machine.
     """
     from transformer_engine.pytorch.module import base
 
@@ -290,12 +309,20 @@ def start_user_buffers(config: TransformerConfig, num_tokens: int) -> None:
         if config.fp8 is not None and config.first_last_layers_bf16:
             modes.append(kinds.NONE)
         options = {"quantization_modes": modes}
-    base.initialize_ub(
-        shape=[num_tokens, config.hidden_size],
-        tp_size=config.tensor_model_parallel_size,
-        bootstrap_backend=config.tp_comm_bootstrap_backend,
-        **options,
-    )
+    try:
+        base.initialize_ub(
+            shape=[num_tokens, config.hidden_size],
+            tp_size=config.tensor_model_parallel_size,
+            dtype=config.params_dtype,
+            bootstrap_backend=config.tp_comm_bootstrap_backend,
+            **options,
+        )
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"parallel.tp_comm_overlap: transformer-engine cannot set up its user buffers: "
+            f"{reason}; use --no-tp-comm-overlap"
+        ) from error
 
 
 @contextmanager

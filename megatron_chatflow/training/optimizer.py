@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import nccl_allocator
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -131,14 +133,30 @@ def install_fused_adamw() -> str:
     return "torch's fused AdamW: neither transformer-engine nor Apex is installed"
 
 
-def _check_allocator() -> None:
-    """Checks that torch's allocator can allocate NCCL's user buffers."""
+def expandable_segments_variable() -> str | None:
+    """Returns the environment variable that gives torch's allocator expandable segments."""
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if "expandable_segments:true" in os.environ.get(name, "").replace(" ", "").lower():
-            raise UserError(
-                f"parallel.use_nccl_ub: does not work with expandable_segments:True in {name}; "
-                "remove one of them"
-            )
+            return name
+    return None
+
+
+def _start_nccl_allocator() -> None:
+    """Starts the allocator of NCCL's user buffers, which megatron-core compiles on first use."""
+    if name := expandable_segments_variable():
+        raise UserError(
+            f"parallel.use_nccl_ub: does not work with expandable_segments:True in {name}; "
+            "remove one of them"
+        )
+    try:
+        nccl_allocator.init()
+    except (OSError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            "parallel.use_nccl_ub: megatron-core cannot compile its allocator for NCCL's user "
+            f"buffers: {reason}; it needs a compiler, NCCL's headers and a writable "
+            f"{Path(nccl_allocator.__file__).parent / 'build'}, or use --no-use-nccl-ub"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -357,7 +375,7 @@ def build_optimization(
     length = length or RunLength.of(config)
     parallel = config.parallel
     if parallel.use_nccl_ub:
-        _check_allocator()
+        _start_nccl_allocator()
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=not config.has_bf16_gradients,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

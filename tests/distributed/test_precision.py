@@ -24,10 +24,13 @@ ALONE = {
     "middle": MIDDLE,
     "delayed": [*HYBRID, "--fp8-recipe", "delayed", "--fp8-amax-history-len", "16"],
     "e4m3": ["--fp8-format", "e4m3", "--fp8-recipe", "blockwise"],
+    "mxfp8": [*HYBRID, "--fp8-recipe", "mxfp8"],
+    "nvfp4": ["--fp4-format", "e2m1"],
 }
 ON_TWO_RANKS = {
     "tp_sequence": [*HYBRID, *SEQUENCE],
-    "tp_overlap": [*MIDDLE, *SEQUENCE, "--tp-comm-overlap"],
+    "tp_overlap": [*SEQUENCE, "--tp-comm-overlap"],
+    "tp_overlap_middle": [*MIDDLE, *SEQUENCE, "--tp-comm-overlap"],
     "tp_delayed": [*HYBRID, *SEQUENCE, "--fp8-recipe", "delayed"],
     "tp_full": [*HYBRID, *SEQUENCE, *FULL, "--recompute-method", "uniform"],
     "pp_middle": [*MIDDLE, "--pipeline-model-parallel-size", "2"],
@@ -36,6 +39,7 @@ ON_TWO_RANKS = {
     "dp_bf16_gradients": ["--grad-reduce-in-bf16", "--use-distributed-optimizer"],
     "tp_bf16_gradients": ["--grad-reduce-in-bf16", *SEQUENCE],
 }
+WITH_QUESTIONS = ("bf16", "middle", "tp_sequence", "pp_middle")
 # The sizes of the weights of a layer, in the order of its products.
 LAYER = [[192, 64], [64, 64], [384, 64], [64, 192]]
 
@@ -46,11 +50,24 @@ def runs(tiny_run: TinyRun) -> Path:
     folder = tiny_run.folder / "precision"
     folder.mkdir()
     base = ["--config", str(tiny_run.config), *SIZES]
+    (folder / "quiz.jsonl").write_text(
+        "".join(
+            json.dumps({"question": "a" * k, "choices": ["b" * k, "c " * k], "answer": k % 2})
+            + "\n"
+            for k in range(1, 6)
+        )
+    )
+    ask = ["--choice-questions", folder / "quiz.jsonl", "--choice-interval", 4]
+
+    def flags_of(runs: dict[str, list[str]], name: str) -> list[object]:
+        asks = ask if name in WITH_QUESTIONS else []
+        return [*base, *runs[name], *asks, "--save", folder / name]
+
     again = [*base, *ALONE["middle"], "--save", folder / "resumed", "--load", folder / "resumed"]
     jobs.run_with_stand_in(
         1,
         [
-            *([*base, *flags, "--save", folder / name] for name, flags in ALONE.items()),
+            *(flags_of(ALONE, name) for name in ALONE),
             [*again, "--exit-interval", "5"],
             again,
         ],
@@ -59,10 +76,7 @@ def runs(tiny_run: TinyRun) -> Path:
     )
     jobs.run_with_stand_in(
         2,
-        [
-            [*base, *flags, "--save", folder / name, "--exit-interval", "5"]
-            for name, flags in ON_TWO_RANKS.items()
-        ],
+        [[*flags_of(ON_TWO_RANKS, name), "--exit-interval", "5"] for name in ON_TWO_RANKS],
         folder,
     )
     return folder
@@ -77,7 +91,8 @@ def test_each_recipe_reaches_exactly_its_layers(runs: Path) -> None:
     recipes = [[one[k][-1] for k in range(16)] for one in passes]
     current, outer = "Float8CurrentScaling", [None] * 4
     middle = [*outer, *[current] * 8, *outer]
-    expected = [[None] * 16, middle, ["TEDelayedScaling"] * 16, ["Float8BlockScaling"] * 16, middle]
+    names = ["TEDelayedScaling", "Float8BlockScaling", "MXFP8BlockScaling", "NVFP4BlockScaling"]
+    expected = [[None] * 16, middle, *([name] * 16 for name in names), middle]
     assert [recipe for recipe, _ in groupby(recipes)] == expected
 
 
@@ -109,3 +124,20 @@ def test_a_resume_with_the_delayed_recipe_warns(runs: Path, tiny_run: TinyRun) -
     flags = ["--config", str(tiny_run.config), *SIZES, *ALONE["delayed"], "--load", folder]
     output = jobs.run_with_stand_in(1, [[*flags, "--train-iters", "11"]], runs)
     assert "the delayed recipe of FP8 starts with empty maxima" in output
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", WITH_QUESTIONS[1:])
+def test_choice_questions_are_padded_to_what_fp8_needs(runs: Path, name: str) -> None:
+    found, expected = (
+        [
+            entry["choice"]["quiz"]
+            for entry in map(json.loads, (runs / run / "metrics.jsonl").read_text().splitlines())
+            if "choice" in entry
+        ]
+        for run in (name, "bf16")
+    )
+    assert 1 <= len(found) <= len(expected)
+    for ours, theirs in zip(found, expected, strict=False):
+        assert ours["num_questions"] == theirs["num_questions"] == 5
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], abs=0.21)  # one question

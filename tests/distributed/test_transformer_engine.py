@@ -36,7 +36,6 @@ LAYOUTS = {
     "tp_sequence": [*SEQUENCE, "--recompute-granularity", "selective"],
     "tp_sequence_full": [*SEQUENCE, *FULL, "uniform"],
     "tp_mlp": [*SEQUENCE, *MLP],
-    "tp_overlap": [*SEQUENCE, "--tp-comm-overlap"],
     "pp": PIPELINE,
     "pp_virtual": [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2"],
     "cp_sharded": [*CONTEXT, *SHARDED],

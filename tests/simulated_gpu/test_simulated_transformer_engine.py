@@ -28,6 +28,14 @@ CASES = {
         8,
         0,
     ),
+    "7b, overlapped products": ("7b.yaml", f"{TENSOR} --tp-comm-overlap", 8, 0),
+    "7b, overlapped products in FP8": (
+        "7b.yaml",
+        f"{TENSOR} --num-layers 4 --tp-comm-overlap --fp8-format hybrid --first-last-layers-bf16",
+        8,
+        0,
+    ),
+    "70b, overlapped products": ("70b.yaml", f"{LARGE} --tp-comm-overlap", 32, 9),
     "7b, CUDA graphs": ("7b.yaml", f"{TENSOR} {GRAPHS}", 8, 0),
     "7b, CUDA graphs, context parallel": (
         "7b.yaml",

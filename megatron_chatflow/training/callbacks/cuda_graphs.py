@@ -20,7 +20,7 @@ from megatron_chatflow.config import RunConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.callbacks import Callback
-from megatron_chatflow.training.optimizer import Optimization
+from megatron_chatflow.training.optimizer import Optimization, expandable_segments_variable
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,11 @@ class CudaGraphs(Callback):
 
     def __init__(self, config: RunConfig, optimization: Optimization, ranks: Ranks) -> None:
         # megatron-core asserts this at the capture, after the first steps.
-        segments = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-        if segments and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+        variable = expandable_segments_variable()
+        if variable is not None and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
             raise UserError(
-                "train.cuda_graph_impl: with expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF, "
-                "CUDA graphs need NCCL_GRAPH_REGISTER=0 in the environment; set it, or remove one "
-                "of the two"
+                f"train.cuda_graph_impl: with expandable_segments:True in {variable}, CUDA graphs "
+                "need NCCL_GRAPH_REGISTER=0 in the environment; set it, or remove one of the two"
             )
         self._num_left = config.train.cuda_graph_warmup_steps
         self._chunks = optimization.chunks

@@ -13,6 +13,7 @@ CHUNK_LAYERS = "parallel.num_layers_per_virtual_pipeline_stage"
 
 GRAPHS = {"train.cuda_graph_impl": "transformer_engine"}
 FP8 = {"train.fp8_format": "hybrid"}
+OVERLAP = {TENSOR: 2, "parallel.sequence_parallel": True, "parallel.tp_comm_overlap": True}
 
 AWARE = "optimizer.use_precision_aware_optimizer"
 OFFLOAD = "optimizer.optimizer_cpu_offload"
@@ -287,6 +288,29 @@ REFUSED = [
         "parallel.tp_comm_overlap: needs parallel.sequence_parallel",
     ),
     (
+        {**OVERLAP, "train.bf16": False},
+        "parallel.tp_comm_overlap: transformer-engine has no user buffers for an fp32 run; use",
+    ),
+    (
+        {**OVERLAP, "train.fp4_format": "e2m1"},
+        "parallel.tp_comm_overlap: transformer-engine has no user buffers for train.fp4_format; ",
+    ),
+    (
+        {**OVERLAP, **FP8, "train.fp8_recipe": "blockwise"},
+        "parallel.tp_comm_overlap: transformer-engine has no user buffers for train.fp8_recipe blo",
+    ),
+    (
+        {
+            **{**OVERLAP, **FP8, "train.fp8_recipe": "mxfp8", "model.ffn_hidden_size": 256},
+            **{"data.seq_length": 64, "train.micro_batch_size": 2},
+        },
+        "train.fp8_format: with parallel.tp_comm_overlap, mxfp8 needs a multiple of 128 tokens",
+    ),
+    (
+        {"train.fp4_format": "e2m1", "data.seq_length": 40, "train.micro_batch_size": 1},
+        "train.fp4_format: needs a multiple of 16 tokens in the micro-batch of a process",
+    ),
+    (
         {"parallel.grad_reduce_in_bf16": True, "train.bf16": False},
         "parallel.grad_reduce_in_bf16: the gradients of an fp32 run are fp32",
     ),
@@ -337,7 +361,7 @@ REFUSED = [
             **{**FP8, "train.fp8_recipe": "blockwise", "train.micro_batch_size": 1},
             **{TENSOR: 2, "parallel.sequence_parallel": True},
         },
-        "train.fp8_format: parallel.sequence_parallel gathers the blocks of 128 values",
+        "train.fp8_format: parallel.sequence_parallel gathers blocks of 128 values",
     ),
     ({"train.recompute_granularity": "full"}, "train.recompute_granularity: full needs train.reco"),
     ({"train.recompute_method": "block"}, "train.recompute_method and train.recompute_num_layers:"),

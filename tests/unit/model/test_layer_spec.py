@@ -1,5 +1,7 @@
 """Tests which implementation of the layers a run uses."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +10,11 @@ import torch
 from megatron_chatflow.config import ParallelConfig, TrainConfig
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.kernels.attention import Facts
-from megatron_chatflow.model.layer_spec import check_layers, choose_layers
+from megatron_chatflow.model.layer_spec import (
+    check_layers,
+    choose_layers,
+    start_user_buffers,
+)
 
 
 def chosen(
@@ -151,6 +157,20 @@ def checked(
             },
             "fp8_param_gather: needs transformer-engine 2.2, and 2.1 is installed",
         ),
+        (
+            {
+                **{"installed": "2.3", "capability": (10, 0), "overlap": True},
+                **{"fp8_format": "e4m3", "fp8_recipe": "mxfp8"},
+            },
+            "parallel.tp_comm_overlap: with train.fp8_recipe mxfp8 it needs transformer-engine 2.4",
+        ),
+        (
+            {
+                **{"installed": "2.6", "overlap": True, "fp8_format": "hybrid"},
+                "first_last_layers_bf16": True,
+            },
+            "tp_comm_overlap: with train.first_last_layers_bf16 it needs transformer-engine 2.7",
+        ),
         ({"fp8_format": "hybrid", "fp8_recipe": "mxfp8"}, "mxfp8 needs a GPU .* 10.0, and this"),
         ({"fp4_format": "e2m1"}, "train.fp4_format: nvfp4 needs a GPU of compute capability 10.0"),
         (
@@ -172,6 +192,28 @@ def test_a_precision_that_this_machine_has_is_accepted() -> None:
     checked(fp8_format="hybrid", fp8_param_gather=True, installed="2.12", **GRAPHS)
     checked(fp8_format="hybrid", capability=None)  # a stand-in on CPUs
     checked(**OFFLOADING)
+    checked(overlap=True, fp8_format="hybrid", installed="2.6")
+    checked(overlap=True, fp8_format="hybrid", first_last_layers_bf16=True)
+
+
+def test_user_buffers_that_cannot_be_set_up_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def initialize_ub(**_: Any) -> None:
+        raise RuntimeError("CUDA device does not support multicast;\n set UB_SKIPMC=1")
+
+    base = SimpleNamespace(initialize_ub=initialize_ub, destroy_ub=lambda: None)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())
+    module = SimpleNamespace(base=base)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.module", module)
+    config: Any = SimpleNamespace(
+        fp8=None,
+        hidden_size=64,
+        params_dtype=torch.bfloat16,
+        tensor_model_parallel_size=2,
+        tp_comm_bootstrap_backend="nccl",
+    )
+    with pytest.raises(UserError, match="its user buffers: CUDA device .* set UB_SKIPMC=1; use"):
+        start_user_buffers(config, 128)
 
 
 @pytest.mark.parametrize(

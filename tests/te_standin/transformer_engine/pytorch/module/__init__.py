@@ -71,7 +71,7 @@ class _Product(torch.autograd.Function):
         whole = gather(x, layer.tp_group) if layer.gathers else x
         record(whole, weight)
         if layer.overlaps:
-            check_user_buffer(whole, is_fp8=False)
+            check_user_buffer(whole)
         y = whole @ weight.t()
         return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y
 
@@ -115,7 +115,7 @@ class _QuantizedProduct(torch.autograd.Function):
             rows = rows.gathered(group)
         record(rows.data, weight)
         if layer.overlaps:
-            check_user_buffer(rows.data, is_fp8=True)
+            check_user_buffer(rows.data, recipe)
         y = product(rows, quantized_weight.rows, "nt")
         y = y.view(-1, *x.shape[1:-1], y.shape[-1])
         return _reduce(y, layer.tp_group, scatter=layer.sequence_parallel) if layer.reduces else y

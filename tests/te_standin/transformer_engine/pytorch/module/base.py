@@ -4,6 +4,12 @@ from enum import Enum
 
 import torch
 
+from transformer_engine.common.recipe import (
+    Float8BlockScaling,
+    MXFP8BlockScaling,
+    NVFP4BlockScaling,
+)
+
 
 class TransformerEngineBaseModule(torch.nn.Module):
     def get_extra_state(self):
@@ -32,7 +38,7 @@ class UserBufferQuantizationMode(Enum):
     FP8 = "fp8"
 
 
-# The shape and the modes of the buffers, which only the stand-in's checks use.
+# Shape, modes and number of ranks of the buffers, which only the stand-in's checks use.
 user_buffers = None
 
 
@@ -48,7 +54,8 @@ def initialize_ub(
     global user_buffers
     assert user_buffers is None, "UB communicators are already initialized."
     assert tp_size > 1 and bootstrap_backend == "nccl"
-    user_buffers = (tuple(shape), quantization_modes)
+    assert dtype == torch.bfloat16, "the reduction kernels of user buffers add values of 2 bytes"
+    user_buffers = (tuple(shape), quantization_modes, tp_size)
 
 
 def destroy_ub():
@@ -56,10 +63,15 @@ def destroy_ub():
     user_buffers = None
 
 
-def check_user_buffer(rows, is_fp8):
+def check_user_buffer(rows, recipe=None):
     """Fails unless there is a buffer for the rows of a product in this precision."""
+    blocks = () if recipe is None else (Float8BlockScaling, NVFP4BlockScaling)
+    assert not isinstance(recipe, blocks), "Unsupported quantizer for Userbuffers"
+    is_fp8 = recipe is not None
     assert user_buffers is not None, "the layer overlaps, and initialize_ub has not been called"
-    shape, modes = user_buffers
+    shape, modes, size = user_buffers
     kind = UserBufferQuantizationMode.FP8 if is_fp8 else UserBufferQuantizationMode.NONE
     assert kind in modes, f"no user buffer for {kind}"
     assert rows.flatten(0, -2).shape[0] == shape[0], f"{rows.shape} in a user buffer of {shape}"
+    if isinstance(recipe, MXFP8BlockScaling):
+        assert shape[0] // size % 128 == 0, "scales of MXFP8 are padded to 128 rows"
