@@ -8,6 +8,7 @@ offers with ``out_dtype``. Otherwise the product is rounded to bf16, written to 
 another kernel.
 """
 
+import importlib
 from importlib.util import find_spec
 
 import torch
@@ -46,7 +47,7 @@ def fuse_weight_gradients(
 ) -> tuple[bool, str]:
     """Makes megatron-core's linear layers use a fused weight gradient if there is one.
 
-    Without Apex it replaces the names ``fused_weight_gradient_mlp_cuda`` and
+    It sets the names ``fused_weight_gradient_mlp_cuda`` and
     ``_grad_accum_fusion_available`` of ``megatron.core.tensor_parallel.layers``.
 
     Args:
@@ -62,14 +63,21 @@ def fuse_weight_gradients(
         return False, "a product and a sum: --no-gradient-accumulation-fusion"
     if device.type != "cuda":
         return False, "a product and a sum"
+    apex = "Apex is not installed"
     if find_spec(_APEX) is not None:
-        return True, "Apex's kernel, which adds to the gradient buffer"
+        try:
+            layers.fused_weight_gradient_mlp_cuda = importlib.import_module(_APEX)
+        except ImportError as error:  # built for another torch or CUDA
+            apex = f"Apex cannot be imported: {str(error).splitlines()[0]}"
+        else:
+            layers._grad_accum_fusion_available = True
+            return True, "Apex's kernel, which adds to the gradient buffer"
     reason = _obstacle(device, dtype)
     if reason is not None:
-        return False, f"a product and a sum: Apex is not installed, and {reason}"
+        return False, f"a product and a sum: {apex}, and {reason}"
     layers.fused_weight_gradient_mlp_cuda = TorchWeightGradients
     layers._grad_accum_fusion_available = True
-    return True, "torch's addmm, which adds to the gradient buffer (Apex is not installed)"
+    return True, f"torch's addmm, which adds to the gradient buffer ({apex})"
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

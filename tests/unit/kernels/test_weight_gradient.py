@@ -1,7 +1,12 @@
 """Tests the weight gradients that are added to the gradient buffer."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from megatron.core.tensor_parallel import layers
 
 from megatron_chatflow.kernels.weight_gradient import TorchWeightGradients, fuse_weight_gradients
 
@@ -31,3 +36,31 @@ def test_cpus_keep_product_and_sum(requested: bool, reason: str) -> None:
     )
     assert not fuses
     assert description.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("is_apex = True", "Apex's kernel, which adds"),
+        ("raise ImportError('undefined symbol: x')", "Apex cannot be imported: undefined symbol"),
+        (None, "Apex is not installed"),
+    ],
+)
+def test_the_kernel_of_apex_is_used_where_it_can_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str | None, reason: str
+) -> None:
+    name = "fused_weight_gradient_mlp_cuda"
+    for each in (name, "_grad_accum_fusion_available"):
+        monkeypatch.setattr(layers, each, None, raising=False)
+    monkeypatch.setattr("megatron_chatflow.kernels.weight_gradient._obstacle", lambda *_: None)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if source is not None:
+        (tmp_path / f"{name}.py").write_text(source)
+    importlib.invalidate_caches()
+    fuses, description = fuse_weight_gradients(torch.device("cuda"), torch.bfloat16, requested=True)
+    sys.modules.pop(name, None)
+    assert fuses and layers._grad_accum_fusion_available
+    assert reason in description
+    is_apex = getattr(layers.fused_weight_gradient_mlp_cuda, "is_apex", False)
+    assert is_apex == (source == "is_apex = True")
+    assert is_apex or layers.fused_weight_gradient_mlp_cuda is TorchWeightGradients
