@@ -8,8 +8,13 @@ positions at which tokens of both end at the same byte. The distance is that of 
 lowers the probability of new tokens where they are not wanted and raises it where they are, which a
 distance of states alone does not. With tied embeddings both losses act on the same rows.
 
+A small text shows most tokens only a few times. What all new rows have in common is therefore
+fitted first: a map from the old rows of a token's pieces to its row (`_Map`), which every token of
+the text improves and which serves tokens that do not occur in it as well. Then each row is fitted
+on its own too.
+
 Every tenth document is held out. The rows of the best epoch on these documents are kept, or the
-initial rows if no epoch is better. A token that does not occur in the text keeps its initial row.
+initial rows if no epoch is better.
 
 The model is transformers' and is in memory as a whole, on a GPU if there is one.
 """
@@ -39,13 +44,19 @@ logger = logging.getLogger(__name__)
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 WINDOW = 256  # tokens of a document that are used
-STEP_TOKENS = 1024  # maximum number of tokens of a step
+STEP_TOKENS = 256  # maximum number of tokens of a step
 MIN_STEPS = 64  # number of steps of an epoch that smaller steps are used for
-MAX_EPOCHS = 3
+MAX_EPOCHS = 2
+ROWS_BEGIN = 0.4  # part of the steps after which each row is fitted on its own
 # Largest steps of Adam: of a value of an input row, relative to the root mean square of the old
 # rows, and of a logit, which an output row may change by the step times the state's absolute sum.
 INPUT_STEP = 0.05
-LOGIT_STEP = 0.1
+LOGIT_STEP = 0.5
+# The same of the map: of a value of its constant, relative to the root mean square of the old
+# rows, of a weight of the first and the last piece, and of a value of its matrix.
+CONSTANT_STEP = 0.02
+PIECE_STEP = 0.02
+MATRIX_STEP = 5e-4
 STATE_WEIGHT = 1.0  # weight of the distance of states
 HELD_OUT_EVERY = 10
 _CHUNK_LOGITS = 1 << 25  # logits held at a time
@@ -73,7 +84,7 @@ class Distilled:
     Attributes:
         rows: float32[new tokens, hidden] by Hugging Face's name of the tensor.
         num_tokens: Tokens of the text that were used, held-out ones included.
-        num_fitted: New tokens that occur in the text; the others keep their initial rows.
+        num_fitted: New tokens that occur in the text; the rows of the others are only mapped.
         before: Scores of the initial rows.
         after: Scores of the fitted rows.
         seconds: Time of the fit.
@@ -95,7 +106,7 @@ class Distilled:
             f"text in {self.seconds:.0f} s: held-out bits per byte {self.before.bits_per_byte:.3f} "
             f"-> {self.after.bits_per_byte:.3f}, distance of states {self.before.distance:.3f} -> "
             f"{self.after.distance:.3f}"
-            + (f"; {unseen} do not occur in the text and keep mean-of-pieces" if unseen else "")
+            + (f"; {unseen} do not occur in the text and are only mapped" if unseen else "")
         )
 
 
@@ -155,8 +166,7 @@ def distill(
     before = best = student.score(held_out)
     logger.info("mean-of-pieces: %.3f bits per byte of held-out text", before.bits_per_byte)
     kept = student.rows()
-    rates = student.learning_rates()
-    groups = [{"params": [parameter]} for parameter in student.parameters]
+    groups = student.parameter_groups()
     optimizer = torch.optim.Adam(groups, lr=1.0, betas=(0.9, 0.98))
     generator = random.Random(resize.seed)
     num_tokens = sum(len(w.student) for w in windows)
@@ -168,8 +178,9 @@ def distill(
         for batch in batches:
             step += 1
             warmup = min(1.0, step / max(1, num_steps // 20))
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * warmup * (1 - (step - 1) / num_steps)
+            for group in optimizer.param_groups:
+                has_begun = step > group["begin"] * num_steps
+                group["lr"] = group["step"] * warmup * (1 - (step - 1) / num_steps) * has_begun
             optimizer.zero_grad()
             torch.autograd.backward(student.loss(batch))
             optimizer.step()
@@ -284,11 +295,50 @@ def _batches(
     return batches
 
 
+class _Map(torch.nn.Module):
+    """What the new rows of a tensor have in common.
+
+    A row is the mean of the rows of its old pieces, plus a matrix times that mean, a multiple of
+    the first and of the last piece's row, and a constant. It begins as the mean alone.
+    """
+
+    def __init__(self, known: torch.Tensor, pieces: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        hidden = known.shape[1]
+        # A token without a text has no pieces, and no part in the first and the last ones.
+        ends = [(p[0], p[-1]) if p else (0, 0) for p in pieces]
+        has_text = torch.tensor([[bool(p)] for p in pieces], device=known.device)
+        self._first, self._last = (
+            known[torch.tensor([pair[k] for pair in ends], device=known.device)].float() * has_text
+            for k in (0, 1)
+        )
+        self.size = float(known.float().square().mean().sqrt())
+        options: dict[str, Any] = {"device": known.device, "dtype": torch.float32}
+        self.matrix = torch.nn.Parameter(torch.zeros(hidden, hidden, **options))
+        self.weights = torch.nn.Parameter(torch.zeros(2, **options))
+        self.constant = torch.nn.Parameter(torch.zeros(hidden, **options))
+
+    def forward(self, mean: torch.Tensor) -> torch.Tensor:
+        """Returns rows for the means of the old pieces' rows, ``[new tokens, hidden]``."""
+        first, last = self.weights
+        ends = first * self._first + last * self._last
+        return mean + mean @ self.matrix + ends + self.constant
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameters with their learning rates."""
+        return [
+            {"params": [self.matrix], "step": MATRIX_STEP, "begin": 0.0},
+            {"params": [self.weights], "step": PIECE_STEP, "begin": 0.0},
+            {"params": [self.constant], "step": CONSTANT_STEP * self.size, "begin": 0.0},
+        ]
+
+
 class _Student:
     """The frozen model with trainable rows.
 
     Attributes:
-        parameters: float32[fitted, hidden] for each tensor of the vocabulary.
+        parameters: float32[fitted, hidden] for each tensor of the vocabulary: what is added to the
+            mapped rows of the tokens that occur in the text.
     """
 
     def __init__(
@@ -308,18 +358,35 @@ class _Student:
         self._initial: dict[str, torch.Tensor] = {}
         self._known: dict[str, torch.Tensor] = {}
         self.parameters: list[torch.Tensor] = []
+        self._maps: dict[str, _Map] = {}
         for name in names:
             grown = grow_rows(weights[name].float(), growth, "mean-of-pieces", seed=0)
             new = grown[growth.num_old : growth.num_old + len(growth.pieces)]
             self._initial[name] = new.to(self.device)
             self._known[name] = weights[name][: growth.num_old].to(self.device, self._dtype)
-            self.parameters.append(self._initial[name][self._fitted].requires_grad_())
+            self._maps[name] = _Map(self._known[name], growth.pieces)
+            self.parameters.append(
+                torch.zeros(
+                    len(fitted), new.shape[1], device=self.device, dtype=torch.float32
+                ).requires_grad_()
+            )
         self._model = _decoder(weights, shape, self._dtype, self.device)
         # The teacher's states do not change, so they are computed once.
         self._teacher: dict[int, torch.Tensor] = {}
 
-    def learning_rates(self) -> list[float]:
-        """Returns the learning rate of each of the parameters, from states scored before."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Returns all parameters with their learning rates, from states scored before.
+
+        ``begin`` is the part of the steps before which a group is not fitted.
+        """
+        rates = self._row_rates()
+        groups = [
+            {"params": [parameter], "step": rate, "begin": ROWS_BEGIN}
+            for parameter, rate in zip(self.parameters, rates, strict=True)
+        ]
+        return groups + [group for each in self._maps.values() for group in each.parameter_groups()]
+
+    def _row_rates(self) -> list[float]:
         states = torch.cat(list(self._teacher.values())).float()
         output = LOGIT_STEP / float(states.abs().sum(dim=1).mean().clamp(min=1e-30))
         embedding = INPUT_STEP * float(self._known[EMBEDDING].float().square().mean().sqrt())
@@ -334,7 +401,7 @@ class _Student:
 
     def _rows(self, name: str) -> torch.Tensor:
         parameter = self.parameters[list(self._initial).index(name)]
-        return self._initial[name].index_copy(0, self._fitted, parameter)
+        return self._maps[name](self._initial[name]).index_add(0, self._fitted, parameter)
 
     def loss(self, batch: Sequence[_Window]) -> torch.Tensor:
         """Computes the loss of a step."""
