@@ -322,7 +322,8 @@ class _Map(torch.nn.Module):
         """Returns rows for the means of the old pieces' rows, ``[new tokens, hidden]``."""
         first, last = self.weights
         ends = first * self._first + last * self._last
-        return mean + mean @ self.matrix + ends + self.constant
+        rows: torch.Tensor = mean + mean @ self.matrix + ends + self.constant
+        return rows
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Returns the parameters with their learning rates."""
@@ -401,7 +402,8 @@ class _Student:
 
     def _rows(self, name: str) -> torch.Tensor:
         parameter = self.parameters[list(self._initial).index(name)]
-        return self._maps[name](self._initial[name]).index_add(0, self._fitted, parameter)
+        mapped: torch.Tensor = self._maps[name](self._initial[name])
+        return mapped.index_add(0, self._fitted, parameter)
 
     def loss(self, batch: Sequence[_Window]) -> torch.Tensor:
         """Computes the loss of a step."""
