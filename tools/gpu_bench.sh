@@ -57,7 +57,7 @@ fi
 # The conftest.py of the whole suite imports packages that these tests do not need.
 step gpu_tests 150 "$python" -m pytest -q -rsP --confcutdir=tests/gpu tests/gpu
 step kernels 90 "$python" tools/benchmark.py kernels "${kernels[@]}" --output "$output/kernels.json"
-step train 90 "$python" tools/benchmark.py train "${shape[@]}" --output "$output/train.json"
+step train 90 "$python" tools/benchmark.py train "${shape[@]}" --ema --output "$output/train.json"
 # The samples of a micro-batch form one row of tokens. With one sample, other tensors are views.
 step train_micro_batch_1 45 "$python" tools/benchmark.py train "${shape[@]}" --micro-batch-size 1 --output "$output/train_micro_batch_1.json"
 if [[ ${#whole[@]} -gt 0 ]]; then

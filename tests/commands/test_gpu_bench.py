@@ -30,6 +30,7 @@ def test_every_step_runs_and_reports(tmp_path: Path) -> None:
     for name, micro_batch_size in zip(reports, (None, 1, None), strict=True):
         report = json.loads((tmp_path / name).read_text())
         assert report["ours"]["tokens_per_second"] > 0
+        assert ("ours, with --ema-decay" in report) == (name == "train.json")
         assert report["arguments"]["micro_batch_size"] == micro_batch_size
         assert report["arguments"]["recompute"] == (name == "train_whole.json")
 

@@ -6,7 +6,8 @@ alternate with ours, so that drift of the machine's speed affects both; medians 
 CPUs a peer is measured twice: with freed memory kept, as in our runs, and with default settings.
 ``--tensor-parallel N`` also measures our step over N processes of this machine. Unless
 ``--mock-data`` is given, our step is also measured on data read by the loader, with the time it
-waits for batches. Under torchrun only our step is measured, tensor-parallel over all processes.
+waits for batches. ``--ema`` also measures it with ``--ema-decay``. Under torchrun only our step is
+measured, tensor-parallel over all processes.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
 from megatron_chatflow.runtime.table import Row
 
 ON_DATA = "ours, on data"
+AVERAGED = "ours, with --ema-decay"
 _SOURCE = "mock"  # the name that the guard of `training_steps.Ours` knows
 _NUM_TOKENS = 20_000_000  # tokens of a made-up dataset: 40 MB
 DEFAULT_MALLOC_SUFFIX = ", as it comes"
@@ -82,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequence-parallel", action="store_true", help="use sequence parallelism (under torchrun)"
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="also measure our step with an average of the weights"
+    )
     parser.add_argument("--profile", action="store_true", help="also profile our step")
 
 
@@ -125,6 +130,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             rows = _rows(seconds, shape, ranks)
         if arguments.tensor_parallel is not None:
             rows += _beside_tensor_parallel(ours, shape, arguments, ranks)
+        if arguments.ema:
+            averaged = subjects.Averaged(ours)
+            seconds = measure(
+                {OURS: ours, AVERAGED: averaged}, arguments.num_rounds, arguments.num_steps, ranks
+            )
+            rows.append(_rows(seconds, shape, ranks)[1])
         if not arguments.mock_data:
             rows.append(_on_data(ours, shape, arguments, ranks))
         if arguments.profile:

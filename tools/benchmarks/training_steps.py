@@ -21,6 +21,7 @@ from megatron_chatflow.runtime.ranks import Ranks
 from megatron_chatflow.training.guard import Guard
 from megatron_chatflow.training.loop import train_step
 from megatron_chatflow.training.optimizer import build_optimization
+from megatron_chatflow.training.weight_average import WeightAverage
 
 LEARNING_RATE = 1e-4
 _RECOMPUTED = {
@@ -100,6 +101,20 @@ class Ours:
         )
         assert result.loss is not None, "every token has a loss"
         return result.loss
+
+
+class Averaged:
+    """Our training step with a moving average of the weights."""
+
+    def __init__(self, ours: Ours) -> None:
+        self._ours = ours
+        self._average = WeightAverage(ours.optimization.optimizer, 0.999)
+
+    def step(self) -> float:
+        """Runs one step of the same model, and averages its weights."""
+        loss = self._ours.step()
+        self._average.update()
+        return loss
 
 
 def mock_batch(tokens: torch.Tensor) -> GlobalBatch:
