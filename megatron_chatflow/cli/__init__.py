@@ -19,6 +19,7 @@ from megatron_chatflow.errors import UserError, exit_on_interrupt, run_main
 COMMANDS = {
     "pretrain": ("megatron_chatflow.pretrain", "train on a blend that follows a schedule"),
     "preprocess": ("megatron_chatflow.cli.preprocess", "tokenize a corpus into indexed datasets"),
+    "clean": ("megatron_chatflow.cli.clean", "filter, deduplicate and describe a corpus"),
     "merge": ("megatron_chatflow.cli.merge", "merge indexed datasets into one"),
     "inspect": ("megatron_chatflow.cli.inspect", "describe, check and compare indexed datasets"),
     "plan": ("megatron_chatflow.cli.plan", "show the mixture that a schedule will draw"),

@@ -386,7 +386,7 @@ def _build_on_cluster(settings: PreprocessSettings, files: Sequence[InputFile]) 
     partition fails, unfinished partitions are cancelled and finished ones are kept.
     """
     assert settings.ray is not None
-    with _ray_session(settings.ray) as ray:
+    with ray_session(settings.ray) as ray:
         max_cpus = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=0)
         if settings.num_workers > max_cpus:
             raise UserError(
@@ -427,8 +427,12 @@ def _run_task(settings: PreprocessSettings, files: list[InputFile]) -> Contents 
 
 
 @contextmanager
-def _ray_session(address: str) -> Iterator[Any]:
-    """Connects to a Ray cluster and yields the ``ray`` module."""
+def ray_session(address: str) -> Iterator[Any]:
+    """Connects to a Ray cluster and yields the ``ray`` module.
+
+    Raises:
+        UserError: ray is not installed, or there is no cluster at the address.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
         import ray

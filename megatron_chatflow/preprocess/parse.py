@@ -14,6 +14,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -222,6 +223,48 @@ def parse_chunk(chunk: Chunk, settings: CorpusSettings) -> ParsedChunk:
         UserError: Text has a NUL character or too many bytes that are not UTF-8.
     """
     return _Parser(chunk, settings).parse()
+
+
+class _RecordParser(_Parser):
+    def __init__(self, chunk: Chunk, settings: CorpusSettings, needs_text: bool) -> None:
+        super().__init__(chunk, settings)
+        self.needs_text = needs_text
+        self.records: list[tuple[int, dict[str, Any]]] = []
+
+    def _take_record(self, record: Any) -> None:
+        if self.needs_text or type(record) is not dict:
+            super()._take_record(record)  # raises an error if the record cannot be used
+        self.records.append((self.number, record))
+
+    def _take_text(self, data: bytes) -> None:
+        super()._take_text(data)
+        (key,) = self.settings.json_keys
+        self.records.append((self.number, {key: self.result.documents[key][-1]}))
+
+
+@dataclass
+class ParsedRecords:
+    """The records of one chunk of input and the statistics of its parsing."""
+
+    # line or record number in the file, counted from 1, and all fields of the record
+    records: list[tuple[int, dict[str, Any]]]
+    parsed: ParsedChunk  # texts, and statistics as in `parse_chunk`
+
+
+def parse_records(
+    chunk: Chunk, settings: CorpusSettings, *, needs_text: bool = True
+) -> ParsedRecords:
+    """Parses the records of a chunk of plain text with all their fields, as `parse_chunk` does.
+
+    A line of text becomes a record with one field. Without ``needs_text``, records without the
+    settings' keys are kept.
+
+    Raises:
+        UserError: As in `parse_chunk`.
+    """
+    parser = _RecordParser(chunk, settings, needs_text)
+    parsed = parser.parse()
+    return ParsedRecords(parser.records, parsed)
 
 
 def _text_at(record: dict[str, Any], key: str) -> str:

@@ -122,10 +122,6 @@ def build_page(
     Raises:
         UserError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UserError("plotly: is not installed; run pip install plotly") from error
     names = run_names(runs)
     articles = [
         _article(run, name, f"run-{index}", now)
@@ -145,14 +141,28 @@ def build_page(
         "Point at a chart, or focus it and press the arrow keys, to read its values. Drag to zoom, "
         "double-click to zoom out; a click on a legend's entry hides its curve."
     )
+    title = f"{' and '.join(names)} – training report"
+    return html_page(title, articles, " ".join(notes), refresh)
+
+
+def html_page(title: str, articles: Sequence[str], footer: str, head: str = "") -> str:
+    """Builds a self-contained page of HTML articles with charts.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UserError("plotly: is not installed; run pip install plotly") from error
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"{refresh}<title>{html.escape(' and '.join(names))} – training report</title>"
+        f"{head}<title>{html.escape(title)}</title>"
         f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body><main>\n'
         + "\n".join(articles)
-        + f"\n<footer>{' '.join(notes)}</footer>\n<noscript>The charts need JavaScript, which is "
+        + f"\n<footer>{footer}</footer>\n<noscript>The charts need JavaScript, which is "
         "included in this "
         f"file.</noscript>\n</main><script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script></body></html>\n"
     )
@@ -190,17 +200,17 @@ def _comparison(runs: Sequence[RunMetrics], names: Sequence[str]) -> str:
     caption = "Last validation of every run in bits per byte. Lower is better."
     return (
         f'<article id="runs"><h1>{len(runs)} runs</h1><p class="lead">All runs in common charts, '
-        f"then each run.</p><nav>{''.join(links)}</nav>{_grid(comparison_charts(runs, names))}"
-        f"{_table(caption, ['Source', *validated], rows)}</article>"
+        f"then each run.</p><nav>{''.join(links)}</nav>{chart_grid(comparison_charts(runs, names))}"
+        f"{html_table(caption, ['Source', *validated], rows)}</article>"
     )
 
 
 def _article(run: RunMetrics, name: str, anchor: str, now: datetime) -> str:
     sections = [
-        ("Blend", _grid(blend_charts(run)) + _sources_table(run)),
-        ("Loss", _grid(loss_charts(run))),
-        ("Validation", _validation_table(run) + _grid(validation_charts(run))),
-        ("Optimizer and throughput", _grid(optimizer_charts(run))),
+        ("Blend", chart_grid(blend_charts(run)) + _sources_table(run)),
+        ("Loss", chart_grid(loss_charts(run))),
+        ("Validation", _validation_table(run) + chart_grid(validation_charts(run))),
+        ("Optimizer and throughput", chart_grid(optimizer_charts(run))),
         ("Restarts", _restarts_table(run)),
     ]
     body = "".join(f"<section><h2>{head}</h2>{text}</section>\n" for head, text in sections if text)
@@ -330,7 +340,7 @@ def _sources_table(run: RunMetrics) -> str:
         )
     heads = ["Source", "Samples drawn", "Realised share", "Planned share", "Weight first"]
     heads += ["Weight last", "Epochs", "Last loss"]
-    return _table("Over the whole log.", heads, rows)
+    return html_table("Over the whole log.", heads, rows)
 
 
 def _validation_table(run: RunMetrics) -> str:
@@ -345,7 +355,7 @@ def _validation_table(run: RunMetrics) -> str:
         for name, block in run.validation.items()
     ]
     first, last = run.validation_iteration[0], run.validation_iteration[-1]
-    return _table(
+    return html_table(
         f"Before: iteration {first:,.0f}. After: iteration {last:,.0f}. Loss in nats per token. "
         "Lower is better.",
         ["Source", *heads],
@@ -387,7 +397,7 @@ def _restarts_table(run: RunMetrics) -> str:
         if num_omitted
         else ""
     )
-    return _table(
+    return html_table(
         "Pause: time from the last iteration that was kept until training continued; after a "
         f"failure this time is lost.{note}",
         "Attempt,Resumed from iteration,Iterations repeated,Pause,Reason for the "
@@ -397,7 +407,7 @@ def _restarts_table(run: RunMetrics) -> str:
     )
 
 
-def _table(
+def html_table(
     caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 0
 ) -> str:
     """Builds a table of HTML cells, "" without rows. The first column contains the row heads.
@@ -424,7 +434,7 @@ def _table(
     )
 
 
-def _grid(charts: Sequence[Chart]) -> str:
+def chart_grid(charts: Sequence[Chart]) -> str:
     """Arranges charts in rows of two. A single chart in a row has the full width."""
     figures = []
     num_narrow = 0

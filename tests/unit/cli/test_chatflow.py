@@ -14,6 +14,7 @@ from megatron_chatflow.errors import run_main
 TOOLS = Path(__file__).parents[3] / "tools"
 TOOL_OF = {
     "preprocess": "preprocess_data.py",
+    "clean": "clean_corpus.py",
     "merge": "merge_datasets.py",
     "inspect": "inspect_dataset.py",
     "plan": "plan_blend.py",

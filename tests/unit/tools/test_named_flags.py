@@ -39,6 +39,7 @@ PRINTED_BY = {
     "preprocess.dedup": {"tools.preprocess_data"},
     "preprocess.dropped": {"tools.preprocess_data", "tools.merge_datasets"},
     "preprocess.inspect": {"tools.inspect_dataset"},
+    "preprocess.job": {"tools.preprocess_data"},
     "preprocess.merge": {"tools.merge_datasets"},
     "preprocess.readers": {"tools.preprocess_data"},
     "preprocess.tab_separated": {"tools.preprocess_data"},
