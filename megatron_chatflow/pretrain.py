@@ -25,6 +25,7 @@ from megatron_chatflow.errors import run_main
 from megatron_chatflow.runtime.exit_reporter import ExitReporter
 from megatron_chatflow.runtime.launch import finalize, initialize, use_deterministic_algorithms
 from megatron_chatflow.runtime.ranks import ProcessRank, Ranks
+from megatron_chatflow.training.remote_inputs import fetch_inputs
 
 logger = logging.getLogger("megatron_chatflow")
 
@@ -71,6 +72,8 @@ def _dry_run(config: RunConfig, options: RunOptions) -> None:
     from megatron_chatflow.simulate.layout_search import describe_step
     from megatron_chatflow.training.dry_run import dry_run
 
+    if not options.simulate:
+        fetch_inputs(config, is_dry_run=True)
     # A simulation needs neither data nor weights; the plain dry run does.
     if not options.simulate or not missing_files(config):
         print(
@@ -117,6 +120,7 @@ def train(config: RunConfig) -> None:
 
 def _initialize_and_train(config: RunConfig) -> None:
     validate_for_world(config, ProcessRank.from_environment().world_size)
+    fetch_inputs(config)
     parallel = config.parallel
     if config.train.deterministic_mode:
         use_deterministic_algorithms()

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -71,22 +71,43 @@ def latest_iteration(root: Path) -> int | None:
     return iteration
 
 
-def prune(root: Path, *, retain: int, keep_every: int | None) -> list[int]:
-    """Removes all checkpoints but the newest ``retain`` and the multiples of ``keep_every``.
-
-    The latest one is always kept. A folder is renamed before it is removed, so that an interrupted
-    removal never leaves something that looks like a checkpoint. Returns the removed iterations.
-    """
-    latest = latest_iteration(root)
-    found = sorted(
+def find_iterations(root: Path) -> list[int]:
+    """Returns the iterations of the checkpoints in a run's folder, in ascending order."""
+    return sorted(
         int(match[1])
         for path in root.iterdir()
         if path.is_dir() and (match := _ITERATION_FOLDER.fullmatch(path.name))
     )
+
+
+def retained(
+    found: Sequence[int], latest: int | None, *, retain: int | None, keep_every: int | None
+) -> set[int]:
+    """Returns which of the iterations ``found``, in ascending order, the retention rule keeps.
+
+    These are the latest one, the newest ``retain`` (all if None) and the multiples of
+    ``keep_every``.
+    """
+    if retain is None:
+        return set(found)
+    multiples = {one for one in found if keep_every is not None and one % keep_every == 0}
+    return {*found[-retain:], *multiples, *(one for one in found if one == latest)}
+
+
+def prune(
+    root: Path, *, retain: int, keep_every: int | None, pinned: Collection[int] = ()
+) -> list[int]:
+    """Removes all checkpoints but the newest ``retain`` and the multiples of ``keep_every``.
+
+    The latest one and those in ``pinned`` are always kept. A folder is renamed before it is
+    removed, so that an interrupted removal never leaves something that looks like a checkpoint.
+    Returns the removed iterations.
+    """
+    found = find_iterations(root)
+    kept = retained(found, latest_iteration(root), retain=retain, keep_every=keep_every)
     removed = []
-    for iteration in found[:-retain]:
-        is_kept = keep_every is not None and iteration % keep_every == 0
-        if iteration == latest or is_kept:
+    for iteration in found:
+        if iteration in kept or iteration in pinned:
             continue
         folder = iteration_folder(root, iteration)
         doomed = root / f".{folder.name}.removed"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_chatflow.config.fields import FilePath, PositiveNumber, Size
+from megatron_chatflow.config.fields import FilePath, Location, PositiveNumber, Size
 from megatron_chatflow.config.problems import describe
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.errors import UserError
@@ -41,7 +41,7 @@ class RecordedTokenizer:
 class RecordedSource:
     """A source's datasets."""
 
-    paths: tuple[FilePath, ...] = ()
+    paths: tuple[Location, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=_LENIENT)

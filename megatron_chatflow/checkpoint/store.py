@@ -49,6 +49,7 @@ from megatron_chatflow.checkpoint.layout import (
     unpadded_shards,
     unpadded_sizes_of,
 )
+from megatron_chatflow.checkpoint.remote import CheckpointUploader, UploadResult
 from megatron_chatflow.checkpoint.state import LocalState
 from megatron_chatflow.checkpoint.writer import (
     BackgroundSave,
@@ -156,6 +157,7 @@ class CheckpointSaver:
         durable_iteration: The checkpoint that the run continues from; None if it starts fresh.
         carried: Small files that every checkpoint carries to an export, by name; written by rank 0.
         on_progress: Called while training waits for a save that makes progress.
+        uploader: Copies published checkpoints to a store; on rank 0 only.
     """
 
     def __init__(
@@ -167,7 +169,9 @@ class CheckpointSaver:
         durable_iteration: int | None,
         carried: Mapping[str, bytes] | None = None,
         on_progress: OnProgress = _nothing,
+        uploader: CheckpointUploader | None = None,
     ) -> None:
+        self._uploader = uploader
         self._carried = dict(carried or {})
         self._root = root
         self._config = config
@@ -265,12 +269,25 @@ class CheckpointSaver:
         pending.clear()
         return self._durable
 
+    def finish_uploads(self) -> str | None:
+        """Waits for the uploads of this rank; not a collective.
+
+        Returns what failed; None if nothing did, or if this rank has nothing to upload.
+        """
+        return None if self._uploader is None else self._uploader.finish(self._on_progress)
+
+    def take_upload_results(self) -> list[UploadResult]:
+        """Returns the outcomes of this rank's uploads since the last call."""
+        return [] if self._uploader is None else self._uploader.take_results()
+
     def close(self) -> None:
         """Waits until this rank has written its files, however the run ended, and frees memory."""
         if self._pending is not None:
             self._pending.cancel()
             self._pending.wait(self._on_progress)
             self._pending = None
+        if self._uploader is not None:
+            self._uploader.close()
         self._buffer.release()
 
     def _image(
@@ -327,6 +344,7 @@ class CheckpointSaver:
             },
             retain=settings.save_retain,
             keep_every=settings.save_keep_every,
+            uploader=self._uploader,
         )
         self._pending.publish(publication, process.world_size, self._plans, begin)
 

@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from megatron_chatflow.checkpoint.direct_file import FileHash, hash_file, lower_thread_priority
 from megatron_chatflow.checkpoint.files import LATEST, MANIFEST, manifest_text, prune
 from megatron_chatflow.checkpoint.layout import Plan, index_files
+from megatron_chatflow.checkpoint.remote import CheckpointUploader
 from megatron_chatflow.files import replace_folder, sync_folder, write_and_sync, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -250,6 +251,7 @@ class Publication:
     small_files: Mapping[str, bytes]
     retain: int | None  # how many checkpoints to keep; all if None
     keep_every: int | None  # also keep checkpoints whose iteration is a multiple of this
+    uploader: CheckpointUploader | None = None  # copies the checkpoint to a store
 
     def run(self, reports: list[Report], plans: list[Plan]) -> None:
         """Writes the small files and publishes.
@@ -282,7 +284,8 @@ class Publication:
         if self.retain is None:
             return
         try:
-            prune(self.root, retain=self.retain, keep_every=self.keep_every)
+            pinned = () if self.uploader is None else self.uploader.pinned()
+            prune(self.root, retain=self.retain, keep_every=self.keep_every, pinned=pinned)
         except Exception as error:
             logger.warning("could not remove old checkpoints in %s: %s", self.root, error)
 
@@ -387,6 +390,8 @@ class BackgroundSave:
             self._reports.end()
         self._is_published = True
         logger.info("saved %s in %.2f s", publication.final, time.perf_counter() - begin)
+        if publication.uploader is not None:
+            publication.uploader.submit(publication.iteration)
         publication.prune()
 
 

@@ -26,7 +26,8 @@ from pydantic import (
 )
 
 from megatron_chatflow.errors import UserError
-from megatron_chatflow.files import refuse_url
+from megatron_chatflow.files import is_url, refuse_url
+from megatron_chatflow.remote import CachedPath, parse_location, refuse_web
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -160,6 +161,25 @@ def _parse_path(value: object) -> Path:
     return Path(value).expanduser()
 
 
+def _parse_location(value: object) -> Path:
+    if isinstance(value, CachedPath):
+        return value
+    if isinstance(value, str) and is_url(value):
+        location = parse_location(value)
+        return CachedPath.of(location) if is_url(location) else Path(location)
+    return _parse_path(value)
+
+
+def _parse_remote_folder(value: object) -> str:
+    if not isinstance(value, str) or not is_url(value):
+        raise UserError(f"must be a URL such as s3://bucket/run, not {shorten(value)}")
+    location = parse_location(value).rstrip("/")
+    if not is_url(location):
+        raise UserError("must be a URL such as s3://bucket/run; local folders need no copy")
+    refuse_web(location)
+    return location
+
+
 def _check_shares(value: str) -> str:
     parse_shares(value)
     return value
@@ -184,6 +204,10 @@ Name = Annotated[StrictStr, AfterValidator(_check_name)]
 Shares = Annotated[StrictStr, AfterValidator(_check_shares)]
 """Shares of training, validation and test in the form that `parse_shares` accepts."""
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
+Location = Annotated[Path, BeforeValidator(_parse_location)]
+"""A local path, or a URL; the path is then that of the local copy, a `CachedPath`."""
+RemoteFolder = Annotated[str, BeforeValidator(_parse_remote_folder)]
+"""The URL of a folder on a store."""
 
 Size = Annotated[StrictInt, Field(ge=1, lt=2**31)]
 """A dimension or a number of parts: an integer of at least 1, without a unit."""

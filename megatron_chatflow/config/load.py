@@ -17,6 +17,11 @@ from megatron_chatflow.config.huggingface import model_of_huggingface
 from megatron_chatflow.config.validation import RunConfig, removed_settings
 from megatron_chatflow.config.yaml_file import read_yaml
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.files import is_url
+from megatron_chatflow.remote import CachedPath, download_folder, parse_location
+
+SMALL_HUGGINGFACE_FILES = (".json", ".model", ".jinja", ".txt")
+"""Suffixes of the files of a Hugging Face folder besides its weights."""
 
 
 def _overlay(base: dict[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,6 +110,13 @@ def _load(values: dict[str, Any]) -> RunConfig:
 def _huggingface_folder(values: Mapping[str, Any]) -> Path | None:
     checkpoint = values.get("checkpoint")
     folder = checkpoint.get("load_hf") if isinstance(checkpoint, Mapping) else None
+    if isinstance(folder, str) and is_url(folder):
+        location = parse_location(folder)
+        if not is_url(location):
+            return Path(location)
+        copy = CachedPath.of(location)
+        download_folder(copy, SMALL_HUGGINGFACE_FILES, "config.json")
+        return copy
     return Path(folder).expanduser() if isinstance(folder, str | Path) and str(folder) else None
 
 

@@ -20,11 +20,13 @@ from megatron_chatflow.config.fields import (
     FilePath,
     Fraction,
     KnotWeights,
+    Location,
     Name,
     NonNegativeNumber,
     NumLayers,
     PositiveCount,
     PositiveNumber,
+    RemoteFolder,
     Seed,
     Share,
     Shares,
@@ -206,9 +208,9 @@ class ParallelConfig:
 class SourceConfig:
     """Datasets of a source, and how samples are cut from them."""
 
-    paths: tuple[FilePath, ...] = Field(min_length=1)
+    paths: tuple[Location, ...] = Field(min_length=1)
     """prefixes of the source's .bin/.idx files, such as data/en_text_document"""
-    validation_paths: tuple[FilePath, ...] = ()
+    validation_paths: tuple[Location, ...] = ()
     """prefixes of datasets that are used only for validation"""
     loss: Literal["all", "response"] | None = None
     """tokens that count in the loss: all, or response (only those marked in the loss-mask
@@ -540,7 +542,10 @@ class CheckpointConfig:
 
     save: FilePath | None = None
     """folder of the run, for checkpoints, logs and metrics; nothing is saved when unset"""
-    load: FilePath | None = None
+    save_remote: RemoteFolder | None = None
+    """URL of a folder on a store, such as s3://bucket/run, to copy every checkpoint to in the
+    background; a run with --load equal to --save first copies a newer checkpoint from there"""
+    load: Location | None = None
     """folder of the checkpoints to resume from or, with finetune, to take the weights from"""
     save_interval: PositiveCount | None = None
     """number of iterations between checkpoints; only the last iteration is saved when unset"""
@@ -552,9 +557,9 @@ class CheckpointConfig:
     """number of newest checkpoints to keep; all are kept when unset"""
     save_keep_every: PositiveCount | None = None
     """additionally keep the checkpoints at multiples of this iteration"""
-    pretrained_checkpoint: FilePath | None = None
+    pretrained_checkpoint: Location | None = None
     """checkpoint to take the initial weights from if --load contains no checkpoint yet"""
-    load_hf: FilePath | None = None
+    load_hf: Location | None = None
     """Hugging Face model folder to take the initial weights from if --load contains no
     checkpoint yet; its config.json sets the model section"""
     embedding_init: EmbeddingInit | None = None

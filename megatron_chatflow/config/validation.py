@@ -37,6 +37,7 @@ from megatron_chatflow.config.shape import head_counts, num_model_chunks
 from megatron_chatflow.config.stages import selects_rows
 from megatron_chatflow.config.yaml_file import dump_yaml
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.remote import CachedPath
 
 _LONGEST_LIST = 8
 # Settings of which at most one may be set.
@@ -60,6 +61,7 @@ _REQUIRED = (
     ),
     ("parallel.disable_symmetric_registration", "parallel.use_nccl_ub", "; set that too"),
     ("checkpoint.save_interval", "checkpoint.save", ", the folder to write to"),
+    ("checkpoint.save_remote", "checkpoint.save", ", the folder whose checkpoints it copies"),
     *(
         (f"optimizer.{name}", f"optimizer.{needed}", "; set that too")
         for name, needed in (
@@ -889,6 +891,8 @@ def to_plain(value: Any) -> Any:
         return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
+    if isinstance(value, CachedPath):
+        return value.url
     return str(value) if isinstance(value, Path) else value
 
 

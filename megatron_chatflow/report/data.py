@@ -218,7 +218,7 @@ class MetricsReader:
             decision = _parse_decision(record["decision"])
             if decision is not None:
                 self.decisions[decision.horizon] = decision
-        elif "choice" not in record:
+        elif "choice" not in record and "upload" not in record:
             reached = int(self.training.iteration[-1]) if self.training.iteration else 0
             if self.training.cut(iteration):
                 # The run was resumed before this iteration, so later records are invalid.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_chatflow.checkpoint.remote import CheckpointUploader
 from megatron_chatflow.checkpoint.store import (
     CheckpointSaver,
     load_checkpoint,
@@ -301,6 +302,14 @@ def _build_saver(
     if config.checkpoint.save is None:
         return None
     carried = run_on_all_ranks(lambda: carried_files(config, inputs) if ranks.is_reporter else None)
+    uploader = None
+    if config.checkpoint.save_remote is not None and ranks.is_reporter:
+        uploader = CheckpointUploader(
+            Path(config.checkpoint.save),
+            config.checkpoint.save_remote,
+            retain=config.checkpoint.save_retain,
+            keep_every=config.checkpoint.save_keep_every,
+        )
     saver = CheckpointSaver(
         Path(config.checkpoint.save),
         config,
@@ -308,6 +317,7 @@ def _build_saver(
         durable_iteration=state.iteration or None,
         carried=carried,
         on_progress=watchdog.heartbeat,
+        uploader=uploader,
     )
     stack.callback(saver.close)
     return saver

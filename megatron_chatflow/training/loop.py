@@ -26,7 +26,7 @@ from megatron_chatflow.blend.quota import GRID
 from megatron_chatflow.checkpoint.store import CheckpointSaver, RunState, load_checkpoint
 from megatron_chatflow.config import RunConfig, RunLength
 from megatron_chatflow.data.loader import GlobalBatch, Loader
-from megatron_chatflow.errors import UserError
+from megatron_chatflow.errors import LocalError, UserError
 from megatron_chatflow.evaluation.validation import SourceLoss, Validator, reduce_source_sums
 from megatron_chatflow.model.forward import ForwardStep
 from megatron_chatflow.runtime.device import peak_memory
@@ -160,7 +160,7 @@ def _run_iterations(run: Run, state: TrainState) -> tuple[TrainState, ExitStatus
         state = state.after(batch)
         if run.control is not None and result.verdict.is_good:
             run.control.observe(result.source_sums.numpy())
-        if record_step_verdict(run, result, batch):
+        if record_step_verdict(run, result, batch, state):
             roll_back(run, state)
 
         # Record and log. A log precedes every save, so that a resumed run logs the same means.
@@ -253,7 +253,9 @@ def train_step(
     return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict, norms)
 
 
-def record_step_verdict(run: Run, result: StepResult, batch: GlobalBatch) -> bool:
+def record_step_verdict(
+    run: Run, result: StepResult, batch: GlobalBatch, state: TrainState
+) -> bool:
     """Counts the step's verdict; returns whether the weights must be rolled back.
 
     Raises `UserError` on every rank if the verdict ends the run.
@@ -264,6 +266,8 @@ def record_step_verdict(run: Run, result: StepResult, batch: GlobalBatch) -> boo
         # A save in progress is of a healthy iteration, so let it finish.
         if run.saver is not None:
             run.saver.finish()
+            run.saver.finish_uploads()
+            report_uploads(run, state)
         raise
 
 
@@ -389,6 +393,7 @@ def save(run: Run, state: TrainState) -> None:
     """Starts a checkpoint of ``state``, which the saver writes in the background."""
     if run.saver is None:
         return
+    report_uploads(run, state)
     for callback in run.callbacks:
         callback.on_save(state.iteration)
     run.optimization.gather_parameters()
@@ -408,6 +413,13 @@ def save(run: Run, state: TrainState) -> None:
     )
 
 
+def report_uploads(run: Run, state: TrainState) -> None:
+    """Reports the uploads that ended since the last call; only the reporting rank has any."""
+    for result in [] if run.saver is None else run.saver.take_upload_results():
+        for callback in run.callbacks:
+            callback.on_upload(state.iteration, result.to_dict())
+
+
 def blend_state(run: Run, state: TrainState) -> dict[str, Any]:
     """Returns the state of the blend, and of its controller if it has one, as JSON."""
     blend = run.blend.state_at(state.consumed_samples)
@@ -419,16 +431,25 @@ def blend_state(run: Run, state: TrainState) -> dict[str, Any]:
 
 
 def ensure_saved(run: Run, state: TrainState) -> None:
-    """Waits until ``state`` is on disk; saves once more if the last save failed."""
+    """Waits until ``state`` is on disk and uploaded; saves once more if the last save failed."""
     for callback in run.callbacks:
         callback.on_save(state.iteration)
-    if run.saver is None or run.saver.finish() == state.iteration:
+    if run.saver is None:
         return
-    save(run, state)
     if run.saver.finish() != state.iteration:
-        raise UserError(
-            f"checkpoint.save: {run.config.checkpoint.save}: the last checkpoint could not be "
-            "written; free disk space and resume from the previous checkpoint"
+        save(run, state)
+        if run.saver.finish() != state.iteration:
+            raise UserError(
+                f"checkpoint.save: {run.config.checkpoint.save}: the last checkpoint could not be "
+                "written; free disk space and resume from the previous checkpoint"
+            )
+    problem = run.saver.finish_uploads()
+    report_uploads(run, state)
+    if problem is not None:
+        raise LocalError(
+            f"checkpoint.save_remote: {run.config.checkpoint.save_remote}: the last checkpoint "
+            f"could not be uploaded: {problem} (it is intact in {run.config.checkpoint.save}; the "
+            "same command uploads it)"
         )
 
 

@@ -81,5 +81,8 @@ class Callback:
     def on_choice(self, iteration: int, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Receives the result of `evaluation.choice.summarize_choice` for each question file."""
 
+    def on_upload(self, iteration: int, result: Mapping[str, Any]) -> None:
+        """Receives the outcome of a checkpoint's upload, some iterations after it was saved."""
+
     def close(self) -> None:
         """Called when the run is torn down, however it ended."""

@@ -45,6 +45,10 @@ class IsolatedCallback(Callback):
         """Forwards the results."""
         self._try(lambda callback: callback.on_choice(iteration, results))
 
+    def on_upload(self, iteration: int, result: Mapping[str, Any]) -> None:
+        """Forwards the outcome."""
+        self._try(lambda callback: callback.on_upload(iteration, result))
+
     def close(self) -> None:
         """Closes the callback."""
         if self._callback is not None:

@@ -109,6 +109,10 @@ class MetricsFile(Callback):
         """Appends the results."""
         self._append({"iteration": iteration, "choice": results})
 
+    def on_upload(self, iteration: int, result: Mapping[str, Any]) -> None:
+        """Appends the outcome."""
+        self._append({"iteration": iteration, "upload": result})
+
     def close(self) -> None:
         """Writes pending lines and flushes the file to disk.
 

@@ -209,7 +209,8 @@ FROZEN_FLAGS = """
 --recompute-method --recompute-modules --recompute-num-layers --reuse-grad-buf-for-mxfp8-param-ag
 --rope-high-freq-factor --rope-low-freq-factor --rope-original-max-position-embeddings
 --rope-scaling-factor --rope-scaling-type --rotary-base --save --save-interval --save-keep-every
---save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives --simulate --split
+--save-remote --save-retain --seed --seq-length --sequence-parallel --shared-memory-collectives
+--simulate --split
 --start-weight-decay --straggler-minmax-count --tensor-model-parallel-size --tensorboard
 --tokenizer-model --tokenizer-type --tp-comm-overlap --train-iters --train-samples
 --transformer-impl --untie-embeddings-and-output-weights --use-distributed-optimizer --use-nccl-ub

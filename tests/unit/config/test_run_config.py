@@ -156,7 +156,8 @@ def test_numbers_that_other_yaml_readers_take_for_text(config) -> None:
         ("checkpoint.save", "", "checkpoint.save: must be a path, not ''"),
         ("checkpoint.save", "a\0b", "checkpoint.save: must be a path"),
         ("checkpoint.save", "gs://b/run", "checkpoint.save: gs://b/run: is a URL, and only local"),
-        ("data.sources.chat.paths", ["s3://b/a"], "data.sources.chat.paths[0]: s3://b/a: is a URL"),
+        ("data.sources.chat.paths", ["s3:/b/a"], "data.sources.chat.paths[0]: s3:/b/a: is a URL"),
+        ("checkpoint.load", "ftp://b/a", "checkpoint.load: ftp://b/a: ftp:// is not supported"),
         ("tokenizer.tokenizer_model", "https://h/t.json", "tokenizer.tokenizer_model: https://h/t"),
     ],
 )

@@ -1,0 +1,69 @@
+"""Copies what a run reads from URLs to the local disk before the run starts.
+
+Everything after this reads local files. Every process calls `fetch_inputs` before the job's
+processes meet; those of one node wait for each other at locks.
+"""
+
+import logging
+from pathlib import Path
+
+from megatron_chatflow import remote
+from megatron_chatflow.checkpoint.files import LATEST, latest_iteration
+from megatron_chatflow.checkpoint.remote import (
+    check_new_run,
+    claim_run,
+    fetch_newer_checkpoint,
+    fetch_run,
+)
+from megatron_chatflow.config import RunConfig
+from megatron_chatflow.config.load import SMALL_HUGGINGFACE_FILES
+from megatron_chatflow.data.remote_dataset import fetch_datasets
+from megatron_chatflow.remote import CachedPath
+
+logger = logging.getLogger(__name__)
+
+
+def fetch_inputs(config: RunConfig, *, is_dry_run: bool = False) -> None:
+    """Copies the datasets and checkpoints of a configuration that are named by URLs.
+
+    A dry run copies only what it reads, and nothing into the run's folder.
+
+    Raises:
+        UserError: Something is missing or damaged, or the disk is full.
+        RemoteError: A store cannot be reached.
+    """
+    sources = config.data.sources.values()
+    paths = [path for one in sources for path in (*one.paths, *one.validation_paths)]
+    fetch_datasets([path.url for path in paths if isinstance(path, CachedPath)])
+    checkpoint = config.checkpoint
+    for path in (checkpoint.load, checkpoint.pretrained_checkpoint):
+        if isinstance(path, CachedPath):
+            fetch_run(path.url, path)
+    if isinstance(checkpoint.load_hf, CachedPath):
+        suffixes = (*SMALL_HUGGINGFACE_FILES, ".safetensors")
+        remote.download_folder(checkpoint.load_hf, suffixes, "config.json")
+    if checkpoint.save_remote is None or checkpoint.save is None:
+        return
+    root, url = Path(checkpoint.save), checkpoint.save_remote
+    load = checkpoint.load
+    if load is not None and not checkpoint.finetune and Path(load) == root:
+        if is_dry_run:
+            _describe(root, url)
+        else:
+            fetch_newer_checkpoint(root, url)
+    elif checkpoint.finetune or not isinstance(load, CachedPath) or load.url != url:
+        check_new_run(root, url)
+    if not is_dry_run:
+        claim_run(root)
+
+
+def _describe(root: Path, url: str) -> None:
+    content = remote.read_bytes(f"{url}/{LATEST}")
+    local = latest_iteration(root) or 0
+    if content is not None and content.strip().isdigit() and int(content) > local:
+        logger.warning(
+            "checkpoint.save_remote: the run will first copy iteration %d from %s to %s",
+            int(content),
+            url,
+            root,
+        )

@@ -1,0 +1,140 @@
+"""Tests local copies of datasets on an S3 server, and runs that read them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from object_store import ObjectStore
+from preprocess_jobs import make_chats
+from tiny_run import TinyRun
+
+from megatron_chatflow import remote
+from megatron_chatflow.config import RunConfig, load_config
+from megatron_chatflow.data.remote_dataset import fetch_dataset
+from megatron_chatflow.errors import UserError
+from megatron_chatflow.remote import CachedPath
+from megatron_chatflow.training.inputs import open_inputs
+from megatron_chatflow.training.remote_inputs import fetch_inputs
+
+
+@pytest.fixture
+def chats(tmp_path: Path, tiny_sentencepiece_model: Path, object_store: ObjectStore) -> str:
+    """Writes a dataset with a loss mask and a sidecar; returns its URL."""
+    prefix = make_chats(tmp_path, tiny_sentencepiece_model)
+    for path in tmp_path.glob("a_messages*"):
+        object_store.put(f"tokens/{path.name}", path.read_bytes())
+    return f"s3://corpora/tokens/{prefix.name}"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("a_messages*")}
+
+
+def test_a_dataset_is_copied_once_with_mask_and_sidecar(
+    chats: str, tmp_path: Path, object_store: ObjectStore
+) -> None:
+    object_store.proxy.fail_next(100, None, 0)
+    prefix = fetch_dataset(chats)
+    assert prefix == remote.cache_folder() / "s3/corpora/tokens/a_messages_document"
+    assert files(prefix.parent) == files(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in prefix.parent.iterdir()}
+    assert fetch_dataset(chats) == prefix
+    assert {path: path.stat().st_mtime_ns for path in prefix.parent.iterdir()} == before
+
+
+def test_a_file_that_does_not_match_the_sidecar_gets_no_name(
+    chats: str, object_store: ObjectStore
+) -> None:
+    name = "tokens/a_messages_document.bin"
+    content = bytearray(object_store.get(name))
+    content[3] ^= 1
+    object_store.put(name, bytes(content))
+    with pytest.raises(UserError, match=f"s3://corpora/{name}: its SHA-256 is not the recorded"):
+        fetch_dataset(chats)
+    assert not (remote.cache_folder() / "s3/corpora" / name).exists()
+
+
+def test_a_new_version_replaces_the_copy(
+    chats: str, object_store: ObjectStore, tmp_path: Path
+) -> None:
+    prefix = fetch_dataset(chats)
+    for path in tmp_path.glob("a_messages*"):  # a smaller dataset without mask and sidecar
+        key = f"tokens/{path.name}"
+        object_store.client().delete_object(Bucket="corpora", Key=key)
+    for suffix in (".bin", ".idx"):
+        object_store.put(f"tokens/a_messages_document{suffix}", b"new")
+    fetch_dataset(chats)
+    assert files(prefix.parent) == {
+        "a_messages_document.bin": b"new",
+        "a_messages_document.idx": b"new",
+    }
+
+
+def test_a_copy_is_used_if_the_store_cannot_be_reached(
+    chats: str,
+    object_store: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(remote, "NUM_ATTEMPTS", 2)
+    prefix = fetch_dataset(chats)
+    object_store.proxy.go_down()
+    assert fetch_dataset(chats) == prefix
+    assert "using the copy from an earlier run" in caplog.text
+    with pytest.raises(UserError, match="cannot read: s3://corpora/other.json"):
+        fetch_dataset("s3://corpora/other")
+
+
+def test_a_missing_dataset_is_named(object_store: ObjectStore) -> None:
+    with pytest.raises(UserError, match=r"s3://corpora/none.idx: no such file: check the URL"):
+        fetch_dataset("s3://corpora/none")
+
+
+def remote_config(run: TinyRun, store: ObjectStore) -> RunConfig:
+    """Moves the datasets of a run to the store and returns the configuration that names them."""
+    settings = yaml.safe_load(run.config.read_text())
+    for source in settings["data"]["sources"].values():
+        prefix = Path(source["paths"][0])
+        for suffix in (".bin", ".idx"):
+            store.put(f"tokens/{prefix.name}{suffix}", Path(f"{prefix}{suffix}").read_bytes())
+        source["paths"] = [f"s3://corpora/tokens/{prefix.name}"]
+    path = run.folder / "remote.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return load_config(path)
+
+
+def test_a_run_reads_the_same_samples(tiny_run: TinyRun, object_store: ObjectStore) -> None:
+    config = remote_config(tiny_run, object_store)
+    fetch_inputs(config)
+    local, copied = open_inputs(load_config(tiny_run.config)), open_inputs(config)
+    for one, other in zip(local.sources, copied.sources, strict=True):
+        assert one.fingerprint() == other.fingerprint()
+        assert one.sample(3).tokens.tolist() == other.sample(3).tokens.tolist()
+
+
+def test_the_recorded_configuration_has_the_urls(
+    tiny_run: TinyRun, object_store: ObjectStore
+) -> None:
+    config = remote_config(tiny_run, object_store)
+    path = config.data.sources["first"].paths[0]
+    assert isinstance(path, CachedPath)
+    text = config.to_yaml()
+    assert "s3://corpora/tokens/first_text_document" in text
+    assert str(remote.cache_folder()) not in text
+    assert RunConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--save", "s3://b/run"], "checkpoint.save: s3://b/run: is a URL"),
+        (["--load", "s3://k:s@b/run"], "checkpoint.load: s3://***@b/run: has credentials"),
+        (["--save-remote", "/local"], "checkpoint.save_remote: must be a URL"),
+        (["--save-remote", "https://h/run"], "checkpoint.save_remote: https://h/run: web servers"),
+        (["--save-remote", "s3://b/run"], "checkpoint.save_remote: needs checkpoint.save"),
+    ],
+)
+def test_wrong_urls_in_a_configuration(tiny_run: TinyRun, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(tiny_run.config, flags)
+    assert str(caught.value).startswith(message)
