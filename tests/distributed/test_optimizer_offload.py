@@ -41,7 +41,7 @@ def runs(tiny_run: TinyRun) -> Path:
     """Returns a folder with the runs."""
     folder = tiny_run.folder / "optimizer_offload"
     folder.mkdir()
-    base = ["--config", tiny_run.config]
+    base = ["--config", tiny_run.config, "--train-iters", 6]
     tasks = [[*base, *flags, "--save", folder / name] for name, flags in WHOLE.items()]
     for name, (before, after) in RESUMED.items():
         run = [*base, "--save", folder / name, "--load", folder / name]
@@ -68,7 +68,7 @@ def runs(tiny_run: TinyRun) -> Path:
 def test_losses_are_those_of_the_plain_optimizer(runs: Path, name: str) -> None:
     expected, _ = jobs.read_metrics(runs / "plain")
     found, _ = jobs.read_metrics(runs / name)
-    assert len(found) == len(expected) == 10
+    assert len(found) == len(expected) == 6
     tolerance = 0.02 if name == "bf16_gradients" else 2e-3
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["lm_loss"] == pytest.approx(theirs["lm_loss"], abs=tolerance)
@@ -80,8 +80,8 @@ def test_losses_are_those_of_the_plain_optimizer(runs: Path, name: str) -> None:
     [("all_again", "all"), ("half_again", "half"), ("overlap_again", "half"), ("overlap", "half")],
 )
 def test_a_resume_and_overlap_change_no_bit(runs: Path, name: str, same: str) -> None:
-    expected = _tensors(runs / same / "iter_0000010")
-    found = _tensors(runs / name / "iter_0000010")
+    expected = _tensors(runs / same / "iter_0000006")
+    found = _tensors(runs / name / "iter_0000006")
     assert found.keys() == expected.keys()
     assert any(key.startswith("optimizer.state.exp_avg_sq.") for key in found)
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
@@ -90,8 +90,8 @@ def test_a_resume_and_overlap_change_no_bit(runs: Path, name: str, same: str) ->
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["all", "half"])
 def test_checkpoints_hold_the_state_of_the_plain_optimizer(runs: Path, name: str) -> None:
-    expected = _tensors(runs / "plain" / "iter_0000010")
-    found = _tensors(runs / name / "iter_0000010")
+    expected = _tensors(runs / "plain" / "iter_0000006")
+    found = _tensors(runs / name / "iter_0000006")
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype

@@ -62,7 +62,7 @@ def runs(tiny_run: TinyRun) -> Path:
     """Returns a folder with the runs."""
     folder = tiny_run.folder / "precision_aware"
     folder.mkdir()
-    base = ["--config", tiny_run.config]
+    base = ["--config", tiny_run.config, "--train-iters", 6]
     tasks = [[*base, *flags, "--save", folder / name] for name, flags in WHOLE.items()]
     for name, (before, after) in RESUMED.items():
         run = [*base, "--save", folder / name, "--load", folder / name]
@@ -130,7 +130,7 @@ def test_losses_stay_close_to_those_of_fp32_state(
     expected = _losses(runs / "plain")
     found = _losses(runs / name)
     expected = expected[-len(found) :]
-    assert len(found) in (6, 10)
+    assert len(found) in (2, 6)
     differences = [abs(a - b) for a, b in zip(found, expected, strict=True)]
     # Where an update ends halfway between two bf16 values, the two optimizers round to different
     # ones, and later losses differ by what bf16 makes of that: up to 1.4e-3 with fp32 moments.
@@ -163,8 +163,8 @@ def test_fp32_state_is_that_of_the_other_optimizer(runs: Path) -> None:
 def test_a_changed_optimizer_goes_on_with_the_same_weights(
     runs: Path, name: str, continued: str
 ) -> None:
-    # The fifth iteration of all ten, or the first of a run that began after the fourth.
-    assert _losses(runs / name)[-6] == pytest.approx(_losses(runs / continued)[4], abs=1e-6)
+    # The fifth iteration of all six, or the first of a run that began after the fourth.
+    assert _losses(runs / name)[-2] == pytest.approx(_losses(runs / continued)[4], abs=1e-6)
 
 
 @pytest.mark.distributed
@@ -174,8 +174,8 @@ def test_a_changed_optimizer_goes_on_with_the_same_weights(
 )
 def test_a_resume_and_overlap_change_no_bit(runs: Path, name: str, same: str) -> None:
     assert _losses(runs / name) == _losses(runs / same)
-    expected = _tensors(runs / same / "iter_0000010")
-    found = _tensors(runs / name / "iter_0000010")
+    expected = _tensors(runs / same / "iter_0000006")
+    found = _tensors(runs / name / "iter_0000006")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
@@ -194,7 +194,7 @@ def test_what_is_loaded_and_saved_again_is_the_same(runs: Path, name: str) -> No
 
 @pytest.mark.distributed
 def test_checkpoints_hold_whole_master_weights_and_moments_in_their_dtype(runs: Path) -> None:
-    plain, found = (_tensors(runs / name / "iter_0000010") for name in ("plain", "bf16"))
+    plain, found = (_tensors(runs / name / "iter_0000006") for name in ("plain", "bf16"))
     assert found.keys() == plain.keys()
     of_master = [key for key in found if key.startswith("optimizer.state.fp32_param.")]
     for key in of_master:
