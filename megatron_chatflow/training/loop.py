@@ -93,6 +93,8 @@ class StepResult:
     weight_decay: float  # weight decay of the update
     verdict: Verdict  # whether the update was made; the same on every rank
     norms: Norms | None = None  # norms of the weights and gradients, if they are due
+    # Number of the stage of training, which a rollback may leave; None for a run without stages.
+    stage: int | None = None
 
     @property
     def loss(self) -> float | None:
@@ -250,7 +252,8 @@ def train_step(
             optimization.average.update()
         norms = None if optimization.norms is None else optimization.norms.measure()
     optimization.advance(batch.end - batch.begin)
-    return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict, norms)
+    stage = None if optimization.stages is None else optimization.stages.stage
+    return StepResult(sums, grad_norm, learning_rate, weight_decay, verdict, norms, stage)
 
 
 def record_step_verdict(
@@ -330,7 +333,7 @@ def record_iteration(
             grad_norm=result.grad_norm,
             norms=result.norms,
             is_updated=result.verdict.is_good,
-            stage=run.optimization.stages.stage if run.optimization.stages else None,
+            stage=result.stage,
             time=time.time(),
             seconds=seconds,
             data_seconds=data_seconds,

@@ -374,7 +374,11 @@ def check_edit(
                 "with --finetune"
             )
     for number, now in enumerate(plan.stages[num_begun:], start=num_begun):
-        if now.sample < consumed:
+        # A planned stage may lie before the checkpoint and not have begun: it begins with the next
+        # iteration, or a rollback returned to an earlier one.
+        was = stages[number] if number < len(stages) else None
+        is_planned = was is not None and (was.sample, was.content) == (now.sample, now.content)
+        if now.sample < consumed and not is_planned:
             raise UserError(
                 f"{_PATH}[{number}].at: sample {now.sample:,} lies before sample {consumed:,}, "
                 f"which {at} has reached; use a later position"

@@ -131,8 +131,11 @@ def test_the_future_may_be_edited_and_the_past_may_not(make_config: MakeConfig) 
         edit(plan, other, make_config, 32)
     with pytest.raises(UserError, match=r"train.stages\[1\]: has begun"):
         edit(plan, STAGES[:1], make_config, 32)
-    with pytest.raises(UserError, match=r"train.stages\[2\].at: sample 41 lies before sample 48"):
-        edit(plan, STAGES, make_config, 48)
+    # Stage 2 begins with the iteration at sample 48, and may no longer change before it.
+    assert edit(plan, STAGES, make_config, 48) == ""
+    for past in ({"at": 44, "trainable": ["all"]}, {"at": 41, "trainable": ["layers.0"]}):
+        with pytest.raises(UserError, match=r"train.stages\[2\].at: sample 4\d lies before sample"):
+            edit(plan, [*STAGES[:2], past], make_config, 48)
 
 
 def test_a_run_without_stages_may_get_some(make_config: MakeConfig) -> None:
