@@ -3,6 +3,7 @@
 ``faulty_worker.py FAULT pretrain-arguments...``, where FAULT is a JSON object:
 
 - ``{"nan": [3, 4]}``: the loss of these iterations (counted from 1) is NaN.
+- ``{"nan_at": [16, 28]}``: the loss of the iterations that begin at these samples is NaN.
 - ``{"spike": {"7": 100}}``: the loss of iteration 7 is multiplied by 100.
 - ``{"slow": {"rank": 1, "seconds": 0.2}}``: each forward pass of the rank takes longer by this.
 - ``{"hang": {"rank": 1, "iteration": 3}}``: the rank sleeps forever before the step of the
@@ -37,7 +38,8 @@ def plant() -> None:
 
     def faulty_step(batch: Any, optimization: Any, forward_step: Any, *rest: Any) -> Any:
         iteration = batch.end // (batch.end - batch.begin)
-        factor = float("nan") if iteration in FAULT.get("nan", ()) else 1.0
+        is_nan = iteration in FAULT.get("nan", ()) or batch.begin in FAULT.get("nan_at", ())
+        factor = float("nan") if is_nan else 1.0
         factor = FAULT.get("spike", {}).get(str(iteration), factor)
         hang = FAULT.get("hang")
         is_first_attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
