@@ -24,9 +24,14 @@ from megatron_chatflow.errors import ArgumentParser, UserError, run_main
 from megatron_chatflow.files import check_output_file, write_output_file
 
 # The called functions: path inside the sources, and names. `forward` implements a class's
-# `__call__`.
+# `__call__`, and the name of a class stands for its constructor. A function that moved between
+# releases is looked for in each file. Functions in C++ extensions (transformer_engine_torch's
+# `multi_tensor_*`, Apex's) have no sources in Python and are not recorded.
 _TE = "transformer_engine/pytorch"
 _ATTENTION = ["DotProductAttention.__init__", "DotProductAttention.forward"]
+_FP8 = ["FP8GlobalStateManager.is_fp8_enabled", "FP8GlobalStateManager.reset"]
+_FP8 += ["fp8_autocast", "fp8_model_init"]
+_QUANTIZED = ["QuantizedTensor.dequantize", "QuantizedTensor.quantize_"]
 WANTED = {
     "flash_attn/flash_attn_interface.py": ["flash_attn_varlen_func"],
     "hopper/flash_attn_interface.py": ["flash_attn_varlen_func"],
@@ -37,8 +42,51 @@ WANTED = {
     f"{_TE}/module/rmsnorm.py": ["RMSNorm.__init__"],
     f"{_TE}/module/linear.py": ["Linear.__init__", "Linear.forward"],
     f"{_TE}/module/layernorm_linear.py": ["LayerNormLinear.__init__", "LayerNormLinear.forward"],
-    f"{_TE}/module/base.py": ["initialize_ub", "destroy_ub"],
-    f"{_TE}/graph.py": ["make_graphed_callables"],
+    f"{_TE}/module/base.py": [
+        "TransformerEngineBaseModule.get_extra_state",
+        "TransformerEngineBaseModule.set_extra_state",
+        "get_dummy_wgrad",
+        "initialize_ub",
+        "destroy_ub",
+    ],
+    f"{_TE}/ops/op.py": ["BasicOperation.forward"],  # RMSNorm's
+    f"{_TE}/graph.py": [
+        "make_graphed_callables",
+        "set_capture_start",
+        "set_capture_end",
+        "save_fp8_tensors",
+        "restore_fp8_tensors",
+    ],
+    f"{_TE}/distributed.py": [
+        "activation_recompute_forward",
+        "checkpoint",
+        "get_all_rng_states",
+        "is_fp8_activation_recompute_enabled",
+    ],
+    # megatron-core prefers the module of version 1, where there is one.
+    f"{_TE}/cpu_offload_v1.py": ["get_cpu_offload_context"],
+    f"{_TE}/cpu_offload.py": ["get_cpu_offload_context"],
+    f"{_TE}/fp8.py": _FP8,
+    f"{_TE}/quantization.py": _FP8,
+    f"{_TE}/tensor/quantized_tensor.py": _QUANTIZED,
+    f"{_TE}/quantized_tensor.py": _QUANTIZED,
+    f"{_TE}/tensor/float8_tensor.py": ["Float8Tensor.dequantize", "Float8Tensor.quantize_"],
+    f"{_TE}/tensor/mxfp8_tensor.py": ["MXFP8Tensor.dequantize", "MXFP8Tensor.quantize_"],
+    f"{_TE}/tensor/utils.py": [
+        "replace_raw_data",
+        "cast_master_weights_to_fp8",
+        "post_all_gather_processing",
+    ],
+    f"{_TE}/utils.py": ["make_weak_ref"],
+    f"{_TE}/optimizers/multi_tensor_apply.py": ["MultiTensorApply.__call__"],
+    "transformer_engine/common/recipe/__init__.py": [
+        "DelayedScaling",
+        "Float8CurrentScaling",
+        "Float8BlockScaling",
+        "MXFP8BlockScaling",
+        "NVFP4BlockScaling",
+    ],
+    "apex/optimizers/fused_adam.py": ["FusedAdam.__init__"],
     f"{_TE}/optimizers/fused_adam.py": [
         "FusedAdam.__init__",
         "FusedAdam.initialize_state",
@@ -49,29 +97,43 @@ WANTED = {
 }
 
 
-def parameters_of(function: ast.FunctionDef) -> list[str]:
-    """Returns names without ``self`` and ``ctx``, and ``=`` after those that have a default."""
-    spec = function.args
+def parameters_of(called: ast.FunctionDef | ast.ClassDef) -> list[str]:
+    """Returns names without the bound one, and ``=`` after those that have a default.
+
+    ``*`` precedes what can only be given by keyword, ``*args`` and ``**kwargs`` keep their stars.
+    For a dataclass these are its annotated fields in their order.
+    """
+    if isinstance(called, ast.ClassDef):
+        fields = [(s.target, s.value) for s in called.body if isinstance(s, ast.AnnAssign)]
+        return [ast.unparse(name) + ("" if value is None else "=") for name, value in fields]
+    spec = called.args
     positional = [*spec.posonlyargs, *spec.args]
     num_required = len(positional) - len(spec.defaults)
     names = [a.arg + ("" if i < num_required else "=") for i, a in enumerate(positional)]
-    names = names[1:] if names[:1] in (["self"], ["ctx"]) else names
-    if spec.kwonlyargs:
+    names = names[1:] if names[:1] in (["self"], ["cls"], ["ctx"]) else names
+    if spec.vararg is not None:
+        names.append(f"*{spec.vararg.arg}")
+    elif spec.kwonlyargs:
         names.append("*")
     for a, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True):
         names.append(a.arg + ("" if default is None else "="))
-    return names
+    return names if spec.kwarg is None else [*names, f"**{spec.kwarg.arg}"]
 
 
-def find(tree: ast.AST, dotted: str) -> ast.FunctionDef | None:
-    """Returns the function ``name`` or the method ``Class.name``, or None if it does not exist."""
+def find(tree: ast.AST, dotted: str) -> ast.FunctionDef | ast.ClassDef | None:
+    """Returns the function ``name`` or the method ``Class.name``, or None if it does not exist.
+
+    The name of a class stands for its ``__init__``, or for the class itself if it has none.
+    """
     *classes, name = dotted.split(".")
     nodes = list(ast.iter_child_nodes(tree))
     for wanted in classes:
         found = [n for n in nodes if isinstance(n, ast.ClassDef) and n.name == wanted]
         nodes = list(ast.iter_child_nodes(found[0])) if found else []
-    functions = [n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == name]
-    return functions[-1] if functions else None
+    named = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name]
+    if named and isinstance(named[-1], ast.ClassDef):
+        return find(named[-1], "__init__") or named[-1]
+    return named[-1] if named else None
 
 
 def record(folder: Path) -> list[dict[str, Any]]:

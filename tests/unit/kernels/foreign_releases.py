@@ -22,7 +22,12 @@ def signature(parameters: list[str]) -> inspect.Signature:
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     rows = []
     for name in parameters:
-        if name == "*":
+        if name.startswith("**"):
+            rows.append(inspect.Parameter(name[2:], inspect.Parameter.VAR_KEYWORD))
+            continue
+        if name.startswith("*"):
+            if name != "*":
+                rows.append(inspect.Parameter(name[1:], inspect.Parameter.VAR_POSITIONAL))
             kind = inspect.Parameter.KEYWORD_ONLY
             continue
         default = None if name.endswith("=") else inspect.Parameter.empty

@@ -7,12 +7,14 @@ too.
 """
 
 import ast
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign_releases import RECORD, install, signature
+from megatron.core import optimizer
 
 import record_signatures
 from megatron_chatflow.kernels.attention import KERNELS, Segments
@@ -20,7 +22,7 @@ from megatron_chatflow.model.attention import PackedCausalAttention
 from megatron_chatflow.model.packed import pack_tokens
 from megatron_chatflow.model.rotary import Rotary
 
-STANDIN = Path(__file__).parents[2] / "te_standin" / "transformer_engine" / "pytorch"
+STANDIN = Path(__file__).parents[2] / "te_standin" / "transformer_engine"
 
 
 def recorded(file: str, function: str) -> list[Any]:
@@ -110,42 +112,131 @@ def test_flash_attn(
 _FLASH_LENGTHS = (("cu", "s_q"), ("cu", "s_k"), ("max", "_q"), ("max", "_k"))
 
 
+# What megatron-core and this package call, by the stand-in's files. Its own helpers, the classes
+# that megatron-core only derives from and the compiled `multi_tensor_*` are not compared.
+STANDIN_FUNCTIONS = {
+    "common/recipe.py": [
+        "DelayedScaling",
+        "Float8CurrentScaling",
+        "Float8BlockScaling",
+        "MXFP8BlockScaling",
+        "NVFP4BlockScaling",
+    ],
+    "pytorch/attention/__init__.py": [
+        "DotProductAttention.__init__",
+        "DotProductAttention.forward",
+    ],
+    "pytorch/attention/rope.py": ["apply_rotary_pos_emb"],
+    "pytorch/cpu_offload.py": ["get_cpu_offload_context"],
+    "pytorch/distributed.py": [
+        "activation_recompute_forward",
+        "checkpoint",
+        "get_all_rng_states",
+        "is_fp8_activation_recompute_enabled",
+    ],
+    "pytorch/fp8.py": [
+        "FP8GlobalStateManager.is_fp8_enabled",
+        "FP8GlobalStateManager.reset",
+        "fp8_autocast",
+        "fp8_model_init",
+    ],
+    "pytorch/graph.py": [
+        "make_graphed_callables",
+        "restore_fp8_tensors",
+        "save_fp8_tensors",
+        "set_capture_end",
+        "set_capture_start",
+    ],
+    "pytorch/module/__init__.py": [
+        "LayerNormLinear.__init__",
+        "LayerNormLinear.forward",
+        "Linear.__init__",
+        "Linear.forward",
+        "RMSNorm.__init__",
+        "RMSNorm.forward",
+    ],
+    "pytorch/module/base.py": [
+        "TransformerEngineBaseModule.get_extra_state",
+        "TransformerEngineBaseModule.set_extra_state",
+        "destroy_ub",
+        "get_dummy_wgrad",
+        "initialize_ub",
+    ],
+    "pytorch/optimizers.py": [
+        "FusedAdam.__init__",
+        "FusedAdam.get_unscaled_state",
+        "FusedAdam.initialize_state",
+        "FusedAdam.set_scaled_state",
+        "FusedAdam.step",
+        "MultiTensorApply.__call__",
+    ],
+    "pytorch/tensor/__init__.py": [
+        "Float8Tensor.quantize_",
+        "QuantizedTensor.dequantize",
+        "QuantizedTensor.quantize_",
+    ],
+    "pytorch/tensor/mxfp8_tensor.py": ["MXFP8Tensor.quantize_"],
+    "pytorch/tensor/utils.py": [
+        "cast_master_weights_to_fp8",
+        "post_all_gather_processing",
+        "replace_raw_data",
+    ],
+    "pytorch/utils.py": ["make_weak_ref"],
+}
+INHERITED = {"RMSNorm.forward": "BasicOperation.forward"}
+# megatron-core gives `save_fp8_tensors` the recipe by position.
+RENAMED = {("save_fp8_tensors", "fp8_recipe"): "recipe"}
+
+
 @pytest.mark.parametrize(
     ("file", "function"),
-    [
-        ("attention/__init__.py", "DotProductAttention.__init__"),
-        ("attention/__init__.py", "DotProductAttention.forward"),
-        ("attention/rope.py", "apply_rotary_pos_emb"),
-        ("module/__init__.py", "RMSNorm.__init__"),
-        ("module/__init__.py", "Linear.__init__"),
-        ("module/__init__.py", "Linear.forward"),
-        ("module/__init__.py", "LayerNormLinear.__init__"),
-        ("module/__init__.py", "LayerNormLinear.forward"),
-        ("module/base.py", "initialize_ub"),
-        ("module/base.py", "destroy_ub"),
-        ("graph.py", "make_graphed_callables"),
-        ("optimizers.py", "FusedAdam.__init__"),
-        ("optimizers.py", "FusedAdam.initialize_state"),
-        ("optimizers.py", "FusedAdam.get_unscaled_state"),
-        ("optimizers.py", "FusedAdam.set_scaled_state"),
-        ("optimizers.py", "FusedAdam.step"),
-    ],
+    [(file, function) for file, names in STANDIN_FUNCTIONS.items() for function in names],
 )
 def test_the_stand_in_has_transformer_engine_s_parameters(file: str, function: str) -> None:
-    """Compares with a release before and two after the stand-in's version, in their order."""
+    """Compares with the release that the stand-in stands for, one before it, and two after it."""
     tree = ast.parse((STANDIN / file).read_text(encoding="utf-8"))
     found = record_signatures.find(tree, function)
     assert found is not None
-    ours = [name.rstrip("=") for name in record_signatures.parameters_of(found)]
+    ours = record_signatures.parameters_of(found)
     releases = {
-        row["version"]: [name.rstrip("=") for name in row["parameters"]]
+        row["version"]: row["parameters"]
         for row in RECORD
-        if "transformer_engine" in row["file"] and row["function"] == function
+        if "transformer_engine" in row["file"]
+        and row["function"] == INHERITED.get(function, function)
     }
-    older, *newer = (
-        next(theirs for version, theirs in releases.items() if version.startswith(wanted))
-        for wanted in ("2.8", "2.12", "2.20")
-    )
-    assert [name for name in ours if name in older] == older
-    for theirs in newer:
-        assert [name for name in theirs if name in ours] == ours
+    assert ours == releases["2.12.0" if file == "pytorch/tensor/utils.py" else "2.9.0"]
+
+    def names_in(version: str) -> list[str]:
+        names = [name.rstrip("=") for name in releases[version]]
+        return [RENAMED.get((function, name), name) for name in names]
+
+    names = [name.rstrip("=") for name in ours]
+    if function != "post_all_gather_processing":  # later than 2.8
+        assert [name for name in names if name in names_in("2.8.0")] == names_in("2.8.0")
+    for version in ("2.12.0", "2.20.2"):
+        assert [name for name in names_in(version) if name in names] == names
+
+
+@pytest.mark.parametrize("release", recorded("apex/", "FusedAdam.__init__"))
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_megatron_core_gives_apex_s_adam_arguments_that_it_has(
+    release: inspect.Signature, decoupled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apex's kernels are compiled; only what its optimizer is constructed with can be compared."""
+
+    class ArgumentsFitError(Exception): ...
+
+    def construct(*args: Any, **kwargs: Any) -> None:
+        given = release.bind(*args, **kwargs).arguments
+        assert given["adam_w_mode"] is decoupled and given["params"] == [group]
+        raise ArgumentsFitError
+
+    monkeypatch.setattr(optimizer, "Adam", construct)
+    monkeypatch.setattr(optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    config = optimizer.OptimizerConfig(optimizer="adam", lr=0.1, weight_decay=0.01)
+    config.decoupled_weight_decay = decoupled
+    group = {"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.1, "weight_decay": 0.01}
+    with pytest.raises(ArgumentsFitError):
+        optimizer._get_megatron_optimizer_based_on_param_groups(
+            config, model_chunks=[], param_groups=[group]
+        )

@@ -23,15 +23,10 @@ def is_fp8_activation_recompute_enabled():
     return False
 
 
-def checkpoint(
-    function,
-    *args,
-    distribute_saved_activations=False,
-    get_rng_state_tracker=None,
-    tp_group=None,
-    use_reentrant=True,
-    **kwargs,
-):
+def checkpoint(function, *args, **kwargs):
+    use_reentrant = kwargs.pop("use_reentrant", True)
+    for unused in ("distribute_saved_activations", "get_rng_state_tracker", "tp_group"):
+        kwargs.pop(unused, None)
     recipe = FP8GlobalStateManager.recipe
 
     def run(*inputs):

@@ -15,7 +15,7 @@ def save_fp8_tensors(modules, recipe):
     return None
 
 
-def restore_fp8_tensors(modules, tensors):
+def restore_fp8_tensors(modules, fp8_tensors):
     pass
 
 
@@ -42,11 +42,16 @@ def make_graphed_callables(
     num_warmup_iters=3,
     allow_unused_input=False,
     sample_kwargs=None,
-    fp8_enabled=False,
-    fp8_calibrating=False,
+    fp8_enabled=None,
+    fp8_calibrating=None,
     fp8_recipe=None,
     fp8_group=None,
-    fp8_weight_caching=False,
+    fp8_weight_caching=None,
+    enabled=None,
+    calibrating=None,
+    recipe=None,
+    amax_reduction_group=None,
+    cache_quantized_params=None,
     _order=None,
     _num_layers_per_chunk=None,
     pool=None,

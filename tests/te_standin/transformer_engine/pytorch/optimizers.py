@@ -117,8 +117,15 @@ class FusedAdam(torch.optim.Optimizer):
                 self.set_scaled_state(param, name, values)
 
 
-def multi_tensor_applier(op, noop_flag_buffer, tensor_lists, *args):
-    return op(2048 * 32, noop_flag_buffer, tensor_lists, *args)
+class MultiTensorApply:
+    def __init__(self, chunk_size):
+        self.chunk_size = chunk_size
+
+    def __call__(self, op, noop_flag_buffer, tensor_lists, *args):
+        return op(self.chunk_size, noop_flag_buffer, tensor_lists, *args)
+
+
+multi_tensor_applier = MultiTensorApply(2048 * 32)
 
 
 def multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale):

@@ -341,13 +341,14 @@ class RMSNorm(torch.nn.Module):
         params_dtype=None,
         zero_centered_gamma=False,
         hidden_size=None,
-        **options,
+        **kwargs,
     ):
         super().__init__()
         self.eps, size = eps, normalized_shape or hidden_size
-        device = options.get("device", "cuda")
+        device = kwargs.get("device", "cuda")
         self.weight = torch.nn.Parameter(torch.ones(size, dtype=params_dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel
 
-    def forward(self, x):
-        return _rms_norm(x, self.weight, self.eps)[0]
+    def forward(self, input, *extra_inputs, **kwargs):
+        assert not extra_inputs and not kwargs
+        return _rms_norm(input, self.weight, self.eps)[0]

@@ -48,8 +48,8 @@ class QuantizedTensor(torch.Tensor):
     def __tensor_flatten__(self):
         return list(self.parts), None
 
-    def dequantize(self):
-        return dequantize(*self.rows, self.dtype)
+    def dequantize(self, *, dtype=None):
+        return dequantize(*self.rows, dtype or self.dtype)
 
     @property
     def rows(self):
@@ -61,7 +61,7 @@ class QuantizedTensor(torch.Tensor):
         """The copy with which gradients of the input are computed."""
         raise NotImplementedError
 
-    def quantize_(self, values):
+    def quantize_(self, tensor):
         """Replaces the values of both copies."""
         raise NotImplementedError
 
@@ -79,8 +79,9 @@ class Float8Tensor(QuantizedTensor):
     def columns(self):
         return Operand(self._transposed, self._scale, 0)
 
-    def quantize_(self, values):
-        values = values.to(self.dtype).contiguous()
+    def quantize_(self, tensor, *, noop_flag=None):
+        assert noop_flag is None
+        values = tensor.to(self.dtype).contiguous()
         found = quantize_at_once(values, largest_of(values), 0)
         for name, tensor in zip(self.parts, found, strict=True):
             getattr(self, name).copy_(tensor)

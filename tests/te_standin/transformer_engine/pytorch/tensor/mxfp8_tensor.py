@@ -22,7 +22,8 @@ class MXFP8Tensor(QuantizedTensor):
     def columns(self):
         return Operand(self._columnwise_data, self._columnwise_scale_inv, 0)
 
-    def quantize_(self, values):
-        found = quantize_blocks(values.to(self.dtype).contiguous(), 0)
+    def quantize_(self, tensor, *, noop_flag=None):
+        assert noop_flag is None
+        found = quantize_blocks(tensor.to(self.dtype).contiguous(), 0)
         for name, tensor in zip(self.parts, found, strict=True):
             getattr(self, name).copy_(tensor)
