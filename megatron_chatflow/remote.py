@@ -91,6 +91,10 @@ class RemoteError(LocalError):
     """A remote file could not be read or written. Other processes may not have the problem."""
 
 
+class _ChangedError(RemoteError):
+    """A file changed while it was read, so what was read is of no version."""
+
+
 def mask(text: str) -> str:
     """Replaces the user, the password and the query of URLs in a text by ``***``."""
     return _QUERY.sub("?***", _USER.sub(r"\1***@", text)) if "://" in text else text
@@ -459,7 +463,7 @@ def _read_block(file: RemoteFile, begin: int, end: int) -> bytes:
 
 def _check_unchanged(file: RemoteFile) -> None:
     if (now := stat(file.url)) is None or now.version != file.version:
-        raise RemoteError(
+        raise _ChangedError(
             f"cannot read: {file}: it changed while it was read; run the same command again"
         )
 
@@ -628,8 +632,9 @@ def download(
                 old.unlink(missing_ok=True)  # of another version
             content = {"version": file.version, "num_bytes": target.stat().st_size}
             write_atomically(record, json.dumps(content) + "\n")
-    except RemoteError:
-        lock.release(remove=False)  # the next start continues with what was copied
+    except RemoteError as error:
+        # The next start continues with what was copied.
+        lock.release(remove=isinstance(error, _ChangedError))
         raise
     except BaseException as error:
         lock.release(remove=not isinstance(error, KeyboardInterrupt))

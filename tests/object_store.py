@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from typing import Any
 
+SECRET = "never-to-be-printed"
 _RESET = struct.pack("ii", 1, 0)  # close with a reset instead of an orderly end
 
 
@@ -112,7 +113,7 @@ class ObjectStore:
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.port}",
             "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "hidden",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
@@ -138,7 +139,7 @@ class ObjectStore:
             "s3",
             endpoint_url=f"http://127.0.0.1:{self.port}",
             aws_access_key_id="test",
-            aws_secret_access_key="hidden",
+            aws_secret_access_key=SECRET,
             region_name="us-east-1",
         )
 

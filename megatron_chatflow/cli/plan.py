@@ -41,6 +41,7 @@ from megatron_chatflow.files import check_output_file, write_output_file
 from megatron_chatflow.report.plots import plot_mixture
 from megatron_chatflow.runtime.table import format_table
 from megatron_chatflow.tokenizer import load_tokenizer
+from megatron_chatflow.training.remote_inputs import fetch_sources
 
 OUTPUTS = ("plan.csv", "plan.png")
 DESCRIPTION = """Shows the mixture that a run's schedule will draw, before training.
@@ -67,6 +68,7 @@ def open_sources(config: RunConfig) -> list[Source]:
         UserError: The data cannot be read, and the schedule counts its tokens.
     """
     try:
+        fetch_sources(config)
         tokenizer = load_tokenizer(
             config.tokenizer.tokenizer_model, config.tokenizer.tokenizer_type
         )

@@ -32,9 +32,7 @@ def fetch_inputs(config: RunConfig, *, is_dry_run: bool = False) -> None:
         UserError: Something is missing or damaged, or the disk is full.
         RemoteError: A store cannot be reached.
     """
-    sources = config.data.sources.values()
-    paths = [path for one in sources for path in (*one.paths, *one.validation_paths)]
-    fetch_datasets([path.url for path in paths if isinstance(path, CachedPath)])
+    fetch_sources(config)
     checkpoint = config.checkpoint
     for path in (checkpoint.load, checkpoint.pretrained_checkpoint):
         if isinstance(path, CachedPath):
@@ -55,6 +53,17 @@ def fetch_inputs(config: RunConfig, *, is_dry_run: bool = False) -> None:
         check_new_run(root, url)
     if not is_dry_run:
         claim_run(root)
+
+
+def fetch_sources(config: RunConfig) -> None:
+    """Copies the datasets of a configuration that are named by URLs.
+
+    Raises:
+        UserError, RemoteError: As `fetch_inputs`.
+    """
+    sources = config.data.sources.values()
+    paths = [path for one in sources for path in (*one.paths, *one.validation_paths)]
+    fetch_datasets([path.url for path in paths if isinstance(path, CachedPath)])
 
 
 def _describe(root: Path, url: str) -> None:

@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
-from object_store import ObjectStore
+from object_store import SECRET, ObjectStore
 from tiny_run import TinyRun
 
 pytestmark = pytest.mark.slow
 URL = "s3://corpora/runs/a"
 
 
-def train(config: Path, folder: Path, store: ObjectStore, *flags: str) -> Any:
+def train(
+    config: Path, folder: Path, store: ObjectStore, *flags: str, num_processes: int = 1
+) -> Any:
     """Trains on a node that has only ``folder``, with its own cache."""
     environment = {
         **os.environ,
@@ -29,6 +31,9 @@ def train(config: Path, folder: Path, store: ObjectStore, *flags: str) -> Any:
     }
     save = ["--save", str(folder / "run"), "--load", str(folder / "run"), "--save-interval", "4"]
     command = [sys.executable, "-m", "megatron_chatflow.pretrain", "--config", str(config)]
+    if num_processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command = [sys.executable, *launcher, str(num_processes), *command[1:]]
     return subprocess.run(
         [*command, *save, *flags], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -69,7 +74,7 @@ def test_a_run_continues_on_another_node_with_the_same_losses(
     assert first.returncode == 0, first.stderr
     assert [row["upload"]["status"] for row in rows(tmp_path / "a", "upload")][-1] == "uploaded"
     config = (tmp_path / "a" / "run" / "config.yaml").read_text()
-    assert "s3://corpora/tokens/first_text_document" in config and "hidden" not in config
+    assert "s3://corpora/tokens/first_text_document" in config and SECRET not in config
     kept = {name.split("/")[2] for name in object_store.names() if "/iter_" in name}
     assert kept == {"iter_0000004"}
 
@@ -79,15 +84,17 @@ def test_a_run_continues_on_another_node_with_the_same_losses(
     assert f"copied iteration 4 from {URL}" in second.stderr
     assert losses(tmp_path / "b") == losses(tmp_path / "local")
     assert object_store.get("runs/a/latest_checkpointed_iteration.txt") == b"10\n"
-    assert object_store.environment["AWS_SECRET_ACCESS_KEY"] not in second.stderr
+    assert SECRET not in second.stderr
 
     # Another run cannot take the folder on the store.
     other = train(remote_yaml, tmp_path / "c", object_store, *flags, "--load", "none")
     assert other.returncode == 2
     assert "contains checkpoints of another run" in other.stderr
-    # The checkpoint also loads from the store by itself.
-    tuned = train(remote_yaml, tmp_path / "d", object_store, "--load", URL, "--finetune")
+    # The checkpoint also loads from the store by itself, on several processes.
+    flags = ["--load", URL, "--finetune", "--save-remote", "s3://corpora/runs/d"]
+    tuned = train(remote_yaml, tmp_path / "d", object_store, *flags, num_processes=2)
     assert tuned.returncode == 0, tuned.stderr
+    assert object_store.get("runs/d/latest_checkpointed_iteration.txt") == b"10\n"
 
 
 def test_a_run_whose_last_upload_fails_says_so_and_is_repaired_by_the_same_command(

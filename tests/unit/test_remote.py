@@ -8,9 +8,11 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from object_store import ObjectStore
+from object_store import SECRET, ObjectStore
+from s3fs import S3FileSystem
 
 from megatron_chatflow import remote
 from megatron_chatflow.errors import UserError
@@ -108,6 +110,41 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(object_store: ObjectSt
         object_store.put("x.bin", CONTENT[::-1])
         with pytest.raises(RemoteError, match="changed while it was read"):
             stream.read()
+
+
+def test_a_short_answer_is_requested_again(
+    object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = found(object_store.put("x.bin", CONTENT))
+    real, num_short = S3FileSystem.cat_file, 3
+
+    def short(*arguments: Any, **options: Any) -> bytes:
+        nonlocal num_short
+        data: bytes = real(*arguments, **options)
+        num_short -= 1
+        return data if num_short < 0 else data[:-1]
+
+    monkeypatch.setattr(S3FileSystem, "cat_file", short)
+    with file.open() as stream:
+        assert stream.read() == CONTENT
+    assert num_short < 0
+
+
+def test_a_file_that_changes_while_it_is_copied_leaves_nothing(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = found(object_store.put("x.bin", CONTENT))
+    real = remote._read_block
+
+    def replaced(file: remote.RemoteFile, begin: int, end: int) -> bytes:
+        if begin == 2_000_000:
+            object_store.put("x.bin", CONTENT[::-1])
+        return real(file, begin, end)
+
+    monkeypatch.setattr(remote, "_read_block", replaced)
+    with pytest.raises(RemoteError, match="changed while it was read"):
+        remote.download(file, tmp_path / "x.bin")
+    assert not list(tmp_path.glob("*x.bin*"))
 
 
 def test_wrong_credentials_are_not_tried_again(
@@ -279,4 +316,4 @@ def test_the_log_has_no_credentials(
     with file.open() as stream:
         stream.read()
     assert "attempt 2 follows" in caplog.text
-    assert object_store.environment["AWS_SECRET_ACCESS_KEY"] not in caplog.text
+    assert SECRET not in caplog.text
