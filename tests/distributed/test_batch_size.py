@@ -18,6 +18,18 @@ RATES = [0.0, 3e-3, 2.866e-3, 2.492e-3, 1.95e-3, 1.35e-3, 8.077e-4, 4.337e-4]
 """Cosine from 3e-3 to 3e-4 over 8 iterations, one of them warmup."""
 
 
+LAYOUTS = {
+    "pipeline": ["--pipeline-model-parallel-size", 2],
+    "interleaved": [
+        *("--pipeline-model-parallel-size", 2),
+        *("--num-virtual-stages-per-pipeline-rank", 2),
+    ],
+    "tensor": ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
+    "context": ["--context-parallel-size", 2],
+    "data": ["--use-distributed-optimizer"],
+}
+
+
 def _stages(config: Path, folder: Path, *stages: list[object]) -> list[list[str]]:
     base = ["--config", config, "--save", folder, "--load", folder]
     return [list(map(str, [*base, *stage])) for stage in stages]
@@ -67,9 +79,9 @@ def runs(tiny_run: TinyRun) -> Iterator[Path]:
     # A ramp may be set, changed or removed on resume; only the sizes of later iterations change.
     commands += _stages(in_samples, folder / "ramp_later", batch(8, 1), ramp)
     jobs.run_layouts(1, commands, folder)
-    other = ["--load", folder / "ramp" / "iter_0000002", "--pipeline-model-parallel-size", 2]
-    other = ["--config", in_samples, "--save", folder / "ramp_pipeline", *other, *ramp]
-    jobs.run_layouts(2, [list(map(str, other))], folder)
+    base = ["--config", in_samples, "--load", folder / "ramp" / "iter_0000002", *ramp]
+    others = [[*base, "--save", folder / f"ramp_{name}", *flags] for name, flags in LAYOUTS.items()]
+    jobs.run_layouts(2, [list(map(str, other)) for other in others], folder)
     yield folder
 
 
@@ -112,12 +124,17 @@ def test_a_ramp_continues_on_resume(runs: Path) -> None:
     assert [[entry[key] for key in exact] for entry in resumed] == [
         [entry[key] for key in exact] for entry in expected
     ]
-    pipeline, _ = jobs.read_metrics(runs / "ramp_pipeline")
-    assert [entry["batch_digest"] for entry in pipeline] == [
-        entry["batch_digest"] for entry in expected[2:]
-    ]
-    losses = [entry["lm_loss"] for entry in expected[2:]]
-    assert [entry["lm_loss"] for entry in pipeline] == pytest.approx(losses, rel=2e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ramp_does_not_depend_on_the_layout(runs: Path, layout: str) -> None:
+    expected = jobs.read_metrics(runs / "ramp")[0][2:]
+    found, _ = jobs.read_metrics(runs / f"ramp_{layout}")
+    for key in ("batch_digest", "consumed_samples", "global_batch_size"):
+        assert [entry[key] for entry in found] == [entry[key] for entry in expected]
+    losses = [entry["lm_loss"] for entry in expected]
+    assert [entry["lm_loss"] for entry in found] == pytest.approx(losses, rel=2e-5)
 
 
 @pytest.mark.distributed

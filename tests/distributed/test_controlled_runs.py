@@ -20,6 +20,8 @@ LAYOUTS = {
         *("--num-virtual-stages-per-pipeline-rank", "2"),
     ],
     "data": ["--use-distributed-optimizer", "--micro-batch-size", "1"],
+    "tensor": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "context": ["--context-parallel-size", "2"],
 }
 HORIZON = 16  # two iterations
 

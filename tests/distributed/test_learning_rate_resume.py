@@ -4,7 +4,11 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 from tiny_run import TinyRun
+
+from megatron_chatflow.checkpoint.files import iteration_folder
+from megatron_chatflow.convert.distributed import DistributedReader
 
 WSD = ["--lr-decay-style", "WSD", "--lr-wsd-decay-style", "minus_sqrt"]
 GROWING = ["--weight-decay-incr-style", "linear", "--start-weight-decay", "0.01"]
@@ -53,6 +57,12 @@ def column(folder: Path, key: str) -> list[float]:
 def test_a_decay_from_the_stable_phase_is_the_uninterrupted_run(runs: Path) -> None:
     for key in ("lm_loss", "grad_norm", "learning_rate"):
         assert column(runs / "branch", key) == column(runs / "whole", key)
+    found, expected = (
+        DistributedReader(iteration_folder(runs / name, 9)) for name in ("branch", "whole")
+    )
+    assert set(found.tensors) == set(expected.tensors) and "exp_avg" in str(found.tensors)
+    for name in expected.tensors:
+        assert torch.equal(found.read_whole(name), expected.read_whole(name)), name
     rates = column(runs / "whole", "learning_rate")
     assert rates[2:6] == [3e-3] * 4  # stable up to the iteration before the decay's first
     assert rates[6:] == pytest.approx([3e-3 * (1 - (k / 4) ** 0.5) for k in (1, 2, 3)])
