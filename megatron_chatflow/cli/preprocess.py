@@ -8,20 +8,22 @@ from megatron_chatflow.errors import ArgumentParser
 from megatron_chatflow.preprocess import parse_shard, preprocess, settings_of_options
 from megatron_chatflow.preprocess.chats import CHAT_KEY_NAMES, parse_chat_key
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
-from megatron_chatflow.preprocess.pairs import SCRIPTS
+from megatron_chatflow.preprocess.pair_filters import SCRIPTS
 from megatron_chatflow.preprocess.settings import MAX_EXPANSION, MAX_RECORD_BYTES
 from megatron_chatflow.preprocess.templates import TEMPLATES
 from megatron_chatflow.tokenizer import TOKENIZER_TYPES
 
 DESCRIPTION = """Tokenizes a corpus into Megatron's indexed datasets.
 
-Reads text, sentence pairs or chats from .jsonl, .json, .parquet, .txt and .tsv files; all but
-.parquet may be compressed (.gz, .zst). Writes <prefix>_<key>_document.{bin,idx,json}, and for pairs
-and chats also a loss mask.
+Reads text, sentence pairs or chats from .jsonl, .json, .csv, .txt, .tsv, .parquet and .arrow files,
+and pairs also from .tmx files and from two files that are aligned by line. All but .parquet and
+.arrow may be compressed (.gz, .zst, .xz, .bz2, .lz4) or in .zip archives. Writes
+<prefix>_<key>_document.{bin,idx,json}, and for pairs and chats also a loss mask.
 """
 EXAMPLES = """examples:
   %(prog)s --input 'en/*.zst' --output-prefix data/en --tokenizer-model M --append-eod
   %(prog)s --format pairs --pair-template translate --input zh_en.tsv ...
+  %(prog)s --format pairs --input corpus.en corpus.zh ...
   %(prog)s --format chat --template chatflow --input alpaca.json ...
   zcat big.jsonl.gz | %(prog)s --input - ...
   # one task of a job array; merge the outputs with merge_datasets.py (chatflow merge) afterwards
@@ -73,7 +75,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--json-keys",
         nargs="+",
         metavar="KEY",
-        help="JSON keys or parquet columns to read; default: text, or messages for chats",
+        help="JSON keys or columns to read; doc.text is the key text of the object doc; default: "
+        "text, or messages for chats",
     )
     add(
         "--tokenizer-type",
@@ -122,8 +125,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--encoding",
         default="utf-8",
         metavar="E",
-        help="encoding of txt, tsv and JSON files, such as gb18030, big5 or utf-16; default: "
-        "%(default)s",
+        help="encoding of all files but parquet and Arrow, such as gb18030, big5 or utf-16; "
+        "default: %(default)s",
     )
     add(
         "--txt-documents",
@@ -229,28 +232,32 @@ def _parse_arguments() -> argparse.Namespace:
         help="truncate documents longer than --max-tokens between turns, or drop them; default: "
         "%(default)s",
     )
-    pairs = parser.add_argument_group("pairs: en<TAB>zh lines, or JSON with a key for each side")
+    pairs = parser.add_argument_group(
+        "pairs: en<TAB>zh lines, records with a key for each side, aligned files, or TMX"
+    )
     add = pairs.add_argument
     add(
         "--pair-keys",
         nargs=2,
         default=["en", "zh"],
         metavar=("A", "B"),
-        help="JSON keys of the two sides; default: en zh",
+        help="JSON keys of the two sides, and their languages in TMX files and in the names of "
+        "aligned files; default: en zh",
     )
     add(
         "--pair-columns",
         nargs=2,
         metavar=("A", "B"),
-        help="the two columns of a tsv file with more columns: numbers from 1, or names in the "
-        "header",
+        help="the two columns of a tsv, csv or ||| file with more columns: numbers from 1, or "
+        "names in the header",
     )
     add(
         "--pair-languages",
         nargs=2,
         default=["English", "Chinese"],
         metavar=("A", "B"),
-        help="language names for instructions; default: English Chinese",
+        help="language names for instructions; codes such as en zh are also the languages of TMX "
+        "and aligned files; default: English Chinese",
     )
     add(
         "--pair-scripts",
@@ -285,5 +292,45 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="R",
         help="drop pairs whose lengths in bytes have a larger ratio; 0: no limit; default: "
         "%(default)s",
+    )
+    add(
+        "--pair-numbers",
+        choices=["any", "same"],
+        default="any",
+        help="same: drop pairs whose sides do not have the same numbers of two or more digits; "
+        "default: %(default)s",
+    )
+    add(
+        "--pair-max-punctuation-ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="drop pairs with a larger share of punctuation on a side, from 0 to 1; 0: no limit; "
+        "default: %(default)s",
+    )
+    add(
+        "--pair-identify-languages",
+        action="store_true",
+        help="drop pairs with a side that is identified as another language (needs py3langid)",
+    )
+    add(
+        "--pair-dedup",
+        choices=["none", "either"],
+        default="none",
+        help="either: drop pairs of which an earlier pair has the first or the second side; "
+        "default: %(default)s",
+    )
+    add(
+        "--pair-min-score",
+        type=float,
+        metavar="S",
+        help="drop pairs with a smaller score",
+    )
+    add(
+        "--pair-score",
+        default="score",
+        metavar="NAME",
+        help="where the score is: a JSON key, a column (number or name) or the type of a TMX prop; "
+        "default: %(default)s",
     )
     return parser.parse_args()

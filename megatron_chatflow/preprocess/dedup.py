@@ -13,9 +13,9 @@ partitions.
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +29,17 @@ HASHES_PER_RUN = 1 << 19  # about 50 MB as Python objects
 
 HASH_RECORD = np.dtype([("hash", "<u8", (2,)), ("num_text_bytes", "<i8")])  # one per document
 
-BLOCK = 1 << 17  # hashes that are read at once: 3 MB
+BLOCK = 1 << 17  # hashes that are read at once: 3 MB; a multiple of those of a document
 HASHES_PER_BUCKET = 1 << 19  # about 40 MB while a bucket is sorted
 MAX_BUCKET_BITS = 12
 _PLACED = np.dtype([("hash", "<u8", (2,)), ("index", "<i8")])
+
+
+def num_hashes_of(recorded: Mapping[str, Any]) -> int:
+    """Returns the hashes of each document, by the settings in a sidecar: 0 without dedup."""
+    if (recorded.get("pairs") or {}).get("dedup", "none") == "either":
+        return 2
+    return int(recorded.get("dedup", False))
 
 
 def hash_records(
@@ -122,19 +129,27 @@ def _contained(
 class DuplicateMarks:
     """Marks the documents that repeat an earlier document. The marks are stored on disk."""
 
-    def __init__(self, paths: Sequence[Path], num_documents: Sequence[int], folder: Path) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        num_documents: Sequence[int],
+        folder: Path,
+        num_hashes: int = 1,
+    ) -> None:
         """Reads the `.hashes` files of the partitions twice and marks repeated documents.
 
-        Temporary files in ``folder`` need 25 bytes per document.
+        Each document has ``num_hashes`` hashes in succession, and repeats an earlier one if it has
+        one of its hashes. Temporary files in ``folder`` need 25 bytes per hash.
 
         Raises:
             UserError: A file is missing or has the wrong length, or the disk is full.
         """
-        self.num_documents = list(num_documents)
+        self._num_hashes = num_hashes
         self._paths = list(paths)
-        self._begins = np.concatenate([[0], np.cumsum(self.num_documents)]).tolist()
+        self._begins = np.concatenate([[0], num_hashes * np.cumsum(num_documents)]).tolist()
         for path, number in zip(paths, num_documents, strict=True):
-            if not path.exists() or path.stat().st_size != number * HASH_RECORD.itemsize:
+            num_bytes = number * num_hashes * HASH_RECORD.itemsize
+            if not path.exists() or path.stat().st_size != num_bytes:
                 raise UserError(
                     f"no hashes of {number} documents: {path}: merging the partitions of a job "
                     "with --dedup needs their .hashes files: create this partition again"
@@ -151,16 +166,19 @@ class DuplicateMarks:
 
     def of_partition(self, number: int, begin: int, end: int) -> npt.NDArray[np.bool_]:
         """Returns bool[end - begin], True for each repeated document in a range of a partition."""
-        data = os.pread(self._file.fileno(), end - begin, self._begins[number] + begin)
-        return np.frombuffer(data, np.bool_)
+        size, offset = (count * self._num_hashes for count in (end - begin, begin))
+        data = os.pread(self._file.fileno(), size, self._begins[number] + offset)
+        marks = np.frombuffer(data, np.bool_).reshape(-1, self._num_hashes)
+        return np.asarray(marks.any(axis=1))
 
     def num_repeated_bytes(self, number: int) -> int:
         """Returns the size of the text in the repeated documents of a partition, in UTF-8 bytes."""
         total = begin = 0
         for records in _blocks(self._paths[number]):
-            marks = self.of_partition(number, begin, begin + len(records))
-            total += int(records["num_text_bytes"][marks].sum())
-            begin += len(records)
+            num_bytes = records["num_text_bytes"][:: self._num_hashes]
+            marks = self.of_partition(number, begin, begin + len(num_bytes))
+            total += int(num_bytes[marks].sum())
+            begin += len(num_bytes)
         return total
 
     def close(self) -> None:

@@ -39,7 +39,8 @@ class EncodedDocuments:
     # int64[num_documents], size of each document's text in UTF-8 bytes; or int64[1], the total
     # size, if native code parsed the lines
     text_bytes: npt.NDArray[np.int64]
-    # uint64[num_documents, 2], hash of each document's text; None without `dedup`
+    # uint64[num_documents, 2 * num_hashes], the hashes of each document's text or keys; None if
+    # duplicates stay
     hashes: npt.NDArray[np.uint64] | None
     num_dropped: dict[str, int]  # number of dropped documents by reason
     num_repaired: dict[str, int]  # number of documents kept after a change, by kind
@@ -183,6 +184,7 @@ class ChunkWorker:
         kept: list[list[int]] = []
         masks: list[list[int]] = []
         texts: list[bytes] = []
+        keys: list[tuple[str, ...]] = []
         num_dropped: Counter[str] = Counter()
         num_repaired: Counter[str] = Counter()
         for document in documents:
@@ -209,12 +211,19 @@ class ChunkWorker:
             masks.append(mask)
             kept_segments = document.segments[:num_segments]
             texts.append("".join(segment.text for segment in kept_segments).encode())
+            keys.append(document.keys)
+        hashes = None
+        if num_hashes := self.settings.num_hashes:
+            compared = (
+                texts if num_hashes == 1 else [key.encode() for group in keys for key in group]
+            )
+            hashes = hashes_of(compared).reshape(-1, 2 * num_hashes)
         return EncodedDocuments(
             tokens=_concatenate(kept, self.dtype),
             lengths=np.array([len(ids) for ids in kept], np.int32),
             loss_mask=_concatenate(masks, np.dtype(np.uint8)),
             text_bytes=np.array([len(text) for text in texts], np.int64),
-            hashes=hashes_of(texts) if self.settings.dedup else None,
+            hashes=hashes,
             num_dropped=dict(num_dropped),
             num_repaired=dict(num_repaired),
         )

@@ -13,6 +13,7 @@ the job's settings and its files with the recorded hashes.
 """
 
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -46,8 +47,10 @@ from megatron_chatflow.preprocess.encode import (
     encode_in_worker,
     start_worker,
 )
+from megatron_chatflow.preprocess.languages import is_identified_as_other
 from megatron_chatflow.preprocess.merge import PartitionPolicy, merge_datasets
 from megatron_chatflow.preprocess.output import KeyOutput, document_prefix, output_paths
+from megatron_chatflow.preprocess.pairs import PairSettings
 from megatron_chatflow.preprocess.readers import Chunk, CorpusReader, InputFile, find_inputs
 from megatron_chatflow.preprocess.settings import PreprocessSettings
 from megatron_chatflow.preprocess.staged_upload import StagedUpload
@@ -69,7 +72,9 @@ def preprocess(settings: PreprocessSettings) -> Contents:
             output exists or cannot be written, the tokenizer cannot be loaded, too many records
             were dropped, or no document is left.
     """
-    files = find_inputs(settings.inputs)
+    corpus = settings.corpus
+    with_scores = corpus.pairs.score_name is not None
+    files = find_inputs(settings.inputs, corpus.sides, with_scores=with_scores)
     output_prefix = parse_location(settings.output_prefix)
     if is_url(output_prefix):
         return _preprocess_to_url(replace(settings, output_prefix=output_prefix), files)
@@ -216,6 +221,8 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
             f"--train-on {' '.join(settings.corpus.chats.train_on)}: --loss all already trains "
             "every token: remove one of the two"
         )
+    if settings.corpus.format == "pairs":
+        _check_pairs(settings.corpus.pairs)
     keys = settings.corpus.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise UserError(f"--json-keys: {' '.join(keys)}: list each key only once")
@@ -231,6 +238,25 @@ def _check(settings: PreprocessSettings, files: list[InputFile]) -> None:
         )
     for key in keys:
         _check_output(settings, files, key)
+
+
+def _check_pairs(pairs: PairSettings) -> None:
+    if pairs.min_score is not None and not math.isfinite(pairs.min_score):
+        raise UserError(f"--pair-min-score: {pairs.min_score}: must be a finite number")
+    if not 0 <= pairs.max_punctuation_ratio <= 1:
+        raise UserError(
+            f"--pair-max-punctuation-ratio: {pairs.max_punctuation_ratio:g}: must be from 0 (no "
+            "limit) to 1"
+        )
+    if pairs.codes == pairs.languages and pairs.template != "plain":
+        logger.warning(
+            "--pair-languages %s: instructions will name the languages by these codes; to name "
+            "them in words, give the codes with --pair-keys and the words with --pair-languages",
+            " ".join(pairs.languages),
+        )
+    if pairs.identify_languages:
+        for code in pairs.codes:
+            is_identified_as_other("", code)  # checks that the language is known
 
 
 def _check_output(settings: PreprocessSettings, files: list[InputFile], key: str) -> None:
@@ -396,7 +422,7 @@ def _build_on_cluster(settings: PreprocessSettings, files: Sequence[InputFile]) 
         task = ray.remote(num_cpus=settings.num_workers, max_retries=2)(_run_task)
         count = settings.num_partitions
         shards = [replace(settings, shard=(number, count)) for number in range(count)]
-        everywhere = [replace(file, path=file.path and file.path.absolute()) for file in files]
+        everywhere = [file.absolute() for file in files]
         references = [task.remote(shard, everywhere) for shard in shards]
         numbers = {reference: number for number, reference in enumerate(references)}
         contents: list[Contents] = [{} for _ in references]

@@ -38,7 +38,7 @@ from megatron_chatflow.files import (
     publish_all,
     remove_file,
 )
-from megatron_chatflow.preprocess.dedup import DuplicateMarks
+from megatron_chatflow.preprocess.dedup import DuplicateMarks, num_hashes_of
 from megatron_chatflow.preprocess.dropped import check_dropped_share
 
 COPY_TOKENS = 1 << 22  # tokens that are copied at once
@@ -90,7 +90,7 @@ def check_partitions(
     if not known:
         return False
     first = known[0]
-    dedup = any(sidecar["settings"].get("dedup") for sidecar in known)
+    dedup = any(num_hashes_of(sidecar["settings"]) for sidecar in known)
     same_job = all(
         part and part[1] == first["part"][1] and settings_of(sidecar) == settings_of(first)
         for part, sidecar in zip(parts, known, strict=False)
@@ -281,7 +281,8 @@ def merge_datasets(
             with as_user_error(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             paths = [hashes_path(prefix) for prefix in prefixes]
-            repeats = DuplicateMarks(paths, num_documents, folder)
+            num_hashes = num_hashes_of(known[0]["settings"])
+            repeats = DuplicateMarks(paths, num_documents, folder, num_hashes)
             stack.callback(repeats.close)
             for prefix, sidecar, path in zip(prefixes, known, paths, strict=True):
                 check_recorded_hash(prefix, sidecar, "sha256", "hashes", path, sha256_of(path))

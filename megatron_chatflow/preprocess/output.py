@@ -110,20 +110,30 @@ class KeyOutput:
         try:
             if settings.corpus.has_loss_mask:
                 self.mask = IndexedDatasetWriter(loss_mask_prefix(self.prefix), np.uint8)
-            if settings.dedup and settings.shard is not None:
+            if settings.num_hashes and settings.shard is not None:
                 self._hashes = StagedFile(hashes_path(self.prefix))
         except BaseException:
             self.discard()
             raise
 
     def add(self, encoded: EncodedDocuments) -> None:
-        """Appends documents. If they have hashes, documents that were added before are dropped."""
-        if encoded.hashes is not None:
+        """Appends documents. If they have hashes, documents that were added before are dropped.
+
+        A document with several hashes is dropped if an earlier one, kept or not, has one of them.
+        A partition keeps such documents until it is merged, because those that it would drop also
+        decide about documents of later partitions.
+        """
+        num_hashes = self.settings.num_hashes
+        if encoded.hashes is not None and (num_hashes == 1 or self.settings.shard is None):
             if self._seen is None:
                 self._seen = SeenHashes(self.prefix.parent)
-            encoded.keep(self._seen.add(encoded.hashes), "duplicate")
+            is_new = self._seen.add(encoded.hashes.reshape(-1, 2)).reshape(-1, num_hashes)
+            encoded.keep(np.asarray(is_new.all(axis=1)), "duplicate")
         if self._hashes is not None and encoded.hashes is not None:
-            self._hashes.write(hash_records(encoded.hashes, encoded.text_bytes).tobytes())
+            records = hash_records(
+                encoded.hashes.reshape(-1, 2), np.repeat(encoded.text_bytes, num_hashes)
+            )
+            self._hashes.write(records.tobytes())
         self.documents.add_documents(encoded.tokens, encoded.lengths)
         self.num_loss_tokens += len(encoded.tokens)
         if self.mask is not None:

@@ -1,9 +1,8 @@
 r"""Converts sentence pairs to documents.
 
-Pairs are read from `en<TAB>zh` lines or from JSON objects with a key for each language. Each pair
-is converted to one or two documents, or is dropped and counted by reason. A document is a
+Pairs are rows of two columns or JSON objects with a key for each language. Each pair is converted
+to one or two documents, or is dropped by a filter and counted by reason. A document is a
 translation instruction with loss on the target, or both sides in sequence with loss on all tokens.
-Filters check the ratio of the sides' lengths and the scripts of their letters.
 
 Users can define templates in a YAML file::
 
@@ -15,57 +14,24 @@ Users can define templates in a YAML file::
 
 import hashlib
 import string
-from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_chatflow.config.yaml_file import parse_yaml
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.languages import is_identified_as_other, is_language_code
+from megatron_chatflow.preprocess.pair_filters import is_mostly, numbers_of, punctuation_share
+from megatron_chatflow.preprocess.records import value_at
 from megatron_chatflow.preprocess.tab_separated import TabOptions
 from megatron_chatflow.preprocess.templates import document_of_chat
 from megatron_chatflow.tokenizer.chat_template import JinjaTemplate, chat_of_exchanges
 from megatron_chatflow.tokenizer.documents import BadLineError, Document, DroppedError, Segment
 
-# The Unicode blocks of each script, as first and last code point.
-SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
-    "latin": ((0x41, 0x24F), (0x1E00, 0x1EFF), (0x2C60, 0x2C7F), (0xFF21, 0xFF5A)),
-    "greek": ((0x370, 0x3FF), (0x1F00, 0x1FFF)),
-    "cyrillic": ((0x400, 0x52F),),
-    "hebrew": ((0x590, 0x5FF),),
-    "arabic": ((0x600, 0x6FF), (0x750, 0x77F), (0x8A0, 0x8FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF)),
-    "devanagari": ((0x900, 0x97F),),
-    "thai": ((0xE00, 0xE7F),),
-    "hangul": ((0x1100, 0x11FF), (0x3130, 0x318F), (0xAC00, 0xD7AF)),
-    "kana": ((0x3040, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F)),
-    "han": ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)),
-}
-ANY_SCRIPT = "any"
-
 NAMES = {"source", "target", "source_language", "target_language"}
 PairDirection = Literal["both", "forward", "backward", "hash"]
 PairLevel = Literal["sentence", "document"]
-
-
-def is_mostly(text: str, script: str) -> bool:
-    """Returns whether at least half of a text's letters, in UTF-8 bytes, are of a script.
-
-    Letters are weighted by their size in UTF-8, because one Chinese character carries as much
-    information as several Latin letters. The result is True for a text without letters and for the
-    script "any".
-    """
-    if script == ANY_SCRIPT:
-        return True
-    block_edges = [edge for first, last in SCRIPTS[script] for edge in (first, last + 1)]
-    num_bytes = num_inside = 0
-    for character in text:
-        if character.isalpha():
-            letter = ord(character)
-            weight = 1 if letter < 0x80 else 2 if letter < 0x800 else 3
-            num_bytes += weight
-            num_inside += weight * (bisect_right(block_edges, letter) % 2)
-    return 2 * num_inside >= num_bytes
 
 
 @dataclass(frozen=True)
@@ -148,15 +114,55 @@ class PairSettings:
     # pair of each two aligned sentences. "document" makes one pair of all sentences, which are
     # joined with newlines.
     level: PairLevel = "sentence"
+    # where the score of a pair is: a JSON key, a column as in `columns`, or the type of a TMX prop
+    score: str = "score"
+    min_score: float | None = None  # the smallest score that is kept; None if scores are not read
+    # "same" drops pairs whose sides have different numbers, as in `numbers_of`
+    numbers: Literal["any", "same"] = "any"
+    # maximum share of punctuation on either side, as in `punctuation_share`; 0 for no limit
+    max_punctuation_ratio: float = 0.0
+    # whether to drop pairs of which a side is identified as another language than in `codes`
+    identify_languages: bool = False
+    # "either" drops a pair if an earlier pair of the job has the same first or second side
+    dedup: Literal["none", "either"] = "none"
+
+    @property
+    def codes(self) -> tuple[str, str]:
+        """The language codes of the two sides: the languages if they are codes, else the keys."""
+        return self.languages if all(map(is_language_code, self.languages)) else self.keys
+
+    @property
+    def score_name(self) -> str | None:
+        """Where the score of a pair is; None if it is not needed."""
+        return None if self.min_score is None else self.score
 
     @property
     def tabs(self) -> TabOptions:
-        """Options for finding the pair in tab-separated lines."""
+        """Options for finding the pair in rows of columns."""
         first, second = (
             frozenset(name.lower() for name in names)
             for names in zip(self.keys, self.languages, strict=True)
         )
-        return TabOptions(self.columns, (first, second))
+        return TabOptions(self.columns, (first, second), self.score_name)
+
+    def record(self) -> dict[str, Any]:
+        """Returns the settings for the sidecar, as versions without some of them wrote them."""
+        recorded = asdict(self)
+        for name in ("columns", *_LATER_FIELDS):
+            if recorded[name] == PairSettings.__dataclass_fields__[name].default:
+                del recorded[name]
+        return recorded
+
+
+# Fields that sidecars of the first versions do not have.
+_LATER_FIELDS = (
+    "score",
+    "min_score",
+    "numbers",
+    "max_punctuation_ratio",
+    "identify_languages",
+    "dedup",
+)
 
 
 def pairs_of_record(
@@ -164,19 +170,21 @@ def pairs_of_record(
 ) -> list[tuple[str, str]]:
     """Returns the pairs of a JSON object, whose sides are texts or lists of sentences.
 
-    The sides may also be nested in an object under the key `translation`. Lists are converted as in
-    `PairSettings.level`.
+    The sides may also be nested in an object or map under the key `translation`. Lists are
+    converted as in `PairSettings.level`.
 
     Raises:
         BadLineError: A side is missing or is neither text nor a list of texts, only one side is
             a list, or the lists have different lengths and ``level`` is "sentence".
     """
     nested = record.get("translation")
-    sides = nested if isinstance(nested, dict) and keys[0] not in record else record
-    for key in keys:
-        if key not in sides:
-            raise BadLineError(f"no_key_{key}")
-        sentences = sides[key] if isinstance(sides[key], list) else [sides[key]]
+    if isinstance(nested, list):  # a map of a parquet file is a list of keys and values
+        nested = dict(item for item in nested if isinstance(item, tuple) and len(item) == 2)
+    if isinstance(nested, dict) and keys[0].split(".")[0] not in record:
+        record = nested
+    sides = {key: value_at(record, key) for key in keys}
+    for key, side in sides.items():
+        sentences = side if isinstance(side, list) else [side]
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise BadLineError(f"not_text_{key}")
     first, second = sides[keys[0]], sides[keys[1]]
@@ -191,6 +199,23 @@ def pairs_of_record(
     return list(zip(first, second, strict=True))
 
 
+def check_score(score: Any, settings: PairSettings) -> None:
+    """Checks the score of a pair, a number or its text, if there is a `min_score`.
+
+    Raises:
+        BadLineError: The score is not a number.
+        DroppedError: The score is below the minimum, or is not a number (NaN).
+    """
+    if settings.min_score is None:
+        return
+    try:
+        value = float(score)
+    except (TypeError, ValueError) as error:
+        raise BadLineError("score_not_a_number") from error
+    if not value >= settings.min_score:
+        raise DroppedError("low_score")
+
+
 def documents_of_pair(
     first: str, second: str, settings: PairSettings, chat_template: str | JinjaTemplate, loss: str
 ) -> list[Document]:
@@ -203,16 +228,7 @@ def documents_of_pair(
         DroppedError: A side is empty, both sides are equal, or a filter dropped the pair.
     """
     first, second = first.strip(), second.strip()
-    if not first or not second:
-        raise DroppedError("empty_side")
-    if first == second:
-        raise DroppedError("identical_sides")
-    lengths = sorted((len(first.encode()), len(second.encode())))
-    if settings.max_length_ratio and lengths[1] > settings.max_length_ratio * lengths[0]:
-        raise DroppedError("length_ratio")
-    scripts = settings.scripts
-    if not (is_mostly(first, scripts[0]) and is_mostly(second, scripts[1])):
-        raise DroppedError("wrong_script")
+    _filter_pair(first, second, settings)
     digest = hashlib.blake2b(f"{first}\t{second}".encode(), digest_size=3).digest()
     choice = int.from_bytes(digest[1:], "little")
     forward = settings.direction in ("forward", "both")
@@ -223,7 +239,7 @@ def documents_of_pair(
     names = settings.languages
     sides = [(first, second, *names)] if forward else []
     sides += [(second, first, *names[::-1])] if backward else []
-    documents = []
+    documents: list[Document] = []
     for source, target, source_language, target_language in sides:
         if settings.texts:
             text = settings.texts[choice % len(settings.texts)]
@@ -243,4 +259,33 @@ def documents_of_pair(
             )
             # Without cut points, because part of a translation is useless.
             documents.append(Document(document.segments))
+    if settings.dedup == "either":
+        # The documents of both directions are compared separately, because they share their sides.
+        return [
+            replace(document, keys=(f"first {k} {first}", f"second {k} {second}"))
+            for k, document in enumerate(documents)
+        ]
     return documents
+
+
+def _filter_pair(first: str, second: str, settings: PairSettings) -> None:
+    """Raises `DroppedError` if a filter drops a pair. Cheap filters come first."""
+    if not first or not second:
+        raise DroppedError("empty_side")
+    if first == second:
+        raise DroppedError("identical_sides")
+    lengths = sorted((len(first.encode()), len(second.encode())))
+    if settings.max_length_ratio and lengths[1] > settings.max_length_ratio * lengths[0]:
+        raise DroppedError("length_ratio")
+    scripts = settings.scripts
+    if not (is_mostly(first, scripts[0]) and is_mostly(second, scripts[1])):
+        raise DroppedError("wrong_script")
+    if settings.numbers == "same" and numbers_of(first) != numbers_of(second):
+        raise DroppedError("different_numbers")
+    limit = settings.max_punctuation_ratio
+    if limit and max(punctuation_share(first), punctuation_share(second)) > limit:
+        raise DroppedError("punctuation_ratio")
+    if settings.identify_languages:
+        for side, code in zip((first, second), settings.codes, strict=True):
+            if is_identified_as_other(side, code):
+                raise DroppedError("wrong_language")

@@ -14,6 +14,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +23,20 @@ import orjson
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.preprocess.chats import chat_of
 from megatron_chatflow.preprocess.pairs import (
+    check_score,
     documents_of_pair,
     pairs_of_record,
 )
 from megatron_chatflow.preprocess.readers import (
     RECORD_BYTES_PER_VALUE,
     Chunk,
+    num_json_values,
+)
+from megatron_chatflow.preprocess.records import (
     InvalidUtf8Record,
     OversizedRecord,
-    num_json_values,
+    RejectedRecord,
+    value_at,
 )
 from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import unquoted
@@ -54,6 +60,8 @@ class _Parser:
         chunk = self.chunk
         if chunk.kind == "objects":
             self._all(enumerate(chunk.data, chunk.first_line), self._take_record)
+        elif chunk.kind == "rows":
+            self._all(enumerate(chunk.data, chunk.first_line), self._take_row)
         elif chunk.kind == "text":
             self._all([(chunk.first_line, chunk.data)], self._take_text)
         else:
@@ -69,7 +77,8 @@ class _Parser:
             self._all(kept, take)
         if self.num_invalid:
             where = f"{chunk.name}:{self.first_invalid}"
-            check_share_of_invalid(self.num_invalid, chunk.data, where)
+            data = chunk.data if chunk.kind != "rows" else _bytes_of_rows(chunk.data)
+            check_share_of_invalid(self.num_invalid, data, where)
         self.result.num_dropped = dict(self.num_dropped)
         self.result.num_repaired = dict(+self.num_repaired)
         return self.result
@@ -119,9 +128,13 @@ class _Parser:
             if self.number == layout.header_line:
                 raise DroppedError("header")
             text = self._decode(line.rstrip(b"\r"))
-            pair = layout.sides(text)
-            if pair is None:
-                raise BadLineError("wrong_number_of_columns" if "\t" in text else "no_tab")
+            cells = text.split(layout.separator)
+            if len(cells) != layout.num_columns:
+                no_separator = "no_tab" if layout.separator == "\t" else "no_separator"
+                raise BadLineError("wrong_number_of_columns" if len(cells) > 1 else no_separator)
+            if layout.score is not None:
+                check_score(cells[layout.score], self.settings.pairs)
+            pair = [cells[column] for column in layout.columns]
             texts = [unquoted(side) for side in pair]
             self.num_repaired["csv_quotes"] += any(text is not None for text in texts)
             first, second = (t or side for t, side in zip(texts, pair, strict=True))
@@ -133,6 +146,31 @@ class _Parser:
             record = self._repaired_record(line)
         self._take_record(record)
 
+    def _take_row(self, row: Any) -> None:
+        """Adds a row of cells, in which bytes that are not UTF-8 are lone surrogates."""
+        if not isinstance(row, list):
+            self._take_record(row)
+            return
+        layout = self.chunk.layout
+        assert layout is not None
+        if not row:  # a blank line of a CSV file
+            return
+        if self.number == layout.header_line:
+            raise DroppedError("header")
+        if len(row) != layout.num_columns:
+            raise BadLineError("wrong_number_of_columns")
+        cells = [
+            cell if _is_text(cell) else self._decode(cell.encode("utf-8", "surrogateescape"))
+            for cell in row
+        ]
+        if self.settings.format != "pairs":
+            self._take_record(dict(zip(layout.names, cells, strict=True)))
+            return
+        if layout.score is not None:
+            check_score(cells[layout.score], self.settings.pairs)
+        first, second = layout.columns
+        self._take_pair(cells[first], cells[second])
+
     def _take_record(self, record: Any) -> None:
         settings = self.settings
         is_messages = type(record) is list and settings.format == "chat"
@@ -141,12 +179,16 @@ class _Parser:
                 raise self._too_large()
             if isinstance(record, InvalidUtf8Record):
                 raise BadLineError("not_utf8")
+            if isinstance(record, RejectedRecord):
+                raise (BadLineError if record.is_bad else DroppedError)(record.reason)
             raise BadLineError("not_an_object")
         if settings.format == "text":
             texts = [_text_at(record, key) for key in settings.json_keys]
             for key, text in zip(settings.json_keys, texts, strict=True):
                 self.result.documents[key].append(text)
         elif settings.format == "pairs":
+            if settings.pairs.score_name is not None:
+                check_score(value_at(record, settings.pairs.score_name), settings.pairs)
             for pair in pairs_of_record(record, settings.pairs.keys, settings.pairs.level):
                 try:
                     self._take_pair(*pair)
@@ -154,6 +196,9 @@ class _Parser:
                     self.num_dropped[error.reason] += 1
         else:
             key = settings.json_keys[0]
+            if "." in key and isinstance(record, dict):
+                with suppress(BadLineError):  # the messages may be under another key
+                    record = {**record, key: value_at(record, key)}
             chat = chat_of(record, key, settings.chats)
             template = settings.chat_template or settings.template
             document = document_of_chat(chat, template, settings.loss)
@@ -268,13 +313,26 @@ def parse_records(
 
 
 def _text_at(record: dict[str, Any], key: str) -> str:
-    text = record.get(key)
+    text = value_at(record, key)
     if type(text) is not str:
-        if key in record:
-            raise BadLineError(f"not_text_{key}")
-        keys = ", ".join(sorted(record))
-        raise BadLineError(f"no_key_{key}", f"no_key_{key} (has {keys:.200})")
+        raise BadLineError(f"not_text_{key}")
     return text
+
+
+def _is_text(cell: str) -> bool:
+    """Returns whether a cell has no lone surrogates."""
+    if cell.isascii():
+        return True
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bytes_of_rows(rows: list[Any]) -> bytes:
+    cells = (cell for row in rows if isinstance(row, list) for cell in row)
+    return b"\n".join(cell.encode("utf-8", "surrogateescape") for cell in cells)
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -9,16 +9,20 @@ bytes read so far. Chunks do not depend on the number of workers.
 """
 
 import glob
+import io
 import logging
+import lzma
 import os
 import re
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
@@ -29,21 +33,40 @@ import zstandard
 from megatron_chatflow import remote
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.files import is_url
+from megatron_chatflow.preprocess.aligned import (
+    ALIGNMENT_SUFFIXES,
+    AlignedName,
+    aligned_name,
+    aligned_rows,
+)
+from megatron_chatflow.preprocess.archives import members_of, open_member
+from megatron_chatflow.preprocess.arrow import (
+    arrow_batches,
+    check_splits,
+    saved_files,
+    wanted_columns,
+)
 from megatron_chatflow.preprocess.chats import begins_with_messages, is_list_of_messages
+from megatron_chatflow.preprocess.comma_separated import NUM_SAMPLE_ROWS, csv_rows
 from megatron_chatflow.preprocess.compressed import MAGIC_BYTES, decompress, is_compressed
+from megatron_chatflow.preprocess.records import InvalidUtf8Record, OversizedRecord
 from megatron_chatflow.preprocess.settings import CorpusSettings
 from megatron_chatflow.preprocess.tab_separated import (
     TabLayout,
     are_json_lines,
+    column_layout,
     tab_layout,
 )
+from megatron_chatflow.preprocess.tmx import TmxParser, read_tmx
 from megatron_chatflow.remote import RemoteFile
 from megatron_chatflow.tokenizer.text_encoding import guess_encoding, transcode
 
 logger = logging.getLogger(__name__)
 
-RecordKind = Literal["lines", "jsonl", "tsv", "json", "txt", "parquet"]
-ChunkKind = Literal["lines", "text_lines", "text", "objects"]
+RecordKind = Literal[
+    "lines", "jsonl", "tsv", "json", "txt", "parquet", "arrow", "csv", "tmx", "aligned"
+]
+ChunkKind = Literal["lines", "text_lines", "text", "objects", "rows"]
 RECORD_KINDS: dict[str, RecordKind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -52,13 +75,18 @@ RECORD_KINDS: dict[str, RecordKind] = {
     ".txt": "txt",
     ".text": "txt",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".csv": "csv",
+    ".tmx": "tmx",
 }
-COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
+COMPRESSION_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd", ".xz", ".bz2", ".lz4")
+ARCHIVE_SUFFIX = ".zip"
+_TABLE_KINDS = ("parquet", "arrow")  # read by pyarrow, which seeks in the file
 # Files that may contain text but have no reader.
 UNREADABLE_SUFFIXES = frozenset(
-    ".csv .arrow .feather .avro .orc .xls .xlsx .ods .tfrecord .tfrecords .h5 .hdf5 .warc .wet "
-    ".wat .lmdb .xml .tmx .xlf .doc .docx .odt .epub "
-    ".bz2 .xz .lzma .lz4 .br .snappy .sz .z .zip .7z .rar .tar .tgz .tbz2 .txz".split()
+    ".avro .orc .xls .xlsx .ods .tfrecord .tfrecords .h5 .hdf5 .warc .wet .wat .lmdb .xml .xlf "
+    ".doc .docx .odt .epub .lzma .br .snappy .sz .z .7z .rar .tar .tgz .tbz2 .txz".split()
 )
 STANDARD_INPUT_NAMES = frozenset(["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 # Names of text files that describe a corpus and are not part of it.
@@ -97,10 +125,52 @@ class InputFile:
     # distinguishes JSON from tab-separated lines.
     kind: RecordKind
     num_bytes: int  # size on disk in bytes; 0 if unknown
+    member: str | None = None  # name of a file in the zip archive at `path`; else None
+    num_content_bytes: int = 0  # size of a file in an archive in bytes; 0 for other files
+    # The files of kind "aligned" that are aligned by line: both sides and, if there is one, the
+    # file of their scores. Empty for other kinds.
+    parts: tuple["InputFile", ...] = ()
+
+    def absolute(self) -> "InputFile":
+        """Returns the file with absolute paths."""
+        path = self.path and self.path.absolute()
+        return replace(self, path=path, parts=tuple(part.absolute() for part in self.parts))
 
 
-def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+@contextmanager
+def open_input(file: InputFile) -> Iterator[IO[bytes]]:
+    """Opens a file, a member of an archive or standard input. All inputs are opened here.
+
+    Raises:
+        UserError: The file cannot be opened, or its archive is damaged.
+    """
+    if file.path is None:
+        yield sys.stdin.buffer
+        return
+    try:
+        stream: IO[bytes]
+        if isinstance(file.path, Path):
+            stream = file.path.open("rb", buffering=0)
+        else:
+            stream = file.path.open()
+    except OSError as error:
+        raise UserError(f"cannot read: {file.path}: {error.strerror}") from error
+    with stream:
+        if file.member is None:
+            yield stream
+        else:
+            with open_member(stream, file.member, file.name) as member:
+                yield member
+
+
+def find_inputs(
+    inputs: Sequence[str], sides: tuple[str, str] | None = None, *, with_scores: bool = False
+) -> list[InputFile]:
     """Expands the inputs (files, globs, folders, or `-` for standard input) to files.
+
+    With ``sides``, the language codes of pairs, files whose names end in these languages are joined
+    to files of the kind "aligned", at the place of the first of them. Their scores are included
+    if ``with_scores`` is set. Zip archives are expanded to the files in them.
 
     The inputs keep their order; the files of a folder or glob are sorted by path. Folders are
     searched recursively for files with known extensions. Symbolic links are followed, and a file or
@@ -112,40 +182,91 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
             unknown.
     """
     try:
-        files = [file for name in inputs for file in _expand(name)]
+        files = [file for name in inputs for file in _expand(name, sides)]
     except OSError as error:
         raise UserError(f"cannot read: {error.filename}: {error.strerror}") from error
     if not files:
         raise UserError("no input: give at least one file, folder or glob")
-    given: dict[str, str] = {}
+    given: dict[tuple[str, str | None], str] = {}
     for file in files:
-        real = "-" if file.path is None else str(file.path)
+        real = ("-" if file.path is None else str(file.path), file.member)
         if isinstance(file.path, Path):
-            real = os.path.realpath(file.path)
-        name = file.name if file.path is None else str(file.path)
+            real = (os.path.realpath(file.path), file.member)
+        name = file.name if file.path is None or file.member is not None else str(file.path)
         if real in given:
             raise UserError(
                 f"input given twice: {given[real]} and {name}: list it once; its weight in the "
                 "schedule decides how often it is trained on"
             )
         given[real] = name
-    return files
+    return files if sides is None else _align(files, sides, with_scores)
+
+
+def _align(
+    files: Sequence[InputFile], sides: tuple[str, str], with_scores: bool
+) -> list[InputFile]:
+    """Joins the two sides of aligned text, and their scores, to one file each."""
+    groups: dict[str, dict[int, InputFile]] = {}
+    named: list[tuple[InputFile, AlignedName | None]] = []
+    for file in files:
+        role = None
+        if file.path is not None:
+            path = PurePath(str(file.path), file.member or "")
+            role = aligned_name(path, sides, COMPRESSION_SUFFIXES)
+        named.append((file, role))
+        if role is not None:
+            other = groups.setdefault(role.stem, {}).setdefault(role.part, file)
+            if other is not file and role.is_certain:
+                raise UserError(
+                    f"two files for one side: {other.name} and {file.name}: give one, or set "
+                    "--pair-keys to the languages, such as en zh-CN"
+                )
+    joined: list[InputFile] = []
+    for file, role in named:
+        parts = {} if role is None else groups[role.stem]
+        if role is None or (not role.is_certain and not {0, 1} <= parts.keys()):
+            joined.append(file)
+        elif not {0, 1} <= parts.keys():
+            raise UserError(
+                f"one side of a pair: {file.name}: there is no {sides[0 in parts]} side of the "
+                "same name among the inputs: give both files, or set --pair-keys to their languages"
+            )
+        elif file in (parts[0], parts[1]) and file is min(parts[0], parts[1], key=files.index):
+            used = (parts[0], parts[1], *([parts[2]] if with_scores and 2 in parts else []))
+            if with_scores and 2 not in parts:
+                raise UserError(
+                    f"no scores: {parts[0].name} and {parts[1].name}: --pair-min-score needs a "
+                    "file of the same name that ends in .scores among the inputs"
+                )
+            name = " + ".join(part.name for part in used)
+            num_bytes = sum(part.num_bytes for part in used)
+            joined.append(InputFile(file.path, name, "aligned", num_bytes, parts=used))
+    return joined
 
 
 @dataclass
 class _FoundFiles:
     """Files found in a folder or by a glob: to read, unsupported, and counts of skipped ones."""
 
+    sides: tuple[str, str] | None = None  # languages of aligned files, as in `find_inputs`
     files: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    _saved: dict[Path, frozenset[str] | None] = field(default_factory=dict)
 
     def classify(self, path: Path) -> bool:
         """Adds a file to one of the groups by its name. Returns whether the file is to be read."""
-        kind = _kind_of(path)
+        kind = _kind_of(path, self.sides)
         ending = path.suffix.lower()
+        if kind is None and ending == ARCHIVE_SUFFIX and path.is_file():
+            self.files.append(path)
+            return True
         if kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
             self.skipped[ending or "without an extension"] += 1
+        elif _is_alignment(path, self.sides) and path.is_file():
+            self.skipped[ending] += 1
+        elif ending == ".arrow" and not self._is_saved(path):
+            self.skipped["cached .arrow"] += 1
         elif kind is not None and _is_corpus_metadata(path):
             self.skipped[path.name] += 1
         elif not path.exists():
@@ -159,6 +280,13 @@ class _FoundFiles:
             return True
         return False
 
+    def _is_saved(self, path: Path) -> bool:
+        """Returns whether an Arrow file belongs to the saved data set in its folder, if any."""
+        if path.parent not in self._saved:
+            self._saved[path.parent] = saved_files(path.parent)
+        saved = self._saved[path.parent]
+        return saved is None or path.name in saved
+
     def report(self, name: str) -> None:
         """Logs the skipped files and raises an error if there are unsupported files with data."""
         if self.unreadable:
@@ -167,7 +295,7 @@ class _FoundFiles:
             others = ", ..." if len(self.unreadable) > _NUM_NAMED else ""
             raise UserError(
                 f"cannot read: {len(self.unreadable)} files in {name}: {_counts(endings)} "
-                f"({named}{others}): convert them to jsonl or parquet, recompress them as .gz or "
+                f"({named}{others}): convert them to jsonl or parquet, recompress them as .xz or "
                 ".zst, or select the files to read with a glob such as "
                 f"'{name.rstrip('/')}/**/*.jsonl'"
             )
@@ -175,60 +303,68 @@ class _FoundFiles:
             logger.warning("ignored in %s: %s", name, _counts(self.skipped))
 
 
-def _expand(name: str) -> list[InputFile]:
+def _expand(name: str, sides: tuple[str, str] | None) -> list[InputFile]:
     if name in STANDARD_INPUT_NAMES:
         return [InputFile(None, "<stdin>", "lines", 0)]
     if is_url(name):
         name = remote.parse_location(name)
         if is_url(name):
-            return _expand_url(name, remote.find(name))
+            return _expand_url(name, remote.find(name), sides)
     path = Path(name)
     if path.is_dir():
-        found = _search(path)
+        found = _search(path, sides)
         found.report(name)
         if not found.files:
             endings = " ".join(RECORD_KINDS)
             raise UserError(
                 f"no input in folder: {path}: none of its files has an extension among {endings}"
             )
-        return [_input_file(file, file.relative_to(path).as_posix()) for file in found.files]
+        return [
+            part
+            for file in found.files
+            for part in _input_files(file, file.relative_to(path).as_posix(), sides)
+        ]
     if path.exists():
-        return [_input_file(path, path.name)]
+        return _input_files(path, path.name, sides)
     if not glob.has_magic(name):
         raise UserError(f"no input: {name}: no such file or folder")
-    found = _matches(name)
+    found = _matches(name, sides)
     found.report(name)
     if not found.files:
         raise UserError(f"no input: {name}: the glob matches no file")
-    return [_input_file(match, match.name) for match in found.files]
+    return [part for match in found.files for part in _input_files(match, match.name, sides)]
 
 
-def _expand_url(url: str, found: Sequence[RemoteFile]) -> list[InputFile]:
+def _expand_url(
+    url: str, found: Sequence[RemoteFile], sides: tuple[str, str] | None
+) -> list[InputFile]:
     """Selects among the files of a URL as `_search` and `_matches` do; there are no links."""
     if len(found) == 1 and found[0].url == url:
         name = PurePosixPath(str(found[0])).name
-        return [InputFile(found[0], name, _kind_or_error(Path(name), url), found[0].num_bytes or 0)]
+        return _remote_files(found[0], name, sides)
     is_folder = not remote.has_magic(url)
     top = f"{url.rstrip('/')}/" if is_folder else f"{url.partition('://')[0]}://"
     urls = {file.url for file in found}
     hides = is_folder or "/." not in url  # as Python's globs do
-    selection = _FoundFiles()
-    files = []
+    selection = _FoundFiles(sides)
+    files: list[InputFile] = []
     for file in found:
         path = Path(file.url.removeprefix(top))
-        kind, ending = _kind_of(path), path.suffix.lower()
+        kind, ending = _kind_of(path, sides), path.suffix.lower()
+        is_archive = kind is None and ending == ARCHIVE_SUFFIX
         if hides and any(part.startswith(".") for part in path.parts):
             selection.skipped["hidden"] += is_folder
         elif kind is None and ending in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES):
             selection.unreadable.append(path)
-        elif kind is None and is_folder:
+        elif kind is None and is_folder and not is_archive:
             selection.skipped[ending or "without an extension"] += 1
+        elif sides is not None and ending in ALIGNMENT_SUFFIXES:
+            selection.skipped[ending] += 1
         elif _is_corpus_metadata(path, lambda path: f"{top}{path}" in urls):
             selection.skipped[path.name] += 1
         else:
             name = path.as_posix() if is_folder else path.name
-            kind = _kind_or_error(path, file.url)
-            files.append(InputFile(file, name, kind, file.num_bytes or 0))
+            files += _remote_files(file, name, sides)
     selection.report(url)
     if not files:
         raise UserError(
@@ -237,9 +373,15 @@ def _expand_url(url: str, found: Sequence[RemoteFile]) -> list[InputFile]:
     return files
 
 
-def _matches(pattern: str) -> _FoundFiles:
+def _remote_files(file: RemoteFile, name: str, sides: tuple[str, str] | None) -> list[InputFile]:
+    if name.lower().endswith(ARCHIVE_SUFFIX):
+        return _archive_files(InputFile(file, name, "lines", file.num_bytes or 0), sides)
+    return [InputFile(file, name, _kind_or_error(Path(name), file.url, sides), file.num_bytes or 0)]
+
+
+def _matches(pattern: str, sides: tuple[str, str] | None) -> _FoundFiles:
     """Finds the files of a glob. `_input_file` raises an error for unknown extensions."""
-    found = _FoundFiles()
+    found = _FoundFiles(sides)
     matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
     folders = [match for match in matches if match.is_dir()]
     if folders and "**" not in pattern:
@@ -251,8 +393,10 @@ def _matches(pattern: str) -> _FoundFiles:
             found.skipped["other links to the same files"] += 1
         elif not match.exists():
             raise UserError(f"cannot read: {match}: the link is broken")
-        elif _kind_of(match) is not None and _is_corpus_metadata(match):
+        elif _kind_of(match, sides) is not None and _is_corpus_metadata(match):
             found.skipped[match.name] += 1
+        elif _is_alignment(match, sides):
+            found.skipped[match.suffix.lower()] += 1
         else:
             seen.add(real)
             found.files.append(match)
@@ -260,13 +404,13 @@ def _matches(pattern: str) -> _FoundFiles:
     return found
 
 
-def _search(folder: Path) -> _FoundFiles:
+def _search(folder: Path, sides: tuple[str, str] | None) -> _FoundFiles:
     """Finds the files in a folder and its subfolders.
 
     Linked folders are entered after all others, so that a folder with several paths is read under
     its own path. Every folder is entered only once, which also prevents cycles.
     """
-    found = _FoundFiles()
+    found = _FoundFiles(sides)
     top = os.path.realpath(folder)
     entered: set[str] = set()
     seen: set[str] = set()
@@ -286,6 +430,7 @@ def _search(folder: Path) -> _FoundFiles:
                     folders.clear()
                     continue
                 entered.add(real)
+                check_splits(Path(parent), names)
                 num_all = len(folders) + len(names)
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
                 kept = sorted(name for name in names if not name.startswith("."))
@@ -332,53 +477,109 @@ def _counts(counts: Counter[str]) -> str:
     return ", ".join(f"{number} {name}" for name, number in ordered)
 
 
-def _kind_of(path: Path) -> RecordKind | None:
+def _kind_of(path: PurePath, sides: tuple[str, str] | None = None) -> RecordKind | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
         suffixes.pop()
-    return RECORD_KINDS.get(suffixes[-1]) if suffixes else None
+    kind = RECORD_KINDS.get(suffixes[-1]) if suffixes else None
+    if kind is None and sides is not None and aligned_name(path, sides, COMPRESSION_SUFFIXES):
+        return "aligned"
+    return kind
 
 
-def _kind_or_error(path: Path, shown: str) -> RecordKind:
-    kind = _kind_of(path)
+def _kind_or_error(path: PurePath, shown: str, sides: tuple[str, str] | None = None) -> RecordKind:
+    kind = _kind_of(path, sides)
     if kind is None:
         endings = " ".join(RECORD_KINDS)
         raise UserError(
             f"unknown kind of input: {shown}: the extension must be one of {endings}, optionally "
-            "followed by .gz or .zst"
+            f"followed by one of {' '.join(COMPRESSION_SUFFIXES)}, or .zip; the files of pairs may "
+            "end in the languages (--pair-keys)"
         )
     return kind
 
 
-def open_input(path: Path | RemoteFile) -> IO[bytes]:
-    """Opens a file for reading in binary, unbuffered."""
-    return path.open("rb", buffering=0) if isinstance(path, Path) else path.open()
+def _is_alignment(path: Path, sides: tuple[str, str] | None) -> bool:
+    """Returns whether a file says where the aligned text beside it is from."""
+    if sides is None or path.suffix.lower() not in ALIGNMENT_SUFFIXES:
+        return False
+    return any(_is_side(beside.name, path.stem, sides) for beside in path.parent.iterdir())
 
 
-def _input_file(path: Path, name: str) -> InputFile:
-    kind = _kind_of(path)
+def _is_side(name: str, stem: str, sides: tuple[str, str]) -> bool:
+    role = aligned_name(PurePath(name), sides, COMPRESSION_SUFFIXES)
+    return role is not None and role.stem == stem
+
+
+def _input_files(path: Path, name: str, sides: tuple[str, str] | None) -> list[InputFile]:
+    """Returns a file, or the files in a zip archive. Files that cannot be read are errors."""
+    if path.suffix.lower() != ARCHIVE_SUFFIX or not path.is_file():
+        return [_input_file(path, name, sides)]
+    return _archive_files(_input_file(path, name, sides), sides)
+
+
+def _archive_files(archive: InputFile, sides: tuple[str, str] | None) -> list[InputFile]:
+    """Returns the files in a zip archive. Files that cannot be read are errors."""
+    name = archive.name
+    with open_input(archive) as stream:
+        members = members_of(stream, name)
+    names = {info.filename for info in members}
+    files: list[InputFile] = []
+    skipped: Counter[str] = Counter()
+    for info in members:
+        member = PurePath(info.filename)
+        ending = member.suffix.lower()
+        kind = _kind_of(member, sides)
+        if (
+            (
+                kind is not None
+                and _is_corpus_metadata(Path(member), lambda path: path.as_posix() in names)
+            )
+            or (kind is None and ending not in (*UNREADABLE_SUFFIXES, *COMPRESSION_SUFFIXES))
+            or (sides is not None and ending in ALIGNMENT_SUFFIXES and ending != ".zip")
+        ):
+            skipped[ending or member.name] += 1
+            continue
+        if kind is None or kind in _TABLE_KINDS:
+            raise UserError(
+                f"cannot read: {name}: {info.filename} in it: unpack the archive, and convert the "
+                "file if it is none of the supported kinds"
+            )
+        files.append(
+            InputFile(
+                archive.path,
+                f"{archive.name}/{_printable(info.filename)}",
+                kind,
+                info.compress_size,
+                info.filename,
+                info.file_size,
+            )
+        )
+    if not files:
+        raise UserError(f"no input in archive: {archive.path}: none of its files can be read")
+    if skipped:
+        logger.warning("ignored in %s: %s", archive.path, _counts(skipped))
+    return files
+
+
+def _input_file(path: Path, name: str, sides: tuple[str, str] | None) -> InputFile:
+    kind = _kind_of(path, sides)
     if (
         path.is_fifo()
         or path.is_char_device()
         or path.parent.as_posix() in ("/dev/fd", "/proc/self/fd")
     ):
         return InputFile(path, str(path), kind or "lines", 0)
-    kind = kind or _kind_or_error(path, str(path))
+    if path.suffix.lower() != ARCHIVE_SUFFIX:
+        kind = _kind_or_error(path, str(path), sides)
     if not os.access(path, os.R_OK):
         raise UserError(f"cannot read: {path}: permission denied")
+    return InputFile(path, _printable(name), kind or "lines", path.stat().st_size)
+
+
+def _printable(name: str) -> str:
     # The sidecar is JSON, so bytes in the name that are not UTF-8 are written as in "\xff".
-    name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return InputFile(path, name, kind, path.stat().st_size)
-
-
-@dataclass(frozen=True)
-class OversizedRecord:
-    """A placeholder for a record that was skipped because it is too large."""
-
-
-@dataclass(frozen=True)
-class InvalidUtf8Record:
-    """A placeholder for a row whose text is not UTF-8. Parquet files are not checked for that."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -388,13 +589,13 @@ class Chunk:
     name: str  # name of the file
     first_line: int  # number of the first line or record, counted from 1
     # "lines" (JSON or tab-separated), "text_lines" (one document per line), "text" (one document),
-    # or "objects" (parsed JSON, `OversizedRecord` or `InvalidUtf8Record`)
+    # "objects" (parsed JSON or placeholders), or "rows" (lists of cells or placeholders)
     kind: ChunkKind
-    data: Any  # the list of objects if `kind` is "objects", otherwise UTF-8 bytes
+    data: Any  # the list of objects or rows, otherwise UTF-8 bytes
     # number of bytes read from disk so far: of the file if the chunk is from `read_chunks`, of all
     # files if it is from `CorpusReader`
     num_bytes_read: int
-    layout: TabLayout | None = None  # columns of the pair in tab-separated lines; None for JSON
+    layout: TabLayout | None = None  # columns of rows and of tab-separated lines; None for JSON
 
 
 class _Source:
@@ -404,24 +605,36 @@ class _Source:
         self.name = file.name
         self.settings = settings
         self.num_bytes_read = 0
-        try:
-            self._stream: IO[bytes] = (
-                sys.stdin.buffer if file.path is None else open_input(file.path)
-            )
-        except OSError as error:
-            raise UserError(f"cannot read: {file.path}: {error.strerror}") from error
+        self._file = file
+        self._num_content_bytes = 0
+        self._stack = ExitStack()
+        self._stream = self._stack.enter_context(open_input(file))
+        _refuse_expansion(file.num_content_bytes, file.num_bytes, file.name, settings)
 
     def read(self) -> bytes:
         block = self._stream.read(CHUNK_BYTES)
-        self.num_bytes_read += len(block)
+        self._num_content_bytes += len(block)
+        if self._file.num_content_bytes:  # of an archive: the content is proportional to its size
+            share = self._num_content_bytes / self._file.num_content_bytes
+            self.num_bytes_read = round(share * self._file.num_bytes)
+        else:
+            self.num_bytes_read = self._num_content_bytes
         return block
 
     def chunk(self, first_line: int, kind: ChunkKind, data: Any) -> Chunk:
         return Chunk(self.name, first_line, kind, data, self.num_bytes_read)
 
     def close(self) -> None:
-        if self._stream is not sys.stdin.buffer:
-            self._stream.close()
+        self._stack.close()
+
+
+_READ_ERRORS = (
+    OSError,
+    zlib.error,
+    zstandard.ZstdError,
+    UnicodeError,
+    *(zipfile.BadZipFile, EOFError, lzma.LZMAError),  # of a file in a zip archive
+)
 
 
 def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
@@ -430,13 +643,20 @@ def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
     Raises:
         UserError: The file cannot be read, is damaged, or does not have the format of its kind.
     """
-    if file.kind == "parquet":
-        yield from _read_parquet(file, settings)
+    if file.kind in _TABLE_KINDS:
+        yield from _read_table(file, settings)
         return
-    if file.kind == "tsv" and settings.tabs is None:
-        raise UserError(f"tab-separated lines are pairs: {file.name}: use --format pairs")
+    if file.kind == "aligned":
+        yield from _read_aligned(file, settings)
+        return
+    if file.kind in ("tsv", "tmx") and settings.tabs is None:
+        lines = "tab-separated lines are" if file.kind == "tsv" else "a translation memory has"
+        raise UserError(f"{lines} pairs: {file.name}: use --format pairs")
     source = _Source(file, settings)
     try:
+        if file.kind == "tmx":
+            yield from _read_tmx(source)
+            return
         blocks = transcode(_decompressed(source), file.name, settings.encoding)
         is_text = file.kind == "txt" and settings.format == "text"
         if is_text and settings.txt_documents == "file":
@@ -452,10 +672,12 @@ def read_chunks(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
             yield from _line_chunks(blocks, source, "text_lines")
         elif file.kind == "json":
             yield from _read_json(blocks, source)
+        elif file.kind == "csv":
+            yield from _read_csv(blocks, source)
         else:
             chunks = _line_chunks(blocks, source, "lines")
             yield from _with_layout(chunks, file, settings)
-    except (OSError, zlib.error, zstandard.ZstdError, UnicodeError) as error:
+    except _READ_ERRORS as error:
         raise UserError(f"cannot read: {file.name}: {error}") from error
     finally:
         source.close()
@@ -499,7 +721,7 @@ def _refuse_expansion(
 
 
 def _decompressed(source: _Source) -> Iterator[bytes]:
-    """Yields the file's content in blocks and limits its size. Decompresses gzip and zstd."""
+    """Yields the file's content in blocks, decompressed, and limits its size."""
     blocks = iter(source.read, b"")
     head = b""
     for block in blocks:
@@ -582,6 +804,105 @@ def _with_layout(
         yield chunk if layout is None else replace(chunk, layout=layout)
 
 
+def _read_aligned(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
+    """Yields the lines of aligned files as rows of one cell of each file."""
+    with ExitStack() as stack:
+        sources = []
+        for part in file.parts:
+            source = _Source(part, settings)
+            stack.callback(source.close)
+            sources.append(source)
+        layout = TabLayout((0, 1), len(sources), score=2 if len(sources) > 2 else None)
+        streams = [_lines(source) for source in sources]
+        names = [part.name for part in file.parts]
+        first_line = 1
+        for rows in aligned_rows(streams, names, settings.max_record_bytes, CHUNK_BYTES):
+            num_bytes_read = sum(source.num_bytes_read for source in sources)
+            yield Chunk(file.name, first_line, "rows", rows, num_bytes_read, layout)
+            first_line += len(rows)
+
+
+def _lines(source: _Source) -> Iterator[bytes | OversizedRecord]:
+    """Yields the lines of a file without their ends."""
+    try:
+        blocks = transcode(_decompressed(source), source.name, source.settings.encoding)
+        for chunk in _line_chunks(blocks, source, "lines"):
+            if chunk.kind == "objects":
+                yield from chunk.data
+            else:
+                yield from chunk.data.removesuffix(b"\n").split(b"\n")
+    except _READ_ERRORS as error:
+        raise UserError(f"cannot read: {source.name}: {error}") from error
+
+
+def _read_tmx(source: _Source) -> Iterator[Chunk]:
+    settings = source.settings
+    blocks = _decompressed(source)
+    is_declared = settings.encoding in ("utf-8", "utf-8-sig")  # the file declares its encoding
+    if not is_declared:
+        blocks = transcode(blocks, source.name, settings.encoding)
+    parser = TmxParser(
+        source.name,
+        settings.pairs.codes,
+        score=settings.pairs.score_name,
+        max_record_bytes=settings.max_record_bytes,
+        encoding=None if is_declared else "utf-8",
+    )
+    score = None if settings.pairs.score_name is None else 2
+    layout = TabLayout((0, 1), 2 if score is None else 3, score=score)
+    first_unit = 1
+    for rows in read_tmx(blocks, parser, CHUNK_BYTES):
+        yield replace(source.chunk(first_unit, "rows", rows), layout=layout)
+        first_unit += len(rows)
+
+
+def _read_csv(blocks: Iterator[bytes], source: _Source) -> Iterator[Chunk]:
+    """Yields the rows of a CSV file. The number of a row counts the header and blank lines."""
+    settings = source.settings
+    layout: TabLayout | None = None
+    first_row = 1
+    chunks = csv_rows(
+        _text_lines(blocks, source), source.name, settings.max_record_bytes, CHUNK_BYTES
+    )
+    for rows in chunks:
+        numbered = [(n, row) for n, row in enumerate(rows, first_row) if isinstance(row, list)]
+        sample = [(n, row) for n, row in numbered if row][:NUM_SAMPLE_ROWS]
+        if layout is None and sample:
+            if settings.tabs is not None:
+                layout = column_layout(sample, source.name, settings.tabs)
+            else:
+                number, names = sample[0]
+                _check_columns(names, source.name, settings)
+                layout = TabLayout((0, 0), len(names), number, names=tuple(names))
+        if layout is not None:
+            yield replace(source.chunk(first_row, "rows", rows), layout=layout)
+        first_row += len(rows)
+
+
+def _check_columns(names: Sequence[str], name: str, settings: CorpusSettings) -> None:
+    """Raises `UserError` if none of the wanted columns exist or a name is used twice."""
+    wanted = settings.columns
+    shown = ", ".join(names)
+    if wanted is not None and not set(wanted) & set(names):
+        raise UserError(
+            f"no such column: {name}: its first row names {shown:.300}, but none of "
+            f"{', '.join(wanted)}: set --json-keys or --pair-keys"
+        )
+    if len(set(names)) < len(names):
+        raise UserError(f"two columns of one name: {name}: {shown:.300}: rename one")
+
+
+def _text_lines(blocks: Iterator[bytes], source: _Source) -> Iterator[str]:
+    """Yields lines with their ends. Bytes that are not UTF-8 become lone surrogates."""
+    for chunk in _line_chunks(blocks, source, "lines"):
+        if chunk.kind == "objects":
+            raise UserError(
+                f"line too large: {source.name}:{chunk.first_line}: raise --max-record-bytes"
+            )
+        text = chunk.data.decode("utf-8", "surrogateescape")
+        yield from io.StringIO(text, newline="\n")
+
+
 def num_json_values(data: bytes) -> int:
     """Returns an upper bound on the number of values in JSON text without parsing it."""
     num_separators = sum(map(data.count, _SEPARATORS))
@@ -656,53 +977,56 @@ def _read_json(blocks: Iterator[bytes], source: _Source) -> Iterator[Chunk]:
         yield source.chunk(begin + 1, "objects", part)
 
 
-def _read_parquet(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
-    """Yields rows as objects. The row number is used as the line number.
+def _read_table(file: InputFile, settings: CorpusSettings) -> Iterator[Chunk]:
+    """Yields the rows of a parquet or Arrow file as objects, with row numbers as line numbers.
 
     A file of a kilobyte can contain any amount of text, because many rows can refer to the same
-    dictionary value. The number of rows that are decoded at once is therefore limited by the sizes
-    recorded in the file, and rows are converted to objects in chunks of about `CHUNK_BYTES` of
-    content.
+    dictionary value. The number of rows of a parquet file that are decoded at once is therefore
+    limited by the sizes recorded in the file, and rows are converted to objects in chunks of about
+    `CHUNK_BYTES` of content.
     """
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException
     except ImportError as error:
         raise UserError(
-            f"cannot read: {file.name}: parquet files need pyarrow: pip install pyarrow"
-        ) from (error)
-    assert file.path is not None  # standard input has the kind "lines"
-    columns = settings.columns
+            f"cannot read: {file.name}: {file.kind} files need pyarrow: pip install pyarrow"
+        ) from error
     num_bytes = 0
-    try:
-        # pyarrow maps local files itself.
-        path = file.path if isinstance(file.path, Path) else open_input(file.path)
-        with parquet.ParquetFile(path) as content:
-            names = content.schema_arrow.names
-            wanted = None if columns is None else [name for name in columns if name in names]
-            if wanted == []:
-                raise UserError(
-                    f"no such column: {file.name}: has {', '.join(names)}, but none of "
-                    f"{', '.join(columns or ())}: set --json-keys or --pair-keys"
-                )
-            num_rows, shared = _decoding(file.path, content.metadata, wanted)
-        path = file.path if isinstance(file.path, Path) else open_input(file.path)
-        with parquet.ParquetFile(path, read_dictionary=shared) as content:
-            first_row = 1
-            for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
-                position = file.num_bytes * (first_row - 1) // content.metadata.num_rows
+    first_row = 1
+    batches = _parquet_batches if file.kind == "parquet" else arrow_batches
+    with open_input(file) as stream:
+        try:
+            for batch, share in batches(stream, file.name, settings.columns):
                 sizes = _content_sizes(batch, settings.max_record_bytes)
                 # Records that are dropped as too large take time to decode as well.
                 num_bytes += batch.nbytes if sizes is None else int(sizes.sum())
                 _refuse_expansion(num_bytes, file.num_bytes, file.name, settings)
+                position = int(share * file.num_bytes)
                 for rows in _rows(batch, sizes, settings.max_record_bytes):
                     yield Chunk(file.name, first_row, "objects", rows, position)
                     first_row += len(rows)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"cannot read: {file.name}: {error}") from error
+        except (ArrowException, OSError) as error:
+            raise UserError(f"cannot read: {file.name}: {error}") from error
+
+
+def _parquet_batches(
+    stream: IO[bytes], name: str, columns: Sequence[str] | None
+) -> Iterator[tuple[Any, float]]:
+    """Yields batches of rows, and the share of the file that was read before each."""
+    from pyarrow import PythonFile, parquet
+
+    with parquet.ParquetFile(PythonFile(stream, "r")) as content:
+        wanted = wanted_columns(columns, content.schema_arrow.names, name)
+        num_rows, shared = _decoding(stream, content.metadata, wanted)
+    with parquet.ParquetFile(PythonFile(stream, "r"), read_dictionary=shared) as content:
+        num_read = 0
+        for batch in content.iter_batches(batch_size=num_rows, columns=wanted):
+            yield batch, num_read / content.metadata.num_rows
+            num_read += batch.num_rows
 
 
 def _decoding(
-    path: Path | RemoteFile, metadata: Any, columns: Sequence[str] | None
+    stream: IO[bytes], metadata: Any, columns: Sequence[str] | None
 ) -> tuple[int, list[str]]:
     """Returns how many rows to decode at once, and the columns to read in dictionary form.
 
@@ -713,29 +1037,28 @@ def _decoding(
     """
     num_rows = NUM_ROWS_PER_BATCH
     shared: set[str] = set()
-    with open_input(path) as stream:
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            if group.num_rows == 0:
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        if group.num_rows == 0:
+            continue
+        for k in range(group.num_columns):
+            column = group.column(k)
+            name = column.path_in_schema
+            if column.physical_type != "BYTE_ARRAY" or (
+                columns is not None and not any(f"{name}.".startswith(f"{c}.") for c in columns)
+            ):
                 continue
-            for k in range(group.num_columns):
-                column = group.column(k)
-                name = column.path_in_schema
-                if column.physical_type != "BYTE_ARRAY" or (
-                    columns is not None and name.split(".")[0] not in columns
-                ):
-                    continue
-                size = max(column.total_uncompressed_size, 1)
-                num_rows = min(
-                    num_rows,
-                    MAX_BATCH_BYTES * group.num_rows // size,
-                    NUM_ROWS_PER_BATCH * MAX_ROW_GROUP_BYTES // size,
-                )
-                dictionary = _dictionary_bytes(stream, column)
-                if metadata.schema.column(k).max_repetition_level == 0:
-                    num_rows = min(num_rows, MAX_BATCH_BYTES // max(dictionary, 1))
-                elif dictionary * column.num_values > MAX_BATCH_BYTES:
-                    shared.add(name)
+            size = max(column.total_uncompressed_size, 1)
+            num_rows = min(
+                num_rows,
+                MAX_BATCH_BYTES * group.num_rows // size,
+                NUM_ROWS_PER_BATCH * MAX_ROW_GROUP_BYTES // size,
+            )
+            dictionary = _dictionary_bytes(stream, column)
+            if metadata.schema.column(k).max_repetition_level == 0:
+                num_rows = min(num_rows, MAX_BATCH_BYTES // max(dictionary, 1))
+            elif dictionary * column.num_values > MAX_BATCH_BYTES:
+                shared.add(name)
     return max(num_rows, 1), sorted(shared)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_chatflow.preprocess.chats import ChatSettings
+from megatron_chatflow.preprocess.dedup import num_hashes_of
 from megatron_chatflow.preprocess.dropped import DEFAULT_MAX_SHARE
 from megatron_chatflow.preprocess.pairs import PairSettings, read_pair_templates
 from megatron_chatflow.preprocess.tab_separated import TabOptions
@@ -60,10 +61,18 @@ class CorpusSettings:
 
     @property
     def columns(self) -> tuple[str, ...] | None:
-        """The columns to read from parquet files; None for all."""
+        """The columns to read from parquet and Arrow files; None for all."""
         if self.format == "text":
             return self.json_keys
-        return (*self.pairs.keys, "translation") if self.format == "pairs" else None
+        if self.format == "chat":
+            return None
+        score = self.pairs.score_name
+        return (*self.pairs.keys, "translation", *([] if score is None else [score]))
+
+    @property
+    def sides(self) -> tuple[str, str] | None:
+        """The languages that the names of aligned files end in; None if records are not pairs."""
+        return self.pairs.codes if self.format == "pairs" else None
 
     @property
     def tabs(self) -> TabOptions | None:
@@ -105,13 +114,18 @@ class PreprocessSettings:
     # address of a Ray cluster that builds the partitions; None for this machine
     ray: str | None = None
 
+    @property
+    def num_hashes(self) -> int:
+        """Number of hashes that identify a document when duplicates are dropped; 0 if they stay."""
+        pairs = {"dedup": self.corpus.pairs.dedup} if self.corpus.format == "pairs" else {}
+        return num_hashes_of({"dedup": self.dedup, "pairs": pairs})
+
     def record(self) -> dict[str, Any]:
         """Returns the settings that affect the outputs, as they are recorded in the sidecar."""
         corpus = asdict(self.corpus)
-        if self.corpus.format != "pairs":
-            del corpus["pairs"]
-        elif self.corpus.pairs.columns is None:
-            del corpus["pairs"]["columns"]
+        del corpus["pairs"]
+        if self.corpus.format == "pairs":
+            corpus["pairs"] = self.corpus.pairs.record()
         # As in sidecars of versions without these settings.
         if self.corpus.format != "chat" or self.corpus.chats == ChatSettings():
             del corpus["chats"]

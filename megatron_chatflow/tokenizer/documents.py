@@ -28,6 +28,9 @@ class Document:
     # Ascending numbers of leading segments after which a document that is too long may be cut.
     # Empty if the document may not be cut.
     cut_points: tuple[int, ...] = ()
+    # Texts that identify the document instead of its own text: it repeats an earlier document that
+    # has one of them. All documents of a dataset have the same number.
+    keys: tuple[str, ...] = ()
 
 
 class DroppedError(Exception):

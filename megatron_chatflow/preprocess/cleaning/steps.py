@@ -34,7 +34,7 @@ from megatron_chatflow.preprocess.cleaning.texts import (
     without_boilerplate,
     words_of,
 )
-from megatron_chatflow.preprocess.pairs import is_mostly
+from megatron_chatflow.preprocess.pair_filters import is_mostly
 from megatron_chatflow.preprocess.parse import parse_records
 from megatron_chatflow.preprocess.readers import InputFile, read_chunks
 from megatron_chatflow.preprocess.settings import CorpusSettings

@@ -51,8 +51,8 @@ def texts_of(
             "NUL, so it is binary or UTF-16 without a byte-order mark",
         ),
         (b"plain text\n" * 99 + b"a\0b", "not text: a.txt:100: contains a NUL"),
-        (lzma.compress(TEXT.encode()), "not text: a.txt: it is xz"),
-        (bz2.compress(TEXT.encode()), "it is bzip2"),
+        (gzip.compress(lzma.compress(TEXT.encode())), "not text: a.txt: it is xz"),
+        (gzip.compress(bz2.compress(TEXT.encode())), "it is bzip2"),
         (zstandard.compress(gzip.compress(TEXT.encode())), "it is gzip"),
     ],
 )

@@ -56,7 +56,7 @@ def test_text_that_is_named_like_documentation_is_read_when_named(
 
 @pytest.mark.parametrize(
     "name",
-    ["b.jsonl.xz", "b.jsonl.bz2", "b.csv", "b.csv.gz", "part-0000.gz", "b.tar.gz", "b.arrow"],
+    ["b.jsonl.lzma", "b.jsonl.br", "b.avro", "b.xml.gz", "part-0000.gz", "b.tar.gz", "b.orc"],
 )
 def test_data_that_cannot_be_read_is_an_error(tmp_path: Path, write: Write, name: str) -> None:
     write("a.jsonl", f"sub/{name}", f"sub/c{name}")

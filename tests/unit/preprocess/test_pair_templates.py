@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.pair_filters import SCRIPTS, is_mostly
 from megatron_chatflow.preprocess.pairs import (
-    SCRIPTS,
     PairSettings,
     PairText,
     documents_of_pair,
-    is_mostly,
     read_pair_templates,
 )
 from megatron_chatflow.tokenizer.documents import DroppedError, Segment

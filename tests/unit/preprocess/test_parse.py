@@ -121,7 +121,7 @@ def test_pairs_of_objects() -> None:
     texts = [spans(document) for document in result.documents["text"]]
     assert texts == [[("two\n\u4e8c", True)], [("three\n\u4e09", True)]]
     assert result.num_dropped == {"no_key_zh": 1, "empty_side": 1}
-    assert (result.num_bad, result.first_bad) == (1, "f.jsonl:13: no_key_zh")
+    assert (result.num_bad, result.first_bad) == (1, "f.jsonl:13: no_key_zh (has en)")
 
 
 def test_translation_has_loss_on_the_target_alone() -> None:

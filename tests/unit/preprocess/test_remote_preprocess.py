@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from object_store import ObjectStore
+from parallel_files import PAIRS, aligned_text, read_pairs, write_opus_archive
 from preprocess_jobs import Jobs
 
 from megatron_chatflow import remote
@@ -94,11 +95,11 @@ def test_globs_and_single_files(jobs: Jobs, object_store: ObjectStore) -> None:
         names("s3://corpora/nothing")
     with pytest.raises(UserError, match="input given twice"):
         names("s3://corpora/in/a.jsonl", "s3://corpora/in")
-    object_store.put("in/x.csv", b"a,b")
-    with pytest.raises(UserError, match=r"cannot read: 1 files in s3://corpora/in: 1 .csv"):
+    object_store.put("in/x.avro", b"a,b")
+    with pytest.raises(UserError, match=r"cannot read: 1 files in s3://corpora/in: 1 .avro"):
         names("s3://corpora/in")
-    with pytest.raises(UserError, match=r"unknown kind of input: s3://corpora/in/x.csv"):
-        names("s3://corpora/in/x.csv")
+    with pytest.raises(UserError, match=r"unknown kind of input: s3://corpora/in/x.avro"):
+        names("s3://corpora/in/x.avro")
 
 
 def test_a_dataset_beside_its_sidecar_is_not_input(object_store: ObjectStore) -> None:
@@ -129,6 +130,17 @@ def test_pairs_with_a_loss_mask(jobs: Jobs, object_store: ObjectStore) -> None:
     found = remote_files(object_store)
     assert found == local_files(jobs.folder)
     assert f"{loss_mask_prefix('out_text_document').name}.bin" in found
+
+
+def test_aligned_files_and_archives(tmp_path: Path, object_store: ObjectStore) -> None:
+    archive = write_opus_archive(tmp_path / "en-zh.txt.zip", PAIRS)
+    for side, name in enumerate(("a.en", "a.zh")):
+        object_store.put(f"in/{name}", aligned_text(PAIRS, side))
+    assert read_pairs("s3://corpora/in") == (PAIRS, {})
+    assert read_pairs("s3://corpora/in/a.en", "s3://corpora/in/a.zh") == (PAIRS, {})
+    url = object_store.put("in/en-zh.txt.zip", archive.read_bytes())
+    assert read_pairs(url) == (PAIRS, {})
+    assert read_pairs("s3://corpora/in") == (PAIRS + PAIRS, {})
 
 
 def test_existing_output_is_kept(jobs: Jobs, object_store: ObjectStore) -> None:
