@@ -152,24 +152,32 @@ def clean(settings: CleanSettings) -> Counts | None:
         raise UserError(f"{output}: another process is writing it: wait until it finishes")
     try:
         _begin(settings, files, work)
-        if settings.slurm_partition is not None:
+        try:
             stages = _stages(settings, files, work)
-            _run_on_slurm(settings, stages, work)
-            return None
-        session: AbstractContextManager[Any] = nullcontext()
-        if settings.ray is not None:
-            session = ray_session(settings.ray)
-        with session:
-            for name, pipeline, num_tasks in _stages(settings, files, work):
-                with _output_to(work / "log.txt"):
-                    _executor(settings, name, pipeline, num_tasks, work).run()
-                if name == "filter":
-                    _check_counts(read_counts(work), settings)
-        counts = publish(settings, work)
+            if settings.slurm_partition is not None:
+                _run_on_slurm(settings, stages, work)
+                return None
+            _run(settings, stages, work)
+            counts = publish(settings, work)
+        except UserError:  # the same job would fail again
+            shutil.rmtree(work)
+            raise
         shutil.rmtree(work)
         return counts
     finally:
         lock.release()
+
+
+def _run(settings: CleanSettings, stages: "list[Stage]", work: Path) -> None:
+    session: AbstractContextManager[Any] = nullcontext()
+    if settings.ray is not None:
+        session = ray_session(settings.ray)
+    with session:
+        for name, pipeline, num_tasks in stages:
+            with _output_to(work / "log.txt"):
+                _executor(settings, name, pipeline, num_tasks, work).run()
+            if name == "filter":
+                _check_counts(read_counts(work), settings)
 
 
 def _work_folder(output: Path) -> Path:
@@ -382,6 +390,7 @@ class PublishStep:
         publish(self.settings, work)
         for name in ("filtered", "signatures", "buckets", "clusters"):
             shutil.rmtree(work / name, ignore_errors=True)
+        (work / _SETTINGS_FILE).unlink()  # only logs are left, with which no job can continue
 
 
 def publish(settings: CleanSettings, work: Path) -> Counts:

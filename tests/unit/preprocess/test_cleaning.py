@@ -306,7 +306,7 @@ def test_mistakes(options: dict[str, Any], message: str, tmp_path: Path) -> None
     write(tmp_path / "in", "a.jsonl", [{"text": ENGLISH}, "{"])
     with pytest.raises(UserError, match=message):
         run(tmp_path, **options)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_existing_folders_are_kept(tmp_path: Path) -> None:
