@@ -115,16 +115,16 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(object_store: ObjectSt
 def test_a_short_answer_is_requested_again(
     object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = found(object_store.put("x.bin", CONTENT))
-    real, num_short = S3FileSystem.cat_file, 3
+    real, num_short = S3FileSystem._cat_file, 3
 
-    def short(*arguments: Any, **options: Any) -> bytes:
+    async def short(*arguments: Any, **options: Any) -> bytes:
         nonlocal num_short
-        data: bytes = real(*arguments, **options)
+        data: bytes = await real(*arguments, **options)
         num_short -= 1
         return data if num_short < 0 else data[:-1]
 
-    monkeypatch.setattr(S3FileSystem, "cat_file", short)
+    monkeypatch.setattr(S3FileSystem, "_cat_file", short)
+    file = found(object_store.put("x.bin", CONTENT))
     with file.open() as stream:
         assert stream.read() == CONTENT
     assert num_short < 0
