@@ -209,7 +209,7 @@ def test_a_larger_batch_puts_early_iterations_before_sample_0(ramp: str) -> None
 def test_a_smaller_batch_puts_sample_0_before_iteration_0(unit: str) -> None:
     """After 6 iterations of 8 samples, iteration 0 would begin at 24 in iterations of 4."""
     per = {"samples": 1, "tokens": SEQ_LENGTH}[unit]
-    knots = [{"at": 0, "weights": A}, {"at": 70 * per - (per > 1), "weights": B, "ramp": "linear"}]
+    knots = [{"at": 0, "weights": A}, {"at": 72 * per - (per > 1), "weights": B, "ramp": "linear"}]
     old = begin({"unit": unit, "knots": knots}, batch=8)
     arguments = {
         "sources": NAMES,
