@@ -85,3 +85,28 @@ def test_errors_of_a_part_are_one_line(
     too_many = _run(*job, "--workers", 64, "--ray", cluster)
     assert too_many.returncode == 2
     assert "--workers 64: a partition needs that many CPUs" in too_many.stderr
+
+
+def test_a_cluster_cleans_to_the_same_bytes(cluster: str, tmp_path: Path) -> None:
+    pytest.importorskip("datatrove")
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        text = f"The river {name} rises in the hills and reaches the sea after ninety miles."
+        (tmp_path / "in" / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    tool = TOOL.with_name("clean_corpus.py")
+    for name, options in (("here", ["--workers", "1"]), ("there", ["--ray", cluster])):
+        command = [sys.executable, str(tool), "run", "--input", str(tmp_path / "in")]
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / name), *options],
+            env={**ENVIRONMENT, "PYTHONPATH": str(TOOL.parents[1])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "wrote 3 documents" in done.stdout and done.stderr == ""
+    names = sorted(path.name for path in (tmp_path / "here").iterdir())
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == names
+    for name in names:
+        ours = (tmp_path / "there" / name).read_bytes()
+        assert ours == (tmp_path / "here" / name).read_bytes()
