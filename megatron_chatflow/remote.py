@@ -184,8 +184,14 @@ class RemoteFile:
     has_ranges: bool = True  # whether the server sends parts of the file
 
     def __str__(self) -> str:
-        """Returns the URL without its query."""
+        """Returns the URL with its query masked."""
         return mask(self.url)
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL's path, without a query."""
+        path = urlsplit(self.url).path if self.url.startswith(_WEB) else self.url
+        return path.rpartition("/")[2]
 
     def open(self) -> IO[bytes]:
         """Opens the file for reading, unbuffered and seekable.

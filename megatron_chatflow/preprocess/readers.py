@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 from typing import IO, Any, Literal, NoReturn
 
 import numpy as np
@@ -340,8 +340,7 @@ def _expand_url(
 ) -> list[InputFile]:
     """Selects among the files of a URL as `_search` and `_matches` do; there are no links."""
     if len(found) == 1 and found[0].url == url:
-        name = PurePosixPath(str(found[0])).name
-        return _remote_files(found[0], name, sides)
+        return _remote_files(found[0], found[0].name, sides)
     is_folder = not remote.has_magic(url)
     top = f"{url.rstrip('/')}/" if is_folder else f"{url.partition('://')[0]}://"
     urls = {file.url for file in found}
@@ -365,7 +364,7 @@ def _expand_url(
         else:
             name = path.as_posix() if is_folder else path.name
             files += _remote_files(file, name, sides)
-    selection.report(url)
+    selection.report(remote.mask(url))
     if not files:
         raise UserError(
             f"no input: {remote.mask(url)}: no such file, and no folder or glob with files to read"

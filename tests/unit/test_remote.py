@@ -16,6 +16,7 @@ from s3fs import S3FileSystem
 
 from megatron_chatflow import remote
 from megatron_chatflow.errors import UserError
+from megatron_chatflow.preprocess.readers import find_inputs
 from megatron_chatflow.remote import CachedPath, RemoteError
 
 CONTENT = random.Random(0).randbytes(3_000_000)
@@ -299,6 +300,14 @@ def test_a_web_server_without_ranges_is_read(
     assert _Handler.cut_after == []
     assert remote.download(file, tmp_path / "copy.bin")
     assert (tmp_path / "copy.bin").read_bytes() == CONTENT
+
+
+def test_the_query_of_a_web_page_is_no_part_of_the_name(web_server: str, tmp_path: Path) -> None:
+    (tmp_path / "web" / "x.jsonl").write_bytes(b'{"text": "bana"}\n')
+    (file,) = find_inputs([f"{web_server}/x.jsonl?download=true"])
+    assert (file.name, file.kind, file.num_bytes) == ("x.jsonl", "jsonl", 17)
+    with pytest.raises(UserError, match=r"no input: http://.*/y.jsonl\?\*\*\*: no such file"):
+        find_inputs([f"{web_server}/y.jsonl?download=true"])
 
 
 def test_web_servers_are_not_written(web_server: str, tmp_path: Path) -> None:
