@@ -52,3 +52,22 @@ def test_the_command_of_the_page(
         "use --overwrite"
     )
     assert "Traceback" not in again.stderr
+
+
+def test_a_local_job_does_not_load_fsspec(tiny_sentencepiece_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "bana luno"}\n')
+    code = (
+        "import sys; from megatron_chatflow.cli.preprocess import main; main(); "
+        "sys.exit('fsspec' in sys.modules)"
+    )
+    flags = ["--input", "a.jsonl", "--output-prefix", "out", "--tokenizer-model"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags, str(tiny_sentencepiece_model), "--workers", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out_text_document.idx").exists()

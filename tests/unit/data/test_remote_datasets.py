@@ -138,3 +138,40 @@ def test_wrong_urls_in_a_configuration(tiny_run: TinyRun, flags: list[str], mess
     with pytest.raises(UserError) as caught:
         load_config(tiny_run.config, flags)
     assert str(caught.value).startswith(message)
+
+
+def test_a_hugging_face_model_is_copied(
+    tiny_run: TinyRun, random_llama: Path, object_store: ObjectStore
+) -> None:
+    for path in random_llama.iterdir():
+        object_store.put(f"models/tiny/{path.name}", path.read_bytes())
+    object_store.put("models/tiny/pytorch_model.bin", b"not read")
+    settings = yaml.safe_load(tiny_run.config.read_text())
+    del settings["model"], settings["tokenizer"]
+    path = tiny_run.folder / "huggingface.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    config = load_config(path, ["--load-hf", "s3://corpora/models/tiny"])
+    assert config.model == load_config(path, ["--load-hf", str(random_llama)]).model
+    fetch_inputs(config)
+    copy = config.checkpoint.load_hf
+    assert isinstance(copy, CachedPath) and copy.url == "s3://corpora/models/tiny"
+    assert (copy / "model.safetensors").read_bytes() == (
+        random_llama / "model.safetensors"
+    ).read_bytes()
+    assert not (copy / "pytorch_model.bin").exists()
+    with pytest.raises(UserError, match="s3://corpora/none: has no config.json"):
+        load_config(path, ["--load-hf", "s3://corpora/none"])
+
+
+def test_a_dry_run_copies_no_checkpoint(
+    tiny_run: TinyRun,
+    object_store: ObjectStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    object_store.put("runs/a/latest_checkpointed_iteration.txt", b"20\n")
+    root = str(tmp_path / "run")
+    flags = ["--save", root, "--load", root, "--save-remote", "s3://corpora/runs/a/"]
+    fetch_inputs(load_config(tiny_run.config, flags), is_dry_run=True)
+    assert f"will first copy iteration 20 from s3://corpora/runs/a to {root}" in caplog.text
+    assert not (tmp_path / "run").exists()
