@@ -254,11 +254,14 @@ def _turns(messages: Any, keys: Mapping[str, str]) -> list[Turn]:
         return [Turn(role, text) for pair in messages for role, text in _roles_of(pair)]
     role_keys = _role_keys(keys)
     content_keys = (keys["content"],) if "content" in keys else ("content", "value")
+    names = {*role_keys, *content_keys}
     turns = []
     for message in messages:
         if not isinstance(message, dict):
             raise BadLineError("message_not_an_object")
-        _refuse_unsupported_fields(message, "message")
+        has_more = not message.keys() <= names
+        if has_more:
+            _refuse_unsupported_fields(message, "message")
         given_role = str(_first_present(message, *role_keys)).lower()
         content = _first_present(message, *content_keys)
         if given_role == _FUNCTION_CALL_ROLE:
@@ -268,6 +271,9 @@ def _turns(messages: Any, keys: Mapping[str, str]) -> list[Turn]:
         role = ROLES.get(given_role)
         if role is None:
             raise DroppedError("unknown_role")
+        if not has_more:
+            turns.append(Turn(role, _content(content)))
+            continue
         fields = _template_fields(message, role)
         text = "" if content is None and fields else _content(content)
         turns.append(Turn(role, text, _loss(message, role), fields))

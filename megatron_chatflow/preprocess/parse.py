@@ -173,15 +173,15 @@ class _Parser:
 
     def _take_record(self, record: Any) -> None:
         settings = self.settings
-        is_messages = type(record) is list and settings.format == "chat"
-        if type(record) is not dict and not is_messages:
+        if type(record) is not dict:
             if isinstance(record, OversizedRecord):
                 raise self._too_large()
             if isinstance(record, InvalidUtf8Record):
                 raise BadLineError("not_utf8")
             if isinstance(record, RejectedRecord):
                 raise (BadLineError if record.is_bad else DroppedError)(record.reason)
-            raise BadLineError("not_an_object")
+            if not (type(record) is list and settings.format == "chat"):
+                raise BadLineError("not_an_object")
         if settings.format == "text":
             texts = [_text_at(record, key) for key in settings.json_keys]
             for key, text in zip(settings.json_keys, texts, strict=True):

@@ -9,7 +9,7 @@ ends with the tokenizer's end-of-sequence token. No template adds a token at the
 text.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +25,17 @@ from megatron_chatflow.tokenizer.documents import Document, DroppedError, Segmen
 Exchange = tuple[list[Segment], list[Segment]]  # prompt and answer of one exchange
 
 
-def _text(text: str, loss: bool = False) -> Segment:
-    return Segment(text, loss)
+def _texts(*parts: tuple[str, bool]) -> list[Segment]:
+    """Returns segments of texts with or without loss. Consecutive equal ones are joined."""
+    segments: list[Segment] = []
+    text, loss = parts[0]
+    for more, has_loss in parts[1:]:
+        if has_loss == loss:
+            text += more
+        else:
+            segments.append(Segment(text, loss))
+            text, loss = more, has_loss
+    return [*segments, Segment(text, loss)]
 
 
 def _control(name: str, loss: bool = False) -> Segment:
@@ -40,21 +49,21 @@ def _end(loss: bool) -> Segment:
 def _chatflow(
     system: ChatMessage | None, question: ChatMessage, answer: ChatMessage, number: int
 ) -> Exchange:
-    prompt = [] if system is None else [_text(system.text.strip(), system.loss), _text("\n\n")]
-    prompt += [_text("### Instruction:\n"), _text(question.text.strip(), question.loss)]
-    prompt.append(_text("\n\n### Response:\n"))
-    return prompt, [_text(answer.text.strip(), answer.loss), _end(answer.loss)]
+    parts = [] if system is None else [(system.text.strip(), system.loss), ("\n\n", False)]
+    parts += [("### Instruction:\n", False), (question.text.strip(), question.loss)]
+    prompt = _texts(*parts, ("\n\n### Response:\n", False))
+    return prompt, [Segment(answer.text.strip(), answer.loss), _end(answer.loss)]
 
 
 def _llama2(
     system: ChatMessage | None, question: ChatMessage, answer: ChatMessage, number: int
 ) -> Exchange:
-    prompt = [_text("[INST] ")]
+    parts = [("[INST] ", False)]
     if system is not None:
-        prompt += [_text("<<SYS>>\n"), _text(system.text.strip(), system.loss)]
-        prompt.append(_text("\n<</SYS>>\n\n"))
-    prompt += [_text(question.text.strip(), question.loss), _text(" [/INST]")]
-    return prompt, [_text(f" {answer.text.strip()} ", answer.loss), _end(answer.loss)]
+        parts += [("<<SYS>>\n", False), (system.text.strip(), system.loss)]
+        parts.append(("\n<</SYS>>\n\n", False))
+    prompt = _texts(*parts, (question.text.strip(), question.loss), (" [/INST]", False))
+    return prompt, [Segment(f" {answer.text.strip()} ", answer.loss), _end(answer.loss)]
 
 
 def _chatml(
@@ -62,17 +71,17 @@ def _chatml(
 ) -> Exchange:
     prompt = [] if system is None else _chatml_message(system)
     if number > 0:
-        prompt.append(_text("\n"))
+        prompt.append(Segment("\n", False))
     prompt += _chatml_message(question)
-    prompt += [_control("<|im_start|>"), _text("assistant\n")]
+    prompt += [_control("<|im_start|>"), Segment("assistant\n", False)]
     loss = answer.loss
-    return prompt, [_text(answer.text, loss), _control("<|im_end|>", loss), _end(loss)]
+    return prompt, [Segment(answer.text, loss), _control("<|im_end|>", loss), _end(loss)]
 
 
 def _chatml_message(message: ChatMessage) -> list[Segment]:
-    opening = [_control("<|im_start|>"), _text(f"{message.role}\n")]
-    content = [_text(message.text, message.loss), _control("<|im_end|>", message.loss)]
-    return [*opening, *content, _text("\n")]
+    texts = _texts((f"{message.role}\n", False), (message.text, message.loss))
+    end = [_control("<|im_end|>", message.loss), Segment("\n", False)]
+    return [_control("<|im_start|>"), *texts, *end]
 
 
 TEMPLATES: dict[str, Callable[[ChatMessage | None, ChatMessage, ChatMessage, int], Exchange]] = {
@@ -165,22 +174,9 @@ def document_of_chat(chat: Chat, template: str | JinjaTemplate, loss: str) -> Do
         prompt, response = write(system if number == 0 else None, question, answer, number)
         if loss == "all":
             prompt = [replace(segment, loss=True) for segment in prompt]
-        segments += [*_joined(prompt), *response]
+        segments += [*prompt, *response]
         cut_points.append(len(segments))
     return Document(tuple(segments), tuple(cut_points))
-
-
-def _joined(prompt: Sequence[Segment]) -> list[Segment]:
-    """Joins consecutive texts of a prompt that both have loss or both have none."""
-    segments: list[Segment] = []
-    for segment in prompt:
-        before = segments[-1] if segments else None
-        joins = before is not None and before.kind == segment.kind == "text"
-        if before is not None and joins and before.loss == segment.loss:
-            segments[-1] = replace(before, text=before.text + segment.text)
-        else:
-            segments.append(segment)
-    return segments
 
 
 def _exchanges(

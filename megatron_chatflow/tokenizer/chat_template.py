@@ -16,10 +16,10 @@ chat does not contain, and the guard is removed after rendering.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_chatflow.errors import UserError
 from megatron_chatflow.tokenizer.documents import (
@@ -44,8 +44,7 @@ _PROCESSOR_TEMPLATE = "chat_template.json"
 _DEFAULT = "default"
 
 
-@dataclass(frozen=True)
-class ChatMessage:
+class ChatMessage(NamedTuple):
     """A message of a chat."""
 
     role: str  # one of `CHAT_ROLES`
@@ -53,7 +52,7 @@ class ChatMessage:
     loss: bool = False  # whether the message has loss
     # other fields for Jinja templates: `tool_calls` and `function_call` of an assistant, `name` and
     # `tool_call_id` of a result
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,10 @@ class ReadCorpus(PipelineStep):  # type: ignore[misc]
                 self.stat_update(f"{BAD_LINE}: {reason}", value=count)
             if result.parsed.first_bad is not None:
                 self.stat_update(f"first {BAD_LINE}: {result.parsed.first_bad}")
-            for number, record in result.records:
+            texts = result.parsed.documents[key]
+            for (number, record), text in zip(result.records, texts, strict=True):
                 self.stat_update("total")
-                where = f"{file.name}:{number}"
-                yield Document(record[key], where, metadata={"record": record})
+                yield Document(text, f"{file.name}:{number}", metadata={"record": record})
 
 
 class ReadStage(PipelineStep):  # type: ignore[misc]

@@ -373,3 +373,15 @@ def test_the_report_of_a_corpus(tmp_path: Path) -> None:
     page = build_corpus_page(statistics, "<corpus>", datetime.now(timezone.utc))
     assert "<h1>&lt;corpus&gt;</h1>" in page and "<b>read more</b>" not in page
     assert not re.search(r'<(script|img|link)[^>]+(src|href)="(?!data:)', page)
+
+
+def test_a_text_inside_an_object(tmp_path: Path) -> None:
+    from megatron_chatflow.preprocess.settings import CorpusSettings
+
+    write(tmp_path / "in", "a.jsonl", [{"doc": {"text": f"{ENGLISH}!!!!"}, "url": "a"}])
+    corpus = CorpusSettings(json_keys=("doc.text",))
+    run(tmp_path, corpus=corpus, max_repeated_punctuation=1, minhash=MinHashSettings())
+    (record,) = read(tmp_path / "out")
+    assert record["doc.text"] == f"{ENGLISH}!" and record["url"] == "a"
+    again = CleanSettings((str(tmp_path / "out"),), str(tmp_path / "again"), corpus=corpus)
+    assert clean(again) is not None and read(tmp_path / "again") == [record]
