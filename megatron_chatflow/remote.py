@@ -51,6 +51,7 @@ CACHE_VARIABLE = "MEGATRON_CHATFLOW_CACHE"
 NUM_ATTEMPTS = 6
 """How often a request is sent before it counts as failed. s3fs repeats requests itself as well."""
 FIRST_PAUSE_SECONDS = 0.5  # doubled after every attempt: 15.5 s in all
+TIMEOUT_SECONDS = 60.0  # without a byte from a web server; stores have their own settings
 BLOCK_BYTES = 8 << 20
 """Size of a read request. Stores answer many requests at once, each at a limited rate."""
 NUM_STREAMS = 8  # requests of one file that are in flight at the same time: 64 MiB of memory
@@ -228,9 +229,17 @@ def _filesystem(url: str) -> tuple[Any, str]:
         conf = fsspec.config.conf
         options: dict[str, Any] = {}
         if scheme in _WEB:
+            from aiohttp import ClientTimeout
+
+            own = conf.get(scheme, {})
             # The size of a compressed answer is not that of the file.
-            headers = {**conf.get(scheme, {}).get("headers", {}), "Accept-Encoding": "identity"}
-            options = {"headers": headers}
+            headers = {**own.get("headers", {}), "Accept-Encoding": "identity"}
+            # aiohttp's default limits the whole answer to five minutes.
+            timeout = ClientTimeout(
+                total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS
+            )
+            client = {"timeout": timeout, **own.get("client_kwargs", {})}
+            options = {"headers": headers, "client_kwargs": client}
         else:
             options = {"use_listings_cache": False}
         fs, path = fsspec.core.url_to_fs(url, **options)

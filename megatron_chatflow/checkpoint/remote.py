@@ -421,6 +421,9 @@ def fetch_checkpoint(url: str, target: Path) -> None:
     found = {file.url.removeprefix(f"{url}/"): file for file in remote.find(url)}
     if not found:
         raise UserError(f"{url}: does not exist; give the folder of a run or of a checkpoint")
+    for name in found:
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise UserError(f"{url}: {name!r} is not a file name within the folder; remove it")
     if MANIFEST not in found and UPLOAD_MARK in found:
         raise UserError(
             f"{url}: its upload was interrupted; run the job that wrote it again, or load another "

@@ -6,6 +6,7 @@ import http.server
 import logging
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     """Python's own server, which sends whole files only."""
 
     cut_after: list[int] = []
+    stall_seconds = 0.0  # before a cut
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -275,6 +277,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     def copyfile(self, source: object, outputfile: object) -> None:
         limit = self.cut_after.pop(0) if self.cut_after else -1
         outputfile.write(source.read(limit))  # type: ignore[attr-defined]
+        if limit >= 0:
+            time.sleep(self.stall_seconds)
 
 
 @pytest.fixture
@@ -300,6 +304,20 @@ def test_a_web_server_without_ranges_is_read(
     assert _Handler.cut_after == []
     assert remote.download(file, tmp_path / "copy.bin")
     assert (tmp_path / "copy.bin").read_bytes() == CONTENT
+
+
+def test_a_web_server_that_stalls_is_asked_again(
+    web_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(_Handler, "stall_seconds", 4.0)
+    monkeypatch.setattr(_Handler, "cut_after", [1_000_000])
+    (tmp_path / "web" / "x.bin").write_bytes(CONTENT)
+    begin = time.monotonic()
+    with found(f"{web_server}/x.bin").open() as stream:
+        assert stream.read() == CONTENT
+    assert time.monotonic() - begin < 3.5
 
 
 def test_the_query_of_a_web_page_is_no_part_of_the_name(web_server: str, tmp_path: Path) -> None:

@@ -371,6 +371,14 @@ def test_a_damaged_checkpoint_gets_no_name(
         fetch_newer_checkpoint(tmp_path / "other", URL)
 
 
+def test_a_name_outside_of_the_folder_is_refused(object_store: ObjectStore, tmp_path: Path) -> None:
+    object_store.put("runs/a/iter_0000005/state.json", b"{}")
+    object_store.put("runs/a/iter_0000005/../../outside", b"x")
+    with pytest.raises(UserError, match="is not a file name within the folder"):
+        copies.fetch_checkpoint(f"{URL}/iter_0000005", tmp_path / "a" / "b" / "iter_0000005")
+    assert not list(tmp_path.rglob("outside*"))
+
+
 def test_another_run_on_the_store_is_not_overwritten(
     root: Path, object_store: ObjectStore, uploaders: list[CheckpointUploader], tmp_path: Path
 ) -> None:
