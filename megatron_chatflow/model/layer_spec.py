@@ -321,7 +321,7 @@ def start_user_buffers(config: TransformerConfig, num_tokens: int) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"parallel.tp_comm_overlap: transformer-engine cannot set up its user buffers: "
-            f"{reason}; use --no-tp-comm-overlap"
+            f"{reason}; set what it names, or turn the overlap off"
         ) from error
 
 

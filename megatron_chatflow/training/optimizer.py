@@ -155,7 +155,7 @@ def _start_nccl_allocator() -> None:
         raise UserError(
             "parallel.use_nccl_ub: megatron-core cannot compile its allocator for NCCL's user "
             f"buffers: {reason}; it needs a compiler, NCCL's headers and a writable "
-            f"{Path(nccl_allocator.__file__).parent / 'build'}, or use --no-use-nccl-ub"
+            f"{Path(nccl_allocator.__file__).parent / 'build'}, or turn them off"
         ) from error
 
 

@@ -212,7 +212,7 @@ def test_user_buffers_that_cannot_be_set_up_are_an_error(monkeypatch: pytest.Mon
         tensor_model_parallel_size=2,
         tp_comm_bootstrap_backend="nccl",
     )
-    with pytest.raises(UserError, match="its user buffers: CUDA device .* set UB_SKIPMC=1; use"):
+    with pytest.raises(UserError, match="user buffers: CUDA device .* set UB_SKIPMC=1; set what"):
         start_user_buffers(config, 128)
 
 

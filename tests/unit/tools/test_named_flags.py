@@ -59,6 +59,8 @@ PRINTED_BY = {
 # Flags of another command to which the message refers.
 OF_ANOTHER_STEP = {
     ("blend.controllers", "--from-run"),
+    ("checkpoint.remote", "--load"),
+    ("checkpoint.remote", "--save"),
     ("convert.distributed", "--ema-decay"),
     ("generation.generate", "--prompt"),
     ("preprocess.merge", "--append-bos"),
