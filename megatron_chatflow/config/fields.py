@@ -170,6 +170,18 @@ def _parse_location(value: object) -> Path:
     return _parse_path(value)
 
 
+def _parse_run_folder(value: object) -> Path:
+    if isinstance(value, str) and is_url(value):
+        location = parse_location(value)
+        if is_url(location):
+            raise UserError(
+                f"{location}: is a URL, and only local paths are supported here: a run saves to a "
+                "local folder, whose checkpoints --save-remote copies to a URL"
+            )
+        return Path(location)
+    return _parse_path(value)
+
+
 def _parse_remote_folder(value: object) -> str:
     if not isinstance(value, str) or not is_url(value):
         raise UserError(f"must be a URL such as s3://bucket/run, not {shorten(value)}")
@@ -206,6 +218,7 @@ Shares = Annotated[StrictStr, AfterValidator(_check_shares)]
 FilePath = Annotated[Path, BeforeValidator(_parse_path)]
 Location = Annotated[Path, BeforeValidator(_parse_location)]
 """A local path, or a URL; the path is then that of the local copy, a `CachedPath`."""
+RunFolder = Annotated[Path, BeforeValidator(_parse_run_folder)]
 RemoteFolder = Annotated[str, BeforeValidator(_parse_remote_folder)]
 """The URL of a folder on a store."""
 

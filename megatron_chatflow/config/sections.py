@@ -27,6 +27,7 @@ from megatron_chatflow.config.fields import (
     PositiveCount,
     PositiveNumber,
     RemoteFolder,
+    RunFolder,
     Seed,
     Share,
     Shares,
@@ -540,7 +541,7 @@ class TrainConfig:
 class CheckpointConfig:
     """Where checkpoints are saved, and where the initial weights are loaded from."""
 
-    save: FilePath | None = None
+    save: RunFolder | None = None
     """folder of the run, for checkpoints, logs and metrics; nothing is saved when unset"""
     save_remote: RemoteFolder | None = None
     """URL of a folder on a store, such as s3://bucket/run, to copy every checkpoint to in the

@@ -127,7 +127,11 @@ def test_the_recorded_configuration_has_the_urls(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--save", "s3://b/run"], "checkpoint.save: s3://b/run: is a URL"),
+        (
+            ["--save", "s3://b/run"],
+            "checkpoint.save: s3://b/run: is a URL, and only local paths are supported here: a run "
+            "saves to a local folder, whose checkpoints --save-remote copies",
+        ),
         (["--load", "s3://k:s@b/run"], "checkpoint.load: s3://***@b/run: has credentials"),
         (["--save-remote", "/local"], "checkpoint.save_remote: must be a URL"),
         (["--save-remote", "https://h/run"], "checkpoint.save_remote: https://h/run: web servers"),
